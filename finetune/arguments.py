@@ -1,0 +1,357 @@
+"""Every flag and its default, parsed to plain values; this is the only home of a default of ours.
+
+Our own flags are the dataclasses below. All flags of `transformers.TrainingArguments` are accepted beside them: their
+names and types are read from the source of the installed version, without importing it, because importing it takes
+seconds and building it touches the devices. Flags that transformers has renamed or removed are translated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import ConfigError
+
+# The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
+TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
+
+
+def _flag(default: Any, help: str) -> Any:
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """The model."""
+
+    model_name_or_path: str = _flag("", "folder or hub name of a causal language model (required)")
+    trust_remote_code: bool = _flag(False, "run the Python files that come with the model")
+    attn_implementation: str | None = _flag(None, "attention of transformers; default: the best that works here")
+    new_tokens: list[str] = _flag([], "tokens to add to the vocabulary; their embeddings are trained")
+
+    def trusts_code(self) -> bool:
+        """Whether the model's own Python files may run."""
+        return self.trust_remote_code or self.model_name_or_path in TRUSTED_WITHOUT_FLAG
+
+    def is_lingowhale(self) -> bool:
+        """Whether the name says that this is LingoWhale, or a copy of it."""
+        return "lingowhale" in self.model_name_or_path.lower()
+
+
+@dataclass
+class DataArguments:
+    """The data."""
+
+    data_path: str = _flag("", "conversation file, a JSON array or JSON lines (required)")
+    model_max_length: int = _flag(2048, "tokens of the longest example; longer conversations keep their first turns")
+    chat_template: str | None = _flag(None, "lingowhale, chatml or a Jinja file; default: the tokenizer's own")
+    human_token_ids: list[int] = _flag([3], "LingoWhale format: the marker before a human turn")
+    model_token_ids: list[int] = _flag([4], "LingoWhale format: the marker before a model turn")
+
+
+@dataclass
+class AdapterArguments:
+    """Adapters; without one all parameters are trained."""
+
+    use_lora: bool = _flag(False, "train LoRA adapters, the same as --adapter lora")
+    adapter: Literal["lora", "prefix", "prompt"] | None = _flag(None, "what is trained instead of all parameters")
+    lora_r: int = _flag(8, "rank of the LoRA matrices")
+    lora_alpha: float = _flag(16, "LoRA updates are scaled by lora_alpha / lora_r")
+    lora_dropout: float = _flag(0.1, "dropout in front of the LoRA matrices, 0 to 1")
+    lora_target_modules: list[str] = _flag(["all-linear"], "names of the layers that get LoRA, e.g. qkv_proj")
+    use_dora: bool = _flag(False, "DoRA: learn the magnitude of each weight column too")
+    use_rslora: bool = _flag(False, "rsLoRA: scale by lora_alpha / sqrt(lora_r)")
+    init_lora_weights: str = _flag("default", "default, gaussian, pissa, pissa_niter_16, olora, ...")
+    modules_to_save: list[str] = _flag([], "layers trained whole and saved beside the adapter, e.g. lm_head")
+    num_virtual_tokens: int = _flag(20, "length of a prefix or prompt adapter")
+
+    def kind(self) -> str | None:
+        """lora, prefix, prompt, or None for full-parameter training."""
+        return self.adapter or ("lora" if self.use_lora else None)
+
+
+@dataclass
+class RunArguments:
+    """The run."""
+
+    config: str | None = _flag(None, "YAML or JSON file with flags (a run.json repeats its run); the command line wins")
+    overwrite_output_dir: bool = _flag(False, "move an earlier run in output_dir aside; nothing is deleted")
+
+
+@dataclass
+class Arguments:
+    """All of a command line. `training` holds only the `TrainingArguments` that were given, by their present names."""
+
+    model: ModelArguments
+    data: DataArguments
+    adapter: AdapterArguments
+    run: RunArguments
+    training: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def flat(self) -> dict[str, Any]:
+        """Every flag by name, as `--config` reads it back."""
+        ours = {**asdict(self.model), **asdict(self.data), **asdict(self.adapter)}
+        return {**ours, **self.training}
+
+    def given(self, name: str) -> Any:
+        """A training flag as given, else transformers' default."""
+        return self.training.get(name, training_flags()[name].default)
+
+
+GROUPS = (ModelArguments, DataArguments, AdapterArguments, RunArguments)
+# Trainer drops batch columns it does not know by default; the collator makes exactly the columns that are needed.
+FIXED_TRAINING = {"remove_unused_columns": False}
+REQUIRED = ("model_name_or_path", "data_path", "output_dir")
+SET_BY_HARDWARE = "use_cpu"
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A flag that transformers had once: its new name, and the new value where it is not the old one."""
+
+    type: type
+    to: str
+    values: typing.Callable[[Any], Any] = lambda value: value
+
+
+TRANSLATED = {
+    "warmup_ratio": Translated(float, "warmup_steps"),  # a share of all steps when below 1
+    "gradient_checkpointing": Translated(bool, "activation_checkpointing"),
+    "gradient_checkpointing_kwargs": Translated(str, "activation_checkpointing_kwargs"),
+    "group_by_length": Translated(bool, "train_sampling_strategy", lambda on: "group_by_length" if on else "random"),
+    "evaluation_strategy": Translated(str, "eval_strategy"),
+    "no_cuda": Translated(bool, "use_cpu"),
+    "per_gpu_train_batch_size": Translated(int, "per_device_train_batch_size"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingFlag:
+    """A field of `TrainingArguments` as its source declares it; `default` is None where it is computed there."""
+
+    name: str
+    kind: type
+    is_list: bool
+    default: Any
+    help: str
+
+
+@cache
+def training_flags() -> dict[str, TrainingFlag]:
+    """The fields of the installed `transformers.TrainingArguments`, read from its source with `ast`."""
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("transformers is not installed: pip install -r requirements.txt")
+    source = Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    declared = (node for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call))
+    return {flag.name: flag for flag in map(_training_flag, declared)}
+
+
+def _training_flag(node: ast.AnnAssign) -> TrainingFlag:
+    kinds = {part.strip() for part in ast.unparse(node.annotation).split("|")}
+    kind = next((kind for kind in (bool, int, float) if kind.__name__ in kinds), str)
+    keywords = {keyword.arg: keyword.value for keyword in node.value.keywords}
+    default = keywords.get("default")
+    help_text = ""
+    if isinstance(keywords.get("metadata"), ast.Dict):
+        metadata = keywords["metadata"]
+        pairs = zip(metadata.keys, metadata.values, strict=True)
+        help_text = next((_literal(value) or "" for key, value in pairs if _literal(key) == "help"), "")
+    if "str" in kinds and kind is bool:
+        kind = str
+    return TrainingFlag(node.target.id, kind, "list[str]" in kinds, _literal(default), help_text)
+
+
+def _literal(node: ast.AST | None) -> Any:
+    try:
+        return ast.literal_eval(node) if node is not None else None
+    except ValueError:
+        return None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message[0].lower() + message[1:])
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """A command line (without the program's name) -> checked plain values.
+
+    Raises:
+        ConfigError: an unknown flag (with the closest known one), a value of the wrong type, a missing flag, a
+            `--config` that cannot be read.
+    """
+    parser = build_parser()
+    parsed, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(_unknown(unknown, known_flags()))
+    given = vars(parsed)
+    if given.get("config"):
+        given = {**_from_file(Path(given["config"]), parser), **given}
+    given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
+    missing = [name for name in REQUIRED if not given.get(name)]
+    if missing:
+        raise ConfigError("missing: " + ", ".join(f"--{name}" for name in missing))
+    groups = [group(**{one.name: given[one.name] for one in fields(group) if one.name in given}) for group in GROUPS]
+    ours = {one.name for group in GROUPS for one in fields(group)}
+    training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
+    notes = _translate(given, training)
+    arguments = Arguments(*groups, training={**FIXED_TRAINING, **training}, notes=notes)
+    _check_pairs(arguments)
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; a flag that is not given leaves no trace in its result."""
+    parser = _Parser(
+        prog="deepspeed [--hostfile=FILE] finetune/finetune.py",
+        description="Fine-tune a chat model on conversations, with DeepSpeed.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        epilog="Flags of transformers.TrainingArguments are accepted under their own names and explained in its "
+        "documentation.",
+    )
+    for group in GROUPS:
+        section = parser.add_argument_group(group.__doc__)
+        hints = typing.get_type_hints(group)
+        for one in fields(group):
+            kind, is_list, choices = _shape(hints[one.name])
+            default = one.default_factory() if one.default is MISSING else one.default
+            text = one.metadata["help"] + ("" if default in (None, "", []) else f" [{_as_typed(default)}]")
+            _add(section, one.name, kind, is_list, choices, text)
+    section = parser.add_argument_group("Training (transformers.TrainingArguments)")
+    for flag in training_flags().values():
+        summary = flag.help.split(". ")[0].strip().replace("%", "%%")
+        _add(section, flag.name, flag.kind, flag.is_list, None, summary)
+    section = parser.add_argument_group("Flags that transformers has renamed")
+    for name, translated in TRANSLATED.items():
+        if name not in training_flags():
+            _add(section, name, translated.type, False, None, f"now {translated.to}")
+    return parser
+
+
+def known_flags() -> list[str]:
+    """Every accepted flag name, without dashes."""
+    ours = [one.name for group in GROUPS for one in fields(group)]
+    return sorted({*ours, *training_flags(), *TRANSLATED})
+
+
+def _add(section: Any, name: str, kind: type, is_list: bool, choices: Any, text: str) -> None:
+    options: dict[str, Any] = {"help": text, "choices": choices}
+    if is_list:
+        options.update(nargs="*", type=kind, metavar=kind.__name__)
+    elif kind is bool:
+        options.update(nargs="?", const=True, type=_boolean, metavar="True|False")
+    else:
+        options.update(type=kind, metavar=None if choices else kind.__name__)
+    section.add_argument(f"--{name}", **options)
+
+
+def _shape(hint: Any) -> tuple[type, bool, list[str] | None]:
+    """`str | None` -> (str, False, None); `list[int]` -> (int, True, None); `Literal["a"] | None` -> (str, False, ["a"])."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True, None
+    if typing.get_origin(hint) is Literal:
+        return str, False, list(typing.get_args(hint))
+    return hint, False, None
+
+
+def _boolean(text: str) -> bool:
+    spelled = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in spelled:
+        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+    return spelled[text.lower()]
+
+
+def _as_typed(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
+def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
+    flag = next((word for word in words if word.startswith("--")), None)
+    if flag is None:
+        return f"unexpected argument {words[0]!r}: every value belongs to a flag"
+    name = flag[2:].partition("=")[0]
+    close = get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
+    hint = f": did you mean --{close[0]}?" if close else ": see --help"
+    return f"unknown flag --{name}{hint}"
+
+
+def _from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Flags from a YAML or JSON mapping, or from the `arguments` of a run.json."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            values = yaml.safe_load(text)
+        else:
+            values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "yaml":
+            raise
+        raise ConfigError(f"--config {path}: not YAML: {error}") from None
+    if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
+        values = values["arguments"]
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of flags to values")
+    words: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name not in known_flags():
+            raise ConfigError(f"--config {path}: " + _unknown([f"--{name}"], known_flags()))
+        items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name}", *map(str, items)] if items else []
+    return vars(parser.parse_args(words))
+
+
+def _translate(given: dict[str, Any], training: dict[str, Any]) -> list[str]:
+    """Put translated flags under their present names; say so where the name itself is gone."""
+    notes = []
+    for old, translated in TRANSLATED.items():
+        if old not in given or translated.to in training:
+            continue
+        training[translated.to] = translated.values(given[old])
+        if old not in training_flags() and old != "warmup_ratio":
+            notes.append(f"--{old} is now --{translated.to} {training[translated.to]}")
+    ratio = given.get("warmup_ratio")
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ConfigError(f"--warmup_ratio {ratio}: expected a share from 0 up to 1; --warmup_steps takes a number")
+    return notes
+
+
+def _check_pairs(arguments: Arguments) -> None:
+    adapter, data = arguments.adapter, arguments.data
+    if adapter.use_lora and adapter.adapter not in (None, "lora"):
+        raise ConfigError(f"--use_lora True and --adapter {adapter.adapter} exclude each other: keep one of them")
+    if adapter.use_dora and adapter.init_lora_weights.startswith("pissa"):
+        raise ConfigError("--use_dora True and --init_lora_weights pissa exclude each other: keep one of them")
+    for name, value in (("model_max_length", data.model_max_length), ("lora_r", adapter.lora_r)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: expected at least 1")
+    if not 0 <= adapter.lora_dropout < 1:
+        raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")

@@ -1,0 +1,143 @@
+"""What the terminal shows: the plan before the first step, progress during the run, a summary after it.
+
+Rank 0 speaks; the libraries keep to warnings, and the other ranks to errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LABEL_WIDTH = 12
+# Nothing a user can do about these; torch and DeepSpeed print them once per rank.
+KNOWN_WARNINGS = (
+    r".*all_gather_into_tensor.*",
+    r".*reduce_scatter_tensor.*",
+    r".*_all_gather_base.*",
+    r".*_reduce_scatter_base.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*barrier\(\): using the device under current context.*",
+    r".*torch.utils.checkpoint: the use_reentrant parameter.*",
+)
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks for the run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str = "") -> None:
+    """One line on stdout, from rank 0 only."""
+    if is_rank_0():
+        print(line, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Library chatter down to what a user can act on, once and not once per rank."""
+    for pattern in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    if not is_rank_0():
+        warnings.simplefilter("ignore")
+    level = logging.WARNING if is_rank_0() else logging.ERROR
+    os.environ["TRANSFORMERS_VERBOSITY"] = "warning" if is_rank_0() else "error"
+    os.environ.setdefault("DS_LOG_LEVEL", "warning" if is_rank_0() else "error")
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, once per rank, that it found no GPU
+    transformers.utils.logging.set_verbosity(level)
+    if not is_rank_0():
+        transformers.utils.logging.disable_progress_bar()
+    for name in ("accelerate", "peft", "torch.distributed", "torch.nn.parallel.distributed"):
+        logging.getLogger(name).setLevel(level)
+    from deepspeed.utils import logger
+
+    logger.setLevel(max(level, logging.WARNING))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the ten lines before the first step are made of; plain values."""
+
+    model: str
+    parameters: int
+    trainable: int
+    adapter: str | None
+    zero_stage: int | None
+    offloads: bool
+    world_size: int
+    device: str
+    per_device_batch: int
+    accumulation: int
+    tokens_per_example: float
+    supervised_share: float
+    rows: int
+    cut: int
+    dropped: int
+    tokens: int
+    chat_format: str
+    precision: str
+    attention: str
+    checkpointing: bool
+    epochs: float
+    steps: int
+
+    def lines(self) -> list[str]:
+        """The plan, one labelled line a fact."""
+        batch = self.per_device_batch * self.accumulation * self.world_size
+        stage = "none (plain data parallel)" if self.zero_stage is None else f"stage {self.zero_stage}"
+        share = self.trainable / self.parameters
+        facts = {
+            "model": f"{self.model}, {self.parameters:,} parameters",
+            "training": f"{self.adapter or 'all parameters'}: {self.trainable:,} trainable ({share:.2%})",
+            "ZeRO": stage + (", offloaded" if self.offloads else ""),
+            "ranks": f"{self.world_size} ({self.device})",
+            "data": f"{self.rows:,} rows ({self.cut:,} cut, {self.dropped:,} dropped), {self.tokens:,} tokens",
+            "learned": f"{self.supervised_share:.1%} of the tokens, rendered with {self.chat_format}",
+            "step": f"{self.per_device_batch} per device x {self.accumulation} accumulated x {self.world_size} ranks = "
+            f"{batch} examples, about {batch * self.tokens_per_example:,.0f} tokens",
+            "length": f"{self.steps:,} steps ({self.epochs:g} epochs)",
+            "precision": self.precision,
+            "attention": f"{self.attention}, activation checkpointing {'on' if self.checkpointing else 'off'}",
+        }
+        return [f"  {label:<{LABEL_WIDTH}}{text}" for label, text in facts.items()]
+
+
+def say_plan(plan: Plan) -> None:
+    """Print the plan."""
+    say("\nPlan")
+    for line in plan.lines():
+        say(line)
+    say()
+
+
+def say_notes(notes: Sequence[str]) -> None:
+    """One line per decision that differs from what was asked."""
+    for note in notes:
+        say(f"note: {note}")
+
+
+def say_summary(curve: str, facts: dict[str, str], next_command: str) -> None:
+    """The loss curve, what came out, and the next command to type."""
+    if curve:
+        say(f"\n{curve}")
+    say("\nDone")
+    for label, text in facts.items():
+        say(f"  {label:<{LABEL_WIDTH}}{text}")
+    say(f"\nNext:\n  {next_command}\n")
+
+
+def width() -> int:
+    """Columns for a drawing: the terminal's, within reason."""
+    return max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
+
+
+def is_terminal() -> bool:
+    """Whether a progress bar can be redrawn in place."""
+    return sys.stderr.isatty()

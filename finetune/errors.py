@@ -1,0 +1,86 @@
+"""What can go wrong, as one tree; each branch is an exit status of its own.
+
+    FinetuneError            1  anything else that we can explain
+    ├── ConfigError          2  a flag, a config file, the hardware asked for
+    ├── DataError            3  conversation files and what they render to
+    ├── CheckpointError      4  a saved result that does not hold what it should
+    └── StorageError         6  no space, no permission, a file that cannot be written
+
+A new error inherits from the branch whose exit status it shares. Anything that is not a `FinetuneError` is a bug
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+SHOWN_FAULTS = 20
+SECONDS_FOR_RANK_0 = 8.0
+
+
+class FinetuneError(Exception):
+    """A problem whose message names the value, the place and the remedy."""
+
+    status = 1
+
+
+class ConfigError(FinetuneError):
+    """Usage or configuration: the run cannot start as asked."""
+
+    status = 2
+
+
+class DataError(FinetuneError):
+    """The conversations cannot be read, or not be rendered as they stand."""
+
+    status = 3
+
+
+class CheckpointError(FinetuneError):
+    """What was written does not hold what it should."""
+
+    status = 4
+
+
+class StorageError(FinetuneError):
+    """The disk refused."""
+
+    status = 6
+
+
+def listed(faults: Sequence[str], noun: str) -> str:
+    """All faults as one message: the first 20 in full, then the count.
+
+    >>> print(listed(["a.json, row 0: no turns", "a.json, row 4: no turns"], "faulty row"))
+    2 faulty rows:
+      a.json, row 0: no turns
+      a.json, row 4: no turns
+    """
+    if len(faults) == 1:
+        return faults[0]
+    lines = [f"{len(faults):,} {noun}s:", *(f"  {fault}" for fault in faults[:SHOWN_FAULTS])]
+    if len(faults) > SHOWN_FAULTS:
+        lines.append(f"  ... and {len(faults) - SHOWN_FAULTS:,} more")
+    return "\n".join(lines)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status.
+
+    Rank 0 prints at once. The other ranks wait a few seconds: when rank 0 saw the same fault the launcher ends them
+    before they speak; when they are still there, the fault is theirs alone and they print it.
+    """
+    try:
+        yield
+    except FinetuneError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank != 0:
+            time.sleep(SECONDS_FOR_RANK_0)
+        place = "" if rank == 0 else f" (rank {rank})"
+        print(f"error{place}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.status)

@@ -1,0 +1,15 @@
+"""What the `deepspeed` launcher runs; `deepspeed --module finetune.train` is the same for an installed package.
+
+Running a file puts its folder first on the module path, where this very file would hide the package of the same name:
+the folder above has to take that place first.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from finetune.train import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

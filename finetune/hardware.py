@@ -1,0 +1,214 @@
+"""What the machine can do, and what follows for precision, attention and communication.
+
+`probe()` asks torch; everything else is a pure function of what it found, so that a laptop can test what an H100
+would be told. Each decision comes with the lines that a user should read; no line means that the wish was met.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from finetune.errors import ConfigError
+
+Precision = Literal["bf16", "fp16", "float32"]
+
+AMPERE = (8, 0)
+STALE_LOCK_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: its name, CUDA compute capability (major, minor) and memory in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found: the visible GPUs (none on a CPU machine), bf16 units of the CPU, flash-attn importable."""
+
+    gpus: tuple[Gpu, ...] = ()
+    cpu_bf16: bool = False
+    flash_attn: bool = False
+
+    @property
+    def weakest(self) -> Gpu | None:
+        """The GPU with the lowest compute capability: ranks on unequal GPUs must all do what it can do."""
+        return min(self.gpus, key=lambda gpu: gpu.capability, default=None)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What was decided, and the lines that say what differs from what was asked."""
+
+    precision: Precision
+    tf32: bool | None
+    attention: str
+    backend: Literal["nccl", "gloo"]
+    use_cpu: bool
+    notes: tuple[str, ...] = ()
+
+
+def probe(use_cpu: bool = False) -> Probe:
+    """Ask torch what this machine has. `use_cpu` leaves its GPUs out."""
+    import torch
+
+    gpus = ()
+    if not use_cpu and torch.cuda.is_available():
+        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        gpus = tuple(Gpu(one.name, (one.major, one.minor), one.total_memory) for one in found)
+    return Probe(
+        gpus=gpus,
+        cpu_bf16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        flash_attn=find_spec("flash_attn") is not None,
+    )
+
+
+def decide(
+    found: Probe,
+    *,
+    bf16: bool = False,
+    fp16: bool = False,
+    tf32: bool | None = None,
+    attn_implementation: str | None = None,
+) -> Hardware:
+    """Every decision that depends on the hardware.
+
+    Raises:
+        ConfigError: a precision that this hardware lacks and whose replacement would change the numbers.
+    """
+    precision, precision_notes = decide_precision(found, bf16=bf16, fp16=fp16)
+    use_tf32, tf32_notes = decide_tf32(found, tf32)
+    attention, attention_notes = decide_attention(found, attn_implementation, precision)
+    return Hardware(
+        precision=precision,
+        tf32=use_tf32,
+        attention=attention,
+        backend="nccl" if found.gpus else "gloo",
+        use_cpu=not found.gpus,
+        notes=(*precision_notes, *tf32_notes, *attention_notes),
+    )
+
+
+def decide_precision(found: Probe, *, bf16: bool, fp16: bool) -> tuple[Precision, list[str]]:
+    """The compute precision. On a GPU never another one than asked; a CPU may compute more precisely than asked.
+
+    Raises:
+        ConfigError: both asked for, or `--bf16` on a GPU older than Ampere.
+    """
+    if bf16 and fp16:
+        raise ConfigError("--bf16 True and --fp16 True exclude each other: keep one of them")
+    weakest = found.weakest
+    if weakest is None:
+        if bf16 and not found.cpu_bf16:
+            return "float32", ["--bf16 is off: this CPU has no bf16 units and would emulate it; computing in float32"]
+        if fp16:
+            return "float32", ["--fp16 is off: there is no GPU here; computing in float32"]
+    elif bf16 and weakest.capability < AMPERE:
+        raise ConfigError(
+            f"--bf16 True: {weakest.name} (compute capability {_dotted(weakest)}) has no bf16, that needs 8.0; "
+            "use --fp16 True on this GPU instead"
+        )
+    return ("bf16" if bf16 else "fp16" if fp16 else "float32"), []
+
+
+def decide_tf32(found: Probe, tf32: bool | None) -> tuple[bool | None, list[str]]:
+    """TF32 matrix products: only where every GPU has them; None leaves torch's setting alone."""
+    if not tf32:
+        return (tf32 if found.gpus else None), []
+    weakest = found.weakest
+    if weakest is None:
+        return None, ["--tf32 is off: it is a mode of NVIDIA GPUs, and there is none here"]
+    if weakest.capability < AMPERE:
+        return None, [f"--tf32 is off: {weakest.name} (compute capability {_dotted(weakest)}) is older than Ampere"]
+    return True, []
+
+
+def decide_attention(found: Probe, asked: str | None, precision: Precision) -> tuple[str, list[str]]:
+    """The name given to `attn_implementation`: flash attention where it runs, else torch's own SDPA."""
+    obstacle = _flash_obstacle(found, precision)
+    if asked is None:
+        return ("sdpa" if obstacle else "flash_attention_2"), []
+    if asked == "flash_attention_2" and obstacle:
+        return "sdpa", [f"--attn_implementation flash_attention_2 is replaced by sdpa: {obstacle}"]
+    return asked, []
+
+
+def _flash_obstacle(found: Probe, precision: Precision) -> str | None:
+    if found.weakest is None:
+        return "it needs a GPU, and there is none here"
+    if found.weakest.capability < AMPERE:
+        return f"{found.weakest.name} (compute capability {_dotted(found.weakest)}) is older than Ampere"
+    if precision == "float32":
+        return "it computes in bf16 or fp16 only; add --bf16 True"
+    if not found.flash_attn:
+        return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+    return None
+
+
+def _dotted(gpu: Gpu) -> str:
+    return ".".join(map(str, gpu.capability))
+
+
+def prepare_environment() -> None:
+    """Process-wide settings that must stand before torch is imported; what the user has set is never changed.
+
+    * a process started without a launcher becomes rank 0 of 1;
+    * compiled DeepSpeed operators live beside the interpreter that built them (environments that share the default
+      folder rebuild each other's work), and `ninja` of this environment is found without activating it.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probing:
+        probing.bind(("127.0.0.1", 0))
+        return probing.getsockname()[1]
+
+
+def check_extension_locks(folder: Path, now: float | None = None) -> None:
+    """Stop at a build lock that nobody holds: torch would wait for it for ever and say nothing.
+
+    torch keeps the lock file open while it builds, so a lock that no process here has open, and that is older than
+    a minute (another host may share the folder), was left behind by a build that was killed.
+
+    Raises:
+        ConfigError: naming the lock, its age and the command that removes it.
+    """
+    now = time.time() if now is None else now
+    for lock in sorted(folder.glob("*/lock")) + sorted(folder.glob("*/*/lock")):
+        age = now - lock.stat().st_mtime
+        if age > STALE_LOCK_SECONDS and not _is_open_somewhere(lock):
+            raise ConfigError(
+                f"{lock} was left behind {age / 60:.0f} minutes ago by a build that was interrupted, and every run "
+                f"would wait for it for ever: if no other machine is building there, remove it with\n  rm '{lock}'"
+            )
+
+
+def _is_open_somewhere(path: Path) -> bool:
+    wanted = str(path.resolve())
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(descriptor) == wanted:
+                return True
+        except OSError:  # the process or descriptor is gone, or belongs to another user
+            continue
+    return False

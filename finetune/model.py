@@ -1,0 +1,146 @@
+"""Tokenizer and base model, ready for training.
+
+What can be found out without reading a weight is checked first (`check`): that the model is there, that it is a causal
+language model, that its own code may run, that it has the attention asked for. Under ZeRO-3 transformers partitions
+the model while it loads: rank 0 reads the files, the others receive their shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError, FinetuneError
+from finetune.hardware import Precision
+
+TOKENIZER_NOISE = "incorrect regex pattern"
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """What `check` learned: the model's config, the attention it will use, and lines for the user."""
+
+    name: str
+    config: Any
+    attention: str
+    notes: tuple[str, ...] = ()
+
+
+def check(name: str, *, trust_remote_code: bool, attention: str) -> CheckedModel:
+    """Find out whether the model can be loaded as asked, without reading its weights.
+
+    Raises:
+        ConfigError: no such model; not a causal language model; code of its own without `--trust_remote_code True`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _explained(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    notes: list[str] = []
+    for candidate in dict.fromkeys((attention, "sdpa", "eager")):
+        try:
+            with _explained(name), torch.device("meta"):
+                AutoModelForCausalLM.from_config(
+                    config, attn_implementation=candidate, trust_remote_code=trust_remote_code
+                )
+        except (ImportError, ValueError) as error:
+            if candidate == "eager":
+                raise ConfigError(f"--model_name_or_path {name}: {_first_line(error)}") from None
+            notes = [f"attention {candidate} is not for this model: {_first_line(error)}"]
+            continue
+        if notes:
+            notes[-1] += f" using {candidate}"
+        return CheckedModel(name, config, candidate, tuple(notes))
+    raise AssertionError("the last candidate either returned or raised")
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool, new_tokens: tuple[str, ...] = ()) -> Any:
+    """The model's tokenizer, with `new_tokens` added as control tokens.
+
+    Raises:
+        ConfigError: no such model, or its tokenizer needs code of its own or a package that is missing.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"--model_name_or_path {name}: its tokenizer does not load: {_first_line(error)}") from None
+    if new_tokens:
+        tokenizer.add_tokens(list(new_tokens), special_tokens=True)
+    return tokenizer
+
+
+def load_model(
+    checked: CheckedModel, tokenizer: Any, *, precision: Precision, trust_remote_code: bool, stop_token_id: int | None
+) -> Any:
+    """The base model in its training precision, its vocabulary large enough for the tokenizer.
+
+    `stop_token_id` is the token that training teaches the model to end a turn with; generation stops there too.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
+    with _explained(checked.name):
+        model = AutoModelForCausalLM.from_pretrained(
+            checked.name,
+            config=checked.config,
+            dtype=dtype,
+            attn_implementation=checked.attention,
+            trust_remote_code=trust_remote_code,
+        )
+    needed = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    if needed > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(needed)
+    if stop_token_id is not None and model.generation_config is not None:
+        _stop_at(model.generation_config, stop_token_id)
+    return model
+
+
+def must_grow(checked: CheckedModel, tokenizer: Any) -> bool:
+    """Whether the tokenizer has tokens for which the model has no embedding yet."""
+    return max(tokenizer.get_vocab().values()) >= checked.config.get_text_config().vocab_size
+
+
+def _stop_at(generation_config: Any, token_id: int) -> None:
+    stops = generation_config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if token_id not in stops:
+        generation_config.eos_token_id = [*stops, token_id]
+
+
+class _explained:
+    """Turns what transformers says about a missing or foreign model into one `ConfigError`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        path = Path(self.name).expanduser()
+        looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        if looks_local and not path.exists():
+            raise ConfigError(f"--model_name_or_path {self.name}: there is no such folder")
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, FinetuneError):
+            return
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ConfigError(
+                f"--model_name_or_path {self.name}: this model comes with Python files of its own; when you trust "
+                "them, give --trust_remote_code True"
+            ) from None
+        if "Unrecognized configuration class" in text:
+            raise ConfigError(f"--model_name_or_path {self.name}: not a causal language model") from None
+        if isinstance(error, OSError):
+            local = Path(self.name).exists()
+            where = "the folder is there, but" if local else "neither a folder here nor reachable on the model hub:"
+            raise ConfigError(f"--model_name_or_path {self.name}: {where} {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,116 @@
+"""What an output_dir holds: `run.json`, which says how it came about, beside the model or adapter.
+
+    run.json            what ran: arguments, resolved DeepSpeed config, versions, world size, data, result
+    data_ledger.jsonl   every row that was not kept whole, with the reason
+    metrics.jsonl       one line per logged step
+    trainer_state.json  the Trainer's own record
+    adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError, StorageError
+
+RUN_FILE = "run.json"
+LEDGER_FILE = "data_ledger.jsonl"
+MARKS_OF_A_RUN = (RUN_FILE, "adapter_config.json", "config.json", "trainer_state.json")
+LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn")
+
+
+def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
+    """Whether `folder` holds an earlier run that must be moved aside; changes nothing.
+
+    Raises:
+        ConfigError: it holds a run and neither flag says what to do; or it is no folder.
+        StorageError: it cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output_dir {folder}: is a file")
+    existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"--output_dir {folder}: no permission to write in {existing}")
+    if not holds_run(folder) or resume:
+        return False
+    if overwrite:
+        return True
+    raise ConfigError(
+        f"--output_dir {folder}: already holds a run, nothing was changed: choose another folder, or give "
+        "--overwrite_output_dir True to move it aside"
+    )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a training run has left its marks here."""
+    return any((folder / name).exists() for name in MARKS_OF_A_RUN) or any(folder.glob("checkpoint-*"))
+
+
+def claim_output_dir(folder: Path, *, move_aside: bool) -> str | None:
+    """Make the folder, an earlier run in it renamed; returns the line that says so. One process may call this.
+
+    Raises:
+        StorageError: the folder cannot be made or renamed.
+    """
+    note = None
+    try:
+        if move_aside:
+            aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            note = f"the earlier run was moved to {aside}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
+    return note
+
+
+def write_run(folder: Path, facts: dict[str, Any]) -> None:
+    """Write or update `run.json`: keys given replace those there. The file is replaced whole."""
+    path = folder / RUN_FILE
+    known = load_run(folder) if path.exists() else {}
+    text = json.dumps({**known, **facts}, ensure_ascii=False, indent=2, allow_nan=False)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def load_run(folder: Path) -> dict[str, Any]:
+    """Read `run.json`.
+
+    Raises:
+        ConfigError: the folder holds none, or it is not JSON.
+    """
+    path = folder / RUN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: holds no {RUN_FILE}: expected the output_dir of a training run") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of python and of every library that shapes a result; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
