@@ -30,7 +30,6 @@ def attach_lora(
     use_dora: bool = False,
     use_rslora: bool = False,
     init_lora_weights: str = "default",
-    zero_stage: int = 0,
     train_embeddings: bool = False,
 ) -> Any:
     """LoRA matrices on `target_modules`, everything else frozen; returns the `PeftModel`.
@@ -61,8 +60,7 @@ def attach_lora(
             ensure_weight_tying=tied and bool(whole),
             task_type=TaskType.CAUSAL_LM,
         )
-        # Under ZeRO-3 float32 adapters beside a bf16 base end the first step in a TypeError (trl#6089).
-        return get_peft_model(model, config, autocast_adapter_dtype=zero_stage != 3)
+        return get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"LoRA cannot be attached: {error}") from None
 
@@ -84,7 +82,9 @@ def embedding_names(model: Any, tied: bool) -> list[str]:
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters; right under ZeRO-3 too, where a parameter's own size is that of a share."""
-    counts = [(parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()]
+    counts = [
+        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
+    ]
     return sum(size for trainable, size in counts if trainable), sum(size for _, size in counts)
 
 
@@ -130,6 +130,21 @@ def _gathered(model: Any) -> Iterator[None]:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+@contextmanager
+def whole_virtual_tokens(model: Any) -> Iterator[None]:
+    """Inside the block a prefix or prompt adapter can be saved by one rank alone.
+
+    peft computes what it saves by running the prompt encoder. Under ZeRO-3 its weights are partitioned, and a rank
+    that runs it alone waits for ever for the shares of the others.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        yield
+        return
+    with _gathered(model):
         yield
 
 

@@ -105,18 +105,18 @@ class Arguments:
     def flat(self) -> dict[str, Any]:
         """Every flag by name, as `--config` reads it back."""
         ours = {**asdict(self.model), **asdict(self.data), **asdict(self.adapter)}
-        return {**ours, **self.training}
+        return {**ours, **{name: value for name, value in self.training.items() if name not in SECRETS}}
 
     def given(self, name: str) -> Any:
         """A training flag as given, else transformers' default."""
         return self.training.get(name, training_flags()[name].default)
 
 
+SECRETS = ("hub_token",)  # never written to run.json
 GROUPS = (ModelArguments, DataArguments, AdapterArguments, RunArguments)
 # Trainer drops batch columns it does not know by default; the collator makes exactly the columns that are needed.
 FIXED_TRAINING = {"remove_unused_columns": False}
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
-SET_BY_HARDWARE = "use_cpu"
 
 
 @dataclass(frozen=True)
@@ -203,18 +203,41 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise ConfigError(_unknown(unknown, known_flags()))
     given = vars(parsed)
     if given.get("config"):
-        given = {**_from_file(Path(given["config"]), parser), **given}
+        stored = _from_file(Path(given["config"]))
+        given = {**{name: value for name, value in stored.items() if not _same_flag(name, given)}, **given}
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
     missing = [name for name in REQUIRED if not given.get(name)]
     if missing:
         raise ConfigError("missing: " + ", ".join(f"--{name}" for name in missing))
-    groups = [group(**{one.name: given[one.name] for one in fields(group) if one.name in given}) for group in GROUPS]
+    groups = [_filled(group, given) for group in GROUPS]
     ours = {one.name for group in GROUPS for one in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = _translate(given, training)
     arguments = Arguments(*groups, training={**FIXED_TRAINING, **training}, notes=notes)
     _check_pairs(arguments)
     return arguments
+
+
+def parse_for_preview(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, bool]:
+    """The model and data flags alone, and whether `--json` was given.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    groups = (ModelArguments, DataArguments)
+    parser = _Parser(prog="finetune preview", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    _add_groups(parser, groups)
+    parser.add_argument("--json", action="store_true", default=False, help="one JSON line per row of the file")
+    parsed, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(_unknown(unknown, [one.name for group in groups for one in fields(group)] + ["json"]))
+    given = vars(parsed)
+    missing = [name for name in ("model_name_or_path", "data_path") if not given.get(name)]
+    if missing:
+        raise ConfigError("missing: " + ", ".join(f"--{name}" for name in missing))
+    model, data = (_filled(group, given) for group in groups)
+    _check_at_least_one("model_max_length", data.model_max_length)
+    return model, data, given["json"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -227,14 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Flags of transformers.TrainingArguments are accepted under their own names and explained in its "
         "documentation.",
     )
-    for group in GROUPS:
-        section = parser.add_argument_group(group.__doc__)
-        hints = typing.get_type_hints(group)
-        for one in fields(group):
-            kind, is_list, choices = _shape(hints[one.name])
-            default = one.default_factory() if one.default is MISSING else one.default
-            text = one.metadata["help"] + ("" if default in (None, "", []) else f" [{_as_typed(default)}]")
-            _add(section, one.name, kind, is_list, choices, text)
+    _add_groups(parser, GROUPS)
     section = parser.add_argument_group("Training (transformers.TrainingArguments)")
     for flag in training_flags().values():
         summary = flag.help.split(". ")[0].strip().replace("%", "%%")
@@ -248,18 +264,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 def known_flags() -> list[str]:
     """Every accepted flag name, without dashes."""
-    ours = [one.name for group in GROUPS for one in fields(group)]
-    return sorted({*ours, *training_flags(), *TRANSLATED})
+    return sorted(_shapes())
+
+
+def _add_groups(parser: argparse.ArgumentParser, groups: Sequence[type]) -> None:
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__)
+        hints = typing.get_type_hints(group)
+        for one in fields(group):
+            kind, is_list, choices = _shape(hints[one.name])
+            default = one.default_factory() if one.default is MISSING else one.default
+            text = one.metadata["help"] + ("" if default in (None, "", []) else f" [{_as_typed(default)}]")
+            _add(section, one.name, kind, is_list, choices, text)
+
+
+def _filled(group: type, given: dict[str, Any]) -> Any:
+    return group(**{one.name: given[one.name] for one in fields(group) if one.name in given})
 
 
 def _add(section: Any, name: str, kind: type, is_list: bool, choices: Any, text: str) -> None:
-    options: dict[str, Any] = {"help": text, "choices": choices}
+    options: dict[str, Any] = {"help": text, "choices": choices, "type": _converter(kind)}
     if is_list:
-        options.update(nargs="*", type=kind, metavar=kind.__name__)
+        options.update(nargs="*", metavar=kind.__name__)
     elif kind is bool:
-        options.update(nargs="?", const=True, type=_boolean, metavar="True|False")
-    else:
-        options.update(type=kind, metavar=None if choices else kind.__name__)
+        options.update(nargs="?", const=True, metavar="True|False")
+    elif not choices:
+        options.update(metavar=kind.__name__)
     section.add_argument(f"--{name}", **options)
 
 
@@ -274,6 +304,20 @@ def _shape(hint: Any) -> tuple[type, bool, list[str] | None]:
     return hint, False, None
 
 
+def _shapes() -> dict[str, tuple[type, bool, list[str] | None]]:
+    """(type, takes several values, choices) of every accepted flag."""
+    hints = {name: hint for group in GROUPS for name, hint in typing.get_type_hints(group).items()}
+    return {
+        **{name: (translated.type, False, None) for name, translated in TRANSLATED.items()},
+        **{name: (flag.kind, flag.is_list, None) for name, flag in training_flags().items()},
+        **{name: _shape(hint) for name, hint in hints.items()},
+    }
+
+
+def _converter(kind: type) -> typing.Callable[[str], Any]:
+    return _boolean if kind is bool else kind
+
+
 def _boolean(text: str) -> bool:
     spelled = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in spelled:
@@ -283,6 +327,12 @@ def _boolean(text: str) -> bool:
 
 def _as_typed(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
+def _same_flag(name: str, given: dict[str, Any]) -> bool:
+    """Whether the command line gives this flag, under its present or an old name."""
+    present = {old: translated.to for old, translated in TRANSLATED.items()}
+    return present.get(name, name) in {present.get(one, one) for one in given}
 
 
 def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
@@ -295,12 +345,14 @@ def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
     return f"unknown flag --{name}{hint}"
 
 
-def _from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _from_file(path: Path) -> dict[str, Any]:
     """Flags from a YAML or JSON mapping, or from the `arguments` of a run.json."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
     try:
         if path.suffix in (".yaml", ".yml"):
             import yaml
@@ -308,7 +360,7 @@ def _from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
             values = yaml.safe_load(text)
         else:
             values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
     except Exception as error:
         if type(error).__module__.split(".")[0] != "yaml":
@@ -318,15 +370,29 @@ def _from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         values = values["arguments"]
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected a mapping of flags to values")
-    words: list[str] = []
+    shapes = _shapes()
+    given: dict[str, Any] = {}
     for name, value in values.items():
         if value is None:
             continue
-        if name not in known_flags():
-            raise ConfigError(f"--config {path}: " + _unknown([f"--{name}"], known_flags()))
-        items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        words += [f"--{name}", *map(str, items)] if items else []
-    return vars(parser.parse_args(words))
+        if name not in shapes:
+            raise ConfigError(f"--config {path}: " + _unknown([f"--{name}"], list(shapes)))
+        given[name] = _from_value(path, name, value, *shapes[name])
+    return given
+
+
+def _from_value(path: Path, name: str, value: Any, kind: type, is_list: bool, choices: list[str] | None) -> Any:
+    """One value of a file, checked as strictly as a word on the command line."""
+    items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+    if not is_list and len(items) != 1:
+        raise ConfigError(f"--config {path}: --{name} takes one value, found {value!r}")
+    try:
+        read = [_converter(kind)(str(item)) for item in items]
+    except (ValueError, argparse.ArgumentTypeError):
+        raise ConfigError(f"--config {path}: --{name}: expected {kind.__name__}, found {value!r}") from None
+    if choices and read[0] not in choices:
+        raise ConfigError(f"--config {path}: --{name}: expected {', '.join(choices)}, found {value!r}")
+    return read if is_list else read[0]
 
 
 def _translate(given: dict[str, Any], training: dict[str, Any]) -> list[str]:
@@ -350,8 +416,13 @@ def _check_pairs(arguments: Arguments) -> None:
         raise ConfigError(f"--use_lora True and --adapter {adapter.adapter} exclude each other: keep one of them")
     if adapter.use_dora and adapter.init_lora_weights.startswith("pissa"):
         raise ConfigError("--use_dora True and --init_lora_weights pissa exclude each other: keep one of them")
-    for name, value in (("model_max_length", data.model_max_length), ("lora_r", adapter.lora_r)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value}: expected at least 1")
+    _check_at_least_one("model_max_length", data.model_max_length)
+    _check_at_least_one("lora_r", adapter.lora_r)
+    _check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
     if not 0 <= adapter.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"--{name} {value}: expected at least 1")

@@ -22,7 +22,7 @@ KNOWN_WARNINGS = (
     r".*_reduce_scatter_base.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*barrier\(\): using the device under current context.*",
-    r".*torch.utils.checkpoint: the use_reentrant parameter.*",
+    r".*`is_gradient_checkpointing` is deprecated.*",
 )
 
 

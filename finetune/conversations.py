@@ -12,6 +12,7 @@ from 0. All faults of a file are collected before any is reported.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_conversations(path: str | Path) -> list[Conversation]:
         if conversation is not None:
             conversations.append(conversation)
     if faults:
-        raise DataError(listed(faults, "faulty row"))
+        raise DataError(listed(faults, "fault"))
     if not conversations:
         raise DataError(f"{path}: holds no conversations")
     return conversations
@@ -82,6 +83,8 @@ def _rows(path: Path) -> Iterator[Any]:
             raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
         except RecursionError:
             raise DataError(f"{path}: not a list of conversations: nested too deeply") from None
+        except ValueError as error:  # an integer of more than 4,300 digits
+            raise DataError(f"{path}: not a list of conversations: {error}") from None
         yield from rows
         return
     for number, line in enumerate(text.split("\n"), start=1):
@@ -96,10 +99,12 @@ def _rows(path: Path) -> Iterator[Any]:
                     f"or one JSON object a line: {error.msg}"
                 ) from None
             yield _Unreadable(number, error.colno, error.msg)
+        except (RecursionError, ValueError) as error:
+            yield _Unreadable(number, 1, str(error))
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path}: {_why_missing(path)}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -113,7 +118,7 @@ def _text(path: Path) -> str:
 
 
 def _why_missing(path: Path) -> str:
-    if path.is_dir():
+    if os.path.isdir(path):
         return "is a folder: name a file in it"
     shipped = ", ".join(str(file) for file in shipped_files()) or "none in this installation"
     reason = NOT_SHIPPED.get(path.name, "there is no such file")

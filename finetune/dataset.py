@@ -46,7 +46,9 @@ class PreparedData:
     summary: Summary
 
 
-def render_all(conversations: Sequence[Conversation], renderer: Renderer, *, show_progress: bool = True) -> list[Rendering]:
+def render_all(
+    conversations: Sequence[Conversation], renderer: Renderer, *, show_progress: bool = True
+) -> list[Rendering]:
     """Render every conversation, in order.
 
     Raises:
@@ -72,7 +74,9 @@ def prepare(renderings: Sequence[Rendering], source: str) -> PreparedData:
     """
     examples = [example for rendering in renderings for example in rendering.examples]
     if not examples:
-        raise DataError(f"{source}: all {len(renderings):,} rows are dropped: raise --model_max_length, or shorten them")
+        raise DataError(
+            f"{source}: all {len(renderings):,} rows are dropped: raise --model_max_length, or shorten them"
+        )
     statuses = Counter(rendering.status for rendering in renderings)
     summary = Summary(
         rows=len(renderings),

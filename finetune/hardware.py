@@ -7,6 +7,7 @@ would be told. Each decision comes with the lines that a user should read; no li
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -195,11 +196,15 @@ def check_extension_locks(folder: Path, now: float | None = None) -> None:
     """
     now = time.time() if now is None else now
     for lock in sorted(folder.glob("*/lock")) + sorted(folder.glob("*/*/lock")):
-        age = now - lock.stat().st_mtime
+        try:
+            age = now - lock.stat().st_mtime
+        except FileNotFoundError:  # its build ended meanwhile
+            continue
         if age > STALE_LOCK_SECONDS and not _is_open_somewhere(lock):
             raise ConfigError(
                 f"{lock} was left behind {age / 60:.0f} minutes ago by a build that was interrupted, and every run "
-                f"would wait for it for ever: if no other machine is building there, remove it with\n  rm '{lock}'"
+                f"would wait for it for ever: if no other machine is building there, remove it with\n"
+                f"  rm {shlex.quote(str(lock))}"
             )
 
 

@@ -91,6 +91,6 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], width: int, height
     plotext.theme("clear")
     plotext.plot([step for step, _ in points], [loss for _, loss in points], marker="braille")
     plotext.title("loss by step")
-    drawing = plotext.build()
+    drawing = plotext.uncolorize(plotext.build()).rstrip()
     plotext.clear_figure()
     return drawing

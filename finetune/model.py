@@ -14,8 +14,6 @@ from typing import Any
 from finetune.errors import ConfigError, FinetuneError
 from finetune.hardware import Precision
 
-TOKENIZER_NOISE = "incorrect regex pattern"
-
 
 @dataclass(frozen=True)
 class CheckedModel:
@@ -38,7 +36,6 @@ def check(name: str, *, trust_remote_code: bool, attention: str) -> CheckedModel
 
     with _explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    notes: list[str] = []
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
             with _explained(name), torch.device("meta"):
@@ -48,11 +45,9 @@ def check(name: str, *, trust_remote_code: bool, attention: str) -> CheckedModel
         except (ImportError, ValueError) as error:
             if candidate == "eager":
                 raise ConfigError(f"--model_name_or_path {name}: {_first_line(error)}") from None
-            notes = [f"attention {candidate} is not for this model: {_first_line(error)}"]
             continue
-        if notes:
-            notes[-1] += f" using {candidate}"
-        return CheckedModel(name, config, candidate, tuple(notes))
+        replaced = [] if candidate == attention else [f"this model has no {attention} attention: using {candidate}"]
+        return CheckedModel(name, config, candidate, tuple(replaced))
     raise AssertionError("the last candidate either returned or raised")
 
 
@@ -68,7 +63,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool, new_tokens: tuple[str,
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"--model_name_or_path {name}: its tokenizer does not load: {_first_line(error)}") from None
+            raise ConfigError(
+                f"--model_name_or_path {name}: its tokenizer does not load: {_first_line(error)}"
+            ) from None
     if new_tokens:
         tokenizer.add_tokens(list(new_tokens), special_tokens=True)
     return tokenizer

@@ -161,7 +161,9 @@ class LingoWhaleFormat:
 
     def __init__(self, tokenizer: Any, human_token_ids: Sequence[int], model_token_ids: Sequence[int]) -> None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError("--chat_template lingowhale: the tokenizer has no end-of-sequence token to end a turn with")
+            raise ConfigError(
+                "--chat_template lingowhale: the tokenizer has no end-of-sequence token to end a turn with"
+            )
         self.plain = PlainText(tokenizer)
         self.end = tokenizer.eos_token_id
         self.markers = {"human": list(human_token_ids), "model": list(model_token_ids)}
@@ -219,7 +221,8 @@ class TemplateFormat:
         from jinja2 import TemplateError
 
         messages = [
-            {"role": TEMPLATE_ROLES[turn.role], "content": content} for turn, content in zip(turns, contents, strict=True)
+            {"role": TEMPLATE_ROLES[turn.role], "content": content}
+            for turn, content in zip(turns, contents, strict=True)
         ]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template)
@@ -295,7 +298,9 @@ class TemplateFormat:
                 return position
             if self.tokenizer.decode([ids[position]]).strip():
                 break
-        raise Unrenderable(f"the chat template ends turn {turn} with no control token, so stopping could not be learned")
+        raise Unrenderable(
+            f"the chat template ends turn {turn} with no control token, so stopping could not be learned"
+        )
 
 
 def _match_contents(text: str, pieces: list[str], turns: Sequence[Turn]) -> list[str]:
@@ -384,7 +389,9 @@ class Renderer:
 
 def _cut(layout: Layout, length: int) -> Layout:
     spans = [
-        TurnSpan(span.turn, span.role, span.start, min(span.stop, length)) for span in layout.spans if span.start < length
+        TurnSpan(span.turn, span.role, span.start, min(span.stop, length))
+        for span in layout.spans
+        if span.start < length
     ]
     return Layout(layout.input_ids[:length], layout.labels[:length], spans)
 
@@ -400,7 +407,7 @@ def choose_format(
     """The chat format of a run and the lines that announce a choice the user did not make.
 
     Without `chat_template` (`lingowhale`, `chatml` or a Jinja file): the tokenizer's own template, else LingoWhale's
-    format for LingoWhale, else ChatML, whose markers the tokenizer must have.
+    format for LingoWhale, else ChatML, whose markers are added to a tokenizer that lacks them.
 
     Raises:
         ConfigError: a template file that does not exist.
@@ -416,6 +423,10 @@ def choose_format(
     if chat_template == "lingowhale":
         return LingoWhaleFormat(tokenizer, human_token_ids, model_token_ids), notes
     if chat_template == "chatml":
+        missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
+        if missing:
+            tokenizer.add_tokens(missing, special_tokens=True)
+            notes.append(f"chatml: {' and '.join(missing)} are new to this tokenizer and are added to its vocabulary")
         return TemplateFormat(tokenizer, CHATML, "chatml"), notes
     path = Path(chat_template)
     if not path.is_file():

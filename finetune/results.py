@@ -1,10 +1,10 @@
 """What an output_dir holds: `run.json`, which says how it came about, beside the model or adapter.
 
-    run.json            what ran: arguments, resolved DeepSpeed config, versions, world size, data, result
-    data_ledger.jsonl   every row that was not kept whole, with the reason
-    metrics.jsonl       one line per logged step
-    trainer_state.json  the Trainer's own record
-    adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config.json
+run.json            what ran: arguments, resolved DeepSpeed config, versions, world size, data, result
+data_ledger.jsonl   every row that was not kept whole, with the reason
+metrics.jsonl       one line per logged step
+trainer_state.json  the Trainer's own record
+adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config.json
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     deepspeed finetune/finetune.py --model_name_or_path M --data_path data/identity.json --output_dir output \
         --deepspeed ds_configs/zero2.json --bf16 True --use_lora True
     # the machines of a hostfile
-    deepspeed --hostfile=hostfiles/cluster finetune/finetune.py --model_name_or_path M \
+    deepspeed --hostfile=hostfiles/two_hosts finetune/finetune.py --model_name_or_path M \
         --data_path data/identity.json --output_dir output --deepspeed ds_configs/zero3.json --bf16 True
 
 `main` is the story, one line a stage: parse -> check -> read -> render -> load -> attach -> fit -> seal.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import adapters, console, model, results
-from finetune.arguments import Arguments, parse
+from finetune.arguments import Arguments, DataArguments, ModelArguments, parse
 from finetune.collation import PaddedCollator, pad_token_id
 from finetune.conversations import load_conversations
 from finetune.dataset import PreparedData, as_features, prepare, render_all, summary_facts, write_ledger
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.quiet_libraries()
         setup = check(arguments)
         conversations = load_conversations(arguments.data.data_path)
-        tokenizer, chat_format = load_format(arguments)
+        tokenizer, chat_format, notes = load_format(arguments.model, arguments.data)
+        console.say_notes(notes)
         renderings = render_all(conversations, Renderer(chat_format, arguments.data.model_max_length))
         data = prepare(renderings, arguments.data.data_path)
         training_arguments = begin(arguments, setup, data)
@@ -137,22 +138,19 @@ def _checkpointing(arguments: Arguments, checked: model.CheckedModel) -> tuple[b
     return wanted, []
 
 
-def load_format(arguments: Arguments) -> tuple[Any, ChatFormat]:
-    """The tokenizer, new tokens added, and the chat format that conversations are rendered in."""
+def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:
+    """The tokenizer with new tokens added, the chat format of the run, and lines for the user."""
     tokenizer = model.load_tokenizer(
-        arguments.model.model_name_or_path,
-        trust_remote_code=arguments.model.trusts_code(),
-        new_tokens=tuple(arguments.model.new_tokens),
+        chosen.model_name_or_path, trust_remote_code=chosen.trusts_code(), new_tokens=tuple(chosen.new_tokens)
     )
     chat_format, notes = choose_format(
         tokenizer,
-        arguments.data.chat_template,
-        human_token_ids=arguments.data.human_token_ids,
-        model_token_ids=arguments.data.model_token_ids,
-        is_lingowhale=arguments.model.is_lingowhale(),
+        data.chat_template,
+        human_token_ids=data.human_token_ids,
+        model_token_ids=data.model_token_ids,
+        is_lingowhale=chosen.is_lingowhale(),
     )
-    console.say_notes(notes)
-    return tokenizer, chat_format
+    return tokenizer, chat_format, notes
 
 
 def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
@@ -168,10 +166,6 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
         "activation_checkpointing": setup.activation_checkpointing,
         "deepspeed": setup.zero.config if setup.zero else None,
     }
-    if setup.activation_checkpointing and not values.get("activation_checkpointing_kwargs"):
-        # ZeRO-3 partitions frozen weights again before a non-reentrant recomputation sees them (transformers#47254).
-        reentrant = setup.zero is not None and setup.zero.stage == 3 and arguments.adapter.kind() is not None
-        values["activation_checkpointing_kwargs"] = {"use_reentrant": reentrant}
     if setup.hardware.use_cpu:
         values["dataloader_pin_memory"] = False
     training_arguments = start_processes(setup.hardware.backend, values)
@@ -213,10 +207,18 @@ def load(arguments: Arguments, setup: Setup, tokenizer: Any, chat_format: ChatFo
 
 def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any:
     """The model that is trained: the base itself, or the base with an adapter."""
+    from transformers import set_seed
+
     chosen = arguments.adapter
     if chosen.kind() is None:
         return base
+    set_seed(arguments.given("seed"))  # the Trainer sets it only later, and loading draws numbers under ZeRO-3
+    grows = model.must_grow(setup.model, tokenizer)
     if chosen.kind() != "lora":
+        if grows:
+            raise ConfigError(
+                f"--adapter {chosen.kind()} cannot train the embeddings of new tokens: use --use_lora True"
+            )
         return adapters.attach_virtual_tokens(base, chosen.kind(), chosen.num_virtual_tokens)
     return adapters.attach_lora(
         base,
@@ -228,8 +230,7 @@ def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any
         use_dora=chosen.use_dora,
         use_rslora=chosen.use_rslora,
         init_lora_weights=chosen.init_lora_weights,
-        zero_stage=setup.zero.stage if setup.zero else 0,
-        train_embeddings=model.must_grow(setup.model, tokenizer),
+        train_embeddings=grows,
     )
 
 
@@ -305,8 +306,11 @@ def seal(arguments: Arguments, trainer: Any) -> None:
             adapters.verify_saved(output_dir)
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         losses = [entry["loss"] for entry in logged]
-        result = {"steps": trainer.state.global_step, "first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
-        results.write_run(output_dir, {"result": result, "completed": True})
+        result = (
+            {"steps": trainer.state.global_step, "first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
+        )
+        deepspeed_config = trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None
+        results.write_run(output_dir, {"deepspeed": deepspeed_config, "result": result, "completed": True})
         console.say_summary(
             loss_curve([entry["step"] for entry in logged], losses, console.width()),
             {
@@ -322,7 +326,11 @@ def seal(arguments: Arguments, trainer: Any) -> None:
 
 def next_command(output_dir: Path) -> str:
     """A line that shows the result at work, with plain peft or transformers."""
-    loader = "peft import AutoPeftModelForCausalLM" if adapters.is_adapter(output_dir) else "transformers import AutoModelForCausalLM"
+    loader = (
+        "peft import AutoPeftModelForCausalLM"
+        if adapters.is_adapter(output_dir)
+        else "transformers import AutoModelForCausalLM"
+    )
     name = loader.rpartition(" ")[2]
     return f"python -c \"from {loader}; print({name}.from_pretrained('{output_dir}'))\""
 

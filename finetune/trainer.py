@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from finetune.adapters import InitialLora
+from finetune.adapters import InitialLora, whole_virtual_tokens
 from finetune.console import is_rank_0, is_terminal, say
 from finetune.errors import ConfigError
 from finetune.metrics import METRICS_FILE, StepMeter, append_metrics, peak_memory_bytes
@@ -95,7 +95,8 @@ class SupervisedTrainer(Trainer):
         self.meter.since += time.perf_counter() - began  # saving is not part of a step's seconds
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with whole_virtual_tokens(self.model):
+            super()._save(output_dir, state_dict)
         if self.initial_lora is not None and self.args.should_save:
             self.initial_lora.rewrite(Path(output_dir or self.args.output_dir))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -67,7 +68,9 @@ class ResolvedConfig:
     def offloads(self) -> bool:
         """Whether parameters or optimizer states live on the host or on disk."""
         zero = self.config.get("zero_optimization", {})
-        return any((zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
+        return any(
+            (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
+        )
 
 
 def shipped_folder() -> Path:
@@ -88,7 +91,7 @@ def find_config(name: str) -> Path:
         ConfigError: neither exists.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False for a name longer than the file system allows
         return path
     if path.name == name and path.stem in shipped_names():
         return shipped_folder() / f"{path.stem}.json"
@@ -128,6 +131,8 @@ def load_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a DeepSpeed config: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(config, dict):
@@ -136,7 +141,13 @@ def load_config(path: Path) -> dict[str, Any]:
 
 
 def resolve(
-    path: Path, config: Mapping[str, Any], command: CommandLine, *, world_size: int, local_world_size: int, use_cpu: bool
+    path: Path,
+    config: Mapping[str, Any],
+    command: CommandLine,
+    *,
+    world_size: int,
+    local_world_size: int,
+    use_cpu: bool,
 ) -> ResolvedConfig:
     """Fill every `"auto"` that the command line decides, and check every value that it contradicts.
 
@@ -157,7 +168,7 @@ def resolve(
         _settle_zero(path, resolved, stage, world_size, local_world_size, use_cpu, faults, notes)
         _check_leftover_autos(path, resolved, faults)
     if faults:
-        raise ConfigError(listed(faults, "fault in the DeepSpeed config and the command line together, all to be mended"))
+        raise ConfigError(listed(faults, "fault"))
     return ResolvedConfig(str(path), resolved, stage, tuple(notes))
 
 
@@ -217,8 +228,12 @@ def _settle_batch_and_optimizer(
         ("scheduler.params.warmup_max_lr", command.learning_rate, "--learning_rate"),
     ]
     for key, value, flag in decided:
-        _fill_or_compare(path, config, key, value, f"{flag} is {json.dumps(value)}", f"or give {flag} its value", faults)
-    product = f"{micro} per device x {accumulation} accumulated x {world_size} ranks is {micro * accumulation * world_size}"
+        _fill_or_compare(
+            path, config, key, value, f"{flag} is {json.dumps(value)}", f"or give {flag} its value", faults
+        )
+    product = (
+        f"{micro} per device x {accumulation} accumulated x {world_size} ranks is {micro * accumulation * world_size}"
+    )
     _fill_or_compare(
         path, config, "train_batch_size", micro * accumulation * world_size, product, "or change one of them", faults
     )
@@ -228,9 +243,9 @@ def _fill_or_compare(
     path: Path, config: dict[str, Any], key: str, value: Any, said: str, remedy: str, faults: list[str]
 ) -> None:
     node, last = _node(config, key)
-    if node is None or last not in node:
+    if node is None or (last not in node and "." in key):
         return
-    if node[last] == AUTO:
+    if node.get(last, AUTO) == AUTO:
         node[last] = value
     elif _as_number(node[last]) != _as_number(value):
         faults.append(f'{path}: {key} is {json.dumps(node[last])}, but {said}: write "auto" there, {remedy}')
@@ -261,12 +276,15 @@ def _settle_zero(
                 notes.append(f"{path}: {last} is off: its kernels need a GPU")
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key)
-        if not isinstance(offload, dict):
+        if offload is None:
+            continue
+        if not isinstance(offload, dict) or offload.get("device", "none") not in ("none", "cpu", "nvme"):
+            faults.append(f'{path}: {key} is {json.dumps(offload)}: expected {{"device": "cpu"}} or "nvme" or "none"')
             continue
         if key == "offload_param" and stage != 3 and offload.get("device", "none") != "none":
             faults.append(f"{path}: offload_param needs ZeRO stage 3, but zero_optimization.stage is {stage}")
         nvme = offload.get("nvme_path")
-        if offload.get("device") == "nvme" and not (nvme and Path(nvme).is_dir()):
+        if offload.get("device") == "nvme" and not (isinstance(nvme, str) and nvme and os.path.isdir(nvme)):
             faults.append(
                 f"{path}: {key}.nvme_path is {json.dumps(nvme)}, which is no folder on this host: "
                 "copy the config and name a folder on a local NVMe disk"
@@ -278,7 +296,12 @@ def _settle_hpz(path: Path, zero: dict[str, Any], world_size: int, local_world_s
     size = zero.get("zero_hpz_partition_size")
     if size == AUTO:
         zero["zero_hpz_partition_size"] = local_world_size
-    elif size is not None and (not isinstance(size, int) or size < 1 or world_size % size):
+        if world_size % local_world_size:
+            faults.append(
+                f"{path}: zero_hpz_partition_size is the {local_world_size} ranks of this host, which do not divide "
+                f"the {world_size} ranks: give every host as many, or leave the key out"
+            )
+    elif size is not None and (type(size) is not int or size < 1 or world_size % size):
         faults.append(
             f"{path}: zero_hpz_partition_size is {json.dumps(size)}, which does not divide the {world_size} ranks: "
             f'write "auto" (the ranks of one host, here {local_world_size})'
@@ -310,7 +333,7 @@ def _as_number(value: Any) -> Any:
         return value
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value
 
 

@@ -1,0 +1,52 @@
+# quickstart: from a fresh clone to a fine-tuned model.   test: install what is needed and run the fast tests.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+MODEL := .models/SmolLM2-135M-Instruct
+PYTEST := $(VENV)/bin/python -m pytest
+
+.PHONY: quickstart test test-faults test-hosts test-gpu test-all lint install model prerequisites
+
+quickstart: install
+	$(VENV)/bin/python -m finetune quickstart $(QUICKSTART_FLAGS)
+
+test: install model
+	$(PYTEST)
+
+test-faults: install model
+	$(PYTEST) -m faults
+
+test-hosts: install model
+	$(PYTEST) -m hosts
+
+test-gpu: install model
+	$(PYTEST) -m gpu
+
+test-all: install model
+	$(PYTEST) -m ""
+
+lint: install
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+install: prerequisites $(READY)
+
+model: install $(MODEL)/model.safetensors
+
+$(READY): requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+$(MODEL)/model.safetensors: | install
+	$(VENV)/bin/python -m finetune quickstart --only_model
+
+prerequisites:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed, found $$($(PYTHON) --version)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: this Python makes no virtual environments: apt-get install python3-venv" >&2; exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || \
+	  { echo "error: DeepSpeed compiles its operators with a C++ compiler: apt-get install g++" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || \
+	  { echo "error: the headers of this Python are missing: apt-get install python3-dev" >&2; exit 2; }

@@ -1,0 +1,43 @@
+"""`finetune VERB`, the same as `python -m finetune VERB`; training itself starts with the `deepspeed` command."""
+
+from __future__ import annotations
+
+import typer
+
+from finetune.errors import reported
+from finetune.tools import preview, quickstart
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Tools around fine-tuning with DeepSpeed. Train with: deepspeed finetune/finetune.py --help",
+)
+# Preview takes the training command's own flags, which have their home and their --help in `arguments`.
+TRAINING_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("preview", context_settings=TRAINING_FLAGS, help=preview.SUMMARY)
+def _preview(context: typer.Context) -> None:
+    preview.main(context.args)
+
+
+@app.command("quickstart", help=quickstart.SUMMARY)
+def _quickstart(
+    output_dir: str = typer.Option("output/quickstart", "--output_dir", help="where the result goes"),
+    model_dir: str = typer.Option(quickstart.MODEL_DIR, "--model_dir", help="where the small model is kept"),
+    only_model: bool = typer.Option(False, "--only_model", help="obtain the small model and stop"),
+    short: bool = typer.Option(
+        False, "--short", help="a few steps and questions: shows that it runs, not that it learns"
+    ),
+) -> None:
+    quickstart.main(output_dir, model_dir, only_model=only_model, short=short)
+
+
+def main() -> None:
+    """The console script."""
+    with reported():
+        app()
+
+
+if __name__ == "__main__":
+    main()

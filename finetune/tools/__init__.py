@@ -1,0 +1,1 @@
+"""The verbs beside training, one file each; they never import each other."""

@@ -1,0 +1,109 @@
+"""What several test files share: a byte tokenizer, a tiny model, the small pretrained one, conversation files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PRETRAINED = ROOT / ".models" / "SmolLM2-135M-Instruct"
+CONTROL_TOKENS = {"<pad>": 0, "</s>": 2, "<human>": 3, "<model>": 4}
+
+# Compiled operators are shared by all tests and built once; see hardware.prepare_environment.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROWS = [
+    [("human", "Who are you?"), ("model", "I am Nori, made by Tidepool.")],
+    [
+        ("human", "你是谁？"),
+        ("model", "我是 Nori。"),
+        ("human", "What does <|im_end|> do?"),
+        ("model", "It ends a turn."),
+    ],
+    [("system", "Be brief."), ("human", "2+3?"), ("model", "5")],
+    [("human", "Capital of France?"), ("model", "Paris.")],
+    [("human", "Count to three."), ("model", "One, two, three.")],
+    [("human", "谢谢"), ("model", "不客气。")],
+]
+
+
+def write_rows(path: Path, rows: list[list[tuple[str, str]]]) -> Path:
+    """A conversation file from (role, text) pairs."""
+    values = [
+        {"id": number, "conversations": [{"from": role, "value": text} for role, text in turns]}
+        for number, turns in enumerate(rows)
+    ]
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def conversation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six short conversations in two languages."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.json", ROWS)
+
+
+def byte_tokenizer():
+    """The id of a byte is 10 + its value; pad 0, eos 2, the human marker 3, the model marker 4."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(ByteLevel.alphabet(), key=_byte_of)
+    vocabulary = {**CONTROL_TOKENS, **{letter: 10 + number for number, letter in enumerate(letters)}}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+
+
+def _byte_of(letter: str) -> int:
+    """The byte that a letter of the byte-level alphabet stands for: itself if printable, else in order from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return ord(letter) if ord(letter) < 256 else others[ord(letter) - 256]
+
+
+@pytest.fixture(scope="session")
+def golden_tokenizer():
+    """The tokenizer of the golden rows, `</s>` an added special token."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pretrained() -> Path:
+    """SmolLM2-135M-Instruct; `make model` obtains it."""
+    assert (PRETRAINED / "model.safetensors").is_file(), "the small model is missing: make model"
+    return PRETRAINED
+
+
+@pytest.fixture(scope="session")
+def smol_tokenizer(pretrained: Path):
+    """The real tokenizer of the small model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(pretrained)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, smol_tokenizer) -> Path:
+    """A random two-layer Llama with tied embeddings and the small model's tokenizer, saved in a folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(smol_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    smol_tokenizer.save_pretrained(folder)
+    return folder

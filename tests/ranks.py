@@ -1,0 +1,96 @@
+"""Run the training story on real ranks without paying for imports each time.
+
+Ranks are forked from one server process that has imported torch, transformers, DeepSpeed and peft; each gets the
+environment a launcher would give it and runs `finetune.train.main`. Only the start differs from the `deepspeed`
+command, which has tests of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LIMIT_SECONDS = 120
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["finetune.trainer", "finetune.train", "deepspeed", "peft"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit statuses by rank, and each rank's stdout and stderr together."""
+
+    statuses: list[int]
+    outputs: list[str]
+
+    @property
+    def succeeded(self) -> bool:
+        return all(status == 0 for status in self.statuses)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probing:
+        probing.bind(("127.0.0.1", 0))
+        return probing.getsockname()[1]
+
+
+def train(folder: Path, argv: Sequence[str], world_size: int = 2) -> Outcome:
+    """Run the training story with these arguments on `world_size` ranks."""
+    return run(folder, _train, (list(map(str, argv)),), world_size)
+
+
+def run(folder: Path, function: Callable[..., Any], arguments: tuple, world_size: int = 2) -> Outcome:
+    """Run `function(*arguments)` on every rank; output goes to `folder`/rank-N.log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = str(free_port())
+    logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
+    ranks = [
+        _context.Process(target=_rank, args=(rank, world_size, port, str(logs[rank]), function, arguments))
+        for rank in range(world_size)
+    ]
+    for one in ranks:
+        one.start()
+    _end_together(ranks)
+    return Outcome([one.exitcode for one in ranks], [log.read_text(errors="replace") for log in logs])
+
+
+def _end_together(ranks: list) -> None:
+    """Wait; as the launcher does, end the others soon after the first rank that fails."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while any(one.is_alive() for one in ranks) and time.monotonic() < deadline:
+        if any(one.exitcode for one in ranks):
+            deadline = min(deadline, time.monotonic() + 1)
+        time.sleep(0.05)
+    for one in ranks:
+        if one.is_alive():
+            one.terminate()
+        one.join(10)
+
+
+def _rank(rank: int, world_size: int, port: str, log: str, function: Callable[..., Any], arguments: tuple) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _train(argv: list[str]) -> None:
+    from finetune.train import main
+
+    main(argv)

@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.arguments import known_flags, parse, parse_for_preview, training_flags
+from finetune.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = (
+    "--data_path data/identity.json --model_name_or_path deeplang-ai/LingoWhale-8B --output_dir output "
+    "--model_max_length 2048 --num_train_epochs 4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
+    "--save_strategy epoch --learning_rate 2e-5 --lr_scheduler_type constant --adam_beta1 0.9 --adam_beta2 0.98 "
+    "--adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 1e-4 --warmup_ratio 0.0 --logging_steps 1 "
+    "--gradient_checkpointing True --deepspeed ds_configs/zero3.json --bf16 True --tf32 True --report_to none"
+).split()
+REQUIRED = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o"]
+
+
+def parsed(*words: str):
+    return parse([*REQUIRED, *words])
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        parsed(*words)
+    return str(raised.value)
+
+
+def written(path: Path, values: object) -> Path:
+    """A config file in the format of its name; text and bytes as they are."""
+    if isinstance(values, bytes):
+        path.write_bytes(values)
+    elif isinstance(values, str):
+        path.write_text(values, encoding="utf-8")
+    else:
+        path.write_text(json.dumps(values) if path.suffix == ".json" else yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+# ---- the published command
+
+
+def test_the_published_command_parses():
+    arguments = parse(PUBLISHED)
+
+    assert arguments.model.model_name_or_path == "deeplang-ai/LingoWhale-8B"
+    assert arguments.data.model_max_length == 2048
+    assert arguments.adapter.kind() is None
+    assert arguments.training == {
+        "remove_unused_columns": False, "output_dir": "output", "num_train_epochs": 4.0,
+        "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "save_strategy": "epoch",
+        "learning_rate": 2e-5, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.98,
+        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "weight_decay": 1e-4, "warmup_steps": 0.0, "logging_steps": 1.0,
+        "activation_checkpointing": True, "deepspeed": "ds_configs/zero3.json", "bf16": True, "tf32": True,
+        "report_to": ["none"],
+    }  # fmt: skip
+
+
+def test_parsing_and_checking_start_without_torch():
+    code = (
+        "import sys; import finetune.arguments, finetune.conversations, finetune.hardware, finetune.zero\n"
+        "print(finetune.arguments.parse(sys.argv[1:]).training['output_dir'], "
+        "[name for name in ('torch', 'transformers', 'deepspeed', 'peft', 'numpy') if name in sys.modules])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code, *PUBLISHED], cwd=ROOT, capture_output=True, text=True)
+
+    assert (done.stdout, done.stderr) == ("output []\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "trusted"), [("deeplang-ai/LingoWhale-8B", True), ("someone/LingoWhale-8B", False), ("m", False)]
+)
+def test_only_the_published_model_runs_its_own_code_without_the_flag(name, trusted):
+    words = [*REQUIRED, "--model_name_or_path", name]
+
+    assert parse(words).model.trusts_code() is trusted
+    assert parse([*words, "--trust_remote_code", "True"]).model.trusts_code()
+
+
+# ---- the flags of transformers
+
+
+def test_names_and_defaults_are_those_of_the_installed_transformers():
+    from transformers import TrainingArguments
+
+    real = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    read = {name: flag.default for name, flag in training_flags().items()}
+
+    assert list(read) == list(real)
+    compared = [name for name, default in read.items() if default is not None]
+    assert len(compared) > 60
+    assert [repr(read[name]) for name in compared] == [repr(real[name]) for name in compared]
+    computed = {name for name, default in real.items() if default is not None and read[name] is None}
+    assert computed <= {"optim", "include_for_metrics"}
+
+
+def test_every_flag_of_transformers_is_accepted():
+    samples = {bool: "True", int: "3", float: "0.5", str: "text"}
+    values = {bool: True, int: 3, float: 0.5, str: "text"}
+    flags = [flag for flag in training_flags().values() if flag.name not in ("local_rank", "output_dir")]
+
+    training = parsed(*(word for flag in flags for word in (f"--{flag.name}", samples[flag.kind]))).training
+
+    assert len(flags) > 100
+    old = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
+    for flag in flags:
+        if flag.name not in old:
+            assert training[flag.name] == ([values[flag.kind]] if flag.is_list else values[flag.kind]), flag.name
+
+
+def test_a_training_flag_that_is_not_given_has_the_default_of_transformers():
+    assert parsed().given("learning_rate") == training_flags()["learning_rate"].default > 0
+    assert parsed("--learning_rate", "0.5").given("learning_rate") == 0.5
+
+
+def test_the_rank_that_the_launcher_passes_is_no_argument_of_the_run():
+    assert parsed("--local_rank=1").flat() == parsed().flat()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "now", "translated", "line"),
+    [
+        ("warmup_ratio", "0.1", "warmup_steps", 0.1, None),
+        ("gradient_checkpointing", "True", "activation_checkpointing", True, None),
+        ("gradient_checkpointing", "False", "activation_checkpointing", False, None),
+        ("group_by_length", "True", "train_sampling_strategy", "group_by_length", "train_sampling_strategy"),
+        ("group_by_length", "False", "train_sampling_strategy", "random", "train_sampling_strategy"),
+        ("evaluation_strategy", "no", "eval_strategy", "no", "--evaluation_strategy is now --eval_strategy no"),
+        ("no_cuda", "True", "use_cpu", True, "--no_cuda is now --use_cpu True"),
+        ("per_gpu_train_batch_size", "4", "per_device_train_batch_size", 4, "per_device_train_batch_size 4"),
+    ],
+)
+def test_a_renamed_flag_is_translated(flag, value, now, translated, line):
+    arguments = parsed(f"--{flag}", value)
+
+    assert arguments.training[now] == translated
+    assert flag not in arguments.training
+    assert len(arguments.notes) == (line is not None)
+    assert line is None or line in arguments.notes[0]
+
+
+@pytest.mark.parametrize("ratio", ["1", "1.5", "-0.1", "nan"])
+def test_a_warmup_ratio_is_a_share(ratio):
+    assert "expected a share from 0 up to 1" in refusal("--warmup_ratio", ratio)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning_rat", "1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
+        (["--learning_rat=1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
+        (["--data-path", "x"], "unknown flag --data-path: did you mean --data_path?"),
+        (["--use_lra"], "unknown flag --use_lra: did you mean --use_lora?"),
+        (["--model_max", "5"], "unknown flag --model_max"),
+        (["--zzz", "5"], "unknown flag --zzz: see --help"),
+        (["stray"], "unexpected argument 'stray': every value belongs to a flag"),
+        (["--lora_r", "eight"], "argument --lora_r: invalid int value: 'eight'"),
+        (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
+        (["--bf16", "maybe"], "argument --bf16: expected True or False, found 'maybe'"),
+        (["--adapter", "ia3"], "argument --adapter: invalid choice: 'ia3'"),
+        (["--seed"], "argument --seed: expected one argument"),
+        (["--use_lora", "True", "--adapter", "prefix"], "--use_lora True and --adapter prefix exclude each other"),
+        (["--use_lora", "--adapter", "prompt"], "--use_lora True and --adapter prompt exclude each other"),
+        (
+            ["--use_dora", "--init_lora_weights", "pissa_niter_16"],
+            "--use_dora True and --init_lora_weights pissa exclude each other",
+        ),
+        (["--model_max_length", "0"], "--model_max_length 0: expected at least 1"),
+        (["--lora_r", "0"], "--lora_r 0: expected at least 1"),
+        (["--num_virtual_tokens", "-1"], "--num_virtual_tokens -1: expected at least 1"),
+        (["--lora_dropout", "1"], "--lora_dropout 1.0: expected a share from 0 up to 1"),
+        (["--lora_dropout", "nan"], "--lora_dropout nan: expected a share from 0 up to 1"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_value(words, said):
+    assert refusal(*words).startswith(said)
+
+
+def test_every_missing_flag_is_named_at_once():
+    with pytest.raises(ConfigError) as raised:
+        parse([])
+    assert str(raised.value) == "missing: --model_name_or_path, --data_path, --output_dir"
+    with pytest.raises(ConfigError, match="^missing: --data_path$"):
+        parse(["--model_name_or_path", "m", "--output_dir", "o", "--data_path", ""])
+
+
+@pytest.mark.parametrize(
+    "words", [["--use_lora"], ["--use_lora", "--seed", "1"], ["--use_lora", "true"], ["--use_lora=1"]]
+)
+def test_a_bare_switch_means_true(words):
+    arguments = parsed(*words)
+
+    assert arguments.adapter.use_lora is True
+    assert arguments.adapter.kind() == "lora"
+
+
+@pytest.mark.parametrize("word", ["False", "false", "no", "0"])
+def test_a_switch_can_be_off(word):
+    assert parsed("--use_lora", word).adapter.kind() is None
+    assert parsed("--use_lora", word, "--adapter", "prefix").adapter.kind() == "prefix"
+
+
+def test_lora_may_be_asked_for_twice():
+    assert parsed("--use_lora", "--adapter", "lora").adapter.kind() == "lora"
+
+
+def test_help_names_every_flag_and_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+
+    shown = set(capsys.readouterr().out.replace(",", " ").split())
+    assert ended.value.code == 0
+    assert len(known_flags()) > 130
+    assert [name for name in known_flags() if f"--{name}" not in shown] == []
+
+
+# ---- --config
+
+VALUES = {"learning_rate": 2e-5, "use_lora": True, "lora_target_modules": ["q_proj", "v_proj"], "report_to": "none"}
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.yml", "a.json", "run.json"])
+def test_a_config_file_gives_flags(name, tmp_path):
+    values = {"arguments": VALUES, "world_size": 2} if name == "run.json" else VALUES
+
+    arguments = parsed("--config", str(written(tmp_path / name, values)))
+
+    assert arguments.flat() == {**parsed().flat(), **VALUES, "report_to": ["none"]}
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
+    text = "learning_rate: 2e-5\nnum_train_epochs: 4\nbf16: yes\nlr_scheduler_kwargs: {a: 1}\n"
+    path = written(tmp_path / "a.yaml", text)
+
+    training = parsed("--config", str(path)).training
+
+    assert (training["learning_rate"], training["num_train_epochs"], training["bf16"]) == (2e-5, 4.0, True)
+    assert json.loads(training["lr_scheduler_kwargs"]) == {"a": 1}
+
+
+def test_a_config_file_may_hold_the_required_flags(tmp_path):
+    path = written(tmp_path / "a.json", {"model_name_or_path": "m", "data_path": "d", "output_dir": "o"})
+
+    assert parse(["--config", str(path)]).training["output_dir"] == "o"
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = written(tmp_path / "a.yaml", {**VALUES, "data_path": "other.json", "lora_r": 64})
+
+    words = "--learning_rate 1 --use_lora False --lora_target_modules k".split()
+    arguments = parsed("--config", str(path), *words)
+
+    assert arguments.data.data_path == "d.json"
+    assert arguments.training["learning_rate"] == 1.0
+    assert (arguments.adapter.use_lora, arguments.adapter.lora_r) == (False, 64)
+    assert arguments.adapter.lora_target_modules == ["k"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "words", "name", "value"),
+    [
+        ({"activation_checkpointing": True}, ["--gradient_checkpointing", "False"], "activation_checkpointing", False),
+        ({"warmup_steps": 0.5}, ["--warmup_ratio", "0.1"], "warmup_steps", 0.1),
+        ({"warmup_ratio": 0.5}, ["--warmup_steps", "10"], "warmup_steps", 10.0),
+        ({"use_cpu": False}, ["--no_cuda", "True"], "use_cpu", True),
+    ],
+)
+def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, value, tmp_path):
+    """A run.json holds the present names; the published command uses the old ones."""
+    path = written(tmp_path / "run.json", {"arguments": stored})
+
+    assert parsed("--config", str(path), *words).training[name] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.yaml", {"learning_rat": 1}, "unknown flag --learning_rat: did you mean --learning_rate?"),
+        ("a.yaml", "{1: 2}", "unknown flag --1"),
+        ("a.json", {"lora_r": "eight"}, "invalid int value: 'eight'"),
+        ("a.json", {"seed": True}, "expected int, found True"),
+        ("a.json", {"output_dir": ["a", "b"]}, "output_dir"),
+        ("a.json", "[1]", "expected a mapping of flags to values"),
+        ("a.yaml", "", "expected a mapping of flags to values"),
+        ("a.yaml", "a: [", "not YAML"),
+        ("a.yaml", "run_name: 2020-13-45", "month"),
+        ("a.json", "{,}", "line 1 column 2"),
+        ("a.yaml", b"run_name: \xe9", "UTF-8"),
+        ("a.json", b'{"run_name": "\xe9"}', "UTF-8"),
+        ("a.json", "[" * 100_000, ""),
+        ("a.yaml", "[" * 5_000, ""),
+        ("a.json", '{"seed": ' + "1" * 5_000 + "}", "digits"),
+    ],
+    ids=[
+        "unknown", "number-as-flag", "type", "boolean-for-int", "list-for-one", "array", "empty", "broken-yaml",
+        "bad-date", "broken-json", "latin-1-yaml", "latin-1-json", "deep-json", "deep-yaml", "digits",
+    ],
+)  # fmt: skip
+def test_a_wrong_config_file_is_named_with_what_is_wrong(name, content, said, tmp_path):
+    path = written(tmp_path / name, content)
+
+    message = refusal("--config", str(path))
+
+    assert message.startswith(f"--config {path}")
+    assert said in message
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    missing = tmp_path / "no.yaml"
+
+    assert refusal("--config", str(missing)) == f"--config {missing}: No such file or directory"
+    assert refusal("--config", str(tmp_path)).startswith(f"--config {tmp_path}: ")
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.yaml"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        PUBLISHED,
+        [*REQUIRED, "--use_lora", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", "4", "--new_tokens", "<x>"],
+        [*REQUIRED, "--lr_scheduler_kwargs", '{"a": [1, "b c"]}', "--run_name", "", "--chat_template", "a b.jinja"],
+        [*REQUIRED, "--no_cuda", "--group_by_length", "False", "--warmup_ratio", "0.25", "--tf32", "False"],
+        [*REQUIRED, "--new_tokens", "--human_token_ids", "--modules_to_save", "lm_head"],
+        [*REQUIRED, "--run_name=-first", "--output_dir=--o", "--neftune_noise_alpha=-1e-05"],
+        [*REQUIRED, "--new_tokens=-x"],
+    ],
+    ids=["published", "lora", "text", "translated", "empty-lists", "leading-dashes", "leading-dash-in-list"],
+)
+def test_a_run_is_repeated_by_its_own_file(words, name, tmp_path):
+    arguments = parse(words)
+
+    again = parse(["--config", str(written(tmp_path / name, {"arguments": arguments.flat()}))])
+
+    assert again.flat() == arguments.flat()
+    assert len(again.flat()) > 20
+
+
+# ---- preview
+
+
+def test_preview_takes_the_flags_of_model_and_data():
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--model_max_length", "8", "--json"]
+
+    model, data, as_json = parse_for_preview(words)
+
+    assert (model.model_name_or_path, data.data_path, data.model_max_length, as_json) == ("m", "d", 8, True)
+    assert parse_for_preview(words[:-1])[2] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "missing: --model_name_or_path, --data_path"),
+        (["--model_name_or_path", "m", "--data_path", "d", "--jsn"], "unknown flag --jsn: did you mean --json?"),
+        (["--model_name_or_path", "m", "--data_path", "d", "--model_max_length", "0"], "expected at least 1"),
+    ],
+)
+def test_preview_refuses_as_training_does(words, said):
+    with pytest.raises(ConfigError) as raised:
+        parse_for_preview(words)
+
+    assert said in str(raised.value)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from finetune import errors
+from finetune.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FinetuneError,
+    StorageError,
+    listed,
+    reported,
+)
+
+BRANCHES = [(FinetuneError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4), (StorageError, 6)]
+
+
+def test_one_fault_is_its_own_message():
+    assert listed(["a.json, row 0: no turns"], "faulty row") == "a.json, row 0: no turns"
+
+
+def test_several_faults_are_counted_and_shown_one_a_line():
+    assert listed(["first", "second"], "faulty row") == "2 faulty rows:\n  first\n  second"
+
+
+@pytest.mark.parametrize(
+    ("count", "heading", "ending"),
+    [
+        (20, "20 faulty rows:", "  fault 19"),
+        (21, "21 faulty rows:", "  ... and 1 more"),
+        (1234, "1,234 faulty rows:", "  ... and 1,214 more"),
+    ],
+)
+def test_twenty_faults_are_shown_and_the_rest_is_counted(count, heading, ending):
+    lines = listed([f"fault {number}" for number in range(count)], "faulty row").splitlines()
+
+    assert lines[0] == heading
+    assert lines[1:21] == [f"  fault {number}" for number in range(20)]
+    assert lines[-1] == ending
+    assert len(lines) == min(count, 21) + 1
+
+
+@pytest.mark.parametrize(("branch", "status"), BRANCHES)
+def test_rank_0_prints_the_message_once_and_exits_with_the_status_of_its_branch(branch, status, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+
+    with pytest.raises(SystemExit) as ended, reported():
+        raise branch("--seed x: expected a number")
+
+    captured = capsys.readouterr()
+    assert ended.value.code == status
+    assert captured.err == "error: --seed x: expected a number\n"
+    assert captured.out == ""
+
+
+def test_a_new_error_has_the_status_of_the_branch_it_inherits_from(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+
+    class MissingTokenizer(ConfigError):
+        pass
+
+    with pytest.raises(SystemExit) as ended, reported():
+        raise MissingTokenizer("no tokenizer")
+
+    assert ended.value.code == ConfigError.status
+    assert "error: no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_rank_0_and_a_process_without_a_launcher_do_not_wait(rank, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "SECONDS_FOR_RANK_0", 30.0)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    started = time.monotonic()
+
+    with pytest.raises(SystemExit), reported():
+        raise DataError("row 3")
+
+    assert time.monotonic() - started < 10
+    assert capsys.readouterr().err == "error: row 3\n"
+
+
+def test_another_rank_waits_for_rank_0_and_then_names_itself(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(errors, "SECONDS_FOR_RANK_0", 0.2)
+    started = time.monotonic()
+
+    with pytest.raises(SystemExit) as ended, reported():
+        raise StorageError("no space in /data")
+
+    assert time.monotonic() - started >= 0.2
+    assert ended.value.code == StorageError.status
+    assert capsys.readouterr().err == "error (rank 3): no space in /data\n"
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(75)])
+def test_anything_else_passes_through_untouched(bug, capsys):
+    with pytest.raises(type(bug)) as raised, reported():
+        raise bug
+
+    assert raised.value is bug
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_printed_where_nothing_went_wrong(capsys):
+    with reported():
+        done = True
+
+    assert done
+    assert capsys.readouterr() == ("", "")

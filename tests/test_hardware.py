@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.hardware import Gpu, Probe, check_extension_locks, decide, prepare_environment, probe
+
+GIB = 2**30
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB)
+A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 40 * GIB)
+T4 = Gpu("Tesla T4", (7, 5), 16 * GIB)
+V100 = Gpu("Tesla V100-SXM2-32GB", (7, 0), 32 * GIB)
+
+CPU = Probe()
+CPU_WITH_BF16 = Probe(cpu_bf16=True)
+FLASH = "flash_attention_2"
+
+# id, what was found, what was asked, (precision, tf32, attention), a fragment of each line that the user reads
+SITUATIONS = [
+    ("H100", Probe((H100,), flash_attn=True), {"bf16": True, "tf32": True}, ("bf16", True, FLASH), []),
+    ("H100-fp16", Probe((H100,), flash_attn=True), {"fp16": True}, ("fp16", None, FLASH), []),
+    ("H100-no-flash", Probe((H100,)), {"bf16": True, "tf32": True}, ("bf16", True, "sdpa"), []),
+    (
+        "H100-flash-asked-not-installed",
+        Probe((H100,)),
+        {"bf16": True, "attn_implementation": FLASH},
+        ("bf16", None, "sdpa"),
+        ["replaced by sdpa: flash-attn is not installed"],
+    ),
+    ("H100-no-flags", Probe((H100,), flash_attn=True), {}, ("float32", None, "sdpa"), []),
+    (
+        "H100-flash-asked-in-float32",
+        Probe((H100,), flash_attn=True),
+        {"attn_implementation": FLASH},
+        ("float32", None, "sdpa"),
+        ["replaced by sdpa: it computes in bf16 or fp16 only; add --bf16 True"],
+    ),
+    (
+        "H100-eager-asked",
+        Probe((H100,), flash_attn=True),
+        {"bf16": True, "attn_implementation": "eager"},
+        ("bf16", None, "eager"),
+        [],
+    ),
+    ("H100-tf32-refused", Probe((H100,)), {"bf16": True, "tf32": False}, ("bf16", False, "sdpa"), []),
+    ("A100", Probe((A100,), flash_attn=True), {"bf16": True, "tf32": True}, ("bf16", True, FLASH), []),
+    ("A100-no-flash", Probe((A100,)), {"bf16": True, "tf32": True}, ("bf16", True, "sdpa"), []),
+    ("V100", Probe((V100,), flash_attn=True), {"fp16": True}, ("fp16", None, "sdpa"), []),
+    ("V100-no-flags", Probe((V100,)), {}, ("float32", None, "sdpa"), []),
+    (
+        "V100-tf32",
+        Probe((V100,)),
+        {"fp16": True, "tf32": True},
+        ("fp16", None, "sdpa"),
+        ["--tf32 is off: Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere"],
+    ),
+    (
+        "V100-flash-asked",
+        Probe((V100,), flash_attn=True),
+        {"fp16": True, "attn_implementation": FLASH},
+        ("fp16", None, "sdpa"),
+        ["replaced by sdpa: Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere"],
+    ),
+    ("H100-and-A100", Probe((H100, A100), flash_attn=True), {"bf16": True, "tf32": True}, ("bf16", True, FLASH), []),
+    (
+        "H100-V100-T4-the-least-decides",
+        Probe((H100, V100, T4), flash_attn=True),
+        {"fp16": True, "tf32": True, "attn_implementation": FLASH},
+        ("fp16", None, "sdpa"),
+        ["--tf32 is off: Tesla V100", "replaced by sdpa: Tesla V100"],
+    ),
+    ("CPU-no-flags", CPU, {}, ("float32", None, "sdpa"), []),
+    ("CPU-bf16-units", CPU_WITH_BF16, {"bf16": True}, ("bf16", None, "sdpa"), []),
+    ("CPU-bf16-emulated", CPU, {"bf16": True}, ("float32", None, "sdpa"), ["--bf16 is off: this CPU has no bf16"]),
+    ("CPU-fp16", CPU_WITH_BF16, {"fp16": True}, ("float32", None, "sdpa"), ["--fp16 is off: there is no GPU here"]),
+    ("CPU-tf32-refused", CPU, {"tf32": False}, ("float32", None, "sdpa"), []),
+    (
+        "CPU-flash-asked",
+        CPU_WITH_BF16,
+        {"bf16": True, "attn_implementation": FLASH},
+        ("bf16", None, "sdpa"),
+        ["replaced by sdpa: it needs a GPU"],
+    ),
+    (
+        "CPU-published-command",
+        CPU,
+        {"bf16": True, "tf32": True},
+        ("float32", None, "sdpa"),
+        ["--bf16 is off", "--tf32 is off: it is a mode of NVIDIA GPUs"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "decided", "lines"), [row[1:] for row in SITUATIONS], ids=[row[0] for row in SITUATIONS]
+)
+def test_each_situation_is_decided_and_every_difference_is_said(found, asked, decided, lines):
+    hardware = decide(found, **asked)
+
+    assert (hardware.precision, hardware.tf32, hardware.attention) == decided
+    assert len(hardware.notes) == len(lines)
+    for note, line in zip(hardware.notes, lines, strict=True):
+        assert line in note
+        assert "\n" not in note
+
+
+@pytest.mark.parametrize(
+    ("found", "backend", "use_cpu"), [(Probe((H100,)), "nccl", False), (CPU, "gloo", True)], ids=["GPU", "CPU"]
+)
+def test_the_backend_follows_the_device(found, backend, use_cpu):
+    hardware = decide(found)
+
+    assert (hardware.backend, hardware.use_cpu) == (backend, use_cpu)
+
+
+@pytest.mark.parametrize("gpus", [(V100,), (H100, V100), (V100, H100, A100)], ids=["alone", "second", "first"])
+def test_bf16_without_its_units_is_an_error_that_names_the_gpu_and_the_flag_to_use(gpus):
+    with pytest.raises(ConfigError) as raised:
+        decide(Probe(gpus, flash_attn=True), bf16=True)
+
+    assert "--bf16 True: Tesla V100-SXM2-32GB (compute capability 7.0)" in str(raised.value)
+    assert "--fp16 True" in str(raised.value)
+
+
+@pytest.mark.parametrize("found", [Probe((H100,)), Probe((V100,)), CPU, CPU_WITH_BF16])
+def test_both_precisions_exclude_each_other_everywhere(found):
+    with pytest.raises(ConfigError, match="--bf16 True and --fp16 True exclude each other"):
+        decide(found, bf16=True, fp16=True)
+
+
+def test_the_probe_leaves_gpus_out_where_the_cpu_was_asked_for():
+    found = probe(use_cpu=True)
+
+    assert found.gpus == ()
+    assert decide(found).use_cpu
+
+
+def test_a_process_without_a_launcher_becomes_rank_0_of_1(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin"})
+
+    prepare_environment()
+
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("0", "1", "1")
+    assert int(os.environ["MASTER_PORT"]) > 0
+    assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/usr/bin"]
+
+
+def test_the_environment_of_a_launcher_and_of_the_user_is_kept(monkeypatch):
+    given = {
+        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "host",
+        "MASTER_PORT": "29500", "TORCH_EXTENSIONS_DIR": "/mine", "TOKENIZERS_PARALLELISM": "false",
+        "PATH": str(Path(sys.executable).parent),
+    }  # fmt: skip
+    monkeypatch.setattr(os, "environ", dict(given))
+
+    prepare_environment()
+
+    assert os.environ == given
+
+
+def _lock(folder: Path, name: str, minutes_old: float) -> Path:
+    lock = folder / name / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    then = time.time() - 60 * minutes_old
+    os.utime(lock, (then, then))
+    return lock
+
+
+@pytest.mark.parametrize("place", ["cpu_adam", "py311_cpu/cpu_adam", "some one's/cpu_adam"])
+def test_a_stale_lock_is_named_with_its_age_and_the_command_that_removes_it(place, tmp_path):
+    lock = _lock(tmp_path, place, minutes_old=10)
+
+    with pytest.raises(ConfigError) as raised:
+        check_extension_locks(tmp_path)
+
+    assert str(lock) in str(raised.value)
+    assert "10 minutes ago" in str(raised.value)
+    subprocess.run(["sh", "-c", str(raised.value).splitlines()[-1]], check=True)
+    assert not lock.exists()
+    check_extension_locks(tmp_path)
+
+
+def test_a_fresh_lock_is_left_to_its_builder(tmp_path):
+    lock = _lock(tmp_path, "cpu_adam", minutes_old=0)
+
+    check_extension_locks(tmp_path)
+
+    assert lock.exists()
+    with pytest.raises(ConfigError):
+        check_extension_locks(tmp_path, now=time.time() + 600)
+
+
+def test_an_old_lock_that_a_process_holds_open_is_no_fault(tmp_path):
+    lock = _lock(tmp_path, "cpu_adam", minutes_old=30)
+    hold = "import sys; held = open(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        check_extension_locks(tmp_path)
+        holder.stdin.close()
+        holder.wait(timeout=30)
+
+    with pytest.raises(ConfigError, match="interrupted"):
+        check_extension_locks(tmp_path)
+
+
+def test_a_folder_without_operators_has_no_locks(tmp_path):
+    check_extension_locks(tmp_path)
+    check_extension_locks(tmp_path / "missing")
+
+    assert list(tmp_path.iterdir()) == []
