@@ -114,8 +114,8 @@ class Arguments:
 
 SECRETS = ("hub_token",)  # never written to run.json
 GROUPS = (ModelArguments, DataArguments, AdapterArguments, RunArguments)
-# Trainer drops batch columns it does not know by default; the collator makes exactly the columns that are needed.
-FIXED_TRAINING = {"remove_unused_columns": False}
+# The collator makes exactly the columns that are needed; what libraries warn about is said by rank 0 alone.
+TRAINING_DEFAULTS = {"remove_unused_columns": False, "log_level_replica": "error"}
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 
 
@@ -213,7 +213,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     ours = {one.name for group in GROUPS for one in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = _translate(given, training)
-    arguments = Arguments(*groups, training={**FIXED_TRAINING, **training}, notes=notes)
+    arguments = Arguments(*groups, training={**TRAINING_DEFAULTS, **training}, notes=notes)
     _check_pairs(arguments)
     return arguments
 
@@ -294,7 +294,10 @@ def _add(section: Any, name: str, kind: type, is_list: bool, choices: Any, text:
 
 
 def _shape(hint: Any) -> tuple[type, bool, list[str] | None]:
-    """`str | None` -> (str, False, None); `list[int]` -> (int, True, None); `Literal["a"] | None` -> (str, False, ["a"])."""
+    """(type, takes several values, choices).
+
+    `str | None` -> (str, False, None); `list[int]` -> (int, True, None); `Literal["a"] | None` -> (str, False, ["a"])
+    """
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is list:

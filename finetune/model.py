@@ -51,8 +51,8 @@ def check(name: str, *, trust_remote_code: bool, attention: str) -> CheckedModel
     raise AssertionError("the last candidate either returned or raised")
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool, new_tokens: tuple[str, ...] = ()) -> Any:
-    """The model's tokenizer, with `new_tokens` added as control tokens.
+def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
+    """The model's tokenizer.
 
     Raises:
         ConfigError: no such model, or its tokenizer needs code of its own or a package that is missing.
@@ -61,14 +61,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool, new_tokens: tuple[str,
 
     with _explained(name):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (ImportError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise
             raise ConfigError(
                 f"--model_name_or_path {name}: its tokenizer does not load: {_first_line(error)}"
             ) from None
-    if new_tokens:
-        tokenizer.add_tokens(list(new_tokens), special_tokens=True)
-    return tokenizer
 
 
 def load_model(

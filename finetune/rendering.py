@@ -417,21 +417,44 @@ def choose_format(
         notes = [f"the tokenizer has no chat template: conversations are rendered in the {chat_template} format"]
     else:
         notes = []
-    if chat_template is None:
-        own = tokenizer.get_chat_template()
-        return TemplateFormat(tokenizer, own, "the tokenizer's own chat template"), notes
     if chat_template == "lingowhale":
         return LingoWhaleFormat(tokenizer, human_token_ids, model_token_ids), notes
     if chat_template == "chatml":
         missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
         if missing:
-            tokenizer.add_tokens(missing, special_tokens=True)
+            add_control_tokens(tokenizer, missing)
             notes.append(f"chatml: {' and '.join(missing)} are new to this tokenizer and are added to its vocabulary")
-        return TemplateFormat(tokenizer, CHATML, "chatml"), notes
-    path = Path(chat_template)
-    if not path.is_file():
-        raise ConfigError(f"--chat_template {chat_template}: expected lingowhale, chatml or a Jinja file that exists")
-    return TemplateFormat(tokenizer, path.read_text(encoding="utf-8"), str(path)), notes
+        tokenizer.chat_template = CHATML
+    elif chat_template is not None:
+        tokenizer.chat_template = _template_file(chat_template)
+    # A result is saved with this tokenizer, so what serves it renders as training did.
+    name = chat_template or "the tokenizer's own chat template"
+    return TemplateFormat(tokenizer, tokenizer.get_chat_template(), name), notes
+
+
+def _template_file(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--chat_template {name}: expected lingowhale, chatml or a Jinja file that can be read: {error}"
+        ) from None
+
+
+def add_control_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Add tokens that no text is ever split into; their ids lie beyond all others.
+
+    Raises:
+        ConfigError: the tokenizer's ids have gaps, so that a new token would get an id that is taken.
+    """
+    taken = {number: token for token, number in tokenizer.get_vocab().items()}
+    tokenizer.add_tokens([token for token in tokens if token not in taken.values()], special_tokens=True)
+    for token in tokens:
+        number = tokenizer.convert_tokens_to_ids(token)
+        if taken.get(number, token) != token:
+            raise ConfigError(
+                f"the token {token!r} cannot be added: this tokenizer gives it the id of {taken[number]!r}"
+            )
 
 
 def stop_token_id(chat_format: ChatFormat) -> int | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -75,10 +76,19 @@ def write_run(folder: Path, facts: dict[str, Any]) -> None:
     """Write or update `run.json`: keys given replace those there. The file is replaced whole."""
     path = folder / RUN_FILE
     known = load_run(folder) if path.exists() else {}
-    text = json.dumps({**known, **facts}, ensure_ascii=False, indent=2, allow_nan=False)
+    text = json.dumps(_standard({**known, **facts}), ensure_ascii=False, indent=2, allow_nan=False)
     partial = path.with_suffix(".json.partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _standard(value: Any) -> Any:
+    """The same value without what standard JSON lacks: infinities and NaN become null."""
+    if isinstance(value, dict):
+        return {key: _standard(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_run(folder: Path) -> dict[str, Any]:

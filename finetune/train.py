@@ -30,7 +30,7 @@ from finetune.dataset import PreparedData, as_features, prepare, render_all, sum
 from finetune.errors import ConfigError, reported
 from finetune.hardware import Hardware, check_extension_locks, decide, prepare_environment, probe
 from finetune.metrics import METRICS_FILE, loss_curve
-from finetune.rendering import ChatFormat, Renderer, choose_format, stop_token_id
+from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_format, stop_token_id
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
 
 
@@ -140,9 +140,8 @@ def _checkpointing(arguments: Arguments, checked: model.CheckedModel) -> tuple[b
 
 def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:
     """The tokenizer with new tokens added, the chat format of the run, and lines for the user."""
-    tokenizer = model.load_tokenizer(
-        chosen.model_name_or_path, trust_remote_code=chosen.trusts_code(), new_tokens=tuple(chosen.new_tokens)
-    )
+    tokenizer = model.load_tokenizer(chosen.model_name_or_path, trust_remote_code=chosen.trusts_code())
+    add_control_tokens(tokenizer, chosen.new_tokens)
     chat_format, notes = choose_format(
         tokenizer,
         data.chat_template,

@@ -56,7 +56,8 @@ def byte_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(ByteLevel.alphabet(), key=_byte_of)
-    vocabulary = {**CONTROL_TOKENS, **{letter: 10 + number for number, letter in enumerate(letters)}}
+    unused = {f"<unused{number}>": number for number in (1, 5, 6, 7, 8, 9)}
+    vocabulary = {**CONTROL_TOKENS, **unused, **{letter: 10 + number for number, letter in enumerate(letters)}}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

@@ -288,7 +288,7 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
     [
         ("a.yaml", {"learning_rat": 1}, "unknown flag --learning_rat: did you mean --learning_rate?"),
         ("a.yaml", "{1: 2}", "unknown flag --1"),
-        ("a.json", {"lora_r": "eight"}, "invalid int value: 'eight'"),
+        ("a.json", {"lora_r": "eight"}, "expected int, found 'eight'"),
         ("a.json", {"seed": True}, "expected int, found True"),
         ("a.json", {"output_dir": ["a", "b"]}, "output_dir"),
         ("a.json", "[1]", "expected a mapping of flags to values"),

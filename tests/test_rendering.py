@@ -19,6 +19,7 @@ from finetune.rendering import (
     PlainText,
     Renderer,
     TemplateFormat,
+    add_control_tokens,
     choose_format,
     stop_token_id,
 )
@@ -266,3 +267,12 @@ def test_a_template_file_is_read_and_a_missing_one_named(golden_tokenizer, tmp_p
     assert golden_tokenizer.decode(example.input_ids) == "ua</s>ab</s>"
     with pytest.raises(ConfigError, match="none.jinja: expected lingowhale, chatml or a Jinja file"):
         choose_format(golden_tokenizer, "none.jinja", human_token_ids=[3], model_token_ids=[4])
+
+
+def test_a_new_token_never_gets_the_id_of_another():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    with_gap = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 2}, merges=[])))
+    with pytest.raises(ConfigError, match="'<new>' cannot be added: this tokenizer gives it the id of 'b'"):
+        add_control_tokens(with_gap, ["<new>"])

@@ -1,0 +1,299 @@
+"""The training story on real ranks: every ZeRO stage, full and adapters; what is saved loads with plain libraries."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import ranks
+from conftest import byte_tokenizer
+
+SHORT = (
+    "--num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 1e-2 --lr_scheduler_type constant "
+    "--logging_steps 1 --save_strategy no"
+).split()
+LORA = ("--use_lora", "True", "--lora_dropout", "0")
+
+
+@pytest.fixture
+def train(tmp_path, tiny_model, conversation_file):
+    """Train the tiny model and return its output folder; every run of a test gets a folder of its own."""
+
+    def run(name: str, *flags: str, world_size: int = 2, model: Path = tiny_model) -> Path:
+        output = tmp_path / name
+        base = ["--model_name_or_path", model, "--data_path", conversation_file, "--output_dir", output, *SHORT]
+        outcome = ranks.train(tmp_path / f"{name}-logs", [*base, *flags], world_size)
+        assert outcome.succeeded, "\n".join(outcome.outputs)
+        return output
+
+    return run
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def load_adapter(output: Path):
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(output)
+
+
+def logits(model, ids=(1, 4093, 198, 2)):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([list(ids)])).logits
+
+
+@pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
+def test_every_zero_stage_gives_the_same_losses(train, adapter):
+    by_stage = {stage: losses(train(stage, "--deepspeed", stage, *adapter)) for stage in ("zero1", "zero2", "zero3")}
+    assert len(by_stage["zero1"]) == 6
+    assert by_stage["zero1"][-1] < by_stage["zero1"][0] - 0.1
+    assert by_stage["zero2"] == pytest.approx(by_stage["zero1"], abs=1e-5)
+    assert by_stage["zero3"] == pytest.approx(by_stage["zero1"], abs=1e-5)
+
+
+def test_one_rank_gives_the_losses_of_two(train):
+    two = losses(train("two", "--deepspeed", "zero2"))
+    one = losses(train("one", "--deepspeed", "zero2", "--per_device_train_batch_size", "2", world_size=1))
+    accumulated = losses(train("acc", "--deepspeed", "zero2", "--gradient_accumulation_steps", "2", world_size=1))
+    assert len(two) == 6
+    assert one == pytest.approx(two, abs=1e-5)
+    assert accumulated == pytest.approx(two, abs=1e-5)
+
+
+def test_a_full_model_loads_with_plain_transformers(train, tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = train("full", "--deepspeed", "zero3", "--gradient_checkpointing", "True")
+
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_model, output))
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert len(moved) > 10 and all(moved)
+    assert AutoTokenizer.from_pretrained(output).chat_template
+    assert after.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("lora", ("--use_lora", "True", "--deepspeed", "zero3", "--gradient_checkpointing", "True")),
+        ("named", ("--adapter", "lora", "--lora_target_modules", "q_proj", "v_proj", "--deepspeed", "zero2")),
+        ("dora", (*LORA, "--use_dora", "True", "--deepspeed", "zero3")),
+        ("rslora", (*LORA, "--use_rslora", "True", "--lora_r", "4", "--lora_alpha", "8", "--deepspeed", "zero2")),
+        ("head", (*LORA, "--modules_to_save", "lm_head", "--deepspeed", "zero3")),
+        ("prefix", ("--adapter", "prefix", "--num_virtual_tokens", "3", "--deepspeed", "zero3")),
+        ("prompt", ("--adapter", "prompt", "--num_virtual_tokens", "3", "--deepspeed", "zero3")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_adapter_loads_with_plain_peft(train, tiny_model, kind, flags):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    output = train(kind, *flags)
+
+    before, after = logits(AutoModelForCausalLM.from_pretrained(tiny_model)), logits(load_adapter(output))
+    assert after.shape[-1] == before.shape[-1]
+    assert not torch.allclose(before, after[:, -before.shape[1] :], atol=1e-3)  # virtual tokens come first
+    assert not (output / "model.safetensors").exists()
+
+
+def test_prefix_tuning_switches_checkpointing_off_with_a_line(train, tmp_path):
+    with_it = train("with", "--adapter", "prefix", "--deepspeed", "zero2", "--gradient_checkpointing", "True")
+    without = train("without", "--adapter", "prefix", "--deepspeed", "zero2")
+    assert losses(with_it) == pytest.approx(losses(without), abs=1e-6)
+    assert "--gradient_checkpointing is off: prefix tuning" in (tmp_path / "with-logs/rank-0.log").read_text()
+
+
+@pytest.mark.parametrize("scale", ["false", "true"], ids=["plain", "rslora"])
+def test_pissa_is_saved_as_a_plain_lora_for_the_original_base(tmp_path, tiny_model, scale):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.adapters import InitialLora, attach_lora
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    untouched = logits(base)
+    model = attach_lora(
+        base, r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], init_lora_weights="pissa",
+        use_rslora=scale == "true",
+    )  # fmt: skip
+    assert torch.allclose(logits(model), untouched, atol=1e-4)
+    initial = InitialLora(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter += 0.02 * torch.randn_like(parameter)
+    trained = logits(model)
+    model.save_pretrained(tmp_path / "pissa")
+
+    initial.rewrite(tmp_path / "pissa")
+
+    assert not torch.allclose(trained, untouched, atol=1e-2)
+    assert torch.allclose(logits(load_adapter(tmp_path / "pissa")), trained, atol=1e-4)
+
+
+def test_pissa_under_zero_3_gives_the_losses_of_zero_2_and_loads(train):
+    flags = (*LORA, "--init_lora_weights", "pissa")
+    stage_2, stage_3 = (train(stage, "--deepspeed", stage, *flags) for stage in ("zero2", "zero3"))
+    assert losses(stage_3) == pytest.approx(losses(stage_2), abs=1e-4)
+    config = json.loads((stage_3 / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (16, 32, True)
+    assert logits(load_adapter(stage_3)).isfinite().all()
+
+
+@pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
+def test_new_tokens_grow_the_vocabulary_and_are_trained_under_zero_3(train, adapter):
+    flags = ("--new_tokens", "<look>", "<act>", *adapter)
+    stage_2, stage_3 = (train(stage, "--deepspeed", stage, *flags) for stage in ("zero2", "zero3"))
+    assert losses(stage_3) == pytest.approx(losses(stage_2), abs=1e-4)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = load_adapter(stage_3) if adapter else AutoModelForCausalLM.from_pretrained(stage_3)
+    tokenizer = AutoTokenizer.from_pretrained(stage_3)
+    assert tokenizer.encode("<look>") == [49152]
+    assert logits(model, ids=(1, 49152, 49153)).shape[-1] == 49154
+
+
+def test_a_base_model_without_template_gets_chatml_and_learns_its_markers(train, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "bare"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=266, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+    output = train("chatml", "--deepspeed", "zero3", model=folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    trained = AutoModelForCausalLM.from_pretrained(output)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end >= 266 and trained.get_input_embeddings().weight.shape[0] > end
+    assert end in trained.generation_config.eos_token_id
+    assert "<|im_start|>" in tokenizer.chat_template
+
+
+def test_bf16_trains_where_it_is_supported_and_is_replaced_where_it_is_emulated(train, tmp_path):
+    import torch
+
+    output = train("bf16", *LORA, "--deepspeed", "zero3", "--bf16", "True", "--gradient_checkpointing", "True")
+    run = json.loads((output / "run.json").read_text())
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert run["precision"] == ("bf16" if supported else "float32")
+    assert run["deepspeed"]["bf16"]["enabled"] == supported
+    assert ("--bf16 is off" in (tmp_path / "bf16-logs/rank-0.log").read_text()) is not supported
+    assert losses(output)[-1] < losses(output)[0]
+
+
+def test_what_a_run_leaves_behind(train, tmp_path, conversation_file):
+    output = train("run", "--deepspeed", "zero2", "--model_max_length", "60", "--hub_token", "hf_secret")
+
+    run = json.loads((output / "run.json").read_text())
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    ledger = [json.loads(line) for line in (output / "data_ledger.jsonl").read_text().splitlines()]
+    said = (tmp_path / "run-logs/rank-0.log").read_text()
+
+    assert run["completed"] and run["world_size"] == 2 and run["versions"]["deepspeed"]
+    assert run["data"]["summary"]["cut"] == len(ledger) == 1
+    assert "the first 2 of 4 turns are kept" in ledger[0]["reason"]
+    assert "hf_secret" not in (output / "run.json").read_text()
+    assert len(metrics) == 6
+    for entry in metrics:
+        assert all(isinstance(entry[name], int | float) and math.isfinite(entry[name]) for name in entry)
+        assert entry["tokens_per_second"] > entry["supervised_tokens_per_second"] > 0
+        assert entry["peak_memory_bytes"] > 100e6
+    assert "auto" not in json.dumps(run["deepspeed"])
+    assert "1 per device x 1 accumulated x 2 ranks = 2 examples" in said
+    assert "loss by step" in said and "Next:" in said
+    assert (tmp_path / "run-logs/rank-1.log").read_text().count("Plan") == 0
+
+    repeated = tmp_path / "repeated"
+    outcome = ranks.train(tmp_path / "logs", ["--config", output / "run.json", "--output_dir", repeated])
+    assert outcome.succeeded, outcome.outputs[0]
+    assert losses(repeated) == pytest.approx(losses(output), abs=1e-6)
+
+
+def test_an_earlier_run_is_never_overwritten_silently(train, tmp_path, tiny_model, conversation_file):
+    output = train("run", *LORA, "--deepspeed", "zero2")
+    written = {path.name: path.read_bytes() for path in output.iterdir()}
+    again = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output, *SHORT]
+
+    refused = ranks.train(tmp_path / "refused", [*again, "--deepspeed", "zero2"])
+    assert refused.statuses[0] == 2
+    assert "already holds a run, nothing was changed" in refused.outputs[0]
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == written
+
+    moved = ranks.train(tmp_path / "moved", [*again, "--deepspeed", "zero2", "--overwrite_output_dir", "True"])
+    assert moved.succeeded, moved.outputs[0]
+    (aside,) = output.parent.glob("run.before-*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == written
+    assert (output / "model.safetensors").is_file()
+
+
+def test_a_run_that_learned_nothing_does_not_report_success(tmp_path, tiny_model, conversation_file):
+    flags = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "out"]
+    outcome = ranks.train(
+        tmp_path / "logs", [*flags, *SHORT, *LORA, "--deepspeed", "zero2", "--learning_rate", "0"], world_size=1
+    )
+    assert outcome.statuses == [4]
+    assert "LoRA B matrices are still zero: the run learned nothing" in outcome.outputs[0]
+    assert "Traceback" not in outcome.outputs[0]
+
+
+BAD_INPUT = {
+    "no data file": (3, "nothing.json: there is no such file", {"--data_path": "nothing.json"}),
+    "bad JSON": (3, "bad.json, line 1, column", {"--data_path": "bad.json"}),
+    "empty file": (3, "empty.json: the file is empty", {"--data_path": "empty.json"}),
+    "unknown role": (3, 'role.json, row 0, turn 0: expected "from" to be human', {"--data_path": "role.json"}),
+    "no model turn": (3, "human.json, row 0: has no model turn", {"--data_path": "human.json"}),
+    "no model": (2, "/no/such/model: there is no such folder", {"--model_name_or_path": "/no/such/model"}),
+    "no config": (2, "--deepspeed zero9: there is no such file", {"--deepspeed": "zero9"}),
+    "unknown flag": (2, "unknown flag --learning_rat: did you mean --learning_rate?", {"--learning_rat": "1"}),
+    "mismatch": (
+        2,
+        "train_batch_size is 7, but 1 per device x 1 accumulated x 2 ranks is 2",
+        {"--deepspeed": "ds.json"},
+    ),
+    "too short": (3, "all 6 rows are dropped", {"--model_max_length": "3"}),
+    "bad value": (2, "training flags contradict each other", {"--lr_scheduler_type": "wavy"}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_clear_error(tmp_path, tiny_model, conversation_file, name):
+    status, message, changed = BAD_INPUT[name]
+    (tmp_path / "bad.json").write_text('[{"conversations": ]')
+    (tmp_path / "empty.json").write_text(" \n")
+    (tmp_path / "role.json").write_text('[{"conversations": [{"from": "bot", "value": "x"}]}]')
+    (tmp_path / "human.json").write_text('[{"conversations": [{"from": "human", "value": "x"}]}]')
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 7, "zero_optimization": {"stage": 2}}')
+    flags = {
+        "--model_name_or_path": tiny_model,
+        "--data_path": conversation_file,
+        "--output_dir": tmp_path / "out",
+        "--per_device_train_batch_size": "1",
+        "--deepspeed": "zero2",
+    }
+    in_folder = {flag: tmp_path / value if value.endswith(".json") else value for flag, value in changed.items()}
+    argv = [word for pair in {**flags, **in_folder}.items() for word in pair]
+
+    outcome = ranks.train(tmp_path / "logs", argv)
+
+    assert outcome.statuses[0] == status
+    said = "".join(outcome.outputs)
+    assert said.count("error: ") == 1 and message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
