@@ -1,188 +1,28 @@
-"""Every flag and its default, parsed to plain values; this is the only home of a default of ours.
-
-Our own flags are the dataclasses below. All flags of `transformers.TrainingArguments` are accepted beside them: their
-names and types are read from the source of the installed version, without importing it, because importing it takes
-seconds and building it touches the devices. Flags that transformers has renamed or removed are translated.
-"""
+"""Words on a command line and values in a file -> the dataclasses of `flags`."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.arguments.flags import (
+    GROUPS,
+    TRAINING_DEFAULTS,
+    Arguments,
+    DataArguments,
+    ModelArguments,
+)
+from finetune.arguments.training import TRANSLATED, training_flags
 from finetune.errors import ConfigError
 
-# The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
-TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
-
-
-def _flag(default: Any, help: str) -> Any:
-    metadata = {"help": help}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass
-class ModelArguments:
-    """The model."""
-
-    model_name_or_path: str = _flag("", "folder or hub name of a causal language model (required)")
-    trust_remote_code: bool = _flag(False, "run the Python files that come with the model")
-    attn_implementation: str | None = _flag(None, "attention of transformers; default: the best that works here")
-    new_tokens: list[str] = _flag([], "tokens to add to the vocabulary; their embeddings are trained")
-
-    def trusts_code(self) -> bool:
-        """Whether the model's own Python files may run."""
-        return self.trust_remote_code or self.model_name_or_path in TRUSTED_WITHOUT_FLAG
-
-    def is_lingowhale(self) -> bool:
-        """Whether the name says that this is LingoWhale, or a copy of it."""
-        return "lingowhale" in self.model_name_or_path.lower()
-
-
-@dataclass
-class DataArguments:
-    """The data."""
-
-    data_path: str = _flag("", "conversation file, a JSON array or JSON lines (required)")
-    model_max_length: int = _flag(2048, "tokens of the longest example; longer conversations keep their first turns")
-    chat_template: str | None = _flag(None, "lingowhale, chatml or a Jinja file; default: the tokenizer's own")
-    human_token_ids: list[int] = _flag([3], "LingoWhale format: the marker before a human turn")
-    model_token_ids: list[int] = _flag([4], "LingoWhale format: the marker before a model turn")
-
-
-@dataclass
-class AdapterArguments:
-    """Adapters; without one all parameters are trained."""
-
-    use_lora: bool = _flag(False, "train LoRA adapters, the same as --adapter lora")
-    adapter: Literal["lora", "prefix", "prompt"] | None = _flag(None, "what is trained instead of all parameters")
-    lora_r: int = _flag(8, "rank of the LoRA matrices")
-    lora_alpha: float = _flag(16, "LoRA updates are scaled by lora_alpha / lora_r")
-    lora_dropout: float = _flag(0.1, "dropout in front of the LoRA matrices, 0 to 1")
-    lora_target_modules: list[str] = _flag(["all-linear"], "names of the layers that get LoRA, e.g. qkv_proj")
-    use_dora: bool = _flag(False, "DoRA: learn the magnitude of each weight column too")
-    use_rslora: bool = _flag(False, "rsLoRA: scale by lora_alpha / sqrt(lora_r)")
-    init_lora_weights: str = _flag("default", "default, gaussian, pissa, pissa_niter_16, olora, ...")
-    modules_to_save: list[str] = _flag([], "layers trained whole and saved beside the adapter, e.g. lm_head")
-    num_virtual_tokens: int = _flag(20, "length of a prefix or prompt adapter")
-
-    def kind(self) -> str | None:
-        """lora, prefix, prompt, or None for full-parameter training."""
-        return self.adapter or ("lora" if self.use_lora else None)
-
-
-@dataclass
-class RunArguments:
-    """The run."""
-
-    config: str | None = _flag(None, "YAML or JSON file with flags (a run.json repeats its run); the command line wins")
-    overwrite_output_dir: bool = _flag(False, "move an earlier run in output_dir aside; nothing is deleted")
-
-
-@dataclass
-class Arguments:
-    """All of a command line. `training` holds only the `TrainingArguments` that were given, by their present names."""
-
-    model: ModelArguments
-    data: DataArguments
-    adapter: AdapterArguments
-    run: RunArguments
-    training: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-
-    def flat(self) -> dict[str, Any]:
-        """Every flag by name, as `--config` reads it back."""
-        ours = {**asdict(self.model), **asdict(self.data), **asdict(self.adapter)}
-        return {**ours, **{name: value for name, value in self.training.items() if name not in SECRETS}}
-
-    def given(self, name: str) -> Any:
-        """A training flag as given, else transformers' default."""
-        return self.training.get(name, training_flags()[name].default)
-
-
-SECRETS = ("hub_token",)  # never written to run.json
-GROUPS = (ModelArguments, DataArguments, AdapterArguments, RunArguments)
-# The collator makes exactly the columns that are needed; what libraries warn about is said by rank 0 alone.
-TRAINING_DEFAULTS = {"remove_unused_columns": False, "log_level_replica": "error"}
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
-
-
-@dataclass(frozen=True)
-class Translated:
-    """A flag that transformers had once: its new name, and the new value where it is not the old one."""
-
-    type: type
-    to: str
-    values: typing.Callable[[Any], Any] = lambda value: value
-
-
-TRANSLATED = {
-    "warmup_ratio": Translated(float, "warmup_steps"),  # a share of all steps when below 1
-    "gradient_checkpointing": Translated(bool, "activation_checkpointing"),
-    "gradient_checkpointing_kwargs": Translated(str, "activation_checkpointing_kwargs"),
-    "group_by_length": Translated(bool, "train_sampling_strategy", lambda on: "group_by_length" if on else "random"),
-    "evaluation_strategy": Translated(str, "eval_strategy"),
-    "no_cuda": Translated(bool, "use_cpu"),
-    "per_gpu_train_batch_size": Translated(int, "per_device_train_batch_size"),
-}
-
-
-@dataclass(frozen=True)
-class TrainingFlag:
-    """A field of `TrainingArguments` as its source declares it; `default` is None where it is computed there."""
-
-    name: str
-    kind: type
-    is_list: bool
-    default: Any
-    help: str
-
-
-@cache
-def training_flags() -> dict[str, TrainingFlag]:
-    """The fields of the installed `transformers.TrainingArguments`, read from its source with `ast`."""
-    spec = find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("transformers is not installed: pip install -r requirements.txt")
-    source = Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    declared = (node for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call))
-    return {flag.name: flag for flag in map(_training_flag, declared)}
-
-
-def _training_flag(node: ast.AnnAssign) -> TrainingFlag:
-    kinds = {part.strip() for part in ast.unparse(node.annotation).split("|")}
-    kind = next((kind for kind in (bool, int, float) if kind.__name__ in kinds), str)
-    keywords = {keyword.arg: keyword.value for keyword in node.value.keywords}
-    default = keywords.get("default")
-    help_text = ""
-    if isinstance(keywords.get("metadata"), ast.Dict):
-        metadata = keywords["metadata"]
-        pairs = zip(metadata.keys, metadata.values, strict=True)
-        help_text = next((_literal(value) or "" for key, value in pairs if _literal(key) == "help"), "")
-    if "str" in kinds and kind is bool:
-        kind = str
-    return TrainingFlag(node.target.id, kind, "list[str]" in kinds, _literal(default), help_text)
-
-
-def _literal(node: ast.AST | None) -> Any:
-    try:
-        return ast.literal_eval(node) if node is not None else None
-    except ValueError:
-        return None
 
 
 class _Parser(argparse.ArgumentParser):

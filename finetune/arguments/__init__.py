@@ -1,0 +1,33 @@
+"""Every flag and its default, parsed to plain values; this is the only home of a default of ours.
+
+Our own flags are the dataclasses below. All flags of `transformers.TrainingArguments` are accepted beside them: their
+names and types are read from the source of the installed version, without importing it, because importing it takes
+seconds and building it touches the devices. Flags that transformers has renamed or removed are translated.
+"""
+
+from __future__ import annotations
+
+from finetune.arguments.flags import (
+    AdapterArguments,
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+)
+from finetune.arguments.parsing import build_parser, known_flags, parse, parse_for_preview
+from finetune.arguments.training import TRANSLATED, TrainingFlag, training_flags
+
+__all__ = [
+    "TRANSLATED",
+    "AdapterArguments",
+    "Arguments",
+    "DataArguments",
+    "ModelArguments",
+    "RunArguments",
+    "TrainingFlag",
+    "build_parser",
+    "known_flags",
+    "parse",
+    "parse_for_preview",
+    "training_flags",
+]
