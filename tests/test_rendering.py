@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import string
 
@@ -218,7 +219,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3
 
 @pytest.fixture(scope="module")
 def formats(smol_tokenizer, golden_tokenizer):
-    tokenizers = {"lingowhale": golden_tokenizer, "chatml": smol_tokenizer}
+    # choosing a template sets it on the tokenizer, which other tests share
+    tokenizers = {"lingowhale": golden_tokenizer, "chatml": copy.deepcopy(smol_tokenizer)}
     return {
         name: (tokenizer, choose_format(tokenizer, name, human_token_ids=[3], model_token_ids=[4])[0])
         for name, tokenizer in tokenizers.items()
