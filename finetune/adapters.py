@@ -60,7 +60,9 @@ def attach_lora(
             ensure_weight_tying=tied and bool(whole),
             task_type=TaskType.CAUSAL_LM,
         )
-        return get_peft_model(model, config)
+        # In the base's precision, as DeepSpeed makes them under ZeRO-1 and 2 anyway; it keeps float32 masters itself.
+        # By default peft makes them float32, which ZeRO-3 leaves so: the stages would compute different numbers.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(f"LoRA cannot be attached: {error}") from None
 

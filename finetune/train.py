@@ -154,7 +154,7 @@ def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatF
 
 def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
     """Start the processes, build `TrainingArguments` (it touches the devices), claim the output folder."""
-    from finetune.trainer import start_processes, wait_for_all
+    from finetune.trainer import on_rank_0, start_processes
 
     values = {
         **arguments.training,
@@ -168,14 +168,15 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
     if setup.hardware.use_cpu:
         values["dataloader_pin_memory"] = False
     training_arguments = start_processes(setup.hardware.backend, values)
-    output_dir = Path(training_arguments.output_dir)
-    if console.is_rank_0():
-        moved = results.claim_output_dir(output_dir, move_aside=setup.move_aside)
-        console.say_notes([moved] if moved else [])
-        write_ledger(output_dir / results.LEDGER_FILE, data.ledger)
-        results.write_run(output_dir, _facts(arguments, setup, data))
-    wait_for_all()
+    on_rank_0(lambda: _claim(Path(training_arguments.output_dir), arguments, setup, data))
     return training_arguments
+
+
+def _claim(output_dir: Path, arguments: Arguments, setup: Setup, data: PreparedData) -> None:
+    moved = results.claim_output_dir(output_dir, move_aside=setup.move_aside)
+    console.say_notes([moved] if moved else [])
+    write_ledger(output_dir / results.LEDGER_FILE, data.ledger)
+    results.write_run(output_dir, _facts(arguments, setup, data))
 
 
 def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, Any]:
@@ -295,32 +296,35 @@ def _moves_base_weights(arguments: Arguments) -> bool:
 
 def seal(arguments: Arguments, trainer: Any) -> None:
     """Save the result, open it again and check it, write down how the run ended, say what to do next."""
-    from finetune.trainer import wait_for_all
+    from finetune.trainer import on_rank_0
 
-    output_dir = Path(trainer.args.output_dir)
     trainer.save_state()
     trainer.save_model()
-    if console.is_rank_0():
-        if arguments.adapter.kind() is not None:
-            adapters.verify_saved(output_dir)
-        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-        losses = [entry["loss"] for entry in logged]
-        result = (
-            {"steps": trainer.state.global_step, "first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
-        )
-        deepspeed_config = trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None
-        results.write_run(output_dir, {"deepspeed": deepspeed_config, "result": result, "completed": True})
-        console.say_summary(
-            loss_curve([entry["step"] for entry in logged], losses, console.width()),
-            {
-                "saved": f"{output_dir} ({'adapter' if arguments.adapter.kind() else 'full model'})",
-                "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
-                "steps": f"{trainer.state.global_step:,}, each in {output_dir / METRICS_FILE}",
-                "run": str(output_dir / results.RUN_FILE),
-            },
-            next_command(output_dir),
-        )
-    wait_for_all()
+    on_rank_0(lambda: _conclude(arguments, trainer))
+
+
+def _conclude(arguments: Arguments, trainer: Any) -> None:
+    output_dir = Path(trainer.args.output_dir)
+    is_adapter = arguments.adapter.kind() is not None
+    if is_adapter:
+        adapters.verify_saved(output_dir)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in logged]
+    result = {"steps": trainer.state.global_step}
+    if losses:
+        result |= {"first_loss": losses[0], "last_loss": losses[-1]}
+    deepspeed_config = trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None
+    results.write_run(output_dir, {"deepspeed": deepspeed_config, "result": result, "completed": True})
+    console.say_summary(
+        loss_curve([entry["step"] for entry in logged], losses, console.width()),
+        {
+            "saved": f"{output_dir} ({'adapter' if is_adapter else 'full model'})",
+            "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
+            "steps": f"{trainer.state.global_step:,}, each in {output_dir / METRICS_FILE}",
+            "run": str(output_dir / results.RUN_FILE),
+        },
+        next_command(output_dir),
+    )
 
 
 def next_command(output_dir: Path) -> str:

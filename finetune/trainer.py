@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.adapters import InitialLora, whole_virtual_tokens
 from finetune.console import is_rank_0, is_terminal, say
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, FinetuneError
 from finetune.metrics import METRICS_FILE, StepMeter, append_metrics, peak_memory_bytes
 
 
@@ -40,10 +40,22 @@ def start_processes(backend: str, values: dict[str, Any]) -> TrainingArguments:
         raise ConfigError(f"the training flags contradict each other: {error}") from None
 
 
-def wait_for_all() -> None:
-    """Return once every rank has come here."""
+def on_rank_0(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 while the others wait; what it raises is raised by every rank.
+
+    Raises:
+        FinetuneError: as `action` did on rank 0.
+    """
+    failure: list[FinetuneError | None] = [None]
+    if is_rank_0():
+        try:
+            action()
+        except FinetuneError as error:
+            failure = [error]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 class SupervisedTrainer(Trainer):

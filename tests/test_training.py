@@ -297,3 +297,14 @@ def test_bad_input_is_one_clear_error(tmp_path, tiny_model, conversation_file, n
     assert said.count("error: ") == 1 and message in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+def test_adapters_have_the_precision_of_their_base(tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.adapters import attach_lora
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model = attach_lora(base, r=2, alpha=4, dropout=0.0, target_modules=["all-linear"])
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}

@@ -1,0 +1,120 @@
+"""The main command over a hostfile: two real hosts of one rank each, the real launcher, ssh and pdsh between them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hosts
+import pytest
+import ranks
+from conftest import ROOT
+
+pytestmark = pytest.mark.hosts
+
+DEEPSPEED = Path(sys.executable).parent / "deepspeed"
+LIMIT_SECONDS = 240
+SECONDS_TO_END = 10
+# The launcher hands these on to every host; gloo alone would announce 127.0.0.1.
+ENVIRONMENT = "GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nHF_HUB_OFFLINE=1\n"
+SHORT = (
+    "--num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 1e-2 --lr_scheduler_type constant "
+    "--logging_steps 1 --save_strategy epoch"
+).split()
+LORA = ("--use_lora", "True", "--lora_dropout", "0")
+
+Launch = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[hosts.Host]]:
+    """Two hosts."""
+    hosts.require()
+    with hosts.running(2, tmp_path_factory.mktemp("hosts")) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def launch(nodes: list[hosts.Host], tmp_path: Path) -> Iterator[Launch]:
+    """Type the main command on the first host, in a folder that holds the hostfile and the launcher's environment."""
+    (tmp_path / "hostfile").write_text("".join(f"{node.name} slots=1\n" for node in nodes))
+    (tmp_path / ".deepspeed_env").write_text(ENVIRONMENT)
+    first = nodes[0]
+
+    def run(*flags: str | Path) -> subprocess.CompletedProcess:
+        environment = ("env", "DS_ACCELERATOR=cpu", f"PDSH_SSH_ARGS_APPEND=-F {first.folder / 'ssh_config'}")
+        launcher = (DEEPSPEED, "--hostfile=hostfile", "--no_ssh_check", "--master_addr", first.address)
+        command = first.command([*environment, *launcher, ROOT / "finetune/finetune.py", *flags], tmp_path)
+        return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+
+    yield run
+    for node in nodes:
+        node.end_processes()
+
+
+def left_behind(nodes: list[hosts.Host]) -> list[str]:
+    """What still runs on the hosts; sessions that are just closing get a moment."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (left := [line for node in nodes for line in node.processes().values()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_host_has_its_own_name_processes_and_network(nodes):
+    for node in nodes:
+        words = ("sh", "-c", "hostname; cat /proc/1/comm; echo /dev/shm/*; hostname -I")
+        done = subprocess.run(node.command(words, Path("/")), capture_output=True, text=True, timeout=LIMIT_SECONDS)
+        assert done.stdout.split() == [node.name, "sshd", "/dev/shm/*", node.address], done.stderr
+    assert left_behind(nodes) == []
+    sleeping = subprocess.Popen(nodes[1].command(["sleep", "60"], Path("/")))
+    deadline = time.monotonic() + SECONDS_TO_END
+    while "sleep 60" not in nodes[1].processes().values() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "sleep 60" in nodes[1].processes().values()  # so that "nothing left behind" says something
+    assert nodes[0].processes() == {}
+    nodes[1].end_processes()
+    assert sleeping.wait(SECONDS_TO_END) != 0
+
+
+@pytest.mark.parametrize(
+    "flags", [("--deepspeed", "zero2", *LORA), ("--deepspeed", "zero3")], ids=["lora-zero2", "full-zero3"]
+)
+def test_two_hosts_give_the_losses_of_two_ranks_on_one(nodes, launch, tmp_path, tiny_model, conversation_file, flags):
+    named = ("--model_name_or_path", tiny_model, "--data_path", conversation_file, *SHORT, *flags)
+    one, two = tmp_path / "one", tmp_path / "two"
+    outcome = ranks.train(tmp_path / "logs", [*named, "--output_dir", one])
+    assert outcome.succeeded, "\n".join(outcome.outputs)
+
+    done = launch(*named, "--output_dir", two)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert left_behind(nodes) == []
+    assert len(losses(one)) == 6
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    ran = json.loads((two / "run.json").read_text())
+    assert (ran["world_size"], ran["completed"]) == (2, True)
+    for node in nodes:  # a rank of each, and not two of one
+        assert f"{node.name}: " in done.stdout
+
+
+def test_a_bad_flag_ends_both_hosts_with_its_status_and_says_why(
+    nodes, launch, tmp_path, tiny_model, conversation_file
+):
+    named = ("--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "output")
+
+    done = launch(*named, *SHORT, "--deepspeed", "zero2", "--learning_rat", "1")
+
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert "error: unknown flag --learning_rat: did you mean --learning_rate?" in said
+    assert "Traceback" not in said
+    assert left_behind(nodes) == []
+    assert not (tmp_path / "output").exists()
