@@ -102,7 +102,7 @@ class Plan:
             "learned": f"{self.supervised_share:.1%} of the tokens, rendered with {self.chat_format}",
             "step": f"{self.per_device_batch} per device x {self.accumulation} accumulated x {self.world_size} ranks = "
             f"{batch} examples, about {batch * self.tokens_per_example:,.0f} tokens",
-            "length": f"{self.steps:,} steps ({self.epochs:g} epochs)",
+            "length": f"{self.steps:,} steps ({self.epochs:.3g} epochs)",
             "precision": self.precision,
             "attention": f"{self.attention}, activation checkpointing {'on' if self.checkpointing else 'off'}",
         }

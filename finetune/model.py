@@ -7,9 +7,12 @@ the model while it loads: rank 0 reads the files, the others receive their share
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from finetune.errors import ConfigError, FinetuneError
 from finetune.hardware import Precision
@@ -22,6 +25,7 @@ class CheckedModel:
     name: str
     config: Any
     attention: str
+    can_checkpoint: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -34,21 +38,37 @@ def check(name: str, *, trust_remote_code: bool, attention: str) -> CheckedModel
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _do_without_the_hub_where_it_has_no_address(name)
     with _explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
             with _explained(name), torch.device("meta"):
-                AutoModelForCausalLM.from_config(
+                empty = AutoModelForCausalLM.from_config(
                     config, attn_implementation=candidate, trust_remote_code=trust_remote_code
                 )
         except (ImportError, ValueError) as error:
             if candidate == "eager":
                 raise ConfigError(f"--model_name_or_path {name}: {_first_line(error)}") from None
             continue
+        except (NotImplementedError, RuntimeError):  # code that computes with its weights cannot be built without them
+            return CheckedModel(name, config, candidate)
         replaced = [] if candidate == attention else [f"this model has no {attention} attention: using {candidate}"]
-        return CheckedModel(name, config, candidate, tuple(replaced))
+        return CheckedModel(name, config, candidate, bool(empty.supports_gradient_checkpointing), tuple(replaced))
     raise AssertionError("the last candidate either returned or raised")
+
+
+def _do_without_the_hub_where_it_has_no_address(name: str) -> None:
+    """Look in the cache alone where the hub's name does not resolve; the hub client would retry for half a minute."""
+    from huggingface_hub import constants
+
+    proxied = any(os.environ.get(variable) for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if Path(name).exists() or proxied:
+        return
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
@@ -134,7 +154,7 @@ class _explained:
             raise ConfigError(f"--model_name_or_path {self.name}: not a causal language model") from None
         if isinstance(error, OSError):
             local = Path(self.name).exists()
-            where = "the folder is there, but" if local else "neither a folder here nor reachable on the model hub:"
+            where = "the folder is there, but" if local else "there is no such folder, and the model hub has no answer:"
             raise ConfigError(f"--model_name_or_path {self.name}: {where} {_first_line(error)}") from None
 
 

@@ -135,6 +135,8 @@ def _checkpointing(arguments: Arguments, checked: model.CheckedModel) -> tuple[b
         return False, [
             "--gradient_checkpointing is off: prefix tuning hands each layer a cache, which checkpointing would drop"
         ]
+    if wanted and not checked.can_checkpoint:
+        return False, ["--gradient_checkpointing is off: this model's code does not support it"]
     return wanted, []
 
 
@@ -272,7 +274,7 @@ def fit(
                 precision=setup.hardware.precision,
                 attention=setup.model.attention,
                 checkpointing=setup.activation_checkpointing,
-                epochs=training_arguments.num_train_epochs,
+                epochs=steps * trainer.get_total_train_batch_size(training_arguments) / summary.examples,
                 steps=steps,
             )
         )

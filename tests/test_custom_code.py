@@ -12,7 +12,10 @@ import pytest
 import ranks
 from conftest import ROOT, ROWS
 
-FLAGS = "--num_train_epochs 2 --per_device_train_batch_size 2 --learning_rate 1e-2 --logging_steps 1".split()
+FLAGS = (
+    "--gradient_checkpointing True --num_train_epochs 2 --per_device_train_batch_size 2 --learning_rate 1e-2 "
+    "--logging_steps 1"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,7 @@ def test_it_trains_saves_its_code_and_loads(stand_in, conversation_file, tmp_pat
         ],
     )
     assert outcome.succeeded, outcome.outputs[0]
+    assert "--gradient_checkpointing is off: this model's code does not support it" in outcome.outputs[0]
     if not adapter:
         assert (output / "modeling_qkv.py").is_file()
     assert "[[3, 20, 30, 4" in load(output, bool(adapter))

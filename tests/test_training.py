@@ -260,6 +260,11 @@ BAD_INPUT = {
     "unknown role": (3, 'role.json, row 0, turn 0: expected "from" to be human', {"--data_path": "role.json"}),
     "no model turn": (3, "human.json, row 0: has no model turn", {"--data_path": "human.json"}),
     "no model": (2, "/no/such/model: there is no such folder", {"--model_name_or_path": "/no/such/model"}),
+    "no such name": (
+        2,
+        "there is no such folder, and the model hub has no answer",
+        {"--model_name_or_path": "some/body"},
+    ),
     "no config": (2, "--deepspeed zero9: there is no such file", {"--deepspeed": "zero9"}),
     "unknown flag": (2, "unknown flag --learning_rat: did you mean --learning_rate?", {"--learning_rat": "1"}),
     "mismatch": (
@@ -308,3 +313,34 @@ def test_adapters_have_the_precision_of_their_base(tiny_model):
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = attach_lora(base, r=2, alpha=4, dropout=0.0, target_modules=["all-linear"])
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
+
+
+def test_under_zero_3_only_rank_0_reads_the_weights(tmp_path, tiny_model, conversation_file):
+    argv = [
+        "--model_name_or_path",
+        tiny_model,
+        "--data_path",
+        conversation_file,
+        "--output_dir",
+        tmp_path / "out",
+        *SHORT,
+    ]
+    outcome = ranks.run(tmp_path / "logs", _say_where_weights_are_read_to, ([*map(str, argv), "--deepspeed", "zero3"],))
+    assert outcome.succeeded, outcome.outputs[0]
+    places = [[line for line in output.splitlines() if line.startswith("read to ")] for output in outcome.outputs]
+    assert places == [["read to cpu"], ["read to meta"]]
+
+
+def _say_where_weights_are_read_to(argv: list[str]) -> None:
+    from transformers import modeling_utils
+
+    from finetune.train import main
+
+    original = modeling_utils.load_state_dict
+
+    def load_state_dict(*args, map_location="cpu", **kwargs):
+        print(f"read to {map_location}", flush=True)
+        return original(*args, map_location=map_location, **kwargs)
+
+    modeling_utils.load_state_dict = load_state_dict
+    main(argv)
