@@ -1,6 +1,6 @@
 """Adapters: attach one to a model, say what is trained, write and check what was saved.
 
-Sources: LoRA https://arxiv.org/abs/2106.09685, DoRA 2402.09353, rsLoRA 2312.03732, PiSSA 2404.02948,
+Sources: LoRA https://arxiv.org/abs/2106.09685, DoRA 2402.09353, rsLoRA 2312.03732, PiSSA 2404.02948, OLoRA 2406.01775,
 prefix tuning 2101.00190, prompt tuning 2104.08691; all of them as implemented by peft.
 """
 
@@ -90,10 +90,15 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return sum(size for trainable, size in counts if trainable), sum(size for _, size in counts)
 
 
-class InitialLora:
-    """The LoRA matrices as PiSSA set them, kept to save what was learned as a plain LoRA on the original base.
+def moves_base_weights(init_lora_weights: str) -> bool:
+    """Whether this initialisation takes the adapter's first product out of the base weights: PiSSA and OLoRA do."""
+    return init_lora_weights.startswith("pissa") or init_lora_weights == "olora"
 
-    PiSSA moves s·B0·A0 out of the base weight W into the adapter and trains from there, so the tuned layer computes
+
+class InitialLora:
+    """The LoRA matrices as PiSSA or OLoRA set them, kept to save what was learned as a plain LoRA on the original base.
+
+    Both move s·B0·A0 out of the base weight W into the adapter and trains from there, so the tuned layer computes
     W - s·B0·A0 + s·B·A. On the untouched W that is a LoRA of rank 2r: [B, -B0]·[A; A0], with the same scale s.
     """
 

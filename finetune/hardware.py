@@ -109,8 +109,11 @@ def decide_precision(found: Probe, *, bf16: bool, fp16: bool) -> tuple[Precision
         raise ConfigError("--bf16 True and --fp16 True exclude each other: keep one of them")
     weakest = found.weakest
     if weakest is None:
-        if bf16 and not found.cpu_bf16:
-            return "float32", ["--bf16 is off: this CPU has no bf16 units and would emulate it; computing in float32"]
+        if bf16:
+            # Ranks may sit on CPUs of both kinds, and all must compute alike; bf16 also hides what a rehearsal on a
+            # CPU is for: in it the ZeRO stages drift apart within ten steps, in float32 they agree to 1e-5.
+            units = "is not needed on a CPU" if found.cpu_bf16 else "would be emulated by this CPU, many times slower"
+            return "float32", [f"--bf16 is off: it {units}; computing in float32"]
         if fp16:
             return "float32", ["--fp16 is off: there is no GPU here; computing in float32"]
     elif bf16 and weakest.capability < AMPERE:
@@ -206,6 +209,13 @@ def check_extension_locks(folder: Path, now: float | None = None) -> None:
                 f"would wait for it for ever: if no other machine is building there, remove it with\n"
                 f"  rm {shlex.quote(str(lock))}"
             )
+
+
+def build_notes(folder: Path, *, use_cpu: bool) -> list[str]:
+    """A line where DeepSpeed will compile its CPU communication operator first: that takes a silent minute."""
+    if not use_cpu or any(folder.glob("**/deepspeed_shm_comm.so")):
+        return []
+    return [f"DeepSpeed compiles its communication operator first, once, into {folder}: about a minute"]
 
 
 def _is_open_somewhere(path: Path) -> bool:

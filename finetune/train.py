@@ -26,9 +26,9 @@ from finetune import adapters, console, model, results
 from finetune.arguments import Arguments, DataArguments, ModelArguments, parse
 from finetune.collation import PaddedCollator, pad_token_id
 from finetune.conversations import load_conversations
-from finetune.dataset import PreparedData, as_features, prepare, render_all, summary_facts, write_ledger
+from finetune.dataset import PreparedData, Summary, as_features, prepare, render_all, summary_facts, write_ledger
 from finetune.errors import ConfigError, reported
-from finetune.hardware import Hardware, check_extension_locks, decide, prepare_environment, probe
+from finetune.hardware import Hardware, build_notes, check_extension_locks, decide, prepare_environment, probe
 from finetune.metrics import METRICS_FILE, loss_curve
 from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_format, stop_token_id
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
@@ -91,14 +91,18 @@ def check(arguments: Arguments) -> Setup:
         attention=hardware.attention,
     )
     checkpointing, checkpointing_notes = _checkpointing(arguments, checked)
+    building = []
     if zero is not None:
-        check_extension_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+        extensions = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+        check_extension_locks(extensions)
+        building = build_notes(extensions, use_cpu=hardware.use_cpu)
     notes = (
         *arguments.notes,
         *hardware.notes,
         *(zero.notes if zero else ()),
         *checked.notes,
         *checkpointing_notes,
+        *building,
     )
     console.say_notes(notes)
     return Setup(hardware, zero, checked, world_size, move_aside, checkpointing, notes)
@@ -248,37 +252,6 @@ def fit(
     """Train; the plan is printed once the number of steps is known."""
     from finetune.trainer import SupervisedTrainer
 
-    trainable, parameters = adapters.count_parameters(trained)
-    summary = data.summary
-
-    def announce(steps: int) -> None:
-        console.say_plan(
-            console.Plan(
-                model=arguments.model.model_name_or_path,
-                parameters=parameters,
-                trainable=trainable,
-                adapter=arguments.adapter.kind(),
-                zero_stage=setup.zero.stage if setup.zero else None,
-                offloads=bool(setup.zero and setup.zero.offloads),
-                world_size=setup.world_size,
-                device="CPU, gloo" if setup.hardware.use_cpu else "GPU, nccl",
-                per_device_batch=training_arguments.per_device_train_batch_size,
-                accumulation=training_arguments.gradient_accumulation_steps,
-                tokens_per_example=summary.tokens / summary.examples,
-                supervised_share=summary.supervised_share,
-                rows=summary.rows,
-                cut=summary.cut,
-                dropped=summary.dropped,
-                tokens=summary.tokens,
-                chat_format=chat_format.name,
-                precision=setup.hardware.precision,
-                attention=setup.model.attention,
-                checkpointing=setup.activation_checkpointing,
-                epochs=steps * trainer.get_total_train_batch_size(training_arguments) / summary.examples,
-                steps=steps,
-            )
-        )
-
     trainer = SupervisedTrainer(
         model=trained,
         args=training_arguments,
@@ -286,14 +259,56 @@ def fit(
         data_collator=PaddedCollator(pad_token_id(tokenizer)),
         processing_class=tokenizer,
         initial_lora=adapters.InitialLora(trained) if _moves_base_weights(arguments) else None,
-        on_plan=announce,
+        on_plan=lambda steps: console.say_plan(
+            _plan(arguments, setup, training_arguments, trained, chat_format, data.summary, steps)
+        ),
     )
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     return trainer
 
 
+def _plan(
+    arguments: Arguments,
+    setup: Setup,
+    training_arguments: Any,
+    trained: Any,
+    chat_format: ChatFormat,
+    summary: Summary,
+    steps: int,
+) -> console.Plan:
+    trainable, parameters = adapters.count_parameters(trained)
+    micro, accumulation = (
+        training_arguments.per_device_train_batch_size,
+        training_arguments.gradient_accumulation_steps,
+    )
+    return console.Plan(
+        model=arguments.model.model_name_or_path,
+        parameters=parameters,
+        trainable=trainable,
+        adapter=arguments.adapter.kind(),
+        zero_stage=setup.zero.stage if setup.zero else None,
+        offloads=bool(setup.zero and setup.zero.offloads),
+        world_size=setup.world_size,
+        device="CPU, gloo" if setup.hardware.use_cpu else "GPU, nccl",
+        per_device_batch=micro,
+        accumulation=accumulation,
+        tokens_per_example=summary.tokens / summary.examples,
+        supervised_share=summary.supervised_share,
+        rows=summary.rows,
+        cut=summary.cut,
+        dropped=summary.dropped,
+        tokens=summary.tokens,
+        chat_format=chat_format.name,
+        precision=setup.hardware.precision,
+        attention=setup.model.attention,
+        checkpointing=setup.activation_checkpointing,
+        epochs=steps * micro * accumulation * setup.world_size / summary.examples,
+        steps=steps,
+    )
+
+
 def _moves_base_weights(arguments: Arguments) -> bool:
-    return arguments.adapter.kind() == "lora" and arguments.adapter.init_lora_weights.startswith("pissa")
+    return arguments.adapter.kind() == "lora" and adapters.moves_base_weights(arguments.adapter.init_lora_weights)
 
 
 def seal(arguments: Arguments, trainer: Any) -> None:

@@ -174,7 +174,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--use_lora", "--adapter", "prompt"], "--use_lora True and --adapter prompt exclude each other"),
         (
             ["--use_dora", "--init_lora_weights", "pissa_niter_16"],
-            "--use_dora True and --init_lora_weights pissa exclude each other",
+            "--use_dora True and --init_lora_weights pissa_niter_16 exclude each other",
         ),
         (["--model_max_length", "0"], "--model_max_length 0: expected at least 1"),
         (["--lora_r", "0"], "--lora_r 0: expected at least 1"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.hardware import Gpu, Probe, check_extension_locks, decide, prepare_environment, probe
+from finetune.hardware import Gpu, Probe, build_notes, check_extension_locks, decide, prepare_environment, probe
 
 GIB = 2**30
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB)
@@ -76,16 +76,16 @@ SITUATIONS = [
         ["--tf32 is off: Tesla V100", "replaced by sdpa: Tesla V100"],
     ),
     ("CPU-no-flags", CPU, {}, ("float32", None, "sdpa"), []),
-    ("CPU-bf16-units", CPU_WITH_BF16, {"bf16": True}, ("bf16", None, "sdpa"), []),
-    ("CPU-bf16-emulated", CPU, {"bf16": True}, ("float32", None, "sdpa"), ["--bf16 is off: this CPU has no bf16"]),
+    ("CPU-bf16-units", CPU_WITH_BF16, {"bf16": True}, ("float32", None, "sdpa"), ["--bf16 is off: it is not needed"]),
+    ("CPU-bf16-emulated", CPU, {"bf16": True}, ("float32", None, "sdpa"), ["--bf16 is off: it would be emulated"]),
     ("CPU-fp16", CPU_WITH_BF16, {"fp16": True}, ("float32", None, "sdpa"), ["--fp16 is off: there is no GPU here"]),
     ("CPU-tf32-refused", CPU, {"tf32": False}, ("float32", None, "sdpa"), []),
     (
         "CPU-flash-asked",
         CPU_WITH_BF16,
         {"bf16": True, "attn_implementation": FLASH},
-        ("bf16", None, "sdpa"),
-        ["replaced by sdpa: it needs a GPU"],
+        ("float32", None, "sdpa"),
+        ["--bf16 is off: it is not needed", "replaced by sdpa: it needs a GPU"],
     ),
     (
         "CPU-published-command",
@@ -217,3 +217,11 @@ def test_a_folder_without_operators_has_no_locks(tmp_path):
     check_extension_locks(tmp_path / "missing")
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_takes_a_minute_is_announced(tmp_path):
+    assert "about a minute" in build_notes(tmp_path, use_cpu=True)[0]
+    assert build_notes(tmp_path, use_cpu=False) == []
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
+    assert build_notes(tmp_path, use_cpu=True) == []

@@ -59,7 +59,7 @@ class AdapterArguments:
     lora_target_modules: list[str] = _flag(["all-linear"], "names of the layers that get LoRA, e.g. qkv_proj")
     use_dora: bool = _flag(False, "DoRA: learn the magnitude of each weight column too")
     use_rslora: bool = _flag(False, "rsLoRA: scale by lora_alpha / sqrt(lora_r)")
-    init_lora_weights: str = _flag("default", "default, gaussian, pissa, pissa_niter_16, olora, ...")
+    init_lora_weights: str = _flag("default", "default, gaussian, pissa, pissa_niter_16 (any number) or olora")
     modules_to_save: list[str] = _flag([], "layers trained whole and saved beside the adapter, e.g. lm_head")
     num_virtual_tokens: int = _flag(20, "length of a prefix or prompt adapter")
 

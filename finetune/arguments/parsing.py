@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -257,8 +258,13 @@ def _check_pairs(arguments: Arguments) -> None:
     adapter, data = arguments.adapter, arguments.data
     if adapter.use_lora and adapter.adapter not in (None, "lora"):
         raise ConfigError(f"--use_lora True and --adapter {adapter.adapter} exclude each other: keep one of them")
-    if adapter.use_dora and adapter.init_lora_weights.startswith("pissa"):
-        raise ConfigError("--use_dora True and --init_lora_weights pissa exclude each other: keep one of them")
+    start = adapter.init_lora_weights
+    if not re.fullmatch(r"default|gaussian|pissa(_niter_[1-9]\d*)?|olora", start):
+        raise ConfigError(
+            f"--init_lora_weights {start}: expected default, gaussian, pissa, pissa_niter_16 (any number) or olora"
+        )
+    if adapter.use_dora and start not in ("default", "gaussian"):
+        raise ConfigError(f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them")
     _check_at_least_one("model_max_length", data.model_max_length)
     _check_at_least_one("lora_r", adapter.lora_r)
     _check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
