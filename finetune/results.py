@@ -23,7 +23,9 @@ from finetune.errors import ConfigError, StorageError
 
 RUN_FILE = "run.json"
 LEDGER_FILE = "data_ledger.jsonl"
-MARKS_OF_A_RUN = (RUN_FILE, "adapter_config.json", "config.json", "trainer_state.json")
+METRICS_FILE = "metrics.jsonl"
+# run.json alone is left by a run that never made a step: there is nothing in it to lose.
+MARKS_OF_A_RUN = (METRICS_FILE, "adapter_config.json", "config.json", "trainer_state.json")
 LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn")
 
 

@@ -29,7 +29,7 @@ from finetune.conversations import load_conversations
 from finetune.dataset import PreparedData, Summary, as_features, prepare, render_all, summary_facts, write_ledger
 from finetune.errors import ConfigError, reported
 from finetune.hardware import Hardware, build_notes, check_extension_locks, decide, prepare_environment, probe
-from finetune.metrics import METRICS_FILE, loss_curve
+from finetune.metrics import loss_curve
 from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_format, stop_token_id
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
 
@@ -71,6 +71,8 @@ def check(arguments: Arguments) -> Setup:
     output_dir = Path(arguments.training["output_dir"]).expanduser()
     if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
         raise ConfigError(f"--output_dir {output_dir}: is the folder of the model itself")
+    if arguments.given("eval_strategy") not in ("no", None):
+        raise ConfigError("--eval_strategy: there is no evaluation data in this version: leave the flag out")
     move_aside = results.check_output_dir(
         output_dir,
         overwrite=arguments.run.overwrite_output_dir,
@@ -252,17 +254,21 @@ def fit(
     """Train; the plan is printed once the number of steps is known."""
     from finetune.trainer import SupervisedTrainer
 
-    trainer = SupervisedTrainer(
-        model=trained,
-        args=training_arguments,
-        train_dataset=as_features(data.examples),
-        data_collator=PaddedCollator(pad_token_id(tokenizer)),
-        processing_class=tokenizer,
-        initial_lora=adapters.InitialLora(trained) if _moves_base_weights(arguments) else None,
-        on_plan=lambda steps: console.say_plan(
-            _plan(arguments, setup, training_arguments, trained, chat_format, data.summary, steps)
-        ),
-    )
+    def announce(steps: int) -> None:
+        console.say_plan(_plan(arguments, setup, training_arguments, trained, chat_format, data.summary, steps))
+
+    try:
+        trainer = SupervisedTrainer(
+            model=trained,
+            args=training_arguments,
+            train_dataset=as_features(data.examples),
+            data_collator=PaddedCollator(pad_token_id(tokenizer)),
+            processing_class=tokenizer,
+            initial_lora=adapters.InitialLora(trained) if _moves_base_weights(arguments) else None,
+            on_plan=announce,
+        )
+    except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, evaluation without data
+        raise ConfigError(f"the Trainer refuses these flags: {error}") from error
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     return trainer
 
@@ -337,7 +343,7 @@ def _conclude(arguments: Arguments, trainer: Any) -> None:
         {
             "saved": f"{output_dir} ({'adapter' if is_adapter else 'full model'})",
             "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
-            "steps": f"{trainer.state.global_step:,}, each in {output_dir / METRICS_FILE}",
+            "steps": f"{trainer.state.global_step:,}, each in {output_dir / results.METRICS_FILE}",
             "run": str(output_dir / results.RUN_FILE),
         },
         next_command(output_dir),

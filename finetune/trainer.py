@@ -16,7 +16,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from finetune.adapters import InitialLora, whole_virtual_tokens
 from finetune.console import is_rank_0, is_terminal, say
 from finetune.errors import ConfigError, FinetuneError
-from finetune.metrics import METRICS_FILE, StepMeter, append_metrics, peak_memory_bytes
+from finetune.metrics import StepMeter, append_metrics, peak_memory_bytes
+from finetune.results import METRICS_FILE
 
 
 def start_processes(backend: str, values: dict[str, Any]) -> TrainingArguments:

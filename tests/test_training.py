@@ -274,6 +274,23 @@ def test_an_earlier_run_is_never_overwritten_silently(train, tmp_path, tiny_mode
     assert (output / "model.safetensors").is_file()
 
 
+def test_a_run_that_never_made_a_step_does_not_stand_in_the_way(tmp_path, tiny_model, conversation_file):
+    argv = [
+        "--model_name_or_path",
+        tiny_model,
+        "--data_path",
+        conversation_file,
+        "--output_dir",
+        tmp_path / "out",
+        *SHORT,
+    ]
+    refused = ranks.train(tmp_path / "refused", [*argv, "--deepspeed", "zero2", "--report_to", "tensorboard"], 1)
+    assert refused.statuses == [2]
+    assert "the Trainer refuses these flags: TensorBoardCallback requires tensorboard" in refused.outputs[0]
+    assert "Traceback" not in refused.outputs[0]
+    assert ranks.train(tmp_path / "again", [*argv, "--deepspeed", "zero2"], 1).succeeded
+
+
 def test_a_run_that_learned_nothing_does_not_report_success(tmp_path, tiny_model, conversation_file):
     flags = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "out"]
     outcome = ranks.train(
@@ -304,6 +321,7 @@ BAD_INPUT = {
         {"--deepspeed": "ds.json"},
     ),
     "too short": (3, "all 6 rows are dropped", {"--model_max_length": "3"}),
+    "no evaluation data": (2, "there is no evaluation data in this version", {"--eval_strategy": "epoch"}),
     "bad value": (2, "training flags contradict each other", {"--lr_scheduler_type": "wavy"}),
 }
 

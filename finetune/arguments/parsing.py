@@ -84,7 +84,7 @@ def parse_for_preview(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
 def build_parser() -> argparse.ArgumentParser:
     """The parser; a flag that is not given leaves no trace in its result."""
     parser = _Parser(
-        prog="deepspeed [--hostfile=FILE] finetune/finetune.py",
+        usage="deepspeed [--hostfile=FILE] finetune/finetune.py --model_name_or_path M --data_path D --output_dir O",
         description="Fine-tune a chat model on conversations, with DeepSpeed.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
