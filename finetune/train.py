@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -308,7 +309,7 @@ def _plan(
         precision=setup.hardware.precision,
         attention=setup.model.attention,
         checkpointing=setup.activation_checkpointing,
-        epochs=steps * micro * accumulation * setup.world_size / summary.examples,
+        epochs=steps / math.ceil(summary.examples / (micro * accumulation * setup.world_size)),
         steps=steps,
     )
 
