@@ -72,8 +72,8 @@ def listed(faults: Sequence[str], noun: str) -> str:
 def reported() -> Iterator[None]:
     """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status.
 
-    Rank 0 prints at once. The other ranks wait a few seconds: when rank 0 saw the same fault the launcher ends them
-    before they speak; when they are still there, the fault is theirs alone and they print it.
+    Rank 0 prints at once. The other ranks wait a few seconds: when rank 0 saw the same fault its launcher ends those
+    on its host before they speak; one that is still there has a fault of its own, or sits on another host, and prints.
     """
     try:
         yield
