@@ -25,11 +25,10 @@ STALE_LOCK_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: its name, CUDA compute capability (major, minor) and memory in bytes."""
+    """One GPU: its name and CUDA compute capability (major, minor)."""
 
     name: str
     capability: tuple[int, int]
-    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def probe(use_cpu: bool = False) -> Probe:
     gpus = ()
     if not use_cpu and torch.cuda.is_available():
         found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        gpus = tuple(Gpu(one.name, (one.major, one.minor), one.total_memory) for one in found)
+        gpus = tuple(Gpu(one.name, (one.major, one.minor)) for one in found)
     return Probe(
         gpus=gpus,
         cpu_bf16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),

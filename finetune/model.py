@@ -25,8 +25,8 @@ class CheckedModel:
     name: str
     config: Any
     attention: str
-    can_checkpoint: bool = True
-    notes: tuple[str, ...] = ()
+    can_checkpoint: bool
+    notes: tuple[str, ...]
 
 
 def check(name: str, *, trust_remote_code: bool, attention: str) -> CheckedModel:
@@ -51,8 +51,6 @@ def check(name: str, *, trust_remote_code: bool, attention: str) -> CheckedModel
             if candidate == "eager":
                 raise ConfigError(f"--model_name_or_path {name}: {_first_line(error)}") from None
             continue
-        except (NotImplementedError, RuntimeError):  # code that computes with its weights cannot be built without them
-            return CheckedModel(name, config, candidate)
         replaced = [] if candidate == attention else [f"this model has no {attention} attention: using {candidate}"]
         return CheckedModel(name, config, candidate, bool(empty.supports_gradient_checkpointing), tuple(replaced))
     raise AssertionError("the last candidate either returned or raised")
@@ -109,9 +107,8 @@ def load_model(
             attn_implementation=checked.attention,
             trust_remote_code=trust_remote_code,
         )
-    needed = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    if needed > model.config.get_text_config().vocab_size:
-        model.resize_token_embeddings(needed)
+    if must_grow(checked, tokenizer):
+        model.resize_token_embeddings(_rows_needed(tokenizer))
     if stop_token_id is not None and model.generation_config is not None:
         _stop_at(model.generation_config, stop_token_id)
     return model
@@ -119,7 +116,11 @@ def load_model(
 
 def must_grow(checked: CheckedModel, tokenizer: Any) -> bool:
     """Whether the tokenizer has tokens for which the model has no embedding yet."""
-    return max(tokenizer.get_vocab().values()) >= checked.config.get_text_config().vocab_size
+    return _rows_needed(tokenizer) > checked.config.get_text_config().vocab_size
+
+
+def _rows_needed(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _stop_at(generation_config: Any, token_id: int) -> None:

@@ -11,11 +11,10 @@ import pytest
 from finetune.errors import ConfigError
 from finetune.hardware import Gpu, Probe, build_notes, check_extension_locks, decide, prepare_environment, probe
 
-GIB = 2**30
-H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB)
-A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 40 * GIB)
-T4 = Gpu("Tesla T4", (7, 5), 16 * GIB)
-V100 = Gpu("Tesla V100-SXM2-32GB", (7, 0), 32 * GIB)
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0))
+A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
+T4 = Gpu("Tesla T4", (7, 5))
+V100 = Gpu("Tesla V100-SXM2-32GB", (7, 0))
 
 CPU = Probe()
 CPU_WITH_BF16 = Probe(cpu_bf16=True)

@@ -197,19 +197,14 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
+    import yaml
 
-            values = yaml.safe_load(text)
-        else:
-            values = json.loads(text)
+    try:
+        values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
-    except Exception as error:
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise ConfigError(f"--config {path}: not YAML: {error}") from None
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
         values = values["arguments"]
     if not isinstance(values, dict):
