@@ -3,26 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 MODEL := .models/SmolLM2-135M-Instruct
+TOKENIZERS := .models/tokenizers
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: quickstart test test-faults test-hosts test-gpu test-all lint install model prerequisites
+.PHONY: quickstart test test-faults test-hosts test-gpu test-browser test-all lint install model tokenizers prerequisites
 
 quickstart: install
 	$(VENV)/bin/python -m finetune quickstart $(QUICKSTART_FLAGS)
 
-test: install model
+test: install model tokenizers
 	$(PYTEST)
 
-test-faults: install model
+test-faults: install model tokenizers
 	$(PYTEST) -m faults
 
-test-hosts: install model
+test-hosts: install model tokenizers
 	$(PYTEST) -m hosts
 
-test-gpu: install model
+test-gpu: install model tokenizers
 	$(PYTEST) -m gpu
 
-test-all: install model
+test-browser: install
+	$(PYTEST) -m browser tests/test_pages.py
+
+test-all: install model tokenizers
 	$(PYTEST) -m ""
 
 lint: install
@@ -32,6 +36,8 @@ install: prerequisites $(READY)
 
 model: install $(MODEL)/model.safetensors
 
+tokenizers: install $(TOKENIZERS)/.ready
+
 $(READY): requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements.txt
@@ -40,6 +46,9 @@ $(READY): requirements.txt setup.py
 
 $(MODEL)/model.safetensors: | install
 	$(VENV)/bin/python -m finetune quickstart --only_model
+
+$(TOKENIZERS)/.ready: tests/make_tokenizers.py | install
+	$(VENV)/bin/python tests/make_tokenizers.py $(TOKENIZERS)
 
 prerequisites:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -78,10 +78,7 @@ class Plan:
     accumulation: int
     tokens_per_example: float
     supervised_share: float
-    rows: int
-    cut: int
-    dropped: int
-    tokens: int
+    examples: int
     chat_format: str
     precision: str
     attention: str
@@ -99,7 +96,7 @@ class Plan:
             "training": f"{self.adapter or 'all parameters'}: {self.trainable:,} trainable ({share:.2%})",
             "ZeRO": stage + (", offloaded" if self.offloads else ""),
             "ranks": f"{self.world_size} ({self.device})",
-            "data": f"{self.rows:,} rows ({self.cut:,} cut, {self.dropped:,} dropped), {self.tokens:,} tokens",
+            "data": f"{self.examples:,} examples an epoch, about {self.examples * self.tokens_per_example:,.0f} tokens",
             "learned": f"{self.supervised_share:.1%} of the tokens, rendered with {self.chat_format}",
             "step": f"{self.per_device_batch} per device x {self.accumulation} accumulated x {self.world_size} ranks = "
             f"{batch} examples, about {batch * self.tokens_per_example:,.0f} tokens",
@@ -118,10 +115,22 @@ def say_plan(plan: Plan) -> None:
     say()
 
 
+def say_note(note: str) -> None:
+    """One decision that differs from what was asked, or that nobody asked for."""
+    say(f"note: {note}")
+
+
 def say_notes(notes: Sequence[str]) -> None:
-    """One line per decision that differs from what was asked."""
+    """One line a decision."""
     for note in notes:
-        say(f"note: {note}")
+        say_note(note)
+
+
+def say_data(lines: Sequence[str]) -> None:
+    """Print what the data comes to."""
+    say("\nData")
+    for line in lines:
+        say(f"  {line}")
 
 
 def say_summary(curve: str, facts: dict[str, str], next_command: str) -> None:

@@ -52,19 +52,20 @@ class StorageError(FinetuneError):
     status = 6
 
 
-def listed(faults: Sequence[str], noun: str) -> str:
-    """All faults as one message: the first 20 in full, then the count.
+def listed(faults: Sequence[str], noun: str, *, count: int | None = None) -> str:
+    """All faults as one message: the first 20 in full, then the count (`count` where only the first were kept).
 
     >>> print(listed(["a.json, row 0: no turns", "a.json, row 4: no turns"], "faulty row"))
     2 faulty rows:
       a.json, row 0: no turns
       a.json, row 4: no turns
     """
-    if len(faults) == 1:
+    count = len(faults) if count is None else count
+    if count == 1:
         return faults[0]
-    lines = [f"{len(faults):,} {noun}s:", *(f"  {fault}" for fault in faults[:SHOWN_FAULTS])]
-    if len(faults) > SHOWN_FAULTS:
-        lines.append(f"  ... and {len(faults) - SHOWN_FAULTS:,} more")
+    lines = [f"{count:,} {noun}s:", *(f"  {fault}" for fault in faults[:SHOWN_FAULTS])]
+    if count > SHOWN_FAULTS:
+        lines.append(f"  ... and {count - SHOWN_FAULTS:,} more")
     return "\n".join(lines)
 
 

@@ -9,7 +9,6 @@ adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -117,12 +116,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"

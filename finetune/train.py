@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from typing import Any
 from finetune import adapters, console, model, results
 from finetune.arguments import Arguments, DataArguments, ModelArguments, parse
 from finetune.collation import PaddedCollator, pad_token_id
-from finetune.conversations import load_conversations
-from finetune.dataset import PreparedData, Summary, as_features, prepare, render_all, summary_facts, write_ledger
+from finetune.conversations import find_sources
+from finetune.dataset import PreparedData, check_usable, prepare
 from finetune.errors import ConfigError, reported
 from finetune.hardware import Hardware, build_notes, check_extension_locks, decide, prepare_environment, probe
 from finetune.metrics import loss_curve
@@ -42,11 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         console.quiet_libraries()
         setup = check(arguments)
-        conversations = load_conversations(arguments.data.data_path)
-        tokenizer, chat_format, notes = load_format(arguments.model, arguments.data)
-        console.say_notes(notes)
-        renderings = render_all(conversations, Renderer(chat_format, arguments.data.model_max_length))
-        data = prepare(renderings, arguments.data.data_path)
+        tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data, console.say_note)
+        approve(arguments, data)
         training_arguments = begin(arguments, setup, data)
         base = load(arguments, setup, tokenizer, chat_format)
         trained = attach(arguments, setup, base, tokenizer)
@@ -161,6 +158,34 @@ def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatF
     return tokenizer, chat_format, notes
 
 
+def prepare_data(
+    chosen: ModelArguments, data: DataArguments, say: Callable[[str], None]
+) -> tuple[Any, ChatFormat, PreparedData]:
+    """The tokenizer, the chat format, and all rows read, rendered and proven; `say` takes lines for the user."""
+    sources = find_sources(data.data_path)
+    tokenizer, chat_format, notes = load_format(chosen, data)
+    for note in notes:
+        say(note)
+    prepared = prepare(
+        sources,
+        Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
+        bad_rows=data.bad_rows,
+        repairs=data.repairs,
+        cache_dir=data.data_cache_dir,
+        num_processes=data.preprocessing_num_workers,
+        say=say,
+    )
+    for line in prepared.said:
+        say(line)
+    return tokenizer, chat_format, prepared
+
+
+def approve(arguments: Arguments, data: PreparedData) -> None:
+    """Show what the data comes to, and refuse data that the run should not start with."""
+    console.say_data(data.summary.lines())
+    check_usable(data, arguments.data.max_dropped_rows)
+
+
 def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
     """Start the processes, build `TrainingArguments` (it touches the devices), claim the output folder."""
     from finetune.trainer import on_rank_0, start_processes
@@ -184,12 +209,11 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
 def _claim(output_dir: Path, arguments: Arguments, setup: Setup, data: PreparedData) -> None:
     moved = results.claim_output_dir(output_dir, move_aside=setup.move_aside)
     console.say_notes([moved] if moved else [])
-    write_ledger(output_dir / results.LEDGER_FILE, data.ledger)
+    data.copy_ledger(output_dir / results.LEDGER_FILE)
     results.write_run(output_dir, _facts(arguments, setup, data))
 
 
 def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, Any]:
-    path = arguments.data.data_path
     return {
         "arguments": arguments.flat(),
         "notes": list(setup.notes),
@@ -198,7 +222,11 @@ def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, 
         "world_size": setup.world_size,
         "precision": setup.hardware.precision,
         "attention": setup.model.attention,
-        "data": {"path": path, "fingerprint": results.fingerprint(path), "summary": summary_facts(data.summary)},
+        "data": {
+            "path": arguments.data.data_path,
+            "fingerprint": data.fingerprint,
+            "summary": data.summary.facts(),
+        },
         "completed": False,
     }
 
@@ -256,13 +284,13 @@ def fit(
     from finetune.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
-        console.say_plan(_plan(arguments, setup, training_arguments, trained, chat_format, data.summary, steps))
+        console.say_plan(_plan(arguments, setup, training_arguments, trained, chat_format, data, steps))
 
     try:
         trainer = SupervisedTrainer(
             model=trained,
             args=training_arguments,
-            train_dataset=as_features(data.examples),
+            train_dataset=data.epoch(training_arguments.seed),
             data_collator=PaddedCollator(pad_token_id(tokenizer)),
             processing_class=tokenizer,
             initial_lora=adapters.InitialLora(trained) if _moves_base_weights(arguments) else None,
@@ -280,10 +308,11 @@ def _plan(
     training_arguments: Any,
     trained: Any,
     chat_format: ChatFormat,
-    summary: Summary,
+    data: PreparedData,
     steps: int,
 ) -> console.Plan:
     trainable, parameters = adapters.count_parameters(trained)
+    examples = len(data.epoch(training_arguments.seed))
     micro, accumulation = (
         training_arguments.per_device_train_batch_size,
         training_arguments.gradient_accumulation_steps,
@@ -299,17 +328,14 @@ def _plan(
         device="CPU, gloo" if setup.hardware.use_cpu else "GPU, nccl",
         per_device_batch=micro,
         accumulation=accumulation,
-        tokens_per_example=summary.tokens / summary.examples,
-        supervised_share=summary.supervised_share,
-        rows=summary.rows,
-        cut=summary.cut,
-        dropped=summary.dropped,
-        tokens=summary.tokens,
+        tokens_per_example=data.summary.tokens / data.summary.examples,
+        supervised_share=data.summary.supervised_share,
+        examples=examples,
         chat_format=chat_format.name,
         precision=setup.hardware.precision,
         attention=setup.model.attention,
         checkpointing=setup.activation_checkpointing,
-        epochs=steps / math.ceil(summary.examples / (micro * accumulation * setup.world_size)),
+        epochs=steps / math.ceil(examples / (micro * accumulation * setup.world_size)),
         steps=steps,
     )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAINED = ROOT / ".models" / "SmolLM2-135M-Instruct"
+TOKENIZERS = ROOT / ".models" / "tokenizers"
 CONTROL_TOKENS = {"<pad>": 0, "</s>": 2, "<human>": 3, "<model>": 4}
 
 # Compiled operators are shared by all tests and built once; see hardware.prepare_environment.
@@ -20,6 +22,9 @@ OUTER_ENVIRONMENT = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Prepared data of tests never lies among a user's.
+_CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 ROWS = [
     [("human", "Who are you?"), ("model", "I am Nori, made by Tidepool.")],
@@ -94,6 +99,15 @@ def smol_tokenizer(pretrained: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(pretrained)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizers(smol_tokenizer):
+    """Published tokenizers of three kinds: byte-level BPE, sentencepiece with byte fallback, a large byte-level one."""
+    from transformers import AutoTokenizer
+
+    folders = {"mistral": TOKENIZERS / "mistral", "deepseek": TOKENIZERS / "deepseek"}
+    return {"smollm2": smol_tokenizer, **{name: AutoTokenizer.from_pretrained(at) for name, at in folders.items()}}
 
 
 @pytest.fixture(scope="session")

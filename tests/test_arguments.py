@@ -261,7 +261,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     words = "--learning_rate 1 --use_lora False --lora_target_modules k".split()
     arguments = parsed("--config", str(path), *words)
 
-    assert arguments.data.data_path == "d.json"
+    assert arguments.data.data_path == ["d.json"]
     assert arguments.training["learning_rate"] == 1.0
     assert (arguments.adapter.use_lora, arguments.adapter.lora_r) == (False, 64)
     assert arguments.adapter.lora_target_modules == ["k"]
@@ -352,10 +352,10 @@ def test_a_run_is_repeated_by_its_own_file(words, name, tmp_path):
 def test_preview_takes_the_flags_of_model_and_data():
     words = ["--model_name_or_path", "m", "--data_path", "d", "--model_max_length", "8", "--json"]
 
-    model, data, as_json = parse_for_preview(words)
+    model, data, shown = parse_for_preview(words)
 
-    assert (model.model_name_or_path, data.data_path, data.model_max_length, as_json) == ("m", "d", 8, True)
-    assert parse_for_preview(words[:-1])[2] is False
+    assert (model.model_name_or_path, data.data_path, data.model_max_length, shown.json) == ("m", ["d"], 8, True)
+    assert parse_for_preview(words[:-1])[2].json is False
 
 
 @pytest.mark.parametrize(

@@ -7,33 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_rows import HELLO, faults, good_row, read, refusal, spoken, turns, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import Conversation, Turn, load_conversations, shipped_files
+from finetune.conversations import BadRow, Conversation, Turn, load_conversations, shipped_files
 from finetune.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = settings(max_examples=150, deadline=None, database=None, derandomize=True)
-HELLO = [{"from": "human", "value": "Hello"}, {"from": "model", "value": "Hi!"}]
-
-
-def turns(*pairs: tuple[Any, Any]) -> dict:
-    return {"conversations": [{"from": role, "value": text} for role, text in pairs]}
-
-
-def written(path: Path, content: Any) -> Path:
-    """Bytes and text as they are, anything else as JSON."""
-    if not isinstance(content, str | bytes):
-        content = json.dumps(content)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(DataError) as raised:
-        load_conversations(path)
-    return str(raised.value)
+FIRST, SECOND = {"id": 7, "conversations": HELLO}, turns(("human", "And you?"), ("model", "Well."))
 
 
 # ---- what is read
@@ -42,29 +25,40 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize(
     "content",
     [
-        json.dumps([{"id": 7, "conversations": HELLO}, {"conversations": HELLO}]),
-        json.dumps([{"id": 7, "conversations": HELLO}, {"conversations": HELLO}], indent=2),
-        "\n\n" + json.dumps([{"id": 7, "conversations": HELLO}, {"conversations": HELLO}]),
-        json.dumps({"id": 7, "conversations": HELLO}) + "\n" + json.dumps({"conversations": HELLO}),
-        json.dumps({"id": 7, "conversations": HELLO}) + "\r\n\r\n  " + json.dumps({"conversations": HELLO}) + "\r\n",
+        json.dumps([FIRST, SECOND]),
+        json.dumps([FIRST, SECOND], indent=2),
+        json.dumps([FIRST, SECOND], indent=0),
+        "\n\n" + json.dumps([FIRST, SECOND]),
+        json.dumps(FIRST) + "\n" + json.dumps(SECOND),
+        json.dumps(FIRST) + "\r\n\r\n  " + json.dumps(SECOND) + "\r\n",
     ],
-    ids=["array", "indented", "after-blank-lines", "lines", "windows-lines"],
+    ids=["array", "indented", "indent-0", "after-blank-lines", "lines", "windows-lines"],
 )
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
 def test_an_array_and_json_lines_say_the_same(content, mark, tmp_path):
     path = written(tmp_path / "a.json", mark + content.encode())
 
-    said = (Turn("human", "Hello"), Turn("model", "Hi!"))
-    assert load_conversations(path) == [Conversation(said, 0, str(path), 7), Conversation(said, 1, str(path), None)]
+    assert load_conversations(path) == [
+        Conversation((Turn("human", "Hello"), Turn("model", "Hi!")), 0, str(path), 7),
+        Conversation((Turn("human", "And you?"), Turn("model", "Well.")), 1, str(path), None),
+    ]
 
 
-def test_one_object_on_one_line_is_one_row(tmp_path):
-    assert len(load_conversations(written(tmp_path / "a.jsonl", {"conversations": HELLO}))) == 1
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_one_object_is_one_row(indent, tmp_path):
+    assert len(load_conversations(written(tmp_path / "a.json", json.dumps(FIRST, indent=indent)))) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "role"),
-    [("human", "human"), ("user", "human"), ("model", "model"), ("gpt", "model"), ("assistant", "model")],
+    [
+        ("human", "human"),
+        ("user", "human"),
+        ("model", "model"),
+        ("gpt", "model"),
+        ("assistant", "model"),
+        ("bot", "model"),
+    ],
 )
 def test_each_alias_is_read_as_its_role(name, role, tmp_path):
     before = [] if role == "human" else [("human", "a")]
@@ -85,7 +79,7 @@ def test_a_row_may_begin_with_any_side_and_end_with_the_model(roles, tmp_path):
 
 
 def test_text_is_kept_to_the_last_character(tmp_path):
-    text = "  <|im_end|>\u2028\x85\r\n\ttail\x00 \U0001f600 "
+    text = "  <|im_end|>\u2028\x85\r\n\ttail \U0001f600 "
     path = written(tmp_path / "a.jsonl", json.dumps(turns(("human", "q"), ("model", text)), ensure_ascii=False))
 
     assert load_conversations(path)[0].turns[1].text == text
@@ -106,27 +100,36 @@ ROW_FAULTS = [
     (5, 'expected an object with "conversations", found 5'),
     (None, 'expected an object with "conversations", found null'),
     ([HELLO], 'expected an object with "conversations", found [[{"from"'),
-    ({"id": 1, "turns": HELLO}, 'expected "conversations" to be a list of turns, found the keys id, turns'),
-    ({}, 'expected "conversations" to be a list of turns, found the keys none'),
+    ({"id": 1, "talk": "hi"}, 'expected an object with "conversations" (or a layout that is read as well: '),
+    ({"conversations": None}, 'expected "conversations" to be a list of turns, found null'),
+    ({"conversations": {"from": "human"}}, 'expected "conversations" to be a list of turns, found {"from": "human"}'),
+    ({"id": {}, **SECOND}, 'expected "id" to be a string or a number, found {}'),
+    ({"id": [1], **SECOND}, 'expected "id" to be a string or a number, found [1]'),
+    ({"id": LOST, **SECOND}, '"id" holds half a character (a lone surrogate)'),
     ({"conversations": "hi"}, 'expected "conversations" to be a list of turns, found "hi"'),
-    ({"conversations": []}, "has no model turn: there is nothing to learn from it"),
+    ({"conversations": []}, "has no turns: there is nothing to learn from it"),
     (turns(("human", "a")), "has no model turn: there is nothing to learn from it"),
     (turns(("system", "a"), ("human", "b")), "has no model turn: there is nothing to learn from it"),
 ]
 TURN_FAULTS = [
     ({"conversations": [*HELLO, 7]}, 2, 'expected an object with "from" and "value", found 7'),
     (
-        turns(("bot", "a"), ("model", "b")),
+        turns(("robot", "a"), ("model", "b")),
         0,
-        'expected "from" to be human, model or system, found "bot" (accepted as human: user; as model: gpt, assistant)',
+        'expected "from" to be human, model or system, found "robot" (accepted as human: user; as model: ',
     ),
     (turns(("human", "a"), ("Model", "b")), 1, 'expected "from" to be human, model or system, found "Model"'),
     (turns((["human"], "a"), ("model", "b")), 0, 'expected "from" to be human, model or system, found ["human"]'),
     ({"conversations": [{"value": "a"}]}, 0, 'expected "from" to be human, model or system, found null'),
     (turns(("human", "a"), ("model", 5)), 1, 'expected "value" to be a string, found 5'),
     ({"conversations": [{"from": "human"}]}, 0, 'expected "value" to be a string, found null'),
-    (turns(("human", "a"), ("model", "")), 1, '"value" is empty: say something or leave the turn out'),
+    (turns(("human", "a"), ("model", "")), 1, '"value" is empty: say something or leave it out'),
     (turns(("human", " \n\t\u3000"), ("model", "b")), 0, '"value" is empty'),
+    (turns(("human", "a"), ("model", "\u200b\ufeff ")), 1, '"value" is empty'),
+    (turns(("human", "a\0b"), ("model", "b")), 0, '"value" holds a NUL character at position 1'),
+    (turns(("human", "a"), ("model", ["b"])), 1, 'expected "value" to be a string, found ["b"]'),
+    (turns(("human", "a"), ("model", {"b": 1})), 1, 'expected "value" to be a string, found {"b": 1}'),
+    (turns(("human ", "a"), ("model", "b")), 0, 'expected "from" to be human, model or system, found "human "'),
     (
         turns(("human", f"ab{LOST}c"), ("model", "b")),
         0,
@@ -147,13 +150,16 @@ TURN_FAULTS = [
 )
 @pytest.mark.parametrize("form", ["array", "lines"])
 def test_a_fault_names_file_row_and_turn(row, place, said, form, tmp_path):
-    rows = [{"conversations": HELLO}, row, {"conversations": HELLO}]
+    rows = [good_row(0), row, good_row(2)]
     path = written(tmp_path / "a.json", rows if form == "array" else "\n".join(map(json.dumps, rows)))
 
-    message = refusal(path)
+    before, bad, behind = read(path)
 
-    assert message.startswith(f"{path}, {place}: {said}")
-    assert "\n" not in message
+    assert (before.row, behind.row) == (0, 2)
+    assert isinstance(bad, BadRow) and (bad.row, bad.source) == (1, str(path))
+    assert bad.faults[0].startswith(f"{path}, {place}: {said}")
+    assert all(fault.startswith(f"{path}, row 1") and "\n" not in fault for fault in bad.faults)
+    assert refusal(path).partition("\n  ")[2].startswith(bad.faults[0]) or refusal(path) == bad.faults[0]
 
 
 def test_a_long_value_is_shown_shortened(tmp_path):
@@ -165,8 +171,8 @@ def test_a_long_value_is_shown_shortened(tmp_path):
 
 def test_every_fault_of_a_file_is_collected(tmp_path):
     rows = [
-        turns(("bot", ""), ("model", 5)),
-        {"conversations": HELLO},
+        turns(("robot", ""), ("model", 5)),
+        good_row(1),
         turns(("human", "a"), ("human", "b")),
         turns(("human", "a"), ("human", "b"), ("model", "c"), ("human", "d")),
     ]
@@ -174,11 +180,13 @@ def test_every_fault_of_a_file_is_collected(tmp_path):
 
     places = [line.strip().removeprefix(f"{path}, ").partition(": ")[0] for line in refusal(path).splitlines()[1:]]
 
-    assert places == ["row 0, turn 0", "row 0, turn 0", "row 0, turn 1", "row 2", "row 3, turn 1", "row 3, turn 3"]
+    expected = ["row 0, turn 0", "row 0, turn 0", "row 0, turn 1", "row 2", "row 2, turn 1", "row 3, turn 1"]
+    assert places == [*expected, "row 3, turn 3"]
 
 
 def test_the_first_20_faults_are_shown_and_all_are_counted(tmp_path):
-    path = written(tmp_path / "a.json", [{"conversations": HELLO}] + [turns(("human", "a"))] * 1_250)
+    bad = [turns(("human", f"a{number}")) for number in range(1_250)]
+    path = written(tmp_path / "a.json", [good_row(0), *bad])
 
     lines = refusal(path).splitlines()
 
@@ -188,7 +196,7 @@ def test_the_first_20_faults_are_shown_and_all_are_counted(tmp_path):
 
 
 def test_one_row_with_three_faults_is_not_three_faulty_rows(tmp_path):
-    path = written(tmp_path / "a.json", [{"conversations": [1, 2, 3]}, {"conversations": HELLO}])
+    path = written(tmp_path / "a.json", [{"conversations": [1, 2, 3]}, good_row(0)])
 
     message = refusal(path)
 
@@ -196,90 +204,181 @@ def test_one_row_with_three_faults_is_not_three_faulty_rows(tmp_path):
     assert "3 faulty rows" not in message
 
 
-def test_each_line_that_is_not_json_is_named_beside_the_faulty_rows(tmp_path):
-    good = json.dumps({"conversations": HELLO})
-    path = written(tmp_path / "a.jsonl", f'{good}\n{{"conversations": [}}\n\n{good}\n{{"id": 1}}\n{good},\n')
+@pytest.mark.parametrize(
+    ("literal", "said"),
+    [
+        ('"score": NaN', 'row 1, "score": holds NaN, which is not JSON: write null, or leave it out'),
+        ('"a": {"b": [1, -Infinity]}', 'row 1, "a", "b", 1: holds -Infinity, which is not JSON'),
+        ('"score": Infinity', 'row 1, "score": holds Infinity, which is not JSON'),
+        (f'"score": {"7" * 5_000}', 'row 1, "score": holds a number of more than 4,300 digits'),
+        ('"score": 1, "score": 1', 'row 1: has "score" twice: only one of them could be read, take one out'),
+        ('"a": [{"b": 1, "b": 2}]', 'row 1, "a", 0: has "b" twice'),
+    ],
+    ids=["nan", "minus-infinity", "infinity", "digits", "twice", "twice-deep"],
+)
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_what_json_would_read_in_silence_is_the_fault_of_its_row_alone(literal, said, form, tmp_path):
+    bad = json.dumps(good_row(1)).replace('{"id"', f'{{{literal}, "id"', 1)
+    lines = [json.dumps(good_row(0)), bad, json.dumps(good_row(2))]
+    path = written(tmp_path / "a.json", "\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
 
-    lines = refusal(path).splitlines()
-
-    assert len(lines) == 4
-    assert lines[1].startswith(f"  {path}, line 2, column 20: not JSON: ")
-    assert lines[2].startswith(f"  {path}, row 3: expected ")
-    assert lines[3].startswith(f"  {path}, line 6, column {len(good) + 1}: not JSON: ")
+    assert [one.row for one in read(path) if isinstance(one, Conversation)] == [0, 2]
+    (fault,) = faults(path)
+    assert fault.startswith(f"{path}, {said}")
 
 
-# ---- files that cannot be read at all
+def test_a_key_that_stands_twice_in_a_turn_is_named_with_the_turn(tmp_path):
+    path = written(
+        tmp_path / "a.json",
+        '[{"conversations": [{"from": "human", "value": "a", "value": "b"}, {"from": "model", "value": NaN}]}]',
+    )
+
+    assert faults(path) == [
+        f'{path}, row 0, turn 0: has "value" twice: only one of them could be read, take one out',
+        f'{path}, row 0, turn 1, "value": holds NaN, which is not JSON: write null, or leave it out',
+        f'{path}, row 0, turn 1: expected "value" to be a string, found NaN',
+    ]
+
+
+# ---- which turns are learned
+
+
+def with_train(*pairs: tuple[str, Any]) -> dict:
+    return {"conversations": [{"from": role, "value": role, "train": train} for role, train in pairs]}
+
+
+def test_a_model_turn_can_be_context_only(tmp_path):
+    path = written(
+        tmp_path / "a.json",
+        [
+            with_train(
+                ("human", False), ("model", False), ("human", None), ("model", True), ("human", None), ("bot", None)
+            )
+        ],
+    )
+
+    (one,) = load_conversations(path)
+
+    assert [turn.train for turn in one.turns] == [True, False, True, True, True, True]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("row", "said"),
     [
-        ("", ": the file is empty"),
-        (" \n\t\n", ": the file is empty"),
-        (b"\xef\xbb\xbf", ": the file is empty"),
-        ("[]", ": holds no conversations"),
-        (b'[{"id": "\xe9"}]', ": not UTF-8 at byte 9"),
-        ("[{}".encode("utf-16"), ": not UTF-8 at byte 0"),
-        ('[\n  {"id": 1,}\n]', ", line 2, column 12: not JSON: "),
-        ("[{}] []", ", line 1, column 6: not JSON: "),
-        ('{\n  "conversations": []\n}', ", line 1, column 2: expected a JSON array of conversations, or one JSON obj"),
-        ("human: hello\nmodel: hi", ", line 1, column 1: expected a JSON array of conversations, or one JSON obj"),
-        ("[" * 100_000, ": not a list of conversations: nested too deeply"),
-        ('{"a":' * 100_000, ""),
-        ('[{"id": ' + "1" * 5_000 + "}]", ""),
-        ('{"id": ' + "1" * 5_000 + "}", ""),
+        (with_train(("human", True), ("model", True)), 'row 0, turn 0: has "train": true, but only model turns are'),
+        (with_train(("human", None), ("model", 1)), 'row 0, turn 1: expected "train" to be true or false, found 1'),
+        (
+            with_train(("human", None), ("model", "no")),
+            'row 0, turn 1: expected "train" to be true or false, found "no"',
+        ),
+        (with_train(("human", None), ("model", False)), 'row 0: every model turn is "train": false'),
     ],
-    ids=[
-        "empty", "blank", "only-BOM", "no-rows", "latin-1", "utf-16", "comma", "two-arrays", "one-indented-object",
-        "prose", "deep-array", "deep-line", "digits-in-array", "digits-in-line",
-    ],
-)  # fmt: skip
-def test_an_unreadable_file_is_refused_with_its_place(content, said, tmp_path):
-    path = written(tmp_path / "a.json", content)
+)
+def test_a_train_that_says_nothing_sensible_is_refused(row, said, tmp_path):
+    path = written(tmp_path / "a.json", [row])
 
-    assert refusal(path).startswith(f"{path}{said}")
+    (fault,) = faults(path)
+    assert fault.startswith(f"{path}, {said}")
 
 
-def test_a_value_of_any_depth_is_a_data_error(tmp_path):
-    """Somewhere on the way to the recursion limit a value can still be read, but no longer be shown."""
-    path = tmp_path / "a.json"
-    messages = set()
-    for depth in range(700, 1_001):
-        message = refusal(written(path, '[{"conversations": [' + "[" * depth + "]" * depth + "]}]"))
-        assert message.startswith(str(path))
-        messages.add(message)
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "loss", "loss_scale"])
+def test_weights_of_turns_are_refused(key, tmp_path):
+    row = turns(("human", "a"), ("model", "b"))
+    row["conversations"][1][key] = 0
+    path = written(tmp_path / "a.json", [row])
 
-    assert len(messages) > 1
-
-
-def test_a_missing_file_names_those_that_are_shipped(tmp_path):
-    message = refusal(tmp_path / "mine.json")
-
-    assert message.startswith(f"{tmp_path / 'mine.json'}: there is no such file; ")
-    for name in ("identity.json", "conversations.json"):
-        assert str(ROOT / "data" / name) in message
+    (fault,) = faults(path)
+    assert fault.startswith(f'{path}, row 0, turn 1: has "{key}": 0: weights of turns are not supported')
+    assert '"train": false' in fault
 
 
-def test_the_file_of_the_published_command_is_known_not_to_be_shipped():
-    message = refusal(Path("finetune/data/coig_10k.json"))
-
-    assert message.startswith("finetune/data/coig_10k.json: COIG's 10,000 conversations are not part of this project; ")
-    assert str(ROOT / "data" / "identity.json") in message
+# ---- the same twice
 
 
-def test_a_folder_is_not_a_file(tmp_path):
-    assert refusal(tmp_path) == f"{tmp_path}: is a folder: name a file in it"
+def test_a_row_that_says_the_same_as_another_is_refused_and_the_first_is_named(tmp_path):
+    first = written(tmp_path / "a.json", [good_row(0), good_row(1), {**good_row(0), "id": "again"}])
+    second = written(tmp_path / "b.jsonl", json.dumps(good_row(2)) + "\n" + json.dumps({**good_row(1), "id": 9}))
+
+    assert faults(first, second) == [
+        f"{first}, row 2: says the same as {first}, row 0: take one of them out",
+        f"{second}, row 1: says the same as {first}, row 1: take one of them out",
+    ]
 
 
-def test_a_name_longer_than_any_file_s_is_a_missing_file():
-    assert "there is no such file" in refusal(Path("x" * 300))
+def test_ids_are_unique_within_a_file_and_1_is_not_its_name(tmp_path):
+    rows = [{**good_row(number), "id": own} for number, own in enumerate([1, "1", 1.0, None, None, "1", 1, True])]
+    first = written(tmp_path / "a.json", rows)
+    second = written(tmp_path / "b.json", [{**good_row(99), "id": 1}])
+
+    assert [fault.removeprefix(f"{first}, ") for fault in faults(first, second)] == [
+        'row 5: has the id "1" of row 1 in the same data: give each row its own',
+        "row 6: has the id 1 of row 0 in the same data: give each row its own",
+    ]
+
+
+def test_a_bad_row_gives_way_to_a_good_one_that_says_the_same(tmp_path):
+    same = good_row(0)
+    path = written(tmp_path / "a.json", [{**same, "tools": ["a"]}, same, {**same, "tools": ["b"]}])
+
+    kept = [one.row for one in read(path) if isinstance(one, Conversation)]
+
+    assert kept == [1]
+    assert [fault.partition(": ")[0].removeprefix(f"{path}, ") for fault in faults(path)] == ["row 0"] + ["row 2"] * 3
+
+
+def test_turns_that_differ_in_what_is_learned_differ(tmp_path):
+    rows = [with_train(("model", one), ("human", None), ("model", True)) for one in (True, False)]
+
+    assert len(load_conversations(written(tmp_path / "a.json", rows))) == 2
+
+
+# ---- repairs
+
+
+REPAIRED = [
+    ("merge_turns", "hhm", [("human", "0\n\n1"), ("model", "2")], ("merge_turns: turns 0 and 1",)),
+    ("merge_turns", "hmmmh", None, ()),
+    ("merge_turns", "sshhm", [("system", "0\n\n1"), ("human", "2\n\n3"), ("model", "4")],
+     ("merge_turns: turns 0 and 1", "merge_turns: turns 2 and 3")),
+    ("merge_turns", "hmmm", [("human", "0"), ("model", "1\n\n2\n\n3")], ("merge_turns: turns 1, 2 and 3",)),
+    ("merge_turns", "hm", [("human", "0"), ("model", "1")], ()),
+    ("drop_last_human", "hmh", [("human", "0"), ("model", "1")], ("drop_last_human: turn 2",)),
+    ("drop_last_human", "hmhh", None, ()),
+    ("drop_last_human", "h", None, ()),
+    ("drop_last_human merge_turns", "hmhh", [("human", "0"), ("model", "1")],
+     ("merge_turns: turns 2 and 3", "drop_last_human: turn 2")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "roles", "expected", "done"), REPAIRED)
+def test_repairs_happen_by_name_alone_and_are_said(rules, roles, expected, done, tmp_path):
+    names = {"h": "human", "m": "model", "s": "system"}
+    path = written(tmp_path / "a.json", [turns(*((names[role], str(number)) for number, role in enumerate(roles)))])
+
+    (repaired,) = read(path, repairs=rules.split())
+
+    if expected is None:
+        assert isinstance(repaired, BadRow)
+    else:
+        assert (spoken(repaired), repaired.repairs) == (expected, done)
+        assert not done or faults(path)
+
+
+def test_turns_of_which_one_is_context_are_not_merged(tmp_path):
+    path = written(tmp_path / "a.json", [with_train(("human", None), ("model", False), ("model", True))])
+
+    (fault,) = faults(path, repairs=["merge_turns"])
+    assert fault.startswith(
+        f'{path}, row 0, turn 2: a second model turn in a row: merge the two (their "train" differs)'
+    )
 
 
 # ---- any data at all
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
+SHOWN = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+TEXT = st.text(SHOWN, min_size=1, max_size=30).filter(lambda text: text.strip().strip("\u200b\u200c\u200d\u2060\ufeff"))
 ID = st.none() | st.integers(-(10**6), 10**6) | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
-ROLE_NAMES = {"human": ["human", "user"], "model": ["model", "gpt", "assistant"], "system": ["system"]}
+ROLE_NAMES = {"human": ["human", "user"], "model": ["model", "gpt", "assistant", "bot"], "system": ["system"]}
 
 
 @st.composite
@@ -292,12 +391,20 @@ def rows_and_turns(draw) -> tuple[dict, list[tuple[str, str]]]:
     return row, said
 
 
+def differ(drawn: list[tuple[dict, list]]) -> bool:
+    ids = [(type(row["id"]), row["id"]) for row, _ in drawn if row["id"] is not None]
+    return len(set(ids)) == len(ids) and len({tuple(said) for _, said in drawn}) == len(drawn)
+
+
+different_rows = st.lists(rows_and_turns(), min_size=1, max_size=5).filter(differ)
+
+
 @pytest.mark.parametrize("form", ["array", "lines"])
 def test_any_valid_conversations_are_read_back_exactly(form, tmp_path):
     seen: Counter = Counter()
 
     @CHECKED
-    @given(st.lists(rows_and_turns(), min_size=1, max_size=5), st.booleans(), st.sampled_from([b"", b"\xef\xbb\xbf"]))
+    @given(different_rows, st.booleans(), st.sampled_from([b"", b"\xef\xbb\xbf"]))
     def check(drawn, ascii_only, mark):
         lines = [json.dumps(row, ensure_ascii=ascii_only) for row, _ in drawn]
         content = "[" + ",\n".join(lines) + "]" if form == "array" else "\n".join(lines)
@@ -305,7 +412,7 @@ def test_any_valid_conversations_are_read_back_exactly(form, tmp_path):
 
         read = load_conversations(path)
 
-        assert [[(turn.role, turn.text) for turn in one.turns] for one in read] == [said for _, said in drawn]
+        assert [spoken(one) for one in read] == [said for _, said in drawn]
         assert [(one.row, one.id) for one in read] == [(place, row["id"]) for place, (row, _) in enumerate(drawn)]
         seen["rows"] += len(read)
 
@@ -314,12 +421,10 @@ def test_any_valid_conversations_are_read_back_exactly(form, tmp_path):
 
 
 WORDS = st.text() | st.sampled_from(["human", "model", "system", LOST, "\0"])
+KEYS = ["id", "conversations", "from", "value", "system", "messages", "train", ""]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["id", "conversations", "from", "value", ""]), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=8,
 )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
 
-from finetune.arguments import known_flags, parse
+from finetune.arguments import PreviewArguments, known_flags, parse
 from finetune.zero import shipped_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +44,7 @@ def test_the_tree_is_the_tree():
 def test_flags_named_are_flags():
     named = {name for name in re.findall(r"`?--([a-z][a-z0-9_]*)", README) if not name.endswith("_")}
     assert {"use_lora", "deepspeed", "warmup_ratio"} <= named
-    assert named - LAUNCHER_FLAGS <= set(known_flags())
+    assert named - LAUNCHER_FLAGS <= set(known_flags()) | {one.name for one in fields(PreviewArguments)}
 
 
 def test_configs_named_are_shipped():

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import Conversation, Turn
+from finetune.conversations import BadRow, Conversation, Turn
 from finetune.errors import ConfigError, DataError
 from finetune.rendering import (
     CHATML,
@@ -22,8 +22,10 @@ from finetune.rendering import (
     TemplateFormat,
     add_control_tokens,
     choose_format,
+    lay_out,
     stop_token_id,
 )
+from finetune.rendering.proof import prove_all
 
 GOLDEN = [json.loads(line) for line in (ROOT / "tests/golden/lingowhale_labels.jsonl").read_text("utf-8").splitlines()]
 ROLES = {"human": "user", "model": "assistant", "system": "system"}
@@ -152,7 +154,7 @@ def test_golden_labels_with_a_python_backed_tokenizer(row):
     [
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "rewrites what turn 0 says"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends turn 1 with no control token"),
-        ("{{ messages[-1].content }}</s>", "leaves out, repeats or reorders turn 0"),
+        ("{{ messages[-1].content }}</s>", "leaves out, repeats or rewrites turn 0"),
         ("{{ raise_exception('only one turn, please') }}", "refuses it: only one turn, please"),
     ],
     ids=["rewrites", "no end", "leaves out", "raises"],
@@ -201,6 +203,186 @@ class TestTooLong:
         shorter = render(chat_format, ("human", "a"), ("model", "b"), max_length=len(whole.input_ids) - 1)
         assert shorter.status == "kept"
         assert learned(shorter.examples[0]) == learned(whole)
+
+
+def said(tokenizer, example):
+    """What each learned run of an example reads, its end token aside."""
+    runs, run = [], []
+    for label in [*example.labels, IGNORE_INDEX]:
+        if label != IGNORE_INDEX:
+            run.append(label)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    return runs
+
+
+class TestWindows:
+    turns = (
+        ("system", "S"),
+        *[turn for n in range(6) for turn in (("human", f"h{n}" * 4), ("model", f"m{n}" * 4))],
+    )
+
+    def windows(self, tokenizer, max_length, turns=None):
+        chat_format = TemplateFormat(tokenizer, CHATML, "chatml")
+        return Renderer(chat_format, max_length, too_long="windows").render(conversation(*(turns or self.turns)))
+
+    @pytest.mark.parametrize("max_length", [40, 60, 80, 100, 140])
+    def test_each_model_turn_is_learned_once_behind_as_many_turns_as_fit(self, smol_tokenizer, max_length):
+        rendering = self.windows(smol_tokenizer, max_length)
+        learned_texts = [text for example in rendering.examples for text in said(smol_tokenizer, example)]
+        assert learned_texts == [f"m{n}" * 4 + "<|im_end|>" for n in range(6)]
+        assert rendering.status == "split"
+        assert rendering.reason.endswith(f"{len(rendering.examples)} windows")
+        for number, example in enumerate(rendering.examples):
+            assert example.window == number
+            assert len(example.input_ids) <= max_length
+            text = smol_tokenizer.decode(example.input_ids)
+            assert text.startswith("<|im_start|>system\nS<|im_end|>\n")
+            last = int(said(smol_tokenizer, example)[-1][1])
+            assert example.turn_spans[-1].turn == 2 + 2 * last
+            assert example.turn_spans[0].turn == 0
+            first = next(n for n in range(6) if f"h{n}h" in text)
+            if first:  # with one more exchange in front it would not fit
+                more = [self.turns[0], *self.turns[1 + 2 * (first - 1) : 3 + 2 * last]]
+                longer = render(TemplateFormat(smol_tokenizer, CHATML, "chatml"), *more).examples[0]
+                assert longer.labels.index(IGNORE_INDEX) == 0
+                assert len(longer.input_ids) - 1 > max_length  # the newline behind the last turn may be left out
+
+    def test_a_turn_longer_than_the_limit_is_cut_and_the_others_are_whole(self, smol_tokenizer):
+        turns = (
+            ("human", "a"),
+            ("model", "b"),
+            ("human", "c"),
+            ("model", "word " * 100),
+            ("human", "d"),
+            ("model", "e"),
+        )
+        rendering = self.windows(smol_tokenizer, 60, turns)
+        assert [said(smol_tokenizer, one)[0][:6] for one in rendering.examples] == ["b<|im_", "word w", "e<|im_"]
+        assert len(rendering.examples[1].input_ids) == 60
+        assert "3 windows; turn 3: it keeps its first" in rendering.reason
+
+    def test_a_turn_whose_context_fills_the_limit_is_left_out_by_name(self, smol_tokenizer):
+        turns = (
+            ("human", "a"),
+            ("model", "b"),
+            ("human", "word " * 100),
+            ("model", "c"),
+            ("human", "d"),
+            ("model", "e"),
+        )
+        rendering = self.windows(smol_tokenizer, 60, turns)
+        assert [said(smol_tokenizer, one) for one in rendering.examples] == [["b<|im_end|>"], ["e<|im_end|>"]]
+        assert "turn 3 is left out, the context before it alone fills 60" in rendering.reason
+
+    def test_what_fits_is_one_example(self, smol_tokenizer):
+        assert self.windows(smol_tokenizer, 10_000).status == "kept"
+
+
+@pytest.mark.parametrize(("policy", "status"), [("drop", "dropped"), ("error", None)])
+def test_other_policies_for_what_is_too_long(golden_tokenizer, policy, status):
+    renderer = Renderer(LingoWhaleFormat(golden_tokenizer, [3], [4]), 20, too_long=policy)
+    (outcome,) = renderer.render_all([conversation(*TestTooLong.turns)])
+    if status:
+        assert (outcome.status, outcome.examples) == (status, ())
+        assert outcome.reason == "21 tokens, more than --model_max_length 20"
+    else:
+        assert isinstance(outcome, BadRow)
+        assert outcome.faults == ("rows.json, row 0: 21 tokens, more than --model_max_length 20",)
+
+
+@pytest.mark.parametrize("name", ["lingowhale", "chatml"])
+class TestWhatIsLearned:
+    turns = (("human", "a"), ("model", "one"), ("human", "b"), ("model", "two"), ("human", "c"), ("model", "three"))
+
+    def example(self, formats, name, flags, **options):
+        tokenizer, chat_format = formats[name]
+        row = Conversation(
+            tuple(Turn(*turn, train=flag) for turn, flag in zip(self.turns, flags, strict=True)), 0, "rows.json"
+        )
+        (outcome,) = Renderer(chat_format, 1000, **options).render_all([row])
+        end = tokenizer.decode([stop_token_id(chat_format)])
+        return [text.removesuffix(end) for text in said(tokenizer, outcome.examples[0])], outcome.examples[0]
+
+    def test_a_turn_with_train_false_is_context(self, formats, name):
+        everything, whole = self.example(formats, name, [True] * 6)
+        some, marked = self.example(formats, name, [True, True, True, False, True, True])
+        assert everything == ["one", "two", "three"]
+        assert some == ["one", "three"]
+        assert marked.input_ids == whole.input_ids
+
+    def test_only_the_last_model_turn(self, formats, name):
+        assert self.example(formats, name, [True] * 6, train_on="last_model_turn")[0] == ["three"]
+
+    def test_nothing_to_learn_is_a_fault(self, formats, name):
+        row = Conversation(
+            (Turn("human", "a"), Turn("model", "b"), Turn("human", "c"), Turn("model", "d", train=False)),
+            3,
+            "rows.json",
+        )
+        (outcome,) = Renderer(formats[name][1], 1000, train_on="last_model_turn").render_all([row])
+        assert outcome.faults == ("rows.json, row 3: no turn of it is to be learned",)
+
+
+class TestTheProof:
+    def faulty(self, smol_tokenizer, change):
+        chat_format = TemplateFormat(smol_tokenizer, CHATML, "chatml")
+        layout = lay_out(
+            chat_format, [Turn("human", "a"), Turn("model", "word for word"), Turn("human", "b"), Turn("model", "c")]
+        )
+        assert prove_all(chat_format, [layout]) == [None]
+        change(layout)
+        return prove_all(chat_format, [layout])[0]
+
+    def test_another_text_is_noticed(self, smol_tokenizer):
+        def change(layout):
+            layout.labels[layout.answers[0].start + 1] = smol_tokenizer.encode("x")[0]
+
+        assert "turn 1, character 4" in self.faulty(smol_tokenizer, change)
+
+    def test_a_missing_end_is_noticed(self, smol_tokenizer):
+        def change(layout):
+            layout.labels[layout.answers[1].stop - 1] = smol_tokenizer.encode("c")[0]
+
+        assert self.faulty(smol_tokenizer, change) == "turn 3 would not learn to stop"
+
+    def test_a_learned_context_token_is_noticed(self, smol_tokenizer):
+        def change(layout):
+            place = layout.answers[1].start - 1
+            layout.labels[place] = layout.input_ids[place]
+
+        assert "positions would be learned" in self.faulty(smol_tokenizer, change)
+
+    def test_a_hole_is_noticed(self, smol_tokenizer):
+        def change(layout):
+            layout.labels[layout.answers[0].start] = IGNORE_INDEX
+
+        assert "positions would be learned" in self.faulty(smol_tokenizer, change)
+
+    def test_a_shift_by_one_is_noticed(self, smol_tokenizer):
+        def change(layout):
+            layout.labels[:] = [IGNORE_INDEX, *layout.labels[:-1]]
+
+        assert self.faulty(smol_tokenizer, change)
+
+    def test_an_empty_mask_is_noticed(self, smol_tokenizer):
+        def change(layout):
+            layout.labels[:] = [IGNORE_INDEX] * len(layout.labels)
+
+        assert self.faulty(smol_tokenizer, change) == "nothing in it would be learned"
+
+    def test_a_character_that_the_tokenizer_cannot_say_is_a_fault_of_the_row(self, smol_tokenizer):
+        lost = next(
+            character
+            for character in map(chr, range(1, 0x3000))
+            if character.strip() and smol_tokenizer.decode(smol_tokenizer.encode(character)) != character
+        )
+        row = conversation(("human", "a"), ("model", f"x{lost}y"), row=7)
+        (outcome,) = Renderer(TemplateFormat(smol_tokenizer, CHATML, "chatml"), 1000).render_all([row])
+        assert outcome.faults[0].startswith(
+            "rows.json, row 7: turn 1, character 1: the tokenizer loses what the turn says"
+        )
 
 
 def test_turn_spans_hold_each_turn(golden_tokenizer):

@@ -151,7 +151,7 @@ class TestPreview:
         assert all((line["reason"] is None) == (line["status"] == "kept") for line in lines)
         text = self.preview(*flags).stdout
         cut = sum(line["status"] == "cut" for line in lines)
-        assert f"6 rows, {6 - cut} kept, {cut} cut, 0 dropped" in text
+        assert f"6: {6 - cut} kept, {cut} cut, 0 split, 0 dropped" in text
 
     @pytest.mark.parametrize(
         ("content", "status", "message"),
@@ -173,7 +173,7 @@ class TestPreview:
 
 
 def test_every_verb_has_help():
-    for verb in ("preview", "quickstart"):
+    for verb in ("convert", "preview", "quickstart"):
         command = [sys.executable, "-m", "finetune", verb, "--help"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS)
         assert done.returncode == 0, done.stderr

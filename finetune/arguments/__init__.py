@@ -12,9 +12,16 @@ from finetune.arguments.flags import (
     Arguments,
     DataArguments,
     ModelArguments,
+    PreviewArguments,
     RunArguments,
 )
-from finetune.arguments.parsing import build_parser, known_flags, parse, parse_for_preview
+from finetune.arguments.parsing import (
+    build_parser,
+    known_flags,
+    parse,
+    parse_for_convert,
+    parse_for_preview,
+)
 from finetune.arguments.training import TRANSLATED, TrainingFlag, training_flags
 
 __all__ = [
@@ -23,11 +30,13 @@ __all__ = [
     "Arguments",
     "DataArguments",
     "ModelArguments",
+    "PreviewArguments",
     "RunArguments",
     "TrainingFlag",
     "build_parser",
     "known_flags",
     "parse",
+    "parse_for_convert",
     "parse_for_preview",
     "training_flags",
 ]

@@ -40,8 +40,21 @@ class ModelArguments:
 class DataArguments:
     """The data."""
 
-    data_path: str = _flag("", "conversation file, a JSON array or JSON lines (required)")
-    model_max_length: int = _flag(2048, "tokens of the longest example; longer conversations keep their first turns")
+    data_path: list[str] = _flag(
+        [], "conversation files, folders, globs, data set names; FILE:0.5 takes half of its rows (required)"
+    )
+    model_max_length: int = _flag(2048, "tokens of the longest example; see --too_long")
+    too_long: Literal["turns", "windows", "drop", "error"] = _flag(
+        "turns", "a longer conversation keeps its first turns, is split into windows, is dropped, or stops the run"
+    )
+    train_on: Literal["model_turns", "last_model_turn"] = _flag("model_turns", "which turns are learned")
+    bad_rows: Literal["error", "drop"] = _flag("error", "rows with a fault stop the run, or are dropped")
+    max_dropped_rows: float = _flag(0.01, "share of the rows that --bad_rows drop may drop, 0 to 1")
+    repairs: list[str] = _flag([], "rules that may change rows, each use recorded: merge_turns, drop_last_human")
+    data_cache_dir: str | None = _flag(None, "where prepared data is kept; default: ~/.cache/finetune/data")
+    preprocessing_num_workers: int | None = _flag(
+        None, "processes that prepare data; default: 1 for small data, else one per core, at most 8"
+    )
     chat_template: str | None = _flag(None, "lingowhale, chatml or a Jinja file; default: the tokenizer's own")
     human_token_ids: list[int] = _flag([3], "LingoWhale format: the marker before a human turn")
     model_token_ids: list[int] = _flag([4], "LingoWhale format: the marker before a model turn")
@@ -74,6 +87,17 @@ class RunArguments:
 
     config: str | None = _flag(None, "YAML or JSON file with flags (a run.json repeats its run); the command line wins")
     overwrite_output_dir: bool = _flag(False, "move an earlier run in output_dir aside; nothing is deleted")
+
+
+@dataclass
+class PreviewArguments:
+    """What is shown."""
+
+    rows: list[int] | None = _flag(None, "the rows to show, counted from 0 in each file; default: the first 5")
+    sample: int | None = _flag(None, "show this many rows, drawn at random; default with --html: 50")
+    seed: int = _flag(42, "the same seed draws the same sample")
+    json: bool = _flag(False, "one JSON line per row of the file, all rows, with token ids and labels")
+    html: str | None = _flag(None, "write the rows to this file as a page; it may replace such a page, no other file")
 
 
 @dataclass

@@ -19,11 +19,14 @@ from finetune.arguments.flags import (
     Arguments,
     DataArguments,
     ModelArguments,
+    PreviewArguments,
 )
 from finetune.arguments.training import TRANSLATED, training_flags
+from finetune.conversations import REPAIRS
 from finetune.errors import ConfigError
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
+NOTHING = (None, "", [], [""])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +50,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         stored = _from_file(Path(given["config"]))
         given = {**{name: value for name, value in stored.items() if not _same_flag(name, given)}, **given}
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
-    missing = [name for name in REQUIRED if not given.get(name)]
+    missing = [name for name in REQUIRED if given.get(name) in NOTHING]
     if missing:
         raise ConfigError("missing: " + ", ".join(f"--{name}" for name in missing))
     groups = [_filled(group, given) for group in GROUPS]
@@ -59,26 +62,73 @@ def parse(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def parse_for_preview(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, bool]:
-    """The model and data flags alone, and whether `--json` was given.
+def parse_for_preview(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PreviewArguments]:
+    """The model and data flags, and those that say which rows are shown and how.
 
     Raises:
-        ConfigError: as `parse`.
+        ConfigError: as `parse`; or flags that exclude each other.
     """
-    groups = (ModelArguments, DataArguments)
-    parser = _Parser(prog="finetune preview", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups = (ModelArguments, DataArguments, PreviewArguments)
+    parser = _Parser(
+        prog="finetune preview",
+        usage="finetune preview --model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]",
+        description="What the rows of data files render to, through the pipeline that trains. Context is dim, what is "
+        "learned is bold green, control tokens are in reverse; without colour (NO_COLOR, or not a terminal) what is "
+        "learned stands between ⟦ and ⟧ and control tokens between « and ». An arrow marks an end that is learned "
+        "where another token is read.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     _add_groups(parser, groups)
-    parser.add_argument("--json", action="store_true", default=False, help="one JSON line per row of the file")
     parsed, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        raise ConfigError(_unknown(unknown, [one.name for group in groups for one in fields(group)] + ["json"]))
+        raise ConfigError(_unknown(unknown, [one.name for group in groups for one in fields(group)]))
     given = vars(parsed)
-    missing = [name for name in ("model_name_or_path", "data_path") if not given.get(name)]
+    missing = [name for name in ("model_name_or_path", "data_path") if given.get(name) in NOTHING]
     if missing:
         raise ConfigError("missing: " + ", ".join(f"--{name}" for name in missing))
-    model, data = (_filled(group, given) for group in groups)
-    _check_at_least_one("model_max_length", data.model_max_length)
-    return model, data, given["json"]
+    model, data, preview = (_filled(group, given) for group in groups)
+    _check_data(data)
+    if preview.rows is not None:
+        _check_at_least_one("rows", len(preview.rows))
+    if preview.sample is not None:
+        _check_at_least_one("sample", preview.sample)
+    chosen = [f"--{name}" for name in ("rows", "sample") if getattr(preview, name) is not None]
+    if len(chosen) == 2:
+        raise ConfigError("--rows and --sample exclude each other: keep one of them")
+    if preview.json and (chosen or preview.html):
+        raise ConfigError(f"--json prints all rows: it excludes {(chosen or ['--html'])[0]}")
+    return model, data, preview
+
+
+def parse_for_convert(argv: Sequence[str]) -> tuple[DataArguments, str]:
+    """What to read, and the file to write: the last word that belongs to no flag.
+
+    Raises:
+        ConfigError: an unknown flag or rule, or fewer than two names.
+    """
+    parser = _Parser(
+        prog="finetune convert",
+        usage="finetune convert IN [IN ...] OUT [--repairs RULE ...] [--bad_rows error|drop]",
+        description="Conversations in any layout that training reads -> a JSON array in the project's own, or JSON "
+        "lines where OUT ends in .jsonl. An existing file is never replaced.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "paths", nargs="*", metavar="IN ... OUT", help="files, folders, globs, data sets; the file to write"
+    )
+    _add_groups(parser, (DataArguments,), only=("bad_rows", "repairs"))
+    parsed, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        raise ConfigError(_unknown(unknown, ["bad_rows", "repairs"]))
+    given = vars(parsed)
+    paths = given.get("paths") or []
+    if len(paths) < 2:
+        raise ConfigError("expected what to read and the file to write, in front of --repairs: convert IN OUT")
+    data = _filled(DataArguments, {**given, "data_path": paths[:-1]})
+    _check_data(data)
+    return data, paths[-1]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -108,11 +158,13 @@ def known_flags() -> list[str]:
     return sorted(_shapes())
 
 
-def _add_groups(parser: argparse.ArgumentParser, groups: Sequence[type]) -> None:
+def _add_groups(parser: argparse.ArgumentParser, groups: Sequence[type], only: Sequence[str] = ()) -> None:
     for group in groups:
-        section = parser.add_argument_group(group.__doc__)
+        section = parser.add_argument_group(group.__doc__.rstrip("."))
         hints = typing.get_type_hints(group)
         for one in fields(group):
+            if only and one.name not in only:
+                continue
             kind, is_list, choices = _shape(hints[one.name])
             default = one.default_factory() if one.default is MISSING else one.default
             text = one.metadata["help"] + ("" if default in (None, "", []) else f" [{_as_typed(default)}]")
@@ -260,11 +312,22 @@ def _check_pairs(arguments: Arguments) -> None:
         )
     if adapter.use_dora and start not in ("default", "gaussian"):
         raise ConfigError(f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them")
-    _check_at_least_one("model_max_length", data.model_max_length)
+    _check_data(data)
     _check_at_least_one("lora_r", adapter.lora_r)
     _check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
     if not 0 <= adapter.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")
+
+
+def _check_data(data: DataArguments) -> None:
+    _check_at_least_one("model_max_length", data.model_max_length)
+    if data.preprocessing_num_workers is not None:
+        _check_at_least_one("preprocessing_num_workers", data.preprocessing_num_workers)
+    if not 0 <= data.max_dropped_rows <= 1:
+        raise ConfigError(f"--max_dropped_rows {data.max_dropped_rows}: expected a share from 0 to 1")
+    unknown = [rule for rule in data.repairs if rule not in REPAIRS]
+    if unknown:
+        raise ConfigError(f"--repairs {unknown[0]}: expected {' or '.join(REPAIRS)}")
 
 
 def _check_at_least_one(name: str, value: int) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from finetune.rendering.choice import CHATML, choose_format, stop_token_id
 from finetune.rendering.examples import (
     IGNORE_INDEX,
+    Answer,
     ChatFormat,
     Example,
     Layout,
@@ -23,14 +24,16 @@ from finetune.rendering.examples import (
     Status,
     TurnSpan,
     Unrenderable,
+    lay_out,
 )
 from finetune.rendering.lingowhale import LingoWhaleFormat
 from finetune.rendering.plain_text import PlainText, add_control_tokens
-from finetune.rendering.renderer import Renderer
+from finetune.rendering.renderer import Renderer, TooLong, TrainOn
 from finetune.rendering.template import TemplateFormat
 
 __all__ = [
     "CHATML",
+    "Answer",
     "IGNORE_INDEX",
     "ChatFormat",
     "Example",
@@ -41,9 +44,12 @@ __all__ = [
     "Rendering",
     "Status",
     "TemplateFormat",
+    "TooLong",
+    "TrainOn",
     "TurnSpan",
     "Unrenderable",
     "add_control_tokens",
     "choose_format",
+    "lay_out",
     "stop_token_id",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.conversations import Turn
 from finetune.errors import ConfigError
-from finetune.rendering.examples import IGNORE_INDEX, ChatFormat
+from finetune.rendering.examples import ChatFormat, lay_out
 from finetune.rendering.lingowhale import LingoWhaleFormat
 from finetune.rendering.plain_text import add_control_tokens
 from finetune.rendering.template import TemplateFormat
@@ -65,7 +65,7 @@ def _template_file(name: str) -> str:
         ) from None
 
 
-def stop_token_id(chat_format: ChatFormat) -> int | None:
+def stop_token_id(chat_format: ChatFormat) -> int:
     """The token that ends a model turn in this format, as training teaches it."""
-    probe = chat_format.lay_out([Turn("human", "a"), Turn("model", "b")])
-    return next((label for label in reversed(probe.labels) if label != IGNORE_INDEX), None)
+    probe = lay_out(chat_format, [Turn("human", "a"), Turn("model", "b")])
+    return probe.labels[probe.last_learned - 1]

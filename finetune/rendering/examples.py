@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from finetune.conversations import Turn
+
+if TYPE_CHECKING:
+    from finetune.rendering.plain_text import PlainText
 
 IGNORE_INDEX = -100
 
 Status = Literal["kept", "cut", "split", "dropped"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TurnSpan:
     """Where a turn lies in an example: tokens `start` to `stop` (exclusive), its end-of-turn token included."""
 
@@ -23,7 +26,21 @@ class TurnSpan:
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One learned run of labels, `start` to `stop` (exclusive), and the `text` of the model turn that it must spell.
+
+    The label at `stop - 1` is the token that ends the turn, unless the turn was cut (`ended` is False).
+    """
+
+    turn: int
+    start: int
+    stop: int
+    text: str
+    ended: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One training sequence.
 
@@ -42,44 +59,85 @@ class Example:
     @property
     def num_supervised(self) -> int:
         """Positions that are learned."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rendering:
-    """What became of one conversation: its examples (none when dropped) and, unless all is plain, the reason."""
+    """What became of one conversation: its examples (none when dropped) and, unless all is plain, the reason.
+
+    `spelled` counts its turns that spell a control token, which stayed text.
+    """
 
     row: int
     id: Any
     status: Status
     examples: tuple[Example, ...]
     reason: str | None = None
+    source: str = ""
+    spelled: int = field(default=0, compare=False)  # counted, not stored
 
 
-@dataclass
+@dataclass(slots=True)
 class Layout:
-    """A conversation laid out as tokens; grows piece by piece."""
+    """A conversation laid out as tokens; `rules` names what the format changed about it."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     spans: list[TurnSpan] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
+    spelled: int = 0
 
     def add(self, ids: Sequence[int], *, learned: bool) -> None:
         """Append ids, all of them learned or all of them context."""
         self.input_ids += ids
         self.labels += ids if learned else [IGNORE_INDEX] * len(ids)
 
+    def cut(self, length: int) -> Layout:
+        """The first `length` tokens; an answer that loses its end is no longer `ended`."""
+        spans = [
+            TurnSpan(one.turn, one.role, one.start, min(one.stop, length)) for one in self.spans if one.start < length
+        ]
+        answers = [
+            Answer(one.turn, one.start, min(one.stop, length), one.text, one.ended and one.stop <= length)
+            for one in self.answers
+            if one.start < length
+        ]
+        return Layout(self.input_ids[:length], self.labels[:length], spans, answers, self.rules, self.spelled)
+
+    @property
+    def last_learned(self) -> int:
+        """The number of tokens up to and including the last one that is learned; 0 when none is."""
+        return max((answer.stop for answer in self.answers), default=0)
+
 
 class ChatFormat(Protocol):
     """How turns become tokens."""
 
     name: str
-    rule: str | None
+    plain: PlainText
 
-    def lay_out(self, turns: Sequence[Turn]) -> Layout:
-        """Lay the turns out; raises `Unrenderable` where the format cannot express them."""
+    def lay_out_all(self, rows: Sequence[Sequence[Turn]]) -> list[Layout | Unrenderable]:
+        """Lay each row's turns out; where the format cannot express them, the refusal stands in its place."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What decides how turns are laid out, beside the tokenizer; JSON values."""
         ...
 
 
 class Unrenderable(Exception):
     """The format cannot express this conversation; the message is the reason alone."""
+
+
+def lay_out(chat_format: ChatFormat, turns: Sequence[Turn]) -> Layout:
+    """Lay one conversation out.
+
+    Raises:
+        Unrenderable: the format cannot express it.
+    """
+    (layout,) = chat_format.lay_out_all([turns])
+    if isinstance(layout, Unrenderable):
+        raise layout
+    return layout

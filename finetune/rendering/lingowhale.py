@@ -7,10 +7,9 @@ from typing import Any
 
 from finetune.conversations import Turn
 from finetune.errors import ConfigError
-from finetune.rendering.examples import Layout, TurnSpan, Unrenderable
+from finetune.rendering.examples import Answer, Layout, TurnSpan, Unrenderable
 from finetune.rendering.plain_text import PlainText
-
-SYSTEM_SEPARATOR = "\n\n"
+from finetune.rendering.rules import SYSTEM_RULE, is_learned, system_in_front
 
 
 class LingoWhaleFormat:
@@ -34,26 +33,39 @@ class LingoWhaleFormat:
         self.plain = PlainText(tokenizer)
         self.end = tokenizer.eos_token_id
         self.markers = {"human": list(human_token_ids), "model": list(model_token_ids)}
-        self.rule: str | None = None
 
-    def lay_out(self, turns: Sequence[Turn]) -> Layout:
+    def lay_out_all(self, rows: Sequence[Sequence[Turn]]) -> list[Layout | Unrenderable]:
         """See the drawing above."""
-        layout = Layout()
+        return [self._lay_out(turns) for turns in rows]
+
+    def identity(self) -> dict[str, Any]:
+        """The markers and the end."""
+        return {"name": self.name, "markers": self.markers, "end": self.end}
+
+    def _lay_out(self, turns: Sequence[Turn]) -> Layout | Unrenderable:
+        layout = Layout(spelled=sum(self.plain.spells_control_token(turn.text) for turn in turns))
         skipped = 0
-        self.rule = None
         if turns[0].role == "system":
-            system, first, *others = turns
-            if first.role != "human":
-                raise Unrenderable("this format puts a system turn in front of the first human turn, and there is none")
-            turns = [Turn("human", system.text + SYSTEM_SEPARATOR + first.text), *others]
-            skipped = 1
-            self.rule = "system turn put in front of the first human turn"
-        for number, turn in enumerate(turns):
+            if turns[1].role != "human":
+                return Unrenderable(
+                    "this format puts a system turn in front of the first human turn, and there is none"
+                )
+            turns, skipped = system_in_front(turns), 1
+            layout.rules.append(SYSTEM_RULE)
+        try:
+            encoded = self.plain.encode_all([turn.text for turn in turns])
+        except Unrenderable as refusal:
+            return refusal
+        for number, (turn, ids) in enumerate(zip(turns, encoded, strict=True)):
             start = len(layout.input_ids)
             layout.add(self.markers[turn.role], learned=False)
-            if number and turns[number - 1].role == "model":
+            if number and is_learned(turns[number - 1]):
                 layout.labels[start] = self.end
-            layout.add(self.plain.encode(turn.text), learned=turn.role == "model")
-            layout.spans.append(TurnSpan(number + skipped, turn.role, start, len(layout.input_ids)))
-        layout.add([self.end], learned=turns[-1].role == "model")
+            layout.add(ids, learned=is_learned(turn))
+            stop = len(layout.input_ids)
+            layout.spans.append(TurnSpan(number + skipped, turn.role, start, stop))
+            if is_learned(turn):
+                begin = start + len(self.markers["model"])
+                layout.answers.append(Answer(number + skipped, begin, stop + 1, turn.text))
+        layout.add([self.end], learned=is_learned(turns[-1]))
         return layout

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
@@ -12,7 +15,7 @@ from finetune.rendering.examples import Unrenderable
 
 
 class PlainText:
-    """Encodes text so that no substring of it becomes a control token.
+    """Encodes text so that no substring of it becomes a control token, and decodes what was learned.
 
     A tokenizer with a Rust backend is copied without its added tokens; a Python-backed one is asked to split them.
     Either way the result is checked: an added token among the ids raises `Unrenderable`.
@@ -20,34 +23,88 @@ class PlainText:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.added_ids = frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
-        self.added_texts = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip())
+        self.added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+        self.added_ids = frozenset(self.added) | frozenset(tokenizer.all_special_ids)
+        # A blank added token (runs of spaces, a newline) controls nothing.
+        self.control_ids = frozenset(number for number in self.added_ids if self._token(number).strip())
+        self.control_texts = tuple(token for token in self.added.values() if token.strip())
+        self._first_letters = tuple({token[0] for token in self.control_texts})
+
+    def _token(self, number: int) -> str:
+        return self.added.get(number) or str(self.tokenizer.convert_ids_to_tokens(number))
 
     @cached_property
     def _backend(self) -> Any:
-        from tokenizers import Tokenizer
+        return _copied(self.tokenizer.backend_tokenizer, added_tokens=[])
 
-        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        return Tokenizer.from_str(json.dumps(state))
+    def identity(self) -> str:
+        """A digest of all that the tokenizer encodes with, its own code included where it has some."""
+        digest = hashlib.blake2b(digest_size=16)
+        kind = type(self.tokenizer)
+        if self.tokenizer.is_fast:
+            digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        else:
+            digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+            digest.update(Path(inspect.getfile(kind)).read_bytes())
+            digest.update(repr(sorted(self.tokenizer.init_kwargs.items(), key=str)).encode())
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        digest.update(json.dumps([kind.__qualname__, special], sort_keys=True).encode())
+        return digest.hexdigest()
 
     def spells_control_token(self, text: str) -> bool:
         """Whether the text holds the spelling of an added token."""
-        return any(token in text for token in self.added_texts)
+        if not any(letter in text for letter in self._first_letters):
+            return False
+        return any(token in text for token in self.control_texts)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; decoding them gives the text back, control spellings included."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text.
+
+        Raises:
+            Unrenderable: a control token that this tokenizer cannot encode as text.
+        """
         if self.tokenizer.is_fast:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            encoded = [one.ids for one in self._backend.encode_batch(list(texts), add_special_tokens=False)]
         else:
-            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        smuggled = self.added_ids.intersection(ids) - {self.tokenizer.unk_token_id}
-        if smuggled and self.spells_control_token(text):
-            raise Unrenderable(
-                "a turn spells the control token "
-                f"{self.tokenizer.convert_ids_to_tokens(min(smuggled))!r} and this tokenizer cannot encode it as text"
-            )
-        return list(ids)
+            encoded = [
+                list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) for text in texts
+            ]
+        for text, ids in zip(texts, encoded, strict=True):
+            smuggled = self.added_ids.intersection(ids) - {self.tokenizer.unk_token_id}
+            if smuggled and self.spells_control_token(text):
+                raise Unrenderable(
+                    f"a turn spells the control token {self._token(min(smuggled))!r} and this tokenizer cannot encode "
+                    "it as text"
+                )
+        return encoded
+
+    def decode_all(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """The text that each list of ids spells, control tokens by their spelling, nothing tidied."""
+        if self.tokenizer.is_fast:
+            return self.tokenizer.backend_tokenizer.decode_batch(answers, skip_special_tokens=False)
+        return [
+            self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            for ids in answers
+        ]
+
+
+def with_plain_offsets(backend: Any) -> Any:
+    """The Rust tokenizer, or a copy, that adds, cuts and pads nothing and whose offsets include leading spaces."""
+    processor = backend.post_processor
+    trims = processor is not None and b'"trim_offsets":true' in processor.__getstate__()
+    return _copied(backend) if trims or backend.truncation or backend.padding else backend
+
+
+def _copied(backend: Any, **changes: Any) -> Any:
+    from tokenizers import Tokenizer
+
+    state = json.loads(backend.to_str())
+    state.update(post_processor=None, truncation=None, padding=None, **changes)
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def add_control_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:

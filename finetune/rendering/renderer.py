@@ -1,87 +1,174 @@
-"""One conversation in, its examples out: whole, shortened between turns, or dropped with the reason."""
+"""Conversations in, their examples out: whole, shortened between turns, or dropped with the reason; each proven."""
 
 from __future__ import annotations
 
-from finetune.conversations import Conversation
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from finetune.conversations import BadRow, Conversation, Turn
 from finetune.errors import DataError
 from finetune.rendering.examples import (
-    IGNORE_INDEX,
     ChatFormat,
     Example,
     Layout,
     Rendering,
     Status,
-    TurnSpan,
     Unrenderable,
+    lay_out,
 )
+from finetune.rendering.length import first_turn_cut, fitted, leading_turns, learned_turns, window_of
+from finetune.rendering.proof import prove_all
+
+TooLong = Literal["turns", "windows", "drop", "error"]
+TrainOn = Literal["model_turns", "last_model_turn"]
 
 
 class Renderer:
     """Renders conversations in one format, at most `max_length` tokens each.
 
-    A conversation that is too long keeps as many complete leading turns as fit, ending with a model turn. The only
-    cut inside a turn is the first model turn's, at its end, when it does not fit after its context; its end token is
-    then not learned. Context that alone fills the limit drops the row.
+    `too_long` says what becomes of a longer one. `turns`: it keeps as many complete leading turns as fit, ending with
+    a model turn; the only cut inside a turn is the first model turn's, at its end, when it does not fit after its
+    context, and its end token is then not learned; context that alone fills the limit drops the row. `windows`: the
+    same, and each model turn behind them becomes a window of its own, with as many preceding turns as fit and the
+    system turn. `drop` and `error` are what they say. `train_on="last_model_turn"` makes all other turns context.
     """
 
-    def __init__(self, chat_format: ChatFormat, max_length: int) -> None:
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        max_length: int,
+        *,
+        too_long: TooLong = "turns",
+        train_on: TrainOn = "model_turns",
+    ) -> None:
         self.format = chat_format
         self.max_length = max_length
+        self.too_long = too_long
+        self.train_on = train_on
 
     def render(self, conversation: Conversation) -> Rendering:
         """Render one conversation.
 
         Raises:
-            DataError: the format cannot express it; file, row and reason.
+            DataError: the format cannot express it, or its labels cannot be proven; file, row and reason.
         """
-        turns = conversation.turns
+        (rendering,) = self.render_all([conversation])
+        if isinstance(rendering, BadRow):
+            raise DataError("\n".join(rendering.faults))
+        return rendering
+
+    def render_all(self, conversations: Sequence[Conversation]) -> list[Rendering | BadRow]:
+        """Render each conversation; one that the format cannot express or that fails its proof becomes a bad row."""
+        rows = [self._turns(one) for one in conversations]
+        fates = [self._fate(turns, layout) for turns, layout in zip(rows, self.format.lay_out_all(rows), strict=True)]
+        proven = iter(prove_all(self.format, [layout for fate in fates if not fate.fault for layout in fate.layouts]))
+        return [
+            self._rendering(conversation, fate, [next(proven) for _ in fate.layouts] if not fate.fault else [])
+            for conversation, fate in zip(conversations, fates, strict=True)
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what comes out, as JSON values: data rendered by an equal renderer is the same."""
+        return {
+            "tokenizer": self.format.plain.identity(),
+            "format": self.format.identity(),
+            "max_length": self.max_length,
+            "too_long": self.too_long,
+            "train_on": self.train_on,
+        }
+
+    def _turns(self, conversation: Conversation) -> Sequence[Turn]:
+        if self.train_on == "model_turns":
+            return conversation.turns
+        last = max(number for number, turn in enumerate(conversation.turns) if turn.role == "model")
+        return [
+            replace(turn, train=turn.train and number == last) if turn.role == "model" else turn
+            for number, turn in enumerate(conversation.turns)
+        ]
+
+    def _fate(self, turns: Sequence[Turn], layout: Layout | Unrenderable) -> _Fate:
+        if isinstance(layout, Unrenderable):
+            return _Fate("dropped", fault=str(layout))
+        if not learned_turns(turns):
+            return _Fate("dropped", fault="no turn of it is to be learned")
+        whole = fitted(layout, self.max_length)
+        if whole is not None:
+            return _Fate("kept", [whole], spelled=layout.spelled)
+        total = f"{len(layout.input_ids):,} tokens"
+        if self.too_long == "error":
+            return _Fate("dropped", fault=f"{total}, more than --model_max_length {self.max_length:,}")
+        if self.too_long == "drop":
+            return _Fate("dropped", reason=f"{total}, more than --model_max_length {self.max_length:,}")
         try:
-            layout = self.format.lay_out(turns)
-            rule = self.format.rule
-            fitting = self._fitted(layout)
-            if fitting is not None:
-                return self._rendering(conversation, "kept", fitting, rule)
-            return self._shortened(conversation, layout)
-        except Unrenderable as refusal:
-            raise DataError(f"{conversation.source}, row {conversation.row}: {refusal}") from None
+            fate = self._split(turns, layout) if self.too_long == "windows" else self._shortened(turns, layout)
+        except Unrenderable as refusal:  # a template may accept the whole and refuse a part
+            return _Fate("dropped", fault=f"{total}: {refusal}")
+        return replace(fate, reason=f"{total}: {fate.reason}", spelled=layout.spelled)
 
-    def _fitted(self, layout: Layout) -> Layout | None:
-        """The layout when all that is learned fits; a template's tail behind it (a newline, say) may be left out."""
-        last_learned = max((at for at, label in enumerate(layout.labels) if label != IGNORE_INDEX), default=0)
-        return _cut(layout, self.max_length) if last_learned < self.max_length else None
+    def _shortened(self, turns: Sequence[Turn], layout: Layout) -> _Fate:
+        leading = leading_turns(turns, layout, self.max_length, self._lay_out)
+        if leading is not None:
+            return _Fate("cut", [leading[0]], f"the first {leading[1]} of {len(turns)} turns are kept")
+        cut = first_turn_cut(turns, self.max_length, self._lay_out)
+        if cut is not None:
+            return _Fate("cut", [cut], self._inner_cut(cut))
+        if next(turn for turn in turns if turn.role == "model").train:
+            return _Fate("dropped", reason=f"the context before the first model turn alone fills {self.max_length:,}")
+        return _Fate("dropped", reason=f"no turn that is to be learned fits into {self.max_length:,}")
 
-    def _shortened(self, conversation: Conversation, layout: Layout) -> Rendering:
-        turns, total = conversation.turns, len(layout.input_ids)
-        model_turns = [number for number, turn in enumerate(turns) if turn.role == "model"]
-        for last in reversed(model_turns[:-1]):
-            shorter = self._fitted(self.format.lay_out(turns[: last + 1]))
-            if shorter is not None:
-                reason = f"{total:,} tokens: the first {last + 1} of {len(turns)} turns are kept"
-                return self._rendering(conversation, "cut", shorter, reason)
-        first = self.format.lay_out(turns[: model_turns[0] + 1])
-        learned = sum(label != IGNORE_INDEX for label in first.labels)
-        cut = _cut(first, self.max_length)
-        kept = sum(label != IGNORE_INDEX for label in cut.labels)
-        if not kept:
-            reason = f"{total:,} tokens: the context before the first model turn alone fills {self.max_length:,}"
-            return Rendering(conversation.row, conversation.id, "dropped", (), reason)
-        reason = f"{total:,} tokens: the first model turn keeps {kept:,} of {learned:,} learned tokens, no end of turn"
-        return self._rendering(conversation, "cut", cut, reason)
+    def _split(self, turns: Sequence[Turn], layout: Layout) -> _Fate:
+        leading = leading_turns(turns, layout, self.max_length, self._lay_out)
+        layouts, done, notes = [], 0, []
+        if leading is not None:
+            layouts, done = [leading[0]], leading[1]
+        for number in learned_turns(turns):
+            if number < done:
+                continue
+            window = window_of(turns, number, layout, self.max_length, self._lay_out)
+            if window is None:
+                notes.append(f"turn {number} is left out, the context before it alone fills {self.max_length:,}")
+            else:
+                layouts.append(window)
+                notes += [] if window.answers[-1].ended else [f"turn {number}: {self._inner_cut(window)}"]
+        if not layouts:
+            return _Fate("dropped", reason="; ".join(notes))
+        count = f"{len(layouts)} windows" if len(layouts) > 1 else "one window"
+        return _Fate("split" if len(layouts) > 1 else "cut", layouts, "; ".join([count, *notes]))
 
-    def _rendering(self, conversation: Conversation, status: Status, layout: Layout, reason: str | None) -> Rendering:
-        labels = [IGNORE_INDEX, *layout.labels[1:]]
-        example = Example(
-            layout.input_ids, labels, conversation.row, conversation.source, turn_spans=tuple(layout.spans)
+    def _inner_cut(self, layout: Layout) -> str:
+        kept = sum(answer.stop - answer.start for answer in layout.answers)
+        turn = "the first model turn" if self.too_long == "turns" else "it"
+        return f"{turn} keeps its first {kept:,} tokens, no end of turn"
+
+    def _lay_out(self, turns: Sequence[Turn]) -> Layout:
+        return lay_out(self.format, turns)
+
+    def _rendering(self, conversation: Conversation, fate: _Fate, proofs: Sequence[str | None]) -> Rendering | BadRow:
+        fault = fate.fault or next(filter(None, proofs), None)
+        if fault:
+            place = f"{conversation.source}, row {conversation.row}"
+            return BadRow(conversation.row, conversation.source, conversation.id, (f"{place}: {fault}",))
+        examples = tuple(
+            Example(layout.input_ids, layout.labels, conversation.row, conversation.source, window, tuple(layout.spans))
+            for window, layout in enumerate(fate.layouts)
         )
-        if not example.num_supervised:
-            raise Unrenderable("nothing in it would be learned")
-        return Rendering(conversation.row, conversation.id, status, (example,), reason)
+        rules = list(dict.fromkeys([*conversation.repairs, *(rule for one in fate.layouts for rule in one.rules)]))
+        reason = "; ".join(filter(None, [fate.reason, *rules])) or None
+        status = "cut" if fate.status == "kept" and _leaves_out(conversation) else fate.status
+        return Rendering(conversation.row, conversation.id, status, examples, reason, conversation.source, fate.spelled)
 
 
-def _cut(layout: Layout, length: int) -> Layout:
-    spans = [
-        TurnSpan(span.turn, span.role, span.start, min(span.stop, length))
-        for span in layout.spans
-        if span.start < length
-    ]
-    return Layout(layout.input_ids[:length], layout.labels[:length], spans)
+@dataclass(frozen=True)
+class _Fate:
+    """What becomes of one conversation, before its labels are proven."""
+
+    status: Status
+    layouts: list[Layout] = field(default_factory=list)
+    reason: str | None = None
+    spelled: int = 0
+    fault: str | None = None
+
+
+def _leaves_out(conversation: Conversation) -> bool:
+    return any(repair.startswith("drop_last_human") for repair in conversation.repairs)

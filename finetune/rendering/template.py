@@ -3,143 +3,344 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
 from typing import Any
 
 from finetune.conversations import Turn
-from finetune.rendering.examples import IGNORE_INDEX, Layout, TurnSpan, Unrenderable
-from finetune.rendering.plain_text import PlainText
+from finetune.rendering.examples import IGNORE_INDEX, Answer, Layout, TurnSpan, Unrenderable
+from finetune.rendering.outline import Outline, Shape, find_contents, make_outline, shape_of
+from finetune.rendering.plain_text import PlainText, with_plain_offsets
+from finetune.rendering.rules import is_learned, system_in_front
 
 TEMPLATE_ROLES = {"human": "user", "model": "assistant", "system": "system"}
+
+
+@dataclass(eq=False, slots=True)
+class _Guide:
+    """An outline with the ids of its pieces, where these show by themselves where each content lies."""
+
+    outline: Outline
+    anchors: list[list[int]] | None
+    rules: list[str]
+    is_compared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """One conversation as text; `contents` stand in it in the outline's order, `shift` turns before the first."""
+
+    turns: Sequence[Turn]
+    guide: _Guide
+    text: str
+    contents: list[str]
+    spelled: int
+
+    @property
+    def outline(self) -> Outline:
+        return self.guide.outline
+
+    @property
+    def shift(self) -> int:
+        return int(self.guide.outline.system_in_front)
+
+    def layout(self) -> Layout:
+        return Layout(rules=self.guide.rules, spelled=self.spelled)
 
 
 class TemplateFormat:
     """A Jinja chat template, the tokenizer's own or another.
 
-    The conversation is rendered twice, once with a placeholder for each content: the text between the placeholders is
-    the template's, and the second rendering must be that text around the real contents (or their stripped forms).
-    One tokenization of the whole with offsets then gives exactly the ids of `apply_chat_template`. A content that
-    spells an added token is instead encoded on its own, as plain text, between the template's encoded pieces.
+    Each conversation is rendered once for real and must be its outline's pieces around its contents (see `outline`).
+    One tokenization of the whole then gives exactly the ids of `apply_chat_template`, and its offsets say which tokens
+    are a model turn's. A conversation that spells an added token is instead encoded piece by piece, its contents as
+    plain text; so is any with a tokenizer that has no offsets, whose pieces must give the ids of the whole.
     """
 
     def __init__(self, tokenizer: Any, template: str, name: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.name = name
-        self.rule: str | None = None
         self.plain = PlainText(tokenizer)
+        self._guides: dict[Shape, _Guide | Unrenderable] = {}
+        self._encoded_pieces: dict[str, list[int]] = {}
+        self._openers: dict[str, int | None] = {}
+        self._blank: dict[int, bool] = {}
 
-    def lay_out(self, turns: Sequence[Turn]) -> Layout:
-        """Tokens of the rendered conversation, its model turns and their end tokens learned."""
-        pieces = self._template_pieces(turns)
-        text = self._render([turn.text for turn in turns], turns)
-        contents = _match_contents(text, pieces, turns)
-        if self.tokenizer.is_fast and not any(self.plain.spells_control_token(content) for content in contents):
-            return self._by_offsets(turns, pieces, contents, text)
-        return self._piece_by_piece(turns, pieces, contents, text)
+    def lay_out_all(self, rows: Sequence[Sequence[Turn]]) -> list[Layout | Unrenderable]:
+        """Tokens of each rendered conversation, its model turns and their end tokens learned."""
+        found = self._render_all(rows)
+        whole = [
+            place
+            for place, one in enumerate(found)
+            if isinstance(one, _Rendered) and self.tokenizer.is_fast and not one.spelled
+        ]
+        layouts: list[Any] = list(found)
+        for place, encoding in zip(whole, self._encoded(found, whole), strict=True):
+            layouts[place] = self._by_anchors(found[place], encoding.ids)
+        missed = [place for place in whole if layouts[place] is None]
+        for place, encoding in zip(missed, self._encoded(found, missed, with_offsets=True), strict=True):
+            layouts[place] = self._lay_out(found[place], encoding)
+        for place, one in enumerate(layouts):
+            if isinstance(one, _Rendered):
+                layouts[place] = self._lay_out(one, None)
+        return layouts
 
-    def _render(self, contents: Sequence[str], turns: Sequence[Turn]) -> str:
+    def _encoded(self, found: Sequence[Any], places: Sequence[int], *, with_offsets: bool = False) -> list[Any]:
+        if not places:
+            return []
+        encode = self._backend.encode_batch if with_offsets else self._backend.encode_batch_fast
+        return encode([found[place].text for place in places], add_special_tokens=False)
+
+    def identity(self) -> dict[str, Any]:
+        """The template, and the day where it writes the date."""
+        day = date.today().isoformat() if "strftime_now" in self.template else None
+        return {"template": self.template, "day": day}
+
+    @cached_property
+    def _backend(self) -> Any:
+        return with_plain_offsets(self.tokenizer.backend_tokenizer)
+
+    def _render_all(self, rows: Sequence[Sequence[Turn]]) -> list[_Rendered | Unrenderable]:
+        found: list[Any] = [self._guide(shape_of(turns)) for turns in rows]
+        turns_of = [
+            system_in_front(turns) if isinstance(guide, _Guide) and guide.outline.system_in_front else turns
+            for turns, guide in zip(rows, found, strict=True)
+        ]
+        places = [place for place, guide in enumerate(found) if isinstance(guide, _Guide)]
+        for place, text in zip(places, self._texts([turns_of[place] for place in places]), strict=True):
+            found[place] = text if isinstance(text, Unrenderable) else self._match(turns_of[place], found[place], text)
+        return found
+
+    def _match(self, turns: Sequence[Turn], guide: _Guide, text: str) -> _Rendered | Unrenderable:
+        try:
+            contents = find_contents(text, guide.outline, turns)
+        except Unrenderable as refusal:
+            return refusal
+        spelled = sum(map(self.plain.spells_control_token, contents))
+        return _Rendered(turns, guide, text, contents, spelled)
+
+    def _guide(self, shape: Shape) -> _Guide | Unrenderable:
+        if shape not in self._guides:
+            outline = make_outline(shape, self._text)
+            if isinstance(outline, Outline):
+                outline = _Guide(outline, self._anchors(outline, shape), outline.rules())
+            self._guides[shape] = outline
+        return self._guides[shape]
+
+    def _anchors(self, outline: Outline, shape: Shape) -> list[list[int]] | None:
+        """The ids of the pieces, if each that follows a content begins with a control token."""
+        ids = [self._piece(piece) for piece in outline.pieces]
+        if not all(one and one[0] in self.plain.control_ids for one in ids[1:]):
+            return None
+        roles = [role for role, _ in shape[int(outline.system_in_front) :]]
+        ends = {place: ids[place + 1][0] for place, turn in enumerate(outline.order) if roles[turn] == "model"}
+        try:
+            self._check_ends(ends, outline.pieces)
+        except Unrenderable:
+            return None  # refused where it is used
+        return ids
+
+    def _texts(self, rows: Sequence[Sequence[Turn]]) -> list[str | Unrenderable]:
+        from jinja2 import TemplateError
+        from transformers import PreTrainedTokenizerBase
+
+        if rows and type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+            try:
+                return self._apply([_messages(turns) for turns in rows])
+            except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+                pass  # one of them is at fault: found below, one by one
+        texts: list[str | Unrenderable] = []
+        for turns in rows:
+            try:
+                texts.append(self._text(turns))
+            except Unrenderable as refusal:
+                texts.append(refusal)
+        return texts
+
+    def _text(self, turns: Sequence[Turn]) -> str:
         from jinja2 import TemplateError
 
-        messages = [
-            {"role": TEMPLATE_ROLES[turn.role], "content": content}
-            for turn, content in zip(turns, contents, strict=True)
-        ]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template)
-        except TemplateError as error:
+            return self._apply(_messages(turns))
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise Unrenderable(f"the chat template refuses it: {error}") from None
 
-    def _template_pieces(self, turns: Sequence[Turn]) -> list[str]:
-        """The template's own text before, between and after the contents: one piece more than turns."""
-        said = "".join(turn.text for turn in turns)
-        fence = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in said)
-        placeholders = [f"{fence}{number}{fence}" for number in range(len(turns))]
-        rest, pieces = self._render(placeholders, turns), []
-        for number, placeholder in enumerate(placeholders):
-            before, found, rest = rest.partition(placeholder)
-            if not found or placeholder in rest:
-                raise Unrenderable(f"the chat template leaves out, repeats or reorders turn {number}")
-            pieces.append(before)
-        return [*pieces, rest]
+    def _apply(self, messages: list[Any]) -> Any:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template)
 
-    def _by_offsets(self, turns: Sequence[Turn], pieces: list[str], contents: list[str], text: str) -> Layout:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        layout = Layout(ids, [IGNORE_INDEX] * len(ids))
-        at, token = 0, 0
-        for number, turn in enumerate(turns):
-            begin = at + len(pieces[number])
-            at = begin + len(contents[number])
-            while token < len(ids) and offsets[token][1] <= begin:
-                token += 1
-            start = token
-            while token < len(ids) and offsets[token][0] < at:
-                token += 1
+    def _by_anchors(self, rendered: _Rendered, ids: list[int]) -> Layout | None:
+        """The layout where each content lies between the ids of its pieces, as it does behind control tokens.
+
+        None where it does not: a piece that does not begin with one, a token over the edge of a content.
+        """
+        anchors = rendered.guide.anchors
+        if anchors is None or ids[: len(anchors[0])] != anchors[0]:
+            return None
+        at = len(anchors[0])
+        layout = rendered.layout()
+        layout.input_ids, layout.labels = ids, [IGNORE_INDEX] * len(ids)
+        for place, number in enumerate(rendered.outline.order):
+            anchor, turn = anchors[place + 1], rendered.turns[number]
+            try:
+                stop = ids.index(anchor[0], at)
+            except ValueError:
+                return None
+            begin, at = at, stop + len(anchor)
+            if begin == stop or ids[stop:at] != anchor or not self.plain.control_ids.isdisjoint(ids[begin:stop]):
+                return None
+            number += rendered.shift
             if turn.role == "model":
-                token = self._end_of_turn(ids, token, number) + 1
-                layout.labels[start:token] = ids[start:token]
-            layout.spans.append(TurnSpan(number, turn.role, start, token))
+                stop += 1
+                if turn.train:
+                    layout.labels[begin:stop] = ids[begin:stop]
+                    layout.answers.append(Answer(number, begin, stop, rendered.contents[place]))
+            layout.spans.append(TurnSpan(number, turn.role, begin, stop))
+        if at != len(ids) or not self._is_as_the_tokenizer_does(rendered, ids):
+            return None
         return layout
 
-    def _piece_by_piece(self, turns: Sequence[Turn], pieces: list[str], contents: list[str], text: str) -> Layout:
-        layout, waiting = Layout(), None
-        for number, turn in enumerate(turns):
-            self._add_piece(layout, pieces[number], waiting)
-            start = len(layout.input_ids)
-            layout.add(self.plain.encode(contents[number]), learned=turn.role == "model")
-            layout.spans.append(TurnSpan(number, turn.role, start, len(layout.input_ids)))
-            waiting = number if turn.role == "model" else None
-        self._add_piece(layout, pieces[-1], waiting)
-        if not self.tokenizer.is_fast and not any(self.plain.spells_control_token(content) for content in contents):
-            whole = self.tokenizer.encode(text, add_special_tokens=False)
+    def _lay_out(self, rendered: _Rendered, encoding: Any) -> Layout | Unrenderable:
+        try:
+            if encoding is None:
+                return self._piece_by_piece(rendered)
+            if not self._is_as_the_tokenizer_does(rendered, encoding.ids):
+                return Unrenderable("this tokenizer encodes a chat in another way than it encodes the chat's text")
+            return self._by_offsets(rendered, encoding)
+        except _Smuggled:
+            return self._lay_out(rendered, None)
+        except Unrenderable as refusal:
+            return refusal
+
+    def _is_as_the_tokenizer_does(self, rendered: _Rendered, ids: list[int]) -> bool:
+        """Whether the ids are those of the tokenizer's own method; asked once for each outline."""
+        if rendered.guide.is_compared:
+            return True
+        expected = self.tokenizer.apply_chat_template(
+            _messages(rendered.turns), chat_template=self.template, return_dict=False
+        )
+        if list(expected) != ids:
+            return False
+        rendered.guide.is_compared = True
+        return True
+
+    def _by_offsets(self, rendered: _Rendered, encoding: Any) -> Layout:
+        layout, pieces = rendered.layout(), rendered.outline.pieces
+        layout.input_ids = ids = encoding.ids
+        layout.labels = labels = [IGNORE_INDEX] * len(ids)
+        at, ends = 0, {}
+        for place, number in enumerate(rendered.outline.order):
+            turn, begin = rendered.turns[number], at + len(pieces[place])
+            at = begin + len(rendered.contents[place])
+            start, stop = self._tokens_between(encoding, begin, at, rendered.text, of=number if turn.train else None)
+            if turn.role == "model":
+                end = self._end_of_turn(ids, stop, number + rendered.shift)
+                ends[place], stop = ids[end], end + 1
+            if is_learned(turn):
+                labels[start:stop] = ids[start:stop]
+                layout.answers.append(Answer(number + rendered.shift, start, stop, rendered.contents[place]))
+            layout.spans.append(TurnSpan(number + rendered.shift, turn.role, start, stop))
+        self._check_ends(ends, pieces)
+        return layout
+
+    def _tokens_between(self, encoding: Any, begin: int, end: int, text: str, *, of: int | None) -> tuple[int, int]:
+        """The tokens that overlap the characters `begin` to `end`; control tokens of the template never do."""
+        start = encoding.char_to_token(begin)
+        stop = encoding.char_to_token(end) if end < len(text) else len(encoding)
+        if start is not None and stop is not None and encoding.token_to_chars(start)[0] == begin:
+            clean = end == len(text) or encoding.token_to_chars(stop)[0] == end
+            if clean and self.plain.control_ids.isdisjoint(encoding.ids[start:stop]):
+                return start, stop
+        ids, offsets = encoding.ids, encoding.offsets
+        inside = []
+        for token, (left, right) in enumerate(offsets):
+            if right <= begin or left >= end or left == right:
+                continue
+            outside = (text[left:begin] + text[end : max(right, end)]).strip()
+            said = text[max(left, begin) : min(right, end)].strip()
+            if ids[token] in self.plain.control_ids:
+                if said:
+                    raise _Smuggled  # a spelling that only the tokenizer's own normalization makes a control token
+            elif outside and said and of is not None:
+                raise Unrenderable(f"one token holds the template's {outside!r} and {said!r} of turn {of}")
+            elif said or not outside:  # white space that went into a token of the template is context
+                inside.append(token)
+        if not inside:
+            raise Unrenderable("a turn has no token of its own")
+        return inside[0], inside[-1] + 1
+
+    def _piece_by_piece(self, rendered: _Rendered) -> Layout:
+        layout, ends = rendered.layout(), {}
+        pieces, order = rendered.outline.pieces, rendered.outline.order
+        contents = self.plain.encode_all(rendered.contents)
+        layout.add(self._piece(pieces[0]), learned=False)
+        for place, (number, ids) in enumerate(zip(order, contents, strict=True)):
+            turn, start = rendered.turns[number], len(layout.input_ids)
+            layout.add(ids, learned=is_learned(turn))
+            stop = len(layout.input_ids)
+            layout.add(self._piece(pieces[place + 1]), learned=False)
+            if turn.role == "model":
+                end = self._end_of_turn(layout.input_ids, stop, number + rendered.shift)
+                ends[place], stop = layout.input_ids[end], end + 1
+            if is_learned(turn):
+                layout.labels[start:stop] = layout.input_ids[start:stop]
+                layout.answers.append(Answer(number + rendered.shift, start, stop, rendered.contents[place]))
+            layout.spans.append(TurnSpan(number + rendered.shift, turn.role, start, stop))
+        self._check_ends(ends, pieces)
+        if not self.tokenizer.is_fast and not rendered.spelled:
+            whole = self.tokenizer.encode(rendered.text, add_special_tokens=False)
             if list(whole) != layout.input_ids:
                 raise Unrenderable(
                     "this tokenizer has no offsets and gives other tokens for the whole conversation than for its parts"
                 )
         return layout
 
-    def _add_piece(self, layout: Layout, piece: str, after_model_turn: int | None) -> None:
-        ids = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
-        begin = len(layout.input_ids)
-        layout.add(ids, learned=False)
-        if after_model_turn is not None:
-            end = self._end_of_turn(layout.input_ids, begin, after_model_turn)
-            layout.labels[begin : end + 1] = layout.input_ids[begin : end + 1]
-            last = layout.spans[-1]
-            layout.spans[-1] = TurnSpan(last.turn, last.role, last.start, end + 1)
+    def _piece(self, piece: str) -> list[int]:
+        if piece not in self._encoded_pieces:
+            self._encoded_pieces[piece] = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+        return self._encoded_pieces[piece]
 
     def _end_of_turn(self, ids: Sequence[int], after: int, turn: int) -> int:
         """The position of the token that ends the model turn whose text stops before position `after`.
 
-        It is the first added token from there on; only white space may lie between.
+        It is the first control token from there on; only white space may lie between.
         """
         for position in range(after, len(ids)):
-            if ids[position] in self.plain.added_ids:
+            if ids[position] in self.plain.control_ids:
                 return position
-            if self.tokenizer.decode([ids[position]]).strip():
+            if not self._is_blank(ids[position]):
                 break
         raise Unrenderable(
             f"the chat template ends turn {turn} with no control token, so stopping could not be learned"
         )
 
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self.tokenizer.decode([token]).strip()
+        return self._blank[token]
 
-def _match_contents(text: str, pieces: list[str], turns: Sequence[Turn]) -> list[str]:
-    """Each turn's content as it stands in the rendered text: as given, or stripped at one or both ends."""
-    contents, at = [], 0
-    for number, turn in enumerate(turns):
-        at += len(pieces[number])
-        after = pieces[number + 1]
-        for content in (turn.text, turn.text.strip(), turn.text.lstrip(), turn.text.rstrip()):
-            if text.startswith(content + after, at):
-                contents.append(content)
-                at += len(content)
-                break
-        else:
-            raise Unrenderable(f"the chat template rewrites what turn {number} says")
-    if not text.startswith(pieces[0]) or text != "".join(_interleaved(pieces, contents)):
-        raise Unrenderable("the chat template writes other text around these contents than around plain ones")
-    return contents
+    def _check_ends(self, ends: dict[int, int], pieces: Sequence[str]) -> None:
+        """A token that ends a turn must not be one that opens turns, unless it is the tokenizer's own end token.
+
+        A turn is opened by the last control token of the piece in front of it, if only white space follows that.
+        """
+        openers = {self._opener(piece) for piece in pieces[:-1]} - {self.tokenizer.eos_token_id}
+        if openers.intersection(ends.values()):
+            raise Unrenderable("the chat template ends a turn only with a token that opens turns")
+
+    def _opener(self, piece: str) -> int | None:
+        if piece not in self._openers:
+            ids = self._piece(piece)
+            controls = [place for place, one in enumerate(ids) if one in self.plain.control_ids]
+            opens = bool(controls) and all(map(self._is_blank, ids[controls[-1] + 1 :]))
+            self._openers[piece] = ids[controls[-1]] if opens else None
+        return self._openers[piece]
 
 
-def _interleaved(pieces: list[str], contents: list[str]) -> list[str]:
-    return [part for pair in zip(pieces, [*contents, ""], strict=True) for part in pair]
+class _Smuggled(Exception):
+    """A content became a control token although it does not spell one."""
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": TEMPLATE_ROLES[turn.role], "content": turn.text} for turn in turns]

@@ -1,0 +1,41 @@
+"""What a conversation is once it has been read, and a row that could not be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Role = Literal["human", "model", "system"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says; `text` is never blank. A model turn with `train` False is context, it is not learned."""
+
+    role: Role
+    text: str
+    train: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row: `row` counts from 0 in its source, bad rows too; `repairs` says which named rules changed it, where."""
+
+    turns: tuple[Turn, ...]
+    row: int
+    source: str
+    id: Any = None
+    repairs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row with faults, each a complete message with its place.
+
+    `row` None: the file, or the rest of it, cannot be read at all; such a fault can never be dropped.
+    """
+
+    row: int | None
+    source: str
+    id: Any
+    faults: tuple[str, ...]

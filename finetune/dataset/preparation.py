@@ -1,0 +1,193 @@
+"""Conversation files -> examples on disk, prepared once: read, rendered, proven, counted, cached."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from finetune.conversations import ConversationReader, Source, fingerprint
+from finetune.dataset import store
+from finetune.dataset.summary import Summary, Tally
+from finetune.dataset.workers import stored_batches
+from finetune.errors import DataError, StorageError, listed
+from finetune.rendering import Renderer, Rendering
+
+SECONDS_BEFORE_A_BAR = 2.0
+BAR = "preparing data {percentage:3.0f}% |{bar}| {postfix[0]} [{elapsed}<{remaining}]"
+PARTS_OF_THE_BAR = 1000
+# Below this many bytes of data, starting processes costs more than it saves.
+BYTES_FOR_PROCESSES = 16 << 20
+MOST_PROCESSES = 8
+
+BadRows = Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The examples of a run on disk, and what the user must be able to read about them."""
+
+    folder: Path
+    sources: tuple[Source, ...]
+    summary: Summary
+    said: tuple[str, ...]
+    faults: tuple[str, ...]
+    fingerprint: str
+
+    @cached_property
+    def examples(self) -> Any:
+        """A `datasets.Dataset` over the memory-mapped examples, in the order of the data."""
+        from datasets import Dataset
+
+        return Dataset.from_file(str(self.folder / store.EXAMPLES_FILE))
+
+    def renderings(self) -> Iterator[Rendering]:
+        """Every row of the data in order, the dropped ones too."""
+        return store.read_renderings(self.folder, list(self.summary.rows_by_source))
+
+    def epoch(self, seed: int) -> Any:
+        """The examples of an epoch: with weight 2 a source's come twice, with 0.5 half of them, drawn by `seed`."""
+        weights = {source.name: source.weight for source in self.sources}
+        if set(weights.values()) == {1.0}:
+            return self.examples
+        chosen, begin = [], 0
+        for name, count in self.summary.examples_by_source.items():
+            here = range(begin, begin + count)
+            whole, rest = divmod(weights[name], 1)
+            drawn = random.Random(f"{seed} {name}").sample(here, round(rest * count))
+            chosen += [*here] * int(whole) + sorted(drawn)
+            begin += count
+        return self.examples.select(chosen)
+
+    def copy_ledger(self, path: Path) -> None:
+        """The ledger: one JSON line per row that was not kept whole and as it stood."""
+        shutil.copyfile(self.folder / store.LEDGER_FILE, path)
+
+
+def prepare(
+    sources: Sequence[Source],
+    renderer: Renderer,
+    *,
+    bad_rows: BadRows = "error",
+    repairs: Sequence[str] = (),
+    cache_dir: str | Path | None = None,
+    num_processes: int | None = None,
+    say: Callable[[str], None] = print,
+) -> PreparedData:
+    """Read, render and prove all rows, or open what an earlier start has prepared of the same data in the same way.
+
+    Raises:
+        DataError: every bad row under `bad_rows="error"` (the first 20 shown), a file that cannot be read; or no
+            example is left.
+        StorageError: the cache cannot be written.
+    """
+    data = fingerprint(sources)
+    key = _key(data, sources, renderer, bad_rows, repairs)
+    folder = Path(cache_dir or store.default_folder()).expanduser() / key
+    while True:
+        if store.is_there(folder):
+            facts = store.read_facts(folder)
+            if facts is not None:
+                return _opened(folder, sources, facts, data)
+            say(f"the prepared data in {folder} is damaged: it is prepared again")
+            store.clear_damaged(folder)
+        with store.only_writer(folder, say) as is_writer:
+            if is_writer:
+                processes = num_processes or _num_processes(sources)
+                gc.freeze()  # what the libraries hold need not be searched at each collection, nor copied on a fork
+                _write(folder, ConversationReader(sources, repairs=repairs), renderer, bad_rows, processes)
+
+
+def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_rows: BadRows, processes: int) -> None:
+    tally = Tally()
+    try:
+        with store.Writer(folder) as writer:
+            for batch in _with_bar(stored_batches(reader, renderer, processes), reader, tally):
+                tally.merge(batch.tally)
+                writer.add(batch.examples, batch.ledger)
+            if tally.unreadable or (bad_rows == "error" and tally.num_faults):
+                raise DataError(listed(tally.faults, "fault", count=tally.num_faults))
+            summary = tally.summary()
+            writer.commit({"summary": summary.facts(), "said": reader.said(), "faults": tally.faults})
+    except OSError as error:
+        raise StorageError(
+            f"the prepared data cannot be written to {folder.parent}: {error.strerror or error}: make room, or name "
+            "another folder with --data_cache_dir"
+        ) from error
+
+
+def _opened(folder: Path, sources: Sequence[Source], facts: dict[str, Any], data: str) -> PreparedData:
+    os.utime(folder)  # so that old ones can be told from those in use
+    known = {name: value for name, value in facts["summary"].items() if name != "supervised_share"}
+    return PreparedData(folder, tuple(sources), Summary(**known), tuple(facts["said"]), tuple(facts["faults"]), data)
+
+
+def _with_bar(batches: Iterator[Any], reader: ConversationReader, tally: Tally) -> Iterator[Any]:
+    """A progress bar by the share of the data that was read, with the rate in rows."""
+    with tqdm(
+        total=PARTS_OF_THE_BAR, bar_format=BAR, delay=SECONDS_BEFORE_A_BAR, postfix=["0 rows"], mininterval=0.5
+    ) as bar:
+        for batch in batches:
+            yield batch
+            rows = tally.statuses.total()
+            rate = rows / max(bar.format_dict["elapsed"], 1e-3)
+            bar.postfix[0] = f"{rows:,} rows, {rate:,.0f} rows/s"
+            bar.update(int(PARTS_OF_THE_BAR * reader.share_read()) - bar.n)
+
+
+def _num_processes(sources: Sequence[Source]) -> int:
+    if sum(source.num_bytes for source in sources) < BYTES_FOR_PROCESSES:
+        return 1
+    return max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0))))
+
+
+def _key(data: str, sources: Sequence[Source], renderer: Renderer, bad_rows: str, repairs: Sequence[str]) -> str:
+    """A name for the data as it is prepared: its content, the way it is rendered, and the code that does it."""
+    parts = {
+        "data": data,
+        "sources": [source.name for source in sources],
+        "bad_rows": bad_rows,
+        "repairs": sorted(repairs),
+        "renderer": renderer.identity(),
+        "code": _code_version(),
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _code_version() -> str:
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.blake2b(digest_size=16)
+    for room in ("conversations", "rendering", "dataset"):
+        for path in sorted((package / room).glob("*.py")):
+            digest.update(path.read_bytes())
+    for library in ("transformers", "tokenizers", "jinja2", "pyarrow"):
+        digest.update(f"{library} {version(library)}".encode())
+    return digest.hexdigest()
+
+
+def check_usable(prepared: PreparedData, max_dropped_rows: float) -> None:
+    """Refuse data that a run should not start with.
+
+    Raises:
+        DataError: the share of rows dropped for a fault is above `max_dropped_rows`, or no example is left.
+    """
+    summary, names = prepared.summary, ", ".join(source.name for source in prepared.sources)
+    if summary.bad > max_dropped_rows * summary.rows:
+        raise DataError(
+            f"{names}: {summary.bad:,} of {summary.rows:,} rows ({summary.bad / summary.rows:.1%}) are bad, more than "
+            f"--max_dropped_rows {max_dropped_rows:g} allows to be dropped\n"
+            + listed(prepared.faults, "fault", count=summary.faults)
+        )
+    if not summary.examples:
+        raise DataError(f"{names}: all {summary.rows:,} rows are dropped: raise --model_max_length, or shorten them")
