@@ -5,20 +5,25 @@ from __future__ import annotations
 import typer
 
 from finetune.errors import reported
-from finetune.tools import preview, quickstart
+from finetune.tools import convert, preview, quickstart
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="Tools around fine-tuning with DeepSpeed. Train with: deepspeed finetune/finetune.py --help",
 )
-# Preview takes the training command's own flags, which have their home and their --help in `arguments`.
+# These take flags of the training command, which have their home and their --help in `arguments`.
 TRAINING_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @app.command("preview", context_settings=TRAINING_FLAGS, help=preview.SUMMARY)
 def _preview(context: typer.Context) -> None:
     preview.main(context.args)
+
+
+@app.command("convert", context_settings=TRAINING_FLAGS, help=convert.SUMMARY)
+def _convert(context: typer.Context) -> None:
+    convert.main(context.args)
 
 
 @app.command("quickstart", help=quickstart.SUMMARY)

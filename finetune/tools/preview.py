@@ -3,31 +3,71 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
 
-from finetune.arguments import parse_for_preview
+from finetune import pages
+from finetune.arguments import PreviewArguments, parse_for_preview
 from finetune.console import quiet_libraries
-from finetune.conversations import load_conversations
-from finetune.dataset import prepare, render_all
-from finetune.rendering import Renderer, Rendering
-from finetune.train import load_format
+from finetune.dataset import PreparedData
+from finetune.errors import SHOWN_FAULTS, ConfigError
+from finetune.rendering import Example, Rendering
+from finetune.rendering.segments import Segment, segments
+from finetune.train import prepare_data
 
 SUMMARY = "Show what each row of a data file renders to: tokens, what is learned, what was cut or dropped."
+FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200
+InSegments = Callable[[Example], list[Segment]]
+STYLES = {"context": "dim", "learned": "bold green", "control": "reverse magenta", "learned_control": "reverse green"}
+LEGEND = {"context": "context", "learned": "learned", "control": "control token", "learned_control": "end of a turn"}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Takes the training command's model and data flags, and `--json` for one JSON line a row."""
-    model, data, as_json = parse_for_preview(argv)
+    """Takes the training command's model and data flags, and which rows to show: in the terminal, as JSON, as a page.
+
+    Raises:
+        ConfigError: a row that there is not, a page that would replace another file.
+    """
+    model, data, choice = parse_for_preview(argv)
+    page = Path(choice.html).expanduser() if choice.html is not None else None
+    if page is not None:
+        pages.check_replaceable(page)
     quiet_libraries()
-    conversations = load_conversations(data.data_path)
-    _, chat_format, notes = load_format(model, data)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    renderings = render_all(conversations, Renderer(chat_format, data.model_max_length))
-    lines = map(_as_json, renderings) if as_json else _as_text(renderings, data.data_path, chat_format.name)
-    for line in lines:
-        print(line)
+    sys.stdout.reconfigure(encoding="utf-8" if choice.json else None, errors="backslashreplace")
+    tokenizer, chat_format, prepared = prepare_data(model, data, say=_note)
+    # LingoWhale's markers may be ordinary ids of its tokenizer.
+    markers = {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
+
+    def in_segments(example: Example) -> list[Segment]:
+        return segments(example, tokenizer, markers)
+
+    try:
+        if choice.json:
+            for rendering in prepared.renderings():
+                print(_as_json(rendering))
+        elif page is None:
+            _Terminal(in_segments).show(_select(prepared, choice, SHOWN_FAULTS), prepared, chat_format.name)
+        else:
+            facts = {
+                "Model": model.model_name_or_path,
+                "Format": chat_format.name,
+                "Limit": f"{data.model_max_length:,} tokens (--too_long {data.too_long})",
+            }
+            found = _select(prepared, choice, LISTED_ON_A_PAGE)
+            pages.write_page(page, pages.render_page(_page(found, prepared, facts, in_segments)))
+            print(f"{page}: {len(found.rows):,} of {prepared.summary.rows:,} rows")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; what is still buffered must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def _as_json(rendering: Rendering) -> str:
@@ -43,15 +83,205 @@ def _as_json(rendering: Rendering) -> str:
     )
 
 
-def _as_text(renderings: Sequence[Rendering], source: str, format_name: str) -> Iterator[str]:
-    for one in renderings:
-        tokens = sum(len(example.input_ids) for example in one.examples)
-        learned = sum(example.num_supervised for example in one.examples)
-        reason = f"  ({one.reason})" if one.reason else ""
-        yield f"row {one.row:<6} {one.status:<8} {tokens:>6,} tokens, {learned:>6,} learned{reason}"
-    summary = prepare(renderings, source).summary
-    yield (
-        f"\n{source} in {format_name}: {summary.rows:,} rows, {summary.kept:,} kept, {summary.cut:,} cut, "
-        f"{summary.dropped:,} dropped; {summary.tokens:,} tokens, {summary.supervised_share:.1%} of them learned, "
-        f"the longest example {summary.longest:,}"
+# ---- which rows
+
+
+@dataclass
+class _Selection:
+    """The rows to show, how they were chosen, and the first of those not kept whole."""
+
+    rows: list[Rendering] = field(default_factory=list)
+    not_kept: list[Rendering] = field(default_factory=list)
+    how: str = ""
+
+
+def _select(prepared: PreparedData, choice: PreviewArguments, listed: int) -> _Selection:
+    """One pass over the renderings, as far as needed."""
+    summary = prepared.summary
+    is_chosen, wanted, how = _chooser(choice, summary.rows, summary.rows_by_source)
+    listed = min(listed, _num_not_kept(prepared))
+    found = _Selection(how=how)
+    for number, rendering in enumerate(prepared.renderings()):
+        if is_chosen(number, rendering):
+            found.rows.append(rendering)
+        if rendering.status != "kept" and len(found.not_kept) < listed:
+            found.not_kept.append(rendering)
+        if len(found.rows) >= wanted and len(found.not_kept) >= listed:
+            break
+    return found
+
+
+def _chooser(
+    choice: PreviewArguments, total: int, rows_by_source: dict[str, int]
+) -> tuple[Callable[[int, Rendering], bool], int, str]:
+    """(whether the n-th rendering is shown, how many are, the choice in words)."""
+    if choice.rows is not None:
+        asked = set(choice.rows)
+        _check_rows(asked, rows_by_source)
+        wanted = sum(row < count for row in asked for count in rows_by_source.values())
+        return lambda number, rendering: rendering.row in asked, wanted, f"Rows asked for: {wanted:,} of {total:,}"
+    sample = SAMPLE_OF_A_PAGE if choice.html is not None and choice.sample is None else choice.sample
+    if sample is None or sample >= total:
+        count = min(FIRST_ROWS if sample is None else sample, total)
+        words = f"All {total:,} rows" if count == total else f"The first {count:,} of {total:,} rows"
+        return lambda number, rendering: number < count, count, words
+    drawn = set(random.Random(choice.seed).sample(range(total), sample))
+    words = f"{sample:,} of {total:,} rows, drawn with seed {choice.seed}"
+    return lambda number, rendering: number in drawn, sample, words
+
+
+def _check_rows(asked: Iterable[int], rows_by_source: dict[str, int]) -> None:
+    most = max(rows_by_source.values(), default=0)
+    missing = sorted(row for row in asked if not 0 <= row < most)
+    if missing:
+        there = "; ".join(f"{source} has rows 0 to {count - 1:,}" for source, count in rows_by_source.items())
+        raise ConfigError(f"--rows {' '.join(map(str, missing))}: there is no such row: {there}")
+
+
+# ---- in the terminal
+
+
+class _Terminal:
+    """Rows on stdout, in colour where it shows colour."""
+
+    def __init__(self, in_segments: InSegments) -> None:
+        from rich.console import Console
+
+        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.in_segments = in_segments
+        self.in_colour = self.console.color_system is not None and not self.console.no_color
+
+    def show(self, found: _Selection, prepared: PreparedData, format_name: str) -> None:
+        """The legend, the rows, those not kept whole, the summary."""
+        between = Segment("context", "  ", None)
+        legend = [one for kind, text in LEGEND.items() for one in (between, Segment(kind, text, None))]
+        self._say(self._marked(legend[1:]))
+        for rendering in found.rows:
+            self._say()
+            self._show_row(rendering)
+        count = _num_not_kept(prepared)
+        if count:
+            self._say(["\n", (f"Rows not kept whole: {count:,}", "bold")])
+            for one in found.not_kept:
+                self._say([_safe(f"  {one.source}, row {one.row}: {one.status}: {_reason(one)}")])
+            if count > len(found.not_kept):
+                self._say([f"  ... and {count - len(found.not_kept):,} more"])
+        self._say([_safe(f"\n{_names(prepared)} in {format_name}")])
+        for line in prepared.summary.lines():
+            self._say([_safe(f"  {line}")])
+
+    def _show_row(self, rendering: Rendering) -> None:
+        tokens, learned = _counts(rendering)
+        identity = "" if rendering.id is None else f", id {_id(rendering)}"
+        share = f" ({learned / tokens:.1%})" if tokens else ""
+        place = f"{rendering.source}, row {rendering.row}{identity}"
+        facts = f"{rendering.status}, {tokens:,} tokens, {learned:,} learned{share}"
+        self._say([(_safe(f"{place}: {facts}"), "bold underline")])
+        if rendering.reason:
+            self._say([(_safe(_reason(rendering)), "yellow")])
+        for number, example in enumerate(rendering.examples, start=1):
+            if len(rendering.examples) > 1:
+                self._say([(f"window {number} of {len(rendering.examples)}", "bold")])
+            self._say(self._marked(self.in_segments(example)))
+
+    def _say(self, parts: Iterable[str | tuple[str, str]] = ()) -> None:
+        """One line, or several; a line feed at the end is enough of an end."""
+        from rich.text import Text
+
+        text = Text.assemble(*parts)
+        self.console.print(text, end="" if text.plain.endswith("\n") else "\n")
+
+    def _marked(self, found: Sequence[Segment]) -> list[tuple[str, str]]:
+        """(text, style) pairs; an arrow says that the token is learned where another one is read."""
+        if self.in_colour:
+            return [(_shown(one), STYLES[one.kind]) for one in found]
+        parts = []
+        for learned, run in groupby(found, lambda one: one.is_learned):
+            text = "".join(f"«{_shown(one)}»" if one.is_control else _shown(one) for one in run)
+            parts.append((f"⟦{text}⟧" if learned else text, ""))
+        return parts
+
+
+def _shown(one: Segment) -> str:
+    return ("" if one.read else "→") + _safe(one.text)
+
+
+def _safe(text: str) -> str:
+    """Text that can neither steer a terminal nor hide in it."""
+    return pages.SHAPELESS.sub(lambda match: "".join(f"‹{pages.name_of(one)}›" for one in match.group()), text)
+
+
+# ---- as a page
+
+
+def _page(found: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: InSegments) -> pages.Page:
+    summary = prepared.summary
+    counts = f"{summary.kept:,} kept, {summary.cut:,} cut, {summary.split:,} split, {summary.dropped:,} dropped"
+    facts = {
+        **facts,
+        "Rows": f"{summary.rows:,}: {counts}",
+        "Examples": f"{summary.examples:,}, the longest {summary.longest:,} tokens",
+        "Tokens": f"{summary.tokens:,}, {summary.supervised_tokens:,} of them learned ({summary.supervised_share:.1%})",
+    }
+    if summary.examples:
+        half, most, nearly_all = summary.length_percentiles
+        facts["Lengths"] = f"half have at most {half:,} tokens, 90 % {most:,}, 99 % {nearly_all:,}"
+    if summary.spelled:
+        facts["Spelled"] = f"{summary.spelled:,} rows spell a control token, which is read as plain text"
+    return pages.Page(
+        title=_names(prepared),
+        facts=list(facts.items()),
+        lengths=summary.length_histogram,
+        longest=summary.longest,
+        shown=found.how,
+        cards=[_card(rendering, in_segments) for rendering in found.rows],
+        not_kept=[(one.source, one.row, one.status, _reason(one)) for one in found.not_kept],
+        num_not_kept=_num_not_kept(prepared),
     )
+
+
+def _card(rendering: Rendering, in_segments: InSegments) -> pages.Card:
+    tokens, learned = _counts(rendering)
+    return pages.Card(
+        source=rendering.source,
+        row=rendering.row,
+        id=None if rendering.id is None else _id(rendering),
+        status=rendering.status,
+        tokens=tokens,
+        learned=learned,
+        reason=_reason(rendering) or None,
+        examples=[_turns(example, in_segments(example)) for example in rendering.examples],
+    )
+
+
+def _turns(example: Example, found: Sequence[Segment]) -> list[pages.Turn]:
+    roles: dict[int | None, str] = {span.turn: span.role for span in example.turn_spans}
+    return [pages.Turn(roles.get(turn), list(run)) for turn, run in groupby(found, lambda one: one.turn)]
+
+
+# ---- both
+
+
+def _num_not_kept(prepared: PreparedData) -> int:
+    summary = prepared.summary
+    return summary.cut + summary.split + summary.dropped
+
+
+def _counts(rendering: Rendering) -> tuple[int, int]:
+    """Tokens, and those that are learned."""
+    tokens = sum(len(example.input_ids) for example in rendering.examples)
+    return tokens, sum(example.num_supervised for example in rendering.examples)
+
+
+def _reason(rendering: Rendering) -> str:
+    """The reason without the place, which stands beside it."""
+    place = f"{rendering.source}, row {rendering.row}"
+    return (rendering.reason or "").replace(f"{place}: ", "").replace(f"{place}, ", "")
+
+
+def _id(rendering: Rendering) -> str:
+    return rendering.id if isinstance(rendering.id, str) else json.dumps(rendering.id, ensure_ascii=False)
+
+
+def _names(prepared: PreparedData) -> str:
+    return ", ".join(source.name for source in prepared.sources)
