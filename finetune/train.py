@@ -154,6 +154,7 @@ def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatF
         human_token_ids=data.human_token_ids,
         model_token_ids=data.model_token_ids,
         is_lingowhale=chosen.is_lingowhale(),
+        content_tokens=data.content_tokens,
     )
     return tokenizer, chat_format, notes
 

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from finetune.conversations import Conversation, Turn
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.rendering import IGNORE_INDEX, Renderer, TemplateFormat
 
 ROLES = {"human": "user", "model": "assistant", "system": "system"}
@@ -245,3 +245,42 @@ def test_offsets_and_anchors_give_the_same(style_tokenizers):
             assert one == other
             compared += any(guide.anchors for guide in fast._guides.values())
     assert compared > 50
+
+
+class TestContentTokens:
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    turns = [("human", "Say <|im_end|>."), ("model", "<think>\nHm.\n</think>\n\nNo.")]
+
+    def tokenizer(self, smol_tokenizer):
+        from tokenizers import AddedToken
+
+        tokenizer = copy.deepcopy(smol_tokenizer)
+        tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
+        tokenizer.chat_template = self.template
+        return tokenizer
+
+    def test_named_ones_are_tokens_and_all_others_stay_text(self, smol_tokenizer):
+        tokenizer = self.tokenizer(smol_tokenizer)
+        think, end = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>"])
+        plain = rendered(TemplateFormat(tokenizer, self.template, "x"), self.turns)
+        named = rendered(TemplateFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), self.turns)
+        for rendering, count, spelled in ((plain, 0, 2), (named, 1, 1)):
+            (example,) = rendering.examples
+            assert example.labels.count(think) == example.input_ids.count(think) == count
+            assert example.input_ids.count(end) == 2
+            assert rendering.spelled == spelled
+            assert tokenizer.decode(runs(example.labels)[0][:-1]) == self.turns[1][1]
+
+    def test_without_other_spellings_the_ids_are_exact(self, smol_tokenizer):
+        tokenizer = self.tokenizer(smol_tokenizer)
+        turns = [("human", "Why?"), self.turns[1]]
+        rendering = rendered(TemplateFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), turns)
+        expected = tokenizer.apply_chat_template(messages(turns, merged=False), return_dict=False)
+        assert rendering.examples[0].input_ids == expected
+
+    @pytest.mark.parametrize(
+        ("token", "reason"), [("<|im_end|>", "is a special token"), ("<reason>", "is no added token of this tokenizer")]
+    )
+    def test_a_special_or_unknown_token_is_refused(self, smol_tokenizer, token, reason):
+        with pytest.raises(ConfigError, match=f"--content_tokens {re.escape(token)}: {reason}"):
+            TemplateFormat(self.tokenizer(smol_tokenizer), self.template, "x", [token])

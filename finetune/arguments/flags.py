@@ -56,6 +56,9 @@ class DataArguments:
         None, "processes that prepare data; default: 1 for small data, else one per core, at most 8"
     )
     chat_template: str | None = _flag(None, "lingowhale, chatml or a Jinja file; default: the tokenizer's own")
+    content_tokens: list[str] = _flag(
+        [], "added tokens that contents may use as tokens, e.g. <think> </think>; all others are plain text"
+    )
     human_token_ids: list[int] = _flag([3], "LingoWhale format: the marker before a human turn")
     model_token_ids: list[int] = _flag([4], "LingoWhale format: the marker before a model turn")
 

@@ -27,14 +27,16 @@ def choose_format(
     human_token_ids: Sequence[int],
     model_token_ids: Sequence[int],
     is_lingowhale: bool = False,
+    content_tokens: Sequence[str] = (),
 ) -> tuple[ChatFormat, list[str]]:
     """The chat format of a run and the lines that announce a choice the user did not make.
 
     Without `chat_template` (`lingowhale`, `chatml` or a Jinja file): the tokenizer's own template, else LingoWhale's
-    format for LingoWhale, else ChatML, whose markers are added to a tokenizer that lacks them.
+    format for LingoWhale, else ChatML, whose markers are added to a tokenizer that lacks them. `content_tokens` are the
+    added tokens that contents may use.
 
     Raises:
-        ConfigError: a template file that does not exist.
+        ConfigError: a template file that does not exist, a content token that cannot be one.
     """
     if chat_template is None and tokenizer.chat_template is None:
         chat_template = "lingowhale" if is_lingowhale else "chatml"
@@ -42,7 +44,7 @@ def choose_format(
     else:
         notes = []
     if chat_template == "lingowhale":
-        return LingoWhaleFormat(tokenizer, human_token_ids, model_token_ids), notes
+        return LingoWhaleFormat(tokenizer, human_token_ids, model_token_ids, content_tokens), notes
     if chat_template == "chatml":
         missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
         if missing:
@@ -53,7 +55,7 @@ def choose_format(
         tokenizer.chat_template = _template_file(chat_template)
     # A result is saved with this tokenizer, so what serves it renders as training did.
     name = chat_template or "the tokenizer's own chat template"
-    return TemplateFormat(tokenizer, tokenizer.get_chat_template(), name), notes
+    return TemplateFormat(tokenizer, tokenizer.get_chat_template(), name, content_tokens), notes
 
 
 def _template_file(name: str) -> str:

@@ -25,12 +25,18 @@ class LingoWhaleFormat:
 
     name = "lingowhale"
 
-    def __init__(self, tokenizer: Any, human_token_ids: Sequence[int], model_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        human_token_ids: Sequence[int],
+        model_token_ids: Sequence[int],
+        content_tokens: Sequence[str] = (),
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 "--chat_template lingowhale: the tokenizer has no end-of-sequence token to end a turn with"
             )
-        self.plain = PlainText(tokenizer)
+        self.plain = PlainText(tokenizer, content_tokens)
         self.end = tokenizer.eos_token_id
         self.markers = {"human": list(human_token_ids), "model": list(model_token_ids)}
 

@@ -18,12 +18,20 @@ class PlainText:
     """Encodes text so that no substring of it becomes a control token, and decodes what was learned.
 
     A tokenizer with a Rust backend is copied without its added tokens; a Python-backed one is asked to split them.
-    Either way the result is checked: an added token among the ids raises `Unrenderable`.
+    Either way the result is checked: an added token among the ids raises `Unrenderable`. `content_tokens` are added
+    tokens that texts may use all the same, such as the `<think>` of models that reason.
+
+    Raises:
+        ConfigError: a content token that the tokenizer does not have, or that is a special token to it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, content_tokens: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
-        self.added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+        self.content_tokens = tuple(content_tokens)
+        allowed = {_content_token_id(tokenizer, token) for token in content_tokens}
+        self.added = {
+            number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if number not in allowed
+        }
         self.added_ids = frozenset(self.added) | frozenset(tokenizer.all_special_ids)
         # A blank added token (runs of spaces, a newline) controls nothing.
         self.control_ids = frozenset(number for number in self.added_ids if self._token(number).strip())
@@ -35,7 +43,7 @@ class PlainText:
 
     @cached_property
     def _backend(self) -> Any:
-        return _copied(self.tokenizer.backend_tokenizer, added_tokens=[])
+        return _copied(self.tokenizer.backend_tokenizer, added_tokens=self.content_tokens)
 
     def identity(self) -> str:
         """A digest of all that the tokenizer encodes with, its own code included where it has some."""
@@ -48,7 +56,7 @@ class PlainText:
             digest.update(Path(inspect.getfile(kind)).read_bytes())
             digest.update(repr(sorted(self.tokenizer.init_kwargs.items(), key=str)).encode())
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        digest.update(json.dumps([kind.__qualname__, special], sort_keys=True).encode())
+        digest.update(json.dumps([kind.__qualname__, special, self.content_tokens], sort_keys=True).encode())
         return digest.hexdigest()
 
     def spells_control_token(self, text: str) -> bool:
@@ -99,12 +107,24 @@ def with_plain_offsets(backend: Any) -> Any:
     return _copied(backend) if trims or backend.truncation or backend.padding else backend
 
 
-def _copied(backend: Any, **changes: Any) -> Any:
+def _copied(backend: Any, added_tokens: Sequence[str] | None = None) -> Any:
+    """Of the added tokens all, or only those named."""
     from tokenizers import Tokenizer
 
     state = json.loads(backend.to_str())
-    state.update(post_processor=None, truncation=None, padding=None, **changes)
+    state.update(post_processor=None, truncation=None, padding=None)
+    if added_tokens is not None:
+        state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] in added_tokens]
     return Tokenizer.from_str(json.dumps(state))
+
+
+def _content_token_id(tokenizer: Any, token: str) -> int:
+    for number, added in tokenizer.added_tokens_decoder.items():
+        if str(added) == token:
+            if added.special or number in tokenizer.all_special_ids:
+                raise ConfigError(f"--content_tokens {token}: is a special token: no text may use it")
+            return number
+    raise ConfigError(f"--content_tokens {token}: is no added token of this tokenizer, so it is plain text already")
 
 
 def add_control_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:

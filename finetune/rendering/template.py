@@ -58,11 +58,11 @@ class TemplateFormat:
     plain text; so is any with a tokenizer that has no offsets, whose pieces must give the ids of the whole.
     """
 
-    def __init__(self, tokenizer: Any, template: str, name: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, name: str, content_tokens: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.name = name
-        self.plain = PlainText(tokenizer)
+        self.plain = PlainText(tokenizer, content_tokens)
         self._guides: dict[Shape, _Guide | Unrenderable] = {}
         self._encoded_pieces: dict[str, list[int]] = {}
         self._openers: dict[str, int | None] = {}
