@@ -18,7 +18,7 @@ from finetune.conversations import find_sources, load_conversations
 from finetune.dataset import check_usable, prepare, store
 from finetune.dataset.summary import kind_of
 from finetune.dataset.workers import BATCH_ROWS
-from finetune.errors import DataError, StorageError
+from finetune.errors import DataError, StorageError, reported
 from finetune.rendering import CHATML, LingoWhaleFormat, Renderer, TemplateFormat
 
 
@@ -194,26 +194,57 @@ def test_of_several_starts_at_once_one_prepares(tmp_path, renderer):
     assert sorted(found) == [(0, 1500), (0, 1500), (1, 1500)]
 
 
-def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path, renderer):
-    path = write_rows(tmp_path / "a.json", many(20_000))
-    cache = tmp_path / "cache"
-    writer = multiprocessing.get_context("fork").Process(target=prepared, args=(path, renderer, cache))
+def started(path, renderer, cache, processes):
+    """A preparation in a process of its own that has begun to write."""
+    writer = multiprocessing.get_context("fork").Process(
+        target=_prepare_in_its_own_words, args=(path, renderer, cache), kwargs={"num_processes": processes}
+    )
     writer.start()
     deadline = time.monotonic() + 60
     while not any(one.stat().st_size > 100_000 for one in cache.glob(f"*.part-*/{store.EXAMPLES_FILE}")):
         assert time.monotonic() < deadline and writer.is_alive()
         time.sleep(0.005)
+    return writer
+
+
+def _prepare_in_its_own_words(path, renderer, cache, num_processes):
+    with reported():
+        prepared(path, renderer, cache, num_processes=num_processes)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path, renderer, processes):
+    path = write_rows(tmp_path / "a.json", many(20_000))
+    cache = tmp_path / "cache"
+    writer = started(path, renderer, cache, processes)
+    workers = children(writer.pid)
+    assert len(workers) == (processes if processes > 1 else 0)
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()
     assert not list(cache.glob("*/" + store.FACTS_FILE))
-    write_rows(path, many(20))  # other data: its folder is another, the rest of the first one stays
-    write_rows(tmp_path / "b.json", many(20_000))
-    os.replace(tmp_path / "b.json", path)
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a process outlived the one that started it"
+        time.sleep(0.05)
 
     data = prepared(path, renderer, cache)
 
     assert data.summary.rows == 20_000
     assert not list(cache.glob("*.part-*"))
+
+
+def test_a_killed_worker_is_one_error_and_nothing_is_left(tmp_path, renderer, capfd):
+    path = write_rows(tmp_path / "a.json", many(20_000))
+    writer = started(path, renderer, tmp_path / "cache", 2)
+    os.kill(children(writer.pid)[0], signal.SIGKILL)
+    writer.join(60)
+    assert writer.exitcode == 1
+    assert "error: a process that prepares data was killed (out of memory?): try --prep" in capfd.readouterr().err
+    assert not list((tmp_path / "cache").glob("*/"))
 
 
 def test_a_full_disk_is_one_error_that_names_the_folder(tmp_path, renderer):

@@ -6,8 +6,10 @@ process wait at a time, so memory stays flat however long the data is.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +25,7 @@ from finetune.errors import FinetuneError
 from finetune.rendering import Renderer, Rendering
 
 BATCH_ROWS = 256
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _renderer: Renderer | None = None  # set in the parent before it forks
 
@@ -69,6 +72,8 @@ def stored_batches(
 
 def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves no process behind
 
 
 def _store(batch: Sequence[Conversation | BadRow], renderer: Renderer | None = None) -> StoredBatch:
