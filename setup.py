@@ -4,9 +4,13 @@ from pathlib import Path
 
 from setuptools import setup
 
+HERE = Path(__file__).resolve().parent
+# Every folder with code in it, so that a new one cannot be forgotten.
+PACKAGES = sorted({".".join(file.parent.relative_to(HERE).parts) for file in (HERE / "finetune").rglob("*.py")})
 EXTRAS = {
     "flash-attn": ["flash-attn>=2.6"],
     "gguf": ["gguf>=0.19"],
+    "modelscope": ["modelscope>=1.18"],
     "test": ["pytest>=8", "hypothesis>=6.100", "gguf>=0.19"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.14"]
@@ -19,7 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["finetune", "finetune.tools", "finetune.ds_configs", "finetune.data"],
+    packages=[*PACKAGES, "finetune.ds_configs", "finetune.data"],
     package_dir={"finetune": "finetune", "finetune.ds_configs": "ds_configs", "finetune.data": "data"},
     package_data={"finetune": ["*.json"], "finetune.ds_configs": ["*.json"], "finetune.data": ["*.json"]},
     install_requires=[

@@ -82,7 +82,8 @@ def unpacked(content: bytes) -> bytes | None:
 
 def rows_that_stand_there(text: str) -> list[list]:
     """The text read in each of the ways in which it could be meant: an array as far as it goes, lines, one object."""
-    array, at, decoder = [], len(text) - len(text.lstrip()) + 1, json.JSONDecoder()
+    begin = len(text) - len(text.lstrip(" \t\r\n"))
+    array, at, decoder = [], begin + (text[begin : begin + 1] == "["), json.JSONDecoder()
     try:
         while True:
             at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
@@ -106,7 +107,9 @@ def rows_that_stand_there(text: str) -> list[list]:
 
 def meant(row: object) -> list | None:
     try:
-        return [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
+        # Without its last letter the key is one that is read too.
+        turns = row["conversations" if "conversations" in row else "conversation"]
+        return [(ROLES[turn["from"]], turn["value"]) for turn in turns]
     except (KeyError, TypeError):
         return None
 

@@ -226,9 +226,9 @@ FILE_FAULTS = {
     "utf-16": ("[{}]".encode("utf-16"), ": the text is UTF-16, not UTF-8: convert it: iconv -f UTF-16 -t UTF-8 "),
     "utf-16-be": ('[{"a":1}]'.encode("utf-16-be"), ": the text is UTF-16BE, not UTF-8: convert it: iconv -f UTF-16BE"),
     "utf-32": ("[{}]".encode("utf-32"), ": the text is UTF-32, not UTF-8: convert it"),
-    "gbk-array": (as_array(CHINESE).decode().encode("gbk"), ", line 1, column 49: the text is GBK or GB18030, not UTF-8"),
+    "gbk-array": (as_array(CHINESE).decode().encode("gbk"), ", line 1, column 49: the text is GBK or "),
     "gbk-lines": (as_lines(CHINESE).decode().encode("gb18030"), ": the text is GBK or GB18030, not UTF-8"),
-    "gbk-gzip": (gzip.compress(as_array(CHINESE).decode().encode("gbk")), ", line 1, column 49: the text is GBK or GB18030"),
+    "gbk-gzip": (gzip.compress(as_array(CHINESE).decode().encode("gbk")), ", line 1, column 49: the text is GBK or "),
     "zip": (b"PK\x03\x04" + bytes(30), ": a zip archive: unpack it"),
     "xz": (b"\xfd7zXZ\0" + bytes(30), ": an xz file: unpack it"),
     "tar-in-gzip": (gzip.compress(bytes(257) + b"ustar" + bytes(250)), ": a tar archive: unpack it"),
@@ -269,6 +269,14 @@ def test_rows_before_a_byte_that_is_not_utf_8_are_read(tmp_path):
     assert [isinstance(one, BadRow) for one in read(lines)] == [False, False, True, False]
     byte = lines.read_bytes().index(b"\xff")
     assert faults(lines)[0].startswith(f"{lines}, row 2, line 3: not UTF-8 at byte {byte}: ")
+
+
+def test_one_line_in_gbk_among_lines_in_utf_8_is_the_fault_of_its_row(tmp_path):
+    lines = as_lines(CHINESE).split(b"\n")
+    path = written(tmp_path / "a.jsonl", b"\n".join([lines[0], lines[1].decode().encode("gbk"), lines[2]]))
+
+    assert [one.row for one in read(path) if isinstance(one, Conversation)] == [0, 2]
+    assert faults(path)[0].startswith(f"{path}, row 1, line 2: not UTF-8 at byte ")
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gzip", "zstd"])

@@ -20,6 +20,8 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     shutil.rmtree(tmp_path / "clone")
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "finetune").rglob("*.py")}
+    assert len(code) > 20 and code <= {str(path.relative_to(tmp_path / "site")) for path in tmp_path.rglob("site/**/*")}
 
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"

@@ -59,7 +59,7 @@ def test_a_weight_is_the_number_behind_the_last_colon(folder):
     }
 
     assert weights == {"data/b.jsonl": 0.5, "data/c.parquet": 2.0, "data/a.json:2": 1.0}
-    assert [source.weight for source in find_sources(["data:3"])] == [3.0] * 5
+    assert [source.weight for source in find_sources(["data:3"])] == [3.0] * 4
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-0.0"])

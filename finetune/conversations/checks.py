@@ -26,11 +26,12 @@ def text_fault(text: Any, field: str) -> str | None:
     if "\0" in text:
         return f'"{field}" holds a NUL character at position {text.index(chr(0))}: take it out'
     if not text.isascii():
-        return _surrogate_fault(text, field)
+        return surrogate_fault(text, field)
     return None
 
 
-def _surrogate_fault(text: str, field: str) -> str | None:
+def surrogate_fault(text: str, field: str) -> str | None:
+    """Where a text holds half a character, which no encoding can write."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -19,7 +19,10 @@ MODELSCOPE_INSTALL = 'pip install "finetune[modelscope]"'
 
 def is_saved(folder: str) -> bool:
     """Whether `save_to_disk` wrote the folder."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+    has = {
+        name for name in ("state.json", "dataset_info.json", "dataset_dict.json") if os.path.isfile(f"{folder}/{name}")
+    }
+    return has >= {"state.json", "dataset_info.json"} or "dataset_dict.json" in has
 
 
 def saved_dataset(folder: str) -> Any:
@@ -45,22 +48,29 @@ def hub_dataset(given: str, name: str, config: str | None, split: str | None) ->
         DataError: the hub cannot be reached, has no such data set, split or configuration.
     """
     import datasets
-    import httpx
     import pyarrow
     from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         with _cache_alone_where_the_hub_is_silent():
             loaded = datasets.load_dataset(name, config, split=split)
-    except (ConnectionError, httpx.TransportError) as error:
-        from huggingface_hub import constants
-
+    except ConnectionError as error:
         raise DataError(
             f"{given}: there is no such file, and the hub at {constants.ENDPOINT} cannot be reached: set HF_ENDPOINT "
             f"to a mirror, or download the data set elsewhere and name the local copy ({_first_line(error)})"
         ) from None
-    except (OSError, ValueError, RuntimeError, KeyError, pyarrow.ArrowException, DatasetsError) as error:
-        remedy = "check the name (owner/name, owner/name:split or owner/name:config/split)"
+    # The bases of HfHubHTTPError are what the hub's HTTP client raises, whichever that is.
+    except (
+        *HfHubHTTPError.__bases__,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        pyarrow.ArrowException,
+        DatasetsError,
+    ) as error:
+        remedy = "check the connection and the name: owner/name, owner/name:split or owner/name:config/split"
         if "scripts are no longer supported" in str(error):
             remedy = "download its data files and name them"
         raise DataError(f"{given}: the data set on the hub cannot be had: {_first_line(error)}: {remedy}") from None

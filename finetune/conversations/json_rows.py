@@ -194,8 +194,7 @@ def _array_rows(window: _Window) -> Iterator[RawRow]:
             why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             yield file_fault(f"{window.place(window.at)}: row {row} is {why}; it and what follows cannot be read")
             return
-        place = f"{window.name}, row {row}"
-        yield RawRow(row, value, mark_faults(value, place) if decoder.marks else [])
+        yield RawRow(row, value, mark_faults(value, f"{window.name}, row {row}") if decoder.marks else [])
         row += 1
         behind = window.peek()
         closing = behind == "]"
@@ -305,7 +304,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[RawRow]:
-    decoder, row, number, begin = Decoder(), 0, 0, 0
+    decoder, row, number, begin, is_utf_8 = Decoder(), 0, 0, 0, False
     try:
         for number, line in enumerate(_lines(chunks), start=1):
             begin += len(line) + 1
@@ -315,9 +314,10 @@ def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[Raw
                 continue
             try:
                 text = line.decode()
+                is_utf_8 = is_utf_8 or not text.isascii()
                 value = _only_value(decoder, text, 0 if text[0] == "{" else _SKIP(text).end())
             except UnicodeDecodeError as error:
-                if is_gb18030(line[error.start : error.start + 4096]):
+                if not is_utf_8 and is_gb18030(line[error.start : error.start + 4096]):
                     yield file_fault(f"{name}: {conversion('GB18030', name, packed)}")
                     return
                 place = begin - 1 - len(line) + error.start
@@ -328,8 +328,7 @@ def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[Raw
             except RecursionError:
                 yield RawRow(row, None, [f"{name}, row {row}, line {number}: nested too deeply"], is_read=False)
             else:
-                place = f"{name}, row {row}"
-                yield RawRow(row, value, mark_faults(value, place) if decoder.marks else [])
+                yield RawRow(row, value, mark_faults(value, f"{name}, row {row}") if decoder.marks else [])
             row += 1
     except _TooLong as error:
         yield file_fault(f"{name}, line {number + 1}: {error}: {EXPECTED}; it and what follows cannot be read")

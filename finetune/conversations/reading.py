@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.conversations.checks import order_faults, repaired
+from finetune.conversations.checks import order_faults, repaired, surrogate_fault
 from finetune.conversations.files import Unreadable, opened
 from finetune.conversations.first_places import FirstPlaces, digest_of_turns, key_of_id
 from finetune.conversations.json_rows import RawRow, file_fault, json_rows
@@ -23,7 +23,7 @@ from finetune.errors import DataError, listed
 class ConversationReader:
     """All rows of all sources, each a `Conversation` or a `BadRow`; `repairs` are names of `REPAIRS`.
 
-    `readings` counts the conversations by (source, layout), `roles` the turns by (source, name in the row, role).
+    `readings` counts the conversations by (source, layout).
     """
 
     def __init__(self, sources: Sequence[Source], *, repairs: Collection[str] = ()) -> None:
@@ -40,6 +40,18 @@ class ConversationReader:
                 yield self._checked(raw, source, number)
             self._bytes_before += source.num_bytes
         self._bytes_here = int
+
+    @property
+    def roles(self) -> Counter[tuple[str, str, str]]:
+        """How many turns were read, by source, the name of the speaker in the row, and the role it was read as."""
+        return Counter(
+            {
+                (source, name, ROLES[name]): count
+                for source, names in self._names.items()
+                for name, count in names.items()
+                if count
+            }
+        )
 
     def share_read(self) -> float:
         """How much has been read, 0 to 1: of the bytes of the files as they lie on disk, of the rows of data sets."""
@@ -61,7 +73,7 @@ class ConversationReader:
 
     def _begin(self) -> None:
         self.readings: Counter[tuple[str, str]] = Counter()
-        self.roles: Counter[tuple[str, str, str]] = Counter()
+        self._names = {source.name: dict.fromkeys(ROLES, 0) for source in self.sources}
         self._ids, self._turns = FirstPlaces(), FirstPlaces()
         self._all_bytes = sum(source.num_bytes for source in self.sources)
         self._bytes_before = 0
@@ -110,8 +122,9 @@ class ConversationReader:
         if faults:
             return BadRow(raw.row, source.name, own_id, tuple(faults))
         self.readings[source.name, reading.layout] += 1
+        names = self._names[source.name]
         for name in reading.aliases:
-            self.roles[source.name, name, ROLES[name]] += 1
+            names[name] += 1
         return Conversation(turns, raw.row, source.name, own_id, done)
 
     def _check_id(self, value: Any, row: int, place: str, source: Source, faults: list[str]) -> Any:
@@ -120,8 +133,9 @@ class ConversationReader:
         if not fine:
             faults.append(f'{place}: expected "id" to be a string or a number, found {shown(value)}')
             return None
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            faults.append(f'{place}: "id" holds half a character (a lone surrogate): {shown(value)}')
+        broken = surrogate_fault(value, "id") if isinstance(value, str) else None
+        if broken is not None:
+            faults.append(f"{place}: {broken}")
             return None
         first = self._ids.first(key_of_id(value), row, bool(faults))
         if first is not None:
@@ -137,9 +151,8 @@ def load_conversations(
     Raises:
         DataError: what `find_sources` refuses; every fault, the first 20 shown; or there is no conversation at all.
     """
-    paths = [paths] if isinstance(paths, str | Path) else paths
     conversations, faults = [], []
-    for row in ConversationReader(find_sources([str(path) for path in paths]), repairs=repairs):
+    for row in ConversationReader(find_sources(paths), repairs=repairs):
         if isinstance(row, BadRow):
             faults += row.faults
         else:

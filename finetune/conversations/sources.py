@@ -53,7 +53,7 @@ class Source:
             return 0
 
 
-def find_sources(paths: Sequence[str]) -> list[Source]:
+def find_sources(paths: str | Path | Sequence[str | Path]) -> list[Source]:
     """The files and data sets that the names stand for, in that order; a folder's and a glob's sorted by name.
 
     Raises:
@@ -62,9 +62,9 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     sources: list[Source] = []
     faults: list[str] = []
     seen: dict[Any, str] = {}
-    for given in paths:
+    for given in [paths] if isinstance(paths, str | Path) else paths:
         try:
-            found = _found(given)
+            found = _found(str(given))
         except DataError as error:
             faults.append(str(error))
             continue

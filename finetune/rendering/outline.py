@@ -108,6 +108,8 @@ def find_contents(text: str, outline: Outline, turns: Sequence[Turn]) -> list[st
                 break
         else:
             raise Unrenderable(f"the chat template rewrites what turn {number + outline.system_in_front} says")
+        if not content.strip():
+            raise Unrenderable(f"the chat template leaves nothing of turn {number + outline.system_in_front}")
         contents.append(content)
         at = end + len(after)
     if at != len(text):

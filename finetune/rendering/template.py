@@ -55,7 +55,8 @@ class TemplateFormat:
     Each conversation is rendered once for real and must be its outline's pieces around its contents (see `outline`).
     One tokenization of the whole then gives exactly the ids of `apply_chat_template`, and its offsets say which tokens
     are a model turn's. A conversation that spells an added token is instead encoded piece by piece, its contents as
-    plain text; so is any with a tokenizer that has no offsets, whose pieces must give the ids of the whole.
+    plain text; so is any with a tokenizer that has no offsets where that is needed, and its pieces must then give the
+    ids of the whole.
     """
 
     def __init__(self, tokenizer: Any, template: str, name: str, content_tokens: Sequence[str] = ()) -> None:
@@ -71,27 +72,23 @@ class TemplateFormat:
     def lay_out_all(self, rows: Sequence[Sequence[Turn]]) -> list[Layout | Unrenderable]:
         """Tokens of each rendered conversation, its model turns and their end tokens learned."""
         found = self._render_all(rows)
-        whole = [
-            place
-            for place, one in enumerate(found)
-            if isinstance(one, _Rendered) and self.tokenizer.is_fast and not one.spelled
-        ]
+        plain = [place for place, one in enumerate(found) if isinstance(one, _Rendered) and not one.spelled]
         layouts: list[Any] = list(found)
-        for place, encoding in zip(whole, self._encoded(found, whole), strict=True):
-            layouts[place] = self._by_anchors(found[place], encoding.ids)
-        missed = [place for place in whole if layouts[place] is None]
-        for place, encoding in zip(missed, self._encoded(found, missed, with_offsets=True), strict=True):
-            layouts[place] = self._lay_out(found[place], encoding)
-        for place, one in enumerate(layouts):
-            if isinstance(one, _Rendered):
-                layouts[place] = self._lay_out(one, None)
-        return layouts
+        for place, ids in zip(plain, self._ids([found[place].text for place in plain]), strict=True):
+            layouts[place] = self._by_anchors(found[place], ids) or found[place]
+        missed = [place for place in plain if layouts[place] is found[place] and self.tokenizer.is_fast]
+        if missed:
+            encodings = self._backend.encode_batch([found[place].text for place in missed], add_special_tokens=False)
+            for place, encoding in zip(missed, encodings, strict=True):
+                layouts[place] = self._lay_out(found[place], encoding)
+        return [self._lay_out(one, None) if isinstance(one, _Rendered) else one for one in layouts]
 
-    def _encoded(self, found: Sequence[Any], places: Sequence[int], *, with_offsets: bool = False) -> list[Any]:
-        if not places:
-            return []
-        encode = self._backend.encode_batch if with_offsets else self._backend.encode_batch_fast
-        return encode([found[place].text for place in places], add_special_tokens=False)
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if self.tokenizer.is_fast:
+            return (
+                [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+            )
+        return [list(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
     def identity(self) -> dict[str, Any]:
         """The template, and the day where it writes the date."""
@@ -233,7 +230,8 @@ class TemplateFormat:
         for place, number in enumerate(rendered.outline.order):
             turn, begin = rendered.turns[number], at + len(pieces[place])
             at = begin + len(rendered.contents[place])
-            start, stop = self._tokens_between(encoding, begin, at, rendered.text, of=number if turn.train else None)
+            of = number + rendered.shift if is_learned(turn) else None
+            start, stop = self._tokens_between(encoding, begin, at, rendered.text, of=of)
             if turn.role == "model":
                 end = self._end_of_turn(ids, stop, number + rendered.shift)
                 ends[place], stop = ids[end], end + 1
@@ -288,13 +286,17 @@ class TemplateFormat:
                 layout.answers.append(Answer(number + rendered.shift, start, stop, rendered.contents[place]))
             layout.spans.append(TurnSpan(number + rendered.shift, turn.role, start, stop))
         self._check_ends(ends, pieces)
-        if not self.tokenizer.is_fast and not rendered.spelled:
-            whole = self.tokenizer.encode(rendered.text, add_special_tokens=False)
-            if list(whole) != layout.input_ids:
-                raise Unrenderable(
-                    "this tokenizer has no offsets and gives other tokens for the whole conversation than for its parts"
-                )
+        self._check_parts(rendered, layout.input_ids)
         return layout
+
+    def _check_parts(self, rendered: _Rendered, ids: list[int]) -> None:
+        (whole,) = self._ids([rendered.text])
+        if not self.tokenizer.is_fast and not rendered.spelled and whole != ids:
+            raise Unrenderable(
+                "this tokenizer has no offsets and gives other tokens for the whole conversation than for its parts"
+            )
+        if any(whole.count(token) < ids.count(token) for token in self.plain.control_ids.intersection(ids)):
+            raise Unrenderable("this tokenizer encodes the template's control tokens otherwise inside a conversation")
 
     def _piece(self, piece: str) -> list[int]:
         if piece not in self._encoded_pieces:
