@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -349,8 +350,15 @@ def test_like_reasons_count_as_one(one, other):
     assert kind_of(one) != kind_of("a.json, row 3: has no model turn: there is nothing to learn from it")
 
 
-def test_prepared_data_of_no_use_to_others_goes_to_the_users_cache(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert store.default_folder() == Path("/somewhere/finetune/data")
+def test_prepared_data_goes_to_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert store.default_folder() == tmp_path / "cache/finetune/data"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert store.default_folder() == Path.home() / ".cache/finetune/data"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert store.default_folder() == tmp_path / "home/.cache/finetune/data"
+
+
+def test_without_a_home_that_can_be_written_prepared_data_goes_to_tmp(monkeypatch, tmp_path):
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert store.default_folder() == Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}" / "data"

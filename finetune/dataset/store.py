@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,8 +34,13 @@ SECONDS_FOR_LOCAL_RANK_0 = 1.0
 
 
 def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/finetune/data`, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune" / "data"
+    """`$XDG_CACHE_HOME/finetune/data`, by default under ~/.cache; under /tmp where that cannot be written."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune" / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a read-only home, a user without one
+        return Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}" / "data"
+    return folder
 
 
 def record_batch(renderings: Iterable[Rendering]) -> Any:

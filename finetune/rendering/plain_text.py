@@ -17,7 +17,8 @@ from finetune.rendering.examples import Unrenderable
 class PlainText:
     """Encodes text so that no substring of it becomes a control token, and decodes what was learned.
 
-    A tokenizer with a Rust backend is copied without its added tokens; a Python-backed one is asked to split them.
+    A tokenizer with a Rust backend is told to read special tokens as text, or, where it has added tokens of another
+    kind, copied without them; a Python-backed one is asked to split them.
     Either way the result is checked: an added token among the ids raises `Unrenderable`. `content_tokens` are added
     tokens that texts may use all the same, such as the `<think>` of models that reason.
 
@@ -76,7 +77,7 @@ class PlainText:
             Unrenderable: a control token that this tokenizer cannot encode as text.
         """
         if self.tokenizer.is_fast:
-            encoded = [one.ids for one in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+            encoded = [one.ids for one in self._encoded(list(texts))]
         else:
             encoded = [
                 list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) for text in texts
@@ -89,6 +90,17 @@ class PlainText:
                     "it as text"
                 )
         return encoded
+
+    def _encoded(self, texts: list[str]) -> list[Any]:
+        shared = self.tokenizer.backend_tokenizer
+        has_others = not all(token.special for token in self.tokenizer.added_tokens_decoder.values())
+        if has_others or shared.truncation or shared.padding:
+            return self._backend.encode_batch(texts, add_special_tokens=False)
+        shared.encode_special_tokens = True
+        try:
+            return shared.encode_batch(texts, add_special_tokens=False)
+        finally:
+            shared.encode_special_tokens = False
 
     def decode_all(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """The text that each list of ids spells, control tokens by their spelling, nothing tidied."""
