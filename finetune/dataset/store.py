@@ -18,11 +18,16 @@ import socket
 import tempfile
 import time
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from finetune.conversations import BadRow
 from finetune.errors import StorageError
@@ -43,24 +48,22 @@ def default_folder() -> Path:
     return folder
 
 
-def record_batch(renderings: Iterable[Rendering]) -> Any:
+def record_batch(renderings: Iterable[Rendering]) -> pa.RecordBatch:
     """Examples as one Arrow record batch.
 
     Columns: `input_ids`, `labels` (lists of int32), `length`, `num_supervised`, `row`, `window` (int32), `source` and
     `id` (strings; the id as JSON), `turn_spans` (a list of {turn, role, start, stop}).
     """
-    import numpy as np
-    import pyarrow as pa
-
     rendered = [(one, example) for one in renderings for example in one.examples]
     examples = [example for _, example in rendered]
     starts = np.zeros(len(examples) + 1, np.int32)
     np.cumsum([len(example.input_ids) for example in examples], out=starts[1:])
 
-    def tokens(name: str) -> Any:
-        values = np.empty(starts[-1], np.int32)
-        for example, start, stop in zip(examples, starts, starts[1:], strict=False):
-            values[start:stop] = getattr(example, name)
+    def tokens(name: str) -> tuple[pa.ListArray, np.ndarray]:
+        gathered = array("i")
+        for example in examples:
+            gathered.fromlist(getattr(example, name))
+        values = np.frombuffer(gathered, np.int32) if gathered else np.empty(0, np.int32)
         return pa.ListArray.from_arrays(pa.array(starts), pa.array(values)), values
 
     input_ids, _ = tokens("input_ids")
@@ -122,10 +125,8 @@ class Writer:
         self._examples, self._ledger = _Checked(self.part / EXAMPLES_FILE), _Checked(self.part / LEDGER_FILE)
         return self
 
-    def add(self, batch: Any, ledger: Sequence[str]) -> None:
+    def add(self, batch: pa.RecordBatch, ledger: Sequence[str]) -> None:
         """Append a record batch and its ledger lines."""
-        import pyarrow as pa
-
         if self._stream is None:
             self._stream = pa.ipc.new_stream(self._examples, batch.schema)
         if batch.num_rows:
@@ -167,9 +168,7 @@ class _Checked:
         self.file.flush()
 
     def close(self) -> dict[str, int]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        self.file.close()  # not synced: what a crash of the machine loses, the checksum finds
         return {"size": self.size, "crc32": self.crc}
 
 
@@ -205,8 +204,6 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
     Raises:
         StorageError: the folder of stores cannot be written, or has no file locks.
     """
-    from filelock import FileLock, Timeout
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f"{folder.name}.lock"))
@@ -234,8 +231,6 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
 
 def clear_damaged(folder: Path) -> None:
     """Remove a store whose files are not what was written, unless another process has just replaced it."""
-    from filelock import FileLock
-
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if read_facts(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -270,8 +265,6 @@ def _ledger_entries(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _examples_by_row(path: Path) -> Iterator[tuple[str, int, tuple[Example, ...], Any]]:
-    import pyarrow as pa
-
     if not path.stat().st_size:
         return
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:

@@ -159,7 +159,7 @@ class Renderer:
         return Rendering(conversation.row, conversation.id, status, examples, reason, conversation.source, fate.spelled)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Fate:
     """What becomes of one conversation, before its labels are proven."""
 

@@ -8,6 +8,8 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
+
 from finetune.conversations import Turn
 from finetune.rendering.examples import IGNORE_INDEX, Answer, Layout, TurnSpan, Unrenderable
 from finetune.rendering.outline import Outline, Shape, find_contents, make_outline, shape_of
@@ -27,7 +29,7 @@ class _Guide:
     is_compared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rendered:
     """One conversation as text; `contents` stand in it in the outline's order, `shift` turns before the first."""
 
@@ -96,6 +98,13 @@ class TemplateFormat:
         return {"template": self.template, "day": day}
 
     @cached_property
+    def _normalizes_tokens(self) -> bool:
+        """Whether a text may become a control token that it does not spell, by the tokenizer's normalization."""
+        if self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.normalizer is None:
+            return False
+        return any(getattr(token, "normalized", True) for token in self.tokenizer.added_tokens_decoder.values())
+
+    @cached_property
     def _backend(self) -> Any:
         return with_plain_offsets(self.tokenizer.backend_tokenizer)
 
@@ -140,7 +149,6 @@ class TemplateFormat:
         return ids
 
     def _texts(self, rows: Sequence[Sequence[Turn]]) -> list[str | Unrenderable]:
-        from jinja2 import TemplateError
         from transformers import PreTrainedTokenizerBase
 
         if rows and type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
@@ -157,8 +165,6 @@ class TemplateFormat:
         return texts
 
     def _text(self, turns: Sequence[Turn]) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self._apply(_messages(turns))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -185,7 +191,9 @@ class TemplateFormat:
             except ValueError:
                 return None
             begin, at = at, stop + len(anchor)
-            if begin == stop or ids[stop:at] != anchor or not self.plain.control_ids.isdisjoint(ids[begin:stop]):
+            if begin == stop or ids[stop:at] != anchor:
+                return None
+            if self._normalizes_tokens and not self.plain.control_ids.isdisjoint(ids[begin:stop]):
                 return None
             number += rendered.shift
             if turn.role == "model":
