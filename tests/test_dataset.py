@@ -333,6 +333,9 @@ def test_weights_repeat_and_draw(tmp_path, renderer):
     unweighted = prepare(find_sources([str(first), str(second)]), renderer, cache_dir=tmp_path / "cache")
     assert unweighted.folder == data.folder  # weights choose among what is prepared
     assert len(unweighted.epoch(seed=1)) == 33
+    nothing = prepare(find_sources([f"{first}:0.01"]), renderer, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="leave no example of an epoch"):
+        nothing.epoch(seed=1)
 
 
 @pytest.mark.parametrize(

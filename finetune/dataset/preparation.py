@@ -57,7 +57,11 @@ class PreparedData:
         return store.read_renderings(self.folder, list(self.summary.rows_by_source))
 
     def epoch(self, seed: int) -> Any:
-        """The examples of an epoch: with weight 2 a source's come twice, with 0.5 half of them, drawn by `seed`."""
+        """The examples of an epoch: with weight 2 a source's come twice, with 0.5 half of them, drawn by `seed`.
+
+        Raises:
+            DataError: the weights leave no example.
+        """
         weights = {source.name: source.weight for source in self.sources}
         if set(weights.values()) == {1.0}:
             return self.examples
@@ -68,6 +72,8 @@ class PreparedData:
             drawn = random.Random(f"{seed} {name}").sample(here, round(rest * count))
             chosen += [*here] * int(whole) + sorted(drawn)
             begin += count
+        if not chosen:
+            raise DataError("the weights of --data_path leave no example of an epoch: raise one of them")
         return self.examples.select(chosen)
 
     def copy_ledger(self, path: Path) -> None:

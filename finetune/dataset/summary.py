@@ -15,6 +15,7 @@ from finetune.rendering import Rendering
 HISTOGRAM_BINS = 24
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_REASONS = 5
+LONG_QUOTATION = 16
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Tally:
 def kind_of(reason: str) -> str:
     """A reason without its place, numbers and quotations, so that like reasons count as one."""
     general = re.sub(r"^.*?, (?:row|line) \d+(?:, \w+ \d+)*: ", "", reason)
-    general = re.sub(r"'[^']*'|\"[^\"]{12,}\"", "...", general)
+    general = re.sub(r"'[^']*'|\"[^\"]*\"", lambda one: one[0] if len(one[0]) < LONG_QUOTATION else "...", general)
     return re.sub(r"\d[\d,]*", "N", general).partition(", found ")[0]
 
 

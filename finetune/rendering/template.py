@@ -16,6 +16,7 @@ from finetune.rendering.outline import Outline, Shape, find_contents, make_outli
 from finetune.rendering.plain_text import PlainText, with_plain_offsets
 from finetune.rendering.rules import is_learned, system_in_front
 
+MOST_GUIDES = 4096  # conversations of very many shapes must not fill the memory
 TEMPLATE_ROLES = {"human": "user", "model": "assistant", "system": "system"}
 
 
@@ -129,6 +130,8 @@ class TemplateFormat:
 
     def _guide(self, shape: Shape) -> _Guide | Unrenderable:
         if shape not in self._guides:
+            if len(self._guides) >= MOST_GUIDES:
+                self._guides.clear()
             outline = make_outline(shape, self._text)
             if isinstance(outline, Outline):
                 outline = _Guide(outline, self._anchors(outline, shape), outline.rules())
