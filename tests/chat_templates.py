@@ -138,6 +138,12 @@ STYLES = {
         "<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endfor %}",
         ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
     ),
+    "headers in words": Style(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+        "{{ '### Instruction:\n' + m.content + '\n' }}{% else %}{{ '### Response:\n' + m.content + '\n<|EOT|>\n' }}"
+        "{% endif %}{% endfor %}",
+        ("<bos>", "<|EOT|>"), "<bos>", "<|EOT|>",
+    ),
     "no end of turn": Style(
         "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}",
         ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"), None, "<|endoftext|>",

@@ -23,7 +23,7 @@ PAIRS = [
     (name, kind)
     for number, name in enumerate(FOLLOWED)
     for kind in TOKENIZERS
-    if kind != "deepseek" or number % 3 == 0 or "reasoning" in name
+    if kind != "deepseek" or number % 3 == 0 or "reasoning" in name or "words" in name
 ]
 REFUSED = [name for name, style in STYLES.items() if style.refused is not None]
 
@@ -140,6 +140,19 @@ def test_ids_are_exact_and_only_the_model_turns_are_learned(style_tokenizers, na
                 rendered(chat_format, turns)
         else:
             check(tokenizer, rendered(chat_format, turns), turns)
+
+
+def test_a_token_over_the_edge_of_a_context_turn_is_context(style_tokenizers):
+    tokenizer, chat_format = style_tokenizers("deepseek", "headers in words")
+    (example,) = rendered(chat_format, CONVERSATIONS["system"]).examples
+    assert ".###" in tokenizer.convert_ids_to_tokens(example.input_ids)
+
+
+def test_a_turn_of_which_the_template_leaves_nothing_is_refused(style_tokenizers):
+    _, chat_format = style_tokenizers("smollm2", "reasoning dropped from history")
+    turns = [("human", "a"), ("model", "<think>\nr\n</think>\n\n"), ("human", "b"), ("model", "c")]
+    with pytest.raises(DataError, match="leaves nothing of turn 1"):
+        rendered(chat_format, turns)
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "mistral"])
