@@ -1,45 +1,105 @@
-"""Examples -> a padded batch.
+"""Rows -> a batch: one flat row with boundaries, or padded rows.
 
-What is padding is decided by length, never by id: a pad token that equals the end-of-turn token hides nothing.
+    two examples     tokens  5 6 7   labels  -100   6   7
+                             8 9             -100   9
 
-    two examples    [5 6 7]  and  [8 9]
+    flat             input_ids [1, T]     5 6 7 8 9      positions that predict something learned: 0 1 3
+                     position_ids [1, T]  0 1 2 0 1      what they should predict (targets [P]):   6 7 9
+                     cu_seq_lens [3]      0 3 5
 
-    input_ids       5 6 7          attention_mask  1 1 1        labels  -100   6   7
-                    8 9 p                          1 1 0                -100   9 -100
+    padded           input_ids [2, L]     5 6 7          attention_mask  1 1 1        targets [P]:  6 7 9
+                                          8 9 p                          1 1 0
+
+Labels are shifted inside each example, so no position ever predicts the first token of another one. What is padding is
+decided by length, never by id: a pad token that equals the end-of-turn token hides nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from finetune.rendering import IGNORE_INDEX
 
+LossWeighting = Literal["token", "conversation"]
+# What a batch carries for the loss; everything else in it is an argument of the model.
+LOSS_KEYS = ("targets", "target_positions", "loss_weights")
+
 
 @dataclass(frozen=True)
-class PaddedCollator:
-    """Callable for a data loader: features with `input_ids` and `labels` -> tensors of shape [rows, longest]."""
+class Collator:
+    """Callable: examples with `input_ids` and `labels` (int arrays of equal length) -> one batch of tensors.
 
+    Args:
+        flat: one row with boundaries instead of padded rows.
+        pad_token_id: fills padded rows, and stands in where there is no example at all.
+        selects_logits: ask the model for the logits of `target_positions` alone.
+        weighting: `conversation` adds `loss_weights`, by which every example counts as much as any other.
+    """
+
+    flat: bool
     pad_token_id: int
+    selects_logits: bool
+    weighting: LossWeighting = "token"
 
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Pad on the right to the longest row of the batch; int64 tensors, and two counts that are plain numbers."""
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Without examples: one pad token that predicts nothing, so that a rank without work can keep step.
+
+        `targets` int64 [P] are the learned tokens; `target_positions` says where they are predicted: int64 [P] indices
+        into a flat row, bool [rows, L] for padded rows. `loss_weights` float32 [P] or absent.
+        """
         import torch
 
-        lengths = [len(feature["input_ids"]) for feature in features]
-        longest = max(lengths)
-
-        def padded(name: str, filler: int) -> torch.Tensor:
-            return torch.tensor([feature[name] + [filler] * (longest - len(feature[name])) for feature in features])
-
-        mask = [[1] * length + [0] * (longest - length) for length in lengths]
+        ids = [np.asarray(one["input_ids"], dtype=np.int64) for one in examples] or [np.array([self.pad_token_id])]
+        labels = [np.asarray(one["labels"], dtype=np.int64) for one in examples] or [np.array([IGNORE_INDEX])]
+        for one in labels:
+            if one[0] != IGNORE_INDEX:
+                raise ValueError("the first token of an example follows nothing: it cannot be learned")
+        batch = self._flat(ids, labels) if self.flat else self._padded(ids, labels)
+        if self.selects_logits:
+            batch["logits_to_keep"] = batch["target_positions"]
+        if self.weighting == "conversation":
+            counts = [int((one != IGNORE_INDEX).sum()) for one in labels]
+            batch["loss_weights"] = np.repeat([1 / max(count, 1) for count in counts], counts).astype(np.float32)
         return {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "attention_mask": torch.tensor(mask),
-            "labels": padded("labels", IGNORE_INDEX),
-            "num_tokens": sum(lengths),
-            "num_supervised_tokens": sum(label != IGNORE_INDEX for feature in features for label in feature["labels"]),
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()
+        }
+
+    def _flat(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
+        lengths = [len(one) for one in ids]
+        joined = np.concatenate(labels)
+        learned = np.flatnonzero(joined != IGNORE_INDEX)
+        boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return {
+            "input_ids": np.concatenate(ids)[None],
+            "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+            "segment_lengths": lengths,
+            "use_cache": False,
+            "target_positions": learned - 1,
+            "targets": joined[learned],
+        }
+
+    def _padded(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
+        shape = (len(ids), max(map(len, ids)))
+        tokens = np.full(shape, self.pad_token_id)
+        mask = np.zeros(shape, dtype=np.int64)
+        targets = np.full(shape, IGNORE_INDEX)
+        for row, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):
+            tokens[row, : len(row_ids)], mask[row, : len(row_ids)] = row_ids, 1
+            targets[row, : len(row_ids) - 1] = row_labels[1:]
+        predicts = targets != IGNORE_INDEX
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "target_positions": predicts,
+            "targets": targets[predicts],
         }
 
 

@@ -76,35 +76,64 @@ class Plan:
     device: str
     per_device_batch: int
     accumulation: int
-    tokens_per_example: float
-    supervised_share: float
+    data_ranks: int
     examples: int
+    groups: int | None
+    group_tokens: int | None
+    tokens: int
+    supervised_share: float
+    batching: str
+    padding: float
+    selects_logits: bool
+    loss_weighting: str
     chat_format: str
     precision: str
     attention: str
     checkpointing: bool
     epochs: float
     steps: int
+    start_up: dict[str, float]
 
     def lines(self) -> list[str]:
         """The plan, one labelled line a fact."""
-        batch = self.per_device_batch * self.accumulation * self.world_size
         stage = "none (plain data parallel)" if self.zero_stage is None else f"stage {self.zero_stage}"
-        share = self.trainable / self.parameters
         facts = {
             "model": f"{self.model}, {self.parameters:,} parameters",
-            "training": f"{self.adapter or 'all parameters'}: {self.trainable:,} trainable ({share:.2%})",
+            "training": f"{self.adapter or 'all parameters'}: {self.trainable:,} trainable "
+            f"({self.trainable / self.parameters:.2%})",
             "ZeRO": stage + (", offloaded" if self.offloads else ""),
             "ranks": f"{self.world_size} ({self.device})",
-            "data": f"{self.examples:,} examples an epoch, about {self.examples * self.tokens_per_example:,.0f} tokens",
+            "data": f"{self.examples:,} examples an epoch, {self.tokens:,} tokens",
             "learned": f"{self.supervised_share:.1%} of the tokens, rendered with {self.chat_format}",
-            "step": f"{self.per_device_batch} per device x {self.accumulation} accumulated x {self.world_size} ranks = "
-            f"{batch} examples, about {batch * self.tokens_per_example:,.0f} tokens",
+            "batches": self._batches(),
+            "step": self._step(),
             "length": f"{self.steps:,} steps ({self.epochs:.3g} epochs)",
             "precision": self.precision,
             "attention": f"{self.attention}, activation checkpointing {'on' if self.checkpointing else 'off'}",
+            "start-up": f"{sum(self.start_up.values()):.1f} s: "
+            + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.start_up.items() if seconds >= 0.05),
         }
         return [f"  {label:<{LABEL_WIDTH}}{text}" for label, text in facts.items()]
+
+    def _batches(self) -> str:
+        form = {
+            "flat": "flat: nothing padded",
+            "packed": f"packed: {self.tokens / ((self.groups or 1) * (self.group_tokens or 1)):.1%} full",
+            "padded": f"padded: {self.padding:.0%} of the positions",
+        }[self.batching]
+        logits = "learned positions only" if self.selects_logits else "all positions"
+        return f"{form}; logits at {logits}; the loss is a mean over {self.loss_weighting}s"
+
+    def _step(self) -> str:
+        units, noun = self.examples, "examples"
+        if self.groups is not None:
+            units, noun = self.groups, f"rows of up to {self.group_tokens:,} tokens"
+        size = self.per_device_batch * self.accumulation * self.data_ranks
+        tokens = self.tokens * min(1, size / units)
+        return (
+            f"{self.per_device_batch} per device x {self.accumulation} accumulated x {self.data_ranks} ranks = "
+            f"{size} {noun}, about {tokens:,.0f} tokens"
+        )
 
 
 def say_plan(plan: Plan) -> None:

@@ -20,6 +20,28 @@ from finetune.errors import ConfigError
 Precision = Literal["bf16", "fp16", "float32"]
 
 AMPERE = (8, 0)
+# Dense peak rates in TFLOP/s by a part of the device's name: half precision, TF32, float32. NVIDIA's data sheets.
+PEAK_TFLOPS = {
+    "B200": (2250, 1125, 75),
+    "GH200": (989, 494, 67),
+    "H200": (989, 494, 67),
+    "H100 PCIe": (756, 378, 51),
+    "H100 NVL": (835, 417, 60),
+    "H100": (989, 494, 67),
+    "H20": (148, 74, 44),
+    "A100": (312, 156, 19.5),
+    "A800": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6),
+    "L40": (181, 90.5, 90.5),
+    "L4": (121, 60, 30.3),
+    "A10G": (70, 35, 35),
+    "A10": (125, 62.5, 31.2),
+    "A6000": (155, 77.4, 38.7),
+    "V100": (125, 15.7, 15.7),
+    "T4": (65, 8.1, 8.1),
+    "RTX 4090": (165, 82.6, 82.6),
+    "RTX 3090": (71, 35.6, 35.6),
+}
 STALE_LOCK_SECONDS = 60.0
 
 
@@ -143,6 +165,26 @@ def decide_attention(found: Probe, asked: str | None, precision: Precision) -> t
     if asked == "flash_attention_2" and obstacle:
         return "sdpa", [f"--attn_implementation flash_attention_2 is replaced by sdpa: {obstacle}"]
     return asked, []
+
+
+def peak_flops(name: str, precision: Precision, tf32: bool | None) -> float | None:
+    """Floating point operations per second that a GPU of this name can do at most, or None where it is not known."""
+    half, tf32_rate, full = next((PEAK_TFLOPS[part] for part in PEAK_TFLOPS if part in name), (None, None, None))
+    rate = half if precision != "float32" else tf32_rate if tf32 else full
+    return None if rate is None else rate * 1e12
+
+
+def measured_matmul_rate(size: int = 768, repeats: int = 4) -> float:
+    """Floating point operations per second of this process's float32 matrix products on the CPU; the best of a few."""
+    import torch
+
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
 
 
 def _flash_obstacle(found: Probe, precision: Precision) -> str | None:

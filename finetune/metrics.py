@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,38 +23,121 @@ FIELDS = (
     "step_seconds",
     "tokens_per_second",
     "supervised_tokens_per_second",
+    "mfu",
     "peak_memory_bytes",
 )
 
 
+_stage_seconds: dict[str, float] = {}
+
+
+def timed(stage: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the seconds that the function takes are part of `start_up_seconds` under this name."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _stage_seconds[stage] = _stage_seconds.get(stage, 0.0) + time.perf_counter() - began
+
+        return measured
+
+    return decorate
+
+
+def start_up_seconds() -> dict[str, float]:
+    """Seconds since the launcher was started, in parts: it, loading libraries, the timed stages, and the rest."""
+    import psutil
+
+    process = psutil.Process()
+    launchers = [one for one in process.parents() if any("deepspeed" in word for word in one.cmdline()[:3])]
+    launched = min([one.create_time() for one in launchers], default=process.create_time())
+    parts = {"launcher": process.create_time() - launched, **_stage_seconds}
+    return {**parts, "rest": time.time() - launched - sum(parts.values())}
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Floating point operations of training, forward and backward; recomputing activations is not counted.
+
+    A weight costs 2 operations a token forwards, 2 for the gradient of what came in and 2 for its own: 6, or 4 where
+    it is frozen. A query and a key that it sees cost 4 x width forwards and twice that backwards, in each layer.
+    (Kaplan et al., Scaling laws for neural language models, 2020, section 2.1.)
+
+    Attributes:
+        per_token: of all weights but the head's. per_logit: of the head, a position. per_pair: of attention.
+    """
+
+    per_token: float
+    per_logit: float
+    per_pair: float
+
+    def of(self, *, tokens: int, logits: int, pairs: int) -> float:
+        """Of so many tokens, positions with logits, and pairs of a token and one that it sees."""
+        return self.per_token * tokens + self.per_logit * logits + self.per_pair * pairs
+
+
+def model_flops(model: Any) -> ModelFlops:
+    """What a model costs, from its parameters as they stand: right with adapters, and under ZeRO-3.
+
+    Of experts only those count that a token visits.
+    """
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    visited = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    looked_up, head = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up_ids = {id(one) for one in looked_up.parameters()} if looked_up is not None else set()
+    head_ids = {id(one) for one in head.parameters()} if head is not None else set()
+    per_token = per_logit = 0.0
+    for name, one in model.named_parameters():
+        shape = getattr(one, "ds_shape", one.shape)
+        if len(shape) < 2:
+            continue
+        cost = (6 if one.requires_grad else 4) * math.prod(shape)
+        if id(one) in head_ids:
+            per_logit += cost
+        elif id(one) not in looked_up_ids:
+            per_token += cost * (visited if ".experts." in name else 1)
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return ModelFlops(per_token, per_logit, 12.0 * heads * width * config.num_hidden_layers)
+
+
 @dataclass
 class StepMeter:
-    """Counts one rank's tokens and the time since the last reading; counts are made on the host, without a sync."""
+    """Counts all ranks' tokens and the time since the last reading; counts are made on the host, without a sync."""
 
     tokens: int = 0
     supervised_tokens: int = 0
+    flops: float = 0.0
     steps: int = 0
     since: float = field(default_factory=time.perf_counter)
 
     def restart(self) -> None:
         """Begin a new interval."""
         self.tokens = self.supervised_tokens = self.steps = 0
+        self.flops = 0.0
         self.since = time.perf_counter()
 
-    def add(self, tokens: int, supervised_tokens: int) -> None:
-        """One optimizer step's tokens of this rank, padding not counted."""
+    def add(self, tokens: int, supervised_tokens: int, flops: float) -> None:
+        """One optimizer step of all ranks, padding not counted."""
         self.tokens += tokens
         self.supervised_tokens += supervised_tokens
+        self.flops += flops
         self.steps += 1
 
-    def rates(self, tokens: int, supervised_tokens: int) -> dict[str, float]:
-        """Seconds per step and, for the given counts of all ranks, tokens per second, over the interval."""
+    def rates(self, peak_flops: float | None) -> dict[str, float]:
+        """Seconds per step, tokens per second, and the share of `peak_flops` (per second, all ranks) that was used."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
-        return {
+        rates = {
             "step_seconds": round(seconds / max(self.steps, 1), 4),
-            "tokens_per_second": round(tokens / seconds, 2),
-            "supervised_tokens_per_second": round(supervised_tokens / seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds, 2),
+            "supervised_tokens_per_second": round(self.supervised_tokens / seconds, 2),
         }
+        return rates | ({"mfu": round(self.flops / seconds / peak_flops, 4)} if peak_flops else {})
 
 
 def peak_memory_bytes() -> int:

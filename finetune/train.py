@@ -15,24 +15,23 @@
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import adapters, console, model, results
+from finetune import adapters, attention, console, model, results
 from finetune.arguments import Arguments, DataArguments, ModelArguments, parse
-from finetune.collation import PaddedCollator, pad_token_id
+from finetune.batches import MicroBatches, column, decide_form, padding_share
+from finetune.checking import Setup, check
+from finetune.collation import Collator, pad_token_id
 from finetune.conversations import find_sources
 from finetune.dataset import PreparedData, check_usable, prepare
 from finetune.errors import ConfigError, reported
-from finetune.hardware import Hardware, build_notes, check_extension_locks, decide, prepare_environment, probe
-from finetune.metrics import loss_curve
+from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
+from finetune.metrics import loss_curve, model_flops, start_up_seconds, timed
 from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_format, stop_token_id
-from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
+from finetune.sampling import Sampler, Shape
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,101 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_arguments = begin(arguments, setup, data)
         base = load(arguments, setup, tokenizer, chat_format)
         trained = attach(arguments, setup, base, tokenizer)
-        trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data)
+        batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
+        trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches)
         seal(arguments, trainer)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What was found and decided before anything expensive."""
-
-    hardware: Hardware
-    zero: ResolvedConfig | None
-    model: model.CheckedModel
-    world_size: int
-    move_aside: bool
-    activation_checkpointing: bool
-    notes: tuple[str, ...]
-
-
-def check(arguments: Arguments) -> Setup:
-    """Everything that can be found wrong without reading data or weights."""
-    output_dir = Path(arguments.training["output_dir"]).expanduser()
-    if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
-        raise ConfigError(f"--output_dir {output_dir}: is the folder of the model itself")
-    if arguments.given("eval_strategy") not in ("no", None):
-        raise ConfigError("--eval_strategy: there is no evaluation data in this version: leave the flag out")
-    move_aside = results.check_output_dir(
-        output_dir,
-        overwrite=arguments.run.overwrite_output_dir,
-        resume=bool(arguments.given("resume_from_checkpoint")),
-    )
-    hardware = decide(
-        probe(use_cpu=bool(arguments.given("use_cpu"))),
-        bf16=bool(arguments.given("bf16")),
-        fp16=bool(arguments.given("fp16")),
-        tf32=arguments.given("tf32"),
-        attn_implementation=arguments.model.attn_implementation,
-    )
-    world_size = int(os.environ["WORLD_SIZE"])
-    zero = _resolve_zero(arguments, hardware, world_size)
-    checked = model.check(
-        arguments.model.model_name_or_path,
-        trust_remote_code=arguments.model.trusts_code(),
-        attention=hardware.attention,
-    )
-    checkpointing, checkpointing_notes = _checkpointing(arguments, checked)
-    building = []
-    if zero is not None:
-        extensions = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-        check_extension_locks(extensions)
-        building = build_notes(extensions, use_cpu=hardware.use_cpu)
-    notes = (
-        *arguments.notes,
-        *hardware.notes,
-        *(zero.notes if zero else ()),
-        *checked.notes,
-        *checkpointing_notes,
-        *building,
-    )
-    console.say_notes(notes)
-    return Setup(hardware, zero, checked, world_size, move_aside, checkpointing, notes)
-
-
-def _resolve_zero(arguments: Arguments, hardware: Hardware, world_size: int) -> ResolvedConfig | None:
-    name = arguments.given("deepspeed")
-    if not name:
-        return None
-    asked = "bf16" if arguments.given("bf16") else "fp16" if arguments.given("fp16") else "float32"
-    command = CommandLine(
-        **{
-            flag: arguments.given(flag)
-            for flag in CommandLine.__dataclass_fields__
-            if flag not in ("precision", "precision_was_replaced")
-        },
-        precision=hardware.precision,
-        precision_was_replaced=asked != hardware.precision,
-    )
-    path = find_config(name)
-    return resolve(
-        path,
-        load_config(path),
-        command,
-        world_size=world_size,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
-        use_cpu=hardware.use_cpu,
-    )
-
-
-def _checkpointing(arguments: Arguments, checked: model.CheckedModel) -> tuple[bool, list[str]]:
-    wanted = bool(arguments.given("activation_checkpointing"))
-    if wanted and arguments.adapter.kind() == "prefix":
-        return False, [
-            "--gradient_checkpointing is off: prefix tuning hands each layer a cache, which checkpointing would drop"
-        ]
-    if wanted and not checked.can_checkpoint:
-        return False, ["--gradient_checkpointing is off: this model's code does not support it"]
-    return wanted, []
 
 
 def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:
@@ -159,6 +66,7 @@ def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatF
     return tokenizer, chat_format, notes
 
 
+@timed("data")
 def prepare_data(
     chosen: ModelArguments, data: DataArguments, say: Callable[[str], None]
 ) -> tuple[Any, ChatFormat, PreparedData]:
@@ -187,6 +95,7 @@ def approve(arguments: Arguments, data: PreparedData) -> None:
     check_usable(data, arguments.data.max_dropped_rows)
 
 
+@timed("processes")
 def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
     """Start the processes, build `TrainingArguments` (it touches the devices), claim the output folder."""
     from finetune.trainer import on_rank_0, start_processes
@@ -198,10 +107,13 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
         "tf32": setup.hardware.tf32,
         "use_cpu": setup.hardware.use_cpu,
         "activation_checkpointing": setup.activation_checkpointing,
+        "per_device_train_batch_size": arguments.per_device_batch(),
         "deepspeed": setup.zero.config if setup.zero else None,
     }
     if setup.hardware.use_cpu:
         values["dataloader_pin_memory"] = False
+    # Liger's fused loss would compute logits of its own; norms, rotations and gates are what is wanted of it.
+    values.setdefault("liger_kernel_config", {"fused_linear_cross_entropy": False, "cross_entropy": False})
     training_arguments = start_processes(setup.hardware.backend, values)
     on_rank_0(lambda: _claim(Path(training_arguments.output_dir), arguments, setup, data))
     return training_arguments
@@ -232,6 +144,7 @@ def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, 
     }
 
 
+@timed("model")
 def load(arguments: Arguments, setup: Setup, tokenizer: Any, chat_format: ChatFormat) -> Any:
     """The base model; under ZeRO-3 each rank receives its share while rank 0 reads."""
     return model.load_model(
@@ -243,6 +156,7 @@ def load(arguments: Arguments, setup: Setup, tokenizer: Any, chat_format: ChatFo
     )
 
 
+@timed("model")
 def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any:
     """The model that is trained: the base itself, or the base with an adapter."""
     from transformers import set_seed
@@ -272,6 +186,80 @@ def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any
     )
 
 
+@timed("model")
+def settle(
+    arguments: Arguments, setup: Setup, training_arguments: Any, trained: Any, tokenizer: Any, data: PreparedData
+) -> MicroBatches:
+    """How conversations become batches: as asked, or as this model can; and which rows are in each."""
+    from finetune.trainer import first_of_all_ranks
+
+    asked, ranks_each = arguments.batch, arguments.batch.sequence_parallel_size
+    examples = data.epoch(training_arguments.seed)
+    lengths = column(examples, "length")
+    obstacle = _must_pad(arguments)
+    if asked.batching != "padded" and not obstacle:
+        if setup.zero is None or setup.zero.stage < 3:
+            trained.to(training_arguments.device)
+        obstacle = attention.make_flat(
+            trained,
+            longest=int(lengths.max()),
+            vocab_size=setup.model.config.get_text_config().vocab_size,
+            device=training_arguments.device,
+            agree=first_of_all_ranks,
+        )
+    form = decide_form(
+        asked.batching,
+        obstacle=obstacle,
+        full_logits_because=_must_compute_all_logits(arguments, trained),
+        tokens_per_device=asked.tokens_per_device_batch,
+        per_device_batch=arguments.per_device_batch(),
+        model_max_length=arguments.data.model_max_length,
+        longest=int(lengths.max()),
+        strategy=arguments.given("train_sampling_strategy"),
+    )
+    console.say_notes(form.notes)
+    grouped_instead = asked.batching == "packed" and form.batching == "padded"
+    sampler = Sampler(
+        lengths,
+        Shape(
+            per_device_batch=1 if grouped_instead else arguments.per_device_batch(),
+            accumulation=training_arguments.gradient_accumulation_steps,
+            world_size=setup.world_size // ranks_each,
+        ),
+        seed=training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed,
+        batching=form.batching,
+        capacity=form.capacity,
+        order=form.order,
+        drop_last=training_arguments.dataloader_drop_last,
+    )
+    collator = Collator(form.batching != "padded", pad_token_id(tokenizer), form.selects_logits, asked.loss_weighting)
+    return MicroBatches(
+        examples,
+        sampler,
+        collator,
+        rank=training_arguments.process_index // ranks_each,
+        counts_conversations=asked.loss_weighting == "conversation",
+    )
+
+
+def _must_pad(arguments: Arguments) -> str | None:
+    kind, asked = arguments.adapter.kind(), arguments.model.attn_implementation
+    if kind in ("prefix", "prompt"):
+        return f"{kind} tuning puts its virtual tokens in front of each row"
+    if arguments.given("neftune_noise_alpha") is not None:
+        return "NEFTune scales its noise by the length of a row"
+    if asked is not None and asked != "sdpa" and "flash" not in asked:
+        return f"--attn_implementation {asked} knows no boundaries inside a row"
+    return None
+
+
+def _must_compute_all_logits(arguments: Arguments, trained: Any) -> str | None:
+    kind = arguments.adapter.kind()
+    if kind in ("prefix", "prompt"):
+        return f"{kind} tuning puts its virtual tokens in front of each row"
+    return None if attention.selects_logits(trained) else "this model's code has no logits_to_keep"
+
+
 def fit(
     arguments: Arguments,
     setup: Setup,
@@ -280,19 +268,21 @@ def fit(
     tokenizer: Any,
     chat_format: ChatFormat,
     data: PreparedData,
+    batches: MicroBatches,
 ) -> Any:
     """Train; the plan is printed once the number of steps is known."""
     from finetune.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
-        console.say_plan(_plan(arguments, setup, training_arguments, trained, chat_format, data, steps))
+        console.say_plan(_plan(arguments, setup, trained, chat_format, data, batches, steps))
 
     try:
         trainer = SupervisedTrainer(
             model=trained,
             args=training_arguments,
-            train_dataset=data.epoch(training_arguments.seed),
-            data_collator=PaddedCollator(pad_token_id(tokenizer)),
+            micro_batches=batches,
+            flops=model_flops(trained),
+            peak_flops=_peak_flops(setup),
             processing_class=tokenizer,
             initial_lora=adapters.InitialLora(trained) if _moves_base_weights(arguments) else None,
             on_plan=announce,
@@ -303,21 +293,26 @@ def fit(
     return trainer
 
 
+def _peak_flops(setup: Setup) -> float | None:
+    """What one rank's device can do in a second, on a CPU what it is seen to do."""
+    if setup.hardware.use_cpu:
+        return measured_matmul_rate()
+    import torch
+
+    return peak_flops(torch.cuda.get_device_name(), setup.hardware.precision, setup.hardware.tf32)
+
+
 def _plan(
     arguments: Arguments,
     setup: Setup,
-    training_arguments: Any,
     trained: Any,
     chat_format: ChatFormat,
     data: PreparedData,
+    batches: MicroBatches,
     steps: int,
 ) -> console.Plan:
     trainable, parameters = adapters.count_parameters(trained)
-    examples = len(data.epoch(training_arguments.seed))
-    micro, accumulation = (
-        training_arguments.per_device_train_batch_size,
-        training_arguments.gradient_accumulation_steps,
-    )
+    sampler, collator = batches.sampler, batches.collate
     return console.Plan(
         model=arguments.model.model_name_or_path,
         parameters=parameters,
@@ -327,17 +322,25 @@ def _plan(
         offloads=bool(setup.zero and setup.zero.offloads),
         world_size=setup.world_size,
         device="CPU, gloo" if setup.hardware.use_cpu else "GPU, nccl",
-        per_device_batch=micro,
-        accumulation=accumulation,
-        tokens_per_example=data.summary.tokens / data.summary.examples,
+        per_device_batch=sampler.shape.per_device_batch,
+        accumulation=sampler.shape.accumulation,
+        data_ranks=sampler.shape.world_size,
+        examples=len(batches),
+        groups=None if sampler.capacity is None else sampler.num_units,
+        group_tokens=sampler.capacity,
+        tokens=int(sampler.lengths.sum()),
         supervised_share=data.summary.supervised_share,
-        examples=examples,
+        batching=sampler.batching,
+        padding=padding_share(sampler) if sampler.batching == "padded" else 0.0,
+        selects_logits=collator.selects_logits,
+        loss_weighting=collator.weighting,
         chat_format=chat_format.name,
         precision=setup.hardware.precision,
-        attention=setup.model.attention,
+        attention=trained.config._attn_implementation,
         checkpointing=setup.activation_checkpointing,
-        epochs=steps / math.ceil(examples / (micro * accumulation * setup.world_size)),
+        epochs=steps / sampler.steps_per_epoch,
         steps=steps,
+        start_up=start_up_seconds(),
     )
 
 

@@ -1,9 +1,14 @@
-"""`SupervisedTrainer` and its callbacks: the stock Trainer, with token rates, metrics and whole adapters."""
+"""`SupervisedTrainer` and its callbacks.
+
+The stock Trainer with batches of our own sampler, a loss that is a mean over the whole step whatever the cluster's
+shape, token rates, metrics and whole adapters.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,9 +19,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.adapters import InitialLora, whole_virtual_tokens
+from finetune.batches import MicroBatches, MicroBatchLoader, Totals
+from finetune.collation import LOSS_KEYS
 from finetune.console import is_rank_0, is_terminal, say
-from finetune.errors import ConfigError, FinetuneError
-from finetune.metrics import StepMeter, append_metrics, peak_memory_bytes
+from finetune.errors import ConfigError, FinetuneError, NumericsError
+from finetune.losses import supervised_loss
+from finetune.metrics import ModelFlops, StepMeter, append_metrics, peak_memory_bytes
 from finetune.results import METRICS_FILE
 
 
@@ -59,19 +67,39 @@ def on_rank_0(action: Callable[[], None]) -> None:
         raise failure[0]
 
 
+def first_of_all_ranks(reason: str | None) -> str | None:
+    """What the lowest rank that has a reason says, on every rank; None when none has one."""
+    if not dist.is_initialized():
+        return reason
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next((one for one in reasons if one is not None), None)
+
+
 class SupervisedTrainer(Trainer):
-    """The stock Trainer, which also counts real tokens and saves PiSSA adapters as plain LoRA.
+    """The stock Trainer, but for where batches come from and what the loss is.
 
     Args:
+        micro_batches: of this rank.
+        flops: what the model costs, and `peak_flops` what one device can do in a second (None: unknown).
         initial_lora: the LoRA matrices as PiSSA left them, when that is how they were initialised.
         on_plan: called by every rank with the number of steps before the first one.
     """
 
     def __init__(
-        self, *args: Any, initial_lora: InitialLora | None = None, on_plan: Callable[[int], None], **kwargs: Any
+        self,
+        *,
+        micro_batches: MicroBatches,
+        flops: ModelFlops,
+        peak_flops: float | None,
+        initial_lora: InitialLora | None = None,
+        on_plan: Callable[[int], None],
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(train_dataset=micro_batches, data_collator=micro_batches.collate, **kwargs)
+        self.flops, self.peak_flops = flops, peak_flops
         self.initial_lora = initial_lora
+        self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
         self.meter = StepMeter()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -79,26 +107,76 @@ class SupervisedTrainer(Trainer):
         self.add_callback(_MetricsFile(Path(self.args.output_dir) / METRICS_FILE))
         self.add_callback(_Progress())
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step, their token counts taken out and added to the meter."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [(batch.pop("num_tokens"), batch.pop("num_supervised_tokens")) for batch in batches]
-        self.meter.add(sum(tokens for tokens, _ in counts), sum(supervised for _, supervised in counts))
-        return batches, num_items
+    def get_train_dataloader(self) -> MicroBatchLoader:
+        """This rank's micro-batches; nothing is left to shard, to repeat or to gather."""
+        args = self.args
+        return MicroBatchLoader(
+            self.train_dataset,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The micro-batches of one optimizer step; what they count for is known without asking other ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if batches:
+            step = batches[0]["counts"].step
+            self.meter.add(step.tokens, step.supervised_tokens, self._flops_of(step))
+        return batches, None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This rank's part of the mean over the whole step, times the ranks, by which the gradients are divided."""
+        counts = inputs.pop("counts")
+        targets, positions, weights = (inputs.pop(name, None) for name in LOSS_KEYS)
+        ranks = self.train_dataset.sampler.shape.world_size
+        outputs = model(**inputs)
+        loss = supervised_loss(
+            outputs.logits,
+            targets,
+            scale=ranks / counts.denominator,
+            target_positions=None if "logits_to_keep" in inputs else positions,
+            weights=weights,
+            smoothing=self.args.label_smoothing_factor,
+        )
+        balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is told to keep its load even
+        if balance is not None:
+            share = ranks * counts.tokens / max(counts.step.tokens, 1)
+            loss = loss + balance.to(loss) * self.model.config.get_text_config().router_aux_loss_coef * share
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Of one micro-batch, forward and backward; transformers' own count is 0 under ZeRO-3."""
+        counts = inputs["counts"]
+        return self._flops_of(counts.step) * counts.tokens / max(counts.step.tokens, 1)
+
+    def _flops_of(self, step: Totals) -> float:
+        logits = step.supervised_tokens if self.train_dataset.collate.selects_logits else step.tokens
+        return self.flops.of(tokens=step.tokens, logits=logits, pairs=step.pairs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add token rates and peak memory of all ranks to what a training step logs."""
+        """Add rates and peak memory of all ranks to what a training step logs.
+
+        Raises:
+            NumericsError: the loss is not finite, on every rank.
+        """
         if "loss" in logs:
             logs |= self._rates()
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise NumericsError(
+                f"step {self.state.global_step}: the loss is {logs['loss']}: lower --learning_rate, warm up longer "
+                "(--warmup_steps), or look at the data of this step; nothing was saved after it"
+            )
 
     def _rates(self) -> dict[str, float]:
-        counted = torch.tensor([self.meter.tokens, self.meter.supervised_tokens], device=self.args.device)
         peak = torch.tensor([peak_memory_bytes()], device=self.args.device)
         if dist.is_initialized():
-            dist.all_reduce(counted)
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        rates = self.meter.rates(*counted.tolist())
+        rates = self.meter.rates(self.peak_flops and self.peak_flops * self.args.world_size)
         self.meter.restart()
         return {**rates, "peak_memory_bytes": peak.item()}
 

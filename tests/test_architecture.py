@@ -14,10 +14,10 @@ LINE = (
     {"finetune", "__main__"},
     {"tools.convert", "tools.preview", "tools.quickstart"},
     {"train"},
-    {"trainer"},
-    {"arguments", "collation", "dataset", "generation"},
-    {"adapters", "model", "rendering", "metrics", "results", "console", "pages"},
-    {"conversations", "zero"},
+    {"checking", "trainer"},
+    {"arguments", "batches", "collation", "dataset", "generation", "losses"},
+    {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages"},
+    {"conversations", "packing", "zero"},
     {"hardware"},
     {"errors"},
 )
@@ -30,7 +30,9 @@ WITHOUT_TORCH = {
     "rendering",
     "dataset",
     "metrics",
+    "packing",
     "results",
+    "sampling",
 }
 TAKEN_NAMES = {"datasets", "evaluate", "tokenizers", "peft", "accelerate", "deepspeed", "types", "logging", "inspect"}
 TORCH_STACK = {"torch", "transformers", "deepspeed", "peft", "accelerate", "datasets"}

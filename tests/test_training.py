@@ -221,11 +221,11 @@ def test_in_bf16_the_stages_train_the_same_adapters(tmp_path, tiny_model, conver
 def _train_in_bf16(argv: list[str]) -> None:
     from deepspeed.accelerator import get_accelerator
 
-    from finetune import train
+    from finetune import checking, train
     from finetune.hardware import Hardware
 
     get_accelerator().is_bf16_supported = lambda: True  # emulated is good enough for two small steps
-    train.decide = lambda found, **asked: Hardware("bf16", None, "sdpa", "gloo", use_cpu=True)
+    checking.decide = lambda found, **asked: Hardware("bf16", None, "sdpa", "gloo", use_cpu=True)
     train.main(argv)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from finetune.arguments.flags import (
     AdapterArguments,
     Arguments,
+    BatchArguments,
     DataArguments,
     ModelArguments,
     PreviewArguments,
@@ -28,6 +29,7 @@ __all__ = [
     "TRANSLATED",
     "AdapterArguments",
     "Arguments",
+    "BatchArguments",
     "DataArguments",
     "ModelArguments",
     "PreviewArguments",

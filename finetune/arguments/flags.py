@@ -64,6 +64,22 @@ class DataArguments:
 
 
 @dataclass
+class BatchArguments:
+    """The batches."""
+
+    batching: Literal["flat", "padded", "packed"] = _flag(
+        "flat", "conversations behind each other without padding, padded rows, or rows filled to model_max_length"
+    )
+    tokens_per_device_batch: int | None = _flag(
+        None, "a micro-batch holds up to this many tokens, instead of per_device_train_batch_size rows"
+    )
+    loss_weighting: Literal["token", "conversation"] = _flag(
+        "token", "the loss is a mean over the learned tokens of a step, or over its conversations"
+    )
+    sequence_parallel_size: int = _flag(1, "ranks that share each conversation (DeepSpeed Ulysses)")
+
+
+@dataclass
 class AdapterArguments:
     """Adapters; without one all parameters are trained."""
 
@@ -109,6 +125,7 @@ class Arguments:
 
     model: ModelArguments
     data: DataArguments
+    batch: BatchArguments
     adapter: AdapterArguments
     run: RunArguments
     training: dict[str, Any]
@@ -116,15 +133,20 @@ class Arguments:
 
     def flat(self) -> dict[str, Any]:
         """Every flag by name, as `--config` reads it back."""
-        ours = {**asdict(self.model), **asdict(self.data), **asdict(self.adapter)}
+        ours = {**asdict(self.model), **asdict(self.data), **asdict(self.batch), **asdict(self.adapter)}
         return {**ours, **{name: value for name, value in self.training.items() if name not in SECRETS}}
 
     def given(self, name: str) -> Any:
         """A training flag as given, else transformers' default."""
         return self.training.get(name, training_flags()[name].default)
 
+    def per_device_batch(self) -> int:
+        """Rows of a micro-batch; under a token budget 1, the one group of rows that fills it."""
+        return self.given("per_device_train_batch_size") if self.batch.tokens_per_device_batch is None else 1
+
 
 SECRETS = ("hub_token",)  # never written to run.json
-GROUPS = (ModelArguments, DataArguments, AdapterArguments, RunArguments)
-# The collator makes exactly the columns that are needed; what libraries warn about is said by rank 0 alone.
-TRAINING_DEFAULTS = {"remove_unused_columns": False, "log_level_replica": "error"}
+GROUPS = (ModelArguments, DataArguments, BatchArguments, AdapterArguments, RunArguments)
+# The collator makes exactly the columns that are needed; what libraries warn about is said by rank 0 alone; a loss that
+# is not finite ends the run when it is logged: a look at every micro-batch would make the host wait for the GPU.
+TRAINING_DEFAULTS = {"remove_unused_columns": False, "log_level_replica": "error", "logging_nan_inf_filter": False}

@@ -313,10 +313,27 @@ def _check_pairs(arguments: Arguments) -> None:
     if adapter.use_dora and start not in ("default", "gaussian"):
         raise ConfigError(f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them")
     _check_data(data)
+    _check_batches(arguments)
     _check_at_least_one("lora_r", adapter.lora_r)
     _check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
     if not 0 <= adapter.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")
+
+
+def _check_batches(arguments: Arguments) -> None:
+    batch, budget = arguments.batch, arguments.batch.tokens_per_device_batch
+    _check_at_least_one("sequence_parallel_size", batch.sequence_parallel_size)
+    if budget is not None:
+        _check_at_least_one("tokens_per_device_batch", budget)
+        if "per_device_train_batch_size" in arguments.training:
+            raise ConfigError(
+                "--tokens_per_device_batch and --per_device_train_batch_size exclude each other: keep one of them"
+            )
+        if batch.batching == "packed":
+            raise ConfigError(
+                "--tokens_per_device_batch and --batching packed exclude each other: packed rows hold "
+                "--model_max_length tokens; for another number use --batching flat"
+            )
 
 
 def _check_data(data: DataArguments) -> None:

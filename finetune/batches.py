@@ -1,0 +1,198 @@
+"""The micro-batches of a run: the form they have, which rows are in them, and what they count for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from finetune.errors import ConfigError
+from finetune.sampling import Batching, Order
+from finetune.sampling import Sampler as RowSampler
+
+STEPS_LOOKED_AT = 20
+
+
+@dataclass(frozen=True)
+class BatchForm:
+    """How micro-batches are made. `capacity` is the tokens of a group of rows that stay together, or None."""
+
+    batching: Batching
+    selects_logits: bool
+    capacity: int | None
+    order: Order
+    notes: tuple[str, ...] = ()
+
+
+def decide_form(
+    wanted: Batching,
+    *,
+    obstacle: str | None,
+    full_logits_because: str | None,
+    tokens_per_device: int | None,
+    per_device_batch: int,
+    model_max_length: int,
+    longest: int,
+    strategy: str,
+) -> BatchForm:
+    """Plain values -> the form of the batches, with a line for each thing that is not as asked.
+
+    Args:
+        obstacle: why rows cannot be flat; full_logits_because: why logits cannot be selected; None: they can.
+        longest: tokens of the longest example.
+
+    Raises:
+        ConfigError: the budget is smaller than the longest example.
+    """
+    notes = []
+    if tokens_per_device is not None and tokens_per_device < longest:
+        raise ConfigError(
+            f"--tokens_per_device_batch {tokens_per_device:,}: the longest example has {longest:,} tokens: give at "
+            "least as many, or a smaller --model_max_length"
+        )
+    batching: Batching = "padded" if obstacle else wanted
+    if obstacle and wanted != "padded":
+        notes.append(f"--batching {wanted} is replaced by padded: {obstacle}")
+    if full_logits_because:
+        notes.append(f"logits are computed at all positions, not at learned ones only: {full_logits_because}")
+    capacity = tokens_per_device
+    if wanted == "packed":  # where it is replaced, batches of as many tokens
+        capacity = model_max_length if batching == "packed" else model_max_length * per_device_batch
+    order: Order = "sequential" if strategy == "sequential" else "random"
+    if strategy == "group_by_length":
+        order = "group_by_length" if batching == "padded" else "random"
+        if batching != "padded":
+            notes.append(f"group_by_length is off: {batching} batches have no padding that it could save")
+    return BatchForm(batching, full_logits_because is None, capacity, order, tuple(notes))
+
+
+def padding_share(sampler: RowSampler) -> float:
+    """The share of the positions of padded batches that is padding, 0 to 1, in the first steps."""
+    real = positions = 0
+    for step in range(min(STEPS_LOOKED_AT, sampler.steps_per_epoch)):
+        for number in range(sampler.micro_batches(step)):
+            for rank in range(sampler.shape.world_size):
+                lengths = sampler.lengths[sampler.micro_batch(0, step, rank, number)]
+                real += int(lengths.sum())
+                positions += int(lengths.max(initial=0)) * len(lengths)
+    return 1 - real / max(positions, 1)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over rows, padding not among them: tokens, learned ones, and pairs of a token and one that it sees."""
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a micro-batch is part of: `tokens` are its own, `step` is the whole step, over all ranks.
+
+    `denominator` is what the step's loss is a mean of: its learned tokens, or its conversations. Every rank knows both
+    without asking the others, because every rank knows all rows of a step.
+    """
+
+    tokens: int
+    step: Totals
+    denominator: int
+
+
+class MicroBatches(Dataset):
+    """Micro-batches by (epoch, number), for one rank; a function of these two alone.
+
+    Args:
+        examples: a `datasets.Dataset` with `input_ids`, `labels`, `length` and `num_supervised`.
+        collate: examples -> a batch of tensors.
+        rank: of the data-parallel ranks.
+        counts_conversations: the loss is a mean over conversations, not over tokens.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        sampler: RowSampler,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        *,
+        rank: int,
+        counts_conversations: bool = False,
+    ) -> None:
+        self.examples = examples.select_columns(["input_ids", "labels"]).with_format("numpy")
+        self.lengths, self.supervised = (column(examples, name) for name in ("length", "num_supervised"))
+        self.sampler, self.collate, self.rank = sampler, collate, rank
+        self.counts_conversations = counts_conversations
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        """The batch, with its `Counts` under `counts`."""
+        epoch, number = place
+        step, micro_batch = divmod(number, self.sampler.shape.accumulation)
+        rows = self.sampler.micro_batch(epoch, step, self.rank, micro_batch)
+        found = self.examples[rows] if rows else {"input_ids": [], "labels": []}
+        examples = [
+            {"input_ids": ids, "labels": labels}
+            for ids, labels in zip(found["input_ids"], found["labels"], strict=True)
+        ]
+        totals = self.totals(self.sampler.step_rows(epoch, step))
+        denominator = totals.rows if self.counts_conversations else totals.supervised_tokens
+        return {
+            **self.collate(examples),
+            "counts": Counts(int(self.lengths[rows].sum()) if rows else 0, totals, max(denominator, 1)),
+        }
+
+    def totals(self, rows: list[int]) -> Totals:
+        """The counts of these rows."""
+        lengths = self.lengths[rows]
+        return Totals(
+            rows=int((self.supervised[rows] > 0).sum()),
+            tokens=int(lengths.sum()),
+            supervised_tokens=int(self.supervised[rows].sum()),
+            pairs=int((lengths * (lengths + 1) // 2).sum()),
+        )
+
+
+def column(examples: Any, name: str) -> np.ndarray:
+    """A whole column of numbers, int64 [rows]."""
+    return np.asarray(examples.with_format("numpy")[name][:], dtype=np.int64)
+
+
+class MicroBatchLoader(DataLoader):
+    """Hands out an epoch of a rank's micro-batches; every rank's epoch has as many.
+
+    It is a plain loader over places, so that accelerate's `skip_first_batches` can skip without reading.
+    """
+
+    def __init__(self, micro_batches: MicroBatches, **options: Any) -> None:
+        places = _Places(micro_batches.sampler.micro_batches_per_epoch)
+        super().__init__(micro_batches, batch_sampler=places, collate_fn=_the_only_one, **options)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iterator is of."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Places(Sampler):
+    def __init__(self, count: int) -> None:
+        self.count, self.epoch = count, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(self.epoch, number)] for number in range(self.count))
+
+
+def _the_only_one(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    (batch,) = batches
+    return batch

@@ -1,0 +1,157 @@
+"""Everything that can be found wrong before data is read or a weight is loaded, and what was decided on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from finetune import console, model, results
+from finetune.arguments import Arguments
+from finetune.errors import ConfigError
+from finetune.hardware import Hardware, build_notes, check_extension_locks, decide, probe
+from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
+
+STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is what is always done
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was found and decided before anything expensive."""
+
+    hardware: Hardware
+    zero: ResolvedConfig | None
+    model: model.CheckedModel
+    world_size: int
+    move_aside: bool
+    activation_checkpointing: bool
+    notes: tuple[str, ...]
+
+
+def check(arguments: Arguments) -> Setup:
+    """Everything that can be found wrong without reading data or weights."""
+    output_dir = Path(arguments.training["output_dir"]).expanduser()
+    if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
+        raise ConfigError(f"--output_dir {output_dir}: is the folder of the model itself")
+    if arguments.given("eval_strategy") not in ("no", None):
+        raise ConfigError("--eval_strategy: there is no evaluation data in this version: leave the flag out")
+    _check_sampling(arguments)
+    move_aside = results.check_output_dir(
+        output_dir,
+        overwrite=arguments.run.overwrite_output_dir,
+        resume=bool(arguments.given("resume_from_checkpoint")),
+    )
+    hardware = decide(
+        probe(use_cpu=bool(arguments.given("use_cpu"))),
+        bf16=bool(arguments.given("bf16")),
+        fp16=bool(arguments.given("fp16")),
+        tf32=arguments.given("tf32"),
+        attn_implementation=arguments.model.attn_implementation,
+    )
+    _check_liger(arguments, hardware)
+    world_size = int(os.environ["WORLD_SIZE"])
+    zero = _resolve_zero(arguments, hardware, world_size)
+    checked = model.check(
+        arguments.model.model_name_or_path,
+        trust_remote_code=arguments.model.trusts_code(),
+        attention=hardware.attention,
+    )
+    checkpointing, checkpointing_notes = _checkpointing(arguments, checked)
+    building = []
+    if zero is not None:
+        extensions = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+        check_extension_locks(extensions)
+        building = build_notes(extensions, use_cpu=hardware.use_cpu)
+    notes = (
+        *arguments.notes,
+        *hardware.notes,
+        *(zero.notes if zero else ()),
+        *checked.notes,
+        *checkpointing_notes,
+        *building,
+    )
+    console.say_notes(notes)
+    return Setup(hardware, zero, checked, world_size, move_aside, checkpointing, notes)
+
+
+def _check_sampling(arguments: Arguments) -> None:
+    if arguments.given("auto_find_batch_size"):
+        raise ConfigError(
+            "--auto_find_batch_size True: a step must stay what it is; give --tokens_per_device_batch, or a smaller "
+            "--per_device_train_batch_size with more --gradient_accumulation_steps"
+        )
+    strategy = arguments.given("train_sampling_strategy")
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"--train_sampling_strategy {strategy}: expected {', '.join(STRATEGIES)}")
+
+
+def _check_liger(arguments: Arguments, hardware: Hardware) -> None:
+    if not arguments.given("use_liger_kernel"):
+        return
+    if hardware.use_cpu:
+        raise ConfigError("--use_liger_kernel True: its kernels need a GPU, and there is none here: leave the flag out")
+    if find_spec("liger_kernel") is None:
+        raise ConfigError("--use_liger_kernel True: it is not installed: pip install liger-kernel")
+
+
+def _resolve_zero(arguments: Arguments, hardware: Hardware, world_size: int) -> ResolvedConfig | None:
+    name = arguments.given("deepspeed")
+    if not name:
+        return None
+    asked = "bf16" if arguments.given("bf16") else "fp16" if arguments.given("fp16") else "float32"
+    command = CommandLine(
+        **{
+            flag: arguments.given(flag)
+            for flag in CommandLine.__dataclass_fields__
+            if flag not in ("per_device_train_batch_size", "precision", "precision_was_replaced")
+        },
+        per_device_train_batch_size=arguments.per_device_batch(),
+        precision=hardware.precision,
+        precision_was_replaced=asked != hardware.precision,
+    )
+    path = find_config(name)
+    return resolve(
+        path,
+        load_config(path),
+        command,
+        world_size=world_size,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
+        use_cpu=hardware.use_cpu,
+    )
+
+
+def _checkpointing(arguments: Arguments, checked: model.CheckedModel) -> tuple[bool, list[str]]:
+    wanted = bool(arguments.given("activation_checkpointing"))
+    if wanted and arguments.adapter.kind() == "prefix":
+        return False, [
+            "--gradient_checkpointing is off: prefix tuning hands each layer a cache, which checkpointing would drop"
+        ]
+    if wanted and not checked.can_checkpoint:
+        return False, ["--gradient_checkpointing is off: this model's code does not support it"]
+    return wanted, _checkpointing_advice(arguments) if wanted else []
+
+
+def _checkpointing_advice(arguments: Arguments) -> list[str]:
+    """When the options that were given pay."""
+    given = arguments.given("activation_checkpointing_kwargs") or "{}"
+    try:
+        options = json.loads(given)
+        every, offload = int(options.get("every_n_layers", 1)), bool(options.get("offload", False))
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            f'--activation_checkpointing_kwargs {given}: expected a JSON object such as {{"every_n_layers": 2}}'
+        ) from None
+    lines = []
+    if every > 1:
+        lines.append(
+            f"activations of every {every}th layer are checkpointed, those of the others are kept: faster where memory "
+            "is left, by at most a quarter of a step"
+        )
+    if offload:
+        lines.append(
+            "checkpointed activations wait in host memory: for conversations so long that their activations do not "
+            "fit otherwise; each goes to the host and back in every step"
+        )
+    return lines

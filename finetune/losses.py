@@ -1,0 +1,95 @@
+"""Cross-entropy at supervised positions only, in little memory.
+
+The stock loss keeps four float32 arrays of the size of the logits beside the logits themselves: a copy, its
+log-softmax, and the gradients of both. Here some rows at a time are turned into their own gradient, and written over
+the logits where their type can hold it; nothing of their size is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 64 << 20  # float32 rows of logits that are worked on at a time
+
+
+def supervised_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    scale: float,
+    target_positions: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """`scale` x the sum over the targets of -log softmax(logits)[target] x weight; a scalar, float32 or wider.
+
+    Args:
+        logits: [..., V], any float type. Where a gradient is wanted their content is gone afterwards.
+        targets: int64 [P].
+        scale: one over the number of what the loss is a mean of, for a start. It is part of the gradient before that
+            is rounded to the type of the logits.
+        target_positions: where in `logits` the targets are predicted: indices [P] into [1, T, V], or a bool mask
+            [rows, L] for [rows, L, V]; virtual tokens may stand in front. None when there are only these P.
+        weights: float32 [P], or None for 1 each.
+        smoothing: share of each target that is spread evenly over the vocabulary (Szegedy et al., 2016).
+    """
+    if target_positions is not None:
+        if target_positions.dtype == torch.bool:
+            logits = logits[:, logits.shape[1] - target_positions.shape[1] :][target_positions]
+        else:
+            logits = logits[0, target_positions]
+    return _ScaledCrossEntropySum.apply(logits.reshape(-1, logits.shape[-1]), targets, weights, scale, smoothing)
+
+
+class _ScaledCrossEntropySum(torch.autograd.Function):
+    """d loss / d logits = scale x weight x (softmax - target) is all that backward needs: it is made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        scale: float,
+        smoothing: float,
+    ) -> torch.Tensor:
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        gradient = _room_for_gradient(logits) if ctx.needs_input_grad[0] else None
+        rows = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+        total = torch.zeros((), dtype=wide, device=logits.device)
+        for begin in range(0, len(targets), rows):
+            part, wanted = logits.detach()[begin : begin + rows].to(wide), targets[begin : begin + rows, None]
+            factors = scale if weights is None else weights[begin : begin + rows, None].to(wide) * scale
+            log_sums = part.logsumexp(-1, keepdim=True)
+            aimed_at = part.gather(-1, wanted)
+            if smoothing:
+                aimed_at = (1 - smoothing) * aimed_at + smoothing * part.mean(-1, keepdim=True)
+            total += ((log_sums - aimed_at) * factors).sum()
+            if gradient is not None:
+                part.sub_(log_sums).exp_()  # where the logits are wide already, this is written over them
+                part.scatter_add_(-1, wanted, torch.full_like(log_sums, smoothing - 1))
+                if smoothing:
+                    part -= smoothing / part.shape[-1]
+                part *= factors
+                if gradient.data_ptr() != logits.data_ptr() or gradient.dtype != wide:
+                    gradient[begin : begin + rows] = part
+        ctx.gradient, ctx.dtype = gradient, logits.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return (None if gradient is None else gradient.mul_(above).to(ctx.dtype)), None, None, None, None
+
+
+def _room_for_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """The logits themselves, but for float16, which cannot hold a gradient that is not yet scaled up.
+
+    Writing through `detach` bumps their version counter: a head that keeps its output for backward fails there rather
+    than compute with something else.
+    """
+    return torch.empty_like(logits, dtype=torch.float32) if logits.dtype == torch.float16 else logits.detach()
