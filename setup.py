@@ -41,7 +41,6 @@ setup(
         "ninja>=1.11",
         "plotext>=5.3,<6",
         "protobuf>=5",
-        "psutil>=5.9",
         "PyYAML>=6",
         "rich>=13",
         "tqdm>=4.66",

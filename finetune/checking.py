@@ -12,6 +12,7 @@ from finetune import console, model, results
 from finetune.arguments import Arguments
 from finetune.errors import ConfigError
 from finetune.hardware import Hardware, build_notes, check_extension_locks, decide, probe
+from finetune.metrics import timed
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
 
 STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is what is always done
@@ -30,6 +31,7 @@ class Setup:
     notes: tuple[str, ...]
 
 
+@timed("checks")
 def check(arguments: Arguments) -> Setup:
     """Everything that can be found wrong without reading data or weights."""
     output_dir = Path(arguments.training["output_dir"]).expanduser()

@@ -4,8 +4,11 @@ Running a file puts its folder first on the module path, where this very file wo
 the folder above has to take that place first.
 """
 
+import gc
 import sys
 from pathlib import Path
+
+gc.disable()  # until the first step: loading libraries makes objects by the million, and hardly any garbage
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 << 20  # float32 rows of logits that are worked on at a time
+# float32 rows of logits that are worked on at a time: what stays in a CPU's cache; what keeps a GPU busy.
+CHUNK_BYTES, GPU_CHUNK_BYTES = 2 << 20, 256 << 20
 
 
 def supervised_loss(
@@ -58,22 +59,25 @@ class _ScaledCrossEntropySum(torch.autograd.Function):
     ) -> torch.Tensor:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         gradient = _room_for_gradient(logits) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+        chunk_bytes = CHUNK_BYTES if logits.device.type == "cpu" else GPU_CHUNK_BYTES
+        rows = max(1, chunk_bytes // (4 * logits.shape[-1]))
         total = torch.zeros((), dtype=wide, device=logits.device)
         for begin in range(0, len(targets), rows):
             part, wanted = logits.detach()[begin : begin + rows].to(wide), targets[begin : begin + rows, None]
             factors = scale if weights is None else weights[begin : begin + rows, None].to(wide) * scale
-            log_sums = part.logsumexp(-1, keepdim=True)
             aimed_at = part.gather(-1, wanted)
             if smoothing:
                 aimed_at = (1 - smoothing) * aimed_at + smoothing * part.mean(-1, keepdim=True)
-            total += ((log_sums - aimed_at) * factors).sum()
+            largest = part.amax(-1, keepdim=True)
+            # Where the logits are wide already and a gradient is wanted, all this is written over them.
+            part = (part - largest if gradient is None else part.sub_(largest)).exp_()
+            sums = part.sum(-1, keepdim=True)
+            total += ((sums.log() + largest - aimed_at) * factors).sum()
             if gradient is not None:
-                part.sub_(log_sums).exp_()  # where the logits are wide already, this is written over them
-                part.scatter_add_(-1, wanted, torch.full_like(log_sums, smoothing - 1))
+                part *= factors / sums
                 if smoothing:
-                    part -= smoothing / part.shape[-1]
-                part *= factors
+                    part -= factors * (smoothing / part.shape[-1])
+                part.scatter_add_(-1, wanted, (factors * (smoothing - 1)) * torch.ones_like(largest))
                 if gradient.data_ptr() != logits.data_ptr() or gradient.dtype != wide:
                     gradient[begin : begin + rows] = part
         ctx.gradient, ctx.dtype = gradient, logits.dtype

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ FIELDS = (
 
 
 _stage_seconds: dict[str, float] = {}
+_first_stage_began: list[float] = []
 
 
 def timed(stage: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -38,6 +40,8 @@ def timed(stage: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @functools.wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
+            if not _first_stage_began:
+                _first_stage_began.append(time.monotonic())
             try:
                 return function(*args, **kwargs)
             finally:
@@ -49,14 +53,30 @@ def timed(stage: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def start_up_seconds() -> dict[str, float]:
-    """Seconds since the launcher was started, in parts: it, loading libraries, the timed stages, and the rest."""
-    import psutil
+    """Seconds since the launcher was started, in parts: it, what came before the first timed stage, the timed stages,
+    and the rest, which is the engine's."""
+    own = launched = _age(process := os.getpid())
+    while process := _parent(process):
+        if b"deepspeed" in Path(f"/proc/{process}/cmdline").read_bytes():
+            launched = max(launched, _age(process))
+    before = own - (time.monotonic() - (_first_stage_began or [time.monotonic()])[0])
+    parts = {"launcher": launched - own, "imports": before, **_stage_seconds}
+    return {**parts, "engine": launched - sum(parts.values())}
 
-    process = psutil.Process()
-    launchers = [one for one in process.parents() if any("deepspeed" in word for word in one.cmdline()[:3])]
-    launched = min([one.create_time() for one in launchers], default=process.create_time())
-    parts = {"launcher": process.create_time() - launched, **_stage_seconds}
-    return {**parts, "rest": time.time() - launched - sum(parts.values())}
+
+def _age(process: int) -> float:
+    """Seconds since a process began. Field 22 of /proc/PID/stat counts clock ticks since boot; see proc(5)."""
+    began = int(_stat_fields(process)[19]) / os.sysconf("SC_CLK_TCK")
+    return float(Path("/proc/uptime").read_text().split()[0]) - began
+
+
+def _parent(process: int) -> int:
+    return int(_stat_fields(process)[1])
+
+
+def _stat_fields(process: int) -> list[str]:
+    """From field 3 on: the name in front may hold anything, but ends with the last parenthesis."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 @dataclass(frozen=True)

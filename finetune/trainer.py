@@ -23,6 +23,7 @@ from finetune.batches import MicroBatches, MicroBatchLoader, Totals
 from finetune.collation import LOSS_KEYS
 from finetune.console import is_rank_0, is_terminal, say
 from finetune.errors import ConfigError, FinetuneError, NumericsError
+from finetune.hardware import resume_collection
 from finetune.losses import supervised_loss
 from finetune.metrics import ModelFlops, StepMeter, append_metrics, peak_memory_bytes
 from finetune.results import METRICS_FILE
@@ -39,7 +40,6 @@ def start_processes(backend: str, values: dict[str, Any]) -> TrainingArguments:
     """
     if values.get("deepspeed"):
         import deepspeed
-
         if not dist.is_initialized():
             timeout = timedelta(seconds=values.get("ddp_timeout", TrainingArguments.ddp_timeout))
             deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
@@ -201,6 +201,7 @@ class _Beginning(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_plan(state.max_steps)
+        resume_collection()
         self.meter.restart()
 
 

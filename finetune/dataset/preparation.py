@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from finetune.dataset import store
 from finetune.dataset.summary import Summary, Tally
 from finetune.dataset.workers import stored_batches
 from finetune.errors import DataError, StorageError, listed
+from finetune.hardware import resume_collection
 from finetune.rendering import Renderer, Rendering
 
 SECONDS_BEFORE_A_BAR = 2.0
@@ -111,7 +111,7 @@ def prepare(
         with store.only_writer(folder, say) as is_writer:
             if is_writer:
                 processes = num_processes or _num_processes(sources)
-                gc.freeze()  # what the libraries hold need not be searched at each collection, nor copied on a fork
+                resume_collection()  # and what the libraries hold need not be copied on a fork
                 _write(folder, ConversationReader(sources, repairs=repairs), renderer, bad_rows, processes)
 
 
