@@ -148,7 +148,7 @@ def _checkpointing_advice(arguments: Arguments) -> list[str]:
     lines = []
     if every > 1:
         lines.append(
-            f"activations of every {every}th layer are checkpointed, those of the others are kept: faster where memory "
+            f"activations of one layer in {every} are checkpointed, those of the others are kept: faster where memory "
             "is left, by at most a quarter of a step"
         )
     if offload:

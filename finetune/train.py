@@ -16,21 +16,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import adapters, attention, console, model, results
-from finetune.arguments import Arguments, DataArguments, ModelArguments, parse
-from finetune.batches import MicroBatches, column, decide_form, padding_share
+from finetune import adapters, console, model, results
+from finetune.arguments import Arguments, parse
 from finetune.checking import Setup, check
 from finetune.collation import Collator, pad_token_id
-from finetune.conversations import find_sources
-from finetune.dataset import PreparedData, check_usable, prepare
+from finetune.dataset import PreparedData, check_usable
 from finetune.errors import ConfigError, reported
 from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
 from finetune.metrics import loss_curve, model_flops, start_up_seconds, timed
-from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_format, stop_token_id
+from finetune.preparing import prepare_data
+from finetune.rendering import ChatFormat, stop_token_id
 from finetune.sampling import Sampler, Shape
 
 
@@ -49,44 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
         trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches)
         seal(arguments, trainer)
-
-
-def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:
-    """The tokenizer with new tokens added, the chat format of the run, and lines for the user."""
-    tokenizer = model.load_tokenizer(chosen.model_name_or_path, trust_remote_code=chosen.trusts_code())
-    add_control_tokens(tokenizer, chosen.new_tokens)
-    chat_format, notes = choose_format(
-        tokenizer,
-        data.chat_template,
-        human_token_ids=data.human_token_ids,
-        model_token_ids=data.model_token_ids,
-        is_lingowhale=chosen.is_lingowhale(),
-        content_tokens=data.content_tokens,
-    )
-    return tokenizer, chat_format, notes
-
-
-@timed("data")
-def prepare_data(
-    chosen: ModelArguments, data: DataArguments, say: Callable[[str], None]
-) -> tuple[Any, ChatFormat, PreparedData]:
-    """The tokenizer, the chat format, and all rows read, rendered and proven; `say` takes lines for the user."""
-    sources = find_sources(data.data_path)
-    tokenizer, chat_format, notes = load_format(chosen, data)
-    for note in notes:
-        say(note)
-    prepared = prepare(
-        sources,
-        Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
-        bad_rows=data.bad_rows,
-        repairs=data.repairs,
-        cache_dir=data.data_cache_dir,
-        num_processes=data.preprocessing_num_workers,
-        say=say,
-    )
-    for line in prepared.said:
-        say(line)
-    return tokenizer, chat_format, prepared
 
 
 def approve(arguments: Arguments, data: PreparedData) -> None:
@@ -189,9 +150,11 @@ def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any
 @timed("model")
 def settle(
     arguments: Arguments, setup: Setup, training_arguments: Any, trained: Any, tokenizer: Any, data: PreparedData
-) -> MicroBatches:
+) -> Any:
     """How conversations become batches: as asked, or as this model can; and which rows are in each."""
-    from finetune.trainer import first_of_all_ranks
+    from finetune import attention
+    from finetune.batches import MicroBatches, column, decide_form
+    from finetune.trainer import first_of_all_ranks, on_rank_0
 
     asked, ranks_each = arguments.batch, arguments.batch.sequence_parallel_size
     examples = data.epoch(training_arguments.seed)
@@ -218,6 +181,8 @@ def settle(
         strategy=arguments.given("train_sampling_strategy"),
     )
     console.say_notes(form.notes)
+    facts = {"batching": form.batching, "selects_logits": form.selects_logits, "notes": [*setup.notes, *form.notes]}
+    on_rank_0(lambda: results.write_run(Path(training_arguments.output_dir), facts))
     grouped_instead = asked.batching == "packed" and form.batching == "padded"
     sampler = Sampler(
         lengths,
@@ -257,7 +222,9 @@ def _must_compute_all_logits(arguments: Arguments, trained: Any) -> str | None:
     kind = arguments.adapter.kind()
     if kind in ("prefix", "prompt"):
         return f"{kind} tuning puts its virtual tokens in front of each row"
-    return None if attention.selects_logits(trained) else "this model's code has no logits_to_keep"
+    from finetune.attention import selects_logits
+
+    return None if selects_logits(trained) else "this model's code has no logits_to_keep"
 
 
 def fit(
@@ -268,7 +235,7 @@ def fit(
     tokenizer: Any,
     chat_format: ChatFormat,
     data: PreparedData,
-    batches: MicroBatches,
+    batches: Any,
 ) -> Any:
     """Train; the plan is printed once the number of steps is known."""
     from finetune.trainer import SupervisedTrainer
@@ -308,10 +275,12 @@ def _plan(
     trained: Any,
     chat_format: ChatFormat,
     data: PreparedData,
-    batches: MicroBatches,
+    batches: Any,
     steps: int,
 ) -> console.Plan:
     trainable, parameters = adapters.count_parameters(trained)
+    from finetune.batches import padding_share
+
     sampler, collator = batches.sampler, batches.collate
     return console.Plan(
         model=arguments.model.model_name_or_path,

@@ -40,6 +40,7 @@ def start_processes(backend: str, values: dict[str, Any]) -> TrainingArguments:
     """
     if values.get("deepspeed"):
         import deepspeed
+
         if not dist.is_initialized():
             timeout = timedelta(seconds=values.get("ddp_timeout", TrainingArguments.ddp_timeout))
             deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
@@ -100,6 +101,7 @@ class SupervisedTrainer(Trainer):
         self.flops, self.peak_flops = flops, peak_flops
         self.initial_lora = initial_lora
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
+        self.gradient_was_lost = False
         self.meter = StepMeter()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -161,14 +163,23 @@ class SupervisedTrainer(Trainer):
         """Add rates and peak memory of all ranks to what a training step logs.
 
         Raises:
-            NumericsError: the loss is not finite, on every rank.
+            NumericsError: the numbers are no longer finite, on every rank.
         """
         if "loss" in logs:
             logs |= self._rates()
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
+        self._check_numbers(logs)
+
+    def _check_numbers(self, logs: dict[str, float]) -> None:
+        """Stop where the loss is not finite, or the gradient at two logged steps in a row: after one of them alone
+        DeepSpeed leaves the step out and may recover. In fp16 it does so while it looks for its loss scale."""
+        found = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name) or 0.0)]
+        again = found == ["grad_norm"] and self.gradient_was_lost and not self.args.fp16
+        self.gradient_was_lost = "grad_norm" in found
+        if "loss" in found or again:
+            name = found[0]
             raise NumericsError(
-                f"step {self.state.global_step}: the loss is {logs['loss']}: lower --learning_rate, warm up longer "
+                f"step {self.state.global_step}: {name} is {logs[name]}: lower --learning_rate, warm up longer "
                 "(--warmup_steps), or look at the data of this step; nothing was saved after it"
             )
 

@@ -14,7 +14,7 @@ LINE = (
     {"finetune", "__main__"},
     {"tools.convert", "tools.preview", "tools.quickstart"},
     {"train"},
-    {"checking", "trainer"},
+    {"checking", "preparing", "trainer"},
     {"arguments", "batches", "collation", "dataset", "generation", "losses"},
     {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages"},
     {"conversations", "packing", "zero"},
@@ -31,6 +31,7 @@ WITHOUT_TORCH = {
     "dataset",
     "metrics",
     "packing",
+    "preparing",
     "results",
     "sampling",
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,56 @@ def _train_in_bf16(argv: list[str]) -> None:
     train.main(argv)
 
 
+def test_checkpointing_options_pass_through_with_a_line_and_change_no_number(train, tmp_path):
+    plain = losses(train("plain", "--deepspeed", "zero2"))
+    some = ("--activation_checkpointing", "True", "--activation_checkpointing_kwargs", '{"every_n_layers": 2}')
+    assert losses(train("some", "--deepspeed", "zero2", *some)) == pytest.approx(plain, abs=1e-6)
+    assert "activations of one layer in 2 are checkpointed" in (tmp_path / "some-logs/rank-0.log").read_text()
+
+
+def test_a_model_that_cannot_run_flat_gets_padded_rows_with_the_reason(train, tmp_path, smol_tokenizer):
+    import torch
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    folder = tmp_path / "gptj"
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 256}
+    GPTJForCausalLM(GPTJConfig(vocab_size=len(smol_tokenizer), **sizes)).save_pretrained(folder)
+    smol_tokenizer.save_pretrained(folder)
+
+    output = train("padded", "--deepspeed", "zero3", model=folder)
+
+    said = (tmp_path / "padded-logs/rank-0.log").read_text()
+    reason = "note: --batching flat is replaced by padded: its code does not take attention functions"
+    assert said.count(reason) == 1 and "of the positions; logits at learned positions only" in said
+    run = json.loads((output / "run.json").read_text())
+    assert run["batching"] == "padded" and any(note in f"{reason} from transformers" for note in run["notes"])
+
+
+@pytest.mark.parametrize("lost", ["loss", "grad_norm"])
+def test_numbers_that_are_not_finite_end_the_run_with_status_5(tmp_path, tiny_model, conversation_file, lost):
+    folder = tiny_model
+    if lost == "loss":  # a head that is not finite: the first loss already
+        from safetensors.torch import load_file, save_file
+
+        folder = tmp_path / "broken"
+        shutil.copytree(tiny_model, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"][0] = float("inf")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    argv = ["--model_name_or_path", folder, "--data_path", conversation_file, "--output_dir", tmp_path / "out"]
+    flags = [*SHORT, "--deepspeed", "zero2", "--optim", "sgd", "--max_grad_norm", "0", "--learning_rate", "1e30"]
+
+    outcome = ranks.train(tmp_path / "logs", [*argv, *flags])
+
+    assert outcome.statuses[0] == 5
+    said = "".join(outcome.outputs)
+    assert said.count("error: step ") == 1 and re.search(rf"{lost} is (nan|inf): lower --learning_rate", said)
+    assert "Traceback" not in said
+    last = (tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)[lost] is None
+
+
 def test_what_a_run_leaves_behind(train, tmp_path, conversation_file):
     output = train("run", "--deepspeed", "zero2", "--model_max_length", "60", "--hub_token", "hf_secret")
 
@@ -246,6 +298,7 @@ def test_what_a_run_leaves_behind(train, tmp_path, conversation_file):
         assert all(isinstance(entry[name], int | float) and math.isfinite(entry[name]) for name in entry)
         assert entry["tokens_per_second"] > entry["supervised_tokens_per_second"] > 0
         assert entry["peak_memory_bytes"] > 100e6
+        assert 0 < entry["mfu"] < 1
     assert "auto" not in json.dumps(run["deepspeed"])
     assert "1 per device x 1 accumulated x 2 ranks = 2 examples" in said and "6 steps (2 epochs)" in said
     assert "loss by step" in said and "Next:" in said
@@ -323,6 +376,15 @@ BAD_INPUT = {
     "too short": (3, "all 6 rows are dropped", {"--model_max_length": "3"}),
     "no evaluation data": (2, "there is no evaluation data in this version", {"--eval_strategy": "epoch"}),
     "bad value": (2, "training flags contradict each other", {"--lr_scheduler_type": "wavy"}),
+    "liger on a CPU": (2, "--use_liger_kernel True: its kernels need a GPU", {"--use_liger_kernel": "True"}),
+    "a step that changes": (2, "a step must stay what it is", {"--auto_find_batch_size": "True"}),
+    "unknown order": (2, "expected random, sequential", {"--train_sampling_strategy": "backwards"}),
+    "two sizes of a batch": (2, "exclude each other", {"--tokens_per_device_batch": "500"}),
+    "checkpointing": (
+        2,
+        "expected a JSON object",
+        {"--activation_checkpointing": "True", "--activation_checkpointing_kwargs": "often"},
+    ),
 }
 
 

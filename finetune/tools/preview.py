@@ -16,9 +16,9 @@ from finetune.arguments import PreviewArguments, parse_for_preview
 from finetune.console import quiet_libraries
 from finetune.dataset import PreparedData
 from finetune.errors import SHOWN_FAULTS, ConfigError
+from finetune.preparing import prepare_data
 from finetune.rendering import Example, Rendering
 from finetune.rendering.segments import Segment, segments
-from finetune.train import prepare_data
 
 SUMMARY = "Show what each row of a data file renders to: tokens, what is learned, what was cut or dropped."
 FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200

@@ -1,0 +1,51 @@
+"""From what the command line names to proven examples: the tokenizer, the chat format, the data. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from finetune import model
+from finetune.arguments import DataArguments, ModelArguments
+from finetune.conversations import find_sources
+from finetune.dataset import PreparedData, prepare
+from finetune.metrics import timed
+from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_format
+
+
+def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:
+    """The tokenizer with new tokens added, the chat format of the run, and lines for the user."""
+    tokenizer = model.load_tokenizer(chosen.model_name_or_path, trust_remote_code=chosen.trusts_code())
+    add_control_tokens(tokenizer, chosen.new_tokens)
+    chat_format, notes = choose_format(
+        tokenizer,
+        data.chat_template,
+        human_token_ids=data.human_token_ids,
+        model_token_ids=data.model_token_ids,
+        is_lingowhale=chosen.is_lingowhale(),
+        content_tokens=data.content_tokens,
+    )
+    return tokenizer, chat_format, notes
+
+
+@timed("data")
+def prepare_data(
+    chosen: ModelArguments, data: DataArguments, say: Callable[[str], None]
+) -> tuple[Any, ChatFormat, PreparedData]:
+    """The tokenizer, the chat format, and all rows read, rendered and proven; `say` takes lines for the user."""
+    sources = find_sources(data.data_path)
+    tokenizer, chat_format, notes = load_format(chosen, data)
+    for note in notes:
+        say(note)
+    prepared = prepare(
+        sources,
+        Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
+        bad_rows=data.bad_rows,
+        repairs=data.repairs,
+        cache_dir=data.data_cache_dir,
+        num_processes=data.preprocessing_num_workers,
+        say=say,
+    )
+    for line in prepared.said:
+        say(line)
+    return tokenizer, chat_format, prepared

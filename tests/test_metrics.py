@@ -1,0 +1,123 @@
+"""What a step logs: operations against a count made while a model runs, rates, where a start went."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from finetune import metrics
+from finetune.adapters import attach_lora
+from finetune.hardware import PEAK_TFLOPS, measured_matmul_rate, peak_flops
+from finetune.metrics import StepMeter, model_flops
+
+LENGTH = 24
+SIZE = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "use_cache": False,
+}  # fmt: skip
+MODELS = {
+    "untied": LlamaConfig(**SIZE, tie_word_embeddings=False),
+    "tied": LlamaConfig(**SIZE, tie_word_embeddings=True),
+    "experts": MixtralConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+def counted(model) -> int:
+    """Operations of one conversation's matrix products, as torch counts them while they run."""
+    with FlopCounterMode(display=False) as counter:
+        ids = torch.arange(LENGTH)[None]
+        model(input_ids=ids).logits.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_operations_are_those_that_torch_counts(name, adapter):
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager", experts_implementation="eager")
+    if adapter:
+        model = attach_lora(model, r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "v_proj"])
+    flops = model_flops(model)
+
+    # Eager attention computes the whole square of which a token sees half.
+    mine = flops.of(tokens=LENGTH, logits=LENGTH, pairs=LENGTH * LENGTH)
+
+    # Nothing asks for the gradient of what goes into the first trained layer: that is all that torch leaves out.
+    assert mine == pytest.approx(counted(model), rel=0.08)
+    assert flops.per_logit == pytest.approx((4 if adapter else 6) * 300 * 64)
+
+
+def test_partitioned_parameters_count_whole():
+    model = AutoModelForCausalLM.from_config(MODELS["tied"])
+    whole = model_flops(model)
+    for parameter in model.parameters():  # as ZeRO-3 leaves them
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert model_flops(model) == whole
+
+
+def test_rates_are_those_of_the_interval():
+    meter = StepMeter()
+    meter.restart()
+    meter.add(600, 200, 3e9)
+    meter.add(400, 100, 1e9)
+    meter.since -= 2.0
+    rates = meter.rates(peak_flops=10e9)
+    assert rates["step_seconds"] == pytest.approx(1.0, abs=0.1)
+    assert rates["tokens_per_second"] == pytest.approx(500, rel=0.1)
+    assert rates["supervised_tokens_per_second"] == pytest.approx(150, rel=0.1)
+    assert rates["mfu"] == pytest.approx(0.2, rel=0.1)
+    assert "mfu" not in meter.rates(peak_flops=None)
+    meter.restart()
+    assert (meter.tokens, meter.supervised_tokens, meter.flops, meter.steps) == (0, 0, 0, 0)
+
+
+def test_the_parts_of_a_start_add_up(monkeypatch):
+    monkeypatch.setattr(metrics, "_stage_seconds", {})
+    monkeypatch.setattr(metrics, "_first_stage_began", [])
+
+    @metrics.timed("sleep")
+    def sleep() -> str:
+        time.sleep(0.05)
+        return "rested"
+
+    assert sleep() == "rested"
+    parts = metrics.start_up_seconds()
+    assert list(parts) == ["launcher", "imports", "sleep", "engine"]
+    assert 0.05 <= parts["sleep"] < 1
+    assert parts["imports"] > 0 and -0.05 < parts["engine"]
+
+
+def test_values_that_are_not_finite_are_written_as_null(tmp_path):
+    metrics.append_metrics(tmp_path / "m.jsonl", {"step": 1, "loss": float("nan"), "mfu": 0.5, "other": 1})
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "mfu": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tf32", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", True, 989e12),
+        ("NVIDIA H100 PCIe", "bf16", None, 756e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", True, 156e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", None, 19.5e12),
+        ("NVIDIA GH200 480GB", "fp16", None, 989e12),
+        ("NVIDIA L40S", "bf16", None, 362e12),
+        ("NVIDIA L4", "bf16", None, 121e12),
+        ("Unheard-of", "bf16", None, None),
+    ],
+)
+def test_peak_rates_go_by_the_name_of_the_device(name, precision, tf32, expected):
+    assert peak_flops(name, precision, tf32) == expected
+
+
+def test_a_name_is_not_hidden_by_a_shorter_one():
+    names = list(PEAK_TFLOPS)
+    assert not [(long, short) for number, short in enumerate(names) for long in names[number + 1 :] if short in long]
+
+
+def test_a_measured_rate_is_one_of_a_processor():
+    assert 1e8 < measured_matmul_rate(size=128, repeats=2) < 1e14
