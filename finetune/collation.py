@@ -26,7 +26,7 @@ from finetune.rendering import IGNORE_INDEX
 
 LossWeighting = Literal["token", "conversation"]
 # What a batch carries for the loss; everything else in it is an argument of the model.
-LOSS_KEYS = ("targets", "target_positions", "loss_weights")
+LOSS_KEYS = ("targets", "target_positions", "targets_beside")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Collator:
         flat: one row with boundaries instead of padded rows.
         pad_token_id: fills padded rows, and stands in where there is no example at all.
         selects_logits: ask the model for the logits of `target_positions` alone.
-        weighting: `conversation` adds `loss_weights`, by which every example counts as much as any other.
+        weighting: `conversation` adds `targets_beside`, by which every example can count as much as any other.
     """
 
     flat: bool
@@ -49,7 +49,8 @@ class Collator:
         """Without examples: one pad token that predicts nothing, so that a rank without work can keep step.
 
         `targets` int64 [P] are the learned tokens; `target_positions` says where they are predicted: int64 [P] indices
-        into a flat row, bool [rows, L] for padded rows. `loss_weights` float32 [P] or absent.
+        into a flat row, bool [rows, L] for padded rows. `targets_beside` int64 [P]: how many targets the example of a
+        target has. (Numbers, not weights: floats of a batch are cast to the precision of the run.)
         """
         import torch
 
@@ -63,7 +64,7 @@ class Collator:
             batch["logits_to_keep"] = batch["target_positions"]
         if self.weighting == "conversation":
             counts = [int((one != IGNORE_INDEX).sum()) for one in labels]
-            batch["loss_weights"] = np.repeat([1 / max(count, 1) for count in counts], counts).astype(np.float32)
+            batch["targets_beside"] = np.repeat(counts, counts)
         return {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()
         }

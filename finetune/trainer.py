@@ -133,7 +133,7 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """This rank's part of the mean over the whole step, times the ranks, by which the gradients are divided."""
         counts = inputs.pop("counts")
-        targets, positions, weights = (inputs.pop(name, None) for name in LOSS_KEYS)
+        targets, positions, beside = (inputs.pop(name, None) for name in LOSS_KEYS)
         ranks = self.train_dataset.sampler.shape.world_size
         outputs = model(**inputs)
         loss = supervised_loss(
@@ -141,7 +141,7 @@ class SupervisedTrainer(Trainer):
             targets,
             scale=ranks / counts.denominator,
             target_positions=None if "logits_to_keep" in inputs else positions,
-            weights=weights,
+            weights=None if beside is None else 1 / beside,
             smoothing=self.args.label_smoothing_factor,
         )
         balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is told to keep its load even
