@@ -1,0 +1,127 @@
+"""Tiny random models of many families, conversations for them, and the same sums in float64 throughout.
+
+Their weights are wide (`initializer_range` 0.2), so that a token that attends to a wrong one shows in the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+
+VOCAB_SIZE = 200
+LONGEST = 16  # tokens of the longest conversation in tests
+WINDOW, CHUNK = 4, 8  # of families that have one: shorter than it
+
+SIZES = dict(
+    vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+    max_position_embeddings=64, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+GROUPED = dict(num_key_value_heads=2)
+WIDE_HEADS = dict(**GROUPED, head_dim=12)  # heads x width is not the hidden size
+MIXED = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
+EXPERTS = dict(num_experts_per_tok=2)
+PLAIN_ROTATION = {"rope_type": "default", "rope_theta": 1e4}
+LINEAR = dict(
+    linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+    layer_types=["linear_attention", "full_attention"],
+)  # fmt: skip
+LATENT = dict(q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8)
+# family -> (prefix of its classes in transformers, what its config has besides SIZES)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", GROUPED),
+    "qwen3": ("Qwen3", WIDE_HEADS),
+    "mistral": ("Mistral", dict(**GROUPED, sliding_window=WINDOW)),
+    "gemma": ("Gemma", WIDE_HEADS),
+    "gemma2": ("Gemma2", dict(**WIDE_HEADS, **MIXED, query_pre_attn_scalar=5, attn_logit_softcapping=2.0)),
+    "gemma3": ("Gemma3", dict(**WIDE_HEADS, **MIXED)),
+    "mixtral": ("Mixtral", dict(**GROUPED, **EXPERTS, num_local_experts=4)),
+    "phi": ("Phi", dict(partial_rotary_factor=0.5)),
+    "phi3": ("Phi3", GROUPED),
+    "gpt_neox": ("GPTNeoX", {}),
+    "gpt2": ("GPT2", dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+    "opt": ("OPT", dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0)),
+    "gpt_oss": (
+        "GptOss",
+        dict(**WIDE_HEADS, **EXPERTS, **MIXED, num_local_experts=4, rope_parameters=PLAIN_ROTATION),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        dict(
+            **LATENT, **EXPERTS, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4,
+            n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1,
+        ),
+    ),
+    "mamba": ("Mamba", dict(state_size=4)),
+    "jamba": (
+        "Jamba",
+        dict(
+            **GROUPED, **EXPERTS, num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4,
+            mamba_dt_rank=4,
+        ),
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        dict(
+            **WIDE_HEADS, **LINEAR, **EXPERTS, num_experts=4, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        ),
+    ),
+    "lfm2": ("Lfm2", dict(**GROUPED, layer_types=["conv", "full_attention"])),
+    "bloom": ("Bloom", {}),
+    "falcon": ("Falcon", dict(alibi=False)),
+    "gptj": ("GPTJ", dict(rotary_dim=4)),
+    "stablelm": ("StableLm", GROUPED),
+    "llama4": (
+        "Llama4",
+        dict(
+            **WIDE_HEADS, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=CHUNK,
+            attn_temperature_tuning=False,
+        ),
+    ),
+}  # fmt: skip
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
+MODELS = {"GPT2": "GPT2LMHeadModel"}
+
+
+def build(family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, **changed: Any) -> Any:
+    """A model in training mode, whose weights depend on its config alone.
+
+    Args:
+        attention: name of an attention of transformers; None: what transformers picks for the family.
+        changed: fields of the config that go over those of the family.
+    """
+    prefix, own = FAMILIES[family]
+    config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**{**SIZES, **own, **changed})
+    config._attn_implementation = attention
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # the grouped product has no float64
+    torch.manual_seed(0)
+    model = getattr(transformers, MODELS.get(prefix, f"{prefix}ForCausalLM"))(config)
+    return model.to(dtype).train()
+
+
+def conversation(length: int, *learned: range, vocab_size: int = VOCAB_SIZE) -> dict[str, np.ndarray]:
+    """An example of `length` random tokens, of which those in the ranges `learned` are learned."""
+    ids = np.random.default_rng([length, vocab_size]).integers(3, vocab_size, length)
+    labels = np.full(length, -100)
+    for positions in learned:
+        labels[positions] = ids[positions]
+    return {"input_ids": ids, "labels": labels}
+
+
+class InFloat64(TorchFunctionMode):
+    """Inside this context code that asks for float32 gets float64: the norms, rotations and sums of models.
+
+    Results then differ by rounding of 1e-16 alone, and a comparison need not tell mistakes from noise.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if one is torch.float32 else one for one in args)
+        kwargs = {name: torch.float64 if one is torch.float32 else one for name, one in (kwargs or {}).items()}
+        return function(*args, **kwargs)
