@@ -187,6 +187,7 @@ def make_flat(
     longest: int,
     vocab_size: int,
     device: torch.device | str,
+    shared: bool = False,
     agree: Callable[[str | None], str | None] = lambda reason: reason,
 ) -> str | None:
     """Switch a model to flat rows; where it cannot run them, leave it as it is and return the reason.
@@ -196,6 +197,7 @@ def make_flat(
 
     Args:
         longest: tokens of the longest conversation. device: where the model's parameters are, or are gathered.
+        shared: ranks will share rows, for which attention must be told the positions too.
         agree: this rank's reason -> the reason of all ranks, so that they end up alike.
     """
     base = _base(model)
@@ -208,7 +210,7 @@ def make_flat(
         base.set_attn_implementation(FLAT_ATTENTION)
     try:
         with _gathered_module_by_module(model), _evaluating(model), torch.no_grad():
-            reason = _probe(base, stock, window_of(base.config, longest), vocab_size, device)
+            reason = _probe(base, stock, window_of(base.config, longest), vocab_size, device, shared)
     except Exception as error:  # code of any model may fail in any way: it gets padded rows, and the user the reason
         reason = f"a trial with random conversations failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
     reason = agree(reason)
@@ -241,7 +243,7 @@ def _register(function: Any = flat_attention) -> None:
     AttentionInterface.register(FLAT_ATTENTION, function)
 
 
-def _probe(base: Any, stock: str, window: int | None, vocab_size: int, device: Any) -> str | None:
+def _probe(base: Any, stock: str, window: int | None, vocab_size: int, device: Any, shared: bool) -> str | None:
     """Compare the last of three conversations in a row, b a b, with b alone.
 
     The first b has nothing in front, so what it differs by is rounding, or else another attention than the model's. All
@@ -250,9 +252,11 @@ def _probe(base: Any, stock: str, window: int | None, vocab_size: int, device: A
     drawn = torch.Generator().manual_seed(0)
     a, b = (torch.randint(vocab_size, (length,), generator=drawn).to(device) for length in (7, 5))
     windows: set[int | None] = set()
+    told_positions: set[bool] = set()
 
     def watched(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
         windows.add(sliding_window)
+        told_positions.add(kwargs.get("position_ids") is not None)
         return flat_attention(*args, sliding_window=sliding_window, **kwargs)
 
     if "flash" not in stock:
@@ -265,6 +269,8 @@ def _probe(base: Any, stock: str, window: int | None, vocab_size: int, device: A
             _register()
     if window is not None and "flash" not in stock and window not in windows:
         return f"its sliding window of {window} tokens does not reach the attention"
+    if shared and False in told_positions:
+        return "its attention is not told the positions"
     base.set_attn_implementation(stock)
     alone = base(input_ids=b[None], use_cache=False).logits[0].float()
     if "flash" not in stock:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from finetune import console, model, results
 from finetune.arguments import Arguments
@@ -60,6 +61,7 @@ def check(arguments: Arguments) -> Setup:
         trust_remote_code=arguments.model.trusts_code(),
         attention=hardware.attention,
     )
+    _check_sequence_parallel(arguments, checked.config, world_size)
     checkpointing, checkpointing_notes = _checkpointing(arguments, checked)
     building = []
     if zero is not None:
@@ -109,7 +111,7 @@ def _resolve_zero(arguments: Arguments, hardware: Hardware, world_size: int) -> 
             for flag in CommandLine.__dataclass_fields__
             if flag not in ("per_device_train_batch_size", "precision", "precision_was_replaced")
         },
-        per_device_train_batch_size=arguments.per_device_batch(),
+        per_device_train_batch_size=arguments.deepspeed_batch(),
         precision=hardware.precision,
         precision_was_replaced=asked != hardware.precision,
     )
@@ -121,7 +123,28 @@ def _resolve_zero(arguments: Arguments, hardware: Hardware, world_size: int) -> 
         world_size=world_size,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
         use_cpu=hardware.use_cpu,
+        sequence_parallel_size=arguments.batch.sequence_parallel_size,
     )
+
+
+def _check_sequence_parallel(arguments: Arguments, config: Any, world_size: int) -> None:
+    """Each rank of a group gets the same share of a conversation's tokens, and in attention of its heads."""
+    size = arguments.batch.sequence_parallel_size
+    if size == 1:
+        return
+    config = config.get_text_config()
+    heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    faults = {
+        "it needs DeepSpeed: give --deepspeed zero3": not arguments.given("deepspeed"),
+        f"it does not divide the {world_size} ranks": world_size % size,
+        f"it does not divide the model's {heads} attention heads": heads % size,
+        f"the model's {key_heads} key heads neither divide it nor are divided by it": key_heads % size
+        and size % key_heads,
+        "ranks can only share flat or packed rows: leave out --batching padded": arguments.batch.batching == "padded",
+    }
+    found = [fault for fault, is_there in faults.items() if is_there]
+    if found:
+        raise ConfigError(f"--sequence_parallel_size {size}: " + "; ".join(found))
 
 
 def _checkpointing(arguments: Arguments, checked: model.CheckedModel) -> tuple[bool, list[str]]:

@@ -37,6 +37,8 @@ class Collator:
         flat: one row with boundaries instead of padded rows.
         pad_token_id: fills padded rows, and stands in where there is no example at all.
         selects_logits: ask the model for the logits of `target_positions` alone.
+        part: (number, of how many) of ranks that share a flat row; each gets as many of its tokens, and the targets
+            that these predict, but all boundaries, because in attention it meets the whole row.
         weighting: `conversation` adds `targets_beside`, by which every example can count as much as any other.
     """
 
@@ -44,6 +46,7 @@ class Collator:
     pad_token_id: int
     selects_logits: bool
     weighting: LossWeighting = "token"
+    part: tuple[int, int] = (0, 1)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Without examples: one pad token that predicts nothing, so that a rank without work can keep step.
@@ -59,12 +62,17 @@ class Collator:
         for one in labels:
             if one[0] != IGNORE_INDEX:
                 raise ValueError("the first token of an example follows nothing: it cannot be learned")
+        number, parts = self.part
+        if (rest := -sum(map(len, ids)) % parts) > 0:
+            ids, labels = [*ids, np.full(rest, self.pad_token_id)], [*labels, np.full(rest, IGNORE_INDEX)]
         batch = self._flat(ids, labels) if self.flat else self._padded(ids, labels)
-        if self.selects_logits:
-            batch["logits_to_keep"] = batch["target_positions"]
         if self.weighting == "conversation":
             counts = [int((one != IGNORE_INDEX).sum()) for one in labels]
             batch["targets_beside"] = np.repeat(counts, counts)
+        if parts > 1:
+            batch = _part(batch, number, parts)
+        if self.selects_logits:
+            batch["logits_to_keep"] = batch["target_positions"]
         return {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()
         }
@@ -102,6 +110,16 @@ class Collator:
             "target_positions": predicts,
             "targets": targets[predicts],
         }
+
+
+def _part(batch: dict[str, Any], number: int, parts: int) -> dict[str, Any]:
+    """The tokens of one of `parts` ranks that share a flat row, and the targets that these predict."""
+    size = batch["input_ids"].shape[1] // parts
+    begin, positions = number * size, batch["target_positions"]
+    mine = (positions >= begin) & (positions < begin + size)
+    tokens = {name: batch[name][:, begin : begin + size] for name in ("input_ids", "position_ids")}
+    targets = {name: batch[name][mine] for name in LOSS_KEYS if name in batch}
+    return {**batch, **tokens, **targets, "target_positions": targets["target_positions"] - begin}
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -77,6 +77,7 @@ class Plan:
     per_device_batch: int
     accumulation: int
     data_ranks: int
+    sharing: int
     examples: int
     groups: int | None
     group_tokens: int | None
@@ -102,7 +103,8 @@ class Plan:
             "training": f"{self.adapter or 'all parameters'}: {self.trainable:,} trainable "
             f"({self.trainable / self.parameters:.2%})",
             "ZeRO": stage + (", offloaded" if self.offloads else ""),
-            "ranks": f"{self.world_size} ({self.device})",
+            "ranks": f"{self.world_size} ({self.device})"
+            + (f", {self.sharing} share each conversation" if self.sharing > 1 else ""),
             "data": f"{self.examples:,} examples an epoch, {self.tokens:,} tokens",
             "learned": f"{self.supervised_share:.1%} of the tokens, rendered with {self.chat_format}",
             "batches": self._batches(),
@@ -130,8 +132,9 @@ class Plan:
             units, noun = self.groups, f"rows of up to {self.group_tokens:,} tokens"
         size = self.per_device_batch * self.accumulation * self.data_ranks
         tokens = self.tokens * min(1, size / units)
+        each = "ranks" if self.sharing == 1 else "groups of ranks"
         return (
-            f"{self.per_device_batch} per device x {self.accumulation} accumulated x {self.data_ranks} ranks = "
+            f"{self.per_device_batch} per device x {self.accumulation} accumulated x {self.data_ranks} {each} = "
             f"{size} {noun}, about {tokens:,.0f} tokens"
         )
 

@@ -68,14 +68,16 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
         "tf32": setup.hardware.tf32,
         "use_cpu": setup.hardware.use_cpu,
         "activation_checkpointing": setup.activation_checkpointing,
-        "per_device_train_batch_size": arguments.per_device_batch(),
+        "per_device_train_batch_size": arguments.deepspeed_batch(),
         "deepspeed": setup.zero.config if setup.zero else None,
     }
     if setup.hardware.use_cpu:
         values["dataloader_pin_memory"] = False
     # Liger's fused loss would compute logits of its own; norms, rotations and gates are what is wanted of it.
     values.setdefault("liger_kernel_config", {"fused_linear_cross_entropy": False, "cross_entropy": False})
-    training_arguments = start_processes(setup.hardware.backend, values)
+    training_arguments = start_processes(
+        setup.hardware.backend, values, sequence_parallel_size=arguments.batch.sequence_parallel_size
+    )
     on_rank_0(lambda: _claim(Path(training_arguments.output_dir), arguments, setup, data))
     return training_arguments
 
@@ -168,8 +170,11 @@ def settle(
             longest=int(lengths.max()),
             vocab_size=setup.model.config.get_text_config().vocab_size,
             device=training_arguments.device,
+            shared=ranks_each > 1,
             agree=first_of_all_ranks,
         )
+    if obstacle and ranks_each > 1:
+        raise ConfigError(f"--sequence_parallel_size {ranks_each}: ranks can only share flat rows, and {obstacle}")
     form = decide_form(
         asked.batching,
         obstacle=obstacle,
@@ -197,7 +202,13 @@ def settle(
         order=form.order,
         drop_last=training_arguments.dataloader_drop_last,
     )
-    collator = Collator(form.batching != "padded", pad_token_id(tokenizer), form.selects_logits, asked.loss_weighting)
+    collator = Collator(
+        flat=form.batching != "padded",
+        pad_token_id=pad_token_id(tokenizer),
+        selects_logits=form.selects_logits,
+        weighting=asked.loss_weighting,
+        part=(training_arguments.process_index % ranks_each, ranks_each),
+    )
     return MicroBatches(
         examples,
         sampler,
@@ -294,6 +305,7 @@ def _plan(
         per_device_batch=sampler.shape.per_device_batch,
         accumulation=sampler.shape.accumulation,
         data_ranks=sampler.shape.world_size,
+        sharing=arguments.batch.sequence_parallel_size,
         examples=len(batches),
         groups=None if sampler.capacity is None else sampler.num_units,
         group_tokens=sampler.capacity,

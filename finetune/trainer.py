@@ -29,7 +29,7 @@ from finetune.metrics import ModelFlops, StepMeter, append_metrics, peak_memory_
 from finetune.results import METRICS_FILE
 
 
-def start_processes(backend: str, values: dict[str, Any]) -> TrainingArguments:
+def start_processes(backend: str, values: dict[str, Any], *, sequence_parallel_size: int = 1) -> TrainingArguments:
     """Join this process to the run and build its `TrainingArguments` from plain values.
 
     DeepSpeed's process group comes first: built before it on a CPU, `TrainingArguments` starts torch's group alone,
@@ -44,10 +44,18 @@ def start_processes(backend: str, values: dict[str, Any]) -> TrainingArguments:
         if not dist.is_initialized():
             timeout = timedelta(seconds=values.get("ddp_timeout", TrainingArguments.ddp_timeout))
             deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    if sequence_parallel_size > 1:
+        values = {**values, "parallelism_config": _sequence_parallelism(sequence_parallel_size)}
     try:
         return TrainingArguments(**values)
     except ValueError as error:
         raise ConfigError(f"the training flags contradict each other: {error}") from None
+
+
+def _sequence_parallelism(size: int) -> Any:
+    from accelerate.parallelism_config import ParallelismConfig
+
+    return ParallelismConfig(sp_backend="deepspeed", sp_size=size)
 
 
 def on_rank_0(action: Callable[[], None]) -> None:
@@ -101,6 +109,9 @@ class SupervisedTrainer(Trainer):
         self.flops, self.peak_flops = flops, peak_flops
         self.initial_lora = initial_lora
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
+        self.sharing_ranks = self.args.world_size // micro_batches.sampler.shape.world_size
+        if self.sharing_ranks > 1:
+            self._share_rows()
         self.gradient_was_lost = False
         self.meter = StepMeter()
         self.remove_callback(PrinterCallback)
@@ -108,6 +119,32 @@ class SupervisedTrainer(Trainer):
         self.add_callback(_Beginning(self.meter, on_plan))
         self.add_callback(_MetricsFile(Path(self.args.output_dir) / METRICS_FILE))
         self.add_callback(_Progress())
+
+    def _share_rows(self) -> None:
+        """Groups of ranks share each row: Ulysses exchanges its tokens for attention heads around our own attention.
+
+        Each rank's collator cuts out its part of the row that all of its group load, so that accelerate's adapter,
+        which sends the rows of one rank to the others in turn, is left out.
+        """
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        handler = self.accelerator.parallelism_config.sp_handler
+        handler.sp_attn_implementation = base.config._attn_implementation
+        self.accelerator.deepspeed_ulysses_dl_adapter = lambda loader, model: loader
+
+    def get_sp_size(self) -> int:
+        """1: an epoch has as many micro-batches as the loader says, whoever shares their rows."""
+        return 1
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch forwards and backwards; what it returns is averaged over all ranks to be logged."""
+        return super().training_step(*args, **kwargs) * (self.args.world_size / self._ranks_averaged_over())
+
+    def _ranks_averaged_over(self) -> int:
+        """By how many ranks the sum of their gradients is divided. Where ranks share rows, DeepSpeed divides by the
+        groups of them, but in stage 3's reduce-scatter (0.19.8) by all ranks."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        divides_by_all = plugin is not None and plugin.zero_stage == 3
+        return self.args.world_size // (1 if divides_by_all else self.sharing_ranks)
 
     def get_train_dataloader(self) -> MicroBatchLoader:
         """This rank's micro-batches; nothing is left to shard, to repeat or to gather."""
@@ -131,10 +168,10 @@ class SupervisedTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This rank's part of the mean over the whole step, times the ranks, by which the gradients are divided."""
+        """This rank's part of the mean over the whole step, times the ranks by which the gradients are divided."""
         counts = inputs.pop("counts")
         targets, positions, beside = (inputs.pop(name, None) for name in LOSS_KEYS)
-        ranks = self.train_dataset.sampler.shape.world_size
+        ranks = self._ranks_averaged_over()
         outputs = model(**inputs)
         loss = supervised_loss(
             outputs.logits,

@@ -148,12 +148,14 @@ def resolve(
     world_size: int,
     local_world_size: int,
     use_cpu: bool,
+    sequence_parallel_size: int = 1,
 ) -> ResolvedConfig:
     """Fill every `"auto"` that the command line decides, and check every value that it contradicts.
 
     Args:
         path: where `config` came from, for messages.
         world_size: ranks of the run; `local_world_size`: ranks on this host (what ZeRO++ calls hpz).
+        sequence_parallel_size: ranks that share each conversation, of which DeepSpeed must know from the start.
 
     Raises:
         ConfigError: all faults at once, each naming both values and the fix.
@@ -164,9 +166,13 @@ def resolve(
     stage = _stage(path, resolved, faults)
     if not faults:
         _settle_precision(path, resolved, command, faults, notes)
-        _settle_batch_and_optimizer(path, resolved, command, world_size, faults)
+        _settle_batch_and_optimizer(path, resolved, command, world_size // sequence_parallel_size, faults)
         _settle_zero(path, resolved, stage, world_size, local_world_size, use_cpu, faults, notes)
         _check_leftover_autos(path, resolved, faults)
+        if sequence_parallel_size > 1:
+            resolved["sequence_parallel_size"] = sequence_parallel_size
+            resolved.pop("train_batch_size", None)  # of which transformers and DeepSpeed then think differently
+            resolved["zero_optimization"]["reduce_scatter"] = True  # see SupervisedTrainer._ranks_averaged_over
     if faults:
         raise ConfigError(listed(faults, "fault"))
     return ResolvedConfig(str(path), resolved, stage, tuple(notes))

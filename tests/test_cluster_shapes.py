@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 # Eleven rows of very different lengths: a second step of three, for which some ranks have nothing.
 ROWS = [
-    [("human", "ab " * (3 * number % 11 + 1)), ("model", "xyz " * (7 * number % 13 + 1)), ("human", "q"), ("model", "r")]
+    [("human", "ab " * (3 * number % 11 + 1)), ("model", "xy " * (7 * number % 13 + 1)), ("human", "?"), ("model", "r")]
     for number in range(11)
 ]
 # Under SGD weights differ by as little as gradients do; Adam turns the noise of a zero gradient into a whole step.

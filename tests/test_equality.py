@@ -125,7 +125,10 @@ def micro_batches(examples: Sequence[dict], form: Form, weighting: str = "token"
 def compute_loss(model: Any, batches: MicroBatches, batch: dict[str, Any], smoothing: float = 0.0) -> torch.Tensor:
     """`SupervisedTrainer.compute_loss` on a batch, without the rest of a run."""
     trainer = SimpleNamespace(
-        train_dataset=batches, model=model, args=SimpleNamespace(label_smoothing_factor=smoothing)
+        train_dataset=batches,
+        model=model,
+        args=SimpleNamespace(label_smoothing_factor=smoothing),
+        _ranks_averaged_over=lambda: batches.sampler.shape.world_size,
     )
     return SupervisedTrainer.compute_loss(trainer, model, dict(batch))
 

@@ -144,6 +144,10 @@ class Arguments:
         """Rows of a micro-batch; under a token budget 1, the one group of rows that fills it."""
         return self.given("per_device_train_batch_size") if self.batch.tokens_per_device_batch is None else 1
 
+    def deepspeed_batch(self) -> int:
+        """The size of a micro-batch that DeepSpeed is told: one row where ranks share it."""
+        return self.per_device_batch() if self.batch.sequence_parallel_size == 1 else 1
+
 
 SECRETS = ("hub_token",)  # never written to run.json
 GROUPS = (ModelArguments, DataArguments, BatchArguments, AdapterArguments, RunArguments)
