@@ -13,13 +13,12 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 SEED = 20
-MEDIAN_QUESTION_TOKENS, MEDIAN_ANSWER_TOKENS = 60, 200
-SPREAD = 0.6  # the standard deviation of the logarithm of a length
 FEWEST_TOKENS, MOST_TOKENS = 8, 1_000
 # Measured with the SmolLM2 tokenizer, which has no Chinese words.
 TOKENS_PER_ENGLISH_WORD, TOKENS_PER_CHINESE_CHARACTER = 1.43, 1.66
@@ -70,16 +69,27 @@ def _weights(words: list[str]) -> list[float]:
 ENGLISH_WEIGHTS, CHINESE_WEIGHTS = _weights(ENGLISH), _weights(CHINESE)
 
 
-def conversations(rows: int, seed: int = SEED) -> Iterator[dict[str, Any]]:
-    """`rows` conversations in the project's own form; even rows are English, odd ones Chinese."""
-    rng = random.Random(seed)
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a question and an answer: medians, and the standard deviation of the logarithm."""
+
+    question: float = 60
+    answer: float = 200
+    spread: float = 0.6
+
+
+def conversations(
+    rows: int, seed: int = SEED, lengths: Lengths | None = None, english_only: bool = False
+) -> Iterator[dict[str, Any]]:
+    """`rows` conversations in the project's own form; even rows are English, odd ones Chinese unless told otherwise."""
+    rng, lengths = random.Random(seed), lengths or Lengths()
     for row in range(rows):
-        write = _chinese if row % 2 else _english
+        write = _chinese if row % 2 and not english_only else _english
         yield {
             "id": row,
             "conversations": [
-                {"from": "human", "value": write(rng, _num_tokens(rng, MEDIAN_QUESTION_TOKENS), "?？")},
-                {"from": "model", "value": write(rng, _num_tokens(rng, MEDIAN_ANSWER_TOKENS), ".。")},
+                {"from": "human", "value": write(rng, _num_tokens(rng, lengths.question, lengths.spread), "?？")},
+                {"from": "model", "value": write(rng, _num_tokens(rng, lengths.answer, lengths.spread), ".。")},
             ],
         }
 
@@ -100,8 +110,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write("\n]\n")
 
 
-def _num_tokens(rng: random.Random, median: int) -> int:
-    wanted = math.exp(rng.gauss(math.log(median), SPREAD))
+def _num_tokens(rng: random.Random, median: float, spread: float) -> int:
+    wanted = math.exp(rng.gauss(math.log(median), spread))
     return int(min(max(wanted, FEWEST_TOKENS), MOST_TOKENS))
 
 

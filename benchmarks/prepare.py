@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -25,30 +24,24 @@ from pathlib import Path
 from typing import Any
 
 from conversations import as_messages, conversations, write_rows
+from environments import (
+    HERE,
+    LLAMA_FACTORY,
+    MS_SWIFT,
+    PRETRAINED,
+    ROOT,
+    TRL,
+    VENVS,
+    Contender,
+    Unavailable,
+    last_line,
+    machine,
+    pythons_of,
+)
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-VENVS = HERE / ".venvs"
-TOKENIZER = ROOT / ".models" / "SmolLM2-135M-Instruct"
-TORCH = "torch==2.13.0"
-SECONDS_FOR_AN_INSTALLATION = 3_600
 SECONDS_FOR_A_RUN = 3_600
 # One thread in each process, so that processes are what is compared.
-ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Something to measure: `requirements` make its environment, without any it runs in the caller's.
-
-    `without` are packages that pip installs along with it and that do not load beside a CPU build of torch.
-    """
-
-    name: str
-    label: str
-    driver: str
-    requirements: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
+ONE_THREAD = {"RAYON_NUM_THREADS": "1", "PRETRAINEDS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 CONTENDERS = (
@@ -58,11 +51,10 @@ CONTENDERS = (
         "llamafactory",
         "LLaMA-Factory 0.9.5",
         "llama_factory.py",
-        ("llamafactory==0.9.5", "transformers==5.6.0"),
-        ("torchvision", "torchaudio"),
+        *LLAMA_FACTORY,
     ),
-    Contender("trl", "TRL 1.16.0", "trl_sft.py", ("trl==1.16.0", "transformers==5.23.0", "tokenizers==0.23.3")),
-    Contender("swift", "ms-swift 4.6.0", "ms_swift.py", ("ms-swift==4.6.0", "transformers==5.19.0")),
+    Contender("trl", "TRL 1.16.0", "trl_sft.py", *TRL),
+    Contender("swift", "ms-swift 4.6.0", "ms_swift.py", *MS_SWIFT),
 )
 
 
@@ -91,10 +83,6 @@ class Measured:
         return self.best["rows"] / min(run["cpu_seconds"] for run in self.runs)
 
 
-class Unavailable(Exception):
-    """A contender that cannot be measured here; the others can."""
-
-
 def main() -> None:
     given = _arguments()
     chosen = [contender for contender in CONTENDERS if contender.name in given.only]
@@ -103,12 +91,12 @@ def main() -> None:
         write_rows(data, conversations(given.rows))
         if set(given.only) != {"finetune"}:
             write_rows(messages, map(as_messages, conversations(given.rows)))
-        print(f"{given.rows:,} conversations, {data.stat().st_size / 1e6:,.1f} MB; {_machine()}")
-        pythons = _pythons(chosen, given.venvs)
+        print(f"{given.rows:,} conversations, {data.stat().st_size / 1e6:,.1f} MB; {machine()}")
+        pythons = pythons_of(chosen, given.venvs)
         chosen = [contender for contender in chosen if contender.name in pythons]
         began, load = time.strftime("%Y-%m-%d %H:%M"), os.getloadavg()[0]
         results = _measure(chosen, pythons, given, Path(folder))
-        facts = {"machine": _machine(), "began": began, "load_at_begin": load, "load_at_end": os.getloadavg()[0]}
+        facts = {"machine": machine(), "began": began, "load_at_begin": load, "load_at_end": os.getloadavg()[0]}
         facts["data"] = {"rows": given.rows, "bytes": data.stat().st_size}
     if not results:
         sys.exit("nothing could be measured")
@@ -133,8 +121,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--venvs", type=Path, default=VENVS, help="where the other toolkits are installed")
     parser.add_argument("--work", type=Path, help="where data and caches lie while it runs (default: the system's)")
     given = parser.parse_args()
-    if not (TOKENIZER / "tokenizer.json").is_file():
-        parser.error(f"{TOKENIZER} holds no tokenizer: run make model first")
+    if not (PRETRAINED / "tokenizer.json").is_file():
+        parser.error(f"{PRETRAINED} holds no tokenizer: run make model first")
     return given
 
 
@@ -143,48 +131,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 upwards, found {text}")
     return int(text)
-
-
-def _pythons(chosen: Sequence[Contender], venvs: Path) -> dict[str, Path]:
-    """The interpreter of every contender that can be had here; a line for each that cannot."""
-    pythons = {}
-    for contender in chosen:
-        try:
-            pythons[contender.name] = _python(contender, venvs) if contender.requirements else Path(sys.executable)
-        except Unavailable as reason:
-            print(f"{contender.label} is left out: {reason}")
-    return pythons
-
-
-def _python(contender: Contender, venvs: Path) -> Path:
-    """The interpreter of a toolkit's own environment, made when it is missing or holds other versions."""
-    folder = venvs / contender.name
-    python, ready = folder / "bin" / "python", folder / ".ready"
-    wanted = "\n".join([TORCH, *contender.requirements])
-    if ready.is_file() and ready.read_text() == wanted:
-        return python
-    print(f"installing {contender.label} into {folder}", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (venvs / ".gitignore").write_text("*\n")
-    pip = [str(python), "-m", "pip"]
-    quiet = ["--quiet", "--disable-pip-version-check"]
-    _installed([sys.executable, "-m", "venv", str(folder)])
-    _installed([*pip, "install", *quiet, TORCH])
-    _installed([*pip, "install", *quiet, TORCH, *contender.requirements])
-    if contender.without:
-        _installed([*pip, "uninstall", *quiet, "--yes", *contender.without])
-    ready.write_text(wanted)
-    return python
-
-
-def _installed(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_AN_INSTALLATION)
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"its installation took more than {SECONDS_FOR_AN_INSTALLATION:,} s") from None
-    if done.returncode:
-        raise Unavailable(f"it could not be installed (no network?): {_last_line(done.stderr)}")
 
 
 def _measure(
@@ -215,7 +161,7 @@ def _run(contender: Contender, python: Path, processes: int, folder: Path) -> di
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir()
     output.unlink(missing_ok=True)
-    paths = {"data": folder / "data.json", "messages": folder / "messages.json", "tokenizer": TOKENIZER}
+    paths = {"data": folder / "data.json", "messages": folder / "messages.json", "tokenizer": PRETRAINED}
     task = {**paths, "processes": processes, "cache": cache, "output": output}
     command = [str(python), str(HERE / "peers" / contender.driver)]
     command += [str(part) for name, value in task.items() for part in (f"--{name}", value)]
@@ -233,21 +179,8 @@ def _run(contender: Contender, python: Path, processes: int, folder: Path) -> di
     except subprocess.TimeoutExpired:
         raise Unavailable(f"a run took more than {SECONDS_FOR_A_RUN:,} s") from None
     if done.returncode or not output.is_file():
-        raise Unavailable(f"its driver ended with status {done.returncode}: {_last_line(done.stderr)}")
+        raise Unavailable(f"its driver ended with status {done.returncode}: {last_line(done.stderr)}")
     return json.loads(output.read_text())
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
-
-
-def _machine() -> str:
-    """Processor, usable cores, memory and Python, in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {size:.0f} GiB, Python {platform.python_version()}"
 
 
 def _print_table(results: Sequence[Measured]) -> None:

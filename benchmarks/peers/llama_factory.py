@@ -14,7 +14,7 @@ NAME = "conversations"
 
 def main() -> None:
     task = given_task()
-    _stand_in_for_torchaudio()
+    stand_in_for_torchaudio()
     from llamafactory.data import loader
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, ModelArguments
@@ -45,7 +45,7 @@ def main() -> None:
     report(task, clock, rows=len(prepared), reading=reading, **counts)
 
 
-def _stand_in_for_torchaudio() -> None:
+def stand_in_for_torchaudio() -> None:
     """It is imported for audio inputs only, and the one on PyPI does not load beside a CPU build of torch."""
     stand_in = types.ModuleType("torchaudio")
     stand_in.__version__, stand_in.__spec__ = "0", importlib.machinery.ModuleSpec("torchaudio", None)

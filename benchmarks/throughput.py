@@ -1,0 +1,274 @@
+"""How fast training is: this project, the stock Trainer, three other toolkits, on the same rows and the same steps.
+
+    python benchmarks/throughput.py                                   everything, a model of 4 layers, LoRA and full
+    python benchmarks/throughput.py --layers 30 --adapters full --only flat stock
+    python benchmarks/throughput.py --only flat stock --json figures.json
+
+Every run is a process of its own; the contenders take turns, in the opposite order in every other round. Beside each
+rate stands the limit: what leaving out the padding and the unused logits of the stock Trainer allows for this very
+data and model, and what the machine's matrix products allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from conversations import Lengths, as_messages, conversations, write_rows
+from environments import (
+    HERE,
+    LLAMA_FACTORY,
+    MS_SWIFT,
+    PRETRAINED,
+    ROOT,
+    TRL,
+    VENVS,
+    Contender,
+    Unavailable,
+    last_line,
+    machine,
+    pythons_of,
+)
+from limits import Sizes, padding_and_logits_limit, roof_tokens_per_second
+
+SECONDS_FOR_A_RUN = 3_600
+# Lengths as Alpaca's are distributed: about half of a padded batch of eight is padding.
+ALPACA_LIKE = Lengths(question=30, answer=50, spread=0.85)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Trained(Contender):
+    """A contender with the form of its batches."""
+
+    form: str = "padded"
+
+
+CONTENDERS = (
+    Trained("flat", "this project, flat", "train_this_project.py", form="flat"),
+    Trained("packed", "this project, packed", "train_this_project.py", form="packed"),
+    Trained("padded", "this project, padded", "train_this_project.py", form="padded"),
+    Trained("stock", "stock Trainer", "train_stock.py"),
+    Trained("published", "all rows 2048 long", "train_stock.py", form="longest"),
+    Trained("llamafactory", "LLaMA-Factory 0.9.5", "train_llama_factory.py", *LLAMA_FACTORY),
+    Trained("swift", "ms-swift 4.6.0", "train_ms_swift.py", *MS_SWIFT),
+    Trained("trl", "TRL 1.16.0, padded", "train_trl_sft.py", *TRL),
+    Trained("trl_packed", "TRL 1.16.0, packed", "train_trl_sft.py", *TRL, form="packed"),
+)
+COLUMNS = (
+    "", "tokens/s", "from - to", "learned/s", "to stock", "to best other", "to roof", "RSS GB", "to leanest", "start s",
+    "padding", "loss 1, 2",
+)  # fmt: skip
+PEERS = ("llamafactory", "swift", "trl", "trl_packed")
+
+
+@dataclass
+class Measured:
+    """All runs of one contender with one adapter; rates are medians of the runs."""
+
+    name: str
+    label: str
+    adapter: str
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    def rates(self, counted: str = "tokens") -> list[float]:
+        """Tokens per second of each run."""
+        return [sum(run[counted]) / sum(run["seconds"]) for run in self.runs]
+
+    def figure(self, name: str) -> float:
+        """The median of a figure that each run has one of."""
+        return median(run[name] for run in self.runs)
+
+
+def main() -> None:
+    given = _arguments()
+    chosen = [contender for contender in CONTENDERS if contender.name in given.only]
+    with tempfile.TemporaryDirectory(prefix="throughput-", dir=given.work) as folder:
+        sizes = _make_model(Path(folder) / "model", given.layers)
+        _make_rows(Path(folder), Path(folder) / "model", given)
+        print(f"{given.layers} layers, batch {given.batch}, {given.steps} steps; {machine()}")
+        pythons = pythons_of(chosen, given.venvs)
+        chosen = [contender for contender in chosen if contender.name in pythons]
+        began = time.strftime("%Y-%m-%d %H:%M")
+        results = _measure(chosen, pythons, given, Path(folder))
+    if not results:
+        sys.exit("nothing could be measured")
+    limits = {}
+    for adapter in given.adapters:
+        group = [one for one in results if one.adapter == adapter]
+        limits[adapter] = _print_table(group, sizes, adapter, given)
+    if given.json:
+        facts = {"machine": machine(), "began": began, "layers": given.layers, "batch": given.batch, "limits": limits}
+        given.json.write_text(json.dumps({**facts, "results": [asdict(one) for one in results]}, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    names = [contender.name for contender in CONTENDERS]
+    parser = argparse.ArgumentParser(description="Training throughput against the stock Trainer and other toolkits.")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="what to measure")
+    parser.add_argument("--adapters", nargs="+", choices=("lora", "full"), default=["lora", "full"])
+    parser.add_argument("--layers", type=int, default=4, help="of SmolLM2-135M-Instruct, which has 30")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of the longest row")
+    parser.add_argument("--warm_up", type=int, default=2, help="steps that do not count")
+    parser.add_argument("--steps", type=int, default=6, help="steps that count")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each run")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--venvs", type=Path, default=VENVS, help="where the other toolkits are installed")
+    parser.add_argument("--work", type=Path, help="where model and data lie while it runs (default: the system's)")
+    given = parser.parse_args()
+    if not (PRETRAINED / "model.safetensors").is_file():
+        parser.error(f"{PRETRAINED} is missing: run make model first")
+    return given
+
+
+def _make_model(folder: Path, layers: int) -> Sizes:
+    """The first layers of the small model in float32, its chat template plain ChatML."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(PRETRAINED)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return Sizes.of(model.config)
+
+
+def _make_rows(folder: Path, tokenizer_folder: Path, given: argparse.Namespace) -> None:
+    """Rows that no contender cuts, at least as many as the steps need."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    rows, needed = [], given.batch * (given.warm_up + given.steps + 1)
+    for row in conversations(4 * needed, lengths=ALPACA_LIKE, english_only=True):
+        text = "".join(turn["value"] for turn in row["conversations"])
+        if len(tokenizer(text)["input_ids"]) + 16 <= given.max_length:
+            rows.append(row)
+    write_rows(folder / "data.json", rows[:needed])
+    write_rows(folder / "messages.json", map(as_messages, rows[:needed]))
+
+
+def _measure(
+    chosen: Sequence[Trained], pythons: dict[str, Path], given: argparse.Namespace, folder: Path
+) -> list[Measured]:
+    pairs = [(one, adapter) for adapter in given.adapters for one in chosen]
+    results = {(one.name, adapter): Measured(one.name, one.label, adapter) for one, adapter in pairs}
+    broken: set[tuple[str, str]] = set()
+    for repeat in range(given.repeats):
+        for one, adapter in pairs if repeat % 2 == 0 else pairs[::-1]:
+            if (one.name, adapter) in broken:
+                continue
+            try:
+                run = _run(one, pythons[one.name], adapter, given, folder)
+            except Unavailable as reason:
+                print(f"{one.label}, {adapter}, is left out: {reason}", flush=True)
+                broken.add((one.name, adapter))
+                continue
+            results[one.name, adapter].runs.append(run)
+            rate = sum(run["tokens"]) / sum(run["seconds"])
+            print(f"round {repeat + 1}, {adapter}, {one.label}: {rate:,.0f} tokens/s", flush=True)
+    return [one for one in results.values() if one.runs]
+
+
+def _run(one: Trained, python: Path, adapter: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    cache, output = folder / "cache", folder / "figures.json"
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir()
+    output.unlink(missing_ok=True)
+    is_slow = one.form == "longest"  # its every step is as any other: each position is computed
+    task = {
+        "model": folder / "model", "data": folder / "data.json", "messages": folder / "messages.json",
+        "form": one.form, "adapter": adapter, "batch": given.batch, "max_length": given.max_length,
+        "warm_up": 1 if is_slow else given.warm_up, "steps": 1 if is_slow else given.steps,
+        "cache": cache, "output": output,
+    }  # fmt: skip
+    command = [str(python), str(HERE / "peers" / one.driver)]
+    command += [str(part) for name, value in task.items() for part in (f"--{name}", value)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": str(given.threads), "CUDA_VISIBLE_DEVICES": ""}
+    if not one.requirements:
+        environment["PYTHONPATH"] = str(ROOT)
+    began = time.time()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS_FOR_A_RUN, cwd=folder, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"a run took more than {SECONDS_FOR_A_RUN:,} s") from None
+    if done.returncode or not output.is_file():
+        raise Unavailable(f"its driver ended with status {done.returncode}: {last_line(done.stderr)}")
+    facts = json.loads(output.read_text())
+    return {**facts, "start_up_seconds": facts["first_step_at"] - began}
+
+
+def _print_table(group: list[Measured], sizes: Sizes, adapter: str, given: argparse.Namespace) -> dict[str, float]:
+    from rich.console import Console
+    from rich.table import Table
+
+    by_name = {one.name: one for one in group}
+    rate = {one.name: median(one.rates()) for one in group}
+    stock, best_peer = rate.get("stock"), max((rate[name] for name in PEERS if name in rate), default=None)
+    leanest = min((by_name[name].figure("peak_rss_bytes") for name in PEERS if name in rate), default=None)
+    counted = by_name.get("flat") or group[0]
+    tokens, learned = (median(counted.runs[0][name]) for name in ("tokens", "supervised_tokens"))
+    roof = roof_tokens_per_second(sizes, round(tokens), round(learned), adapter, given.threads)
+    limits: dict[str, float] = {"roof_tokens_per_second": roof}
+    table = Table(title=f"training, {adapter}: real tokens/s, to the stock Trainer's and the best other toolkit's")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
+    for one in group:
+        rates, memory = one.rates(), one.figure("peak_rss_bytes")
+        real, positions = sum(one.runs[0]["tokens"]), sum(one.runs[0]["positions"])
+        table.add_row(
+            one.label,
+            f"{rate[one.name]:,.0f}",
+            f"{min(rates):,.0f} - {max(rates):,.0f}",
+            f"{median(one.rates('supervised_tokens')):,.0f}",
+            _ratio(rate[one.name], stock),
+            _ratio(rate[one.name], best_peer),
+            _ratio(rate[one.name], roof),
+            f"{memory / 1e9:.2f}",
+            _ratio(memory, leanest),
+            f"{one.figure('start_up_seconds'):.1f}",
+            f"{1 - real / positions:.0%}",
+            ", ".join(f"{loss:.4f}" for loss in one.runs[0]["losses"][:2]),
+        )
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    if "stock" in by_name:
+        run = by_name["stock"].runs[0]
+        useful = sum(run["tokens"]) / sum(run["positions"])
+        learned_share = sum(run["supervised_tokens"]) / sum(run["tokens"])
+        limits["to_stock"] = padding_and_logits_limit(sizes, useful, learned_share, adapter)
+        print(
+            f"limit to stock: {limits['to_stock']:.2f} = 1 / {useful:.3f} useful positions, and logits of "
+            f"{learned_share:.1%} of the tokens"
+            + (f"; flat reaches {rate['flat'] / stock / limits['to_stock']:.2f} of it" if "flat" in rate else "")
+        )
+    print(f"roof: {roof:,.0f} tokens/s, the matrix products of a step alone, each as fast as it runs here by itself\n")
+    return limits
+
+
+def _ratio(value: float, to: float | None) -> str:
+    return f"{value / to:.2f}" if to else ""
+
+
+if __name__ == "__main__":
+    main()
