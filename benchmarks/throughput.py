@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -98,8 +99,8 @@ def main() -> None:
     given = _arguments()
     chosen = [contender for contender in CONTENDERS if contender.name in given.only]
     with tempfile.TemporaryDirectory(prefix="throughput-", dir=given.work) as folder:
-        sizes = _make_model(Path(folder) / "model", given.layers)
-        _make_rows(Path(folder), Path(folder) / "model", given)
+        sizes = make_model(Path(folder) / "model", given.layers)
+        make_rows(Path(folder), given.batch * (given.warm_up + given.steps + 1), given.max_length)
         print(f"{given.layers} layers, batch {given.batch}, {given.steps} steps; {machine()}")
         pythons = pythons_of(chosen, given.venvs)
         chosen = [contender for contender in chosen if contender.name in pythons]
@@ -137,7 +138,7 @@ def _arguments() -> argparse.Namespace:
     return given
 
 
-def _make_model(folder: Path, layers: int) -> Sizes:
+def make_model(folder: Path, layers: int) -> Sizes:
     """The first layers of the small model in float32, its chat template plain ChatML."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,15 +153,15 @@ def _make_model(folder: Path, layers: int) -> Sizes:
     return Sizes.of(model.config)
 
 
-def _make_rows(folder: Path, tokenizer_folder: Path, given: argparse.Namespace) -> None:
-    """Rows that no contender cuts, at least as many as the steps need."""
+def make_rows(folder: Path, needed: int, max_length: int, lengths: Lengths = ALPACA_LIKE) -> None:
+    """`needed` rows that no contender cuts, in the two forms that contenders read, beside the `model` in `folder`."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    rows, needed = [], given.batch * (given.warm_up + given.steps + 1)
-    for row in conversations(4 * needed, lengths=ALPACA_LIKE, english_only=True):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = []
+    for row in conversations(4 * needed, lengths=lengths, english_only=True):
         text = "".join(turn["value"] for turn in row["conversations"])
-        if len(tokenizer(text)["input_ids"]) + 16 <= given.max_length:
+        if len(tokenizer(text)["input_ids"]) + 16 <= max_length:
             rows.append(row)
     write_rows(folder / "data.json", rows[:needed])
     write_rows(folder / "messages.json", map(as_messages, rows[:needed]))
@@ -177,7 +178,7 @@ def _measure(
             if (one.name, adapter) in broken:
                 continue
             try:
-                run = _run(one, pythons[one.name], adapter, given, folder)
+                run = run_once(one, pythons[one.name], adapter, given, folder)
             except Unavailable as reason:
                 print(f"{one.label}, {adapter}, is left out: {reason}", flush=True)
                 broken.add((one.name, adapter))
@@ -188,35 +189,54 @@ def _measure(
     return [one for one in results.values() if one.runs]
 
 
-def _run(one: Trained, python: Path, adapter: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    cache, output = folder / "cache", folder / "figures.json"
+def run_once(
+    one: Trained, python: Path, adapter: str, given: argparse.Namespace, folder: Path, ranks: int = 1
+) -> dict[str, Any]:
+    """One run, its figures those of rank 0 but for the tokens, which are those of all ranks.
+
+    Raises:
+        Unavailable: it fails here.
+    """
+    cache = folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir()
-    output.unlink(missing_ok=True)
+    outputs = [folder / f"figures-{rank}.json" for rank in range(ranks)]
     is_slow = one.form == "longest"  # its every step is as any other: each position is computed
     task = {
         "model": folder / "model", "data": folder / "data.json", "messages": folder / "messages.json",
-        "form": one.form, "adapter": adapter, "batch": given.batch, "max_length": given.max_length,
-        "warm_up": 1 if is_slow else given.warm_up, "steps": 1 if is_slow else given.steps,
-        "cache": cache, "output": output,
+        "form": one.form, "adapter": adapter, "batch": given.batch // ranks, "max_length": given.max_length,
+        "warm_up": 1 if is_slow else given.warm_up, "steps": 1 if is_slow else given.steps, "cache": cache,
     }  # fmt: skip
     command = [str(python), str(HERE / "peers" / one.driver)]
     command += [str(part) for name, value in task.items() for part in (f"--{name}", value)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": str(given.threads), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": str(max(1, given.threads // ranks)), "CUDA_VISIBLE_DEVICES": ""}
     if not one.requirements:
         environment["PYTHONPATH"] = str(ROOT)
-    began = time.time()
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SECONDS_FOR_A_RUN, cwd=folder, env=environment
+    if ranks > 1:
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(_free_port())}
+    began, running = time.time(), []
+    for rank, output in enumerate(outputs):
+        output.unlink(missing_ok=True)
+        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+        log = (folder / f"log-{rank}.txt").open("w")
+        running.append(
+            subprocess.Popen([*command, "--output", str(output)], stdout=log, stderr=log, cwd=folder, env=own)
         )
+    try:
+        statuses = [process.wait(timeout=SECONDS_FOR_A_RUN) for process in running]
     except subprocess.TimeoutExpired:
         raise Unavailable(f"a run took more than {SECONDS_FOR_A_RUN:,} s") from None
-    if done.returncode or not output.is_file():
-        raise Unavailable(f"its driver ended with status {done.returncode}: {last_line(done.stderr)}")
-    facts = json.loads(output.read_text())
-    return {**facts, "start_up_seconds": facts["first_step_at"] - began}
+    finally:
+        for process in running:
+            process.kill()
+    if any(statuses) or not all(output.is_file() for output in outputs):
+        raise Unavailable(f"its driver ended with status {statuses}: {last_line((folder / 'log-0.txt').read_text())}")
+    facts = [json.loads(output.read_text()) for output in outputs]
+    counts = ("tokens", "supervised_tokens", "positions")
+    summed = {name: [sum(step) for step in zip(*(one[name] for one in facts), strict=True)] for name in counts}
+    return {**facts[0], **summed, "start_up_seconds": facts[0]["first_step_at"] - began}
 
 
 def _print_table(group: list[Measured], sizes: Sizes, adapter: str, given: argparse.Namespace) -> dict[str, float]:
@@ -264,6 +284,12 @@ def _print_table(group: list[Measured], sizes: Sizes, adapter: str, given: argpa
         )
     print(f"roof: {roof:,.0f} tokens/s, the matrix products of a step alone, each as fast as it runs here by itself\n")
     return limits
+
+
+def _free_port() -> int:
+    with socket.socket() as probing:
+        probing.bind(("127.0.0.1", 0))
+        return probing.getsockname()[1]
 
 
 def _ratio(value: float, to: float | None) -> str:

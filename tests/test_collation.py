@@ -1,54 +1,140 @@
-"""Batches: what is padding is known by length, so a pad token that ends turns hides nothing."""
+"""Batches against plain loops over the examples; nothing predicts what belongs to another conversation."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.collation import PaddedCollator, pad_token_id
-from finetune.rendering import IGNORE_INDEX
+from finetune.collation import Collator, pad_token_id
 
-END = 2
+IGNORED = -100
+PAD = 2  # also what ends a turn
+EXAMPLES = [
+    {"input_ids": [5, 6, 2, 7], "labels": [IGNORED, 6, 2, IGNORED]},
+    {"input_ids": [8, 9], "labels": [IGNORED, 9]},
+    {"input_ids": [4], "labels": [IGNORED]},
+    {"input_ids": [3, 3, 2], "labels": [IGNORED, IGNORED, 2]},
+]
 
 
-def test_the_drawing():
-    batch = PaddedCollator(0)(
-        [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+@st.composite
+def examples(draw: Any) -> list[dict[str, list[int]]]:
+    found = []
+    for length in draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)):
+        ids = [draw(st.integers(0, 30)) for _ in range(length)]
+        labels = [IGNORED] + [one if draw(st.booleans()) else IGNORED for one in ids[1:]]
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def wanted(rows: list[dict[str, list[int]]]) -> list[tuple[int, int, int]]:
+    """(example, place that predicts, what it should predict), one by one."""
+    return [
+        (number, place, row["labels"][place + 1])
+        for number, row in enumerate(rows)
+        for place in range(len(row["labels"]) - 1)
+        if row["labels"][place + 1] != IGNORED
+    ]
+
+
+def predicted_in(batch: dict[str, Any], rows: list[dict[str, list[int]]]) -> list[tuple[int, int, int]]:
+    """The same, as a batch says it."""
+    places, targets = batch["target_positions"], batch["targets"].tolist()
+    if places.dtype == torch.bool:
+        return [(*place, target) for place, target in zip(places.nonzero().tolist(), targets, strict=True)]
+    begins = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
+    owners = np.searchsorted(begins, places.numpy(), side="right") - 1
+    return [
+        (int(owner), int(place - begins[owner]), target)
+        for owner, place, target in zip(owners, places.numpy(), targets, strict=True)
+    ]
+
+
+@given(examples())
+def test_flat_rows_are_the_examples_behind_each_other(rows):
+    batch = Collator(flat=True, pad_token_id=PAD, selects_logits=True)(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert batch["input_ids"].tolist() == [[one for row in rows for one in row["input_ids"]]]
+    assert batch["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]
+    assert batch["segment_lengths"] == lengths
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == np.cumsum([0, *lengths]).tolist()
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == max(lengths)
+    assert predicted_in(batch, rows) == wanted(rows)
+    assert batch["logits_to_keep"] is batch["target_positions"] or torch.equal(
+        batch["logits_to_keep"], batch["target_positions"]
     )
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
-    assert (batch["num_tokens"], batch["num_supervised_tokens"]) == (5, 3)
+    assert "attention_mask" not in batch and batch["use_cache"] is False
 
 
-def test_a_pad_token_that_ends_turns_hides_no_end_of_turn():
-    batch = PaddedCollator(END)(
-        [{"input_ids": [4, 5, END], "labels": [-100, 5, END]}, {"input_ids": [4], "labels": [-100]}]
-    )
-    assert batch["labels"][0].tolist() == [-100, 5, END]
-    assert batch["attention_mask"][0].tolist() == [1, 1, 1]
-    assert batch["labels"][1].tolist() == [-100] * 3
+@given(examples())
+def test_padded_rows_are_the_examples_side_by_side(rows):
+    batch = Collator(flat=False, pad_token_id=PAD, selects_logits=False)(rows)
+    assert [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)] == [
+        row["input_ids"] for row in rows
+    ]
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == PAD).all()
+    assert predicted_in(batch, rows) == wanted(rows)
+    assert "logits_to_keep" not in batch
 
 
-def test_the_pad_id_of_a_tokenizer_without_one():
-    class Tokenizer:
-        pad_token_id = None
-        eos_token_id = END
+class Leaking(Collator):
+    """Shifts the labels of the joined row: the last token of an example predicts the first of the next."""
 
-    assert pad_token_id(Tokenizer) == END
-    Tokenizer.eos_token_id = None
-    assert pad_token_id(Tokenizer) == 0
+    def _flat(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
+        batch = super()._flat(ids, labels)
+        joined, learned = np.concatenate(ids), np.concatenate(labels) != IGNORED
+        learned[np.cumsum([len(one) for one in ids])[:-1]] = True
+        places = np.flatnonzero(learned)
+        return {**batch, "target_positions": places - 1, "targets": joined[places]}
 
 
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=5), st.integers(0, 9))
-def test_every_row_comes_back_whole(rows, pad):
-    batch = PaddedCollator(pad)([{"input_ids": row, "labels": [IGNORE_INDEX, *row[1:]]} for row in rows])
-    for row, ids, labels, mask in zip(
-        rows, batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
-    ):
-        assert ids[mask].tolist() == row
-        assert labels[mask].tolist() == [IGNORE_INDEX, *row[1:]]
-        assert torch.all(labels[~mask] == IGNORE_INDEX) and torch.all(ids[~mask] == pad)
-    assert batch["num_tokens"] == sum(map(len, rows)) == int(batch["attention_mask"].sum())
-    assert batch["num_supervised_tokens"] == int((batch["labels"] != IGNORE_INDEX).sum())
+def test_a_leak_over_a_boundary_is_seen():
+    batch = Leaking(flat=True, pad_token_id=PAD, selects_logits=True)(EXAMPLES)
+    assert predicted_in(batch, EXAMPLES) != wanted(EXAMPLES)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_rank_without_examples_gets_a_token_that_predicts_nothing(flat):
+    batch = Collator(flat=flat, pad_token_id=PAD, selects_logits=True, weighting="conversation")([])
+    assert batch["input_ids"].tolist() == [[PAD]]
+    assert batch["targets"].shape == batch["targets_beside"].shape == (0,)
+    assert batch["target_positions"].sum() == 0 and batch["targets"].dtype == torch.int64
+
+
+@given(examples())
+def test_every_conversation_can_weigh_one(rows):
+    batch = Collator(flat=True, pad_token_id=PAD, selects_logits=True, weighting="conversation")(rows)
+    weights = 1 / batch["targets_beside"].double()
+    assert weights.sum().item() == pytest.approx(sum(any(one != IGNORED for one in row["labels"]) for row in rows))
+
+
+@given(examples(), st.integers(1, 4))
+def test_ranks_that_share_a_row_have_it_between_them(rows, parts):
+    collators = [Collator(True, PAD, True, "conversation", (number, parts)) for number in range(parts)]
+    whole, shared = Collator(True, PAD, True, "conversation")(rows), [collate(rows) for collate in collators]
+    size = shared[0]["input_ids"].shape[1]
+    joined = {name: torch.cat([one[name] for one in shared], dim=-1) for name in ("input_ids", "position_ids")}
+    for name, value in joined.items():
+        assert value.shape == (1, size * parts) and size * parts - whole[name].shape[1] < parts
+        assert torch.equal(value[:, : whole[name].shape[1]], whole[name])
+    places = torch.cat([one["target_positions"] + number * size for number, one in enumerate(shared)])
+    assert torch.equal(places, whole["target_positions"])
+    for name in ("targets", "targets_beside"):
+        assert torch.equal(torch.cat([one[name] for one in shared]), whole[name])
+    assert all(sum(one["segment_lengths"]) == size * parts for one in shared)
+
+
+def test_the_first_token_of_an_example_cannot_be_learned():
+    with pytest.raises(ValueError, match="follows nothing"):
+        Collator(True, PAD, True)([{"input_ids": [5, 6], "labels": [5, 6]}])
+
+
+def test_the_pad_id_is_any_there_is(golden_tokenizer, smol_tokenizer):
+    assert pad_token_id(golden_tokenizer) == 0
+    assert pad_token_id(smol_tokenizer) == smol_tokenizer.pad_token_id

@@ -1,0 +1,65 @@
+"""Groups that fill a number of tokens: whole, within it, and each length in the fullest group that takes it."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.packing import best_fit_decreasing, rectangles
+
+CAPACITY = 50
+lengths_up_to_capacity = st.lists(st.integers(1, CAPACITY), max_size=60)
+
+
+def naive_best_fit(lengths: list[int]) -> list[list[int]]:
+    """The definition, by looking at every group for every length."""
+    groups: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        taking = [group for group in groups if sum(group) + length <= CAPACITY]
+        if taking:
+            max(taking, key=sum).append(length)
+        else:
+            groups.append([length])
+    return groups
+
+
+@given(lengths_up_to_capacity)
+def test_every_length_is_in_one_group_and_no_group_overflows(lengths):
+    for pack in (best_fit_decreasing, rectangles):
+        groups = pack(lengths, CAPACITY)
+        assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+        assert all(groups)
+    assert all(sum(lengths[index] for index in group) <= CAPACITY for group in best_fit_decreasing(lengths, CAPACITY))
+    for group in rectangles(lengths, CAPACITY):
+        assert len(group) * max(lengths[index] for index in group) <= CAPACITY
+
+
+@given(lengths_up_to_capacity)
+def test_it_is_best_fit_decreasing(lengths):
+    # Equally full groups are alike: which of them takes a length changes no fill.
+    fills = sorted(sum(lengths[i] for i in group) for group in best_fit_decreasing(lengths, CAPACITY))
+    assert fills == sorted(map(sum, naive_best_fit(lengths)))
+
+
+@given(lengths_up_to_capacity)
+def test_few_groups_are_more_than_needed(lengths):
+    fewest = math.ceil(sum(lengths) / CAPACITY)
+    big = sum(length > CAPACITY // 2 for length in lengths)
+    assert max(fewest, big) <= len(best_fit_decreasing(lengths, CAPACITY)) <= 11 / 9 * max(2 * fewest, big) + 6 / 9
+
+
+def test_real_lengths_fill_their_groups():
+    drawn = random.Random(0)
+    lengths = [max(8, min(2048, int(drawn.lognormvariate(5.3, 0.8)))) for _ in range(5000)]
+    assert sum(lengths) / (2048 * len(best_fit_decreasing(lengths, 2048))) > 0.99
+
+
+@pytest.mark.parametrize("pack", [best_fit_decreasing, rectangles])
+@pytest.mark.parametrize("lengths", [[5, 51], [0, 5]])
+def test_lengths_that_fit_no_group_are_refused(pack, lengths):
+    with pytest.raises(ValueError, match="do not fit a capacity of 50"):
+        pack(lengths, CAPACITY)
