@@ -1,7 +1,7 @@
 """How the cost of training grows: over the length of conversations, rows of a step, and ranks.
 
     python benchmarks/sweep.py                       this project (flat) and the stock Trainer, all parameters
-    python benchmarks/sweep.py --adapters lora --json sweep.json
+    python benchmarks/sweep.py --adapter lora --json sweep.json
 
 One thing is changed at a time; the others stay at 512 tokens, 8 rows, 1 rank. Two ranks share the cores of one.
 """

@@ -183,7 +183,7 @@ class SupervisedTrainer(Trainer):
         )
         balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is told to keep its load even
         if balance is not None:
-            share = ranks * counts.tokens / max(counts.step.tokens, 1)
+            share = ranks * counts.tokens / self.sharing_ranks / max(counts.step.tokens, 1)
             loss = loss + balance.to(loss) * self.model.config.get_text_config().router_aux_loss_coef * share
         return (loss, outputs) if return_outputs else loss
 

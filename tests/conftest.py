@@ -22,9 +22,10 @@ OUTER_ENVIRONMENT = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Prepared data of tests never lies among a user's.
-_CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# Prepared data of tests never lies among a user's. Ranks import this file too, and share the folder.
+if not Path(os.environ.get("XDG_CACHE_HOME", "")).name.startswith("finetune-tests-"):
+    _CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 ROWS = [
     [("human", "Who are you?"), ("model", "I am Nori, made by Tidepool.")],

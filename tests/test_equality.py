@@ -128,6 +128,7 @@ def compute_loss(model: Any, batches: MicroBatches, batch: dict[str, Any], smoot
         train_dataset=batches,
         model=model,
         args=SimpleNamespace(label_smoothing_factor=smoothing),
+        sharing_ranks=1,
         _ranks_averaged_over=lambda: batches.sampler.shape.world_size,
     )
     return SupervisedTrainer.compute_loss(trainer, model, dict(batch))
