@@ -141,17 +141,20 @@ def _gathered(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def whole_virtual_tokens(model: Any) -> Iterator[None]:
-    """Inside the block a prefix or prompt adapter can be saved by one rank alone.
+def whole_virtual_tokens(model: Any, *, saves: bool) -> Iterator[None]:
+    """Inside the block a prefix or prompt adapter can be saved by those ranks that do (`saves`).
 
     peft computes what it saves by running the prompt encoder. Under ZeRO-3 its weights are partitioned, and a rank
-    that runs it alone waits for ever for the shares of the others.
+    that runs it alone waits for ever for the shares of the others. The others run it too: DeepSpeed remembers in which
+    order modules run, and ranks that remember different orders wait for each other in the next step.
     """
     config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning:
         yield
         return
     with _gathered(model):
+        if not saves:
+            model.get_prompt_embedding_to_save(model.active_adapter)
         yield
 
 

@@ -148,6 +148,10 @@ class MicroBatches(Dataset):
             "counts": Counts(int(self.lengths[rows].sum()) if rows else 0, totals, max(denominator, 1)),
         }
 
+    def shortest_example(self) -> dict[str, Any]:
+        """`input_ids` and `labels` of the shortest example that teaches something, int arrays [tokens]."""
+        return self.examples[int(np.where(self.supervised > 0, self.lengths, self.lengths.max() + 1).argmin())]
+
     def totals(self, rows: list[int]) -> Totals:
         """The counts of these rows."""
         lengths = self.lengths[rows]

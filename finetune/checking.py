@@ -9,10 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune import console, model, results
+from finetune import checkpoints, console, model, results
 from finetune.arguments import Arguments
+from finetune.building import build_notes
 from finetune.errors import ConfigError
-from finetune.hardware import Hardware, build_notes, check_extension_locks, decide, probe
+from finetune.hardware import Hardware, decide, probe
 from finetune.metrics import timed
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
 
@@ -44,7 +45,7 @@ def check(arguments: Arguments) -> Setup:
     move_aside = results.check_output_dir(
         output_dir,
         overwrite=arguments.run.overwrite_output_dir,
-        resume=bool(arguments.given("resume_from_checkpoint")),
+        resume=arguments.resumes_from() is not None,
     )
     hardware = decide(
         probe(use_cpu=bool(arguments.given("use_cpu"))),
@@ -55,7 +56,10 @@ def check(arguments: Arguments) -> Setup:
     )
     _check_liger(arguments, hardware)
     world_size = int(os.environ["WORLD_SIZE"])
+    reshaping = _keep_the_global_batch(arguments, world_size)
     zero = _resolve_zero(arguments, hardware, world_size)
+    if zero is not None and reshaping:
+        zero.config.setdefault("checkpoint", {})["load_universal"] = True
     checked = model.check(
         arguments.model.model_name_or_path,
         trust_remote_code=arguments.model.trusts_code(),
@@ -65,11 +69,11 @@ def check(arguments: Arguments) -> Setup:
     checkpointing, checkpointing_notes = _checkpointing(arguments, checked)
     building = []
     if zero is not None:
-        extensions = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-        check_extension_locks(extensions)
-        building = build_notes(extensions, use_cpu=hardware.use_cpu)
+        building = build_notes(Path(os.environ["TORCH_EXTENSIONS_DIR"]), use_cpu=hardware.use_cpu)
     notes = (
         *arguments.notes,
+        *_saving_notes(arguments),
+        *reshaping,
         *hardware.notes,
         *(zero.notes if zero else ()),
         *checked.notes,
@@ -78,6 +82,55 @@ def check(arguments: Arguments) -> Setup:
     )
     console.say_notes(notes)
     return Setup(hardware, zero, checked, world_size, move_aside, checkpointing, notes)
+
+
+def _keep_the_global_batch(arguments: Arguments, world_size: int) -> list[str]:
+    """Divide the step of a checkpoint from another number of ranks among these; a line that says how.
+
+    It is read here, before any rank can ask another, because DeepSpeed's config says how large a batch is.
+    """
+    manifest = _checkpoint_of_another_shape(arguments, world_size)
+    if manifest is None:
+        return []
+    groups, rest = divmod(world_size, arguments.batch.sequence_parallel_size)
+    if rest or manifest.step_rows % groups:
+        raise ConfigError(
+            f"--resume_world_size any: a step of {manifest.step_rows} rows cannot be divided among {groups} ranks: "
+            f"start as many as divide {manifest.step_rows}"
+        )
+    share = manifest.step_rows // groups
+    rows = next(rows for rows in range(min(arguments.per_device_batch(), share), 0, -1) if share % rows == 0)
+    arguments.training["gradient_accumulation_steps"] = share // rows
+    if arguments.batch.tokens_per_device_batch is None:
+        arguments.training["per_device_train_batch_size"] = rows
+    return [
+        f"a step stays {manifest.step_rows} rows on {groups} ranks instead of {manifest.world_size}: "
+        f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {share // rows}"
+    ]
+
+
+def _checkpoint_of_another_shape(arguments: Arguments, world_size: int) -> checkpoints.Manifest | None:
+    asked = arguments.resumes_from()
+    if asked is None or arguments.run.resume_world_size != "any":
+        return None
+    folders = [Path(asked).expanduser()]
+    if asked == "auto":
+        output_dir = Path(arguments.training["output_dir"]).expanduser()
+        folders = [checkpoints.checkpoint_folder(output_dir, step) for step in checkpoints.steps_in(output_dir)]
+    newest = next((folder for folder in folders if checkpoints.is_sealed(folder)), None)
+    manifest = checkpoints.read_manifest(newest) if newest else None
+    return manifest if manifest and manifest.world_size != world_size else None
+
+
+def _saving_notes(arguments: Arguments) -> list[str]:
+    if arguments.given("save_strategy") == "no":
+        return []
+    if arguments.given("save_only_model"):
+        return ["--save_only_model True: checkpoints hold no optimizer state, and no run can go on from them"]
+    keep = arguments.given("save_total_limit")
+    if keep and keep > 0 and not arguments.was_given("save_total_limit"):
+        return [f"the newest {keep} checkpoints are kept, older ones are removed: --save_total_limit 0 keeps all"]
+    return []
 
 
 def _check_sampling(arguments: Arguments) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ PEAK_TFLOPS = {
     "RTX 4090": (165, 82.6, 82.6),
     "RTX 3090": (71, 35.6, 35.6),
 }
-STALE_LOCK_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -236,44 +234,3 @@ def _free_port() -> int:
     with socket.socket() as probing:
         probing.bind(("127.0.0.1", 0))
         return probing.getsockname()[1]
-
-
-def check_extension_locks(folder: Path, now: float | None = None) -> None:
-    """Stop at a build lock that nobody holds: torch would wait for it for ever and say nothing.
-
-    torch keeps the lock file open while it builds, so a lock that no process here has open, and that is older than
-    a minute (another host may share the folder), was left behind by a build that was killed.
-
-    Raises:
-        ConfigError: naming the lock, its age and the command that removes it.
-    """
-    now = time.time() if now is None else now
-    for lock in sorted(folder.glob("*/lock")) + sorted(folder.glob("*/*/lock")):
-        try:
-            age = now - lock.stat().st_mtime
-        except FileNotFoundError:  # its build ended meanwhile
-            continue
-        if age > STALE_LOCK_SECONDS and not _is_open_somewhere(lock):
-            raise ConfigError(
-                f"{lock} was left behind {age / 60:.0f} minutes ago by a build that was interrupted, and every run "
-                f"would wait for it for ever: if no other machine is building there, remove it with\n"
-                f"  rm {shlex.quote(str(lock))}"
-            )
-
-
-def build_notes(folder: Path, *, use_cpu: bool) -> list[str]:
-    """A line where DeepSpeed will compile its CPU communication operator first: that takes a silent minute."""
-    if not use_cpu or any(folder.glob("**/deepspeed_shm_comm.so")):
-        return []
-    return [f"DeepSpeed compiles its communication operator first, once, into {folder}: about a minute"]
-
-
-def _is_open_somewhere(path: Path) -> bool:
-    wanted = str(path.resolve())
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(descriptor) == wanted:
-                return True
-        except OSError:  # the process or descriptor is gone, or belongs to another user
-            continue
-    return False

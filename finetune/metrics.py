@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoints import write_durably
+from finetune.errors import StorageError
+
 FIELDS = (
     "step",
     "epoch",
@@ -172,10 +175,39 @@ def peak_memory_bytes() -> int:
 
 
 def append_metrics(path: Path, logs: Mapping[str, Any]) -> None:
-    """Add one line with the fields of `FIELDS` that were logged."""
+    """Add one line with the fields of `FIELDS` that were logged.
+
+    Raises:
+        StorageError: the disk refused.
+    """
     line = {name: _finite(logs[name]) for name in FIELDS if name in logs}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Leave out the lines behind `step`, and one that was not finished: a run that goes on there writes them anew.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            logged = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if logged <= step:
+            kept.append(line + "\n")
+    try:
+        write_durably(path, "".join(kept))
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ run.json            what ran: arguments, resolved DeepSpeed config, versions, wo
 data_ledger.jsonl   every row that was not kept whole, with the reason
 metrics.jsonl       one line per logged step
 trainer_state.json  the Trainer's own record
+checkpoint-N/       what a run can go on from; see `checkpoints`
 adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config.json
 """
 
@@ -18,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoints import write_durably
 from finetune.errors import ConfigError, StorageError
 
 RUN_FILE = "run.json"
@@ -74,13 +76,18 @@ def claim_output_dir(folder: Path, *, move_aside: bool) -> str | None:
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:
-    """Write or update `run.json`: keys given replace those there. The file is replaced whole."""
+    """Write or update `run.json`: keys given replace those there. The file is replaced whole.
+
+    Raises:
+        StorageError: the disk refused.
+    """
     path = folder / RUN_FILE
     known = load_run(folder) if path.exists() else {}
     text = json.dumps(_standard({**known, **facts}), ensure_ascii=False, indent=2, allow_nan=False)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        write_durably(path, text + "\n")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
 
 
 def _standard(value: Any) -> Any:
@@ -105,6 +112,26 @@ def load_run(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder}: holds no {RUN_FILE}: expected the output_dir of a training run") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+
+
+def run_id(folder: Path) -> str | None:
+    """The id of the run in this folder, None where there is none."""
+    return load_run(folder).get("run_id") if (folder / RUN_FILE).is_file() else None
+
+
+def last_checkpoint(folder: Path) -> int | None:
+    """The step of the last checkpoint that the run in this folder has finished; None where it has not finished one."""
+    return load_run(folder).get("last_checkpoint") if (folder / RUN_FILE).is_file() else None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in this folder has come to its end."""
+    return bool((folder / RUN_FILE).is_file() and load_run(folder).get("completed"))
+
+
+def resumptions(folder: Path) -> list[dict[str, Any]]:
+    """How often, and from where, the run in this folder has gone on."""
+    return load_run(folder).get("resumed", []) if (folder / RUN_FILE).is_file() else []
 
 
 def library_versions() -> dict[str, str]:

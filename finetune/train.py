@@ -10,7 +10,7 @@
     deepspeed --hostfile=hostfiles/two_hosts finetune/finetune.py --model_name_or_path M \
         --data_path data/identity.json --output_dir output --deepspeed ds_configs/zero3.json --bf16 True
 
-`main` is the story, one line a stage: parse -> check -> read -> render -> load -> attach -> fit -> seal.
+`main` is the story, one line a stage: parse -> check -> read -> render -> resume -> load -> attach -> fit -> seal.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from typing import Any
 
 from finetune import adapters, console, model, results
 from finetune.arguments import Arguments, parse
+from finetune.building import guard_builds
 from finetune.checking import Setup, check
-from finetune.collation import Collator, pad_token_id
 from finetune.dataset import PreparedData, check_usable
 from finetune.errors import ConfigError, reported
 from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
-from finetune.metrics import loss_curve, model_flops, start_up_seconds, timed
+from finetune.metrics import cut_metrics, loss_curve, model_flops, timed
+from finetune.planning import plan, settle
 from finetune.preparing import prepare_data
+from finetune.ranks import Disk, find_disk, join_processes, leave_processes, on_rank_0, together
 from finetune.rendering import ChatFormat, stop_token_id
-from finetune.sampling import Sampler, Shape
+from finetune.resuming import Resumption, facts_of, find_checkpoint
+from finetune.saving import Lineage, new_run_id
+from finetune.verifying import verify_result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         setup = check(arguments)
         tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data, console.say_note)
         approve(arguments, data)
-        training_arguments = begin(arguments, setup, data)
+        training_arguments, disk = begin(arguments, setup)
+        lineage = resume(arguments, setup, data, disk)
         base = load(arguments, setup, tokenizer, chat_format)
         trained = attach(arguments, setup, base, tokenizer)
         batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
-        trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches)
-        seal(arguments, trainer)
+        trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches, lineage)
+        seal(arguments, setup, trainer)
 
 
 def approve(arguments: Arguments, data: PreparedData) -> None:
@@ -57,12 +62,22 @@ def approve(arguments: Arguments, data: PreparedData) -> None:
 
 
 @timed("processes")
-def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
-    """Start the processes, build `TrainingArguments` (it touches the devices), claim the output folder."""
-    from finetune.trainer import on_rank_0, start_processes
+def begin(arguments: Arguments, setup: Setup) -> tuple[Any, Disk]:
+    """Start the processes, see who shares the output folder, build `TrainingArguments` (it touches the devices)."""
+    from finetune.trainer import build_arguments
 
+    guard_builds(lambda line: print(f"note: {line}", flush=True))
+    join_processes(
+        setup.hardware.backend, uses_deepspeed=setup.zero is not None, timeout=arguments.given("ddp_timeout")
+    )
+    disk = find_disk(_output_dir(arguments))
+    if len(disk.writers) > 1:
+        console.say_note(
+            f"--output_dir is not shared: each of {len(disk.writers)} hosts keeps the checkpoints of its own ranks"
+        )
     values = {
         **arguments.training,
+        "output_dir": str(_output_dir(arguments)),
         "bf16": setup.hardware.precision == "bf16",
         "fp16": setup.hardware.precision == "fp16",
         "tf32": setup.hardware.tf32,
@@ -70,23 +85,54 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> Any:
         "activation_checkpointing": setup.activation_checkpointing,
         "per_device_train_batch_size": arguments.deepspeed_batch(),
         "deepspeed": setup.zero.config if setup.zero else None,
+        "save_on_each_node": len(disk.writers) > 1,
+        "save_total_limit": None,  # transformers would remove by name, before the new one is whole: see `saving`
+        "resume_from_checkpoint": None,
     }
     if setup.hardware.use_cpu:
         values["dataloader_pin_memory"] = False
     # Liger's fused loss would compute logits of its own; norms, rotations and gates are what is wanted of it.
     values.setdefault("liger_kernel_config", {"fused_linear_cross_entropy": False, "cross_entropy": False})
-    training_arguments = start_processes(
-        setup.hardware.backend, values, sequence_parallel_size=arguments.batch.sequence_parallel_size
+    return build_arguments(values, sequence_parallel_size=arguments.batch.sequence_parallel_size), disk
+
+
+def _output_dir(arguments: Arguments) -> Path:
+    return Path(arguments.training["output_dir"]).expanduser()
+
+
+@timed("checkpoint")
+def resume(arguments: Arguments, setup: Setup, data: PreparedData, disk: Disk) -> Lineage:
+    """Find the checkpoint to go on from, if any; then claim the output folder, and write down what runs."""
+    found = find_checkpoint(arguments, setup, data, disk)
+    output_dir = _output_dir(arguments)
+    together(lambda: _claim(output_dir, arguments, setup, data) if disk.is_writer else None)
+    lineage = Lineage(
+        run_id=found.manifest.run_id if found else on_rank_0(new_run_id),
+        facts=facts_of(arguments, setup, data),
+        step_rows=arguments.step_rows(setup.world_size),
+        disk=disk,
+        manifest=found.manifest if found else None,
+        folder=found.folder_to_load(output_dir) if found else None,
     )
-    on_rank_0(lambda: _claim(Path(training_arguments.output_dir), arguments, setup, data))
-    return training_arguments
+    on_rank_0(lambda: _write_down(output_dir, arguments, setup, data, lineage, found))
+    return lineage
 
 
 def _claim(output_dir: Path, arguments: Arguments, setup: Setup, data: PreparedData) -> None:
     moved = results.claim_output_dir(output_dir, move_aside=setup.move_aside)
     console.say_notes([moved] if moved else [])
+
+
+def _write_down(
+    output_dir: Path, arguments: Arguments, setup: Setup, data: PreparedData, lineage: Lineage, found: Resumption | None
+) -> None:
     data.copy_ledger(output_dir / results.LEDGER_FILE)
-    results.write_run(output_dir, _facts(arguments, setup, data))
+    facts = {"run_id": lineage.run_id, **_facts(arguments, setup, data)}
+    if arguments.resumes_from():
+        cut_metrics(output_dir / results.METRICS_FILE, found.manifest.step if found else 0)
+    if found:
+        facts["resumed"] = [*results.resumptions(output_dir), found.facts()]
+    results.write_run(output_dir, facts)
 
 
 def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, Any]:
@@ -149,95 +195,6 @@ def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any
     )
 
 
-@timed("model")
-def settle(
-    arguments: Arguments, setup: Setup, training_arguments: Any, trained: Any, tokenizer: Any, data: PreparedData
-) -> Any:
-    """How conversations become batches: as asked, or as this model can; and which rows are in each."""
-    from finetune import attention
-    from finetune.batches import MicroBatches, column, decide_form
-    from finetune.trainer import first_of_all_ranks, on_rank_0
-
-    asked, ranks_each = arguments.batch, arguments.batch.sequence_parallel_size
-    examples = data.epoch(training_arguments.seed)
-    lengths = column(examples, "length")
-    obstacle = _must_pad(arguments)
-    if asked.batching != "padded" and not obstacle:
-        if setup.zero is None or setup.zero.stage < 3:
-            trained.to(training_arguments.device)
-        obstacle = attention.make_flat(
-            trained,
-            longest=int(lengths.max()),
-            vocab_size=setup.model.config.get_text_config().vocab_size,
-            device=training_arguments.device,
-            shared=ranks_each > 1,
-            agree=first_of_all_ranks,
-        )
-    if obstacle and ranks_each > 1:
-        raise ConfigError(f"--sequence_parallel_size {ranks_each}: ranks can only share flat rows, and {obstacle}")
-    form = decide_form(
-        asked.batching,
-        obstacle=obstacle,
-        full_logits_because=_must_compute_all_logits(arguments, trained),
-        tokens_per_device=asked.tokens_per_device_batch,
-        per_device_batch=arguments.per_device_batch(),
-        model_max_length=arguments.data.model_max_length,
-        longest=int(lengths.max()),
-        strategy=arguments.given("train_sampling_strategy"),
-    )
-    console.say_notes(form.notes)
-    facts = {"batching": form.batching, "selects_logits": form.selects_logits, "notes": [*setup.notes, *form.notes]}
-    on_rank_0(lambda: results.write_run(Path(training_arguments.output_dir), facts))
-    grouped_instead = asked.batching == "packed" and form.batching == "padded"
-    sampler = Sampler(
-        lengths,
-        Shape(
-            per_device_batch=1 if grouped_instead else arguments.per_device_batch(),
-            accumulation=training_arguments.gradient_accumulation_steps,
-            world_size=setup.world_size // ranks_each,
-        ),
-        seed=training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed,
-        batching=form.batching,
-        capacity=form.capacity,
-        order=form.order,
-        drop_last=training_arguments.dataloader_drop_last,
-    )
-    collator = Collator(
-        flat=form.batching != "padded",
-        pad_token_id=pad_token_id(tokenizer),
-        selects_logits=form.selects_logits,
-        weighting=asked.loss_weighting,
-        part=(training_arguments.process_index % ranks_each, ranks_each),
-    )
-    return MicroBatches(
-        examples,
-        sampler,
-        collator,
-        rank=training_arguments.process_index // ranks_each,
-        counts_conversations=asked.loss_weighting == "conversation",
-    )
-
-
-def _must_pad(arguments: Arguments) -> str | None:
-    kind, asked = arguments.adapter.kind(), arguments.model.attn_implementation
-    if kind in ("prefix", "prompt"):
-        return f"{kind} tuning puts its virtual tokens in front of each row"
-    if arguments.given("neftune_noise_alpha") is not None:
-        return "NEFTune scales its noise by the length of a row"
-    if asked is not None and asked != "sdpa" and "flash" not in asked:
-        return f"--attn_implementation {asked} knows no boundaries inside a row"
-    return None
-
-
-def _must_compute_all_logits(arguments: Arguments, trained: Any) -> str | None:
-    kind = arguments.adapter.kind()
-    if kind in ("prefix", "prompt"):
-        return f"{kind} tuning puts its virtual tokens in front of each row"
-    from finetune.attention import selects_logits
-
-    return None if selects_logits(trained) else "this model's code has no logits_to_keep"
-
-
 def fit(
     arguments: Arguments,
     setup: Setup,
@@ -247,12 +204,13 @@ def fit(
     chat_format: ChatFormat,
     data: PreparedData,
     batches: Any,
+    lineage: Lineage,
 ) -> Any:
     """Train; the plan is printed once the number of steps is known."""
     from finetune.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
-        console.say_plan(_plan(arguments, setup, trained, chat_format, data, batches, steps))
+        console.say_plan(plan(arguments, setup, trained, chat_format, data, batches, steps))
 
     try:
         trainer = SupervisedTrainer(
@@ -261,13 +219,15 @@ def fit(
             micro_batches=batches,
             flops=model_flops(trained),
             peak_flops=_peak_flops(setup),
+            lineage=lineage,
+            keep=arguments.given("save_total_limit"),
             processing_class=tokenizer,
             initial_lora=adapters.InitialLora(trained) if _moves_base_weights(arguments) else None,
             on_plan=announce,
         )
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, evaluation without data
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
-    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=str(lineage.folder) if lineage.folder else None)
     return trainer
 
 
@@ -280,69 +240,31 @@ def _peak_flops(setup: Setup) -> float | None:
     return peak_flops(torch.cuda.get_device_name(), setup.hardware.precision, setup.hardware.tf32)
 
 
-def _plan(
-    arguments: Arguments,
-    setup: Setup,
-    trained: Any,
-    chat_format: ChatFormat,
-    data: PreparedData,
-    batches: Any,
-    steps: int,
-) -> console.Plan:
-    trainable, parameters = adapters.count_parameters(trained)
-    from finetune.batches import padding_share
-
-    sampler, collator = batches.sampler, batches.collate
-    return console.Plan(
-        model=arguments.model.model_name_or_path,
-        parameters=parameters,
-        trainable=trainable,
-        adapter=arguments.adapter.kind(),
-        zero_stage=setup.zero.stage if setup.zero else None,
-        offloads=bool(setup.zero and setup.zero.offloads),
-        world_size=setup.world_size,
-        device="CPU, gloo" if setup.hardware.use_cpu else "GPU, nccl",
-        per_device_batch=sampler.shape.per_device_batch,
-        accumulation=sampler.shape.accumulation,
-        data_ranks=sampler.shape.world_size,
-        sharing=arguments.batch.sequence_parallel_size,
-        examples=len(batches),
-        groups=None if sampler.capacity is None else sampler.num_units,
-        group_tokens=sampler.capacity,
-        tokens=int(sampler.lengths.sum()),
-        supervised_share=data.summary.supervised_share,
-        batching=sampler.batching,
-        padding=padding_share(sampler) if sampler.batching == "padded" else 0.0,
-        selects_logits=collator.selects_logits,
-        loss_weighting=collator.weighting,
-        chat_format=chat_format.name,
-        precision=setup.hardware.precision,
-        attention=trained.config._attn_implementation,
-        checkpointing=setup.activation_checkpointing,
-        epochs=steps / sampler.steps_per_epoch,
-        steps=steps,
-        start_up=start_up_seconds(),
-    )
-
-
 def _moves_base_weights(arguments: Arguments) -> bool:
     return arguments.adapter.kind() == "lora" and adapters.moves_base_weights(arguments.adapter.init_lora_weights)
 
 
-def seal(arguments: Arguments, trainer: Any) -> None:
+def seal(arguments: Arguments, setup: Setup, trainer: Any) -> None:
     """Save the result, open it again and check it, write down how the run ended, say what to do next."""
-    from finetune.trainer import on_rank_0
+    trainer.save_result()
+    example = trainer.train_dataset.shortest_example()
+    loss = trainer.loss_of(example)
+    on_rank_0(lambda: _conclude(arguments, setup, trainer, example, loss))
+    leave_processes()
 
-    trainer.save_state()
-    trainer.save_model()
-    on_rank_0(lambda: _conclude(arguments, trainer))
 
-
-def _conclude(arguments: Arguments, trainer: Any) -> None:
+def _conclude(arguments: Arguments, setup: Setup, trainer: Any, example: dict[str, Any], loss: float) -> None:
     output_dir = Path(trainer.args.output_dir)
     is_adapter = arguments.adapter.kind() is not None
-    if is_adapter:
-        adapters.verify_saved(output_dir)
+    seen = verify_result(
+        output_dir,
+        base=arguments.model.model_name_or_path,
+        input_ids=example["input_ids"].tolist(),
+        labels=example["labels"].tolist(),
+        loss=loss,
+        precision=setup.hardware.precision,
+        trust_remote_code=arguments.model.trusts_code(),
+    )
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in logged]
     result = {"steps": trainer.state.global_step}
@@ -354,6 +276,7 @@ def _conclude(arguments: Arguments, trainer: Any) -> None:
         loss_curve([entry["step"] for entry in logged], losses, console.width()),
         {
             "saved": f"{output_dir} ({'adapter' if is_adapter else 'full model'})",
+            "checked": seen,
             "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
             "steps": f"{trainer.state.global_step:,}, each in {output_dir / results.METRICS_FILE}",
             "run": str(output_dir / results.RUN_FILE),

@@ -1,4 +1,4 @@
-"""`SupervisedTrainer` and its callbacks.
+"""`SupervisedTrainer`.
 
 The stock Trainer with batches of our own sampler, a loss that is a mean over the whole step whatever the cluster's
 shape, token rates, metrics and whole adapters.
@@ -9,41 +9,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from accelerate.utils import DeepSpeedSchedulerWrapper
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.adapters import InitialLora, whole_virtual_tokens
 from finetune.batches import MicroBatches, MicroBatchLoader, Totals
+from finetune.callbacks import Beginning, MetricsFile, Progress
+from finetune.checkpoints import Manifest, remove_universal
 from finetune.collation import LOSS_KEYS
-from finetune.console import is_rank_0, is_terminal, say
-from finetune.errors import ConfigError, FinetuneError, NumericsError
-from finetune.hardware import resume_collection
+from finetune.console import is_rank_0
+from finetune.errors import ConfigError, NumericsError
 from finetune.losses import supervised_loss
-from finetune.metrics import ModelFlops, StepMeter, append_metrics, peak_memory_bytes
-from finetune.results import METRICS_FILE
+from finetune.metrics import ModelFlops, StepMeter, peak_memory_bytes
+from finetune.ranks import Disk, gathered
+from finetune.results import METRICS_FILE, library_versions, write_run
+from finetune.saving import Lineage, Saver, now, recording_engine, trained_shapes
 
 
-def start_processes(backend: str, values: dict[str, Any], *, sequence_parallel_size: int = 1) -> TrainingArguments:
-    """Join this process to the run and build its `TrainingArguments` from plain values.
-
-    DeepSpeed's process group comes first: built before it on a CPU, `TrainingArguments` starts torch's group alone,
-    and under ZeRO-3 the model is then partitioned for a world of one.
+def build_arguments(values: dict[str, Any], *, sequence_parallel_size: int = 1) -> TrainingArguments:
+    """`TrainingArguments` from plain values.
 
     Raises:
         ConfigError: a value that transformers refuses.
     """
-    if values.get("deepspeed"):
-        import deepspeed
-
-        if not dist.is_initialized():
-            timeout = timedelta(seconds=values.get("ddp_timeout", TrainingArguments.ddp_timeout))
-            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     if sequence_parallel_size > 1:
         values = {**values, "parallelism_config": _sequence_parallelism(sequence_parallel_size)}
     try:
@@ -58,39 +54,14 @@ def _sequence_parallelism(size: int) -> Any:
     return ParallelismConfig(sp_backend="deepspeed", sp_size=size)
 
 
-def on_rank_0(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 while the others wait; what it raises is raised by every rank.
-
-    Raises:
-        FinetuneError: as `action` did on rank 0.
-    """
-    failure: list[FinetuneError | None] = [None]
-    if is_rank_0():
-        try:
-            action()
-        except FinetuneError as error:
-            failure = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
-
-
-def first_of_all_ranks(reason: str | None) -> str | None:
-    """What the lowest rank that has a reason says, on every rank; None when none has one."""
-    if not dist.is_initialized():
-        return reason
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    return next((one for one in reasons if one is not None), None)
-
-
 class SupervisedTrainer(Trainer):
     """The stock Trainer, but for where batches come from and what the loss is.
 
     Args:
         micro_batches: of this rank.
         flops: what the model costs, and `peak_flops` what one device can do in a second (None: unknown).
+        lineage: which run this is, and from which checkpoint it goes on.
+        keep: how many checkpoints stay; None or 0: all.
         initial_lora: the LoRA matrices as PiSSA left them, when that is how they were initialised.
         on_plan: called by every rank with the number of steps before the first one.
     """
@@ -101,6 +72,8 @@ class SupervisedTrainer(Trainer):
         micro_batches: MicroBatches,
         flops: ModelFlops,
         peak_flops: float | None,
+        lineage: Lineage,
+        keep: int | None,
         initial_lora: InitialLora | None = None,
         on_plan: Callable[[int], None],
         **kwargs: Any,
@@ -113,12 +86,19 @@ class SupervisedTrainer(Trainer):
         if self.sharing_ranks > 1:
             self._share_rows()
         self.gradient_was_lost = False
+        self.group_settings: list[dict[str, Any]] = []
+        self.lineage = lineage
+        self.trained = trained_shapes(self.model)
+        lineage.check_trained(self.trained)
+        self.saver = Saver(
+            Path(self.args.output_dir), lineage.disk, keep, self._checkpoint_bytes(lineage.disk), self._manifest
+        )
         self.meter = StepMeter()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_Beginning(self.meter, on_plan))
-        self.add_callback(_MetricsFile(Path(self.args.output_dir) / METRICS_FILE))
-        self.add_callback(_Progress())
+        self.add_callback(Beginning(self._begin, on_plan))
+        self.add_callback(MetricsFile(Path(self.args.output_dir) / METRICS_FILE))
+        self.add_callback(Progress())
 
     def _share_rows(self) -> None:
         """Groups of ranks share each row: Ulysses exchanges its tokens for attention heads around our own attention.
@@ -145,6 +125,15 @@ class SupervisedTrainer(Trainer):
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         divides_by_all = plugin is not None and plugin.zero_stage == 3
         return self.args.world_size // (1 if divides_by_all else self.sharing_ranks)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; what each group of parameters is to have is remembered for `_begin`."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.group_settings = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in getattr(optimizer, "param_groups", ())  # DeepSpeed makes its own where its JSON names one
+        ]
+        return optimizer
 
     def get_train_dataloader(self) -> MicroBatchLoader:
         """This rank's micro-batches; nothing is left to shard, to repeat or to gather."""
@@ -228,65 +217,138 @@ class SupervisedTrainer(Trainer):
         self.meter.restart()
         return {**rates, "peak_memory_bytes": peak.item()}
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        began = time.perf_counter()
-        super()._save_checkpoint(*args, **kwargs)
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save, seal, and only then remove an older checkpoint.
+
+        Raises:
+            StorageError: on every rank; what was written is removed, older checkpoints are untouched.
+        """
+        began, step = time.perf_counter(), self.state.global_step
+        folder = self.saver.begin(step, self.lineage.run_id)
+        if self.is_deepspeed_enabled:
+            self._guard_files_of(self.model_wrapped)
+        with self.saver.recording(folder):
+            super()._save_checkpoint(model, trial)
+        best = self.state.best_global_step
+        self.saver.seal(folder, step, keep_also=() if best is None else (best,))
+        if is_rank_0():
+            write_run(Path(self.args.output_dir), {"last_checkpoint": step})
         self.meter.since += time.perf_counter() - began  # saving is not part of a step's seconds
 
+    def _guard_files_of(self, engine: Any) -> None:
+        """DeepSpeed's files go through the `Saver`, and no scripts are left beside them: a checkpoint is not code."""
+        engine.checkpoint_engine = recording_engine(self.saver)
+        engine._copy_recovery_script = lambda folder: None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As transformers does, but that the tag DeepSpeed looks for is written on each disk."""
+        if not self.is_deepspeed_enabled:
+            with self.saver.recording(Path(output_dir)):
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        tag = f"global_step{self.model_wrapped.global_steps}"
+        self.model_wrapped.save_checkpoint(
+            output_dir, tag=tag, save_latest=False, exclude_frozen_parameters=hasattr(self.model, "peft_config")
+        )
+        with self.saver.recording(Path(output_dir)):
+            if self.args.should_save:
+                Path(output_dir, "latest").write_text(tag, encoding="utf-8")
+                if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+                    torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        self.saver.claim(Path(output_dir, name))
+        with self.saver.recording(Path(output_dir, name)):
+            super()._save_rng_state(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with whole_virtual_tokens(self.model):
-            super()._save(output_dir, state_dict)
-        if self.initial_lora is not None and self.args.should_save:
-            self.initial_lora.rewrite(Path(output_dir or self.args.output_dir))
+        """The model and its tokenizer; no `training_args.bin`: it is a pickle, and run.json says what ran."""
+        folder = Path(output_dir or self.args.output_dir)
+        with whole_virtual_tokens(self.model, saves=self.args.should_save), self.saver.recording(folder):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.model.save_pretrained(folder, state_dict=state_dict)
+                self.processing_class.save_pretrained(folder)
+                if self.initial_lora is not None:
+                    self.initial_lora.rewrite(folder)
 
+    def save_result(self) -> None:
+        """The trained model and the Trainer's state in `output_dir`; all ranks.
 
-class _Beginning(TrainerCallback):
-    """Announces the plan once the number of steps is known, and starts the clock."""
+        Raises:
+            StorageError: on every rank; what was written is removed.
+        """
+        with self.saver.saving_result():
+            self.save_model()
+            with self.saver.recording(Path(self.args.output_dir)):
+                self.save_state()
 
-    def __init__(self, meter: StepMeter, on_plan: Callable[[int], None]) -> None:
-        self.meter = meter
-        self.on_plan = on_plan
+    def _manifest(self, step: int) -> Manifest:
+        epoch, place = self.train_dataset.sampler.position(step)
+        return Manifest(
+            run_id=self.lineage.run_id,
+            step=step,
+            world_size=self.args.world_size,
+            step_rows=self.lineage.step_rows,
+            position={"epoch": epoch, "step": place},
+            last_logged=self._globalstep_last_logged,
+            loss_since_log=gathered(float(self._tr_loss)),
+            facts=self.lineage.facts,
+            trained=self.trained,
+            versions=library_versions(),
+            hosts=1,
+            written=now(),
+            is_resumable=not self.args.save_only_model,
+        )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_plan(state.max_steps)
-        resume_collection()
+    def _checkpoint_bytes(self, disk: Disk) -> int:
+        """About what a checkpoint takes on this disk: the model twice (transformers' and DeepSpeed's), and for each
+        trained parameter a master copy and two moments in float32."""
+        share = len(disk.ranks) / self.args.world_size
+        trained = sum(math.prod(shape) for shape in self.trained.values())
+        parameters = [
+            one for one in self.model.parameters() if one.requires_grad or not hasattr(self.model, "peft_config")
+        ]
+        saved = sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in parameters)
+        return int(saved * (1 + share) + (0 if self.args.save_only_model else 12 * trained * share))
+
+    def _begin(self) -> None:
+        """What was added up between the last logged step and the checkpoint belongs to the next line that is logged."""
+        if self.saver.disk.is_writer:
+            remove_universal(self.saver.output_dir)
+        manifest = self.lineage.manifest
+        if manifest is not None and manifest.world_size == self.args.world_size:
+            self._tr_loss += manifest.loss_since_log[self.args.process_index]
+            self._globalstep_last_logged = manifest.last_logged
+        elif manifest is not None and self.is_deepspeed_enabled:
+            self._mend_reshaped_optimizer()
         self.meter.restart()
 
+    def _mend_reshaped_optimizer(self) -> None:
+        """Undo what DeepSpeed (0.19.8) does wrong when stage 3 loads the universal form: all groups share one counter
+        of steps, which each of them then advances, and the first group's weight decay goes to all."""
+        optimizer = getattr(self.model_wrapped.optimizer, "optimizer", self.model_wrapped.optimizer)
+        for state in optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+        for group, settings in zip(optimizer.param_groups, self.group_settings, strict=False):
+            group.update(settings)
 
-class _MetricsFile(TrainerCallback):
-    """Writes `metrics.jsonl`, one line per logged step."""
+    def loss_of(self, example: dict[str, Any]) -> float:
+        """The mean loss over the learned tokens of one example, without dropout; all ranks.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            append_metrics(self.path, {"step": state.global_step, **logs})
-
-
-class _Progress(ProgressCallback):
-    """A bar with loss and learned tokens per second; one line per logged step where there is no terminal."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if is_terminal():
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        if not is_rank_0() or not logs or "loss" not in logs:
-            return
-        rate = f"{logs['supervised_tokens_per_second']:.0f}"
-        if self.training_bar is not None:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {rate} learned tokens/s")
-        else:
-            say(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"lr {logs['learning_rate']:.3g}  {rate} learned tokens/s"
+        Each rank computes the whole example: Ulysses shares rows among ranks in training only.
+        """
+        collate = replace(self.train_dataset.collate, part=(0, 1))
+        batch = self._prepare_inputs(collate([example]))
+        targets, positions, _ = (batch.pop(name, None) for name in LOSS_KEYS)
+        self.model.eval()
+        with torch.no_grad():
+            loss = supervised_loss(
+                self.model_wrapped(**batch).logits,
+                targets,
+                scale=1 / len(targets),
+                target_positions=None if "logits_to_keep" in batch else positions,
             )
+        return float(loss)

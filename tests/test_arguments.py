@@ -55,7 +55,7 @@ def test_the_published_command_parses():
     assert arguments.adapter.kind() is None
     assert arguments.training == {
         "remove_unused_columns": False, "log_level_replica": "error", "logging_nan_inf_filter": False,
-        "output_dir": "output", "num_train_epochs": 4.0,
+        "save_total_limit": 2, "output_dir": "output", "num_train_epochs": 4.0,
         "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "save_strategy": "epoch",
         "learning_rate": 2e-5, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.98,
         "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "weight_decay": 1e-4, "warmup_steps": 0.0, "logging_steps": 1.0,

@@ -87,15 +87,3 @@ def test_flat_padded_packed_and_budgeted_batches_learn_the_same(train):
 def test_without_deepspeed_the_steps_are_the_same(train):
     plain = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
     assert_same(train("zero", 2, *plain, "--deepspeed", "zero2"), train("plain", 2, *plain), steps=4)
-
-
-@pytest.mark.parametrize("form", [(), ("--batching", "packed", "--model_max_length", "128")], ids=["flat", "packed"])
-def test_a_resumed_run_goes_on_with_the_rows_that_come_next(train, tmp_path, form):
-    """From inside an epoch, under accumulation."""
-    flags = (*shape(1, 2, "zero2"), *form, "--num_train_epochs", "3", "--save_strategy", "steps", "--save_steps", "5")
-    whole, weights = train("run", 2, *flags)
-    assert len(whole) > 5
-    again = ("--resume_from_checkpoint", str(tmp_path / "run/checkpoint-5"))
-    resumed, resumed_weights = train("run", 2, *flags, *again)
-    assert [entry["step"] for entry in resumed] == [entry["step"] for entry in [*whole, *whole[5:]]]
-    assert_same((whole[5:], weights), (resumed[len(whole) :], resumed_weights), steps=len(whole) - 5)

@@ -26,7 +26,7 @@ def named(tiny_model, conversation_file, tmp_path):
     return ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output]
 
 
-def test_a_stale_build_lock_is_named_instead_of_waited_for(named, tmp_path, monkeypatch):
+def test_a_stale_build_lock_is_named_and_removed_instead_of_waited_for(named, tmp_path, monkeypatch):
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -34,13 +34,12 @@ def test_a_stale_build_lock_is_named_instead_of_waited_for(named, tmp_path, monk
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     began = time.monotonic()
 
-    done = launch("--num_gpus", "2", "finetune/finetune.py", *named, "--deepspeed", "zero2")
+    done = launch("--num_gpus", "2", "finetune/finetune.py", *named, "--deepspeed", "zero2", "--max_steps", "1")
 
-    assert done.returncode == 2
-    assert time.monotonic() - began < 60
-    assert (done.stdout + done.stderr).count("error: ") == 1
-    assert f"{lock} was left behind 10 minutes ago" in done.stderr and f"rm {lock}" in done.stderr
-    assert lock.exists()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began < 150  # with a build of a minute
+    assert done.stdout.count(f"note: {lock} was left behind by a build that was interrupted: removed") == 1
+    assert not lock.exists()
 
 
 def test_an_output_folder_that_cannot_be_made_is_a_storage_error(named):

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.hardware import Gpu, Probe, build_notes, check_extension_locks, decide, prepare_environment, probe
+from finetune.hardware import Gpu, Probe, decide, prepare_environment, probe
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0))
 A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
@@ -161,66 +159,3 @@ def test_the_environment_of_a_launcher_and_of_the_user_is_kept(monkeypatch):
     prepare_environment()
 
     assert os.environ == given
-
-
-def _lock(folder: Path, name: str, minutes_old: float) -> Path:
-    lock = folder / name / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    then = time.time() - 60 * minutes_old
-    os.utime(lock, (then, then))
-    return lock
-
-
-@pytest.mark.parametrize("place", ["cpu_adam", "py311_cpu/cpu_adam", "some one's/cpu_adam"])
-def test_a_stale_lock_is_named_with_its_age_and_the_command_that_removes_it(place, tmp_path):
-    lock = _lock(tmp_path, place, minutes_old=10)
-
-    with pytest.raises(ConfigError) as raised:
-        check_extension_locks(tmp_path)
-
-    assert str(lock) in str(raised.value)
-    assert "10 minutes ago" in str(raised.value)
-    subprocess.run(["sh", "-c", str(raised.value).splitlines()[-1]], check=True)
-    assert not lock.exists()
-    check_extension_locks(tmp_path)
-
-
-def test_a_fresh_lock_is_left_to_its_builder(tmp_path):
-    lock = _lock(tmp_path, "cpu_adam", minutes_old=0)
-
-    check_extension_locks(tmp_path)
-
-    assert lock.exists()
-    with pytest.raises(ConfigError):
-        check_extension_locks(tmp_path, now=time.time() + 600)
-
-
-def test_an_old_lock_that_a_process_holds_open_is_no_fault(tmp_path):
-    lock = _lock(tmp_path, "cpu_adam", minutes_old=30)
-    hold = "import sys; held = open(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        check_extension_locks(tmp_path)
-        holder.stdin.close()
-        holder.wait(timeout=30)
-
-    with pytest.raises(ConfigError, match="interrupted"):
-        check_extension_locks(tmp_path)
-
-
-def test_a_folder_without_operators_has_no_locks(tmp_path):
-    check_extension_locks(tmp_path)
-    check_extension_locks(tmp_path / "missing")
-
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_build_that_takes_a_minute_is_announced(tmp_path):
-    assert "about a minute" in build_notes(tmp_path, use_cpu=True)[0]
-    assert build_notes(tmp_path, use_cpu=False) == []
-    (tmp_path / "deepspeed_shm_comm").mkdir()
-    (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
-    assert build_notes(tmp_path, use_cpu=True) == []

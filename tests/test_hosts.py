@@ -118,3 +118,44 @@ def test_a_bad_flag_ends_both_hosts_with_its_status_and_says_why(
     assert "Traceback" not in said
     assert left_behind(nodes) == []
     assert not (tmp_path / "output").exists()
+
+
+def test_without_a_shared_disk_each_host_keeps_its_part_and_says_what_it_lacks(
+    nodes, launch, tmp_path, tiny_model, conversation_file
+):
+    private = tmp_path / "private"
+    private.mkdir()
+
+    def on(node: hosts.Host, *words: object) -> str:
+        done = subprocess.run(node.command(words, Path("/")), capture_output=True, text=True, timeout=LIMIT_SECONDS)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for node in nodes:
+        on(node, "mount", "-t", "tmpfs", "tmpfs", private)
+    output = private / "output"
+    named = ("--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output)
+    flags = (*named, *SHORT, "--deepspeed", "zero3", "--save_strategy", "steps", "--save_steps", "2")
+    weights = (nodes[0], "sha256sum", output / "model.safetensors")
+    done = launch(*flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "each of 2 hosts keeps the checkpoints of its own ranks" in done.stdout
+    whole = on(*weights)
+    for rank, node in enumerate(nodes):
+        files = set(on(node, "find", output / "checkpoint-4", "-type", "f", "-printf", "%f\n").split())
+        assert {"manifest.json", "latest", f"rng_state_{rank}.pth"} <= files
+        assert f"rng_state_{1 - rank}.pth" not in files
+
+    done = launch(*flags, "--resume_from_checkpoint", output / "checkpoint-4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from" in done.stdout and on(*weights) == whole
+
+    (shard,) = on(nodes[1], "find", output / "checkpoint-4", "-name", "*optim_states.pt").split()
+    on(nodes[1], "rm", shard)
+    done = launch(*flags, "--resume_from_checkpoint", output / "checkpoint-4")
+    said = done.stdout + done.stderr
+    assert done.returncode == 4, said
+    assert f"{shard} is missing (on node1)" in said and "Traceback" not in said
+    assert left_behind(nodes) == []
+    for node in nodes:
+        on(node, "umount", private)

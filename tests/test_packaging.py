@@ -10,7 +10,9 @@ import zipfile
 
 from conftest import ROOT
 
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".models", "tests", "output", "build", "*.egg-info", "__pycache__")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".venvs", ".models", "tests", "output", "build", "*.egg-info", "__pycache__"
+)
 
 
 def test_the_wheel_carries_configs_and_data(tmp_path):

@@ -45,7 +45,8 @@ def test_the_published_command_runs_verbatim_on_two_ranks(tiny_model, conversati
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
-    assert len(list(output.glob("checkpoint-*"))) == 4
+    assert sorted(one.name for one in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert "note: the newest 2 checkpoints are kept" in done.stdout
     assert "note: --tf32 is off" in done.stdout
     assert done.stdout.count("\nPlan\n") == 1
     assert "stage 3" in done.stdout and "16 per device x 1 accumulated x 2 ranks = 32 examples" in done.stdout

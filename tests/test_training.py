@@ -18,6 +18,7 @@ SHORT = (
     "--logging_steps 1 --save_strategy no"
 ).split()
 LORA = ("--use_lora", "True", "--lora_dropout", "0")
+SAVING = ("--save_strategy", "steps", "--save_steps", "2")  # between steps that all ranks must go on to make
 
 
 @pytest.fixture
@@ -98,8 +99,8 @@ def test_a_full_model_loads_with_plain_transformers(train, tiny_model):
         ("dora", (*LORA, "--use_dora", "True", "--deepspeed", "zero3")),
         ("rslora", (*LORA, "--use_rslora", "True", "--lora_r", "4", "--lora_alpha", "8", "--deepspeed", "zero2")),
         ("head", (*LORA, "--modules_to_save", "lm_head", "--deepspeed", "zero3")),
-        ("prefix", ("--adapter", "prefix", "--num_virtual_tokens", "3", "--deepspeed", "zero3")),
-        ("prompt", ("--adapter", "prompt", "--num_virtual_tokens", "3", "--deepspeed", "zero3")),
+        ("prefix", ("--adapter", "prefix", "--num_virtual_tokens", "3", "--deepspeed", "zero3", *SAVING)),
+        ("prompt", ("--adapter", "prompt", "--num_virtual_tokens", "3", "--deepspeed", "zero3", *SAVING)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

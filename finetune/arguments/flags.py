@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from finetune.arguments.training import training_flags
@@ -106,6 +106,10 @@ class RunArguments:
 
     config: str | None = _flag(None, "YAML or JSON file with flags (a run.json repeats its run); the command line wins")
     overwrite_output_dir: bool = _flag(False, "move an earlier run in output_dir aside; nothing is deleted")
+    allow_inexact_resume: bool = _flag(False, "go on from a checkpoint although the numbers will differ; recorded")
+    resume_world_size: Literal["same", "any"] = _flag(
+        "same", "any: go on from a checkpoint on another number of ranks, with the same global batch"
+    )
 
 
 @dataclass
@@ -140,6 +144,31 @@ class Arguments:
         """A training flag as given, else transformers' default."""
         return self.training.get(name, training_flags()[name].default)
 
+    def was_given(self, name: str) -> bool:
+        """Whether the user gave this training flag, or it has another value than ours."""
+        return name in self.training and self.training[name] != TRAINING_DEFAULTS.get(name)
+
+    def default(self, name: str) -> Any:
+        """What a flag is when it is not given, by its name without dashes; None for an unknown one."""
+        for group in GROUPS:
+            for one in fields(group):
+                if one.name == name:
+                    return one.default_factory() if one.default is MISSING else one.default
+        flag = training_flags().get(name)
+        return TRAINING_DEFAULTS.get(name, flag.default if flag else None)
+
+    def resumes_from(self) -> str | None:
+        """`auto`, the folder of a checkpoint, or None."""
+        asked = self.given("resume_from_checkpoint")
+        if asked is None or str(asked).lower() in ("", "false", "no", "none"):
+            return None
+        return "auto" if str(asked).lower() in ("auto", "true", "yes") else str(asked)
+
+    def step_rows(self, world_size: int) -> int:
+        """Rows, or groups that fill a token budget, of a full optimizer step over all ranks."""
+        groups = world_size // self.batch.sequence_parallel_size
+        return self.per_device_batch() * self.given("gradient_accumulation_steps") * groups
+
     def per_device_batch(self) -> int:
         """Rows of a micro-batch; under a token budget 1, the one group of rows that fills it."""
         return self.given("per_device_train_batch_size") if self.batch.tokens_per_device_batch is None else 1
@@ -153,4 +182,10 @@ SECRETS = ("hub_token",)  # never written to run.json
 GROUPS = (ModelArguments, DataArguments, BatchArguments, AdapterArguments, RunArguments)
 # The collator makes exactly the columns that are needed; what libraries warn about is said by rank 0 alone; a loss that
 # is not finite ends the run when it is logged: a look at every micro-batch would make the host wait for the GPU.
-TRAINING_DEFAULTS = {"remove_unused_columns": False, "log_level_replica": "error", "logging_nan_inf_filter": False}
+# Two checkpoints: of an 8B model each takes about 100 GB.
+TRAINING_DEFAULTS = {
+    "remove_unused_columns": False,
+    "log_level_replica": "error",
+    "logging_nan_inf_filter": False,
+    "save_total_limit": 2,
+}

@@ -77,8 +77,15 @@ class PreparedData:
         return self.examples.select(chosen)
 
     def copy_ledger(self, path: Path) -> None:
-        """The ledger: one JSON line per row that was not kept whole and as it stood."""
-        shutil.copyfile(self.folder / store.LEDGER_FILE, path)
+        """The ledger: one JSON line per row that was not kept whole and as it stood.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            shutil.copyfile(self.folder / store.LEDGER_FILE, path)
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}") from None
 
 
 def prepare(

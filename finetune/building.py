@@ -1,0 +1,72 @@
+"""Operators that DeepSpeed compiles: one process of a host builds, the others wait, and none waits for a dead one.
+
+torch guards a folder of extensions by the mere existence of a file `lock` (torch/utils/file_baton.py): a process that
+is killed while it builds, or while it looks whether there is something to build, leaves the file behind, and every
+later run waits for it for ever, silently. Here a lock of the operating system, which ends with its process, says who
+builds; torch's file is still written, for tools that know nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def guard_builds(say: Callable[[str], None]) -> None:
+    """From now on torch asks our lock first; what it finds left behind it removes, and says so with `say`."""
+    from filelock import FileLock, Timeout
+    from torch.utils import cpp_extension
+    from torch.utils.file_baton import FileBaton
+
+    class Baton(FileBaton):
+        """torch's, behind a lock that dies with its process."""
+
+        def try_acquire(self) -> bool:
+            """Whether this process is the one to build."""
+            self.held = FileLock(f"{self.lock_file_path}.held")
+            try:
+                self.held.acquire(timeout=0)
+            except Timeout:
+                return False
+            lock = Path(self.lock_file_path)
+            while lock.exists() and _is_open_somewhere(lock):  # another tool builds here
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            if lock.exists():
+                say(f"{lock} was left behind by a build that was interrupted: removed")
+                lock.unlink(missing_ok=True)
+            return bool(super().try_acquire())
+
+        def wait(self) -> None:
+            """Until the process that builds is done, or dead."""
+            with self.held:
+                pass
+
+        def release(self) -> None:
+            """Let the others go on."""
+            super().release()
+            self.held.release()
+
+    cpp_extension.FileBaton = Baton
+
+
+def build_notes(folder: Path, *, use_cpu: bool) -> list[str]:
+    """A line where DeepSpeed will compile its CPU communication operator first: that takes a silent minute."""
+    if not use_cpu or any(folder.glob("**/deepspeed_shm_comm.so")):
+        return []
+    return [f"DeepSpeed compiles its communication operator first, once, into {folder}: about a minute"]
+
+
+def _is_open_somewhere(path: Path) -> bool:
+    """Whether a process of this host has the file open, as torch does while it builds."""
+    wanted = str(path.resolve())
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(descriptor) == wanted:
+                return True
+        except OSError:  # the process or descriptor is gone, or belongs to another user
+            continue
+    return False

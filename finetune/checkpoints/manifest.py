@@ -1,0 +1,137 @@
+"""`manifest.json`: what a checkpoint is and every file of it; a folder without one is not a checkpoint.
+
+    checkpoint-N/saving.json     written first: a save is under way, or the folder is being deleted
+    checkpoint-N/...             the files
+    checkpoint-N/manifest.json   written last, durably, once every rank's files are
+
+Between the two a folder is ours to remove. Nothing is renamed over anything: ranks on other hosts may have the folder
+open while one of them finishes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+SAVING_FILE = "saving.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file: bytes, xxh3-128 in hexadecimal, and the rank that wrote it."""
+
+    size: int
+    xxh3_128: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a checkpoint.
+
+    Attributes:
+        run_id: of the run and of every run that went on from it.
+        step: optimizer steps done.
+        world_size: ranks that wrote it; `step_rows` is what a full step holds over all of them, rows or groups.
+        position: where the sampler goes on: {"epoch": e, "step": s}, both counted from 0.
+        loss_since_log: [ranks], what each rank has added up since step `last_logged`.
+        facts: what must be the same for a resumed run to be the uninterrupted one.
+        trained: names and whole shapes of all trained parameters.
+        hosts: hosts that keep files of their own; 1 where all share a file system.
+        files: by path relative to the folder, of this host.
+    """
+
+    run_id: str
+    step: int
+    world_size: int
+    step_rows: int
+    position: dict[str, int]
+    last_logged: int
+    loss_since_log: list[float]
+    facts: dict[str, Any]
+    trained: dict[str, list[int]]
+    versions: dict[str, str]
+    hosts: int
+    written: str
+    is_resumable: bool = True
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(one.size for one in self.files.values())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is not one that this version reads.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: its save was not finished, or it was made by another tool") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    found = values.pop("format", None) if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
+    try:
+        files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
+        manifest = Manifest(**values, files=files)
+        _check_types(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a manifest: {error}") from None
+    return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    wanted = {"run_id": str, "step": int, "world_size": int, "step_rows": int, "facts": dict, "loss_since_log": list}
+    for name, kind in wanted.items():
+        if not isinstance(getattr(manifest, name), kind):
+            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+    for name, record in manifest.files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name} lies outside")
+        if not isinstance(record.size, int) or not isinstance(record.xxh3_128, str):
+            raise ValueError(f"{name} has no size or checksum")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Seal a checkpoint: whole on the disk, then visible, and only then is the mark of a save taken away."""
+    write_durably(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
+    (folder / SAVING_FILE).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file whole: after a crash it holds the old text or the new, never a part."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(descriptor)

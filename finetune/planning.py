@@ -1,0 +1,150 @@
+"""How conversations become batches in this run, and the plan that says so before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finetune import adapters, console, results
+from finetune.arguments import Arguments
+from finetune.checking import Setup
+from finetune.collation import Collator, pad_token_id
+from finetune.dataset import PreparedData
+from finetune.errors import ConfigError
+from finetune.metrics import start_up_seconds, timed
+from finetune.ranks import first_of_all_ranks, on_rank_0
+from finetune.rendering import ChatFormat
+from finetune.sampling import Sampler, Shape
+
+
+@timed("model")
+def settle(
+    arguments: Arguments, setup: Setup, training_arguments: Any, trained: Any, tokenizer: Any, data: PreparedData
+) -> Any:
+    """How conversations become batches: as asked, or as this model can; and which rows are in each."""
+    from finetune import attention
+    from finetune.batches import MicroBatches, column, decide_form
+
+    asked, ranks_each = arguments.batch, arguments.batch.sequence_parallel_size
+    examples = data.epoch(training_arguments.seed)
+    lengths = column(examples, "length")
+    obstacle = _must_pad(arguments)
+    if asked.batching != "padded" and not obstacle:
+        if setup.zero is None or setup.zero.stage < 3:
+            trained.to(training_arguments.device)
+        obstacle = attention.make_flat(
+            trained,
+            longest=int(lengths.max()),
+            vocab_size=setup.model.config.get_text_config().vocab_size,
+            device=training_arguments.device,
+            shared=ranks_each > 1,
+            agree=first_of_all_ranks,
+        )
+    if obstacle and ranks_each > 1:
+        raise ConfigError(f"--sequence_parallel_size {ranks_each}: ranks can only share flat rows, and {obstacle}")
+    form = decide_form(
+        asked.batching,
+        obstacle=obstacle,
+        full_logits_because=_must_compute_all_logits(arguments, trained),
+        tokens_per_device=asked.tokens_per_device_batch,
+        per_device_batch=arguments.per_device_batch(),
+        model_max_length=arguments.data.model_max_length,
+        longest=int(lengths.max()),
+        strategy=arguments.given("train_sampling_strategy"),
+    )
+    console.say_notes(form.notes)
+    facts = {"batching": form.batching, "selects_logits": form.selects_logits, "notes": [*setup.notes, *form.notes]}
+    on_rank_0(lambda: results.write_run(Path(training_arguments.output_dir), facts))
+    grouped_instead = asked.batching == "packed" and form.batching == "padded"
+    sampler = Sampler(
+        lengths,
+        Shape(
+            per_device_batch=1 if grouped_instead else arguments.per_device_batch(),
+            accumulation=training_arguments.gradient_accumulation_steps,
+            world_size=setup.world_size // ranks_each,
+        ),
+        seed=training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed,
+        batching=form.batching,
+        capacity=form.capacity,
+        order=form.order,
+        drop_last=training_arguments.dataloader_drop_last,
+    )
+    collator = Collator(
+        flat=form.batching != "padded",
+        pad_token_id=pad_token_id(tokenizer),
+        selects_logits=form.selects_logits,
+        weighting=asked.loss_weighting,
+        part=(training_arguments.process_index % ranks_each, ranks_each),
+    )
+    return MicroBatches(
+        examples,
+        sampler,
+        collator,
+        rank=training_arguments.process_index // ranks_each,
+        counts_conversations=asked.loss_weighting == "conversation",
+    )
+
+
+def _must_pad(arguments: Arguments) -> str | None:
+    kind, asked = arguments.adapter.kind(), arguments.model.attn_implementation
+    if kind in ("prefix", "prompt"):
+        return f"{kind} tuning puts its virtual tokens in front of each row"
+    if arguments.given("neftune_noise_alpha") is not None:
+        return "NEFTune scales its noise by the length of a row"
+    if asked is not None and asked != "sdpa" and "flash" not in asked:
+        return f"--attn_implementation {asked} knows no boundaries inside a row"
+    return None
+
+
+def _must_compute_all_logits(arguments: Arguments, trained: Any) -> str | None:
+    kind = arguments.adapter.kind()
+    if kind in ("prefix", "prompt"):
+        return f"{kind} tuning puts its virtual tokens in front of each row"
+    from finetune.attention import selects_logits
+
+    return None if selects_logits(trained) else "this model's code has no logits_to_keep"
+
+
+def plan(
+    arguments: Arguments,
+    setup: Setup,
+    trained: Any,
+    chat_format: ChatFormat,
+    data: PreparedData,
+    batches: Any,
+    steps: int,
+) -> console.Plan:
+    trainable, parameters = adapters.count_parameters(trained)
+    from finetune.batches import padding_share
+
+    sampler, collator = batches.sampler, batches.collate
+    return console.Plan(
+        model=arguments.model.model_name_or_path,
+        parameters=parameters,
+        trainable=trainable,
+        adapter=arguments.adapter.kind(),
+        zero_stage=setup.zero.stage if setup.zero else None,
+        offloads=bool(setup.zero and setup.zero.offloads),
+        world_size=setup.world_size,
+        device="CPU, gloo" if setup.hardware.use_cpu else "GPU, nccl",
+        per_device_batch=sampler.shape.per_device_batch,
+        accumulation=sampler.shape.accumulation,
+        data_ranks=sampler.shape.world_size,
+        sharing=arguments.batch.sequence_parallel_size,
+        examples=len(batches),
+        groups=None if sampler.capacity is None else sampler.num_units,
+        group_tokens=sampler.capacity,
+        tokens=int(sampler.lengths.sum()),
+        supervised_share=data.summary.supervised_share,
+        batching=sampler.batching,
+        padding=padding_share(sampler) if sampler.batching == "padded" else 0.0,
+        selects_logits=collator.selects_logits,
+        loss_weighting=collator.weighting,
+        chat_format=chat_format.name,
+        precision=setup.hardware.precision,
+        attention=trained.config._attn_implementation,
+        checkpointing=setup.activation_checkpointing,
+        epochs=steps / sampler.steps_per_epoch,
+        steps=steps,
+        start_up=start_up_seconds(),
+    )

@@ -1,0 +1,181 @@
+"""What the processes of a run do together: one of them acts, all of them agree, some of them share a disk."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import FinetuneError, StorageError
+
+
+def _dist() -> Any:
+    """torch.distributed, which takes two seconds to import."""
+    import torch.distributed
+
+    return torch.distributed
+
+
+def _is_one_of_several() -> bool:
+    return "torch" in sys.modules and _dist().is_initialized()
+
+
+def join_processes(backend: str, *, uses_deepspeed: bool, timeout: int) -> None:
+    """Join this process to the run's; `timeout` is how many seconds a rank waits for the others.
+
+    DeepSpeed's process group comes first: built before it on a CPU, `TrainingArguments` starts torch's group alone,
+    and under ZeRO-3 the model is then partitioned for a world of one.
+    """
+    dist = _dist()
+    if dist.is_initialized() or (not uses_deepspeed and int(os.environ.get("WORLD_SIZE", "1")) == 1):
+        return
+    if backend == "nccl":
+        import torch
+
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    patience = timedelta(seconds=timeout)
+    if uses_deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
+    else:
+        dist.init_process_group(backend, timeout=patience)
+
+
+def leave_processes() -> None:
+    """The end of a run, on all ranks at once: one that ends while others still talk to it can make them abort."""
+    if _is_one_of_several():
+        gathered(None)
+        _dist().destroy_process_group()
+
+
+def this_rank() -> int:
+    """This process's number, 0 where there is one only."""
+    return _dist().get_rank() if _is_one_of_several() else 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each rank gave, by rank, on every rank."""
+    if not _is_one_of_several():
+        return [value]
+    values = [None] * _dist().get_world_size()
+    _dist().all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 while the others wait; what it returns or raises, every rank returns or raises.
+
+    Raises:
+        FinetuneError: as `action` did on rank 0.
+    """
+    result: list[Any] = [None, None]
+    if this_rank() == 0:
+        try:
+            result = [action(), None]
+        except FinetuneError as error:
+            result = [None, error]
+    if _is_one_of_several():
+        _dist().broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def first_of_all_ranks(reason: str | None) -> str | None:
+    """What the lowest rank that has a reason says, on every rank; None when none has one."""
+    return next((one for one in gathered(reason) if one is not None), None)
+
+
+def together(action: Callable[[], Any]) -> list[Any]:
+    """Run `action` on every rank and gather what came out; where one raises, all do.
+
+    Raises:
+        FinetuneError: as `action` did on the lowest rank on which it failed.
+    """
+    value, failure = None, None
+    try:
+        value = action()
+    except FinetuneError as error:
+        failure = error
+    outcomes = gathered((value, failure))
+    failures = [failure for _, failure in outcomes if failure is not None]
+    if failures:
+        raise failures[0]
+    return [value for value, _ in outcomes]
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Who keeps files in the same place as this rank.
+
+    Attributes:
+        writer: the lowest rank that sees this rank's files; it writes for all of them.
+        ranks: of this disk.
+        writers: of all disks: one where all ranks share a file system.
+    """
+
+    writer: int
+    ranks: tuple[int, ...]
+    writers: tuple[int, ...]
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes what the ranks of a disk write once."""
+        return this_rank() == self.writer
+
+    @property
+    def part(self) -> int:
+        """This rank's place among the ranks of its disk."""
+        return self.ranks.index(this_rank())
+
+
+def find_disk(folder: Path) -> Disk:
+    """Find out which ranks share `folder`, by a file that the first rank of each host leaves there and all look for.
+
+    Raises:
+        StorageError: the folder cannot be written to on some host.
+    """
+    if not _is_one_of_several() or _dist().get_world_size() == 1:
+        return Disk(0, (0,), (0,))
+    run = gathered(secrets.token_hex(8))[0]
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    token = folder / f".seen-{run}-{this_rank()}"
+
+    def leave() -> int | None:
+        if not is_first:
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            token.write_text(run, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{folder} on {os.uname().nodename}: {error.strerror}") from None
+        return this_rank()
+
+    firsts = [rank for rank in together(leave) if rank is not None]
+    seen = [rank for rank in firsts if _holds(folder / f".seen-{run}-{rank}", run)]
+    everyone = gathered(min(seen, default=this_rank()))
+    if is_first:
+        with suppress(OSError):  # a leftover is harmless: its name is drawn anew each time
+            token.unlink()
+    gathered(None)  # nobody goes on while a token lies there
+    writer = everyone[this_rank()]
+    return Disk(writer, tuple(i for i, one in enumerate(everyone) if one == writer), tuple(sorted(set(everyone))))
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except OSError:
+        return False
+
+
+def host_names() -> list[str]:
+    """The name of each rank's host, by rank."""
+    return gathered(os.uname().nodename)

@@ -1,0 +1,108 @@
+"""The result of a run, opened again as a user would open it, and compared with what was in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters import is_adapter, verify_saved
+from finetune.errors import CheckpointError
+
+# Relative; the second for 16-bit weights, whose sums differ from one device or order of summing to another.
+TOLERANCES = {"float32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
+ROOM = 1.5  # of the files' size, that the second copy takes
+
+
+def verify_result(
+    folder: Path,
+    *,
+    base: Path | str,
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    loss: float,
+    precision: str,
+    trust_remote_code: bool,
+) -> str:
+    """Load a saved result with plain transformers or peft and compute the loss of one conversation with it.
+
+    Args:
+        base: of an adapter.
+        input_ids, labels: of one conversation, unpadded; the labels unshifted.
+        loss: of the same conversation in the memory of the run, a mean over its learned tokens.
+
+    Returns:
+        A line that says what was seen.
+
+    Raises:
+        CheckpointError: a weight is missing, empty or left over; or the loss is another one.
+    """
+    import torch
+
+    kind = "adapter" if is_adapter(folder) else "model"
+    if kind == "adapter":
+        verify_saved(folder)
+    else:
+        _check_tensors(folder)
+    size = _bytes_of(Path(base) if kind == "adapter" else folder)
+    free = _free_memory()
+    if size * ROOM > free:
+        return (
+            f"the saved {kind} has all its weights; its loss was not compared: a second copy takes "
+            f"{size * ROOM / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+        )
+    found = _reopened_loss(folder, kind == "adapter", input_ids, labels, trust_remote_code, torch)
+    if not abs(found - loss) <= TOLERANCES[precision] * max(abs(loss), 0.1):
+        raise CheckpointError(
+            f"{folder}: the saved {kind} has a loss of {found:.5f} on a conversation for which the trained one has "
+            f"{loss:.5f}: it is not what was trained; the checkpoints beside it hold the trained weights"
+        )
+    return f"the saved {kind} opens, and its loss is that of the trained one: {found:.4f}"
+
+
+def _check_tensors(folder: Path) -> None:
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no model*.safetensors was written")
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            empty = [name for name in names if 0 in file.get_slice(name).get_shape()]
+        if empty or not names:
+            raise CheckpointError(f"{path}: {empty[0] if empty else 'everything'} is empty")
+
+
+def _reopened_loss(
+    folder: Path, has_adapter: bool, input_ids: Sequence[int], labels: Sequence[int], trusts_code: bool, torch: Any
+) -> float:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else, under ZeRO-3, this copy too would be divided among the ranks
+    if has_adapter:
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusts_code)
+    else:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=trusts_code, output_loading_info=True
+        )
+        wrong = {name: sorted(told[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        found = [f"{len(keys)} {name.replace('_', ' ')}, the first {keys[0]}" for name, keys in wrong.items() if keys]
+        if found:
+            raise CheckpointError(f"{folder}: the saved model is not whole: {'; '.join(found)}")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor([list(input_ids)])).logits[0, -len(input_ids) :]
+    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(list(labels)[1:])))
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available

@@ -1,0 +1,103 @@
+"""Runs that are stopped and go on, and what is compared of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Eleven rows of very different lengths: no epoch divides into steps of four, and some ranks have nothing at its end.
+ROWS = [
+    [("human", "ab " * (3 * number % 11 + 1)), ("model", "xy " * (7 * number % 13 + 1)), ("human", "?"), ("model", "r")]
+    for number in range(11)
+]
+LOGGED = ("step", "loss", "grad_norm", "learning_rate")
+
+
+def result_of(output: Path) -> tuple[str, list[tuple]]:
+    """SHA-256 of all saved weights, and what was logged of every step but for the times."""
+    digest = hashlib.sha256()
+    for path in sorted(output.glob("*model*.safetensors")):
+        digest.update(path.read_bytes())
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return digest.hexdigest(), [tuple(line[name] for name in LOGGED) for line in lines]
+
+
+def train_noting_rows(argv: Sequence[str], notes: str) -> None:
+    """Train, and note the rows of every micro-batch of this rank in `notes`-RANK.jsonl."""
+    from finetune.batches import MicroBatches
+    from finetune.train import main
+
+    plain = MicroBatches.__getitem__
+
+    def noted(self: Any, place: tuple[int, int]) -> dict[str, Any]:
+        epoch, number = place
+        step, micro_batch = divmod(number, self.sampler.shape.accumulation)
+        rows = self.sampler.micro_batch(epoch, step, self.rank, micro_batch)
+        with open(f"{notes}-{self.rank}.jsonl", "a") as file:
+            file.write(json.dumps([epoch, step, micro_batch, rows]) + "\n")
+        return plain(self, place)
+
+    MicroBatches.__getitem__ = noted
+    main(argv)
+
+
+def train_and_die_writing(argv: Sequence[str], rank: str, sign: str, share: float) -> None:
+    """Train; `rank` is killed once `share` of a file whose path holds `sign` is written, of the second checkpoint."""
+    from finetune.train import main
+
+    if os.environ["RANK"] == rank:
+        _cut_files(sign, share)
+    main(argv)
+
+
+def _cut_files(sign: str, share: float) -> None:
+    import safetensors.torch
+    import torch
+
+    def dying(write: Any, place: int) -> Any:
+        def written(*args: Any, **kwargs: Any) -> Any:
+            result = write(*args, **kwargs)
+            path = args[place] if place < len(args) else next(iter(kwargs.values()))
+            if isinstance(path, str | Path) and sign in str(path) and "checkpoint-4" in str(path):
+                os.truncate(path, int(os.path.getsize(path) * share))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return written
+
+    torch.save = dying(torch.save, 1)
+    safetensors.torch.save_file = dying(safetensors.torch.save_file, 1)
+    import peft.peft_model
+    import transformers.modeling_utils
+
+    transformers.modeling_utils.safe_save_file = safetensors.torch.save_file
+    peft.peft_model.safe_save_file = safetensors.torch.save_file
+    Path.write_text = dying(Path.write_text, 0)
+    Path.replace = dying(Path.replace, 1)
+
+
+def train_stopped_by(argv: Sequence[str], step: int) -> None:
+    """Train; every rank is killed after this step."""
+    from transformers import TrainerCallback
+
+    import finetune.trainer as trainer_room
+    from finetune.train import main
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    plain = trainer_room.SupervisedTrainer.__init__
+
+    def initialised(self: Any, **kwargs: Any) -> None:
+        plain(self, **kwargs)
+        self.add_callback(Stop())
+
+    trainer_room.SupervisedTrainer.__init__ = initialised
+    main(argv)

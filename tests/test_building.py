@@ -1,0 +1,106 @@
+"""One process builds, the others wait for it, and nobody waits for one that is dead."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.utils import cpp_extension
+
+from finetune.building import build_notes, guard_builds
+
+SECONDS = 30
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What a guarded build says; torch's own class is back after the test."""
+    monkeypatch.setattr(cpp_extension, "FileBaton", cpp_extension.FileBaton)
+    lines: list[str] = []
+    guard_builds(lines.append)
+    return lines
+
+
+def _hold(lock: str, ready, release) -> None:
+    guard_builds(print)
+    baton = cpp_extension.FileBaton(lock)
+    assert baton.try_acquire()
+    ready.set()
+    release.wait(SECONDS)
+    baton.release()
+
+
+@pytest.fixture
+def builder(tmp_path):
+    """Another process that builds, and the event that lets it end."""
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(str(tmp_path / "lock"), ready, release))
+    process.start()
+    assert ready.wait(SECONDS)
+    yield process, release
+    process.kill()
+    process.join()
+
+
+def test_a_second_process_waits_until_the_first_has_built(said, builder, tmp_path):
+    process, release = builder
+    baton = cpp_extension.FileBaton(str(tmp_path / "lock"))
+    assert not baton.try_acquire()
+    release.set()
+    baton.wait()
+    process.join(SECONDS)
+    assert process.exitcode == 0 and not (tmp_path / "lock").exists() and said == []
+    assert baton.try_acquire()
+    baton.release()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_what_a_killed_build_leaves_is_removed_and_said(said, builder, tmp_path):
+    process, _ = builder
+    process.kill()
+    process.join(SECONDS)
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / "lock").exists()
+    began = time.monotonic()
+    baton = cpp_extension.FileBaton(str(tmp_path / "lock"))
+    assert baton.try_acquire() and time.monotonic() - began < 5
+    baton.release()
+    assert said == [f"{tmp_path / 'lock'} was left behind by a build that was interrupted: removed"]
+    assert not (tmp_path / "lock").exists()
+
+
+def test_one_who_waits_for_a_build_that_is_killed_goes_on(said, builder, tmp_path):
+    process, _ = builder
+    baton = cpp_extension.FileBaton(str(tmp_path / "lock"))
+    assert not baton.try_acquire()
+    process.kill()
+    began = time.monotonic()
+    baton.wait()
+    assert time.monotonic() - began < 5
+
+
+def test_a_lock_that_another_tool_holds_open_is_waited_for(said, tmp_path):
+    lock = tmp_path / "lock"
+    hold = (
+        "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True);"
+        "time.sleep(1); os.remove(sys.argv[1])"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        began = time.monotonic()
+        baton = cpp_extension.FileBaton(str(lock))
+        assert baton.try_acquire() and time.monotonic() - began > 0.3
+        baton.release()
+    assert said == []
+
+
+def test_a_build_that_takes_a_minute_is_announced(tmp_path):
+    assert "about a minute" in build_notes(tmp_path, use_cpu=True)[0]
+    assert build_notes(tmp_path, use_cpu=False) == []
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
+    assert build_notes(tmp_path, use_cpu=True) == []

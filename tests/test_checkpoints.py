@@ -1,0 +1,314 @@
+"""Checkpoints as files: what a manifest proves, what rotation may touch, what a pickle may name."""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import os
+import pickle
+import pickletools
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from finetune import checkpoints
+from finetune.checkpoints import Manifest
+from finetune.errors import CheckpointError
+
+MANIFEST = Manifest(
+    run_id="20260101-000000-abcdef01",
+    step=4,
+    world_size=2,
+    step_rows=8,
+    position={"epoch": 1, "step": 1},
+    last_logged=3,
+    loss_since_log=[0.1, 1 / 3],
+    facts={"--seed": 42, "ZeRO stage": 2},
+    trained={"layer.weight": [2, 3]},
+    versions={"torch": "2.13.0"},
+    hosts=1,
+    written="2026-01-01T00:00:00+0000",
+)
+
+
+def sealed(output_dir: Path, step: int, run_id: str = MANIFEST.run_id) -> Path:
+    """A checkpoint of every kind of file, written as a run writes it."""
+    folder = checkpoints.checkpoint_folder(output_dir, step)
+    checkpoints.mark_as_unfinished(folder, run_id, step)
+    shard = folder / f"global_step{step}"
+    shard.mkdir()
+    torch.save({"moments": torch.arange(500.0)}, shard / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    torch.save({"python": (3, (1, 2), None)}, folder / "rng_state_0.pth")
+    save_file({"weight": torch.arange(300.0)}, folder / "model.safetensors")
+    (folder / "latest").write_text(f"global_step{step}")
+    (folder / "trainer_state.json").write_text('{"global_step": 4}')
+    files = checkpoints.settled(folder, checkpoints.names_in(folder), rank=0)
+    checkpoints.write_manifest(folder, replace(MANIFEST, step=step, run_id=run_id, files=files))
+    return folder
+
+
+def test_a_manifest_names_every_file_and_comes_back_as_it_was(tmp_path):
+    folder = sealed(tmp_path, 4)
+    found = checkpoints.read_manifest(folder)
+    assert replace(found, files={}) == MANIFEST
+    on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert set(found.files) == on_disk - {"manifest.json"} and len(found.files) == 5
+    for name, record in found.files.items():
+        content = (folder / name).read_bytes()
+        assert (record.size, record.xxh3_128) == (len(content), xxhash.xxh3_128_hexdigest(content))
+    assert (
+        found.size
+        == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        - (folder / "manifest.json").stat().st_size
+    )
+    assert checkpoints.verify(folder) == [] and checkpoints.latest_complete(tmp_path) == folder
+
+
+def test_a_manifest_needs_no_torch(tmp_path):
+    import subprocess
+    import sys
+
+    sealed(tmp_path, 4)
+    code = (
+        "import sys; from pathlib import Path; from finetune import checkpoints\n"
+        f"print(checkpoints.latest_complete(Path({str(tmp_path)!r})).name, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["checkpoint-4", "False"], done.stderr
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), which=st.integers(0, 4))
+def test_every_flipped_bit_is_found_and_its_file_is_named(tmp_path_factory, place, bit, which):
+    folder = sealed(tmp_path_factory.mktemp("bits"), 4)
+    name = sorted(checkpoints.read_manifest(folder).files)[which]
+    content = bytearray((folder / name).read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    (folder / name).write_bytes(content)
+    (fault,) = checkpoints.verify(folder)
+    assert str(folder / name) in fault and "changed since it was written" in fault
+
+
+def damaged_in_every_way() -> dict:
+    def shard(folder: Path) -> Path:
+        return next(folder.glob("global_step*/*.pt"))
+
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return {
+        "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+        "not json": (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+        "another format": (lambda folder: (folder / "manifest.json").write_text('{"format": 9}'), "format 9"),
+        "no object": (lambda folder: (folder / "manifest.json").write_text("[]"), "format None"),
+        "nothing in it": (lambda folder: (folder / "manifest.json").write_text('{"format": 1}'), "not a manifest"),
+        "cut shard": (lambda folder: cut(shard(folder)), "_optim_states.pt has"),
+        "no shard": (lambda folder: shard(folder).unlink(), "_optim_states.pt is missing"),
+        "empty latest": (lambda folder: (folder / "latest").write_text(""), "latest has 0 bytes"),
+        "no rng": (lambda folder: (folder / "rng_state_0.pth").unlink(), "rng_state_0.pth is missing"),
+        "zeroed end": (
+            lambda folder: (folder / "model.safetensors").write_bytes(
+                (folder / "model.safetensors").read_bytes()[:-64] + bytes(64)
+            ),
+            "model.safetensors has been changed",
+        ),
+        "a folder instead": (
+            lambda folder: ((folder / "latest").unlink(), (folder / "latest").mkdir()),
+            "latest is missing",
+        ),
+    }
+
+
+@pytest.mark.parametrize("way", damaged_in_every_way())
+def test_each_damage_is_one_fault_that_names_its_file_and_the_older_checkpoint_is_the_latest(tmp_path, way):
+    older, newer = sealed(tmp_path, 4), sealed(tmp_path, 6)
+    damage, said = damaged_in_every_way()[way]
+    damage(newer)
+    (fault,) = checkpoints.verify(newer)
+    assert said in fault and str(newer) in fault
+    assert checkpoints.latest_complete(tmp_path) == older
+
+
+def test_a_path_out_of_the_folder_is_no_manifest(tmp_path):
+    folder = sealed(tmp_path, 4)
+    values = json.loads((folder / "manifest.json").read_text())
+    values["files"]["../secret"] = values["files"]["latest"]
+    (folder / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="secret lies outside"):
+        checkpoints.read_manifest(folder)
+
+
+def test_rotation_leaves_everything_but_its_own_old_checkpoints(tmp_path):
+    ours = [sealed(tmp_path, step) for step in (2, 4, 6, 8, 10)]
+    elsewhere = sealed(tmp_path / "elsewhere", 1)
+    foreign = sealed(tmp_path, 3, run_id="another")
+    (tmp_path / "checkpoint-1").symlink_to(elsewhere)
+    decoys = [tmp_path / name for name in ("checkpoint-best", "checkpoint-7-backup", "checkpoint-5", "checkpoint-07")]
+    for decoy in decoys:
+        decoy.mkdir()
+        (decoy / "mine.txt").write_text("mine")
+    (tmp_path / "checkpoint-9").write_text("a file")
+
+    removed = checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=2, keep_also=(4,))
+
+    assert [one.name for one in removed] == ["checkpoint-6", "checkpoint-2"]
+    assert [one.exists() for one in ours] == [False, True, False, True, True]
+    assert all((decoy / "mine.txt").read_text() == "mine" for decoy in decoys)
+    assert (tmp_path / "checkpoint-9").read_text() == "a file"
+    assert checkpoints.verify(elsewhere) == [] and checkpoints.verify(foreign) == []
+    assert checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=None) == []
+    assert checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=0) == []
+
+
+def test_rotation_does_not_follow_links_inside_a_checkpoint(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    folder = sealed(tmp_path / "run", 2)
+    (folder / "link").symlink_to(outside)
+    sealed(tmp_path / "run", 4)
+    checkpoints.rotate(tmp_path / "run", run_id=MANIFEST.run_id, keep=1)
+    assert not folder.exists() and (outside / "precious").read_text() == "x"
+
+
+def test_an_interrupted_removal_is_no_checkpoint_and_is_finished_later(tmp_path, monkeypatch):
+    folder = sealed(tmp_path, 2)
+    before = len(list(folder.rglob("*")))
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.remove_checkpoint(folder)
+    monkeypatch.undo()
+    assert len(list(folder.rglob("*"))) == before  # nothing is gone yet, and it is none any more
+    assert checkpoints.is_unfinished(folder) and checkpoints.latest_complete(tmp_path) is None
+    assert checkpoints.remove_unfinished(tmp_path) == [folder] and not folder.exists()
+
+
+def test_only_what_a_save_left_is_removed_at_the_next_start(tmp_path):
+    whole = sealed(tmp_path, 2)
+    started = checkpoints.checkpoint_folder(tmp_path, 4)
+    checkpoints.mark_as_unfinished(started, "run", 4)
+    (started / "model.safetensors").write_bytes(b"half")
+    users = checkpoints.checkpoint_folder(tmp_path, 6)
+    users.mkdir()
+    assert checkpoints.remove_unfinished(tmp_path) == [started]
+    assert whole.is_dir() and users.is_dir() and not started.exists()
+
+
+def test_what_is_set_aside_keeps_its_content_and_never_replaces_anything(tmp_path):
+    asides = set()
+    for _ in range(3):
+        folder = sealed(tmp_path, 4)
+        asides.add(checkpoints.set_aside(folder, "damaged"))
+    assert len(asides) == 3 and checkpoints.steps_in(tmp_path) == []
+    assert all(len(list(aside.iterdir())) == 6 for aside in asides)
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_ranks_share_the_files_of_a_checkpoint_each_looked_at_once(tmp_path, of):
+    manifest = checkpoints.read_manifest(sealed(tmp_path, 4))
+    shares = [checkpoints.shared_out(manifest, part, of) for part in range(of)]
+    assert sorted(name for share in shares for name in share) == sorted(manifest.files)
+
+
+class Payload:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def zipped(path: Path, data: bytes, name: str = "archive/data.pkl", more: tuple = ()) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, data)
+        archive.writestr("archive/version", "3")
+        for other, content in more:
+            archive.writestr(other, content)
+
+
+def hidden_name() -> bytes:
+    """`os.system` put together on the stack, the two halves through the memo."""
+    return (
+        b"".join(
+            [b"\x80\x04", b"\x8c\x02os", b"\x94", b"0", b"\x8c\x06system", b"\x94", b"0", b"h\x00", b"h\x01", b"\x93"]
+        )
+        + b"\x8c\x04true\x85R."
+    )
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "function", [os.system, eval, exec, getattr, open, __import__, torch.load, pickle.loads, collections.Counter.update]
+)
+def test_a_pickle_that_names_a_function_is_refused_unseen(tmp_path, function, protocol):
+    target = tmp_path / "touched"
+    path = tmp_path / "shard.pt"
+    data = {"step": 1, "deep": [{"x": Payload(function, f"touch {target}")}]}
+    zipped(path, pickle.dumps(data, protocol=protocol))
+    fault = checkpoints.pickle_fault(path)
+    assert fault and str(path) in fault and not target.exists()
+
+
+def test_names_put_together_on_the_stack_are_refused_too(tmp_path):
+    zipped(tmp_path / "a.pt", hidden_name())
+    pickletools.dis(hidden_name(), out=io.StringIO())  # it is a pickle
+    assert "names os.system" in checkpoints.pickle_fault(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "more", "said"),
+    [
+        (b"cos\nsystem\n(S'true'\ntR.", "archive/data.pkl", (), "names os.system"),
+        (pickle.dumps({}), "archive/data.pkl", (("other/data.pkl", pickle.dumps({})),), "2 data.pkl"),
+        (pickle.dumps({}), "archive/data.pkl", (("archive/constants.pkl", b"x"),), "holds archive/constants.pkl"),
+        (pickle.dumps({}), "archive/data.pkl", (("archive/code/__torch__.py", b"x"),), "holds archive/code"),
+        (pickle.dumps({}), "archive/other", (), "0 data.pkl"),
+        (b"garbage", "archive/data.pkl", (), "cannot be followed"),
+    ],
+)
+def test_archives_that_torch_save_does_not_write_are_refused(tmp_path, data, name, more, said):
+    zipped(tmp_path / "a.pt", data, name, more)
+    assert said in checkpoints.pickle_fault(tmp_path / "a.pt")
+
+
+def test_a_pickle_outside_an_archive_is_refused(tmp_path):
+    torch.save({"x": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert "not a zip archive" in checkpoints.pickle_fault(tmp_path / "old.pt")
+
+
+def test_what_training_saves_is_let_through(tmp_path):
+    layer = torch.nn.Linear(3, 3, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    import random
+
+    import numpy as np
+
+    states = {
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "module": layer.state_dict(),
+        "parameter": layer.weight,
+        "rng": {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()},
+        "shapes": [collections.OrderedDict(weight=torch.Size([3, 3]))],
+        "types": (torch.float32, torch.device("cpu")),
+    }
+    for name, state in states.items():
+        torch.save(state, tmp_path / f"{name}.pt")
+        assert checkpoints.pickle_fault(tmp_path / f"{name}.pt") is None, name

@@ -1,0 +1,118 @@
+"""The result of a run, opened again: whole and the same, or an error that says what is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from finetune import verifying
+from finetune.errors import CheckpointError
+
+IDS = [5, 6, 7, 8, 9, 10]
+LABELS = [-100, -100, 7, 8, -100, 10]
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """A copy of the tiny model, and its loss on one conversation."""
+    folder = tmp_path / "result"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        loss = float(model(input_ids=torch.tensor([IDS]), labels=torch.tensor([LABELS])).loss)
+    return folder, loss
+
+
+def verify(folder, loss, precision="float32", base=""):
+    return verifying.verify_result(
+        folder, base=base, input_ids=IDS, labels=LABELS, loss=loss, precision=precision, trust_remote_code=False
+    )
+
+
+def rewrite(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_whole_result_opens_with_the_loss_it_had(saved):
+    folder, loss = saved
+    assert f"its loss is that of the trained one: {loss:.4f}" in verify(folder, loss)
+
+
+def scaled(tensors):
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 30
+
+
+def dropped(tensors):
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+
+
+def emptied(tensors):
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.empty(0)
+
+
+def added(tensors):
+    tensors["model.layers.7.mlp.down_proj.weight"] = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (scaled, "it is not what was trained"),
+        (dropped, "1 missing keys, the first model.layers.1.mlp.down_proj.weight"),
+        (emptied, "model.layers.1.mlp.down_proj.weight is empty"),
+        (added, "1 unexpected keys"),
+    ],
+)
+def test_a_result_that_is_not_what_was_trained_is_refused(saved, change, said):
+    folder, loss = saved
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=said):
+        verify(folder, loss)
+
+
+def test_a_loss_that_is_no_number_is_never_the_same(saved):
+    folder, _ = saved
+    with pytest.raises(CheckpointError, match="it is not what was trained"):
+        verify(folder, float("nan"))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no model\*.safetensors"):
+        verify(tmp_path, 1.0)
+
+
+def test_where_a_second_copy_does_not_fit_the_weights_are_looked_at_all_the_same(saved, monkeypatch):
+    folder, _ = saved
+    monkeypatch.setattr(verifying, "_free_memory", lambda: 1000)
+    assert "its loss was not compared" in verify(folder, 99.0)
+    rewrite(folder, emptied)
+    with pytest.raises(CheckpointError, match="is empty"):
+        verify(folder, 99.0)
+
+
+def test_an_adapter_is_compared_on_its_base(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules="all-linear", lora_alpha=64)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loss = float(model.eval()(input_ids=torch.tensor([IDS]), labels=torch.tensor([LABELS])).loss)
+    assert "the saved adapter opens" in verify(tmp_path, loss, base=str(tiny_model))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
+    with pytest.raises(CheckpointError, match="it is not what was trained"):
+        verify(tmp_path, loss, base=str(tiny_model))
