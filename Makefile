@@ -5,6 +5,7 @@ READY := $(VENV)/.ready
 MODEL := .models/SmolLM2-135M-Instruct
 TOKENIZERS := .models/tokenizers
 PYTEST := $(VENV)/bin/python -m pytest
+SHARE ?= 0/1
 
 .PHONY: quickstart test test-faults test-hosts test-gpu test-browser test-all lint install model tokenizers prerequisites
 
@@ -15,7 +16,7 @@ test: install model tokenizers
 	$(PYTEST)
 
 test-faults: install model tokenizers
-	$(PYTEST) -m faults
+	$(PYTEST) -m faults --share $(SHARE)
 
 test-hosts: install model tokenizers
 	$(PYTEST) -m hosts

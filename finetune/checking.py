@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from finetune import checkpoints, console, model, results
 from finetune.arguments import Arguments
 from finetune.building import build_notes
-from finetune.errors import ConfigError
+from finetune.errors import CheckpointError, ConfigError
 from finetune.hardware import Hardware, decide, probe
 from finetune.metrics import timed
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
@@ -31,6 +32,7 @@ class Setup:
     move_aside: bool
     activation_checkpointing: bool
     notes: tuple[str, ...]
+    expects_other_ranks: bool = False  # of the checkpoint to go on from; only --resume_world_size any allows it
 
 
 @timed("checks")
@@ -81,7 +83,7 @@ def check(arguments: Arguments) -> Setup:
         *building,
     )
     console.say_notes(notes)
-    return Setup(hardware, zero, checked, world_size, move_aside, checkpointing, notes)
+    return Setup(hardware, zero, checked, world_size, move_aside, checkpointing, notes, bool(reshaping))
 
 
 def _keep_the_global_batch(arguments: Arguments, world_size: int) -> list[str]:
@@ -117,9 +119,11 @@ def _checkpoint_of_another_shape(arguments: Arguments, world_size: int) -> check
     if asked == "auto":
         output_dir = Path(arguments.training["output_dir"]).expanduser()
         folders = [checkpoints.checkpoint_folder(output_dir, step) for step in checkpoints.steps_in(output_dir)]
-    newest = next((folder for folder in folders if checkpoints.is_sealed(folder)), None)
-    manifest = checkpoints.read_manifest(newest) if newest else None
-    return manifest if manifest and manifest.world_size != world_size else None
+    for folder in filter(checkpoints.is_sealed, folders):
+        with suppress(CheckpointError):  # what is wrong with it is said when all ranks look at it
+            manifest = checkpoints.read_manifest(folder)
+            return manifest if manifest.world_size != world_size else None
+    return None
 
 
 def _saving_notes(arguments: Arguments) -> list[str]:

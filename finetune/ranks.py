@@ -118,22 +118,22 @@ class Disk:
     Attributes:
         writer: the lowest rank that sees this rank's files; it writes for all of them.
         ranks: of this disk.
-        writers: of all disks: one where all ranks share a file system.
+        all_disks: the ranks of each disk: one disk where all ranks share a file system.
     """
 
     writer: int
     ranks: tuple[int, ...]
-    writers: tuple[int, ...]
+    all_disks: list[list[int]]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all ranks see the same files."""
+        return len(self.all_disks) == 1
 
     @property
     def is_writer(self) -> bool:
         """Whether this rank writes what the ranks of a disk write once."""
         return this_rank() == self.writer
-
-    @property
-    def part(self) -> int:
-        """This rank's place among the ranks of its disk."""
-        return self.ranks.index(this_rank())
 
 
 def find_disk(folder: Path) -> Disk:
@@ -143,7 +143,7 @@ def find_disk(folder: Path) -> Disk:
         StorageError: the folder cannot be written to on some host.
     """
     if not _is_one_of_several() or _dist().get_world_size() == 1:
-        return Disk(0, (0,), (0,))
+        return Disk(0, (0,), [[0]])
     run = gathered(secrets.token_hex(8))[0]
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     token = folder / f".seen-{run}-{this_rank()}"
@@ -165,8 +165,9 @@ def find_disk(folder: Path) -> Disk:
         with suppress(OSError):  # a leftover is harmless: its name is drawn anew each time
             token.unlink()
     gathered(None)  # nobody goes on while a token lies there
+    disks = [[rank for rank, one in enumerate(everyone) if one == writer] for writer in sorted(set(everyone))]
     writer = everyone[this_rank()]
-    return Disk(writer, tuple(i for i, one in enumerate(everyone) if one == writer), tuple(sorted(set(everyone))))
+    return Disk(writer, next(tuple(ranks) for ranks in disks if this_rank() in ranks), disks)
 
 
 def _holds(path: Path, text: str) -> bool:

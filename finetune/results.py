@@ -25,9 +25,12 @@ from finetune.errors import ConfigError, StorageError
 RUN_FILE = "run.json"
 LEDGER_FILE = "data_ledger.jsonl"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".in_use"
+SECONDS_FOR_A_DYING_RUN = 15.0
 # run.json alone is left by a run that never made a step: there is nothing in it to lose.
 MARKS_OF_A_RUN = (METRICS_FILE, "adapter_config.json", "config.json", "trainer_state.json")
 LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn")
+_held: list[Any] = []
 
 
 def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
@@ -73,6 +76,38 @@ def claim_output_dir(folder: Path, *, move_aside: bool) -> str | None:
     except OSError as error:
         raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
     return note
+
+
+def hold(folder: Path) -> None:
+    """Keep `folder` for this process, until it ends however it may: two runs in one would remove each other's files.
+
+    Raises:
+        ConfigError: another run has it.
+        StorageError: the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=SECONDS_FOR_A_DYING_RUN)
+        except Timeout:
+            raise ConfigError(
+                f"--output_dir {folder}: another run is writing there (it holds {folder / LOCK_FILE}): wait for it, "
+                "end it, or choose another folder"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            return
+    except OSError as error:
+        raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
+    _held.append(lock)  # a lock that nobody refers to is let go
+
+
+def let_go() -> None:
+    """What this process holds may be another run's."""
+    while _held:
+        _held.pop().release()
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:

@@ -141,10 +141,15 @@ def find_checkpoint(arguments: Arguments, setup: Setup, data: PreparedData, disk
         on_rank_0(lambda: _check_run_id(output_dir, folder, manifest))
     changes = [*on_rank_0(lambda: _compared(arguments, setup, data, folder, manifest)), *waived]
     is_reshaped = manifest.world_size != setup.world_size
-    if is_reshaped and len(disk.writers) > 1:
+    if is_reshaped and not disk.is_shared:
         raise CheckpointError(
             f"{folder}: was written by {manifest.world_size} ranks, now there are {setup.world_size}: to go on on "
             "another number of ranks all must see one folder: copy the parts of all hosts to a shared file system"
+        )
+    if is_reshaped != setup.expects_other_ranks:
+        raise CheckpointError(
+            f"{folder}: was written by {manifest.world_size} ranks, unlike the newer one, which is damaged and out of "
+            "the way now: start the same command again"
         )
     _set_later_aside(output_dir, folder, manifest.step, disk)
     for line in (*changes, *_other_versions(manifest)):
@@ -216,19 +221,21 @@ def _check_run_id(output_dir: Path, folder: Path, manifest: Manifest) -> None:
 
 def _all_faults(folder: Path, sharing: tuple[int, ...]) -> list[str]:
     """Faults that any rank finds; those that see the same files share the work. None: every rank can read its part."""
-    found = _faults_here(folder, sharing.index(this_rank()), len(sharing))
     names = host_names()
+    found = _faults_here(folder, sharing, all_of_it=len(sharing) == len(names))
     several = len(set(names)) > 1 and len(sharing) < len(names)
     every = gathered([f"{fault} (on {names[this_rank()]})" if several else fault for fault in found])
     return list(dict.fromkeys(fault for faults in every for fault in faults))
 
 
-def _faults_here(folder: Path, part: int, of: int) -> list[str]:
+def _faults_here(folder: Path, sharing: tuple[int, ...], *, all_of_it: bool) -> list[str]:
     try:
         manifest = checkpoints.read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    names = checkpoints.shared_out(manifest, part, of)
+    needed = manifest.files if all_of_it else manifest.names_for(sharing)
+    part = sharing.index(this_rank())
+    names = checkpoints.shared_out(manifest, needed, part, len(sharing))
     found = checkpoints.faults(folder, manifest, names)
     if part == 0:
         unlisted = set(checkpoints.names_in(folder)) - set(manifest.files)

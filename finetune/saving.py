@@ -151,23 +151,24 @@ class Saver:
         Raises:
             StorageError: some rank could not write; what it left is removed, older checkpoints are untouched.
         """
-        records: dict[str, FileRecord] = {}
+        mine, common = {}, {}
         claimed = gathered({str(Path(one).relative_to(folder)) for one in self.written})
-        of_others = set().union(*(claimed[rank] for rank in self.disk.ranks))
         if not self.failures:
             with self.recording(folder):
-                mine = claimed[this_rank()]
+                mine = checkpoints.settled(folder, sorted(claimed[this_rank()]), this_rank())
                 if self.disk.is_writer:
-                    mine = mine | (set(checkpoints.names_in(folder)) - of_others)
-                records = checkpoints.settled(folder, sorted(mine), this_rank())
-        outcomes = gathered((self.failures, records))
-        if any(failures for failures, _ in outcomes):
+                    others = set().union(*(claimed[rank] for rank in self.disk.ranks))
+                    common = checkpoints.settled(folder, sorted({*checkpoints.names_in(folder)} - others), None)
+        outcomes = gathered((self.failures, mine, common))
+        if any(failures for failures, _, _ in outcomes):
             self._give_up(folder, step)
-        manifest = self.describe(step)
-        files = {name: record for rank in self.disk.ranks for name, record in outcomes[rank][1].items()}
-        manifest = replace(manifest, files=dict(sorted(files.items())), hosts=len(self.disk.writers))
+        files: dict[str, FileRecord] = dict(outcomes[self.disk.writer][2])
+        for _, own, _ in outcomes:
+            files |= own
+        manifest = replace(self.describe(step), files=dict(sorted(files.items())))
         together(lambda: self._finish(folder, manifest))
-        self.last_size, self.newest = manifest.size, folder
+        self.last_size = sum(files[name].size for name in manifest.names_for(self.disk.ranks))
+        self.newest = folder
         if self.disk.is_writer:
             self._rotate(manifest.run_id, (step, *keep_also))
         return manifest
@@ -184,7 +185,7 @@ class Saver:
         yield
         if self.disk.is_writer and not self.failures:
             with self.recording(self.output_dir):
-                checkpoints.settled(self.output_dir, self._files_of_result(), this_rank())
+                checkpoints.settled(self.output_dir, self._files_of_result(), None)
         where = self._first_failure()
         if where is None:
             return
@@ -241,7 +242,7 @@ class Saver:
         )
 
     def _where(self) -> str:
-        return f" on {os.uname().nodename}" if len(self.disk.writers) > 1 else ""
+        return f" on {os.uname().nodename}" if not self.disk.is_shared else ""
 
 
 def _is_of_writing(error: Exception) -> bool:

@@ -26,6 +26,7 @@ from finetune.building import guard_builds
 from finetune.checking import Setup, check
 from finetune.dataset import PreparedData, check_usable
 from finetune.errors import ConfigError, reported
+from finetune.guard import die_with_launcher
 from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
 from finetune.metrics import cut_metrics, loss_curve, model_flops, timed
 from finetune.planning import plan, settle
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; the exit statuses are those of `errors`."""
     with reported():
         prepare_environment()
+        die_with_launcher()
         arguments = parse(sys.argv[1:] if argv is None else argv)
         console.quiet_libraries()
         setup = check(arguments)
@@ -71,9 +73,9 @@ def begin(arguments: Arguments, setup: Setup) -> tuple[Any, Disk]:
         setup.hardware.backend, uses_deepspeed=setup.zero is not None, timeout=arguments.given("ddp_timeout")
     )
     disk = find_disk(_output_dir(arguments))
-    if len(disk.writers) > 1:
+    if not disk.is_shared:
         console.say_note(
-            f"--output_dir is not shared: each of {len(disk.writers)} hosts keeps the checkpoints of its own ranks"
+            f"--output_dir is not shared: each of {len(disk.all_disks)} hosts keeps the checkpoints of its own ranks"
         )
     values = {
         **arguments.training,
@@ -85,7 +87,7 @@ def begin(arguments: Arguments, setup: Setup) -> tuple[Any, Disk]:
         "activation_checkpointing": setup.activation_checkpointing,
         "per_device_train_batch_size": arguments.deepspeed_batch(),
         "deepspeed": setup.zero.config if setup.zero else None,
-        "save_on_each_node": len(disk.writers) > 1,
+        "save_on_each_node": not disk.is_shared,
         "save_total_limit": None,  # transformers would remove by name, before the new one is whole: see `saving`
         "resume_from_checkpoint": None,
     }
@@ -102,10 +104,11 @@ def _output_dir(arguments: Arguments) -> Path:
 
 @timed("checkpoint")
 def resume(arguments: Arguments, setup: Setup, data: PreparedData, disk: Disk) -> Lineage:
-    """Find the checkpoint to go on from, if any; then claim the output folder, and write down what runs."""
-    found = find_checkpoint(arguments, setup, data, disk)
+    """Find the checkpoint to go on from, if any; claim the output folder for this run alone; write down what runs."""
     output_dir = _output_dir(arguments)
-    together(lambda: _claim(output_dir, arguments, setup, data) if disk.is_writer else None)
+    together(lambda: results.hold(output_dir) if disk.is_writer else None)
+    found = find_checkpoint(arguments, setup, data, disk)
+    together(lambda: _claim(output_dir, setup) if disk.is_writer else None)
     lineage = Lineage(
         run_id=found.manifest.run_id if found else on_rank_0(new_run_id),
         facts=facts_of(arguments, setup, data),
@@ -118,9 +121,11 @@ def resume(arguments: Arguments, setup: Setup, data: PreparedData, disk: Disk) -
     return lineage
 
 
-def _claim(output_dir: Path, arguments: Arguments, setup: Setup, data: PreparedData) -> None:
+def _claim(output_dir: Path, setup: Setup) -> None:
     moved = results.claim_output_dir(output_dir, move_aside=setup.move_aside)
-    console.say_notes([moved] if moved else [])
+    if moved:
+        console.say_note(moved)
+        results.hold(output_dir)
 
 
 def _write_down(
@@ -251,6 +256,7 @@ def seal(arguments: Arguments, setup: Setup, trainer: Any) -> None:
     loss = trainer.loss_of(example)
     on_rank_0(lambda: _conclude(arguments, setup, trainer, example, loss))
     leave_processes()
+    results.let_go()
 
 
 def _conclude(arguments: Arguments, setup: Setup, trainer: Any, example: dict[str, Any], loss: float) -> None:

@@ -297,7 +297,7 @@ class SupervisedTrainer(Trainer):
             facts=self.lineage.facts,
             trained=self.trained,
             versions=library_versions(),
-            hosts=1,
+            disks=self.lineage.disk.all_disks,
             written=now(),
             is_resumable=not self.args.save_only_model,
         )

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,18 @@ ROWS = [
     [("human", "Count to three."), ("model", "One, two, three.")],
     [("human", "谢谢"), ("model", "不客气。")],
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", default="0/1", help="run the tests of one share only: K/N, K from 0")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of other shares."""
+    number, of = map(int, config.getoption("--share").split("/"))
+    mine = [item for item in items if zlib.crc32(item.nodeid.encode()) % of == number]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
+    items[:] = mine
 
 
 def write_rows(path: Path, rows: list[list[tuple[str, str]]]) -> Path:

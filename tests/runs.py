@@ -47,12 +47,28 @@ def train_noting_rows(argv: Sequence[str], notes: str) -> None:
 
 
 def train_and_die_writing(argv: Sequence[str], rank: str, sign: str, share: float) -> None:
-    """Train; `rank` is killed once `share` of a file whose path holds `sign` is written, of the second checkpoint."""
+    """Train; `rank` is killed once `share` of a file whose path holds `sign` is written, of the second checkpoint.
+
+    With `rotation` as sign: once one file of the first checkpoint is removed.
+    """
     from finetune.train import main
 
     if os.environ["RANK"] == rank:
-        _cut_files(sign, share)
+        if sign == "rotation":
+            _die_removing()
+        else:
+            _cut_files(sign, share)
     main(argv)
+
+
+def _die_removing() -> None:
+    from finetune.checkpoints import folders
+
+    def remove_one(folder: Path) -> None:
+        next(path for path in folder.iterdir() if path.suffix == ".safetensors").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    folders._remove = remove_one
 
 
 def _cut_files(sign: str, share: float) -> None:

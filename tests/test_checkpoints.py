@@ -34,7 +34,7 @@ MANIFEST = Manifest(
     facts={"--seed": 42, "ZeRO stage": 2},
     trained={"layer.weight": [2, 3]},
     versions={"torch": "2.13.0"},
-    hosts=1,
+    disks=[[0, 1]],
     written="2026-01-01T00:00:00+0000",
 )
 
@@ -50,7 +50,7 @@ def sealed(output_dir: Path, step: int, run_id: str = MANIFEST.run_id) -> Path:
     save_file({"weight": torch.arange(300.0)}, folder / "model.safetensors")
     (folder / "latest").write_text(f"global_step{step}")
     (folder / "trainer_state.json").write_text('{"global_step": 4}')
-    files = checkpoints.settled(folder, checkpoints.names_in(folder), rank=0)
+    files = checkpoints.settled(folder, checkpoints.names_in(folder), None)
     checkpoints.write_manifest(folder, replace(MANIFEST, step=step, run_id=run_id, files=files))
     return folder
 
@@ -218,8 +218,28 @@ def test_what_is_set_aside_keeps_its_content_and_never_replaces_anything(tmp_pat
 @pytest.mark.parametrize("of", [1, 2, 3, 7])
 def test_ranks_share_the_files_of_a_checkpoint_each_looked_at_once(tmp_path, of):
     manifest = checkpoints.read_manifest(sealed(tmp_path, 4))
-    shares = [checkpoints.shared_out(manifest, part, of) for part in range(of)]
+    shares = [checkpoints.shared_out(manifest, manifest.files, part, of) for part in range(of)]
     assert sorted(name for share in shares for name in share) == sorted(manifest.files)
+
+
+def test_a_checkpoint_over_two_disks_is_whole_with_one_part_or_with_both(tmp_path):
+    """Each disk holds the files that all have, and the shards of its own ranks."""
+    folder = sealed(tmp_path, 4)
+    shards = [f"global_step4/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    (folder / shards[1]).write_bytes((folder / shards[0]).read_bytes())
+    files = checkpoints.settled(folder, {*checkpoints.names_in(folder)} - {*shards}, None)
+    for rank, name in enumerate(shards):
+        files |= checkpoints.settled(folder, [name], rank)
+    checkpoints.write_manifest(folder, replace(MANIFEST, files=files, disks=[[0], [1]]))
+    manifest = checkpoints.read_manifest(folder)
+    assert sorted(manifest.names_for([1])) == sorted({*files} - {shards[0]})
+    assert sorted(manifest.names_for([0, 1])) == sorted(files) and checkpoints.verify(folder) == []
+    (folder / shards[0]).unlink()
+    assert checkpoints.verify(folder) == []
+    (folder / shards[1]).unlink()
+    assert len(checkpoints.verify(folder)) == 1
+    (folder / "latest").unlink()
+    assert len(checkpoints.verify(folder)) == 2
 
 
 class Payload:

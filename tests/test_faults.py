@@ -66,18 +66,23 @@ def _train_without_data_on_rank_1(argv: list[str]) -> None:
     main([*argv, "--deepspeed", "zero2"])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_run_and_leaves_no_process(named, victim):
-    flags = ["--num_gpus", "2", "finetune/finetune.py", *map(str, named), "--deepspeed", "zero2"]
+def started(named: list, *flags: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """A run of two ranks in its third step, and all processes of its launcher."""
+    words = ["--num_gpus", "2", "finetune/finetune.py", *map(str, named), "--deepspeed", "zero2", *flags]
     launcher = subprocess.Popen(
-        [DEEPSPEED, *flags, "--num_train_epochs", "2000", "--logging_steps", "1", "--save_strategy", "no"],
+        [DEEPSPEED, *words, "--num_train_epochs", "2000", "--logging_steps", "1", "--save_strategy", "no"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     for line in launcher.stdout:
         if line.startswith("step 3/"):
             break
-    family = psutil.Process(launcher.pid).children(recursive=True)
+    return launcher, psutil.Process(launcher.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_run_and_leaves_no_process(named, victim):
+    launcher, family = started(named)
     (rank,) = [one for one in family if f"--local_rank={victim}" in one.cmdline()]
 
     rank.send_signal(signal.SIGKILL)
@@ -85,6 +90,31 @@ def test_a_killed_rank_ends_the_run_and_leaves_no_process(named, victim):
 
     assert launcher.returncode != 0
     assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+@pytest.mark.parametrize("victim", ["deepspeed", "deepspeed.launcher.launch"])
+def test_ranks_end_with_the_command_and_with_the_launcher_that_started_them(named, victim):
+    launcher, family = started(named)
+    dying = launcher if victim == "deepspeed" else next(one for one in family if victim in one.cmdline())
+
+    dying.send_signal(signal.SIGKILL)
+
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    launcher.communicate(timeout=10)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(named, monkeypatch):
+    launcher, family = started(named)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ("--deepspeed", "zero2", "--resume_from_checkpoint", "auto")
+
+    done = launch("--num_gpus", "1", "--master_port", str(ranks.free_port()), "finetune/finetune.py", *named, *flags)
+
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "another run is writing there" in done.stderr and launcher.poll() is None
+    launcher.kill()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    launcher.communicate(timeout=10)
 
 
 def test_quickstart_says_what_went_wrong_with_the_download(tmp_path):

@@ -14,6 +14,8 @@ import pytest
 import ranks
 from conftest import ROOT
 
+from finetune import checkpoints
+
 pytestmark = pytest.mark.hosts
 
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
@@ -149,6 +151,15 @@ def test_without_a_shared_disk_each_host_keeps_its_part_and_says_what_it_lacks(
     done = launch(*flags, "--resume_from_checkpoint", output / "checkpoint-4")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from" in done.stdout and on(*weights) == whole
+
+    merged = tmp_path / "merged"  # both see it
+    for node in nodes:
+        on(node, "cp", "-r", output / "checkpoint-4/.", merged)
+    assert checkpoints.verify(merged) == []
+    alone = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "alone"]
+    fewer = ("--resume_from_checkpoint", merged, "--resume_world_size", "any", "--use_cpu", "True")
+    outcome = ranks.train(tmp_path / "logs", [*alone, *SHORT, "--deepspeed", "zero3", *fewer], world_size=1)
+    assert outcome.succeeded and "on 1 ranks instead of 2" in outcome.outputs[0], outcome.outputs[0]
 
     (shard,) = on(nodes[1], "find", output / "checkpoint-4", "-name", "*optim_states.pt").split()
     on(nodes[1], "rm", shard)

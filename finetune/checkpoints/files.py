@@ -42,8 +42,8 @@ def names_in(folder: Path) -> list[str]:
     return sorted(set(found) - {MANIFEST_FILE, SAVING_FILE, f"{MANIFEST_FILE}.partial"})
 
 
-def settled(folder: Path, names: Iterable[str], rank: int) -> dict[str, FileRecord]:
-    """Records of files that are on the disk when this returns: they are hashed while the disk still writes.
+def settled(folder: Path, names: Iterable[str], rank: int | None) -> dict[str, FileRecord]:
+    """Records of the files of a rank that are on the disk when this returns: they are hashed while it still writes.
 
     Raises:
         OSError: the disk refused.
@@ -99,12 +99,12 @@ def _fault(path: Path, record: FileRecord) -> str | None:
     return None
 
 
-def shared_out(manifest: Manifest, part: int, of: int) -> list[str]:
-    """The files that the `part`-th of `of` ranks looks at, so that all have about as many bytes to read."""
+def shared_out(manifest: Manifest, names: Iterable[str], part: int, of: int) -> list[str]:
+    """Those of the files that the `part`-th of `of` ranks looks at, so that all have about as many bytes to read."""
     loads, mine = [0] * of, []
-    for name, record in sorted(manifest.files.items(), key=lambda one: (-one[1].size, one[0])):
+    for name in sorted(names, key=lambda name: (-manifest.files[name].size, name)):
         lightest = loads.index(min(loads))
-        loads[lightest] += record.size + 1
+        loads[lightest] += manifest.files[name].size + 1
         if lightest == part:
             mine.append(name)
     return mine

@@ -42,12 +42,18 @@ def is_sealed(folder: Path) -> bool:
 
 
 def verify(folder: Path) -> list[str]:
-    """Every fault of a checkpoint, each naming its file; empty for a whole one."""
+    """Every fault of a checkpoint, each naming its file; empty for a whole one.
+
+    Where hosts kept files of their own, a folder is whole with those of any one of them, or of all.
+    """
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    return faults(folder, manifest)
+    found = {name: fault for name in manifest.files if (fault := "".join(faults(folder, manifest, [name])))}
+    everyone = [rank for disk in manifest.disks for rank in disk]
+    parts = [everyone, *(manifest.disks if len(manifest.disks) > 1 else [])]
+    return min(([found[name] for name in manifest.names_for(ranks) if name in found] for ranks in parts), key=len)
 
 
 def latest_complete(output_dir: Path) -> Path | None:

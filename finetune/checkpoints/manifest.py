@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ SAVING_FILE = "saving.json"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: bytes, xxh3-128 in hexadecimal, and the rank that wrote it."""
+    """One file: bytes, xxh3-128 in hexadecimal, and the rank that it is of; None: every disk has one of its own."""
 
     size: int
     xxh3_128: str
-    rank: int
+    rank: int | None
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Manifest:
         loss_since_log: [ranks], what each rank has added up since step `last_logged`.
         facts: what must be the same for a resumed run to be the uninterrupted one.
         trained: names and whole shapes of all trained parameters.
-        hosts: hosts that keep files of their own; 1 where all share a file system.
-        files: by path relative to the folder, of this host.
+        disks: the ranks of each disk: a list of lists, with one in it where all share a file system.
+        files: by path relative to the folder, those of all ranks; `names_for` says which are to be on a disk.
     """
 
     run_id: str
@@ -59,7 +60,7 @@ class Manifest:
     facts: dict[str, Any]
     trained: dict[str, list[int]]
     versions: dict[str, str]
-    hosts: int
+    disks: list[list[int]]
     written: str
     is_resumable: bool = True
     files: dict[str, FileRecord] = field(default_factory=dict)
@@ -68,6 +69,10 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(one.size for one in self.files.values())
+
+    def names_for(self, ranks: Collection[int]) -> list[str]:
+        """The files that the disk of these ranks must hold."""
+        return [name for name, record in self.files.items() if record.rank is None or record.rank in ranks]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -96,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_types(manifest: Manifest) -> None:
-    wanted = {"run_id": str, "step": int, "world_size": int, "step_rows": int, "facts": dict, "loss_since_log": list}
+    wanted = {"run_id": str, "step": int, "world_size": int, "step_rows": int, "facts": dict, "disks": list}
     for name, kind in wanted.items():
         if not isinstance(getattr(manifest, name), kind):
             raise ValueError(f"{name} is {getattr(manifest, name)!r}")
