@@ -154,7 +154,7 @@ def test_without_a_shared_disk_each_host_keeps_its_part_and_says_what_it_lacks(
 
     merged = tmp_path / "merged"  # both see it
     for node in nodes:
-        on(node, "cp", "-r", output / "checkpoint-4/.", merged)
+        on(node, "cp", "-r", f"{output}/checkpoint-4/.", merged)
     assert checkpoints.verify(merged) == []
     alone = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "alone"]
     fewer = ("--resume_from_checkpoint", merged, "--resume_world_size", "any", "--use_cpu", "True")
