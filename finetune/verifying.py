@@ -11,7 +11,7 @@ from finetune.errors import CheckpointError
 
 # Relative; the second for 16-bit weights, whose sums differ from one device or order of summing to another.
 TOLERANCES = {"float32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
-ROOM = 1.5  # of the files' size, that the second copy takes
+ROOM = {"float32": 2.5, "bf16": 1.5, "fp16": 1.5}  # of the files' size, which may be of 16-bit weights
 
 
 def verify_result(
@@ -44,14 +44,15 @@ def verify_result(
         verify_saved(folder)
     else:
         _check_tensors(folder)
-    size = _bytes_of(Path(base) if kind == "adapter" else folder)
+    needed = _bytes_of(Path(base) if kind == "adapter" else folder) * ROOM[precision]
     free = _free_memory()
-    if size * ROOM > free:
+    if needed > free:
         return (
             f"the saved {kind} has all its weights; its loss was not compared: a second copy takes "
-            f"{size * ROOM / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+            f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
         )
-    found = _reopened_loss(folder, kind == "adapter", input_ids, labels, trust_remote_code, torch)
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    found = _reopened_loss(folder, kind == "adapter", input_ids, labels, dtype, trust_remote_code)
     if not abs(found - loss) <= TOLERANCES[precision] * max(abs(loss), 0.1):
         raise CheckpointError(
             f"{folder}: the saved {kind} has a loss of {found:.5f} on a conversation for which the trained one has "
@@ -75,8 +76,9 @@ def _check_tensors(folder: Path) -> None:
 
 
 def _reopened_loss(
-    folder: Path, has_adapter: bool, input_ids: Sequence[int], labels: Sequence[int], trusts_code: bool, torch: Any
+    folder: Path, has_adapter: bool, input_ids: Sequence[int], labels: Sequence[int], dtype: Any, trusts_code: bool
 ) -> float:
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -84,10 +86,10 @@ def _reopened_loss(
     if has_adapter:
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusts_code)
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusts_code)
     else:
         model, told = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=trusts_code, output_loading_info=True
+            folder, dtype=dtype, trust_remote_code=trusts_code, output_loading_info=True
         )
         wrong = {name: sorted(told[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         found = [f"{len(keys)} {name.replace('_', ' ')}, the first {keys[0]}" for name, keys in wrong.items() if keys]

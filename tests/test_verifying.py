@@ -22,16 +22,30 @@ def saved(tiny_model, tmp_path):
     """A copy of the tiny model, and its loss on one conversation."""
     folder = tmp_path / "result"
     shutil.copytree(tiny_model, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        loss = float(model(input_ids=torch.tensor([IDS]), labels=torch.tensor([LABELS])).loss)
-    return folder, loss
+    return folder, loss_of(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def verify(folder, loss, precision="float32", base=""):
     return verifying.verify_result(
         folder, base=base, input_ids=IDS, labels=LABELS, loss=loss, precision=precision, trust_remote_code=False
     )
+
+
+def loss_of(model) -> float:
+    with torch.no_grad():
+        return float(model.eval()(input_ids=torch.tensor([IDS]), labels=torch.tensor([LABELS])).loss)
+
+
+def with_lora(base):
+    """An adapter that has moved."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", lora_alpha=64))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def rewrite(folder, change) -> None:
@@ -98,19 +112,26 @@ def test_where_a_second_copy_does_not_fit_the_weights_are_looked_at_all_the_same
         verify(folder, 99.0)
 
 
-def test_an_adapter_is_compared_on_its_base(tiny_model, tmp_path):
-    from peft import LoraConfig, get_peft_model
+def test_the_copy_computes_in_the_precision_of_the_run(tiny_model, tmp_path, monkeypatch):
+    """Weights that lie on the disk in bf16 were trained in float32: their loss in bf16 would be another."""
+    monkeypatch.setitem(verifying.TOLERANCES, "float32", 1e-5)  # a model so small differs by little
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    sharp = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    sharp.get_input_embeddings().weight.data *= 40  # it is the head too
+    sharp.save_pretrained(base)
+    model = with_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    model.save_pretrained(folder)
+    exact, coarse = loss_of(model), loss_of(model.to(torch.bfloat16))
+    assert abs(exact - coarse) > 1e-4 * exact
+    assert "the saved adapter opens" in verify(folder, exact, base=str(base))
+    with pytest.raises(CheckpointError, match="it is not what was trained"):
+        verify(folder, coarse, base=str(base))
 
-    torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules="all-linear", lora_alpha=64)
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+
+def test_an_adapter_is_compared_on_its_base(tiny_model, tmp_path):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(tiny_model))
     model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        loss = float(model.eval()(input_ids=torch.tensor([IDS]), labels=torch.tensor([LABELS])).loss)
+    loss = loss_of(model)
     assert "the saved adapter opens" in verify(tmp_path, loss, base=str(tiny_model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
