@@ -290,10 +290,11 @@ def _compared(arguments: Arguments, setup: Setup, data: PreparedData, folder: Pa
             changes.pop(f"--{name}", None)
         if step_rows != manifest.step_rows:
             changes["rows of a step"] = (manifest.step_rows, step_rows)
+    harmless = [f"ranks: {manifest.world_size}, now {setup.world_size}"] if reshapes else []
+    if set(changes.get("ZeRO stage", ())) == {1, 2}:  # both divide the same optimizer alike
+        harmless.append("ZeRO stage: {}, now {}".format(*changes.pop("ZeRO stage")))
     lines = [f"{name}: {_shown(old)}, now {_shown(new)}" for name, (old, new) in changes.items()]
-    never = [
-        line for line, name in zip(lines, changes, strict=True) if name in NEVER and not _fits(name, changes[name])
-    ]
+    never = [line for line, name in zip(lines, changes, strict=True) if name in NEVER]
     if never:
         why = f" ({STAGES_DIFFER})" if any(line.startswith("ZeRO stage") for line in never) else ""
         raise CheckpointError(
@@ -305,7 +306,7 @@ def _compared(arguments: Arguments, setup: Setup, data: PreparedData, folder: Pa
             f"{folder}: the resumed run would not be the one that was interrupted: {'; '.join(lines)}: start as it "
             "was started, or give --allow_inexact_resume True, which goes on and records it"
         )
-    return [*lines, *([f"ranks: {manifest.world_size}, now {setup.world_size}"] if reshapes else [])]
+    return [*lines, *harmless]
 
 
 def _other_versions(manifest: Manifest) -> list[str]:
@@ -316,11 +317,6 @@ def _other_versions(manifest: Manifest) -> list[str]:
         for name, version in manifest.versions.items()
         if here.get(name) != version
     ]
-
-
-def _fits(name: str, values: tuple[Any, Any]) -> bool:
-    """Stages 1 and 2 divide the same optimizer alike."""
-    return name == "ZeRO stage" and set(values) <= {1, 2}
 
 
 def _shown(value: Any) -> str:

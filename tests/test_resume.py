@@ -213,6 +213,16 @@ def test_an_inexact_resume_is_allowed_by_flag_and_recorded_but_not_into_another_
     assert "--lora_r: 8, now 4" in said and "cannot be taken by this run" in said
 
 
+@FAULTS
+@pytest.mark.parametrize(("before", "after"), [("zero1", "zero2"), ("zero2", "zero1")])
+def test_stages_1_and_2_take_each_others_checkpoints(train, tmp_path, before, after):
+    train("whole", "--deepspeed", before, "--save_steps", "3")
+    weights, logged = runs.result_of(tmp_path / "whole")
+    said = train("other", "--deepspeed", after, "--resume_from_checkpoint", tmp_path / "whole/checkpoint-3")
+    assert f"ZeRO stage: {before[-1]}, now {after[-1]}" in said
+    assert runs.result_of(tmp_path / "other") == (weights, logged[3:])
+
+
 def test_a_checkpoint_of_another_run_and_one_without_optimizer_are_refused(train, tmp_path):
     flags = ("--deepspeed", "zero2", "--max_steps", "2", "--save_steps", "2")
     train("one", *flags)
