@@ -53,7 +53,8 @@ def train(tmp_path, dropping_model, rows_file):
     def run(name: str, *flags, world_size: int = 2, fails: int | None = None, model=dropping_model, data=rows_file):
         named = ["--model_name_or_path", model, "--data_path", data, "--output_dir", tmp_path / name]
         notes = str(tmp_path / f"{name}-rows")
-        argv = [*map(str, [*named, *FLAGS, *flags])]
+        usual = FLAGS[:-2] if BUDGET[0] in flags else FLAGS  # which end with the rows of a micro-batch
+        argv = [*map(str, [*named, *usual, *flags])]
         outcome = ranks.run(tmp_path / f"{name}-logs", runs.train_noting_rows, (argv, notes), world_size)
         if fails is None:
             assert outcome.succeeded, "\n".join(outcome.outputs)
