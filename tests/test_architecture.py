@@ -20,7 +20,7 @@ LINE = (
     {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages"},
     {"checkpoints", "conversations", "packing", "ranks", "zero"},
     {"hardware"},
-    {"building", "errors", "guard"},
+    {"building", "errors", "guard", "stopping"},
 )
 WITHOUT_TORCH = {
     "arguments",
