@@ -1,4 +1,4 @@
-"""What happens beside the steps: the plan in front of the first one, a line or a bar, `metrics.jsonl`."""
+"""What happens beside the steps: the plan in front of the first one, a line or a bar, `metrics.jsonl`, the guard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from finetune import guard
 from finetune.console import is_rank_0, is_terminal, say
 from finetune.hardware import resume_collection
 from finetune.metrics import append_metrics
@@ -24,6 +25,17 @@ class Beginning(TrainerCallback):
         self.on_plan(state.max_steps)
         resume_collection()
         self.begin()
+
+
+class Whereabouts(TrainerCallback):
+    """Tells the guard where the rank is; the last of the callbacks, so that what the others decide is known."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        guard.phase("step", state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            guard.phase("save", state.global_step)
 
 
 class MetricsFile(TrainerCallback):

@@ -4,6 +4,8 @@ run.json            what ran: arguments, resolved DeepSpeed config, versions, wo
 data_ledger.jsonl   every row that was not kept whole, with the reason
 metrics.jsonl       one line per logged step
 trainer_state.json  the Trainer's own record
+RUN_COMPLETE        the run's id, written last of all
+failure.json        how a run failed, instead; see `failures`
 checkpoint-N/       what a run can go on from; see `checkpoints`
 adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config.json
 """
@@ -21,11 +23,14 @@ from typing import Any
 
 from finetune.checkpoints import write_durably
 from finetune.errors import ConfigError, StorageError
+from finetune.failures import FILE as FAILURE_FILE
+from finetune.stopping import STOP_FILE
 
 RUN_FILE = "run.json"
 LEDGER_FILE = "data_ledger.jsonl"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".in_use"
+COMPLETE_FILE = "RUN_COMPLETE"
 SECONDS_FOR_A_DYING_RUN = 15.0
 # run.json alone is left by a run that never made a step: there is nothing in it to lose.
 MARKS_OF_A_RUN = (METRICS_FILE, "adapter_config.json", "config.json", "trainer_state.json")
@@ -162,6 +167,32 @@ def last_checkpoint(folder: Path) -> int | None:
 def is_complete(folder: Path) -> bool:
     """Whether the run in this folder has come to its end."""
     return bool((folder / RUN_FILE).is_file() and load_run(folder).get("completed"))
+
+
+def mark_complete(folder: Path, run: str) -> None:
+    """The last that a run writes: its id, in a file of its own.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    path = folder / COMPLETE_FILE
+    try:
+        write_durably(path, run + "\n")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def forget_ending(folder: Path) -> None:
+    """A run begins or goes on here: how an earlier start ended is no longer true.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    for name in (COMPLETE_FILE, FAILURE_FILE, STOP_FILE):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{folder / name}: {error.strerror}") from None
 
 
 def resumptions(folder: Path) -> list[dict[str, Any]]:

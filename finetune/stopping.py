@@ -67,6 +67,12 @@ def reason() -> str | None:
     return str(_request.file) if _request.by_file else None
 
 
+def forget() -> None:
+    """As if nothing had been asked; for a process that trains more than once."""
+    global _request
+    _request = _Request()
+
+
 def ignore_in_worker(_: int) -> None:
     """For processes that load data: they end with their rank, and not by a signal that is meant for it."""
     for number in SIGNALS:

@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import adapters, console, model, results
+from finetune import adapters, console, guard, model, results, stopping
 from finetune.arguments import Arguments, parse
 from finetune.building import guard_builds
 from finetune.checking import Setup, check
 from finetune.dataset import PreparedData, check_usable
 from finetune.errors import ConfigError, reported
-from finetune.guard import die_with_launcher
+from finetune.guard import guarded
 from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
 from finetune.metrics import cut_metrics, loss_curve, model_flops, timed
 from finetune.planning import plan, settle
@@ -40,11 +40,11 @@ from finetune.verifying import verify_result
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; the exit statuses are those of `errors`."""
-    with reported():
-        prepare_environment()
-        die_with_launcher()
+    prepare_environment()
+    with reported(), guarded():
         arguments = parse(sys.argv[1:] if argv is None else argv)
         console.quiet_libraries()
+        set_limits(arguments)
         setup = check(arguments)
         tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data, console.say_note)
         approve(arguments, data)
@@ -54,7 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained = attach(arguments, setup, base, tokenizer)
         batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
         trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches, lineage)
+        leave_if_asked(trainer)
         seal(arguments, setup, trainer)
+
+
+def set_limits(arguments: Arguments) -> None:
+    """How long a phase may take before the guards call the run stuck."""
+    run = arguments.run
+    guard.limits(meeting=run.meeting_timeout, start=run.start_timeout, step=run.step_timeout, save=run.save_timeout)
+    guard.phase("data")
 
 
 def approve(arguments: Arguments, data: PreparedData) -> None:
@@ -68,6 +76,7 @@ def begin(arguments: Arguments, setup: Setup) -> tuple[Any, Disk]:
     """Start the processes, see who shares the output folder, build `TrainingArguments` (it touches the devices)."""
     from finetune.trainer import build_arguments
 
+    guard.phase("join")
     guard_builds(lambda line: print(f"note: {line}", flush=True))
     join_processes(
         setup.hardware.backend, uses_deepspeed=setup.zero is not None, timeout=arguments.given("ddp_timeout")
@@ -106,6 +115,7 @@ def _output_dir(arguments: Arguments) -> Path:
 def resume(arguments: Arguments, setup: Setup, data: PreparedData, disk: Disk) -> Lineage:
     """Find the checkpoint to go on from, if any; claim the output folder for this run alone; write down what runs."""
     output_dir = _output_dir(arguments)
+    guard.phase("model")
     together(lambda: results.hold(output_dir) if disk.is_writer else None)
     found = find_checkpoint(arguments, setup, data, disk)
     together(lambda: _claim(output_dir, setup) if disk.is_writer else None)
@@ -118,6 +128,7 @@ def resume(arguments: Arguments, setup: Setup, data: PreparedData, disk: Disk) -
         folder=found.folder_to_load(output_dir) if found else None,
     )
     on_rank_0(lambda: _write_down(output_dir, arguments, setup, data, lineage, found))
+    guard.belongs_to(output_dir, lineage.run_id)
     return lineage
 
 
@@ -138,6 +149,7 @@ def _write_down(
     if found:
         facts["resumed"] = [*results.resumptions(output_dir), found.facts()]
     results.write_run(output_dir, facts)
+    results.forget_ending(output_dir)
 
 
 def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, Any]:
@@ -212,6 +224,7 @@ def fit(
     lineage: Lineage,
 ) -> Any:
     """Train; the plan is printed once the number of steps is known."""
+    from finetune.callbacks import Whereabouts
     from finetune.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
@@ -232,8 +245,27 @@ def fit(
         )
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, evaluation without data
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
+    trainer.add_callback(Whereabouts())
     trainer.train(resume_from_checkpoint=str(lineage.folder) if lineage.folder else None)
     return trainer
+
+
+def leave_if_asked(trainer: Any) -> None:
+    """Where the ranks have agreed to stop, the last checkpoint is what this start leaves: status 75, run me again."""
+    if trainer.stopped_by is None:
+        return
+    stopping.leave_in_peace()
+    step = trainer.state.global_step
+    console.say(
+        f"stopped by {trainer.stopped_by} after step {step}: saved as checkpoint-{step}; go on with the same command "
+        "and --resume_from_checkpoint auto"
+    )
+    on_rank_0(
+        lambda: results.write_run(Path(trainer.args.output_dir), {"stopped": {"by": trainer.stopped_by, "step": step}})
+    )
+    leave_processes()
+    results.let_go()
+    sys.exit(stopping.STOPPED)
 
 
 def _peak_flops(setup: Setup) -> float | None:
@@ -251,11 +283,15 @@ def _moves_base_weights(arguments: Arguments) -> bool:
 
 def seal(arguments: Arguments, setup: Setup, trainer: Any) -> None:
     """Save the result, open it again and check it, write down how the run ended, say what to do next."""
+    guard.phase("end", trainer.state.global_step)
     trainer.save_result()
     example = trainer.train_dataset.shortest_example()
     loss = trainer.loss_of(example)
     on_rank_0(lambda: _conclude(arguments, setup, trainer, example, loss))
+    is_writer = trainer.lineage.disk.is_writer
     leave_processes()
+    if is_writer:
+        results.mark_complete(_output_dir(arguments), trainer.lineage.run_id)
     results.let_go()
 
 

@@ -86,6 +86,7 @@ class SupervisedTrainer(Trainer):
         if self.sharing_ranks > 1:
             self._share_rows()
         self.gradient_was_lost = False
+        self.stopped_by: str | None = None
         self.group_settings: list[dict[str, Any]] = []
         self.lineage = lineage
         self.trained = trained_shapes(self.model)

@@ -19,8 +19,8 @@ LINE = (
     {"arguments", "batches", "callbacks", "collation", "dataset", "generation", "losses", "saving", "verifying"},
     {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages"},
     {"checkpoints", "conversations", "packing", "ranks", "zero"},
-    {"hardware"},
-    {"building", "errors", "guard", "stopping"},
+    {"guard", "hardware"},
+    {"building", "errors", "failures", "stopping"},
 )
 WITHOUT_TORCH = {
     "arguments",

@@ -110,6 +110,12 @@ class RunArguments:
     resume_world_size: Literal["same", "any"] = _flag(
         "same", "any: go on from a checkpoint on another number of ranks, with the same global batch"
     )
+    meeting_timeout: int = _flag(60, "seconds in which all ranks must have arrived; 0: for ever")
+    start_timeout: int = _flag(1800, "seconds that loading may take without progress, and the first step; 0: for ever")
+    step_timeout: int | None = _flag(
+        None, "seconds that a step may take; default: ten times the usual, at least 300; 0: for ever"
+    )
+    save_timeout: int = _flag(1800, "seconds that a save may take; 0: for ever")
 
 
 @dataclass
