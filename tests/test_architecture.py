@@ -19,7 +19,7 @@ LINE = (
     {"arguments", "batches", "callbacks", "collation", "dataset", "generation", "losses", "saving", "verifying"},
     {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages"},
     {"checkpoints", "conversations", "packing", "ranks", "zero"},
-    {"guard", "hardware"},
+    {"guard", "hardware", "hosts"},
     {"building", "errors", "failures", "stopping"},
 )
 WITHOUT_TORCH = {
@@ -28,6 +28,7 @@ WITHOUT_TORCH = {
     "conversations",
     "zero",
     "hardware",
+    "hosts",
     "errors",
     "rendering",
     "dataset",

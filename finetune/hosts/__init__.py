@@ -1,0 +1,25 @@
+"""What the `deepspeed` command is told: its flags, the hostfile, `.deepspeed_env`, read strictly.
+
+The launcher takes half a line for a whole one, a missing file for an order to train alone, and hands the rest to a
+shell. Here each of these is an error that says what to write instead, found before anything starts. What the launcher
+reads rightly means the same here: the tests ask both.
+"""
+
+from finetune.hosts.environment import environment_files, read_environment_file, travelling_environment
+from finetune.hosts.flags import LauncherFlags, parse_launcher
+from finetune.hosts.hostfile import read_hostfile
+from finetune.hosts.selection import resources
+from finetune.hosts.variables import is_secret, redacted, travels
+
+__all__ = [
+    "LauncherFlags",
+    "environment_files",
+    "is_secret",
+    "parse_launcher",
+    "read_environment_file",
+    "read_hostfile",
+    "redacted",
+    "resources",
+    "travelling_environment",
+    "travels",
+]
