@@ -5,12 +5,12 @@ from __future__ import annotations
 import typer
 
 from finetune.errors import reported
-from finetune.tools import convert, preview, quickstart
+from finetune.tools import convert, launch, preview, quickstart
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Tools around fine-tuning with DeepSpeed. Train with: deepspeed finetune/finetune.py --help",
+    help="Tools around fine-tuning with DeepSpeed. Train with: finetune launch finetune/finetune.py --help",
 )
 # These take flags of the training command, which have their home and their --help in `arguments`.
 TRAINING_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -24,6 +24,11 @@ def _preview(context: typer.Context) -> None:
 @app.command("convert", context_settings=TRAINING_FLAGS, help=convert.SUMMARY)
 def _convert(context: typer.Context) -> None:
     convert.main(context.args)
+
+
+@app.command("launch", context_settings=TRAINING_FLAGS, help=launch.SUMMARY)
+def _launch(context: typer.Context) -> None:
+    launch.main(context.args)
 
 
 @app.command("quickstart", help=quickstart.SUMMARY)

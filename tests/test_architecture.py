@@ -12,15 +12,15 @@ PACKAGE = ROOT / "finetune"
 # A name may import anything to its right, nothing to its left and nothing of its own group.
 LINE = (
     {"finetune", "__main__"},
-    {"tools.convert", "tools.preview", "tools.quickstart"},
+    {"tools.convert", "tools.launch", "tools.preview", "tools.quickstart"},
     {"train"},
     {"planning", "resuming"},
     {"checking", "preparing", "trainer"},
     {"arguments", "batches", "callbacks", "collation", "dataset", "generation", "losses", "saving", "verifying"},
-    {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages"},
-    {"checkpoints", "conversations", "packing", "ranks", "zero"},
+    {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages", "cluster"},
+    {"checkpoints", "conversations", "packing", "ranks", "supervision", "zero"},
     {"guard", "hardware", "hosts"},
-    {"building", "errors", "failures", "stopping"},
+    {"building", "errors", "failures", "host_probe", "stopping"},
 )
 WITHOUT_TORCH = {
     "arguments",

@@ -1,0 +1,251 @@
+"""Many hosts over ssh: ask each what it has, compare, run the `deepspeed` command on each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+from finetune import host_probe
+from finetune.errors import ConfigError, listed
+from finetune.failures import Failure
+from finetune.supervision import REPORT, Report, Supervised
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS_TO_CONNECT = 5
+SECONDS_FOR_A_PROBE = 12
+LOST = 255  # ssh's own status
+
+
+class Shell:
+    """How other hosts are reached.
+
+    Args:
+        port: of their sshd; None: as ssh's own configuration says.
+        venv_script: what a host sources before anything is run there.
+    """
+
+    def __init__(self, port: int | None, venv_script: str | None) -> None:
+        self.port, self.venv_script = port, venv_script
+
+    def command(self, host: str, words: Sequence[str]) -> list[str]:
+        """The ssh command that runs `words` on a host, each arriving as it is. `PDSH_SSH_ARGS_APPEND` is respected."""
+        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_TO_CONNECT}"]
+        options += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
+        options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+        if self.port is not None:
+            options += ["-p", str(self.port)]
+        first = f". {shlex.quote(self.venv_script)} && " if self.venv_script else ""
+        return ["ssh", *options, host, f"{first}exec {shlex.join(words)}"]
+
+
+def is_here(host: str) -> bool:
+    """Whether a name of the hostfile means this machine."""
+    name = host.rpartition("@")[2]
+    if name in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, *_, address in found:
+        with socket.socket(family, socket.SOCK_STREAM) as probing:
+            try:
+                probing.bind((address[0], 0))
+                return True
+            except OSError:
+                continue
+    return False
+
+
+def ask(hosts: Sequence[str], shell: Shell, words: Sequence[str]) -> dict[str, dict[str, Any] | str]:
+    """What each host has (`host_probe.probe`), or in words why it did not answer; all at once, in seconds."""
+    order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words)}
+    source = Path(host_probe.__file__).read_text(encoding="utf-8")
+    source += f"\nimport json\nprint(json.dumps(probe(json.loads({json.dumps(order)!r}))))\n"
+
+    def one(host: str) -> dict[str, Any] | str:
+        command = [sys.executable, "-"]
+        if not is_here(host):
+            command = shell.command(host, command)
+        try:
+            done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=SECONDS_FOR_A_PROBE)
+        except subprocess.TimeoutExpired:
+            return f"did not answer within {SECONDS_FOR_A_PROBE} s: does `ssh {host} true` come back?"
+        except OSError as error:
+            return f"{command[0]}: {error.strerror}: install it on this machine"
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["it said nothing"]
+            where = f"`ssh {host}` fails" if done.returncode == LOST else f"{sys.executable} cannot be run there"
+            return f"{where}: {said[-1]}"
+        try:
+            return json.loads(done.stdout.splitlines()[-1])
+        except (ValueError, IndexError):
+            return f"answered with something else than asked for: {done.stdout[:80]!r} (does its shell print a banner?)"
+
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return dict(zip(hosts, pool.map(one, hosts), strict=True))
+
+
+def compare(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, list[int]]) -> None:
+    """Find what would go wrong later, or silently differ.
+
+    Raises:
+        ConfigError: every fault, by host.
+    """
+    faults = [f"{host}: {answer}" for host, answer in answers.items() if isinstance(answer, str)]
+    facts = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
+    if facts:
+        first = next(iter(facts))
+        for host, found in facts.items():
+            faults += [f"{host}: {fault}" for fault in _faults(found, len(slots[host]), facts[first], first)]
+    if faults:
+        raise ConfigError(listed(faults, "fault") + "\nnothing was started" if len(faults) > 1 else faults[0])
+
+
+def _faults(found: dict[str, Any], slots: int, first: dict[str, Any], name: str) -> list[str]:
+    """What is wrong with one host, most of it compared with the first."""
+    if not found["folder"]:
+        return [f"has no folder {os.getcwd()}: the same clone must lie under the same path on every host"]
+    faults = []
+    if found["code"] is None:
+        faults.append(f"has no {ROOT / 'finetune'}: the same clone must lie under the same path on every host")
+    elif found["code"] != first["code"]:
+        faults.append(f"its {ROOT / 'finetune'} differs from that on {name}: bring both to the same commit")
+    if found["python"] != first["python"]:
+        faults.append(f"Python {found['python']}, but {first['python']} on {name}")
+    for library in sorted(found["versions"].keys() | first["versions"].keys()):
+        here, there = (one["versions"].get(library, "not installed") for one in (found, first))
+        if here != there:
+            faults.append(f"{library} {here}, but {there} on {name}")
+    if found["gpus"] and slots > found["gpus"]:
+        faults.append(f"{slots} slots for {found['gpus']} GPUs: lower slots in the hostfile, or use --num_gpus")
+    if bool(found["gpus"]) != bool(first["gpus"]):
+        faults.append(f"{found['gpus']} GPUs, but {first['gpus']} on {name}")
+    for word in sorted(found["files"].keys() | first["files"].keys()):
+        here, there = (one["files"].get(word) for one in (found, first))
+        if here != there:
+            how = "is missing" if here is None else f"is there, but not on {name}" if there is None else "differs from"
+            faults.append(f"{word} {how}" + (f" that on {name}" if here and there else ""))
+    return faults
+
+
+def meeting_place(answers: Mapping[str, dict[str, Any] | str]) -> tuple[str, int]:
+    """Address and free port of the first host, as the others reach it.
+
+    The way ssh came shows an address that works between two machines; the first word of `hostname -I`, which DeepSpeed
+    takes, may be a container's bridge.
+
+    Raises:
+        ConfigError: the first host did not answer, or has no address but its loopback.
+    """
+    host, first = next(iter(answers.items()))
+    if isinstance(first, str):
+        raise ConfigError(f"{host}: {first}")
+    others = [one for one in answers.values() if not isinstance(one, str) and one is not first]
+    seen = [first["route"][1]] if len(first["route"]) == 2 else []
+    if not seen:  # the first host is this one: as the others saw it come
+        seen = [one["route"][0] for one in others if one["route"]]
+    usable = [one for one in seen if not one.startswith("127.") and one != "::1"]
+    if usable:
+        return usable[0], first["port"]
+    if not others:
+        return "127.0.0.1", first["port"]
+    raise ConfigError(f"{host}: no address is known under which the other hosts reach it: give --master_addr")
+
+
+class Remote:
+    """The `deepspeed` command on another host: a `Supervised` there, with an agent between."""
+
+    def __init__(
+        self, shell: Shell, command: Sequence[str], environment: Mapping[str, str], *, hostfile: str | None, host: str
+    ) -> None:
+        self.host, self.report = host, None
+        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.supervision import agent; agent()"
+        self.process = subprocess.Popen(
+            shell.command(host, [sys.executable, "-c", start]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        order = {"command": list(command), "environment": dict(environment), "hostfile": hostfile, "host": host}
+        self._say(json.dumps({**order, "folder": os.getcwd()}))
+        streams = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
+        self.readers = [threading.Thread(target=self._pass_on, args=one, daemon=True) for one in streams]
+        for reader in self.readers:
+            reader.start()
+
+    def is_running(self) -> bool:
+        """Whether the command still runs there."""
+        return self.process.poll() is None
+
+    def ask_to_stop(self) -> None:
+        """Tell the ranks there to save and leave."""
+        self._say("stop")
+
+    def end_now(self) -> None:
+        """End the run there. The connection's end says the same, where a word does not arrive."""
+        self._say("end")
+
+    def conclude(self) -> Report:
+        """How it ended, as told by the agent; a connection that ended without a report is a lost host."""
+        self.process.wait()
+        for reader in self.readers:
+            reader.join(5)
+        if self.report is not None:
+            return self.report
+        text = f"the connection to {self.host} ended (ssh: {self.process.returncode}) before the run there did"
+        return Report(self.host, LOST, failure=Failure(kind="lost", host=self.host, hosts=[self.host], error=text))
+
+    def cut(self) -> None:
+        """Give up the connection."""
+        self.process.kill()
+
+    def _say(self, line: str) -> None:
+        try:
+            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:  # it ends; `conclude` says how
+            return
+
+    def _pass_on(self, source: Any, target: TextIO) -> None:
+        for raw in source:
+            line = raw.decode(errors="replace").rstrip("\n")
+            if line.startswith(REPORT):
+                self.report = Report.from_json(line.removeprefix(REPORT))
+            else:
+                say_for(self.host, line, target)
+
+
+_saying = threading.Lock()
+
+
+def say_for(host: str, line: str, target: TextIO) -> None:
+    """One line of a host's output, whole, with its name."""
+    with _saying:
+        target.write(f"{host}: {line}\n")
+        target.flush()
+
+
+class Local(Supervised):
+    """The same on this machine, as one host of several: its lines bear its name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+        for source, target in ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)):
+            threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: Any, target: TextIO) -> None:
+        for raw in source:
+            say_for(self.host, raw.decode(errors="replace").rstrip("\n"), target)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    return host_probe.free_port()

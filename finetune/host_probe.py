@@ -1,0 +1,105 @@
+"""What a host has, told by itself: this file's text is sent to its Python, so it uses the standard library alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets")
+WHOLE_BYTES = 64 << 20  # larger files are compared by their size and by samples
+SAMPLES, SAMPLE_BYTES = 64, 64 << 10
+
+
+def probe(order: dict) -> dict:
+    """Facts of this host.
+
+    `order` names the `folder` to work in, the `code` that must be there, and `words` of the command line: those that
+    are files or folders here come back with a fingerprint.
+    """
+    facts = {
+        "name": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "gpus": _gpus(),
+        "port": free_port(),
+        "route": os.environ.get("SSH_CONNECTION", "").split()[::2],
+        "folder": os.path.isdir(order["folder"]),
+        "code": _code(Path(order["code"])),
+        "files": {},
+    }
+    if facts["folder"]:
+        os.chdir(order["folder"])
+        for word in order["words"]:
+            fingerprint = _fingerprint(Path(word).expanduser())
+            if fingerprint:
+                facts["files"][word] = fingerprint
+    return facts
+
+
+def _versions() -> dict:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _gpus() -> int:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=8)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def free_port() -> int:
+    with socket.socket() as probing:
+        probing.bind(("", 0))
+        return probing.getsockname()[1]
+
+
+def _code(folder: Path) -> str | None:
+    files = sorted(folder.rglob("*.py"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint(path: Path) -> str | None:
+    try:
+        if path.is_dir():
+            parts = [(one.name, one) for one in sorted(path.iterdir()) if one.is_file()][:1000]
+        elif path.is_file():
+            parts = [("", path)]
+        else:
+            return None
+        digest = hashlib.sha256()
+        for name, one in parts:
+            digest.update(f"{name} {one.stat().st_size}\n".encode())
+            _add_content(digest, one)
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()[:16]
+
+
+def _add_content(digest: hashlib._Hash, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            return
+        for number in range(SAMPLES):
+            file.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))

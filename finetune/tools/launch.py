@@ -1,0 +1,242 @@
+"""`finetune launch`: the `deepspeed` command, supervised.
+
+    finetune launch --hostfile=hostfiles/two_hosts finetune/finetune.py --model_name_or_path M ...
+
+Everything that `deepspeed` takes stands where it stands for `deepspeed`. Before anything starts, flags, hostfile and
+hosts are checked. On each host runs the `deepspeed` command itself, with `--no_ssh`: no pdsh and no second shell stands
+between, so that arguments arrive as they are, a host's end is seen at once, and the exit status is the true one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune import cluster, stopping
+from finetune.arguments import Arguments, parse
+from finetune.errors import ConfigError
+from finetune.failures import Failure, first_of, page, write
+from finetune.hosts import LauncherFlags, parse_launcher, read_hostfile, resources, travelling_environment, travels
+from finetune.supervision import Report, Supervised
+
+SUMMARY = "Start training like the deepspeed command does, and see it to its end: hosts checked, nothing left behind."
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_FOR_OTHER_HOSTS = 20.0  # the ranks' guards end a run in two or three
+SECONDS_TO_END = 8.0
+OUR_SCRIPT = Path(__file__).resolve().parent.parent / "finetune.py"
+# What decides how many ranks run where; the rest of the command line is handed on as it is.
+NOT_HANDED_ON = ("hostfile", "master_addr", "master_port", "ssh_port", "venv_script", "no_ssh_check", "launcher",
+                 "launcher_args", "force_multi")  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check, start, watch, say how it ended; leaves with the run's exit status.
+
+    Raises:
+        ConfigError: a flag, the hostfile, a host; nothing was started.
+    """
+    flags = parse_launcher(argv)
+    slots = resources(flags)
+    arguments = parse(flags.script_args) if is_ours(flags) else None
+    words, environment = without_secrets(flags.script_args)
+    environment["FINETUNE_LAUNCH_KEY"] = secrets.token_hex(16)
+    if slots is not None:
+        environment["FINETUNE_WORLD_SIZE"] = str(sum(map(len, slots.values())))
+    signals: list[int] = []
+    for number in stopping.SIGNALS:
+        signal.signal(number, lambda heard, _: signals.append(heard))
+    parts = start(flags, slots, words, environment)
+    watch(parts, signals)
+    reports = [part.conclude() for part in parts]
+    expected = {host: len(ids) for host, ids in slots.items()} if slots else {}
+    status, failure = outcome(reports, expected, ours=arguments is not None, signals=signals)
+    if failure is not None:
+        conclude(failure, arguments)
+    sys.exit(status)
+
+
+def is_ours(flags: LauncherFlags) -> bool:
+    """Whether the script is the one that trains, which says when it is complete."""
+    return flags.script == "finetune.train" if flags.module else Path(flags.script).resolve() == OUR_SCRIPT
+
+
+def without_secrets(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The script's arguments without a token in them, which everyone on a host could read in `ps`; it travels as a
+    variable."""
+    kept, environment = [], {}
+    rest = iter(words)
+    for word in rest:
+        name, given, value = word.partition("=")
+        if name != "--hub_token":
+            kept.append(word)
+        else:
+            environment["HF_TOKEN"] = value if given else next(rest, "")
+    return kept, environment
+
+
+def start(
+    flags: LauncherFlags, slots: dict[str, list[int]] | None, words: list[str], environment: dict[str, str]
+) -> list[Any]:
+    """Start the `deepspeed` command on every host.
+
+    Raises:
+        ConfigError: a host is not as it has to be.
+    """
+    script = ["--module"] if flags.module else []
+    script += [flags.script, *words]
+    if slots is None or flags.no_ssh:
+        port = flags.given.get("master_port") or cluster.free_port()
+        command = [*deepspeed(), *handed_on(flags), *_given(flags, "hostfile", "master_addr")]
+        return [
+            Supervised(
+                [*command, f"--master_port={port}", *script], environment, hostfile=None, host=os.uname().nodename
+            )
+        ]
+    if flags.launcher.lower() != "pdsh":
+        raise ConfigError(
+            f"--launcher {flags.launcher}: finetune launch reaches hosts over ssh by itself: leave the flag out, or "
+            "use the deepspeed command, without supervision"
+        )
+    shell = cluster.Shell(flags.ssh_port, flags.venv_script)
+    address, port = check_hosts(flags, slots, shell, words)
+    environment = {
+        **{name: value for name, value in os.environ.items() if travels(name)},
+        **travelling_environment(),
+        **environment,
+    }
+    text = "".join(
+        f"{host} slots={count}\n" for host, count in read_hostfile(flags.hostfile or "/job/hostfile").items()
+    )
+    print(f"launch: {len(slots)} hosts, {sum(map(len, slots.values()))} ranks, meeting at {address}:{port}", flush=True)
+    parts = []
+    for number, host in enumerate(slots):
+        place = ["--no_ssh", f"--node_rank={number}", f"--master_addr={address}", f"--master_port={port}"]
+        command = [*deepspeed(), "--hostfile={hostfile}", *handed_on(flags), *place, *script]
+        if cluster.is_here(host):
+            kind = Supervised if len(slots) == 1 else cluster.Local
+            parts.append(kind(command, environment, hostfile=text, host=host))
+        else:
+            parts.append(cluster.Remote(shell, command, environment, hostfile=text, host=host))
+    return parts
+
+
+def check_hosts(
+    flags: LauncherFlags, slots: dict[str, list[int]], shell: cluster.Shell, words: list[str]
+) -> tuple[str, int]:
+    """Ask every host what it has; returns where the ranks are to meet.
+
+    Raises:
+        ConfigError: every fault, by host.
+    """
+    given_port = flags.given.get("master_port")
+    if flags.no_ssh_check and flags.master_addr and given_port:
+        return flags.master_addr, given_port
+    hosts = list(slots)[:1] if flags.no_ssh_check else list(slots)
+    answers = cluster.ask(hosts, shell, shared_words(words))
+    cluster.compare(answers, slots)
+    if flags.master_addr:
+        return flags.master_addr, given_port or next(iter(answers.values()))["port"]
+    address, port = cluster.meeting_place(answers)
+    return address, given_port or port
+
+
+def shared_words(words: Sequence[str]) -> list[str]:
+    """Words that may name what every host must have alike: all values but those of folders that a run writes."""
+    kept, skip = [], False
+    for word in words:
+        name = word.partition("=")[0]
+        if word.startswith("--"):
+            skip = name in ("--output_dir", "--data_cache_dir", "--logging_dir", "--resume_from_checkpoint")
+            value = word.partition("=")[2]
+            kept += [value] if value and not skip else []
+        elif not skip:
+            kept.append(word)
+    return kept
+
+
+def deepspeed() -> list[str]:
+    """The `deepspeed` command of this interpreter."""
+    script = Path(sys.executable).with_name("deepspeed")
+    return [sys.executable, str(script)] if script.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+def handed_on(flags: LauncherFlags) -> list[str]:
+    """The user's own launcher flags, and less talk than by default."""
+    names = [name for name in flags.given if name not in (*NOT_HANDED_ON, "module")]
+    return _given(flags, *names) + ([] if {"log_level", "quiet"} & set(names) else ["--log_level=error"])
+
+
+def _given(flags: LauncherFlags, *names: str) -> list[str]:
+    given = {name: flags.given[name] for name in names if name in flags.given}
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value is not False
+    ]
+
+
+def watch(parts: list[Any], signals: list[int]) -> None:
+    """Until all hosts are done; the first signal asks the ranks to save and leave, the second ends them."""
+    heard, ended_at = 0, None
+    while any(part.is_running() for part in parts):
+        running = [part for part in parts if part.is_running()]
+        if len(signals) > heard:
+            heard += 1
+            for part in running:
+                part.ask_to_stop() if heard == 1 else part.end_now()
+        if len(running) < len(parts):
+            ended_at = ended_at or time.monotonic()
+            waited = time.monotonic() - ended_at
+            if waited > SECONDS_FOR_OTHER_HOSTS:
+                for part in running:
+                    part.end_now()
+            if waited > SECONDS_FOR_OTHER_HOSTS + SECONDS_TO_END:
+                for part in running:
+                    part.cut()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def outcome(
+    reports: Sequence[Report], expected: dict[str, int], *, ours: bool, signals: Sequence[int]
+) -> tuple[int, Failure | None]:
+    """The run's exit status and what failed, from how its hosts ended.
+
+    A status of 0 is believed only where every rank of ours has come to its end: a `deepspeed` whose launcher was killed
+    says 0, too.
+    """
+    if len(signals) > 1:
+        return 128 + signals[1], None
+    failures = [report.failure for report in reports if report.failure is not None]
+    statuses = [report.status for report in reports]
+    if failures:
+        failure = first_of(failures)
+        if failure.kind in ("error", "exception"):
+            return failure.status, failure
+        there = [report.status for report in reports if report.status and report.host == failure.host]
+        return next(iter([*there, *filter(None, statuses)]), 1), failure
+    bad = [report for report in reports if report.status not in (0, stopping.STOPPED)]
+    if bad:
+        text = f"the deepspeed command on {bad[0].host} ended with status {bad[0].status}, and no rank said why"
+        return bad[0].status, Failure(kind="launcher", host=bad[0].host, error=text)
+    if stopping.STOPPED in statuses:
+        return stopping.STOPPED, None
+    for report in reports if ours else ():
+        complete = [status for status in report.statuses.values() if status == 0]
+        if not complete or len(complete) < expected.get(report.host, 1):
+            text = f"the run on {report.host} ended without being complete, although deepspeed says that all is well"
+            return 1, Failure(kind="launcher", host=report.host, error=text)
+    return 0, None
+
+
+def conclude(failure: Failure, arguments: Arguments | None) -> None:
+    """The summary, last; the record, where the run has a folder and could not leave one itself."""
+    if arguments is not None:
+        folder = Path(arguments.training["output_dir"]).expanduser()
+        if folder.is_dir() and failure.kind in ("launcher", "lost") and not (folder / "failure.json").exists():
+            write(folder, failure)
+    if failure.kind != "error" or failure.phase not in ("start", "data"):
+        print("\n" + page(failure, colour=sys.stderr.isatty()), file=sys.stderr, flush=True)

@@ -1,0 +1,187 @@
+"""`finetune launch` over a hostfile: two real hosts, real ssh; a rank, a launcher, a host or a network that goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hosts
+import pytest
+from conftest import ROOT, ROWS, write_rows
+from test_hosts import ENVIRONMENT, left_behind, losses
+
+pytestmark = pytest.mark.hosts
+
+FINETUNE = ROOT / ".venv/bin/finetune"
+LIMIT_SECONDS = 150
+SECRET = "hf_verysecretvalue"
+FLAGS = "--num_train_epochs 2000 --logging_steps 1 --save_strategy no --deepspeed zero2".split()
+
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[hosts.Host]]:
+    """Two hosts."""
+    hosts.require()
+    with hosts.running(2, tmp_path_factory.mktemp("hosts")) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def start(nodes, tmp_path, tiny_model) -> Iterator[Start]:
+    """Type the command on the first host; the working directory has the hostfile and the environment."""
+    (tmp_path / "hostfile").write_text("".join(f"{node.name} slots=1\n" for node in nodes))
+    (tmp_path / ".deepspeed_env").write_text(f"# comments are allowed\n\n{ENVIRONMENT}HF_TOKEN={SECRET}\n")
+    (tmp_path / ".deepspeed_env").chmod(0o600)
+    (tmp_path / "data dir").mkdir()
+    write_rows(tmp_path / "data dir/rows.json", ROWS)
+    first = nodes[0]
+    started = []
+
+    def run(*flags: str | Path, launcher: tuple[str, ...] = ("--hostfile=hostfile",)) -> subprocess.Popen:
+        named = ("--model_name_or_path", tiny_model, "--data_path", "data dir/rows.json", "--output_dir", "output")
+        environment = ("env", "DS_ACCELERATOR=cpu", f"PDSH_SSH_ARGS_APPEND=-F {first.folder / 'ssh_config'}")
+        words = (FINETUNE, "launch", *launcher, ROOT / "finetune/finetune.py", *named, *flags)
+        started.append(
+            subprocess.Popen(
+                first.command([*environment, *words], tmp_path),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield run
+    for one in started:
+        one.kill()
+        one.communicate()
+    for node in nodes:
+        node.end_processes()
+
+
+def until(process: subprocess.Popen, sign: str) -> str:
+    """Read its output until a line holds `sign`."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if sign in line:
+            return said
+    raise AssertionError(f"{sign!r} was never said:\n{said}")
+
+
+def find(node: hosts.Host, sign: str) -> int:
+    """The process of a host whose command line holds `sign`."""
+    return next(number for number, line in node.processes().items() if sign in line)
+
+
+def test_two_hosts_train_with_arguments_as_they_are_and_no_secret_is_seen(start, nodes, tmp_path):
+    odd = 'it\'s $(touch X); "q" 你好 `id` %h'
+    run = start("--deepspeed", "zero2", "--max_steps", "12", "--logging_steps", "1", "--save_strategy", "no",
+                "--run_name", odd)  # fmt: skip
+    said = until(run, "step 3/")
+    lines = [line for node in nodes for line in node.processes().values()]
+    rest, _ = run.communicate(timeout=LIMIT_SECONDS)
+    said += rest
+    assert run.returncode == 0, said
+    assert left_behind(nodes) == [] and len(losses(tmp_path / "output")) == 12
+    ran = json.loads((tmp_path / "output/run.json").read_text())
+    assert (ran["world_size"], ran["arguments"]["run_name"]) == (2, odd)
+    assert (tmp_path / "output/RUN_COMPLETE").is_file() and not (tmp_path / "X").exists()
+    assert "node0: " in said and "launch: 2 hosts, 2 ranks, meeting at 10.77.0.10:" in said
+    assert any("deepspeed.launcher.launch" in line for line in lines)
+    seen = "\n".join([said, *lines, *(path.read_text(errors="replace") for path in tmp_path.rglob("output/*.json*"))])
+    assert SECRET not in seen
+
+
+@pytest.mark.parametrize("victim", ["--local_rank=0", "deepspeed.launcher.launch", "import agent"])
+def test_what_dies_on_the_second_host_ends_the_first_and_nothing_else(start, nodes, tmp_path, victim):
+    bystander = subprocess.Popen(nodes[0].command(["sleep", "300"], Path("/")))
+    run = start(*FLAGS)
+    until(run, "step 5/")
+    began = time.monotonic()
+
+    os.kill(find(nodes[1], victim), signal.SIGKILL)
+    said, _ = run.communicate(timeout=LIMIT_SECONDS)
+
+    assert run.returncode not in (0, 75), said
+    assert time.monotonic() - began < 30
+    page = said[said.index("The run failed") :]
+    assert "node1" in page and "Traceback" not in page
+    assert json.loads((tmp_path / "output/failure.json").read_text())["host"] == "node1"
+    assert [line for line in left_behind([nodes[1]])] == []
+    assert [line for line in nodes[0].processes().values() if "sleep 300" not in line and "sshd" not in line] == []
+    assert any("sleep 300" in line for line in nodes[0].processes().values())
+    bystander.kill()
+    bystander.wait()
+    nodes[0].end_processes()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_is_stopped_is_found_and_named(start, nodes, tmp_path, number):
+    run = start(*FLAGS, "--step_timeout", "8")
+    until(run, "step 5/")
+    began = time.monotonic()
+    os.kill(find(nodes[number], "--local_rank=0"), signal.SIGSTOP)
+    said, _ = run.communicate(timeout=LIMIT_SECONDS)
+    assert run.returncode not in (0, 75) and time.monotonic() - began < 25
+    assert f"rank {number} on node{number} is stopped" in said
+    assert "stacks of rank" in said and "most recent call first" in said
+    assert left_behind(nodes) == []
+
+
+def test_a_host_whose_network_goes_is_lost_and_its_ranks_end_too(start, nodes, tmp_path):
+    run = start(*FLAGS, "--step_timeout", "60")
+    until(run, "step 5/")
+    ip = ["ip", "-n", nodes[1].namespace, "link", "set", "eth0"]
+    subprocess.run([*ip, "down"], check=True)
+    try:
+        said, _ = run.communicate(timeout=LIMIT_SECONDS)
+        assert run.returncode not in (0, 75), said
+        assert "node1" in said[said.index("The run failed") :]
+        deadline = time.monotonic() + 60
+        while nodes[1].processes() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert [line for line in nodes[1].processes().values() if "finetune" in line] == []
+    finally:
+        subprocess.run([*ip, "up"], check=True)
+
+
+def test_a_launch_that_is_killed_takes_everything_with_it(start, nodes):
+    run = start(*FLAGS)
+    until(run, "step 5/")
+    os.kill(find(nodes[0], "finetune launch"), signal.SIGKILL)
+    run.communicate(timeout=LIMIT_SECONDS)
+    assert run.returncode != 0
+    assert left_behind(nodes) == []
+
+
+def test_hosts_that_differ_are_named_before_anything_starts(start, nodes, tmp_path):
+    private = tmp_path / "data dir"
+    mount = nodes[1].command(["mount", "-t", "tmpfs", "tmpfs", private], Path("/"))
+    subprocess.run(mount, check=True)
+    try:
+        (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\nnode7 slots=1\n")
+        began = time.monotonic()
+        run = start(*FLAGS)
+        said, _ = run.communicate(timeout=LIMIT_SECONDS)
+        assert run.returncode == 2 and time.monotonic() - began < 20, said
+        assert "node1: data dir/rows.json is missing" in said and "node7: " in said
+        assert "nothing was started" in said and "Traceback" not in said
+        assert not (tmp_path / "output").exists()
+    finally:
+        subprocess.run(nodes[1].command(["umount", private], Path("/")), check=True)
+
+
+def test_a_hostfile_that_leaves_one_other_host_trains_there(start, nodes, tmp_path):
+    run = start("--deepspeed", "zero2", "--max_steps", "40", "--logging_steps", "1", "--save_strategy", "no",
+                launcher=("--hostfile=hostfile", "--include=node1"))  # fmt: skip
+    until(run, "step 2/")
+    assert find(nodes[1], "--local_rank=0")
+    said, _ = run.communicate(timeout=LIMIT_SECONDS)
+    assert run.returncode == 0, said
+    assert json.loads((tmp_path / "output/run.json").read_text())["world_size"] == 1
