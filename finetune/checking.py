@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints, console, model, results
+from finetune import checkpoints, console, guard, hosts, model, results
 from finetune.arguments import Arguments
 from finetune.building import build_notes
 from finetune.errors import CheckpointError, ConfigError
@@ -58,6 +58,7 @@ def check(arguments: Arguments) -> Setup:
     )
     _check_liger(arguments, hardware)
     world_size = int(os.environ["WORLD_SIZE"])
+    _check_world(world_size)
     reshaping = _keep_the_global_batch(arguments, world_size)
     zero = _resolve_zero(arguments, hardware, world_size)
     if zero is not None and reshaping:
@@ -84,6 +85,24 @@ def check(arguments: Arguments) -> Setup:
     )
     console.say_notes(notes)
     return Setup(hardware, zero, checked, world_size, move_aside, checkpointing, notes, bool(reshaping))
+
+
+def _check_world(world_size: int) -> None:
+    """As many ranks as the hostfile says: the launcher takes a file that is not there for an order to train alone.
+
+    `finetune launch` says how many there must be; a bare `deepspeed` of this host is asked what it was told.
+    """
+    stated, words = os.environ.get("FINETUNE_WORLD_SIZE"), guard.runner_arguments(guard.launcher())
+    expected, where = int(stated or world_size), "the hostfile"
+    if stated is None and words is not None:
+        flags = hosts.parse_launcher(words)
+        slots = None if flags.autotuning else hosts.resources(flags)
+        if slots is not None:
+            expected, where = sum(map(len, slots.values())), f"--hostfile {flags.hostfile or hosts.JOB_HOSTFILE}"
+    if expected != world_size:
+        raise ConfigError(
+            f"{where} names {expected} ranks, but {world_size} were started: start with `finetune launch`"
+        )
 
 
 def _keep_the_global_batch(arguments: Arguments, world_size: int) -> list[str]:

@@ -8,10 +8,11 @@ reads rightly means the same here: the tests ask both.
 from finetune.hosts.environment import environment_files, read_environment_file, travelling_environment
 from finetune.hosts.flags import LauncherFlags, parse_launcher
 from finetune.hosts.hostfile import read_hostfile
-from finetune.hosts.selection import resources
+from finetune.hosts.selection import JOB_HOSTFILE, resources
 from finetune.hosts.variables import is_secret, redacted, travels
 
 __all__ = [
+    "JOB_HOSTFILE",
     "LauncherFlags",
     "environment_files",
     "is_secret",

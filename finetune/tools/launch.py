@@ -22,7 +22,15 @@ from finetune import cluster, stopping
 from finetune.arguments import Arguments, parse
 from finetune.errors import ConfigError
 from finetune.failures import Failure, first_of, page, write
-from finetune.hosts import LauncherFlags, parse_launcher, read_hostfile, resources, travelling_environment, travels
+from finetune.hosts import (
+    JOB_HOSTFILE,
+    LauncherFlags,
+    parse_launcher,
+    read_hostfile,
+    resources,
+    travelling_environment,
+    travels,
+)
 from finetune.supervision import Report, Supervised
 
 SUMMARY = "Start training like the deepspeed command does, and see it to its end: hosts checked, nothing left behind."
@@ -110,9 +118,7 @@ def start(
         **travelling_environment(),
         **environment,
     }
-    text = "".join(
-        f"{host} slots={count}\n" for host, count in read_hostfile(flags.hostfile or "/job/hostfile").items()
-    )
+    text = "".join(f"{host} slots={count}\n" for host, count in read_hostfile(flags.hostfile or JOB_HOSTFILE).items())
     print(f"launch: {len(slots)} hosts, {sum(map(len, slots.values()))} ranks, meeting at {address}:{port}", flush=True)
     parts = []
     for number, host in enumerate(slots):
