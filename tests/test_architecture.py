@@ -17,8 +17,8 @@ LINE = (
     {"planning", "resuming"},
     {"checking", "preparing", "trainer"},
     {"arguments", "batches", "callbacks", "collation", "dataset", "generation", "losses", "saving", "verifying"},
-    {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages"},
-    {"checkpoints", "conversations", "packing", "ranks", "zero"},
+    {"adapters", "attention", "model", "rendering", "metrics", "numbers", "results", "sampling", "console", "pages"},
+    {"checkpoints", "conversations", "packing", "ranks", "skipping", "zero"},
     {"hardware"},
     {"building", "errors", "guard", "stopping"},
 )
@@ -32,10 +32,12 @@ WITHOUT_TORCH = {
     "rendering",
     "dataset",
     "metrics",
+    "numbers",
     "packing",
     "preparing",
     "results",
     "sampling",
+    "skipping",
 }
 TAKEN_NAMES = {"datasets", "evaluate", "tokenizers", "peft", "accelerate", "deepspeed", "types", "logging", "inspect"}
 TORCH_STACK = {"torch", "transformers", "deepspeed", "peft", "accelerate", "datasets"}
