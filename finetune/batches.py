@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,8 @@ class MicroBatches(Dataset):
         collate: examples -> a batch of tensors.
         rank: of the data-parallel ranks.
         counts_conversations: the loss is a mean over conversations, not over tokens.
+        left_out: bool [examples], those that no micro-batch holds and no total counts, though they keep their place in
+            the order of the data; None: none.
     """
 
     def __init__(
@@ -122,7 +125,10 @@ class MicroBatches(Dataset):
         *,
         rank: int,
         counts_conversations: bool = False,
+        left_out: np.ndarray | None = None,
     ) -> None:
+        self.described = examples
+        self.left_out = np.zeros(len(examples), dtype=bool) if left_out is None else left_out
         self.examples = examples.select_columns(["input_ids", "labels"]).with_format("numpy")
         self.lengths, self.supervised = (column(examples, name) for name in ("length", "num_supervised"))
         self.sampler, self.collate, self.rank = sampler, collate, rank
@@ -135,22 +141,38 @@ class MicroBatches(Dataset):
         """The batch, with its `Counts` under `counts`."""
         epoch, number = place
         step, micro_batch = divmod(number, self.sampler.shape.accumulation)
-        rows = self.sampler.micro_batch(epoch, step, self.rank, micro_batch)
+        rows = self.rows(epoch, step, micro_batch)
         found = self.examples[rows] if rows else {"input_ids": [], "labels": []}
         examples = [
             {"input_ids": ids, "labels": labels}
             for ids, labels in zip(found["input_ids"], found["labels"], strict=True)
         ]
-        totals = self.totals(self.sampler.step_rows(epoch, step))
+        totals = self.totals(self._kept(self.sampler.step_rows(epoch, step)))
         denominator = totals.rows if self.counts_conversations else totals.supervised_tokens
         return {
             **self.collate(examples),
             "counts": Counts(int(self.lengths[rows].sum()) if rows else 0, totals, max(denominator, 1)),
         }
 
+    def rows(self, epoch: int, step: int, micro_batch: int) -> list[int]:
+        """Which examples a micro-batch of this rank holds."""
+        return self._kept(self.sampler.micro_batch(epoch, step, self.rank, micro_batch))
+
+    def _kept(self, rows: list[int]) -> list[int]:
+        return [row for row in rows if not self.left_out[row]]
+
+    def describe(self, rows: list[int], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+        """Where examples come from, and their text: `source`, `row`, `id`, `text`."""
+        columns = self.described.select_columns(["source", "row", "id", "input_ids"]).with_format(None)
+        return [
+            {"source": one["source"], "row": one["row"], "id": json.loads(one["id"]), "text": decode(one["input_ids"])}
+            for one in columns.select(rows)
+        ]
+
     def shortest_example(self) -> dict[str, Any]:
         """`input_ids` and `labels` of the shortest example that teaches something, int arrays [tokens]."""
-        return self.examples[int(np.where(self.supervised > 0, self.lengths, self.lengths.max() + 1).argmin())]
+        teaches = (self.supervised > 0) & ~self.left_out
+        return self.examples[int(np.where(teaches, self.lengths, self.lengths.max() + 1).argmin())]
 
     def totals(self, rows: list[int]) -> Totals:
         """The counts of these rows."""

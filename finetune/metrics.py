@@ -23,6 +23,7 @@ FIELDS = (
     "epoch",
     "loss",
     "grad_norm",
+    "non_finite_steps",
     "learning_rate",
     "step_seconds",
     "tokens_per_second",

@@ -15,6 +15,7 @@ from finetune.metrics import start_up_seconds, timed
 from finetune.ranks import first_of_all_ranks, on_rank_0
 from finetune.rendering import ChatFormat
 from finetune.sampling import Sampler, Shape
+from finetune.skipping import places_of
 
 
 @timed("model")
@@ -26,6 +27,8 @@ def settle(
     from finetune.batches import MicroBatches, column, decide_form
 
     asked, ranks_each = arguments.batch, arguments.batch.sequence_parallel_size
+    if not adapters.count_parameters(trained)[0]:
+        raise ConfigError("no parameter of this model would be trained: nothing can be learned")
     examples = data.epoch(training_arguments.seed)
     lengths = column(examples, "length")
     obstacle = _must_pad(arguments)
@@ -69,6 +72,8 @@ def settle(
         order=form.order,
         drop_last=training_arguments.dataloader_drop_last,
     )
+    left_out = places_of(examples, data.left_out)
+    _check_steps(sampler, left_out)
     collator = Collator(
         flat=form.batching != "padded",
         pad_token_id=pad_token_id(tokenizer),
@@ -82,7 +87,18 @@ def settle(
         collator,
         rank=training_arguments.process_index // ranks_each,
         counts_conversations=asked.loss_weighting == "conversation",
+        left_out=left_out,
     )
+
+
+def _check_steps(sampler: Sampler, left_out: Any) -> None:
+    if not sampler.steps_per_epoch:
+        raise ConfigError(
+            f"--dataloader_drop_last True: {sampler.num_units} examples or groups do not fill one step of "
+            f"{sampler.shape.step_size}: no step would be made"
+        )
+    if left_out.all():
+        raise ConfigError("--skip_rows: leaves out every row of the data: nothing can be learned")
 
 
 def _must_pad(arguments: Arguments) -> str | None:

@@ -180,3 +180,19 @@ def _holds(path: Path, text: str) -> bool:
 def host_names() -> list[str]:
     """The name of each rank's host, by rank."""
     return gathered(os.uname().nodename)
+
+
+def gathered_numbers(values: list[int], device: Any) -> list[list[int]]:
+    """[ranks][values]: the integers that each rank gave, on every rank. One small exchange, and the host waits for it.
+
+    Args:
+        device: that the processes exchange tensors on.
+    """
+    if not _is_one_of_several():
+        return [values]
+    import torch
+
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(_dist().get_world_size())]
+    _dist().all_gather(everyone, mine)
+    return torch.stack(everyone).tolist()

@@ -49,6 +49,7 @@ NEVER = frozenset(
 STAGES_DIFFER = (
     "stages 1 and 2 divide the optimizer's state, stage 3 each parameter, and DeepSpeed converts neither into the other"
 )
+ROWS_LEFT_OUT = "rows left out by --skip_rows"
 SHOWN_CHARACTERS = 60
 
 
@@ -90,8 +91,10 @@ def facts_of(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str
     facts = {f"--{name}": value for name, value in sorted(flags.items()) if name not in FREE}
     zero = setup.zero.config if setup.zero else {}
     examples = len(data.epoch(arguments.given("seed")))
+    left_out = {ROWS_LEFT_OUT: [f"{source}:{row}" for source, row in data.left_out]} if data.left_out else {}
     found = {
         **facts,
+        **left_out,
         "data": f"{data.fingerprint}, {data.summary.tokens:,} tokens in {examples:,} examples",
         "base model": model.fingerprint(arguments.model.model_name_or_path),
         "precision": setup.hardware.precision,
@@ -291,6 +294,10 @@ def _compared(arguments: Arguments, setup: Setup, data: PreparedData, folder: Pa
         if step_rows != manifest.step_rows:
             changes["rows of a step"] = (manifest.step_rows, step_rows)
     harmless = [f"ranks: {manifest.world_size}, now {setup.world_size}"] if reshapes else []
+    old, new = (one or [] for one in changes.get(ROWS_LEFT_OUT, ([], [])))
+    if set(old) < set(new):  # more than before: the user asked for it, by naming them
+        del changes[ROWS_LEFT_OUT]
+        harmless.append(f"{ROWS_LEFT_OUT}: {len(old)}, now {len(new)}")
     if set(changes.get("ZeRO stage", ())) == {1, 2}:  # both divide the same optimizer alike
         harmless.append("ZeRO stage: {}, now {}".format(*changes.pop("ZeRO stage")))
     lines = [f"{name}: {_shown(old)}, now {_shown(new)}" for name, (old, new) in changes.items()]

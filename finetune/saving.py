@@ -7,11 +7,12 @@ seal       all files are on the disks and hashed -> all ranks agree -> manifests
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,6 +70,21 @@ def trained_shapes(model: Any) -> dict[str, list[int]]:
     return {
         name: list(getattr(one, "ds_shape", one.shape)) for name, one in model.named_parameters() if one.requires_grad
     }
+
+
+def checkpoint_bytes(model: Any, trained: Mapping[str, list[int]], *, share: float, only_model: bool) -> int:
+    """About what a checkpoint takes on a disk: the model twice (transformers' and DeepSpeed's), and for each trained
+    parameter a master copy and two moments in float32.
+
+    Args:
+        trained: whole shapes by name.
+        share: of the ranks whose files lie on this disk.
+        only_model: without the state of the optimizer.
+    """
+    count = sum(math.prod(shape) for shape in trained.values())
+    parameters = [one for one in model.parameters() if one.requires_grad or not hasattr(model, "peft_config")]
+    saved = sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in parameters)
+    return int(saved * (1 + share) + (0 if only_model else 12 * count * share))
 
 
 @dataclass

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from finetune.ranks import Disk, find_disk, join_processes, leave_processes, on_
 from finetune.rendering import ChatFormat, stop_token_id
 from finetune.resuming import Resumption, facts_of, find_checkpoint
 from finetune.saving import Lineage, new_run_id
+from finetune.skipping import append_to_ledger, rows_to_skip
 from finetune.verifying import verify_result
 
 
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data, console.say_note)
         approve(arguments, data)
         training_arguments, disk = begin(arguments, setup)
+        data = leave_out(arguments, data)
         lineage = resume(arguments, setup, data, disk)
         base = load(arguments, setup, tokenizer, chat_format)
         trained = attach(arguments, setup, base, tokenizer)
@@ -69,6 +72,14 @@ def approve(arguments: Arguments, data: PreparedData) -> None:
     """Show what the data comes to, and refuse data that the run should not start with."""
     console.say_data(data.summary.lines())
     check_usable(data, arguments.data.max_dropped_rows)
+
+
+def leave_out(arguments: Arguments, data: PreparedData) -> PreparedData:
+    """The data, with the rows that `--skip_rows` names marked; rank 0 reads for all."""
+    rows = on_rank_0(lambda: rows_to_skip(arguments.run.skip_rows, data.summary.rows_by_source))
+    if rows:
+        console.say_note(f"{len(rows):,} rows are left out from now on, as --skip_rows says")
+    return replace(data, left_out=rows)
 
 
 @timed("processes")
@@ -143,6 +154,7 @@ def _write_down(
     output_dir: Path, arguments: Arguments, setup: Setup, data: PreparedData, lineage: Lineage, found: Resumption | None
 ) -> None:
     data.copy_ledger(output_dir / results.LEDGER_FILE)
+    append_to_ledger(output_dir / results.LEDGER_FILE, data.examples, data.left_out)
     facts = {"run_id": lineage.run_id, **_facts(arguments, setup, data)}
     if arguments.resumes_from():
         cut_metrics(output_dir / results.METRICS_FILE, found.manifest.step if found else 0)
@@ -165,6 +177,7 @@ def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, 
             "path": arguments.data.data_path,
             "fingerprint": data.fingerprint,
             "summary": data.summary.facts(),
+            "left_out": [f"{source}:{row}" for source, row in data.left_out],
         },
         "completed": False,
     }
@@ -307,7 +320,7 @@ def _conclude(arguments: Arguments, setup: Setup, trainer: Any, example: dict[st
         precision=setup.hardware.precision,
         trust_remote_code=arguments.model.trusts_code(),
     )
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if entry.get("loss") is not None]
     losses = [entry["loss"] for entry in logged]
     result = {"steps": trainer.state.global_step}
     if losses:

@@ -6,10 +6,9 @@ shape, token rates, metrics and whole adapters.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,20 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from finetune import stopping
 from finetune.adapters import InitialLora, whole_virtual_tokens
 from finetune.batches import MicroBatches, MicroBatchLoader, Totals
-from finetune.callbacks import Beginning, MetricsFile, Progress
+from finetune.callbacks import Beginning, MetricsFile, OwnTime, Progress, StepEnd
 from finetune.checkpoints import Manifest, remove_universal
 from finetune.collation import LOSS_KEYS
 from finetune.console import is_rank_0
 from finetune.errors import ConfigError, NumericsError
 from finetune.losses import supervised_loss
 from finetune.metrics import ModelFlops, StepMeter, peak_memory_bytes
-from finetune.ranks import Disk, gathered
+from finetune.numbers import ROWS_FILE, Count, check_weights, finite_or_none, is_of_the_least_scale
+from finetune.ranks import gathered
 from finetune.results import METRICS_FILE, library_versions, write_run
-from finetune.saving import Lineage, Saver, now, recording_engine, trained_shapes
+from finetune.saving import Lineage, Saver, checkpoint_bytes, now, recording_engine, trained_shapes
 
 
 def build_arguments(values: dict[str, Any], *, sequence_parallel_size: int = 1) -> TrainingArguments:
@@ -85,21 +86,30 @@ class SupervisedTrainer(Trainer):
         self.sharing_ranks = self.args.world_size // micro_batches.sampler.shape.world_size
         if self.sharing_ranks > 1:
             self._share_rows()
-        self.gradient_was_lost = False
-        self.stopped_by: str | None = None
         self.group_settings: list[dict[str, Any]] = []
         self.lineage = lineage
         self.trained = trained_shapes(self.model)
         lineage.check_trained(self.trained)
-        self.saver = Saver(
-            Path(self.args.output_dir), lineage.disk, keep, self._checkpoint_bytes(lineage.disk), self._manifest
-        )
+        share = len(lineage.disk.ranks) / self.args.world_size
+        size = checkpoint_bytes(self.model, self.trained, share=share, only_model=self.args.save_only_model)
+        self.saver = Saver(Path(self.args.output_dir), lineage.disk, keep, size, self._manifest)
         self.meter = StepMeter()
+        self.stopped_by: str | None = None  # the request that ended the run early, in words
+        self.step_end = self._step_end()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(Beginning(self._begin, on_plan))
+        self.add_callback(self.step_end)
         self.add_callback(MetricsFile(Path(self.args.output_dir) / METRICS_FILE))
         self.add_callback(Progress())
+
+    def _step_end(self) -> StepEnd:
+        own_time = OwnTime(self.args.device, zero_stage=self._zero_stage(), shares_rows=self.sharing_ranks > 1)
+        return StepEnd(self, Path(self.args.output_dir) / ROWS_FILE, own_time)
+
+    def _zero_stage(self) -> int:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return 0 if plugin is None else plugin.zero_stage
 
     def _share_rows(self) -> None:
         """Groups of ranks share each row: Ulysses exchanges its tokens for attention heads around our own attention.
@@ -117,15 +127,27 @@ class SupervisedTrainer(Trainer):
         return 1
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch forwards and backwards; what it returns is averaged over all ranks to be logged."""
-        return super().training_step(*args, **kwargs) * (self.args.world_size / self._ranks_averaged_over())
+        """One micro-batch forwards and backwards; what it returns is averaged over all ranks to be logged.
+
+        Raises:
+            NumericsError: in fp16 the gradients overflow even at the least loss scale.
+        """
+        try:
+            loss = super().training_step(*args, **kwargs) * (self.args.world_size / self._ranks_averaged_over())
+        except Exception as error:
+            if not is_of_the_least_scale(error):
+                raise
+            raise NumericsError(
+                f"step {self.state.global_step + 1}: the gradients overflow fp16 at the least loss scale too: give "
+                f"--bf16 True, or lower --learning_rate; {self.step_end.advice()}"
+            ) from None
+        self.step_end.losses.append(loss)
+        return loss
 
     def _ranks_averaged_over(self) -> int:
         """By how many ranks the sum of their gradients is divided. Where ranks share rows, DeepSpeed divides by the
         groups of them, but in stage 3's reduce-scatter (0.19.8) by all ranks."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        divides_by_all = plugin is not None and plugin.zero_stage == 3
-        return self.args.world_size // (1 if divides_by_all else self.sharing_ranks)
+        return self.args.world_size // (1 if self._zero_stage() == 3 else self.sharing_ranks)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; what each group of parameters is to have is remembered for `_begin`."""
@@ -145,6 +167,7 @@ class SupervisedTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=stopping.ignore_in_worker,
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
@@ -162,6 +185,7 @@ class SupervisedTrainer(Trainer):
         counts = inputs.pop("counts")
         targets, positions, beside = (inputs.pop(name, None) for name in LOSS_KEYS)
         ranks = self._ranks_averaged_over()
+        self.step_end.own_time.forward_begins()
         outputs = model(**inputs)
         loss = supervised_loss(
             outputs.logits,
@@ -175,6 +199,7 @@ class SupervisedTrainer(Trainer):
         if balance is not None:
             share = ranks * counts.tokens / self.sharing_ranks / max(counts.step.tokens, 1)
             loss = loss + balance.to(loss) * self.model.config.get_text_config().router_aux_loss_coef * share
+        self.step_end.own_time.forward_ended()
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
@@ -193,22 +218,20 @@ class SupervisedTrainer(Trainer):
             NumericsError: the numbers are no longer finite, on every rank.
         """
         if "loss" in logs:
-            logs |= self._rates()
+            count = self.step_end.count
+            logs["loss"] = count.mean_without(logs["loss"], self.state.global_step - self.logged_at)
+            logs |= {"non_finite_steps": count.steps, **self._rates()}
+            self.logged_at, count.lost_since_log = self.state.global_step, 0
         super().log(logs, start_time)
-        self._check_numbers(logs)
+        self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])
+        if self.step_end.verdict is not None:
+            raise NumericsError(self.step_end.verdict)
+        self.step_end.own_time.restart()
 
-    def _check_numbers(self, logs: dict[str, float]) -> None:
-        """Stop where the loss is not finite, or the gradient at two logged steps in a row: after one of them alone
-        DeepSpeed leaves the step out and may recover. In fp16 it does so while it looks for its loss scale."""
-        found = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name) or 0.0)]
-        again = found == ["grad_norm"] and self.gradient_was_lost and not self.args.fp16
-        self.gradient_was_lost = "grad_norm" in found
-        if "loss" in found or again:
-            name = found[0]
-            raise NumericsError(
-                f"step {self.state.global_step}: {name} is {logs[name]}: lower --learning_rate, warm up longer "
-                "(--warmup_steps), or look at the data of this step; nothing was saved after it"
-            )
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As transformers does; the end of the step looks at it."""
+        self.step_end.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.step_end.grad_norm
 
     def _rates(self) -> dict[str, float]:
         peak = torch.tensor([peak_memory_bytes()], device=self.args.device)
@@ -222,9 +245,11 @@ class SupervisedTrainer(Trainer):
         """Save, seal, and only then remove an older checkpoint.
 
         Raises:
+            NumericsError: on every rank; the weights are not finite.
             StorageError: on every rank; what was written is removed, older checkpoints are untouched.
         """
         began, step = time.perf_counter(), self.state.global_step
+        check_weights(self.model, f"step {step}", self.step_end.advice())
         folder = self.saver.begin(step, self.lineage.run_id)
         if self.is_deepspeed_enabled:
             self._guard_files_of(self.model_wrapped)
@@ -235,6 +260,7 @@ class SupervisedTrainer(Trainer):
         if is_rank_0():
             write_run(Path(self.args.output_dir), {"last_checkpoint": step})
         self.meter.since += time.perf_counter() - began  # saving is not part of a step's seconds
+        self.step_end.own_time.restart()
 
     def _guard_files_of(self, engine: Any) -> None:
         """DeepSpeed's files go through the `Saver`, and no scripts are left beside them: a checkpoint is not code."""
@@ -278,8 +304,10 @@ class SupervisedTrainer(Trainer):
         """The trained model and the Trainer's state in `output_dir`; all ranks.
 
         Raises:
+            NumericsError: on every rank; the weights are not finite.
             StorageError: on every rank; what was written is removed.
         """
+        check_weights(self.model, "the result", self.step_end.advice())
         with self.saver.saving_result():
             self.save_model()
             with self.saver.recording(Path(self.args.output_dir)):
@@ -301,18 +329,8 @@ class SupervisedTrainer(Trainer):
             disks=self.lineage.disk.all_disks,
             written=now(),
             is_resumable=not self.args.save_only_model,
+            non_finite=asdict(self.step_end.count),
         )
-
-    def _checkpoint_bytes(self, disk: Disk) -> int:
-        """About what a checkpoint takes on this disk: the model twice (transformers' and DeepSpeed's), and for each
-        trained parameter a master copy and two moments in float32."""
-        share = len(disk.ranks) / self.args.world_size
-        trained = sum(math.prod(shape) for shape in self.trained.values())
-        parameters = [
-            one for one in self.model.parameters() if one.requires_grad or not hasattr(self.model, "peft_config")
-        ]
-        saved = sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in parameters)
-        return int(saved * (1 + share) + (0 if self.args.save_only_model else 12 * trained * share))
 
     def _begin(self) -> None:
         """What was added up between the last logged step and the checkpoint belongs to the next line that is logged."""
@@ -322,8 +340,11 @@ class SupervisedTrainer(Trainer):
         if manifest is not None and manifest.world_size == self.args.world_size:
             self._tr_loss += manifest.loss_since_log[self.args.process_index]
             self._globalstep_last_logged = manifest.last_logged
+            self.step_end.count = Count(**manifest.non_finite)
         elif manifest is not None and self.is_deepspeed_enabled:
             self._mend_reshaped_optimizer()
+            self.step_end.count = Count(**{**manifest.non_finite, "lost_since_log": 0})
+        self.logged_at = self._globalstep_last_logged
         self.meter.restart()
 
     def _mend_reshaped_optimizer(self) -> None:

@@ -117,3 +117,87 @@ def train_stopped_by(argv: Sequence[str], step: int) -> None:
 
     trainer_room.SupervisedTrainer.__init__ = initialised
     main(argv)
+
+
+def train_losing(argv: Sequence[str], notes: str, how: str, ids: Sequence[int], rank: int | None) -> None:
+    """Train; where a micro-batch learns one of these token ids (None: always), on `rank` alone or on all, its numbers
+    are not finite: `nan` and `inf` the loss and with it the gradient, `gradient` that alone, `value` the loss alone.
+
+    The examples of each micro-batch are noted in `notes`-RANK.jsonl.
+    """
+    import finetune.trainer as trainer_room
+    from finetune.batches import MicroBatches
+    from finetune.train import main
+
+    plain_loss, plain_batch = trainer_room.supervised_loss, MicroBatches.__getitem__
+
+    def losing(logits: Any, targets: Any, **options: Any) -> Any:
+        loss = plain_loss(logits, targets, **options)
+        here = rank is None or int(os.environ["RANK"]) == rank
+        if not here or not loss.requires_grad or not (ids is None or set(ids) & set(targets.tolist())):
+            return loss
+        if how == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+            return loss
+        if how == "value":
+            return loss + float("nan")
+        return loss * float(how)
+
+    def noted(self: Any, place: tuple[int, int]) -> dict[str, Any]:
+        epoch, number = place
+        step, micro_batch = divmod(number, self.sampler.shape.accumulation)
+        with open(f"{notes}-{self.rank}.jsonl", "a") as file:
+            file.write(json.dumps([epoch, step, micro_batch, self.rows(epoch, step, micro_batch)]) + "\n")
+        return plain_batch(self, place)
+
+    trainer_room.supervised_loss, MicroBatches.__getitem__ = losing, noted
+    main(argv)
+
+
+def train_slowly(argv: Sequence[str], rank: int, seconds: float, where: str) -> None:
+    """Train; this rank sleeps in each micro-batch, while it loads its `data` or in its `forward` pass."""
+    import time
+
+    import finetune.trainer as trainer_room
+    from finetune.batches import MicroBatches
+    from finetune.train import main
+
+    owner, name = (MicroBatches, "__getitem__") if where == "data" else (trainer_room, "supervised_loss")
+    plain = getattr(owner, name)
+
+    def slow(*args: Any, **options: Any) -> Any:
+        if int(os.environ["RANK"]) == rank:
+            time.sleep(seconds)
+        return plain(*args, **options)
+
+    setattr(owner, name, slow)
+    main(argv)
+
+
+def train_asked_to_stop(argv: Sequence[str], rank: int, step: int, number: int) -> None:
+    """Train; this rank gets a signal while it makes this step. Each says why training ended, and leaves."""
+    from transformers import TrainerCallback
+
+    import finetune.trainer as trainer_room
+    from finetune import stopping
+    from finetune.train import main
+
+    class Ask(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step - 1 and int(os.environ["RANK"]) == rank:
+                os.kill(os.getpid(), number)
+
+    plain, plain_train = trainer_room.SupervisedTrainer.__init__, trainer_room.SupervisedTrainer.train
+
+    def initialised(self: Any, **kwargs: Any) -> None:
+        plain(self, **kwargs)
+        self.add_callback(Ask())
+
+    def trained(self: Any, **kwargs: Any) -> None:
+        plain_train(self, **kwargs)
+        print(f"stopped by {self.stopped_by} at {self.state.global_step}", flush=True)
+        os._exit(0)
+
+    trainer_room.SupervisedTrainer.__init__, trainer_room.SupervisedTrainer.train = initialised, trained
+    stopping.listen()
+    main(argv)

@@ -17,8 +17,20 @@ LINE = (
     {"planning", "resuming"},
     {"checking", "preparing", "trainer"},
     {"arguments", "batches", "callbacks", "collation", "dataset", "generation", "losses", "saving", "verifying"},
-    {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages", "cluster"},
-    {"checkpoints", "conversations", "packing", "ranks", "supervision", "zero"},
+    {
+        "adapters",
+        "attention",
+        "cluster",
+        "console",
+        "metrics",
+        "model",
+        "numbers",
+        "pages",
+        "rendering",
+        "results",
+        "sampling",
+    },
+    {"checkpoints", "conversations", "packing", "ranks", "skipping", "supervision", "zero"},
     {"guard", "hardware", "hosts"},
     {"building", "errors", "failures", "host_probe", "stopping"},
 )
@@ -33,10 +45,12 @@ WITHOUT_TORCH = {
     "rendering",
     "dataset",
     "metrics",
+    "numbers",
     "packing",
     "preparing",
     "results",
     "sampling",
+    "skipping",
 }
 TAKEN_NAMES = {"datasets", "evaluate", "tokenizers", "peft", "accelerate", "deepspeed", "types", "logging", "inspect"}
 TORCH_STACK = {"torch", "transformers", "deepspeed", "peft", "accelerate", "datasets"}

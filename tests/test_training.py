@@ -347,9 +347,8 @@ def test_a_run_that_never_made_a_step_does_not_stand_in_the_way(tmp_path, tiny_m
 
 def test_a_run_that_learned_nothing_does_not_report_success(tmp_path, tiny_model, conversation_file):
     flags = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "out"]
-    outcome = ranks.train(
-        tmp_path / "logs", [*flags, *SHORT, *LORA, "--deepspeed", "zero2", "--learning_rate", "0"], world_size=1
-    )
+    warming_up = ("--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "10", "--max_steps", "1")
+    outcome = ranks.train(tmp_path / "logs", [*flags, *SHORT, *LORA, "--deepspeed", "zero2", *warming_up], world_size=1)
     assert outcome.statuses == [4]
     assert "LoRA B matrices are still zero: the run learned nothing" in outcome.outputs[0]
     assert "Traceback" not in outcome.outputs[0]

@@ -107,6 +107,9 @@ class RunArguments:
     config: str | None = _flag(None, "YAML or JSON file with flags (a run.json repeats its run); the command line wins")
     overwrite_output_dir: bool = _flag(False, "move an earlier run in output_dir aside; nothing is deleted")
     allow_inexact_resume: bool = _flag(False, "go on from a checkpoint although the numbers will differ; recorded")
+    skip_rows: list[str] = _flag(
+        [], "files that name rows to leave out from now on: non_finite_rows.jsonl, or lines like path/to/data.json:17"
+    )
     resume_world_size: Literal["same", "any"] = _flag(
         "same", "any: go on from a checkpoint on another number of ranks, with the same global batch"
     )
@@ -187,8 +190,8 @@ class Arguments:
 SECRETS = ("hub_token",)  # never written to run.json
 GROUPS = (ModelArguments, DataArguments, BatchArguments, AdapterArguments, RunArguments)
 # The collator makes exactly the columns that are needed; what libraries warn about is said by rank 0 alone; a loss that
-# is not finite ends the run when it is logged: a look at every micro-batch would make the host wait for the GPU.
-# Two checkpoints: of an 8B model each takes about 100 GB.
+# is not finite is shown as that, and not as the mean of those before it. Two checkpoints: of an 8B model each takes
+# about 100 GB.
 TRAINING_DEFAULTS = {
     "remove_unused_columns": False,
     "log_level_replica": "error",

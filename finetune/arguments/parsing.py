@@ -314,10 +314,19 @@ def _check_pairs(arguments: Arguments) -> None:
         raise ConfigError(f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them")
     _check_data(data)
     _check_batches(arguments)
+    _check_that_something_is_learned(arguments)
     _check_at_least_one("lora_r", adapter.lora_r)
     _check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
     if not 0 <= adapter.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")
+
+
+def _check_that_something_is_learned(arguments: Arguments) -> None:
+    rate, epochs, steps = (arguments.given(name) for name in ("learning_rate", "num_train_epochs", "max_steps"))
+    if not rate > 0:
+        raise ConfigError(f"--learning_rate {rate:g}: nothing would be learned: give one above 0, such as 2e-5")
+    if not epochs > 0 and steps <= 0:
+        raise ConfigError(f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps")
 
 
 def _check_batches(arguments: Arguments) -> None:

@@ -47,6 +47,7 @@ class Manifest:
         facts: what must be the same for a resumed run to be the uninterrupted one.
         trained: names and whole shapes of all trained parameters.
         disks: the ranks of each disk: a list of lists, with one in it where all share a file system.
+        non_finite: steps whose numbers were not finite up to here; see `numbers.Count`.
         files: by path relative to the folder, those of all ranks; `names_for` says which are to be on a disk.
     """
 
@@ -63,6 +64,7 @@ class Manifest:
     disks: list[list[int]]
     written: str
     is_resumable: bool = True
+    non_finite: dict[str, int] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property

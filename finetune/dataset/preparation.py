@@ -44,6 +44,7 @@ class PreparedData:
     said: tuple[str, ...]
     faults: tuple[str, ...]
     fingerprint: str
+    left_out: tuple[tuple[str, int], ...] = ()  # (source, row) of those that the run is told not to learn
 
     @cached_property
     def examples(self) -> Any:
