@@ -31,12 +31,14 @@ def attach_lora(
     use_rslora: bool = False,
     init_lora_weights: str = "default",
     train_embeddings: bool = False,
+    base_revision: str | None = None,
 ) -> Any:
     """LoRA matrices on `target_modules`, everything else frozen; returns the `PeftModel`.
 
     Args:
         target_modules: names of layers, or `all-linear` for every linear layer but the head.
         train_embeddings: also train and save the embeddings and the head (new tokens start untrained).
+        base_revision: the state of the base's repository that the saved adapter will load.
 
     Raises:
         ConfigError: a name that matches no layer, or an option that peft refuses.
@@ -62,17 +64,18 @@ def attach_lora(
         )
         # In the base's precision, as DeepSpeed makes them under ZeRO-1 and 2 anyway; it keeps float32 masters itself.
         # By default peft makes them float32, which ZeRO-3 leaves so: the stages would compute different numbers.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        return get_peft_model(model, config, autocast_adapter_dtype=False, revision=base_revision)
     except ValueError as error:
         raise ConfigError(f"LoRA cannot be attached: {error}") from None
 
 
-def attach_virtual_tokens(model: Any, kind: str, num_virtual_tokens: int) -> Any:
+def attach_virtual_tokens(model: Any, kind: str, num_virtual_tokens: int, *, base_revision: str | None = None) -> Any:
     """Prefix tuning (`kind` prefix) or prompt tuning (`kind` prompt); returns the `PeftModel`."""
     from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
     config_class = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}[kind]
-    return get_peft_model(model, config_class(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens))
+    config = config_class(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
+    return get_peft_model(model, config, revision=base_revision)
 
 
 def embedding_names(model: Any, tied: bool) -> list[str]:

@@ -65,6 +65,7 @@ def check(arguments: Arguments) -> Setup:
         zero.config.setdefault("checkpoint", {})["load_universal"] = True
     checked = model.check(
         arguments.model.model_name_or_path,
+        revision=arguments.model.model_revision,
         trust_remote_code=arguments.model.trusts_code(),
         attention=hardware.attention,
     )

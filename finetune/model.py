@@ -7,6 +7,7 @@ the model while it loads: rank 0 reads the files, the others receive their share
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from dataclasses import dataclass
@@ -26,36 +27,42 @@ class CheckedModel:
     """What `check` learned: the model's config, the attention it will use, and lines for the user."""
 
     name: str
+    revision: str | None
     config: Any
     attention: str
     can_checkpoint: bool
     notes: tuple[str, ...]
 
 
-def check(name: str, *, trust_remote_code: bool, attention: str) -> CheckedModel:
+def check(name: str, *, revision: str | None = None, trust_remote_code: bool, attention: str) -> CheckedModel:
     """Find out whether the model can be loaded as asked, without reading its weights.
 
     Raises:
-        ConfigError: no such model; not a causal language model; code of its own without `--trust_remote_code True`.
+        ConfigError: no such model; not a causal language model; code of its own without `--trust_remote_code True`;
+            a revision of a folder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _do_without_the_hub_where_it_has_no_address(name)
+    code = code_note(name, revision) if trust_remote_code else None
     with _explained(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, **_of(name, revision), trust_remote_code=trust_remote_code)
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
             with _explained(name), torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(
-                    config, attn_implementation=candidate, trust_remote_code=trust_remote_code
+                    config, attn_implementation=candidate, trust_remote_code=trust_remote_code, **_code_of(revision)
                 )
         except (ImportError, ValueError) as error:
             if candidate == "eager":
                 raise ConfigError(f"--model_name_or_path {name}: {_first_line(error)}") from None
             continue
-        replaced = [] if candidate == attention else [f"this model has no {attention} attention: using {candidate}"]
-        return CheckedModel(name, config, candidate, bool(empty.supports_gradient_checkpointing), tuple(replaced))
+        notes = [code] if code else []
+        notes += [] if candidate == attention else [f"this model has no {attention} attention: using {candidate}"]
+        return CheckedModel(
+            name, revision, config, candidate, bool(empty.supports_gradient_checkpointing), tuple(notes)
+        )
     raise AssertionError("the last candidate either returned or raised")
 
 
@@ -72,17 +79,18 @@ def _do_without_the_hub_where_it_has_no_address(name: str) -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool) -> Any:
     """The model's tokenizer.
 
     Raises:
-        ConfigError: no such model, or its tokenizer needs code of its own or a package that is missing.
+        ConfigError: no such model, a revision of a folder, or its tokenizer needs code of its own or a package that is
+            missing.
     """
     from transformers import AutoTokenizer
 
     with _explained(name):
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(name, **_of(name, revision), trust_remote_code=trust_remote_code)
         except (ImportError, ValueError) as error:
             if "trust_remote_code" in str(error):
                 raise
@@ -105,6 +113,7 @@ def load_model(
     with _explained(checked.name):
         model = AutoModelForCausalLM.from_pretrained(
             checked.name,
+            **_of(checked.name, checked.revision),
             config=checked.config,
             dtype=dtype,
             attn_implementation=checked.attention,
@@ -115,6 +124,62 @@ def load_model(
     if stop_token_id is not None and model.generation_config is not None:
         _stop_at(model.generation_config, stop_token_id)
     return model
+
+
+def _of(name: str, revision: str | None) -> dict[str, str]:
+    """What says to transformers which state of a repository is meant, its code included."""
+    if revision is None:
+        return {}
+    if Path(name).expanduser().is_dir():
+        raise ConfigError(f"--model_revision {revision}: {name} is a folder; only models on the hub have revisions")
+    return {"revision": revision, **_code_of(revision)}
+
+
+def _code_of(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"code_revision": revision}
+
+
+def code_note(name: str, revision: str | None = None) -> str | None:
+    """Whose Python files would run, and in which state: found out without running them. None where there are none.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*.py") if path.is_file())
+        digest = hashlib.sha256(b"".join(b"%s %d " % (path.name.encode(), path.stat().st_size) + path.read_bytes()
+                                         for path in files)).hexdigest()  # fmt: skip
+        names = ", ".join(str(path.relative_to(folder)) for path in files[:4]) + (", ..." if len(files) > 4 else "")
+        return f"trusting the Python files in {name}: {names} (sha256 {digest[:12]})" if files else None
+    with _explained(name):
+        owners = _owners_of_code(name, revision)
+        if not owners:
+            return None
+        commit = _commit_of(name, revision)
+    others = [f"{one} (its newest commit)" for one in owners if one != name]
+    advice = "" if revision else f"; pin it with --model_revision {commit}" if commit else ""
+    whose = " and ".join([f"{name} at commit {commit or 'unknown'}", *others])
+    return f"trusting the Python files of {whose}{advice}"
+
+
+def _owners_of_code(name: str, revision: str | None) -> list[str]:
+    """The repositories whose code the model's files name."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    tokenizer = get_tokenizer_config(name, revision=revision)
+    named = [one for holder in (config, tokenizer) for one in (holder.get("auto_map") or {}).values()]
+    references = [part for one in named for part in (one if isinstance(one, list | tuple) else [one]) if part]
+    return sorted({part.partition("--")[0] if "--" in part else name for part in references})
+
+
+def _commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a repository is now; None where nothing tells it."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
 
 
 def must_grow(checked: CheckedModel, tokenizer: Any) -> bool:
@@ -133,7 +198,7 @@ def _stop_at(generation_config: Any, token_id: int) -> None:
         generation_config.eos_token_id = [*stops, token_id]
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(name: str, revision: str | None = None) -> str:
     """xxh3-128 over the model's files: small ones whole, of a large one its size, ends and blocks in between.
 
     It tells models apart, also two that differ in a few layers; it does not prove that every byte is the same.
@@ -141,7 +206,7 @@ def fingerprint(name: str) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    for path in _files_of(name):
+    for path in _files_of(name, revision):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         count = min(BLOCKS_READ, -(-size // BLOCK_BYTES))
@@ -152,13 +217,13 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def _files_of(name: str) -> list[Path]:
+def _files_of(name: str, revision: str | None) -> list[Path]:
     """The files that make up a model, in a folder or in the hub's cache."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
         folder = Path(config).parent if isinstance(config, str) else folder
     files = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in files if path.suffix in MODEL_SUFFIXES and path.is_file())

@@ -15,7 +15,9 @@ from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_
 
 def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:
     """The tokenizer with new tokens added, the chat format of the run, and lines for the user."""
-    tokenizer = model.load_tokenizer(chosen.model_name_or_path, trust_remote_code=chosen.trusts_code())
+    tokenizer = model.load_tokenizer(
+        chosen.model_name_or_path, revision=chosen.model_revision, trust_remote_code=chosen.trusts_code()
+    )
     add_control_tokens(tokenizer, chosen.new_tokens)
     chat_format, notes = choose_format(
         tokenizer,

@@ -25,7 +25,7 @@ from finetune.ranks import Disk, gathered, host_names, on_rank_0, this_rank, tog
 # Flags that leave the numbers of a run alone, or whose effect on them is compared under another name (the data by what
 # it holds, the model by its files, the batch by its product where ranks may change).
 FREE = frozenset(
-    "output_dir data_path model_name_or_path trust_remote_code data_cache_dir preprocessing_num_workers "
+    "output_dir data_path model_name_or_path model_revision trust_remote_code data_cache_dir preprocessing_num_workers "
     "max_dropped_rows deepspeed bf16 fp16 tf32 use_cpu report_to run_name project trackio_space_id "
     "resume_from_checkpoint logging_steps save_strategy save_steps save_total_limit save_on_each_node save_only_model "
     "logging_strategy logging_first_step logging_dir logging_nan_inf_filter log_level log_level_replica "
@@ -96,7 +96,7 @@ def facts_of(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str
         **facts,
         **left_out,
         "data": f"{data.fingerprint}, {data.summary.tokens:,} tokens in {examples:,} examples",
-        "base model": model.fingerprint(arguments.model.model_name_or_path),
+        "base model": model.fingerprint(arguments.model.model_name_or_path, arguments.model.model_revision),
         "precision": setup.hardware.precision,
         "ZeRO stage": setup.zero.stage if setup.zero else "none",
         "optimizer": zero.get("optimizer", "of the command line"),

@@ -210,7 +210,9 @@ def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any
             raise ConfigError(
                 f"--adapter {chosen.kind()} cannot train the embeddings of new tokens: use --use_lora True"
             )
-        return adapters.attach_virtual_tokens(base, chosen.kind(), chosen.num_virtual_tokens)
+        return adapters.attach_virtual_tokens(
+            base, chosen.kind(), chosen.num_virtual_tokens, base_revision=arguments.model.model_revision
+        )
     return adapters.attach_lora(
         base,
         r=chosen.lora_r,
@@ -222,6 +224,7 @@ def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any
         use_rslora=chosen.use_rslora,
         init_lora_weights=chosen.init_lora_weights,
         train_embeddings=grows,
+        base_revision=arguments.model.model_revision,
     )
 
 

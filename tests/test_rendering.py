@@ -280,6 +280,22 @@ class TestWindows:
         assert self.windows(smol_tokenizer, 10_000).status == "kept"
 
 
+@pytest.mark.parametrize("options", [{"train": False}, {"train_on": "last_model_turn"}], ids=["marked", "last-only"])
+@pytest.mark.parametrize(("too_long", "status"), [("turns", "dropped"), ("windows", "cut")])
+def test_leading_turns_that_nobody_learns_are_no_example(golden_tokenizer, too_long, status, options):
+    """Such a row is too long, not faulty: it must not stop the run."""
+    train_on = options.get("train_on", "model_turns")
+    renderer = Renderer(LingoWhaleFormat(golden_tokenizer, [3], [4]), 15, too_long=too_long, train_on=train_on)
+    first, second, third, fourth = (Turn(*turn) for turn in TestTooLong.turns)
+    turns = (first, Turn("model", second.text, train=options.get("train", True)), third, fourth)
+    (outcome,) = renderer.render_all([Conversation(turns, 0, "rows.json")])
+    assert outcome.status == status
+    if too_long == "turns":
+        assert outcome.reason == "21 tokens: no turn that is to be learned fits into 15"
+    else:
+        assert [said(golden_tokenizer, one) for one in outcome.examples] == [["dddd</s>"]]
+
+
 @pytest.mark.parametrize(("policy", "status"), [("drop", "dropped"), ("error", None)])
 def test_other_policies_for_what_is_too_long(golden_tokenizer, policy, status):
     renderer = Renderer(LingoWhaleFormat(golden_tokenizer, [3], [4]), 20, too_long=policy)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from finetune.arguments.training import training_flags
 
 # The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
+# Its newest commit is used and named, unless --model_revision pins one.
 TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
 
 
@@ -23,6 +24,9 @@ class ModelArguments:
     """The model."""
 
     model_name_or_path: str = _flag("", "folder or hub name of a causal language model (required)")
+    model_revision: str | None = _flag(
+        None, "commit, tag or branch of a model on the hub, its code included; default: the newest of main"
+    )
     trust_remote_code: bool = _flag(False, "run the Python files that come with the model")
     attn_implementation: str | None = _flag(None, "attention of transformers; default: the best that works here")
     new_tokens: list[str] = _flag([], "tokens to add to the vocabulary; their embeddings are trained")

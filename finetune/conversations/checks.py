@@ -20,7 +20,9 @@ _BLANK = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + I
 def text_fault(text: Any, field: str) -> str | None:
     """Why a text cannot be a turn's; None where it can."""
     if not isinstance(text, str):
-        return f'expected "{field}" to be a string, found {shown(text)}'
+        parts = isinstance(text, list) and any(isinstance(one, dict) and "text" in one for one in text)
+        remedy = ": join the texts of its parts into one string" if parts else ""
+        return f'expected "{field}" to be a string, found {shown(text)}{remedy}'
     if not text.strip(_BLANK):
         return f'"{field}" is empty: say something or leave it out'
     if "\0" in text:

@@ -18,6 +18,7 @@ REFUSED_KINDS = {
     b"BZh": "a bzip2 file: unpack it, or pack it with gzip or zstd",
     b"7z\xbc\xaf": "a 7z archive: unpack it and name the files in it",
     b"SQLite format 3": "a database: write its rows as JSON lines",
+    b"version https://git-lfs": "a pointer of Git LFS, not the data: fetch the data with git lfs pull",
 }
 REFUSED_SUFFIXES = {
     ".zip": REFUSED_KINDS[b"PK\x03\x04"],
@@ -147,5 +148,5 @@ def is_gb18030(part: bytes) -> bool:
         return False
     wide = [character for character in text if not character.isascii()]
     chinese = sum("\u4e00" <= character <= "\u9fff" or character in "，。？！：；、“”（）《》" for character in wide)
-    both_high = sum(len(encoded) == 2 and encoded[1] >= 0xA1 for encoded in (one.encode("gb18030") for one in wide))
+    both_high = sum(len(encoded) == 2 and min(encoded) >= 0xA1 for encoded in (one.encode("gb18030") for one in wide))
     return len(wide) >= 2 and chinese >= 0.6 * len(wide) and both_high >= 0.6 * len(wide)

@@ -120,6 +120,8 @@ def reason(error: json.JSONDecodeError, text: str) -> str:
         return f"a comma before the closing bracket, {near}: take it out"
     if here == "'":
         return f"a single quote, {near}: JSON strings stand in double quotes"
+    if text.startswith(("//", "/*", "#"), place):
+        return f"a comment, {near}: JSON has none, take it out"
     if here == "\0":
         return f"a NUL character, {near}: was the file cut short by a crash or a full disk?"
     if error.msg.startswith("Unterminated string"):

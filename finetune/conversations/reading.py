@@ -14,6 +14,7 @@ from finetune.conversations.first_places import FirstPlaces, digest_of_turns, ke
 from finetune.conversations.json_rows import RawRow, file_fault, json_rows
 from finetune.conversations.json_text import shown
 from finetune.conversations.layouts import OWN_LAYOUT, ROLES, RowReading
+from finetune.conversations.mojibake import Mojibake
 from finetune.conversations.sources import Source, find_sources
 from finetune.conversations.tables import dataset_rows, parquet_rows
 from finetune.conversations.turns import BadRow, Conversation
@@ -60,7 +61,10 @@ class ConversationReader:
         return min(1.0, (self._bytes_before + self._bytes_here()) / self._all_bytes)
 
     def said(self) -> list[str]:
-        """A line for each way in which rows were read that are not written the way this project writes them."""
+        """A line for each way in which rows were read that are not written the way this project writes them.
+
+        One more for each source whose texts look like UTF-8 that was read in another encoding.
+        """
         lines = []
         for (source, layout), rows in self.readings.items():
             renamed = [
@@ -69,11 +73,12 @@ class ConversationReader:
             if layout != OWN_LAYOUT or renamed:
                 names = f" ({', '.join(renamed)})" if renamed else ""
                 lines.append(f"{source}: {rows:,} row{'s' * (rows != 1)} read as {layout}{names}")
-        return lines
+        return lines + [line for name, seen in self._mojibake.items() if (line := seen.line(name)) is not None]
 
     def _begin(self) -> None:
         self.readings: Counter[tuple[str, str]] = Counter()
         self._names = {source.name: dict.fromkeys(ROLES, 0) for source in self.sources}
+        self._mojibake = {source.name: Mojibake() for source in self.sources}
         self._ids, self._turns = FirstPlaces(), FirstPlaces()
         self._all_bytes = sum(source.num_bytes for source in self.sources)
         self._bytes_before = 0
@@ -125,6 +130,7 @@ class ConversationReader:
         names = self._names[source.name]
         for name in reading.aliases:
             names[name] += 1
+        self._mojibake[source.name].see([turn.text for turn in turns], raw.row)
         return Conversation(turns, raw.row, source.name, own_id, done)
 
     def _check_id(self, value: Any, row: int, place: str, source: Source, faults: list[str]) -> Any:

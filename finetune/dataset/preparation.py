@@ -204,4 +204,7 @@ def check_usable(prepared: PreparedData, max_dropped_rows: float) -> None:
             + listed(prepared.faults, "fault", count=summary.faults)
         )
     if not summary.examples:
-        raise DataError(f"{names}: all {summary.rows:,} rows are dropped: raise --model_max_length, or shorten them")
+        why = ": raise --model_max_length, or shorten them"
+        if summary.bad:
+            why = f", {summary.bad:,} of them for a fault: " + listed(prepared.faults, "fault", count=summary.faults)
+        raise DataError(f"{names}: all {summary.rows:,} rows are dropped{why}")

@@ -108,9 +108,9 @@ class Renderer:
 
     def _shortened(self, turns: Sequence[Turn], layout: Layout) -> _Fate:
         leading = leading_turns(turns, layout, self.max_length, self._lay_out)
-        if leading is not None:
+        if leading is not None and leading[0].answers:
             return _Fate("cut", [leading[0]], f"the first {leading[1]} of {len(turns)} turns are kept")
-        cut = first_turn_cut(turns, self.max_length, self._lay_out)
+        cut = None if leading else first_turn_cut(turns, self.max_length, self._lay_out)
         if cut is not None:
             return _Fate("cut", [cut], self._inner_cut(cut))
         if next(turn for turn in turns if turn.role == "model").train:
@@ -121,7 +121,8 @@ class Renderer:
         leading = leading_turns(turns, layout, self.max_length, self._lay_out)
         layouts, done, notes = [], 0, []
         if leading is not None:
-            layouts, done = [leading[0]], leading[1]
+            # Leading turns of which none is learned are no window; they are the context of the next.
+            layouts, done = [leading[0]] if leading[0].answers else [], leading[1]
         for number in learned_turns(turns):
             if number < done:
                 continue

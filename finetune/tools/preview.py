@@ -16,6 +16,7 @@ from finetune.arguments import PreviewArguments, parse_for_preview
 from finetune.console import quiet_libraries
 from finetune.dataset import PreparedData
 from finetune.errors import SHOWN_FAULTS, ConfigError
+from finetune.model import code_note
 from finetune.preparing import prepare_data
 from finetune.rendering import Example, Rendering
 from finetune.rendering.segments import Segment, segments
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
         pages.check_replaceable(page)
     quiet_libraries()
     sys.stdout.reconfigure(encoding="utf-8" if choice.json else None, errors="backslashreplace")
+    if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
+        _note(code)
     tokenizer, chat_format, prepared = prepare_data(model, data, say=_note)
     # LingoWhale's markers may be ordinary ids of its tokenizer.
     markers = {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
