@@ -1,5 +1,5 @@
-"""What happens beside the steps: the plan in front of the first one, a line or a bar, `metrics.jsonl`, the guard; at the
-end of each all ranks agree whether to stop, and on what was not finite."""
+"""What happens beside the steps: the plan before the first one, a line or a bar, `metrics.jsonl`, the guard; at the end
+of each step all ranks agree whether to stop, and on what was not finite."""
 
 from __future__ import annotations
 
