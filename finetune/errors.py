@@ -4,7 +4,7 @@
     ├── ConfigError          2  a flag, a config file, the hardware asked for
     ├── DataError            3  conversation files and what they render to
     ├── CheckpointError      4  a saved result that does not hold what it should
-    ├── NumericsError        5  a loss that is not finite
+    ├── NumericsError        5  numbers that are not finite
     └── StorageError         6  no space, no permission, a file that cannot be written
 
 A new error inherits from the branch whose exit status it shares. Anything that is not a `FinetuneError` is a bug

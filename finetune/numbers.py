@@ -71,7 +71,7 @@ def is_of_the_least_scale(error: Exception) -> bool:
 
 @dataclass
 class Count:
-    """Steps that were not finite: in the whole run, one after the other up to now, and, those whose loss it was, since
+    """Steps that were not finite, in the whole run and one after the other up to now; and those without a loss since
     the last line that was logged."""
 
     steps: int = 0

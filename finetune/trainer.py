@@ -176,6 +176,8 @@ class SupervisedTrainer(Trainer):
         if batches:
             step = batches[0]["counts"].step
             self.meter.add(step.tokens, step.supervised_tokens, self._flops_of(step))
+            if not step.supervised_tokens:  # --skip_rows left nothing of it: that is no loss of 0
+                self.step_end.count.lost_since_log += 1
         return batches, None
 
     def compute_loss(

@@ -260,6 +260,21 @@ def test_three_in_a_row_end_the_run_and_without_their_rows_it_goes_on(lose, tmp_
 
 
 @FAULTS
+def test_a_step_of_which_nothing_is_left_has_no_loss(lose, tmp_path, rows_file):
+    (tmp_path / "skip").write_text(f"{rows_file}:4\n{rows_file}:5\n{rows_file}:6\n")
+    outcome = lose("run", "--deepspeed", "zero3", "--skip_rows", tmp_path / "skip", ids=[])
+    assert outcome.succeeded, "\n".join(outcome.outputs)
+    metrics = lines_of(tmp_path / "run/metrics.jsonl")
+    assert [line["loss"] is None for line in metrics] == [False, False, True, False, False, False]
+    assert {line["non_finite_steps"] for line in metrics} == {0} and metrics[2]["grad_norm"] == 0
+    assert rows_seen(tmp_path, "run") == {1: [0, 1], 2: [2, 3], 3: [], 4: [7], 5: [8, 9], 6: [10, 11]}
+
+    (tmp_path / "skip").write_text("\n".join(f"{rows_file}:{row}" for row in range(12)))
+    outcome = lose("none", "--deepspeed", "zero2", "--skip_rows", tmp_path / "skip", ids=[])
+    assert outcome.statuses[0] == 2 and "leaves out every row" in outcome.outputs[0]
+
+
+@FAULTS
 @pytest.mark.parametrize("config", ["zero2", "zero3", "plain", "zero3-lora"])
 @pytest.mark.parametrize(("how", "rank"), [("nan", None), ("inf", None), ("nan", 1), ("gradient", 1)])
 def test_numbers_that_are_never_finite_end_the_run_before_anything_is_saved(lose, tmp_path, config, how, rank):
@@ -522,7 +537,7 @@ def test_all_windows_of_a_row_are_left_out():
     ("flags", "says"),
     [
         (("--learning_rate", "0"), "--learning_rate 0: nothing would be learned"),
-        (("--learning_rate", "-1e-3"), "--learning_rate -0.001: nothing would be learned"),
+        (("--learning_rate", "-0.001"), "--learning_rate -0.001: nothing would be learned"),
         (("--learning_rate", "nan"), "--learning_rate nan: nothing would be learned"),
         (("--num_train_epochs", "0"), "--num_train_epochs 0: no step would be made"),
     ],
