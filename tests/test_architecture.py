@@ -20,7 +20,7 @@ LINE = (
     {"adapters", "attention", "model", "rendering", "metrics", "results", "sampling", "console", "pages"},
     {"checkpoints", "conversations", "packing", "ranks", "zero"},
     {"hardware"},
-    {"building", "errors", "guard"},
+    {"building", "errors", "failures", "guard"},
 )
 WITHOUT_TORCH = {
     "arguments",
@@ -29,6 +29,7 @@ WITHOUT_TORCH = {
     "zero",
     "hardware",
     "errors",
+    "failures",
     "rendering",
     "dataset",
     "metrics",
