@@ -87,7 +87,7 @@ def begin(arguments: Arguments, setup: Setup) -> tuple[Any, Disk]:
     """Start the processes, see who shares the output folder, build `TrainingArguments` (it touches the devices)."""
     from finetune.trainer import build_arguments
 
-    guard.phase("join")
+    guard.phase("meeting")
     guard_builds(lambda line: print(f"note: {line}", flush=True))
     join_processes(
         setup.hardware.backend, uses_deepspeed=setup.zero is not None, timeout=arguments.given("ddp_timeout")

@@ -42,6 +42,7 @@ WITHOUT_TORCH = {
     "hardware",
     "hosts",
     "errors",
+    "failures",
     "rendering",
     "dataset",
     "metrics",

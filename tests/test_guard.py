@@ -74,7 +74,7 @@ def test_the_one_that_holds_up_the_others_is_named(hub, monkeypatch, behind, sta
 
 def test_who_waits_for_a_slower_one_without_a_limit_is_not_stuck(hub, monkeypatch):
     for rank, member in hub.members.items():
-        member.place.phase, member.place.step = ("data", -1) if rank == 1 else ("join", -1)
+        member.place.phase, member.place.step = ("data", -1) if rank == 1 else ("meeting", -1)
         member.limit = None if rank == 1 else 5.0
         member.place.since -= 3600
     assert settled(hub, monkeypatch) is None
@@ -117,7 +117,8 @@ def test_the_cause_is_told_from_its_echo(hub, monkeypatch):
     hub.report(Failure(kind="exception", rank=0, host="a", error=echo))
     hub.report(Failure(kind="died", rank=1, host="b", error="rank 1 on b ended without a word"))
     verdict = settled(hub, monkeypatch)
-    assert verdict.rank == 1 and verdict.also == [f"rank 0 on a: {echo}"]
+    assert verdict.rank == 1 and verdict.when and len(verdict.also) == 1
+    assert "rank 0 on a" in verdict.also[0] and "Connection reset by peer" in verdict.also[0]
 
 
 def test_only_those_with_the_key_are_let_in():
@@ -225,8 +226,7 @@ def test_ranks_that_never_arrive_are_named_in_the_time_stated(argv, tmp_path):
     outcome = ranks.run(tmp_path / "logs", _train_but_rank_1_never_comes, ([*argv, "--meeting_timeout", "4"],))
     assert outcome.statuses[0] != 0 and time.monotonic() - began < 60
     said = outcome.outputs[0]
-    assert "1 of 2 ranks have not arrived within 4 s" in said and "ranks 1" in said
-    assert "finetune launch" in said
+    assert "1 of 2 ranks have not arrived within 4 s" in said and "rank 1 did not come to where the ranks meet" in said
 
 
 def test_a_complete_run_says_so_last(argv, tmp_path):

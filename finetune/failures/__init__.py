@@ -1,7 +1,28 @@
-"""Runs that fail: what is recorded, what is shown, what is known of such failures. The standard library alone."""
+"""What is written and shown when a run fails: the record, the likely cause, the page.
 
-from finetune.failures.causes import likely_cause
-from finetune.failures.page import page, write
-from finetune.failures.record import FILE, Failure, first_of, is_consequence, read
+Only the standard library is imported: a small process that watches the ranks, without site-packages, uses it too.
+"""
 
-__all__ = ["FILE", "Failure", "first_of", "is_consequence", "likely_cause", "page", "read", "write"]
+from __future__ import annotations
+
+from finetune.failures.causes import Cause, likely_cause
+from finetune.failures.echoes import first_of, is_consequence
+from finetune.failures.page import page
+from finetune.failures.record import KINDS, PHASES, Failure
+from finetune.failures.stored import FILE, read, write
+from finetune.failures.words import one_line
+
+__all__ = [
+    "FILE",
+    "KINDS",
+    "PHASES",
+    "Cause",
+    "Failure",
+    "first_of",
+    "is_consequence",
+    "likely_cause",
+    "one_line",
+    "page",
+    "read",
+    "write",
+]

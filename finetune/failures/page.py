@@ -1,65 +1,132 @@
-"""What a failed run leaves for people: one page on the terminal, `failure.json` in its folder."""
+"""A failure on one page of plain text, for a terminal or a log."""
 
 from __future__ import annotations
 
-import textwrap
-from pathlib import Path
+import re
+from unicodedata import east_asian_width
 
-from finetune.failures import record
 from finetune.failures.causes import likely_cause
 from finetune.failures.record import Failure
+from finetune.failures.words import what_happened, where_in_the_run, who
 
-ERROR_LINES, OTHERS = 6, 3
-WIDTH = 100
-GO_ON = "start the same command again with --resume_from_checkpoint auto"
+ERROR_LINES, CAUSE_LINES, TO_DO_LINES, OTHERS = 6, 4, 5, 3
+NARROWEST = 60
 
 
-def write(folder: Path, failure: Failure) -> Path | None:
-    """Leave `failure.json`, with the likely cause and the next step; None where the disk refuses."""
+def page(failure: Failure, *, width: int = 100, colour: bool = False, record: str = "") -> str:
+    """What happened, where, why probably, and what to do: at most 25 lines of `width` columns, at least 60.
+
+    It never holds the text that opens the one message of an exit status, nor the looks of a Python traceback, both of
+    which are searched for in logs.
+
+    Args:
+        failure: the first one of the run.
+        colour: whether the headline is bold and red.
+        record: where `failure.json` lies, "" where it could not be written.
+    """
+    width = max(width, NARROWEST)
+    where = "" if failure.kind == "missing" else where_in_the_run(failure)
+    head = "was stopped" if failure.kind == "stopped" else "failed"
+    headline = _wrapped(_plain(f"The run {head}: {who(failure)} {what_happened(failure)} {where}"), width, 2)
+    if colour:
+        headline = [f"\033[1;31m{line}\033[0m" for line in headline]
+    lines = [*headline, *(f"  {line}" for line in _error(failure, width - 2))]
+    labelled = [("Where", _where(failure), 2)]
     cause = likely_cause(failure)
-    return record.write(
-        folder, failure, {"cause": cause.title if cause else None, "next": cause.do if cause else GO_ON}
-    )
-
-
-def page(failure: Failure, *, colour: bool = False) -> str:
-    """At most a screen: what failed, where, why, what to do."""
-    cause = likely_cause(failure)
-    red, plain = ("\033[1;31m", "\033[0m") if colour else ("", "")
-    facts = {
-        "what": "\n".join(failure.error.strip().splitlines()[:ERROR_LINES]),
-        "where": _where(failure),
-        "also": "\n".join(line[: WIDTH + 20] for line in failure.also[:OTHERS])
-        + (f"\n... and {len(failure.also) - OTHERS} more" if len(failure.also) > OTHERS else ""),
-        "likely": cause.title if cause else "",
-        "to do": cause.do if cause else "",
-        "then": GO_ON if failure.phase in ("step", "save", "end") else "",
-    }
-    lines = [f"{red}The run failed{plain}"]
-    for label, text in facts.items():
-        for number, line in enumerate(_wrapped(text)):
-            lines.append(f"  {label if number == 0 else '':<8}{line}")
+    if cause is not None:
+        labelled += [
+            ("Likely cause", f"{cause.title}. {cause.why}", CAUSE_LINES),
+            ("What to do", cause.do, TO_DO_LINES),
+        ]
+    for label, text, most in labelled:
+        lines += _labelled(label, text, width, most)
+    lines += _others(failure, width)
+    if record:
+        lines += _labelled("Record", record, width, 1)
+    if failure.checkpoint:
+        lines += _labelled("Go on from", f"{failure.checkpoint} (--resume_from_checkpoint auto)", width, 1)
     return "\n".join(lines)
 
 
-def _wrapped(text: str) -> list[str]:
-    parts = [textwrap.wrap(line, WIDTH - 10, break_on_hyphens=False) for line in text.splitlines()]
-    return [line for part in parts for line in part][: 2 * ERROR_LINES]
+def _error(failure: Failure, width: int) -> list[str]:
+    """The first lines of the message, or what a traceback ends with where there is none."""
+    text = failure.error or "\n".join(failure.traceback.splitlines()[-2:])
+    kept = [line for line in _plain(text).splitlines() if line.strip() and not _is_frame(line)]
+    wrapped = [one for line in kept for one in _wrapped(line, width, ERROR_LINES + 1)]
+    return wrapped if len(wrapped) <= ERROR_LINES else [*wrapped[: ERROR_LINES - 1], "..."]
+
+
+def _is_frame(line: str) -> bool:
+    return re.match(r"Traceback|\s*File \"|\s*[\^~]+\s*$|frame #\d|\s+raise |Exception raised from", line) is not None
 
 
 def _where(failure: Failure) -> str:
-    parts = []
-    if failure.rank is not None:
-        parts.append(f"rank {failure.rank}")
-    elif failure.ranks:
-        shown = ", ".join(map(str, failure.ranks[:8])) + (", ..." if len(failure.ranks) > 8 else "")
-        parts.append(f"ranks {shown}")
-    if failure.host or failure.hosts:
-        parts.append("on " + (failure.host or ", ".join(failure.hosts[:8])))
-    if failure.phase == "step":
-        parts.append(f"in step {failure.step}")
-    elif failure.phase == "save":
-        parts.append(f"while saving in step {failure.step}")
-    elif failure.phase:
-        parts.append(f"({failure.phase})")
-    return " ".join(parts)
+    """`rank 3 on node1, in step 120, after 12 s there`, and what was seen beside it."""
+    parts = [who(failure), where_in_the_run(failure)]
+    if failure.seconds is not None and failure.kind not in ("stuck", "missing"):
+        parts.append(f"after {failure.seconds:,.0f} s there")
+    hints = f" ({'; '.join(failure.hints[:2])})" if failure.hints else ""
+    return ", ".join(filter(None, parts)) + hints
+
+
+def _others(failure: Failure, width: int) -> list[str]:
+    count = len(failure.also)
+    if not count:
+        return []
+    shown = [f"  {_clipped(_plain(one), width - 2)}" for one in failure.also[:OTHERS] if one]
+    more = f"; the first {OTHERS}" if count > OTHERS else ""
+    return [f"{count} more failed later, mostly because of this{more}:", *shown]
+
+
+def _labelled(label: str, text: str, width: int, most: int) -> list[str]:
+    """`Label: text`, continued below the text."""
+    room = len(label) + 2
+    text = " ".join(_plain(text).split())
+    first, *others = _wrapped(text, width - room, most) if most > 1 else [_clipped(text, width - room)]
+    return [f"{label}: {first}", *(" " * room + line for line in others)]
+
+
+def _plain(text: str) -> str:
+    """Text without colours and control characters, and without what opens the message of an exit status."""
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).expandtabs(4)
+    text = "".join(one if one == "\n" or one.isprintable() else " " for one in text)
+    return re.sub(r"(?m)^\s*error(?: \([^)]*\))?: ", "", text).replace("error: ", "error - ")
+
+
+def _wrapped(text: str, width: int, most: int) -> list[str]:
+    """At most `most` lines, broken at spaces, and inside a word where it is longer than a line."""
+    indent = text[: len(text) - len(text.lstrip())][: width // 2]
+    lines, line = [], indent
+    for word in text.split():
+        if line.strip() and _columns(line) + 1 + _columns(word) > width:
+            lines.append(line)
+            line = indent
+        line = f"{line} {word}" if line.strip() else line + word
+        while _columns(line) > width:
+            fits = _fitting(line, width)
+            lines.append(line[:fits])
+            line = indent + line[fits:]
+        if len(lines) > most:
+            break
+    lines += [line] if line.strip() else []
+    return lines if len(lines) <= most else [*lines[: most - 1], _clipped(lines[most - 1] + " ...", width)]
+
+
+def _clipped(text: str, width: int) -> str:
+    """One line, with `...` where something is left out."""
+    return text if _columns(text) <= width else text[: _fitting(text, width - 4)].rstrip() + " ..."
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal: Chinese characters take two."""
+    return len(text) if text.isascii() else sum(1 + (east_asian_width(one) in "WF") for one in text)
+
+
+def _fitting(text: str, width: int) -> int:
+    """How many characters fit, at least one."""
+    taken = 0
+    for number, one in enumerate(text):
+        taken += _columns(one)
+        if taken > width:
+            return max(number, 1)
+    return len(text)

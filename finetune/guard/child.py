@@ -25,7 +25,7 @@ from typing import Any
 if __name__ == "__main__":  # run as a file, so that nothing but it is imported
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from finetune.failures import Failure, page, write
+from finetune.failures import FILE, Failure, page, write
 from finetune.guard.hub import Hub, Limits, Member, Place, key_of
 from finetune.guard.launcher import parent_of, stat_of
 from finetune.guard.wire import PRINT_STACKS, Wire, candidate_ports
@@ -149,9 +149,9 @@ class Guard:
             error = f"deepspeed.launcher.launch (process {launcher}) has died, and its ranks with it"
             return self._failure("launcher", error, rank=None)
         error = f"rank {self.rank} on {self.host} ended without a word: killed, or crashed"
-        if _out_of_memory_kills() > self.out_of_memory:
-            error += "; the kernel has ended processes here for lack of memory (oom_kill)"
-        return self._failure("died", error)
+        kills = _out_of_memory_kills()
+        hints = [f"oom_kill {self.out_of_memory} -> {kills}"] if kills > self.out_of_memory else []
+        return self._failure("died", error, hints=hints)
 
     def _failure(self, kind: str, error: str, **known: Any) -> Failure:
         place = self.place
@@ -222,8 +222,9 @@ class Guard:
         """The run has failed: set the moment at which the rank must be gone, and leave the record."""
         if verdict is None or self.verdict is not None:
             return
-        verdict = self.verdict = replace(verdict, run=self.run.get("run_id", ""))
-        self._leave_word(verdict.to_json(), "failure.json")
+        newest = _newest_checkpoint(self.run.get("output_dir"))
+        verdict = self.verdict = replace(verdict, run=self.run.get("run_id", ""), checkpoint=newest)
+        self._leave_word(verdict.to_json(), FILE)
         writes = self.run.get("output_dir") and (self.rank == 0 or (verdict.kind == "lost" and self._is_first_here()))
         if writes:
             write(Path(self.run["output_dir"]), verdict)
@@ -267,7 +268,8 @@ class Guard:
         speaks = self.rank == 0 or (self._is_first_here() and (verdict.kind == "lost" or self.wire is None))
         supervisor = self.order.get("supervisor")
         if speaks and not (supervisor and parent_of(supervisor)) and (verdict.kind != "error" or self.run):
-            print("\n" + page(verdict, colour=sys.stderr.isatty()), file=sys.stderr, flush=True)
+            record = str(Path(self.run["output_dir"], FILE)) if self.run else ""
+            print("\n" + page(verdict, colour=sys.stderr.isatty(), record=record), file=sys.stderr, flush=True)
 
     def _leave_word(self, word: dict[str, Any], name: str | None = None) -> None:
         """For the `finetune launch` of this host."""
@@ -285,6 +287,13 @@ def _state(process: int) -> str:
     """R, S, D, T, ... (proc(5)); "?" for one that is gone."""
     fields = stat_of(process)
     return fields[0] if fields else "?"
+
+
+def _newest_checkpoint(output_dir: str | None) -> str:
+    """The newest sealed one, "" where there is none."""
+    sealed = [path.parent for path in Path(output_dir).glob("checkpoint-*/manifest.json")] if output_dir else []
+    steps = {one.name.rpartition("-")[2]: one for one in sealed}
+    return str(steps[max(steps, key=int)]) if steps and all(map(str.isdigit, steps)) else ""
 
 
 def _out_of_memory_kills() -> int:

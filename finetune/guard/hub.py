@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import statistics
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
-from finetune.failures import Failure, first_of
+from finetune.failures import Failure, first_of, one_line
 from finetune.guard.wire import Wire, candidate_ports, listen
 
 SECONDS_OF_SILENCE = 30.0  # behind which a host counts as lost
@@ -20,7 +20,7 @@ SECONDS_TO_SETTLE = 1.0  # between the first sign of a failure and the choice of
 SECONDS_FOR_A_GOODBYE = 3.0  # between the end of a connection and calling its host lost
 LEAST_STEP_LIMIT, STEP_LIMIT_IN_MEDIANS = 300.0, 10.0
 # In this order; a step number decides between the last two. What has no limit is watched for death and for a stop only.
-PHASES = ("start", "data", "join", "model", "step", "save", "end")
+PHASES = ("start", "data", "meeting", "model", "step", "save", "end")
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Place:
 
     def words(self) -> str:
         """For a message."""
-        names = {"start": "starting", "data": "preparing data", "join": "joining the others", "model": "loading"}
+        names = {"start": "starting", "data": "preparing data", "meeting": "joining the others", "model": "loading"}
         place = names.get(self.phase, "finishing")
         return f"{'saving in' if self.phase == 'save' else 'in'} step {self.step}" if self.phase in (
             "step", "save",
@@ -174,8 +174,8 @@ class Hub:
             member.bye = message["bye"]
 
     def report(self, failure: Failure) -> None:
-        """A sign that the run has failed."""
-        self.reported.append(failure)
+        """A sign that the run has failed, stamped on arrival: the clocks of hosts differ."""
+        self.reported.append(replace(failure, when=datetime.now().astimezone().isoformat(timespec="milliseconds")))
         self.first_sign = self.first_sign or time.monotonic()
 
     def tick(self, limits: Limits) -> None:
@@ -191,7 +191,9 @@ class Hub:
             self._look_for_missing(now, limits)
             self._look_for_the_stuck()
         if self.verdict is None and self.first_sign is not None and now - self.first_sign >= SECONDS_TO_SETTLE:
-            self.verdict = first_of(self.reported)
+            first = first_of(self.reported)
+            others = [one_line(one) for one in self.reported if one.error != first.error]
+            self.verdict = replace(first, also=[*first.also, *others])
             self._close_door()
             self.send({"end": self.verdict.to_json()})
 
@@ -234,7 +236,7 @@ class Hub:
         names = f" of {', '.join(hosts)}" if hosts else ""
         self.report(
             Failure(
-                kind="missing", ranks=ranks, hosts=hosts, phase="meeting", host=os.uname().nodename,
+                kind="missing", ranks=ranks, hosts=hosts, phase="meeting",
                 error=f"{len(ranks)} of {self.world_size} ranks{names} have not arrived within {limits.meeting:.0f} s",
             )
         )  # fmt: skip
@@ -274,7 +276,7 @@ class Hub:
         return Failure(
             kind=kind, rank=member.rank if member else None, host=member.host if member else None, ranks=ranks,
             error=text, phase=place.phase, step=place.step if place.step >= 0 else None,
-            seconds=round(place.seconds(), 1),
+            seconds=round(place.seconds(), 1), hints=["State: T (stopped)"] if place.state == "T" else [],
         )  # fmt: skip
 
 

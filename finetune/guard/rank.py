@@ -36,6 +36,7 @@ def guarded() -> Iterator[None]:
     _launcher = above.die_with_launcher(_end_with_launcher)
     _guard = _start()
     former = _listen()
+    faulthandler.enable()  # a crash in compiled code leaves its stack
     if hasattr(faulthandler, "register"):
         faulthandler.register(PRINT_STACKS, all_threads=True, chain=False)
     try:
@@ -62,7 +63,7 @@ def guarded() -> Iterator[None]:
 
 
 def phase(name: str, step: int | None = None) -> None:
-    """The rank has come to here: start, data, join, model, step, save or end."""
+    """The rank has come to here: start, data, meeting, model, step, save or end."""
     _place.update(phase=name, step=step)
     _tell({"phase": name, "step": step})
 

@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune import cluster, stopping
 from finetune.arguments import Arguments, parse
 from finetune.errors import ConfigError
-from finetune.failures import Failure, first_of, page, write
+from finetune.failures import FILE, Failure, first_of, page, write
 from finetune.hosts import (
     JOB_HOSTFILE,
     LauncherFlags,
@@ -223,7 +224,8 @@ def outcome(
         if failure.kind in ("error", "exception"):
             return failure.status, failure
         there = [report.status for report in reports if report.status and report.host == failure.host]
-        return next(iter([*there, *filter(None, statuses)]), 1), failure
+        status = next(iter([*there, *filter(None, statuses)]), 1)
+        return status, replace(failure, status=status)
     bad = [report for report in reports if report.status not in (0, stopping.STOPPED)]
     if bad:
         text = f"the deepspeed command on {bad[0].host} ended with status {bad[0].status}, and no rank said why"
@@ -240,9 +242,9 @@ def outcome(
 
 def conclude(failure: Failure, arguments: Arguments | None) -> None:
     """The summary, last; the record, where the run has a folder and could not leave one itself."""
-    if arguments is not None:
-        folder = Path(arguments.training["output_dir"]).expanduser()
-        if folder.is_dir() and failure.kind in ("launcher", "lost") and not (folder / "failure.json").exists():
-            write(folder, failure)
+    record = Path(arguments.training["output_dir"]).expanduser() / FILE if arguments else None
+    if record and record.parent.is_dir() and failure.kind in ("launcher", "lost"):
+        write(record.parent, failure)  # it stays as it is where the run left one
     if failure.kind != "error" or failure.phase not in ("start", "data"):
-        print("\n" + page(failure, colour=sys.stderr.isatty()), file=sys.stderr, flush=True)
+        where = str(record) if record and record.is_file() else ""
+        print("\n" + page(failure, colour=sys.stderr.isatty(), record=where), file=sys.stderr, flush=True)
