@@ -55,6 +55,7 @@ class Guard:
         self.bye: int | None = None
         self.told = self.handed_on = False
         self.gone_at: float | None = None
+        self.ending: tuple[int | None, int | None] = (None, None)
         self.end_at: float | None = None
         self.stacks_asked = False
         self.verdict: Failure | None = None
@@ -113,6 +114,7 @@ class Guard:
                 self._take(json.loads(line))
         if gone:
             self.gone_at = time.monotonic()
+            self.ending = _ending(self.process)
             if self.bye is None and not self.told:
                 self._tell(self._death())
 
@@ -148,10 +150,13 @@ class Guard:
         if launcher and parent_of(launcher) is None:
             error = f"deepspeed.launcher.launch (process {launcher}) has died, and its ranks with it"
             return self._failure("launcher", error, rank=None)
-        error = f"rank {self.rank} on {self.host} ended without a word: killed, or crashed"
+        number, status = self.ending
+        how = f"signal {number}" if number else "killed, or crashed" if status is None else f"status {status}"
+        error = f"rank {self.rank} on {self.host} ended without a word: {how}"
         kills = _out_of_memory_kills()
         hints = [f"oom_kill {self.out_of_memory} -> {kills}"] if kills > self.out_of_memory else []
-        return self._failure("died", error, hints=hints)
+        died = {"signal": number, "status": 128 + number} if number else {"status": status or 1}
+        return self._failure("died", error, hints=hints, **died)
 
     def _failure(self, kind: str, error: str, **known: Any) -> Failure:
         place = self.place
@@ -267,7 +272,7 @@ class Guard:
             return
         speaks = self.rank == 0 or (self._is_first_here() and (verdict.kind == "lost" or self.wire is None))
         supervisor = self.order.get("supervisor")
-        if speaks and not (supervisor and parent_of(supervisor)) and (verdict.kind != "error" or self.run):
+        if speaks and not (supervisor and _state(supervisor) not in "?Z") and (verdict.kind != "error" or self.run):
             record = str(Path(self.run["output_dir"], FILE)) if self.run else ""
             print("\n" + page(verdict, colour=sys.stderr.isatty(), record=record), file=sys.stderr, flush=True)
 
@@ -287,6 +292,15 @@ def _state(process: int) -> str:
     """R, S, D, T, ... (proc(5)); "?" for one that is gone."""
     fields = stat_of(process)
     return fields[0] if fields else "?"
+
+
+def _ending(process: int) -> tuple[int | None, int | None]:
+    """The signal that ended a process, or its exit status, while its parent has not fetched it (proc(5): exit_code)."""
+    fields = stat_of(process)
+    if not fields or fields[0] != "Z":
+        return None, None
+    code = int(fields[49])
+    return (code & 0x7F, None) if code & 0x7F else (None, code >> 8)
 
 
 def _newest_checkpoint(output_dir: str | None) -> str:

@@ -221,7 +221,7 @@ def outcome(
     statuses = [report.status for report in reports]
     if failures:
         failure = first_of(failures)
-        if failure.kind in ("error", "exception"):
+        if failure.kind in ("error", "exception") or failure.signal is not None:
             return failure.status, failure
         there = [report.status for report in reports if report.status and report.host == failure.host]
         status = next(iter([*there, *filter(None, statuses)]), 1)
