@@ -48,14 +48,13 @@ class OwnTime:
     """The seconds of a step that a rank works on its own, up to where it first waits for others.
 
     They begin where the last exchange, save or logged line ended, so that loading data counts. They end behind the
-    forward pass: ZeRO-2 reduces gradients in each backward pass, so that it is the first one's; ZeRO-1 and DDP in the
-    last. Under ZeRO-3 (over gloo in plain sight), and where ranks share rows, forward passes wait for others
-    themselves: only what comes before the first one counts, and a rank whose forward pass is slow is not seen.
+    forward pass: ZeRO-2 reduces gradients in each backward pass, so that it is the first one's; ZeRO-1 in the last.
+    Some forward passes wait for others themselves (over gloo in plain sight): under ZeRO-3, where ranks share rows, and
+    in DDP, which sends buffers around. There only what comes before the first one counts, and a slow one is not seen.
     """
 
-    def __init__(self, device: Any, *, zero_stage: int, shares_rows: bool) -> None:
-        self.waits_in_forward = zero_stage == 3 or shares_rows
-        self.waits_in_each_backward = zero_stage == 2
+    def __init__(self, device: Any, *, waits_in_forward: bool, waits_in_each_backward: bool) -> None:
+        self.waits_in_forward, self.waits_in_each_backward = waits_in_forward, waits_in_each_backward
         self.on_gpu = device.type == "cuda"
         self.restart()
 

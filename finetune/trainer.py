@@ -104,7 +104,12 @@ class SupervisedTrainer(Trainer):
         self.add_callback(Progress())
 
     def _step_end(self) -> StepEnd:
-        own_time = OwnTime(self.args.device, zero_stage=self._zero_stage(), shares_rows=self.sharing_ranks > 1)
+        gathers, sends_buffers = self._zero_stage() == 3, not (self.is_deepspeed_enabled or self.args.world_size == 1)
+        own_time = OwnTime(
+            self.args.device,
+            waits_in_forward=gathers or sends_buffers or self.sharing_ranks > 1,
+            waits_in_each_backward=self._zero_stage() == 2,
+        )
         return StepEnd(self, Path(self.args.output_dir) / ROWS_FILE, own_time)
 
     def _zero_stage(self) -> int:
