@@ -83,8 +83,10 @@ def claim_output_dir(folder: Path, *, move_aside: bool) -> str | None:
     return note
 
 
-def hold(folder: Path) -> None:
+def hold(folder: Path) -> str | None:
     """Keep `folder` for this process, until it ends however it may: two runs in one would remove each other's files.
+
+    Returns a line for the user where the file system has no locks, so that nothing can be kept.
 
     Raises:
         ConfigError: another run has it.
@@ -102,11 +104,12 @@ def hold(folder: Path) -> None:
                 f"--output_dir {folder}: another run is writing there (it holds {folder / LOCK_FILE}): wait for it, "
                 "end it, or choose another folder"
             ) from None
-        except NotImplementedError:  # a file system without locks
-            return
+        except NotImplementedError:
+            return f"{folder} is on a file system without locks: a second run there would not be refused"
     except OSError as error:
         raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
     _held.append(lock)  # a lock that nobody refers to is let go
+    return None
 
 
 def let_go() -> None:

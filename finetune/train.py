@@ -127,7 +127,7 @@ def resume(arguments: Arguments, setup: Setup, data: PreparedData, disk: Disk) -
     """Find the checkpoint to go on from, if any; claim the output folder for this run alone; write down what runs."""
     output_dir = _output_dir(arguments)
     guard.phase("model")
-    together(lambda: results.hold(output_dir) if disk.is_writer else None)
+    console.say_notes([*filter(None, together(lambda: results.hold(output_dir) if disk.is_writer else None))])
     found = find_checkpoint(arguments, setup, data, disk)
     together(lambda: _claim(output_dir, setup) if disk.is_writer else None)
     lineage = Lineage(

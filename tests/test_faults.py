@@ -42,6 +42,20 @@ def test_a_stale_build_lock_is_named_and_removed_instead_of_waited_for(named, tm
     assert not lock.exists()
 
 
+def test_a_hostfile_that_is_not_there_ends_a_bare_deepspeed_before_it_loads_anything(named):
+    done = launch("--hostfile=typo", "--num_gpus", "2", "finetune/finetune.py", *named, "--deepspeed", "zero2")
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert said.count("error: ") == 1 and "hostfile typo: there is no such file" in said
+    assert not named[-1].exists()
+
+
+def test_another_number_of_ranks_than_the_hostfile_names_is_refused(named, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_WORLD_SIZE", "16")  # as `finetune launch` says it
+    done = launch("--num_gpus", "2", "finetune/finetune.py", *named, "--deepspeed", "zero2")
+    assert done.returncode == 2 and "names 16 ranks, but 2 were started" in done.stderr
+
+
 def test_an_output_folder_that_cannot_be_made_is_a_storage_error(named):
     named[-1] = "/proc/nowhere/output"
     done = launch("--num_gpus", "2", "finetune/finetune.py", *named, "--deepspeed", "zero2")

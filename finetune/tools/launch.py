@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from finetune.hosts import (
     LauncherFlags,
     parse_launcher,
     read_hostfile,
+    redacted,
     resources,
     travelling_environment,
     travels,
@@ -102,11 +104,9 @@ def start(
     if slots is None or flags.no_ssh:
         port = flags.given.get("master_port") or cluster.free_port()
         command = [*deepspeed(), *handed_on(flags), *_given(flags, "hostfile", "master_addr")]
-        return [
-            Supervised(
-                [*command, f"--master_port={port}", *script], environment, hostfile=None, host=os.uname().nodename
-            )
-        ]
+        command = [*command, f"--master_port={port}", *script]
+        show(command)
+        return [Supervised(command, environment, hostfile=None, host=os.uname().nodename)]
     if flags.launcher.lower() != "pdsh":
         raise ConfigError(
             f"--launcher {flags.launcher}: finetune launch reaches hosts over ssh by itself: leave the flag out, or "
@@ -125,12 +125,19 @@ def start(
     for number, host in enumerate(slots):
         place = ["--no_ssh", f"--node_rank={number}", f"--master_addr={address}", f"--master_port={port}"]
         command = [*deepspeed(), "--hostfile={hostfile}", *handed_on(flags), *place, *script]
+        if number == 0:
+            show(command)
         if cluster.is_here(host):
             kind = Supervised if len(slots) == 1 else cluster.Local
             parts.append(kind(command, environment, hostfile=text, host=host))
         else:
             parts.append(cluster.Remote(shell, command, environment, hostfile=text, host=host))
     return parts
+
+
+def show(command: Sequence[str]) -> None:
+    """What is run, without what nobody should read."""
+    print(f"launch: {shlex.join(redacted(command[1:]))}", flush=True)
 
 
 def check_hosts(
