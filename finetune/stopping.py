@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -85,10 +84,15 @@ def _heard(number: int, _: Any) -> None:
         return
     name = signal.Signals(number).name
     if not _request.can_save:
-        print(f"{name}: nothing was trained yet, nothing is saved", file=sys.stderr, flush=True)
+        _say(f"{name}: nothing was trained yet, nothing is saved")
         os._exit(STOPPED)
     if again:
-        print(f"{name}, the second signal: leaving at once, nothing is saved", file=sys.stderr, flush=True)
+        _say(f"{name}, the second signal: leaving at once, nothing is saved")
         os._exit(128 + number)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{name}: saving at the end of this step, then leaving; once more to leave at once", flush=True)
+        _say(f"{name}: saving at the end of this step, then leaving; once more to leave at once")
+
+
+def _say(line: str) -> None:
+    # a print may have been interrupted by the very signal, and does not let another one in
+    os.write(2, f"{line}\n".encode())

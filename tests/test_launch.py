@@ -196,6 +196,25 @@ def test_a_request_to_stop_saves_one_step_and_the_same_command_goes_on_exactly(n
 
 
 @pytest.mark.faults
+def test_a_request_in_the_middle_of_a_save_is_granted_after_it(named, tmp_path, uninterrupted):
+    saving = [*STOPPABLE, "--save_strategy", "steps", "--save_steps", "1"]
+    run = launched(named, *saving)
+    until(run, "step 7/")
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "output").glob("checkpoint-*/saving.json")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    run.terminate()
+    said = ended(run)
+    assert run.returncode == 75, said
+    sealed = {one.parent.name for one in (tmp_path / "output").glob("checkpoint-*/manifest.json")}
+    assert sealed == {one.name for one in (tmp_path / "output").glob("checkpoint-*")} and len(sealed) == 2
+    run = launched(named, *saving)
+    said = ended(run)
+    assert run.returncode == 0, said
+    assert runs.result_of(tmp_path / "output") == uninterrupted
+
+
+@pytest.mark.faults
 def test_a_second_signal_leaves_at_once(named):
     run = launched(named, "--num_train_epochs", "2000", "--save_strategy", "no")
     until(run, "step 3/")

@@ -151,6 +151,17 @@ def test_a_host_whose_network_goes_is_lost_and_its_ranks_end_too(start, nodes, t
         subprocess.run([*ip, "up"], check=True)
 
 
+def test_a_request_to_stop_reaches_the_ranks_of_all_hosts(start, nodes, tmp_path):
+    run = start(*FLAGS)
+    until(run, "step 5/")
+    os.kill(find(nodes[0], "finetune launch"), signal.SIGTERM)
+    said, _ = run.communicate(timeout=LIMIT_SECONDS)
+    assert run.returncode == 75, said
+    (checkpoint,) = (tmp_path / "output").glob("checkpoint-*")
+    assert f"saved as {checkpoint.name}" in said and (checkpoint / "manifest.json").is_file()
+    assert left_behind(nodes) == []
+
+
 def test_a_launch_that_is_killed_takes_everything_with_it(start, nodes):
     run = start(*FLAGS)
     until(run, "step 5/")
