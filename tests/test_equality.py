@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from finetune.adapters import attach_lora
 from finetune.attention import make_flat
 from finetune.batches import MicroBatches
+from finetune.callbacks import OwnTime
 from finetune.collation import Collator
 from finetune.sampling import Sampler, Shape
 from finetune.trainer import SupervisedTrainer
@@ -129,6 +130,9 @@ def compute_loss(model: Any, batches: MicroBatches, batch: dict[str, Any], smoot
         model=model,
         args=SimpleNamespace(label_smoothing_factor=smoothing),
         sharing_ranks=1,
+        step_end=SimpleNamespace(
+            own_time=OwnTime(torch.device("cpu"), waits_in_forward=False, waits_in_each_backward=False)
+        ),
         _ranks_averaged_over=lambda: batches.sampler.shape.world_size,
     )
     return SupervisedTrainer.compute_loss(trainer, model, dict(batch))

@@ -66,7 +66,7 @@ def reports(*, status: int = 0, statuses: dict | None = None, failure: Failure |
         ({"status": 247, "statuses": {}}, [], 247),
         ({"status": 75, "statuses": {1: 75}}, [15], 75),
         ({"status": 75, "statuses": {}}, [15, 15], 143),
-        ({"status": 3, "statuses": {}, "failure": Failure("error", "no row", 3, rank=1, host="b")}, [], 3),
+        ({"status": 3, "statuses": {}, "failure": Failure("error", "no row", status=3, rank=1, host="b")}, [], 3),
         ({"status": 137, "statuses": {}, "failure": Failure("died", "gone", rank=1, host="b")}, [], 137),
         ({"failure": Failure("launcher", "launch.py has died", host="b")}, [], 1),
     ],
