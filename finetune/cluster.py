@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -227,8 +228,8 @@ _saying = threading.Lock()
 
 
 def say_for(host: str, line: str, target: TextIO) -> None:
-    """One line of a host's output, whole, with its name."""
-    with _saying:
+    """One line of a host's output, whole, with its name; a terminal that is gone must not hold up the run."""
+    with _saying, suppress(OSError, ValueError):
         target.write(f"{host}: {line}\n")
         target.flush()
 

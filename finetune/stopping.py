@@ -84,8 +84,9 @@ def _heard(number: int, _: Any) -> None:
         return
     name = signal.Signals(number).name
     if not _request.can_save:
+        _request.leaves = True
         _say(f"{name}: nothing was trained yet, nothing is saved")
-        os._exit(STOPPED)
+        raise SystemExit(STOPPED)
     if again:
         _say(f"{name}, the second signal: leaving at once, nothing is saved")
         os._exit(128 + number)

@@ -108,6 +108,8 @@ class Supervised:
             with suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
 
+    cut = end_now  # there is no connection to give up
+
     def conclude(self) -> Report:
         """Once the command has ended: give what is left a moment for its last words, end it, and say how it was."""
         deadline = time.monotonic() + SECONDS_FOR_LAST_WORDS

@@ -150,7 +150,7 @@ def test_what_stands_behind_the_script_is_untouched():
         ("--num_gpus two a.py", "--num_gpus/--num_accelerators: expected a whole number, found 'two'"),
         ("--num_gpus 1_0 a.py", "expected a whole number, found '1_0'"),
         ("--num 2 a.py", "ambiguous option: --num could match --num_nodes, --num_gpus, --num_accelerators"),
-        ("--num_gpus 2", "no script to launch: deepspeed [FLAGS] finetune/finetune.py"),
+        ("--num_gpus 2", "no script to launch: [FLAGS OF deepspeed] finetune/finetune.py"),
         ("", "no script to launch"),
         ("--hostfile", "-H/--hostfile: expected one argument"),
         ("--quiet=1 a.py", "-q/--quiet: ignored explicit argument '1'"),

@@ -75,8 +75,8 @@ def until(process: subprocess.Popen, sign: str) -> str:
 
 
 def find(node: hosts.Host, sign: str) -> int:
-    """The process of a host whose command line holds `sign`."""
-    return next(number for number, line in node.processes().items() if sign in line)
+    """The Python process of a host whose command line holds `sign`; the ssh that typed it has the same words."""
+    return next(n for n, line in node.processes().items() if sign in line and "python" in line.split()[0])
 
 
 def test_two_hosts_train_with_arguments_as_they_are_and_no_secret_is_seen(start, nodes, tmp_path):

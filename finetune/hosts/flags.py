@@ -67,7 +67,7 @@ class LauncherFlags:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("the following arguments are required"):
-            raise ConfigError(f"no script to launch: deepspeed [FLAGS] finetune/finetune.py ...; {PLACE}")
+            raise ConfigError(f"no script to launch: [FLAGS OF deepspeed] finetune/finetune.py ...; {PLACE}")
         raise ConfigError(f"{message.removeprefix('argument ')} ({PLACE})")
 
 
@@ -98,7 +98,7 @@ def parse_launcher(argv: Sequence[str]) -> LauncherFlags:
 def build_parser() -> argparse.ArgumentParser:
     """The launcher's parser; a flag that is not given leaves no trace in its result."""
     parser = _Parser(
-        usage="deepspeed [FLAGS OF deepspeed] finetune/finetune.py FLAGS OF THE TRAINING",
+        usage="finetune launch [FLAGS OF deepspeed] finetune/finetune.py FLAGS OF THE TRAINING",
         description="The flags of the deepspeed launcher.",
         argument_default=argparse.SUPPRESS,
     )
