@@ -31,6 +31,7 @@ from finetune.stopping import STOPPED
 SECONDS_FOR_LAST_WORDS = 10.0
 SECONDS_BETWEEN_LOOKS = 0.2
 REPORT = "\x1efinetune-report "
+HOSTFILE_HERE = "--hostfile=(a copy of it)"  # in front of the script, where the first such word is ours
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Supervised:
 
     Args:
         environment: variables to set beside this process's own; they are never part of a command line.
-        hostfile: its text where there is one: it is written where the command finds it, as `{hostfile}` in `command`.
+        hostfile: its text where there is one: a copy is written here, and named where `command` has `HOSTFILE_HERE`.
     """
 
     def __init__(
@@ -75,12 +76,15 @@ class Supervised:
     ) -> None:
         self.host = host
         self.folder = Path(tempfile.mkdtemp(prefix="finetune-launch-"))
+        command = list(command)
         if hostfile is not None:
-            (self.folder / "hostfile").write_text(hostfile, encoding="utf-8")
+            copy = self.folder / "hostfile"
+            copy.write_text(hostfile, encoding="utf-8")
+            command[command.index(HOSTFILE_HERE)] = f"--hostfile={copy}"
         self.asked = False
         own = {"FINETUNE_LAUNCH_DIR": str(self.folder), "FINETUNE_SUPERVISOR": str(os.getpid())}
         self.process = subprocess.Popen(
-            [word.replace("{hostfile}", str(self.folder / "hostfile")) for word in command],
+            command,
             env={**os.environ, **environment, **own},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -124,8 +128,8 @@ class Supervised:
             statuses[int(path.stem.removeprefix("rank-"))] = json.loads(path.read_text())["status"]
         failure = read(self.folder / "failure.json")
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.asked and not statuses and failure is None:
-            status = STOPPED  # before any rank had begun
+        if self.asked and failure is None and (not statuses or status == 128 + signal.SIGUSR1):
+            status = STOPPED  # before any rank had begun, or before each could hear
         return Report(self.host, status, statuses, failure)
 
     def _session(self) -> list[int]:

@@ -17,7 +17,7 @@ from conftest import ROOT, write_rows
 
 from finetune.errors import ConfigError
 from finetune.failures import Failure
-from finetune.supervision import Report
+from finetune.supervision import HOSTFILE_HERE, Report, Supervised
 from finetune.tools.launch import outcome, shared_words, start, without_secrets
 
 FINETUNE = Path(sys.executable).with_name("finetune")
@@ -260,3 +260,16 @@ def test_a_token_is_in_no_command_line_and_in_no_file(named, tmp_path):
     assert run.returncode == 0, said
     kept = [path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()]
     assert "hf_secretvalue" not in said + str(lines) and not any(b"hf_secretvalue" in one for one in kept)
+
+
+def test_a_word_of_the_user_that_looks_like_ours_stays_as_it_is(tmp_path):
+    seen = tmp_path / "seen.json"
+    script = f"import json, sys; open({str(seen)!r}, 'w').write(json.dumps(sys.argv[1:]))"
+    words = [HOSTFILE_HERE, "{hostfile}", HOSTFILE_HERE, "it's $(id) 你好"]
+    run = Supervised([sys.executable, "-c", script, *words], {}, hostfile="a slots=1\n", host="a")
+    while run.is_running():
+        time.sleep(0.01)
+    assert run.conclude().status == 0
+    copy, *others = json.loads(seen.read_text())
+    assert copy.startswith("--hostfile=/") and others == words[1:]
+    assert not run.folder.exists()

@@ -34,7 +34,7 @@ from finetune.hosts import (
     travelling_environment,
     travels,
 )
-from finetune.supervision import Report, Supervised
+from finetune.supervision import HOSTFILE_HERE, Report, Supervised
 
 SUMMARY = "Start training like the deepspeed command does, and see it to its end: hosts checked, nothing left behind."
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -124,7 +124,7 @@ def start(
     parts = []
     for number, host in enumerate(slots):
         place = ["--no_ssh", f"--node_rank={number}", f"--master_addr={address}", f"--master_port={port}"]
-        command = [*deepspeed(), "--hostfile={hostfile}", *handed_on(flags), *place, *script]
+        command = [*deepspeed(), HOSTFILE_HERE, *handed_on(flags), *place, *script]
         if number == 0:
             show(command)
         if cluster.is_here(host):
@@ -236,7 +236,7 @@ def outcome(
     bad = [report for report in reports if report.status not in (0, stopping.STOPPED)]
     if bad:
         text = f"the deepspeed command on {bad[0].host} ended with status {bad[0].status}, and no rank said why"
-        return bad[0].status, Failure(kind="launcher", host=bad[0].host, error=text)
+        return bad[0].status, Failure(kind="launcher", host=bad[0].host, status=bad[0].status, error=text)
     if stopping.STOPPED in statuses:
         return stopping.STOPPED, None
     for report in reports if ours else ():
