@@ -419,7 +419,9 @@ SAMPLES = [
             Failure("died", status=-9),
             died(9, hints=["oom_kill 0"]),
         ],
-        "the launcher is gone": [said("deepspeed.launcher.launch (process 7) has died, and its ranks too", "launcher")],
+        "the launcher is gone": [
+            said("deepspeed.launcher.launch (process 7) has died, and its ranks with it", "launcher")
+        ],
         "killed from outside, or crashed in compiled code": [said("rank 1 on a ended without a word", "died")],
         "the launcher was killed": [Failure("launcher", signal=9), Failure("launcher", status=-9)],
         "ended by whoever started it": [died(15), died(2), Failure("stopped", signal=15)],

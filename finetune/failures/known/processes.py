@@ -16,6 +16,14 @@ KERNEL_KILLED = r"oom[_-]kill(?!:? 0$)|out of memory: killed process"
 # Told by what was seen beside the failure, whatever else it says.
 OBSERVED = (
     Known(
+        "the launcher is gone",
+        "The `deepspeed` command, or what it started on the host, has ended while its ranks still ran: killed for "
+        "memory, by a scheduler, with its terminal, or by a person; the ranks end with it.",
+        f"`dmesg` on that host or the scheduler's log tells by whom. {CONTINUE}",
+        seen=r"has died, and its ranks|although deepspeed says",
+        kinds=("launcher",),
+    ),
+    Known(
         "the host ran out of memory while the model was loaded",
         "The kernel killed the process. While weights are read each rank of a host holds a part of them or, below "
         "stage 3, all of them.",
@@ -213,13 +221,6 @@ BARE = (
         "its "
         f"host; leave a bad host out with --exclude. {CONTINUE}",
         kinds=("stuck",),
-    ),
-    Known(
-        "the launcher is gone",
-        "The `deepspeed` command, or what it started on the host, has ended while its ranks still ran: killed for "
-        "memory, by a scheduler, with its terminal, or by a person; the ranks end with it.",
-        f"`dmesg` on that host or the scheduler's log tells by whom. {CONTINUE}",
-        kinds=("launcher",),
     ),
     Known(
         "killed from outside, or crashed in compiled code",
