@@ -84,13 +84,13 @@ def rows_that_stand_there(text: str) -> list[list]:
     """The text read in each of the ways in which it could be meant: an array as far as it goes, lines, one object."""
     begin = len(text) - len(text.lstrip(" \t\r\n"))
     array, at, decoder = [], begin + (text[begin : begin + 1] == "["), json.JSONDecoder()
-    try:
-        while True:
-            at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+    while True:
+        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+        try:
             value, at = decoder.raw_decode(text, at)
-            array.append(value)
-    except json.JSONDecodeError:
-        pass
+        except json.JSONDecodeError:
+            break
+        array.append(value)
     lines = []
     for line in text.split("\n"):
         if line.strip(" \t\r"):
@@ -148,12 +148,14 @@ def _as_far_as_it_goes(content: bytes) -> bytes:
         return pieces
     if content.startswith(b"\x28\xb5\x2f\xfd"):
         pieces, stream = b"", pyarrow.input_stream(pyarrow.BufferReader(content), compression="zstd")
-        try:
-            while piece := stream.read(1):
-                pieces += piece
-        except OSError:
-            pass
-        return pieces
+        while True:
+            try:
+                piece = stream.read(1)
+            except OSError:
+                return pieces
+            if not piece:
+                return pieces
+            pieces += piece
     return content
 
 

@@ -98,7 +98,7 @@ def _first_line_stops(head: bytes) -> _Stop | None:
     except json.JSONDecodeError as error:
         return _Stop(error, text)
     except RecursionError:
-        pass
+        return None  # nested deeper than can be read: a fault of its own, found where rows are read
     return None
 
 

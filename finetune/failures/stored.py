@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import asdict
@@ -11,6 +12,8 @@ from finetune.failures.causes import likely_cause
 from finetune.failures.record import Failure, moment
 
 FILE = "failure.json"
+# What network file systems say that cannot write a folder through; the file itself is on the disk.
+UNKNOWN_TO_SOME_DISKS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 def write(folder: str | os.PathLike, failure: Failure, *, replace: bool = False) -> Path | None:
@@ -78,7 +81,8 @@ def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems do not know it; the file itself is on the disk
-        pass
+    except OSError as error:
+        if error.errno not in UNKNOWN_TO_SOME_DISKS:
+            raise
     finally:
         os.close(descriptor)

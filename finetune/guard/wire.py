@@ -81,20 +81,24 @@ class Wire:
 
     def receive(self) -> list[dict[str, Any]]:
         """What has arrived; a connection that ended, or talks nonsense, is closed."""
-        try:
-            while chunk := self.connection.recv(1 << 16):
-                self._unread += chunk
-            self.close()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.close()
+        self._read()
         *lines, self._unread = self._unread.split(b"\n")
         try:
             return [message for message in map(json.loads, lines) if isinstance(message, dict)]
         except ValueError:
             self.close()
             return []
+
+    def _read(self) -> None:
+        """All that is there; closes where nothing more can come."""
+        is_over = True
+        try:
+            while chunk := self.connection.recv(1 << 16):
+                self._unread += chunk
+        except OSError as error:
+            is_over = not isinstance(error, BlockingIOError)
+        if is_over:
+            self.close()
 
     def close(self) -> None:
         """End the connection."""

@@ -151,14 +151,21 @@ class TemplateFormat:
             return None  # refused where it is used
         return ids
 
-    def _texts(self, rows: Sequence[Sequence[Turn]]) -> list[str | Unrenderable]:
+    def _all_at_once(self, rows: Sequence[Sequence[Turn]]) -> list[str] | None:
+        """The rows' texts in one call, None where a tokenizer has its own way or a row is at fault."""
         from transformers import PreTrainedTokenizerBase
 
-        if rows and type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
-            try:
-                return self._apply([_messages(turns) for turns in rows])
-            except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
-                pass  # one of them is at fault: found below, one by one
+        if not rows or type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return None
+        try:
+            return self._apply([_messages(turns) for turns in rows])
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+            return None
+
+    def _texts(self, rows: Sequence[Sequence[Turn]]) -> list[str | Unrenderable]:
+        together = self._all_at_once(rows)
+        if together is not None:
+            return together
         texts: list[str | Unrenderable] = []
         for turns in rows:
             try:
