@@ -11,7 +11,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets")
+LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn")
 WHOLE_BYTES = 64 << 20  # larger files are compared by their size and by samples
 SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 
@@ -25,7 +25,7 @@ def probe(order: dict) -> dict:
     facts = {
         "name": socket.gethostname(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "gpus": _gpus(),
         "port": free_port(),
         "route": os.environ.get("SSH_CONNECTION", "").split()[::2],
@@ -42,7 +42,8 @@ def probe(order: dict) -> dict:
     return facts
 
 
-def _versions() -> dict:
+def versions() -> dict:
+    """Of every library that shapes a result; what is not installed is left out."""
     found = {}
     for name in LIBRARIES:
         try:

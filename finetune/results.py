@@ -17,13 +17,13 @@ import math
 import os
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from finetune.checkpoints import write_durably
 from finetune.errors import ConfigError, StorageError
 from finetune.failures import FILE as FAILURE_FILE
+from finetune.host_probe import versions
 from finetune.stopping import STOP_FILE
 
 RUN_FILE = "run.json"
@@ -34,7 +34,6 @@ COMPLETE_FILE = "RUN_COMPLETE"
 SECONDS_FOR_A_DYING_RUN = 15.0
 # run.json alone is left by a run that never made a step: there is nothing in it to lose.
 MARKS_OF_A_RUN = (METRICS_FILE, "adapter_config.json", "config.json", "trainer_state.json")
-LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn")
 _held: list[Any] = []
 
 
@@ -205,10 +204,4 @@ def resumptions(folder: Path) -> list[dict[str, Any]]:
 
 def library_versions() -> dict[str, str]:
     """Versions of python and of every library that shapes a result; what is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **versions()}

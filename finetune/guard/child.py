@@ -53,11 +53,10 @@ class Guard:
         self.last_beat = 0.0
         self.run: dict[str, Any] = {}
         self.bye: int | None = None
-        self.told = self.handed_on = False
+        self.told = False
         self.gone_at: float | None = None
         self.ending: tuple[int | None, int | None] = (None, None)
         self.end_at: float | None = None
-        self.stacks_asked = False
         self.verdict: Failure | None = None
         self.hub = Hub(order, self.key) if self.rank == 0 else None
         if self.hub:

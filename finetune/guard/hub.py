@@ -12,15 +12,13 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from finetune.failures import Failure, first_of, one_line
+from finetune.failures import PHASES, Failure, first_of, one_line
 from finetune.guard.wire import Wire, candidate_ports, listen
 
 SECONDS_OF_SILENCE = 30.0  # behind which a host counts as lost
 SECONDS_TO_SETTLE = 1.0  # between the first sign of a failure and the choice of what came first
 SECONDS_FOR_A_GOODBYE = 3.0  # between the end of a connection and calling its host lost
 LEAST_STEP_LIMIT, STEP_LIMIT_IN_MEDIANS = 300.0, 10.0
-# In this order; a step number decides between the last two. What has no limit is watched for death and for a stop only.
-PHASES = ("start", "data", "meeting", "model", "step", "save", "end")
 
 
 @dataclass
@@ -75,11 +73,11 @@ class Place:
 
     def words(self) -> str:
         """For a message."""
-        names = {"start": "starting", "data": "preparing data", "meeting": "joining the others", "model": "loading"}
-        place = names.get(self.phase, "finishing")
-        return f"{'saving in' if self.phase == 'save' else 'in'} step {self.step}" if self.phase in (
-            "step", "save",
-        ) else place  # fmt: skip
+        names = {
+            "start": "starting", "data": "preparing data", "meeting": "joining the others", "model": "loading",
+            "step": f"in step {self.step}", "save": f"saving in step {self.step}",
+        }  # fmt: skip
+        return names.get(self.phase, "finishing")
 
 
 @dataclass

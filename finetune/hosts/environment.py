@@ -17,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 
 from finetune.errors import ConfigError, listed
-from finetune.hosts.lines import read_small_file
+from finetune.hosts.lines import read_small_file, text_of
 
 FILE_NAME = ".deepspeed_env"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -91,11 +91,8 @@ def _check_owner(path: Path, status: os.stat_result) -> None:
 
 def _pair(raw: bytes) -> tuple[str, str] | None:
     """(name, value) of a line, None for a comment or an empty line. Raises ValueError that shows no value."""
-    try:
-        line = raw.decode("utf-8").strip(" \t")
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text: save the file as plain text") from None
-    if not line or line.startswith("#"):
+    line = text_of(raw)
+    if line is None:
         return None
     key, equals, value = line.partition("=")
     key = _EXPORT.sub("", key, count=1) if _EXPORT.match(key) else key

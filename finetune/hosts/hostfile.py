@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 
 from finetune.errors import ConfigError, listed
-from finetune.hosts.lines import read_small_file
+from finetune.hosts.lines import read_small_file, text_of
 
 # Ranks on CPUs go beyond any number of GPUs in a host; the bound is there for typing errors.
 MAX_SLOTS = 1024
@@ -62,11 +62,8 @@ def read_hostfile(path: str | PathLike[str]) -> dict[str, int]:
 
 def _entry(raw: bytes) -> tuple[str, int] | None:
     """(host, slots) of a line, None for a comment or an empty line. Raises ValueError with what is wrong."""
-    try:
-        line = raw.decode("utf-8").strip(" \t")
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text: save the file as plain text") from None
-    if not line or line.startswith("#"):
+    line = text_of(raw)
+    if line is None:
         return None
     entry = _COMMENT.sub("", line)
     match = _ENTRY.fullmatch(entry)

@@ -48,6 +48,15 @@ def read_small_file(path: Path, noun: str, otherwise: str = "") -> tuple[list[tu
     return list(enumerate(lines, start=1)), status
 
 
+def text_of(raw: bytes) -> str | None:
+    """A line without the blanks around it; None for a comment or an empty one. Raises ValueError: not UTF-8."""
+    try:
+        line = raw.decode("utf-8").strip(" \t")
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text: save the file as plain text") from None
+    return None if not line or line.startswith("#") else line
+
+
 def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
