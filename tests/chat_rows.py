@@ -14,6 +14,8 @@ from finetune.errors import DataError
 
 HELLO = [{"from": "human", "value": "Hello"}, {"from": "model", "value": "Hi!"}]
 
+LOST = chr(0xD83D)  # half of an emoji
+
 
 def turns(*pairs: tuple[Any, Any]) -> dict:
     return {"conversations": [{"from": role, "value": text} for role, text in pairs]}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
+import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,3 +142,49 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smol_tokenizer) -> Path
     LlamaForCausalLM(config).save_pretrained(folder)
     smol_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def train(tmp_path: Path, tiny_model: Path, conversation_file: Path) -> Callable[..., Path]:
+    """Train the tiny model and return its output folder; every run of a test gets a folder of its own."""
+    import ranks
+    from short_runs import SHORT
+
+    def run(name: str, *flags: str, world_size: int = 2, model: Path = tiny_model) -> Path:
+        output = tmp_path / name
+        base = ["--model_name_or_path", model, "--data_path", conversation_file, "--output_dir", output, *SHORT]
+        outcome = ranks.train(tmp_path / f"{name}-logs", [*base, *flags], world_size)
+        assert outcome.succeeded, "\n".join(outcome.outputs)
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
+    """Two hosts."""
+    import hosts
+
+    hosts.require()
+    with hosts.running(2, tmp_path_factory.mktemp("hosts")) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def runner():
+    """The real launcher, imported once; it logs what it refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from deepspeed.launcher import runner
+    level = runner.logger.level
+    runner.logger.setLevel(logging.CRITICAL)
+    yield runner
+    runner.logger.setLevel(level)
+
+
+@pytest.fixture
+def private_files():
+    """Files of these tests are not writable by a group, whatever the umask of who runs them."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)

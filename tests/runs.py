@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import checkpoints
+
 # Eleven rows of very different lengths: no epoch divides into steps of four, and some ranks have nothing at its end.
 ROWS = [
     [("human", "ab " * (3 * number % 11 + 1)), ("model", "xy " * (7 * number % 13 + 1)), ("human", "?"), ("model", "r")]
@@ -201,3 +203,32 @@ def train_asked_to_stop(argv: Sequence[str], rank: int, step: int, number: int) 
     trainer_room.SupervisedTrainer.__init__, trainer_room.SupervisedTrainer.train = initialised, trained
     stopping.listen()
     main(argv)
+
+
+def lines_of(path: Path) -> list[dict]:
+    def refuse(literal: str) -> None:
+        raise AssertionError(f"{literal} is not standard JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def steps_saved(output: Path) -> list[int]:
+    return sorted(int(one.name.split("-")[1]) for one in output.glob("checkpoint-*") if one.suffix == "")
+
+
+def assert_finite(output: Path) -> None:
+    """All that was saved: the checkpoints, in transformers' form and in DeepSpeed's, and the result."""
+    import torch
+    from safetensors.torch import load_file
+
+    read = 0
+    for path in output.rglob("*.safetensors"):
+        assert all(bool(one.isfinite().all()) for one in load_file(path).values()), path
+        read += 1
+    for path in output.rglob("*optim_states.pt"):
+        state = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        for one in state.get("single_partition_of_fp32_groups") or state["fp32_flat_groups"]:
+            assert bool(one.isfinite().all()), path
+            read += 1
+    assert read
+    assert all(checkpoints.verify(one) == [] for one in output.glob("checkpoint-?"))

@@ -1,189 +1,44 @@
 """However a batch is made up, its loss and the gradient of every parameter are those of the conversations one by one.
 
 The reference is none of the project's: the stock model with its own eager attention, one conversation at a time,
-`F.cross_entropy` of all logits, summed and divided by the number of learned tokens. All in float64.
-"""
+`F.cross_entropy` of all logits, summed and divided by the number of learned tokens. All in float64."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
-import datasets
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from equality import (
+    CONVERSATIONS,
+    FAMILIES,
+    FORMS,
+    NOTHING_LEARNED,
+    PAD,
+    QUIET_PEFT,
+    TOLERANCE,
+    Form,
+    compute_loss,
+    flat_if,
+    micro_batches,
+    one_by_one,
+    outcome,
+    prepared,
+    stock,
+    trained,
+    with_lora,
+)
 from tiny_models import LONGEST, VOCAB_SIZE, InFloat64, build, conversation
 from transformers.trainer_pt_utils import LabelSmoother
 
-from finetune.adapters import attach_lora
-from finetune.attention import make_flat
-from finetune.batches import MicroBatches
-from finetune.callbacks import OwnTime
 from finetune.collation import Collator
-from finetune.sampling import Sampler, Shape
-from finetune.trainer import SupervisedTrainer
+from finetune.sampling import Shape
 
-TOLERANCE = 1e-9  # of the loss, and of the largest gradient
-PAD = 0
-CONVERSATIONS = [
-    conversation(5, range(3, 5)),
-    conversation(12, range(4, 7), range(9, 12)),
-    conversation(9, range(1, 9)),
-    conversation(LONGEST, range(10, 11), range(14, LONGEST)),
-    conversation(2, range(1, 2)),
-]
-NOTHING_LEARNED = [conversation(7), conversation(1)]
-FAMILIES = "llama qwen3 mistral gemma gemma2 mixtral phi gpt_neox gpt2 gpt_oss".split()
-pytestmark = [  # peft says what it sets by itself for GPT-2 and for Mixtral
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
-]
-
-
-@dataclass(frozen=True)
-class Form:
-    """How conversations are made into micro-batches."""
-
-    batching: str
-    selects_logits: bool = True
-    shape: Shape = Shape(per_device_batch=8, accumulation=1, world_size=1)
-    capacity: int | None = None
-
-
-FORMS = {
-    "flat": Form("flat"),
-    "flat, all logits": Form("flat", selects_logits=False),
-    "padded": Form("padded"),
-    "padded, all logits": Form("padded", selects_logits=False),
-    "two packs in a row": Form("packed", capacity=24, shape=Shape(2, 1, 1)),
-    "accumulated": Form("flat", shape=Shape(3, 3, 1)),
-    "three ranks, one without work": Form("flat", shape=Shape(1, 3, 3)),
-    "padded, three ranks": Form("padded", shape=Shape(1, 3, 3)),
-}
-
-
-@dataclass
-class Outcome:
-    """A loss, and the gradient of every trained parameter by name."""
-
-    loss: float
-    gradients: dict[str, torch.Tensor]
-
-    def distance(self, wanted: Outcome) -> float:
-        """The larger of the differences of the losses and of the gradients, relative to the wanted ones."""
-        assert self.gradients.keys() == wanted.gradients.keys() and len(wanted.gradients) > 3
-        largest = max(one.abs().max().item() for one in wanted.gradients.values())
-        assert largest > 1e-3
-        apart = max((one - wanted.gradients[name]).abs().max().item() for name, one in self.gradients.items())
-        return max(apart / largest, abs(self.loss - wanted.loss) / abs(wanted.loss))
-
-
-def outcome(model: Any, loss: torch.Tensor) -> Outcome:
-    loss.backward()
-    trained = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
-    return Outcome(loss.item(), trained)
-
-
-def stock(model: Any) -> Any:
-    """A copy with the eager attention of transformers."""
-    model = copy.deepcopy(model)
-    getattr(model, "get_base_model", lambda: model)().set_attn_implementation("eager")
-    return model
-
-
-def one_by_one(model: Any, examples: Sequence[dict], by_conversation: bool = False) -> Outcome:
-    """The reference: the mean over learned tokens, or over conversations of their means over learned tokens."""
-    model, sums = stock(model), []
-    for example in examples:
-        ids, labels = (torch.from_numpy(example[name]) for name in ("input_ids", "labels"))
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        counted = (labels != -100).sum()
-        if counted:
-            sums.append((F.cross_entropy(logits[:-1], labels[1:], reduction="sum"), counted))
-    if by_conversation:
-        return outcome(model, sum(total / counted for total, counted in sums) / len(sums))
-    return outcome(model, sum(total for total, _ in sums) / sum(counted for _, counted in sums))
-
-
-def micro_batches(examples: Sequence[dict], form: Form, weighting: str = "token") -> MicroBatches:
-    rows = [{**one, "length": len(one["labels"]), "num_supervised": (one["labels"] != -100).sum()} for one in examples]
-    lengths = np.array([row["length"] for row in rows])
-    sampler = Sampler(lengths, form.shape, seed=0, batching=form.batching, capacity=form.capacity)
-    collate = Collator(form.batching != "padded", PAD, form.selects_logits, weighting)
-    by_conversation = weighting == "conversation"
-    return MicroBatches(
-        datasets.Dataset.from_list(rows), sampler, collate, rank=0, counts_conversations=by_conversation
-    )
-
-
-def compute_loss(model: Any, batches: MicroBatches, batch: dict[str, Any], smoothing: float = 0.0) -> torch.Tensor:
-    """`SupervisedTrainer.compute_loss` on a batch, without the rest of a run."""
-    trainer = SimpleNamespace(
-        train_dataset=batches,
-        model=model,
-        args=SimpleNamespace(label_smoothing_factor=smoothing),
-        sharing_ranks=1,
-        step_end=SimpleNamespace(
-            own_time=OwnTime(torch.device("cpu"), waits_in_forward=False, waits_in_each_backward=False)
-        ),
-        _ranks_averaged_over=lambda: batches.sampler.shape.world_size,
-    )
-    return SupervisedTrainer.compute_loss(trainer, model, dict(batch))
-
-
-def flat_if(model: Any, form: Form) -> Any:
-    model = copy.deepcopy(model)
-    if form.batching != "padded":
-        assert make_flat(model, longest=LONGEST, vocab_size=VOCAB_SIZE, device="cpu") is None
-    return model
-
-
-def trained(
-    model: Any,
-    examples: Sequence[dict],
-    form: Form,
-    *,
-    smoothing: float = 0.0,
-    weighting: str = "token",
-    mistake: Callable[[dict[str, Any]], None] = lambda batch: None,
-) -> Outcome:
-    """A step as the Trainer makes it: summed over micro-batches, averaged over ranks."""
-    model, batches = flat_if(model, form), micro_batches(examples, form, weighting)
-    assert batches.sampler.steps_per_epoch == 1
-    total: Any = 0
-    for batches.rank in range(form.shape.world_size):
-        for number in range(batches.sampler.micro_batches_per_epoch):
-            batch = batches[0, number]
-            mistake(batch)
-            total = total + compute_loss(model, batches, batch, smoothing)
-    return outcome(model, total / form.shape.world_size)
-
-
-@cache
-def prepared(family: str, adapter: str) -> tuple[Any, Outcome]:
-    """A model, and what its conversations give one by one."""
-    with InFloat64():
-        model = build(family, dtype=torch.float64)
-        if adapter == "lora":
-            model = with_lora(model, ["all-linear"])
-        return model, one_by_one(model, CONVERSATIONS)
-
-
-def with_lora(model: Any, targets: list[str], **options: Any) -> Any:
-    """LoRA that takes part: its B matrices are not zero."""
-    model = attach_lora(model, r=2, alpha=4, dropout=0.0, target_modules=targets, **options).double()
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.train()
+pytestmark = QUIET_PEFT
 
 
 # ---- every family, every form
@@ -272,7 +127,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable]] = {
         lambda model: with_lora(grown(model), ["all-linear"], train_embeddings=True),
     ),
 }
+
+
 NEW_TOKENS = [conversation(6, range(2, 6), vocab_size=VOCAB_SIZE + 2)]
+
+
 NEW_TOKENS[0]["input_ids"][[1, 3]] = NEW_TOKENS[0]["labels"][3] = VOCAB_SIZE + 1
 
 
@@ -375,84 +234,3 @@ def test_conversations_can_weigh_the_same(form):
         wanted = one_by_one(model, examples, by_conversation=True)
         assert trained(model, examples, FORMS[form], weighting="conversation").distance(wanted) < 1e-6
         assert trained(model, examples, FORMS[form]).distance(wanted) > 1e-3
-
-
-# ---- the comparison sees mistakes
-
-
-def leaks_a_label(batch: dict[str, Any]) -> None:
-    """The last token of a conversation predicts the first of the next."""
-    at = batch["cu_seq_lens_q"][1:2].long() - 1
-    for name, value in (("target_positions", at), ("logits_to_keep", at), ("targets", batch["input_ids"][0, at + 1])):
-        batch[name] = torch.cat([batch[name], value])
-
-
-def leaks_in_place(batch: dict[str, Any]) -> None:
-    """A learned token is exchanged for the first of the next conversation: as many targets as before."""
-    batch["targets"][1] = batch["input_ids"][0, batch["cu_seq_lens_q"][1].item()]
-
-
-def positions_go_on(batch: dict[str, Any]) -> None:
-    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
-
-
-def set_boundaries(batch: dict[str, Any], lengths: list[int]) -> None:
-    batch["segment_lengths"] = lengths
-    batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    batch["max_length_q"] = batch["max_length_k"] = max(lengths)
-
-
-def boundaries_shift(batch: dict[str, Any]) -> None:
-    first, second, *others = batch["segment_lengths"]
-    set_boundaries(batch, [first + 1, second - 1, *others])
-
-
-def last_boundary_shifts(batch: dict[str, Any]) -> None:
-    *others, one, last = batch["segment_lengths"]
-    set_boundaries(batch, [*others, one - 1, last + 1])
-
-
-def whole_row(batch: dict[str, Any]) -> None:
-    set_boundaries(batch, [sum(batch["segment_lengths"])])
-
-
-def one_token_more(batch: dict[str, Any]) -> None:
-    batch["counts"] = replace(batch["counts"], denominator=batch["counts"].denominator + 1)
-
-
-def labels_shift(batch: dict[str, Any]) -> None:
-    batch["logits_to_keep"] = batch["target_positions"] + 1
-
-
-MISTAKES = [
-    leaks_a_label,
-    leaks_in_place,
-    boundaries_shift,
-    last_boundary_shifts,
-    whole_row,
-    one_token_more,
-    labels_shift,
-]
-
-
-@pytest.mark.parametrize(
-    ("family", "mistake"),
-    # Rotations depend on the distance of two tokens alone: only learned positions show where they begin.
-    [(family, one) for family in ("llama", "mistral", "gpt2") for one in MISTAKES] + [("gpt2", positions_go_on)],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-@pytest.mark.parametrize("adapter", ["full", "lora"])
-def test_mistakes_are_seen(family, mistake, adapter):
-    model, wanted = prepared(family, adapter)
-    with InFloat64():
-        assert trained(model, CONVERSATIONS, FORMS["flat"]).distance(wanted) < TOLERANCE
-        assert trained(model, CONVERSATIONS, FORMS["flat"], mistake=mistake).distance(wanted) > 1e-3
-
-
-@pytest.mark.parametrize("by", [-1, 1])
-def test_a_window_that_is_off_by_one_is_seen(by):
-    model, wanted = prepared("mistral", "full")
-    model = copy.deepcopy(model)
-    model.config.sliding_window += by
-    with InFloat64():
-        assert trained(model, CONVERSATIONS, FORMS["flat"]).distance(wanted) > 1e-3

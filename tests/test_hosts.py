@@ -13,6 +13,7 @@ import hosts
 import pytest
 import ranks
 from conftest import ROOT
+from short_runs import LORA, losses
 
 from finetune import checkpoints
 
@@ -27,17 +28,8 @@ SHORT = (
     "--num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 1e-2 --lr_scheduler_type constant "
     "--logging_steps 1 --save_strategy epoch"
 ).split()
-LORA = ("--use_lora", "True", "--lora_dropout", "0")
 
 Launch = Callable[..., subprocess.CompletedProcess]
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[hosts.Host]]:
-    """Two hosts."""
-    hosts.require()
-    with hosts.running(2, tmp_path_factory.mktemp("hosts")) as nodes:
-        yield nodes
 
 
 @pytest.fixture
@@ -64,10 +56,6 @@ def left_behind(nodes: list[hosts.Host]) -> list[str]:
     while (left := [line for node in nodes for line in node.processes().values()]) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
-
-
-def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_host_has_its_own_name_processes_and_network(nodes):

@@ -13,7 +13,8 @@ from pathlib import Path
 import hosts
 import pytest
 from conftest import ROOT, ROWS, write_rows
-from test_hosts import ENVIRONMENT, left_behind, losses
+from short_runs import losses
+from test_hosts import ENVIRONMENT, left_behind
 
 pytestmark = pytest.mark.hosts
 
@@ -23,14 +24,6 @@ SECRET = "hf_verysecretvalue"
 FLAGS = "--num_train_epochs 2000 --logging_steps 1 --save_strategy no --deepspeed zero2".split()
 
 Start = Callable[..., subprocess.Popen]
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[hosts.Host]]:
-    """Two hosts."""
-    hosts.require()
-    with hosts.running(2, tmp_path_factory.mktemp("hosts")) as nodes:
-        yield nodes
 
 
 @pytest.fixture
