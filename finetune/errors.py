@@ -13,6 +13,7 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -92,3 +93,30 @@ def reported() -> Iterator[None]:
         place = "" if rank == 0 else f" (rank {rank})"
         print(f"error{place}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """For a process that only does what is in the block: where it fails, it ends without the destructors of C++.
+
+    A rank that leaves the others in the middle of a run still has threads of its communication library, and a thread
+    that runs when it is destroyed aborts the process: the launcher would pass on 134 instead of the error's status.
+    Python's own exit handlers run before.
+    """
+    failed: list[int] = []
+    atexit.register(_leave, failed)  # called after what libraries that are imported later have registered
+    try:
+        yield
+    except SystemExit as leaving:
+        failed.append(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+        raise
+    except BaseException:
+        failed.append(1)
+        raise
+
+
+def _leave(failed: list[int]) -> None:
+    if any(failed):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failed[0])

@@ -12,7 +12,7 @@ gc.disable()  # until the first step: loading libraries makes objects by the mil
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from finetune.train import main  # noqa: E402
+from finetune.train import run  # noqa: E402
 
 if __name__ == "__main__":
-    main()
+    run()

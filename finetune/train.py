@@ -26,7 +26,7 @@ from finetune.arguments import Arguments, parse
 from finetune.building import guard_builds
 from finetune.checking import Setup, check
 from finetune.dataset import PreparedData, check_usable
-from finetune.errors import ConfigError, reported
+from finetune.errors import ConfigError, own_process, reported
 from finetune.guard import guarded
 from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
 from finetune.metrics import cut_metrics, loss_curve, model_flops, timed
@@ -38,6 +38,12 @@ from finetune.resuming import Resumption, facts_of, find_checkpoint
 from finetune.saving import Lineage, new_run_id
 from finetune.skipping import append_to_ledger, rows_to_skip
 from finetune.verifying import verify_result
+
+
+def run() -> None:
+    """`main`, in a process that ends with it."""
+    with own_process():
+        main()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -355,4 +361,4 @@ def next_command(output_dir: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run()

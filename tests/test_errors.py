@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -112,3 +115,32 @@ def test_nothing_is_printed_where_nothing_went_wrong(capsys):
 
     assert done
     assert capsys.readouterr() == ("", "")
+
+
+ABORTS_AT_ITS_END = """
+import atexit, ctypes, sys
+from finetune.errors import CheckpointError, own_process, reported
+
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)  # as the destructor of a thread that still runs does
+with own_process(), reported():
+    atexit.register(print, "handlers of Python have run")
+    {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        ("raise CheckpointError('a file is missing')", 4),
+        ("sys.exit(75)", 75),
+        ("sys.exit('words')", 1),
+        ("raise ZeroDivisionError", 1),
+        ("pass", -signal.SIGABRT),
+    ],
+)
+def test_a_failed_process_ends_with_its_own_status_and_not_with_that_of_a_destructor(ending, status):
+    done = subprocess.run([sys.executable, "-c", ABORTS_AT_ITS_END.format(ending)], capture_output=True, text=True)
+
+    assert done.returncode == status, done.stderr
+    assert "handlers of Python have run" in done.stdout
