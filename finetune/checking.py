@@ -14,11 +14,19 @@ from finetune import checkpoints, console, guard, hosts, model, results
 from finetune.arguments import Arguments
 from finetune.building import build_notes
 from finetune.errors import CheckpointError, ConfigError
-from finetune.hardware import Hardware, decide, probe
+from finetune.hardware import Hardware, Probe, decide, probe
 from finetune.metrics import timed
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
 
 STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is what is always done
+
+
+@dataclass(frozen=True)
+class World:
+    """How many ranks a run has, and how many of them are on one host."""
+
+    size: int
+    local_size: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,21 @@ class Setup:
 
 @timed("checks")
 def check(arguments: Arguments) -> Setup:
-    """Everything that can be found wrong without reading data or weights."""
+    """`examine`, for the run that this process is a rank of; says what was decided."""
+    size = int(os.environ["WORLD_SIZE"])
+    world = World(size, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size))
+    _check_world(size)
+    setup = examine(arguments, probe(use_cpu=bool(arguments.given("use_cpu"))), world)
+    console.say_notes(setup.notes)
+    return setup
+
+
+def examine(arguments: Arguments, found: Probe, world: World) -> Setup:
+    """Everything that can be found wrong without reading data or weights, for ranks on such hardware.
+
+    Raises:
+        ConfigError: flags that exclude each other, or that the model, the hardware or the ranks cannot do.
+    """
     output_dir = Path(arguments.training["output_dir"]).expanduser()
     if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
         raise ConfigError(f"--output_dir {output_dir}: is the folder of the model itself")
@@ -50,17 +72,15 @@ def check(arguments: Arguments) -> Setup:
         resume=arguments.resumes_from() is not None,
     )
     hardware = decide(
-        probe(use_cpu=bool(arguments.given("use_cpu"))),
+        found,
         bf16=bool(arguments.given("bf16")),
         fp16=bool(arguments.given("fp16")),
         tf32=arguments.given("tf32"),
         attn_implementation=arguments.model.attn_implementation,
     )
     _check_liger(arguments, hardware)
-    world_size = int(os.environ["WORLD_SIZE"])
-    _check_world(world_size)
-    reshaping = _keep_the_global_batch(arguments, world_size)
-    zero = _resolve_zero(arguments, hardware, world_size)
+    reshaping = _keep_the_global_batch(arguments, world.size)
+    zero = _resolve_zero(arguments, hardware, world)
     if zero is not None and reshaping:
         zero.config.setdefault("checkpoint", {})["load_universal"] = True
     checked = model.check(
@@ -69,7 +89,7 @@ def check(arguments: Arguments) -> Setup:
         trust_remote_code=arguments.model.trusts_code(),
         attention=hardware.attention,
     )
-    _check_sequence_parallel(arguments, checked.config, world_size)
+    _check_sequence_parallel(arguments, checked.config, world.size)
     checkpointing, checkpointing_notes = _checkpointing(arguments, checked)
     building = []
     if zero is not None:
@@ -84,8 +104,7 @@ def check(arguments: Arguments) -> Setup:
         *checkpointing_notes,
         *building,
     )
-    console.say_notes(notes)
-    return Setup(hardware, zero, checked, world_size, move_aside, checkpointing, notes, bool(reshaping))
+    return Setup(hardware, zero, checked, world.size, move_aside, checkpointing, notes, bool(reshaping))
 
 
 def _check_world(world_size: int) -> None:
@@ -177,7 +196,7 @@ def _check_liger(arguments: Arguments, hardware: Hardware) -> None:
         raise ConfigError("--use_liger_kernel True: it is not installed: pip install liger-kernel")
 
 
-def _resolve_zero(arguments: Arguments, hardware: Hardware, world_size: int) -> ResolvedConfig | None:
+def _resolve_zero(arguments: Arguments, hardware: Hardware, world: World) -> ResolvedConfig | None:
     name = arguments.given("deepspeed")
     if not name:
         return None
@@ -197,8 +216,8 @@ def _resolve_zero(arguments: Arguments, hardware: Hardware, world_size: int) -> 
         path,
         load_config(path),
         command,
-        world_size=world_size,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
+        world_size=world.size,
+        local_world_size=world.local_size,
         use_cpu=hardware.use_cpu,
         sequence_parallel_size=arguments.batch.sequence_parallel_size,
     )

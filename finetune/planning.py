@@ -24,14 +24,14 @@ def settle(
 ) -> Any:
     """How conversations become batches: as asked, or as this model can; and which rows are in each."""
     from finetune import attention
-    from finetune.batches import MicroBatches, column, decide_form
+    from finetune.batches import MicroBatches, column
 
     asked, ranks_each = arguments.batch, arguments.batch.sequence_parallel_size
     if not adapters.count_parameters(trained)[0]:
         raise ConfigError("no parameter of this model would be trained: nothing can be learned")
     examples = data.epoch(training_arguments.seed)
     lengths = column(examples, "length")
-    obstacle = _must_pad(arguments)
+    obstacle = must_pad(arguments)
     if asked.batching != "padded" and not obstacle:
         if setup.zero is None or setup.zero.stage < 3:
             trained.to(training_arguments.device)
@@ -45,33 +45,11 @@ def settle(
         )
     if obstacle and ranks_each > 1:
         raise ConfigError(f"--sequence_parallel_size {ranks_each}: ranks can only share flat rows, and {obstacle}")
-    form = decide_form(
-        asked.batching,
-        obstacle=obstacle,
-        full_logits_because=_must_compute_all_logits(arguments, trained),
-        tokens_per_device=asked.tokens_per_device_batch,
-        per_device_batch=arguments.per_device_batch(),
-        model_max_length=arguments.data.model_max_length,
-        longest=int(lengths.max()),
-        strategy=arguments.given("train_sampling_strategy"),
-    )
+    form = form_of(arguments, int(lengths.max()), obstacle, _must_compute_all_logits(arguments, trained))
     console.say_notes(form.notes)
     facts = {"batching": form.batching, "selects_logits": form.selects_logits, "notes": [*setup.notes, *form.notes]}
     on_rank_0(lambda: results.write_run(Path(training_arguments.output_dir), facts))
-    grouped_instead = asked.batching == "packed" and form.batching == "padded"
-    sampler = Sampler(
-        lengths,
-        Shape(
-            per_device_batch=1 if grouped_instead else arguments.per_device_batch(),
-            accumulation=training_arguments.gradient_accumulation_steps,
-            world_size=setup.world_size // ranks_each,
-        ),
-        seed=training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed,
-        batching=form.batching,
-        capacity=form.capacity,
-        order=form.order,
-        drop_last=training_arguments.dataloader_drop_last,
-    )
+    sampler = sampler_of(arguments, form, lengths, setup.world_size // ranks_each)
     left_out = places_of(examples, data.left_out)
     _check_steps(sampler, left_out)
     collator = Collator(
@@ -91,6 +69,41 @@ def settle(
     )
 
 
+def form_of(arguments: Arguments, longest: int, obstacle: str | None, full_logits_because: str | None) -> Any:
+    """`batches.decide_form` for these flags."""
+    from finetune.batches import decide_form
+
+    return decide_form(
+        arguments.batch.batching,
+        obstacle=obstacle,
+        full_logits_because=full_logits_because,
+        tokens_per_device=arguments.batch.tokens_per_device_batch,
+        per_device_batch=arguments.per_device_batch(),
+        model_max_length=arguments.data.model_max_length,
+        longest=longest,
+        strategy=arguments.given("train_sampling_strategy"),
+    )
+
+
+def sampler_of(arguments: Arguments, form: Any, lengths: Any, data_ranks: int) -> Sampler:
+    """Which rows are in which micro-batch, of examples of these lengths."""
+    grouped_instead = arguments.batch.batching == "packed" and form.batching == "padded"
+    seed = arguments.given("data_seed")
+    return Sampler(
+        lengths,
+        Shape(
+            per_device_batch=1 if grouped_instead else arguments.per_device_batch(),
+            accumulation=arguments.given("gradient_accumulation_steps"),
+            world_size=data_ranks,
+        ),
+        seed=arguments.given("seed") if seed is None else seed,
+        batching=form.batching,
+        capacity=form.capacity,
+        order=form.order,
+        drop_last=arguments.given("dataloader_drop_last"),
+    )
+
+
 def _check_steps(sampler: Sampler, left_out: Any) -> None:
     if not sampler.steps_per_epoch:
         raise ConfigError(
@@ -101,7 +114,8 @@ def _check_steps(sampler: Sampler, left_out: Any) -> None:
         raise ConfigError("--skip_rows: leaves out every row of the data: nothing can be learned")
 
 
-def _must_pad(arguments: Arguments) -> str | None:
+def must_pad(arguments: Arguments) -> str | None:
+    """Why these flags need padded rows, whatever the model can do; None: they do not."""
     kind, asked = arguments.adapter.kind(), arguments.model.attn_implementation
     if kind in ("prefix", "prompt"):
         return f"{kind} tuning puts its virtual tokens in front of each row"
