@@ -23,6 +23,7 @@ from finetune.supervision import REPORT, Report, Supervised
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_TO_CONNECT = 5
 SECONDS_FOR_A_PROBE = 12
+SECONDS_FOR_ALL_BYTES = 600
 LOST = 255  # ssh's own status
 
 
@@ -67,33 +68,55 @@ def is_here(host: str) -> bool:
     return False
 
 
-def ask(hosts: Sequence[str], shell: Shell, words: Sequence[str]) -> dict[str, dict[str, Any] | str]:
-    """What each host has (`host_probe.probe`), or in words why it did not answer; all at once, in seconds."""
-    order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words)}
+def ask(
+    hosts: Sequence[str], shell: Shell, words: Sequence[str], closely: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any] | str]:
+    """What each host has (`host_probe.probe`), or in words why it did not answer; all at once, in seconds.
+
+    Args:
+        words: of the command line, some of which name files.
+        closely: what a closer look needs to know besides, see `host_probe`.
+    """
+    order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words), **(closely or {})}
+    seconds = SECONDS_FOR_A_PROBE if not order.get("full") else SECONDS_FOR_ALL_BYTES
+    return on_all({host: order for host in hosts}, shell, "probe", seconds)
+
+
+def on_all(
+    orders: Mapping[str, Mapping[str, Any]], shell: Shell, what: str, seconds: float
+) -> dict[str, dict[str, Any] | str]:
+    """Run a function of `host_probe` on each host with its order: what it returned, or in words why there is no answer.
+
+    Nothing of ours has to be there: the text of that file is sent to the host's Python.
+    """
     source = Path(host_probe.__file__).read_text(encoding="utf-8")
-    source += f"\nimport json\nprint(json.dumps(probe(json.loads({json.dumps(order)!r}))))\n"
 
     def one(host: str) -> dict[str, Any] | str:
-        command = [sys.executable, "-"]
-        if not is_here(host):
-            command = shell.command(host, command)
-        try:
-            done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=SECONDS_FOR_A_PROBE)
-        except subprocess.TimeoutExpired:
-            return f"did not answer within {SECONDS_FOR_A_PROBE} s: does `ssh {host} true` come back?"
-        except OSError as error:
-            return f"{command[0]}: {error.strerror}: install it on this machine"
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["it said nothing"]
-            where = f"`ssh {host}` fails" if done.returncode == LOST else f"{sys.executable} cannot be run there"
-            return f"{where}: {said[-1]}"
-        try:
-            return json.loads(done.stdout.splitlines()[-1])
-        except (ValueError, IndexError):
-            return f"answered with something else than asked for: {done.stdout[:80]!r} (does its shell print a banner?)"
+        call = f"\nimport json\nprint(json.dumps({what}(json.loads({json.dumps(dict(orders[host]))!r}))))\n"
+        return run_on(host, shell, [sys.executable, "-"], source + call, seconds)
 
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return dict(zip(hosts, pool.map(one, hosts), strict=True))
+    with ThreadPoolExecutor(len(orders)) as pool:
+        return dict(zip(orders, pool.map(one, orders), strict=True))
+
+
+def run_on(host: str, shell: Shell, command: Sequence[str], given: str, seconds: float) -> dict[str, Any] | str:
+    """Run a Python program on a host with `given` as its input; the JSON of its last line, or in words why not."""
+    here = is_here(host)
+    words = list(command) if here else shell.command(host, command)
+    try:
+        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"did not answer within {seconds:g} s: does `ssh {host} true` come back?"
+    except OSError as error:
+        return f"{words[0]}: {error.strerror}: install it on this machine"
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        where = f"`ssh {host}` fails" if done.returncode == LOST and not here else f"{command[0]} cannot be run there"
+        return f"{where}: {said[-1]}"
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return f"answered with something else than asked for: {done.stdout[:80]!r} (does its shell print a banner?)"
 
 
 def compare(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, list[int]]) -> None:
@@ -102,14 +125,19 @@ def compare(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, lis
     Raises:
         ConfigError: every fault, by host.
     """
-    faults = [f"{host}: {answer}" for host, answer in answers.items() if isinstance(answer, str)]
-    facts = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
-    if facts:
-        first = next(iter(facts))
-        for host, found in facts.items():
-            faults += [f"{host}: {fault}" for fault in _faults(found, len(slots[host]), facts[first], first)]
+    faults = [f"{host}: {fault}" for host, fault in faults_of(answers, slots)]
     if faults:
         raise ConfigError(listed(faults, "fault") + "\nnothing was started" if len(faults) > 1 else faults[0])
+
+
+def faults_of(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, list[int]]) -> list[tuple[str, str]]:
+    """(host, what is wrong there); a host that answered is compared with the first that did."""
+    faults = [(host, answer) for host, answer in answers.items() if isinstance(answer, str)]
+    facts = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
+    first = next(iter(facts), "")
+    for host, found in facts.items():
+        faults += [(host, fault) for fault in _faults(found, len(slots[host]), facts[first], first)]
+    return faults
 
 
 def _faults(found: dict[str, Any], slots: int, first: dict[str, Any], name: str) -> list[str]:
