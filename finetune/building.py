@@ -8,10 +8,14 @@ builds; torch's file is still written, for tools that know nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -33,7 +37,7 @@ def guard_builds(say: Callable[[str], None]) -> None:
             except Timeout:
                 return False
             lock = Path(self.lock_file_path)
-            while lock.exists() and _is_open_somewhere(lock):  # another tool builds here
+            while lock.exists() and is_open_somewhere(lock):  # another tool builds here
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             if lock.exists():
                 say(f"{lock} was left behind by a build that was interrupted: removed")
@@ -60,7 +64,7 @@ def build_notes(folder: Path, *, use_cpu: bool) -> list[str]:
     return [f"DeepSpeed compiles its communication operator first, once, into {folder}: about a minute"]
 
 
-def _is_open_somewhere(path: Path) -> bool:
+def is_open_somewhere(path: Path) -> bool:
     """Whether a process of this host has the file open, as torch does while it builds."""
     wanted = str(path.resolve())
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
@@ -70,3 +74,42 @@ def _is_open_somewhere(path: Path) -> bool:
         except OSError:  # the process or descriptor is gone, or belongs to another user
             continue
     return False
+
+
+def operators_of(config: Mapping[str, Any] | None, *, use_cpu: bool) -> list[str]:
+    """DeepSpeed's names of the operators that a run with this config compiles; none without DeepSpeed."""
+    if config is None:
+        return []
+    zero = config.get("zero_optimization", {})
+    devices = {(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    found = ["deepspeed_shm_comm"] if use_cpu else []
+    optimizer = config.get("optimizer")
+    if optimizer is not None and not optimizer.get("params", {}).get("torch_adam", False):
+        on_host = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        found.append("cpu_adam" if on_host else "fused_adam")
+    return found + (["async_io"] if "nvme" in devices else [])
+
+
+def build_all() -> None:
+    """Read names as JSON from stdin, build each, print name -> the compiler's error or null, as one line of JSON.
+
+    For a process of its own on the host in question: what DeepSpeed later says of a failed build is that an object has
+    no `ds_opt_adam`.
+    """
+    names = json.loads(sys.stdin.read())
+    with contextlib.redirect_stdout(sys.stderr):
+        guard_builds(lambda line: print(line, file=sys.stderr))
+        from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+        found = {name: _build(ALL_OPS[name]) if name in ALL_OPS else "DeepSpeed does not know it" for name in names}
+    print(json.dumps(found))
+
+
+def _build(builder: Any) -> str | None:
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # a compiler, a linker, a missing header: all say so in words
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        telling = [line for line in lines if "error" in line.lower() and not line.startswith("Error building")]
+        return (telling or lines)[0][:400]
+    return None

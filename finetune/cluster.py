@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -38,15 +39,19 @@ class Shell:
     def __init__(self, port: int | None, venv_script: str | None) -> None:
         self.port, self.venv_script = port, venv_script
 
-    def command(self, host: str, words: Sequence[str]) -> list[str]:
-        """The ssh command that runs `words` on a host, each arriving as it is. `PDSH_SSH_ARGS_APPEND` is respected."""
+    def options(self) -> list[str]:
+        """Of ssh: no questions, a limit to connect, `PDSH_SSH_ARGS_APPEND`, the port."""
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_TO_CONNECT}"]
         options += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
         options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
         if self.port is not None:
             options += ["-p", str(self.port)]
-        first = f". {shlex.quote(self.venv_script)} && " if self.venv_script else ""
-        return ["ssh", *options, host, f"{first}exec {shlex.join(words)}"]
+        return options
+
+    def command(self, host: str, words: Sequence[str], *, sources: bool = True) -> list[str]:
+        """The ssh command that runs `words` on a host, each arriving as it is; `sources`: after the venv's script."""
+        first = f". {shlex.quote(self.venv_script)} && " if self.venv_script and sources else ""
+        return ["ssh", *self.options(), host, f"{first}exec {shlex.join(words)}"]
 
 
 def is_here(host: str) -> bool:
@@ -93,7 +98,9 @@ def on_all(
 
     def one(host: str) -> dict[str, Any] | str:
         call = f"\nimport json\nprint(json.dumps({what}(json.loads({json.dumps(dict(orders[host]))!r}))))\n"
-        return run_on(host, shell, [sys.executable, "-"], source + call, seconds)
+        began = time.time()
+        answer = run_on(host, shell, [sys.executable, "-"], source + call, seconds)
+        return answer if isinstance(answer, str) else {**answer, "asked": [began, time.time()]}
 
     with ThreadPoolExecutor(len(orders)) as pool:
         return dict(zip(orders, pool.map(one, orders), strict=True))
@@ -117,6 +124,20 @@ def run_on(host: str, shell: Shell, command: Sequence[str], given: str, seconds:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         return f"answered with something else than asked for: {done.stdout[:80]!r} (does its shell print a banner?)"
+
+
+def shared_words(words: Sequence[str]) -> list[str]:
+    """Words that may name what every host must have alike: all values but those of folders that a run writes."""
+    kept, skip = [], False
+    for word in words:
+        name = word.partition("=")[0]
+        if word.startswith("--"):
+            skip = name in ("--output_dir", "--data_cache_dir", "--logging_dir", "--resume_from_checkpoint")
+            value = word.partition("=")[2]
+            kept += [value] if value and not skip else []
+        elif not skip:
+            kept.append(word)
+    return kept
 
 
 def compare(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, list[int]]) -> None:

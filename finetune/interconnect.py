@@ -18,7 +18,7 @@ SECONDS_TO_REDUCE = 60
 
 @dataclass
 class Ways:
-    """How hosts reach the first one: seconds of a round trip and the interface that leads there, by host; and faults."""
+    """How hosts reach the first: by host, seconds of a round trip and the interface that leads there; and faults."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     interfaces: dict[str, str] = field(default_factory=dict)

@@ -15,10 +15,11 @@ import pytest
 import runs
 from conftest import ROOT, write_rows
 
+from finetune.cluster import shared_words
 from finetune.errors import ConfigError
 from finetune.failures import Failure
 from finetune.supervision import HOSTFILE_HERE, Report, Supervised
-from finetune.tools.launch import outcome, shared_words, start, without_secrets
+from finetune.tools.launch import outcome, start, without_secrets
 
 FINETUNE = Path(sys.executable).with_name("finetune")
 LIMIT_SECONDS = 240

@@ -12,18 +12,14 @@ from finetune.arguments.flags import (
     Arguments,
     BatchArguments,
     DataArguments,
+    DoctorArguments,
     ModelArguments,
     PreviewArguments,
     RunArguments,
 )
-from finetune.arguments.parsing import (
-    build_parser,
-    known_flags,
-    parse,
-    parse_for_convert,
-    parse_for_preview,
-)
+from finetune.arguments.parsing import build_parser, known_flags, parse
 from finetune.arguments.training import TRANSLATED, TrainingFlag, training_flags
+from finetune.arguments.verbs import parse_for_convert, parse_for_doctor, parse_for_preview
 
 __all__ = [
     "TRANSLATED",
@@ -31,6 +27,7 @@ __all__ = [
     "Arguments",
     "BatchArguments",
     "DataArguments",
+    "DoctorArguments",
     "ModelArguments",
     "PreviewArguments",
     "RunArguments",
@@ -39,6 +36,7 @@ __all__ = [
     "known_flags",
     "parse",
     "parse_for_convert",
+    "parse_for_doctor",
     "parse_for_preview",
     "training_flags",
 ]

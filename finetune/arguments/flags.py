@@ -137,6 +137,19 @@ class PreviewArguments:
 
 
 @dataclass
+class DoctorArguments:
+    """How a run is examined."""
+
+    json: bool = _flag(False, "print what was found as one JSON object")
+    full: bool = _flag(False, "compare every byte of data and model between the hosts, not samples of large files")
+    write_env: bool = _flag(False, "write a .deepspeed_env that names the network interface which joins the hosts")
+    stage: bool = _flag(False, "copy code, data and model to the hosts that lack them, with rsync")
+    rehearse: bool = _flag(
+        False, "run all of it with a small random model: two steps, save, verify, resume, load; about a minute"
+    )
+
+
+@dataclass
 class Arguments:
     """All of a command line. `training` holds only the `TrainingArguments` that were given, by their present names."""
 

@@ -18,8 +18,6 @@ from finetune.arguments.flags import (
     TRAINING_DEFAULTS,
     Arguments,
     DataArguments,
-    ModelArguments,
-    PreviewArguments,
 )
 from finetune.arguments.training import TRANSLATED, training_flags
 from finetune.conversations import REPAIRS
@@ -29,7 +27,7 @@ REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 NOTHING = (None, "", [], [""])
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message[0].lower() + message[1:])
 
@@ -44,7 +42,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser = build_parser()
     parsed, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        raise ConfigError(_unknown(unknown, known_flags()))
+        raise ConfigError(unknown_flag(unknown, known_flags()))
     given = vars(parsed)
     if given.get("config"):
         stored = _from_file(Path(given["config"]))
@@ -53,7 +51,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     missing = [name for name in REQUIRED if given.get(name) in NOTHING]
     if missing:
         raise ConfigError("missing: " + ", ".join(f"--{name}" for name in missing))
-    groups = [_filled(group, given) for group in GROUPS]
+    groups = [filled(group, given) for group in GROUPS]
     ours = {one.name for group in GROUPS for one in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = _translate(given, training)
@@ -62,78 +60,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def parse_for_preview(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PreviewArguments]:
-    """The model and data flags, and those that say which rows are shown and how.
-
-    Raises:
-        ConfigError: as `parse`; or flags that exclude each other.
-    """
-    groups = (ModelArguments, DataArguments, PreviewArguments)
-    parser = _Parser(
-        prog="finetune preview",
-        usage="finetune preview --model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]",
-        description="What the rows of data files render to, through the pipeline that trains. Context is dim, what is "
-        "learned is bold green, control tokens are in reverse; without colour (NO_COLOR, or not a terminal) what is "
-        "learned stands between ⟦ and ⟧ and control tokens between « and ». An arrow marks an end that is learned "
-        "where another token is read.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    _add_groups(parser, groups)
-    parsed, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        raise ConfigError(_unknown(unknown, [one.name for group in groups for one in fields(group)]))
-    given = vars(parsed)
-    missing = [name for name in ("model_name_or_path", "data_path") if given.get(name) in NOTHING]
-    if missing:
-        raise ConfigError("missing: " + ", ".join(f"--{name}" for name in missing))
-    model, data, preview = (_filled(group, given) for group in groups)
-    _check_data(data)
-    if preview.rows is not None:
-        _check_at_least_one("rows", len(preview.rows))
-    if preview.sample is not None:
-        _check_at_least_one("sample", preview.sample)
-    chosen = [f"--{name}" for name in ("rows", "sample") if getattr(preview, name) is not None]
-    if len(chosen) == 2:
-        raise ConfigError("--rows and --sample exclude each other: keep one of them")
-    if preview.json and (chosen or preview.html):
-        raise ConfigError(f"--json prints all rows: it excludes {(chosen or ['--html'])[0]}")
-    return model, data, preview
-
-
-def parse_for_convert(argv: Sequence[str]) -> tuple[DataArguments, str]:
-    """What to read, and the file to write: the last word that belongs to no flag.
-
-    Raises:
-        ConfigError: an unknown flag or rule, or fewer than two names.
-    """
-    parser = _Parser(
-        prog="finetune convert",
-        usage="finetune convert IN [IN ...] OUT [--repairs RULE ...] [--bad_rows error|drop]",
-        description="Conversations in any layout that training reads -> a JSON array in the project's own, or JSON "
-        "lines where OUT ends in .jsonl. An existing file is never replaced.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "paths", nargs="*", metavar="IN ... OUT", help="files, folders, globs, data sets; the file to write"
-    )
-    _add_groups(parser, (DataArguments,), only=("bad_rows", "repairs"))
-    parsed, unknown = parser.parse_known_intermixed_args(list(argv))
-    if unknown:
-        raise ConfigError(_unknown(unknown, ["bad_rows", "repairs"]))
-    given = vars(parsed)
-    paths = given.get("paths") or []
-    if len(paths) < 2:
-        raise ConfigError("expected what to read and the file to write, in front of --repairs: convert IN OUT")
-    data = _filled(DataArguments, {**given, "data_path": paths[:-1]})
-    _check_data(data)
-    return data, paths[-1]
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser; a flag that is not given leaves no trace in its result."""
-    parser = _Parser(
+    parser = Parser(
         usage="deepspeed [--hostfile=FILE] finetune/finetune.py --model_name_or_path M --data_path D --output_dir O",
         description="Fine-tune a chat model on conversations, with DeepSpeed.",
         argument_default=argparse.SUPPRESS,
@@ -141,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Flags of transformers.TrainingArguments are accepted under their own names and explained in its "
         "documentation.",
     )
-    _add_groups(parser, GROUPS)
+    add_groups(parser, GROUPS)
     section = parser.add_argument_group("Training (transformers.TrainingArguments)")
     for flag in training_flags().values():
         summary = flag.help.split(". ")[0].strip().replace("%", "%%")
@@ -158,7 +87,7 @@ def known_flags() -> list[str]:
     return sorted(_shapes())
 
 
-def _add_groups(parser: argparse.ArgumentParser, groups: Sequence[type], only: Sequence[str] = ()) -> None:
+def add_groups(parser: argparse.ArgumentParser, groups: Sequence[type], only: Sequence[str] = ()) -> None:
     for group in groups:
         section = parser.add_argument_group(group.__doc__.rstrip("."))
         hints = typing.get_type_hints(group)
@@ -171,7 +100,7 @@ def _add_groups(parser: argparse.ArgumentParser, groups: Sequence[type], only: S
             _add(section, one.name, kind, is_list, choices, text)
 
 
-def _filled(group: type, given: dict[str, Any]) -> Any:
+def filled(group: type, given: dict[str, Any]) -> Any:
     return group(**{one.name: given[one.name] for one in fields(group) if one.name in given})
 
 
@@ -231,7 +160,7 @@ def _same_flag(name: str, given: dict[str, Any]) -> bool:
     return present.get(name, name) in {present.get(one, one) for one in given}
 
 
-def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
+def unknown_flag(words: Sequence[str], known: Sequence[str]) -> str:
     flag = next((word for word in words if word.startswith("--")), None)
     if flag is None:
         return f"unexpected argument {words[0]!r}: every value belongs to a flag"
@@ -267,7 +196,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         if value is None:
             continue
         if name not in shapes:
-            raise ConfigError(f"--config {path}: " + _unknown([f"--{name}"], list(shapes)))
+            raise ConfigError(f"--config {path}: " + unknown_flag([f"--{name}"], list(shapes)))
         given[name] = _from_value(path, name, value, *shapes[name])
     return given
 
@@ -312,11 +241,11 @@ def _check_pairs(arguments: Arguments) -> None:
         )
     if adapter.use_dora and start not in ("default", "gaussian"):
         raise ConfigError(f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them")
-    _check_data(data)
+    check_data(data)
     _check_batches(arguments)
     _check_that_something_is_learned(arguments)
-    _check_at_least_one("lora_r", adapter.lora_r)
-    _check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
+    check_at_least_one("lora_r", adapter.lora_r)
+    check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
     if not 0 <= adapter.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")
 
@@ -331,9 +260,9 @@ def _check_that_something_is_learned(arguments: Arguments) -> None:
 
 def _check_batches(arguments: Arguments) -> None:
     batch, budget = arguments.batch, arguments.batch.tokens_per_device_batch
-    _check_at_least_one("sequence_parallel_size", batch.sequence_parallel_size)
+    check_at_least_one("sequence_parallel_size", batch.sequence_parallel_size)
     if budget is not None:
-        _check_at_least_one("tokens_per_device_batch", budget)
+        check_at_least_one("tokens_per_device_batch", budget)
         if "per_device_train_batch_size" in arguments.training:
             raise ConfigError(
                 "--tokens_per_device_batch and --per_device_train_batch_size exclude each other: keep one of them"
@@ -345,10 +274,10 @@ def _check_batches(arguments: Arguments) -> None:
             )
 
 
-def _check_data(data: DataArguments) -> None:
-    _check_at_least_one("model_max_length", data.model_max_length)
+def check_data(data: DataArguments) -> None:
+    check_at_least_one("model_max_length", data.model_max_length)
     if data.preprocessing_num_workers is not None:
-        _check_at_least_one("preprocessing_num_workers", data.preprocessing_num_workers)
+        check_at_least_one("preprocessing_num_workers", data.preprocessing_num_workers)
     if not 0 <= data.max_dropped_rows <= 1:
         raise ConfigError(f"--max_dropped_rows {data.max_dropped_rows}: expected a share from 0 to 1")
     unknown = [rule for rule in data.repairs if rule not in REPAIRS]
@@ -356,6 +285,6 @@ def _check_data(data: DataArguments) -> None:
         raise ConfigError(f"--repairs {unknown[0]}: expected {' or '.join(REPAIRS)}")
 
 
-def _check_at_least_one(name: str, value: int) -> None:
+def check_at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"--{name} {value}: expected at least 1")

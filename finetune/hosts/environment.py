@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
-from finetune.errors import ConfigError, listed
+from finetune.errors import ConfigError, StorageError, listed
 from finetune.hosts.lines import read_small_file, text_of
+from finetune.hosts.variables import travels
 
 FILE_NAME = ".deepspeed_env"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -51,6 +53,32 @@ def read_environment_file(path: str | PathLike[str]) -> dict[str, str]:
     return found
 
 
+def write_environment_file(path: Path, values: Mapping[str, str]) -> Path | None:
+    """Write lines that the launcher reads, too: no comment, no blank line. What was there is kept beside it.
+
+    Returns:
+        Where the file went that was there, None where there was none.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    text = "".join(f"{name}={value}\n" for name, value in values.items())
+    aside = None
+    try:
+        if path.exists():
+            aside = next(
+                one for number in range(1, 1000) if not (one := path.with_name(f"{path.name}.before-{number}")).exists()
+            )
+            os.link(path, aside)
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.write_text(text, encoding="utf-8")
+        fresh.chmod(0o600)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    return aside
+
+
 def environment_files() -> list[Path]:
     """Those that DeepSpeed would read: in the home, then in the working directory, which wins.
 
@@ -76,6 +104,15 @@ def travelling_environment() -> dict[str, str]:
     if named and not files:
         raise ConfigError(f"DS_ENV_FILE={named}: there is no such file in {Path.cwd()} or {os.path.expanduser('~')}")
     return {name: value for path in files for name, value in read_environment_file(path).items()}
+
+
+def environment_of_ranks() -> dict[str, str]:
+    """What `finetune launch` gives to ranks on every host: variables of this process that travel, then the files'.
+
+    Raises:
+        ConfigError: as `travelling_environment`.
+    """
+    return {**{name: value for name, value in os.environ.items() if travels(name)}, **travelling_environment()}
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:

@@ -119,6 +119,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def launcher_options() -> dict[str, bool]:
+    """Every name as it is typed (`--hostfile`, `-H`), and whether a value follows it."""
+    return {
+        name: action.nargs != 0
+        for action in build_parser()._actions
+        for name in action.option_strings
+        if name not in ("-h", "--help")
+    }
+
+
 def known_flags() -> list[str]:
     """Every long name, without dashes."""
     return sorted(

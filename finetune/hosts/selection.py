@@ -52,6 +52,15 @@ def resources(flags: LauncherFlags) -> dict[str, list[int]] | None:
     return kept
 
 
+def slots_here(flags: LauncherFlags, gpus: int) -> list[int]:
+    """The slots of this machine where no hostfile is read: of --include or --num_gpus, else its GPUs, or one."""
+    count = flags.num_gpus if flags.num_gpus > 0 else max(gpus, 1)
+    if flags.include:
+        return _parsed("include", flags.include).get(THIS_MACHINE) or list(range(count))
+    without = _parsed("exclude", flags.exclude).get(THIS_MACHINE, ()) if flags.exclude else ()
+    return [slot for slot in range(count) if slot not in without]
+
+
 def _check_together(flags: LauncherFlags) -> None:
     if flags.include and flags.exclude:
         raise ConfigError("--include and --exclude exclude each other: keep one of them")

@@ -27,12 +27,11 @@ from finetune.failures import FILE, Failure, first_of, page, write
 from finetune.hosts import (
     JOB_HOSTFILE,
     LauncherFlags,
+    environment_of_ranks,
     parse_launcher,
     read_hostfile,
     redacted,
     resources,
-    travelling_environment,
-    travels,
 )
 from finetune.supervision import HOSTFILE_HERE, Report, Supervised
 
@@ -114,11 +113,7 @@ def start(
         )
     shell = cluster.Shell(flags.ssh_port, flags.venv_script)
     address, port = check_hosts(flags, slots, shell, words)
-    environment = {
-        **{name: value for name, value in os.environ.items() if travels(name)},
-        **travelling_environment(),
-        **environment,
-    }
+    environment = {**environment_of_ranks(), **environment}
     text = "".join(f"{host} slots={count}\n" for host, count in read_hostfile(flags.hostfile or JOB_HOSTFILE).items())
     print(f"launch: {len(slots)} hosts, {sum(map(len, slots.values()))} ranks, meeting at {address}:{port}", flush=True)
     parts = []
@@ -152,26 +147,12 @@ def check_hosts(
     if flags.no_ssh_check and flags.master_addr and given_port:
         return flags.master_addr, given_port
     hosts = list(slots)[:1] if flags.no_ssh_check else list(slots)
-    answers = cluster.ask(hosts, shell, shared_words(words))
+    answers = cluster.ask(hosts, shell, cluster.shared_words(words))
     cluster.compare(answers, slots)
     if flags.master_addr:
         return flags.master_addr, given_port or next(iter(answers.values()))["port"]
     address, port = cluster.meeting_place(answers)
     return address, given_port or port
-
-
-def shared_words(words: Sequence[str]) -> list[str]:
-    """Words that may name what every host must have alike: all values but those of folders that a run writes."""
-    kept, skip = [], False
-    for word in words:
-        name = word.partition("=")[0]
-        if word.startswith("--"):
-            skip = name in ("--output_dir", "--data_cache_dir", "--logging_dir", "--resume_from_checkpoint")
-            value = word.partition("=")[2]
-            kept += [value] if value and not skip else []
-        elif not skip:
-            kept.append(word)
-    return kept
 
 
 def deepspeed() -> list[str]:

@@ -1,0 +1,110 @@
+"""What a run will do, told without a model: its batches, its steps, its tokens, what each step holds at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.arguments import Arguments
+from finetune.checking import Setup
+from finetune.dataset import PreparedData
+from finetune.planning import form_of, must_pad, sampler_of
+from finetune.sampling import Sampler
+
+# Of a longer epoch the micro-batches of its first steps are looked at, and the largest rows.
+STEPS_LOOKED_AT = 400
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How conversations become micro-batches, and the largest one that a rank gets, padding counted.
+
+    Attributes:
+        rows, tokens, learned: of the largest micro-batch (not of one and the same).
+        longest: tokens of the longest example.
+        pairs: of a token and one that it sees, in the micro-batch that has most.
+    """
+
+    form: Any
+    sampler: Sampler
+    rows: int
+    tokens: int
+    learned: int
+    longest: int
+    pairs: int
+    steps: int
+
+    def facts(self, arguments: Arguments, world_size: int) -> dict[str, Any]:
+        """As JSON: the arithmetic of a step, written out."""
+        shape, sampler = self.sampler.shape, self.sampler
+        sharing = arguments.batch.sequence_parallel_size
+        units = "examples" if sampler.capacity is None else f"groups of up to {sampler.capacity:,} tokens"
+        ranks = f"{world_size} ranks" if sharing == 1 else f"{shape.world_size} groups of {sharing} ranks"
+        tokens = int(sampler.lengths.sum())
+        return {
+            "arithmetic": f"{shape.per_device_batch} per device x {shape.accumulation} accumulated x {ranks} = "
+            f"{shape.step_size} {units}",
+            "batching": sampler.batching,
+            "examples": len(sampler.lengths),
+            "units": sampler.num_units,
+            "steps_per_epoch": sampler.steps_per_epoch,
+            "steps": self.steps,
+            "tokens_per_step": round(tokens * min(1.0, shape.step_size / max(sampler.num_units, 1))),
+            "largest_micro_batch": {"rows": self.rows, "tokens": self.tokens, "learned": self.learned},
+            "longest_example": self.longest,
+            "selects_logits": self.form.selects_logits,
+        }
+
+
+def foresee(
+    arguments: Arguments, setup: Setup, data: PreparedData, *, selects_logits: bool, obstacle: str | None
+) -> Batches:
+    """The micro-batches of the first epoch.
+
+    Args:
+        selects_logits: whether the model's code can compute logits at given positions alone.
+        obstacle: why its config says that it cannot run flat rows.
+
+    Raises:
+        ConfigError: as the run's own plan.
+    """
+    from finetune.batches import column
+
+    examples = data.epoch(arguments.given("seed"))
+    lengths, learned = column(examples, "length"), column(examples, "num_supervised")
+    reason = None if selects_logits else "this model's code has no logits_to_keep"
+    if arguments.adapter.kind() in ("prefix", "prompt"):
+        reason = f"{arguments.adapter.kind()} tuning puts its virtual tokens in front of each row"
+    form = form_of(arguments, int(lengths.max()), must_pad(arguments) or obstacle, reason)
+    sampler = sampler_of(arguments, form, lengths, setup.world_size // arguments.batch.sequence_parallel_size)
+    rows = tokens = supervised = pairs = 0
+    for step in range(min(sampler.steps_per_epoch, STEPS_LOOKED_AT)):
+        for number in range(sampler.micro_batches(step)):
+            for rank in range(sampler.shape.world_size):
+                mine = sampler.micro_batch(0, step, rank, number)
+                if not mine:
+                    continue
+                here = lengths[mine].astype(np.int64)
+                padded = here if sampler.batching != "padded" else np.full(len(mine), here.max())
+                rows, tokens = max(rows, len(mine)), max(tokens, int(padded.sum()))
+                supervised = max(supervised, int(learned[mine].sum()))
+                pairs = max(pairs, int((padded * padded).sum()))
+    return Batches(
+        form=form,
+        sampler=sampler,
+        rows=rows,
+        tokens=tokens,
+        learned=supervised if form.selects_logits else tokens,
+        longest=int(lengths.max()),
+        pairs=pairs,
+        steps=_steps(arguments, sampler),
+    )
+
+
+def _steps(arguments: Arguments, sampler: Sampler) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them."""
+    if arguments.given("max_steps") > 0:
+        return arguments.given("max_steps")
+    return int(np.ceil(arguments.given("num_train_epochs") * sampler.steps_per_epoch))

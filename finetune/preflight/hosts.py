@@ -1,0 +1,211 @@
+"""Every host of a run, asked in parallel: what it has, how it differs, the way to where the ranks meet."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import cluster, interconnect
+from finetune.cluster import Shell
+from finetune.errors import StorageError
+from finetune.hardware import Gpu, Probe
+from finetune.hosts import FILE_NAME, LauncherFlags, environment_of_ranks, read_environment_file, write_environment_file
+from finetune.preflight.findings import Examination
+
+SECONDS_OF_SKEW = 2.0
+SHARED_MEMORY_WANTED = 256 << 20  # NCCL's and DeepSpeed's CPU rings live there
+INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+Answers = Mapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run writes, by what; and the port it was told to meet at (DeepSpeed's own by default)."""
+
+    output: str
+    port: int
+    port_was_given: bool
+    full: bool = False
+
+    def order(self) -> dict[str, Any]:
+        """As `host_probe.probe` takes it."""
+        places = {"output": self.output, "shm": "/dev/shm", "temporary": os.environ.get("TMPDIR", "/tmp")}
+        extensions = os.environ["TORCH_EXTENSIONS_DIR"]
+        return {"places": places, "port": self.port, "extensions": extensions, "full": self.full}
+
+
+def examine_hosts(
+    examination: Examination, slots: Mapping[str, list[int]], shell: Shell, words: Sequence[str], places: Places
+) -> Answers:
+    """Ask all; what is wrong becomes findings, what is there facts. Returns the answers of those that gave one."""
+    answers = cluster.ask(list(slots), shell, cluster.shared_words(words), places.order())
+    examination.mend_all("hosts", cluster.faults_of(answers, slots))
+    found = {host: answer for host, answer in answers.items() if not isinstance(answer, str) and "space" in answer}
+    examination.mend_all("hosts", _same_machines(found))
+    for host, facts in found.items():
+        look_closely(examination, host, facts, len(slots[host]))
+    first = next(iter(slots))
+    if first in found and not found[first]["port_is_free"]:
+        if places.port_was_given:
+            text = f"port {places.port} is taken: give another --master_port, or leave the flag out"
+            examination.mend("network", text, host=first)
+        else:
+            text = f"port {places.port} is taken: `deepspeed` needs another --master_port; `finetune launch` finds one"
+            examination.warn("network", text, host=first)
+    if len(slots) > 1 and shutil.which("pdsh") is None:
+        text = "pdsh is not on this machine: `deepspeed` needs it for several hosts; `finetune launch` does not"
+        examination.warn("hosts", text)
+    examination.facts["hosts"] = {
+        host: {"slots": len(ids), **({"error": answers[host]} if host not in found else _shown(found[host]))}
+        for host, ids in slots.items()
+    }
+    return found
+
+
+def look_closely(examination: Examination, host: str, facts: Mapping[str, Any], slots: int) -> None:
+    """What one host has or lacks by itself."""
+    output = facts["space"]["output"]
+    if not output["writable"]:
+        text = f"--output_dir cannot be made: {output['at']} may not be written to"
+        examination.mend("disk", text, status=StorageError.status, host=host)
+    if facts["space"]["shm"]["free"] < SHARED_MEMORY_WANTED:
+        free = facts["space"]["shm"]["free"] >> 20
+        text = f"/dev/shm has {free:,} MiB left: ranks of a host talk through it; a container needs --shm-size=1g or so"
+        examination.warn("hosts", text, host=host)
+    if not facts["deepspeed"]:
+        examination.mend("hosts", "the `deepspeed` command is not beside its Python: pip install deepspeed", host=host)
+    early, late = facts["time"] - facts["asked"][1], facts["time"] - facts["asked"][0]
+    skew = early if early > 0 else min(late, 0.0)
+    if abs(skew) > SECONDS_OF_SKEW:
+        text = f"its clock is {abs(skew):,.0f} s {'ahead' if skew > 0 else 'behind'}: synchronise it (chrony, ntp)"
+        examination.warn("hosts", text, host=host)
+    if 0 < slots < facts["gpus"]:
+        examination.warn("hosts", f"{facts['gpus'] - slots} of its {facts['gpus']} GPUs are not used", host=host)
+    busy = [one for one in facts["gpu_facts"] if one["used"] > one["memory"] * 0.1]
+    if busy:
+        text = f"{len(busy)} GPUs are in use by others (up to {max(one['used'] for one in busy) / 2**30:.1f} GiB)"
+        examination.warn("hosts", text, host=host)
+
+
+def _same_machines(found: Answers) -> list[tuple[str, str]]:
+    """Hosts that are one machine under two names: its GPUs would be dealt out twice."""
+    seen: dict[Any, str] = {}
+    faults = []
+    for host, facts in found.items():
+        machine = (facts["name"], *sorted(value for value in facts["interfaces"].values() if value != "127.0.0.1"))
+        if machine in seen:
+            faults.append((host, f"is the same machine as {seen[machine]}: name it once, with all its slots"))
+        seen.setdefault(machine, host)
+    return faults
+
+
+def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a host's answer is told."""
+    kept = ("name", "python", "versions", "cores", "memory", "gpus", "gpu_facts", "space", "interfaces", "programs")
+    return {name: facts[name] for name in kept} | {"code": facts["code"], "files": facts["files"]}
+
+
+def probe_of(answers: Answers, *, use_cpu: bool) -> Probe:
+    """What ranks on these hosts can do, from what the hosts' own tools say; this machine may have no GPU."""
+    gpus = [
+        Gpu(one["name"], tuple(int(part) for part in one["capability"].split(".")))
+        for facts in answers.values()
+        for one in facts["gpu_facts"]
+    ]
+    has_flash = all("flash-attn" in facts["versions"] for facts in answers.values())
+    return Probe(gpus=() if use_cpu else tuple(gpus), flash_attn=has_flash)
+
+
+# ---- the way between them
+
+
+def examine_network(
+    examination: Examination,
+    slots: Mapping[str, list[int]],
+    shell: Shell,
+    answers: Answers,
+    *,
+    flags: LauncherFlags,
+    backend: str,
+    writes_environment: bool,
+) -> None:
+    """The way to where ranks meet, the interface to name, then an all-reduce among all of them."""
+    first = next(iter(slots))
+    meeting = examination.attempt("network", lambda: _meeting(flags, answers))
+    environment = examination.attempt("network", environment_of_ranks)
+    if meeting is None or environment is None:
+        return
+    address, port = meeting
+    facts: dict[str, Any] = {"address": address, "port": port, "backend": backend}
+    examination.facts["network"] = facts
+    ways = interconnect.find_ways(list(slots), shell, address, port)
+    facts |= {"interfaces": ways.interfaces, "round_trip_seconds": ways.seconds}
+    examination.mend_all("network", ways.faults)
+    if ways.faults:
+        return
+    others = {host: name for host, name in ways.interfaces.items() if host != first}
+    name_of_first = _interface_of(address, answers[first]["interfaces"])
+    facts["interfaces"] = {first: name_of_first, **others}
+    _check_interfaces(examination, environment, answers)
+    if writes_environment:
+        environment |= _write_environment(examination, facts, backend, slots, answers)
+    reduction = interconnect.all_reduce(
+        slots, shell, address=address, port=port, backend=backend, environment=environment
+    )
+    examination.mend_all("network", reduction.faults)
+    if reduction.faults and not set(INTERFACES) & environment.keys():
+        examination.warn("network", "no interface is named: try `finetune doctor ... --write_env`")
+    facts["all_reduce"] = {"bytes_per_second": reduction.bytes_per_second, "ranks": reduction.ranks}
+
+
+def _meeting(flags: LauncherFlags, answers: Answers) -> tuple[str, int]:
+    given = flags.given.get("master_port")
+    if flags.master_addr:
+        return flags.master_addr, given or next(iter(answers.values()))["port"]
+    address, port = cluster.meeting_place(answers)
+    return address, given or port
+
+
+def _interface_of(address: str, interfaces: Mapping[str, str]) -> str | None:
+    return next((name for name, own in interfaces.items() if own == address), None)
+
+
+def _check_interfaces(examination: Examination, environment: Mapping[str, str], answers: Answers) -> None:
+    """A named interface has to be on every host. NCCL takes prefixes, `=` in front of whole names and `^` for not."""
+    for variable in INTERFACES:
+        names = environment.get(variable, "")
+        if not names or names.startswith("^"):
+            continue
+        exactly = names.startswith("=") or variable.startswith("GLOO")
+        wanted = names.removeprefix("=").split(",")
+        for host, facts in answers.items():
+            there = list(facts["interfaces"])
+            if not any(own == one or (not exactly and own.startswith(one)) for one in wanted for own in there):
+                text = f"{variable}={names}: it has no such interface, but {', '.join(there)}"
+                examination.mend("network", text, host=host)
+
+
+def _write_environment(
+    examination: Examination, facts: dict[str, Any], backend: str, slots: Mapping[str, list[int]], answers: Answers
+) -> dict[str, str]:
+    """Write `.deepspeed_env`: what it had, and the interface that joins the hosts; returns what was added."""
+    names = {name for name in facts["interfaces"].values() if name}
+    added: dict[str, str] = {}
+    if len(names) == 1:
+        added = dict.fromkeys(INTERFACES, names.pop())
+    else:
+        text = f"interfaces have other names on other hosts ({facts['interfaces']}): NCCL is given all, gloo takes one"
+        examination.warn("network", text)
+        added = {"NCCL_SOCKET_IFNAME": ",".join(sorted(names))} if names else {}
+    if backend == "gloo":
+        threads = min(max(1, answers[host]["cores"] // len(ids)) for host, ids in slots.items())
+        added |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    path = Path(FILE_NAME)
+    present = read_environment_file(path) if path.is_file() else {}
+    aside = examination.attempt("network", lambda: write_environment_file(path, {**present, **added}))
+    facts["wrote"] = {"path": str(path.absolute()), "values": added, "aside": str(aside) if aside else None}
+    return added
