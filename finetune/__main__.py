@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from finetune.errors import reported
-from finetune.tools import convert, launch, preview, quickstart
+from finetune.tools import convert, doctor, launch, preview, quickstart
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +29,11 @@ def _convert(context: typer.Context) -> None:
 @app.command("launch", context_settings=TRAINING_FLAGS, help=launch.SUMMARY)
 def _launch(context: typer.Context) -> None:
     launch.main(context.args)
+
+
+@app.command("doctor", context_settings=TRAINING_FLAGS, help=doctor.SUMMARY)
+def _doctor(context: typer.Context) -> None:
+    doctor.main(context.args)
 
 
 @app.command("quickstart", help=quickstart.SUMMARY)

@@ -118,6 +118,12 @@ def port_is_free(port: int) -> bool:
     return True
 
 
+def remove(order: dict) -> dict:
+    """Remove the folder `path`, which was made for a trial."""
+    shutil.rmtree(order["path"], ignore_errors=True)
+    return {"path": order["path"]}
+
+
 def await_greetings(order: dict) -> dict:
     """Stand where ranks would meet, until `guests` have come or `seconds` are over: who came, by name.
 

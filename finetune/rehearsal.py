@@ -1,9 +1,9 @@
 """The whole chain in small: a random model of the same architecture trains two steps, is saved, goes on, and answers.
 
-    shrink    the config at small width, its tokenizer beside it: seconds to make, megabytes to save
-    train     the user's own command, two steps, a checkpoint after each
-    go on     the same from the first checkpoint: the second step comes out the same
-    load      the result answers, opened with nothing of ours
+shrink    the config at small width, its tokenizer beside it: seconds to make, megabytes to save
+train     the user's own command, two steps, a checkpoint after each
+go on     the same from the first checkpoint: the second step comes out the same
+load      the result answers, opened with nothing of ours
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ def shrunk(config: Any, *, heads: int = HEADS) -> Any:
     layers = LAYERS if not kinds else max(LAYERS, len(set(kinds)))
     key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     grouped = text.num_attention_heads // max(key_heads, 1)
-    values = {
-        name: min(width, getattr(text, name)) for name, width in WIDTHS.items() if isinstance(getattr(text, name, None), int)
-    }
+    found = {name: getattr(text, name, None) for name in WIDTHS}
+    values = {name: min(WIDTHS[name], width) for name, width in found.items() if isinstance(width, int)}
     values |= {"num_attention_heads": heads, "hidden_size": heads * HEAD_WIDTH, "num_hidden_layers": layers}
     if hasattr(text, "num_key_value_heads"):
         values["num_key_value_heads"] = heads if grouped == 1 else max(1, heads // 2)
@@ -105,10 +104,8 @@ def rehearse(command: Sequence[str], model: Path, output: Path, say: Callable[[s
     own = [
         "--model_name_or_path", str(model), "--output_dir", str(output), "--max_steps", str(STEPS), "--save_strategy",
         "steps", "--save_steps", "1", "--save_total_limit", "0", "--save_only_model", "False", "--logging_steps", "1",
-        "--report_to", "none", "--new_tokens",
+        "--report_to", "none",
     ]  # fmt: skip
-    if "--new_tokens" not in command:
-        own.pop()
     began = time.monotonic()
     _run([*command, *own, "--resume_from_checkpoint", "none"], "two steps, saved and verified")
     facts["train_seconds"] = time.monotonic() - began

@@ -12,11 +12,24 @@ PACKAGE = ROOT / "finetune"
 # A name may import anything to its right, nothing to its left and nothing of its own group.
 LINE = (
     {"finetune", "__main__"},
-    {"tools.convert", "tools.launch", "tools.preview", "tools.quickstart"},
-    {"train"},
+    {"tools.convert", "tools.doctor", "tools.launch", "tools.preview", "tools.quickstart"},
+    {"preflight", "train"},
     {"planning", "resuming"},
     {"checking", "preparing", "trainer"},
-    {"arguments", "batches", "callbacks", "collation", "dataset", "generation", "losses", "saving", "verifying"},
+    {"rehearsal"},
+    {
+        "arguments",
+        "batches",
+        "callbacks",
+        "collation",
+        "dataset",
+        "generation",
+        "interconnect",
+        "losses",
+        "saving",
+        "staging",
+        "verifying",
+    },
     {
         "adapters",
         "attention",
@@ -32,7 +45,7 @@ LINE = (
     },
     {"checkpoints", "conversations", "packing", "ranks", "skipping", "supervision", "zero"},
     {"guard", "hardware", "hosts"},
-    {"building", "errors", "failures", "host_probe", "stopping"},
+    {"allreduce", "building", "errors", "failures", "host_probe", "stopping"},
 )
 WITHOUT_TORCH = {
     "arguments",

@@ -1,0 +1,157 @@
+"""The examination from its first question to its last: hosts, flags, data, memory, the ways between, a rehearsal."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune import cluster, host_probe, rehearsal, staging
+from finetune.building import operators_of
+from finetune.checking import Setup, examine
+from finetune.dataset import PreparedData, check_usable
+from finetune.hardware import probe
+from finetune.preflight.findings import Examination
+from finetune.preflight.hosts import Answers, examine_hosts, examine_network, look_closely, probe_of
+from finetune.preflight.machine import examine_machine, examine_operators
+from finetune.preflight.planned import PlannedRun, shared, world_of
+from finetune.preflight.resources import examine_resources
+from finetune.preflight.showing import labelled
+from finetune.preparing import prepare_data
+
+Say = Callable[[str], None]
+
+
+def examine_run(examination: Examination, run: PlannedRun, say: Say) -> None:
+    """All sections, in an order in which each has what it needs; what fails leaves out only what depends on it."""
+    here = host_probe.probe(_order(run))
+    here["asked"] = [here["time"], here["time"]]
+    remote = run.hosts_to_ask()
+    if remote is not None and run.choice.stage:
+        examination.attempt("hosts", lambda: _stage(run, here, say))
+    slots = run.slots_by_host(here["gpus"])
+    if remote is None:
+        name = next(iter(slots))
+        answers: Answers = {name: here}
+        look_closely(examination, name, here, len(slots[name]))
+        found = probe(use_cpu=bool(run.arguments.given("use_cpu")))
+    else:
+        say(f"asking {len(slots)} hosts")
+        answers = examine_hosts(examination, slots, run.shell, shared(run), run.places)
+        found = probe_of(answers, use_cpu=bool(run.arguments.given("use_cpu")))
+    say("examining flags and model")
+    setup = examination.attempt("configuration", lambda: examine(run.arguments, found, world_of(slots)))
+    say("reading the data")
+    data = examination.attempt("data", lambda: _read(examination, run, say))
+    examine_machine(examination, here)
+    if setup is not None:
+        _note_configuration(examination, setup, slots)
+        if data is not None:
+            say("computing memory and disk")
+            examine_resources(examination, run, setup, data, slots, answers)
+        names = operators_of(setup.zero.config if setup.zero else None, use_cpu=setup.hardware.use_cpu)
+        if names and not examination.failed("hosts"):
+            say(f"building {', '.join(names)} where it is not built yet")
+            examine_operators(examination, names, list(slots), run.shell)
+        if len(slots) > 1 and remote is not None and not examination.failed("hosts"):
+            say("connecting the hosts")
+            examine_network(
+                examination, slots, run.shell, answers,
+                flags=run.flags, backend=setup.hardware.backend, writes_environment=run.choice.write_env,
+            )  # fmt: skip
+    if run.choice.rehearse and not examination.status:
+        examination.attempt("rehearsal", lambda: _rehearse(examination, run, say))
+
+
+def _order(run: PlannedRun) -> dict[str, Any]:
+    return {"folder": os.getcwd(), "code": str(cluster.ROOT / "finetune"), "words": shared(run), **run.places.order()}
+
+
+def _read(examination: Examination, run: PlannedRun, say: Say) -> PreparedData:
+    _, chat_format, data = prepare_data(run.arguments.model, run.arguments.data, say)
+    summary = data.summary
+    lines = [*summary.lines(), f"format    {chat_format.name}"]
+    examination.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
+    check_usable(data, run.arguments.data.max_dropped_rows)
+    return data
+
+
+def _note_configuration(examination: Examination, setup: Setup, slots: dict[str, list[int]]) -> None:
+    zero = setup.zero
+    stage = "none (plain data parallel)" if zero is None else f"stage {zero.stage}" + (", offloaded" * zero.offloads)
+    lines = {
+        "ranks": f"{setup.world_size} on {len(slots)} host{'s' * (len(slots) > 1)} ("
+        + ", ".join(f"{host}: {len(ids)}" for host, ids in slots.items())
+        + f"), {'CPU, gloo' if setup.hardware.use_cpu else 'GPU, nccl'}",
+        "model": f"{setup.model.name} ({setup.model.config.model_type})",
+        "ZeRO": stage,
+        "precision": setup.hardware.precision,
+        "attention": f"{setup.model.attention}, activation checkpointing "
+        + ("on" if setup.activation_checkpointing else "off"),
+    }
+    examination.facts["configuration"] = {
+        "world_size": setup.world_size, "slots": slots, "backend": setup.hardware.backend, "notes": list(setup.notes),
+        "precision": setup.hardware.precision, "attention": setup.model.attention,
+        "deepspeed": zero.config if zero else None,
+        "lines": [*labelled(lines), *(f"note: {note}" for note in setup.notes)],
+    }  # fmt: skip
+
+
+def _stage(run: PlannedRun, here: dict[str, Any], say: Say) -> None:
+    answers = cluster.ask(list(run.slots), run.shell, shared(run), run.places.order())
+    wanted = staging.parcels(answers, here)
+    if wanted:
+        staging.send(wanted, run.shell, say, Path.cwd())
+    else:
+        say("every host has code, data and model already")
+
+
+# ---- the rehearsal
+
+
+def _rehearse(examination: Examination, run: PlannedRun, say: Say) -> None:
+    chosen = run.arguments
+    output = Path(chosen.training["output_dir"]).expanduser().absolute()
+    folder = output.with_name(f".{output.name}.rehearsal-{secrets.token_hex(4)}")
+    model = folder / "model"
+    folder.mkdir(parents=True)
+    remote = [host for host in run.hosts_to_ask() or () if not cluster.is_here(host)]
+    try:
+        heads = max(rehearsal.HEADS, chosen.batch.sequence_parallel_size)
+        parameters = rehearsal.make_model(
+            chosen.model.model_name_or_path, model,
+            revision=chosen.model.model_revision, trust_remote_code=chosen.model.trusts_code(), heads=heads,
+        )  # fmt: skip
+        say(f"rehearsing with a random model of {parameters:,} parameters")
+        if remote:
+            words = {"words": [str(model)]}
+            answers = cluster.ask(remote, run.shell, words["words"])
+            here = host_probe.probe({**_order(run), **words})
+            staging.send([one for one in staging.parcels(answers, here) if one.path == model], run.shell, say, folder)
+        words = without_flags(run.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
+        facts = rehearsal.rehearse(run.rehearsal(words), model, folder / "output", say)
+        lines = {
+            "model": f"{parameters:,} random parameters of the same architecture",
+            "trained": f"two steps, saved, verified: {facts['train_seconds']:.0f} s",
+            "resumed": f"from the first checkpoint, same second step: {facts['resume_seconds']:.0f} s",
+            "loaded": f"{facts['load_seconds']:.0f} s",
+        }
+        examination.facts["rehearsal"] = {**facts, "parameters": parameters, "lines": labelled(lines)}
+    finally:
+        host_probe.remove({"path": str(folder)})
+        if remote:
+            orders = {host: {"path": str(folder)} for host in remote}
+            cluster.on_all(orders, run.shell, "remove", cluster.SECONDS_FOR_A_PROBE)
+
+
+def without_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
+    """The words without these flags and their values."""
+    kept, skips = [], False
+    for word in words:
+        if word.startswith("--"):
+            skips = word.partition("=")[0] in names
+        if not skips:
+            kept.append(word)
+    return kept

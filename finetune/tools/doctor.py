@@ -1,0 +1,52 @@
+"""`finetune doctor`: will this run, will it fit, and what would go wrong, in the place of the command that starts it.
+
+    finetune doctor --hostfile=hostfiles/two_hosts --model_name_or_path M --data_path D --output_dir output ...
+
+Hosts are asked first, because their hardware decides; then flags, data, memory and disk are examined as the run itself
+would, and at last the ways between the hosts. The exit status is that which the run would end with.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.arguments import parse_for_doctor
+from finetune.console import quiet_libraries
+from finetune.hardware import prepare_environment
+from finetune.hosts import redacted
+from finetune.preflight import Examination, examine_run, plan_run, show
+
+SUMMARY = "Will this run, will it fit, what would go wrong? Examines a training command and every host of its hostfile."
+
+
+def main(argv: Sequence[str]) -> None:
+    """Examine, show, leave with the status that the run would end with.
+
+    Raises:
+        ConfigError: flags of the doctor or of the launcher that cannot be read.
+    """
+    prepare_environment()
+    choice, flags, words = parse_for_doctor(argv)
+    examination = Examination()
+    run = examination.attempt("command", lambda: plan_run(choice, flags, words))
+    if run is not None:
+        quiet_libraries()
+        examine_run(examination, run, lambda line: print(f"doctor: {line}", file=sys.stderr, flush=True))
+    if choice.json:
+        print(json.dumps(as_json(examination), ensure_ascii=False, indent=1))
+    else:
+        show(examination, shlex.join(redacted(run.command())) if run else "")
+    sys.exit(examination.status)
+
+
+def as_json(examination: Examination) -> dict[str, Any]:
+    """For scripts: `status`, `findings`, and the facts of each section."""
+    sections = {
+        name.replace(" ", "_"): {key: value for key, value in facts.items() if key != "lines"}
+        for name, facts in examination.facts.items()
+    }
+    return {"status": examination.status, "findings": [one.facts() for one in examination.findings], **sections}
