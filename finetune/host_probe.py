@@ -30,7 +30,7 @@ def probe(order: dict) -> dict:
         "port": free_port(),
         "route": os.environ.get("SSH_CONNECTION", "").split()[::2],
         "folder": os.path.isdir(order["folder"]),
-        "code": _code(Path(order["code"])),
+        "code": code_digest(Path(order["code"])),
         "files": {},
     }
     if facts["folder"]:
@@ -67,7 +67,8 @@ def free_port() -> int:
         return probing.getsockname()[1]
 
 
-def _code(folder: Path) -> str | None:
+def code_digest(folder: Path) -> str | None:
+    """Of the Python files in a folder, and of their names; None where there are none."""
     files = sorted(folder.rglob("*.py"))
     if not files:
         return None

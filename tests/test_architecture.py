@@ -19,6 +19,7 @@ LINE = (
     {"arguments", "batches", "callbacks", "collation", "dataset", "generation", "losses", "saving", "verifying"},
     {
         "adapters",
+        "agreeing",
         "attention",
         "cluster",
         "console",
