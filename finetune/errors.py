@@ -21,13 +21,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 SHOWN_FAULTS = 20
-SECONDS_FOR_RANK_0 = 8.0
+SECONDS_FOR_RANK_0, SECONDS_FOR_A_LINE = 8.0, 2.0
 
 
 class FinetuneError(Exception):
-    """A problem whose message names the value, the place and the remedy."""
+    """A problem whose message names the value, the place and the remedy.
+
+    Attributes:
+        is_shared: whether all ranks have raised it, so that rank 0 says it for all.
+    """
 
     status = 1
+    is_shared = False
 
 
 class ConfigError(FinetuneError):
@@ -83,13 +88,16 @@ def reported() -> Iterator[None]:
 
     Rank 0 prints at once. The other ranks wait a few seconds: when rank 0 saw the same fault its launcher ends those
     on its host before they speak; one that is still there has a fault of its own, or sits on another host, and prints.
+    What all have agreed on (`is_shared`) is said by rank 0 alone.
     """
     try:
         yield
     except FinetuneError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank != 0:
-            time.sleep(SECONDS_FOR_RANK_0)
+            time.sleep(SECONDS_FOR_A_LINE if error.is_shared else SECONDS_FOR_RANK_0)
+        if rank != 0 and error.is_shared:
+            sys.exit(error.status)
         place = "" if rank == 0 else f" (rank {rank})"
         print(f"error{place}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)

@@ -39,7 +39,7 @@ def probe(order: dict) -> dict:
         "port": free_port(),
         "route": os.environ.get("SSH_CONNECTION", "").split()[::2],
         "folder": os.path.isdir(order["folder"]),
-        "code": code_hash(Path(order["code"])),
+        "code": code_digest(Path(order["code"])),
         "files": {},
     }
     if facts["folder"]:
@@ -223,8 +223,8 @@ def free_port() -> int:
         return probing.getsockname()[1]
 
 
-def code_hash(folder: Path) -> str | None:
-    """Of all Python files under `folder`; None where there are none."""
+def code_digest(folder: Path) -> str | None:
+    """Of the Python files in a folder, and of their names; None where there are none."""
     files = sorted(folder.rglob("*.py"))
     if not files:
         return None

@@ -11,6 +11,7 @@ import hashlib
 import os
 import socket
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -32,6 +33,11 @@ class CheckedModel:
     attention: str
     can_checkpoint: bool
     notes: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model's files, taken once."""
+        return fingerprint(self.name, self.revision)
 
 
 def check(name: str, *, revision: str | None = None, trust_remote_code: bool, attention: str) -> CheckedModel:

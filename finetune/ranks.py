@@ -84,6 +84,7 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
     if _is_one_of_several():
         _dist().broadcast_object_list(result, src=0)
     if result[1] is not None:
+        result[1].is_shared = True
         raise result[1]
     return result[0]
 
@@ -107,6 +108,7 @@ def together(action: Callable[[], Any]) -> list[Any]:
     outcomes = gathered((value, failure))
     failures = [failure for _, failure in outcomes if failure is not None]
     if failures:
+        failures[0].is_shared = True
         raise failures[0]
     return [value for value, _ in outcomes]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints, console, model, results
+from finetune import checkpoints, console, results
 from finetune.arguments import Arguments
 from finetune.checking import Setup
 from finetune.checkpoints import Manifest
@@ -96,7 +96,7 @@ def facts_of(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str
         **facts,
         **left_out,
         "data": f"{data.fingerprint}, {data.summary.tokens:,} tokens in {examples:,} examples",
-        "base model": model.fingerprint(arguments.model.model_name_or_path, arguments.model.model_revision),
+        "base model": setup.model.fingerprint,
         "precision": setup.hardware.precision,
         "ZeRO stage": setup.zero.stage if setup.zero else "none",
         "optimizer": zero.get("optimizer", "of the command line"),

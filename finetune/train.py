@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import adapters, console, guard, model, results, stopping
+from finetune import adapters, agreeing, console, guard, model, results, stopping
 from finetune.arguments import Arguments, parse
 from finetune.building import guard_builds
 from finetune.checking import Setup, check
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setup = check(arguments)
         tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data, console.say_note)
         approve(arguments, data)
-        training_arguments, disk = begin(arguments, setup)
+        training_arguments, disk = begin(arguments, setup, data)
         data = leave_out(arguments, data)
         lineage = resume(arguments, setup, data, disk)
         base = load(arguments, setup, tokenizer, chat_format)
@@ -89,8 +89,9 @@ def leave_out(arguments: Arguments, data: PreparedData) -> PreparedData:
 
 
 @timed("processes")
-def begin(arguments: Arguments, setup: Setup) -> tuple[Any, Disk]:
-    """Start the processes, see who shares the output folder, build `TrainingArguments` (it touches the devices)."""
+def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> tuple[Any, Disk]:
+    """Start the processes, see that all mean the same run and who shares the output folder; build `TrainingArguments`,
+    which touches the devices."""
     from finetune.trainer import build_arguments
 
     guard.phase("meeting")
@@ -98,6 +99,8 @@ def begin(arguments: Arguments, setup: Setup) -> tuple[Any, Disk]:
     join_processes(
         setup.hardware.backend, uses_deepspeed=setup.zero is not None, timeout=arguments.given("ddp_timeout")
     )
+    facts = agreeing.Facts.here(data=data.fingerprint, model=setup.model.fingerprint)
+    agreeing.agree(facts, data_path=arguments.data.data_path, model_name=setup.model.name)
     disk = find_disk(_output_dir(arguments))
     if not disk.is_shared:
         console.say_note(

@@ -32,6 +32,7 @@ LINE = (
     },
     {
         "adapters",
+        "agreeing",
         "attention",
         "cluster",
         "console",

@@ -233,6 +233,6 @@ def conclude(failure: Failure, arguments: Arguments | None) -> None:
     record = Path(arguments.training["output_dir"]).expanduser() / FILE if arguments else None
     if record and record.parent.is_dir() and failure.kind in ("launcher", "lost"):
         write(record.parent, failure)  # it stays as it is where the run left one
-    if failure.kind != "error" or failure.phase not in ("start", "data"):
+    if failure.kind != "error" or failure.phase not in ("start", "data", "meeting"):
         where = str(record) if record and record.is_file() else ""
         print("\n" + page(failure, colour=sys.stderr.isatty(), record=where), file=sys.stderr, flush=True)
