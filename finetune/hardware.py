@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from finetune import placing
 from finetune.errors import ConfigError
 
 Precision = Literal["bf16", "fp16", "float32"]
@@ -206,16 +207,13 @@ def _dotted(gpu: Gpu) -> str:
 def prepare_environment() -> None:
     """Process-wide settings that must stand before torch is imported; what the user has set is never changed.
 
-    * a process started without a launcher becomes rank 0 of 1;
+    * a process that srun or mpirun has started knows which rank it is; one that nothing has becomes rank 0 of 1;
     * garbage is not collected while libraries are loaded, which takes a fifth of that time (`resume_collection`);
     * compiled DeepSpeed operators live beside the interpreter that built them (environments that share the default
       folder rebuild each other's work), and `ninja` of this environment is found without activating it.
     """
     gc.disable()
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    placing.place(os.environ)
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
@@ -239,11 +237,3 @@ def return_freed_memory() -> None:
 
     with contextlib.suppress(AttributeError, OSError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probing:
-        probing.bind(("127.0.0.1", 0))
-        return probing.getsockname()[1]

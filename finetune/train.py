@@ -48,23 +48,24 @@ def run() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; the exit statuses are those of `errors`."""
-    prepare_environment()
-    with reported(), guarded():
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-        console.quiet_libraries()
-        set_limits(arguments)
-        setup = check(arguments)
-        tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data, console.say_note)
-        approve(arguments, data)
-        training_arguments, disk = begin(arguments, setup, data)
-        data = leave_out(arguments, data)
-        lineage = resume(arguments, setup, data, disk)
-        base = load(arguments, setup, tokenizer, chat_format)
-        trained = attach(arguments, setup, base, tokenizer)
-        batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
-        trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches, lineage)
-        leave_if_asked(trainer)
-        seal(arguments, setup, trainer)
+    with reported():
+        prepare_environment()
+        with guarded():
+            arguments = parse(sys.argv[1:] if argv is None else argv)
+            console.quiet_libraries()
+            set_limits(arguments)
+            setup = check(arguments)
+            tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data, console.say_note)
+            approve(arguments, data)
+            training_arguments, disk = begin(arguments, setup, data)
+            data = leave_out(arguments, data)
+            lineage = resume(arguments, setup, data, disk)
+            base = load(arguments, setup, tokenizer, chat_format)
+            trained = attach(arguments, setup, base, tokenizer)
+            batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
+            trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches, lineage)
+            leave_if_asked(trainer)
+            seal(arguments, setup, trainer)
 
 
 def set_limits(arguments: Arguments) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300  # a run may have to compile an operator first
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["finetune.trainer", "finetune.train", "deepspeed", "peft"])
 

@@ -46,6 +46,7 @@ LINE = (
     },
     {"checkpoints", "conversations", "packing", "ranks", "skipping", "supervision", "zero"},
     {"guard", "hardware", "hosts"},
+    {"placing"},
     {"allreduce", "building", "errors", "failures", "host_probe", "stopping"},
 )
 WITHOUT_TORCH = {

@@ -195,6 +195,7 @@ def _write_environment(
     """Write `.deepspeed_env`: what it had, and the interface that joins the hosts; returns what was added."""
     names = {name for name in facts["interfaces"].values() if name}
     added: dict[str, str] = {}
+    present: dict[str, str] = {}
     if len(names) == 1:
         added = dict.fromkeys(INTERFACES, names.pop())
     else:
@@ -203,9 +204,10 @@ def _write_environment(
         added = {"NCCL_SOCKET_IFNAME": ",".join(sorted(names))} if names else {}
     if backend == "gloo":
         threads = min(max(1, answers[host]["cores"] // len(ids)) for host, ids in slots.items())
-        added |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+        present = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     path = Path(FILE_NAME)
-    present = read_environment_file(path) if path.is_file() else {}
+    present |= read_environment_file(path) if path.is_file() else {}
     aside = examination.attempt("network", lambda: write_environment_file(path, {**present, **added}))
-    facts["wrote"] = {"path": str(path.absolute()), "values": added, "aside": str(aside) if aside else None}
-    return added
+    values = {**present, **added}
+    facts["wrote"] = {"path": str(path.absolute()), "names": list(values), "aside": str(aside) if aside else None}
+    return values

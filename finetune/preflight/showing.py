@@ -13,6 +13,7 @@ from rich.text import Text
 from finetune.preflight.findings import Examination
 
 LABEL_WIDTH = 12
+WIDTH_OF_A_FILE = 120
 GIB = 2**30
 
 
@@ -34,6 +35,8 @@ def show(examination: Examination, command: str) -> None:
             for line in lines:
                 console.print(f"  {line}")
     if facts.get("hosts"):
+        if not console.is_terminal:
+            console.width = WIDTH_OF_A_FILE
         console.print(Text("\nHosts", style="bold"))
         console.print(_table(facts, examination))
     _show_findings(console, examination, command)
@@ -105,8 +108,7 @@ def _network(facts: Mapping[str, Any]) -> list[str]:
     wrote = facts.get("wrote")
     if wrote:
         kept = f"; what was there is now {wrote['aside']}" if wrote["aside"] else ""
-        values = " ".join(f"{name}={value}" for name, value in wrote["values"].items())
-        lines["wrote"] = f"{wrote['path']}: {values}{kept}"
+        lines["wrote"] = f"{wrote['path']} ({', '.join(wrote['names'])}){kept}"
     return labelled(lines)
 
 
@@ -120,9 +122,10 @@ def _operators(facts: Mapping[str, Any]) -> list[str]:
 
 def _table(facts: Mapping[str, Any], examination: Examination) -> Table:
     table = Table(box=None, pad_edge=True, header_style="bold", padding=(0, 1))
-    for name in ("host", "slots", "GPUs", "memory", "python", "torch", "deepspeed", "free disk", "way", "found"):
-        table.add_column(name, overflow="fold")
+    for name in ("host", "slots", "GPUs", "memory", "disk", "shm", "code", "files", "way", "found"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("host", "memory", "disk", "shm", "way"))
     network = facts.get("network", {})
+    answered = [one for one in facts["hosts"].values() if "error" not in one]
     for host, one in facts["hosts"].items():
         count = sum(finding.host == host and finding.status != 0 for finding in examination.findings)
         verdict = Text("ok", style="green") if not count else Text(f"{count} to mend", style="red")
@@ -133,9 +136,9 @@ def _table(facts: Mapping[str, Any], examination: Examination) -> Table:
         seconds = network.get("round_trip_seconds", {}).get(host)
         interface = network.get("interfaces", {}).get(host) or ""
         way = f"{interface} {seconds * 1000:.1f} ms" if seconds is not None else "-"
-        versions = one["versions"]
+        alike = {name: "same" if one[name] == answered[0][name] else "differs" for name in ("code", "files")}
         table.add_row(
-            host, str(one["slots"]), gpus, size(one["memory"]["total"]), one["python"], versions.get("torch", "-"),
-            versions.get("deepspeed", "-"), size(one["space"]["output"]["free"]), way, verdict,
+            host, str(one["slots"]), gpus, size(one["memory"]["total"]), size(one["space"]["output"]["free"]),
+            size(one["space"]["shm"]["free"]), alike["code"], alike["files"], way, verdict,
         )  # fmt: skip
     return table
