@@ -22,13 +22,15 @@ from typing import Any
 from finetune.errors import FinetuneError
 from finetune.results import METRICS_FILE
 
-LAYERS, HEADS, HEAD_WIDTH, EXPERTS = 2, 4, 16, 4
+LAYERS, HEADS, HEAD_WIDTH = 2, 4, 16
 # What makes a layer wide, by the names that configs use, and how wide it is here.
 WIDTHS = {
     "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "ffn_hidden_size": 128, "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32, "head_dim": HEAD_WIDTH, "q_lora_rank": 16, "kv_lora_rank": 16,
-    "qk_nope_head_dim": HEAD_WIDTH, "qk_rope_head_dim": 8, "v_head_dim": HEAD_WIDTH, "kv_channels": HEAD_WIDTH,
+    "qk_nope_head_dim": HEAD_WIDTH, "qk_rope_head_dim": HEAD_WIDTH, "v_head_dim": HEAD_WIDTH, "kv_channels": HEAD_WIDTH,
 }  # fmt: skip
+COUNTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+          "num_experts_per_tok": 2}  # fmt: skip
 STEPS = 2
 TOLERANCE = 1e-5
 SECONDS_FOR_A_RUN = 300
@@ -38,25 +40,22 @@ def shrunk(config: Any, *, heads: int = HEADS) -> Any:
     """A config of the same architecture at small width: two layers (one of each kind), four heads, four experts."""
     small = type(config)(**config.to_dict())
     text = small.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    layers = LAYERS if not kinds else max(LAYERS, len(set(kinds)))
-    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    grouped = text.num_attention_heads // max(key_heads, 1)
-    found = {name: getattr(text, name, None) for name in WIDTHS}
-    values = {name: min(WIDTHS[name], width) for name, width in found.items() if isinstance(width, int)}
-    values |= {"num_attention_heads": heads, "hidden_size": heads * HEAD_WIDTH, "num_hidden_layers": layers}
-    if hasattr(text, "num_key_value_heads"):
-        values["num_key_value_heads"] = heads if grouped == 1 else max(1, heads // 2)
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if isinstance(getattr(text, name, None), int):
-            values[name] = min(EXPERTS, getattr(text, name))
-    if isinstance(getattr(text, "num_experts_per_tok", None), int):
-        values["num_experts_per_tok"] = min(2, text.num_experts_per_tok)
-    if kinds:
-        first = list(dict.fromkeys(kinds))
-        values["layer_types"] = (first + list(kinds))[:layers]
+    known = text.to_dict()
+    known |= {name: known.get(own) for name, own in text.attribute_map.items()}  # hidden_size is n_embd in GPT-2
+    kinds = list(known.get("layer_types") or ())
+    layers = max(LAYERS, len(set(kinds)))
+    values: dict[str, Any] = {"hidden_size": heads * HEAD_WIDTH, "num_hidden_layers": layers}
+    if "num_attention_heads" in known:
+        key_heads = known.get("num_key_value_heads") or text.num_attention_heads
+        values["num_attention_heads"] = heads
+        values["num_key_value_heads"] = heads if key_heads >= text.num_attention_heads else max(1, heads // 2)
+    for name, most in {**WIDTHS, **COUNTS}.items():
+        if isinstance(known.get(name), int):
+            values[name] = min(most, known[name])
+    values["layer_types"] = [*dict.fromkeys(kinds), *kinds][:layers]
     for name, value in values.items():
-        setattr(text, name, value)
+        if name in known and known[name] is not None:
+            setattr(text, name, value)
     return small
 
 

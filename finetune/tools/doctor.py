@@ -18,7 +18,6 @@ from finetune.arguments import parse_for_doctor
 from finetune.console import quiet_libraries
 from finetune.hardware import prepare_environment
 from finetune.hosts import redacted
-from finetune.preflight import Examination, examine_run, plan_run, show
 
 SUMMARY = "Will this run, will it fit, what would go wrong? Examines a training command and every host of its hostfile."
 
@@ -29,8 +28,10 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: flags of the doctor or of the launcher that cannot be read.
     """
-    prepare_environment()
     choice, flags, words = parse_for_doctor(argv)
+    prepare_environment()
+    from finetune.preflight import Examination, examine_run, plan_run, show  # they need torch; --help does not
+
     examination = Examination()
     run = examination.attempt("command", lambda: plan_run(choice, flags, words))
     if run is not None:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(examination.status)
 
 
-def as_json(examination: Examination) -> dict[str, Any]:
+def as_json(examination: Any) -> dict[str, Any]:
     """For scripts: `status`, `findings`, and the facts of each section."""
     sections = {
         name.replace(" ", "_"): {key: value for key, value in facts.items() if key != "lines"}
