@@ -67,9 +67,11 @@ def is_here(host: str) -> bool:
     return False
 
 
-def ask(hosts: Sequence[str], shell: Shell, words: Sequence[str]) -> dict[str, dict[str, Any] | str]:
+def ask(
+    hosts: Sequence[str], shell: Shell, words: Sequence[str], *, wanted: int | None = None
+) -> dict[str, dict[str, Any] | str]:
     """What each host has (`host_probe.probe`), or in words why it did not answer; all at once, in seconds."""
-    order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words)}
+    order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words), "wanted": wanted}
     source = Path(host_probe.__file__).read_text(encoding="utf-8")
     source += f"\nimport json\nprint(json.dumps(probe(json.loads({json.dumps(order)!r}))))\n"
 
@@ -108,8 +110,22 @@ def compare(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, lis
         first = next(iter(facts))
         for host, found in facts.items():
             faults += [f"{host}: {fault}" for fault in _faults(found, len(slots[host]), facts[first], first)]
+    faults += _twice(facts)
     if faults:
         raise ConfigError(listed(faults, "fault") + "\nnothing was started" if len(faults) > 1 else faults[0])
+
+
+def _twice(facts: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Machines that stand in the hostfile under several names: their ranks would take the same devices."""
+    names: dict[str, list[str]] = {}
+    for host, found in facts.items():
+        if found.get("machine"):
+            names.setdefault(found["machine"], []).append(host)
+    return [
+        f"{' and '.join(alike)} are the same machine: one line with the slots of both in the hostfile"
+        for alike in names.values()
+        if len(alike) > 1
+    ]
 
 
 def _faults(found: dict[str, Any], slots: int, first: dict[str, Any], name: str) -> list[str]:

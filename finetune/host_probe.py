@@ -19,15 +19,17 @@ SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 def probe(order: dict) -> dict:
     """Facts of this host.
 
-    `order` names the `folder` to work in, the `code` that must be there, and `words` of the command line: those that
-    are files or folders here come back with a fingerprint.
+    `order` names the `folder` to work in, the `code` that must be there, `words` of the command line (those that are
+    files or folders here come back with a fingerprint), and the port that is `wanted`, if any.
     """
     facts = {
         "name": socket.gethostname(),
+        "machine": machine(),
         "python": platform.python_version(),
         "versions": versions(),
         "gpus": _gpus(),
         "port": free_port(),
+        "wanted_is_taken": bool(order.get("wanted")) and is_taken(order["wanted"]),
         "route": os.environ.get("SSH_CONNECTION", "").split()[::2],
         "folder": os.path.isdir(order["folder"]),
         "code": code_digest(Path(order["code"])),
@@ -65,6 +67,32 @@ def free_port() -> int:
     with socket.socket() as probing:
         probing.bind(("", 0))
         return probing.getsockname()[1]
+
+
+def is_taken(port: int) -> bool:
+    """Whether somebody listens there, so that a rank cannot."""
+    with socket.socket() as probing:
+        probing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probing.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def machine() -> str:
+    """The same for two names of one machine, and for nothing else: name, boot, and what tells containers apart."""
+    found = [socket.gethostname()]
+    for path, read in (("/proc/sys/kernel/random/boot_id", _line_of), ("/proc/self/ns/net", os.readlink)):
+        try:
+            found.append(read(path))
+        except OSError:
+            continue
+    return " ".join(found)
+
+
+def _line_of(path: str) -> str:
+    return Path(path).read_text().strip()
 
 
 def code_digest(folder: Path) -> str | None:
