@@ -67,12 +67,12 @@ class Cluster:
         )  # fmt: skip
         return self.started[-1]
 
-    def ended(self, run: subprocess.Popen, *, within: float, without: hosts.Host | None = None) -> str:
-        """What it said until it ended, in time and with nothing left behind on any host; `without` is not looked at."""
+    def ended(self, run: subprocess.Popen, *, within: float, without: Sequence[hosts.Host] = ()) -> str:
+        """What it said until it ended: in time, and with nothing left behind on any host but, maybe, `without`."""
         began = time.monotonic()
         said = run.communicate(timeout=LIMIT_SECONDS)[0]
         assert time.monotonic() - began < within, said
-        assert left_behind([node for node in self.nodes if node is not without]) == [], said
+        assert left_behind([node for node in self.nodes if node not in without]) == [], said
         return said
 
     def completed(self, run: subprocess.Popen) -> str:
@@ -83,7 +83,7 @@ class Cluster:
 
     def failed(
         self, run: subprocess.Popen, *named: str, within: float, status: int | None = None,
-        without: hosts.Host | None = None,
+        without: Sequence[hosts.Host] = (),
     ) -> str:  # fmt: skip
         """The page, or all that was said, of a run that failed in time: no traceback in it, but these words."""
         said = self.ended(run, within=within, without=without)

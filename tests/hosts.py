@@ -153,12 +153,9 @@ class Host:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The power fails: no process is left, and no connection is closed; then the host boots again."""
-        deadline = time.monotonic() + LIMIT_SECONDS
-        with self.unplugged():
-            while (numbers := _process_ids(self.namespace)) and time.monotonic() < deadline:
-                _end(numbers)
-            self.daemons[-1].wait(LIMIT_SECONDS)
+        """Every process ends in one instant, sshd too, and the others' connections are reset; then the host boots."""
+        os.kill(self._first(), signal.SIGKILL)
+        self.daemons[-1].wait(LIMIT_SECONDS)
         try:
             yield
         finally:

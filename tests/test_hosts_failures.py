@@ -84,7 +84,7 @@ def test_a_rank_that_raises_two_that_are_killed_and_a_network_that_goes(job, thr
 
     run = started(job, 47)
     with second.unplugged():
-        job.failed(run, "node1", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=second)
+        job.failed(run, "node1", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=[second])
         until_ended(second)
     second.end_processes()  # what sshd has not missed yet
 
@@ -108,13 +108,13 @@ def test_a_host_that_stands_still_and_one_whose_power_fails(job, three_nodes):
     first, second, third = three_nodes
     run = started(job, 7)
     with second.paused():
-        job.failed(run, "node1", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=second)
+        job.failed(run, "node1", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=[second])
     until_ended(second)
     second.end_processes()
 
     run = started(job, 27)
     with third.off():
-        job.failed(run, "node2", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=third)
+        job.failed(run, "node2", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=[third])
 
     completes(job)
 
@@ -126,12 +126,13 @@ def test_the_launching_host_whose_network_goes_is_missed_by_the_others(job, thre
     with first.unplugged():
         for node in (second, third):
             until_ended(node)
-        for _ in range(SECONDS_TO_MISS_A_HOST):  # the ssh that typed the command does not cross the network
-            if run.poll() is not None or not ours(first):
-                break
-            time.sleep(1)
-        assert ours(first) == []
-    job.failed(run, "Go on from", within=SECONDS_TO_END, without=None)
+        until_ended(first)
+    job.failed(run, "can no longer be reached", "Go on from", within=SECONDS_TO_END, without=three_nodes)
+    for node in three_nodes:
+        until_ended(node)
+        node.end_processes()
+
+    completes(job)
 
 
 @pytest.mark.faults
@@ -150,15 +151,12 @@ def test_a_disk_that_is_full_on_one_host_is_named_and_the_run_goes_on_once_there
         run = job.start(*flags)
         said = job.failed(run, "node2", within=120, status=6)
         assert str(job.output) in said, said
-        kept = three_nodes[2].run("find", job.output, "-name", "manifest.json").split()
-        print("kept", kept, three_nodes[2].run("df", "-k", private))
-
         three_nodes[2].resize(private, "1g")
         run = job.start(*flags)
         said = job.ended(run, within=200)
         assert run.returncode == 0, said
-        assert three_nodes[0].run("cat", job.output / "RUN_COMPLETE"), said
-        print(said[-3000:])
+        assert "going on from" in said and "checkpoint-4, step 4" in said
+        assert three_nodes[0].run("cat", job.output / "RUN_COMPLETE")
 
 
 def test_ctrl_c_ends_its_own_job_on_all_hosts_and_no_other(job, three_nodes, tmp_path):
