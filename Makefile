@@ -19,7 +19,7 @@ test-faults: install model tokenizers
 	$(PYTEST) -m faults --share $(SHARE)
 
 test-hosts: install model tokenizers
-	$(PYTEST) -m hosts
+	$(PYTEST) -m "hosts and not faults"
 
 test-gpu: install model tokenizers
 	$(PYTEST) -m gpu

@@ -74,15 +74,15 @@ def is_here(host: str) -> bool:
 
 
 def ask(
-    hosts: Sequence[str], shell: Shell, words: Sequence[str], closely: Mapping[str, Any] | None = None
+    hosts: Sequence[str], shell: Shell, words: Sequence[str], more: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any] | str]:
     """What each host has (`host_probe.probe`), or in words why it did not answer; all at once, in seconds.
 
     Args:
         words: of the command line, some of which name files.
-        closely: what a closer look needs to know besides, see `host_probe`.
+        more: what else is asked, see `host_probe.probe`.
     """
-    order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words), **(closely or {})}
+    order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words), **(more or {})}
     seconds = SECONDS_FOR_A_PROBE if not order.get("full") else SECONDS_FOR_ALL_BYTES
     return on_all({host: order for host in hosts}, shell, "probe", seconds)
 
@@ -158,6 +158,17 @@ def faults_of(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, l
     first = next(iter(facts), "")
     for host, found in facts.items():
         faults += [(host, fault) for fault in _faults(found, len(slots[host]), facts[first], first)]
+    return faults + _twice(facts)
+
+
+def _twice(facts: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Machines that stand in the hostfile under several names: their ranks would take the same devices."""
+    names: dict[str, str] = {}
+    faults = []
+    for host, found in facts.items():
+        machine = found.get("machine")
+        if machine and names.setdefault(machine, host) != host:
+            faults.append((host, f"is the same machine as {names[machine]}: one line with the slots of both"))
     return faults
 
 

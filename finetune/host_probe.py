@@ -28,15 +28,18 @@ def probe(order: dict) -> dict:
     """Facts of this host.
 
     `order` names the `folder` to work in, the `code` that must be there, and `words` of the command line: those that
-    are files or folders here come back with a fingerprint, over all their bytes where `full` is set. With `places`,
-    name -> folder, a host is examined more closely: what `_closely` returns is added.
+    are files or folders here come back with a fingerprint, over all their bytes where `full` is set. It is said whether
+    the port that is `wanted`, if any, is taken. With `places`, name -> folder, a host is examined more closely: what
+    `_closely` returns is added.
     """
     facts = {
         "name": socket.gethostname(),
+        "machine": machine(),
         "python": platform.python_version(),
         "versions": versions(),
         "gpus": count_gpus(),
         "port": free_port(),
+        "wanted_is_taken": bool(order.get("wanted")) and is_taken(order["wanted"]),
         "route": os.environ.get("SSH_CONNECTION", "").split()[::2],
         "folder": os.path.isdir(order["folder"]),
         "code": code_digest(Path(order["code"])),
@@ -57,7 +60,7 @@ def probe(order: dict) -> dict:
 def _closely(order: dict) -> dict:
     """What decides whether a run fits on a host and can meet the others; sizes in bytes, the time in seconds.
 
-    `places` of the order become the free space of the file system that each would be written to; `port` is asked for.
+    `places` of the order become the free space of the file system that each would be written to.
     """
     return {
         "time": time.time(),
@@ -66,7 +69,6 @@ def _closely(order: dict) -> dict:
         "gpu_facts": gpu_facts(),
         "space": {name: space(Path(folder).expanduser()) for name, folder in order["places"].items()},
         "interfaces": interfaces(),
-        "port_is_free": port_is_free(order["port"]),
         "programs": {name: shutil.which(name) is not None for name in ("c++", "g++", "nvcc", "pdsh", "rsync", "ninja")},
         "deepspeed": Path(sys.executable).with_name("deepspeed").exists(),
         "locks": locks(Path(order["extensions"])),
@@ -105,17 +107,6 @@ def interfaces() -> dict:
 def locks(folder: Path) -> list:
     """Files that make torch wait for a build of an operator: (path, age in seconds)."""
     return [(str(path), time.time() - path.stat().st_mtime) for path in folder.glob("**/lock")]
-
-
-def port_is_free(port: int) -> bool:
-    """Whether ranks could meet at this port of this host."""
-    with socket.socket() as probing:
-        probing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probing.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 def remove(order: dict) -> dict:
@@ -221,6 +212,32 @@ def free_port() -> int:
     with socket.socket() as probing:
         probing.bind(("", 0))
         return probing.getsockname()[1]
+
+
+def is_taken(port: int) -> bool:
+    """Whether somebody listens there, so that a rank cannot."""
+    with socket.socket() as probing:
+        probing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probing.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def machine() -> str:
+    """The same for two names of one machine, and for nothing else: name, boot, and what tells containers apart."""
+    found = [socket.gethostname()]
+    for path, read in (("/proc/sys/kernel/random/boot_id", _line_of), ("/proc/self/ns/net", os.readlink)):
+        try:
+            found.append(read(path))
+        except OSError:
+            continue
+    return " ".join(found)
+
+
+def _line_of(path: str) -> str:
+    return Path(path).read_text().strip()
 
 
 def code_digest(folder: Path) -> str | None:

@@ -170,6 +170,16 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
         yield nodes
 
 
+@pytest.fixture(scope="session")
+def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
+    """Three hosts."""
+    import hosts
+
+    hosts.require()
+    with hosts.running(3, tmp_path_factory.mktemp("hosts")) as nodes:
+        yield nodes
+
+
 @pytest.fixture(scope="module")
 def runner():
     """The real launcher, imported once; it logs what it refuses."""

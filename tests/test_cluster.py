@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import cluster
+from finetune import cluster, host_probe
 from finetune.errors import ConfigError
 
 FACTS = {
@@ -55,6 +56,23 @@ def test_what_differs_is_named_by_host(changed, message):
 def test_all_faults_of_all_hosts_are_named_at_once():
     said = compared(python="3.10.2", code="bb", gpus=4)
     assert said.startswith("3 faults:") and said.endswith("nothing was started")
+
+
+def test_a_machine_under_two_names_is_named_with_both():
+    slots = {name: list(range(8)) for name in ("node0", "node1", "10.0.0.6")}
+    with pytest.raises(ConfigError, match="^10.0.0.6: is the same machine as node1: one line with the slots of both"):
+        cluster.compare(
+            {"node0": {**FACTS, "machine": "a"}, **{name: {**FACTS, "machine": "b"} for name in list(slots)[1:]}}, slots
+        )
+
+
+def test_a_port_is_taken_while_somebody_listens_there():
+    port = cluster.free_port()
+    assert not host_probe.is_taken(port)
+    with socket.create_server(("", port)):
+        assert host_probe.is_taken(port)
+    assert not host_probe.is_taken(port)
+    assert host_probe.machine() == host_probe.machine() != ""
 
 
 def test_ranks_meet_where_ssh_came_and_not_at_a_loopback():

@@ -122,6 +122,22 @@ def test_the_cause_is_told_from_its_echo(hub, monkeypatch):
     assert "rank 0 on a" in verdict.also[0] and "Connection reset by peer" in verdict.also[0]
 
 
+def test_a_host_that_vanished_is_blamed_where_the_others_only_heard_of_it(hub, monkeypatch):
+    echo = "RuntimeError: Read error [127.0.0.1]:9: Connection reset by peer"
+    for rank in (0, 1):
+        hub.report(Failure(kind="exception", rank=rank, host="ab"[rank], error=echo))
+    hub.members[2].wire.close()
+    verdict = settled(hub, monkeypatch)
+    assert (verdict.kind, verdict.host) == ("lost", "c") and "its connection ended" in verdict.error
+    assert len(verdict.also) == 2
+
+
+def test_a_rank_with_a_reason_of_its_own_is_blamed_whoever_vanished_after_it(hub, monkeypatch):
+    hub.report(Failure(kind="exception", rank=1, host="b", error="ValueError: out of range"))
+    hub.members[2].wire.close()
+    assert settled(hub, monkeypatch).rank == 1
+
+
 def test_only_those_with_the_key_are_let_in():
     port = str(ranks.free_port())
     hub = Hub(order(3, port), "key")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,8 +23,12 @@ pytestmark = pytest.mark.hosts
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 LIMIT_SECONDS = 240
 SECONDS_TO_END = 10
-# The launcher hands these on to every host; gloo alone would announce 127.0.0.1.
-ENVIRONMENT = "GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nHF_HUB_OFFLINE=1\n"
+# The launcher hands these on to every host; gloo alone would announce 127.0.0.1. Prepared data and compiled operators
+# are those of the other tests.
+ENVIRONMENT = (
+    "GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nHF_HUB_OFFLINE=1\n"
+    f"TORCH_EXTENSIONS_DIR={os.environ['TORCH_EXTENSIONS_DIR']}\nXDG_CACHE_HOME={os.environ['XDG_CACHE_HOME']}\n"
+)
 SHORT = (
     "--num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 1e-2 --lr_scheduler_type constant "
     "--logging_steps 1 --save_strategy epoch"

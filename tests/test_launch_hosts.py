@@ -39,7 +39,8 @@ def start(nodes, tmp_path, tiny_model) -> Iterator[Start]:
 
     def run(*flags: str | Path, launcher: tuple[str, ...] = ("--hostfile=hostfile",)) -> subprocess.Popen:
         named = ("--model_name_or_path", tiny_model, "--data_path", "data dir/rows.json", "--output_dir", "output")
-        environment = ("env", "DS_ACCELERATOR=cpu", f"PDSH_SSH_ARGS_APPEND=-F {first.folder / 'ssh_config'}")
+        environment = ["env", "DS_ACCELERATOR=cpu", f"PDSH_SSH_ARGS_APPEND=-F {first.folder / 'ssh_config'}"]
+        environment.append(f"PYTHONPATH={ROOT}")  # this clone, whichever is installed
         words = (FINETUNE, "launch", *launcher, ROOT / "finetune/finetune.py", *named, *flags)
         started.append(
             subprocess.Popen(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from finetune.failures import PHASES, Failure, first_of, one_line
+from finetune.failures import PHASES, Failure, first_of, is_consequence, one_line
 from finetune.guard.wire import Wire, candidate_ports, listen
 
 SECONDS_OF_SILENCE = 30.0  # behind which a host counts as lost
@@ -190,6 +190,9 @@ class Hub:
             self._look_for_the_stuck()
         if self.verdict is None and self.first_sign is not None and now - self.first_sign >= SECONDS_TO_SETTLE:
             first = first_of(self.reported)
+            if is_consequence(first.error) and (gone := self._vanished()) is not None:
+                self._lose(gone, "its connection ended")  # what the others only heard of
+                first = self.reported[-1]
             others = [one_line(one) for one in self.reported if one.error != first.error]
             self.verdict = replace(first, also=[*first.also, *others])
             self._close_door()
@@ -219,12 +222,19 @@ class Hub:
             gone = member.closed_at is not None and now - member.closed_at > SECONDS_FOR_A_GOODBYE
             if gone or now - member.heard > SECONDS_OF_SILENCE:
                 how = "its connection ended" if gone else f"nothing was heard of it for {SECONDS_OF_SILENCE:.0f} s"
-                ranks = [one.rank for one in self.members.values() if one.host == member.host]
-                self.report(
-                    self._failure(member, "lost", f"the guard of rank {member.rank} on {member.host} is gone: {how}",
-                                  ranks=ranks)
-                )  # fmt: skip
+                self._lose(member, how)
                 return
+
+    def _lose(self, member: Member, how: str) -> None:
+        ranks = [one.rank for one in self.members.values() if one.host == member.host]
+        text = f"the guard of rank {member.rank} on {member.host} is gone: {how}"
+        self.report(self._failure(member, "lost", text, ranks=ranks))
+
+    def _vanished(self) -> Member | None:
+        """One whose connection ended without a goodbye and without a word of what went wrong."""
+        heard = {one.rank for one in self.reported}
+        silent = (one for one in self.members.values() if one.bye is None and one.rank not in heard)
+        return next((one for one in silent if one.closed_at is not None), None)
 
     def _look_for_missing(self, now: float, limits: Limits) -> None:
         if self.listening is None or not limits.meeting or now - self.started < limits.meeting:

@@ -35,7 +35,7 @@ class Places:
         """As `host_probe.probe` takes it."""
         places = {"output": self.output, "shm": "/dev/shm", "temporary": os.environ.get("TMPDIR", "/tmp")}
         extensions = os.environ["TORCH_EXTENSIONS_DIR"]
-        return {"places": places, "port": self.port, "extensions": extensions, "full": self.full}
+        return {"places": places, "wanted": self.port, "extensions": extensions, "full": self.full}
 
 
 def examine_hosts(
@@ -45,11 +45,10 @@ def examine_hosts(
     answers = cluster.ask(list(slots), shell, cluster.shared_words(words), places.order())
     examination.mend_all("hosts", cluster.faults_of(answers, slots))
     found = {host: answer for host, answer in answers.items() if not isinstance(answer, str) and "space" in answer}
-    examination.mend_all("hosts", _same_machines(found))
     for host, facts in found.items():
         look_closely(examination, host, facts, len(slots[host]))
     first = next(iter(slots))
-    if first in found and not found[first]["port_is_free"]:
+    if first in found and found[first]["wanted_is_taken"]:
         if places.port_was_given:
             text = f"port {places.port} is taken: give another --master_port, or leave the flag out"
             examination.mend("network", text, host=first)
@@ -89,18 +88,6 @@ def look_closely(examination: Examination, host: str, facts: Mapping[str, Any], 
     if busy:
         text = f"{len(busy)} GPUs are in use by others (up to {max(one['used'] for one in busy) / 2**30:.1f} GiB)"
         examination.warn("hosts", text, host=host)
-
-
-def _same_machines(found: Answers) -> list[tuple[str, str]]:
-    """Hosts that are one machine under two names: its GPUs would be dealt out twice."""
-    seen: dict[Any, str] = {}
-    faults = []
-    for host, facts in found.items():
-        machine = (facts["name"], *sorted(value for value in facts["interfaces"].values() if value != "127.0.0.1"))
-        if machine in seen:
-            faults.append((host, f"is the same machine as {seen[machine]}: name it once, with all its slots"))
-        seen.setdefault(machine, host)
-    return faults
 
 
 def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,10 +147,16 @@ def check_hosts(
     if flags.no_ssh_check and flags.master_addr and given_port:
         return flags.master_addr, given_port
     hosts = list(slots)[:1] if flags.no_ssh_check else list(slots)
-    answers = cluster.ask(hosts, shell, cluster.shared_words(words))
+    answers = cluster.ask(hosts, shell, cluster.shared_words(words), {"wanted": given_port})
     cluster.compare(answers, slots)
+    first = next(iter(answers.values()))
+    if first["wanted_is_taken"]:
+        raise ConfigError(
+            f"{hosts[0]}: --master_port {given_port} is taken: leave the flag out, and a free one is found; or end "
+            f"what listens there (`ss -ltnp | grep {given_port}` shows it)"
+        )
     if flags.master_addr:
-        return flags.master_addr, given_port or next(iter(answers.values()))["port"]
+        return flags.master_addr, given_port or first["port"]
     address, port = cluster.meeting_place(answers)
     return address, given_port or port
 
