@@ -177,7 +177,12 @@ def window_of(config: Any, longest: int) -> int | None:
 
 def selects_logits(model: Any) -> bool:
     """Whether the model computes logits at given positions alone: `logits_to_keep` as transformers implements it."""
-    forward = inspect.unwrap(type(_base(model)).forward)
+    return code_selects_logits(type(_base(model)))
+
+
+def code_selects_logits(code: type) -> bool:
+    """The same of a model's class."""
+    forward = inspect.unwrap(code.forward)
     return "logits_to_keep" in inspect.signature(forward).parameters and "slice_logits_to_keep" in forward.__globals__
 
 

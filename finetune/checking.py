@@ -254,8 +254,12 @@ def _checkpointing(arguments: Arguments, checked: model.CheckedModel) -> tuple[b
     return wanted, _checkpointing_advice(arguments) if wanted else []
 
 
-def _checkpointing_advice(arguments: Arguments) -> list[str]:
-    """When the options that were given pay."""
+def checkpointing_options(arguments: Arguments) -> tuple[int, bool]:
+    """Which layers are checkpointed, each n-th, and whether what they keep waits in host memory.
+
+    Raises:
+        ConfigError: not a JSON object of numbers and booleans.
+    """
     given = arguments.given("activation_checkpointing_kwargs") or "{}"
     try:
         options = json.loads(given)
@@ -264,6 +268,12 @@ def _checkpointing_advice(arguments: Arguments) -> list[str]:
         raise ConfigError(
             f'--activation_checkpointing_kwargs {given}: expected a JSON object such as {{"every_n_layers": 2}}'
         ) from None
+    return every, offload
+
+
+def _checkpointing_advice(arguments: Arguments) -> list[str]:
+    """When the options that were given pay."""
+    every, offload = checkpointing_options(arguments)
     lines = []
     if every > 1:
         lines.append(

@@ -25,13 +25,14 @@ BLOCK_BYTES, BLOCKS_READ = 1 << 18, 64
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """What `check` learned: the model's config, the attention it will use, and lines for the user."""
+    """What `check` learned: the model's config and class, the attention it will use, and lines for the user."""
 
     name: str
     revision: str | None
     config: Any
     attention: str
     can_checkpoint: bool
+    code: type
     notes: tuple[str, ...]
 
     @cached_property
@@ -67,7 +68,7 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool, at
         notes = [code] if code else []
         notes += [] if candidate == attention else [f"this model has no {attention} attention: using {candidate}"]
         return CheckedModel(
-            name, revision, config, candidate, bool(empty.supports_gradient_checkpointing), tuple(notes)
+            name, revision, config, candidate, bool(empty.supports_gradient_checkpointing), type(empty), tuple(notes)
         )
     raise AssertionError("the last candidate either returned or raised")
 
@@ -126,7 +127,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
     if must_grow(checked, tokenizer):
-        model.resize_token_embeddings(_rows_needed(tokenizer))
+        model.resize_token_embeddings(rows_needed(tokenizer))
     if stop_token_id is not None and model.generation_config is not None:
         _stop_at(model.generation_config, stop_token_id)
     return model
@@ -190,10 +191,11 @@ def _commit_of(name: str, revision: str | None) -> str | None:
 
 def must_grow(checked: CheckedModel, tokenizer: Any) -> bool:
     """Whether the tokenizer has tokens for which the model has no embedding yet."""
-    return _rows_needed(tokenizer) > checked.config.get_text_config().vocab_size
+    return rows_needed(tokenizer) > checked.config.get_text_config().vocab_size
 
 
-def _rows_needed(tokenizer: Any) -> int:
+def rows_needed(tokenizer: Any) -> int:
+    """Rows of the embeddings that give every token one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

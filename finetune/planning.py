@@ -18,6 +18,38 @@ from finetune.sampling import Sampler, Shape
 from finetune.skipping import places_of
 
 
+def attach_adapter(arguments: Arguments, base: Any, *, grows: bool, computes_initial: bool = True) -> Any:
+    """The base model with the adapter that the flags describe.
+
+    Args:
+        grows: the embeddings get rows for new tokens, which must be trained too.
+        computes_initial: start as --init_lora_weights says; else with the plain start, for a model without weights.
+
+    Raises:
+        ConfigError: no such module, or an adapter that cannot train new embeddings.
+    """
+    chosen, revision = arguments.adapter, arguments.model.model_revision
+    if chosen.kind() != "lora":
+        if grows:
+            raise ConfigError(
+                f"--adapter {chosen.kind()} cannot train the embeddings of new tokens: use --use_lora True"
+            )
+        return adapters.attach_virtual_tokens(base, chosen.kind(), chosen.num_virtual_tokens, base_revision=revision)
+    return adapters.attach_lora(
+        base,
+        r=chosen.lora_r,
+        alpha=chosen.lora_alpha,
+        dropout=chosen.lora_dropout,
+        target_modules=chosen.lora_target_modules,
+        modules_to_save=chosen.modules_to_save,
+        use_dora=chosen.use_dora,
+        use_rslora=chosen.use_rslora,
+        init_lora_weights=chosen.init_lora_weights if computes_initial else "default",
+        train_embeddings=grows,
+        base_revision=revision,
+    )
+
+
 @timed("model")
 def settle(
     arguments: Arguments, setup: Setup, training_arguments: Any, trained: Any, tokenizer: Any, data: PreparedData

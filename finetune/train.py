@@ -30,7 +30,7 @@ from finetune.errors import ConfigError, own_process, reported
 from finetune.guard import guarded
 from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
 from finetune.metrics import cut_metrics, loss_curve, model_flops, timed
-from finetune.planning import plan, settle
+from finetune.planning import attach_adapter, plan, settle
 from finetune.preparing import prepare_data
 from finetune.ranks import Disk, find_disk, join_processes, leave_processes, on_rank_0, together
 from finetune.rendering import ChatFormat, stop_token_id
@@ -210,32 +210,10 @@ def attach(arguments: Arguments, setup: Setup, base: Any, tokenizer: Any) -> Any
     """The model that is trained: the base itself, or the base with an adapter."""
     from transformers import set_seed
 
-    chosen = arguments.adapter
-    if chosen.kind() is None:
+    if arguments.adapter.kind() is None:
         return base
     set_seed(arguments.given("seed"))  # the Trainer sets it only later, and loading draws numbers under ZeRO-3
-    grows = model.must_grow(setup.model, tokenizer)
-    if chosen.kind() != "lora":
-        if grows:
-            raise ConfigError(
-                f"--adapter {chosen.kind()} cannot train the embeddings of new tokens: use --use_lora True"
-            )
-        return adapters.attach_virtual_tokens(
-            base, chosen.kind(), chosen.num_virtual_tokens, base_revision=arguments.model.model_revision
-        )
-    return adapters.attach_lora(
-        base,
-        r=chosen.lora_r,
-        alpha=chosen.lora_alpha,
-        dropout=chosen.lora_dropout,
-        target_modules=chosen.lora_target_modules,
-        modules_to_save=chosen.modules_to_save,
-        use_dora=chosen.use_dora,
-        use_rslora=chosen.use_rslora,
-        init_lora_weights=chosen.init_lora_weights,
-        train_embeddings=grows,
-        base_revision=arguments.model.model_revision,
-    )
+    return attach_adapter(arguments, base, grows=model.must_grow(setup.model, tokenizer))
 
 
 def fit(

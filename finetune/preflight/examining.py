@@ -44,13 +44,13 @@ def examine_run(examination: Examination, run: PlannedRun, say: Say) -> None:
     say("examining flags and model")
     setup = examination.attempt("configuration", lambda: examine(run.arguments, found, world_of(slots)))
     say("reading the data")
-    data = examination.attempt("data", lambda: _read(examination, run, say))
+    read = examination.attempt("data", lambda: _read(examination, run, say))
     examine_machine(examination, here)
     if setup is not None:
         _note_configuration(examination, setup, slots)
-        if data is not None:
+        if read is not None:
             say("computing memory and disk")
-            examine_resources(examination, run, setup, data, slots, answers)
+            examine_resources(examination, run, setup, *read, slots, answers)
         names = operators_of(setup.zero.config if setup.zero else None, use_cpu=setup.hardware.use_cpu)
         if names and not examination.failed("hosts"):
             say(f"building {', '.join(names)} where it is not built yet")
@@ -69,13 +69,13 @@ def _order(run: PlannedRun) -> dict[str, Any]:
     return {"folder": os.getcwd(), "code": str(cluster.ROOT / "finetune"), "words": shared(run), **run.places.order()}
 
 
-def _read(examination: Examination, run: PlannedRun, say: Say) -> PreparedData:
-    _, chat_format, data = prepare_data(run.arguments.model, run.arguments.data, say)
+def _read(examination: Examination, run: PlannedRun, say: Say) -> tuple[Any, PreparedData]:
+    tokenizer, chat_format, data = prepare_data(run.arguments.model, run.arguments.data, say)
     summary = data.summary
     lines = [*summary.lines(), f"format    {chat_format.name}"]
     examination.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
     check_usable(data, run.arguments.data.max_dropped_rows)
-    return data
+    return tokenizer, data
 
 
 def _note_configuration(examination: Examination, setup: Setup, slots: dict[str, list[int]]) -> None:

@@ -2,37 +2,78 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from finetune.attention import config_obstacle
-from finetune.checking import Setup
+from finetune import memory, model
+from finetune.arguments import Arguments
+from finetune.attention import code_selects_logits, config_obstacle
+from finetune.checking import Setup, checkpointing_options
 from finetune.dataset import PreparedData
+from finetune.errors import FinetuneError, StorageError
+from finetune.memory import Job, Shape
+from finetune.planning import attach_adapter
 from finetune.preflight.findings import Examination
 from finetune.preflight.forecast import Batches, foresee
 from finetune.preflight.hosts import Answers
 from finetune.preflight.planned import PlannedRun
-from finetune.preflight.showing import labelled
+from finetune.preflight.showing import labelled, size
+from finetune.shapes import shape_of, stored_bytes
+
+# What DeepSpeed takes where a config leaves a size out (deepspeed/runtime/zero/config.py, 0.19.8).
+DEFAULT_SIZES = {
+    "reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
+}  # fmt: skip
+STATUS_OF_NO_MEMORY = 1  # what a run that runs out of it ends with
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that the hosts have: each device (None: not known), the memory of the fullest host, the output's disk."""
+
+    device: float | None
+    host: float
+    disks: dict[str, float]
 
 
 def examine_resources(
     examination: Examination,
     run: PlannedRun,
     setup: Setup,
+    tokenizer: Any,
     data: PreparedData,
     slots: dict[str, list[int]],
     answers: Answers,
 ) -> None:
     """Batches and steps, then bytes: of each device, each host's memory, each disk."""
-    longest = data.summary.longest
+    obstacle = config_obstacle(setup.model.config, data.summary.longest)
+    selects = code_selects_logits(setup.model.code)
     batches = examination.attempt(
-        "configuration",
-        lambda: foresee(
-            run.arguments, setup, data, selects_logits=True, obstacle=config_obstacle(setup.model.config, longest)
-        ),
+        "configuration", lambda: foresee(run.arguments, setup, data, selects_logits=selects, obstacle=obstacle)
     )
     if batches is None:
         return
     _note_batches(examination, run, setup, batches)
+    room = _room(setup, slots, answers)
+    try:
+        shape = _shape(run.arguments, setup, tokenizer)
+    except FinetuneError as error:
+        examination.mend("configuration", str(error), status=error.status)
+        return
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError) as error:
+        examination.warn("memory", f"not foreseen: this model's code cannot be built without weights: {error}")
+        return
+    job = job_of(run.arguments, setup, batches, ranks_on_host=max(map(len, slots.values())))
+    found = memory.estimate(shape, job)
+    facts = _facts(shape, job, found, room)
+    examination.facts["memory"] = facts
+    if not facts["fits"]:
+        _mend_memory(examination, run, setup, tokenizer, shape, job, found, room)
+    _examine_disks(examination, found, room, saves=job.keep_checkpoints != 0)
 
 
 def _note_batches(examination: Examination, run: PlannedRun, setup: Setup, batches: Batches) -> None:
@@ -44,3 +85,181 @@ def _note_batches(examination: Examination, run: PlannedRun, setup: Setup, batch
         "length": f"{facts['steps']:,} steps, {facts['steps_per_epoch']:,} an epoch",
     }
     configuration["lines"] += [*labelled(lines), *(f"note: {note}" for note in batches.form.notes)]
+
+
+def _shape(arguments: Arguments, setup: Setup, tokenizer: Any, *, adapter: bool | None = None) -> Shape:
+    """The model that is trained; `adapter`: with one, whatever the flags say."""
+    grows = model.must_grow(setup.model, tokenizer)
+    attach = None
+    if arguments.adapter.kind() is not None or adapter:
+        given = arguments
+        if arguments.adapter.kind() is None:
+            given = replace(arguments, adapter=replace(arguments.adapter, use_lora=True))
+
+        def attach(base: Any) -> Any:
+            return attach_adapter(given, base, grows=grows, computes_initial=False)
+
+    return shape_of(
+        setup.model.config,
+        precision=setup.hardware.precision,
+        attach=attach,
+        vocabulary=model.rows_needed(tokenizer) if grows else None,
+        stored_bytes=stored_bytes(Path(setup.model.name).expanduser()),
+        trust_remote_code=arguments.model.trusts_code(),
+    )
+
+
+def job_of(arguments: Arguments, setup: Setup, batches: Batches, *, ranks_on_host: int) -> Job:
+    """The run in the planner's numbers; its sizes are those that DeepSpeed gets."""
+    config = setup.zero.config if setup.zero else {}
+    zero = config.get("zero_optimization", {})
+
+    def sized(name: str) -> int | None:
+        value = zero.get(name, DEFAULT_SIZES[name])
+        return None if value == "auto" else int(value)
+
+    def place(name: str) -> Any:
+        return (zero.get(name) or {}).get("device") or "none"
+
+    every, to_host = checkpointing_options(arguments) if setup.activation_checkpointing else (0, False)
+    stage = setup.zero.stage if setup.zero else None
+    return Job(
+        stage=stage,
+        ranks=setup.world_size,
+        ranks_on_host=ranks_on_host,
+        tokens=batches.tokens,
+        learned=batches.learned,
+        rows=batches.rows,
+        longest=batches.longest,
+        padded=batches.form.batching == "padded",
+        precision=setup.hardware.precision,
+        use_cpu=setup.hardware.use_cpu,
+        checkpoint_every=every,
+        checkpoints_to_host=to_host,
+        accumulation=arguments.given("gradient_accumulation_steps"),
+        offload_optimizer=place("offload_optimizer"),
+        offload_parameters=place("offload_param"),
+        reduce_bucket=sized("reduce_bucket_size"),
+        prefetch_bucket=sized("stage3_prefetch_bucket_size"),
+        persistence_threshold=sized("stage3_param_persistence_threshold"),
+        max_live=sized("stage3_max_live_parameters") or DEFAULT_SIZES["stage3_max_live_parameters"],
+        sub_group=sized("sub_group_size") or DEFAULT_SIZES["sub_group_size"],
+        overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+        sequence_parallel=arguments.batch.sequence_parallel_size,
+        hpz=zero.get("zero_hpz_partition_size", 1),
+        keep_checkpoints=_checkpoints(arguments, batches),
+        only_model=bool(arguments.given("save_only_model")),
+    )
+
+
+def _checkpoints(arguments: Arguments, batches: Batches) -> int:
+    """How many lie there at the end: those that are made, and of them at most --save_total_limit."""
+    strategy, every = arguments.given("save_strategy"), arguments.given("save_steps")
+    if strategy == "no":
+        return 0
+    made = math.ceil(batches.steps / max(batches.sampler.steps_per_epoch, 1))
+    if strategy == "steps":
+        made = math.ceil(batches.steps / (every if every >= 1 else max(1, round(every * batches.steps))))
+    limit = arguments.given("save_total_limit")
+    return min(made, limit) if limit and limit > 0 else made
+
+
+def _room(setup: Setup, slots: dict[str, list[int]], answers: Answers) -> Room:
+    disks = {host: facts["space"]["output"]["free"] for host, facts in answers.items()}
+    free = min((facts["memory"]["available"] for facts in answers.values()), default=0)
+    if setup.hardware.use_cpu:
+        return Room(None, free, disks)
+    gpus = [one["memory"] for host, facts in answers.items() for one in facts["gpu_facts"][: len(slots[host])]]
+    return Room(min(gpus) if gpus else None, free, disks)
+
+
+def _facts(shape: Shape, job: Job, found: memory.Estimate, room: Room) -> dict[str, Any]:
+    fits = found.host_total <= room.host and (room.device is None or found.device_total <= room.device)
+    biggest = sorted(found.device.items(), key=lambda one: -one[1])
+    what = "each rank's process grows by" if job.use_cpu else "each GPU"
+    of = "" if room.device is None else f" of {size(room.device)}"
+    parts = ", ".join(f"{name} {size(value)}" for name, value in biggest if value >= 0.01 * found.device_total)
+    kept = "" if found.kept is None or not job.keep_checkpoints else f"; at most {size(found.kept)} in all"
+    lines = {
+        "trained": f"{shape.trainable:,} of {shape.parameters:,} parameters",
+        "largest": f"{job.tokens:,} tokens in a rank's largest micro-batch, {job.learned:,} of them get logits",
+        what
+        if not job.use_cpu
+        else "each rank": f"{'' if not job.use_cpu else 'grows by '}{size(found.device_total)}{of}, "
+        f"at most in the {found.phase}",
+        "": parts,
+        "each host": f"{size(found.host_loading)} while loading, {size(found.host_training)} while training, "
+        f"{size(found.host_saving)} while saving; {size(room.host)} are free",
+        "disk": f"{size(found.checkpoint_total)} a checkpoint, {size(found.result)} the result{kept}; "
+        f"{size(min(room.disks.values(), default=0))} are free",
+    }
+    return {
+        "fits": fits,
+        "device": {
+            "parts": {name: round(value) for name, value in found.device.items()},
+            "total": round(found.device_total), "phase": found.phase, "capacity": room.device,
+            "by_phase": {name: round(value) for name, value in found.by_phase.items()},
+        },
+        "host": {
+            "loading": round(found.host_loading), "training": round(found.host_training),
+            "saving": round(found.host_saving), "free": room.host,
+        },
+        "disk": {
+            "checkpoint": {name: round(value) for name, value in found.checkpoint.items()},
+            "result": round(found.result), "kept": None if found.kept is None else round(found.kept),
+            "free": room.disks,
+        },
+        "parameters": shape.parameters,
+        "trainable": shape.trainable,
+        "lines": labelled(lines),
+    }  # fmt: skip
+
+
+def _mend_memory(
+    examination: Examination,
+    run: PlannedRun,
+    setup: Setup,
+    tokenizer: Any,
+    shape: Shape,
+    job: Job,
+    found: memory.Estimate,
+    room: Room,
+) -> None:
+    """Say by how much it does not fit, and the cheapest changes that make it fit."""
+    adapter = None
+    if run.arguments.adapter.kind() is None:
+        adapter = _shape(run.arguments, setup, tokenizer, adapter=True)
+    device = math.inf if room.device is None else room.device
+    changes = memory.changes_that_fit(shape, job, device, room.host, with_adapter=adapter)
+    if room.device is not None and found.device_total > room.device:
+        text = f"each GPU needs {size(found.device_total)} and has {size(room.device)}"
+    else:
+        text = f"a host needs {size(found.host_total)} of memory and has {size(room.host)} free"
+    facts = [
+        {"flags": list(one.flags), "words": one.words, "slower": one.slower, "device": round(one.estimate.device_total),
+         "host": round(one.estimate.host_total)}
+        for one in changes
+    ]  # fmt: skip
+    examination.facts["memory"]["changes"] = facts
+    shown = [
+        f"\n     {' '.join(one.flags)}: {one.words}, {size(one.estimate.device_total)} each, "
+        f"about {one.slower:.2f} times as long a step"
+        for one in changes
+    ]
+    advice = "; the cheapest changes that make it fit:" + "".join(shown) if shown else "; nothing that was tried fits"
+    examination.mend("memory", text + advice, status=STATUS_OF_NO_MEMORY)
+
+
+def _examine_disks(examination: Examination, found: memory.Estimate, room: Room, *, saves: bool) -> None:
+    needed = found.result if not saves else found.kept
+    if needed is None:
+        needed = found.result + found.checkpoint_total
+        text = "every checkpoint is kept: give --save_total_limit, or see that the disk is large enough"
+        examination.warn("disk", f"{size(found.checkpoint_total)} each, {text}")
+    for host, free in room.disks.items():
+        if free < needed:
+            text = (
+                f"the disk of --output_dir has {size(free)} free, a run writes up to {size(needed)}: make room, lower "
+                "--save_total_limit, or take --save_only_model True"
+            )
+            examination.mend("disk", text, status=StorageError.status, host=host)
