@@ -15,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from finetune import guard, numbers, stopping
 from finetune.console import is_rank_0, is_terminal, say, say_note
-from finetune.hardware import resume_collection, return_freed_memory
+from finetune.hardware import keep_freed_blocks, resume_collection
 from finetune.metrics import append_metrics
 from finetune.numbers import Count, Scale, Straggler, Stragglers
 from finetune.ranks import gathered, gathered_numbers, host_names, together
@@ -30,7 +30,7 @@ class Beginning(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_plan(state.max_steps)
         resume_collection()
-        return_freed_memory()
+        keep_freed_blocks()
         self.begin()
 
 
