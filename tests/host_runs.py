@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hosts
 from conftest import ROOT, ROWS, write_rows
@@ -43,6 +45,17 @@ class Cluster:
         words = (sys.executable, "-m", "finetune", "launch", "--hostfile=hostfile", *launcher)
         return self._type(words, flags, environment)
 
+    def doctor(self, *flags: str | Path) -> tuple[int, dict[str, Any]]:
+        """The status that `finetune doctor`, typed on the first host, ends with, and what it found, as JSON."""
+        words = (sys.executable, "-m", "finetune", "doctor", "--json", "--hostfile=hostfile")
+        run = self._type(words, flags, {})
+        said, complained = run.communicate(timeout=LIMIT_SECONDS)
+        assert "Traceback" not in complained, complained
+        found = json.loads(said)
+        assert found["status"] == run.returncode, complained
+        assert left_behind(self.nodes) == []
+        return run.returncode, found
+
     def start_deepspeed(self, *flags: str | Path, launcher: Sequence[str] = ()) -> subprocess.Popen:
         """The bare `deepspeed` command, with pdsh."""
         place = ("--no_ssh_check", "--master_addr", self.nodes[0].address)
@@ -62,7 +75,7 @@ class Cluster:
         self.started.append(
             subprocess.Popen(
                 self.nodes[0].command(typed, self.folder), stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE if "--json" in words else subprocess.STDOUT, text=True,
             )
         )  # fmt: skip
         return self.started[-1]
