@@ -137,9 +137,11 @@ def examine_network(
     others = {host: name for host, name in ways.interfaces.items() if host != first}
     name_of_first = _interface_of(address, answers[first]["interfaces"])
     facts["interfaces"] = {first: name_of_first, **others}
-    _check_interfaces(examination, environment, answers)
     if writes_environment:
         environment |= _write_environment(examination, facts, backend, slots, answers)
+    _check_interfaces(examination, environment, answers)
+    if examination.failed("network"):
+        return
     reduction = interconnect.all_reduce(
         slots, shell, address=address, port=port, backend=backend, environment=environment
     )

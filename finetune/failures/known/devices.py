@@ -26,7 +26,7 @@ DEVICES = (
         "already uses it (`nvidia-smi`).",
         "Go down the table of ds_configs/README.md: `--deepspeed zero3`, then zero3_offload; more GPUs help under "
         "stage 3; "
-        "--use_lora True needs far less.",
+        "--use_lora True needs far less. `finetune doctor` with the same flags says what would fit.",
         seen=GPU_IS_FULL,
         phases=("start", "meeting", "model"),
     ),
@@ -36,7 +36,7 @@ DEVICES = (
         "states.",
         "In this order: --gradient_checkpointing True; half of --per_device_train_batch_size and twice "
         "--gradient_accumulation_steps; a shorter --model_max_length, or --sequence_parallel_size 2; "
-        "`--deepspeed zero3`, then zero3_offload.",
+        "`--deepspeed zero3`, then zero3_offload. `finetune doctor` with the same flags says which of these fit.",
         seen=GPU_IS_FULL,
     ),
     Known(

@@ -7,9 +7,9 @@ from finetune.failures.known.processes import CONTINUE
 
 INTERFACE = (
     "Name the interface that joins the hosts in `.deepspeed_env` (`ip addr` shows them): GLOO_SOCKET_IFNAME=eth0 and "
-    "NCCL_SOCKET_IFNAME=eth0"
+    "NCCL_SOCKET_IFNAME=eth0; `finetune doctor ... --write_env` finds it and writes the file"
 )
-TRY_SSH = "Try `ssh -o BatchMode=yes HOST hostname` for each host of the hostfile"
+TRY_SSH = "Try `ssh -o BatchMode=yes HOST hostname` for each host of the hostfile, or ask `finetune doctor`"
 
 HOSTS = (
     Known(

@@ -169,9 +169,9 @@ BARE = (
         "some ranks never arrived",
         "Their hosts did not start them, they died before they could say why, or the network does not let them reach "
         "the first host.",
-        "Start with `finetune launch` in place of `deepspeed`: it asks every host first. Look at the output of those "
-        "hosts, try `ssh -o BatchMode=yes HOST hostname`, the same path and environment on each; give --master_addr an "
-        "address that all hosts reach, and open its port (--master_port).",
+        "Type the same command with `finetune doctor` in place of `deepspeed finetune/finetune.py`: it asks every "
+        "host, tries the way to the first one, and lets all ranks meet. Then open the port (--master_port), give "
+        "--master_addr an address that all hosts reach, or name the interface (--write_env).",
         kinds=("missing",),
     ),
     Known(
