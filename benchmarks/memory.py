@@ -30,6 +30,7 @@ from throughput import _free_port
 sys.path.insert(0, str(ROOT))
 DATA = ROOT / "data" / "identity.json"
 STEPS, SECONDS_FOR_A_RUN = 3, 900
+FIGURES = "FINETUNE_MEMORY_FIGURES"
 ALL = dict(vocab_size=49_152, bos_token_id=1, eos_token_id=2, pad_token_id=2, max_position_embeddings=2_048)
 # family -> class prefix and config of a random model, saved in the type named last.
 RANDOM = {
@@ -267,8 +268,8 @@ def run_ranks(case: Case, folder: Path, work: Path) -> list[dict[str, int]]:
     running = []
     for rank, path in enumerate(figures):
         path.unlink(missing_ok=True)
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, __file__, "--rank", str(path), *flags]
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), FIGURES: str(path)}
+        command = [sys.executable, __file__, "--rank", *flags]  # alike on all ranks: it is what guards know a run by
         log = (work / f"log-{rank}.txt").open("w")
         running.append(subprocess.Popen(command, stdout=log, stderr=log, env=own))
     try:
@@ -343,6 +344,6 @@ def _line(row: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
-        be_a_rank(Path(sys.argv[2]), sys.argv[3:])
+        be_a_rank(Path(os.environ[FIGURES]), sys.argv[2:])
     else:
         main()

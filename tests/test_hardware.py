@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune import hardware
 from finetune.errors import ConfigError
 from finetune.hardware import Gpu, Probe, decide, prepare_environment, probe
 
@@ -159,3 +160,29 @@ def test_the_environment_of_a_launcher_and_of_the_user_is_kept(monkeypatch):
     prepare_environment()
 
     assert os.environ == given
+
+
+def test_malloc_is_told_once_before_loading_and_once_before_the_steps(monkeypatch: pytest.MonkeyPatch):
+    """And not at all where the user has tuned it, or where it is another libc's."""
+    told: list[tuple[int, int]] = []
+
+    class Libc:
+        def mallopt(self, name: int, value: int) -> None:
+            told.append((name, value))
+
+        def malloc_trim(self, pad: int) -> None:
+            told.append((0, pad))
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Libc())
+    hardware.load_outside_the_heap()
+    assert told == [(hardware.M_MMAP_THRESHOLD, 1 << 20), (0, 0)]
+    told.clear()
+    hardware.keep_freed_blocks()
+    assert told == [(hardware.M_MMAP_THRESHOLD, 32 << 20), (hardware.M_TRIM_THRESHOLD, 64 << 20), (0, 0)]
+    told.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    hardware.load_outside_the_heap()
+    assert told == []
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    hardware.keep_freed_blocks()

@@ -12,8 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.memory import Activations, Block, Job, Shape, changes_that_fit, estimate, plain_activations
+from finetune.memory import (
+    Activations,
+    Block,
+    Job,
+    Shape,
+    changes_that_fit,
+    estimate,
+    from_deepspeed,
+    plain_activations,
+)
 from finetune.memory.device import ADAM, GRADIENTS, MASTERS, WEIGHTS, phases, states
+from finetune.zero import find_config, load_config, shipped_names
 
 PAPER = 7_500_000_000  # parameters of the ZeRO paper's example, on 64 GPUs
 NOTHING = Activations(layer=0, outside=0, layer_input=0, working=0, recomputing=0, logit=0, logit_working=0, passing=0)
@@ -214,6 +224,24 @@ def test_changes_fit(shape: Shape, job: Job, share: float, on_host: int | None):
         assert one.words
         step = (one.job.rows * one.job.accumulation * one.job.ranks, job.rows * job.accumulation * job.ranks)
         assert step[0] == step[1], "a step learns from as many rows as before"
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_every_shipped_config_is_a_job(name: str):
+    config = load_config(find_config(name))
+    config["zero_optimization"].pop("zero_hpz_partition_size", None)
+    fields = from_deepspeed(config)
+    job = Job(**fields, ranks=8, tokens=4_096, learned=2_048)
+    assert job.stage == config["zero_optimization"]["stage"]
+    assert (job.offload_optimizer != "none") == ("offload" in name or "nvme" in name)
+    assert job.reduce_bucket == (None if job.stage == 3 else 500_000_000)
+    assert estimate(llama_8b(), job).device_total > 0
+
+
+def test_a_run_without_deepspeed_is_a_job():
+    job = Job(**from_deepspeed(None), ranks=1, tokens=4_096, learned=2_048)
+    needed = estimate(llama_8b(), job).device_total
+    assert needed > 16 * 8_030_261_248  # float32 weights, gradients and moments
 
 
 def test_what_is_offered_for_eight_billion_parameters():

@@ -4,11 +4,13 @@ shape      what is known of a model (`Shape`) and of a run (`Job`); `finetune.sh
 device     the parts that a GPU holds, phase by phase
 process    the same for a rank whose device is the CPU, as its resident set
 host, disk host memory while loading, training and saving; checkpoints and the result
+configs    from_deepspeed(config) -> what a Job takes from a resolved DeepSpeed config
 estimate   all of it: estimate(shape, job) -> Estimate
 changes    what to change where it does not fit: changes_that_fit(shape, job, bytes) -> up to three
 """
 
 from finetune.memory.changes import Change, changes_that_fit
+from finetune.memory.configs import from_deepspeed
 from finetune.memory.device import phases
 from finetune.memory.estimate import Estimate, estimate
 from finetune.memory.process import process_phases
@@ -26,6 +28,7 @@ __all__ = [
     "Shape",
     "changes_that_fit",
     "estimate",
+    "from_deepspeed",
     "phases",
     "plain_activations",
     "process_phases",

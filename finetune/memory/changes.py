@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from finetune.memory.estimate import Estimate, estimate
 from finetune.memory.shape import Job, Shape
@@ -138,23 +137,15 @@ def _smaller_batches(start: _Step) -> Iterator[_Step]:
 
 
 def _stages(start: _Step) -> Iterator[_Step]:
+    """Higher stages of ZeRO, which split more; a single rank has nobody to split with."""
     job = start.job
     if job.ranks == 1 or job.offload_optimizer != "none":
         return
-    slower = {None: 1.0, 0: 1.0, 1: 1.0, 2: STAGE_2, 3: STAGE_3}
-    for before, stage in pairwise((None, 0, 1, 2, 3)):
-        if stage == 0 or (job.stage is not None and stage <= job.stage):
-            continue
-        del before
-        bucket = None if stage == 3 else 500_000_000
-        yield _then(
-            start,
-            {"--deepspeed": f"zero{stage}"},
-            f"ZeRO stage {stage}",
-            slower[stage],
-            stage=stage,
-            reduce_bucket=bucket,
-        )
+    for stage, slower in ((1, 1.0), (2, STAGE_2), (3, STAGE_3)):
+        if stage > (job.stage or 0):
+            bucket = None if stage == 3 else 500_000_000
+            words = f"ZeRO stage {stage}"
+            yield _then(start, {"--deepspeed": f"zero{stage}"}, words, slower, stage=stage, reduce_bucket=bucket)
 
 
 def _offloads(start: _Step) -> Iterator[_Step]:
@@ -185,15 +176,16 @@ def _offloads(start: _Step) -> Iterator[_Step]:
 
 
 def _more_ranks(start: _Step, most_ranks: int) -> Iterator[_Step]:
-    """More ranks, each with less of the same step."""
+    """More ranks, each with less of the same step: on the one host, or on more of them with as many each."""
     job = start.job
     for times in (2, 4, 8):
         ranks = job.ranks * times
-        if ranks > most_ranks or job.accumulation % times or job.ranks % job.on_host:
+        if ranks > most_ranks or job.accumulation % times:
             continue
+        where = {"--num_gpus": str(ranks)} if job.on_host == job.ranks else {"--hostfile": f"one with {ranks} slots"}
         yield _then(
             start,
-            {"--num_gpus": str(ranks), "--gradient_accumulation_steps": str(job.accumulation // times)},
+            {**where, "--gradient_accumulation_steps": str(job.accumulation // times)},
             f"{ranks} ranks instead of {job.ranks}",
             DOUBLED,
             ranks=ranks,
