@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from finetune.arguments import PreviewArguments, known_flags, parse
+from finetune.arguments import DoctorArguments, PreviewArguments, known_flags, parse, parse_for_doctor
 from finetune.zero import shipped_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +44,8 @@ def test_the_tree_is_the_tree():
 def test_flags_named_are_flags():
     named = {name for name in re.findall(r"`?--([a-z][a-z0-9_]*)", README) if not name.endswith("_")}
     assert {"use_lora", "deepspeed", "warmup_ratio"} <= named
-    assert named - LAUNCHER_FLAGS <= set(known_flags()) | {one.name for one in fields(PreviewArguments)}
+    of_verbs = {one.name for group in (PreviewArguments, DoctorArguments) for one in fields(group)}
+    assert named - LAUNCHER_FLAGS <= set(known_flags()) | of_verbs
 
 
 def test_configs_named_are_shipped():
@@ -60,6 +61,17 @@ def test_training_commands_parse(page):
     assert commands
     for command in commands:
         assert "output" in parse(shlex.split(command, comments=True)).training["output_dir"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "hostfiles/README.md"])
+def test_commands_of_the_doctor_parse(page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^\s*finetune doctor (.*--output_dir.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        _, flags, words = parse_for_doctor(shlex.split(command.replace(" ...", ""), comments=True))
+        assert flags.hostfile == "hostfiles/two_hosts"
+        assert "output" in parse(words).training["output_dir"]
 
 
 def test_makefile_targets_named_exist():

@@ -22,12 +22,6 @@ from finetune.preflight.planned import PlannedRun
 from finetune.preflight.showing import labelled, size
 from finetune.shapes import shape_of, stored_bytes
 
-# What DeepSpeed takes where a config leaves a size out (deepspeed/runtime/zero/config.py, 0.19.8).
-DEFAULT_SIZES = {
-    "reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000,
-    "sub_group_size": 1_000_000_000,
-}  # fmt: skip
 STATUS_OF_NO_MEMORY = 1  # what a run that runs out of it ends with
 
 
@@ -111,20 +105,9 @@ def _shape(arguments: Arguments, setup: Setup, tokenizer: Any, *, adapter: bool 
 
 def job_of(arguments: Arguments, setup: Setup, batches: Batches, *, ranks_on_host: int) -> Job:
     """The run in the planner's numbers; its sizes are those that DeepSpeed gets."""
-    config = setup.zero.config if setup.zero else {}
-    zero = config.get("zero_optimization", {})
-
-    def sized(name: str) -> int | None:
-        value = zero.get(name, DEFAULT_SIZES[name])
-        return None if value == "auto" else int(value)
-
-    def place(name: str) -> Any:
-        return (zero.get(name) or {}).get("device") or "none"
-
     every, to_host = checkpointing_options(arguments) if setup.activation_checkpointing else (0, False)
-    stage = setup.zero.stage if setup.zero else None
     return Job(
-        stage=stage,
+        **memory.from_deepspeed(setup.zero.config if setup.zero else None),
         ranks=setup.world_size,
         ranks_on_host=ranks_on_host,
         tokens=batches.tokens,
@@ -137,16 +120,6 @@ def job_of(arguments: Arguments, setup: Setup, batches: Batches, *, ranks_on_hos
         checkpoint_every=every,
         checkpoints_to_host=to_host,
         accumulation=arguments.given("gradient_accumulation_steps"),
-        offload_optimizer=place("offload_optimizer"),
-        offload_parameters=place("offload_param"),
-        reduce_bucket=sized("reduce_bucket_size"),
-        prefetch_bucket=sized("stage3_prefetch_bucket_size"),
-        persistence_threshold=sized("stage3_param_persistence_threshold"),
-        max_live=sized("stage3_max_live_parameters") or DEFAULT_SIZES["stage3_max_live_parameters"],
-        sub_group=sized("sub_group_size") or DEFAULT_SIZES["sub_group_size"],
-        overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
-        sequence_parallel=arguments.batch.sequence_parallel_size,
-        hpz=zero.get("zero_hpz_partition_size", 1),
         keep_checkpoints=_checkpoints(arguments, batches),
         only_model=bool(arguments.given("save_only_model")),
     )
