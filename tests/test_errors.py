@@ -100,6 +100,20 @@ def test_another_rank_waits_for_rank_0_and_then_names_itself(monkeypatch, capsys
     assert capsys.readouterr().err == "error (rank 3): no space in /data\n"
 
 
+def test_what_all_ranks_have_raised_is_said_by_rank_0_alone(monkeypatch, capsys):
+    monkeypatch.setattr(errors, "SECONDS_FOR_A_LINE", 0.1)
+    said = []
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        error = errors.DataError("the data differs")
+        error.is_shared = True
+        with pytest.raises(SystemExit) as left, errors.reported():
+            raise error
+        assert left.value.code == 3
+        said.append(capsys.readouterr().err)
+    assert said == ["error: the data differs\n", ""]
+
+
 @pytest.mark.parametrize("bug", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(75)])
 def test_anything_else_passes_through_untouched(bug, capsys):
     with pytest.raises(type(bug)) as raised, reported():
