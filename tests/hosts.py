@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 PREFIX = "ft-hosts-"
-PROGRAMS = ("ip", "nsenter", "pdsh", "ssh", "ssh-keygen", "sshd", "unshare")
+PROGRAMS = ("ip", "nsenter", "pdsh", "rsync", "ssh", "ssh-keygen", "sshd", "unshare")
 SEARCHED = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 UNSHARE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc")
 LIMIT_SECONDS = 20
@@ -62,7 +62,7 @@ def why_not() -> str | None:
         return "several hosts on one machine need root"
     missing = [program for program in PROGRAMS if not shutil.which(program, path=SEARCHED)]
     if missing:
-        return f"missing for several hosts: {', '.join(missing)} (apt-get install iproute2 openssh-server pdsh)"
+        return f"missing for several hosts: {', '.join(missing)} (apt-get install iproute2 openssh-server pdsh rsync)"
     links = "{0} link add type bridge && {0} link add type veth".format(_program("ip"))
     try:
         _run(*UNSHARE, "--net", "sh", "-c", f"mount -t tmpfs tmpfs /run && {links}")
