@@ -33,14 +33,15 @@ def examine_run(examination: Examination, run: PlannedRun, say: Say) -> None:
         examination.attempt("hosts", lambda: _stage(run, here, say))
     slots = run.slots_by_host(here["gpus"])
     if remote is None:
-        name = next(iter(slots))
+        name = list(slots)[max(run.flags.node_rank, 0)]  # the same command is typed on every host
         answers: Answers = {name: here}
         look_closely(examination, name, here, len(slots[name]))
         found = probe(use_cpu=bool(run.arguments.given("use_cpu")))
     else:
         say(f"asking {len(slots)} hosts")
         answers = examine_hosts(examination, slots, run.shell, shared(run), run.places)
-        found = probe_of(answers, use_cpu=bool(run.arguments.given("use_cpu")))
+        use_cpu = bool(run.arguments.given("use_cpu"))
+        found = probe_of(answers, use_cpu=use_cpu) if answers else probe(use_cpu=use_cpu)
     say("examining flags and model")
     setup = examination.attempt("configuration", lambda: examine(run.arguments, found, world_of(slots)))
     say("reading the data")
@@ -52,15 +53,16 @@ def examine_run(examination: Examination, run: PlannedRun, say: Say) -> None:
             say("computing memory and disk")
             examine_resources(examination, run, setup, *read, slots, answers)
         names = operators_of(setup.zero.config if setup.zero else None, use_cpu=setup.hardware.use_cpu)
-        if names and not examination.failed("hosts"):
+        with_code = [host for host in answers if answers[host]["code"]]
+        if names and with_code:
             say(f"building {', '.join(names)} where it is not built yet")
-            examine_operators(examination, names, list(slots), run.shell)
-        if len(slots) > 1 and remote is not None and not examination.failed("hosts"):
-            say("connecting the hosts")
-            examine_network(
-                examination, slots, run.shell, answers,
-                flags=run.flags, backend=setup.hardware.backend, writes_environment=run.choice.write_env,
-            )  # fmt: skip
+            examine_operators(examination, names, with_code, run.shell)
+    if remote is not None:
+        say("connecting the hosts")
+        examine_network(
+            examination, slots, run.shell, answers,
+            flags=run.flags, backend="nccl" if found.gpus else "gloo", writes_environment=run.choice.write_env,
+        )  # fmt: skip
     if run.choice.rehearse and not examination.status:
         examination.attempt("rehearsal", lambda: _rehearse(examination, run, say))
 

@@ -12,7 +12,7 @@ from typing import Any
 from finetune import cluster, interconnect
 from finetune.cluster import Shell
 from finetune.errors import StorageError
-from finetune.hardware import Gpu, Probe
+from finetune.hardware import AMPERE, Gpu, Probe
 from finetune.hosts import FILE_NAME, LauncherFlags, environment_of_ranks, read_environment_file, write_environment_file
 from finetune.preflight.findings import Examination
 
@@ -98,11 +98,12 @@ def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def probe_of(answers: Answers, *, use_cpu: bool) -> Probe:
     """What ranks on these hosts can do, from what the hosts' own tools say; this machine may have no GPU."""
-    gpus = [
-        Gpu(one["name"], tuple(int(part) for part in one["capability"].split(".")))
-        for facts in answers.values()
-        for one in facts["gpu_facts"]
-    ]
+    gpus = []
+    for facts in answers.values():
+        known = [tuple(int(part) for part in one["capability"].split(".")) for one in facts["gpu_facts"]]
+        gpus += [Gpu(one["name"], kind) for one, kind in zip(facts["gpu_facts"], known, strict=True)]
+        # A tool too old to say what they can do: what hosts get in a data centre since 2020.
+        gpus += [Gpu("GPU", AMPERE)] * (facts["gpus"] - len(known))
     has_flash = all("flash-attn" in facts["versions"] for facts in answers.values())
     return Probe(gpus=() if use_cpu else tuple(gpus), flash_attn=has_flash)
 
@@ -120,7 +121,14 @@ def examine_network(
     backend: str,
     writes_environment: bool,
 ) -> None:
-    """The way to where ranks meet, the interface to name, then an all-reduce among all of them."""
+    """The way to where ranks meet, the interface to name, then an all-reduce among all of them.
+
+    Hosts that did not answer are left out; without one of them, or its code, nothing is reduced.
+    """
+    missing = [host for host in slots if host not in answers or answers[host]["code"] is None]
+    slots = {host: ids for host, ids in slots.items() if host in answers}
+    if len(slots) < 2:
+        return
     first = next(iter(slots))
     meeting = examination.attempt("network", lambda: _meeting(flags, answers))
     environment = examination.attempt("network", environment_of_ranks)
@@ -140,7 +148,7 @@ def examine_network(
     if writes_environment:
         environment |= _write_environment(examination, facts, backend, slots, answers)
     _check_interfaces(examination, environment, answers)
-    if examination.failed("network"):
+    if examination.failed("network") or missing:
         return
     reduction = interconnect.all_reduce(
         slots, shell, address=address, port=port, backend=backend, environment=environment

@@ -64,6 +64,11 @@ def examine_resources(
     job = job_of(run.arguments, setup, batches, ranks_on_host=max(map(len, slots.values())))
     found = memory.estimate(shape, job)
     facts = _facts(shape, job, found, room)
+    facts["device"]["checkpointing"] = bool(job.checkpoint_every)
+    other = memory.estimate(shape, replace(job, checkpoint_every=0 if job.checkpoint_every else 1))
+    facts["device"]["total_with_the_other_checkpointing"] = round(other.device_total)
+    how = "without" if job.checkpoint_every else "with"
+    facts["lines"] += labelled({"": f"{how} activation checkpointing {size(other.device_total)} each"})
     examination.facts["memory"] = facts
     if not facts["fits"]:
         _mend_memory(examination, run, setup, tokenizer, shape, job, found, room)
@@ -139,7 +144,7 @@ def _checkpoints(arguments: Arguments, batches: Batches) -> int:
 
 def _room(setup: Setup, slots: dict[str, list[int]], answers: Answers) -> Room:
     disks = {host: facts["space"]["output"]["free"] for host, facts in answers.items()}
-    free = min((facts["memory"]["available"] for facts in answers.values()), default=0)
+    free = min((facts["memory"]["available"] for facts in answers.values()), default=math.inf)
     if setup.hardware.use_cpu:
         return Room(None, free, disks)
     gpus = [one["memory"] for host, facts in answers.items() for one in facts["gpu_facts"][: len(slots[host])]]
@@ -162,7 +167,7 @@ def _facts(shape: Shape, job: Job, found: memory.Estimate, room: Room) -> dict[s
         f"at most in the {found.phase}",
         "": parts,
         "each host": f"{size(found.host_loading)} while loading, {size(found.host_training)} while training, "
-        f"{size(found.host_saving)} while saving; {size(room.host)} are free",
+        f"{size(found.host_saving)} while saving" + (f"; {size(room.host)} are free" if room.disks else ""),
         "disk": f"{size(found.checkpoint_total)} a checkpoint, {size(found.result)} the result{kept}; "
         f"{size(min(room.disks.values(), default=0))} are free",
     }
@@ -175,7 +180,7 @@ def _facts(shape: Shape, job: Job, found: memory.Estimate, room: Room) -> dict[s
         },
         "host": {
             "loading": round(found.host_loading), "training": round(found.host_training),
-            "saving": round(found.host_saving), "free": room.host,
+            "saving": round(found.host_saving), "free": room.host if room.disks else None,
         },
         "disk": {
             "checkpoint": {name: round(value) for name, value in found.checkpoint.items()},
