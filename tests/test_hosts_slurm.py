@@ -1,4 +1,4 @@
-"""The Slurm job of hostfiles/: a hostfile of its nodes, the doctor, the launch, and a requeue when it is told to end."""
+"""The Slurm job of hostfiles/: a hostfile of its nodes, the doctor, the launch, a requeue when it is told to end."""
 
 from __future__ import annotations
 
