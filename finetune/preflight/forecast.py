@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,37 @@ from finetune.planning import form_of, must_pad, sampler_of
 from finetune.sampling import Sampler
 
 # Of a longer epoch the micro-batches of its first steps are looked at, and the largest rows.
-STEPS_LOOKED_AT = 400
+STEPS_LOOKED_AT, FIRST_STEPS = 400, 3
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Of the micro-batches that a rank gets, padding counted: most rows, most tokens, most positions with logits."""
+
+    rows: int = 0
+    tokens: int = 0
+    learned: int = 0
+
+    def with_another(self, rows: int, tokens: int, learned: int) -> Largest:
+        """The largest of these and one more."""
+        return Largest(max(self.rows, rows), max(self.tokens, tokens), max(self.learned, learned))
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How conversations become micro-batches, and the largest one that a rank gets, padding counted.
+    """How conversations become micro-batches.
 
     Attributes:
-        rows, tokens, learned: of the largest micro-batch (not of one and the same).
+        largest: micro-batch of an epoch. first: of its first three steps, which a short trial sees.
         longest: tokens of the longest example.
-        pairs: of a token and one that it sees, in the micro-batch that has most.
+        steps: of the whole run.
     """
 
     form: Any
     sampler: Sampler
-    rows: int
-    tokens: int
-    learned: int
+    largest: Largest
+    first: Largest
     longest: int
-    pairs: int
     steps: int
 
     def facts(self, arguments: Arguments, world_size: int) -> dict[str, Any]:
@@ -52,7 +63,8 @@ class Batches:
             "steps_per_epoch": sampler.steps_per_epoch,
             "steps": self.steps,
             "tokens_per_step": round(tokens * min(1.0, shape.step_size / max(sampler.num_units, 1))),
-            "largest_micro_batch": {"rows": self.rows, "tokens": self.tokens, "learned": self.learned},
+            "largest_micro_batch": asdict(self.largest),
+            "largest_of_the_first_steps": asdict(self.first),
             "longest_example": self.longest,
             "selects_logits": self.form.selects_logits,
         }
@@ -79,28 +91,18 @@ def foresee(
         reason = f"{arguments.adapter.kind()} tuning puts its virtual tokens in front of each row"
     form = form_of(arguments, int(lengths.max()), must_pad(arguments) or obstacle, reason)
     sampler = sampler_of(arguments, form, lengths, setup.world_size // arguments.batch.sequence_parallel_size)
-    rows = tokens = supervised = pairs = 0
+    largest = first = Largest()
     for step in range(min(sampler.steps_per_epoch, STEPS_LOOKED_AT)):
         for number in range(sampler.micro_batches(step)):
             for rank in range(sampler.shape.world_size):
                 mine = sampler.micro_batch(0, step, rank, number)
-                if not mine:
-                    continue
-                here = lengths[mine].astype(np.int64)
-                padded = here if sampler.batching != "padded" else np.full(len(mine), here.max())
-                rows, tokens = max(rows, len(mine)), max(tokens, int(padded.sum()))
-                supervised = max(supervised, int(learned[mine].sum()))
-                pairs = max(pairs, int((padded * padded).sum()))
-    return Batches(
-        form=form,
-        sampler=sampler,
-        rows=rows,
-        tokens=tokens,
-        learned=supervised if form.selects_logits else tokens,
-        longest=int(lengths.max()),
-        pairs=pairs,
-        steps=_steps(arguments, sampler),
-    )
+                if mine:
+                    here = lengths[mine]
+                    tokens = int(here.max()) * len(mine) if sampler.batching == "padded" else int(here.sum())
+                    seen = int(learned[mine].sum()) if form.selects_logits else tokens
+                    largest = largest.with_another(len(mine), tokens, seen)
+        first = largest if step < FIRST_STEPS else first
+    return Batches(form, sampler, largest, first, int(lengths.max()), _steps(arguments, sampler))
 
 
 def _steps(arguments: Arguments, sampler: Sampler) -> int:

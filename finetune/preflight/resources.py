@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,9 @@ def examine_resources(
         return
     job = job_of(run.arguments, setup, batches, ranks_on_host=max(map(len, slots.values())))
     found = memory.estimate(shape, job)
-    facts = _facts(shape, job, found, room)
-    facts["device"]["checkpointing"] = bool(job.checkpoint_every)
     other = memory.estimate(shape, replace(job, checkpoint_every=0 if job.checkpoint_every else 1))
-    facts["device"]["total_with_the_other_checkpointing"] = round(other.device_total)
-    how = "without" if job.checkpoint_every else "with"
-    facts["lines"] += labelled({"": f"{how} activation checkpointing {size(other.device_total)} each"})
+    first = memory.estimate(shape, replace(job, **asdict(batches.first)))
+    facts = _facts(shape, job, found, room, other=other, first=first)
     examination.facts["memory"] = facts
     if not facts["fits"]:
         _mend_memory(examination, run, setup, tokenizer, shape, job, found, room)
@@ -115,9 +112,7 @@ def job_of(arguments: Arguments, setup: Setup, batches: Batches, *, ranks_on_hos
         **memory.from_deepspeed(setup.zero.config if setup.zero else None),
         ranks=setup.world_size,
         ranks_on_host=ranks_on_host,
-        tokens=batches.tokens,
-        learned=batches.learned,
-        rows=batches.rows,
+        **asdict(batches.largest),
         longest=batches.longest,
         padded=batches.form.batching == "padded",
         precision=setup.hardware.precision,
@@ -151,21 +146,25 @@ def _room(setup: Setup, slots: dict[str, list[int]], answers: Answers) -> Room:
     return Room(min(gpus) if gpus else None, free, disks)
 
 
-def _facts(shape: Shape, job: Job, found: memory.Estimate, room: Room) -> dict[str, Any]:
+def _facts(
+    shape: Shape, job: Job, found: memory.Estimate, room: Room, *, other: memory.Estimate, first: memory.Estimate
+) -> dict[str, Any]:
+    """As JSON, and as lines.
+
+    `other` has activation checkpointing where the run has none, and none where it has; `first` is of its first steps.
+    """
     fits = found.host_total <= room.host and (room.device is None or found.device_total <= room.device)
     biggest = sorted(found.device.items(), key=lambda one: -one[1])
-    what = "each rank's process grows by" if job.use_cpu else "each GPU"
+    grows, how = "grows by " if job.use_cpu else "", "without" if job.checkpoint_every else "with"
     of = "" if room.device is None else f" of {size(room.device)}"
     parts = ", ".join(f"{name} {size(value)}" for name, value in biggest if value >= 0.01 * found.device_total)
     kept = "" if found.kept is None or not job.keep_checkpoints else f"; at most {size(found.kept)} in all"
     lines = {
         "trained": f"{shape.trainable:,} of {shape.parameters:,} parameters",
         "largest": f"{job.tokens:,} tokens in a rank's largest micro-batch, {job.learned:,} of them get logits",
-        what
-        if not job.use_cpu
-        else "each rank": f"{'' if not job.use_cpu else 'grows by '}{size(found.device_total)}{of}, "
-        f"at most in the {found.phase}",
+        "each rank" if job.use_cpu else "each GPU": f"{grows}{size(found.device_total)}{of}, most in the {found.phase}",
         "": parts,
+        " ": f"{size(first.device_total)} in the first three steps; {size(other.device_total)} {how} checkpointing",
         "each host": f"{size(found.host_loading)} while loading, {size(found.host_training)} while training, "
         f"{size(found.host_saving)} while saving" + (f"; {size(room.host)} are free" if room.disks else ""),
         "disk": f"{size(found.checkpoint_total)} a checkpoint, {size(found.result)} the result{kept}; "
@@ -176,6 +175,9 @@ def _facts(shape: Shape, job: Job, found: memory.Estimate, room: Room) -> dict[s
         "device": {
             "parts": {name: round(value) for name, value in found.device.items()},
             "total": round(found.device_total), "phase": found.phase, "capacity": room.device,
+            "total_in_the_first_steps": round(first.device_total),
+            "checkpointing": bool(job.checkpoint_every),
+            "total_with_the_other_checkpointing": round(other.device_total),
             "by_phase": {name: round(value) for name, value in found.by_phase.items()},
         },
         "host": {
