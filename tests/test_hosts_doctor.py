@@ -137,19 +137,19 @@ def test_a_rehearsal_runs_the_whole_chain_on_hosts_without_a_shared_disk(job, tm
 
 
 def test_what_gpus_must_hold_is_told_from_a_machine_without_one(job, tmp_path, three_nodes, smol_tokenizer):
-    """`nvidia-smi` alone is a stand-in, of GPUs of 24 GiB; the model is a config, without a weight."""
+    """`nvidia-smi` alone is a stand-in, of GPUs of 8 GiB; the model is a config, without a weight."""
     from transformers import LlamaConfig
 
-    model = tmp_path / "8b"
+    model = tmp_path / "1b"
     LlamaConfig(
-        vocab_size=128_256, hidden_size=4_096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+        vocab_size=49_152, hidden_size=2_048, intermediate_size=5_632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
     ).save_pretrained(model)  # fmt: skip
     smol_tokenizer.save_pretrained(model)
     program = tmp_path / "bin/nvidia-smi"
     program.parent.mkdir()
-    line = "NVIDIA GeForce RTX 4090, 24564, 300, 8.9, 570.12"
-    program.write_text(f'#!/bin/sh\n[ "$1" = -L ] && echo "GPU 0: NVIDIA GeForce RTX 4090" || echo "{line}"\n')
+    line = "NVIDIA GeForce RTX 3070, 8192, 300, 8.6, 570.12"
+    program.write_text(f'#!/bin/sh\n[ "$1" = -L ] && echo "GPU 0: NVIDIA GeForce RTX 3070" || echo "{line}"\n')
     program.chmod(0o755)
     flags = ("--model_name_or_path", model, *FLAGS, "--bf16", "True", "--deepspeed", "zero3")
     with ExitStack() as hosts_with_gpus:
@@ -161,11 +161,10 @@ def test_what_gpus_must_hold_is_told_from_a_machine_without_one(job, tmp_path, t
 
     assert found["configuration"]["backend"] == "nccl" and found["configuration"]["precision"] == "bf16"
     memory = found["memory"]
-    assert memory["parameters"] == 8_030_261_248 and memory["device"]["capacity"] == 24_564 << 20
+    assert memory["parameters"] == 1_170_302_976 and memory["device"]["capacity"] == 8_192 << 20
     assert (
         memory["device"]["total"] > 16 * memory["parameters"] / 2
     )  # bytes a parameter, over two ranks: the ZeRO paper
     assert memory["fits"] is False and status != 0
     assert any(one["section"] == "memory" and one["status"] == 1 for one in found["findings"])
-    assert len(memory["changes"]) == 3
-    assert all(one["device"] <= 24_564 << 20 for one in memory["changes"])
+    assert memory["changes"] and all(one["device"] <= 8_192 << 20 for one in memory["changes"])

@@ -13,6 +13,7 @@ from finetune.memory.shape import Job, Shape
 RECOMPUTING, HALVED, HALVED_ZERO3, STAGE_2, STAGE_3, OFFLOADED, ALL_OFFLOADED = 1.33, 1.04, 1.15, 1.02, 1.2, 2.0, 3.0
 # Adapters cost no speed, but they learn something else; more ranks neither, but somebody has to pay for them.
 ADAPTERS, DOUBLED = 1.5, 1.6
+WANTED = 3
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def changes_that_fit(
     with_adapter: Shape | None = None,
     most_ranks: int | None = None,
 ) -> tuple[Change, ...]:
-    """Up to three changes after which the run fits, the one that costs least speed first; of two at once where no
-    single one is enough. Empty: nothing of what is tried fits.
+    """Up to three changes after which the run fits, the one that costs least speed first; behind them of two at
+    once, where too few single ones are enough. Empty: nothing of what is tried fits.
 
     Args:
         device_bytes: of a GPU; on a CPU what the process of a rank may grow by. host_bytes: of a host; None: not asked.
@@ -62,10 +63,12 @@ def changes_that_fit(
     start = _Step({}, "", 1.0, shape, job)
     single = list(_steps(start, with_adapter, ranks))
     found = _fitting(single, device_bytes, host_bytes)
-    if not found:
+    if len(found) < WANTED:
+        enough = [frozenset(change.flags[::2]) for change in found]
         double = [second for first in single for second in _steps(first, with_adapter, ranks)]
-        found = _fitting(double, device_bytes, host_bytes)
-    return tuple(found[:3])
+        double = [one for one in double if not any(kind <= one.flags.keys() for kind in enough)]
+        found += _fitting(double, device_bytes, host_bytes)
+    return tuple(found[:WANTED])
 
 
 def _fitting(steps: list[_Step], device_bytes: float, host_bytes: float | None) -> list[Change]:
