@@ -57,8 +57,8 @@ def examine_run(examination: Examination, run: PlannedRun, say: Say) -> None:
         if names and with_code:
             say(f"building {', '.join(names)} where it is not built yet")
             examine_operators(examination, names, with_code, run.shell)
-    if remote is not None:
-        say("connecting the hosts")
+    if remote is not None or (found.gpus and not run.flags.no_ssh):
+        say("connecting the ranks")
         examine_network(
             examination, slots, run.shell, answers,
             flags=run.flags, backend="nccl" if found.gpus else "gloo", writes_environment=run.choice.write_env,

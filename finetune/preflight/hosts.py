@@ -127,7 +127,7 @@ def examine_network(
     """
     missing = [host for host in slots if host not in answers or answers[host]["code"] is None]
     slots = {host: ids for host, ids in slots.items() if host in answers}
-    if len(slots) < 2:
+    if sum(map(len, slots.values())) < 2:
         return
     first = next(iter(slots))
     meeting = examination.attempt("network", lambda: _meeting(flags, answers))
