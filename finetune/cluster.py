@@ -26,6 +26,7 @@ SECONDS_TO_CONNECT = 5
 SECONDS_FOR_A_PROBE = 12
 SECONDS_FOR_ALL_BYTES = 600
 LOST = 255  # ssh's own status
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class Shell:
@@ -215,12 +216,34 @@ def meeting_place(answers: Mapping[str, dict[str, Any] | str]) -> tuple[str, int
     seen = [first["route"][1]] if len(first["route"]) == 2 else []
     if not seen:  # the first host is this one: as the others saw it come
         seen = [one["route"][0] for one in others if one["route"]]
-    usable = [one for one in seen if not one.startswith("127.") and one != "::1"]
+    usable = [one for one in seen if not _is_loopback(one)]
     if usable:
         return usable[0], first["port"]
     if not others:
         return "127.0.0.1", first["port"]
     raise ConfigError(f"{host}: no address is known under which the other hosts reach it: give --master_addr")
+
+
+def interfaces_between(answers: Mapping[str, dict[str, Any] | str]) -> dict[str, str]:
+    """By host, the network interface that has the address under which the others know it, where that is known."""
+    facts = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
+    seen = {one["route"][0] for one in facts.values() if len(one["route"]) == 2}
+    found = {}
+    for host, one in facts.items():
+        own = {one["route"][1]} if len(one["route"]) == 2 else seen  # where ssh came from is this machine
+        names = [name for name, address in one["interfaces"].items() if address in own and not _is_loopback(address)]
+        found |= {host: names[0]} if names else {}
+    return found
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def environment_of(environment: Mapping[str, str], interface: str | None) -> dict[str, str]:
+    """Of a host's ranks: gloo is told the interface unless the user has, or it would announce what the host's own name
+    resolves to: on Debian 127.0.1.1."""
+    return {**({GLOO_INTERFACE: interface} if interface else {}), **environment}
 
 
 class Remote:

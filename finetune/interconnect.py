@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.cluster import ROOT, Shell, on_all, run_on
+from finetune.cluster import ROOT, Shell, environment_of, on_all, run_on
 
 SECONDS_TO_MEET = 10
 SECONDS_TO_REDUCE = 60
@@ -82,17 +82,19 @@ def all_reduce(
     port: int,
     backend: str,
     environment: Mapping[str, str],
+    interfaces: Mapping[str, str],
 ) -> Reduction:
-    """Start all ranks of all hosts and let them add up a few megabytes."""
+    """Start all ranks of all hosts, as `finetune launch` would, and let them add up a few megabytes."""
     world_size = sum(map(len, slots.values()))
     order = {
         "world_size": world_size, "address": address, "port": port, "backend": backend,
-        "environment": dict(environment), "seconds": SECONDS_TO_REDUCE,
+        "seconds": SECONDS_TO_REDUCE,
     }  # fmt: skip
     orders, first_rank = {}, 0
     for host, ids in slots.items():
         devices = list(ids) if backend == "nccl" else []
-        orders[host] = {**order, "first_rank": first_rank, "ranks": len(ids), "devices": devices}
+        own = {"environment": environment_of(environment, interfaces.get(host) if len(slots) > 1 else None)}
+        orders[host] = {**order, **own, "first_rank": first_rank, "ranks": len(ids), "devices": devices}
         first_rank += len(ids)
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.allreduce import main; main()"
 

@@ -17,7 +17,7 @@ from finetune.errors import ConfigError
 
 FACTS = {
     "name": "node0", "python": "3.11.7", "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "gpus": 8,
-    "port": 4000, "route": ["10.0.0.1", "10.0.0.5"], "folder": True, "code": "aa",
+    "port": 4000, "route": ["10.0.0.1", "10.0.0.5"], "interfaces": {}, "folder": True, "code": "aa",
     "files": {"data.json": "11", "model": "22"},
 }  # fmt: skip
 SLOTS = {"node0": list(range(8)), "node1": list(range(8))}
@@ -83,6 +83,19 @@ def test_ranks_meet_where_ssh_came_and_not_at_a_loopback():
     assert cluster.meeting_place({"a": here}) == ("127.0.0.1", 4000)
     with pytest.raises(ConfigError, match="give --master_addr"):
         cluster.meeting_place({"a": here, "b": {**there, "route": ["127.0.0.1", "127.0.0.1"]}})
+
+
+def test_gloo_is_told_the_interface_that_ssh_came_through_unless_the_user_has():
+    here = {**FACTS, "route": [], "interfaces": {"lo": "127.0.0.1", "docker0": "172.17.0.1", "ib0": "10.0.0.9"}}
+    there = {**FACTS, "route": ["10.0.0.9", "10.0.0.6"], "interfaces": {"lo": "127.0.0.1", "eth1": "10.0.0.6"}}
+    unknown = {**there, "interfaces": {"lo": "127.0.0.1"}}
+    silent = "did not answer"
+    found = cluster.interfaces_between({"a": here, "b": there, "c": unknown, "d": silent})
+    assert found == {"a": "ib0", "b": "eth1"}
+    assert cluster.interfaces_between({"a": here}) == {}
+    assert cluster.environment_of({"A": "1"}, "ib0") == {"A": "1", "GLOO_SOCKET_IFNAME": "ib0"}
+    assert cluster.environment_of({"GLOO_SOCKET_IFNAME": "eth7"}, "ib0") == {"GLOO_SOCKET_IFNAME": "eth7"}
+    assert cluster.environment_of({"A": "1"}, None) == {"A": "1"}
 
 
 @pytest.fixture

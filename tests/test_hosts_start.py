@@ -91,6 +91,18 @@ def test_an_interpreter_that_is_no_program_is_named(job, tmp_path, three_nodes):
         refused(job, f"node2: {sys.executable} cannot be run there")
 
 
+def test_hosts_whose_own_name_is_a_loopback_find_each_other(job, tmp_path, three_nodes):
+    """As Debian writes /etc/hosts; gloo alone would announce that address."""
+    (job.folder / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    with ExitStack() as names:
+        for node in three_nodes:
+            written = tmp_path / f"names-{node.name}"
+            others = (node.folder / "names").read_text().replace(f"{node.address} {node.name}\n", "")
+            written.write_text(f"127.0.1.1 {node.name}\n{others}")
+            names.enter_context(node.bound(written, Path("/etc/hosts")))
+        job.completed(job.start(*FLAGS))
+
+
 def test_a_machine_that_stands_in_the_hostfile_twice_is_named(job, three_nodes):
     job.write_hostfile("node0 slots=1", "node1 slots=1", f"node1{hosts.ALIAS} slots=1")
     refused(job, f"node1{hosts.ALIAS}: is the same machine as node1: one line with the slots of both")

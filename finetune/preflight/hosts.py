@@ -18,7 +18,7 @@ from finetune.preflight.findings import Examination
 
 SECONDS_OF_SKEW = 2.0
 SHARED_MEMORY_WANTED = 256 << 20  # NCCL's and DeepSpeed's CPU rings live there
-INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+INTERFACES = ("NCCL_SOCKET_IFNAME", cluster.GLOO_INTERFACE)
 Answers = Mapping[str, dict[str, Any]]
 
 
@@ -151,11 +151,13 @@ def examine_network(
     if examination.failed("network") or missing:
         return
     reduction = interconnect.all_reduce(
-        slots, shell, address=address, port=port, backend=backend, environment=environment
-    )
+        slots, shell, address=address, port=port, backend=backend, environment=environment,
+        interfaces=facts["interfaces"],
+    )  # fmt: skip
     examination.mend_all("network", reduction.faults)
-    if reduction.faults and not set(INTERFACES) & environment.keys():
-        examination.warn("network", "no interface is named: try `finetune doctor ... --write_env`")
+    if backend == "gloo" and len(slots) > 1 and cluster.GLOO_INTERFACE not in environment:
+        text = f"{cluster.GLOO_INTERFACE} is not set: `deepspeed` may need it (--write_env); `finetune launch` sets it"
+        examination.warn("network", text)
     facts["all_reduce"] = {"bytes_per_second": reduction.bytes_per_second, "ranks": reduction.ranks}
 
 

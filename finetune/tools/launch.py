@@ -112,7 +112,7 @@ def start(
             "use the deepspeed command, without supervision"
         )
     shell = cluster.Shell(flags.ssh_port, flags.venv_script)
-    address, port = check_hosts(flags, slots, shell, words)
+    address, port, interfaces = check_hosts(flags, slots, shell, words)
     environment = {**environment_of_ranks(), **environment}
     text = "".join(f"{host} slots={count}\n" for host, count in read_hostfile(flags.hostfile or JOB_HOSTFILE).items())
     print(f"launch: {len(slots)} hosts, {sum(map(len, slots.values()))} ranks, meeting at {address}:{port}", flush=True)
@@ -122,11 +122,12 @@ def start(
         command = [*deepspeed(), HOSTFILE_HERE, *handed_on(flags), *place, *script]
         if number == 0:
             show(command)
+        own = cluster.environment_of(environment, interfaces.get(host) if len(slots) > 1 else None)
         if cluster.is_here(host):
             kind = Supervised if len(slots) == 1 else cluster.Local
-            parts.append(kind(command, environment, hostfile=text, host=host))
+            parts.append(kind(command, own, hostfile=text, host=host))
         else:
-            parts.append(cluster.Remote(shell, command, environment, hostfile=text, host=host))
+            parts.append(cluster.Remote(shell, command, own, hostfile=text, host=host))
     return parts
 
 
@@ -137,15 +138,15 @@ def show(command: Sequence[str]) -> None:
 
 def check_hosts(
     flags: LauncherFlags, slots: dict[str, list[int]], shell: cluster.Shell, words: list[str]
-) -> tuple[str, int]:
-    """Ask every host what it has; returns where the ranks are to meet.
+) -> tuple[str, int, dict[str, str]]:
+    """Ask every host what it has; returns where the ranks are to meet, and each host's interface where it is known.
 
     Raises:
         ConfigError: every fault, by host.
     """
     given_port = flags.given.get("master_port")
     if flags.no_ssh_check and flags.master_addr and given_port:
-        return flags.master_addr, given_port
+        return flags.master_addr, given_port, {}
     hosts = list(slots)[:1] if flags.no_ssh_check else list(slots)
     answers = cluster.ask(hosts, shell, cluster.shared_words(words), {"wanted": given_port})
     cluster.compare(answers, slots)
@@ -155,10 +156,11 @@ def check_hosts(
             f"{hosts[0]}: --master_port {given_port} is taken: leave the flag out, and a free one is found; or end "
             f"what listens there (`ss -ltnp | grep {given_port}` shows it)"
         )
+    interfaces = cluster.interfaces_between(answers)
     if flags.master_addr:
-        return flags.master_addr, given_port or first["port"]
+        return flags.master_addr, given_port or first["port"], interfaces
     address, port = cluster.meeting_place(answers)
-    return address, given_port or port
+    return address, given_port or port, interfaces
 
 
 def deepspeed() -> list[str]:
