@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from conftest import ROOT
 from drawn_failures import at
 from failure_texts import OOM, SAMPLES, WATCHDOG, Sample, died, said
 
-from finetune.arguments import known_flags
+from finetune.arguments import DoctorArguments, known_flags
 from finetune.failures import (
     Failure,
     first_of,
@@ -55,7 +55,8 @@ def test_every_cause_has_an_example_and_a_title_of_its_own():
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.title)
 def test_what_to_do_names_flags_and_configs_that_exist(known):
     launcher = (Path(__import__("deepspeed").__file__).parent / "launcher/runner.py").read_text(encoding="utf-8")
-    flags = {*known_flags(), *re.findall(r'"--([a-z_]+)"', launcher), *FLAGS_OF_OTHERS}
+    of_the_doctor = {one.name for one in fields(DoctorArguments)}
+    flags = {*known_flags(), *of_the_doctor, *re.findall(r'"--([a-z_]+)"', launcher), *FLAGS_OF_OTHERS}
     for text in (known.why, known.do):
         assert set(re.findall(r"--([a-z][a-z0-9_-]*)", text)) <= flags
         assert set(re.findall(r"\bzero(?:pp|\d\w*)", text)) <= set(shipped_names())
