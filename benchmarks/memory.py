@@ -34,6 +34,14 @@ FIGURES = "FINETUNE_MEMORY_FIGURES"
 ALL = dict(vocab_size=49_152, bos_token_id=1, eos_token_id=2, pad_token_id=2, max_position_embeddings=2_048)
 # family -> class prefix and config of a random model, saved in the type named last.
 RANDOM = {
+    "qwen3": (
+        "Qwen3",
+        dict(
+            vocab_size=100_000, hidden_size=512, intermediate_size=1_408, num_hidden_layers=12, num_attention_heads=8,
+            num_key_value_heads=4, head_dim=128, tie_word_embeddings=True,
+        ),
+        "float32",
+    ),
     "qwen2": (
         "Qwen2",
         dict(
