@@ -236,7 +236,8 @@ def predict(case: Case, folder: Path, tokens: int, learned: int) -> Any:
 
     from finetune.adapters import attach_lora
     from finetune.memory import Job, estimate
-    from finetune.shapes import shape_of, stored_bytes
+    from finetune.model import stored_bytes
+    from finetune.shapes import shape_of
 
     dropout = 0.0 if case.model == "mixtral" else 0.1
 

@@ -225,6 +225,15 @@ def fingerprint(name: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def stored_bytes(folder: Path) -> int | None:
+    """Of the weights in a model's folder; None where there are none."""
+    for pattern in ("*.safetensors", "*.bin"):
+        sizes = [path.stat().st_size for path in folder.glob(pattern)]
+        if sizes:
+            return sum(sizes)
+    return None
+
+
 def _files_of(name: str, revision: str | None) -> list[Path]:
     """The files that make up a model, in a folder or in the hub's cache."""
     folder = Path(name).expanduser()

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.attention import config_obstacle
+from finetune.errors import FinetuneError
 from finetune.memory import BYTES, Activations, Block, Precision, Shape, plain_activations
 
 FUSED = "fused_attention_of_a_trial"
@@ -53,17 +53,16 @@ def shape_of(
         stored_bytes: of the files that it is loaded from; None: all parameters in the config's own type.
 
     Raises:
-        ConfigError: the adapter cannot be attached. ValueError, ImportError: transformers knows no such model.
+        ConfigError: the adapter cannot be attached.
+        ValueError: the model's code cannot be built without weights.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     if vocabulary is not None and vocabulary > text.vocab_size:
         text.vocab_size = vocabulary
-    model = _on_meta(config, precision, attach, trust_remote_code)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model, base, embedding, head = _built(config, precision, attach, trust_remote_code)
     counts = Counter((one.numel(), one.requires_grad) for one in model.parameters())
     blocks = tuple(Block(size, count, trained) for (size, trained), count in sorted(counts.items()))
-    looked_up, head = base.get_input_embeddings(), base.get_output_embeddings()
     layers = _layers_of(base)
     own = [sum(one.numel() for one in module.parameters(recurse=False)) for module in model.modules()]
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
@@ -76,8 +75,8 @@ def shape_of(
         layers=len(layers) or text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        embedding=looked_up.weight.numel(),
-        tied=head is not None and head.weight is looked_up.weight,
+        embedding=embedding.numel(),
+        tied=head is not None and head.weight is embedding,
         stored_bytes=of_base * _stored_size(config) if stored_bytes is None else stored_bytes,
         largest_module=max(own),
         layer_parameters=_mean([sum(one.numel() for one in layer.parameters()) for layer in layers]),
@@ -90,13 +89,16 @@ def shape_of(
     return shape if counted is None else replace(shape, activations=counted)
 
 
-def stored_bytes(folder: Path) -> int | None:
-    """Of the weights in a model's folder; None where there are none."""
-    for pattern in ("*.safetensors", "*.bin"):
-        sizes = [path.stat().st_size for path in folder.glob(pattern)]
-        if sizes:
-            return sum(sizes)
-    return None
+def _built(config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool) -> tuple:
+    """The model, its base, the weight of its input embeddings, and its head or None; all without content."""
+    try:
+        model = _on_meta(config, precision, attach, trusts_code)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return model, base, base.get_input_embeddings().weight, base.get_output_embeddings()
+    except FinetuneError:
+        raise
+    except Exception as error:  # code of any model may ask for what tensors without content cannot give
+        raise ValueError(f"this model's code cannot be built without weights: {error}") from error
 
 
 def _on_meta(config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool) -> Any:

@@ -18,9 +18,11 @@ from short_runs import LORA
 
 from finetune import attention
 from finetune.adapters import attach_lora, count_parameters
+from finetune.errors import ConfigError
 from finetune.memory import Job, Shape, estimate
 from finetune.memory.disk import MODEL, MODEL_STATES, OPTIMIZER
-from finetune.shapes import shape_of, stored_bytes
+from finetune.model import stored_bytes
+from finetune.shapes import shape_of
 
 TOKENS, LEARNED = [40, 24], 20
 FAMILIES = ("llama", "qwen3", "gemma3", "mixtral", "gpt_neox")
@@ -191,3 +193,15 @@ def test_a_measured_run(tmp_path: Path, stage: int):
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(figures.read_text())
     assert row["predicted"] == pytest.approx(row["measured"], rel=0.25)
+
+
+def test_code_that_cannot_be_built_without_weights_is_told_apart_from_a_bad_adapter():
+    config = transformers.LlamaConfig(**{**tiny_models.SIZES, **tiny_models.GROUPED})
+
+    def asks_for_content(base: Any) -> Any:
+        return float(base.get_input_embeddings().weight[0, 0])
+
+    with pytest.raises(ValueError, match="cannot be built without weights: .*meta"):
+        shape_of(config, precision="float32", attach=asks_for_content)
+    with pytest.raises(ConfigError):
+        shape_of(config, precision="float32", attach=partial(WITH_ADAPTER, target_modules=["nowhere"]))

@@ -20,7 +20,7 @@ from finetune.preflight.forecast import Batches, foresee
 from finetune.preflight.hosts import Answers
 from finetune.preflight.planned import PlannedRun
 from finetune.preflight.showing import labelled, size
-from finetune.shapes import shape_of, stored_bytes
+from finetune.shapes import shape_of
 
 STATUS_OF_NO_MEMORY = 1  # what a run that runs out of it ends with
 
@@ -58,8 +58,8 @@ def examine_resources(
     except FinetuneError as error:
         examination.mend("configuration", str(error), status=error.status)
         return
-    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError) as error:
-        examination.warn("memory", f"not foreseen: this model's code cannot be built without weights: {error}")
+    except ValueError as error:
+        examination.warn("memory", f"not foreseen: {error}")
         return
     job = job_of(run.arguments, setup, batches, ranks_on_host=max(map(len, slots.values())))
     found = memory.estimate(shape, job)
@@ -100,7 +100,7 @@ def _shape(arguments: Arguments, setup: Setup, tokenizer: Any, *, adapter: bool 
         precision=setup.hardware.precision,
         attach=attach,
         vocabulary=model.rows_needed(tokenizer) if grows else None,
-        stored_bytes=stored_bytes(Path(setup.model.name).expanduser()),
+        stored_bytes=model.stored_bytes(Path(setup.model.name).expanduser()),
         trust_remote_code=arguments.model.trusts_code(),
     )
 
