@@ -69,6 +69,12 @@ class TestStatus:
         assert examination.status == 2 and str(examination.findings[-1]) == "node1: a version"
         assert {one.section for one in examination.findings} <= set(SECTIONS)
 
+    def test_what_two_sections_run_into_is_said_once(self):
+        examination = Examination()
+        for section in ("configuration", "data"):
+            examination.attempt(section, lambda: (_ for _ in ()).throw(ConfigError("there is no such folder")))
+        assert [one.section for one in examination.findings] == ["configuration"]
+
     def test_a_bug_is_not_taken_for_a_finding(self):
         with pytest.raises(ZeroDivisionError):
             Examination().attempt("data", lambda: 1 // 0)
@@ -154,6 +160,15 @@ def test_the_compilers_own_words_are_shown_and_a_terminal_gets_lines(named, tmp_
     assert "This run would end with status 1." in done.stdout
     for title in ("Configuration", "Data", "This host", "To mend"):
         assert f"\n{title}\n" in done.stdout
+
+
+def test_where_the_command_is_typed_on_every_host_no_other_host_is_asked(named, tmp_path):
+    (tmp_path / "hostfile").write_text("nowhere0 slots=1\nnowhere1 slots=1\n")
+    place = ("--no_ssh", "--node_rank=1", "--master_addr=nowhere0")
+    done = doctor(f"--hostfile={tmp_path / 'hostfile'}", *place, *named, "--deepspeed", "zero2", "--json")
+    found = found_by(done)
+    assert found["findings"] == [] and found["configuration"]["world_size"] == 2
+    assert list(found["operators"]) == ["nowhere1"] and "network" not in found
 
 
 def test_help_says_what_it_does():

@@ -56,7 +56,7 @@ def examine_run(examination: Examination, run: PlannedRun, say: Say) -> None:
         with_code = [host for host in answers if answers[host]["code"]]
         if names and with_code:
             say(f"building {', '.join(names)} where it is not built yet")
-            examine_operators(examination, names, with_code, run.shell)
+            examine_operators(examination, names, with_code, run.shell, over_ssh=remote is not None)
     if remote is not None or (found.gpus and not run.flags.no_ssh):
         say("connecting the ranks")
         examine_network(
@@ -68,7 +68,9 @@ def examine_run(examination: Examination, run: PlannedRun, say: Say) -> None:
 
 
 def _order(run: PlannedRun) -> dict[str, Any]:
-    return {"folder": os.getcwd(), "code": str(cluster.ROOT / "finetune"), "words": shared(run), **run.places.order()}
+    # What this machine has of the files is asked for only where others are to get it.
+    words = shared(run) if run.choice.stage else []
+    return {"folder": os.getcwd(), "code": str(cluster.ROOT / "finetune"), "words": words, **run.places.order()}
 
 
 def _read(examination: Examination, run: PlannedRun, say: Say) -> tuple[Any, PreparedData]:

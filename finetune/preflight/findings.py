@@ -55,11 +55,15 @@ class Examination:
     findings: list[Finding] = field(default_factory=list)
 
     def attempt(self, section: str, action: Callable[[], Value]) -> Value | None:
-        """What `action` returns; what it raises as an error of ours becomes a finding, and None is returned."""
+        """What `action` returns; what it raises as an error of ours becomes a finding, and None is returned.
+
+        The same text is noted once: a model that is missing is missed by the flags and by the data.
+        """
         try:
             return action()
         except FinetuneError as error:
-            self.findings.append(Finding(section, str(error), error.status))
+            if all(one.text != str(error) for one in self.findings):
+                self.findings.append(Finding(section, str(error), error.status))
             return None
 
     def mend(self, section: str, text: str, *, status: int = 2, host: str | None = None) -> None:

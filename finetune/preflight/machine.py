@@ -48,7 +48,7 @@ def examine_machine(examination: Examination, facts: Mapping[str, Any]) -> None:
             + ("its build has no CUDA: install the one for your CUDA" if torch.version.cuda is None
                else f"its CUDA {torch.version.cuda} needs a newer driver, or CUDA_VISIBLE_DEVICES hides them")
         )  # fmt: skip
-        examination.mend("this host", text)
+        examination.warn("this host", text)
     if facts["programs"]["c++"] is False and facts["programs"]["g++"] is False:
         examination.warn("this host", "there is no C++ compiler, which DeepSpeed needs: apt-get install g++")
     for path, age in host_probe.locks(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
@@ -57,14 +57,19 @@ def examine_machine(examination: Examination, facts: Mapping[str, Any]) -> None:
             examination.warn("this host", f"{text} for ever; a run of this toolkit removes it")
 
 
-def examine_operators(examination: Examination, names: Sequence[str], hosts: Sequence[str], shell: Shell) -> None:
-    """Build them, on every host at once: a minute each where they are not built yet, a few seconds where they are."""
-    if not names:
-        return
+def examine_operators(
+    examination: Examination, names: Sequence[str], hosts: Sequence[str], shell: Shell, *, over_ssh: bool
+) -> None:
+    """Build them, on every host at once: a minute each where they are not built yet, a few seconds where they are.
+
+    Without `over_ssh` there is one host, and this machine is it, whatever its name.
+    """
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {_BUILD}"]
 
     def one(host: str) -> Any:
-        return cluster.run_on(host, shell, command, json.dumps(list(names)), SECONDS_TO_BUILD)
+        return cluster.run_on(
+            host if over_ssh else "localhost", shell, command, json.dumps(list(names)), SECONDS_TO_BUILD
+        )
 
     with ThreadPoolExecutor(len(hosts)) as pool:
         answers = dict(zip(hosts, pool.map(one, hosts), strict=True))
