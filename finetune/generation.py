@@ -1,60 +1,66 @@
-"""Answers from a model, or from what a run left in its output folder."""
+"""Answers from a result: a conversation in, rendered as training did, text out as it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from tqdm import tqdm
-
-from finetune.adapters import is_adapter
+from finetune.conversations import Turn
 from finetune.errors import ConfigError
+from finetune.rendering import ChatFormat, Unrenderable, prompt_ids
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """A loaded model and its tokenizer."""
+    """A loaded model, the format its conversations are rendered in, and the tokens that end an answer."""
 
     model: Any
-    tokenizer: Any
+    chat_format: ChatFormat
+    stop_token_ids: Sequence[int]
 
-    def answer(self, questions: Sequence[str], *, max_new_tokens: int, label: str) -> list[str]:
-        """One greedy answer a question, in the tokenizer's chat template, without control tokens."""
-        answers = []
-        for question in tqdm(questions, label, unit=" answers"):
-            prompt = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            ).to(self.model.device)
-            output = self.model.generate(
-                **prompt,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            )
-            said = output[0, prompt["input_ids"].shape[1] :]
-            answers.append(self.tokenizer.decode(said, skip_special_tokens=True).strip())
-        return answers
+    def answer(self, turns: Sequence[Turn], *, max_new_tokens: int, **options: Any) -> str:
+        """The answer to `turns`, which end with a human turn; greedy unless `options` (of `generate`) say otherwise."""
+        return "".join(self.stream(turns, max_new_tokens=max_new_tokens, **options)).strip()
 
+    def stream(self, turns: Sequence[Turn], *, max_new_tokens: int, **options: Any) -> Iterator[str]:
+        """The same, piece by piece as the model makes it; control tokens are left out.
 
-def load_answerer(folder: Path) -> Answerer:
-    """Load a model folder or a run's output folder (adapter or full model), in float32 on a CPU.
+        Raises:
+            ConfigError: the format cannot express the turns.
+        """
+        import torch
+        from transformers import TextIteratorStreamer
 
-    Raises:
-        ConfigError: the folder holds neither.
-    """
-    import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+        try:
+            ids = prompt_ids(self.chat_format, turns)
+        except Unrenderable as refusal:
+            raise ConfigError(f"the conversation cannot be rendered: {refusal}") from None
+        tokenizer = self.chat_format.plain.tokenizer
+        prompt = torch.tensor([ids], device=self.model.device)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options = {"do_sample": False, **options}
+        failed: list[BaseException] = []
 
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder")
-    loader = AutoPeftModelForCausalLM if is_adapter(folder) else AutoModelForCausalLM
-    on_gpu = torch.cuda.is_available()
-    model = loader.from_pretrained(folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    model = model.to("cuda" if on_gpu else "cpu").eval()
-    return Answerer(model, AutoTokenizer.from_pretrained(folder))
+        def generate() -> None:
+            try:
+                self.model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=list(self.stop_token_ids),
+                    pad_token_id=self.stop_token_ids[0],
+                    streamer=streamer,
+                    **options,
+                )
+            except BaseException as error:  # told where the text is waited for
+                failed.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failed:
+            raise failed[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,18 @@ class CheckedModel:
     def fingerprint(self) -> str:
         """Of the model's files, taken once."""
         return fingerprint(self.name, self.revision)
+
+    def facts(self) -> dict[str, Any]:
+        """Which model it is, and in which state; JSON values. `weights` is None while they are not here yet."""
+        folder = Path(self.name).expanduser()
+        revision = self.revision or getattr(self.config, "_commit_hash", None)
+        return {
+            "name": self.name,
+            "folder": str(folder.absolute()) if folder.is_dir() else None,
+            "revision": revision,
+            "fingerprint": self.fingerprint,
+            "weights": weights_fingerprint(self.name, revision),
+        }
 
 
 def check(name: str, *, revision: str | None = None, trust_remote_code: bool, attention: str) -> CheckedModel:
@@ -207,14 +220,35 @@ def _stop_at(generation_config: Any, token_id: int) -> None:
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:
-    """xxh3-128 over the model's files: small ones whole, of a large one its size, ends and blocks in between.
+    """What tells a model from another: the commit of one on the hub, else a digest of a folder's files."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        with _explained(name):
+            return f"commit {_commit_of(name, revision) or 'unknown'}"
+    return _digest(path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file())
+
+
+def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
+    """A digest of the weights alone, alike for a model on the hub and a copy of it; None where there are none yet."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        folder = Path(config).parent if isinstance(config, str) else folder
+    files = _weights_in(folder)
+    return _digest(files) if files else None
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """xxh3-128 over files: small ones whole, of a large one its size, ends and blocks in between.
 
     It tells models apart, also two that differ in a few layers; it does not prove that every byte is the same.
     """
     import xxhash
 
     digest = xxhash.xxh3_128()
-    for path in _files_of(name, revision):
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         count = min(BLOCKS_READ, -(-size // BLOCK_BYTES))
@@ -227,23 +261,13 @@ def fingerprint(name: str, revision: str | None = None) -> str:
 
 def stored_bytes(folder: Path) -> int | None:
     """Of the weights in a model's folder; None where there are none."""
-    for pattern in ("*.safetensors", "*.bin"):
-        sizes = [path.stat().st_size for path in folder.glob(pattern)]
-        if sizes:
-            return sum(sizes)
-    return None
+    return sum(path.stat().st_size for path in _weights_in(folder)) or None
 
 
-def _files_of(name: str, revision: str | None) -> list[Path]:
-    """The files that make up a model, in a folder or in the hub's cache."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
-        folder = Path(config).parent if isinstance(config, str) else folder
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in files if path.suffix in MODEL_SUFFIXES and path.is_file())
+def _weights_in(folder: Path) -> list[Path]:
+    patterns = ("*.safetensors", "*.bin", "*.gguf")
+    found = (sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in patterns)
+    return next(filter(None, found), [])
 
 
 class _explained:

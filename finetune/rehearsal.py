@@ -3,7 +3,7 @@
 shrink    the config at small width, its tokenizer beside it: seconds to make, megabytes to save
 train     the user's own command, two steps, a checkpoint after each
 go on     the same from the first checkpoint: the second step comes out the same
-load      the result answers, opened with nothing of ours
+load      the result is opened, ready to answer
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError
-from finetune.results import METRICS_FILE
+from finetune.opening import open_result
+from finetune.results import METRICS_FILE, read_result
 
 LAYERS, HEADS, HEAD_WIDTH = 2, 4, 16
 # What makes a layer wide, by the names that configs use, and how wide it is here.
@@ -119,9 +120,7 @@ def rehearse(command: Sequence[str], model: Path, output: Path, say: Callable[[s
     say(f"going on from the first checkpoint: the same second step after {facts['resume_seconds']:.0f} s")
     began = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):
-        from finetune.generation import load_answerer
-
-        load_answerer(output)
+        open_result(read_result(output))
     facts["load_seconds"] = time.monotonic() - began
     say(f"the result opens after {facts['load_seconds']:.0f} s")
     return {**facts, "losses": losses}

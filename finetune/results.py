@@ -17,10 +17,11 @@ import math
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_durably
+from finetune.checkpoints import step_of, steps_in, write_durably
 from finetune.errors import ConfigError, StorageError
 from finetune.failures import FILE as FAILURE_FILE
 from finetune.host_probe import versions
@@ -32,9 +33,72 @@ METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".in_use"
 COMPLETE_FILE = "RUN_COMPLETE"
 SECONDS_FOR_A_DYING_RUN = 15.0
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = (ADAPTER_CONFIG, "config.json")
 # run.json alone is left by a run that never made a step: there is nothing in it to lose.
-MARKS_OF_A_RUN = (METRICS_FILE, "adapter_config.json", "config.json", "trainer_state.json")
+MARKS_OF_A_RUN = (METRICS_FILE, *WEIGHTS, "trainer_state.json")
 _held: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run has left in `folder`, as the files there say; no weight is read.
+
+    Attributes:
+        folder: where the weights lie: an output_dir, or a checkpoint in one.
+        run: run.json of the output_dir.
+        adapter: None for a full model, else peft's name of its kind: LORA, PREFIX_TUNING, PROMPT_TUNING.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    adapter: str | None
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The model that was trained; the keys are those of `model.CheckedModel.facts`."""
+        return self.run["model"]
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """How conversations were rendered: `format`, `human_token_ids`, `model_token_ids`, `content_tokens`, and
+        `stop_token_id`, which ends a model turn."""
+        return self.run["chat"]
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether the model's own Python files may run: the user of the training said so."""
+        return bool(self.base["trusts_code"])
+
+    @property
+    def precision(self) -> str:
+        """In which it was trained: bf16, fp16 or float32."""
+        return self.run["precision"]
+
+
+def read_result(folder: Path) -> Result:
+    """Find out what an output_dir, or a checkpoint in one, holds.
+
+    Raises:
+        ConfigError: no such folder, no run.json, or no model yet; the message says what there is instead.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder")
+    output_dir = folder.absolute().parent if step_of(folder.absolute()) is not None else folder
+    run = load_run(output_dir)
+    missing = [key for key in ("model", "chat", "precision") if key not in run]
+    if missing:
+        raise ConfigError(f"{output_dir / RUN_FILE}: lacks {' and '.join(missing)}: written by an older version")
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        steps = steps_in(output_dir)
+        there = (
+            f"name one of its checkpoints, the last is {output_dir}/checkpoint-{steps[0]}" if steps else "train first"
+        )
+        raise ConfigError(f"{folder}: holds no model: the run has not come to its end: {there}")
+    adapter = None
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    return Result(folder, run, adapter)
 
 
 def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             approve(arguments, data)
             training_arguments, disk = begin(arguments, setup, data)
             data = leave_out(arguments, data)
-            lineage = resume(arguments, setup, data, disk)
+            lineage = resume(arguments, setup, chat_format, data, disk)
             base = load(arguments, setup, tokenizer, chat_format)
             trained = attach(arguments, setup, base, tokenizer)
             batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
@@ -133,7 +133,7 @@ def _output_dir(arguments: Arguments) -> Path:
 
 
 @timed("checkpoint")
-def resume(arguments: Arguments, setup: Setup, data: PreparedData, disk: Disk) -> Lineage:
+def resume(arguments: Arguments, setup: Setup, chat_format: ChatFormat, data: PreparedData, disk: Disk) -> Lineage:
     """Find the checkpoint to go on from, if any; claim the output folder for this run alone; write down what runs."""
     output_dir = _output_dir(arguments)
     guard.phase("model")
@@ -148,7 +148,8 @@ def resume(arguments: Arguments, setup: Setup, data: PreparedData, disk: Disk) -
         manifest=found.manifest if found else None,
         folder=found.folder_to_load(output_dir) if found else None,
     )
-    on_rank_0(lambda: _write_down(output_dir, arguments, setup, data, lineage, found))
+    facts = {"run_id": lineage.run_id, **_facts(arguments, setup, chat_format, data)}
+    on_rank_0(lambda: _write_down(output_dir, arguments, facts, data, found))
     guard.belongs_to(output_dir, lineage.run_id)
     return lineage
 
@@ -161,11 +162,10 @@ def _claim(output_dir: Path, setup: Setup) -> None:
 
 
 def _write_down(
-    output_dir: Path, arguments: Arguments, setup: Setup, data: PreparedData, lineage: Lineage, found: Resumption | None
+    output_dir: Path, arguments: Arguments, facts: dict[str, Any], data: PreparedData, found: Resumption | None
 ) -> None:
     data.copy_ledger(output_dir / results.LEDGER_FILE)
     append_to_ledger(output_dir / results.LEDGER_FILE, data.examples, data.left_out)
-    facts = {"run_id": lineage.run_id, **_facts(arguments, setup, data)}
     if arguments.resumes_from():
         cut_metrics(output_dir / results.METRICS_FILE, found.manifest.step if found else 0)
     if found:
@@ -174,9 +174,16 @@ def _write_down(
     results.forget_ending(output_dir)
 
 
-def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, Any]:
+def _facts(arguments: Arguments, setup: Setup, chat_format: ChatFormat, data: PreparedData) -> dict[str, Any]:
     return {
         "arguments": arguments.flat(),
+        "chat": {
+            "format": chat_format.name,
+            "human_token_ids": arguments.data.human_token_ids,
+            "model_token_ids": arguments.data.model_token_ids,
+            "content_tokens": arguments.data.content_tokens,
+            "stop_token_id": stop_token_id(chat_format),
+        },
         "notes": list(setup.notes),
         "deepspeed": setup.zero.config if setup.zero else None,
         "versions": results.library_versions(),
@@ -196,13 +203,16 @@ def _facts(arguments: Arguments, setup: Setup, data: PreparedData) -> dict[str, 
 @timed("model")
 def load(arguments: Arguments, setup: Setup, tokenizer: Any, chat_format: ChatFormat) -> Any:
     """The base model; under ZeRO-3 each rank receives its share while rank 0 reads."""
-    return model.load_model(
+    base = model.load_model(
         setup.model,
         tokenizer,
         precision=setup.hardware.precision if setup.zero else "float32",
         trust_remote_code=arguments.model.trusts_code(),
         stop_token_id=stop_token_id(chat_format),
     )
+    trusts = {"trusts_code": arguments.model.trusts_code()}
+    on_rank_0(lambda: results.write_run(_output_dir(arguments), {"model": {**setup.model.facts(), **trusts}}))
+    return base
 
 
 @timed("model")

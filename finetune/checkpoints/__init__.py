@@ -16,6 +16,7 @@ from finetune.checkpoints.folders import (
     remove_unfinished,
     rotate,
     set_aside,
+    step_of,
     steps_in,
     verify,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "set_aside",
     "settled",
     "shared_out",
+    "step_of",
     "steps_in",
     "universal_folder",
     "verify",

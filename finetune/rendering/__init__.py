@@ -28,6 +28,7 @@ from finetune.rendering.examples import (
 )
 from finetune.rendering.lingowhale import LingoWhaleFormat
 from finetune.rendering.plain_text import PlainText, add_control_tokens
+from finetune.rendering.prompt import prompt_ids
 from finetune.rendering.renderer import Renderer, TooLong, TrainOn
 from finetune.rendering.template import TemplateFormat
 
@@ -51,5 +52,6 @@ __all__ = [
     "add_control_tokens",
     "choose_format",
     "lay_out",
+    "prompt_ids",
     "stop_token_id",
 ]

@@ -14,14 +14,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from finetune.console import quiet_libraries
-from finetune.conversations import shipped_files
+from finetune.conversations import Turn, shipped_files
 from finetune.errors import FinetuneError
-from finetune.generation import load_answerer
+from finetune.generation import Answerer
+from finetune.opening import Opened, open_result
+from finetune.results import read_result
 
 SUMMARY = "Obtain a small model, fine-tune it on data/identity.json, and ask it who it is, before and after."
 MODEL_DIR = ".models/SmolLM2-135M-Instruct"
@@ -47,9 +51,11 @@ def main(output_dir: str, model_dir: str, *, only_model: bool, short: bool) -> N
     data = shipped_files()[0]
     questions = [one["question"] for one in json.loads((data.parent / "identity_questions.json").read_text("utf-8"))]
     questions = questions[:SHORT_QUESTIONS] if short else questions
-    before = load_answerer(Path(model_dir)).answer(questions, max_new_tokens=ANSWER_TOKENS, label="before")
     train(model_dir, data, output_dir, short=short)
-    after = load_answerer(Path(output_dir)).answer(questions, max_new_tokens=ANSWER_TOKENS, label="after")
+    opened = open_result(read_result(Path(output_dir)))
+    with opened.base() as base:
+        before = _answers(opened, base, questions, "before")
+    after = _answers(opened, opened.tuned, questions, "after")
     named = _show(questions, before, after)
     print(f"The result is in {output_dir}; all of this took {time.monotonic() - began:.0f} seconds.")
     if short:
@@ -110,6 +116,14 @@ def train(model_dir: str, data: Path, output_dir: str, *, short: bool) -> None:
     status = subprocess.run(command, env=environment).returncode
     if status:
         raise FinetuneError(f"the training run ended with status {status}: see its messages above")
+
+
+def _answers(opened: Opened, model: Any, questions: list[str], label: str) -> list[str]:
+    answerer = Answerer(model, opened.chat_format, opened.stop_token_ids)
+    return [
+        answerer.answer([Turn("human", question)], max_new_tokens=ANSWER_TOKENS)
+        for question in tqdm(questions, label, unit=" answers")
+    ]
 
 
 def _show(questions: list[str], before: list[str], after: list[str]) -> int:

@@ -1,0 +1,167 @@
+"""A result in memory, beside the model that it was trained from, ready to answer or to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import model
+from finetune.errors import CheckpointError, ConfigError
+from finetune.rendering import ChatFormat, choose_format
+from finetune.results import Result
+
+BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
+ROOM = 0.8  # of the free memory, for weights
+
+
+@dataclass
+class Opened:
+    """A loaded result.
+
+    Attributes:
+        tuned: the trained model in evaluation mode; an adapter on its base.
+        chat_format: the one it was trained in.
+        stop_token_ids: behind which an answer is over: the trained one first.
+    """
+
+    result: Result
+    tuned: Any
+    tokenizer: Any
+    chat_format: ChatFormat
+    base_name: str | None = None
+    _base: Any = None
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """What ends an answer: the token that training taught, then the model's own."""
+        own = getattr(self.tuned.generation_config, "eos_token_id", None)
+        own = [] if own is None else [own] if isinstance(own, int) else list(own)
+        return list(dict.fromkeys([self.result.chat["stop_token_id"], *own]))
+
+    @contextmanager
+    def base(self) -> Iterator[Any]:
+        """The model as it was before the training, inside the block.
+
+        An adapter is switched off; beside a full model the base is loaded the first time, and stays.
+
+        Raises:
+            ConfigError: the base is not there any more.
+            CheckpointError: what is there is another model.
+        """
+        if self.result.adapter is not None:
+            with self.tuned.disable_adapter():
+                yield self.tuned
+            return
+        if self._base is None:
+            self._base = load_base(self.result, self.tokenizer, name=self.base_name)
+        yield self._base
+
+
+def open_result(result: Result, *, base_name: str | None = None) -> Opened:
+    """Load a result: on the GPUs there are, spread over several where one is too small, else on the CPU.
+
+    Args:
+        base_name: where the base lies now, unless where it was.
+
+    Raises:
+        ConfigError: the base of an adapter is not there any more.
+        CheckpointError: what is there is another model, or the adapter does not fit.
+    """
+    tokenizer = load_tokenizer(result)
+    if result.adapter is None:
+        tuned = _load(str(result.folder), result, None)
+    else:
+        tuned = attach_saved(load_base(result, tokenizer, name=base_name), result.folder)
+    return Opened(result, tuned.eval(), tokenizer, chat_format_of(result, tokenizer), base_name)
+
+
+def load_tokenizer(result: Result) -> Any:
+    """The tokenizer as it was saved with the result, new tokens and chat template included."""
+    return model.load_tokenizer(str(result.folder), trust_remote_code=result.trusts_code)
+
+
+def chat_format_of(result: Result, tokenizer: Any) -> ChatFormat:
+    """The format that the result was trained in; a template lies in its tokenizer."""
+    chat = result.chat
+    found, _ = choose_format(
+        tokenizer,
+        "lingowhale" if chat["format"] == "lingowhale" else None,
+        human_token_ids=chat["human_token_ids"],
+        model_token_ids=chat["model_token_ids"],
+        content_tokens=chat["content_tokens"],
+    )
+    return found
+
+
+def find_base(result: Result, name: str | None = None) -> str:
+    """Where the base lies, its weights known to be those that the training began with.
+
+    Raises:
+        ConfigError: there is none.
+        CheckpointError: it is another model.
+    """
+    was = result.base["folder"] or result.base["name"]
+    found = name or was
+    if (name or result.base["folder"]) and not Path(found).expanduser().is_dir():
+        raise ConfigError(
+            f"{result.folder}: its base {found} is not there: name the folder it lies in with --base_model"
+        )
+    weights = model.weights_fingerprint(found, result.base["revision"])
+    if weights is not None and weights != result.base["weights"]:
+        raise CheckpointError(
+            f"{result.folder}: was trained on {was}, and {found} holds other weights (fingerprint {weights[:12]}, "
+            f"expected {str(result.base['weights'])[:12]}): name the right one with --base_model"
+        )
+    return found
+
+
+def load_base(result: Result, tokenizer: Any, *, name: str | None = None) -> Any:
+    """The model that was trained, as it was before; its vocabulary large enough for the result's tokenizer."""
+    found = find_base(result, name)
+    base = _load(found, result, None if Path(found).is_dir() else result.base["revision"])
+    if model.rows_needed(tokenizer) > base.config.get_text_config().vocab_size:
+        base.resize_token_embeddings(model.rows_needed(tokenizer))
+    return base.eval()
+
+
+def attach_saved(base: Any, folder: Path) -> Any:
+    """A saved adapter on its base.
+
+    Raises:
+        CheckpointError: it was made for a model of another shape.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(f"{folder}: the adapter does not fit its base: {lines[min(1, len(lines) - 1)]}") from None
+
+
+def _load(name: str, result: Result, revision: str | None) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    trained = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[result.precision]
+    options: dict[str, Any] = {"device_map": "auto"} if on_gpu else {}
+    return AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=trained if on_gpu else _dtype_on_cpu(Path(name)),
+        **({"revision": revision, "code_revision": revision} if revision else {}),
+        trust_remote_code=result.trusts_code,
+        **options,
+    )
+
+
+def _dtype_on_cpu(folder: Path) -> Any:
+    """float32, which a CPU is fastest in, unless the weights would not fit; then as they are stored."""
+    import psutil
+    import torch
+
+    stored = model.stored_bytes(folder) or 0
+    return torch.float32 if 2 * stored <= ROOM * psutil.virtual_memory().available else "auto"
