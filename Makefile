@@ -24,8 +24,8 @@ test-hosts: install model tokenizers
 test-gpu: install model tokenizers
 	$(PYTEST) -m gpu
 
-test-browser: install
-	$(PYTEST) -m browser tests/test_pages.py
+test-browser: install model
+	$(PYTEST) -m browser
 
 test-all: install model tokenizers
 	$(PYTEST) -m ""

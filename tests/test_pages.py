@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import struct
 import subprocess
 import zlib
@@ -13,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browsers import browser_path
 
 from finetune import pages
 from finetune.errors import ConfigError, StorageError
@@ -224,14 +224,8 @@ def test_a_page_that_cannot_be_written(tmp_path):
 # ---- in a real browser
 
 
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert found, "no browser: apt-get install chromium fonts-noto-cjk"
-    return found
-
-
 def run_browser(profile: Path, *flags: str) -> str:
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+    command = [browser_path(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     command += ["--force-device-scale-factor=1", f"--user-data-dir={profile}", "--allow-file-access-from-files"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
