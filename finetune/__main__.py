@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from finetune.errors import reported
-from finetune.tools import convert, doctor, launch, preview, quickstart
+from finetune.tools import convert, doctor, launch, merge, preview, quickstart
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +34,27 @@ def _launch(context: typer.Context) -> None:
 @app.command("doctor", context_settings=TRAINING_FLAGS, help=doctor.SUMMARY)
 def _doctor(context: typer.Context) -> None:
     doctor.main(context.args)
+
+
+@app.command("merge", help=merge.SUMMARY)
+def _merge(
+    output: str = typer.Argument(help="the output_dir of a run, or a checkpoint in it"),
+    target: str = typer.Argument(None, metavar="[DIR]", help="where the model goes; default: OUTPUT/merged"),
+    base_model: str = typer.Option(None, "--base_model", help="where the base lies now, if it was moved"),
+    dtype: str = typer.Option(None, "--dtype", help="bf16, fp16 or float32; default: the precision of the training"),
+    max_shard_size: str = typer.Option("5GB", "--max_shard_size", help="of a file; about the memory that is needed"),
+    gguf: str = typer.Option(None, "--gguf", metavar="TYPE", help="also a GGUF file: f32, f16, bf16, q8_0, q4_0, ..."),
+    no_check: bool = typer.Option(False, "--no_check", help="do not open the model and compare its logits"),
+) -> None:
+    merge.main(
+        output,
+        target,
+        base_model=base_model,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        gguf=gguf,
+        check=not no_check,
+    )
 
 
 @app.command("quickstart", help=quickstart.SUMMARY)

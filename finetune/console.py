@@ -53,7 +53,7 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, once per rank, that it found no GPU
     transformers.utils.logging.set_verbosity(level)
-    if not is_rank_0():
+    if not is_rank_0() or not is_terminal():
         transformers.utils.logging.disable_progress_bar()
     for name in ("accelerate", "peft", "torch.distributed", "torch.nn.parallel.distributed"):
         logging.getLogger(name).setLevel(level)

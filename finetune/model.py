@@ -126,24 +126,29 @@ def load_model(
 
     `stop_token_id` is the token that training teaches the model to end a turn with; generation stops there too.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
     with _explained(checked.name):
         model = AutoModelForCausalLM.from_pretrained(
             checked.name,
             **_of(checked.name, checked.revision),
             config=checked.config,
-            dtype=dtype,
+            dtype=torch_dtype(precision),
             attn_implementation=checked.attention,
             trust_remote_code=trust_remote_code,
         )
     if must_grow(checked, tokenizer):
         model.resize_token_embeddings(rows_needed(tokenizer))
     if stop_token_id is not None and model.generation_config is not None:
-        _stop_at(model.generation_config, stop_token_id)
+        stop_at(model.generation_config, stop_token_id)
     return model
+
+
+def torch_dtype(precision: Precision) -> Any:
+    """torch's name of a precision."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
 
 
 def _of(name: str, revision: str | None) -> dict[str, str]:
@@ -212,7 +217,8 @@ def rows_needed(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _stop_at(generation_config: Any, token_id: int) -> None:
+def stop_at(generation_config: Any, token_id: int) -> None:
+    """Generation ends at this token, too."""
     stops = generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     if token_id not in stops:

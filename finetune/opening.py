@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from finetune.errors import CheckpointError, ConfigError
 from finetune.rendering import ChatFormat, choose_format
 from finetune.results import Result
 
-BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ROOM = 0.8  # of the free memory, for weights
 
 
@@ -118,6 +118,26 @@ def find_base(result: Result, name: str | None = None) -> str:
     return found
 
 
+def base_folder(result: Result, name: str | None = None) -> Path:
+    """The folder of the base's files: of one on the hub, in the cache, downloaded where it is not there yet.
+
+    Raises:
+        ConfigError: there is none.
+        CheckpointError: it is another model.
+    """
+    found = find_base(result, name)
+    if Path(found).expanduser().is_dir():
+        return Path(found).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(found, revision=result.base["revision"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{result.folder}: its base {found} cannot be had: {reason}") from None
+
+
 def load_base(result: Result, tokenizer: Any, *, name: str | None = None) -> Any:
     """The model that was trained, as it was before; its vocabulary large enough for the result's tokenizer."""
     found = find_base(result, name)
@@ -135,8 +155,11 @@ def attach_saved(base: Any, folder: Path) -> Any:
     """
     from peft import PeftModel
 
+    # Of adapters on one side of tied embeddings, which run as they are; of names that peft itself writes for experts.
+    warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True. and a tied layer is part of the adapter")
+    warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match any targeted module")
     try:
-        return PeftModel.from_pretrained(base, folder)
+        return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(f"{folder}: the adapter does not fit its base: {lines[min(1, len(lines) - 1)]}") from None
@@ -147,7 +170,7 @@ def _load(name: str, result: Result, revision: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     on_gpu = torch.cuda.is_available()
-    trained = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[result.precision]
+    trained = model.torch_dtype(result.precision)
     options: dict[str, Any] = {"device_map": "auto"} if on_gpu else {}
     return AutoModelForCausalLM.from_pretrained(
         name,
@@ -160,8 +183,32 @@ def _load(name: str, result: Result, revision: str | None) -> Any:
 
 def _dtype_on_cpu(folder: Path) -> Any:
     """float32, which a CPU is fastest in, unless the weights would not fit; then as they are stored."""
-    import psutil
     import torch
 
     stored = model.stored_bytes(folder) or 0
-    return torch.float32 if 2 * stored <= ROOM * psutil.virtual_memory().available else "auto"
+    return torch.float32 if 2 * stored <= ROOM * free_memory() else "auto"
+
+
+def open_whole(folder: Path, dtype: Any, *, trusts_code: bool) -> Any:
+    """The model in a folder, opened by plain transformers, which must find each weight and no other.
+
+    Raises:
+        CheckpointError: weights are missing, left over or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    found, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trusts_code, output_loading_info=True
+    )
+    wrong = {name: sorted(map(str, told[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    faults = [f"{len(keys)} {name.replace('_', ' ')}, the first {keys[0]}" for name, keys in wrong.items() if keys]
+    if faults:
+        raise CheckpointError(f"{folder}: the saved model is not whole: {'; '.join(faults)}")
+    return found.eval()
+
+
+def free_memory() -> int:
+    """Bytes that the system would give without swapping."""
+    import psutil
+
+    return psutil.virtual_memory().available

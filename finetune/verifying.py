@@ -8,6 +8,8 @@ from typing import Any
 
 from finetune.adapters import is_adapter, verify_saved
 from finetune.errors import CheckpointError
+from finetune.model import torch_dtype
+from finetune.opening import free_memory, open_whole
 
 # Relative; the second for 16-bit weights, whose sums differ from one device or order of summing to another.
 TOLERANCES = {"float32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
@@ -37,22 +39,19 @@ def verify_result(
     Raises:
         CheckpointError: a weight is missing, empty or left over; or the loss is another one.
     """
-    import torch
-
     kind = "adapter" if is_adapter(folder) else "model"
     if kind == "adapter":
         verify_saved(folder)
     else:
         _check_tensors(folder)
     needed = _bytes_of(Path(base) if kind == "adapter" else folder) * ROOM[precision]
-    free = _free_memory()
+    free = free_memory()
     if needed > free:
         return (
             f"the saved {kind} has all its weights; its loss was not compared: a second copy takes "
             f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
         )
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    found = _reopened_loss(folder, kind == "adapter", input_ids, labels, dtype, trust_remote_code)
+    found = _reopened_loss(folder, kind == "adapter", input_ids, labels, torch_dtype(precision), trust_remote_code)
     if not abs(found - loss) <= TOLERANCES[precision] * max(abs(loss), 0.1):
         raise CheckpointError(
             f"{folder}: the saved {kind} has a loss of {found:.5f} on a conversation for which the trained one has "
@@ -79,7 +78,6 @@ def _reopened_loss(
     folder: Path, has_adapter: bool, input_ids: Sequence[int], labels: Sequence[int], dtype: Any, trusts_code: bool
 ) -> float:
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # else, under ZeRO-3, this copy too would be divided among the ranks
@@ -88,13 +86,7 @@ def _reopened_loss(
 
         model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusts_code)
     else:
-        model, told = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trusts_code, output_loading_info=True
-        )
-        wrong = {name: sorted(told[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        found = [f"{len(keys)} {name.replace('_', ' ')}, the first {keys[0]}" for name, keys in wrong.items() if keys]
-        if found:
-            raise CheckpointError(f"{folder}: the saved model is not whole: {'; '.join(found)}")
+        model = open_whole(folder, dtype, trusts_code=trusts_code)
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([list(input_ids)])).logits[0, -len(input_ids) :]
     return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(list(labels)[1:])))
@@ -102,9 +94,3 @@ def _reopened_loss(
 
 def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-
-
-def _free_memory() -> int:
-    import psutil
-
-    return psutil.virtual_memory().available

@@ -12,11 +12,11 @@ PACKAGE = ROOT / "finetune"
 # A name may import anything to its right, nothing to its left and nothing of its own group.
 LINE = (
     {"finetune", "__main__"},
-    {"tools.convert", "tools.doctor", "tools.launch", "tools.preview", "tools.quickstart"},
+    {"tools.convert", "tools.doctor", "tools.launch", "tools.merge", "tools.preview", "tools.quickstart"},
     {"preflight", "train"},
     {"planning", "resuming"},
     {"checking", "preparing", "trainer"},
-    {"generation", "rehearsal"},
+    {"generation", "merging", "rehearsal"},
     {
         "arguments",
         "batches",
@@ -25,12 +25,12 @@ LINE = (
         "dataset",
         "interconnect",
         "losses",
-        "opening",
         "saving",
         "shapes",
         "staging",
         "verifying",
     },
+    {"opening"},
     {
         "adapters",
         "agreeing",

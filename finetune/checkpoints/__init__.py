@@ -29,6 +29,7 @@ from finetune.checkpoints.manifest import (
     write_durably,
     write_manifest,
 )
+from finetune.checkpoints.masters import MasterWeights
 from finetune.checkpoints.pickles import is_pickled, pickle_fault
 from finetune.checkpoints.universal import convert, remove_universal, universal_folder
 
@@ -37,6 +38,7 @@ __all__ = [
     "SAVING_FILE",
     "FileRecord",
     "Manifest",
+    "MasterWeights",
     "checkpoint_folder",
     "checksum",
     "convert",

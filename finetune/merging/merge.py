@@ -1,0 +1,194 @@
+"""Merge: where the weights are, what of them is needed, written aside, proven, and only then given its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import checkpoints
+from finetune.adapters import verify_saved
+from finetune.checkpoints import MasterWeights, step_of
+from finetune.errors import CheckpointError, ConfigError, StorageError, listed
+from finetune.merging import folder as beside
+from finetune.merging import proof
+from finetune.merging.names import Names
+from finetune.merging.pieces import AdapterPieces, Piece, check_mergeable, master_pieces, plain_pieces
+from finetune.merging.shards import stored_dtype, write_shards
+from finetune.merging.stored import StoredTensors
+from finetune.model import stored_bytes, torch_dtype
+from finetune.opening import attach_saved, base_folder, chat_format_of, load_tokenizer, open_result, open_whole
+from finetune.results import Result, write_run
+
+ROOM_TO_SPARE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be merged.
+
+    Attributes:
+        source: whose config, code and tokenizer apply: the base of an adapter, else the result itself.
+        pieces: every tensor of the merged model.
+        dtypes: in which each is written, and `usual` for most.
+        unties: embeddings and head were one tensor, and are two.
+        origin: where the weights come from, in words.
+    """
+
+    result: Result
+    source: Path
+    pieces: list[Piece]
+    dtypes: list[Any]
+    usual: Any
+    unties: bool
+    origin: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(piece.count * dtype.itemsize for piece, dtype in zip(self.pieces, self.dtypes, strict=True))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What came of it: the folder, its tensors' bytes, and lines that say what was seen."""
+
+    folder: Path
+    size: int
+    checked: str
+    notes: tuple[str, ...]
+
+
+def plan_merge(result: Result, *, base_name: str | None, dtype: str | None) -> Plan:
+    """Find out what to merge, and everything that hinders it, without reading a weight.
+
+    Args:
+        base_name: where the base lies now, unless where it was.
+        dtype: bf16, fp16 or float32; None: the precision of the training.
+
+    Raises:
+        ConfigError: an adapter that is no weights; a base that is not there; a model stored quantized.
+        CheckpointError: the checkpoint is not whole, the base another model, the adapter of another size.
+    """
+    check_mergeable(result.adapter)
+    if step_of(result.folder.absolute()) is not None:
+        faults = checkpoints.verify(result.folder)
+        if faults:
+            raise CheckpointError(listed(faults, "fault"))
+    source = result.folder if result.adapter is None else base_folder(result, base_name)
+    model = _empty_model(source, result)
+    unties = False
+    if result.adapter is not None:
+        verify_saved(result.folder)
+        found = AdapterPieces(StoredTensors(source), model, result.folder, attach_saved)
+        pieces, unties, origin = found.pieces(), found.unties, f"{result.folder} and its base {source}"
+    elif (result.folder / "latest").is_file() and (dtype == "float32" or not stored_bytes(result.folder)):
+        masters = MasterWeights(result.folder)
+        pieces = master_pieces(masters, Names(model))
+        origin = f"the float32 weights of {masters.world_size} ranks in {result.folder} (ZeRO stage {masters.stage})"
+    else:
+        pieces, origin = plain_pieces(StoredTensors(result.folder)), str(result.folder)
+    wanted = torch_dtype(dtype or result.precision)
+    usual = _usual_dtype(pieces)
+    return Plan(result, source, pieces, [stored_dtype(one, wanted, usual) for one in pieces], wanted, unties, origin)
+
+
+def merge(plan: Plan, target: Path, *, shard_bytes: int, proves: bool = True) -> Merged:
+    """Write the merged model to `target`, whole or not at all.
+
+    Args:
+        shard_bytes: of a file; about what is held in memory.
+        proves: open it and compare its logits with those of what was trained, where memory allows.
+
+    Raises:
+        ConfigError: `target` holds something.
+        CheckpointError: what was written is not what was trained.
+        StorageError: the disk is too small, or refused.
+    """
+    _check_target(target, plan.size)
+    result = plan.result
+    tokenizer = load_tokenizer(result)
+    chat_format = chat_format_of(result, tokenizer)
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        size = write_shards(part, plan.pieces, plan.dtypes, shard_bytes)
+        rows = beside.rows_of(plan.source, tokenizer)
+        dtype = str(plan.usual).removeprefix("torch.")
+        beside.write_config(part, plan.source, dtype=dtype, rows=rows, unties=plan.unties)
+        beside.write_generation_config(part, plan.source, result.chat["stop_token_id"])
+        note = beside.write_tokenizer(part, tokenizer, chat_format)
+        beside.pass_on(part, plan.source)
+        beside.write_card(part, result, beside.card_facts(result))
+        write_run(part, {**result.run, "merged": {"from": str(result.folder.absolute()), "origin": plan.origin}})
+        checked = _proven(plan, part, chat_format) if proves else "not opened: --no_check"
+        part.rename(target)
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Merged(target, size, checked, tuple(filter(None, [note])))
+
+
+def _proven(plan: Plan, part: Path, chat_format: Any) -> str:
+    """Open what was written, compare it with what was trained; a line that says what was seen."""
+    import torch
+
+    hindered = proof.missing_memory(plan.size)
+    if hindered:
+        return f"not opened: {hindered}"
+    trusts = plan.result.trusts_code
+    if plan.result.adapter is None and not stored_bytes(plan.result.folder):
+        open_whole(part, torch.float32, trusts_code=trusts)
+        return "it opens with plain transformers, each weight in its place"
+    opened = open_result(plan.result, base_name=str(plan.source) if plan.result.adapter else None)
+    longest = getattr(opened.tuned.config.get_text_config(), "max_position_embeddings", None)
+    rows = proof.rows_for(chat_format, longest)
+    expected = proof.logits_of(opened.tuned, rows)
+    del opened
+    return proof.compare(part, expected, rows, {_name_of(plan.usual), plan.result.precision}, trusts_code=trusts)
+
+
+def _empty_model(source: Path, result: Result) -> Any:
+    """The model with its vocabulary as in the training; each weight is one zero, seen as often as it has numbers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=result.trusts_code)
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"{source}: is stored quantized: merge into the model that it was made from")
+    config.get_text_config().vocab_size = beside.rows_of(source, load_tokenizer(result))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=result.trusts_code)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=torch.float32).expand(weight.shape)
+            setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
+    return model
+
+
+def _check_target(target: Path, size: int) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: exists and is not replaced: name another folder, or remove it")
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(above).free
+    if free < size + ROOM_TO_SPARE:
+        raise StorageError(f"{target}: the merged model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+
+
+def _usual_dtype(pieces: list[Piece]) -> Any:
+    """The type of most stored numbers."""
+    import torch
+
+    counts: dict[Any, int] = {}
+    for piece in pieces:
+        if piece.dtype.is_floating_point and not piece.computed:
+            counts[piece.dtype] = counts.get(piece.dtype, 0) + piece.count
+    return max(counts, key=counts.__getitem__, default=torch.float32)
+
+
+def _name_of(dtype: Any) -> str:
+    """Of ours: bf16, fp16, float32."""
+    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "float32")
