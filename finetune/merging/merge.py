@@ -89,7 +89,7 @@ def plan_merge(result: Result, *, base_name: str | None, dtype: str | None) -> P
         pieces = master_pieces(masters, Names(model))
         origin = f"the float32 weights of {masters.world_size} ranks in {result.folder} (ZeRO stage {masters.stage})"
     else:
-        pieces, origin = plain_pieces(StoredTensors(result.folder)), str(result.folder)
+        pieces, origin = plain_pieces(StoredTensors(result.folder), model), str(result.folder)
     wanted = torch_dtype(dtype or result.precision)
     usual = _usual_dtype(pieces)
     return Plan(result, source, pieces, [stored_dtype(one, wanted, usual) for one in pieces], wanted, unties, origin)

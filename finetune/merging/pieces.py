@@ -54,9 +54,15 @@ def check_mergeable(kind: str | None) -> None:
         raise ConfigError(f"this adapter cannot be merged: {why}; it is used as it is, with peft or `finetune chat`")
 
 
-def plain_pieces(stored: StoredTensors) -> list[Piece]:
-    """A full model's tensors, as they are."""
-    return [_as_stored(stored, name) for name in stored]
+def plain_pieces(stored: StoredTensors, model: Any) -> list[Piece]:
+    """A full model's tensors, as they are; one that is tied to another is left out where files hold both."""
+    tied = _tied(model)
+    return [_as_stored(stored, name) for name in stored if tied.get(name) not in stored]
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Weights that are another one: name -> name of that."""
+    return dict(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else {}
 
 
 def _as_stored(stored: StoredTensors, name: str, called: str | None = None) -> Piece:
@@ -138,7 +144,7 @@ class AdapterPieces:
 
     def __init__(self, stored: StoredTensors, model: Any, folder: Path, attach: Callable[[Any, Path], Any]) -> None:
         self.stored, self.names = stored, Names(model)
-        self.tied = dict(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else {}
+        self.tied = _tied(model)
         self.places = self.names.places({name: stored.shape(name) for name in stored})
         self.place_of = {weight: place for place in self.places for weight in place.weights}
         self.changed = dict(self._changes(attach(model, folder)))
