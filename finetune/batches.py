@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune.errors import ConfigError
+from finetune.loss_parts import Cells
 from finetune.sampling import Batching, Order
 from finetune.sampling import Sampler as RowSampler
 
@@ -113,6 +114,7 @@ class MicroBatches(Dataset):
         collate: examples -> a batch of tensors.
         rank: of the data-parallel ranks.
         counts_conversations: the loss is a mean over conversations, not over tokens.
+        sources: what the examples come from, so that the loss can be told by it; none: it is not.
         left_out: bool [examples], those that no micro-batch holds and no total counts, though they keep their place in
             the order of the data; None: none.
     """
@@ -126,10 +128,14 @@ class MicroBatches(Dataset):
         rank: int,
         counts_conversations: bool = False,
         left_out: np.ndarray | None = None,
+        sources: Sequence[str] = (),
     ) -> None:
         self.described = examples
         self.left_out = np.zeros(len(examples), dtype=bool) if left_out is None else left_out
         self.examples = examples.select_columns(["input_ids", "labels"]).with_format("numpy")
+        self.cells = Cells(sources)
+        marks = ["source", "labels", "turn_spans"] if sources else ["labels"]
+        self.marked = examples.select_columns(marks).with_format("arrow")
         self.lengths, self.supervised = (column(examples, name) for name in ("length", "num_supervised"))
         self.sampler, self.collate, self.rank = sampler, collate, rank
         self.counts_conversations = counts_conversations
@@ -147,6 +153,9 @@ class MicroBatches(Dataset):
             {"input_ids": ids, "labels": labels}
             for ids, labels in zip(found["input_ids"], found["labels"], strict=True)
         ]
+        if self.cells.sources and rows:
+            cells = self.cells.of(self.marked[rows])
+            examples = [{**example, "cells": own} for example, own in zip(examples, cells, strict=True)]
         totals = self.totals(self._kept(self.sampler.step_rows(epoch, step)))
         denominator = totals.rows if self.counts_conversations else totals.supervised_tokens
         return {

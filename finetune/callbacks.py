@@ -16,6 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 from finetune import guard, numbers, stopping
 from finetune.console import is_rank_0, is_terminal, say, say_note
 from finetune.hardware import keep_freed_blocks, resume_collection
+from finetune.loss_parts import LossParts
 from finetune.metrics import append_metrics
 from finetune.numbers import Count, Scale, Straggler, Stragglers
 from finetune.ranks import gathered, gathered_numbers, host_names, together
@@ -258,10 +259,10 @@ class StepEnd(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Writes `metrics.jsonl`, one line per logged step."""
+    """Writes `metrics.jsonl`, one line per logged step, with the parts that the loss is made of."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, parts: LossParts) -> None:
+        self.path, self.parts = path, parts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -269,7 +270,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            append_metrics(self.path, {"step": state.global_step, **logs})
+            append_metrics(self.path, {"step": state.global_step, **logs, **self.parts.logged})
 
 
 class Progress(ProgressCallback):

@@ -26,7 +26,7 @@ from finetune.rendering import IGNORE_INDEX
 
 LossWeighting = Literal["token", "conversation"]
 # What a batch carries for the loss; everything else in it is an argument of the model.
-LOSS_KEYS = ("targets", "target_positions", "targets_beside")
+LOSS_KEYS = ("targets", "target_positions", "targets_beside", "target_cells")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Collator:
 
         `targets` int64 [P] are the learned tokens; `target_positions` says where they are predicted: int64 [P] indices
         into a flat row, bool [rows, L] for padded rows. `targets_beside` int64 [P]: how many targets the example of a
-        target has. (Numbers, not weights: floats of a batch are cast to the precision of the run.)
+        target has. (Numbers, not weights: floats of a batch are cast to the precision of the run.) `target_cells` int64
+        [P], where examples bring `cells`: what part of the data a target is of; see `loss_parts`.
         """
         import torch
 
@@ -69,6 +70,8 @@ class Collator:
         if self.weighting == "conversation":
             counts = [int((one != IGNORE_INDEX).sum()) for one in labels]
             batch["targets_beside"] = np.repeat(counts, counts)
+        if examples and "cells" in examples[0]:
+            batch["target_cells"] = np.concatenate([one["cells"] for one in examples])
         if parts > 1:
             batch = _part(batch, number, parts)
         if self.selects_logits:

@@ -24,6 +24,7 @@ def supervised_loss(
     target_positions: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     smoothing: float = 0.0,
+    each: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`scale` x the sum over the targets of -log softmax(logits)[target] x weight; a scalar, float32 or wider.
 
@@ -36,13 +37,14 @@ def supervised_loss(
             [rows, L] for [rows, L, V]; virtual tokens may stand in front. None when there are only these P.
         weights: float32 [P], or None for 1 each.
         smoothing: share of each target that is spread evenly over the vocabulary (Szegedy et al., 2016).
+        each: [P], filled with the loss of each target: neither scaled nor weighted, and without a gradient.
     """
     if target_positions is not None:
         if target_positions.dtype == torch.bool:
             logits = logits[:, logits.shape[1] - target_positions.shape[1] :][target_positions]
         else:
             logits = logits[0, target_positions]
-    return _ScaledCrossEntropySum.apply(logits.reshape(-1, logits.shape[-1]), targets, weights, scale, smoothing)
+    return _ScaledCrossEntropySum.apply(logits.reshape(-1, logits.shape[-1]), targets, weights, scale, smoothing, each)
 
 
 class _ScaledCrossEntropySum(torch.autograd.Function):
@@ -56,6 +58,7 @@ class _ScaledCrossEntropySum(torch.autograd.Function):
         weights: torch.Tensor | None,
         scale: float,
         smoothing: float,
+        each: torch.Tensor | None,
     ) -> torch.Tensor:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         gradient = _room_for_gradient(logits) if ctx.needs_input_grad[0] else None
@@ -72,7 +75,10 @@ class _ScaledCrossEntropySum(torch.autograd.Function):
             # Where the logits are wide already and a gradient is wanted, all this is written over them.
             part = (part - largest if gradient is None else part.sub_(largest)).exp_()
             sums = part.sum(-1, keepdim=True)
-            total += ((sums.log() + largest - aimed_at) * factors).sum()
+            losses = sums.log() + largest - aimed_at
+            total += (losses * factors).sum()
+            if each is not None:
+                each[begin : begin + rows] = losses[:, 0]
             if gradient is not None:
                 part *= factors / sums
                 if smoothing:
@@ -85,9 +91,9 @@ class _ScaledCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return (None if gradient is None else gradient.mul_(above).to(ctx.dtype)), None, None, None, None
+        return (None if gradient is None else gradient.mul_(above).to(ctx.dtype)), None, None, None, None, None
 
 
 def _room_for_gradient(logits: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,8 @@ FIELDS = (
     "supervised_tokens_per_second",
     "mfu",
     "peak_memory_bytes",
+    "loss_by_source",
+    "loss_by_turn",
 )
 
 

@@ -98,6 +98,7 @@ def settle(
         rank=training_arguments.process_index // ranks_each,
         counts_conversations=asked.loss_weighting == "conversation",
         left_out=left_out,
+        sources=list(data.summary.examples_by_source),
     )
 
 

@@ -27,6 +27,7 @@ from finetune.checkpoints import Manifest, remove_universal
 from finetune.collation import LOSS_KEYS
 from finetune.console import is_rank_0
 from finetune.errors import ConfigError, NumericsError
+from finetune.loss_parts import LossParts
 from finetune.losses import supervised_loss
 from finetune.metrics import ModelFlops, StepMeter, peak_memory_bytes
 from finetune.numbers import ROWS_FILE, Count, check_weights, finite_or_none, is_of_the_least_scale
@@ -94,13 +95,14 @@ class SupervisedTrainer(Trainer):
         size = checkpoint_bytes(self.model, self.trained, share=share, only_model=self.args.save_only_model)
         self.saver = Saver(Path(self.args.output_dir), lineage.disk, keep, size, self._manifest)
         self.meter = StepMeter()
+        self.parts = LossParts(micro_batches.cells.sources, self.args.device)
         self.stopped_by: str | None = None  # the request that ended the run early, in words
         self.step_end = self._step_end()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(Beginning(self._begin, on_plan))
         self.add_callback(self.step_end)
-        self.add_callback(MetricsFile(Path(self.args.output_dir) / METRICS_FILE))
+        self.add_callback(MetricsFile(Path(self.args.output_dir) / METRICS_FILE, self.parts))
         self.add_callback(Progress())
 
     def _step_end(self) -> StepEnd:
@@ -190,7 +192,8 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """This rank's part of the mean over the whole step, times the ranks by which the gradients are divided."""
         counts = inputs.pop("counts")
-        targets, positions, beside = (inputs.pop(name, None) for name in LOSS_KEYS)
+        targets, positions, beside, cells = (inputs.pop(name, None) for name in LOSS_KEYS)
+        each = None if cells is None else torch.empty(len(targets), device=targets.device)
         ranks = self._ranks_averaged_over()
         self.step_end.own_time.forward_begins()
         outputs = model(**inputs)
@@ -201,7 +204,10 @@ class SupervisedTrainer(Trainer):
             target_positions=None if "logits_to_keep" in inputs else positions,
             weights=None if beside is None else 1 / beside,
             smoothing=self.args.label_smoothing_factor,
+            each=each,
         )
+        if cells is not None:
+            self.parts.add(cells, each)
         balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is told to keep its load even
         if balance is not None:
             share = ranks * counts.tokens / self.sharing_ranks / max(counts.step.tokens, 1)
@@ -229,6 +235,7 @@ class SupervisedTrainer(Trainer):
             logs["loss"] = count.mean_without(logs["loss"], self.state.global_step - self.logged_at)
             logs |= {"non_finite_steps": count.steps, **self._rates()}
             self.logged_at, count.lost_since_log = self.state.global_step, 0
+            self.parts.take()
         super().log(logs, start_time)
         self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])
         if self.step_end.verdict is not None:
@@ -330,6 +337,7 @@ class SupervisedTrainer(Trainer):
             position={"epoch": epoch, "step": place},
             last_logged=self._globalstep_last_logged,
             loss_since_log=gathered(float(self._tr_loss)),
+            parts_since_log=self.parts.total(),
             facts=self.lineage.facts,
             trained=self.trained,
             versions=library_versions(),
@@ -346,6 +354,7 @@ class SupervisedTrainer(Trainer):
         manifest = self.lineage.manifest
         if manifest is not None and manifest.world_size == self.args.world_size:
             self._tr_loss += manifest.loss_since_log[self.args.process_index]
+            self.parts.go_on_from(manifest.parts_since_log, is_first=self.args.process_index == 0)
             self._globalstep_last_logged = manifest.last_logged
             self.step_end.count = Count(**manifest.non_finite)
         elif manifest is not None and self.is_deepspeed_enabled:
@@ -371,7 +380,7 @@ class SupervisedTrainer(Trainer):
         """
         collate = replace(self.train_dataset.collate, part=(0, 1))
         batch = self._prepare_inputs(collate([example]))
-        targets, positions, _ = (batch.pop(name, None) for name in LOSS_KEYS)
+        targets, positions, *_ = (batch.pop(name, None) for name in LOSS_KEYS)
         self.model.eval()
         with torch.no_grad():
             loss = supervised_loss(

@@ -37,6 +37,7 @@ LINE = (
         "attention",
         "cluster",
         "console",
+        "loss_parts",
         "metrics",
         "model",
         "numbers",

@@ -44,6 +44,7 @@ class Manifest:
         world_size: ranks that wrote it; `step_rows` is what a full step holds over all of them, rows or groups.
         position: where the sampler goes on: {"epoch": e, "step": s}, both counted from 0.
         loss_since_log: [ranks], what each rank has added up since step `last_logged`.
+        parts_since_log: the same by source and answer, over all ranks; see `loss_parts`.
         facts: what must be the same for a resumed run to be the uninterrupted one.
         trained: names and whole shapes of all trained parameters.
         disks: the ranks of each disk: a list of lists, with one in it where all share a file system.
@@ -65,6 +66,7 @@ class Manifest:
     written: str
     is_resumable: bool = True
     non_finite: dict[str, int] = field(default_factory=dict)
+    parts_since_log: list[list[float]] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property
