@@ -12,10 +12,10 @@ PACKAGE = ROOT / "finetune"
 # A name may import anything to its right, nothing to its left and nothing of its own group.
 LINE = (
     {"finetune", "__main__"},
-    {"tools.convert", "tools.doctor", "tools.launch", "tools.preview", "tools.quickstart"},
+    {"tools.convert", "tools.doctor", "tools.launch", "tools.preview", "tools.quickstart", "tools.report"},
     {"preflight", "train"},
-    {"planning", "resuming"},
-    {"checking", "preparing", "trainer"},
+    {"planning", "report", "resuming"},
+    {"answers", "checking", "preparing", "trainer"},
     {"generation", "rehearsal"},
     {
         "arguments",
@@ -26,6 +26,7 @@ LINE = (
         "interconnect",
         "losses",
         "opening",
+        "samples",
         "saving",
         "shapes",
         "staging",

@@ -9,7 +9,9 @@ from dataclasses import fields
 
 import pytest
 from conftest import ROOT
+from typer.main import get_command
 
+from finetune.__main__ import app
 from finetune.arguments import DoctorArguments, PreviewArguments, known_flags, parse, parse_for_doctor
 from finetune.zero import shipped_names
 
@@ -45,6 +47,7 @@ def test_flags_named_are_flags():
     named = {name for name in re.findall(r"`?--([a-z][a-z0-9_]*)", README) if not name.endswith("_")}
     assert {"use_lora", "deepspeed", "warmup_ratio"} <= named
     of_verbs = {one.name for group in (PreviewArguments, DoctorArguments) for one in fields(group)}
+    of_verbs |= {one.name for verb in get_command(app).commands.values() for one in verb.params}
     assert named - LAUNCHER_FLAGS <= set(known_flags()) | of_verbs
 
 
