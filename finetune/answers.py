@@ -83,14 +83,15 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise ConfigError(f"--prompts {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    values: list[Any] = text.splitlines()
+    values: Any = text.split("\n")
     if path.suffix == ".json":
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"--prompts {path}, line {error.lineno}: not JSON: {error.msg}") from None
-    texts = [one.get("question") if isinstance(one, dict) else one for one in values if one]
-    if not isinstance(values, list) or not all(isinstance(one, str) for one in texts):
+    listed = values if isinstance(values, list) else [None]
+    texts = [one.get("question") if isinstance(one, dict) else one for one in listed if one != ""]
+    if not all(isinstance(one, str) for one in texts):
         raise ConfigError(f'--prompts {path}: expected an array of texts, or of objects with a "question"')
     prompts = [Prompt((Turn("human", one.strip()),)) for one in texts if one.strip()]
     if not prompts:

@@ -52,6 +52,7 @@ LINE = (
     {"allreduce", "building", "errors", "failures", "host_probe", "stopping"},
 )
 WITHOUT_TORCH = {
+    "answers",
     "arguments",
     "checkpoints",
     "conversations",
@@ -66,8 +67,11 @@ WITHOUT_TORCH = {
     "metrics",
     "numbers",
     "packing",
+    "pages",
     "preparing",
+    "report",
     "results",
+    "samples",
     "sampling",
     "skipping",
 }

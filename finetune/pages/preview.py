@@ -47,7 +47,7 @@ PAGE = """<!doctype html>
 <style>{{ style|safe }}</style>
 </head>
 <body>
-{% from "rows" import card, histogram, legend, not_kept %}
+{% from "rows" import card, histogram, legend, not_kept, not_kept_count %}
 <input type="checkbox" id="mono" class="choice"><input type="checkbox" id="bare" class="choice">
 <div class="page">
 <h1><small>Conversations as the model reads them</small>{{ page.title|harmless }}</h1>
@@ -68,7 +68,10 @@ PAGE = """<!doctype html>
 {{ card(one, loop.index0) }}
 {% endfor %}
 </main>
-{{ not_kept(page.not_kept, page.num_not_kept) }}
+{% if page.not_kept %}
+<h2>{{ not_kept_count(page.not_kept|length, page.num_not_kept) }}</h2>
+{{ not_kept(page.not_kept) }}
+{% endif %}
 </div>
 </body>
 </html>

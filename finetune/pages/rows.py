@@ -126,10 +126,10 @@ ROWS = """{% macro piece(one, newlines) %}
 <span><bdi class="control end unread">end</bdi> learned where another token is read</span>
 <label for="mono" class="tick mono">fixed width</label><label for="bare" class="tick bare">contents only</label></p>
 {% endmacro %}
-{% macro not_kept(rows, count) %}
-{% if rows %}
-<h2>Rows not kept whole: {{ count|thousands }}
-{%- if count > rows|length %} (the first {{ rows|length }}){% endif %}</h2>
+{% macro not_kept_count(shown, count) %}
+Rows not kept whole: {{ count|thousands }}{% if count > shown %} (the first {{ shown|thousands }}){% endif %}
+{% endmacro %}
+{% macro not_kept(rows) %}
 <table class="list">
 <tr><th>File</th><th>Row</th><th>Status</th><th>Reason</th></tr>
 {% for source, row, status, reason in rows %}
@@ -137,6 +137,5 @@ ROWS = """{% macro piece(one, newlines) %}
 <td>{{ reason|harmless }}</td></tr>
 {% endfor %}
 </table>
-{% endif %}
 {% endmacro %}
 """

@@ -110,8 +110,10 @@ def duration(seconds: float) -> str:
     >>> duration(3725)
     '1 h 2 min'
     """
-    if seconds < 120:
+    if seconds < 100:
         return f"{seconds:.3g} s"
+    if seconds < 600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 120:
         return f"{minutes} min"
@@ -286,6 +288,12 @@ def spelled(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(spelled, value)) or DASH
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def notes(run: Run) -> list[str]:
+    """What the run decided by itself, or differently from what was asked."""
+    found = run.facts.get("notes")
+    return list(map(spelled, found)) if isinstance(found, list) else []
 
 
 def indented(value: Any) -> str:

@@ -18,16 +18,23 @@
     .replace(/[\u0000-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, "\ufffd");
   const last = (values) => values.findLast((one) => one !== null);
   const format = (value) => Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") :
-    String(Number(value.toPrecision(4)));
+    value && Math.abs(value) < 1e-3 ? String(Number(value.toPrecision(4)).toExponential()) :
+      String(Number(value.toPrecision(4)));
 
+  // A mean over neighbours on both sides, the nearer the heavier, so that a curve does not lag behind.
   function smoothed(values) {
-    const keep = Math.exp(-1 / Math.max(values.length * 0.02, 1));
-    let mean = 0, weight = 0;
-    return values.map((value) => {
-      if (value === null) return null;
-      mean = keep * mean + (1 - keep) * value;
-      weight = keep * weight + (1 - keep);
-      return mean / weight;
+    const reach = Math.max(2, Math.round(values.length * 0.02));
+    return values.map((own, at) => {
+      if (own === null) return null;
+      let sum = 0, weights = 0;
+      for (let away = -reach; away <= reach; away++) {
+        const value = values[at + away] ?? null;
+        if (value === null) continue;
+        const weight = reach + 1 - Math.abs(away);
+        sum += weight * value;
+        weights += weight;
+      }
+      return sum / weights;
     });
   }
 
@@ -126,16 +133,32 @@
     head.append(plot.title, document.createElement("span"));
     drawn.className = "drawing";
     figure.append(head, drawn);
+    if (plot.key === "loss") {
+      const note = document.createElement("p");
+      note.className = "marks";
+      figure.append(note);
+    }
     byId("plots").append(figure);
     return figure;
+  }
+
+  function explain() {
+    const note = document.querySelector(".marks");
+    if (!note) return;
+    const lost = numbers.runs.some((run) => run.lost.length), resumed = numbers.runs.some((run) => run.resumed.length);
+    const thinned = numbers.runs.some((run) => run.x.step.length < run.logged);
+    note.textContent = [lost && "dotted: a step that was not finite", resumed && "dashed: went on from a checkpoint",
+      thinned && "of close steps the lowest and the highest are drawn"].filter(Boolean).join(" · ");
   }
 
   function draw() {
     byId("curves").hidden = !numbers.plots.length;
     const wanted = numbers.plots.map((plot) => `plot-${plot.key}`);
     document.querySelectorAll(".plot").forEach((one) => wanted.includes(one.id) || one.remove());
-    return Promise.all(numbers.plots.map((plot) => {
-      const figure = drawing(plot), found = traces(plot);
+    const figures = numbers.plots.map(drawing);
+    explain();
+    return Promise.all(numbers.plots.map((plot, number) => {
+      const figure = figures[number], found = traces(plot);
       figure.querySelector("figcaption span").textContent = caption(plot);
       return Plotly.react(figure.querySelector(".drawing"), found, layout(plot, found), OPTIONS);
     }));

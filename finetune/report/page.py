@@ -39,7 +39,7 @@ def render_report(runs: Sequence[Run], *, every: float | None = None, served: bo
     scripts = (plotly_script(), _file("page.js"))
     policy = f"{POLICY}; script-src {' '.join(map(_hash, scripts))}" + ("; connect-src 'self'" if served else "")
     return _template("page.html").render(
-        **context(runs),
+        title=title(runs),
         parts=render_parts(runs),
         mark=pages.mark(pages.REPORT),
         policy=policy,
@@ -51,9 +51,19 @@ def render_report(runs: Sequence[Run], *, every: float | None = None, served: bo
 
 
 def render_parts(runs: Sequence[Run]) -> dict[str, str]:
-    """What changes while a run goes on, above and below the plots, by name."""
+    """What changes while a run goes on, above and below the plots, by name.
+
+    Raises:
+        ConfigError: run.json holds something that cannot be shown; no run must fail for that.
+    """
+    from jinja2 import UndefinedError
+
     values = context(runs)
-    return {name: _template(f"{name}.html").render(**values) for name in PARTS}
+    try:
+        return {name: _template(f"{name}.html").render(**values) for name in PARTS}
+    except (AttributeError, KeyError, TypeError, ValueError, UndefinedError) as error:
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise ConfigError(f"{folders}: its run.json is not as this version writes it: {error!r}") from error
 
 
 def context(runs: Sequence[Run]) -> dict[str, Any]:

@@ -134,9 +134,9 @@ def watch(
     with _serving(port) as server:
         server.shown = _write(folders, path, every=every)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://{HOST}:{server.server_port}"
-        say(f"{path}, and {address} on this host alone (from elsewhere: ssh -L {server.server_port}:{HOST}:")
-        say(f"{server.server_port} HOST, and the same address), is kept up to date every {every:g} s; Ctrl-C ends this")
+        own = server.server_port
+        say(f"{path} is kept up to date, every {every:g} s; Ctrl-C ends this")
+        say(f"on this host: http://{HOST}:{own}; from elsewhere the same, behind ssh -L {own}:{HOST}:{own} THIS_HOST")
         _follow(folders, path, server, every)
         time.sleep(every + SECONDS_FOR_LAST_LOOKS)  # open pages come once more
         server.shutdown()
