@@ -200,10 +200,11 @@ def test_a_failed_run_shows_the_likely_cause_first(tmp_path):
 
 
 def test_how_a_run_stands(tmp_path):
-    folder = output_dir(tmp_path / "one", complete=False)
+    folder = output_dir(tmp_path / "one", [line(step) for step in range(1, 11)], complete=False)
     assert read_run(folder).state == "unknown"
     assert results.hold(folder) is None
-    assert read_run(folder).state == "running"
+    assert read_run(folder).state == "running" and "In progress: 10 of 20 steps" in page_of(folder).text
+    assert "logged, about 5 s to go." in page_of(folder).text
     results.let_go()
     assert read_run(folder).state == "unknown"
     results.write_run(

@@ -61,13 +61,20 @@ def sentence(run: Run) -> str:
     if run.state == "complete":
         return f"Complete after {steps:,} steps."
     if run.state == "running":
-        return f"In progress: {steps:,}{of} steps are logged."
+        return f"In progress: {steps:,}{of} steps are logged{_time_left(run)}."
     if run.state == "stopped":
         by = run.part("stopped").get("by") or "a request"
         return f"Stopped by {by} after {steps:,}{of} steps; --resume_from_checkpoint auto goes on."
     if run.state == "failed":
         return f"It ended early: {steps:,}{of} steps are logged."
     return f"{steps:,}{of} steps are logged; it was killed, or runs where this cannot be seen."
+
+
+def _time_left(run: Run) -> str:
+    """By the last steps' pace."""
+    recent = [line["step_seconds"] for line in run.lines[-20:] if line.get("step_seconds")]
+    left = (_steps_planned(run) or 0) - run.steps
+    return f", about {duration(left * _median(recent))} to go" if recent and left > 0 else ""
 
 
 def tiles(run: Run) -> Rows:
