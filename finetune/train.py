@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trained = attach(arguments, setup, base, tokenizer)
             batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
             trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches, lineage)
-            leave_if_asked(trainer)
+            leave_if_asked(arguments, trainer)
             seal(arguments, setup, trainer)
 
 
@@ -277,7 +277,7 @@ def fit(
     return trainer
 
 
-def leave_if_asked(trainer: Any) -> None:
+def leave_if_asked(arguments: Arguments, trainer: Any) -> None:
     """Where the ranks have agreed to stop, the last checkpoint is what this start leaves: status 75, run me again."""
     if trainer.stopped_by is None:
         return
@@ -289,6 +289,7 @@ def leave_if_asked(trainer: Any) -> None:
     )
     on_rank_0(lambda: _note_stop(Path(trainer.args.output_dir), trainer.stopped_by, step))
     leave_processes()
+    _report(arguments, answers=0)
     results.let_go()
     sys.exit(stopping.STOPPED)
 
@@ -320,21 +321,19 @@ def seal(arguments: Arguments, setup: Setup, trainer: Any) -> None:
     on_rank_0(lambda: _conclude(arguments, setup, trainer, example, loss))
     is_writer = trainer.lineage.disk.is_writer
     leave_processes()
-    if console.is_rank_0():
-        _report(arguments)
+    _report(arguments, answers=arguments.run.report_answers)
     if is_writer:
         results.mark_complete(_output_dir(arguments), trainer.lineage.run_id)
     results.let_go()
 
 
-def _report(arguments: Arguments) -> None:
-    """The page about the run, by the one process that is left; the result does not depend on it."""
-    if not arguments.run.write_report:
+def _report(arguments: Arguments, *, answers: int) -> None:
+    """The page about the run, by rank 0 once the others are gone; the result does not depend on it."""
+    if not (console.is_rank_0() and arguments.run.write_report):
         return
     from finetune.report import write_at_the_end
 
-    chosen = arguments.run
-    line = write_at_the_end(_output_dir(arguments), answers=chosen.report_answers, seconds=chosen.report_seconds)
+    line = write_at_the_end(_output_dir(arguments), answers=answers, seconds=arguments.run.report_seconds)
     console.say(f"Report:\n  {line}\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from finetune.report.reading import Run, read_run
 from finetune.results import read_result
 
 FILE = "report.html"
+ROOM_TO_LEAVE = 64 << 20
 
 
 def write_report(runs: Sequence[Run], path: Path, *, every: float | None = None) -> None:
@@ -34,6 +36,9 @@ def write_at_the_end(folder: Path, *, answers: int, seconds: float) -> str:
     """
     path, note = folder / FILE, ""
     try:
+        free = shutil.disk_usage(folder).free
+        if free < ROOM_TO_LEAVE:  # what is still to be written is more needed
+            return f"no report was written: {free / 1e6:.0f} MB of disk are left: finetune report {folder} writes it"
         pages.check_replaceable(path, pages.REPORT)
         try:
             note = _answer(folder, answers, seconds) if answers else ""
