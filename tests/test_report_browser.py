@@ -91,6 +91,8 @@ def test_every_plot_is_drawn_with_the_numbers_of_the_run(tmp_path):
         assert [round(one, 6) for one in drawn(page, "peak_memory_bytes")[0]["y"]] == [3.0] * 30
         assert [one["name"] for one in drawn(page, "loss_by_source")] == ["a.json", "b.json"]
         assert [one["name"] for one in drawn(page, "loss_by_turn")] == ["turn 0", "turn 1"]
+        titles = "all => [...new Set(all.map(one => one.dataset.title))]"
+        assert page.eval_on_selector_all(".modebar-btn", titles) == ["Download plot as a PNG", "Reset axes"]
         paths = page.eval_on_selector_all(
             ".plot .scatterlayer .js-line", "all => all.map(one => one.getAttribute('d'))"
         )

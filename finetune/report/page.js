@@ -98,24 +98,27 @@
     const units = { step: "step", tokens: "tokens seen", seconds: "seconds in steps" };
     const legend = plot.grouped || found.filter((one) => one.showlegend !== false).length > 1;
     return {
-      margin: { l: 46, r: 14, t: 10, b: 38 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      margin: { l: 46, r: 14, t: 10, b: 38 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: css("--card"),
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink"), size: 12 },
-      xaxis: { ...axis, hoverformat: choice.x === "step" ? "d" : ",.3~s", title: { text: units[choice.x], standoff: 6,
-        font: { size: 11.5, color: ink } } },
+      xaxis: { ...axis, spikecolor: ink, spikethickness: 1, spikedash: "dot",
+        hoverformat: choice.x === "step" ? "d" : ",.3~s",
+        title: { text: units[choice.x], standoff: 6, font: { size: 11.5, color: ink } } },
       yaxis: { ...axis, ticksuffix: plot.unit ? ` ${plot.unit}` : "",
-        rangemode: ["loss", "loss_by_source", "loss_by_turn", "learning_rate"].includes(plot.key) ? "normal" : "tozero" },
+        rangemode: plot.key.startsWith("l") ? "normal" : "tozero" },  // losses and the learning rate
       hovermode: choice.x === "step" ? "x unified" : "closest",
       hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink"), size: 12.5 },
         namelength: 40 },
       showlegend: legend && (plot.grouped || numbers.runs.length === 1),
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink, size: 11.5 } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: ink, activecolor: css("--ink") },
       shapes: marks(plot), uirevision: choice.x,
     };
   }
 
+  // Plotly's own choice of buttons has one that sends the numbers to its makers: these are all there are.
   const OPTIONS = { responsive: true, displaylogo: false, doubleClick: "reset", showTips: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d"] };
+    showSendToCloud: false, plotlyServerURL: "", modeBarButtons: [["toImage", "resetScale2d"]] };
 
   function caption(plot) {
     if (plot.grouped || numbers.runs.length > 1) return "";
