@@ -25,7 +25,12 @@ setup(
     python_requires=">=3.10",
     packages=[*PACKAGES, "finetune.ds_configs", "finetune.data"],
     package_dir={"finetune": "finetune", "finetune.ds_configs": "ds_configs", "finetune.data": "data"},
-    package_data={"finetune": ["*.json"], "finetune.ds_configs": ["*.json"], "finetune.data": ["*.json"]},
+    package_data={
+        "finetune": ["*.json"],
+        "finetune.report": ["*.html", "*.css", "*.js"],
+        "finetune.ds_configs": ["*.json"],
+        "finetune.data": ["*.json"],
+    },
     install_requires=[
         "torch>=2.10",
         "transformers>=5.23,<6",
@@ -40,6 +45,7 @@ setup(
         "sentencepiece>=0.2",
         "ninja>=1.11",
         "plotext>=5.3,<6",
+        "plotly>=6,<8",
         "protobuf>=5",
         "PyYAML>=6",
         "rich>=13",

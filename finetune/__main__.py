@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from finetune.errors import reported
-from finetune.tools import convert, doctor, launch, merge, preview, quickstart
+from finetune.tools import convert, doctor, launch, merge, preview, quickstart, report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,6 +69,31 @@ def _quickstart(
     ),
 ) -> None:
     quickstart.main(output_dir, model_dir, only_model=only_model, short=short)
+
+
+@app.command("report", help=report.SUMMARY)
+def _report(
+    output_dirs: Annotated[list[str], typer.Argument(metavar="OUTPUT ...", help="output folders of training runs")],
+    html: str = typer.Option(
+        None, "--html", help="the file to write; default: OUTPUT/report.html, of several runs report.html"
+    ),
+    prompts: str = typer.Option(None, "--prompts", help="what base and result answer: a text file, one prompt a line"),
+    no_answers: bool = typer.Option(False, "--no_answers", help="load no model: only answers that are there already"),
+    base_model: str = typer.Option(None, "--base_model", help="where the base lies now; default: where it was"),
+    watch: bool = typer.Option(False, "--watch", help="keep the page up to date, and serve it, until the run ends"),
+    every: float = typer.Option(report.SECONDS, "--every", help="seconds between two looks, with --watch"),
+    port: int = typer.Option(report.PORT, "--port", help="where it is served on this host, with --watch; 0: any"),
+) -> None:
+    report.main(
+        output_dirs,
+        html=html,
+        prompts=prompts,
+        no_answers=no_answers,
+        base_model=base_model,
+        watch=watch,
+        every=every,
+        port=port,
+    )
 
 
 def main() -> None:

@@ -3,6 +3,9 @@
 run.json            what ran: arguments, resolved DeepSpeed config, versions, world size, data, result
 data_ledger.jsonl   every row that was not kept whole, with the reason
 metrics.jsonl       one line per logged step
+samples.json        a few rows as the model read them; see `samples`
+answers.json        what base and result answer; see `answers`
+report.html         all of it on a page; see `report`
 trainer_state.json  the Trainer's own record
 RUN_COMPLETE        the run's id, written last of all
 failure.json        how a run failed, instead; see `failures`
@@ -264,6 +267,47 @@ def forget_ending(folder: Path) -> None:
 def resumptions(folder: Path) -> list[dict[str, Any]]:
     """How often, and from where, the run in this folder has gone on."""
     return load_run(folder).get("resumed", []) if (folder / RUN_FILE).is_file() else []
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    """Each start of the run in this folder: when it `began`, `from_step` which step, when and how it `ended`.
+
+    `ended` and `how` (complete, or stopped by what) are None where nobody could write them: it is running, or failed.
+    """
+    return load_run(folder).get("starts", []) if (folder / RUN_FILE).is_file() else []
+
+
+def new_start(step: int) -> dict[str, Any]:
+    """The entry of a start that goes on from `step`, 0 for one that begins."""
+    return {"began": now(), "from_step": step, "ended": None, "how": None}
+
+
+def ended(folder: Path, how: str) -> list[dict[str, Any]]:
+    """The starts of the run in this folder, the last of which ends now."""
+    *earlier, last = starts(folder) or [new_start(0)]
+    return [*earlier, {**last, "ended": now(), "how": how}]
+
+
+def now() -> str:
+    """The time as run.json has it: ISO 8601 to the second, with the offset from UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a run keeps this folder at this moment; None where the file system cannot tell."""
+    import fcntl
+
+    try:
+        with open(folder / LOCK_FILE, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
 
 
 def library_versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from finetune.preparing import prepare_data
 from finetune.ranks import Disk, find_disk, join_processes, leave_processes, on_rank_0, together
 from finetune.rendering import ChatFormat, stop_token_id
 from finetune.resuming import Resumption, facts_of, find_checkpoint
+from finetune.samples import speller, write_samples
 from finetune.saving import Lineage, new_run_id
 from finetune.skipping import append_to_ledger, rows_to_skip
 from finetune.verifying import verify_result
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trained = attach(arguments, setup, base, tokenizer)
             batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
             trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches, lineage)
-            leave_if_asked(trainer)
+            leave_if_asked(arguments, trainer)
             seal(arguments, setup, trainer)
 
 
@@ -149,7 +150,7 @@ def resume(arguments: Arguments, setup: Setup, chat_format: ChatFormat, data: Pr
         folder=found.folder_to_load(output_dir) if found else None,
     )
     facts = {"run_id": lineage.run_id, **_facts(arguments, setup, chat_format, data)}
-    on_rank_0(lambda: _write_down(output_dir, arguments, facts, data, found))
+    on_rank_0(lambda: _write_down(output_dir, arguments, facts, chat_format, data, found))
     guard.belongs_to(output_dir, lineage.run_id)
     return lineage
 
@@ -162,12 +163,21 @@ def _claim(output_dir: Path, setup: Setup) -> None:
 
 
 def _write_down(
-    output_dir: Path, arguments: Arguments, facts: dict[str, Any], data: PreparedData, found: Resumption | None
+    output_dir: Path,
+    arguments: Arguments,
+    facts: dict[str, Any],
+    chat_format: ChatFormat,
+    data: PreparedData,
+    found: Resumption | None,
 ) -> None:
     data.copy_ledger(output_dir / results.LEDGER_FILE)
     append_to_ledger(output_dir / results.LEDGER_FILE, data.examples, data.left_out)
+    drawn = data.sample(arguments.run.report_samples, arguments.given("seed"))
+    write_samples(output_dir, drawn, speller(chat_format.plain.tokenizer, chat_format))
+    step = found.manifest.step if found else 0
     if arguments.resumes_from():
-        cut_metrics(output_dir / results.METRICS_FILE, found.manifest.step if found else 0)
+        cut_metrics(output_dir / results.METRICS_FILE, step)
+    facts["starts"] = [*(results.starts(output_dir) if found else []), results.new_start(step)]
     if found:
         facts["resumed"] = [*results.resumptions(output_dir), found.facts()]
     results.write_run(output_dir, facts)
@@ -177,6 +187,7 @@ def _write_down(
 def _facts(arguments: Arguments, setup: Setup, chat_format: ChatFormat, data: PreparedData) -> dict[str, Any]:
     return {
         "arguments": arguments.flat(),
+        "run_arguments": asdict(arguments.run),
         "chat": {
             "format": chat_format.name,
             "human_token_ids": arguments.data.human_token_ids,
@@ -242,7 +253,9 @@ def fit(
     from finetune.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
-        console.say_plan(plan(arguments, setup, trained, chat_format, data, batches, steps))
+        planned = plan(arguments, setup, trained, chat_format, data, batches, steps)
+        console.say_plan(planned)
+        on_rank_0(lambda: results.write_run(_output_dir(arguments), {"plan": asdict(planned)}))
 
     try:
         trainer = SupervisedTrainer(
@@ -264,7 +277,7 @@ def fit(
     return trainer
 
 
-def leave_if_asked(trainer: Any) -> None:
+def leave_if_asked(arguments: Arguments, trainer: Any) -> None:
     """Where the ranks have agreed to stop, the last checkpoint is what this start leaves: status 75, run me again."""
     if trainer.stopped_by is None:
         return
@@ -274,12 +287,16 @@ def leave_if_asked(trainer: Any) -> None:
         f"stopped by {trainer.stopped_by} after step {step}: saved as checkpoint-{step}; go on with the same command "
         "and --resume_from_checkpoint auto"
     )
-    on_rank_0(
-        lambda: results.write_run(Path(trainer.args.output_dir), {"stopped": {"by": trainer.stopped_by, "step": step}})
-    )
+    on_rank_0(lambda: _note_stop(Path(trainer.args.output_dir), trainer.stopped_by, step))
     leave_processes()
+    _report(arguments, answers=0)
     results.let_go()
     sys.exit(stopping.STOPPED)
+
+
+def _note_stop(output_dir: Path, by: str, step: int) -> None:
+    starts = results.ended(output_dir, f"stopped by {by}")
+    results.write_run(output_dir, {"stopped": {"by": by, "step": step}, "starts": starts})
 
 
 def _peak_flops(setup: Setup) -> float | None:
@@ -304,9 +321,20 @@ def seal(arguments: Arguments, setup: Setup, trainer: Any) -> None:
     on_rank_0(lambda: _conclude(arguments, setup, trainer, example, loss))
     is_writer = trainer.lineage.disk.is_writer
     leave_processes()
+    _report(arguments, answers=arguments.run.report_answers)
     if is_writer:
         results.mark_complete(_output_dir(arguments), trainer.lineage.run_id)
     results.let_go()
+
+
+def _report(arguments: Arguments, *, answers: int) -> None:
+    """The page about the run, by rank 0 once the others are gone; the result does not depend on it."""
+    if not (console.is_rank_0() and arguments.run.write_report):
+        return
+    from finetune.report import write_at_the_end
+
+    line = write_at_the_end(_output_dir(arguments), answers=answers, seconds=arguments.run.report_seconds)
+    console.say(f"Report:\n  {line}\n")
 
 
 def _conclude(arguments: Arguments, setup: Setup, trainer: Any, example: dict[str, Any], loss: float) -> None:
@@ -327,7 +355,8 @@ def _conclude(arguments: Arguments, setup: Setup, trainer: Any, example: dict[st
     if losses:
         result |= {"first_loss": losses[0], "last_loss": losses[-1]}
     deepspeed_config = trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None
-    results.write_run(output_dir, {"deepspeed": deepspeed_config, "result": result, "completed": True})
+    ending = {"completed": True, "starts": results.ended(output_dir, "complete")}
+    results.write_run(output_dir, {"deepspeed": deepspeed_config, "result": result, **ending})
     console.say_summary(
         loss_curve([entry["step"] for entry in logged], losses, console.width()),
         {

@@ -42,8 +42,8 @@ def free_port() -> int:
 
 
 def train(folder: Path, argv: Sequence[str], world_size: int = 2) -> Outcome:
-    """Run the training story with these arguments on `world_size` ranks."""
-    return run(folder, _train, (list(map(str, argv)),), world_size)
+    """Run the training story with these arguments on `world_size` ranks; it writes no report unless they say so."""
+    return run(folder, _train, (["--write_report", "False", *map(str, argv)],), world_size)
 
 
 def run(folder: Path, function: Callable[..., Any], arguments: tuple, world_size: int = 2) -> Outcome:

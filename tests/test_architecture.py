@@ -12,10 +12,18 @@ PACKAGE = ROOT / "finetune"
 # A name may import anything to its right, nothing to its left and nothing of its own group.
 LINE = (
     {"finetune", "__main__"},
-    {"tools.convert", "tools.doctor", "tools.launch", "tools.merge", "tools.preview", "tools.quickstart"},
+    {
+        "tools.convert",
+        "tools.doctor",
+        "tools.launch",
+        "tools.merge",
+        "tools.preview",
+        "tools.quickstart",
+        "tools.report",
+    },
     {"preflight", "train"},
-    {"planning", "resuming"},
-    {"checking", "preparing", "trainer"},
+    {"planning", "report", "resuming"},
+    {"answers", "checking", "preparing", "trainer"},
     {"generation", "merging", "rehearsal"},
     {
         "arguments",
@@ -25,6 +33,7 @@ LINE = (
         "dataset",
         "interconnect",
         "losses",
+        "samples",
         "saving",
         "shapes",
         "staging",
@@ -52,6 +61,7 @@ LINE = (
     {"allreduce", "building", "errors", "failures", "host_probe", "stopping"},
 )
 WITHOUT_TORCH = {
+    "answers",
     "arguments",
     "checkpoints",
     "conversations",
@@ -66,8 +76,11 @@ WITHOUT_TORCH = {
     "metrics",
     "numbers",
     "packing",
+    "pages",
     "preparing",
+    "report",
     "results",
+    "samples",
     "sampling",
     "skipping",
 }

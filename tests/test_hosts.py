@@ -31,7 +31,7 @@ ENVIRONMENT = (
 )
 SHORT = (
     "--num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 1e-2 --lr_scheduler_type constant "
-    "--logging_steps 1 --save_strategy epoch"
+    "--logging_steps 1 --save_strategy epoch --write_report False"
 ).split()
 
 Launch = Callable[..., subprocess.CompletedProcess]

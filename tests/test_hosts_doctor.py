@@ -15,7 +15,7 @@ from test_hosts_start import another_version
 
 pytestmark = pytest.mark.hosts
 
-FLAGS = "--max_steps 2 --logging_steps 1 --save_strategy no --deepspeed zero2".split()
+FLAGS = "--max_steps 2 --logging_steps 1 --save_strategy no --deepspeed zero2 --write_report False".split()
 SECONDS = 60  # 15 on an idle machine
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.hosts
 
 FLAGS = (
     "--num_train_epochs 3 --per_device_train_batch_size 1 --learning_rate 1e-2 --lr_scheduler_type constant "
-    "--logging_steps 1 --save_strategy steps --save_steps 3"
+    "--logging_steps 1 --save_strategy steps --save_steps 3 --write_report False"
 ).split()
 STEPS = 6
 

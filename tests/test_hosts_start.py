@@ -19,7 +19,7 @@ from host_runs import Cluster, cluster
 pytestmark = pytest.mark.hosts
 
 SECONDS_TO_REFUSE = 30  # 5 on an idle machine
-FLAGS = "--max_steps 2 --logging_steps 1 --save_strategy no --deepspeed zero2".split()
+FLAGS = "--max_steps 2 --logging_steps 1 --save_strategy no --deepspeed zero2 --write_report False".split()
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.faults
 
 FLAGS = (
     "--num_train_epochs 2 --learning_rate 1e-2 --logging_steps 1 --save_strategy steps --save_steps 2 "
-    "--save_total_limit 1 --use_cpu True --per_device_train_batch_size 2 --resume_from_checkpoint auto"
+    "--save_total_limit 1 --use_cpu True --per_device_train_batch_size 2 --resume_from_checkpoint auto "
+    "--write_report False"
 ).split()
 KINDS = {
     "zero2-lora": ("--deepspeed", "zero2", "--use_lora", "True"),

@@ -23,7 +23,9 @@ from finetune.tools.launch import outcome, start, without_secrets
 
 FINETUNE = Path(sys.executable).with_name("finetune")
 LIMIT_SECONDS = 240
-FLAGS = "--deepspeed zero2 --use_lora True --lora_dropout 0.1 --learning_rate 1e-2 --logging_steps 1".split()
+FLAGS = (
+    "--deepspeed zero2 --use_lora True --lora_dropout 0.1 --learning_rate 1e-2 --logging_steps 1 --write_report False"
+).split()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ ROWS = [[("human", "Say it."), ("model", f"It is {word}.")] for word in WORDS]
 FLAGS = (
     "--num_train_epochs 1 --learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1 --use_cpu True "
     "--save_strategy steps --save_steps 1 --save_total_limit 0 --per_device_train_batch_size 1 "
-    "--train_sampling_strategy sequential"
+    "--train_sampling_strategy sequential --write_report False"
 ).split()
 
 

@@ -35,3 +35,21 @@ def test_how_an_earlier_start_ended_is_forgotten_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("{}")
     results.forget_ending(tmp_path)
     assert [one.name for one in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_each_start_is_remembered_and_how_it_ended(tmp_path):
+    assert results.starts(tmp_path) == []
+    results.write_run(tmp_path, {"starts": [results.new_start(0)]})
+    results.write_run(tmp_path, {"starts": results.ended(tmp_path, "stopped by SIGTERM")})
+    results.write_run(tmp_path, {"starts": [*results.starts(tmp_path), results.new_start(7)]})
+    first, second = results.starts(tmp_path)
+    assert (first["from_step"], first["how"], second["from_step"], second["how"]) == (0, "stopped by SIGTERM", 7, None)
+    assert first["began"] <= first["ended"] <= second["began"] and second["ended"] is None
+
+
+def test_whether_a_run_is_there_is_seen_without_getting_in_its_way(tmp_path):
+    assert results.is_held(tmp_path) is False and not list(tmp_path.iterdir())
+    assert results.hold(tmp_path) is None
+    assert results.is_held(tmp_path) is True
+    results.let_go()
+    assert results.is_held(tmp_path) is False

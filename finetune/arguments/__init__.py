@@ -16,6 +16,7 @@ from finetune.arguments.flags import (
     ModelArguments,
     PreviewArguments,
     RunArguments,
+    default_of,
 )
 from finetune.arguments.parsing import build_parser, known_flags, parse
 from finetune.arguments.training import TRANSLATED, TrainingFlag, training_flags
@@ -33,6 +34,7 @@ __all__ = [
     "RunArguments",
     "TrainingFlag",
     "build_parser",
+    "default_of",
     "known_flags",
     "parse",
     "parse_for_convert",

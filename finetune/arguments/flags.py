@@ -123,6 +123,10 @@ class RunArguments:
         None, "seconds that a step may take; default: ten times the usual, at least 300; 0: for ever"
     )
     save_timeout: int = _flag(1800, "seconds that a save may take; 0: for ever")
+    write_report: bool = _flag(True, "write report.html at the end; finetune report OUTPUT writes it at any time")
+    report_answers: int = _flag(3, "prompts of the data that base and result answer for the report; 0: none")
+    report_seconds: int = _flag(30, "seconds that these answers may take, loading included")
+    report_samples: int = _flag(8, "rows of the data, with their text, that output_dir keeps for the report; 0: none")
 
 
 @dataclass
@@ -175,13 +179,8 @@ class Arguments:
         return name in self.training and self.training[name] != TRAINING_DEFAULTS.get(name)
 
     def default(self, name: str) -> Any:
-        """What a flag is when it is not given, by its name without dashes; None for an unknown one."""
-        for group in GROUPS:
-            for one in fields(group):
-                if one.name == name:
-                    return one.default_factory() if one.default is MISSING else one.default
-        flag = training_flags().get(name)
-        return TRAINING_DEFAULTS.get(name, flag.default if flag else None)
+        """What a flag is when it is not given."""
+        return default_of(name)
 
     def resumes_from(self) -> str | None:
         """`auto`, the folder of a checkpoint, or None."""
@@ -215,3 +214,13 @@ TRAINING_DEFAULTS = {
     "logging_nan_inf_filter": False,
     "save_total_limit": 2,
 }
+
+
+def default_of(name: str) -> Any:
+    """What a flag is when it is not given, by its name without dashes; None for an unknown one."""
+    for group in GROUPS:
+        for one in fields(group):
+            if one.name == name:
+                return one.default_factory() if one.default is MISSING else one.default
+    flag = training_flags().get(name)
+    return TRAINING_DEFAULTS.get(name, flag.default if flag else None)

@@ -246,6 +246,9 @@ def _check_pairs(arguments: Arguments) -> None:
     _check_that_something_is_learned(arguments)
     check_at_least_one("lora_r", adapter.lora_r)
     check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
+    for name in ("report_answers", "report_seconds", "report_samples"):
+        if getattr(arguments.run, name) < 0:
+            raise ConfigError(f"--{name} {getattr(arguments.run, name)}: expected 0 or more")
     if not 0 <= adapter.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")
 

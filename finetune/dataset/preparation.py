@@ -57,6 +57,10 @@ class PreparedData:
         """Every row of the data in order, the dropped ones too."""
         return store.read_renderings(self.folder, list(self.summary.rows_by_source))
 
+    def sample(self, count: int, seed: int) -> list[Rendering]:
+        """Some rows that have examples, drawn by `seed`, in the order of the data; only those are read."""
+        return store.read_some(self.folder, self.examples, count, seed)
+
     def epoch(self, seed: int) -> Any:
         """The examples of an epoch: with weight 2 a source's come twice, with 0.5 half of them, drawn by `seed`.
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
 import socket
 import tempfile
@@ -253,6 +255,39 @@ def read_renderings(folder: Path, sources: Sequence[str]) -> Iterator[Rendering]
     while entry is not None:
         yield _from_entry(entry)
         entry = next(ledger, None)
+
+
+def read_some(folder: Path, examples: Any, count: int, seed: int) -> list[Rendering]:
+    """Up to `count` rows with examples, drawn by `seed`; `examples` is the dataset of them, of which few are read."""
+    drawn = random.Random(seed).sample(range(len(examples)), min(count, len(examples)))
+    found: dict[tuple[str, int], Rendering] = {}
+    for place in sorted(drawn):
+        first = examples[place]
+        key = _key_of(first)
+        if key not in found:
+            begin, stop = place, place + 1
+            while begin and _key_of(examples[begin - 1]) == key:
+                begin -= 1
+            while stop < len(examples) and _key_of(examples[stop]) == key:
+                stop += 1
+            windows = tuple(map(_example, examples.select(range(begin, stop))))
+            found[key] = Rendering(first["row"], json.loads(first["id"]), "kept", windows, None, first["source"])
+    numbers = re.compile("|".join(f'"row": {row},' for _, row in found) or "$^")
+    with open(folder / LEDGER_FILE, encoding="utf-8") as lines:
+        for entry in map(json.loads, filter(numbers.search, lines)):
+            key = _key_of(entry)
+            if key in found:
+                found[key] = _from_entry(entry, found[key].examples)
+    return list(found.values())
+
+
+def _key_of(values: dict[str, Any]) -> tuple[str, int]:
+    return values["source"], values["row"]
+
+
+def _example(values: dict[str, Any]) -> Example:
+    spans = tuple(TurnSpan(**span) for span in values["turn_spans"])
+    return Example(values["input_ids"], values["labels"], values["row"], values["source"], values["window"], spans)
 
 
 def _from_entry(entry: dict[str, Any], examples: tuple[Example, ...] = ()) -> Rendering:

@@ -18,12 +18,12 @@ from finetune.dataset import PreparedData
 from finetune.errors import SHOWN_FAULTS, ConfigError
 from finetune.model import code_note
 from finetune.preparing import prepare_data
-from finetune.rendering import Example, Rendering
-from finetune.rendering.segments import Segment, segments
+from finetune.rendering import Rendering
+from finetune.rendering.segments import Segment
+from finetune.samples import InSegments, card_of, counts, id_of, reason_of, speller
 
 SUMMARY = "Show what each row of a data file renders to: tokens, what is learned, what was cut or dropped."
 FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200
-InSegments = Callable[[Example], list[Segment]]
 STYLES = {"context": "dim", "learned": "bold green", "control": "reverse magenta", "learned_control": "reverse green"}
 LEGEND = {"context": "context", "learned": "learned", "control": "control token", "learned_control": "end of a turn"}
 
@@ -43,12 +43,7 @@ def main(argv: Sequence[str]) -> None:
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         _note(code)
     tokenizer, chat_format, prepared = prepare_data(model, data, say=_note)
-    # LingoWhale's markers may be ordinary ids of its tokenizer.
-    markers = {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
-
-    def in_segments(example: Example) -> list[Segment]:
-        return segments(example, tokenizer, markers)
-
+    in_segments = speller(tokenizer, chat_format)
     try:
         if choice.json:
             for rendering in prepared.renderings():
@@ -166,7 +161,7 @@ class _Terminal:
         if count:
             self._say(["\n", (f"Rows not kept whole: {count:,}", "bold")])
             for one in found.not_kept:
-                self._say([_safe(f"  {one.source}, row {one.row}: {one.status}: {_reason(one)}")])
+                self._say([_safe(f"  {one.source}, row {one.row}: {one.status}: {reason_of(one)}")])
             if count > len(found.not_kept):
                 self._say([f"  ... and {count - len(found.not_kept):,} more"])
         self._say([_safe(f"\n{_names(prepared)} in {format_name}")])
@@ -174,14 +169,14 @@ class _Terminal:
             self._say([_safe(f"  {line}")])
 
     def _show_row(self, rendering: Rendering) -> None:
-        tokens, learned = _counts(rendering)
-        identity = "" if rendering.id is None else f", id {_id(rendering)}"
+        tokens, learned = counts(rendering)
+        identity = "" if rendering.id is None else f", id {id_of(rendering)}"
         share = f" ({learned / tokens:.1%})" if tokens else ""
         place = f"{rendering.source}, row {rendering.row}{identity}"
         facts = f"{rendering.status}, {tokens:,} tokens, {learned:,} learned{share}"
         self._say([(_safe(f"{place}: {facts}"), "bold underline")])
         if rendering.reason:
-            self._say([(_safe(_reason(rendering)), "yellow")])
+            self._say([(_safe(reason_of(rendering)), "yellow")])
         for number, example in enumerate(rendering.examples, start=1):
             if len(rendering.examples) > 1:
                 self._say([(f"window {number} of {len(rendering.examples)}", "bold")])
@@ -237,29 +232,10 @@ def _page(found: _Selection, prepared: PreparedData, facts: dict[str, str], in_s
         lengths=summary.length_histogram,
         longest=summary.longest,
         shown=found.how,
-        cards=[_card(rendering, in_segments) for rendering in found.rows],
-        not_kept=[(one.source, one.row, one.status, _reason(one)) for one in found.not_kept],
+        cards=[card_of(rendering, in_segments) for rendering in found.rows],
+        not_kept=[(one.source, one.row, one.status, reason_of(one)) for one in found.not_kept],
         num_not_kept=_num_not_kept(prepared),
     )
-
-
-def _card(rendering: Rendering, in_segments: InSegments) -> pages.Card:
-    tokens, learned = _counts(rendering)
-    return pages.Card(
-        source=rendering.source,
-        row=rendering.row,
-        id=None if rendering.id is None else _id(rendering),
-        status=rendering.status,
-        tokens=tokens,
-        learned=learned,
-        reason=_reason(rendering) or None,
-        examples=[_turns(example, in_segments(example)) for example in rendering.examples],
-    )
-
-
-def _turns(example: Example, found: Sequence[Segment]) -> list[pages.Turn]:
-    roles: dict[int | None, str] = {span.turn: span.role for span in example.turn_spans}
-    return [pages.Turn(roles.get(turn), list(run)) for turn, run in groupby(found, lambda one: one.turn)]
 
 
 # ---- both
@@ -268,22 +244,6 @@ def _turns(example: Example, found: Sequence[Segment]) -> list[pages.Turn]:
 def _num_not_kept(prepared: PreparedData) -> int:
     summary = prepared.summary
     return summary.cut + summary.split + summary.dropped
-
-
-def _counts(rendering: Rendering) -> tuple[int, int]:
-    """Tokens, and those that are learned."""
-    tokens = sum(len(example.input_ids) for example in rendering.examples)
-    return tokens, sum(example.num_supervised for example in rendering.examples)
-
-
-def _reason(rendering: Rendering) -> str:
-    """The reason without the place, which stands beside it."""
-    place = f"{rendering.source}, row {rendering.row}"
-    return (rendering.reason or "").replace(f"{place}: ", "").replace(f"{place}, ", "")
-
-
-def _id(rendering: Rendering) -> str:
-    return rendering.id if isinstance(rendering.id, str) else json.dumps(rendering.id, ensure_ascii=False)
 
 
 def _names(prepared: PreparedData) -> str:

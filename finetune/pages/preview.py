@@ -1,0 +1,78 @@
+"""The page of `finetune preview`: a data set and some of its rows. It has no script, and its policy forbids any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.pages.files import PREVIEW, mark
+from finetune.pages.rows import Card
+from finetune.pages.style import STYLE
+from finetune.pages.text import templates
+
+
+@dataclass(frozen=True)
+class Page:
+    """A data set and some of its rows.
+
+    `facts` are (label, value) pairs, `lengths` counts examples in equal bins from 0 to `longest` tokens, `not_kept`
+    are (source, row, status, reason) of the first of `num_not_kept` rows that were not kept whole.
+    """
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    lengths: Sequence[int]
+    longest: int
+    shown: str
+    cards: Sequence[Card]
+    not_kept: Sequence[tuple[str, int, str, str]]
+    num_not_kept: int
+
+
+def render_page(page: Page) -> str:
+    """The page as one self-contained HTML document."""
+    return templates().from_string(PAGE).render(page=page, mark=mark(PREVIEW), style=STYLE)
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{{ mark|safe }}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ page.title|harmless }}</title>
+<style>{{ style|safe }}</style>
+</head>
+<body>
+{% from "rows" import card, histogram, legend, not_kept, not_kept_count %}
+<input type="checkbox" id="mono" class="choice"><input type="checkbox" id="bare" class="choice">
+<div class="page">
+<h1><small>Conversations as the model reads them</small>{{ page.title|harmless }}</h1>
+<section class="overview" aria-label="Summary">
+<dl>
+{% for label, value in page.facts %}
+<dt>{{ label }}</dt><dd>{{ value|harmless }}</dd>
+{% endfor %}
+</dl>
+{% if page.longest %}
+{{ histogram(page.lengths, page.longest) }}
+{% endif %}
+</section>
+{{ legend() }}
+<h2>{{ page.shown }}</h2>
+<main>
+{% for one in page.cards %}
+{{ card(one, loop.index0) }}
+{% endfor %}
+</main>
+{% if page.not_kept %}
+<h2>{{ not_kept_count(page.not_kept|length, page.num_not_kept) }}</h2>
+{{ not_kept(page.not_kept) }}
+{% endif %}
+</div>
+</body>
+</html>
+"""

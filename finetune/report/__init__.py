@@ -1,0 +1,13 @@
+"""The report of a run, or of several over each other: one page that stands alone, made from output folders alone.
+
+`reading` takes what the files say, `curves` and `facts` what is shown of it, `page` puts it together, `watching` keeps
+it up to date. A new section is a file read in `reading`, what to say of it in `facts`, and a place in `body.html`.
+"""
+
+from __future__ import annotations
+
+from finetune.report.page import render_report
+from finetune.report.reading import Run, has_ended, read_run
+from finetune.report.writing import FILE, write_at_the_end, write_report
+
+__all__ = ["FILE", "Run", "has_ended", "read_run", "render_report", "write_at_the_end", "write_report"]
