@@ -145,10 +145,9 @@ def test_nothing_runs_over_the_edge(tmp_path, kind):
         page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
         for width, least in ((1280, 500), (390, 300)):
             page.set_viewport_size({"width": width, "height": 844})
-            page.wait_for_timeout(300)
-            assert page.evaluate("document.documentElement.scrollWidth") == width
-            plots = "all => all.map(one => one.querySelector('.main-svg').getBoundingClientRect().width)"
-            assert min(page.eval_on_selector_all(".plot", plots)) > least
+            until(page, "width => document.documentElement.scrollWidth === width", width)
+            drawn = "[...document.querySelectorAll('.plot .main-svg')].map(one => one.getBoundingClientRect().width)"
+            until(page, f"([least, width]) => {drawn}.every(one => one > least && one < width)", [least, width])
 
 
 @pytest.mark.parametrize("dark", [False, True])
