@@ -28,7 +28,7 @@ PLOTS = [
 
 
 def lines(count: int = 30):
-    groups = {"loss_by_source": {"a.json": 1.0, "b.json": 2.0}, "loss_by_turn": {"0": 1.0, "1": 2.0}}
+    groups = {"loss_by_source": {"a.json": 1.0, "b.json": 2.0}, "loss_by_turn": {"1": 1.0, "2": 2.0}}
     found = [line(step, **groups) for step in range(1, count + 1)]
     return [*found[:10], {"step": 10, "eval_loss": 3.3}, *found[10:]]
 
@@ -90,7 +90,7 @@ def test_every_plot_is_drawn_with_the_numbers_of_the_run(tmp_path):
         assert (evaluation["name"], evaluation["x"], evaluation["y"]) == ("evaluation", [10], [3.3])
         assert [round(one, 6) for one in drawn(page, "peak_memory_bytes")[0]["y"]] == [3.0] * 30
         assert [one["name"] for one in drawn(page, "loss_by_source")] == ["a.json", "b.json"]
-        assert [one["name"] for one in drawn(page, "loss_by_turn")] == ["turn 0", "turn 1"]
+        assert [one["name"] for one in drawn(page, "loss_by_turn")] == ["answer 1", "answer 2"]
         titles = "all => [...new Set(all.map(one => one.dataset.title))]"
         assert page.eval_on_selector_all(".modebar-btn", titles) == ["Download plot as a PNG", "Reset axes"]
         paths = page.eval_on_selector_all(
@@ -145,10 +145,9 @@ def test_nothing_runs_over_the_edge(tmp_path, kind):
         page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
         for width, least in ((1280, 500), (390, 300)):
             page.set_viewport_size({"width": width, "height": 844})
-            page.wait_for_timeout(300)
-            assert page.evaluate("document.documentElement.scrollWidth") == width
-            plots = "all => all.map(one => one.querySelector('.main-svg').getBoundingClientRect().width)"
-            assert min(page.eval_on_selector_all(".plot", plots)) > least
+            until(page, "width => document.documentElement.scrollWidth === width", width)
+            drawn = "[...document.querySelectorAll('.plot .main-svg')].map(one => one.getBoundingClientRect().width)"
+            until(page, f"([least, width]) => {drawn}.every(one => one > least && one < width)", [least, width])
 
 
 @pytest.mark.parametrize("dark", [False, True])

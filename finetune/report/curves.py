@@ -24,7 +24,7 @@ PLOTS = (
     ("step_seconds", "Seconds per step", "s", 1.0),
     ("mfu", "Share of the peak arithmetic", "%", 100.0),
 )
-GROUPED = (("loss_by_source", "Loss by source"), ("loss_by_turn", "Loss by turn of the conversation"))
+GROUPED = (("loss_by_source", "Loss by source"), ("loss_by_turn", "Loss by answer of a conversation"))
 COLUMNS = tuple(key for key, *_ in PLOTS)
 
 

@@ -60,7 +60,7 @@
       if (choice.hidden.includes(number)) return;
       if (plot.grouped) {
         Object.entries(run.groups[plot.key]).forEach(([name, values], place) => {
-          const named = plot.key === "loss_by_turn" ? `turn ${name}` : name;
+          const named = plot.key === "loss_by_turn" ? `answer ${name}` : name;
           found.push(...line(run, values, several ? `${run.name}: ${named}` : named, colour(place),
             DASHES[number % DASHES.length], smooth));
         });
