@@ -45,6 +45,9 @@ class Whereabouts(TrainerCallback):
         if control.should_save:
             guard.phase("save", state.global_step)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)
+
 
 class OwnTime:
     """The seconds of a step that a rank works on its own, up to where it first waits for others.
@@ -261,8 +264,8 @@ class StepEnd(TrainerCallback):
 class MetricsFile(TrainerCallback):
     """Writes `metrics.jsonl`, one line per logged step, with the parts that the loss is made of."""
 
-    def __init__(self, path: Path, parts: LossParts) -> None:
-        self.path, self.parts = path, parts
+    def __init__(self, path: Path, parts: LossParts, held_out: Any) -> None:
+        self.path, self.parts, self.held_out = path, parts, held_out
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -271,6 +274,9 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             append_metrics(self.path, {"step": state.global_step, **logs, **self.parts.logged})
+        elif state.is_world_process_zero and logs and "eval_loss" in logs:
+            parts = {f"eval_{name}": means for name, means in self.held_out.parts.logged.items()}
+            append_metrics(self.path, {"step": state.global_step, **logs, **parts})
 
 
 class Progress(ProgressCallback):

@@ -63,8 +63,7 @@ def examine(arguments: Arguments, found: Probe, world: World) -> Setup:
     output_dir = Path(arguments.training["output_dir"]).expanduser()
     if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
         raise ConfigError(f"--output_dir {output_dir}: is the folder of the model itself")
-    if arguments.given("eval_strategy") not in ("no", None):
-        raise ConfigError("--eval_strategy: there is no evaluation data in this version: leave the flag out")
+    evaluation_options(arguments)
     _check_sampling(arguments)
     move_aside = results.check_output_dir(
         output_dir,
@@ -105,6 +104,35 @@ def examine(arguments: Arguments, found: Probe, world: World) -> Setup:
         *building,
     )
     return Setup(hardware, zero, checked, world.size, move_aside, checkpointing, notes, bool(reshaping))
+
+
+def evaluation_options(arguments: Arguments) -> dict[str, Any]:
+    """What `TrainingArguments` is to be told about held-out conversations; nothing without any.
+
+    Raises:
+        ConfigError: flags that need held-out conversations, and there are none; a metric that is not computed.
+    """
+    if not arguments.evaluates():
+        asked = arguments.given("eval_strategy") not in ("no", None)
+        needs = {
+            "eval_strategy": asked, "load_best_model_at_end": arguments.given("load_best_model_at_end"),
+            "early_stopping_patience": arguments.run.early_stopping_patience is not None,
+            "save_strategy best": arguments.given("save_strategy") == "best",
+        }  # fmt: skip
+        for name in (name for name, given in needs.items() if given):
+            raise ConfigError(f"--{name}: needs held-out conversations: give --eval_data_path or --validation_share")
+        return {}
+    patience, metric = arguments.run.early_stopping_patience, arguments.given("metric_for_best_model")
+    if patience is not None and patience < 1:
+        raise ConfigError(f"--early_stopping_patience {patience}: expected at least 1")
+    if metric not in (None, "loss", "eval_loss"):
+        raise ConfigError(f"--metric_for_best_model {metric}: expected eval_loss, the only one that is computed")
+    return {
+        "eval_strategy": arguments.training.get("eval_strategy", "epoch"),
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "prediction_loss_only": True,
+    }
 
 
 def _check_world(world_size: int) -> None:

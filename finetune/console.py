@@ -94,6 +94,7 @@ class Plan:
     epochs: float
     steps: int
     start_up: dict[str, float]
+    held_out: str | None = None
 
     def lines(self) -> list[str]:
         """The plan, one labelled line a fact."""
@@ -107,6 +108,7 @@ class Plan:
             + (f", {self.sharing} share each conversation" if self.sharing > 1 else ""),
             "data": f"{self.examples:,} examples an epoch, {self.tokens:,} tokens",
             "learned": f"{self.supervised_share:.1%} of the tokens, rendered with {self.chat_format}",
+            **({"held out": self.held_out} if self.held_out else {}),
             "batches": self._batches(),
             "step": self._step(),
             "length": f"{self.steps:,} steps ({self.epochs:.3g} epochs)",
@@ -158,9 +160,9 @@ def say_notes(notes: Sequence[str]) -> None:
         say_note(note)
 
 
-def say_data(lines: Sequence[str]) -> None:
+def say_data(lines: Sequence[str], title: str = "Data") -> None:
     """Print what the data comes to."""
-    say("\nData")
+    say(f"\n{title}")
     for line in lines:
         say(f"  {line}")
 

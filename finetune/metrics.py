@@ -32,6 +32,12 @@ FIELDS = (
     "peak_memory_bytes",
     "loss_by_source",
     "loss_by_turn",
+    "eval_loss",
+    "eval_tokens",
+    "eval_non_finite_batches",
+    "eval_seconds",
+    "eval_loss_by_source",
+    "eval_loss_by_turn",
 )
 
 

@@ -91,15 +91,21 @@ def settle(
         weighting=asked.loss_weighting,
         part=(training_arguments.process_index % ranks_each, ranks_each),
     )
-    return MicroBatches(
+    rank = training_arguments.process_index // ranks_each
+    batches = MicroBatches(
         examples,
         sampler,
         collator,
-        rank=training_arguments.process_index // ranks_each,
+        rank=rank,
         counts_conversations=asked.loss_weighting == "conversation",
         left_out=left_out,
         sources=list(data.summary.examples_by_source),
     )
+    held_out = data.held_out(training_arguments.seed)
+    if held_out is None:
+        return batches, None
+    sampler = evaluation_sampler(arguments, form, column(held_out[0], "length"), sampler.shape.world_size)
+    return batches, MicroBatches(held_out[0], sampler, collator, rank=rank, sources=held_out[1])
 
 
 def form_of(arguments: Arguments, longest: int, obstacle: str | None, full_logits_because: str | None) -> Any:
@@ -135,6 +141,13 @@ def sampler_of(arguments: Arguments, form: Any, lengths: Any, data_ranks: int) -
         order=form.order,
         drop_last=arguments.given("dataloader_drop_last"),
     )
+
+
+def evaluation_sampler(arguments: Arguments, form: Any, lengths: Any, data_ranks: int) -> Sampler:
+    """Held-out examples in the order of the data, as many a micro-batch as in training unless told otherwise."""
+    size = arguments.training.get("per_device_eval_batch_size", arguments.given("per_device_train_batch_size"))
+    batching = "padded" if form.batching == "padded" else "flat"
+    return Sampler(lengths, Shape(size, 1, data_ranks), seed=0, batching=batching, order="sequential")
 
 
 def _check_steps(sampler: Sampler, left_out: Any) -> None:
@@ -175,8 +188,10 @@ def plan(
     chat_format: ChatFormat,
     data: PreparedData,
     batches: Any,
+    held_out: Any,
     steps: int,
 ) -> console.Plan:
+    """What is planned, once all of it is known."""
     trainable, parameters = adapters.count_parameters(trained)
     from finetune.batches import padding_share
 
@@ -210,4 +225,13 @@ def plan(
         epochs=steps / sampler.steps_per_epoch,
         steps=steps,
         start_up=start_up_seconds(),
+        held_out=_held_out_words(arguments, held_out),
     )
+
+
+def _held_out_words(arguments: Arguments, held_out: Any) -> str | None:
+    if held_out is None:
+        return None
+    strategy, every = arguments.training.get("eval_strategy", "epoch"), arguments.given("eval_steps")
+    when = f"every {every:g} steps" if strategy == "steps" and every else f"by {strategy}"
+    return f"{len(held_out):,} examples, {int(held_out.lengths.sum()):,} tokens, evaluated {when}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune import model
 from finetune.arguments import DataArguments, ModelArguments
-from finetune.conversations import find_sources
+from finetune.conversations import Source, find_sources
 from finetune.dataset import PreparedData, prepare
 from finetune.metrics import timed
 from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_format
@@ -36,18 +37,28 @@ def prepare_data(
 ) -> tuple[Any, ChatFormat, PreparedData]:
     """The tokenizer, the chat format, and all rows read, rendered and proven; `say` takes lines for the user."""
     sources = find_sources(data.data_path)
+    apart = find_sources(data.eval_data_path) if data.eval_data_path else None
     tokenizer, chat_format, notes = load_format(chosen, data)
     for note in notes:
         say(note)
-    prepared = prepare(
-        sources,
-        Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
-        bad_rows=data.bad_rows,
-        repairs=data.repairs,
-        cache_dir=data.data_cache_dir,
-        num_processes=data.preprocessing_num_workers,
-        say=say,
+
+    def prepared(sources: Sequence[Source]) -> PreparedData:
+        found = prepare(
+            sources,
+            Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
+            bad_rows=data.bad_rows,
+            repairs=data.repairs,
+            cache_dir=data.data_cache_dir,
+            num_processes=data.preprocessing_num_workers,
+            say=say,
+        )
+        for line in found.said:
+            say(line)
+        return found
+
+    evaluation = prepared(apart) if apart else None
+    return (
+        tokenizer,
+        chat_format,
+        replace(prepared(sources), validation_share=data.validation_share, evaluation=evaluation),
     )
-    for line in prepared.said:
-        say(line)
-    return tokenizer, chat_format, prepared

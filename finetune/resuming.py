@@ -32,7 +32,8 @@ FREE = frozenset(
     "log_on_each_node disable_tqdm dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor activation_checkpointing activation_checkpointing_kwargs ddp_timeout local_rank "
     "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
-    "torch_empty_cache_steps skip_memory_metrics eval_strategy eval_steps per_device_eval_batch_size "
+    "torch_empty_cache_steps skip_memory_metrics eval_strategy eval_steps eval_delay eval_on_start eval_data_path "
+    "per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only "
     "enable_jit_checkpoint remove_unused_columns restore_callback_states_from_checkpoint".split()
 )
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")

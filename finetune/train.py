@@ -24,12 +24,13 @@ from typing import Any
 from finetune import adapters, agreeing, console, guard, model, results, stopping
 from finetune.arguments import Arguments, parse
 from finetune.building import guard_builds
-from finetune.checking import Setup, check
+from finetune.checking import Setup, check, evaluation_options
+from finetune.concluding import conclude
 from finetune.dataset import PreparedData, check_usable
 from finetune.errors import ConfigError, own_process, reported
 from finetune.guard import guarded
 from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
-from finetune.metrics import cut_metrics, loss_curve, model_flops, timed
+from finetune.metrics import cut_metrics, model_flops, timed
 from finetune.planning import attach_adapter, plan, settle
 from finetune.preparing import prepare_data
 from finetune.ranks import Disk, find_disk, join_processes, leave_processes, on_rank_0, together
@@ -38,7 +39,6 @@ from finetune.resuming import Resumption, facts_of, find_checkpoint
 from finetune.samples import speller, write_samples
 from finetune.saving import Lineage, new_run_id
 from finetune.skipping import append_to_ledger, rows_to_skip
-from finetune.verifying import verify_result
 
 
 def run() -> None:
@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             lineage = resume(arguments, setup, chat_format, data, disk)
             base = load(arguments, setup, tokenizer, chat_format)
             trained = attach(arguments, setup, base, tokenizer)
-            batches = settle(arguments, setup, training_arguments, trained, tokenizer, data)
-            trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, data, batches, lineage)
+            batches, held_out = settle(arguments, setup, training_arguments, trained, tokenizer, data)
+            dealt = (data, batches, held_out)
+            trainer = fit(arguments, setup, training_arguments, trained, tokenizer, chat_format, dealt, lineage)
             leave_if_asked(arguments, trainer)
             seal(arguments, setup, trainer)
 
@@ -80,6 +81,9 @@ def approve(arguments: Arguments, data: PreparedData) -> None:
     """Show what the data comes to, and refuse data that the run should not start with."""
     console.say_data(data.summary.lines())
     check_usable(data, arguments.data.max_dropped_rows)
+    if data.evaluation is not None:
+        console.say_data(data.evaluation.summary.lines(), "Held-out data")
+        check_usable(data.evaluation, arguments.data.max_dropped_rows)
 
 
 def leave_out(arguments: Arguments, data: PreparedData) -> PreparedData:
@@ -94,14 +98,14 @@ def leave_out(arguments: Arguments, data: PreparedData) -> PreparedData:
 def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> tuple[Any, Disk]:
     """Start the processes, see that all mean the same run and who shares the output folder; build `TrainingArguments`,
     which touches the devices."""
-    from finetune.trainer import build_arguments
+    from finetune.training_arguments import build_arguments
 
     guard.phase("meeting")
     guard_builds(lambda line: print(f"note: {line}", flush=True))
     join_processes(
         setup.hardware.backend, uses_deepspeed=setup.zero is not None, timeout=arguments.given("ddp_timeout")
     )
-    facts = agreeing.Facts.here(data=data.fingerprint, model=setup.model.fingerprint)
+    facts = agreeing.Facts.here(data=data.fingerprints, model=setup.model.fingerprint)
     agreeing.agree(facts, data_path=arguments.data.data_path, model_name=setup.model.name)
     disk = find_disk(_output_dir(arguments))
     if not disk.is_shared:
@@ -117,6 +121,7 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> tuple[Any, 
         "use_cpu": setup.hardware.use_cpu,
         "activation_checkpointing": setup.activation_checkpointing,
         "per_device_train_batch_size": arguments.deepspeed_batch(),
+        **evaluation_options(arguments),
         "deepspeed": setup.zero.config if setup.zero else None,
         "save_on_each_node": not disk.is_shared,
         "save_total_limit": None,  # transformers would remove by name, before the new one is whole: see `saving`
@@ -244,16 +249,18 @@ def fit(
     trained: Any,
     tokenizer: Any,
     chat_format: ChatFormat,
-    data: PreparedData,
-    batches: Any,
+    dealt: tuple[PreparedData, Any, Any],
     lineage: Lineage,
 ) -> Any:
-    """Train; the plan is printed once the number of steps is known."""
+    """Train; the plan is printed once the number of steps is known. `dealt`: the data, its micro-batches of this rank,
+    and those that are held out."""
+    data, batches, held_out = dealt
     from finetune.callbacks import Whereabouts
+    from finetune.evaluating import EarlyStop
     from finetune.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
-        planned = plan(arguments, setup, trained, chat_format, data, batches, steps)
+        planned = plan(arguments, setup, trained, chat_format, data, batches, held_out, steps)
         console.say_plan(planned)
         on_rank_0(lambda: results.write_run(_output_dir(arguments), {"plan": asdict(planned)}))
 
@@ -262,6 +269,7 @@ def fit(
             model=trained,
             args=training_arguments,
             micro_batches=batches,
+            held_out=held_out,
             flops=model_flops(trained),
             peak_flops=_peak_flops(setup),
             lineage=lineage,
@@ -272,6 +280,9 @@ def fit(
         )
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, evaluation without data
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
+    run = arguments.run
+    if run.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStop(run.early_stopping_patience, run.early_stopping_threshold))
     trainer.add_callback(Whereabouts())
     trainer.train(resume_from_checkpoint=str(lineage.folder) if lineage.folder else None)
     return trainer
@@ -318,7 +329,7 @@ def seal(arguments: Arguments, setup: Setup, trainer: Any) -> None:
     trainer.save_result()
     example = trainer.train_dataset.shortest_example()
     loss = trainer.loss_of(example)
-    on_rank_0(lambda: _conclude(arguments, setup, trainer, example, loss))
+    on_rank_0(lambda: conclude(arguments, setup, trainer, example, loss))
     is_writer = trainer.lineage.disk.is_writer
     leave_processes()
     _report(arguments, answers=arguments.run.report_answers)
@@ -335,50 +346,6 @@ def _report(arguments: Arguments, *, answers: int) -> None:
 
     line = write_at_the_end(_output_dir(arguments), answers=answers, seconds=arguments.run.report_seconds)
     console.say(f"Report:\n  {line}\n")
-
-
-def _conclude(arguments: Arguments, setup: Setup, trainer: Any, example: dict[str, Any], loss: float) -> None:
-    output_dir = Path(trainer.args.output_dir)
-    is_adapter = arguments.adapter.kind() is not None
-    seen = verify_result(
-        output_dir,
-        base=arguments.model.model_name_or_path,
-        input_ids=example["input_ids"].tolist(),
-        labels=example["labels"].tolist(),
-        loss=loss,
-        precision=setup.hardware.precision,
-        trust_remote_code=arguments.model.trusts_code(),
-    )
-    logged = [entry for entry in trainer.state.log_history if entry.get("loss") is not None]
-    losses = [entry["loss"] for entry in logged]
-    result = {"steps": trainer.state.global_step}
-    if losses:
-        result |= {"first_loss": losses[0], "last_loss": losses[-1]}
-    deepspeed_config = trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None
-    ending = {"completed": True, "starts": results.ended(output_dir, "complete")}
-    results.write_run(output_dir, {"deepspeed": deepspeed_config, "result": result, **ending})
-    console.say_summary(
-        loss_curve([entry["step"] for entry in logged], losses, console.width()),
-        {
-            "saved": f"{output_dir} ({'adapter' if is_adapter else 'full model'})",
-            "checked": seen,
-            "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
-            "steps": f"{trainer.state.global_step:,}, each in {output_dir / results.METRICS_FILE}",
-            "run": str(output_dir / results.RUN_FILE),
-        },
-        next_command(output_dir),
-    )
-
-
-def next_command(output_dir: Path) -> str:
-    """A line that shows the result at work, with plain peft or transformers."""
-    loader = (
-        "peft import AutoPeftModelForCausalLM"
-        if adapters.is_adapter(output_dir)
-        else "transformers import AutoModelForCausalLM"
-    )
-    name = loader.rpartition(" ")[2]
-    return f"python -c \"from {loader}; print({name}.from_pretrained('{output_dir}'))\""
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import DeepSpeedSchedulerWrapper
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -23,10 +23,11 @@ from finetune import stopping
 from finetune.adapters import InitialLora, whole_virtual_tokens
 from finetune.batches import MicroBatches, MicroBatchLoader, Totals
 from finetune.callbacks import Beginning, MetricsFile, OwnTime, Progress, StepEnd
-from finetune.checkpoints import Manifest, remove_universal
+from finetune.checkpoints import Manifest, remove_universal, steps_in
 from finetune.collation import LOSS_KEYS
 from finetune.console import is_rank_0
-from finetune.errors import ConfigError, NumericsError
+from finetune.errors import NumericsError
+from finetune.evaluating import HeldOut, best_of
 from finetune.loss_parts import LossParts
 from finetune.losses import supervised_loss
 from finetune.metrics import ModelFlops, StepMeter, peak_memory_bytes
@@ -34,26 +35,6 @@ from finetune.numbers import ROWS_FILE, Count, check_weights, finite_or_none, is
 from finetune.ranks import gathered
 from finetune.results import METRICS_FILE, library_versions, write_run
 from finetune.saving import Lineage, Saver, checkpoint_bytes, now, recording_engine, trained_shapes
-
-
-def build_arguments(values: dict[str, Any], *, sequence_parallel_size: int = 1) -> TrainingArguments:
-    """`TrainingArguments` from plain values.
-
-    Raises:
-        ConfigError: a value that transformers refuses.
-    """
-    if sequence_parallel_size > 1:
-        values = {**values, "parallelism_config": _sequence_parallelism(sequence_parallel_size)}
-    try:
-        return TrainingArguments(**values)
-    except ValueError as error:
-        raise ConfigError(f"the training flags contradict each other: {error}") from None
-
-
-def _sequence_parallelism(size: int) -> Any:
-    from accelerate.parallelism_config import ParallelismConfig
-
-    return ParallelismConfig(sp_backend="deepspeed", sp_size=size)
 
 
 class SupervisedTrainer(Trainer):
@@ -64,6 +45,7 @@ class SupervisedTrainer(Trainer):
         flops: what the model costs, and `peak_flops` what one device can do in a second (None: unknown).
         lineage: which run this is, and from which checkpoint it goes on.
         keep: how many checkpoints stay; None or 0: all.
+        held_out: conversations to evaluate on.
         initial_lora: the LoRA matrices as PiSSA left them, when that is how they were initialised.
         on_plan: called by every rank with the number of steps before the first one.
     """
@@ -76,11 +58,14 @@ class SupervisedTrainer(Trainer):
         peak_flops: float | None,
         lineage: Lineage,
         keep: int | None,
+        held_out: MicroBatches | None = None,
         initial_lora: InitialLora | None = None,
         on_plan: Callable[[int], None],
         **kwargs: Any,
     ) -> None:
-        super().__init__(train_dataset=micro_batches, data_collator=micro_batches.collate, **kwargs)
+        data = {"train_dataset": micro_batches, "eval_dataset": held_out, "data_collator": micro_batches.collate}
+        super().__init__(**data, **kwargs)
+        self.held_out = None if held_out is None else HeldOut(held_out, self.args.device)
         self.flops, self.peak_flops = flops, peak_flops
         self.initial_lora = initial_lora
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
@@ -102,7 +87,7 @@ class SupervisedTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(Beginning(self._begin, on_plan))
         self.add_callback(self.step_end)
-        self.add_callback(MetricsFile(Path(self.args.output_dir) / METRICS_FILE, self.parts))
+        self.add_callback(MetricsFile(Path(self.args.output_dir) / METRICS_FILE, self.parts, self.held_out))
         self.add_callback(Progress())
 
     def _step_end(self) -> StepEnd:
@@ -269,12 +254,25 @@ class SupervisedTrainer(Trainer):
             self._guard_files_of(self.model_wrapped)
         with self.saver.recording(folder):
             super()._save_checkpoint(model, trial)
-        best = self.state.best_global_step
-        self.saver.seal(folder, step, keep_also=() if best is None else (best,))
+        best = self.best()
+        self.saver.seal(folder, step, keep_also=() if best is None else (best[0],))
         if is_rank_0():
             write_run(Path(self.args.output_dir), {"last_checkpoint": step})
         self.meter.since += time.perf_counter() - began  # saving is not part of a step's seconds
         self.step_end.own_time.restart()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss on the held-out conversations, logged; all ranks."""
+        metrics = self.held_out.loss(self.model_wrapped, self._prepare_inputs, self.state.global_step)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.meter.since += metrics["eval_seconds"]  # not part of a step's seconds
+        self.step_end.own_time.restart()
+        return metrics
+
+    def best(self) -> tuple[int, float] | None:
+        """The step of the checkpoint with the lowest held-out loss, and that loss."""
+        return best_of(self.state.log_history, steps_in(self.saver.output_dir))
 
     def _guard_files_of(self, engine: Any) -> None:
         """DeepSpeed's files go through the `Saver`, and no scripts are left beside them: a checkpoint is not code."""

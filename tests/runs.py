@@ -156,6 +156,22 @@ def train_losing(argv: Sequence[str], notes: str, how: str, ids: Sequence[int], 
     main(argv)
 
 
+def train_with_lost_evaluations(argv: Sequence[str]) -> None:
+    """Train; in every micro-batch of an evaluation one loss is infinite."""
+    import finetune.evaluating as room
+    from finetune.train import main
+
+    plain = room.supervised_loss
+
+    def once_infinite(logits: Any, targets: Any, *, each: Any, **options: Any) -> Any:
+        loss = plain(logits, targets, each=each, **options)
+        each[0] = float("inf")
+        return loss
+
+    room.supervised_loss = once_infinite
+    main(argv)
+
+
 def train_slowly(argv: Sequence[str], rank: int, seconds: float, where: str) -> None:
     """Train; this rank sleeps in each micro-batch, while it loads its `data` or in its `forward` pass."""
     import time

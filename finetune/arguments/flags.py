@@ -47,6 +47,8 @@ class DataArguments:
     data_path: list[str] = _flag(
         [], "conversation files, folders, globs, data set names; FILE:0.5 takes half of its rows (required)"
     )
+    eval_data_path: list[str] = _flag([], "held-out conversations to evaluate on while training, as --data_path")
+    validation_share: float = _flag(0.0, "hold out this share of the conversations of --data_path instead, 0 to 1")
     model_max_length: int = _flag(2048, "tokens of the longest example; see --too_long")
     too_long: Literal["turns", "windows", "drop", "error"] = _flag(
         "turns", "a longer conversation keeps its first turns, is split into windows, is dropped, or stops the run"
@@ -123,6 +125,10 @@ class RunArguments:
         None, "seconds that a step may take; default: ten times the usual, at least 300; 0: for ever"
     )
     save_timeout: int = _flag(1800, "seconds that a save may take; 0: for ever")
+    early_stopping_patience: int | None = _flag(
+        None, "stop when so many evaluations in a row have not lowered the held-out loss"
+    )
+    early_stopping_threshold: float = _flag(0.0, "by how much it has to be lower to count")
     write_report: bool = _flag(True, "write report.html at the end; finetune report OUTPUT writes it at any time")
     report_answers: int = _flag(3, "prompts of the data that base and result answer for the report; 0: none")
     report_seconds: int = _flag(30, "seconds that these answers may take, loading included")
@@ -188,6 +194,10 @@ class Arguments:
         if asked is None or str(asked).lower() in ("", "false", "no", "none"):
             return None
         return "auto" if str(asked).lower() in ("auto", "true", "yes") else str(asked)
+
+    def evaluates(self) -> bool:
+        """Whether conversations are held out."""
+        return bool(self.data.eval_data_path) or self.data.validation_share > 0
 
     def step_rows(self, world_size: int) -> int:
         """Rows, or groups that fill a token budget, of a full optimizer step over all ranks."""

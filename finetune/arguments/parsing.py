@@ -283,6 +283,10 @@ def check_data(data: DataArguments) -> None:
         check_at_least_one("preprocessing_num_workers", data.preprocessing_num_workers)
     if not 0 <= data.max_dropped_rows <= 1:
         raise ConfigError(f"--max_dropped_rows {data.max_dropped_rows}: expected a share from 0 to 1")
+    if not 0 <= data.validation_share < 1:
+        raise ConfigError(f"--validation_share {data.validation_share:g}: expected a share from 0 to 1")
+    if data.validation_share and data.eval_data_path:
+        raise ConfigError("--validation_share and --eval_data_path exclude each other: keep one of them")
     unknown = [rule for rule in data.repairs if rule not in REPAIRS]
     if unknown:
         raise ConfigError(f"--repairs {unknown[0]}: expected {' or '.join(REPAIRS)}")

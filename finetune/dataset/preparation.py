@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from finetune.conversations import ConversationReader, Source, fingerprint
@@ -45,6 +46,8 @@ class PreparedData:
     faults: tuple[str, ...]
     fingerprint: str
     left_out: tuple[tuple[str, int], ...] = ()  # (source, row) of those that the run is told not to learn
+    validation_share: float = 0.0  # of the conversations, held out of every epoch
+    evaluation: PreparedData | None = None  # held-out data of its own
 
     @cached_property
     def examples(self) -> Any:
@@ -52,6 +55,11 @@ class PreparedData:
         from datasets import Dataset
 
         return Dataset.from_file(str(self.folder / store.EXAMPLES_FILE))
+
+    @property
+    def fingerprints(self) -> str:
+        """Of the data and, where there are some of their own, of the held-out data."""
+        return self.fingerprint if self.evaluation is None else f"{self.fingerprint} {self.evaluation.fingerprint}"
 
     def renderings(self) -> Iterator[Rendering]:
         """Every row of the data in order, the dropped ones too."""
@@ -68,18 +76,56 @@ class PreparedData:
             DataError: the weights leave no example.
         """
         weights = {source.name: source.weight for source in self.sources}
+        held_out = self._held_out_places(seed)
         if set(weights.values()) == {1.0}:
-            return self.examples
-        chosen, begin = [], 0
+            kept = np.setdiff1d(np.arange(len(self.examples)), held_out)
+            return self.examples if not len(held_out) else self.examples.select(kept)
+        chosen: list[int] = []
+        begin = 0
         for name, count in self.summary.examples_by_source.items():
             here = range(begin, begin + count)
             whole, rest = divmod(weights[name], 1)
             drawn = random.Random(f"{seed} {name}").sample(here, round(rest * count))
             chosen += [*here] * int(whole) + sorted(drawn)
             begin += count
-        if not chosen:
+        left = np.asarray(chosen, dtype=np.int64)[~np.isin(chosen, held_out)] if len(held_out) else chosen
+        if not len(left):
             raise DataError("the weights of --data_path leave no example of an epoch: raise one of them")
-        return self.examples.select(chosen)
+        return self.examples.select(left)
+
+    def held_out(self, seed: int) -> tuple[Any, list[str]] | None:
+        """Examples to evaluate on and the sources they come from; None where nothing is held out.
+
+        A share is of conversations, drawn by `seed`: all windows of one are on the same side.
+        """
+        if self.evaluation is not None:
+            return self.evaluation.examples, list(self.evaluation.summary.examples_by_source)
+        if not self.validation_share:
+            return None
+        return self.examples.select(self._held_out_places(seed)), list(self.summary.examples_by_source)
+
+    def _held_out_places(self, seed: int) -> np.ndarray:
+        """Places of the held-out examples, int64, ascending.
+
+        Raises:
+            DataError: the share leaves no conversation on one of the two sides.
+        """
+        if not self.validation_share:
+            return np.zeros(0, dtype=np.int64)
+        rows = np.asarray(self.examples.with_format("numpy")["row"][:])
+        source = np.repeat(
+            np.arange(len(self.summary.examples_by_source)), list(self.summary.examples_by_source.values())
+        )
+        begins = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(source, prepend=-1))
+        wanted = round(self.validation_share * len(begins))
+        if not 0 < wanted < len(begins):
+            raise DataError(
+                f"--validation_share {self.validation_share:g}: {wanted} of {len(begins)} conversations would be held "
+                "out: give another share, or data of its own with --eval_data_path"
+            )
+        drawn = random.Random(f"{seed} held out").sample(range(len(begins)), wanted)
+        ends = np.append(begins[1:], len(rows))
+        return np.concatenate([np.arange(begins[one], ends[one]) for one in sorted(drawn)])
 
     def copy_ledger(self, path: Path) -> None:
         """The ledger: one JSON line per row that was not kept whole and as it stood.

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 KINDS = ("error", "exception", "died", "stuck", "missing", "lost", "launcher", "stopped")
-PHASES = ("start", "data", "meeting", "model", "step", "save", "end")
+PHASES = ("start", "data", "meeting", "model", "step", "evaluation", "save", "end")
 ERROR_LINES, TRACEBACK_LINES, OTHERS = 40, 60, 64
 LINE_LENGTH = 2000
 

@@ -11,6 +11,7 @@ WHERE = {
     "data": "while data was prepared",
     "meeting": "while the ranks met",
     "model": "while the model was loaded",
+    "evaluation": "in an evaluation",
     "save": "in a save",
     "end": "at the end",
 }

@@ -39,7 +39,7 @@ class Limits:
                 return self.step or None
             if place.median is not None:
                 return max(LEAST_STEP_LIMIT, STEP_LIMIT_IN_MEDIANS * place.median)
-        return (self.save if place.phase in ("save", "end") else self.start) or None
+        return (self.save if place.phase in ("evaluation", "save", "end") else self.start) or None
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Place:
     def move(self, phase: str, step: int | None) -> None:
         """The rank has gone on."""
         now = time.monotonic()
-        if self.phase == "step" and phase in ("step", "save", "end"):
+        if self.phase == "step" and phase in ("step", "evaluation", "save", "end"):
             self.durations.append(now - self.since)
             self.median = statistics.median(self.durations)
         self.phase, self.step, self.since = phase, self.step if step is None else step, now
@@ -76,6 +76,7 @@ class Place:
         names = {
             "start": "starting", "data": "preparing data", "meeting": "joining the others", "model": "loading",
             "step": f"in step {self.step}", "save": f"saving in step {self.step}",
+            "evaluation": f"evaluating after step {self.step}",
         }  # fmt: skip
         return names.get(self.phase, "finishing")
 

@@ -63,7 +63,7 @@ def guarded() -> Iterator[None]:
 
 
 def phase(name: str, step: int | None = None) -> None:
-    """The rank has come to here: start, data, meeting, model, step, save or end."""
+    """The rank has come to here: start, data, meeting, model, step, evaluation, save or end."""
     _place.update(phase=name, step=step)
     _tell({"phase": name, "step": step})
 
