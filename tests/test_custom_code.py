@@ -104,7 +104,13 @@ def test_it_trains_saves_its_code_and_loads(stand_in, conversation_file, tmp_pat
     assert "--gradient_checkpointing is off: this model's code does not support it" in outcome.outputs[0]
     if not adapter:
         assert (output / "modeling_qkv.py").is_file()
-    assert "[[3, 20, 30, 4" in load(output, bool(adapter))
+    ids = load(output, bool(adapter))
+    assert "[[3, 20, 30, 4" in ids
+    command = [sys.executable, "-m", "finetune", "merge", str(output)]
+    merged = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert merged.returncode == 0, merged.stderr
+    assert (output / "merged/modeling_qkv.py").is_file() and "the first choice is the same" in merged.stdout
+    assert load(output / "merged", False) == ids
 
 
 def test_without_the_flag_the_error_names_it(stand_in, conversation_file, tmp_path):
