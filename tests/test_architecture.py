@@ -12,10 +12,10 @@ PACKAGE = ROOT / "finetune"
 # A name may import anything to its right, nothing to its left and nothing of its own group.
 LINE = (
     {"finetune", "__main__"},
-    {"tools.convert", "tools.doctor", "tools.launch", "tools.preview", "tools.quickstart"},
+    {"tools.chat", "tools.convert", "tools.doctor", "tools.launch", "tools.preview", "tools.quickstart"},
     {"preflight", "train"},
     {"planning", "resuming"},
-    {"checking", "preparing", "trainer"},
+    {"chatting", "checking", "preparing", "trainer"},
     {"generation", "rehearsal"},
     {
         "arguments",
@@ -52,6 +52,7 @@ LINE = (
 )
 WITHOUT_TORCH = {
     "arguments",
+    "chatting",
     "checkpoints",
     "conversations",
     "zero",
