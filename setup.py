@@ -11,7 +11,8 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.6"],
     "gguf": ["gguf>=0.19"],
     "modelscope": ["modelscope>=1.18"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "gguf>=0.19", "playwright>=1.50"],
+    "web": ["gradio>=6.31,<7"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "gguf>=0.19", "playwright>=1.50", "gradio>=6.31,<7"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.14"]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from finetune import adapters, console, results
+from finetune import console, results
 from finetune.arguments import Arguments
 from finetune.checking import Setup
 from finetune.metrics import loss_curve
@@ -65,11 +69,12 @@ def conclude(arguments: Arguments, setup: Setup, trainer: Any, example: dict[str
 
 
 def next_command(output_dir: Path) -> str:
-    """A line that shows the result at work, with plain peft or transformers."""
-    loader = (
-        "peft import AutoPeftModelForCausalLM"
-        if adapters.is_adapter(output_dir)
-        else "transformers import AutoModelForCausalLM"
-    )
-    name = loader.rpartition(" ")[2]
-    return f"python -c \"from {loader}; print({name}.from_pretrained('{output_dir}'))\""
+    """A line that shows the result at work, as it can be typed where the run was started."""
+    script = Path(sys.executable).with_name("finetune")
+    if shutil.which("finetune") == str(script):
+        program = "finetune"
+    elif script.is_file():
+        program = os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
+    else:
+        return f"{shlex.quote(sys.executable)} -m finetune chat {shlex.quote(str(output_dir))}"
+    return f"{shlex.quote(program)} chat {shlex.quote(str(output_dir))}"

@@ -62,6 +62,21 @@ def quiet_libraries() -> None:
     logger.setLevel(max(level, logging.WARNING))
 
 
+def quiet_serving() -> None:
+    """The same for a model that only answers: no bars, and nothing below an error."""
+    for pattern in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def say_aside(line: str) -> None:
+    """One line on stderr, where stdout is for something else."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything the ten lines before the first step are made of; plain values."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from finetune import model
 from finetune.errors import CheckpointError, ConfigError
-from finetune.rendering import ChatFormat, choose_format
-from finetune.results import Result
+from finetune.rendering import ChatFormat, choose_format, end_token_ids
+from finetune.results import ADAPTER_CONFIG, Result
 
 ROOM = 0.8  # of the free memory, for weights
 
@@ -36,10 +38,11 @@ class Opened:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What ends an answer: the token that training taught, then the model's own."""
+        """What ends an answer: the token that training taught, any other that ends model turns, the model's own."""
         own = getattr(self.tuned.generation_config, "eos_token_id", None)
         own = [] if own is None else [own] if isinstance(own, int) else list(own)
-        return list(dict.fromkeys([self.result.chat["stop_token_id"], *own]))
+        taught = self.result.chat["stop_token_id"]
+        return list(dict.fromkeys([*([] if taught is None else [taught]), *end_token_ids(self.chat_format), *own]))
 
     @contextmanager
     def base(self) -> Iterator[Any]:
@@ -51,7 +54,7 @@ class Opened:
             ConfigError: the base is not there any more.
             CheckpointError: what is there is another model.
         """
-        if self.result.adapter is not None:
+        if self.result.adapter is not None and self._base is None:
             with self.tuned.disable_adapter():
                 yield self.tuned
             return
@@ -60,22 +63,63 @@ class Opened:
         yield self._base
 
 
-def open_result(result: Result, *, base_name: str | None = None) -> Opened:
+def open_result(result: Result, *, base_name: str | None = None, only_base: bool = False) -> Opened:
     """Load a result: on the GPUs there are, spread over several where one is too small, else on the CPU.
 
     Args:
         base_name: where the base lies now, unless where it was.
+        only_base: the trained weights are not wanted: the base stands in their place.
 
     Raises:
         ConfigError: the base of an adapter is not there any more.
         CheckpointError: what is there is another model, or the adapter does not fit.
     """
     tokenizer = load_tokenizer(result)
+    if only_base:
+        base = load_base(result, tokenizer, name=base_name)
+        return Opened(result, base, tokenizer, chat_format_of(result, tokenizer), base_name, base)
     if result.adapter is None:
         tuned = _load(str(result.folder), result, None)
     else:
         tuned = attach_saved(load_base(result, tokenizer, name=base_name), result.folder)
     return Opened(result, tuned.eval(), tokenizer, chat_format_of(result, tokenizer), base_name)
+
+
+def read_model(folder: Path, *, markers: dict[str, list[int]], trust_remote_code: bool) -> Result:
+    """A folder with a model that no run of ours has left there, as a result without a base.
+
+    Args:
+        markers: `human_token_ids` and `model_token_ids`, in case that it is LingoWhale.
+
+    Raises:
+        ConfigError: it holds no model, or nothing in it says how its conversations are written.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f"{folder}: an adapter without run.json: its base and chat format are not known")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = model.load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{folder}: this model comes with Python files of its own; when you trust them, give "
+                "--trust_remote_code"
+            ) from None
+        raise ConfigError(f"{folder}: holds neither run.json nor a model: {str(error).splitlines()[0]}") from None
+    is_lingowhale = "lingowhale" in (config.model_type or "").lower()
+    if tokenizer.chat_template is None and not is_lingowhale:
+        raise ConfigError(
+            f"{folder}: neither run.json nor a chat template of its tokenizer says how its conversations are written"
+        )
+    name = "the tokenizer's own chat template" if tokenizer.chat_template else "lingowhale"
+    run = {
+        "model": {"name": str(folder), "folder": str(folder.absolute()), "trusts_code": trust_remote_code},
+        "chat": {"format": name, **markers, "content_tokens": [], "stop_token_id": None},
+        "precision": {"bfloat16": "bf16", "float16": "fp16"}.get(str(config.dtype).rpartition(".")[2], "float32"),
+    }
+    return Result(folder, run, None, is_trained=False)
 
 
 def load_tokenizer(result: Result) -> Any:
@@ -172,13 +216,17 @@ def _load(name: str, result: Result, revision: str | None) -> Any:
     on_gpu = torch.cuda.is_available()
     trained = model.torch_dtype(result.precision)
     options: dict[str, Any] = {"device_map": "auto"} if on_gpu else {}
-    return AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=trained if on_gpu else _dtype_on_cpu(Path(name)),
-        **({"revision": revision, "code_revision": revision} if revision else {}),
-        trust_remote_code=result.trusts_code,
-        **options,
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=trained if on_gpu else _dtype_on_cpu(Path(name)),
+            **({"revision": revision, "code_revision": revision} if revision else {}),
+            trust_remote_code=result.trusts_code,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{name}: its weights do not load: {said}") from None
 
 
 def _dtype_on_cpu(folder: Path) -> Any:

@@ -51,11 +51,13 @@ class Result:
         folder: where the weights lie: an output_dir, or a checkpoint in one.
         run: run.json of the output_dir.
         adapter: None for a full model, else peft's name of its kind: LORA, PREFIX_TUNING, PROMPT_TUNING.
+        is_trained: False for a model that no run of ours has left: it has no base to compare with.
     """
 
     folder: Path
     run: dict[str, Any]
     adapter: str | None
+    is_trained: bool = True
 
     @property
     def base(self) -> dict[str, Any]:

@@ -18,7 +18,9 @@ def browser_path() -> str:
 
 
 @contextmanager
-def open_page(*, width: int = 1280, height: int = 900, dark: bool = False, offline: bool = False) -> Iterator[Any]:
+def open_page(
+    *, width: int = 1280, height: int = 900, dark: bool = False, offline: bool = False, locale: str = "en-US"
+) -> Iterator[Any]:
     """A page of playwright's, in a window of so many pixels; what its scripts complain about fails the test."""
     from playwright.sync_api import sync_playwright
 
@@ -26,7 +28,10 @@ def open_page(*, width: int = 1280, height: int = 900, dark: bool = False, offli
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
         try:
             context = browser.new_context(
-                viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", offline=offline
+                viewport={"width": width, "height": height},
+                color_scheme="dark" if dark else "light",
+                offline=offline,
+                locale=locale,
             )
             page = context.new_page()
             complaints: list[str] = []

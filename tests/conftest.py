@@ -160,6 +160,19 @@ def train(tmp_path: Path, tiny_model: Path, conversation_file: Path) -> Callable
     return run
 
 
+@pytest.fixture(scope="session")
+def learned_by_heart(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, conversation_file: Path) -> Path:
+    """The output folder of a run in which the tiny model has learned the six conversations by heart."""
+    import ranks
+
+    output = tmp_path_factory.mktemp("learned") / "by heart"
+    named = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output]
+    flags = "--num_train_epochs 60 --per_device_train_batch_size 6 --learning_rate 1e-2 --save_strategy no".split()
+    outcome = ranks.train(output.parent / "logs", [*named, *flags], world_size=1)
+    assert outcome.succeeded, "\n".join(outcome.outputs)
+    return output
+
+
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
     """Two hosts."""

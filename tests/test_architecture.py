@@ -13,6 +13,7 @@ PACKAGE = ROOT / "finetune"
 LINE = (
     {"finetune", "__main__"},
     {
+        "tools.chat",
         "tools.convert",
         "tools.doctor",
         "tools.launch",
@@ -23,7 +24,7 @@ LINE = (
     },
     {"preflight", "train"},
     {"concluding", "planning", "report", "resuming"},
-    {"answers", "checking", "preparing", "trainer"},
+    {"answers", "chatting", "checking", "preparing", "trainer"},
     {"evaluating", "generation", "merging", "rehearsal"},
     {
         "arguments",
@@ -64,6 +65,7 @@ LINE = (
 WITHOUT_TORCH = {
     "answers",
     "arguments",
+    "chatting",
     "checkpoints",
     "conversations",
     "zero",

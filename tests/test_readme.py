@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -11,12 +12,14 @@ import pytest
 from conftest import ROOT
 from typer.main import get_command
 
+from finetune import __main__ as main_module
 from finetune.__main__ import app
 from finetune.arguments import DoctorArguments, PreviewArguments, known_flags, parse, parse_for_doctor
 from finetune.zero import shipped_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAUNCHER_FLAGS = {"hostfile", "num_gpus", "module", "help", "json"}
+SERVER_FLAGS = {"enable", "lora", "max"}  # of vLLM, as far as their first hyphen
 
 
 def tree() -> dict[str, str]:
@@ -48,7 +51,20 @@ def test_flags_named_are_flags():
     assert {"use_lora", "deepspeed", "warmup_ratio"} <= named
     of_verbs = {one.name for group in (PreviewArguments, DoctorArguments) for one in fields(group)}
     of_verbs |= {one.name for verb in get_command(app).commands.values() for one in verb.params}
-    assert named - LAUNCHER_FLAGS <= set(known_flags()) | of_verbs
+    assert {"compare", "max_new_tokens", "only_model"} <= of_verbs
+    assert named - LAUNCHER_FLAGS - SERVER_FLAGS <= set(known_flags()) | of_verbs
+
+
+def options_of(function) -> list[str]:
+    """The flags that a verb declares itself."""
+    defaults = [one.default for one in inspect.signature(function).parameters.values()]
+    return [name for default in defaults for name in getattr(default, "param_decls", None) or ()]
+
+
+def test_commands_of_chat_are_declared():
+    commands = re.findall(r"finetune chat \S+(.*?)(?:  #.*)?$", README, re.MULTILINE)
+    flags = [flag for command in commands for flag in re.findall(r"--\w+", command)]
+    assert {"--compare", "--web"} <= set(flags) <= set(options_of(main_module._chat))
 
 
 def test_configs_named_are_shipped():

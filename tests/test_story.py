@@ -174,7 +174,7 @@ class TestPreview:
 
 
 def test_every_verb_has_help():
-    for verb in ("convert", "preview", "quickstart"):
+    for verb in ("chat", "convert", "preview", "quickstart"):
         command = [sys.executable, "-m", "finetune", verb, "--help"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS)
         assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,15 @@ class Conversation:
     source: str
     id: Any = None
     repairs: tuple[str, ...] = ()
+
+
+def as_row(turns: Sequence[Turn], id: Any = None) -> dict[str, Any]:
+    """The turns in this project's own layout; without an id where there is none."""
+    row: dict[str, Any] = {} if id is None else {"id": id}
+    row["conversations"] = [
+        {"from": turn.role, "value": turn.text} | ({} if turn.train else {"train": False}) for turn in turns
+    ]
+    return row
 
 
 @dataclass(frozen=True, slots=True)

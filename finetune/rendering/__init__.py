@@ -28,7 +28,7 @@ from finetune.rendering.examples import (
 )
 from finetune.rendering.lingowhale import LingoWhaleFormat
 from finetune.rendering.plain_text import PlainText, add_control_tokens
-from finetune.rendering.prompt import prompt_ids
+from finetune.rendering.prompt import Spelling, answer_text, depends_on_reasoning, end_token_ids, prompt_ids
 from finetune.rendering.renderer import Renderer, TooLong, TrainOn
 from finetune.rendering.template import TemplateFormat
 
@@ -43,6 +43,7 @@ __all__ = [
     "PlainText",
     "Renderer",
     "Rendering",
+    "Spelling",
     "Status",
     "TemplateFormat",
     "TooLong",
@@ -50,7 +51,10 @@ __all__ = [
     "TurnSpan",
     "Unrenderable",
     "add_control_tokens",
+    "answer_text",
     "choose_format",
+    "depends_on_reasoning",
+    "end_token_ids",
     "lay_out",
     "prompt_ids",
     "stop_token_id",

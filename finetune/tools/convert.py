@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
 from finetune.arguments import parse_for_convert
 from finetune.console import say, say_note
-from finetune.conversations import BadRow, Conversation, ConversationReader, find_sources
+from finetune.conversations import BadRow, Conversation, ConversationReader, as_row, find_sources
 from finetune.errors import SHOWN_FAULTS, ConfigError, DataError, StorageError, listed
 
 SUMMARY = "Write conversation files, folders or data sets as one JSON file in the project's own layout."
@@ -107,12 +107,7 @@ class _Changes:
 
 def _as_json(conversation: Conversation) -> str:
     """A row as this project writes it, on one line."""
-    row: dict[str, Any] = {} if conversation.id is None else {"id": conversation.id}
-    row["conversations"] = [
-        {"from": turn.role, "value": turn.text} | ({} if turn.train else {"train": False})
-        for turn in conversation.turns
-    ]
-    return json.dumps(row, ensure_ascii=False)
+    return json.dumps(as_row(conversation.turns, conversation.id), ensure_ascii=False)
 
 
 def _write(file: TextIO, conversations: Iterable[Conversation], *, lines: bool) -> int:
