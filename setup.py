@@ -12,7 +12,14 @@ EXTRAS = {
     "gguf": ["gguf>=0.19"],
     "modelscope": ["modelscope>=1.18"],
     "web": ["gradio>=6.31,<7"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "gguf>=0.19", "playwright>=1.50", "gradio>=6.31,<7"],
+    "test": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "gguf>=0.19",
+        "playwright>=1.50",
+        "gradio>=6.31,<7",
+        "tensorboard>=2.16",
+    ],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.14"]
 

@@ -16,6 +16,7 @@ from finetune.building import build_notes
 from finetune.errors import CheckpointError, ConfigError
 from finetune.hardware import Hardware, Probe, decide, probe
 from finetune.metrics import timed
+from finetune.trackers import check_trackers
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
 
 STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is what is always done
@@ -64,6 +65,8 @@ def examine(arguments: Arguments, found: Probe, world: World) -> Setup:
     if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
         raise ConfigError(f"--output_dir {output_dir}: is the folder of the model itself")
     evaluation_options(arguments)
+    asked = arguments.given("report_to")
+    check_trackers([asked] if isinstance(asked, str) else asked or [])
     _check_sampling(arguments)
     move_aside = results.check_output_dir(
         output_dir,

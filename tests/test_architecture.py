@@ -58,7 +58,7 @@ LINE = (
         "sampling",
     },
     {"checkpoints", "conversations", "memory", "packing", "ranks", "skipping", "supervision", "zero"},
-    {"guard", "hardware", "hosts"},
+    {"guard", "hardware", "hosts", "trackers"},
     {"placing"},
     {"allreduce", "building", "errors", "failures", "host_probe", "stopping"},
 )
