@@ -18,6 +18,7 @@ from finetune.arguments import DoctorArguments, PreviewArguments, known_flags, p
 from finetune.zero import shipped_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README_zh.md").read_text(encoding="utf-8")
 LAUNCHER_FLAGS = {"hostfile", "num_gpus", "module", "help", "json"}
 SERVER_FLAGS = {"enable", "lora", "max"}  # of vLLM, as far as their first hyphen
 
@@ -99,3 +100,59 @@ def test_makefile_targets_named_exist():
     assert {"test", "quickstart", "test-hosts"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def commands_of(page: str) -> set[str]:
+    """What the fenced blocks say, one command a line, without comments; the tree of the house is none."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    text = "".join(body for body in blocks if not body.startswith("finetune/\n")).replace("\\\n", " ")
+    lines = (" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in text.splitlines())
+    return {line for line in lines if line}
+
+
+def flags_of(text: str) -> set[str]:
+    return set(re.findall(r"--([a-z][a-z0-9_-]*)", text))
+
+
+def table_flags(page: str, head: str) -> set[str]:
+    """The flags in the first column of the table with this head."""
+    table = re.search(rf"^{re.escape(head)}\n(.*?)\n\n", page, re.DOTALL | re.MULTILINE)[1]
+    return flags_of("\n".join(row.split("|")[1] for row in table.splitlines()))
+
+
+def test_chinese_page_has_the_same_commands():
+    english, chinese = commands_of(README), commands_of(CHINESE)
+    assert len(english) > 30
+    assert "make quickstart" in english
+    assert any(line.startswith("deepspeed --hostfile=$hostfile finetune/finetune.py --data_path") for line in english)
+    assert chinese == english
+
+
+def test_chinese_page_has_the_same_flags():
+    table = table_flags(README, "| flag | meaning |")
+    assert len(table) > 50
+    assert table_flags(CHINESE, "| 参数 | 说明 |") == table
+    assert flags_of(CHINESE) <= flags_of(README)
+
+
+def test_chinese_page_has_the_same_figures():
+    """A figure that is measured anew in README.md may not stay behind."""
+    chinese, english = (set(re.findall(r"(?<!\w)(?:\d+(?:[.,-]\d+)+|\d{2,})", page)) for page in (CHINESE, README))
+    assert len(chinese) > 30
+    assert chinese <= english
+
+
+def test_readmes_link_to_each_other_and_to_files():
+    assert "[中文](README_zh.md)" in README
+    assert "[English](README.md)" in CHINESE
+    links = [link for page in (README, CHINESE) for link in re.findall(r"\]\((?!http)([^)#]+)", page)]
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_chinese_is_spaced_and_punctuated_alike():
+    prose = re.sub(r"^```.*?^```$", "", CHINESE, flags=re.DOTALL | re.MULTILINE)
+    han = "[\u4e00-\u9fff]"
+    assert len(re.findall(han, prose)) > 5000
+    assert re.findall(rf"{han}[A-Za-z0-9`\[].{{0,9}}|.{{0,9}}[A-Za-z0-9`)]{han}", prose) == []
+    assert re.findall(rf".{{0,9}}(?:{han}[,;:!?.()]|[,;:!?()]{han}).{{0,9}}", prose) == []
