@@ -23,6 +23,7 @@ KNOWN_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*barrier\(\): using the device under current context.*",
     r".*`is_gradient_checkpointing` is deprecated.*",
+    r".*Position ids are not supported for parameter efficient tuning.*",
     r".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*",
 )
 

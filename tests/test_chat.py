@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, ROWS
@@ -194,6 +196,16 @@ def test_a_conversation_is_kept_as_a_training_row_would_hold_it():
         Turn("human", "c"),
     ]
     assert (chat.undo(), chat.undo()) == ("a", None)
+
+
+def test_a_run_names_a_command_that_works_as_typed(monkeypatch):
+    from finetune.train import next_command
+
+    monkeypatch.chdir(ROOT)
+    command = next_command(Path("out put"))
+    assert shlex.split(command)[-2:] == ["chat", "out put"]
+    done = subprocess.run(f"{command} --help", shell=True, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert done.returncode == 0 and "--compare" in done.stdout, done.stderr
 
 
 def chat_from_pipe(question, *words):

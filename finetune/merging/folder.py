@@ -134,7 +134,7 @@ def card_facts(result: Result) -> list[tuple[str, str]]:
         if "last_loss" in run.get("result", {})
         else None,
         "Precision": result.precision,
-        "ZeRO": f"stage {zero} on {run['world_size']} ranks" if zero else f"{run['world_size']} ranks",
+        "Ranks": f"{run['world_size']}" + (f", ZeRO stage {zero}" if zero else ""),
         "Learning rate": arguments.get("learning_rate"),
         "Longest conversation": f"{arguments.get('model_max_length', 'default')} tokens",
         "Libraries": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
