@@ -216,7 +216,7 @@ def test_a_name_on_the_hub_is_loaded_with_its_configuration_and_split(monkeypatc
 def test_modelscope_without_its_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
-    assert refused("modelscope:owner/chats").endswith('a package that is missing: pip install "finetune[modelscope]"')
+    assert refused("modelscope:owner/chats").endswith("a package that is missing: pip install 'modelscope>=1.18'")
     assert refused("modelscope:chats") == "modelscope:chats: expected modelscope:owner/name"
 
 

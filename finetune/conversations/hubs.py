@@ -14,7 +14,7 @@ from finetune.errors import DataError
 
 SECONDS_TO_ANSWER = 3.0
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
-MODELSCOPE_INSTALL = 'pip install "finetune[modelscope]"'
+MODELSCOPE_INSTALL = "pip install 'modelscope>=1.18'"
 
 
 def is_saved(folder: str) -> bool:
