@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from finetune.errors import reported
-from finetune.tools import convert, doctor, launch, preview, quickstart
+from finetune.tools import convert, doctor, evaluate, launch, preview, quickstart
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,6 +14,11 @@ app = typer.Typer(
 )
 # These take flags of the training command, which have their home and their --help in `arguments`.
 TRAINING_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.callback()
+def _every_verb(local_rank: int = typer.Option(0, "--local_rank", hidden=True)) -> None:
+    """What the `deepspeed` launcher puts in front of the verb; RANK and LOCAL_RANK say the same."""
 
 
 @app.command("preview", context_settings=TRAINING_FLAGS, help=preview.SUMMARY)
@@ -34,6 +39,11 @@ def _launch(context: typer.Context) -> None:
 @app.command("doctor", context_settings=TRAINING_FLAGS, help=doctor.SUMMARY)
 def _doctor(context: typer.Context) -> None:
     doctor.main(context.args)
+
+
+@app.command("evaluate", context_settings=TRAINING_FLAGS, help=evaluate.SUMMARY)
+def _evaluate(context: typer.Context) -> None:
+    evaluate.main(context.args)
 
 
 @app.command("quickstart", help=quickstart.SUMMARY)

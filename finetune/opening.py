@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _load(name: str, result: Result, revision: str | None) -> Any:
 
     on_gpu = torch.cuda.is_available()
     trained = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[result.precision]
-    options: dict[str, Any] = {"device_map": "auto"} if on_gpu else {}
+    options: dict[str, Any] = {"device_map": _device_map()} if on_gpu else {}
     return AutoModelForCausalLM.from_pretrained(
         name,
         dtype=trained if on_gpu else _dtype_on_cpu(Path(name)),
@@ -156,6 +157,12 @@ def _load(name: str, result: Result, revision: str | None) -> Any:
         trust_remote_code=result.trusts_code,
         **options,
     )
+
+
+def _device_map() -> Any:
+    """This rank's GPU; for a process that is alone, as many GPUs as the model needs."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return "auto" if alone else {"": int(os.environ.get("LOCAL_RANK", "0"))}
 
 
 def _dtype_on_cpu(folder: Path) -> Any:

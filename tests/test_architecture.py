@@ -12,11 +12,11 @@ PACKAGE = ROOT / "finetune"
 # A name may import anything to its right, nothing to its left and nothing of its own group.
 LINE = (
     {"finetune", "__main__"},
-    {"tools.convert", "tools.doctor", "tools.launch", "tools.preview", "tools.quickstart"},
+    {"tools.convert", "tools.doctor", "tools.evaluate", "tools.launch", "tools.preview", "tools.quickstart"},
     {"preflight", "train"},
     {"planning", "resuming"},
     {"checking", "preparing", "trainer"},
-    {"generation", "rehearsal"},
+    {"evaluation", "generation", "rehearsal"},
     {
         "arguments",
         "batches",
@@ -29,6 +29,7 @@ LINE = (
         "saving",
         "shapes",
         "staging",
+        "terminal",
         "verifying",
     },
     {

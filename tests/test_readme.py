@@ -10,11 +10,18 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from finetune.arguments import DoctorArguments, PreviewArguments, known_flags, parse, parse_for_doctor
+from finetune.arguments import (
+    DoctorArguments,
+    EvaluateArguments,
+    PreviewArguments,
+    known_flags,
+    parse,
+    parse_for_doctor,
+)
 from finetune.zero import shipped_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LAUNCHER_FLAGS = {"hostfile", "num_gpus", "module", "help", "json"}
+LAUNCHER_FLAGS = {"hostfile", "num_gpus", "nproc_per_node", "module", "help", "json"}
 
 
 def tree() -> dict[str, str]:
@@ -44,7 +51,7 @@ def test_the_tree_is_the_tree():
 def test_flags_named_are_flags():
     named = {name for name in re.findall(r"`?--([a-z][a-z0-9_]*)", README) if not name.endswith("_")}
     assert {"use_lora", "deepspeed", "warmup_ratio"} <= named
-    of_verbs = {one.name for group in (PreviewArguments, DoctorArguments) for one in fields(group)}
+    of_verbs = {one.name for group in (PreviewArguments, DoctorArguments, EvaluateArguments) for one in fields(group)}
     assert named - LAUNCHER_FLAGS <= set(known_flags()) | of_verbs
 
 

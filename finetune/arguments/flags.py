@@ -150,6 +150,17 @@ class DoctorArguments:
 
 
 @dataclass
+class EvaluateArguments:
+    """How a result is evaluated."""
+
+    base_model: str | None = _flag(None, "where the base lies now, if it was moved since the training")
+    no_base: bool = _flag(False, "do not measure the base beside the tuned model")
+    json: bool = _flag(False, "print what is stored as one JSON object, instead of tables")
+    tokens_per_batch: int = _flag(2048, "conversations are measured together up to so many tokens")
+    worst: int = _flag(5, "rows to show: those with the largest loss, and those that became worse most")
+
+
+@dataclass
 class Arguments:
     """All of a command line. `training` holds only the `TrainingArguments` that were given, by their present names."""
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
-from finetune.arguments.flags import DataArguments, DoctorArguments, ModelArguments, PreviewArguments
+from finetune.arguments.flags import (
+    DataArguments,
+    DoctorArguments,
+    EvaluateArguments,
+    ModelArguments,
+    PreviewArguments,
+)
 from finetune.arguments.parsing import (
     NOTHING,
     Parser,
@@ -91,6 +98,46 @@ def parse_for_convert(argv: Sequence[str]) -> tuple[DataArguments, str]:
     data = filled(DataArguments, {**given, "data_path": paths[:-1]})
     check_data(data)
     return data, paths[-1]
+
+
+DATA_OF_EVALUATE = (
+    "data_path", "model_max_length", "too_long", "train_on", "bad_rows", "max_dropped_rows", "repairs",
+    "data_cache_dir", "preprocessing_num_workers",
+)  # fmt: skip
+
+
+def parse_for_evaluate(argv: Sequence[str]) -> tuple[str, EvaluateArguments, dict[str, Any]]:
+    """The folder of the result, what to find out, and the data flags that were given; others are the training's.
+
+    Raises:
+        ConfigError: an unknown flag, nothing to evaluate, or flags that do not go together.
+    """
+    parser = Parser(
+        prog="finetune evaluate",
+        usage="finetune evaluate OUTPUT --data_path D [D ...]",
+        description="Is it better? The result in OUTPUT beside the model it was trained from: on held-out "
+        "conversations. Under torchrun or `deepspeed --module finetune evaluate ...` the ranks divide the work.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="the output_dir of a run, or a checkpoint in it")
+    add_groups(parser, (EvaluateArguments,))
+    add_groups(parser, (DataArguments,), only=DATA_OF_EVALUATE)
+    words = [word for word in argv if not word.startswith("--local_rank=")]  # the launcher's; RANK says the same
+    parsed, unknown = parser.parse_known_args(words)
+    known = [*(one.name for one in fields(EvaluateArguments)), *DATA_OF_EVALUATE]
+    if unknown:
+        raise ConfigError(unknown_flag(unknown, known))
+    given = vars(parsed)
+    chosen = filled(EvaluateArguments, given)
+    data = {name: given[name] for name in DATA_OF_EVALUATE if name in given}
+    check_data(filled(DataArguments, data))
+    if not data.get("data_path"):
+        raise ConfigError("nothing to evaluate: give --data_path")
+    check_at_least_one("tokens_per_batch", chosen.tokens_per_batch)
+    if chosen.worst < 0:
+        raise ConfigError(f"--worst {chosen.worst}: expected 0 or more")
+    return given["output"], chosen, data
 
 
 def parse_for_doctor(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherFlags, list[str]]:
