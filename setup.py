@@ -8,10 +8,11 @@ HERE = Path(__file__).resolve().parent
 # Every folder with code in it, so that a new one cannot be forgotten.
 PACKAGES = sorted({".".join(file.parent.relative_to(HERE).parts) for file in (HERE / "finetune").rglob("*.py")})
 EXTRAS = {
+    "evaluate": ["lm_eval>=0.4.13,<0.5"],
     "flash-attn": ["flash-attn>=2.6"],
     "gguf": ["gguf>=0.19"],
     "modelscope": ["modelscope>=1.18"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "gguf>=0.19", "playwright>=1.50"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "gguf>=0.19", "playwright>=1.50", "lm_eval>=0.4.13,<0.5"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.14"]
 
@@ -25,7 +26,12 @@ setup(
     python_requires=">=3.10",
     packages=[*PACKAGES, "finetune.ds_configs", "finetune.data"],
     package_dir={"finetune": "finetune", "finetune.ds_configs": "ds_configs", "finetune.data": "data"},
-    package_data={"finetune": ["*.json"], "finetune.ds_configs": ["*.json"], "finetune.data": ["*.json"]},
+    package_data={
+        "finetune": ["*.json"],
+        "finetune.ds_configs": ["*.json"],
+        "finetune.data": ["*.json"],
+        "finetune.evaluation.tasks": ["*.yaml"],
+    },
     install_requires=[
         "torch>=2.10",
         "transformers>=5.23,<6",

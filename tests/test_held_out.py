@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from conftest import write_rows
-from short_runs import LORA, SHORT
+from conftest import KINDS_OF_RESULTS, ROOT, write_rows
 
 from finetune.conversations import load_conversations
 from finetune.errors import ConfigError, DataError, NumericsError
@@ -31,12 +32,6 @@ HELD_OUT = [
     [("human", "a"), ("model", "b")],
 ]  # fmt: skip
 OTHERS = [[("human", "Who?"), ("model", "Nori.")], [("human", "Name?"), ("model", "I am Nori.")]]
-KINDS = {
-    "full": (),
-    "lora": LORA,
-    "prefix": ("--adapter", "prefix", "--num_virtual_tokens", "3"),
-    "prompt": ("--adapter", "prompt", "--num_virtual_tokens", "3"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,32 +39,6 @@ def files(tmp_path_factory):
     """Two files of held-out rows."""
     folder = tmp_path_factory.mktemp("held_out")
     return [write_rows(folder / "first.json", HELD_OUT), write_rows(folder / "second.json", OTHERS)]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_model, conversation_file):
-    """A result of each kind, trained when it is first asked for; a checkpoint lies in each."""
-    made = {}
-
-    def result(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            flags = [
-                "--model_name_or_path",
-                tiny_model,
-                "--data_path",
-                conversation_file,
-                "--output_dir",
-                folder / "out",
-            ]
-            outcome = ranks.train(
-                folder / "logs", [*flags, *SHORT, "--save_strategy", "epoch", *KINDS[kind]], world_size=1
-            )
-            assert outcome.succeeded, outcome.outputs[0]
-            made[kind] = folder / "out"
-        return made[kind]
-
-    return result
 
 
 def evaluated(folder, files, *flags):
@@ -105,7 +74,7 @@ def stock(result, tokenizer):
     return opener.from_pretrained(result.folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_RESULTS)
 def test_losses_are_those_of_a_stock_model(trained, files, kind, capsys):
     folder = trained(kind)
     document = evaluated(folder, files)
@@ -158,6 +127,19 @@ def test_two_ranks_find_what_one_finds(trained, files, tmp_path, kind):
     assert "Held-out conversations" in outcome.outputs[0] and "Held-out conversations" not in outcome.outputs[1]
 
 
+def test_the_launcher_starts_it_on_two_ranks(trained, files):
+    """`deepspeed` puts --local_rank in front of the verb."""
+    folder = trained("lora")
+    alone = evaluated(folder, files)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
+    command = [*launcher, str(ranks.free_port()), "--module", "finetune", "evaluate", folder, "--data_path", *files]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    together = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert flat(together["rows"]) == pytest.approx(flat(alone["rows"]), abs=1e-6)
+    assert done.stdout.count("Loss per token") == 1
+
+
 def flat(rows):
     return [row[model] for row in rows for model in ("tuned", "base")]
 
@@ -197,6 +179,8 @@ def test_faults_come_before_the_model(trained, files, tmp_path, monkeypatch):
     for argv, said in (
         ([], "nothing to evaluate"),
         (["--data_path", "a", "--wrost", "2"], "did you mean --worst"),
+        (["--forgetting", "--no_base"], "leave --no_base out"),
+        (["--data_path", "a", "--fail_below", "3"], "give it too"),
     ):
         with pytest.raises(ConfigError, match=said):
             evaluate.main(["somewhere", *argv])

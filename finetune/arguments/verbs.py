@@ -114,9 +114,10 @@ def parse_for_evaluate(argv: Sequence[str]) -> tuple[str, EvaluateArguments, dic
     """
     parser = Parser(
         prog="finetune evaluate",
-        usage="finetune evaluate OUTPUT --data_path D [D ...]",
+        usage="finetune evaluate OUTPUT [--data_path D [D ...]] [--tasks T [T ...]] [--forgetting]",
         description="Is it better? The result in OUTPUT beside the model it was trained from: on held-out "
-        "conversations. Under torchrun or `deepspeed --module finetune evaluate ...` the ranks divide the work.",
+        "conversations, on tasks of lm-evaluation-harness, and on what the base could do before. Under torchrun or "
+        "`deepspeed --module finetune evaluate ...` the ranks divide the work.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -132,11 +133,20 @@ def parse_for_evaluate(argv: Sequence[str]) -> tuple[str, EvaluateArguments, dic
     chosen = filled(EvaluateArguments, given)
     data = {name: given[name] for name in DATA_OF_EVALUATE if name in given}
     check_data(filled(DataArguments, data))
-    if not data.get("data_path"):
-        raise ConfigError("nothing to evaluate: give --data_path")
-    check_at_least_one("tokens_per_batch", chosen.tokens_per_batch)
-    if chosen.worst < 0:
-        raise ConfigError(f"--worst {chosen.worst}: expected 0 or more")
+    if not data.get("data_path") and not chosen.tasks and not chosen.forgetting:
+        raise ConfigError("nothing to evaluate: give --data_path, --tasks or --forgetting")
+    for name in ("tokens_per_batch", "limit"):
+        if getattr(chosen, name) is not None:
+            check_at_least_one(name, getattr(chosen, name))
+    for name in ("worst", "num_fewshot", "fail_below"):
+        if (getattr(chosen, name) or 0) < 0:
+            raise ConfigError(f"--{name} {getattr(chosen, name)}: expected 0 or more")
+    if chosen.batch_size != "auto" and (not chosen.batch_size.isdigit() or int(chosen.batch_size) < 1):
+        raise ConfigError(f"--batch_size {chosen.batch_size}: expected a number or auto")
+    if chosen.forgetting and chosen.no_base:
+        raise ConfigError("--forgetting compares with the base: leave --no_base out")
+    if chosen.fail_below is not None and not chosen.forgetting:
+        raise ConfigError("--fail_below is about --forgetting: give it too")
     return given["output"], chosen, data
 
 

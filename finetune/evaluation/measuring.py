@@ -117,7 +117,7 @@ def measure(
         rows = examples[list(group)]
         for batch in [range(len(group))] if is_flat else [[number] for number in range(len(group))]:
             chosen = [{name: rows[name][number] for name in ("input_ids", "labels")} for number in batch]
-            losses = _losses(model, chosen, pad_token_id, is_flat, has_virtual_tokens)
+            losses = token_losses_of(model, chosen, pad_token_id, is_flat, has_virtual_tokens)
             begin = 0
             for number, example in zip(batch, chosen, strict=True):
                 spans = [TurnSpan(**span) for span in rows["turn_spans"][number]]
@@ -132,7 +132,7 @@ def measure(
     return found
 
 
-def _losses(
+def token_losses_of(
     model: Any, examples: list[dict[str, Any]], pad_token_id: int, is_flat: bool, has_virtual_tokens: bool
 ) -> np.ndarray:
     """float64 [P]: -log p of each learned token of the examples, in order."""

@@ -35,7 +35,7 @@ def _show_table(terminal: Terminal, table: Table) -> None:
     for number, name in enumerate(table.head):
         cells = [row[number] for row in table.rows]
         if number == 0:
-            drawn.add_column(Text(name), overflow="fold", min_width=min(WIDEST_NAME, max(map(len, cells))))
+            drawn.add_column(Text(name), overflow="fold", min_width=min(WIDEST_NAME, max(map(len, cells), default=0)))
         else:
             widest = max(map(len, [*cells, *name.split()]))
             drawn.add_column(Text(name), justify="right", overflow="fold", min_width=widest)

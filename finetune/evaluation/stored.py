@@ -1,6 +1,8 @@
 """What an evaluation leaves beside the result, and the same as plain tables, for a terminal or a page.
 
     evaluation.json    held-out conversations: losses by row, answer and source
+    benchmarks.json    tasks of lm-evaluation-harness
+    forgetting.json    what the base could do and the tuned model cannot
 
 Nothing here needs torch. `sections` is all that a report has to know.
 """
@@ -16,7 +18,7 @@ from typing import Any
 from finetune.checkpoints import write_durably
 from finetune.errors import ConfigError, StorageError
 
-HELD_OUT_FILE = "evaluation.json"
+HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE = "evaluation.json", "benchmarks.json", "forgetting.json"
 VERSION = 1
 
 
@@ -115,6 +117,8 @@ def sections(folder: Path) -> list[Section]:
     """
     made: list[tuple[str, Callable[[dict[str, Any]], Section]]] = [
         (HELD_OUT_FILE, held_out_section),
+        (BENCHMARKS_FILE, benchmarks_section),
+        (FORGETTING_FILE, forgetting_section),
     ]
     found = ((load(folder, name), section) for name, section in made)
     return [section(document) for document, section in found if document is not None]
@@ -179,3 +183,66 @@ def _row(one: dict[str, Any]) -> Row:
     identity = "" if one["id"] is None else f", id {one['id']}"
     losses = ", ".join(f"{model} {one[model]:.4f}" for model in ("base", "tuned") if one.get(model) is not None)
     return Row(f"{one['source']}, row {one['row']}{identity}: {one['tokens']:,} tokens, loss {losses}", one["segments"])
+
+
+# ---- benchmarks
+
+
+def benchmarks_section(document: dict[str, Any]) -> Section:
+    """`benchmarks.json` as tables."""
+    models = [model for model in ("base", "tuned") if any(model in one for one in document["scores"])]
+    head = ["task", "metric", "shots", "rows", *models]
+    rows = []
+    for one in document["scores"]:
+        cells = [one["name"], one["metric"], "" if one["shots"] is None else str(one["shots"]), f"{one['rows']:,}"]
+        rows.append(cells + [_score(one.get(model)) for model in models])
+    tables = [Table("Benchmarks", head, rows)]
+    if document.get("published"):
+        names = [one["name"] for one in document["scores"] if one["name"] in document["published"]["names"]]
+        ours = {
+            model: {one["name"]: 100 * one[model]["value"] for one in document["scores"] if model in one}
+            for model in models
+        }
+        lines = [[f"this {model}", *(_cell(values.get(name)) for name in names)] for model, values in ours.items()]
+        for label, values in document["published"]["rows"].items():
+            lines.append([label, *(_cell(values.get(name)) for name in names)])
+        tables.append(Table(f"Beside the published rows ({document['published']['source']})", ["", *names], lines))
+    bars = {one["name"]: {model: one[model]["value"] for model in models if model in one} for one in document["scores"]}
+    return Section("Benchmarks", document["verdict"], tables, [], document["notes"], "score", bars)
+
+
+def _score(found: dict[str, Any] | None) -> str:
+    if found is None or found["value"] is None:
+        return "-"
+    error = found.get("stderr")
+    return f"{found['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+# ---- forgetting
+
+
+def forgetting_section(document: dict[str, Any]) -> Section:
+    """`forgetting.json` as tables."""
+    head = ["", "questions", "base", "tuned", "difference", "95 %", "lost", "won", "p"]
+    rows = []
+    for one in document["groups"]:
+        rows.append(
+            [
+                one["name"],
+                f"{one['questions']:,}",
+                f"{one['base']:.1%}",
+                f"{one['tuned']:.1%}",
+                f"{100 * one['difference']:+.1f}",
+                _between([100 * end for end in one["interval"]], "+.1f"),
+                f"{one['lost']:,}",
+                f"{one['won']:,}",
+                f"{one['p']:.2g}",
+            ]
+        )
+    bars = {one["name"]: {"base": one["base"], "tuned": one["tuned"]} for one in document["groups"]}
+    table = Table("What the base could do", head, rows)
+    return Section("Forgetting", document["verdict"], [table], [], document["notes"], "share right", bars)
