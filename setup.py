@@ -8,6 +8,7 @@ HERE = Path(__file__).resolve().parent
 # Every folder with code in it, so that a new one cannot be forgotten.
 PACKAGES = sorted({".".join(file.parent.relative_to(HERE).parts) for file in (HERE / "finetune").rglob("*.py")})
 EXTRAS = {
+    "evaluate": ["lm_eval>=0.4.13,<0.5"],
     "flash-attn": ["flash-attn>=2.6"],
     "gguf": ["gguf>=0.19"],
     "modelscope": ["modelscope>=1.18"],
@@ -16,6 +17,7 @@ EXTRAS = {
         "pytest>=8",
         "hypothesis>=6.100",
         "gguf>=0.19",
+        "lm_eval>=0.4.13,<0.5",
         "playwright>=1.50",
         "gradio>=6.31,<7",
         "tensorboard>=2.16",
@@ -36,6 +38,7 @@ setup(
     package_data={
         "finetune": ["*.json"],
         "finetune.report": ["*.html", "*.css", "*.js"],
+        "finetune.evaluation.tasks": ["*.yaml"],
         "finetune.ds_configs": ["*.json"],
         "finetune.data": ["*.json"],
     },

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from finetune.errors import reported
-from finetune.tools import chat, convert, doctor, launch, merge, preview, quickstart, report
+from finetune.tools import chat, convert, doctor, evaluate, launch, merge, preview, quickstart, report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,6 +16,11 @@ app = typer.Typer(
 )
 # These take flags of the training command, which have their home and their --help in `arguments`.
 TRAINING_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.callback()
+def _every_verb(local_rank: int = typer.Option(0, "--local_rank", hidden=True)) -> None:
+    """What the `deepspeed` launcher puts in front of the verb; RANK and LOCAL_RANK say the same."""
 
 
 @app.command("preview", context_settings=TRAINING_FLAGS, help=preview.SUMMARY)
@@ -57,6 +62,11 @@ def _merge(
         gguf=gguf,
         check=not no_check,
     )
+
+
+@app.command("evaluate", context_settings=TRAINING_FLAGS, help=evaluate.SUMMARY)
+def _evaluate(context: typer.Context) -> None:
+    evaluate.main(context.args)
 
 
 @app.command("quickstart", help=quickstart.SUMMARY)

@@ -90,13 +90,21 @@ def _do_without_the_hub_where_it_has_no_address(name: str) -> None:
     """Look in the cache alone where the hub's name does not resolve; the hub client would retry for half a minute."""
     from huggingface_hub import constants
 
-    proxied = any(os.environ.get(variable) for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if Path(name).exists() or proxied:
-        return
+    if not Path(name).exists() and not hub_has_an_address():
+        constants.HF_HUB_OFFLINE = True
+
+
+def hub_has_an_address() -> bool:
+    """Whether the hub's name resolves, or a proxy stands in between."""
+    from huggingface_hub import constants
+
+    if any(os.environ.get(variable) for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
     try:
         socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
     except OSError:
-        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool) -> Any:

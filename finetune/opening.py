@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ def _load(name: str, result: Result, revision: str | None) -> Any:
 
     on_gpu = torch.cuda.is_available()
     trained = model.torch_dtype(result.precision)
-    options: dict[str, Any] = {"device_map": "auto"} if on_gpu else {}
+    options: dict[str, Any] = {"device_map": _device_map()} if on_gpu else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
             name,
@@ -227,6 +228,12 @@ def _load(name: str, result: Result, revision: str | None) -> Any:
     except (OSError, SafetensorError) as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{name}: its weights do not load: {said}") from None
+
+
+def _device_map() -> Any:
+    """This rank's GPU; for a process that is alone, as many GPUs as the model needs."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return "auto" if alone else {"": int(os.environ.get("LOCAL_RANK", "0"))}
 
 
 def _dtype_on_cpu(folder: Path) -> Any:

@@ -60,6 +60,11 @@ def this_rank() -> int:
     return _dist().get_rank() if _is_one_of_several() else 0
 
 
+def num_ranks() -> int:
+    """How many processes the run has, 1 where it is alone."""
+    return _dist().get_world_size() if _is_one_of_several() else 1
+
+
 def gathered(value: Any) -> list[Any]:
     """What each rank gave, by rank, on every rank."""
     if not _is_one_of_several():

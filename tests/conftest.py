@@ -45,6 +45,13 @@ ROWS = [
     [("human", "谢谢"), ("model", "不客气。")],
 ]
 
+KINDS_OF_RESULTS = {
+    "full": (),
+    "lora": ("--use_lora", "True", "--lora_dropout", "0"),
+    "prefix": ("--adapter", "prefix", "--num_virtual_tokens", "3"),
+    "prompt": ("--adapter", "prompt", "--num_virtual_tokens", "3"),
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", default="0/1", help="run the tests of one share only: K/N, K from 0")
@@ -171,6 +178,34 @@ def learned_by_heart(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path,
     outcome = ranks.train(output.parent / "logs", [*named, *flags], world_size=1)
     assert outcome.succeeded, "\n".join(outcome.outputs)
     return output
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, conversation_file: Path) -> Callable[..., Path]:
+    """A result of each kind, with a checkpoint in it, trained when it is first asked for; not to be changed."""
+    import ranks
+    from short_runs import SHORT
+
+    made: dict[str, Path] = {}
+
+    def result(kind: str) -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            flags = [
+                "--model_name_or_path",
+                tiny_model,
+                "--data_path",
+                conversation_file,
+                "--output_dir",
+                folder / "out",
+            ]
+            flags += [*SHORT, "--save_strategy", "epoch", *KINDS_OF_RESULTS[kind]]
+            outcome = ranks.train(folder / "logs", flags, world_size=1)
+            assert outcome.succeeded, outcome.outputs[0]
+            made[kind] = folder / "out"
+        return made[kind]
+
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,9 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "finetune").rglob("*.py")}
     assert len(code) > 20 and code <= {str(path.relative_to(tmp_path / "site")) for path in tmp_path.rglob("site/**/*")}
 
+    assert list(tmp_path.glob("site/finetune/evaluation/tasks/*.yaml"))
+    assert (tmp_path / "site/finetune/data/forgetting.json").is_file()
+
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import finetune\n"

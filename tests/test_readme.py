@@ -14,12 +14,19 @@ from typer.main import get_command
 
 from finetune import __main__ as main_module
 from finetune.__main__ import app
-from finetune.arguments import DoctorArguments, PreviewArguments, known_flags, parse, parse_for_doctor
+from finetune.arguments import (
+    DoctorArguments,
+    EvaluateArguments,
+    PreviewArguments,
+    known_flags,
+    parse,
+    parse_for_doctor,
+)
 from finetune.zero import shipped_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README_zh.md").read_text(encoding="utf-8")
-LAUNCHER_FLAGS = {"hostfile", "num_gpus", "module", "help", "json"}
+LAUNCHER_FLAGS = {"hostfile", "num_gpus", "nproc_per_node", "module", "help", "json"}
 SERVER_FLAGS = {"enable", "lora", "max"}  # of vLLM, as far as their first hyphen
 
 
@@ -50,7 +57,7 @@ def test_the_tree_is_the_tree():
 def test_flags_named_are_flags():
     named = {name for name in re.findall(r"`?--([a-z][a-z0-9_]*)", README) if not name.endswith("_")}
     assert {"use_lora", "deepspeed", "warmup_ratio"} <= named
-    of_verbs = {one.name for group in (PreviewArguments, DoctorArguments) for one in fields(group)}
+    of_verbs = {one.name for group in (PreviewArguments, DoctorArguments, EvaluateArguments) for one in fields(group)}
     of_verbs |= {one.name for verb in get_command(app).commands.values() for one in verb.params}
     assert {"compare", "max_new_tokens", "only_model"} <= of_verbs
     assert named - LAUNCHER_FLAGS - SERVER_FLAGS <= set(known_flags()) | of_verbs

@@ -13,6 +13,7 @@ from finetune.arguments.flags import (
     BatchArguments,
     DataArguments,
     DoctorArguments,
+    EvaluateArguments,
     ModelArguments,
     PreviewArguments,
     RunArguments,
@@ -20,7 +21,7 @@ from finetune.arguments.flags import (
 )
 from finetune.arguments.parsing import build_parser, known_flags, parse
 from finetune.arguments.training import TRANSLATED, TrainingFlag, training_flags
-from finetune.arguments.verbs import parse_for_convert, parse_for_doctor, parse_for_preview
+from finetune.arguments.verbs import parse_for_convert, parse_for_doctor, parse_for_evaluate, parse_for_preview
 
 __all__ = [
     "TRANSLATED",
@@ -29,6 +30,7 @@ __all__ = [
     "BatchArguments",
     "DataArguments",
     "DoctorArguments",
+    "EvaluateArguments",
     "ModelArguments",
     "PreviewArguments",
     "RunArguments",
@@ -39,6 +41,7 @@ __all__ = [
     "parse",
     "parse_for_convert",
     "parse_for_doctor",
+    "parse_for_evaluate",
     "parse_for_preview",
     "training_flags",
 ]

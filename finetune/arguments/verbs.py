@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
-from finetune.arguments.flags import DataArguments, DoctorArguments, ModelArguments, PreviewArguments
+from finetune.arguments.flags import (
+    DataArguments,
+    DoctorArguments,
+    EvaluateArguments,
+    ModelArguments,
+    PreviewArguments,
+)
 from finetune.arguments.parsing import (
     NOTHING,
     Parser,
@@ -91,6 +98,56 @@ def parse_for_convert(argv: Sequence[str]) -> tuple[DataArguments, str]:
     data = filled(DataArguments, {**given, "data_path": paths[:-1]})
     check_data(data)
     return data, paths[-1]
+
+
+DATA_OF_EVALUATE = (
+    "data_path", "model_max_length", "too_long", "train_on", "bad_rows", "max_dropped_rows", "repairs",
+    "data_cache_dir", "preprocessing_num_workers",
+)  # fmt: skip
+
+
+def parse_for_evaluate(argv: Sequence[str]) -> tuple[str, EvaluateArguments, dict[str, Any]]:
+    """The folder of the result, what to find out, and the data flags that were given; others are the training's.
+
+    Raises:
+        ConfigError: an unknown flag, nothing to evaluate, or flags that do not go together.
+    """
+    parser = Parser(
+        prog="finetune evaluate",
+        usage="finetune evaluate OUTPUT [--data_path D [D ...]] [--tasks T [T ...]] [--forgetting]",
+        description="Is it better? The result in OUTPUT beside the model it was trained from: on held-out "
+        "conversations, on tasks of lm-evaluation-harness, and on what the base could do before. Under torchrun or "
+        "`deepspeed --module finetune evaluate ...` the ranks divide the work.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="the output_dir of a run, or a checkpoint in it")
+    add_groups(parser, (EvaluateArguments,))
+    add_groups(parser, (DataArguments,), only=DATA_OF_EVALUATE)
+    words = [word for word in argv if not word.startswith("--local_rank=")]  # the launcher's; RANK says the same
+    parsed, unknown = parser.parse_known_args(words)
+    known = [*(one.name for one in fields(EvaluateArguments)), *DATA_OF_EVALUATE]
+    if unknown:
+        raise ConfigError(unknown_flag(unknown, known))
+    given = vars(parsed)
+    chosen = filled(EvaluateArguments, given)
+    data = {name: given[name] for name in DATA_OF_EVALUATE if name in given}
+    check_data(filled(DataArguments, data))
+    if not data.get("data_path") and not chosen.tasks and not chosen.forgetting:
+        raise ConfigError("nothing to evaluate: give --data_path, --tasks or --forgetting")
+    for name in ("tokens_per_batch", "limit"):
+        if getattr(chosen, name) is not None:
+            check_at_least_one(name, getattr(chosen, name))
+    for name in ("worst", "num_fewshot", "fail_below"):
+        if (getattr(chosen, name) or 0) < 0:
+            raise ConfigError(f"--{name} {getattr(chosen, name)}: expected 0 or more")
+    if chosen.batch_size != "auto" and (not chosen.batch_size.isdigit() or int(chosen.batch_size) < 1):
+        raise ConfigError(f"--batch_size {chosen.batch_size}: expected a number or auto")
+    if chosen.forgetting and chosen.no_base:
+        raise ConfigError("--forgetting compares with the base: leave --no_base out")
+    if chosen.fail_below is not None and not chosen.forgetting:
+        raise ConfigError("--fail_below is about --forgetting: give it too")
+    return given["output"], chosen, data
 
 
 def parse_for_doctor(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherFlags, list[str]]:

@@ -11,7 +11,7 @@ faults of all files are found, and nothing that a row says is left out or change
 
 from finetune.conversations.checks import REPAIRS
 from finetune.conversations.reading import ConversationReader, load_conversations
-from finetune.conversations.sources import Source, find_sources, fingerprint, shipped_files
+from finetune.conversations.sources import Source, find_sources, fingerprint, shipped_files, shipped_folder
 from finetune.conversations.turns import BadRow, Conversation, Role, Turn, as_row
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "fingerprint",
     "load_conversations",
     "shipped_files",
+    "shipped_folder",
 ]

@@ -168,10 +168,16 @@ def _why_missing(path: Path) -> str:
 
 
 def shipped_files() -> list[Path]:
-    """The conversation files of this project: beside the package in a clone, inside it once installed."""
+    """The conversation files of this project."""
+    return [
+        path for path in (shipped_folder() / name for name in ("identity.json", "conversations.json")) if path.is_file()
+    ]
+
+
+def shipped_folder() -> Path:
+    """The data of this project: beside the package in a clone, inside it once installed."""
     package = Path(__file__).resolve().parent.parent
-    folder = package / "data" if (package / "data").is_dir() else package.parent / "data"
-    return [folder / name for name in ("identity.json", "conversations.json") if (folder / name).is_file()]
+    return package / "data" if (package / "data").is_dir() else package.parent / "data"
 
 
 def fingerprint(sources: Sequence[Source]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from finetune.rendering.examples import IGNORE_INDEX, Example
+from finetune.rendering.examples import IGNORE_INDEX, ChatFormat, Example
 
 Kind = Literal["context", "learned", "control", "learned_control"]
 
@@ -64,6 +64,11 @@ def segments(example: Example, tokenizer: Any, markers: Collection[int] = ()) ->
         text = speller.name(first.token) if first.kind.endswith("control") else speller.text(run)
         found.append(Segment(first.kind, text, first.turn, first.read))
     return found
+
+
+def markers_of(chat_format: ChatFormat) -> set[int]:
+    """The ids that open a turn of LingoWhale's format, where they may be ordinary ids of its tokenizer."""
+    return {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
 
 
 def _places(example: Example, control: Collection[int]) -> Iterator[_Place]:

@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 from finetune import pages
@@ -19,13 +18,11 @@ from finetune.errors import SHOWN_FAULTS, ConfigError
 from finetune.model import code_note
 from finetune.preparing import prepare_data
 from finetune.rendering import Rendering
-from finetune.rendering.segments import Segment
 from finetune.samples import InSegments, card_of, counts, id_of, reason_of, speller
+from finetune.terminal import Terminal, harmless
 
 SUMMARY = "Show what each row of a data file renders to: tokens, what is learned, what was cut or dropped."
 FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200
-STYLES = {"context": "dim", "learned": "bold green", "control": "reverse magenta", "learned_control": "reverse green"}
-LEGEND = {"context": "context", "learned": "learned", "control": "control token", "learned_control": "end of a turn"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
             for rendering in prepared.renderings():
                 print(_as_json(rendering))
         elif page is None:
-            _Terminal(in_segments).show(_select(prepared, choice, SHOWN_FAULTS), prepared, chat_format.name)
+            _show(_select(prepared, choice, SHOWN_FAULTS), prepared, chat_format.name, in_segments)
         else:
             facts = {
                 "Model": model.model_name_or_path,
@@ -139,74 +136,38 @@ def _check_rows(asked: Iterable[int], rows_by_source: dict[str, int]) -> None:
 # ---- in the terminal
 
 
-class _Terminal:
-    """Rows on stdout, in colour where it shows colour."""
-
-    def __init__(self, in_segments: InSegments) -> None:
-        from rich.console import Console
-
-        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self.in_segments = in_segments
-        self.in_colour = self.console.color_system is not None and not self.console.no_color
-
-    def show(self, found: _Selection, prepared: PreparedData, format_name: str) -> None:
-        """The legend, the rows, those not kept whole, the summary."""
-        between = Segment("context", "  ", None)
-        legend = [one for kind, text in LEGEND.items() for one in (between, Segment(kind, text, None))]
-        self._say(self._marked(legend[1:]))
-        for rendering in found.rows:
-            self._say()
-            self._show_row(rendering)
-        count = _num_not_kept(prepared)
-        if count:
-            self._say(["\n", (f"Rows not kept whole: {count:,}", "bold")])
-            for one in found.not_kept:
-                self._say([_safe(f"  {one.source}, row {one.row}: {one.status}: {reason_of(one)}")])
-            if count > len(found.not_kept):
-                self._say([f"  ... and {count - len(found.not_kept):,} more"])
-        self._say([_safe(f"\n{_names(prepared)} in {format_name}")])
-        for line in prepared.summary.lines():
-            self._say([_safe(f"  {line}")])
-
-    def _show_row(self, rendering: Rendering) -> None:
-        tokens, learned = counts(rendering)
-        identity = "" if rendering.id is None else f", id {id_of(rendering)}"
-        share = f" ({learned / tokens:.1%})" if tokens else ""
-        place = f"{rendering.source}, row {rendering.row}{identity}"
-        facts = f"{rendering.status}, {tokens:,} tokens, {learned:,} learned{share}"
-        self._say([(_safe(f"{place}: {facts}"), "bold underline")])
-        if rendering.reason:
-            self._say([(_safe(reason_of(rendering)), "yellow")])
-        for number, example in enumerate(rendering.examples, start=1):
-            if len(rendering.examples) > 1:
-                self._say([(f"window {number} of {len(rendering.examples)}", "bold")])
-            self._say(self._marked(self.in_segments(example)))
-
-    def _say(self, parts: Iterable[str | tuple[str, str]] = ()) -> None:
-        """One line, or several; a line feed at the end is enough of an end."""
-        from rich.text import Text
-
-        text = Text.assemble(*parts)
-        self.console.print(text, end="" if text.plain.endswith("\n") else "\n")
-
-    def _marked(self, found: Sequence[Segment]) -> list[tuple[str, str]]:
-        """(text, style) pairs; an arrow says that the token is learned where another one is read."""
-        if self.in_colour:
-            return [(_shown(one), STYLES[one.kind]) for one in found]
-        parts = []
-        for learned, run in groupby(found, lambda one: one.is_learned):
-            text = "".join(f"«{_shown(one)}»" if one.is_control else _shown(one) for one in run)
-            parts.append((f"⟦{text}⟧" if learned else text, ""))
-        return parts
+def _show(found: _Selection, prepared: PreparedData, format_name: str, in_segments: InSegments) -> None:
+    """The legend, the rows, those not kept whole, the summary."""
+    terminal = Terminal()
+    terminal.say_legend()
+    for rendering in found.rows:
+        terminal.say()
+        _show_row(terminal, rendering, in_segments)
+    count = _num_not_kept(prepared)
+    if count:
+        terminal.say(["\n", (f"Rows not kept whole: {count:,}", "bold")])
+        for one in found.not_kept:
+            terminal.say([harmless(f"  {one.source}, row {one.row}: {one.status}: {reason_of(one)}")])
+        if count > len(found.not_kept):
+            terminal.say([f"  ... and {count - len(found.not_kept):,} more"])
+    terminal.say([harmless(f"\n{_names(prepared)} in {format_name}")])
+    for line in prepared.summary.lines():
+        terminal.say([harmless(f"  {line}")])
 
 
-def _shown(one: Segment) -> str:
-    return ("" if one.read else "→") + _safe(one.text)
-
-
-def _safe(text: str) -> str:
-    """Text that can neither steer a terminal nor hide in it."""
-    return pages.SHAPELESS.sub(lambda match: "".join(f"‹{pages.name_of(one)}›" for one in match.group()), text)
+def _show_row(terminal: Terminal, rendering: Rendering, in_segments: InSegments) -> None:
+    tokens, learned = counts(rendering)
+    identity = "" if rendering.id is None else f", id {id_of(rendering)}"
+    share = f" ({learned / tokens:.1%})" if tokens else ""
+    place = f"{rendering.source}, row {rendering.row}{identity}"
+    facts = f"{rendering.status}, {tokens:,} tokens, {learned:,} learned{share}"
+    terminal.say([(harmless(f"{place}: {facts}"), "bold underline")])
+    if rendering.reason:
+        terminal.say([(harmless(reason_of(rendering)), "yellow")])
+    for number, example in enumerate(rendering.examples, start=1):
+        if len(rendering.examples) > 1:
+            terminal.say([(f"window {number} of {len(rendering.examples)}", "bold")])
+        terminal.say_segments(in_segments(example))
 
 
 # ---- as a page

@@ -1,0 +1,52 @@
+"""Held-out conversations, read and rendered as the training did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from finetune.arguments import DataArguments
+from finetune.conversations import find_sources
+from finetune.dataset import PreparedData, check_usable, prepare
+from finetune.opening import chat_format_of, load_tokenizer
+from finetune.rendering import Renderer
+from finetune.results import Result
+
+# How conversations are rendered is the training's choice, unless it is given.
+OF_THE_TRAINING = ("model_max_length", "too_long", "train_on", "repairs")
+
+
+def data_arguments(result: Result, given: dict[str, Any]) -> DataArguments:
+    """The flags that were given, and beside them those that the training had."""
+    trained = result.run.get("arguments", {})
+    known = {name: trained[name] for name in OF_THE_TRAINING if trained.get(name) is not None}
+    return DataArguments(**{**known, **given})
+
+
+def prepare_held_out(result: Result, given: dict[str, Any], say: Callable[[str], None]) -> PreparedData:
+    """All rows read, rendered and proven by the pipeline that trains.
+
+    Raises:
+        DataError: rows with faults, or none that is left.
+    """
+    data = data_arguments(result, given)
+    tokenizer = load_tokenizer(result)
+    sources = find_sources(data.data_path)
+    weighted = [source.name for source in sources if source.weight != 1]
+    if weighted:
+        say(f"every row is measured once: the weight of {weighted[0]} has no meaning here")
+    prepared = prepare(
+        sources,
+        Renderer(
+            chat_format_of(result, tokenizer), data.model_max_length, too_long=data.too_long, train_on=data.train_on
+        ),
+        bad_rows=data.bad_rows,
+        repairs=data.repairs,
+        cache_dir=data.data_cache_dir,
+        num_processes=data.preprocessing_num_workers,
+        say=say,
+    )
+    for line in prepared.said:
+        say(line)
+    check_usable(prepared, data.max_dropped_rows)
+    return prepared

@@ -1,0 +1,138 @@
+"""`finetune evaluate`: is it better? A result beside its base, on rows, on benchmarks, on what was known before."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.arguments import EvaluateArguments, parse_for_evaluate
+from finetune.console import is_rank_0, quiet_libraries
+from finetune.errors import FinetuneError, own_process
+from finetune.evaluation import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE, stored
+from finetune.evaluation.conversations import prepare_held_out
+from finetune.evaluation.showing import show
+from finetune.hardware import keep_freed_blocks, prepare_environment, resume_collection
+from finetune.ranks import join_processes, leave_processes, on_rank_0
+from finetune.results import Result, read_result
+
+SUMMARY = "Is it better? Held-out conversations, benchmarks, and what was forgotten, beside the base."
+SECONDS_TO_WAIT = 24 * 3600  # one rank may run the programs of a benchmark while the others wait
+SECTIONS = {
+    HELD_OUT_FILE: stored.held_out_section,
+    BENCHMARKS_FILE: stored.benchmarks_section,
+    FORGETTING_FILE: stored.forgetting_section,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the result, measure what is asked for, store it beside the result and show it.
+
+    Raises:
+        ConfigError: no result, no base, a task that there is not, a package that is missing.
+        DataError: held-out rows with faults.
+        FinetuneError: the tuned model is further below the base than --fail_below allows.
+    """
+    with own_process():
+        folder, chosen, data = parse_for_evaluate(argv)
+        prepare_environment()
+        sys.stdout.reconfigure(encoding="utf-8" if chosen.json else None, errors="backslashreplace")
+        result = read_result(Path(folder))
+        asked = {
+            HELD_OUT_FILE: bool(data.get("data_path")),
+            BENCHMARKS_FILE: bool(chosen.tasks),
+            FORGETTING_FILE: chosen.forgetting,
+        }
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            stored.check_writable(result.folder, name)
+        found = {name: stored.versioned(one) for name, one in _measured(result, chosen, data).items()}
+        for name, document in found.items():
+            on_rank_0(lambda name=name, document=document: stored.store(result.folder, name, document))
+        if is_rank_0():
+            _show(result, found, as_json=chosen.json)
+        leave_processes()
+        _fail_if_below(found.get(FORGETTING_FILE), chosen.fail_below)
+
+
+def _measured(result: Result, chosen: EvaluateArguments, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The documents, by the name of their files; data and tasks are looked at before the model loads."""
+    quiet_libraries()
+    prepared = prepare_held_out(result, data, _note) if data.get("data_path") else None
+    jobs = _find_jobs(chosen) if chosen.tasks else []
+    import torch
+
+    from finetune.opening import open_result
+
+    join_processes("nccl" if torch.cuda.is_available() else "gloo", uses_deepspeed=False, timeout=SECONDS_TO_WAIT)
+    resume_collection()
+    keep_freed_blocks()
+    opened = open_result(result, base_name=chosen.base_model)
+    found = {}
+    if prepared is not None:
+        from finetune.evaluation.held_out import evaluate_held_out
+
+        found[HELD_OUT_FILE] = evaluate_held_out(
+            opened,
+            prepared,
+            with_base=not chosen.no_base,
+            tokens_per_batch=chosen.tokens_per_batch,
+            worst=chosen.worst,
+            bar=_bar,
+            say=_note,
+        )
+    if jobs:
+        from finetune.evaluation.benchmarks import evaluate_benchmarks
+
+        found[BENCHMARKS_FILE] = evaluate_benchmarks(
+            opened,
+            jobs,
+            with_base=not chosen.no_base,
+            limit=chosen.limit,
+            batch_size=chosen.batch_size,
+            apply_chat_template=chosen.apply_chat_template,
+            allow_code=chosen.allow_code_execution,
+        )
+    if chosen.forgetting:
+        from finetune.evaluation.forgetting import evaluate_forgetting
+
+        found[FORGETTING_FILE] = evaluate_forgetting(opened, bar=_bar)
+    return found
+
+
+def _find_jobs(chosen: EvaluateArguments) -> list[Any]:
+    from finetune.evaluation.benchmarks import find_jobs
+
+    return find_jobs(chosen.tasks, num_fewshot=chosen.num_fewshot, allow_code=chosen.allow_code_execution, say=_note)
+
+
+def _show(result: Result, found: dict[str, dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({Path(name).stem: document for name, document in found.items()}, ensure_ascii=False))
+    else:
+        for name, document in found.items():
+            show(SECTIONS[name](document))
+        print(f"\nstored in {' and '.join(str(result.folder / name) for name in found)}")
+    sys.stdout.flush()
+
+
+def _fail_if_below(document: dict[str, Any] | None, allowed: float | None) -> None:
+    if document is not None and allowed is not None and document["fell"] > allowed:
+        error = FinetuneError(
+            f"the tuned model is {document['fell']:.1f} points below its base, --fail_below allows {allowed:g}"
+        )
+        error.is_shared = True
+        raise error
+
+
+def _bar(label: str, total: int, unit: str = " tokens") -> Any:
+    """A progress bar on stderr, of rank 0 and its own share of the work."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, delay=2, disable=not is_rank_0())
+
+
+def _note(line: str) -> None:
+    if is_rank_0():
+        print(f"note: {line}", file=sys.stderr, flush=True)
