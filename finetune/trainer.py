@@ -26,7 +26,7 @@ from finetune.callbacks import Beginning, MetricsFile, OwnTime, Progress, StepEn
 from finetune.checkpoints import Manifest, remove_universal, steps_in
 from finetune.collation import LOSS_KEYS
 from finetune.console import is_rank_0
-from finetune.errors import NumericsError
+from finetune.errors import ConfigError, NumericsError
 from finetune.evaluating import HeldOut, best_of
 from finetune.loss_parts import LossParts
 from finetune.losses import supervised_loss
@@ -142,8 +142,15 @@ class SupervisedTrainer(Trainer):
         return self.args.world_size // (1 if self._zero_stage() == 3 else self.sharing_ranks)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does; what each group of parameters is to have is remembered for `_begin`."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        """As transformers does; what each group of parameters is to have is remembered for `_begin`.
+
+        Raises:
+            ConfigError: its package is not installed.
+        """
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except ImportError as error:
+            raise ConfigError(f"--optim {self.args.optim.value}: {error}") from None
         self.group_settings = [
             {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in getattr(optimizer, "param_groups", ())  # DeepSpeed makes its own where its JSON names one
