@@ -127,7 +127,7 @@ def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained
     with pytest.raises(ConfigError, match="humaneval: runs programs that the model writes"):
         run(output, "--tasks", "humaneval")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "finetune\[evaluate\]"'):
+    with pytest.raises(ConfigError, match="pip install 'lm_eval>=0.4.13,<0.5'"):
         run(output, "--tasks", "mmlu")
 
 

@@ -10,6 +10,7 @@ Nothing here needs torch. `sections` is all that a report has to know.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ def check_writable(folder: Path, name: str) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    probe = folder / f".{name}.probe"
+    probe = folder / f".{name}.probe-{os.getpid()}"  # each rank its own
     try:
         probe.touch()
         probe.unlink()
