@@ -256,8 +256,8 @@ def fit(
     and those that are held out."""
     data, batches, held_out = dealt
     from finetune.callbacks import Whereabouts
-    from finetune.evaluating import EarlyStop
     from finetune.trainer import SupervisedTrainer
+    from finetune.validation import EarlyStop
 
     def announce(steps: int) -> None:
         planned = plan(arguments, setup, trained, chat_format, data, batches, held_out, steps)

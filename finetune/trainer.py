@@ -27,7 +27,6 @@ from finetune.checkpoints import Manifest, remove_universal, steps_in
 from finetune.collation import LOSS_KEYS
 from finetune.console import is_rank_0
 from finetune.errors import ConfigError, NumericsError
-from finetune.evaluating import HeldOut, best_of
 from finetune.loss_parts import LossParts
 from finetune.losses import supervised_loss
 from finetune.metrics import ModelFlops, StepMeter, peak_memory_bytes
@@ -35,6 +34,7 @@ from finetune.numbers import ROWS_FILE, Count, check_weights, finite_or_none, is
 from finetune.ranks import gathered
 from finetune.results import METRICS_FILE, library_versions, write_run
 from finetune.saving import Lineage, Saver, checkpoint_bytes, now, recording_engine, trained_shapes
+from finetune.validation import HeldOut, best_of
 
 
 class SupervisedTrainer(Trainer):

@@ -158,7 +158,7 @@ def train_losing(argv: Sequence[str], notes: str, how: str, ids: Sequence[int], 
 
 def train_with_lost_evaluations(argv: Sequence[str]) -> None:
     """Train; in every micro-batch of an evaluation one loss is infinite."""
-    import finetune.evaluating as room
+    import finetune.validation as room
     from finetune.train import main
 
     plain = room.supervised_loss

@@ -26,7 +26,7 @@ LINE = (
     {"preflight", "train"},
     {"concluding", "planning", "report", "resuming"},
     {"answers", "chatting", "checking", "preparing", "trainer"},
-    {"evaluating", "evaluation", "generation", "merging", "rehearsal"},
+    {"evaluation", "generation", "merging", "rehearsal", "validation"},
     {
         "arguments",
         "batches",

@@ -102,16 +102,27 @@ def test_two_ranks_find_what_one_finds(trained, tasks, tmp_path):
     flags = ["--tasks", tasks, "--batch_size", "2"]
     alone = run(output, *flags)
     assert {one["name"] for one in alone["scores"]} == {"sums", "written"} and len(alone["scores"]) == 2
-    for extra in ([], ["--limit", "1"]):  # fewer questions than ranks
-        argv = [str(output), *map(str, flags), *extra]
-        outcome = ranks.run(tmp_path / "logs", evaluate.main, (argv,), world_size=2)
-        assert outcome.succeeded, outcome.outputs
-        together = json.loads((output / "benchmarks.json").read_text())
-        if not extra:
-            assert together["scores"] == alone["scores"]
-        else:
-            assert {one["rows"] for one in together["scores"]} == {1}
+    outcome = ranks.run(tmp_path / "logs", evaluate.main, ([str(output), *map(str, flags)],), world_size=2)
+    assert outcome.succeeded, outcome.outputs
+    assert json.loads((output / "benchmarks.json").read_text())["scores"] == alone["scores"]
     assert "Benchmarks" in outcome.outputs[0] and "Benchmarks" not in outcome.outputs[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_each_rank_answers_its_share_and_gets_all_answers(monkeypatch, count):
+    """Three ranks, fewer requests and more."""
+    harness, requests = benchmarks.import_harness(), list(range(count))
+    shares = [[f"answer {one}" for one in requests[rank::3]] for rank in range(3)]
+
+    def answer(mine, disable_tqdm):
+        assert mine
+        return [f"answer {one}" for one in mine]
+
+    monkeypatch.setattr(harness, "num_ranks", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(harness, "this_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(harness, "gathered", lambda own, rank=rank: own == shares[rank] and shares)
+        assert harness.SharedModel._shared(None, answer, requests, True) == [f"answer {one}" for one in requests]
 
 
 def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained, tasks, monkeypatch):
@@ -127,7 +138,7 @@ def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained
     with pytest.raises(ConfigError, match="humaneval: runs programs that the model writes"):
         run(output, "--tasks", "humaneval")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "finetune\[evaluate\]"'):
+    with pytest.raises(ConfigError, match="pip install 'lm_eval>=0.4.13,<0.5'"):
         run(output, "--tasks", "mmlu")
 
 

@@ -199,7 +199,7 @@ def test_a_conversation_is_kept_as_a_training_row_would_hold_it():
 
 
 def test_a_run_names_a_command_that_works_as_typed(monkeypatch):
-    from finetune.train import next_command
+    from finetune.concluding import next_command
 
     monkeypatch.chdir(ROOT)
     command = next_command(Path("out put"))

@@ -255,4 +255,4 @@ def test_a_broken_model_is_seen(small, tmp_path, trained):
     model.load_state_dict(kept)
     pairs = list(zip(chosen, before, after, strict=True))
     group = forgetting._group("all questions", pairs)
-    assert group["base"] > 0.5 and group["interval"][1] < 0 and group["p"] < 0.01
+    assert group["base"] > 0.5 and group["interval"][1] < 0 and group["p"] < 0.05

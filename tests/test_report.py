@@ -18,6 +18,7 @@ from test_pages import HOSTILE
 
 from finetune import failures, results
 from finetune.errors import ConfigError
+from finetune.evaluation.stored import HELD_OUT_FILE, store, versioned
 from finetune.failures import Failure
 from finetune.report import read_run, render_report, write_at_the_end
 from finetune.report.curves import MOST_POINTS, drawn, thinned
@@ -319,3 +320,26 @@ def test_it_needs_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_what_was_evaluated_is_a_section_each(tmp_path):
+    folder = output_dir(tmp_path / "run", lines=[line(1), line(2)])
+    segments = [{"kind": "context", "text": HOSTILE, "turn": 0, "read": True},
+                {"kind": "learned", "text": "我是 Nori", "turn": 1, "read": True}]  # fmt: skip
+    row = {"source": "h.json", "row": 3, "id": None, "tokens": 5, "base": 2.0, "tuned": 1.25, "segments": segments}
+    losses = {"base": {"loss": 2.5, "perplexity": 12.2}, "tuned": {"loss": 1.5, "perplexity": 4.48}}
+    apart = {"loss": -1.0, "interval": [-1.2, -0.8], "rows_worse": 1}
+    found = {
+        "data": {"rows": 9, "tokens": 90, "not_measured": 0}, "non_finite": [], "verdict": "better than the base",
+        "groups": [{"name": "all", "rows": 9, "tokens": 90, **losses, "difference": apart}],
+        "worst": [row], "worsened": [],
+    }  # fmt: skip
+    store(folder, HELD_OUT_FILE, versioned(found))
+    (folder / "forgetting.json").write_text('{"version": 1}')
+
+    page = Page(render_report([read_run(folder)]))
+
+    assert "Held-out conversations" in page.sections() and "better than the base" in page.text
+    assert "-1.0000" in page.text and "-1.200 to -0.800" in page.text and "我是 Nori" in page.text
+    assert "not as this version writes it" in page.text
+    assert not [tag for tag, _ in page.elements if tag == "img"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.evaluation.stored import (
     BENCHMARKS_FILE,
+    FILES,
     FORGETTING_FILE,
     HELD_OUT_FILE,
     Row,
@@ -12,4 +13,4 @@ from finetune.evaluation.stored import (
     sections,
 )
 
-__all__ = ["BENCHMARKS_FILE", "FORGETTING_FILE", "HELD_OUT_FILE", "Row", "Section", "Table", "sections"]
+__all__ = ["BENCHMARKS_FILE", "FILES", "FORGETTING_FILE", "HELD_OUT_FILE", "Row", "Section", "Table", "sections"]

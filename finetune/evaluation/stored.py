@@ -10,7 +10,8 @@ Nothing here needs torch. `sections` is all that a report has to know.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from finetune.checkpoints import write_durably
 from finetune.errors import ConfigError, StorageError
 
 HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE = "evaluation.json", "benchmarks.json", "forgetting.json"
+FILES = (HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE)
 VERSION = 1
 
 
@@ -63,7 +65,7 @@ def check_writable(folder: Path, name: str) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    probe = folder / f".{name}.probe"
+    probe = folder / f".{name}.probe-{os.getpid()}"  # each rank its own
     try:
         probe.touch()
         probe.unlink()
@@ -109,7 +111,7 @@ def load(folder: Path, name: str) -> dict[str, Any] | None:
     return document
 
 
-def sections(folder: Path) -> list[Section]:
+def sections(folder: Path, names: Sequence[str] = FILES) -> list[Section]:
     """All that was found out about the result in `folder`; empty where it was not evaluated.
 
     Raises:
@@ -120,7 +122,7 @@ def sections(folder: Path) -> list[Section]:
         (BENCHMARKS_FILE, benchmarks_section),
         (FORGETTING_FILE, forgetting_section),
     ]
-    found = ((load(folder, name), section) for name, section in made)
+    found = ((load(folder, name), section) for name, section in made if name in names)
     return [section(document) for document, section in found if document is not None]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune import failures, results
 from finetune.answers import Answers, read_answers
+from finetune.errors import ConfigError
+from finetune.evaluation import FILES, Section, sections
 from finetune.pages import Card
 from finetune.samples import read_samples
 
@@ -42,6 +44,7 @@ class Run:
         lines: of metrics.jsonl, those with a `loss`, by rising step; a value is a finite number or None.
         evaluations: those with an `eval_loss`.
         unread: lines that are no JSON object with a step.
+        found_out: what `finetune evaluate` has stored.
     """
 
     folder: Path
@@ -56,6 +59,7 @@ class Run:
     cards: list[Card]
     answers: Answers | None
     lost_rows: int
+    found_out: list[Section] = field(default_factory=list)
 
     def part(self, *names: str) -> dict[str, Any]:
         """An object inside run.json; empty where there is none."""
@@ -102,7 +106,22 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         cards=read_samples(folder),
         answers=read_answers(folder, facts),
         lost_rows=len(_lines_of(folder / LOST_ROWS_FILE)),
+        found_out=_found_out(folder),
     )
+
+
+def _found_out(folder: Path) -> list[Section]:
+    """What was evaluated; of a file that cannot be read, the reason."""
+    found: list[Section] = []
+    for name in FILES:
+        try:
+            found += sections(folder, [name])
+        except ConfigError as error:
+            found.append(Section("Evaluation", [], [], notes=[str(error)]))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            note = f"{folder / name}: is not as this version writes it: {error!r}"
+            found.append(Section("Evaluation", [], [], notes=[note]))
+    return found
 
 
 def has_ended(folder: Path) -> bool:

@@ -13,7 +13,7 @@ import torch
 from conftest import ROWS, write_rows
 from short_runs import LORA, SHORT, losses
 
-from finetune.evaluating import best_of, without_progress
+from finetune.validation import best_of, without_progress
 
 HELD_OUT = [
     [("human", "Who made you?"), ("model", "Tidepool made me.")],
