@@ -48,14 +48,14 @@ class Watch:
 
     def wait_for(self, wanted, seconds: float = 20.0):
         """What `wanted` returns, once that is something."""
-        until = time.monotonic() + seconds
+        until, refused = time.monotonic() + seconds, None
         while True:
             try:
                 if found := wanted():
                     return found
-            except (ConnectionError, http.client.HTTPException):
-                pass
-            assert time.monotonic() < until and self.process.poll() is None, "it never came"
+            except (ConnectionError, http.client.HTTPException) as error:
+                refused = error  # a server that is not there yet is asked again
+            assert time.monotonic() < until and self.process.poll() is None, f"it never came; last: {refused!r}"
             time.sleep(0.05)
 
 
