@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 # float32 rows of logits that are worked on at a time: what stays in a CPU's cache; what keeps a GPU busy.
@@ -52,13 +51,10 @@ def supervised_loss(
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits)[target] of each target: float32 or wider [P], from logits [P, V], some rows at a time."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    chunk_bytes = CHUNK_BYTES if logits.device.type == "cpu" else GPU_CHUNK_BYTES
-    rows = max(1, chunk_bytes // (4 * logits.shape[-1]))
-    parts = [
-        F.cross_entropy(logits[begin : begin + rows].to(wide), targets[begin : begin + rows], reduction="none")
-        for begin in range(0, len(targets), rows)
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=wide, device=logits.device)
+    each = torch.empty(len(targets), dtype=wide, device=logits.device)
+    with torch.no_grad():
+        supervised_loss(logits, targets, scale=1.0, each=each)
+    return each
 
 
 class _ScaledCrossEntropySum(torch.autograd.Function):

@@ -41,24 +41,24 @@ def prepare_data(
     tokenizer, chat_format, notes = load_format(chosen, data)
     for note in notes:
         say(note)
+    evaluation = prepare_rows(apart, chat_format, data, say) if apart else None
+    rows = prepare_rows(sources, chat_format, data, say)
+    return tokenizer, chat_format, replace(rows, validation_share=data.validation_share, evaluation=evaluation)
 
-    def prepared(sources: Sequence[Source]) -> PreparedData:
-        found = prepare(
-            sources,
-            Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
-            bad_rows=data.bad_rows,
-            repairs=data.repairs,
-            cache_dir=data.data_cache_dir,
-            num_processes=data.preprocessing_num_workers,
-            say=say,
-        )
-        for line in found.said:
-            say(line)
-        return found
 
-    evaluation = prepared(apart) if apart else None
-    return (
-        tokenizer,
-        chat_format,
-        replace(prepared(sources), validation_share=data.validation_share, evaluation=evaluation),
+def prepare_rows(
+    sources: Sequence[Source], chat_format: ChatFormat, data: DataArguments, say: Callable[[str], None]
+) -> PreparedData:
+    """All rows of these sources read, rendered as the flags say, and proven."""
+    found = prepare(
+        sources,
+        Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
+        bad_rows=data.bad_rows,
+        repairs=data.repairs,
+        cache_dir=data.data_cache_dir,
+        num_processes=data.preprocessing_num_workers,
+        say=say,
     )
+    for line in found.said:
+        say(line)
+    return found

@@ -25,8 +25,9 @@ LINE = (
     },
     {"preflight", "train"},
     {"concluding", "planning", "report", "resuming"},
-    {"answers", "chatting", "checking", "preparing", "trainer"},
+    {"answers", "chatting", "checking", "trainer"},
     {"evaluation", "generation", "merging", "rehearsal", "validation"},
+    {"preparing"},
     {
         "arguments",
         "batches",

@@ -7,9 +7,9 @@ from typing import Any
 
 from finetune.arguments import DataArguments
 from finetune.conversations import find_sources
-from finetune.dataset import PreparedData, check_usable, prepare
+from finetune.dataset import PreparedData, check_usable
 from finetune.opening import chat_format_of, load_tokenizer
-from finetune.rendering import Renderer
+from finetune.preparing import prepare_rows
 from finetune.results import Result
 
 # How conversations are rendered is the training's choice, unless it is given.
@@ -35,18 +35,6 @@ def prepare_held_out(result: Result, given: dict[str, Any], say: Callable[[str],
     weighted = [source.name for source in sources if source.weight != 1]
     if weighted:
         say(f"every row is measured once: the weight of {weighted[0]} has no meaning here")
-    prepared = prepare(
-        sources,
-        Renderer(
-            chat_format_of(result, tokenizer), data.model_max_length, too_long=data.too_long, train_on=data.train_on
-        ),
-        bad_rows=data.bad_rows,
-        repairs=data.repairs,
-        cache_dir=data.data_cache_dir,
-        num_processes=data.preprocessing_num_workers,
-        say=say,
-    )
-    for line in prepared.said:
-        say(line)
+    prepared = prepare_rows(sources, chat_format_of(result, tokenizer), data, say)
     check_usable(prepared, data.max_dropped_rows)
     return prepared

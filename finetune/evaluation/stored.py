@@ -117,13 +117,8 @@ def sections(folder: Path, names: Sequence[str] = FILES) -> list[Section]:
     Raises:
         ConfigError: a stored document cannot be read.
     """
-    made: list[tuple[str, Callable[[dict[str, Any]], Section]]] = [
-        (HELD_OUT_FILE, held_out_section),
-        (BENCHMARKS_FILE, benchmarks_section),
-        (FORGETTING_FILE, forgetting_section),
-    ]
-    found = ((load(folder, name), section) for name, section in made if name in names)
-    return [section(document) for document, section in found if document is not None]
+    found = ((name, load(folder, name)) for name in names)
+    return [SECTIONS[name](document) for name, document in found if document is not None]
 
 
 # ---- held-out conversations
@@ -248,3 +243,10 @@ def forgetting_section(document: dict[str, Any]) -> Section:
     bars = {one["name"]: {"base": one["base"], "tuned": one["tuned"]} for one in document["groups"]}
     table = Table("What the base could do", head, rows)
     return Section("Forgetting", document["verdict"], [table], [], document["notes"], "share right", bars)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], Section]] = {
+    HELD_OUT_FILE: held_out_section,
+    BENCHMARKS_FILE: benchmarks_section,
+    FORGETTING_FILE: forgetting_section,
+}

@@ -20,11 +20,6 @@ from finetune.results import Result, read_result
 
 SUMMARY = "Is it better? Held-out conversations, benchmarks, and what was forgotten, beside the base."
 SECONDS_TO_WAIT = 24 * 3600  # one rank may run the programs of a benchmark while the others wait
-SECTIONS = {
-    HELD_OUT_FILE: stored.held_out_section,
-    BENCHMARKS_FILE: stored.benchmarks_section,
-    FORGETTING_FILE: stored.forgetting_section,
-}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -112,7 +107,7 @@ def _show(result: Result, found: dict[str, dict[str, Any]], *, as_json: bool) ->
         print(json.dumps({Path(name).stem: document for name, document in found.items()}, ensure_ascii=False))
     else:
         for name, document in found.items():
-            show(SECTIONS[name](document))
+            show(stored.SECTIONS[name](document))
         print(f"\nstored in {' and '.join(str(result.folder / name) for name in found)}")
     sys.stdout.flush()
 
