@@ -177,10 +177,12 @@ def base_folder(result: Result, name: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(found, revision=result.base["revision"]))
+        folder = Path(snapshot_download(found, revision=result.base["revision"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{result.folder}: its base {found} cannot be had: {reason}") from None
+    find_base(result, name)  # its weights are here now, and can be compared
+    return folder
 
 
 def load_base(result: Result, tokenizer: Any, *, name: str | None = None) -> Any:

@@ -77,10 +77,11 @@ def master_pieces(masters: MasterWeights, names: Names) -> list[Piece]:
     for group in by_layer(masters.shapes):
         empty = {name: torch.empty(masters.shapes[name], device="meta") for name in group}
         layer = _Once(partial(_layer, masters, names, group))
-        for name, tensor in names.as_stored(empty).items():
+        stored = names.as_stored(empty)
+        layer.expect(len(stored))
+        for name, tensor in stored.items():
             get = partial(layer.take, name)
             pieces.append(Piece(name, tuple(tensor.shape), torch.float32, get, computed=True))
-        layer.expect(len(names.as_stored(empty)))
     for name, tensor in masters.buffers.items():
         if name in names.state:
             pieces.append(Piece(name, tuple(tensor.shape), tensor.dtype, partial(_same, tensor)))
