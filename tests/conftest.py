@@ -75,6 +75,16 @@ def write_rows(path: Path, rows: list[list[tuple[str, str]]]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def environment_of_its_own() -> Iterator[None]:
+    """What a verb run in this process sets ends here: a tokenizer's threads, say, which a later fork would wait for."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def conversation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six short conversations in two languages."""

@@ -7,8 +7,10 @@ command, which has tests of its own.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
@@ -35,10 +37,12 @@ class Outcome:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probing:
-        probing.bind(("127.0.0.1", 0))
-        return probing.getsockname()[1]
+    """A port that nobody listens on, below those that the system hands to connections of its own."""
+    while True:
+        port = random.randrange(10_000, 20_000)
+        with socket.socket() as probing, contextlib.suppress(OSError):
+            probing.bind(("127.0.0.1", port))
+            return port
 
 
 def train(folder: Path, argv: Sequence[str], world_size: int = 2) -> Outcome:

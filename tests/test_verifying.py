@@ -105,7 +105,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 def test_where_a_second_copy_does_not_fit_the_weights_are_looked_at_all_the_same(saved, monkeypatch):
     folder, _ = saved
-    monkeypatch.setattr(verifying, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(verifying, "free_memory", lambda: 1000)
     assert "its loss was not compared" in verify(folder, 99.0)
     rewrite(folder, emptied)
     with pytest.raises(CheckpointError, match="is empty"):
