@@ -24,6 +24,7 @@ from finetune.rendering import (
     add_control_tokens,
     choose_format,
     lay_out,
+    learned_turns_of,
     stop_token_id,
 )
 from finetune.rendering.proof import prove_all
@@ -325,3 +326,9 @@ def test_a_new_token_never_gets_the_id_of_another():
     with_gap = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 2}, merges=[])))
     with pytest.raises(ConfigError, match="'<new>' cannot be added: this tokenizer gives it the id of 'b'"):
         add_control_tokens(with_gap, ["<new>"])
+
+
+def test_an_end_that_is_learned_where_another_token_is_read_closes_the_turn_before():
+    #        <h>    Hi    <m>   Yes <h>  Ho   <m>   No  </s>    (in the LingoWhale format the first </s> is never read)
+    labels = [-100, -100, -100, 11, 2, -100, -100, 13, 2]
+    assert learned_turns_of(labels, [1, 3], [2, 6]).tolist() == [1, 1, 3, 3]

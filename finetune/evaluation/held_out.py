@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from finetune.conversations import answer_number
 from finetune.dataset import PreparedData
 from finetune.errors import NumericsError
 from finetune.evaluation.comparing import perplexity, ratio_interval
@@ -54,11 +55,6 @@ class RowLosses:
         means = {model: finite(self.total(model) / self.num_tokens) for model in self.losses}
         place = {"source": self.source, "row": self.row, "id": self.id, "tokens": self.num_tokens}
         return {**place, **means, "examples": self.examples, "turns": turns}
-
-
-def answer_number(turn: int) -> int:
-    """Which answer of its conversation a model turn is, from 1: turns alternate, behind a system turn or none."""
-    return (turn + 1) // 2
 
 
 def finite(value: float) -> float | None:
