@@ -133,6 +133,22 @@ def test_plain_text_of_a_python_backed_tokenizer_has_no_control_tokens(tmp_path)
     assert PlainText(tokenizer).encode("</s>") == [10 + byte for byte in b"</s>"]
 
 
+def test_a_blank_added_token_beside_a_spelled_control_token_smuggles_nothing():
+    """As in Gemma: runs of line feeds are added tokens, and the model's own vocabulary holds them too."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["</s>", "\n", "\n\n", *"ab</s>"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\n", "\n")]))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    backend.add_tokens([AddedToken("\n\n", normalized=False)])
+    plain = PlainText(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    ids = plain.encode("a\n\nb</s>")
+    assert vocabulary["\n\n"] in ids and vocabulary["</s>"] not in ids
+    assert plain.decode_all([ids]) == ["a\n\nb</s>"]
+
+
 @pytest.mark.parametrize("row", GOLDEN[:6], ids=lambda row: f"row{row['id']}")
 def test_golden_labels_with_a_python_backed_tokenizer(row):
     from byte_code import ByteTokenizer
