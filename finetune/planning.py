@@ -11,11 +11,11 @@ from finetune.checking import Setup
 from finetune.collation import Collator, pad_token_id
 from finetune.dataset import PreparedData
 from finetune.errors import ConfigError
-from finetune.metrics import start_up_seconds, timed
 from finetune.ranks import first_of_all_ranks, on_rank_0
 from finetune.rendering import ChatFormat
 from finetune.sampling import Sampler, Shape
 from finetune.skipping import places_of
+from finetune.start_up import start_up_seconds, timed
 
 
 def attach_adapter(arguments: Arguments, base: Any, *, grows: bool, computes_initial: bool = True) -> Any:

@@ -29,10 +29,11 @@ from finetune.concluding import conclude
 from finetune.dataset import PreparedData, check_usable
 from finetune.errors import ConfigError, own_process, reported
 from finetune.guard import guarded
-from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
-from finetune.metrics import cut_metrics, model_flops, timed
+from finetune.hardware import measured_matmul_rate, peak_flops
+from finetune.metrics import cut_metrics, model_flops
 from finetune.planning import attach_adapter, plan, settle
 from finetune.preparing import prepare_data
+from finetune.process import prepare_environment
 from finetune.ranks import Disk, find_disk, join_processes, leave_processes, on_rank_0, together
 from finetune.rendering import ChatFormat, stop_token_id
 from finetune.rendering.segments import speller
@@ -40,6 +41,7 @@ from finetune.resuming import Resumption, facts_of, find_checkpoint
 from finetune.samples import write_samples
 from finetune.saving import Lineage, new_run_id
 from finetune.skipping import append_to_ledger, rows_to_skip
+from finetune.start_up import timed
 
 
 def run() -> None:

@@ -372,3 +372,20 @@ def test_preview_refuses_as_training_does(words, said):
         parse_for_preview(words)
 
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--learning_rate", "0"), "--learning_rate 0: nothing would be learned"),
+        (("--learning_rate", "-0.001"), "--learning_rate -0.001: nothing would be learned"),
+        (("--learning_rate", "nan"), "--learning_rate nan: nothing would be learned"),
+        (("--num_train_epochs", "0"), "--num_train_epochs 0: no step would be made"),
+    ],
+)
+def test_a_run_that_could_learn_nothing_does_not_start(flags, says):
+    base = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]
+    with pytest.raises(ConfigError) as raised:
+        parse([*base, *flags])
+    assert says in str(raised.value)
+    assert parse([*base, "--num_train_epochs", "0", "--max_steps", "3"]).given("max_steps") == 3

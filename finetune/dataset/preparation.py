@@ -22,7 +22,7 @@ from finetune.dataset import store
 from finetune.dataset.summary import Summary, Tally
 from finetune.dataset.workers import stored_batches
 from finetune.errors import DataError, StorageError, listed
-from finetune.hardware import resume_collection
+from finetune.process import resume_collection
 from finetune.rendering import Renderer, Rendering
 
 SECONDS_BEFORE_A_BAR = 2.0
