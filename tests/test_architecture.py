@@ -60,7 +60,7 @@ LINE = (
         "sampling",
         "start_up",
     },
-    {"checkpoints", "conversations", "memory", "packing", "ranks", "skipping", "supervision", "zero"},
+    {"checkpoints", "conversations", "memory", "packing", "ranks", "session", "skipping", "zero"},
     {"guard", "hardware", "hosts", "process", "stragglers", "trackers"},
     {"placing"},
     {"allreduce", "building", "errors", "failures", "host_probe", "stopping"},
