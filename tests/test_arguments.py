@@ -148,6 +148,13 @@ def test_a_renamed_flag_is_translated(flag, value, now, translated, line):
     assert line is None or line in arguments.notes[0]
 
 
+def test_a_present_name_is_stronger_than_an_old_one_and_that_is_said():
+    both = parsed("--warmup_ratio", "0.1", "--warmup_steps", "10")
+    assert both.training["warmup_steps"] == 10
+    assert both.notes == ["--warmup_ratio 0.1 is not used: --warmup_steps 10.0 is given too"]
+    assert parsed("--gradient_checkpointing", "True", "--activation_checkpointing", "True").notes == []
+
+
 @pytest.mark.parametrize("ratio", ["1", "1.5", "-0.1", "nan"])
 def test_a_warmup_ratio_is_a_share(ratio):
     assert "expected a share from 0 up to 1" in refusal("--warmup_ratio", ratio)
