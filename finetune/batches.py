@@ -110,7 +110,7 @@ class MicroBatches(Dataset):
     """Micro-batches by (epoch, number), for one rank; a function of these two alone.
 
     Args:
-        examples: a `datasets.Dataset` with `input_ids`, `labels`, `length` and `num_supervised`.
+        examples: a `datasets.Dataset` with `input_ids`, `labels` and `num_supervised`; `sampler` knows their lengths.
         collate: examples -> a batch of tensors.
         rank: of the data-parallel ranks.
         counts_conversations: the loss is a mean over conversations, not over tokens.
@@ -136,7 +136,7 @@ class MicroBatches(Dataset):
         self.cells = Cells(sources)
         marks = ["source", "labels", "turn_spans"] if sources else ["labels"]
         self.marked = examples.select_columns(marks).with_format("arrow")
-        self.lengths, self.supervised = (column(examples, name) for name in ("length", "num_supervised"))
+        self.lengths, self.supervised = sampler.lengths, column(examples, "num_supervised")
         self.sampler, self.collate, self.rank = sampler, collate, rank
         self.counts_conversations = counts_conversations
 

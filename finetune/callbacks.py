@@ -15,11 +15,12 @@ from transformers.trainer_callback import ProgressCallback
 
 from finetune import guard, numbers, stopping
 from finetune.console import is_rank_0, is_terminal, say, say_note
-from finetune.hardware import keep_freed_blocks, resume_collection
 from finetune.loss_parts import LossParts
 from finetune.metrics import append_metrics
-from finetune.numbers import Count, Scale, Straggler, Stragglers
+from finetune.numbers import Count, Scale
+from finetune.process import keep_freed_blocks, resume_collection
 from finetune.ranks import gathered, gathered_numbers, host_names, together
+from finetune.stragglers import Straggler, Stragglers
 
 
 class Beginning(TrainerCallback):

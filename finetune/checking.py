@@ -15,7 +15,7 @@ from finetune.arguments import Arguments
 from finetune.building import build_notes
 from finetune.errors import CheckpointError, ConfigError
 from finetune.hardware import Hardware, Probe, decide, probe
-from finetune.metrics import timed
+from finetune.start_up import timed
 from finetune.trackers import check_trackers
 from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
 

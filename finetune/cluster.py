@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from finetune import host_probe
 from finetune.errors import ConfigError, listed
 from finetune.failures import Failure
-from finetune.supervision import REPORT, Report, Supervised
+from finetune.session import REPORT, Report, Session
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_TO_CONNECT = 5
@@ -247,13 +247,13 @@ def environment_of(environment: Mapping[str, str], interface: str | None) -> dic
 
 
 class Remote:
-    """The `deepspeed` command on another host: a `Supervised` there, with an agent between."""
+    """The `deepspeed` command on another host: a `Session` there, with an agent between."""
 
     def __init__(
         self, shell: Shell, command: Sequence[str], environment: Mapping[str, str], *, hostfile: str | None, host: str
     ) -> None:
         self.host, self.report = host, None
-        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.supervision import agent; agent()"
+        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.session import agent; agent()"
         self.process = subprocess.Popen(
             shell.command(host, [sys.executable, "-c", start]),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -317,7 +317,7 @@ def say_for(host: str, line: str, target: TextIO) -> None:
         target.flush()
 
 
-class Local(Supervised):
+class Local(Session):
     """The same on this machine, as one host of several: its lines bear its name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,22 @@ from finetune.rendering import IGNORE_INDEX
 LossWeighting = Literal["token", "conversation"]
 # What a batch carries for the loss; everything else in it is an argument of the model.
 LOSS_KEYS = ("targets", "target_positions", "targets_beside", "target_cells")
+
+
+class Targets(NamedTuple):
+    """What a batch is compared with, as `Collator` describes it; None for what it does not carry."""
+
+    tokens: Any
+    positions: Any
+    beside: Any
+    cells: Any
+
+
+def take_targets(batch: dict[str, Any]) -> Targets:
+    """Take the targets out of a batch, which then holds arguments of the model alone; their `positions` are None where
+    the model is asked for the logits there and nowhere else."""
+    targets = Targets(*(batch.pop(name, None) for name in LOSS_KEYS))
+    return targets._replace(positions=None) if "logits_to_keep" in batch else targets
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from finetune.conversations import answer_number
+from finetune.rendering import learned_turns_of
+
 ANSWERS = 16  # the last one stands for all behind it, too
 MOST_SOURCES = 32
-IGNORED = -100
 
 
 class Cells:
@@ -38,21 +40,17 @@ class Cells:
             table: Arrow, with `source`, `labels` and `turn_spans` of the examples.
         """
         spans = table["turn_spans"].combine_chunks()
-        fields = spans.values.flatten() if hasattr(spans.values, "flatten") else []
-        names = [field.name for field in spans.type.value_type]
-        turns, roles, starts = (fields[names.index(name)] for name in ("turn", "role", "start"))
-        is_answer = np.array([role == "model" for role in roles.to_pylist()])
-        # With or without a system turn in front: turns 1, 3, 5 or 2, 4, 6 are answers 1, 2, 3.
-        answers = np.minimum((turns.to_numpy(zero_copy_only=False) + 1) // 2, ANSWERS)
-        starts, bounds = starts.to_numpy(zero_copy_only=False), spans.offsets.to_numpy() - spans.offsets[0].as_py()
+        fields = dict(zip((one.name for one in spans.values.type), spans.values.flatten(), strict=True))
+        is_answer = np.array([role == "model" for role in fields["role"].to_pylist()], dtype=bool)
+        answers = np.array([min(answer_number(turn), ANSWERS) for turn in fields["turn"].to_pylist()], dtype=np.int64)
+        starts = fields["start"].to_numpy(zero_copy_only=False)
+        bounds = spans.offsets.to_numpy() - spans.offsets[0].as_py()
         found = []
         for place, (source, labels) in enumerate(zip(table["source"].to_pylist(), table["labels"], strict=True)):
             own = slice(bounds[place], bounds[place + 1])
             mine = is_answer[own]
-            learned = np.flatnonzero(labels.values.to_numpy() != IGNORED)
-            # An end that is learned where the next turn begins belongs to the answer before.
-            which = np.searchsorted(starts[own][mine], learned, side="right") - 1
-            found.append(self._number[source] * ANSWERS + answers[own][mine][which] - 1)
+            learned = learned_turns_of(labels.values.to_numpy(), answers[own][mine], starts[own][mine])
+            found.append(self._number[source] * ANSWERS + learned - 1)
         return found
 
 

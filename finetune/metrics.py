@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,56 +37,6 @@ FIELDS = (
     "eval_loss_by_source",
     "eval_loss_by_turn",
 )
-
-
-_stage_seconds: dict[str, float] = {}
-_first_stage_began: list[float] = []
-
-
-def timed(stage: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the seconds that the function takes are part of `start_up_seconds` under this name."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            if not _first_stage_began:
-                _first_stage_began.append(time.monotonic())
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _stage_seconds[stage] = _stage_seconds.get(stage, 0.0) + time.perf_counter() - began
-
-        return measured
-
-    return decorate
-
-
-def start_up_seconds() -> dict[str, float]:
-    """Seconds since the launcher was started, in parts: it, what came before the first timed stage, the timed stages,
-    and the rest, which is the engine's."""
-    own = launched = _age(process := os.getpid())
-    while process := _parent(process):
-        if b"deepspeed" in Path(f"/proc/{process}/cmdline").read_bytes():
-            launched = max(launched, _age(process))
-    before = own - (time.monotonic() - (_first_stage_began or [time.monotonic()])[0])
-    parts = {"launcher": launched - own, "imports": before, **_stage_seconds}
-    return {**parts, "engine": launched - sum(parts.values())}
-
-
-def _age(process: int) -> float:
-    """Seconds since a process began. Field 22 of /proc/PID/stat counts clock ticks since boot; see proc(5)."""
-    began = int(_stat_fields(process)[19]) / os.sysconf("SC_CLK_TCK")
-    return float(Path("/proc/uptime").read_text().split()[0]) - began
-
-
-def _parent(process: int) -> int:
-    return int(_stat_fields(process)[1])
-
-
-def _stat_fields(process: int) -> list[str]:
-    """From field 3 on: the name in front may hold anything, but ends with the last parenthesis."""
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 @dataclass(frozen=True)

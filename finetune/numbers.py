@@ -1,18 +1,16 @@
-"""Numbers that are not finite, and ranks that are slow: what is decided of each step, from what all ranks gave.
+"""Numbers that are not finite: what is decided of each step, from what all ranks gave.
 
-Every rank gives three integers at the end of a step: whether it was asked to stop, what was not finite on it (bits),
-and its own working time. Each rank then decides alike, because all decide from the same values.
+Every rank gives at the end of a step what was not finite on it, as bits. Each then decides alike, because all decide
+from the same values.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from finetune.errors import NumericsError, StorageError
@@ -25,9 +23,6 @@ LOSS, GRADIENT, LEFT_OUT, SEARCH = 1, 2, 4, 8
 STEPS_IN_A_ROW, STEPS_IN_ALL, SHARE_OF_STEPS = 3, 3, 0.01
 SHOWN_ROWS = 5
 SIGN_OF_THE_LEAST_SCALE = "loss scale already at minimum"  # in the plain Exception of DeepSpeed's loss scaler
-
-STEPS_COMPARED, STEPS_BETWEEN_LOOKS, STEPS_OF_SILENCE = 10, 5, 500
-SECONDS_THAT_MATTER, SHARE_THAT_MATTERS = 0.05, 0.2
 
 
 @dataclass(frozen=True)
@@ -168,55 +163,3 @@ def _is_finite(weights: Any) -> bool:
         return True
     least, most = weights.aminmax()
     return math.isfinite(least) and math.isfinite(most)
-
-
-@dataclass(frozen=True)
-class Straggler:
-    """A rank that the others wait for: seconds of its own per step, the others', and those of the whole step."""
-
-    rank: int
-    seconds: float
-    others: float
-    step_seconds: float
-
-    @property
-    def cost(self) -> float:
-        """Seconds that each step would be shorter by."""
-        return self.seconds - self.others
-
-
-def find_straggler(own: Sequence[Sequence[float]], step_seconds: Sequence[float]) -> Straggler | None:
-    """The rank that takes longest, if that costs 50 ms and a fifth of the step; medians over the steps.
-
-    Args:
-        own: [ranks][steps], each rank's own working seconds.
-        step_seconds: [steps], of whole steps.
-    """
-    if len(own) < 2 or not step_seconds:
-        return None
-    by_rank = [median(one) for one in own]
-    rank = max(range(len(by_rank)), key=by_rank.__getitem__)
-    others = median(one for number, one in enumerate(by_rank) if number != rank)
-    found = Straggler(rank, by_rank[rank], others, median(step_seconds))
-    return found if found.cost > max(SECONDS_THAT_MATTER, SHARE_THAT_MATTERS * found.step_seconds) else None
-
-
-@dataclass
-class Stragglers:
-    """Looks for a slow rank now and then, and names the same one again only after many steps."""
-
-    steps: deque = field(default_factory=lambda: deque(maxlen=STEPS_COMPARED))
-    seen: int = 0
-    named: dict[int, int] = field(default_factory=dict)
-
-    def add(self, own: Sequence[float], step_seconds: float) -> Straggler | None:
-        """One step: each rank's own seconds, and those of the whole; a rank to be named now."""
-        self.steps.append((tuple(own), step_seconds))
-        self.seen += 1
-        if len(self.steps) < STEPS_COMPARED or self.seen % STEPS_BETWEEN_LOOKS:
-            return None
-        found = find_straggler(list(zip(*(one for one, _ in self.steps), strict=True)), [one for _, one in self.steps])
-        if found is None or self.seen - self.named.get(found.rank, -STEPS_OF_SILENCE) < STEPS_OF_SILENCE:
-            return None
-        self.named[found.rank] = self.seen
-        return found

@@ -11,11 +11,11 @@ from finetune.checking import Setup
 from finetune.collation import Collator, pad_token_id
 from finetune.dataset import PreparedData
 from finetune.errors import ConfigError
-from finetune.metrics import start_up_seconds, timed
 from finetune.ranks import first_of_all_ranks, on_rank_0
 from finetune.rendering import ChatFormat
 from finetune.sampling import Sampler, Shape
 from finetune.skipping import places_of
+from finetune.start_up import start_up_seconds, timed
 
 
 def attach_adapter(arguments: Arguments, base: Any, *, grows: bool, computes_initial: bool = True) -> Any:
@@ -53,45 +53,32 @@ def attach_adapter(arguments: Arguments, base: Any, *, grows: bool, computes_ini
 @timed("model")
 def settle(
     arguments: Arguments, setup: Setup, training_arguments: Any, trained: Any, tokenizer: Any, data: PreparedData
-) -> Any:
-    """How conversations become batches: as asked, or as this model can; and which rows are in each."""
-    from finetune import attention
+) -> tuple[Any, Any]:
+    """This rank's micro-batches, and those of what is held out or None: as asked, or as this model can."""
+    from finetune.attention import selects_logits
     from finetune.batches import MicroBatches, column
 
     asked, ranks_each = arguments.batch, arguments.batch.sequence_parallel_size
     if not adapters.count_parameters(trained)[0]:
         raise ConfigError("no parameter of this model would be trained: nothing can be learned")
-    examples = data.epoch(training_arguments.seed)
+    examples, held_out = data.epoch(training_arguments.seed), data.held_out(training_arguments.seed)
     lengths = column(examples, "length")
-    obstacle = must_pad(arguments)
-    if asked.batching != "padded" and not obstacle:
-        if setup.zero is None or setup.zero.stage < 3:
-            trained.to(training_arguments.device)
-        obstacle = attention.make_flat(
-            trained,
-            longest=int(lengths.max()),
-            vocab_size=setup.model.config.get_text_config().vocab_size,
-            device=training_arguments.device,
-            shared=ranks_each > 1,
-            agree=first_of_all_ranks,
-        )
-    if obstacle and ranks_each > 1:
-        raise ConfigError(f"--sequence_parallel_size {ranks_each}: ranks can only share flat rows, and {obstacle}")
-    form = form_of(arguments, int(lengths.max()), obstacle, _must_compute_all_logits(arguments, trained))
+    obstacle = _flat_obstacle(arguments, setup, training_arguments, trained, data.longest)
+    form = form_of(arguments, int(lengths.max()), obstacle, full_logits_because(arguments, selects_logits(trained)))
     console.say_notes(form.notes)
     facts = {"batching": form.batching, "selects_logits": form.selects_logits, "notes": [*setup.notes, *form.notes]}
     on_rank_0(lambda: results.write_run(Path(training_arguments.output_dir), facts))
-    sampler = sampler_of(arguments, form, lengths, setup.world_size // ranks_each)
-    left_out = places_of(examples, data.left_out)
-    _check_steps(sampler, left_out)
+    rank, part = divmod(training_arguments.process_index, ranks_each)
     collator = Collator(
         flat=form.batching != "padded",
         pad_token_id=pad_token_id(tokenizer),
         selects_logits=form.selects_logits,
         weighting=asked.loss_weighting,
-        part=(training_arguments.process_index % ranks_each, ranks_each),
+        part=(part, ranks_each),
     )
-    rank = training_arguments.process_index // ranks_each
+    sampler = sampler_of(arguments, form, lengths, setup.world_size // ranks_each)
+    left_out = places_of(examples, data.left_out)
+    _check_steps(sampler, left_out)
     batches = MicroBatches(
         examples,
         sampler,
@@ -101,11 +88,39 @@ def settle(
         left_out=left_out,
         sources=list(data.summary.examples_by_source),
     )
-    held_out = data.held_out(training_arguments.seed)
     if held_out is None:
         return batches, None
-    sampler = evaluation_sampler(arguments, form, column(held_out[0], "length"), sampler.shape.world_size)
-    return batches, MicroBatches(held_out[0], sampler, collator, rank=rank, sources=held_out[1])
+    apart, sources = held_out
+    sampler = evaluation_sampler(arguments, form, column(apart, "length"), setup.world_size // ranks_each)
+    left_out = places_of(apart, data.left_out)
+    return batches, MicroBatches(apart, sampler, collator, rank=rank, left_out=left_out, sources=sources)
+
+
+def _flat_obstacle(
+    arguments: Arguments, setup: Setup, training_arguments: Any, trained: Any, longest: int
+) -> str | None:
+    """Switch the model to flat rows where they are asked for; why it cannot run them, or None. All ranks.
+
+    Raises:
+        ConfigError: it cannot, and ranks are to share rows.
+    """
+    from finetune.attention import make_flat
+
+    ranks_each, obstacle = arguments.batch.sequence_parallel_size, must_pad(arguments)
+    if arguments.batch.batching != "padded" and not obstacle:
+        if setup.zero is None or setup.zero.stage < 3:
+            trained.to(training_arguments.device)
+        obstacle = make_flat(
+            trained,
+            longest=longest,
+            vocab_size=setup.model.config.get_text_config().vocab_size,
+            device=training_arguments.device,
+            shared=ranks_each > 1,
+            agree=first_of_all_ranks,
+        )
+    if obstacle and ranks_each > 1:
+        raise ConfigError(f"--sequence_parallel_size {ranks_each}: ranks can only share flat rows, and {obstacle}")
+    return obstacle
 
 
 def form_of(arguments: Arguments, longest: int, obstacle: str | None, full_logits_because: str | None) -> Any:
@@ -162,23 +177,26 @@ def _check_steps(sampler: Sampler, left_out: Any) -> None:
 
 def must_pad(arguments: Arguments) -> str | None:
     """Why these flags need padded rows, whatever the model can do; None: they do not."""
-    kind, asked = arguments.adapter.kind(), arguments.model.attn_implementation
-    if kind in ("prefix", "prompt"):
-        return f"{kind} tuning puts its virtual tokens in front of each row"
+    asked = arguments.model.attn_implementation
     if arguments.given("neftune_noise_alpha") is not None:
         return "NEFTune scales its noise by the length of a row"
     if asked is not None and asked != "sdpa" and "flash" not in asked:
         return f"--attn_implementation {asked} knows no boundaries inside a row"
-    return None
+    return _virtual_tokens(arguments)
 
 
-def _must_compute_all_logits(arguments: Arguments, trained: Any) -> str | None:
+def full_logits_because(arguments: Arguments, selects_logits: bool) -> str | None:
+    """Why logits cannot be computed at learned positions alone; None: they can.
+
+    Args:
+        selects_logits: whether the model's code can.
+    """
+    return _virtual_tokens(arguments) or (None if selects_logits else "this model's code has no logits_to_keep")
+
+
+def _virtual_tokens(arguments: Arguments) -> str | None:
     kind = arguments.adapter.kind()
-    if kind in ("prefix", "prompt"):
-        return f"{kind} tuning puts its virtual tokens in front of each row"
-    from finetune.attention import selects_logits
-
-    return None if selects_logits(trained) else "this model's code has no logits_to_keep"
+    return f"{kind} tuning puts its virtual tokens in front of each row" if kind in ("prefix", "prompt") else None
 
 
 def plan(

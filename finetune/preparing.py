@@ -10,8 +10,8 @@ from finetune import model
 from finetune.arguments import DataArguments, ModelArguments
 from finetune.conversations import Source, find_sources
 from finetune.dataset import PreparedData, prepare
-from finetune.metrics import timed
 from finetune.rendering import ChatFormat, Renderer, add_control_tokens, choose_format
+from finetune.start_up import timed
 
 
 def load_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:

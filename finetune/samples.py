@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -12,19 +12,11 @@ from typing import Any
 from finetune.checkpoints import write_durably
 from finetune.errors import StorageError
 from finetune.pages import Card, Turn
-from finetune.rendering import ChatFormat, Example, Rendering
-from finetune.rendering.segments import Segment, segments
+from finetune.rendering import Example, Rendering
+from finetune.rendering.segments import InSegments, Segment
 
 FILE = "samples.json"
 MOST_CHARACTERS = 6_000  # of a card that is kept
-InSegments = Callable[[Example], list[Segment]]
-
-
-def speller(tokenizer: Any, chat_format: ChatFormat) -> InSegments:
-    """What turns an example of this format into text again."""
-    # LingoWhale's markers may be ordinary ids of its tokenizer.
-    markers = {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
-    return lambda example: segments(example, tokenizer, markers)
 
 
 def card_of(rendering: Rendering, in_segments: InSegments) -> Card:

@@ -29,16 +29,19 @@ from finetune.concluding import conclude
 from finetune.dataset import PreparedData, check_usable
 from finetune.errors import ConfigError, own_process, reported
 from finetune.guard import guarded
-from finetune.hardware import measured_matmul_rate, peak_flops, prepare_environment
-from finetune.metrics import cut_metrics, model_flops, timed
+from finetune.hardware import measured_matmul_rate, peak_flops
+from finetune.metrics import cut_metrics, model_flops
 from finetune.planning import attach_adapter, plan, settle
 from finetune.preparing import prepare_data
+from finetune.process import prepare_environment
 from finetune.ranks import Disk, find_disk, join_processes, leave_processes, on_rank_0, together
 from finetune.rendering import ChatFormat, stop_token_id
+from finetune.rendering.segments import speller
 from finetune.resuming import Resumption, facts_of, find_checkpoint
-from finetune.samples import speller, write_samples
+from finetune.samples import write_samples
 from finetune.saving import Lineage, new_run_id
 from finetune.skipping import append_to_ledger, rows_to_skip
+from finetune.start_up import timed
 
 
 def run() -> None:
@@ -178,7 +181,7 @@ def _write_down(
     data.copy_ledger(output_dir / results.LEDGER_FILE)
     append_to_ledger(output_dir / results.LEDGER_FILE, data.examples, data.left_out)
     drawn = data.sample(arguments.run.report_samples, arguments.given("seed"))
-    write_samples(output_dir, drawn, speller(chat_format.plain.tokenizer, chat_format))
+    write_samples(output_dir, drawn, speller(chat_format))
     step = found.manifest.step if found else 0
     if arguments.resumes_from():
         cut_metrics(output_dir / results.METRICS_FILE, step)

@@ -24,7 +24,7 @@ from finetune.adapters import InitialLora, whole_virtual_tokens
 from finetune.batches import MicroBatches, MicroBatchLoader, Totals
 from finetune.callbacks import Beginning, MetricsFile, OwnTime, Progress, StepEnd
 from finetune.checkpoints import Manifest, remove_universal, steps_in
-from finetune.collation import LOSS_KEYS
+from finetune.collation import take_targets
 from finetune.console import is_rank_0
 from finetune.errors import ConfigError, NumericsError
 from finetune.loss_parts import LossParts
@@ -184,22 +184,22 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """This rank's part of the mean over the whole step, times the ranks by which the gradients are divided."""
         counts = inputs.pop("counts")
-        targets, positions, beside, cells = (inputs.pop(name, None) for name in LOSS_KEYS)
-        each = None if cells is None else torch.empty(len(targets), device=targets.device)
+        targets = take_targets(inputs)
+        each = None if targets.cells is None else torch.empty(len(targets.tokens), device=targets.tokens.device)
         ranks = self._ranks_averaged_over()
         self.step_end.own_time.forward_begins()
         outputs = model(**inputs)
         loss = supervised_loss(
             outputs.logits,
-            targets,
+            targets.tokens,
             scale=ranks / counts.denominator,
-            target_positions=None if "logits_to_keep" in inputs else positions,
-            weights=None if beside is None else 1 / beside,
+            target_positions=targets.positions,
+            weights=None if targets.beside is None else 1 / targets.beside,
             smoothing=self.args.label_smoothing_factor,
             each=each,
         )
-        if cells is not None:
-            self.parts.add(cells, each)
+        if each is not None:
+            self.parts.add(targets.cells, each)
         balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is told to keep its load even
         if balance is not None:
             share = ranks * counts.tokens / self.sharing_ranks / max(counts.step.tokens, 1)
@@ -385,13 +385,13 @@ class SupervisedTrainer(Trainer):
         """
         collate = replace(self.train_dataset.collate, part=(0, 1))
         batch = self._prepare_inputs(collate([example]))
-        targets, positions, *_ = (batch.pop(name, None) for name in LOSS_KEYS)
+        targets = take_targets(batch)
         self.model.eval()
         with torch.no_grad():
             loss = supervised_loss(
                 self.model_wrapped(**batch).logits,
-                targets,
-                scale=1 / len(targets),
-                target_positions=None if "logits_to_keep" in batch else positions,
+                targets.tokens,
+                scale=1 / len(targets.tokens),
+                target_positions=targets.positions,
             )
         return float(loss)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from finetune import guard
 from finetune.batches import MicroBatches, MicroBatchLoader
-from finetune.collation import LOSS_KEYS
+from finetune.collation import take_targets
 from finetune.console import is_rank_0, is_terminal, say
 from finetune.loss_parts import LossParts
 from finetune.losses import supervised_loss
@@ -67,14 +67,13 @@ class HeldOut:
 
     def _add(self, model: Any, batch: dict[str, Any]) -> None:
         batch.pop("counts")
-        targets, positions, _, cells = (batch.pop(name, None) for name in LOSS_KEYS)
+        targets = take_targets(batch)
         logits = model(**batch).logits
-        if cells is None:  # a rank that has nothing left keeps step with the others
+        if targets.cells is None:  # a rank that has nothing left keeps step with the others
             return
-        each = torch.empty(len(targets), device=targets.device)
-        where = None if "logits_to_keep" in batch else positions
-        supervised_loss(logits, targets, scale=1.0, target_positions=where, each=each)
-        self.parts.add(cells, each)
+        each = torch.empty(len(targets.tokens), device=targets.tokens.device)
+        supervised_loss(logits, targets.tokens, scale=1.0, target_positions=targets.positions, each=each)
+        self.parts.add(targets.cells, each)
         self._lost += ~torch.isfinite(each).all()
 
     @staticmethod

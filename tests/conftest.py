@@ -19,7 +19,7 @@ PRETRAINED = ROOT / ".models" / "SmolLM2-135M-Instruct"
 TOKENIZERS = ROOT / ".models" / "tokenizers"
 CONTROL_TOKENS = {"<pad>": 0, "</s>": 2, "<human>": 3, "<model>": 4}
 
-# Compiled operators are shared by all tests and built once; see hardware.prepare_environment.
+# Compiled operators are shared by all tests and built once; see process.prepare_environment.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 # All tests but those marked gpu run as on a machine without one.
 OUTER_ENVIRONMENT = dict(os.environ)

@@ -44,14 +44,13 @@ LINE = (
         "terminal",
         "verifying",
     },
-    {"opening"},
+    {"loss_parts", "opening"},
     {
         "adapters",
         "agreeing",
         "attention",
         "cluster",
         "console",
-        "loss_parts",
         "metrics",
         "model",
         "numbers",
@@ -59,9 +58,10 @@ LINE = (
         "rendering",
         "results",
         "sampling",
+        "start_up",
     },
-    {"checkpoints", "conversations", "memory", "packing", "ranks", "skipping", "supervision", "zero"},
-    {"guard", "hardware", "hosts", "trackers"},
+    {"checkpoints", "conversations", "memory", "packing", "ranks", "session", "skipping", "zero"},
+    {"guard", "hardware", "hosts", "process", "stragglers", "trackers"},
     {"placing"},
     {"allreduce", "building", "errors", "failures", "host_probe", "stopping"},
 )
@@ -84,11 +84,14 @@ WITHOUT_TORCH = {
     "packing",
     "pages",
     "preparing",
+    "process",
     "report",
     "results",
     "samples",
     "sampling",
     "skipping",
+    "start_up",
+    "stragglers",
 }
 TAKEN_NAMES = {"datasets", "evaluate", "tokenizers", "peft", "accelerate", "deepspeed", "types", "logging", "inspect"}
 TORCH_STACK = {"torch", "transformers", "deepspeed", "peft", "accelerate", "datasets"}

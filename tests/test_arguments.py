@@ -148,6 +148,13 @@ def test_a_renamed_flag_is_translated(flag, value, now, translated, line):
     assert line is None or line in arguments.notes[0]
 
 
+def test_a_present_name_is_stronger_than_an_old_one_and_that_is_said():
+    both = parsed("--warmup_ratio", "0.1", "--warmup_steps", "10")
+    assert both.training["warmup_steps"] == 10
+    assert both.notes == ["--warmup_ratio 0.1 is not used: --warmup_steps 10.0 is given too"]
+    assert parsed("--gradient_checkpointing", "True", "--activation_checkpointing", "True").notes == []
+
+
 @pytest.mark.parametrize("ratio", ["1", "1.5", "-0.1", "nan"])
 def test_a_warmup_ratio_is_a_share(ratio):
     assert "expected a share from 0 up to 1" in refusal("--warmup_ratio", ratio)
@@ -372,3 +379,20 @@ def test_preview_refuses_as_training_does(words, said):
         parse_for_preview(words)
 
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--learning_rate", "0"), "--learning_rate 0: nothing would be learned"),
+        (("--learning_rate", "-0.001"), "--learning_rate -0.001: nothing would be learned"),
+        (("--learning_rate", "nan"), "--learning_rate nan: nothing would be learned"),
+        (("--num_train_epochs", "0"), "--num_train_epochs 0: no step would be made"),
+    ],
+)
+def test_a_run_that_could_learn_nothing_does_not_start(flags, says):
+    base = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]
+    with pytest.raises(ConfigError) as raised:
+        parse([*base, *flags])
+    assert says in str(raised.value)
+    assert parse([*base, "--num_train_epochs", "0", "--max_steps", "3"]).given("max_steps") == 3

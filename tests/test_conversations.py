@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_rows import HELLO, LOST, faults, good_row, read, refusal, spoken, turns, written
 
-from finetune.conversations import BadRow, Conversation, Turn, load_conversations, shipped_files
+from finetune.conversations import BadRow, Conversation, Turn, answer_number, load_conversations, shipped_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -371,3 +371,8 @@ def test_turns_of_which_one_is_context_are_not_merged(tmp_path):
     assert fault.startswith(
         f'{path}, row 0, turn 2: a second model turn in a row: merge the two (their "train" differs)'
     )
+
+
+def test_answers_are_counted_behind_a_system_turn_and_behind_a_greeting_too():
+    assert [answer_number(turn) for turn in (1, 3, 5)] == [answer_number(turn) for turn in (2, 4, 6)] == [1, 2, 3]
+    assert [answer_number(turn) for turn in (0, 2, 4)] == [1, 1, 2], "a greeting answers nothing"

@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import pytest
 
-from finetune import hardware
 from finetune.errors import ConfigError
-from finetune.hardware import Gpu, Probe, decide, prepare_environment, probe
+from finetune.hardware import Gpu, Probe, decide, probe
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0))
 A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
@@ -137,52 +132,3 @@ def test_the_probe_leaves_gpus_out_where_the_cpu_was_asked_for():
 
     assert found.gpus == ()
     assert decide(found).use_cpu
-
-
-def test_a_process_without_a_launcher_becomes_rank_0_of_1(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin"})
-
-    prepare_environment()
-
-    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("0", "1", "1")
-    assert int(os.environ["MASTER_PORT"]) > 0
-    assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/usr/bin"]
-
-
-def test_the_environment_of_a_launcher_and_of_the_user_is_kept(monkeypatch):
-    given = {
-        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "host",
-        "MASTER_PORT": "29500", "TORCH_EXTENSIONS_DIR": "/mine", "TOKENIZERS_PARALLELISM": "false",
-        "PATH": str(Path(sys.executable).parent),
-    }  # fmt: skip
-    monkeypatch.setattr(os, "environ", dict(given))
-
-    prepare_environment()
-
-    assert os.environ == given
-
-
-def test_malloc_is_told_once_before_loading_and_once_before_the_steps(monkeypatch: pytest.MonkeyPatch):
-    """And not at all where the user has tuned it, or where it is another libc's."""
-    told: list[tuple[int, int]] = []
-
-    class Libc:
-        def mallopt(self, name: int, value: int) -> None:
-            told.append((name, value))
-
-        def malloc_trim(self, pad: int) -> None:
-            told.append((0, pad))
-
-    monkeypatch.setattr("ctypes.CDLL", lambda name: Libc())
-    hardware.load_outside_the_heap()
-    assert told == [(hardware.M_MMAP_THRESHOLD, 1 << 20), (0, 0)]
-    told.clear()
-    hardware.keep_freed_blocks()
-    assert told == [(hardware.M_MMAP_THRESHOLD, 32 << 20), (hardware.M_TRIM_THRESHOLD, 64 << 20), (0, 0)]
-    told.clear()
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
-    hardware.load_outside_the_heap()
-    assert told == []
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
-    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
-    hardware.keep_freed_blocks()

@@ -16,10 +16,10 @@ from conftest import KINDS_OF_RESULTS, ROOT, write_rows
 from finetune.conversations import load_conversations
 from finetune.errors import ConfigError, DataError, NumericsError
 from finetune.evaluation import held_out, sections
-from finetune.evaluation.held_out import RowLosses, answer_number, most_worsened, summarized, worst_rows
-from finetune.evaluation.measuring import groups_of, learned_turns_of
+from finetune.evaluation.held_out import RowLosses, most_worsened, summarized, worst_rows
+from finetune.evaluation.measuring import groups_of
 from finetune.opening import chat_format_of, load_base, load_tokenizer
-from finetune.rendering import Renderer, TurnSpan
+from finetune.rendering import Renderer
 from finetune.results import read_result
 from finetune.tools import evaluate
 
@@ -200,18 +200,6 @@ def test_rows_that_are_not_finite_are_named_and_in_no_mean():
     assert "cannot be told" in held_out.verdict(whole)
     with pytest.raises(NumericsError):
         summarized(rows[1:2])
-
-
-def test_answers_are_counted_behind_a_system_turn_too():
-    assert [answer_number(turn) for turn in (1, 3, 5)] == [answer_number(turn) for turn in (2, 4, 6)] == [1, 2, 3]
-
-
-def test_an_end_that_is_learned_where_another_token_is_read_closes_the_turn_before():
-    #        <h> Hi <m> Yes <h> Ho <m> No  (the labels of the LingoWhale format: </s> is never read)
-    ids = [3, 10, 4, 11, 3, 12, 4, 13]
-    labels = [-100, -100, -100, 11, 2, -100, -100, 13]
-    spans = [TurnSpan(0, "human", 1, 2), TurnSpan(1, "model", 3, 4), TurnSpan(2, "human", 5, 6)]
-    assert learned_turns_of(labels, ids, [*spans, TurnSpan(3, "model", 7, 8)]) == [1, 1, 3]
 
 
 def test_groups_hold_each_example_once_and_no_more_than_they_may():

@@ -18,7 +18,7 @@ from conftest import ROOT, write_rows
 from finetune.cluster import shared_words
 from finetune.errors import ConfigError
 from finetune.failures import Failure
-from finetune.supervision import HOSTFILE_HERE, Report, Supervised
+from finetune.session import HOSTFILE_HERE, Report, Session
 from finetune.tools.launch import outcome, start, without_secrets
 
 FINETUNE = Path(sys.executable).with_name("finetune")
@@ -269,7 +269,7 @@ def test_a_word_of_the_user_that_looks_like_ours_stays_as_it_is(tmp_path):
     seen = tmp_path / "seen.json"
     script = f"import json, sys; open({str(seen)!r}, 'w').write(json.dumps(sys.argv[1:]))"
     words = [HOSTFILE_HERE, "{hostfile}", HOSTFILE_HERE, "it's $(id) 你好"]
-    run = Supervised([sys.executable, "-c", script, *words], {}, hostfile="a slots=1\n", host="a")
+    run = Session([sys.executable, "-c", script, *words], {}, hostfile="a slots=1\n", host="a")
     while run.is_running():
         time.sleep(0.01)
     assert run.conclude().status == 0

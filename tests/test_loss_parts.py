@@ -14,7 +14,7 @@ from finetune.conversations import Source, Turn
 from finetune.dataset import prepare
 from finetune.loss_parts import ANSWERS, Cells, LossParts
 from finetune.losses import supervised_loss
-from finetune.rendering import LingoWhaleFormat, Renderer
+from finetune.rendering import LingoWhaleFormat, Renderer, choose_format
 
 
 @pytest.fixture
@@ -22,6 +22,9 @@ def two_sources(tmp_path) -> tuple[Path, Path]:
     several = [[("system", "Be brief."), ("human", "a"), ("model", "bb"), ("human", "c"), ("model", "ddd")]]
     long = [[turn for number in range(20) for turn in (("human", f"{number}"), ("model", f"x{number}"))]]
     return write_rows(tmp_path / "one.json", ROWS[:3]), write_rows(tmp_path / "two.json", several + long)
+
+
+GREETING = [("model", "Ask!"), ("human", "a"), ("model", "bb"), ("human", "c"), ("model", "ddd")]
 
 
 def by_loop(turns, format_, source: int) -> list[int]:
@@ -50,6 +53,16 @@ def test_every_learned_token_is_in_the_cell_of_its_source_and_answer(two_sources
             wanted.append(by_loop(turns, format_, number))
     assert [cells.tolist() for cells in found] == wanted
     assert max(wanted[-1]) == ANSWERS + ANSWERS - 1, "behind the sixteenth all are one"
+
+
+@pytest.mark.parametrize("kind", ["lingowhale", "chatml"])
+def test_a_greeting_in_front_of_the_first_question_is_of_the_first_answer(kind, golden_tokenizer, tmp_path):
+    format_, _ = choose_format(golden_tokenizer, kind, human_token_ids=[3], model_token_ids=[4])
+    source = Source(str(write_rows(tmp_path / "greeting.json", [GREETING])))
+    data = prepare([source], Renderer(format_, 500), cache_dir=str(tmp_path / "cache"))
+    (cells,) = Cells([source.name]).of(data.examples.with_format("arrow")[:])
+    learned = [len(format_.plain.encode(text)) + 1 for role, text in GREETING if role == "model"]
+    assert cells.tolist() == [0] * (learned[0] + learned[1]) + [1] * learned[2]
 
 
 def test_windows_keep_the_number_of_their_answer(two_sources, golden_tokenizer, tmp_path):

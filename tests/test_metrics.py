@@ -1,9 +1,8 @@
-"""What a step logs: operations against a count made while a model runs, rates, where a start went."""
+"""What a step logs: operations against a count made while a model runs, rates."""
 
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
@@ -74,22 +73,6 @@ def test_rates_are_those_of_the_interval():
     assert "mfu" not in meter.rates(peak_flops=None)
     meter.restart()
     assert (meter.tokens, meter.supervised_tokens, meter.flops, meter.steps) == (0, 0, 0, 0)
-
-
-def test_the_parts_of_a_start_add_up(monkeypatch):
-    monkeypatch.setattr(metrics, "_stage_seconds", {})
-    monkeypatch.setattr(metrics, "_first_stage_began", [])
-
-    @metrics.timed("sleep")
-    def sleep() -> str:
-        time.sleep(0.05)
-        return "rested"
-
-    assert sleep() == "rested"
-    parts = metrics.start_up_seconds()
-    assert list(parts) == ["launcher", "imports", "sleep", "engine"]
-    assert 0.05 <= parts["sleep"] < 1
-    assert parts["imports"] > 0 and -0.05 < parts["engine"]
 
 
 def test_values_that_are_not_finite_are_written_as_null(tmp_path):

@@ -1,17 +1,15 @@
-"""Numbers that are not finite, slow ranks, requests to stop: what real ranks agree on at the end of a step."""
+"""Numbers that are not finite: what is decided of a step, and when they end a run."""
 
 from __future__ import annotations
 
-import json
 import math
 from types import SimpleNamespace
 
 import pytest
 
-from finetune import numbers, skipping
-from finetune.arguments import parse
+from finetune import numbers
 from finetune.errors import ConfigError
-from finetune.numbers import GRADIENT, LEFT_OUT, LOSS, SEARCH, Count, Scale, Stragglers, bits_of, find_straggler
+from finetune.numbers import GRADIENT, LEFT_OUT, LOSS, SEARCH, Count, Scale, bits_of
 
 
 def test_what_was_found_is_told_apart():
@@ -63,96 +61,6 @@ def test_a_mean_is_over_the_steps_with_a_loss():
     assert Count().mean_without(0.1, 3) == 0.1
     assert count.mean_without(2.0, 4) == pytest.approx(8 / 3)
     assert math.isnan(count.mean_without(0.0, 1))
-
-
-@pytest.mark.parametrize(
-    ("own", "step", "named"),
-    [
-        ([0.01, 0.26], 0.3, 1),
-        ([0.26, 0.01, 0.02], 0.3, 0),
-        ([0.01, 0.05], 0.06, None),  # under 50 ms
-        ([1.0, 1.1], 1.2, None),  # under a fifth of the step
-        ([0.2, 0.2, 0.2], 0.3, None),
-        ([0.5], 0.6, None),
-    ],
-)
-def test_a_rank_is_slow_when_it_costs_50_ms_and_a_fifth(own, step, named):
-    found = find_straggler([[one] * 10 for one in own], [step] * 10)
-    assert (found.rank if found else None) == named
-    if found:
-        assert found.cost == pytest.approx(max(own) - sorted(own)[len(own) // 2 - 1], abs=0.02)
-
-
-def test_one_slow_step_is_not_a_slow_rank_and_nobody_is_named_twice_soon():
-    assert find_straggler([[0.01] * 10, [0.01] * 9 + [9.0]], [0.1] * 10) is None
-    watch = Stragglers()
-    said = [step for step in range(1, 1101) if watch.add([0.01, 0.21], 0.25)]
-    assert said == [10, 510, 1010]
-    changed = [(step, found.rank) for step in range(1101, 1131) if (found := watch.add([0.51, 0.01], 0.6))]
-    assert [rank for _, rank in changed] == [0]
-
-
-DATA = {"a/rows.json": 20, "owner/name:train": 3}
-
-
-def test_rows_to_skip_are_read_in_both_forms(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "skip"
-    record = json.dumps({"source": "a/rows.json", "row": 3, "id": "x", "text": "é", "loss": None})
-    path.write_text(f"# a remark\n\n{record}\n{record}\na/rows.json:17\n{tmp_path}/a/rows.json:0\nowner/name:train:2\n")
-    rows = skipping.rows_to_skip([str(path)], DATA)
-    assert rows == (("a/rows.json", 0), ("a/rows.json", 3), ("a/rows.json", 17), ("owner/name:train", 2))
-    assert skipping.rows_to_skip([], DATA) == ()
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("a/rows.json:20", "a/rows.json has rows 0 to 19"),
-        ("a/rows.json:-1", "a/rows.json:-1"),
-        ("b.json:1", "b.json is not among the data"),
-        ("a/rows.json", "line 1: a/rows.json: expected path/to/data.json:17"),
-        ('{"source": "a/rows.json"}', "expected path/to/data.json:17"),
-        ('{"source": 7, "row": 1}', "expected path/to/data.json:17"),
-        ('{"source": "a/rows.json", "row": 1.5}', "expected path/to/data.json:17"),
-        ("{broken", "expected path/to/data.json:17"),
-    ],
-)
-def test_a_row_that_the_data_does_not_have_is_named(tmp_path, text, says):
-    (tmp_path / "skip").write_text(text + "\n")
-    with pytest.raises(ConfigError) as raised:
-        skipping.rows_to_skip([str(tmp_path / "skip")], DATA)
-    assert says in str(raised.value) and "--skip_rows" in str(raised.value)
-
-
-def test_a_file_of_rows_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="--skip_rows .*nowhere: No such file"):
-        skipping.rows_to_skip([str(tmp_path / "nowhere")], DATA)
-
-
-def test_all_windows_of_a_row_are_left_out():
-    from datasets import Dataset
-
-    examples = Dataset.from_dict({"source": ["a", "a", "b", "a"], "row": [0, 1, 1, 1], "id": ["0", "1", '"x"', "1"]})
-    assert skipping.places_of(examples, [("a", 1)]).tolist() == [False, True, False, True]
-    assert not skipping.places_of(examples, []).any()
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (("--learning_rate", "0"), "--learning_rate 0: nothing would be learned"),
-        (("--learning_rate", "-0.001"), "--learning_rate -0.001: nothing would be learned"),
-        (("--learning_rate", "nan"), "--learning_rate nan: nothing would be learned"),
-        (("--num_train_epochs", "0"), "--num_train_epochs 0: no step would be made"),
-    ],
-)
-def test_a_run_that_could_learn_nothing_does_not_start(flags, says):
-    base = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]
-    with pytest.raises(ConfigError) as raised:
-        parse([*base, *flags])
-    assert says in str(raised.value)
-    assert parse([*base, "--num_train_epochs", "0", "--max_steps", "3"]).given("max_steps") == 3
 
 
 def test_a_model_without_a_trained_parameter_is_refused():

@@ -24,6 +24,7 @@ from finetune.rendering import (
     add_control_tokens,
     choose_format,
     lay_out,
+    learned_turns_of,
     stop_token_id,
 )
 from finetune.rendering.proof import prove_all
@@ -130,6 +131,22 @@ def test_plain_text_of_a_python_backed_tokenizer_has_no_control_tokens(tmp_path)
     assert not tokenizer.is_fast
     assert tokenizer.encode("</s>", add_special_tokens=False) == [2]
     assert PlainText(tokenizer).encode("</s>") == [10 + byte for byte in b"</s>"]
+
+
+def test_a_blank_added_token_beside_a_spelled_control_token_smuggles_nothing():
+    """As in Gemma: runs of line feeds are added tokens, and the model's own vocabulary holds them too."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["</s>", "\n", "\n\n", *"ab</s>"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\n", "\n")]))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    backend.add_tokens([AddedToken("\n\n", normalized=False)])
+    plain = PlainText(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    ids = plain.encode("a\n\nb</s>")
+    assert vocabulary["\n\n"] in ids and vocabulary["</s>"] not in ids
+    assert plain.decode_all([ids]) == ["a\n\nb</s>"]
 
 
 @pytest.mark.parametrize("row", GOLDEN[:6], ids=lambda row: f"row{row['id']}")
@@ -325,3 +342,9 @@ def test_a_new_token_never_gets_the_id_of_another():
     with_gap = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 2}, merges=[])))
     with pytest.raises(ConfigError, match="'<new>' cannot be added: this tokenizer gives it the id of 'b'"):
         add_control_tokens(with_gap, ["<new>"])
+
+
+def test_an_end_that_is_learned_where_another_token_is_read_closes_the_turn_before():
+    #        <h>    Hi    <m>   Yes <h>  Ho   <m>   No  </s>    (in the LingoWhale format the first </s> is never read)
+    labels = [-100, -100, -100, 11, 2, -100, -100, 13, 2]
+    assert learned_turns_of(labels, [1, 3], [2, 6]).tolist() == [1, 1, 3, 3]

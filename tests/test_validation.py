@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -34,18 +35,24 @@ def evaluations(output: Path) -> list[dict]:
     return [line for line in lines if "eval_loss" in line]
 
 
-def reference(model_folder: Path, output: Path) -> float:
-    """Stock transformers, one conversation at a time, on rows rendered for preview."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def laid_out(output: Path, rows: list) -> list:
+    """Rows as a run renders them."""
+    from transformers import AutoTokenizer
 
     from finetune.conversations import Turn
-    from finetune.rendering import choose_format, lay_out
+    from finetune.rendering import choose_format
 
     tokenizer = AutoTokenizer.from_pretrained(output)
     format_, _ = choose_format(tokenizer, human_token_ids=[3], model_token_ids=[4])
+    return format_.lay_out_all([[Turn(role, text) for role, text in row] for row in rows])
+
+
+def reference(model_folder: Path, output: Path) -> float:
+    """Stock transformers, one conversation at a time, on rows rendered for preview."""
+    from transformers import AutoModelForCausalLM
+
     model, total, count = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval(), 0.0, 0
-    for row in HELD_OUT:
-        layout = lay_out(format_, [Turn(role, text) for role, text in row])
+    for layout in laid_out(output, HELD_OUT):
         with torch.no_grad():
             logits = model(torch.tensor([layout.input_ids])).logits[0]
         labels = torch.tensor(layout.labels)
@@ -113,15 +120,18 @@ def test_a_run_stops_early_and_one_that_goes_on_stops_there_too(train, held_out)
     assert [line["eval_loss"] for line in evaluations(output)] == values
 
 
-def test_a_share_is_of_conversations_and_is_never_learned(train, tmp_path):
+def test_a_share_is_of_conversations_and_is_never_learned_nor_are_its_rows_to_skip_evaluated(train, tmp_path):
     rows = ROWS + HELD_OUT + [[("human", f"number {n}"), ("model", f"It is {n}.")] for n in range(9)]
     data = write_rows(tmp_path / "all.json", rows)
+    skipped, *evaluated = random.Random("42 held out").sample(range(len(rows)), 5)
+    (tmp_path / "skip").write_text(f"{data}:{skipped}\n")
     flags = ("--data_path", str(data), "--validation_share", "0.25", "--num_train_epochs", "1")
-    output = train("share", "--deepspeed", "zero2", *flags)
+    output = train("share", "--deepspeed", "zero2", *flags, "--skip_rows", str(tmp_path / "skip"))
     (line,) = evaluations(output)
     run = json.loads((output / "run.json").read_text())
     assert run["plan"]["examples"] == 15 and "5 examples" in run["plan"]["held_out"]
-    assert line["eval_loss"] > 0
+    learned = [len(one.labels) - one.labels.count(-100) for one in laid_out(output, [rows[row] for row in evaluated])]
+    assert line["eval_loss"] > 0 and line["eval_tokens"] == sum(learned)
 
 
 def test_shares_keep_windows_together_and_depend_on_the_seed_alone(tmp_path, golden_tokenizer):
@@ -143,6 +153,8 @@ def test_shares_keep_windows_together_and_depend_on_the_seed_alone(tmp_path, gol
     assert set(apart["row"][:]) | set(trained["row"][:]) == set(range(30))
     assert set(apart["row"][:]) & set(trained["row"][:]) == set() and len(set(apart["row"][:])) == 6
     assert apart["row"][:] == split.held_out(7)[0]["row"][:] != split.held_out(8)[0]["row"][:]
+    longer = replace(data, summary=replace(data.summary, longest=99))
+    assert data.longest == data.summary.longest < 99 == replace(data, evaluation=longer).longest
     with pytest.raises(DataError, match="0 of 30 conversations would be held out"):
         replace(data, validation_share=0.001).held_out(7)
 

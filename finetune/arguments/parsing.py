@@ -216,12 +216,15 @@ def _from_value(path: Path, name: str, value: Any, kind: type, is_list: bool, ch
 
 
 def _translate(given: dict[str, Any], training: dict[str, Any]) -> list[str]:
-    """Put translated flags under their present names; say so where the name itself is gone."""
+    """Put translated flags under their present names; say so where the name itself is gone, or both are given."""
     notes = []
     for old, translated in TRANSLATED.items():
-        if old not in given or translated.to in training:
+        if old not in given:
             continue
-        training[translated.to] = translated.values(given[old])
+        value = translated.values(given[old])
+        if training.setdefault(translated.to, value) != value:
+            notes.append(f"--{old} {given[old]} is not used: --{translated.to} {training[translated.to]} is given too")
+            continue
         if old not in training_flags() and old != "warmup_ratio":
             notes.append(f"--{old} is now --{translated.to} {training[translated.to]}")
     ratio = given.get("warmup_ratio")

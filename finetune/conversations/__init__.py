@@ -12,7 +12,7 @@ faults of all files are found, and nothing that a row says is left out or change
 from finetune.conversations.checks import REPAIRS
 from finetune.conversations.reading import ConversationReader, load_conversations
 from finetune.conversations.sources import Source, find_sources, fingerprint, shipped_files, shipped_folder
-from finetune.conversations.turns import BadRow, Conversation, Role, Turn, as_row
+from finetune.conversations.turns import BadRow, Conversation, Role, Turn, answer_number, as_row
 
 __all__ = [
     "REPAIRS",
@@ -22,6 +22,7 @@ __all__ = [
     "Role",
     "Source",
     "Turn",
+    "answer_number",
     "as_row",
     "find_sources",
     "fingerprint",

@@ -120,7 +120,7 @@ class ConversationReader:
             own_id = self._check_id(own_id, raw.row, place, source, faults)
         if turns:
             key = digest_of_turns(turns)
-            first = self._turns.first(key, raw.row | number << 40 if number else raw.row, bool(faults))
+            first = self._turns.first(key, raw.row | number << 40, bool(faults))
             if first is not None:
                 where = self.sources[first >> 40].name
                 faults.append(f"{place}: says the same as {where}, row {first & (1 << 40) - 1}: take one of them out")

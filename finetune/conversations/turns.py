@@ -29,6 +29,14 @@ class Conversation:
     repairs: tuple[str, ...] = ()
 
 
+def answer_number(turn: int) -> int:
+    """Which answer of its conversation a model turn is, from 1: turns alternate, behind a system turn or none.
+
+    A greeting, with which a conversation may begin, counts as part of the first answer.
+    """
+    return max(1, (turn + 1) // 2)
+
+
 def as_row(turns: Sequence[Turn], id: Any = None) -> dict[str, Any]:
     """The turns in this project's own layout; without an id where there is none."""
     row: dict[str, Any] = {} if id is None else {"id": id}

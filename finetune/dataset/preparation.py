@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from finetune.dataset import store
 from finetune.dataset.summary import Summary, Tally
 from finetune.dataset.workers import stored_batches
 from finetune.errors import DataError, StorageError, listed
-from finetune.hardware import resume_collection
+from finetune.process import resume_collection
 from finetune.rendering import Renderer, Rendering
 
 SECONDS_BEFORE_A_BAR = 2.0
@@ -48,6 +48,7 @@ class PreparedData:
     left_out: tuple[tuple[str, int], ...] = ()  # (source, row) of those that the run is told not to learn
     validation_share: float = 0.0  # of the conversations, held out of every epoch
     evaluation: PreparedData | None = None  # held-out data of its own
+    _drawn: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def examples(self) -> Any:
@@ -60,6 +61,11 @@ class PreparedData:
     def fingerprints(self) -> str:
         """Of the data and, where there are some of their own, of the held-out data."""
         return self.fingerprint if self.evaluation is None else f"{self.fingerprint} {self.evaluation.fingerprint}"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, one that is held out not excepted."""
+        return max(self.summary.longest, 0 if self.evaluation is None else self.evaluation.summary.longest)
 
     def renderings(self) -> Iterator[Rendering]:
         """Every row of the data in order, the dropped ones too."""
@@ -76,10 +82,10 @@ class PreparedData:
             DataError: the weights leave no example.
         """
         weights = {source.name: source.weight for source in self.sources}
-        held_out = self._held_out_places(seed)
+        is_learned = np.ones(len(self.examples), dtype=bool)
+        is_learned[self._held_out_places(seed)] = False
         if set(weights.values()) == {1.0}:
-            kept = np.setdiff1d(np.arange(len(self.examples)), held_out)
-            return self.examples if not len(held_out) else self.examples.select(kept)
+            return self.examples if is_learned.all() else self.examples.select(np.flatnonzero(is_learned))
         chosen: list[int] = []
         begin = 0
         for name, count in self.summary.examples_by_source.items():
@@ -88,10 +94,11 @@ class PreparedData:
             drawn = random.Random(f"{seed} {name}").sample(here, round(rest * count))
             chosen += [*here] * int(whole) + sorted(drawn)
             begin += count
-        left = np.asarray(chosen, dtype=np.int64)[~np.isin(chosen, held_out)] if len(held_out) else chosen
-        if not len(left):
+        places = np.asarray(chosen, dtype=np.int64)
+        places = places[is_learned[places]]
+        if not len(places):
             raise DataError("the weights of --data_path leave no example of an epoch: raise one of them")
-        return self.examples.select(left)
+        return self.examples.select(places)
 
     def held_out(self, seed: int) -> tuple[Any, list[str]] | None:
         """Examples to evaluate on and the sources they come from; None where nothing is held out.
@@ -105,13 +112,16 @@ class PreparedData:
         return self.examples.select(self._held_out_places(seed)), list(self.summary.examples_by_source)
 
     def _held_out_places(self, seed: int) -> np.ndarray:
-        """Places of the held-out examples, int64, ascending.
+        """Places of the held-out examples, int64, ascending; drawn once.
 
         Raises:
             DataError: the share leaves no conversation on one of the two sides.
         """
-        if not self.validation_share:
-            return np.zeros(0, dtype=np.int64)
+        if seed not in self._drawn:
+            self._drawn[seed] = self._draw(seed) if self.validation_share else np.zeros(0, dtype=np.int64)
+        return self._drawn[seed]
+
+    def _draw(self, seed: int) -> np.ndarray:
         rows = np.asarray(self.examples.with_format("numpy")["row"][:])
         source = np.repeat(
             np.arange(len(self.summary.examples_by_source)), list(self.summary.examples_by_source.values())

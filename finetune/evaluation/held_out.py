@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from finetune.conversations import answer_number
 from finetune.dataset import PreparedData
 from finetune.errors import NumericsError
 from finetune.evaluation.comparing import perplexity, ratio_interval
@@ -15,7 +16,7 @@ from finetune.evaluation.measuring import AnswerLoss, flat_rows, groups_of, meas
 from finetune.opening import Opened
 from finetune.ranks import gathered, num_ranks, this_rank
 from finetune.rendering import Example, TurnSpan
-from finetune.rendering.segments import markers_of, segments
+from finetune.rendering.segments import speller
 
 VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING")
 TUNED, BASE = "tuned", "base"
@@ -56,11 +57,6 @@ class RowLosses:
         return {**place, **means, "examples": self.examples, "turns": turns}
 
 
-def answer_number(turn: int) -> int:
-    """Which answer of its conversation a model turn is, from 1: turns alternate, behind a system turn or none."""
-    return (turn + 1) // 2
-
-
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -84,11 +80,11 @@ def evaluate_held_out(
     rows = losses_of(opened, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch, bar=bar, say=say)
     groups = summarized(rows)
     summary = prepared.summary
-    markers = markers_of(opened.chat_format)
+    in_segments = speller(opened.chat_format)
 
     def shown(row: RowLosses) -> dict[str, Any]:
         found = [example_at(prepared, number) for number in row.examples]
-        pieces = [asdict(one) for example in found for one in segments(example, opened.tokenizer, markers)]
+        pieces = [asdict(one) for example in found for one in in_segments(example)]
         return {**row.facts(), "segments": pieces}
 
     lost = [row for row in rows if row.non_finite]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.rendering import IGNORE_INDEX, TurnSpan
+from finetune.rendering import learned_turns_of
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,6 @@ class AnswerLoss:
     turn: int
     tokens: int
     loss: float
-
-
-def learned_turns_of(labels: Sequence[int], input_ids: Sequence[int], spans: Sequence[TurnSpan]) -> list[int]:
-    """The turn of each learned position, in order.
-
-    A token that is learned where another is read closes the turn before that position, and so does one that stands
-    behind the last turn.
-    """
-    turns: list[int | None] = [None] * len(labels)
-    for span in spans:
-        turns[span.start : span.stop] = [span.turn] * (span.stop - span.start)
-    found = []
-    for position, (label, token) in enumerate(zip(labels, input_ids, strict=True)):
-        if label == IGNORE_INDEX:
-            continue
-        turn = turns[position] if label == token else None
-        turn = turns[position - 1] if turn is None else turn
-        if turn is None:
-            raise ValueError(f"position {position} is learned and belongs to no turn")
-        found.append(turn)
-    return found
 
 
 def groups_of(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -120,8 +99,9 @@ def measure(
             losses = token_losses_of(model, chosen, pad_token_id, is_flat, has_virtual_tokens)
             begin = 0
             for number, example in zip(batch, chosen, strict=True):
-                spans = [TurnSpan(**span) for span in rows["turn_spans"][number]]
-                turns = np.array(learned_turns_of(example["labels"], example["input_ids"], spans))
+                answers = [span for span in rows["turn_spans"][number] if span["role"] == "model"]
+                places = ([span[name] for span in answers] for name in ("turn", "start"))
+                turns = learned_turns_of(example["labels"], *places)
                 own = losses[begin : begin + len(turns)]
                 begin += len(turns)
                 found += [

@@ -28,7 +28,7 @@ from finetune.memory.device import (
 from finetune.memory.shape import Job, Shape
 
 FILES = "files that are read"
-HEAP_BLOCK = 32 << 20  # bytes; glibc's limit for what it keeps in the heap, and what hardware.keep_freed_blocks sets
+HEAP_BLOCK = 32 << 20  # bytes; glibc's limit for what it keeps in the heap, and what process.keep_freed_blocks sets
 # Measured on glibc 2.36, see benchmarks/README.md: the share of what a forward pass frees that the heap does not use
 # again, the same of what checkpointing drops, and of the room between gathered parameters where activations are kept in
 # between; and what gradients take of the heap, to their own bytes.

@@ -10,7 +10,7 @@ import numpy as np
 from finetune.arguments import Arguments
 from finetune.checking import Setup
 from finetune.dataset import PreparedData
-from finetune.planning import form_of, must_pad, sampler_of
+from finetune.planning import form_of, full_logits_because, must_pad, sampler_of
 from finetune.sampling import Sampler
 
 # Of a longer epoch the micro-batches of its first steps are looked at, and the largest rows.
@@ -86,10 +86,8 @@ def foresee(
 
     examples = data.epoch(arguments.given("seed"))
     lengths, learned = column(examples, "length"), column(examples, "num_supervised")
-    reason = None if selects_logits else "this model's code has no logits_to_keep"
-    if arguments.adapter.kind() in ("prefix", "prompt"):
-        reason = f"{arguments.adapter.kind()} tuning puts its virtual tokens in front of each row"
-    form = form_of(arguments, int(lengths.max()), must_pad(arguments) or obstacle, reason)
+    full_logits = full_logits_because(arguments, selects_logits)
+    form = form_of(arguments, int(lengths.max()), must_pad(arguments) or obstacle, full_logits)
     sampler = sampler_of(arguments, form, lengths, setup.world_size // arguments.batch.sequence_parallel_size)
     largest = first = Largest()
     for step in range(min(sampler.steps_per_epoch, STEPS_LOOKED_AT)):

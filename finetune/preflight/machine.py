@@ -86,6 +86,6 @@ def examine_operators(
 
 
 _BUILD = (
-    "from finetune.hardware import prepare_environment; prepare_environment(); "
+    "from finetune.process import prepare_environment; prepare_environment(); "
     "from finetune.building import build_all; build_all()"
 )

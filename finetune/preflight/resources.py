@@ -44,7 +44,7 @@ def examine_resources(
     answers: Answers,
 ) -> None:
     """Batches and steps, then bytes: of each device, each host's memory, each disk."""
-    obstacle = config_obstacle(setup.model.config, data.summary.longest)
+    obstacle = config_obstacle(setup.model.config, data.longest)
     selects = code_selects_logits(setup.model.code)
     batches = examination.attempt(
         "configuration", lambda: foresee(run.arguments, setup, data, selects_logits=selects, obstacle=obstacle)

@@ -25,6 +25,7 @@ from finetune.rendering.examples import (
     TurnSpan,
     Unrenderable,
     lay_out,
+    learned_turns_of,
 )
 from finetune.rendering.lingowhale import LingoWhaleFormat
 from finetune.rendering.plain_text import PlainText, add_control_tokens
@@ -56,6 +57,7 @@ __all__ = [
     "depends_on_reasoning",
     "end_token_ids",
     "lay_out",
+    "learned_turns_of",
     "prompt_ids",
     "stop_token_id",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+
 from finetune.conversations import Turn
 
 if TYPE_CHECKING:
@@ -60,6 +62,21 @@ class Example:
     def num_supervised(self) -> int:
         """Positions that are learned."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+
+def learned_turns_of(labels: Sequence[int], turns: Sequence[int], starts: Sequence[int]) -> np.ndarray:
+    """The model turn that each learned token of an example belongs to, ints [learned].
+
+        labels   -100 -100 Yes </s> -100 No  </s>     turns 1 and 3 start at 2 and 5: 1 1 3 3
+
+    An end that is learned where the next turn begins belongs to the answer before it.
+
+    Args:
+        labels: ints [tokens].
+        turns, starts: a number of each model turn and its first position, in the order of the tokens.
+    """
+    learned = np.flatnonzero(np.asarray(labels) != IGNORE_INDEX)
+    return np.asarray(turns)[np.searchsorted(starts, learned, side="right") - 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class PlainText:
 
     A tokenizer with a Rust backend is told to read special tokens as text, or, where it has added tokens of another
     kind, copied without them; a Python-backed one is asked to split them.
-    Either way the result is checked: an added token among the ids raises `Unrenderable`. `content_tokens` are added
+    Either way the result is checked: a control token among the ids raises `Unrenderable`. `content_tokens` are added
     tokens that texts may use all the same, such as the `<think>` of models that reason.
 
     Raises:
@@ -34,9 +34,10 @@ class PlainText:
         self.added = {
             number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if number not in allowed
         }
-        self.added_ids = frozenset(self.added) | frozenset(tokenizer.all_special_ids)
         # A blank added token (runs of spaces, a newline) controls nothing.
-        self.control_ids = frozenset(number for number in self.added_ids if self._token(number).strip())
+        self.control_ids = frozenset(
+            number for number in {*self.added, *tokenizer.all_special_ids} if self._token(number).strip()
+        )
         self.control_texts = tuple(token for token in self.added.values() if token.strip())
         self._first_letters = tuple({token[0] for token in self.control_texts})
 
@@ -97,7 +98,7 @@ class PlainText:
                 list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) for text in texts
             ]
         for text, ids in zip(texts, encoded, strict=True):
-            smuggled = self.added_ids.intersection(ids) - {self.tokenizer.unk_token_id}
+            smuggled = self.control_ids.intersection(ids) - {self.tokenizer.unk_token_id}
             if smuggled and self.spells_control_token(text):
                 raise Unrenderable(
                     f"a turn spells the control token {self._token(min(smuggled))!r} and this tokenizer cannot encode "

@@ -8,12 +8,13 @@ segments    control "<human>", context "Hi", control "<model>", learned "Yes",
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 from finetune.rendering.examples import IGNORE_INDEX, ChatFormat, Example
+from finetune.rendering.plain_text import PlainText
 
 Kind = Literal["context", "learned", "control", "learned_control"]
 
@@ -42,6 +43,9 @@ class Segment:
         return self.kind.endswith("control")
 
 
+InSegments = Callable[[Example], list[Segment]]
+
+
 class _Place(NamedTuple):
     """One token to show: at which position, and whether it is that position's input or only its label."""
 
@@ -52,12 +56,15 @@ class _Place(NamedTuple):
     position: int
 
 
-def segments(example: Example, tokenizer: Any, markers: Collection[int] = ()) -> list[Segment]:
-    """The example as runs of text; `markers` are ids that open a turn although the tokenizer does not add them."""
-    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
-    # A blank added token (runs of spaces, a newline) controls nothing.
-    control = {number for number, token in added.items() if token.strip()} | {*tokenizer.all_special_ids, *markers}
-    speller = _Speller(tokenizer, added, example.input_ids)
+def segments(example: Example, plain: PlainText, markers: Collection[int] = ()) -> list[Segment]:
+    """The example as runs of text.
+
+    Args:
+        plain: says what is a control token and what is text, as in training.
+        markers: ids that open a turn although they are ordinary ones of the tokenizer.
+    """
+    control = plain.control_ids.union(markers)
+    speller = _Speller(plain, example.input_ids)
     found = []
     for run in _runs(_places(example, control)):
         first = run[0]
@@ -66,9 +73,11 @@ def segments(example: Example, tokenizer: Any, markers: Collection[int] = ()) ->
     return found
 
 
-def markers_of(chat_format: ChatFormat) -> set[int]:
-    """The ids that open a turn of LingoWhale's format, where they may be ordinary ids of its tokenizer."""
-    return {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
+def speller(chat_format: ChatFormat) -> InSegments:
+    """What turns an example of this format into text again."""
+    # LingoWhale's markers may be ordinary ids of its tokenizer.
+    markers = {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
+    return lambda example: segments(example, chat_format.plain, markers)
 
 
 def _places(example: Example, control: Collection[int]) -> Iterator[_Place]:
@@ -107,8 +116,8 @@ def _runs(places: Iterator[_Place]) -> Iterator[list[_Place]]:
 class _Speller:
     """Decodes runs as they read in their place."""
 
-    def __init__(self, tokenizer: Any, added: dict[int, str], input_ids: Sequence[int]) -> None:
-        self.tokenizer, self.added, self.input_ids = tokenizer, added, input_ids
+    def __init__(self, plain: PlainText, input_ids: Sequence[int]) -> None:
+        self.tokenizer, self.added, self.input_ids = plain.tokenizer, plain.added, input_ids
 
     def name(self, token: int) -> str:
         """The spelling of a control token."""

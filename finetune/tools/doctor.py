@@ -16,8 +16,8 @@ from typing import Any
 
 from finetune.arguments import parse_for_doctor
 from finetune.console import quiet_libraries
-from finetune.hardware import prepare_environment
 from finetune.hosts import redacted
+from finetune.process import prepare_environment
 
 SUMMARY = "Will this run, will it fit, what would go wrong? Examines a training command and every host of its hostfile."
 

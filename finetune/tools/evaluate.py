@@ -14,7 +14,7 @@ from finetune.errors import FinetuneError, own_process
 from finetune.evaluation import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE, stored
 from finetune.evaluation.conversations import prepare_held_out
 from finetune.evaluation.showing import show
-from finetune.hardware import keep_freed_blocks, prepare_environment, resume_collection
+from finetune.process import keep_freed_blocks, prepare_environment, resume_collection
 from finetune.ranks import join_processes, leave_processes, on_rank_0
 from finetune.results import Result, read_result
 

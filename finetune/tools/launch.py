@@ -33,7 +33,7 @@ from finetune.hosts import (
     redacted,
     resources,
 )
-from finetune.supervision import HOSTFILE_HERE, Report, Supervised
+from finetune.session import HOSTFILE_HERE, Report, Session
 
 SUMMARY = "Start training like the deepspeed command does, and see it to its end: hosts checked, nothing left behind."
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -105,7 +105,7 @@ def start(
         command = [*deepspeed(), *handed_on(flags), *_given(flags, "hostfile", "master_addr")]
         command = [*command, f"--master_port={port}", *script]
         show(command)
-        return [Supervised(command, environment, hostfile=None, host=os.uname().nodename)]
+        return [Session(command, environment, hostfile=None, host=os.uname().nodename)]
     if flags.launcher.lower() != "pdsh":
         raise ConfigError(
             f"--launcher {flags.launcher}: finetune launch reaches hosts over ssh by itself: leave the flag out, or "
@@ -124,7 +124,7 @@ def start(
             show(command)
         own = cluster.environment_of(environment, interfaces.get(host) if len(slots) > 1 else None)
         if cluster.is_here(host):
-            kind = Supervised if len(slots) == 1 else cluster.Local
+            kind = Session if len(slots) == 1 else cluster.Local
             parts.append(kind(command, own, hostfile=text, host=host))
         else:
             parts.append(cluster.Remote(shell, command, own, hostfile=text, host=host))

@@ -18,7 +18,8 @@ from finetune.errors import SHOWN_FAULTS, ConfigError
 from finetune.model import code_note
 from finetune.preparing import prepare_data
 from finetune.rendering import Rendering
-from finetune.samples import InSegments, card_of, counts, id_of, reason_of, speller
+from finetune.rendering.segments import InSegments, speller
+from finetune.samples import card_of, counts, id_of, reason_of
 from finetune.terminal import Terminal, harmless
 
 SUMMARY = "Show what each row of a data file renders to: tokens, what is learned, what was cut or dropped."
@@ -39,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
     sys.stdout.reconfigure(encoding="utf-8" if choice.json else None, errors="backslashreplace")
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         _note(code)
-    tokenizer, chat_format, prepared = prepare_data(model, data, say=_note)
-    in_segments = speller(tokenizer, chat_format)
+    _, chat_format, prepared = prepare_data(model, data, say=_note)
+    in_segments = speller(chat_format)
     try:
         if choice.json:
             for rendering in prepared.renderings():

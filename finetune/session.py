@@ -1,7 +1,7 @@
 """One host's part of `finetune launch`: the `deepspeed` command in a session of its own, watched to its end.
 
-    finetune launch ─┬─ Supervised ── deepspeed ── launch.py ── ranks          this host
-                     └─ ssh node1 ── agent() ── Supervised ── deepspeed ...     any other
+    finetune launch ─┬─ Session ── deepspeed ── launch.py ── ranks          this host
+                     └─ ssh node1 ── agent() ── Session ── deepspeed ...     any other
 
 What belongs to the run is its session (setsid): it is found whatever was orphaned, and nothing else is ever signalled.
 """
@@ -63,8 +63,8 @@ class Report:
         )
 
 
-class Supervised:
-    """The `deepspeed` command on this host.
+class Session:
+    """The `deepspeed` command on this host, with all that it starts.
 
     Args:
         environment: variables to set beside this process's own; they are never part of a command line.
@@ -99,7 +99,7 @@ class Supervised:
     def ask_to_stop(self) -> None:
         """Tell the ranks to save and leave; where there are none yet, there is nothing to save."""
         self.asked = True
-        ranks = [one for one in self._session() if DEEPSPEED in command_of(parent_of(one) or 0)]
+        ranks = [one for one in self._processes() if DEEPSPEED in command_of(parent_of(one) or 0)]
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGUSR1)
@@ -108,7 +108,7 @@ class Supervised:
 
     def end_now(self) -> None:
         """End every process of the run on this host."""
-        for one in self._session():
+        for one in self._processes():
             with suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
 
@@ -117,7 +117,7 @@ class Supervised:
     def conclude(self) -> Report:
         """Once the command has ended: give what is left a moment for its last words, end it, and say how it was."""
         deadline = time.monotonic() + SECONDS_FOR_LAST_WORDS
-        while (left := self._session()) and time.monotonic() < deadline:
+        while (left := self._processes()) and time.monotonic() < deadline:
             time.sleep(SECONDS_BETWEEN_LOOKS / 4)
         if left:
             self.end_now()
@@ -132,7 +132,7 @@ class Supervised:
             status = STOPPED  # before any rank had begun, or before each could hear
         return Report(self.host, status, statuses, failure)
 
-    def _session(self) -> list[int]:
+    def _processes(self) -> list[int]:
         """The processes of the run that are alive, wherever their parents went."""
         found = []
         for entry in os.listdir("/proc"):
@@ -145,14 +145,14 @@ class Supervised:
 def agent() -> None:
     """What runs on another host: an order on standard input, then `stop` or `end`; its end ends the run here.
 
-    The order is a line of JSON with the arguments of `Supervised` and a folder to work in. Everything that must not be
+    The order is a line of JSON with the arguments of `Session` and a folder to work in. Everything that must not be
     seen on a command line comes this way. The last line on standard error is the `Report`.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # not SIG_IGN: that would be inherited
     order = json.loads(sys.stdin.buffer.raw.readline())
     os.chdir(order.pop("folder"))
-    run = Supervised(**order)
+    run = Session(**order)
     while run.is_running():
         if select.select([0], [], [], SECONDS_BETWEEN_LOOKS)[0]:
             words = os.read(0, 1 << 12)

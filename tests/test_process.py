@@ -1,0 +1,69 @@
+"""A process knows its rank, and its heap and garbage are told what phase it is in."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune import process
+from finetune.process import prepare_environment
+
+
+@pytest.fixture(autouse=True)
+def collection():
+    """What these tests switch off is for a process that starts, not for the other tests."""
+    yield
+    gc.enable()
+
+
+def test_a_process_without_a_launcher_becomes_rank_0_of_1(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin"})
+
+    prepare_environment()
+
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("0", "1", "1")
+    assert int(os.environ["MASTER_PORT"]) > 0
+    assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/usr/bin"]
+
+
+def test_the_environment_of_a_launcher_and_of_the_user_is_kept(monkeypatch):
+    given = {
+        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "host",
+        "MASTER_PORT": "29500", "TORCH_EXTENSIONS_DIR": "/mine", "TOKENIZERS_PARALLELISM": "false",
+        "PATH": str(Path(sys.executable).parent),
+    }  # fmt: skip
+    monkeypatch.setattr(os, "environ", dict(given))
+
+    prepare_environment()
+
+    assert os.environ == given
+
+
+def test_malloc_is_told_once_before_loading_and_once_before_the_steps(monkeypatch: pytest.MonkeyPatch):
+    """And not at all where the user has tuned it, or where it is another libc's."""
+    told: list[tuple[int, int]] = []
+
+    class Libc:
+        def mallopt(self, name: int, value: int) -> None:
+            told.append((name, value))
+
+        def malloc_trim(self, pad: int) -> None:
+            told.append((0, pad))
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Libc())
+    process.load_outside_the_heap()
+    assert told == [(process.M_MMAP_THRESHOLD, 1 << 20), (0, 0)]
+    told.clear()
+    process.keep_freed_blocks()
+    assert told == [(process.M_MMAP_THRESHOLD, 32 << 20), (process.M_TRIM_THRESHOLD, 64 << 20), (0, 0)]
+    told.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    process.load_outside_the_heap()
+    assert told == []
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    process.keep_freed_blocks()

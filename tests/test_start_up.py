@@ -1,0 +1,23 @@
+"""Where a start went."""
+
+from __future__ import annotations
+
+import time
+
+from finetune import start_up
+
+
+def test_the_parts_of_a_start_add_up(monkeypatch):
+    monkeypatch.setattr(start_up, "_stage_seconds", {})
+    monkeypatch.setattr(start_up, "_first_stage_began", [])
+
+    @start_up.timed("sleep")
+    def sleep() -> str:
+        time.sleep(0.05)
+        return "rested"
+
+    assert sleep() == "rested"
+    parts = start_up.start_up_seconds()
+    assert list(parts) == ["launcher", "imports", "sleep", "engine"]
+    assert 0.05 <= parts["sleep"] < 1
+    assert parts["imports"] > 0 and -0.05 < parts["engine"]
