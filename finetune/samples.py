@@ -13,7 +13,7 @@ from finetune.checkpoints import write_durably
 from finetune.errors import StorageError
 from finetune.pages import Card, Turn
 from finetune.rendering import ChatFormat, Example, Rendering
-from finetune.rendering.segments import Segment, segments
+from finetune.rendering.segments import Segment, markers_of, segments
 
 FILE = "samples.json"
 MOST_CHARACTERS = 6_000  # of a card that is kept
@@ -22,8 +22,7 @@ InSegments = Callable[[Example], list[Segment]]
 
 def speller(tokenizer: Any, chat_format: ChatFormat) -> InSegments:
     """What turns an example of this format into text again."""
-    # LingoWhale's markers may be ordinary ids of its tokenizer.
-    markers = {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
+    markers = markers_of(chat_format)
     return lambda example: segments(example, tokenizer, markers)
 
 

@@ -44,9 +44,8 @@ LINE = (
         "terminal",
         "verifying",
     },
-    {"opening"},
+    {"adapters", "opening"},
     {
-        "adapters",
         "agreeing",
         "attention",
         "cluster",
