@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_durably
+from finetune.checkpoints import write_text
 from finetune.conversations import Turn
-from finetune.errors import ConfigError, FinetuneError, StorageError, first_line
+from finetune.errors import ConfigError, FinetuneError, first_line
 from finetune.generation import Answerer
 from finetune.model import torch_dtype
 from finetune.opening import ROOM, Opened, free_memory, open_result
@@ -148,11 +148,7 @@ def write_answers(folder: Path, run: dict[str, Any], answers: Answers) -> None:
             for one in answers.answered
         ],
     }
-    path = folder / FILE
-    try:
-        write_durably(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    write_text(folder / FILE, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
 # ---- made

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import step_of, steps_in, write_durably
+from finetune.checkpoints import step_of, steps_in, write_text
 from finetune.errors import CheckpointError, ConfigError, StorageError, first_line
 from finetune.failures import FILE as FAILURE_FILE
 from finetune.host_probe import versions
@@ -222,12 +222,8 @@ def write_run(folder: Path, facts: dict[str, Any]) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    path = folder / RUN_FILE
     text = json.dumps(_standard({**_known(folder), **facts}), ensure_ascii=False, indent=2, allow_nan=False)
-    try:
-        write_durably(path, text + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    write_text(folder / RUN_FILE, text + "\n")
 
 
 def _standard(value: Any) -> Any:
@@ -288,11 +284,7 @@ def mark_complete(folder: Path, run: str) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    path = folder / COMPLETE_FILE
-    try:
-        write_durably(path, run + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    write_text(folder / COMPLETE_FILE, run + "\n")
 
 
 def forget_ending(folder: Path) -> None:

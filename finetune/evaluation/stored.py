@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_durably
+from finetune.checkpoints import write_text
 from finetune.errors import ConfigError, StorageError
 
 HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE = "evaluation.json", "benchmarks.json", "forgetting.json"
@@ -75,19 +75,13 @@ def versioned(document: dict[str, Any]) -> dict[str, Any]:
     return {"version": VERSION, **document}
 
 
-def store(folder: Path, name: str, document: dict[str, Any]) -> Path:
+def store(folder: Path, name: str, document: dict[str, Any]) -> None:
     """Write a document beside the result, whole or not at all.
 
     Raises:
         StorageError: the disk refused.
     """
-    path = folder / name
-    text = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False)
-    try:
-        write_durably(path, text + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
-    return path
+    write_text(folder / name, json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def load(folder: Path, name: str) -> dict[str, Any] | None:
