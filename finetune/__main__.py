@@ -45,9 +45,9 @@ def _doctor(context: typer.Context) -> None:
 
 @app.command("merge", help=merge.SUMMARY)
 def _merge(
-    output: str = typer.Argument(help="the output_dir of a run, or a checkpoint in it"),
-    target: str = typer.Argument(None, metavar="[DIR]", help="where the model goes; default: OUTPUT/merged"),
-    base_model: str = typer.Option(None, "--base_model", help="where the base lies now, if it was moved"),
+    output: str = typer.Argument(metavar="OUTPUT", help="the output_dir of a run, or a checkpoint in it"),
+    target: str = typer.Argument(None, metavar="DIR", help="where the model goes; default: OUTPUT/merged"),
+    base_model: str = typer.Option(None, "--base_model", help="where the base lies now; default: where it was"),
     dtype: str = typer.Option(None, "--dtype", help="bf16, fp16 or float32; default: the precision of the training"),
     max_shard_size: str = typer.Option("5GB", "--max_shard_size", help="of a file; about the memory that is needed"),
     gguf: str = typer.Option(None, "--gguf", metavar="TYPE", help="also a GGUF file: f32, f16, bf16, q8_0, q4_0, ..."),
@@ -83,7 +83,7 @@ def _quickstart(
 
 @app.command("report", help=report.SUMMARY)
 def _report(
-    output_dirs: Annotated[list[str], typer.Argument(metavar="OUTPUT ...", help="output folders of training runs")],
+    output_dirs: Annotated[list[str], typer.Argument(metavar="OUTPUT", help="output folders of training runs")],
     html: str = typer.Option(
         None, "--html", help="the file to write; default: OUTPUT/report.html, of several runs report.html"
     ),
@@ -108,10 +108,12 @@ def _report(
 
 @app.command("chat", help=chat.SUMMARY)
 def _chat(
-    output: str = typer.Argument(help="an output_dir, a checkpoint in one, what merge has written, or any chat model"),
+    output: str = typer.Argument(
+        metavar="OUTPUT", help="an output_dir, a checkpoint in one, what merge has written, or any chat model"
+    ),
     base: bool = typer.Option(False, "--base", help="the base answers, as it was before the training"),
     compare: bool = typer.Option(False, "--compare", help="both answer; the tuned model's answers are kept"),
-    base_model: str = typer.Option(None, "--base_model", help="where the base lies now, unless where it was"),
+    base_model: str = typer.Option(None, "--base_model", help="where the base lies now; default: where it was"),
     system: str = typer.Option(None, "--system", help="a system turn in front of the conversation"),
     max_new_tokens: int = typer.Option(512, "--max_new_tokens", help="the most tokens of an answer"),
     temperature: float = typer.Option(0.0, "--temperature", help="0: greedy, the likeliest token each time"),

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import CheckpointError, ConfigError
+from finetune.results import ADAPTER_CONFIG
 
 ALL_LINEAR = "all-linear"
 ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 
 def attach_lora(
@@ -123,11 +123,11 @@ class InitialLora:
             else:
                 saved[name] = torch.cat([saved[name], -first], dim=1).contiguous()
         save_file(saved, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         # alpha / r must stay, or alpha / sqrt(r) with rsLoRA.
         config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
         config.update(r=config["r"] * 2, init_lora_weights=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 @contextmanager
@@ -159,11 +159,6 @@ def whole_virtual_tokens(model: Any, *, saves: bool) -> Iterator[None]:
         if not saves:
             model.get_prompt_embedding_to_save(model.active_adapter)
         yield
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a saved adapter."""
-    return (folder / CONFIG_FILE).is_file()
 
 
 def verify_saved(folder: Path) -> None:

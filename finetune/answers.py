@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_durably
+from finetune.checkpoints import write_text
 from finetune.conversations import Turn
-from finetune.errors import ConfigError, FinetuneError, StorageError
+from finetune.errors import ConfigError, FinetuneError, first_line
 from finetune.generation import Answerer
 from finetune.model import torch_dtype
 from finetune.opening import ROOM, Opened, free_memory, open_result
@@ -148,11 +148,7 @@ def write_answers(folder: Path, run: dict[str, Any], answers: Answers) -> None:
             for one in answers.answered
         ],
     }
-    path = folder / FILE
-    try:
-        write_durably(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    write_text(folder / FILE, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
 # ---- made
@@ -228,8 +224,7 @@ def make_answers(
             before = [_answer(opened, base, one, new_tokens, clock, each) for one in prompts]
         after = [_answer(opened, opened.tuned, one, new_tokens, clock, each) for one in prompts]
     except (RuntimeError, ValueError, ImportError) as error:  # what torch and transformers raise
-        said_first = next(iter(str(error).splitlines()), "")
-        raise FinetuneError(f"{type(error).__name__}: {said_first}") from error
+        raise FinetuneError(f"{type(error).__name__}: {first_line(error)}") from error
     answered = tuple(
         Answered(one, first, second, hurried=late or later)
         for one, (first, late), (second, later) in zip(prompts, before, after, strict=True)

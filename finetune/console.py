@@ -74,8 +74,9 @@ def quiet_serving() -> None:
 
 
 def say_aside(line: str) -> None:
-    """One line on stderr, where stdout is for something else."""
-    print(line, file=sys.stderr, flush=True)
+    """One line on stderr, from rank 0 only, where stdout is for something else."""
+    if is_rank_0():
+        print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,11 @@ def say_plan(plan: Plan) -> None:
 def say_note(note: str) -> None:
     """One decision that differs from what was asked, or that nobody asked for."""
     say(f"note: {note}")
+
+
+def say_note_aside(note: str) -> None:
+    """The same on stderr."""
+    say_aside(f"note: {note}")
 
 
 def say_notes(notes: Sequence[str]) -> None:

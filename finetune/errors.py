@@ -82,6 +82,15 @@ def listed(faults: Sequence[str], noun: str, *, count: int | None = None) -> str
     return "\n".join(lines)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; its type where it says nothing.
+
+    >>> first_line(ValueError("\\n  no such layer\\nsee the manual"))
+    'no such layer'
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status.
@@ -117,6 +126,9 @@ def own_process() -> Iterator[None]:
         yield
     except SystemExit as leaving:
         failed.append(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+        raise
+    except FinetuneError as error:  # `reported` may stand around this block as well as in it
+        failed.append(error.status)
         raise
     except BaseException:
         failed.append(1)

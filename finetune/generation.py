@@ -10,7 +10,7 @@ from threading import enumerate as threads
 from typing import Any
 
 from finetune.conversations import Turn
-from finetune.errors import ConfigError, FinetuneError
+from finetune.errors import ConfigError, FinetuneError, first_line
 from finetune.rendering import ChatFormat, Spelling, Unrenderable, answer_text, prompt_ids
 
 REFUSALS = (RuntimeError, ValueError, IndexError)  # out of memory, numbers that are not finite, an odd model
@@ -172,8 +172,7 @@ class Answering:
         try:
             while (token := said.get()) is not None:
                 if isinstance(token, REFUSALS):
-                    said_first = next(iter(str(token).splitlines()), type(token).__name__)
-                    raise FinetuneError(f"the model could not answer: {said_first}") from token
+                    raise FinetuneError(f"the model could not answer: {first_line(token)}") from token
                 if isinstance(token, BaseException):
                     raise token
                 yield token

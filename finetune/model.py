@@ -8,6 +8,7 @@ the model while it loads: rank 0 reads the files, the others receive their share
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 from collections.abc import Iterable
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from finetune.errors import ConfigError, FinetuneError
+from finetune.errors import ConfigError, FinetuneError, first_line
 from finetune.hardware import Precision
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".tiktoken", ".txt", ".jinja", ".py", ".gguf")
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
 BLOCK_BYTES, BLOCKS_READ = 1 << 18, 64
 
 
@@ -76,7 +78,7 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool, at
                 )
         except (ImportError, ValueError) as error:
             if candidate == "eager":
-                raise ConfigError(f"--model_name_or_path {name}: {_first_line(error)}") from None
+                raise ConfigError(f"--model_name_or_path {name}: {first_line(error)}") from None
             continue
         notes = [code] if code else []
         notes += [] if candidate == attention else [f"this model has no {attention} attention: using {candidate}"]
@@ -123,7 +125,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
             if "trust_remote_code" in str(error):
                 raise
             raise ConfigError(
-                f"--model_name_or_path {name}: its tokenizer does not load: {_first_line(error)}"
+                f"--model_name_or_path {name}: its tokenizer does not load: {first_line(error)}"
             ) from None
 
 
@@ -243,15 +245,36 @@ def fingerprint(name: str, revision: str | None = None) -> str:
 
 
 def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
-    """A digest of the weights alone, alike for a model on the hub and a copy of it; None where there are none yet."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
+    """A digest of the weights alone, alike for a model on the hub and a copy of it; None where not all are here."""
+    files = weight_files(folder_of(name, revision))
+    return _digest(files) if files and all(path.is_file() for path in files) else None
 
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
-        folder = Path(config).parent if isinstance(config, str) else folder
-    files = _weights_in(folder)
-    return _digest(files) if files else None
+
+def folder_of(name: str, revision: str | None = None) -> Path:
+    """Where a model's files lie: of one on the hub, in the cache; a folder without files while none are there."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read a model's weights from, in its order of choice; empty where none are.
+
+    What an index names is listed whether it is there or not. Other weights in the folder, in another format or of an
+    adapter, do not count.
+    """
+    for single in WEIGHTS_FILES:
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return [folder / single]
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [folder / name for name in sorted(names)]
+    return []
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -275,13 +298,7 @@ def _digest(files: Iterable[Path]) -> str:
 
 def stored_bytes(folder: Path) -> int | None:
     """Of the weights in a model's folder; None where there are none."""
-    return sum(path.stat().st_size for path in _weights_in(folder)) or None
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    patterns = ("*.safetensors", "*.bin", "*.gguf")
-    found = (sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in patterns)
-    return next(filter(None, found), [])
+    return sum(path.stat().st_size for path in weight_files(folder) if path.is_file()) or None
 
 
 class _explained:
@@ -310,8 +327,4 @@ class _explained:
         if isinstance(error, OSError):
             local = Path(self.name).exists()
             where = "the folder is there, but" if local else "there is no such folder, and the model hub has no answer:"
-            raise ConfigError(f"--model_name_or_path {self.name}: {where} {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(f"--model_name_or_path {self.name}: {where} {first_line(error)}") from None

@@ -13,11 +13,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune import model
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import CheckpointError, ConfigError, first_line
 from finetune.rendering import ChatFormat, choose_format, end_token_ids
-from finetune.results import ADAPTER_CONFIG, Result
+from finetune.results import Result, is_adapter
 
+TUNED, BASE = "tuned", "base"  # the two models of a result
 ROOM = 0.8  # of the free memory, for weights
+# Of a repository on the hub, which may hold the same weights several times over, in folders of their own too.
+BESIDE_WEIGHTS = ("*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICEN[SC]E*", "NOTICE*",
+                  "USE_POLICY*")  # fmt: skip
 
 
 @dataclass
@@ -80,7 +84,7 @@ def open_result(result: Result, *, base_name: str | None = None, only_base: bool
         base = load_base(result, tokenizer, name=base_name)
         return Opened(result, base, tokenizer, chat_format_of(result, tokenizer), base_name, base)
     if result.adapter is None:
-        tuned = _load(str(result.folder), result, None)
+        tuned = _load(result.folder, result)
     else:
         tuned = attach_saved(load_base(result, tokenizer, name=base_name), result.folder)
     return Opened(result, tuned.eval(), tokenizer, chat_format_of(result, tokenizer), base_name)
@@ -95,7 +99,7 @@ def read_model(folder: Path, *, markers: dict[str, list[int]], trust_remote_code
     Raises:
         ConfigError: it holds no model, or nothing in it says how its conversations are written.
     """
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_adapter(folder):
         raise ConfigError(f"{folder}: an adapter without run.json: its base and chat format are not known")
     from transformers import AutoConfig
 
@@ -108,7 +112,7 @@ def read_model(folder: Path, *, markers: dict[str, list[int]], trust_remote_code
                 f"{folder}: this model comes with Python files of its own; when you trust them, give "
                 "--trust_remote_code"
             ) from None
-        raise ConfigError(f"{folder}: holds neither run.json nor a model: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{folder}: holds neither run.json nor a model: {first_line(error)}") from None
     is_lingowhale = "lingowhale" in (config.model_type or "").lower()
     if tokenizer.chat_template is None and not is_lingowhale:
         raise ConfigError(
@@ -141,21 +145,32 @@ def chat_format_of(result: Result, tokenizer: Any) -> ChatFormat:
     return found
 
 
-def find_base(result: Result, name: str | None = None) -> str:
-    """Where the base lies, its weights known to be those that the training began with.
+def base_folder(result: Result, name: str | None = None) -> Path:
+    """The folder of the base, its weights known to be those that the training began with.
+
+    Of a base on the hub it is the one in the cache; what is not there yet is downloaded.
+
+    Args:
+        name: where the base lies now, unless where it was.
 
     Raises:
         ConfigError: there is none.
-        CheckpointError: it is another model.
+        CheckpointError: it is not whole, or another model.
     """
     was = result.base["folder"] or result.base["name"]
-    found = name or was
-    if (name or result.base["folder"]) and not Path(found).expanduser().is_dir():
-        raise ConfigError(
-            f"{result.folder}: its base {found} is not there: name the folder it lies in with --base_model"
+    found = Path(name or was).expanduser()
+    if not found.is_dir():
+        if name or result.base["folder"]:
+            raise ConfigError(
+                f"{result.folder}: its base {found} is not there: name the folder it lies in with --base_model"
+            )
+        found = _from_hub(result)
+    weights = model.weights_fingerprint(str(found))
+    if weights is None:
+        raise CheckpointError(
+            f"{result.folder}: its base {found} holds no weights, or not all: name its folder with --base_model"
         )
-    weights = model.weights_fingerprint(found, result.base["revision"])
-    if weights is not None and weights != result.base["weights"]:
+    if weights != result.base["weights"]:
         raise CheckpointError(
             f"{result.folder}: was trained on {was}, and {found} holds other weights (fingerprint {weights[:12]}, "
             f"expected {str(result.base['weights'])[:12]}): name the right one with --base_model"
@@ -163,32 +178,33 @@ def find_base(result: Result, name: str | None = None) -> str:
     return found
 
 
-def base_folder(result: Result, name: str | None = None) -> Path:
-    """The folder of the base's files: of one on the hub, in the cache, downloaded where it is not there yet.
-
-    Raises:
-        ConfigError: there is none.
-        CheckpointError: it is another model.
-    """
-    found = find_base(result, name)
-    if Path(found).expanduser().is_dir():
-        return Path(found).expanduser()
+def _from_hub(result: Result) -> Path:
+    """The base in the hub's cache: config, tokenizer, code and the weights in one format, and nothing else of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        folder = Path(snapshot_download(found, revision=result.base["revision"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{result.folder}: its base {found} cannot be had: {reason}") from None
-    find_base(result, name)  # its weights are here now, and can be compared
+    name, revision = result.base["name"], result.base["revision"]
+    folder = model.folder_of(name, revision)
+    for weights in model.WEIGHTS_FILES:
+        if model.weights_fingerprint(str(folder)) is None:
+            stem, suffix = weights.split(".")
+            try:
+                folder = Path(
+                    snapshot_download(name, revision=revision, allow_patterns=[*BESIDE_WEIGHTS, f"{stem}*.{suffix}"])
+                )
+            except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                raise ConfigError(f"{result.folder}: its base {name} cannot be had: {first_line(error)}") from None
     return folder
 
 
 def load_base(result: Result, tokenizer: Any, *, name: str | None = None) -> Any:
-    """The model that was trained, as it was before; its vocabulary large enough for the result's tokenizer."""
-    found = find_base(result, name)
-    base = _load(found, result, None if Path(found).is_dir() else result.base["revision"])
+    """The model that was trained, as it was before; its vocabulary large enough for the result's tokenizer.
+
+    Raises:
+        ConfigError: it is not there any more.
+        CheckpointError: what is there is another model, or does not load.
+    """
+    base = _load(base_folder(result, name), result)
     if model.rows_needed(tokenizer) > base.config.get_text_config().vocab_size:
         base.resize_token_embeddings(model.rows_needed(tokenizer))
     return base.eval()
@@ -212,7 +228,7 @@ def attach_saved(base: Any, folder: Path) -> Any:
         raise CheckpointError(f"{folder}: the adapter does not fit its base: {lines[min(1, len(lines) - 1)]}") from None
 
 
-def _load(name: str, result: Result, revision: str | None) -> Any:
+def _load(folder: Path, result: Result) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -221,15 +237,13 @@ def _load(name: str, result: Result, revision: str | None) -> Any:
     options: dict[str, Any] = {"device_map": _device_map()} if on_gpu else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=trained if on_gpu else _dtype_on_cpu(Path(name)),
-            **({"revision": revision, "code_revision": revision} if revision else {}),
+            folder,
+            dtype=trained if on_gpu else _dtype_on_cpu(folder),
             trust_remote_code=result.trusts_code,
             **options,
         )
-    except (OSError, SafetensorError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{name}: its weights do not load: {said}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: its weights do not load: {first_line(error)}") from None
 
 
 def _device_map() -> Any:

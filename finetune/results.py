@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import step_of, steps_in, write_durably
-from finetune.errors import ConfigError, StorageError
+from finetune.checkpoints import step_of, steps_in, write_text
+from finetune.errors import CheckpointError, ConfigError, StorageError, first_line
 from finetune.failures import FILE as FAILURE_FILE
 from finetune.host_probe import versions
 from finetune.stopping import STOP_FILE
@@ -37,9 +37,10 @@ LOCK_FILE = ".in_use"
 COMPLETE_FILE = "RUN_COMPLETE"
 SECONDS_FOR_A_DYING_RUN = 15.0
 ADAPTER_CONFIG = "adapter_config.json"
-WEIGHTS = (ADAPTER_CONFIG, "config.json")
+MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
+VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")  # peft's names of these kinds of adapters
 # run.json alone is left by a run that never made a step: there is nothing in it to lose.
-MARKS_OF_A_RUN = (METRICS_FILE, *WEIGHTS, "trainer_state.json")
+MARKS_OF_A_RUN = (METRICS_FILE, *MODEL_CONFIGS, "trainer_state.json")
 _held: list[Any] = []
 
 
@@ -50,7 +51,7 @@ class Result:
     Attributes:
         folder: where the weights lie: an output_dir, or a checkpoint in one.
         run: run.json of the output_dir.
-        adapter: None for a full model, else peft's name of its kind: LORA, PREFIX_TUNING, PROMPT_TUNING.
+        adapter: None for a full model, else peft's name of its kind: LORA, PREFIX_TUNING, PROMPT_TUNING, ...
         is_trained: False for a model that no run of ours has left: it has no base to compare with.
     """
 
@@ -76,6 +77,11 @@ class Result:
         return bool(self.base["trusts_code"])
 
     @property
+    def has_virtual_tokens(self) -> bool:
+        """Whether the adapter stands in front of each conversation, and so moves the positions of its tokens."""
+        return self.adapter in VIRTUAL_TOKENS
+
+    @property
     def precision(self) -> str:
         """In which it was trained: bf16, fp16 or float32."""
         return self.run["precision"]
@@ -86,24 +92,48 @@ def read_result(folder: Path) -> Result:
 
     Raises:
         ConfigError: no such folder, no run.json, or no model yet; the message says what there is instead.
+        CheckpointError: an adapter whose config cannot be read.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder")
+    _check_is_folder(folder)
     output_dir = folder.absolute().parent if step_of(folder.absolute()) is not None else folder
     run = load_run(output_dir)
     missing = [key for key in ("model", "chat", "precision") if key not in run]
     if missing:
         raise ConfigError(f"{output_dir / RUN_FILE}: lacks {' and '.join(missing)}: written by an older version")
-    if not any((folder / name).is_file() for name in WEIGHTS):
+    if not holds_model(folder):
         steps = steps_in(output_dir)
         there = (
             f"name one of its checkpoints, the last is {output_dir}/checkpoint-{steps[0]}" if steps else "train first"
         )
         raise ConfigError(f"{folder}: holds no model: the run has not come to its end: {there}")
-    adapter = None
-    if (folder / ADAPTER_CONFIG).is_file():
-        adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    return Result(folder, run, adapter)
+    return Result(folder, run, _adapter_in(folder))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a model or an adapter was saved here, by whomever."""
+    return any((folder / name).is_file() for name in MODEL_CONFIGS)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a saved adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def _check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"{folder}: {found}: expected the output_dir of a training run")
+
+
+def _adapter_in(folder: Path) -> str | None:
+    """peft's name of the kind of adapter that a folder holds; None where it holds none."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: is not the config of an adapter: {first_line(error)}") from None
 
 
 def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
@@ -192,13 +222,8 @@ def write_run(folder: Path, facts: dict[str, Any]) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    path = folder / RUN_FILE
-    known = load_run(folder) if path.exists() else {}
-    text = json.dumps(_standard({**known, **facts}), ensure_ascii=False, indent=2, allow_nan=False)
-    try:
-        write_durably(path, text + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    text = json.dumps(_standard({**_known(folder), **facts}), ensure_ascii=False, indent=2, allow_nan=False)
+    write_text(folder / RUN_FILE, text + "\n")
 
 
 def _standard(value: Any) -> Any:
@@ -214,30 +239,43 @@ def load_run(folder: Path) -> dict[str, Any]:
     """Read `run.json`.
 
     Raises:
-        ConfigError: the folder holds none, or it is not JSON.
+        ConfigError: there is no such folder, it holds no run.json, or that is not a JSON object.
     """
+    _check_is_folder(folder)
     path = folder / RUN_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{folder}: holds no {RUN_FILE}: expected the output_dir of a training run") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    if not isinstance(run, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(run).__name__}")
+    return run
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """run.json; empty where the folder holds none yet."""
+    return load_run(folder) if (folder / RUN_FILE).is_file() else {}
 
 
 def run_id(folder: Path) -> str | None:
     """The id of the run in this folder, None where there is none."""
-    return load_run(folder).get("run_id") if (folder / RUN_FILE).is_file() else None
+    return _known(folder).get("run_id")
 
 
 def last_checkpoint(folder: Path) -> int | None:
     """The step of the last checkpoint that the run in this folder has finished; None where it has not finished one."""
-    return load_run(folder).get("last_checkpoint") if (folder / RUN_FILE).is_file() else None
+    return _known(folder).get("last_checkpoint")
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the run in this folder has come to its end."""
-    return bool((folder / RUN_FILE).is_file() and load_run(folder).get("completed"))
+    return bool(_known(folder).get("completed"))
 
 
 def mark_complete(folder: Path, run: str) -> None:
@@ -246,11 +284,7 @@ def mark_complete(folder: Path, run: str) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    path = folder / COMPLETE_FILE
-    try:
-        write_durably(path, run + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    write_text(folder / COMPLETE_FILE, run + "\n")
 
 
 def forget_ending(folder: Path) -> None:
@@ -268,7 +302,7 @@ def forget_ending(folder: Path) -> None:
 
 def resumptions(folder: Path) -> list[dict[str, Any]]:
     """How often, and from where, the run in this folder has gone on."""
-    return load_run(folder).get("resumed", []) if (folder / RUN_FILE).is_file() else []
+    return _known(folder).get("resumed", [])
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
@@ -276,7 +310,7 @@ def starts(folder: Path) -> list[dict[str, Any]]:
 
     `ended` and `how` (complete, or stopped by what) are None where nobody could write them: it is running, or failed.
     """
-    return load_run(folder).get("starts", []) if (folder / RUN_FILE).is_file() else []
+    return _known(folder).get("starts", [])
 
 
 def new_start(step: int) -> dict[str, Any]:

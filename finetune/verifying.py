@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters import is_adapter, verify_saved
+from finetune.adapters import verify_saved
 from finetune.errors import CheckpointError
 from finetune.model import torch_dtype
 from finetune.opening import free_memory, open_whole
+from finetune.results import is_adapter
 
 # Relative; the second for 16-bit weights, whose sums differ from one device or order of summing to another.
 TOLERANCES = {"float32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}

@@ -44,9 +44,8 @@ LINE = (
         "terminal",
         "verifying",
     },
-    {"loss_parts", "opening"},
+    {"adapters", "loss_parts", "opening"},
     {
-        "adapters",
         "agreeing",
         "attention",
         "cluster",

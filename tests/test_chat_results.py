@@ -68,5 +68,5 @@ def test_a_result_and_its_base_answer_in_turn(train, tiny_model, kind, tmp_path)
     with pytest.raises(ConfigError, match="its base .*nowhere is not there: name the folder it lies in"):
         with open_result(read_result(output), base_name=str(tmp_path / "nowhere"), only_base=True).base():
             pass
-    with pytest.raises(CheckpointError, match="holds other weights"):
+    with pytest.raises(CheckpointError, match="holds other weights" if kind == "lingowhale" else "holds no weights"):
         open_result(read_result(output), base_name=str(output), only_base=True)

@@ -137,12 +137,13 @@ from finetune.errors import CheckpointError, own_process, reported
 
 libc = ctypes.CDLL(None)
 libc.__cxa_atexit(libc.abort, None, None)  # as the destructor of a thread that still runs does
-with own_process(), reported():
+with {order}:
     atexit.register(print, "handlers of Python have run")
-    {}
+    {ending}
 """
 
 
+@pytest.mark.parametrize("order", ["own_process(), reported()", "reported(), own_process()"])
 @pytest.mark.parametrize(
     ("ending", "status"),
     [
@@ -153,8 +154,9 @@ with own_process(), reported():
         ("pass", -signal.SIGABRT),
     ],
 )
-def test_a_failed_process_ends_with_its_own_status_and_not_with_that_of_a_destructor(ending, status):
-    done = subprocess.run([sys.executable, "-c", ABORTS_AT_ITS_END.format(ending)], capture_output=True, text=True)
+def test_a_failed_process_ends_with_its_own_status_and_not_with_that_of_a_destructor(ending, status, order):
+    program = ABORTS_AT_ITS_END.format(order=order, ending=ending)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
     assert done.returncode == status, done.stderr
     assert "handlers of Python have run" in done.stdout

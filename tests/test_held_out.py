@@ -164,10 +164,9 @@ def test_what_is_shown(trained, files, capsys, monkeypatch):
     evaluated(folder, files, "--worst", 2)
     shown = capsys.readouterr().out
     assert "the tuned model" in shown.casefold() and "(95 %:" in shown
-    assert "Rows with the largest loss" in shown and "⟦" in shown and "From Tidepool." in shown or "answer" in shown
+    assert "Rows with the largest loss" in shown and "⟦" in shown and "answer 1" in shown
     (section,) = [one for one in sections(folder) if one.title == "Held-out conversations"]
     assert section.tables[0].head[0] == "" and len(section.tables[0].rows) == 6
-    assert set(section.bars["all rows"]) == {"base", "tuned"}
 
 
 def test_faults_come_before_the_model(trained, files, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from finetune.errors import CheckpointError, ConfigError, StorageError
 from finetune.merging import pieces as pieces_of
 from finetune.merging.shards import in_shards
 from finetune.merging.stored import StoredTensors
+from finetune.model import weights_fingerprint
 from finetune.results import read_result
 
 SHARD = 20_000  # bytes: several files of a tiny model
@@ -42,8 +43,9 @@ def adapt(model, **options):
 
 
 def merged(result, target: Path, **options):
-    plan = merging.plan_merge(result, base_name=options.pop("base_name", None), dtype=options.pop("dtype", None))
-    return merging.merge(plan, target, shard_bytes=options.pop("shard_bytes", SHARD), **options)
+    base_name, dtype = options.pop("base_name", None), options.pop("dtype", None)
+    plan = merging.plan_merge(result, target, base_name=base_name, dtype=dtype)
+    return merging.merge(plan, shard_bytes=options.pop("shard_bytes", SHARD), **options)
 
 
 def opened(folder: Path, **options):
@@ -262,16 +264,10 @@ def test_weights_that_are_not_whole_are_refused(harm, lora, tmp_path):
     else:
         path.write_bytes(b"")
     run = json.loads((tmp_path / "output/run.json").read_text())
-    run["model"]["weights"] = merging_fingerprint(tmp_path / "base")
+    run["model"]["weights"] = weights_fingerprint(str(tmp_path / "base"))
     (tmp_path / "output/run.json").write_text(json.dumps(run))
     with pytest.raises(CheckpointError, match="cannot be read|holds no weights"):
         merged(read_result(tmp_path / "output"), tmp_path / "merged")
-
-
-def merging_fingerprint(folder: Path):
-    from finetune.model import weights_fingerprint
-
-    return weights_fingerprint(str(folder))
 
 
 # ---- what lies beside the weights
@@ -281,6 +277,8 @@ def test_the_folder_is_a_model_that_serves(lora, tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
     (tmp_path / "base/LICENSE").write_text("of the base")
+    # As published bases have it; transformers reads this, and refuses to save it.
+    (tmp_path / "base/generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')
 
     merged(lora, tmp_path / "merged")
 
@@ -295,6 +293,8 @@ def test_the_folder_is_a_model_that_serves(lora, tmp_path):
     assert card.startswith("---\nlibrary_name: transformers") and "3.0000 -> 2.0000" in card and "lora adapter" in card
     assert (folder / "LICENSE").read_text() == "of the base"
     run = json.loads((folder / "run.json").read_text())
+    with_temperature = json.loads((folder / "generation_config.json").read_text())
+    assert (with_temperature["temperature"], with_temperature["eos_token_id"]) == (0.6, 2), "as the base has it"
     assert run["merged"]["from"] == str(tmp_path / "output")
     assert read_result(folder).adapter is None
 
@@ -313,12 +313,11 @@ from finetune.results import read_result
 from finetune import merging
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-result = read_result(Path(sys.argv[1]))
-small = merging.merge(merging.plan_merge(read_result(Path(sys.argv[2])), base_name=None, dtype=None),
-                      Path(sys.argv[2]) / "merged", shard_bytes=10**6, proves=False)
+def plan(folder):
+    return merging.plan_merge(read_result(folder), folder / "merged", base_name=None, dtype=None)
+merging.merge(plan(Path(sys.argv[2])), shard_bytes=10**6, proves=False)
 before = peak()
-merged = merging.merge(merging.plan_merge(result, base_name=None, dtype=None), Path(sys.argv[1]) / "merged",
-                       shard_bytes=16 * 2**20, proves=False)
+merged = merging.merge(plan(Path(sys.argv[1])), shard_bytes=16 * 2**20, proves=False)
 print(peak() - before, merged.size)
 """
 

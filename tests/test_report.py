@@ -22,7 +22,7 @@ from finetune.evaluation.stored import HELD_OUT_FILE, store, versioned
 from finetune.failures import Failure
 from finetune.report import read_run, render_report, write_at_the_end
 from finetune.report.curves import MOST_POINTS, drawn, thinned
-from finetune.report.facts import against_the_plan, duration
+from finetune.report.outcome import against_the_plan, duration
 from finetune.tools import report
 
 SECTIONS = ("Answers", "Plan", "Data", "Rows", "Ledger", "Arguments")

@@ -5,7 +5,41 @@ from __future__ import annotations
 import pytest
 
 from finetune import results
-from finetune.errors import ConfigError
+from finetune.errors import CheckpointError, ConfigError
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "holds no run.json: expected the output_dir"),
+        (b"{", "run.json, line 1: not JSON"),
+        (b"\xff", "run.json: not UTF-8 at byte 0"),
+        (b"[]", "run.json: expected a JSON object, found list"),
+        (b"{}", "run.json: lacks model and chat and precision"),
+    ],
+)
+def test_a_folder_that_is_no_runs_is_refused_with_what_it_is_instead(content, complaint, tmp_path):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=complaint):
+        results.read_result(tmp_path)
+
+
+@pytest.mark.parametrize("read", [results.read_result, results.load_run])
+def test_what_is_no_folder_is_said_to_be_none(read, tmp_path):
+    (tmp_path / "data.json").touch()
+    with pytest.raises(ConfigError, match="data.json: is a file: expected the output_dir of a training run"):
+        read(tmp_path / "data.json")
+    with pytest.raises(ConfigError, match="nowhere: there is no such folder: expected the output_dir"):
+        read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_an_adapter_whose_config_is_broken_is_not_taken_for_a_full_model(content, tmp_path):
+    results.write_run(tmp_path, {"model": {}, "chat": {}, "precision": "bf16"})
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="adapter_config.json: is not the config of an adapter"):
+        results.read_result(tmp_path)
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from finetune.chatting.conversation import Chat
-from finetune.chatting.voices import BASE, TUNED, Voices
+from finetune.chatting.voices import Voices
 from finetune.chatting.words import as_markdown
 from finetune.generation import Sampling
+from finetune.opening import BASE, TUNED
 
 SECONDS_BETWEEN_UPDATES = 0.05
 WAITING, NOTHING = "…", "∅"  # an answer that has not begun, and one that was empty

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TextIO
 
 from finetune.chatting.conversation import Chat
 from finetune.chatting.voices import Voices
+from finetune.console import say_note_aside
 from finetune.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ def answer_once(voices: Voices, chat: Chat, question: str, *, as_json: bool) -> 
         if not as_json:
             print(flush=True)
         if not answering.ended:
-            print(f"note: cut off at {len(answering.ids):,} tokens, see --max_new_tokens", file=sys.stderr)
+            say_note_aside(f"cut off at {len(answering.ids):,} tokens, see --max_new_tokens")
     if as_json:
         said = {name: {"answer": one.text, "ended": one.ended, "tokens": len(one.ids)} for name, one in answers.items()}
         print(json.dumps(said if len(said) > 1 else said[voices.names[0]], ensure_ascii=False))

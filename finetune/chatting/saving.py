@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_durably
+from finetune.checkpoints import write_text
 from finetune.conversations import Turn, as_row
-from finetune.errors import ConfigError, StorageError
+from finetune.errors import ConfigError
 
 ROLES = {"human", "model", "system"}
 
@@ -39,10 +39,7 @@ def save_conversation(path: Path, turns: Sequence[Turn]) -> int:
         new = f"{text.rstrip().removesuffix(']').rstrip()},\n{line}\n]\n"
     else:
         new = f"[\n{line}\n]\n"
-    try:
-        write_durably(path, new)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    write_text(path, new)
     return len(rows) + 1
 
 

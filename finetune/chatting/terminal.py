@@ -14,10 +14,11 @@ from finetune.chatting.conversation import Chat
 from finetune.chatting.lines import COMMANDS, Command, help_lines, read_message
 from finetune.chatting.saving import save_conversation
 from finetune.chatting.screen import SideBySide, nothing_echoed, printable, show_answer
-from finetune.chatting.voices import BASE, TUNED, Voices
+from finetune.chatting.voices import Voices
 from finetune.conversations import Turn
 from finetune.errors import FinetuneError
 from finetune.generation import Answering, is_busy
+from finetune.opening import BASE, TUNED
 
 NO_SYSTEM = "-"
 

@@ -9,9 +9,7 @@ from typing import Any
 
 from finetune.conversations import Turn
 from finetune.generation import GREEDY, Answerer, Answering, Sampling
-from finetune.opening import Opened
-
-TUNED, BASE = "tuned", "base"
+from finetune.opening import BASE, TUNED, Opened
 
 
 @dataclass

@@ -14,10 +14,11 @@ from typing import Any
 
 from finetune.chatting.conversation import Chat
 from finetune.chatting.page import Page, Session
-from finetune.chatting.voices import BASE, Voices
+from finetune.chatting.voices import Voices
 from finetune.chatting.words import CHINESE, ENGLISH, as_markdown
 from finetune.errors import ConfigError, FinetuneError
 from finetune.generation import Sampling
+from finetune.opening import BASE
 
 ONLY_HERE = ("127.0.0.1", "localhost", "::1")
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]

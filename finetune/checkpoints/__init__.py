@@ -28,6 +28,7 @@ from finetune.checkpoints.manifest import (
     read_manifest,
     write_durably,
     write_manifest,
+    write_text,
 )
 from finetune.checkpoints.masters import MasterWeights
 from finetune.checkpoints.pickles import is_pickled, pickle_fault
@@ -64,4 +65,5 @@ __all__ = [
     "verify",
     "write_durably",
     "write_manifest",
+    "write_text",
 ]

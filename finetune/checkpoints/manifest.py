@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, StorageError
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -132,6 +132,18 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_durably`, of a file that its user knows.
+
+    Raises:
+        StorageError: the disk refused; what and where.
+    """
+    try:
+        write_durably(path, text)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -203,8 +203,9 @@ def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_row
 
 def _opened(folder: Path, sources: Sequence[Source], facts: dict[str, Any], data: str) -> PreparedData:
     os.utime(folder)  # so that old ones can be told from those in use
-    known = {name: value for name, value in facts["summary"].items() if name != "supervised_share"}
-    return PreparedData(folder, tuple(sources), Summary(**known), tuple(facts["said"]), tuple(facts["faults"]), data)
+    return PreparedData(
+        folder, tuple(sources), Summary.of(facts["summary"]), tuple(facts["said"]), tuple(facts["faults"]), data
+    )
 
 
 def _with_bar(batches: Iterator[Any], reader: ConversationReader, tally: Tally) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -46,6 +46,15 @@ class Summary:
     rows_by_source: dict[str, int]
     examples_by_source: dict[str, int]
 
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Summary:
+        """A summary out of its `facts`.
+
+        Raises:
+            TypeError: they are those of another version.
+        """
+        return cls(**{name: value for name, value in facts.items() if name != "supervised_share"})
+
     @property
     def supervised_share(self) -> float:
         """Learned tokens over all tokens, 0 to 1; 0 without tokens."""
@@ -55,18 +64,40 @@ class Summary:
         """The summary as plain JSON values."""
         return {**asdict(self), "supervised_share": round(self.supervised_share, 4)}
 
+    def described(self) -> list[tuple[str, str]]:
+        """The summary for a page: (label, text)."""
+        share = f"{self.supervised_share:.1%}"
+        rows = [
+            ("Rows", self._rows()),
+            ("Examples", f"{self.examples:,}, the longest {self.longest:,} tokens"),
+            ("Tokens", f"{self.tokens:,}, {self.supervised_tokens:,} of them learned ({share})"),
+        ]
+        if self.examples:
+            half, most, nearly_all = self.length_percentiles
+            rows.append(("Lengths", f"half have at most {half:,} tokens, 90 % {most:,}, 99 % {nearly_all:,}"))
+        if self.spelled:
+            rows.append(("Spelled", f"{self.spelled:,} rows spell a control token, which is read as plain text"))
+        return rows
+
+    def most_reasons(self) -> list[tuple[str, int]]:
+        """Why rows were not kept whole, and how many each time; the most frequent first."""
+        return sorted(self.reasons.items(), key=lambda one: -one[1])
+
+    def _rows(self) -> str:
+        counts = (f"{getattr(self, status):,} {status}" for status in ("kept", "cut", "split", "dropped"))
+        return f"{self.rows:,}: {', '.join(counts)}"
+
     def lines(self) -> list[str]:
         """The summary for a terminal, one fact a line."""
-        not_kept = [f"{self.cut:,} cut", f"{self.split:,} split", f"{self.dropped:,} dropped"]
         lines = [
-            f"rows      {self.rows:,}: {self.kept:,} kept, {', '.join(not_kept)}",
+            f"rows      {self._rows()}",
             f"tokens    {self.tokens:,} in {self.examples:,} examples, {self.supervised_share:.1%} of them learned",
         ]
         if self.examples:
             lines.append(self._lengths())
         if self.spelled:
             lines.append(f"spelled   {self.spelled:,} rows spell a control token; it is read as plain text")
-        most = sorted(self.reasons.items(), key=lambda one: -one[1])
+        most = self.most_reasons()
         lines += [f"  {count:>7,}  {reason}" for reason, count in most[:SHOWN_REASONS]]
         if len(most) > SHOWN_REASONS:
             rest = sum(count for _, count in most[SHOWN_REASONS:])

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ConfigError, listed
+from finetune.errors import ConfigError, first_line, listed
 from finetune.evaluation import lingowhale
-from finetune.evaluation.held_out import BASE, TUNED
-from finetune.opening import Opened
+from finetune.opening import BASE, TUNED, Opened
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 ON_A_CPU = 8  # questions that are asked together under --batch_size auto
@@ -108,14 +107,10 @@ def _load(harness: Any, manager: Any, job: Job, allow_code: bool, faults: list[s
 
 def _why(job: Job, error: Exception) -> str:
     needs = next((one.needs for one in lingowhale.BENCHMARKS if [one.task] == job.loaded), ())
-    reason = _first_line(error)
+    reason = first_line(error)[:300]
     if not needs:
         return f"its data or its code cannot be loaded: {reason}"
     return f"its data is not here ({reason}): get " + "; and ".join(map(lingowhale.how_to_get, needs))
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def _stay_here_without_a_hub() -> None:
@@ -183,7 +178,7 @@ def evaluate_benchmarks(
                         )
                     )
             except (AssertionError, ValueError) as error:  # a task that has no examples to put in front, for a start
-                raise ConfigError(f"--tasks {job.name}: lm-eval cannot ask it so: {_first_line(error)}") from error
+                raise ConfigError(f"--tasks {job.name}: lm-eval cannot ask it so: {first_line(error)[:300]}") from error
         return found
 
     found = {}

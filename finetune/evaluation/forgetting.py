@@ -10,9 +10,8 @@ from typing import Any
 
 from finetune.evaluation.asking import answers_of, scores_of
 from finetune.evaluation.comparing import exact_mcnemar, mean_interval
-from finetune.evaluation.held_out import BASE, TUNED, VIRTUAL
 from finetune.evaluation.suite import CATEGORIES, LANGUAGES, Question, is_right, load_questions
-from finetune.opening import Opened
+from finetune.opening import BASE, TUNED, Opened
 
 MAX_NEW_TOKENS = 24
 WRITTEN_TOGETHER, CHOSEN_TOGETHER = 32, 8
@@ -69,7 +68,7 @@ def ask(
     """All questions to one model, rendered as the training did."""
     from finetune.collation import pad_token_id
 
-    has_virtual_tokens = label == TUNED and opened.result.adapter in VIRTUAL
+    has_virtual_tokens = label == TUNED and opened.result.has_virtual_tokens
     written = [one for one in questions if one.is_written]
     chosen = [one for one in questions if not one.is_written]
     with bar(label, len(questions), " answers") as progress:

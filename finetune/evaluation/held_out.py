@@ -13,13 +13,10 @@ from finetune.dataset import PreparedData
 from finetune.errors import NumericsError
 from finetune.evaluation.comparing import perplexity, ratio_interval
 from finetune.evaluation.measuring import AnswerLoss, flat_rows, groups_of, measure
-from finetune.opening import Opened
+from finetune.opening import BASE, TUNED, Opened
 from finetune.ranks import gathered, num_ranks, this_rank
 from finetune.rendering import Example, TurnSpan
 from finetune.rendering.segments import speller
-
-VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING")
-TUNED, BASE = "tuned", "base"
 
 
 @dataclass
@@ -140,7 +137,7 @@ def losses_of(
     plain = examples.select_columns(["input_ids", "labels", "turn_spans"]).with_format(None)
 
     def run(model: Any, label: str) -> list[AnswerLoss]:
-        virtual = label == TUNED and opened.result.adapter in VIRTUAL
+        virtual = label == TUNED and opened.result.has_virtual_tokens
         with flat_rows(model, longest=max(lengths), has_virtual_tokens=virtual) as reason:
             if reason:
                 say(f"{label}: conversations are measured one by one: {reason}")

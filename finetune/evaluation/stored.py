@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_durably
+from finetune.checkpoints import write_text
 from finetune.errors import ConfigError, StorageError
 
 HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE = "evaluation.json", "benchmarks.json", "forgetting.json"
@@ -47,7 +47,6 @@ class Section:
 
     Attributes:
         verdict: sentences that stand above everything.
-        bars: {label: {"base": value, "tuned": value}} for a plot, with what the values are in `bars_of`.
     """
 
     title: str
@@ -55,8 +54,6 @@ class Section:
     tables: list[Table]
     rows: list[tuple[str, list[Row]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    bars_of: str = ""
-    bars: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def check_writable(folder: Path, name: str) -> None:
@@ -78,19 +75,13 @@ def versioned(document: dict[str, Any]) -> dict[str, Any]:
     return {"version": VERSION, **document}
 
 
-def store(folder: Path, name: str, document: dict[str, Any]) -> Path:
+def store(folder: Path, name: str, document: dict[str, Any]) -> None:
     """Write a document beside the result, whole or not at all.
 
     Raises:
         StorageError: the disk refused.
     """
-    path = folder / name
-    text = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False)
-    try:
-        write_durably(path, text + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
-    return path
+    write_text(folder / name, json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def load(folder: Path, name: str) -> dict[str, Any] | None:
@@ -142,12 +133,8 @@ def held_out_section(document: dict[str, Any]) -> Section:
         )
         if document[key]
     ]
-    bars = {
-        one["name"]: {model: one[model]["loss"] for model in ("base", "tuned") if model in one}
-        for one in document["groups"]
-    }
     table = Table("Loss per token", *_held_out_table(document["groups"]))
-    return Section("Held-out conversations", [document["verdict"]], [table], rows, notes, "loss per token", bars)
+    return Section("Held-out conversations", [document["verdict"]], [table], rows, notes)
 
 
 def _held_out_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -204,8 +191,7 @@ def benchmarks_section(document: dict[str, Any]) -> Section:
         for label, values in document["published"]["rows"].items():
             lines.append([label, *(_cell(values.get(name)) for name in names)])
         tables.append(Table(f"Beside the published rows ({document['published']['source']})", ["", *names], lines))
-    bars = {one["name"]: {model: one[model]["value"] for model in models if model in one} for one in document["scores"]}
-    return Section("Benchmarks", document["verdict"], tables, [], document["notes"], "score", bars)
+    return Section("Benchmarks", document["verdict"], tables, [], document["notes"])
 
 
 def _score(found: dict[str, Any] | None) -> str:
@@ -240,9 +226,8 @@ def forgetting_section(document: dict[str, Any]) -> Section:
                 f"{one['p']:.2g}",
             ]
         )
-    bars = {one["name"]: {"base": one["base"], "tuned": one["tuned"]} for one in document["groups"]}
     table = Table("What the base could do", head, rows)
-    return Section("Forgetting", document["verdict"], [table], [], document["notes"], "share right", bars)
+    return Section("Forgetting", document["verdict"], [table], [], document["notes"])
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], Section]] = {

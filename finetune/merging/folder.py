@@ -49,7 +49,8 @@ def write_generation_config(folder: Path, source: Path, stop_token_id: int) -> N
     if not known:
         found.eos_token_id = json.loads((source / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
     stop_at(found, stop_token_id)
-    found.save_pretrained(folder)
+    # Not `save_pretrained`, which refuses what many bases have: a temperature, and no word of sampling.
+    found.to_json_file(folder / "generation_config.json")
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, chat_format: ChatFormat) -> str | None:
@@ -122,9 +123,8 @@ def card_facts(result: Result) -> list[tuple[str, str]]:
     run, arguments = result.run, result.run["arguments"]
     data = run["data"]["summary"]
     zero = (run.get("deepspeed") or {}).get("zero_optimization", {}).get("stage")
-    tuned = {None: "all parameters"}.get(result.adapter, f"{(result.adapter or '').lower()} adapter, merged")
     facts = {
-        "Trained": tuned,
+        "Trained": f"{result.adapter.lower()} adapter, merged" if result.adapter else "all parameters",
         "Data": f"{data['rows']:,} conversations, {data['tokens']:,} tokens, {data['supervised_tokens']:,} learned",
         "Fingerprint of the data": run["data"]["fingerprint"],
         "Fingerprint of the base's weights": result.base["weights"] or result.base["fingerprint"],

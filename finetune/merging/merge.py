@@ -30,7 +30,9 @@ class Plan:
     """What will be merged.
 
     Attributes:
-        source: whose config, code and tokenizer apply: the base of an adapter, else the result itself.
+        target: the folder that will hold it.
+        source: whose config and code apply: the base of an adapter, else the result itself.
+        tokenizer: the result's.
         pieces: every tensor of the merged model.
         dtypes: in which each is written, and `usual` for most.
         unties: embeddings and head were one tensor, and are two.
@@ -38,7 +40,9 @@ class Plan:
     """
 
     result: Result
+    target: Path
     source: Path
+    tokenizer: Any
     pieces: list[Piece]
     dtypes: list[Any]
     usual: Any
@@ -61,24 +65,28 @@ class Merged:
     notes: tuple[str, ...]
 
 
-def plan_merge(result: Result, *, base_name: str | None, dtype: str | None) -> Plan:
-    """Find out what to merge, and everything that hinders it, without reading a weight.
+def plan_merge(result: Result, target: Path, *, base_name: str | None, dtype: str | None) -> Plan:
+    """Find out what to merge into the folder `target`, and everything that hinders it, without reading a weight.
 
     Args:
         base_name: where the base lies now, unless where it was.
         dtype: bf16, fp16 or float32; None: the precision of the training.
 
     Raises:
-        ConfigError: an adapter that is no weights; a base that is not there; a model stored quantized.
+        ConfigError: a target that holds something; an adapter that is no weights; a base that is not there; a model
+            stored quantized.
         CheckpointError: the checkpoint is not whole, the base another model, the adapter of another size.
     """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: exists and is not replaced: name another folder, or remove it")
     check_mergeable(result.adapter)
     if step_of(result.folder.absolute()) is not None:
         faults = checkpoints.verify(result.folder)
         if faults:
             raise CheckpointError(listed(faults, "fault"))
     source = result.folder if result.adapter is None else base_folder(result, base_name)
-    model = _empty_model(source, result)
+    tokenizer = load_tokenizer(result)
+    model = _empty_model(source, beside.rows_of(source, tokenizer), trusts_code=result.trusts_code)
     unties = False
     if result.adapter is not None:
         verify_saved(result.folder)
@@ -92,24 +100,23 @@ def plan_merge(result: Result, *, base_name: str | None, dtype: str | None) -> P
         pieces, origin = plain_pieces(StoredTensors(result.folder), model), str(result.folder)
     wanted = torch_dtype(dtype or result.precision)
     usual = _usual_dtype(pieces)
-    return Plan(result, source, pieces, [stored_dtype(one, wanted, usual) for one in pieces], wanted, unties, origin)
+    dtypes = [stored_dtype(one, wanted, usual) for one in pieces]
+    return Plan(result, target, source, tokenizer, pieces, dtypes, wanted, unties, origin)
 
 
-def merge(plan: Plan, target: Path, *, shard_bytes: int, proves: bool = True) -> Merged:
-    """Write the merged model to `target`, whole or not at all.
+def merge(plan: Plan, *, shard_bytes: int, proves: bool = True) -> Merged:
+    """Write the merged model, whole or not at all.
 
     Args:
         shard_bytes: of a file; about what is held in memory.
         proves: open it and compare its logits with those of what was trained, where memory allows.
 
     Raises:
-        ConfigError: `target` holds something.
         CheckpointError: what was written is not what was trained.
         StorageError: the disk is too small, or refused.
     """
-    _check_target(target, plan.size)
-    result = plan.result
-    tokenizer = load_tokenizer(result)
+    result, target, tokenizer = plan.result, plan.target, plan.tokenizer
+    _check_room(target, plan.size)
     chat_format = chat_format_of(result, tokenizer)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
@@ -151,17 +158,17 @@ def _proven(plan: Plan, part: Path, chat_format: Any) -> str:
     return proof.compare(part, expected, rows, {_name_of(plan.usual), plan.result.precision}, trusts_code=trusts)
 
 
-def _empty_model(source: Path, result: Result) -> Any:
-    """The model with its vocabulary as in the training; each weight is one zero, seen as often as it has numbers."""
+def _empty_model(source: Path, rows: int, *, trusts_code: bool) -> Any:
+    """The model with so many rows of embeddings; each weight is one zero, seen as often as it has numbers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=result.trusts_code)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
     if getattr(config, "quantization_config", None):
         raise ConfigError(f"{source}: is stored quantized: merge into the model that it was made from")
-    config.get_text_config().vocab_size = beside.rows_of(source, load_tokenizer(result))
+    config.get_text_config().vocab_size = rows
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=result.trusts_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=torch.float32).expand(weight.shape)
@@ -169,9 +176,7 @@ def _empty_model(source: Path, result: Result) -> Any:
     return model
 
 
-def _check_target(target: Path, size: int) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: exists and is not replaced: name another folder, or remove it")
+def _check_room(target: Path, size: int) -> None:
     above = next(parent for parent in target.absolute().parents if parent.exists())
     free = shutil.disk_usage(above).free
     if free < size + ROOM_TO_SPARE:

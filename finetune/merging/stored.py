@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, first_line
+from finetune.model import weight_files
 
 # As safetensors writes them: https://github.com/huggingface/safetensors#format
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -88,18 +88,12 @@ class StoredTensors:
         try:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 def _files_of(folder: Path) -> list[Path]:
-    for index, single in (("model.safetensors", "model.safetensors"), ("pytorch_model.bin", "pytorch_model.bin")):
-        listing = folder / f"{index}.index.json"
-        if listing.is_file():
-            names = sorted(set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise CheckpointError(f"{folder}: {missing[0]} is not there, and {listing.name} names it")
-            return [folder / name for name in names]
-        if (folder / single).is_file():
-            return [folder / single]
-    return []
+    files = weight_files(folder)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {missing[0]} is not there, and the index of its weights names it")
+    return files

@@ -10,9 +10,10 @@ from finetune.pages.files import PREVIEW, REPORT, check_replaceable, mark, write
 from finetune.pages.preview import Page, render_page
 from finetune.pages.rows import Card, Piece, Turn
 from finetune.pages.style import STYLE
-from finetune.pages.text import SHAPELESS, harmless, language, name_of, templates
+from finetune.pages.text import POLICY, SHAPELESS, harmless, language, name_of, templates
 
 __all__ = [
+    "POLICY",
     "PREVIEW",
     "REPORT",
     "SHAPELESS",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from finetune.pages.files import PREVIEW, mark
 from finetune.pages.rows import Card
 from finetune.pages.style import STYLE
-from finetune.pages.text import templates
+from finetune.pages.text import POLICY, templates
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,15 @@ class Page:
 
 def render_page(page: Page) -> str:
     """The page as one self-contained HTML document."""
-    return templates().from_string(PAGE).render(page=page, mark=mark(PREVIEW), style=STYLE)
+    template = templates().from_string(PAGE)
+    return template.render(page=page, title=page.title, mark=mark(PREVIEW), policy=POLICY, style=STYLE)
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{{ mark|safe }}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ page.title|harmless }}</title>
-<style>{{ style|safe }}</style>
-</head>
-<body>
+PAGE = """{% extends "frame" %}
+{% block page %}
 {% from "rows" import card, histogram, legend, not_kept, not_kept_count %}
-<input type="checkbox" id="mono" class="choice"><input type="checkbox" id="bare" class="choice">
 <div class="page">
-<h1><small>Conversations as the model reads them</small>{{ page.title|harmless }}</h1>
+<h1><small>Conversations as the model reads them</small>{{ title|harmless }}</h1>
 <section class="overview" aria-label="Summary">
 <dl>
 {% for label, value in page.facts %}
@@ -73,6 +62,5 @@ PAGE = """<!doctype html>
 {{ not_kept(page.not_kept) }}
 {% endif %}
 </div>
-</body>
-</html>
+{% endblock %}
 """

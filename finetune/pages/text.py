@@ -14,6 +14,26 @@ SHAPELESS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
     "|(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+"
 )
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# Of every page: `title`, `mark`, `policy` and `style`; two switches that the style reads; then its own block.
+FRAME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{{ mark|safe }}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="Content-Security-Policy" content="{{ policy|safe }}">
+<title>{{ title|harmless }}</title>
+<style>{{ style|safe }}</style>
+</head>
+<body{% if every is defined and every is not none %} data-every="{{ every }}"{% endif %}>
+<input type="checkbox" id="mono" class="choice"><input type="checkbox" id="bare" class="choice">
+{% block page %}{% endblock %}
+</body>
+</html>
+"""
 SCRIPTS = (("ja", "[\u3040-\u30ff]"), ("ko", "[\uac00-\ud7af]"), ("zh", "[\u3400-\u9fff]"))
 
 
@@ -27,7 +47,8 @@ def name_of(character: str) -> str:
 
 
 def templates(more: Mapping[str, str] | None = None) -> Any:
-    """The Jinja environment of all pages: what is not marked as safe is escaped; `rows` has the macros of `rows.py`.
+    """The Jinja environment of all pages: what is not marked as safe is escaped. `frame` is around each page, `rows`
+    has the macros of `rows.py`.
 
     `more` are templates of one page, by name.
     """
@@ -38,7 +59,7 @@ def templates(more: Mapping[str, str] | None = None) -> Any:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=DictLoader({"rows": ROWS, **(more or {})}),
+        loader=DictLoader({"frame": FRAME, "rows": ROWS, **(more or {})}),
     )
     environment.filters.update(
         harmless=harmless, between=_between, language=language, bars=bars, thousands="{:,}".format

@@ -1,7 +1,8 @@
 """The report of a run, or of several over each other: one page that stands alone, made from output folders alone.
 
-`reading` takes what the files say, `curves` and `facts` what is shown of it, `page` puts it together, `watching` keeps
-it up to date. A new section is a file read in `reading`, what to say of it in `facts`, and a place in `body.html`.
+`reading` takes what the files say, `curves`, `outcome` and `facts` what is shown of it, `page` puts it together,
+`watching` keeps it up to date. A new section is a file read in `reading`, what to say of it in `outcome` or `facts`,
+and a place in `body.html`.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from typing import Any
 
 from finetune import pages
 from finetune.errors import ConfigError
-from finetune.report import facts
+from finetune.report import facts, outcome
 from finetune.report.curves import drawn
 from finetune.report.reading import Run
 
 HERE = Path(__file__).resolve().parent
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+POLICY = f"{pages.POLICY}; img-src data: blob:; base-uri 'none'; form-action 'none'"
 PARTS = ("head", "body")
 
 
@@ -72,6 +72,7 @@ def context(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": runs,
         "title": title(runs),
         "facts": facts,
+        "outcome": outcome,
         "made": facts.made_at(),
         "answers": facts.answers(runs),
         "differing": facts.differences(runs) if len(runs) > 1 else [],

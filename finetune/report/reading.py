@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import failures, results
+from finetune import failures, numbers, results
 from finetune.answers import Answers, read_answers
 from finetune.errors import ConfigError
 from finetune.evaluation import FILES, Section, sections
@@ -18,7 +18,6 @@ from finetune.samples import read_samples
 
 State = Literal["complete", "failed", "stopped", "running", "unknown"]
 LISTED_ROWS = 100
-LOST_ROWS_FILE = "non_finite_rows.jsonl"
 GROUPS = ("loss_by_source", "loss_by_turn")
 
 
@@ -87,10 +86,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     """Read all that a report needs.
 
     Raises:
-        ConfigError: the folder holds no run.json, or it is not JSON.
+        ConfigError: the folder holds no run.json, or it is not a JSON object.
     """
     facts = results.load_run(folder)
-    facts = facts if isinstance(facts, dict) else {}
     lines, evaluations, unread = read_metrics(folder / results.METRICS_FILE)
     failure = failures.read(folder / failures.FILE)
     return Run(
@@ -105,7 +103,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         ledger=_read_ledger(folder / results.LEDGER_FILE),
         cards=read_samples(folder),
         answers=read_answers(folder, facts),
-        lost_rows=len(_lines_of(folder / LOST_ROWS_FILE)),
+        lost_rows=len(_lines_of(folder / numbers.ROWS_FILE)),
         found_out=_found_out(folder),
     )
 

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from finetune.arguments import DataArguments
-from finetune.chatting import BASE, TUNED, Chat, Terminal, Voices, answer_once, check_gradio, read_question, serve
+from finetune.chatting import Chat, Terminal, Voices, answer_once, check_gradio, read_question, serve
 from finetune.checkpoints import step_of
 from finetune.console import quiet_serving, say_aside
 from finetune.errors import ConfigError
 from finetune.generation import Sampling
-from finetune.opening import Opened, open_result, read_model
+from finetune.opening import BASE, TUNED, Opened, open_result, read_model
 from finetune.rendering import depends_on_reasoning
-from finetune.results import RUN_FILE, WEIGHTS, Result, read_result
+from finetune.results import RUN_FILE, Result, holds_model, read_result
 
 SUMMARY = "Talk with what a run has left: in a terminal, from a pipe, or in a browser (--web)."
 
@@ -101,7 +101,7 @@ def _read(options: ChatOptions) -> Result:
     """What the folder holds; a model without run.json answers as its own chat template says."""
     folder = Path(options.output).expanduser()
     of_a_run = step_of(folder.absolute()) is not None and (folder.absolute().parent / RUN_FILE).is_file()
-    if of_a_run or (folder / RUN_FILE).is_file() or not any((folder / name).is_file() for name in WEIGHTS):
+    if of_a_run or (folder / RUN_FILE).is_file() or not holds_model(folder):
         return read_result(folder)
     if options.base or options.compare or options.base_model:
         raise ConfigError(f"{folder}: has no {RUN_FILE}: which base it was trained from is not known: leave --base out")

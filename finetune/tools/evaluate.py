@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.arguments import EvaluateArguments, parse_for_evaluate
-from finetune.console import is_rank_0, quiet_libraries
+from finetune.console import is_rank_0, quiet_libraries, say_note_aside
 from finetune.errors import FinetuneError, own_process
 from finetune.evaluation import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE, stored
 from finetune.evaluation.conversations import prepare_held_out
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 def _measured(result: Result, chosen: EvaluateArguments, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The documents, by the name of their files; data and tasks are looked at before the model loads."""
     quiet_libraries()
-    prepared = prepare_held_out(result, data, _note) if data.get("data_path") else None
+    prepared = prepare_held_out(result, data, say_note_aside) if data.get("data_path") else None
     jobs = _find_jobs(chosen) if chosen.tasks else []
     import torch
 
@@ -75,7 +75,7 @@ def _measured(result: Result, chosen: EvaluateArguments, data: dict[str, Any]) -
             tokens_per_batch=chosen.tokens_per_batch,
             worst=chosen.worst,
             bar=_bar,
-            say=_note,
+            say=say_note_aside,
         )
     if jobs:
         from finetune.evaluation.benchmarks import evaluate_benchmarks
@@ -99,7 +99,9 @@ def _measured(result: Result, chosen: EvaluateArguments, data: dict[str, Any]) -
 def _find_jobs(chosen: EvaluateArguments) -> list[Any]:
     from finetune.evaluation.benchmarks import find_jobs
 
-    return find_jobs(chosen.tasks, num_fewshot=chosen.num_fewshot, allow_code=chosen.allow_code_execution, say=_note)
+    return find_jobs(
+        chosen.tasks, num_fewshot=chosen.num_fewshot, allow_code=chosen.allow_code_execution, say=say_note_aside
+    )
 
 
 def _show(result: Result, found: dict[str, dict[str, Any]], *, as_json: bool) -> None:
@@ -126,8 +128,3 @@ def _bar(label: str, total: int, unit: str = " tokens") -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=label, unit=unit, unit_scale=True, delay=2, disable=not is_rank_0())
-
-
-def _note(line: str) -> None:
-    if is_rank_0():
-        print(f"note: {line}", file=sys.stderr, flush=True)

@@ -43,14 +43,13 @@ def main(
     if dtype not in (None, "bf16", "fp16", "float32"):
         raise ConfigError(f"--dtype {dtype}: expected bf16, fp16 or float32")
     from finetune.merging import check_gguf, merge, plan_merge, write_gguf  # needs torch; --help does not
-    from finetune.opening import load_tokenizer
 
     quiet_libraries()
-    plan = plan_merge(result, base_name=base_model, dtype=dtype)
+    plan = plan_merge(result, folder, base_name=base_model, dtype=dtype)
     if gguf is not None:
-        check_gguf(plan.source, gguf, load_tokenizer(result))
+        check_gguf(plan.source, gguf, plan.tokenizer)
     say(f"merging {plan.origin}: {len(plan.pieces):,} tensors, {plan.size / 1e9:.2f} GB")
-    merged = merge(plan, folder, shard_bytes=shard_bytes, proves=check)
+    merged = merge(plan, shard_bytes=shard_bytes, proves=check)
     for note in merged.notes:
         say_note(note)
     say(f"{folder}: {merged.size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s; {merged.checked}")

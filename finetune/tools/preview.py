@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetune import pages
 from finetune.arguments import PreviewArguments, parse_for_preview
-from finetune.console import quiet_libraries
+from finetune.console import quiet_libraries, say_note_aside
 from finetune.dataset import PreparedData
 from finetune.errors import SHOWN_FAULTS, ConfigError
 from finetune.model import code_note
@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     sys.stdout.reconfigure(encoding="utf-8" if choice.json else None, errors="backslashreplace")
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
-        _note(code)
-    _, chat_format, prepared = prepare_data(model, data, say=_note)
+        say_note_aside(code)
+    _, chat_format, prepared = prepare_data(model, data, say=say_note_aside)
     in_segments = speller(chat_format)
     try:
         if choice.json:
@@ -60,10 +60,6 @@ def main(argv: Sequence[str]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough; what is still buffered must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def _as_json(rendering: Rendering) -> str:
@@ -176,21 +172,9 @@ def _show_row(terminal: Terminal, rendering: Rendering, in_segments: InSegments)
 
 def _page(found: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: InSegments) -> pages.Page:
     summary = prepared.summary
-    counts = f"{summary.kept:,} kept, {summary.cut:,} cut, {summary.split:,} split, {summary.dropped:,} dropped"
-    facts = {
-        **facts,
-        "Rows": f"{summary.rows:,}: {counts}",
-        "Examples": f"{summary.examples:,}, the longest {summary.longest:,} tokens",
-        "Tokens": f"{summary.tokens:,}, {summary.supervised_tokens:,} of them learned ({summary.supervised_share:.1%})",
-    }
-    if summary.examples:
-        half, most, nearly_all = summary.length_percentiles
-        facts["Lengths"] = f"half have at most {half:,} tokens, 90 % {most:,}, 99 % {nearly_all:,}"
-    if summary.spelled:
-        facts["Spelled"] = f"{summary.spelled:,} rows spell a control token, which is read as plain text"
     return pages.Page(
         title=_names(prepared),
-        facts=list(facts.items()),
+        facts=[*facts.items(), *summary.described()],
         lengths=summary.length_histogram,
         longest=summary.longest,
         shown=found.how,

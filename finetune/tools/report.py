@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import pages
 from finetune.answers import Answers, Prompt, make_answers, prompts_of, read_prompts, write_answers
+from finetune.console import quiet_libraries, say_note_aside
 from finetune.errors import ConfigError, FinetuneError
 from finetune.report import FILE, Run, read_run, write_report
 from finetune.report.watching import watch as keep_watching
@@ -86,11 +86,11 @@ def _answer(run: Run, asked: Sequence[Prompt], base_model: str | None) -> None:
     """Let base and result answer, or say why not: the rest of the report does not need it."""
     wanted = asked or prompts_of(run.cards, PROMPTS)
     if not wanted:
-        _note(f"no answers before and after: {run.folder} keeps no row to ask for: name some with --prompts FILE")
+        say_note_aside(
+            f"no answers before and after: {run.folder} keeps no row to ask for: name some with --prompts FILE"
+        )
         return
     from tqdm import tqdm
-
-    from finetune.console import quiet_libraries
 
     quiet_libraries()
     try:
@@ -98,8 +98,4 @@ def _answer(run: Run, asked: Sequence[Prompt], base_model: str | None) -> None:
             result = read_result(run.folder)
             write_answers(run.folder, result.run, make_answers(result, wanted, base_name=base_model, each=bar.update))
     except (FinetuneError, OSError) as error:
-        _note(f"no answers before and after: {error}")
-
-
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr, flush=True)
+        say_note_aside(f"no answers before and after: {error}")
