@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = 16 << 20
 REPEATS = 4
+ANSWER = "finetune measured "
 START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.allreduce import rank; rank()"
 
 
@@ -47,7 +49,8 @@ def main() -> None:
         process.stdin = None
         processes.append((own["rank"], process))
     deadline = time.monotonic() + order["seconds"]
-    print(json.dumps([_outcome(number, process, deadline) for number, process in processes]))
+    with ThreadPoolExecutor(len(processes)) as pool:  # all are read at once: NCCL_DEBUG=INFO fills a pipe
+        print(json.dumps(list(pool.map(lambda one: _outcome(*one, deadline), processes))))
 
 
 def _outcome(number: int, process: subprocess.Popen, deadline: float) -> dict[str, Any]:
@@ -57,11 +60,11 @@ def _outcome(number: int, process: subprocess.Popen, deadline: float) -> dict[st
         process.kill()
         process.wait()
         return {"rank": number, "error": "the ranks did not find each other in time"}
-    lines = said.splitlines()
-    if process.returncode or not lines:
+    answers = [line for line in said.splitlines() if line.startswith(ANSWER)]  # NCCL talks there, too
+    if process.returncode or not answers:
         reasons = [line for line in complained.splitlines() if line.strip()] or ["it said nothing"]
         return {"rank": number, "error": reasons[-1]}
-    return json.loads(lines[-1])
+    return json.loads(answers[-1].removeprefix(ANSWER))
 
 
 def rank() -> None:
@@ -97,7 +100,7 @@ def rank() -> None:
     seconds = (time.perf_counter() - began) / REPEATS
     share = 2 * (order["world_size"] - 1) / order["world_size"]
     facts = {"rank": order["rank"], "seconds": seconds, "bytes_per_second": BYTES / seconds * share}
-    print(json.dumps({**facts, **_device_facts(torch, device)}), flush=True)
+    print(ANSWER + json.dumps({**facts, **_device_facts(torch, device)}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -44,7 +44,7 @@ class Shell:
         """Of ssh: no questions, a limit to connect, `PDSH_SSH_ARGS_APPEND`, the port."""
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_TO_CONNECT}"]
         options += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
-        options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+        options += _words_of("PDSH_SSH_ARGS_APPEND")
         if self.port is not None:
             options += ["-p", str(self.port)]
         return options
@@ -53,6 +53,14 @@ class Shell:
         """The ssh command that runs `words` on a host, each arriving as it is; `sources`: after the venv's script."""
         first = f". {shlex.quote(self.venv_script)} && " if self.venv_script and sources else ""
         return ["ssh", *self.options(), host, f"{first}exec {shlex.join(words)}"]
+
+
+def _words_of(variable: str) -> list[str]:
+    given = os.environ.get(variable, "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise ConfigError(f"{variable}={given}: {error}: write it as a shell would read it") from None
 
 
 def is_here(host: str) -> bool:
@@ -111,8 +119,14 @@ def run_on(host: str, shell: Shell, command: Sequence[str], given: str, seconds:
     """Run a Python program on a host with `given` as its input; the JSON of its last line, or in words why not."""
     here = is_here(host)
     words = list(command) if here else shell.command(host, command)
+    environment = {**os.environ}
+    if here:  # how the user came here says nothing of the way between hosts
+        environment.pop("SSH_CONNECTION", None)
     try:
-        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            words, input=given, capture_output=True, timeout=seconds, env=environment,
+            encoding="utf-8", errors="replace",
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"did not answer within {seconds:g} s: does `ssh {host} true` come back?"
     except OSError as error:
@@ -200,8 +214,10 @@ def _faults(found: dict[str, Any], slots: int, first: dict[str, Any], name: str)
     return faults
 
 
-def meeting_place(answers: Mapping[str, dict[str, Any] | str]) -> tuple[str, int]:
-    """Address and free port of the first host, as the others reach it.
+def meeting_place(
+    answers: Mapping[str, dict[str, Any] | str], *, address: str = "", port: int | None = None
+) -> tuple[str, int]:
+    """Address and free port of the first host, as the others reach it; what the user has given counts.
 
     The way ssh came shows an address that works between two machines; the first word of `hostname -I`, which DeepSpeed
     takes, may be a container's bridge.
@@ -212,15 +228,18 @@ def meeting_place(answers: Mapping[str, dict[str, Any] | str]) -> tuple[str, int
     host, first = next(iter(answers.items()))
     if isinstance(first, str):
         raise ConfigError(f"{host}: {first}")
+    port = port or first["port"]
+    if address:
+        return address, port
     others = [one for one in answers.values() if not isinstance(one, str) and one is not first]
     seen = [first["route"][1]] if len(first["route"]) == 2 else []
     if not seen:  # the first host is this one: as the others saw it come
         seen = [one["route"][0] for one in others if one["route"]]
     usable = [one for one in seen if not _is_loopback(one)]
     if usable:
-        return usable[0], first["port"]
+        return usable[0], port
     if not others:
-        return "127.0.0.1", first["port"]
+        return "127.0.0.1", port
     raise ConfigError(f"{host}: no address is known under which the other hosts reach it: give --master_addr")
 
 
@@ -234,6 +253,11 @@ def interfaces_between(answers: Mapping[str, dict[str, Any] | str]) -> dict[str,
         names = [name for name, address in one["interfaces"].items() if address in own and not _is_loopback(address)]
         found |= {host: names[0]} if names else {}
     return found
+
+
+def in_brackets(host: str) -> str:
+    """A name or an address in front of a port or a path: one of IPv6 has colons of its own."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _is_loopback(address: str) -> bool:
@@ -328,8 +352,3 @@ class Local(Session):
     def _pass_on(self, source: Any, target: TextIO) -> None:
         for raw in source:
             say_for(self.host, raw.decode(errors="replace").rstrip("\n"), target)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    return host_probe.free_port()

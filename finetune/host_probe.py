@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import platform
+import random
 import re
 import shutil
 import socket
@@ -13,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +25,7 @@ SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 GPU_FACTS = ("name", "memory.total", "memory.used", "compute_cap", "driver_version")
 SECONDS_FOR_A_PROGRAM = 8
 SECONDS_BETWEEN_TRIES = 0.3
+PORTS, TRIES = range(10_000, 20_000), 50  # guards meet above them
 
 
 def probe(order: dict) -> dict:
@@ -84,7 +88,7 @@ def _memory() -> dict:
 def space(folder: Path) -> dict:
     """Where `folder` is or would be made: its nearest parent that exists, free bytes there, whether one may write."""
     folder = Path(os.path.abspath(folder))
-    there = next(one for one in (folder, *folder.parents) if one.exists())
+    there = next(one for one in (folder, *folder.parents) if os.path.exists(one))  # False, too, where none may look
     return {"at": str(there), "free": shutil.disk_usage(there).free, "writable": os.access(there, os.W_OK)}
 
 
@@ -106,7 +110,11 @@ def interfaces() -> dict:
 
 def locks(folder: Path) -> list:
     """Files that make torch wait for a build of an operator: (path, age in seconds)."""
-    return [(str(path), time.time() - path.stat().st_mtime) for path in folder.glob("**/lock")]
+    found = []
+    for path in folder.glob("**/lock"):
+        with suppress(FileNotFoundError):  # the build is done
+            found.append((str(path), time.time() - path.stat().st_mtime))
+    return found
 
 
 def remove(order: dict) -> dict:
@@ -120,13 +128,11 @@ def await_greetings(order: dict) -> dict:
 
     `port`, and a `key` that guests must know.
     """
-    with socket.socket() as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            door.bind(("", order["port"]))
-        except OSError as error:
-            return {"error": error.strerror, "came": []}
-        door.listen(128)
+    try:
+        door = _door(order["port"])
+    except OSError as error:
+        return {"error": os.strerror(error.errno), "came": []}
+    with door:
         came, deadline = [], time.monotonic() + order["seconds"]
         while len(came) < order["guests"] and (left := deadline - time.monotonic()) > 0:
             door.settimeout(left)
@@ -144,6 +150,17 @@ def await_greetings(order: dict) -> dict:
                 except OSError:  # somebody else's knock
                     continue
     return {"came": came}
+
+
+def _door(port: int) -> socket.socket:
+    """A listening socket for both kinds of addresses, as the ranks' own is; for IPv4 alone where there is no other."""
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # that one: IPv6 is switched off
+                raise
+    return socket.create_server(("", port), backlog=128)
 
 
 def greet(order: dict) -> dict:
@@ -209,6 +226,11 @@ def _mebibytes(text: str) -> int:
 
 
 def free_port() -> int:
+    """A port that nobody listens on; mostly below those that a system hands to connections of its own, one of which
+    could have it before a rank does."""
+    for port in random.sample(PORTS, TRIES):
+        if not is_taken(port):
+            return port
     with socket.socket() as probing:
         probing.bind(("", 0))
         return probing.getsockname()[1]

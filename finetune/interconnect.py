@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.cluster import ROOT, Shell, environment_of, on_all, run_on
+from finetune.cluster import ROOT, Shell, environment_of, in_brackets, on_all, run_on
 
 SECONDS_TO_MEET = 10
 SECONDS_TO_REDUCE = 60
@@ -26,8 +26,8 @@ class Ways:
 
 
 def find_ways(hosts: Sequence[str], shell: Shell, address: str, port: int) -> Ways:
-    """Let every host but the first connect to the first at the address and port where the ranks will meet."""
-    first, *others = hosts
+    """Let every host connect to the first at the address and port where the ranks will meet."""
+    first = hosts[0]
     key = secrets.token_hex(8)
     meeting = {"port": port, "key": key, "seconds": SECONDS_TO_MEET, "guests": len(hosts)}
     common = {"address": address, "port": port, "key": key, "seconds": SECONDS_TO_MEET - 2}
@@ -55,8 +55,8 @@ def find_ways(hosts: Sequence[str], shell: Shell, address: str, port: int) -> Wa
 
 def _unreachable(error: str, first: str, address: str, port: int) -> str:
     return (
-        f"does not reach {address}:{port} on {first}, where the ranks meet ({error}): open the port in the firewall "
-        "between them, or give the --master_addr of a network that joins all hosts"
+        f"does not reach {in_brackets(address)}:{port} on {first}, where the ranks meet ({error}): open the port in "
+        "the firewall between them, or give the --master_addr of a network that joins all hosts"
     )
 
 
@@ -87,7 +87,7 @@ def all_reduce(
     """Start all ranks of all hosts, as `finetune launch` would, and let them add up a few megabytes."""
     world_size = sum(map(len, slots.values()))
     order = {
-        "world_size": world_size, "address": address, "port": port, "backend": backend,
+        "world_size": world_size, "address": in_brackets(address), "port": port, "backend": backend,
         "seconds": SECONDS_TO_REDUCE,
     }  # fmt: skip
     orders, first_rank = {}, 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +80,7 @@ class Resumption:
         return {
             "step": self.manifest.step,
             "from": str(self.folder),
-            "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "at": results.now(),
             "changes": list(self.changes),
         }
 

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,19 +72,33 @@ def trained_shapes(model: Any) -> dict[str, list[int]]:
     }
 
 
-def checkpoint_bytes(model: Any, trained: Mapping[str, list[int]], *, share: float, only_model: bool) -> int:
-    """About what a checkpoint takes on a disk: the model twice (transformers' and DeepSpeed's), and for each trained
-    parameter a master copy and two moments in float32.
+def checkpoint_bytes(
+    model: Any, trained: Mapping[str, list[int]], *, stage: int | None, share: float, only_model: bool
+) -> int:
+    """About what a checkpoint takes on a disk: the model, and for each trained parameter a master copy and two moments
+    in float32. Below ZeRO-3 DeepSpeed keeps a copy of the model, too; one of the two copies has a tied head twice (see
+    `memory.disk`).
 
     Args:
         trained: whole shapes by name.
+        stage: of ZeRO, None without DeepSpeed.
         share: of the ranks whose files lie on this disk.
         only_model: without the state of the optimizer.
     """
+    has_adapter = hasattr(model, "peft_config")
+    saved = _size(one for one in model.parameters() if one.requires_grad or not has_adapter)
+    copies, tied = 0.0, 0
+    if stage in (0, 1, 2):
+        copies = 0.0 if only_model else saved * share
+        tied = _size(one for _, one in model.named_parameters(remove_duplicate=False)) - _size(model.parameters())
+        tied = 0 if only_model and has_adapter else tied
     count = sum(math.prod(shape) for shape in trained.values())
-    parameters = [one for one in model.parameters() if one.requires_grad or not hasattr(model, "peft_config")]
-    saved = sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in parameters)
-    return int(saved * (1 + share) + (0 if only_model else 12 * count * share))
+    return int(saved + copies + tied + (0 if only_model else 12 * count * share))
+
+
+def _size(parameters: Iterable[Any]) -> int:
+    """Bytes of whole parameters, partitioned ones (ZeRO-3) too."""
+    return sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in parameters)
 
 
 @dataclass
@@ -127,12 +141,12 @@ class Saver:
         def make() -> None:
             if not self.disk.is_writer:
                 return
+            self._remove_older(checkpoints.remove_unfinished)
             try:
-                checkpoints.remove_unfinished(self.output_dir)
                 if folder.exists() or folder.is_symlink():
                     aside = checkpoints.set_aside(folder, "before")
                     say(f"{folder} was there before this run came to it: renamed to {aside.name}")
-                free = shutil.disk_usage(self.output_dir).free
+                free = self._free()
                 if free < self.needed:
                     raise StorageError(self._no_space(step, free))
                 checkpoints.mark_as_unfinished(folder, run_id, step)
@@ -186,7 +200,8 @@ class Saver:
         self.last_size = sum(files[name].size for name in manifest.names_for(self.disk.ranks))
         self.newest = folder
         if self.disk.is_writer:
-            self._rotate(manifest.run_id, (step, *keep_also))
+            options = {"run_id": manifest.run_id, "keep": self.keep, "keep_also": (step, *keep_also)}
+            self._remove_older(checkpoints.rotate, **options)
         return manifest
 
     @contextmanager
@@ -217,7 +232,7 @@ class Saver:
 
     def _first_failure(self) -> tuple[str, str, int] | None:
         """What the lowest rank that failed says, on which host, and how many bytes were free there; all ranks."""
-        free = shutil.disk_usage(self.output_dir).free
+        free = self._free()
         everyone = gathered((self.failures, self._where(), free))
         return next(((failures[0], host, free) for failures, host, free in everyone if failures), None)
 
@@ -232,11 +247,13 @@ class Saver:
         except OSError as error:
             raise StorageError(f"{folder}{self._where()}: {error.strerror}: it is not a checkpoint") from None
 
-    def _rotate(self, run_id: str, keep_also: tuple[int, ...]) -> None:
+    def _remove_older(self, remove: Callable[..., Any], **options: Any) -> None:
+        """Whether there is room is another question: what cannot be removed now, because somebody reads it over NFS,
+        can be at the next save."""
         try:
-            checkpoints.rotate(self.output_dir, run_id=run_id, keep=self.keep, keep_also=keep_also)
+            remove(self.output_dir, **options)
         except OSError as error:
-            say(f"an older checkpoint in {self.output_dir} could not be removed: {error}")
+            say(f"an older checkpoint in {self.output_dir}{self._where()} could not be removed: {error}")
 
     def _give_up(self, folder: Path, step: int) -> None:
         reason, host, _ = self._first_failure() or ("", "", 0)
@@ -245,8 +262,15 @@ class Saver:
                 checkpoints.remove_checkpoint(folder)
             except OSError as error:
                 say(f"{folder}{self._where()} is not whole and could not be removed: {error.strerror}")
-        free = min(gathered(shutil.disk_usage(self.output_dir).free))
+        free = min(gathered(self._free()))
         raise StorageError(f"{reason}{host}: {self._no_space(step, free)}; what it had written was removed")
+
+    def _free(self) -> int:
+        """Bytes; 0 where the disk does not answer: the others wait for this rank's word."""
+        try:
+            return shutil.disk_usage(self.output_dir).free
+        except OSError:
+            return 0
 
     def _no_space(self, step: int, free: int) -> str:
         kept = f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
@@ -270,11 +294,6 @@ def _is_of_writing(error: Exception) -> bool:
 def new_run_id() -> str:
     """When it began, and a number that no other run has."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
-
-
-def now() -> str:
-    """Local time with its offset, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def recording_engine(saver: Saver) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.cluster import ROOT, Shell, is_here
+from finetune.cluster import ROOT, Shell, in_brackets, is_here
 from finetune.errors import ConfigError, FinetuneError, StorageError, listed
 
 # What a clone makes by itself, or holds for its owner alone.
@@ -89,10 +89,12 @@ def send(wanted: Sequence[Parcel], shell: Shell, say: Callable[[str], None], wor
         raise StorageError(listed(faults, "fault"))
 
 
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+
+
 def _make_folder(host: str, folder: Path, shell: Shell) -> None:
-    done = subprocess.run(
-        shell.command(host, ["mkdir", "-p", str(folder)], sources=False), capture_output=True, text=True
-    )
+    done = _run(shell.command(host, ["mkdir", "-p", str(folder)], sources=False))
     if done.returncode:
         raise StorageError(f"{folder}: {(done.stderr.strip().splitlines() or ['mkdir failed'])[-1]}")
 
@@ -103,15 +105,10 @@ def _copy(parcel: Parcel, shell: Shell, stamp: str) -> None:
     command += ["--rsh", shlex.join(["ssh", *shell.options()])]
     is_folder = parcel.path.is_dir()
     source = f"{parcel.path}/" if is_folder else str(parcel.path)
-    target = f"{_for_rsync(parcel.host)}:{parcel.path if is_folder else parcel.path.parent}/"
-    done = subprocess.run([*command, source, target], capture_output=True, text=True)
+    target = f"{in_brackets(parcel.host)}:{parcel.path if is_folder else parcel.path.parent}/"
+    done = _run([*command, source, target])
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"rsync ended with status {done.returncode}"]
         telling = next((line for line in lines if "not found" in line or "No space" in line), lines[0])
         hint = ": apt-get install rsync there" if "not found" in telling else ""
         raise StorageError(f"{parcel.path}: {telling}{hint}")
-
-
-def _for_rsync(host: str) -> str:
-    """An IPv6 address stands in brackets."""
-    return f"[{host}]" if ":" in host else host

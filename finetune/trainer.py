@@ -32,8 +32,8 @@ from finetune.losses import supervised_loss
 from finetune.metrics import ModelFlops, StepMeter, peak_memory_bytes
 from finetune.numbers import ROWS_FILE, Count, check_weights, finite_or_none, is_of_the_least_scale
 from finetune.ranks import gathered
-from finetune.results import METRICS_FILE, library_versions, write_run
-from finetune.saving import Lineage, Saver, checkpoint_bytes, now, recording_engine, trained_shapes
+from finetune.results import METRICS_FILE, library_versions, now, write_run
+from finetune.saving import Lineage, Saver, checkpoint_bytes, recording_engine, trained_shapes
 from finetune.validation import HeldOut, best_of
 
 
@@ -77,7 +77,9 @@ class SupervisedTrainer(Trainer):
         self.trained = trained_shapes(self.model)
         lineage.check_trained(self.trained)
         share = len(lineage.disk.ranks) / self.args.world_size
-        size = checkpoint_bytes(self.model, self.trained, share=share, only_model=self.args.save_only_model)
+        size = checkpoint_bytes(
+            self.model, self.trained, stage=self._zero_stage(), share=share, only_model=self.args.save_only_model
+        )
         self.saver = Saver(Path(self.args.output_dir), lineage.disk, keep, size, self._manifest)
         self.meter = StepMeter()
         self.parts = LossParts(micro_batches.cells.sources, self.args.device)
@@ -99,9 +101,9 @@ class SupervisedTrainer(Trainer):
         )
         return StepEnd(self, Path(self.args.output_dir) / ROWS_FILE, own_time)
 
-    def _zero_stage(self) -> int:
+    def _zero_stage(self) -> int | None:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return 0 if plugin is None else plugin.zero_stage
+        return None if plugin is None else plugin.zero_stage
 
     def _share_rows(self) -> None:
         """Groups of ranks share each row: Ulysses exchanges its tokens for attention heads around our own attention.

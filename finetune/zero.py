@@ -204,7 +204,7 @@ def _settle_precision(
             config[precision] = {"enabled": True}
         elif isinstance(section, dict):
             value = section.get("enabled", False)
-            if value in (AUTO, wanted) or (value is False and wanted is False):
+            if value in (AUTO, wanted):
                 section["enabled"] = wanted
             elif value is True and command.precision_was_replaced:
                 section["enabled"] = False

@@ -7,17 +7,16 @@ command, which has tests of its own.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import random
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from finetune.host_probe import free_port
 
 LIMIT_SECONDS = 300  # a run may have to compile an operator first
 _context = multiprocessing.get_context("forkserver")
@@ -34,15 +33,6 @@ class Outcome:
     @property
     def succeeded(self) -> bool:
         return all(status == 0 for status in self.statuses)
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below those that the system hands to connections of its own."""
-    while True:
-        port = random.randrange(10_000, 20_000)
-        with socket.socket() as probing, contextlib.suppress(OSError):
-            probing.bind(("127.0.0.1", port))
-            return port
 
 
 def train(folder: Path, argv: Sequence[str], world_size: int = 2) -> Outcome:

@@ -101,6 +101,10 @@ def damaged_in_every_way() -> dict:
     def shard(folder: Path) -> Path:
         return next(folder.glob("global_step*/*.pt"))
 
+    def wrong(folder: Path, **values: object) -> None:
+        path = folder / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
     def cut(path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -120,6 +124,10 @@ def damaged_in_every_way() -> dict:
             ),
             "model.safetensors has been changed",
         ),
+        "a step of another": (lambda folder: wrong(folder, step=7), "it is of step 7: give the folder its name"),
+        "a rank too few": (lambda folder: wrong(folder, loss_since_log=[0.5]), "its ranks do not add up"),
+        "no ranks": (lambda folder: wrong(folder, disks=[0, 1]), "its ranks do not add up"),
+        "no weights": (lambda folder: wrong(folder, trained=None), "trained is None"),
         "a folder instead": (
             lambda folder: ((folder / "latest").unlink(), (folder / "latest").mkdir()),
             "latest is missing",
@@ -303,6 +311,16 @@ def test_names_put_together_on_the_stack_are_refused_too(tmp_path):
 def test_archives_that_torch_save_does_not_write_are_refused(tmp_path, data, name, more, said):
     zipped(tmp_path / "a.pt", data, name, more)
     assert said in checkpoints.pickle_fault(tmp_path / "a.pt")
+
+
+def test_an_archive_that_no_program_wrote_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    zipped(path, pickle.dumps({"step": 1}))
+    whole = path.read_bytes()
+    central = whole.index(b"PK\x01\x02")
+    for place, value in ((central + 8, 1), (central + 10, 8), (central + 10, 99)):  # encrypted, deflated, unknown
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        assert str(path) in (checkpoints.pickle_fault(path) or "")
 
 
 def test_a_pickle_outside_an_archive_is_refused(tmp_path):

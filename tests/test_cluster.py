@@ -67,7 +67,7 @@ def test_a_machine_under_two_names_is_named_with_both():
 
 
 def test_a_port_is_taken_while_somebody_listens_there():
-    port = cluster.free_port()
+    port = host_probe.free_port()
     assert not host_probe.is_taken(port)
     with socket.create_server(("", port)):
         assert host_probe.is_taken(port)
@@ -81,6 +81,7 @@ def test_ranks_meet_where_ssh_came_and_not_at_a_loopback():
     assert cluster.meeting_place({"a": FACTS, "b": there}) == ("10.0.0.5", 4000)
     assert cluster.meeting_place({"a": here, "b": there}) == ("10.0.0.9", 4000)
     assert cluster.meeting_place({"a": here}) == ("127.0.0.1", 4000)
+    assert cluster.meeting_place({"a": here, "b": there}, address="ib0.node0", port=29500) == ("ib0.node0", 29500)
     with pytest.raises(ConfigError, match="give --master_addr"):
         cluster.meeting_place({"a": here, "b": {**there, "route": ["127.0.0.1", "127.0.0.1"]}})
 
@@ -109,6 +110,7 @@ printf '%s\\n' "$*" >> {tmp_path}/words
 case "$*" in
   *" refuses "*) echo "ssh: connect to host refuses port 22: Connection refused" >&2; exit 255;;
   *" hangs "*) exec sleep 60;;
+  *" foreign "*) printf '\\273\\266\\323\\255' >&2; printf '\\273\\266\\323\\255\\n'; exit 0;;
   *" chatty "*) echo Welcome; exit 0;;
   *" nopython "*) echo "sh: python: not found" >&2; exit 127;;
   *) for last; do :; done; exec sh -c "$last";;
@@ -125,7 +127,7 @@ def test_each_host_says_what_it_has_or_why_it_did_not_answer(ssh, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.json").write_text("[]")
     began = time.monotonic()
-    hosts = ["answers", "refuses", "hangs", "chatty", "nopython"]
+    hosts = ["answers", "refuses", "hangs", "chatty", "foreign", "nopython"]
     answers = cluster.ask(hosts, cluster.Shell(2222, None), ["a b.json", "hf_secretvalue", "nothing"])
     assert time.monotonic() - began < 15
     found = answers["answers"]
@@ -134,9 +136,21 @@ def test_each_host_says_what_it_has_or_why_it_did_not_answer(ssh, tmp_path, monk
     assert "Connection refused" in answers["refuses"] and "`ssh refuses` fails" in answers["refuses"]
     assert "did not answer within 5 s" in answers["hangs"]
     assert "something else than asked for" in answers["chatty"]
+    assert "something else than asked for" in answers["foreign"]  # a banner that is no UTF-8
     assert "cannot be run there" in answers["nopython"]
     words = ssh.read_text()
     assert "-p 2222" in words and "BatchMode=yes" in words and "hf_secretvalue" not in words
+
+
+def test_how_a_user_came_to_this_machine_is_no_way_between_hosts(monkeypatch):
+    monkeypatch.setenv("SSH_CONNECTION", "203.0.113.7 50000 198.51.100.1 22")
+    assert cluster.ask(["localhost"], cluster.Shell(None, None), [])["localhost"]["route"] == []
+
+
+def test_options_of_ssh_that_no_shell_would_read_are_named(monkeypatch):
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-o 'ProxyJump=bastion")
+    with pytest.raises(ConfigError, match="^PDSH_SSH_ARGS_APPEND=-o 'ProxyJump=bastion: No closing quotation"):
+        cluster.Shell(None, None).options()
 
 
 def test_ssh_that_is_missing_is_said(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import pytest
 import ranks
 
 from finetune.failures import Failure
+from finetune.guard import child
 from finetune.guard import hub as hub_room
 from finetune.guard.hub import Hub, Limits, Member, Place
 from finetune.guard.wire import Wire, candidate_ports, listen
@@ -132,6 +134,12 @@ def test_a_host_that_vanished_is_blamed_where_the_others_only_heard_of_it(hub, m
     assert len(verdict.also) == 2
 
 
+def test_a_rank_that_a_launcher_ended_is_not_blamed_for_one_that_vanished(hub, monkeypatch):
+    hub.report(Failure(kind="died", rank=1, host="b", signal=15, error="rank 1 on b ended without a word: signal 15"))
+    hub.members[2].wire.close()
+    assert (settled(hub, monkeypatch).kind, hub.verdict.host) == ("lost", "c")
+
+
 def test_a_rank_with_a_reason_of_its_own_is_blamed_whoever_vanished_after_it(hub, monkeypatch):
     hub.report(Failure(kind="exception", rank=1, host="b", error="ValueError: out of range"))
     hub.members[2].wire.close()
@@ -153,6 +161,76 @@ def test_only_those_with_the_key_are_let_in():
     assert set(hub.members) == {1} and hub.members[1].host == "b"
     for one in (stranger, friend, twin, hub.members[1].wire.connection, hub.listening):
         one.close()
+
+
+@pytest.mark.parametrize(
+    "said", [b"{}\n{}\n", b'{"hello": "x"}\n', b"[" * 100_000 + b"\n", b'{"hello": {"key": "key"}}\n']
+)
+def test_a_stranger_that_talks_nonsense_is_sent_away(said):
+    hub = Hub(order(3), "key")
+    with socket.create_connection(("127.0.0.1", hub.listening.getsockname()[1])) as stranger:
+        stranger.sendall(said)
+        stranger.settimeout(0.02)
+        for _ in range(200):
+            hub.hear()
+            with contextlib.suppress(TimeoutError):
+                assert stranger.recv(100) == b""
+                break
+        assert hub.members == {} and hub.strangers == []
+    hub.listening.close()
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    """That of rank 1, which has this process for its rank; nothing is written, nothing is ended."""
+    made = child.Guard({**order(2), "rank": 1, "local_rank": 1, "process": os.getpid(), "key": "key"}, b"")
+    yield made
+    os.close(made.pidfd)
+
+
+def test_a_guard_whose_hub_is_gone_does_not_blame_an_echo(guard):
+    near, far = socket.socketpair()
+    guard.wire = Wire(near)
+    far.close()
+    guard.wire.receive()
+    guard._take({"failure": Failure("exception", "RuntimeError: Connection reset by peer", rank=1).to_json()})
+    assert (guard.verdict.kind, guard.verdict.rank, guard.verdict.host) == ("lost", 0, "a")
+
+
+def test_a_guard_whose_hub_is_gone_still_says_what_its_own_rank_did(guard):
+    near, far = socket.socketpair()
+    guard.wire = Wire(near)
+    far.close()
+    guard.wire.receive()
+    guard._take({"failure": Failure("exception", "ValueError: out of range", rank=1).to_json()})
+    assert (guard.verdict.kind, guard.verdict.rank) == ("exception", 1)
+
+
+def test_a_rank_0_that_never_answers_is_missed_in_time(guard, monkeypatch):
+    """A firewall that drops packets: each try takes its second, eight of them longer than a suspension would."""
+    clock = [time.monotonic()]
+
+    def drop(*_, timeout: float):
+        clock[0] += timeout
+        raise TimeoutError
+
+    monkeypatch.setattr(child.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(child.socket, "create_connection", drop)
+    began = clock[0]
+    while guard.verdict is None and clock[0] < began + 200:
+        clock[0] += 0.25
+        guard._excuse_suspension()
+        guard._hear_hub()
+    assert guard.verdict.kind == "missing" and clock[0] - began < 100
+
+
+def test_the_newest_checkpoint_is_none_that_was_set_aside(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-12", "checkpoint-4.later-20260101-101010"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-12":
+            (tmp_path / name / "manifest.json").touch()
+    assert child._newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert child._newest_checkpoint(str(tmp_path / "none")) == child._newest_checkpoint(None) == ""
 
 
 def test_a_port_that_is_taken_is_passed_over():

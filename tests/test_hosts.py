@@ -80,7 +80,11 @@ def test_a_host_has_its_own_name_processes_and_network(nodes):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--deepspeed", "zero2", *LORA), ("--deepspeed", "zero3")], ids=["lora-zero2", "full-zero3"]
+    "flags",
+    [
+        pytest.param(("--deepspeed", "zero2", *LORA), id="lora-zero2", marks=pytest.mark.faults),
+        pytest.param(("--deepspeed", "zero3"), id="full-zero3"),
+    ],
 )
 def test_two_hosts_give_the_losses_of_two_ranks_on_one(nodes, launch, tmp_path, tiny_model, conversation_file, flags):
     named = ("--model_name_or_path", tiny_model, "--data_path", conversation_file, *SHORT, *flags)

@@ -103,11 +103,6 @@ def test_hosts_whose_own_name_is_a_loopback_find_each_other(job, tmp_path, three
         job.completed(job.start(*FLAGS))
 
 
-def test_a_machine_that_stands_in_the_hostfile_twice_is_named(job, three_nodes):
-    job.write_hostfile("node0 slots=1", "node1 slots=1", f"node1{hosts.ALIAS} slots=1")
-    refused(job, f"node1{hosts.ALIAS}: is the same machine as node1: one line with the slots of both")
-
-
 def test_a_port_that_is_taken_is_named_before_anything_starts(job, three_nodes):
     with listening(three_nodes[0], 29877):
         refused(job, "node0: --master_port 29877 is taken", launcher=("--master_port=29877",))

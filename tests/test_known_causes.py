@@ -18,7 +18,7 @@ from finetune.arguments import DoctorArguments, known_flags
 from finetune.failures import (
     Failure,
     first_of,
-    is_consequence,
+    is_echo,
     likely_cause,
     page,
 )
@@ -130,7 +130,7 @@ def test_what_a_rank_says_whose_partner_was_killed_is_an_echo(tmp_path, deed, vi
     assert ranks[1 - victim].returncode == 1
     trace = outputs[1 - victim]
     message = re.findall(r"^(?:\[rank\d\]: )?([\w.]+(?:Error|Exception): .*)", trace, re.MULTILINE)[-1]
-    assert is_consequence(message), message
+    assert is_echo(Failure("exception", message)), message
     survivor = at(1.0, said(message, traceback=trace), 1 - victim)
     assert likely_cause(survivor).title == "another rank ended first"
     killed = at(1.4, died(9, phase="step", step=1), victim)
@@ -154,7 +154,7 @@ def test_what_a_rank_says_whose_partner_was_killed_is_an_echo(tmp_path, deed, vi
     ],
 )
 def test_other_echoes(text):
-    assert is_consequence(text)
+    assert is_echo(Failure("exception", text))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_other_echoes(text):
     ],
 )
 def test_what_is_no_echo(text):
-    assert not is_consequence(text)
+    assert not is_echo(Failure("exception", text))
 
 
 def test_the_first_is_the_one_that_is_no_echo_within_a_second():

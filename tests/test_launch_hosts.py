@@ -92,7 +92,14 @@ def test_two_hosts_train_with_arguments_as_they_are_and_no_secret_is_seen(start,
     assert SECRET not in seen
 
 
-@pytest.mark.parametrize("victim", ["--local_rank=0", "deepspeed.launcher.launch", "import agent"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        pytest.param("--local_rank=0", marks=pytest.mark.faults),
+        pytest.param("deepspeed.launcher.launch", marks=pytest.mark.faults),
+        "import agent",
+    ],
+)
 def test_what_dies_on_the_second_host_ends_the_first_and_nothing_else(start, nodes, tmp_path, victim):
     bystander = subprocess.Popen(nodes[0].command(["sleep", "300"], Path("/")))
     run = start(*FLAGS)
@@ -115,7 +122,7 @@ def test_what_dies_on_the_second_host_ends_the_first_and_nothing_else(start, nod
     nodes[0].end_processes()
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_a_rank_that_is_stopped_is_found_and_named(start, nodes, tmp_path, number):
     run = start(*FLAGS, "--step_timeout", "8")
     until(run, "step 5/")
@@ -128,6 +135,7 @@ def test_a_rank_that_is_stopped_is_found_and_named(start, nodes, tmp_path, numbe
     assert left_behind(nodes) == []
 
 
+@pytest.mark.faults
 def test_a_host_whose_network_goes_is_lost_and_its_ranks_end_too(start, nodes, tmp_path):
     run = start(*FLAGS, "--step_timeout", "60")
     until(run, "step 5/")
@@ -163,23 +171,6 @@ def test_a_launch_that_is_killed_takes_everything_with_it(start, nodes):
     run.communicate(timeout=LIMIT_SECONDS)
     assert run.returncode != 0
     assert left_behind(nodes) == []
-
-
-def test_hosts_that_differ_are_named_before_anything_starts(start, nodes, tmp_path):
-    private = tmp_path / "data dir"
-    mount = nodes[1].command(["mount", "-t", "tmpfs", "tmpfs", private], Path("/"))
-    subprocess.run(mount, check=True)
-    try:
-        (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\nnode7 slots=1\n")
-        began = time.monotonic()
-        run = start(*FLAGS)
-        said, _ = run.communicate(timeout=LIMIT_SECONDS)
-        assert run.returncode == 2 and time.monotonic() - began < 20, said
-        assert "node1: data dir/rows.json is missing" in said and "node7: " in said
-        assert "nothing was started" in said and "Traceback" not in said
-        assert not (tmp_path / "output").exists()
-    finally:
-        subprocess.run(nodes[1].command(["umount", private], Path("/")), check=True)
 
 
 def test_a_hostfile_that_leaves_one_other_host_trains_there(start, nodes, tmp_path):

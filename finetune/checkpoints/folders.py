@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.checkpoints.files import faults
-from finetune.checkpoints.manifest import MANIFEST_FILE, SAVING_FILE, read_manifest, sync_folder, write_durably
+from finetune.checkpoints.manifest import MANIFEST_FILE, NAME, SAVING_FILE, read_manifest, sync_folder, write_durably
 from finetune.errors import CheckpointError
 
-NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 # Before its mark lies in it, and after that is gone, a folder has a name that nobody takes for a checkpoint's.
 COMING_OR_GOING = re.compile(r"\.checkpoint-\d+\.(coming|going)")
 
@@ -77,14 +76,17 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def remove_unfinished(output_dir: Path) -> list[Path]:
-    """Remove what saves that did not finish have left behind."""
+    """Remove what saves that did not finish have left behind.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    for one in output_dir.iterdir() if output_dir.is_dir() else ():
+        if COMING_OR_GOING.fullmatch(one.name) and one.is_dir() and not one.is_symlink():
+            shutil.rmtree(one)
     left = [one for one in (checkpoint_folder(output_dir, step) for step in steps_in(output_dir)) if is_unfinished(one)]
     for folder in left:
         _remove(folder)
-    if output_dir.is_dir():
-        for one in output_dir.iterdir():
-            if COMING_OR_GOING.fullmatch(one.name) and one.is_dir() and not one.is_symlink():
-                shutil.rmtree(one)
     return left
 
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from finetune.errors import CheckpointError, StorageError
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 SAVING_FILE = "saving.json"
+NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -98,22 +100,29 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
         manifest = Manifest(**values, files=files)
-        _check_types(manifest)
+        _check(manifest, folder)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a manifest: {error}") from None
     return manifest
 
 
-def _check_types(manifest: Manifest) -> None:
-    wanted = {"run_id": str, "step": int, "world_size": int, "step_rows": int, "facts": dict, "disks": list}
-    for name, kind in wanted.items():
-        if not isinstance(getattr(manifest, name), kind):
+def _check(manifest: Manifest, folder: Path) -> None:
+    """Raises: ValueError, with what does not fit."""
+    for name, hint in get_type_hints(Manifest).items():
+        if not isinstance(getattr(manifest, name), get_origin(hint) or hint):
             raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+    if len(manifest.loss_since_log) != manifest.world_size or not all(isinstance(one, list) for one in manifest.disks):
+        raise ValueError("its ranks do not add up")
+    match = NAME.fullmatch(folder.name)
+    if match and int(match[1]) != manifest.step:
+        raise ValueError(f"it is of step {manifest.step}: give the folder its name, or none of a checkpoint's")
     for name, record in manifest.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name} lies outside")
         if not isinstance(record.size, int) or not isinstance(record.xxh3_128, str):
             raise ValueError(f"{name} has no size or checksum")
+        if not isinstance(record.rank, int | None):
+            raise ValueError(f"{name} is of rank {record.rank!r}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,20 @@ def pickle_fault(path: Path) -> str | None:
         return f"{path} names {error}: a checkpoint must not bring code, and it was not loaded"
     except zipfile.BadZipFile:
         return f"{path} is not what torch.save writes: not a zip archive"
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except _UNREADABLE as error:
         return f"{path}: its pickle cannot be followed: {type(error).__name__}: {error}"
     return None
 
 
 class _Foreign(Exception):
     """A name that is not on the list."""
+
+
+# What `zipfile` and `pickle` raise at content that no program wrote; RuntimeError: encrypted, or nested too deeply.
+_UNREADABLE = (
+    pickle.UnpicklingError, zlib.error, EOFError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError,
+    RuntimeError, MemoryError,
+)  # fmt: skip
 
 
 class _Reader(pickle.Unpickler):

@@ -61,9 +61,13 @@ def convert(folder: Path, manifest: Manifest, target: Path) -> None:
         raise CheckpointError(
             f"{folder}: DeepSpeed could not convert it for another number of ranks: {said[-1] if said else 'no reason'}"
         )
-    for path in folder.iterdir():
-        if path.is_file() and path.suffix not in (".safetensors",):
-            shutil.copyfile(path, target / path.name)
+    try:
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, target / path.name)
+    except OSError as error:
+        why = f"it was to hold {folder.name} for another number of ranks"
+        raise StorageError(f"{target}: {error.strerror}: {why}") from None
     _check(target, converted, manifest)
 
 

@@ -6,7 +6,7 @@ Only the standard library is imported: a small process that watches the ranks, w
 from __future__ import annotations
 
 from finetune.failures.causes import Cause, likely_cause
-from finetune.failures.echoes import first_of, is_consequence
+from finetune.failures.echoes import first_of, is_echo
 from finetune.failures.page import page
 from finetune.failures.record import KINDS, PHASES, Failure
 from finetune.failures.stored import FILE, read, write
@@ -19,7 +19,7 @@ __all__ = [
     "Cause",
     "Failure",
     "first_of",
-    "is_consequence",
+    "is_echo",
     "likely_cause",
     "one_line",
     "page",

@@ -33,12 +33,6 @@ _DOWNLOAD = r"HTTPS?Connection|huggingface|urllib3?\b|requests\.exceptions"
 _COLLECTIVE = r"distributed_c10d\.py|deepspeed/comm/"
 
 
-def is_consequence(text: str) -> bool:
-    """Whether an error reads like the echo of another rank's death."""
-    found = re.search(_ECHO, text, re.IGNORECASE) is not None
-    return found and re.search(_DOWNLOAD, text, re.IGNORECASE) is None
-
-
 def first_of(failures: list[Failure]) -> Failure:
     """The failure that the others follow from.
 
@@ -52,13 +46,16 @@ def first_of(failures: list[Failure]) -> Failure:
         raise ValueError("there are no failures to choose from")
     ordered = sorted(failures, key=moment)
     near = [one for one in ordered if moment(one) <= moment(ordered[0]) + SECONDS_OF_ECHO]
-    return next((one for one in near if not _is_echo(one)), ordered[0])
+    return next((one for one in near if not is_echo(one)), ordered[0])
 
 
-def _is_echo(failure: Failure) -> bool:
-    """Its text is one; or a launcher that saw another rank end sent it SIGTERM; or it waits in a collective."""
+def is_echo(failure: Failure) -> bool:
+    """Whether another rank's death brought it about: it says so; or a launcher that saw another rank end sent it
+    SIGTERM; or it waits in a collective."""
     if failure.kind in ("died", "launcher") and failure.killed_by() == signal.SIGTERM:
         return True
     if failure.kind == "stuck":
         return re.search(_COLLECTIVE, failure.traceback) is not None
-    return failure.kind == "exception" and is_consequence(failure.error or failure.traceback[-2000:])
+    said = failure.error or failure.traceback[-2000:]
+    sounds_like_one = re.search(_ECHO, said, re.IGNORECASE) and not re.search(_DOWNLOAD, said, re.IGNORECASE)
+    return failure.kind == "exception" and bool(sounds_like_one)

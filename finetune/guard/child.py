@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -25,7 +26,7 @@ from typing import Any
 if __name__ == "__main__":  # run as a file, so that nothing but it is imported
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from finetune.failures import FILE, Failure, page, write
+from finetune.failures import FILE, Failure, is_echo, page, write
 from finetune.guard.hub import Hub, Limits, Member, Place, key_of
 from finetune.guard.launcher import parent_of, stat_of
 from finetune.guard.wire import PRINT_STACKS, Wire, candidate_ports
@@ -141,7 +142,8 @@ class Guard:
         elif self.wire and self.wire.is_open:
             self.wire.send(message)
         elif "failure" in message:
-            self._follow(Failure.from_json(message["failure"]))
+            failure = Failure.from_json(message["failure"])
+            self._follow(self._loss_of_the_hub() if self.wire and is_echo(failure) else failure)
 
     def _death(self) -> Failure:
         """What can be known of a process that ended without a word."""
@@ -184,6 +186,7 @@ class Guard:
         if self.wire is None:
             if self.gone_at is None and self.verdict is None:
                 self._connect()
+                self.last_tick = time.monotonic()  # to wait for an answer is no suspension
             limit = self.limits.meeting
             if self.wire is None and limit and now - self.started > limit + 15:
                 self._follow(
@@ -199,12 +202,11 @@ class Guard:
                 self._follow(Failure.from_json(message["end"]))
         silence = now - self.heard
         if self.bye is None and (silence > 30 or (not self.wire.is_open and silence > SECONDS_FOR_THE_HUB)):
-            self._follow(
-                self._failure(
-                    "lost", f"the guard of rank 0 at {self.order['address']} is gone", rank=0,
-                    host=(self.order["hosts"] or [None])[0], ranks=[0],
-                )
-            )  # fmt: skip
+            self._follow(self._loss_of_the_hub())
+
+    def _loss_of_the_hub(self) -> Failure:
+        error = f"the guard of rank 0 at {self.order['address']} is gone"
+        return self._failure("lost", error, rank=0, host=(self.order["hosts"] or [None])[0], ranks=[0])
 
     def _connect(self) -> None:
         for port in candidate_ports(self.order["address"], self.order["port"]):
@@ -303,10 +305,10 @@ def _ending(process: int) -> tuple[int | None, int | None]:
 
 
 def _newest_checkpoint(output_dir: str | None) -> str:
-    """The newest sealed one, "" where there is none."""
+    """The newest sealed one, "" where there is none. What was set aside (`checkpoint-8.later-...`) is none."""
     sealed = [path.parent for path in Path(output_dir).glob("checkpoint-*/manifest.json")] if output_dir else []
-    steps = {one.name.rpartition("-")[2]: one for one in sealed}
-    return str(steps[max(steps, key=int)]) if steps and all(map(str.isdigit, steps)) else ""
+    steps = {int(match[1]): one for one in sealed if (match := re.fullmatch(r"checkpoint-(\d+)", one.name))}
+    return str(steps[max(steps)]) if steps else ""
 
 
 def _out_of_memory_kills() -> int:

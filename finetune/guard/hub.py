@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from finetune.failures import PHASES, Failure, first_of, is_consequence, one_line
+from finetune.failures import PHASES, Failure, first_of, is_echo, one_line
 from finetune.guard.wire import Wire, candidate_ports, listen
 
 SECONDS_OF_SILENCE = 30.0  # behind which a host counts as lost
@@ -123,7 +123,7 @@ class Hub:
         """Take in what has arrived."""
         self._accept()
         for stranger in list(self.strangers):
-            for message in stranger.receive():
+            for message in stranger.receive()[:1]:  # whoever says more before the answer is no guard
                 self._welcome(stranger, message)
             if not stranger.is_open and stranger in self.strangers:
                 self.strangers.remove(stranger)
@@ -140,10 +140,11 @@ class Hub:
             self.strangers.append(Wire(connection))
 
     def _welcome(self, wire: Wire, message: dict[str, Any]) -> None:
-        hello = message.get("hello") or {}
-        rank = hello.get("rank")
+        hello = message.get("hello")
         self.strangers.remove(wire)
-        if hello.get("key") != self.key or rank in self.members or not 0 < (rank or 0) < self.world_size:
+        is_guard = isinstance(hello, dict) and hello.get("key") == self.key
+        rank = hello.get("rank") if is_guard else None
+        if rank is None or rank in self.members or not 0 < rank < self.world_size:
             wire.close()
             return
         self.members[rank] = Member(rank, str(hello.get("host")), wire)
@@ -191,7 +192,7 @@ class Hub:
             self._look_for_the_stuck()
         if self.verdict is None and self.first_sign is not None and now - self.first_sign >= SECONDS_TO_SETTLE:
             first = first_of(self.reported)
-            if is_consequence(first.error) and (gone := self._vanished()) is not None:
+            if is_echo(first) and (gone := self._vanished()) is not None:
                 self._lose(gone, "its connection ended")  # what the others only heard of
                 first = self.reported[-1]
             others = [one_line(one) for one in self.reported if one.error != first.error]

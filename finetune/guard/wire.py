@@ -85,7 +85,7 @@ class Wire:
         *lines, self._unread = self._unread.split(b"\n")
         try:
             return [message for message in map(json.loads, lines) if isinstance(message, dict)]
-        except ValueError:
+        except (ValueError, RecursionError):
             self.close()
             return []
 

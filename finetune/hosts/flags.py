@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from types import NoneType
@@ -62,6 +62,11 @@ class LauncherFlags:
     venv_script: str | None = _flag(None, "what activates the environment on other hosts")
     log_level: str = _flag("info", "how much it says", choices=("debug", "info", "warning", "error", "critical"))
     quiet: bool = _flag(False, "the same as --log_level error", "-q")
+
+    def typed(self, *, without: Container[str] = ()) -> list[str]:
+        """Those that were given, as words of a command line; `without` names those to leave out."""
+        kept = {name: value for name, value in self.given.items() if name not in without}
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in kept.items()]
 
 
 class _Parser(argparse.ArgumentParser):

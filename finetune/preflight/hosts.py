@@ -130,7 +130,8 @@ def examine_network(
     if sum(map(len, slots.values())) < 2:
         return
     first = next(iter(slots))
-    meeting = examination.attempt("network", lambda: _meeting(flags, answers))
+    given = {"address": flags.master_addr, "port": flags.given.get("master_port")}
+    meeting = examination.attempt("network", lambda: cluster.meeting_place(answers, **given))
     environment = examination.attempt("network", environment_of_ranks)
     if meeting is None or environment is None:
         return
@@ -159,14 +160,6 @@ def examine_network(
         text = f"{cluster.GLOO_INTERFACE} is not set: `deepspeed` may need it (--write_env); `finetune launch` sets it"
         examination.warn("network", text)
     facts["all_reduce"] = {"bytes_per_second": reduction.bytes_per_second, "ranks": reduction.ranks}
-
-
-def _meeting(flags: LauncherFlags, answers: Answers) -> tuple[str, int]:
-    given = flags.given.get("master_port")
-    if flags.master_addr:
-        return flags.master_addr, given or next(iter(answers.values()))["port"]
-    address, port = cluster.meeting_place(answers)
-    return address, given or port
 
 
 def _interface_of(address: str, interfaces: Mapping[str, str]) -> str | None:

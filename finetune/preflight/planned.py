@@ -39,9 +39,7 @@ class PlannedRun:
 
     def launch(self, script: str, words: Sequence[str]) -> list[str]:
         """The arguments of `finetune launch` that start the training on these hosts."""
-        given = {name: value for name, value in self.flags.given.items() if name != "module"}
-        launcher = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
-        return [*launcher, script, *words]
+        return [*self.flags.typed(without=("module",)), script, *words]
 
     def command(self) -> list[str]:
         """What a user types to start the run."""

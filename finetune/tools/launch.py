@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import cluster, stopping
+from finetune import cluster, host_probe, stopping
 from finetune.arguments import Arguments, parse
 from finetune.errors import ConfigError
 from finetune.failures import FILE, Failure, first_of, page, write
@@ -101,9 +101,8 @@ def start(
     script = ["--module"] if flags.module else []
     script += [flags.script, *words]
     if slots is None or flags.no_ssh:
-        port = flags.given.get("master_port") or cluster.free_port()
-        command = [*deepspeed(), *handed_on(flags), *_given(flags, "hostfile", "master_addr")]
-        command = [*command, f"--master_port={port}", *script]
+        port = flags.given.get("master_port") or host_probe.free_port()
+        command = [*deepspeed(), *handed_on(flags, "hostfile", "master_addr"), f"--master_port={port}", *script]
         show(command)
         return [Session(command, environment, hostfile=None, host=os.uname().nodename)]
     if flags.launcher.lower() != "pdsh":
@@ -156,11 +155,8 @@ def check_hosts(
             f"{hosts[0]}: --master_port {given_port} is taken: leave the flag out, and a free one is found; or end "
             f"what listens there (`ss -ltnp | grep {given_port}` shows it)"
         )
-    interfaces = cluster.interfaces_between(answers)
-    if flags.master_addr:
-        return flags.master_addr, given_port or first["port"], interfaces
-    address, port = cluster.meeting_place(answers)
-    return address, given_port or port, interfaces
+    address, port = cluster.meeting_place(answers, address=flags.master_addr, port=given_port)
+    return address, port, cluster.interfaces_between(answers)
 
 
 def deepspeed() -> list[str]:
@@ -169,17 +165,10 @@ def deepspeed() -> list[str]:
     return [sys.executable, str(script)] if script.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
-def handed_on(flags: LauncherFlags) -> list[str]:
-    """The user's own launcher flags, and less talk than by default."""
-    names = [name for name in flags.given if name not in (*NOT_HANDED_ON, "module")]
-    return _given(flags, *names) + ([] if {"log_level", "quiet"} & set(names) else ["--log_level=error"])
-
-
-def _given(flags: LauncherFlags, *names: str) -> list[str]:
-    given = {name: flags.given[name] for name in names if name in flags.given}
-    return [
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value is not False
-    ]
+def handed_on(flags: LauncherFlags, *also: str) -> list[str]:
+    """The user's own launcher flags, `also` some that are mostly kept back; and less talk than by default."""
+    without = {*NOT_HANDED_ON, "module"} - {*also}
+    return flags.typed(without=without) + ([] if flags.given.keys() & {"log_level", "quiet"} else ["--log_level=error"])
 
 
 def watch(parts: list[Any], signals: list[int]) -> None:
