@@ -47,13 +47,11 @@ def supervised_loss(
     return _ScaledCrossEntropySum.apply(logits.reshape(-1, logits.shape[-1]), targets, weights, scale, smoothing, each)
 
 
-@torch.no_grad()
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[target] of each target: float32 or wider [P], from logits [P, V], some rows at a time."""
+    """-log softmax(logits)[target] of each target, without a gradient: float32 or wider [P], from logits [P, V]."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     each = torch.empty(len(targets), dtype=wide, device=logits.device)
-    with torch.no_grad():
-        supervised_loss(logits, targets, scale=1.0, each=each)
+    supervised_loss(logits.detach(), targets, scale=1.0, each=each)
     return each
 
 
@@ -101,9 +99,9 @@ class _ScaledCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return (None if gradient is None else gradient.mul_(above).to(ctx.dtype)), None, None, None, None, None
+        return gradient.mul_(above).to(ctx.dtype), None, None, None, None, None
 
 
 def _room_for_gradient(logits: torch.Tensor) -> torch.Tensor:

@@ -35,10 +35,9 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
             groups[group].append(index)
             if not with_space[space]:
                 del with_space[space], spaces[at]
-        if left and left not in with_space:
+        if left not in with_space:
             insort(spaces, left)
-        if left:
-            with_space.setdefault(left, []).append(group)
+        with_space.setdefault(left, []).append(group)
     return groups
 
 

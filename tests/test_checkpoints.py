@@ -301,6 +301,8 @@ def test_names_put_together_on_the_stack_are_refused_too(tmp_path):
     ("data", "name", "more", "said"),
     [
         (b"cos\nsystem\n(S'true'\ntR.", "archive/data.pkl", (), "names os.system"),
+        (b"ctorch\nload\n(S'x'\ntR.", "archive/data.pkl", (), "names torch.load"),
+        (b"cevil\nByteStorage\n(tR.", "archive/data.pkl", (), "names evil.ByteStorage"),
         (pickle.dumps({}), "archive/data.pkl", (("other/data.pkl", pickle.dumps({})),), "2 data.pkl"),
         (pickle.dumps({}), "archive/data.pkl", (("archive/constants.pkl", b"x"),), "holds archive/constants.pkl"),
         (pickle.dumps({}), "archive/data.pkl", (("archive/code/__torch__.py", b"x"),), "holds archive/code"),

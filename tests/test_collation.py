@@ -69,7 +69,7 @@ def test_flat_rows_are_the_examples_behind_each_other(rows):
     assert batch["logits_to_keep"] is batch["target_positions"] or torch.equal(
         batch["logits_to_keep"], batch["target_positions"]
     )
-    assert "attention_mask" not in batch and batch["use_cache"] is False
+    assert not {"attention_mask", "targets_beside", "target_cells"} & {*batch} and batch["use_cache"] is False
 
 
 @given(examples())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune import losses
-from finetune.losses import supervised_loss
+from finetune.losses import supervised_loss, token_losses
 
 ROWS, VOCABULARY = 23, 50
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -39,8 +39,27 @@ def test_value_and_gradient_are_those_of_torch(dtype, smoothing, weighted):
     each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     reference = (each if weights is None else each * weights).sum() / 11
     (wanted,) = torch.autograd.grad(reference * 3, head)
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-6) and loss.dtype == logits.dtype
     assert (gradient - wanted).abs().max() <= TOLERANCE[dtype] * max(1, wanted.abs().max())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_loss_of_each_target_is_torch_s_and_leaves_the_logits_as_they_are(dtype, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 1)  # a vocabulary of which not one row fits: one row at a time
+    logits, targets = torch.randn(ROWS, VOCABULARY, dtype=dtype, requires_grad=True), torch.randint(VOCABULARY, (ROWS,))
+    before = logits.detach().clone()
+    wide = before if dtype == torch.float64 else before.float()
+    each = token_losses(logits, targets)
+    torch.testing.assert_close(each, F.cross_entropy(wide, targets, reduction="none"))
+    assert torch.equal(logits, before) and not each.requires_grad
+
+
+def test_a_gradient_that_float16_could_not_hold_survives_until_it_is_scaled_up():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(ROWS, VOCABULARY, dtype=torch.float16, requires_grad=True), torch.arange(ROWS)
+    (supervised_loss(logits * 1, targets, scale=2**-20) * 2**20).backward()
+    wanted = (logits.detach().float().softmax(-1) - F.one_hot(targets, VOCABULARY)).half()
+    torch.testing.assert_close(logits.grad, wanted, rtol=2e-3, atol=0)
 
 
 def test_targets_are_found_in_rows_flat_and_padded_behind_virtual_tokens():

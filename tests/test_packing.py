@@ -15,16 +15,34 @@ CAPACITY = 50
 lengths_up_to_capacity = st.lists(st.integers(1, CAPACITY), max_size=60)
 
 
+def longest_first(lengths: list[int]) -> list[int]:
+    return [index for _, index in sorted((-length, index) for index, length in enumerate(lengths))]
+
+
 def naive_best_fit(lengths: list[int]) -> list[list[int]]:
-    """The definition, by looking at every group for every length."""
+    """The definition, by looking at every group for every length; what was touched last stands last."""
+
+    def fill(group: list[int]) -> int:
+        return sum(lengths[index] for index in group)
+
     groups: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        taking = [group for group in groups if sum(group) + length <= CAPACITY]
-        if taking:
-            max(taking, key=sum).append(length)
+    for index in longest_first(lengths):
+        taking = [group for group in groups if fill(group) + lengths[index] <= CAPACITY]
+        fullest = [group for group in taking if fill(group) == max(map(fill, taking))]
+        chosen = fullest[-1] if fullest else []
+        groups = [group for group in groups if group is not chosen] + [[*chosen, index]]
+    return sorted(groups, key=lambda group: longest_first(lengths).index(group[0]))
+
+
+def naive_rectangles(lengths: list[int]) -> list[list[int]]:
+    groups: list[list[int]] = [[]]
+    for index in longest_first(lengths):
+        grown = [*groups[-1], index]
+        if len(grown) * lengths[grown[0]] <= CAPACITY:
+            groups[-1] = grown
         else:
-            groups.append([length])
-    return groups
+            groups.append([index])
+    return groups if lengths else []
 
 
 @given(lengths_up_to_capacity)
@@ -39,10 +57,10 @@ def test_every_length_is_in_one_group_and_no_group_overflows(lengths):
 
 
 @given(lengths_up_to_capacity)
-def test_it_is_best_fit_decreasing(lengths):
-    # Equally full groups are alike: which of them takes a length changes no fill.
-    fills = sorted(sum(lengths[i] for i in group) for group in best_fit_decreasing(lengths, CAPACITY))
-    assert fills == sorted(map(sum, naive_best_fit(lengths)))
+def test_they_are_what_their_definitions_say(lengths):
+    """To the last index, and in this order: a run that goes on with another version meets the same groups."""
+    assert best_fit_decreasing(lengths, CAPACITY) == naive_best_fit(lengths)
+    assert rectangles(lengths, CAPACITY) == naive_rectangles(lengths)
 
 
 @given(lengths_up_to_capacity)

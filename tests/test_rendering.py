@@ -174,6 +174,32 @@ def test_a_template_that_cannot_be_followed_is_refused_by_name(golden_tokenizer,
         render(TemplateFormat(golden_tokenizer, template, "test"), ("human", "ab"), ("model", "cd"))
 
 
+def test_a_python_backed_tokenizer_is_held_to_the_same_rules():
+    from byte_code import ByteTokenizer
+
+    template = "{% for m in messages %}{{ '<pad>' + m.content }}{% endfor %}"
+    turns = ("human", "ab"), ("model", "cd")
+    (example,) = render(TemplateFormat(ByteTokenizer(), template + "</s>", "test"), *turns).examples
+    assert example.labels[-4:] == [IGNORE_INDEX, 10 + ord("c"), 10 + ord("d"), 2]
+    with pytest.raises(DataError, match="ends a turn only with a token that opens turns"):
+        render(TemplateFormat(ByteTokenizer(), template + "<pad>", "test"), *turns)
+    with pytest.raises(DataError, match="ends turn 1 with no control token"):
+        render(TemplateFormat(ByteTokenizer(), template + "!", "test"), *turns)
+
+
+@pytest.mark.parametrize("marker", ["<human>", ""], ids=["by anchors", "by offsets"])
+def test_a_tokenizer_that_encodes_a_chat_in_its_own_way_is_refused(golden_tokenizer, marker):
+    class Own(type(golden_tokenizer)):
+        def apply_chat_template(self, *arguments, **options):
+            made = super().apply_chat_template(*arguments, **options)
+            return made if options.get("tokenize") is False else [*made, 2]
+
+    template = "{% for m in messages %}{{ '" + marker + "' + m.content }}</s>{% endfor %}"
+    own = Own(tokenizer_object=golden_tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>")
+    with pytest.raises(DataError, match="encodes a chat in another way than it encodes the chat's text"):
+        render(TemplateFormat(own, template, "test"), ("human", "ab"), ("model", "cd"))
+
+
 @pytest.mark.parametrize("name", ["lingowhale", "chatml"])
 class TestWhatIsLearned:
     turns = (("human", "a"), ("model", "one"), ("human", "b"), ("model", "two"), ("human", "c"), ("model", "three"))
