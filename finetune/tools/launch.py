@@ -106,9 +106,10 @@ def start(
         command = [*command, f"--master_port={port}", *script]
         show(command)
         return [Supervised(command, environment, hostfile=None, host=os.uname().nodename)]
-    if flags.launcher.lower() != "pdsh":
+    if flags.launcher.lower() != "pdsh" or flags.launcher_args:
+        asked = f"--launcher_args {flags.launcher_args}" if flags.launcher_args else f"--launcher {flags.launcher}"
         raise ConfigError(
-            f"--launcher {flags.launcher}: finetune launch reaches hosts over ssh by itself: leave the flag out, or "
+            f"{asked}: finetune launch reaches hosts over ssh by itself: leave the flag out, or "
             "use the deepspeed command, without supervision"
         )
     shell = cluster.Shell(flags.ssh_port, flags.venv_script)

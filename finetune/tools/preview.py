@@ -13,8 +13,8 @@ from pathlib import Path
 from finetune import pages
 from finetune.arguments import PreviewArguments, parse_for_preview
 from finetune.console import quiet_libraries
-from finetune.dataset import PreparedData
-from finetune.errors import SHOWN_FAULTS, ConfigError
+from finetune.dataset import PreparedData, check_usable
+from finetune.errors import SHOWN_FAULTS, ConfigError, DataError
 from finetune.model import code_note
 from finetune.preparing import prepare_data
 from finetune.rendering import Rendering
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         _note(code)
     tokenizer, chat_format, prepared = prepare_data(model, data, say=_note)
+    _note_what_training_refuses(prepared, data.max_dropped_rows)
     in_segments = speller(tokenizer, chat_format)
     try:
         if choice.json:
@@ -63,6 +64,14 @@ def main(argv: Sequence[str]) -> None:
 
 def _note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+def _note_what_training_refuses(prepared: PreparedData, max_dropped_rows: float) -> None:
+    for rows in filter(None, (prepared, prepared.evaluation)):
+        try:
+            check_usable(rows, max_dropped_rows)
+        except DataError as error:
+            _note(f"training would refuse this data: {error}")
 
 
 def _as_json(rendering: Rendering) -> str:
