@@ -94,12 +94,13 @@ def test_what_a_run_writes_is_not_compared_between_hosts():
     assert shared_words(words.split()) == ["a", "b", "zero3", "m"]
 
 
-def test_another_way_to_hosts_is_refused(tmp_path):
+@pytest.mark.parametrize("word", ["--launcher=slurm", "--launcher_args=-S"])
+def test_another_way_to_hosts_is_refused(tmp_path, word):
     from finetune.hosts import parse_launcher, resources
 
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
-    flags = parse_launcher([f"--hostfile={tmp_path / 'hosts'}", "--launcher", "slurm", "x.py"])
-    with pytest.raises(ConfigError, match="--launcher slurm: finetune launch reaches hosts over ssh"):
+    flags = parse_launcher([f"--hostfile={tmp_path / 'hosts'}", word, "x.py"])
+    with pytest.raises(ConfigError, match=f"{word.replace('=', ' ')}: finetune launch reaches hosts over ssh"):
         start(flags, resources(flags), [], {})
 
 

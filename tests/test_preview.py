@@ -121,6 +121,18 @@ def test_bad_rows_that_are_dropped_say_why_without_their_place(show):
     assert "  rows.json, row 11: dropped: says the same as rows.json, row 1: take one of them out" in lines
 
 
+def test_data_that_training_would_refuse_is_shown_and_said(show):
+    rows = [*numbered(3), [("human", "Nobody answers")]]
+    for share, refused in (("0.2", 1), ("0.25", 0)):
+        shown = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(preview, "_note", shown.append)
+            assert shown_rows(show(rows, "--bad_rows", "drop", "--max_dropped_rows", share)) == [0, 1, 2, 3]
+        told = [line for line in shown if line.startswith("training would refuse this data: ")]
+        assert len(told) == refused
+        assert all("1 of 4 rows (25.0%) are bad, more than --max_dropped_rows 0.2 allows" in line for line in told)
+
+
 def test_the_windows_of_a_split_row(show):
     turns = [("human", "One?"), ("model", "First."), ("human", "Two?"), ("model", "Second.")]
     out = show([turns], "--model_max_length", 16, "--too_long", "windows")

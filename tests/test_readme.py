@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import fields
 
 import pytest
+import readme_flags
 from conftest import ROOT
 from typer.main import get_command
 
@@ -18,6 +19,7 @@ from finetune.arguments import (
     DoctorArguments,
     EvaluateArguments,
     PreviewArguments,
+    build_parser,
     known_flags,
     parse,
     parse_for_doctor,
@@ -61,6 +63,30 @@ def test_flags_named_are_flags():
     of_verbs |= {one.name for verb in get_command(app).commands.values() for one in verb.params}
     assert {"compare", "max_new_tokens", "only_model"} <= of_verbs
     assert named - LAUNCHER_FLAGS - SERVER_FLAGS <= set(known_flags()) | of_verbs
+
+
+def test_the_table_of_flags_is_written_from_the_flags():
+    table = README[readme_flags.place(README)]
+    assert len(table.splitlines()) > 60
+    assert table == readme_flags.table(), "README.md: python tests/readme_flags.py"
+    headings = {readme_flags.anchor(line.lstrip("# ")) for line in README.splitlines() if line.startswith("#")}
+    links = set(re.findall(r"\]\(#(.+?)\)", README))
+    assert len(links) > 8
+    assert links <= headings
+
+
+def test_help_says_what_the_table_says(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # else a line may end within a word
+    help_text = " ".join(build_parser().format_help().split())
+    rows = [row.split(" | ") for row in readme_flags.table().splitlines() if row.startswith("| `--")]
+    said = {name: text.removesuffix(" |").replace("`", "") for name, text in rows[:-1]}
+    assert len(said) > 60
+    assert [name for name, text in said.items() if without_choices(text) not in help_text] == []
+
+
+def without_choices(text: str) -> str:
+    """`a, b: what it is` -> `what it is`; argparse writes the choices otherwise."""
+    return re.sub(r"^\w+(, \w+)+: ", "", text)
 
 
 def options_of(function) -> list[str]:
@@ -121,10 +147,10 @@ def flags_of(text: str) -> set[str]:
     return set(re.findall(r"--([a-z][a-z0-9_-]*)", text))
 
 
-def table_flags(page: str, head: str) -> set[str]:
-    """The flags in the first column of the table with this head."""
+def table_rows(page: str, head: str) -> list[tuple[set[str], list[str]]]:
+    """(flags, default in brackets if any) of each row of the table with this head."""
     table = re.search(rf"^{re.escape(head)}\n(.*?)\n\n", page, re.DOTALL | re.MULTILINE)[1]
-    return flags_of("\n".join(row.split("|")[1] for row in table.splitlines()))
+    return [(flags_of(row.split(" | ")[0]), re.findall(r" \[(\S+)\] \|$", row)) for row in table.splitlines()]
 
 
 def test_chinese_page_has_the_same_commands():
@@ -135,10 +161,11 @@ def test_chinese_page_has_the_same_commands():
     assert chinese == english
 
 
-def test_chinese_page_has_the_same_flags():
-    table = table_flags(README, "| flag | meaning |")
-    assert len(table) > 50
-    assert table_flags(CHINESE, "| 参数 | 说明 |") == table
+def test_chinese_page_has_the_same_flags_and_defaults():
+    table = table_rows(README, "| flag | meaning |")
+    assert len(table) > 60
+    assert sum(bool(default) for _, default in table) > 30
+    assert table_rows(CHINESE, "| 参数 | 说明 |") == table
     assert flags_of(CHINESE) <= flags_of(README)
 
 

@@ -13,6 +13,7 @@ TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
 
 
 def _flag(default: Any, help: str) -> Any:
+    """`help` serves --help and the table of README.md; what is typed as it stands is between backticks."""
     metadata = {"help": help}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -25,11 +26,21 @@ class ModelArguments:
 
     model_name_or_path: str = _flag("", "folder or hub name of a causal language model (required)")
     model_revision: str | None = _flag(
-        None, "commit, tag or branch of a model on the hub, its code included; default: the newest of main"
+        None,
+        "commit, tag or branch of a model on the hub: its config, tokenizer, weights and code; default: the newest of "
+        "`main`",
     )
-    trust_remote_code: bool = _flag(False, "run the Python files that come with the model")
-    attn_implementation: str | None = _flag(None, "attention of transformers; default: the best that works here")
-    new_tokens: list[str] = _flag([], "tokens to add to the vocabulary; their embeddings are trained")
+    trust_remote_code: bool = _flag(
+        False,
+        "run the Python files that come with the model; without it such a model is refused, and nothing of it runs "
+        f"(`{TRUSTED_WITHOUT_FLAG[0]}` needs no flag)",
+    )
+    attn_implementation: str | None = _flag(
+        None,
+        "attention of transformers; default: flash attention where it runs, else `sdpa`, else `eager`; a replacement "
+        "is said",
+    )
+    new_tokens: list[str] = _flag([], "tokens to add to the vocabulary; their embeddings are trained, with LoRA too")
 
     def trusts_code(self) -> bool:
         """Whether the model's own Python files may run."""
@@ -45,25 +56,25 @@ class DataArguments:
     """The data."""
 
     data_path: list[str] = _flag(
-        [], "conversation files, folders, globs, data set names; FILE:0.5 takes half of its rows (required)"
+        [], "conversations: files, folders, globs, data set names; `FILE:0.5` takes half of its rows (required)"
     )
-    eval_data_path: list[str] = _flag([], "held-out conversations to evaluate on while training, as --data_path")
-    validation_share: float = _flag(0.0, "hold out this share of the conversations of --data_path instead, 0 to 1")
-    model_max_length: int = _flag(2048, "tokens of the longest example; see --too_long")
+    eval_data_path: list[str] = _flag([], "held-out conversations to evaluate on while training, as `--data_path`")
+    validation_share: float = _flag(0.0, "hold out this share of the conversations of `--data_path` instead, 0 to 1")
+    model_max_length: int = _flag(2048, "tokens of the longest example; see `--too_long`")
     too_long: Literal["turns", "windows", "drop", "error"] = _flag(
         "turns", "a longer conversation keeps its first turns, is split into windows, is dropped, or stops the run"
     )
     train_on: Literal["model_turns", "last_model_turn"] = _flag("model_turns", "which turns are learned")
     bad_rows: Literal["error", "drop"] = _flag("error", "rows with a fault stop the run, or are dropped")
-    max_dropped_rows: float = _flag(0.01, "share of the rows that --bad_rows drop may drop, 0 to 1")
-    repairs: list[str] = _flag([], "rules that may change rows, each use recorded: merge_turns, drop_last_human")
-    data_cache_dir: str | None = _flag(None, "where prepared data is kept; default: ~/.cache/finetune/data")
+    max_dropped_rows: float = _flag(0.01, "share of the rows that `--bad_rows drop` may drop, 0 to 1")
+    repairs: list[str] = _flag([], "rules that may change rows, each use recorded: `merge_turns`, `drop_last_human`")
+    data_cache_dir: str | None = _flag(None, "where prepared data is kept; default: `~/.cache/finetune/data`")
     preprocessing_num_workers: int | None = _flag(
         None, "processes that prepare data; default: 1 for small data, else one per core, at most 8"
     )
-    chat_template: str | None = _flag(None, "lingowhale, chatml or a Jinja file; default: the tokenizer's own")
+    chat_template: str | None = _flag(None, "`lingowhale`, `chatml` or a Jinja file; default: the tokenizer's own")
     content_tokens: list[str] = _flag(
-        [], "added tokens that contents may use as tokens, e.g. <think> </think>; all others are plain text"
+        [], "added tokens that contents may use as tokens, e.g. `'<think>' '</think>'`; all others are plain text"
     )
     human_token_ids: list[int] = _flag([3], "LingoWhale format: the marker before a human turn")
     model_token_ids: list[int] = _flag([4], "LingoWhale format: the marker before a model turn")
@@ -74,10 +85,10 @@ class BatchArguments:
     """The batches."""
 
     batching: Literal["flat", "padded", "packed"] = _flag(
-        "flat", "conversations behind each other without padding, padded rows, or rows filled to model_max_length"
+        "flat", "conversations behind each other without padding, padded rows, or rows filled to `--model_max_length`"
     )
     tokens_per_device_batch: int | None = _flag(
-        None, "a micro-batch holds up to this many tokens, instead of per_device_train_batch_size rows"
+        None, "a micro-batch holds up to this many tokens, instead of `--per_device_train_batch_size` rows"
     )
     loss_weighting: Literal["token", "conversation"] = _flag(
         "token", "the loss is a mean over the learned tokens of a step, or over its conversations"
@@ -89,16 +100,18 @@ class BatchArguments:
 class AdapterArguments:
     """Adapters; without one all parameters are trained."""
 
-    use_lora: bool = _flag(False, "train LoRA adapters, the same as --adapter lora")
+    use_lora: bool = _flag(False, "train LoRA adapters, the same as `--adapter lora`")
     adapter: Literal["lora", "prefix", "prompt"] | None = _flag(None, "what is trained instead of all parameters")
     lora_r: int = _flag(8, "rank of the LoRA matrices")
-    lora_alpha: float = _flag(16, "LoRA updates are scaled by lora_alpha / lora_r")
+    lora_alpha: float = _flag(16, "LoRA updates are scaled by `lora_alpha / lora_r`")
     lora_dropout: float = _flag(0.1, "dropout in front of the LoRA matrices, 0 to 1")
-    lora_target_modules: list[str] = _flag(["all-linear"], "names of the layers that get LoRA, e.g. qkv_proj")
+    lora_target_modules: list[str] = _flag(["all-linear"], "names of the layers that get LoRA, e.g. `qkv_proj`")
     use_dora: bool = _flag(False, "DoRA: learn the magnitude of each weight column too")
-    use_rslora: bool = _flag(False, "rsLoRA: scale by lora_alpha / sqrt(lora_r)")
-    init_lora_weights: str = _flag("default", "default, gaussian, pissa, pissa_niter_16 (any number) or olora")
-    modules_to_save: list[str] = _flag([], "layers trained whole and saved beside the adapter, e.g. lm_head")
+    use_rslora: bool = _flag(False, "rsLoRA: scale by `lora_alpha / sqrt(lora_r)`")
+    init_lora_weights: str = _flag(
+        "default", "how LoRA starts: `default`, `gaussian`, `pissa`, `pissa_niter_16` (any number) or `olora`"
+    )
+    modules_to_save: list[str] = _flag([], "layers trained whole and saved beside the adapter, e.g. `lm_head`")
     num_virtual_tokens: int = _flag(20, "length of a prefix or prompt adapter")
 
     def kind(self) -> str | None:
@@ -110,14 +123,16 @@ class AdapterArguments:
 class RunArguments:
     """The run."""
 
-    config: str | None = _flag(None, "YAML or JSON file with flags (a run.json repeats its run); the command line wins")
-    overwrite_output_dir: bool = _flag(False, "move an earlier run in output_dir aside; nothing is deleted")
+    config: str | None = _flag(
+        None, "YAML or JSON file with flags (a `run.json` repeats its run); the command line wins"
+    )
+    overwrite_output_dir: bool = _flag(False, "move an earlier run in `--output_dir` aside; nothing is deleted")
     allow_inexact_resume: bool = _flag(False, "go on from a checkpoint although the numbers will differ; recorded")
     skip_rows: list[str] = _flag(
-        [], "files that name rows to leave out from now on: non_finite_rows.jsonl, or lines like path/to/data.json:17"
+        [], "files that name rows to leave out from now on: `non_finite_rows.jsonl`, or lines like `data.json:17`"
     )
     resume_world_size: Literal["same", "any"] = _flag(
-        "same", "any: go on from a checkpoint on another number of ranks, with the same global batch"
+        "same", "ranks that go on from a checkpoint: the `same` number, or `any`, with the same global batch"
     )
     meeting_timeout: int = _flag(60, "seconds in which all ranks must have arrived; 0: for ever")
     start_timeout: int = _flag(1800, "seconds that loading may take without progress, and the first step; 0: for ever")
@@ -129,10 +144,10 @@ class RunArguments:
         None, "stop when so many evaluations in a row have not lowered the held-out loss"
     )
     early_stopping_threshold: float = _flag(0.0, "by how much it has to be lower to count")
-    write_report: bool = _flag(True, "write report.html at the end; finetune report OUTPUT writes it at any time")
+    write_report: bool = _flag(True, "write `report.html` at the end; `finetune report OUTPUT` writes it at any time")
     report_answers: int = _flag(3, "prompts of the data that base and result answer for the report; 0: none")
     report_seconds: int = _flag(30, "seconds that these answers may take, loading included")
-    report_samples: int = _flag(8, "rows of the data, with their text, that output_dir keeps for the report; 0: none")
+    report_samples: int = _flag(8, "rows of the data, with their text, that `output_dir` keeps for the report; 0: none")
 
 
 @dataclass
@@ -140,7 +155,7 @@ class PreviewArguments:
     """What is shown."""
 
     rows: list[int] | None = _flag(None, "the rows to show, counted from 0 in each file; default: the first 5")
-    sample: int | None = _flag(None, "show this many rows, drawn at random; default with --html: 50")
+    sample: int | None = _flag(None, "show this many rows, drawn at random; default with `--html`: 50")
     seed: int = _flag(42, "the same seed draws the same sample")
     json: bool = _flag(False, "one JSON line per row of the file, all rows, with token ids and labels")
     html: str | None = _flag(None, "write the rows to this file as a page; it may replace such a page, no other file")
@@ -152,7 +167,7 @@ class DoctorArguments:
 
     json: bool = _flag(False, "print what was found as one JSON object")
     full: bool = _flag(False, "compare every byte of data and model between the hosts, not samples of large files")
-    write_env: bool = _flag(False, "write a .deepspeed_env that names the network interface which joins the hosts")
+    write_env: bool = _flag(False, "write a `.deepspeed_env` that names the network interface which joins the hosts")
     stage: bool = _flag(False, "copy code, data and model to the hosts that lack them, with rsync")
     rehearse: bool = _flag(
         False, "run all of it with a small random model: two steps, save, verify, resume, load; about a minute"
@@ -169,18 +184,18 @@ class EvaluateArguments:
     tokens_per_batch: int = _flag(2048, "conversations are measured together up to so many tokens")
     worst: int = _flag(5, "rows to show: those with the largest loss, and those that became worse most")
     tasks: list[str] = _flag(
-        [], "lingowhale (the eight benchmarks of its table), tasks of lm-eval, YAML files or folders of tasks"
+        [], "`lingowhale` (the eight benchmarks of its table), tasks of lm-eval, YAML files or folders of tasks"
     )
     num_fewshot: int | None = _flag(None, "examples in front of each question of a task; default: the task's own")
     limit: int | None = _flag(None, "ask only the first so many questions of each task: to try it out")
-    batch_size: str = _flag("auto", "questions of a task that are asked together: a number, or auto")
+    batch_size: str = _flag("auto", "questions of a task that are asked together: a number, or `auto`")
     apply_chat_template: bool = _flag(
         False, "ask tasks in the chat format; without it as plain text, as published scores are measured"
     )
     allow_code_execution: bool = _flag(False, "run programs that the model has written (HumanEval), on this machine")
     forgetting: bool = _flag(False, "ask what the base could do, about 260 questions that come with the project")
     fail_below: float | None = _flag(
-        None, "end with status 1 where --forgetting finds the tuned model more points below the base, e.g. 5"
+        None, "end with status 1 where `--forgetting` finds the tuned model more points below the base, e.g. 5"
     )
 
 
@@ -248,6 +263,24 @@ TRAINING_DEFAULTS = {
     "log_level_replica": "error",
     "logging_nan_inf_filter": False,
     "save_total_limit": 2,
+}
+# What --help and README.md say of those flags of transformers that mean more here, or that this project names itself.
+TRAINING_HELP = {
+    "output_dir": "where the result goes; one that holds a run is refused, see `--overwrite_output_dir` (required)",
+    "per_device_train_batch_size": "conversations of a micro-batch, on each rank",
+    "gradient_accumulation_steps": "micro-batches of a step, on each rank; the plan writes out how many conversations "
+    "that is",
+    "deepspeed": "a DeepSpeed JSON, or the name of a shipped one: `zero1` `zero2` `zero3` `zero2_offload` "
+    "`zero3_offload` `zero3_nvme` `zeropp`",
+    "bf16": "compute in bfloat16; where the hardware cannot, an error or a line says so",
+    "fp16": "compute in float16, with a loss scale",
+    "tf32": "multiply float32 matrices in TF32; off, with a line, where the hardware cannot",
+    "resume_from_checkpoint": "go on: `auto` from the newest whole checkpoint, if any, or from this folder",
+    "save_total_limit": "checkpoints that are kept, and the best one; 0: all",
+    "eval_strategy": "when held-out conversations are evaluated: `no`, `steps` or `epoch`; default: `epoch`",
+    "per_device_eval_batch_size": "conversations of a micro-batch that is evaluated, on each rank; default: as "
+    "`--per_device_train_batch_size`",
+    "report_to": "trackers, e.g. `tensorboard`, `wandb`, `mlflow`; one that is not installed is said before the start",
 }
 
 

@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,10 @@ from typing import Any, Literal
 from finetune.arguments.flags import (
     GROUPS,
     TRAINING_DEFAULTS,
+    TRAINING_HELP,
     Arguments,
     DataArguments,
+    default_of,
 )
 from finetune.arguments.training import TRANSLATED, training_flags
 from finetune.conversations import REPAIRS
@@ -68,13 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         epilog="Flags of transformers.TrainingArguments are accepted under their own names and explained in its "
-        "documentation.",
+        "documentation. README.md explains ours.",
     )
     add_groups(parser, GROUPS)
     section = parser.add_argument_group("Training (transformers.TrainingArguments)")
     for flag in training_flags().values():
-        summary = flag.help.split(". ")[0].strip().replace("%", "%%")
-        _add(section, flag.name, flag.kind, flag.is_list, None, summary)
+        _add(section, flag.name, flag.kind, flag.is_list, None, meaning(flag.name))
     section = parser.add_argument_group("Flags that transformers has renamed")
     for name, translated in TRANSLATED.items():
         if name not in training_flags():
@@ -95,9 +96,23 @@ def add_groups(parser: argparse.ArgumentParser, groups: Sequence[type], only: Se
             if only and one.name not in only:
                 continue
             kind, is_list, choices = _shape(hints[one.name])
-            default = one.default_factory() if one.default is MISSING else one.default
-            text = one.metadata["help"] + ("" if default in (None, "", []) else f" [{_as_typed(default)}]")
-            _add(section, one.name, kind, is_list, choices, text)
+            _add(section, one.name, kind, is_list, choices, meaning_of(one))
+
+
+def meaning(training_flag: str) -> str:
+    """What a flag of transformers is, in our words or the first sentence of its own, with its default here."""
+    own_words = training_flags()[training_flag].help.split(". ")[0].strip()
+    return _with_default(TRAINING_HELP.get(training_flag, own_words), default_of(training_flag))
+
+
+def meaning_of(flag: Field[Any]) -> str:
+    """What a flag of ours is, with its default."""
+    return _with_default(flag.metadata["help"], flag.default_factory() if flag.default is MISSING else flag.default)
+
+
+def _with_default(text: str, default: Any) -> str:
+    typed = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    return text if default in (None, "", []) or "default:" in text else f"{text} [{typed}]"
 
 
 def filled(group: type, given: dict[str, Any]) -> Any:
@@ -105,7 +120,8 @@ def filled(group: type, given: dict[str, Any]) -> Any:
 
 
 def _add(section: Any, name: str, kind: type, is_list: bool, choices: Any, text: str) -> None:
-    options: dict[str, Any] = {"help": text, "choices": choices, "type": _converter(kind)}
+    plain = text.replace("`", "").replace("%", "%%")
+    options: dict[str, Any] = {"help": plain, "choices": choices, "type": _converter(kind)}
     if is_list:
         options.update(nargs="*", metavar=kind.__name__)
     elif kind is bool:
@@ -148,10 +164,6 @@ def _boolean(text: str) -> bool:
     if text.lower() not in spelled:
         raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
     return spelled[text.lower()]
-
-
-def _as_typed(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
 def _same_flag(name: str, given: dict[str, Any]) -> bool:

@@ -31,6 +31,10 @@ OUR_SCRIPT, OUR_MODULE = "finetune/finetune.py", "finetune.train"
 _BOOLEANS = (["True"], ["False"], ["true"], ["false"])
 
 
+# What decides how the model computes, or which rows it is evaluated on, changes nothing of what is shown.
+NOT_OF_PREVIEW = ("attn_implementation", "validation_share")
+
+
 def parse_for_preview(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PreviewArguments]:
     """The model and data flags, and those that say which rows are shown and how.
 
@@ -48,10 +52,11 @@ def parse_for_preview(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    add_groups(parser, groups)
+    names = [one.name for group in groups for one in fields(group) if one.name not in NOT_OF_PREVIEW]
+    add_groups(parser, groups, only=names)
     parsed, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        raise ConfigError(unknown_flag(unknown, [one.name for group in groups for one in fields(group)]))
+        raise ConfigError(unknown_flag(unknown, names))
     given = vars(parsed)
     missing = [name for name in ("model_name_or_path", "data_path") if given.get(name) in NOTHING]
     if missing:

@@ -105,9 +105,10 @@ def start(
         command = [*deepspeed(), *handed_on(flags, "hostfile", "master_addr"), f"--master_port={port}", *script]
         show(command)
         return [Session(command, environment, hostfile=None, host=os.uname().nodename)]
-    if flags.launcher.lower() != "pdsh":
+    if flags.launcher.lower() != "pdsh" or flags.launcher_args:
+        asked = f"--launcher_args {flags.launcher_args}" if flags.launcher_args else f"--launcher {flags.launcher}"
         raise ConfigError(
-            f"--launcher {flags.launcher}: finetune launch reaches hosts over ssh by itself: leave the flag out, or "
+            f"{asked}: finetune launch reaches hosts over ssh by itself: leave the flag out, or "
             "use the deepspeed command, without supervision"
         )
     shell = cluster.Shell(flags.ssh_port, flags.venv_script)

@@ -13,8 +13,8 @@ from pathlib import Path
 from finetune import pages
 from finetune.arguments import PreviewArguments, parse_for_preview
 from finetune.console import quiet_libraries, say_note_aside
-from finetune.dataset import PreparedData
-from finetune.errors import SHOWN_FAULTS, ConfigError
+from finetune.dataset import PreparedData, check_usable
+from finetune.errors import SHOWN_FAULTS, ConfigError, DataError
 from finetune.model import code_note
 from finetune.preparing import prepare_data
 from finetune.rendering import Rendering
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         say_note_aside(code)
     _, chat_format, prepared = prepare_data(model, data, say=say_note_aside)
+    _note_what_training_refuses(prepared, data.max_dropped_rows)
     in_segments = speller(chat_format)
     try:
         if choice.json:
@@ -60,6 +61,14 @@ def main(argv: Sequence[str]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough; what is still buffered must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _note_what_training_refuses(prepared: PreparedData, max_dropped_rows: float) -> None:
+    for rows in filter(None, (prepared, prepared.evaluation)):
+        try:
+            check_usable(rows, max_dropped_rows)
+        except DataError as error:
+            say_note_aside(f"training would refuse this data: {error}")
 
 
 def _as_json(rendering: Rendering) -> str:
