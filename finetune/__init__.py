@@ -1,3 +1,3 @@
 """Supervised fine-tuning of chat language models with DeepSpeed."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

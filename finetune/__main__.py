@@ -1,4 +1,7 @@
-"""`finetune VERB`, the same as `python -m finetune VERB`; training itself starts with the `deepspeed` command."""
+"""`finetune VERB`, the same as `python -m finetune VERB`; training itself starts with the `deepspeed` command.
+
+A verb's file is read when that verb runs: `--help` waits for none of them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+import finetune
 from finetune.errors import reported
-from finetune.tools import chat, convert, doctor, evaluate, launch, merge, preview, quickstart, report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,32 +21,55 @@ app = typer.Typer(
 TRAINING_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"finetune {finetune.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _every_verb(local_rank: int = typer.Option(0, "--local_rank", hidden=True)) -> None:
+def _every_verb(
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="the version of this toolkit"
+    ),
+) -> None:
     """What the `deepspeed` launcher puts in front of the verb; RANK and LOCAL_RANK say the same."""
 
 
-@app.command("preview", context_settings=TRAINING_FLAGS, help=preview.SUMMARY)
+@app.command("preview", context_settings=TRAINING_FLAGS)
 def _preview(context: typer.Context) -> None:
+    """Show what each row of a data file renders to: tokens, what is learned, what was cut or dropped."""
+    from finetune.tools import preview
+
     preview.main(context.args)
 
 
-@app.command("convert", context_settings=TRAINING_FLAGS, help=convert.SUMMARY)
+@app.command("convert", context_settings=TRAINING_FLAGS)
 def _convert(context: typer.Context) -> None:
+    """Write conversation files, folders or data sets as one JSON file in the project's own layout."""
+    from finetune.tools import convert
+
     convert.main(context.args)
 
 
-@app.command("launch", context_settings=TRAINING_FLAGS, help=launch.SUMMARY)
+@app.command("launch", context_settings=TRAINING_FLAGS)
 def _launch(context: typer.Context) -> None:
+    """Start training like the deepspeed command does, and see it to its end: hosts checked, nothing left behind."""
+    from finetune.tools import launch
+
     launch.main(context.args)
 
 
-@app.command("doctor", context_settings=TRAINING_FLAGS, help=doctor.SUMMARY)
+@app.command("doctor", context_settings=TRAINING_FLAGS)
 def _doctor(context: typer.Context) -> None:
+    """Will this run, will it fit, what would go wrong? Examines a training command and every host of its hostfile."""
+    from finetune.tools import doctor
+
     doctor.main(context.args)
 
 
-@app.command("merge", help=merge.SUMMARY)
+@app.command("merge")
 def _merge(
     output: str = typer.Argument(metavar="OUTPUT", help="the output_dir of a run, or a checkpoint in it"),
     target: str = typer.Argument(None, metavar="DIR", help="where the model goes; default: OUTPUT/merged"),
@@ -53,6 +79,9 @@ def _merge(
     gguf: str = typer.Option(None, "--gguf", metavar="TYPE", help="also a GGUF file: f32, f16, bf16, q8_0, q4_0, ..."),
     no_check: bool = typer.Option(False, "--no_check", help="do not open the model and compare its logits"),
 ) -> None:
+    """Merge an adapter into its base, or a ZeRO checkpoint into a plain model, on the CPU, shard by shard."""
+    from finetune.tools import merge
+
     merge.main(
         output,
         target,
@@ -64,24 +93,30 @@ def _merge(
     )
 
 
-@app.command("evaluate", context_settings=TRAINING_FLAGS, help=evaluate.SUMMARY)
+@app.command("evaluate", context_settings=TRAINING_FLAGS)
 def _evaluate(context: typer.Context) -> None:
+    """Is it better? Held-out conversations, benchmarks, and what was forgotten, beside the base."""
+    from finetune.tools import evaluate
+
     evaluate.main(context.args)
 
 
-@app.command("quickstart", help=quickstart.SUMMARY)
+@app.command("quickstart")
 def _quickstart(
     output_dir: str = typer.Option("output/quickstart", "--output_dir", help="where the result goes"),
-    model_dir: str = typer.Option(quickstart.MODEL_DIR, "--model_dir", help="where the small model is kept"),
+    model_dir: str = typer.Option(".models/SmolLM2-135M-Instruct", "--model_dir", help="where the small model is kept"),
     only_model: bool = typer.Option(False, "--only_model", help="obtain the small model and stop"),
     short: bool = typer.Option(
         False, "--short", help="a few steps and questions: shows that it runs, not that it learns"
     ),
 ) -> None:
+    """Obtain a small model, fine-tune it on data/identity.json, and ask it who it is, before and after."""
+    from finetune.tools import quickstart
+
     quickstart.main(output_dir, model_dir, only_model=only_model, short=short)
 
 
-@app.command("report", help=report.SUMMARY)
+@app.command("report")
 def _report(
     output_dirs: Annotated[list[str], typer.Argument(metavar="OUTPUT", help="output folders of training runs")],
     html: str = typer.Option(
@@ -91,9 +126,12 @@ def _report(
     no_answers: bool = typer.Option(False, "--no_answers", help="load no model: only answers that are there already"),
     base_model: str = typer.Option(None, "--base_model", help="where the base lies now; default: where it was"),
     watch: bool = typer.Option(False, "--watch", help="keep the page up to date, and serve it, until the run ends"),
-    every: float = typer.Option(report.SECONDS, "--every", help="seconds between two looks, with --watch"),
-    port: int = typer.Option(report.PORT, "--port", help="where it is served on this host, with --watch; 0: any"),
+    every: float = typer.Option(5.0, "--every", help="seconds between two looks, with --watch"),
+    port: int = typer.Option(8642, "--port", help="where it is served on this host, with --watch; 0: any"),
 ) -> None:
+    """Write what a run did, or several over each other, as one page; or watch a run in progress."""
+    from finetune.tools import report
+
     report.main(
         output_dirs,
         html=html,
@@ -106,7 +144,7 @@ def _report(
     )
 
 
-@app.command("chat", help=chat.SUMMARY)
+@app.command("chat")
 def _chat(
     output: str = typer.Argument(
         metavar="OUTPUT", help="an output_dir, a checkpoint in one, what merge has written, or any chat model"
@@ -130,6 +168,9 @@ def _chat(
     host: str = typer.Option("127.0.0.1", "--host", help="where the page listens; only this machine sees the default"),
     port: int = typer.Option(7860, "--port", help="of the page"),
 ) -> None:
+    """Talk with what a run has left: in a terminal, from a pipe, or in a browser (--web)."""
+    from finetune.tools import chat
+
     chat.main(
         chat.ChatOptions(
             output, base, compare, base_model, system, max_new_tokens, temperature, top_p, seed, reasoning,

@@ -58,9 +58,8 @@ def quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
     for name in ("accelerate", "peft", "torch.distributed", "torch.nn.parallel.distributed"):
         logging.getLogger(name).setLevel(level)
-    from deepspeed.utils import logger
-
-    logger.setLevel(max(level, logging.WARNING))
+    # DeepSpeed sets its level when it is imported, and not every verb needs it: a filter stays
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= level)
 
 
 def quiet_serving() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import finetune
 from finetune.arguments import known_flags, parse, parse_for_preview, training_flags
 from finetune.errors import ConfigError
 
@@ -74,6 +75,28 @@ def test_parsing_and_checking_start_without_torch():
     done = subprocess.run([sys.executable, "-c", code, *PUBLISHED], cwd=ROOT, capture_output=True, text=True)
 
     assert (done.stdout, done.stderr) == ("output []\n", "")
+
+
+def test_help_and_version_wait_for_no_library():
+    code = (
+        "import sys; from finetune.__main__ import app\n"
+        "for word in ('--help', '--version'):\n    app([word], standalone_mode=False)\n"
+        "print([name for name in sys.modules if name.startswith('finetune.tools')])\n"
+        "for verb in app.registered_commands:\n"
+        "    print('>', verb.name)\n"
+        "    try:\n        app([verb.name, '--help'], standalone_mode=False)\n"
+        "    except SystemExit as end:\n        assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'peft', 'datasets', 'gradio', 'lm_eval'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    verbs = {line.removeprefix("> ") for line in lines if line.startswith("> ")}
+    assert {"preview", "convert", "launch", "doctor", "merge", "evaluate", "quickstart", "report", "chat"} == verbs
+    assert f"finetune {finetune.__version__}" in lines
+    assert lines.count("[]") == 2, lines
 
 
 @pytest.mark.parametrize(

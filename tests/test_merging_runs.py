@@ -117,11 +117,3 @@ def test_an_adapter_trained_by_two_ranks_answers_the_same_once_merged(train, tmp
     assert torch.equal(*answers)
     again = merge(output)
     assert again.returncode == 2 and "exists and is not replaced" in again.stderr
-
-
-def test_help_needs_no_torch():
-    code = "import sys; from finetune.__main__ import app; app(['merge', '--help'], standalone_mode=False); "
-    done = subprocess.run(
-        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "--max_shard_size" in done.stdout

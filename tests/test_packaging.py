@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
+from unittest import mock
 
+import pytest
 from conftest import ROOT
+
+from finetune.errors import ConfigError
+from finetune.tools import quickstart
 
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", ".venvs", ".models", "tests", "output", "build", "*.egg-info", "__pycache__"
@@ -42,3 +50,32 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
     first, second = done.stdout.splitlines()
     assert str(tmp_path / "site") in first and first.endswith(" 3")
     assert [count >= 100 for count in json.loads(second)] == [True, True]
+
+
+def test_what_is_imported_is_required():
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    said = setup.call_args.kwargs
+    wanted = [*said["install_requires"], *(one for extra in said["extras_require"].values() for one in extra)]
+    names = {re.split("[<>=]", one)[0].lower().replace("-", "_") for one in wanted}
+    names |= {"yaml", "markupsafe"}  # PyYAML's; jinja2 is made of it
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "finetune").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {one.name for node in nodes if isinstance(node, ast.Import) for one in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    imported = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - {"finetune"}
+    assert {"torch", "safetensors"} <= imported <= names
+
+
+def test_the_page_of_the_package_has_no_link_to_a_file_beside_it():
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    text = setup.call_args.kwargs["long_description"]
+    assert "](https://" in text and re.findall(r"\]\((?!https?:|#)", text) == []
+
+
+def test_a_quickstart_that_cannot_read_the_model_downloads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install 'gguf>=0.19'"):
+        quickstart.obtain_model(tmp_path / "models" / "small")
+    assert list(tmp_path.iterdir()) == []

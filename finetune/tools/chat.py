@@ -22,8 +22,6 @@ from finetune.opening import BASE, TUNED, Opened, open_result, read_model
 from finetune.rendering import depends_on_reasoning
 from finetune.results import RUN_FILE, Result, holds_model, read_result
 
-SUMMARY = "Talk with what a run has left: in a terminal, from a pipe, or in a browser (--web)."
-
 
 @dataclass(frozen=True)
 class ChatOptions:

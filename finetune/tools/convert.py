@@ -19,7 +19,6 @@ from finetune.console import say, say_note
 from finetune.conversations import BadRow, Conversation, ConversationReader, as_row, find_sources
 from finetune.errors import SHOWN_FAULTS, ConfigError, DataError, StorageError, listed
 
-SUMMARY = "Write conversation files, folders or data sets as one JSON file in the project's own layout."
 # A file that says by its name that it is something else than what is written.
 OTHER_KINDS = (".gz", ".zst", ".parquet", ".csv", ".zip")
 BAR = "converting {percentage:3.0f}% |{bar}| {postfix[0]} [{elapsed}<{remaining}]"

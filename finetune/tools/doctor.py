@@ -19,8 +19,6 @@ from finetune.console import quiet_libraries
 from finetune.hosts import redacted
 from finetune.process import prepare_environment
 
-SUMMARY = "Will this run, will it fit, what would go wrong? Examines a training command and every host of its hostfile."
-
 
 def main(argv: Sequence[str]) -> None:
     """Examine, show, leave with the status that the run would end with.

@@ -18,7 +18,6 @@ from finetune.process import keep_freed_blocks, prepare_environment, resume_coll
 from finetune.ranks import join_processes, leave_processes, on_rank_0
 from finetune.results import Result, read_result
 
-SUMMARY = "Is it better? Held-out conversations, benchmarks, and what was forgotten, beside the base."
 SECONDS_TO_WAIT = 24 * 3600  # one rank may run the programs of a benchmark while the others wait
 
 

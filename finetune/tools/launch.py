@@ -35,7 +35,6 @@ from finetune.hosts import (
 )
 from finetune.session import HOSTFILE_HERE, Report, Session
 
-SUMMARY = "Start training like the deepspeed command does, and see it to its end: hosts checked, nothing left behind."
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_FOR_OTHER_HOSTS = 20.0  # the ranks' guards end a run in two or three
 SECONDS_TO_END = 8.0

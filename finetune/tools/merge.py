@@ -15,7 +15,6 @@ from finetune.console import quiet_libraries, say, say_note
 from finetune.errors import ConfigError
 from finetune.results import read_result
 
-SUMMARY = "Merge an adapter into its base, or a ZeRO checkpoint into a plain model, on the CPU, shard by shard."
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

@@ -22,7 +22,6 @@ from finetune.rendering.segments import InSegments, speller
 from finetune.samples import card_of, counts, id_of, reason_of
 from finetune.terminal import Terminal, harmless
 
-SUMMARY = "Show what each row of a data file renders to: tokens, what is learned, what was cut or dropped."
 FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200
 
 

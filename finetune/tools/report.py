@@ -13,8 +13,7 @@ from finetune.report import FILE, Run, read_run, write_report
 from finetune.report.watching import watch as keep_watching
 from finetune.results import read_result
 
-SUMMARY = "Write what a run did, or several over each other, as one page; or watch a run in progress."
-PROMPTS, PORT, SECONDS = 3, 8642, 5.0
+PROMPTS = 3
 LEAST_SECONDS = 0.2
 
 
