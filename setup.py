@@ -68,7 +68,7 @@ setup(
         "datasets>=4",
         "filelock>=3.12",
         "huggingface_hub>=1.31",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "ninja>=1.11.1",
         "numpy>=2",
         "plotext>=5.3.2,<6",
