@@ -487,7 +487,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
         },
         "merge": {
             f"{at}.read_result": result, "finetune.opening.load_tokenizer": None, "finetune.merging.check_gguf": None,
-            "finetune.merging.plan_merge": SimpleNamespace(origin="x", pieces=[], size=0, source=None),
+            "finetune.merging.plan_merge": SimpleNamespace(origin="x", pieces=[], size=0, source=None, tokenizer=None),
             "finetune.merging.merge": SimpleNamespace(notes=[], size=0, checked="checked"),
             "finetune.merging.write_gguf": Path(__file__),
         },
@@ -601,7 +601,10 @@ def test_every_field_is_read_outside_of_arguments():
 
 def test_every_option_is_used_by_the_verb_that_declares_it():
     tree = ast.parse((ROOT / "finetune/__main__.py").read_text(encoding="utf-8"))
-    verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and len(node.args.args) > 1]
+    verbs = [
+        node for node in tree.body
+        if isinstance(node, ast.FunctionDef) and len(node.args.args) > 1 and node.name != "_every_verb"
+    ]  # fmt: skip
     assert len(verbs) >= 4
     for function in verbs:
         used = {node.id for line in function.body for node in ast.walk(line) if isinstance(node, ast.Name)}

@@ -126,7 +126,7 @@ def test_data_that_training_would_refuse_is_shown_and_said(show):
     for share, refused in (("0.2", 1), ("0.25", 0)):
         shown = []
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(preview, "_note", shown.append)
+            patched.setattr(preview, "say_note_aside", shown.append)
             assert shown_rows(show(rows, "--bad_rows", "drop", "--max_dropped_rows", share)) == [0, 1, 2, 3]
         told = [line for line in shown if line.startswith("training would refuse this data: ")]
         assert len(told) == refused
