@@ -63,7 +63,7 @@ def test_every_row_comes_once_an_epoch_and_none_twice(count, rows, accumulation,
     assert sum(map(len, steps)) == sampler.micro_batches_per_epoch
     for number, step in enumerate(steps):
         assert sorted(rows_of(step)) == sorted(sampler.step_rows(epoch, number))
-        assert number == len(steps) - 1 or len(step) == accumulation
+        assert step and (number == len(steps) - 1 or len(step) == accumulation)
         for micro_batch in step:
             assert any(micro_batch), "no rank has anything to do"
             for found in micro_batch:
@@ -143,6 +143,8 @@ def test_a_short_last_step_can_be_left_out():
     assert (whole.steps_per_epoch, dropped.steps_per_epoch) == (3, 2)
     assert epoch_of(dropped, 0) == epoch_of(whole, 0)[:2]
     assert whole.position(7) == (2, 1)
+    none = Sampler(lengths[:7], Shape(2, 2, 2), seed=0, drop_last=True)
+    assert (none.steps_per_epoch, none.micro_batches_per_epoch) == (0, 0)
     with pytest.raises(IndexError):
         dropped.step_rows(0, 2)
 
