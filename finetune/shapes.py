@@ -79,7 +79,6 @@ def shape_of(
         tied=head is not None and head.weight is embedding,
         stored_bytes=of_base * _stored_size(config) if stored_bytes is None else stored_bytes,
         largest_module=max(own),
-        layer_parameters=_mean([sum(one.numel() for one in layer.parameters()) for layer in layers]),
         active=sum(one.elements for one in blocks) - round(sleeping * (1 - visited / max(experts, 1))),
         experts=experts,
         experts_per_token=visited,
@@ -119,10 +118,6 @@ def _layers_of(base: Any) -> list[Any]:
 
 def _adapter_parameters(base: Any) -> int:
     return sum(one.numel() for name, one in base.named_parameters() if "lora_" in name or "modules_to_save" in name)
-
-
-def _mean(values: list[int]) -> int:
-    return round(sum(values) / len(values)) if values else 0
 
 
 def _stored_size(config: Any) -> int:

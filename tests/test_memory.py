@@ -44,7 +44,6 @@ def shape_with(parameters: int, *, trained: int | None = None, activations: Acti
         tied=False,
         stored_bytes=2 * parameters,
         largest_module=525_336_576,
-        layer_parameters=218_112_000,
         active=parameters,
         adapter=trained < parameters,
     )

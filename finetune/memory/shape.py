@@ -64,7 +64,6 @@ class Shape:
         embedding: parameters of the input embeddings. tied: whether the head is the same parameter.
         stored_bytes: of the files that it is loaded from.
         largest_module: parameters that one module holds itself; ZeRO-3 gathers that many at least.
-        layer_parameters: of one layer, the mean.
         experts: of a layer; 0 in a dense model.
         adapter: whether it carries an adapter, so that checkpoints and result hold the trained parameters alone.
     """
@@ -78,7 +77,6 @@ class Shape:
     tied: bool
     stored_bytes: int
     largest_module: int
-    layer_parameters: int
     active: int
     experts: int = 0
     experts_per_token: int = 0
@@ -166,7 +164,6 @@ class Job:
         hpz: ranks that keep a second copy of the weights among them (ZeRO++); 1: none.
         keep_checkpoints: sealed ones that stay; None: as many as are written.
         only_model: checkpoints without the state of the optimizer.
-        shared_disk: whether all hosts write to one.
     """
 
     stage: int | None
@@ -195,7 +192,6 @@ class Job:
     hpz: int = 1
     keep_checkpoints: int | None = 2
     only_model: bool = False
-    shared_disk: bool = True
 
     @property
     def on_host(self) -> int:
