@@ -6,6 +6,7 @@ MODEL := .models/SmolLM2-135M-Instruct
 TOKENIZERS := .models/tokenizers
 PYTEST := $(VENV)/bin/python -m pytest
 SHARE ?= 0/1
+JOBS ?= 2
 
 .PHONY: quickstart test test-faults test-hosts test-gpu test-browser test-all lint install model tokenizers prerequisites
 
@@ -13,7 +14,7 @@ quickstart: install
 	$(VENV)/bin/python -m finetune quickstart $(QUICKSTART_FLAGS)
 
 test: install model tokenizers
-	$(PYTEST)
+	$(PYTEST) -n $(JOBS) --dist loadfile
 
 test-faults: install model tokenizers
 	$(PYTEST) -m faults --share $(SHARE)
