@@ -212,6 +212,12 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--num_virtual_tokens", "-1"], "--num_virtual_tokens -1: expected at least 1"),
         (["--lora_dropout", "1"], "--lora_dropout 1.0: expected a share from 0 up to 1"),
         (["--lora_dropout", "nan"], "--lora_dropout nan: expected a share from 0 up to 1"),
+        (["--lora_r", "16"], "--lora_r is given, but all parameters would be trained: add --use_lora True, or leave"),
+        (["--adapter", "prefix", "--use_dora"], "--use_dora is given, but a prefix adapter would be trained"),
+        (
+            ["--use_lora", "--num_virtual_tokens", "9"],
+            "--num_virtual_tokens is given, but a lora adapter would be trained: add --adapter prefix or prompt",
+        ),
     ],
 )
 def test_a_wrong_flag_is_named_with_its_value(words, said):
@@ -284,6 +290,11 @@ def test_a_config_file_may_hold_the_required_flags(tmp_path):
     path = written(tmp_path / "a.json", {"model_name_or_path": "m", "data_path": "d", "output_dir": "o"})
 
     assert parse(["--config", str(path)]).training["output_dir"] == "o"
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/nori")
+    assert parsed("--model_name_or_path=~/model").model.model_name_or_path == "/home/nori/model"
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -362,7 +373,7 @@ def test_a_missing_config_file_is_named(tmp_path):
         [*REQUIRED, "--use_lora", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", "4", "--new_tokens", "<x>"],
         [*REQUIRED, "--lr_scheduler_kwargs", '{"a": [1, "b c"]}', "--run_name", "", "--chat_template", "a b.jinja"],
         [*REQUIRED, "--no_cuda", "--group_by_length", "False", "--warmup_ratio", "0.25", "--tf32", "False"],
-        [*REQUIRED, "--new_tokens", "--human_token_ids", "--modules_to_save", "lm_head"],
+        [*REQUIRED, "--use_lora", "--new_tokens", "--human_token_ids", "--modules_to_save", "lm_head"],
         [*REQUIRED, "--run_name=-first", "--output_dir=--o", "--neftune_noise_alpha=-1e-05"],
         [*REQUIRED, "--new_tokens=-x"],
     ],

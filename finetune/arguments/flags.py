@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -41,6 +42,9 @@ class ModelArguments:
         "is said",
     )
     new_tokens: list[str] = _flag([], "tokens to add to the vocabulary; their embeddings are trained, with LoRA too")
+
+    def __post_init__(self) -> None:
+        self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # a shell leaves `--flag=~/model` alone
 
     def trusts_code(self) -> bool:
         """Whether the model's own Python files may run."""

@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from finetune.arguments.flags import (
     GROUPS,
     TRAINING_DEFAULTS,
     TRAINING_HELP,
+    AdapterArguments,
     Arguments,
     DataArguments,
     default_of,
@@ -59,6 +60,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     notes = _translate(given, training)
     arguments = Arguments(*groups, training={**TRAINING_DEFAULTS, **training}, notes=notes)
     _check_pairs(arguments)
+    if given.get("use_lora") is not False:  # who says so knows that the settings of a file do not count
+        _check_that_the_adapter_is_asked_for(arguments.adapter)
     return arguments
 
 
@@ -107,7 +110,7 @@ def meaning(training_flag: str) -> str:
 
 def meaning_of(flag: Field[Any]) -> str:
     """What a flag of ours is, with its default."""
-    return _with_default(flag.metadata["help"], flag.default_factory() if flag.default is MISSING else flag.default)
+    return _with_default(flag.metadata["help"], default_of(flag.name))
 
 
 def _with_default(text: str, default: Any) -> str:
@@ -266,6 +269,19 @@ def _check_pairs(arguments: Arguments) -> None:
             raise ConfigError(f"--{name} {getattr(arguments.run, name)}: expected 0 or more")
     if not 0 <= adapter.lora_dropout < 1:
         raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")
+
+
+def _check_that_the_adapter_is_asked_for(adapter: AdapterArguments) -> None:
+    """What shapes an adapter must not be passed over while all parameters, or another adapter, are trained."""
+    kind = adapter.kind()
+    for one in fields(adapter):
+        if one.name in ("use_lora", "adapter") or getattr(adapter, one.name) in (default_of(one.name), *NOTHING):
+            continue
+        kinds = ("prefix", "prompt") if one.name == "num_virtual_tokens" else ("lora",)
+        if kind not in kinds:
+            wanted = "--use_lora True" if kinds == ("lora",) else "--adapter prefix or prompt"
+            trained = f"a {kind} adapter" if kind else "all parameters"
+            raise ConfigError(f"--{one.name} is given, but {trained} would be trained: add {wanted}, or leave it out")
 
 
 def _check_that_something_is_learned(arguments: Arguments) -> None:
