@@ -48,7 +48,7 @@ def conclude(arguments: Arguments, setup: Setup, trainer: Any, example: dict[str
         held_out["held out"] = f"loss {evaluated[0]:.4f} -> {evaluated[-1]:.4f}, lowest {min(evaluated):.4f}"
     if best is not None:
         result["best"] = {"step": best[0], "eval_loss": best[1], "checkpoint": f"checkpoint-{best[0]}"}
-        held_out["best"] = f"checkpoint-{best[0]}, with {best[1]:.4f}" + (
+        held_out["best saved"] = f"checkpoint-{best[0]}, with {best[1]:.4f}" + (
             "; it is what was saved as the result" if trainer.args.load_best_model_at_end else ""
         )
     deepspeed_config = trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None

@@ -238,7 +238,8 @@ def plan(
         loss_weighting=collator.weighting,
         chat_format=chat_format.name,
         precision=setup.hardware.precision,
-        attention=trained.config._attn_implementation,
+        attention=trained.config._attn_implementation
+        + (", each conversation by itself" if sampler.batching != "padded" else ""),
         checkpointing=setup.activation_checkpointing,
         epochs=steps / sampler.steps_per_epoch,
         steps=steps,
