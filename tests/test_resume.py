@@ -227,9 +227,9 @@ def test_stages_1_and_2_take_each_others_checkpoints(train, tmp_path, before, af
 
 def test_a_checkpoint_of_another_run_and_one_without_optimizer_are_refused(train, tmp_path):
     flags = ("--deepspeed", "zero2", "--max_steps", "2", "--save_steps", "2")
-    train("one", *flags)
+    train("one", *flags, "--max_steps", "3", "--save_steps", "3")
     train("two", *flags)
-    shutil.copytree(tmp_path / "one/checkpoint-2", tmp_path / "two/checkpoint-9")
+    shutil.copytree(tmp_path / "one/checkpoint-3", tmp_path / "two/checkpoint-3")
     said = train("two", *flags, "--resume_from_checkpoint", "auto", fails=4)
     ids = [json.loads((tmp_path / name / "run.json").read_text())["run_id"] for name in ("one", "two")]
     assert ids[0] != ids[1] and all(one in said for one in ids)
