@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import finetune
-from finetune.errors import reported
+from finetune.errors import own_process, reported
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -181,7 +181,7 @@ def _chat(
 
 def main() -> None:
     """The console script."""
-    with reported():
+    with own_process(), reported():
         app()
 
 

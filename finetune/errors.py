@@ -112,31 +112,40 @@ def reported() -> Iterator[None]:
         sys.exit(error.status)
 
 
+UNFLUSHED = 120  # what Python itself ends with where the last words cannot be written
+
+
 @contextmanager
 def own_process() -> Iterator[None]:
-    """For a process that only does what is in the block: where it fails, it ends without the destructors of C++.
+    """For a process that only does what is in the block: it ends with its status, without the destructors of C++.
 
-    A rank that leaves the others in the middle of a run still has threads of its communication library, and a thread
-    that runs when it is destroyed aborts the process: the launcher would pass on 134 instead of the error's status.
-    Python's own exit handlers run before.
+    Threads of a communication library may still run, most of all where a rank leaves the others in the middle of a run,
+    and one that runs when it is destroyed aborts the process: its status would be 134. Python's own exit handlers run
+    before.
     """
-    failed: list[int] = []
-    atexit.register(_leave, failed)  # called after what libraries that are imported later have registered
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # called after what libraries that are imported later have registered
     try:
         yield
     except SystemExit as leaving:
-        failed.append(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+        ended.append(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
         raise
     except FinetuneError as error:  # `reported` may stand around this block as well as in it
-        failed.append(error.status)
+        ended.append(error.status)
         raise
     except BaseException:
-        failed.append(1)
+        ended.append(1)
         raise
+    else:
+        ended.append(0)
 
 
-def _leave(failed: list[int]) -> None:
-    if any(failed):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(failed[0])
+def _leave(ended: list[int]) -> None:
+    if ended:
+        status = ended[0]
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                status = status or UNFLUSHED
+        os._exit(status)

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.arguments import EvaluateArguments, parse_for_evaluate
 from finetune.console import is_rank_0, quiet_libraries, say_note_aside
-from finetune.errors import FinetuneError, own_process
+from finetune.errors import FinetuneError
 from finetune.evaluation import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE, stored
 from finetune.evaluation.conversations import prepare_held_out
 from finetune.evaluation.showing import show
@@ -29,25 +29,24 @@ def main(argv: Sequence[str]) -> None:
         DataError: held-out rows with faults.
         FinetuneError: the tuned model is further below the base than --fail_below allows.
     """
-    with own_process():
-        folder, chosen, data = parse_for_evaluate(argv)
-        prepare_environment()
-        sys.stdout.reconfigure(encoding="utf-8" if chosen.json else None, errors="backslashreplace")
-        result = read_result(Path(folder))
-        asked = {
-            HELD_OUT_FILE: bool(data.get("data_path")),
-            BENCHMARKS_FILE: bool(chosen.tasks),
-            FORGETTING_FILE: chosen.forgetting,
-        }
-        for name in (name for name, is_asked in asked.items() if is_asked):
-            stored.check_writable(result.folder, name)
-        found = {name: stored.versioned(one) for name, one in _measured(result, chosen, data).items()}
-        for name, document in found.items():
-            on_rank_0(lambda name=name, document=document: stored.store(result.folder, name, document))
-        if is_rank_0():
-            _show(result, found, as_json=chosen.json)
-        leave_processes()
-        _fail_if_below(found.get(FORGETTING_FILE), chosen.fail_below)
+    folder, chosen, data = parse_for_evaluate(argv)
+    prepare_environment()
+    sys.stdout.reconfigure(encoding="utf-8" if chosen.json else None, errors="backslashreplace")
+    result = read_result(Path(folder))
+    asked = {
+        HELD_OUT_FILE: bool(data.get("data_path")),
+        BENCHMARKS_FILE: bool(chosen.tasks),
+        FORGETTING_FILE: chosen.forgetting,
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        stored.check_writable(result.folder, name)
+    found = {name: stored.versioned(one) for name, one in _measured(result, chosen, data).items()}
+    for name, document in found.items():
+        on_rank_0(lambda name=name, document=document: stored.store(result.folder, name, document))
+    if is_rank_0():
+        _show(result, found, as_json=chosen.json)
+    leave_processes()
+    _fail_if_below(found.get(FORGETTING_FILE), chosen.fail_below)
 
 
 def _measured(result: Result, chosen: EvaluateArguments, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
