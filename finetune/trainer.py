@@ -31,6 +31,7 @@ from finetune.loss_parts import LossParts
 from finetune.losses import supervised_loss
 from finetune.metrics import ModelFlops, StepMeter, peak_memory_bytes
 from finetune.numbers import ROWS_FILE, Count, check_weights, finite_or_none, is_of_the_least_scale
+from finetune.parallelism import mend_reshaped_optimizer, share_rows, spare_copies_of_gradients, zero_stage
 from finetune.ranks import gathered
 from finetune.results import METRICS_FILE, library_versions, now, write_run
 from finetune.saving import Lineage, Saver, checkpoint_bytes, recording_engine, trained_shapes
@@ -69,16 +70,18 @@ class SupervisedTrainer(Trainer):
         self.flops, self.peak_flops = flops, peak_flops
         self.initial_lora = initial_lora
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
+        self.zero_stage = zero_stage(self.accelerator)
+        spare_copies_of_gradients(self.model, self.accelerator)
         self.sharing_ranks = self.args.world_size // micro_batches.sampler.shape.world_size
         if self.sharing_ranks > 1:
-            self._share_rows()
+            share_rows(self.model, self.accelerator)
         self.group_settings: list[dict[str, Any]] = []
         self.lineage = lineage
         self.trained = trained_shapes(self.model)
         lineage.check_trained(self.trained)
         share = len(lineage.disk.ranks) / self.args.world_size
         size = checkpoint_bytes(
-            self.model, self.trained, stage=self._zero_stage(), share=share, only_model=self.args.save_only_model
+            self.model, self.trained, stage=self.zero_stage, share=share, only_model=self.args.save_only_model
         )
         self.saver = Saver(Path(self.args.output_dir), lineage.disk, keep, size, self._manifest)
         self.meter = StepMeter()
@@ -93,28 +96,13 @@ class SupervisedTrainer(Trainer):
         self.add_callback(Progress())
 
     def _step_end(self) -> StepEnd:
-        gathers, sends_buffers = self._zero_stage() == 3, not (self.is_deepspeed_enabled or self.args.world_size == 1)
+        gathers, sends_buffers = self.zero_stage == 3, not (self.is_deepspeed_enabled or self.args.world_size == 1)
         own_time = OwnTime(
             self.args.device,
             waits_in_forward=gathers or sends_buffers or self.sharing_ranks > 1,
-            waits_in_each_backward=self._zero_stage() == 2,
+            waits_in_each_backward=self.zero_stage == 2,
         )
         return StepEnd(self, Path(self.args.output_dir) / ROWS_FILE, own_time)
-
-    def _zero_stage(self) -> int | None:
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return None if plugin is None else plugin.zero_stage
-
-    def _share_rows(self) -> None:
-        """Groups of ranks share each row: Ulysses exchanges its tokens for attention heads around our own attention.
-
-        Each rank's collator cuts out its part of the row that all of its group load, so that accelerate's adapter,
-        which sends the rows of one rank to the others in turn, is left out.
-        """
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        handler = self.accelerator.parallelism_config.sp_handler
-        handler.sp_attn_implementation = base.config._attn_implementation
-        self.accelerator.deepspeed_ulysses_dl_adapter = lambda loader, model: loader
 
     def get_sp_size(self) -> int:
         """1: an epoch has as many micro-batches as the loader says, whoever shares their rows."""
@@ -141,7 +129,7 @@ class SupervisedTrainer(Trainer):
     def _ranks_averaged_over(self) -> int:
         """By how many ranks the sum of their gradients is divided. Where ranks share rows, DeepSpeed divides by the
         groups of them, but in stage 3's reduce-scatter (0.19.8) by all ranks."""
-        return self.args.world_size // (1 if self._zero_stage() == 3 else self.sharing_ranks)
+        return self.args.world_size // (1 if self.zero_stage == 3 else self.sharing_ranks)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; what each group of parameters is to have is remembered for `_begin`.
@@ -365,20 +353,10 @@ class SupervisedTrainer(Trainer):
             self._globalstep_last_logged = manifest.last_logged
             self.step_end.count = Count(**manifest.non_finite)
         elif manifest is not None and self.is_deepspeed_enabled:
-            self._mend_reshaped_optimizer()
+            mend_reshaped_optimizer(self.model_wrapped.optimizer, self.group_settings)
             self.step_end.count = Count(**{**manifest.non_finite, "lost_since_log": 0})
         self.logged_at = self._globalstep_last_logged
         self.meter.restart()
-
-    def _mend_reshaped_optimizer(self) -> None:
-        """Undo what DeepSpeed (0.19.8) does wrong when stage 3 loads the universal form: all groups share one counter
-        of steps, which each of them then advances, and the first group's weight decay goes to all."""
-        optimizer = getattr(self.model_wrapped.optimizer, "optimizer", self.model_wrapped.optimizer)
-        for state in optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-        for group, settings in zip(optimizer.param_groups, self.group_settings, strict=False):
-            group.update(settings)
 
     def loss_of(self, example: dict[str, Any]) -> float:
         """The mean loss over the learned tokens of one example, without dropout; all ranks.

@@ -36,6 +36,7 @@ LINE = (
         "dataset",
         "interconnect",
         "losses",
+        "parallelism",
         "samples",
         "saving",
         "shapes",

@@ -84,6 +84,12 @@ def test_flat_padded_packed_and_budgeted_batches_learn_the_same(train):
     assert_same(flat, train("budget-padded", 2, *budget, "--batching", "padded"), steps=2)
 
 
-def test_without_deepspeed_the_steps_are_the_same(train):
-    plain = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
-    assert_same(train("zero", 2, *plain, "--deepspeed", "zero2"), train("plain", 2, *plain), steps=4)
+@pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
+def test_without_deepspeed_the_steps_are_the_same_on_two_ranks_and_alone(train, adapter):
+    def plain(rows: int, accumulated: int) -> tuple[str, ...]:
+        return shape(rows, accumulated, "zero2")[:-2] + adapter
+
+    zero = train("zero", 2, *shape(2, 2, "zero2"), *adapter)
+    assert_same(zero, train("plain", 2, *plain(2, 2)), steps=4)
+    assert_same(zero, train("alone", 1, *plain(8, 1)), steps=4)
+    assert_same(zero, train("alone-in-parts", 1, *plain(2, 4)), steps=4)

@@ -242,6 +242,9 @@ def test_a_run_without_deepspeed_is_a_job():
     job = Job(**from_deepspeed(None), ranks=1, tokens=4_096, learned=2_048)
     needed = estimate(llama_8b(), job).device_total
     assert needed > 16 * 8_030_261_248  # float32 weights, gradients and moments
+    on_two = Job(**from_deepspeed(None), ranks=2, tokens=4_096, learned=2_048)
+    # DDP's buckets are the gradients; they stay through the forward pass.
+    assert needed <= estimate(llama_8b(), on_two).device_total < needed + 4 * 8_030_261_248
 
 
 def test_what_is_offered_for_eight_billion_parameters():

@@ -46,9 +46,10 @@ def buckets(shape: Shape, job: Job) -> tuple[float, float]:
     Stages 1 and 2 make a buffer of `reduce_bucket` elements in each backward pass; a CPU lends only what is written to.
     """
     size, trained = job.size, shape.trainable
-    if job.stage in (None, 0):
-        sent = size if job.stage == 0 else 4
-        return (sent * trained if job.ranks > 1 else 0), 0
+    if job.stage is None:  # DDP's hold the gradients themselves
+        return 4 * trained * (job.ranks > 1), 0
+    if job.stage == 0:
+        return size * trained * (job.ranks > 1), 0
     if job.stage == 3:
         largest = max((one.size for one in shape.blocks if one.trained), default=0)
         bucket = min(reduce_bucket(shape, job), trained)
@@ -114,11 +115,11 @@ def phases(shape: Shape, job: Job) -> dict[str, Parts]:
     kept, gathering = gathered(shape, job)
     waiting, whole = gradients(shape, job)
     largest = max((one.size for one in shape.blocks if one.trained), default=0)
-    is_split = job.stage == 3
+    stays = job.stage in (None, 3)
     # Where the bucket holds all, nothing is reduced before all gradients are there.
     early = 0 if job.stage in (1, 2) and reduce_bucket(shape, job) >= shape.trainable else copy
     found = {
-        "forward": {GRADIENTS: waiting, BUCKETS: bucket * is_split, GATHERED: kept + gathering, **at_head},
+        "forward": {GRADIENTS: waiting, BUCKETS: bucket * stays, GATHERED: kept + gathering, **at_head},
         "backward": {
             GRADIENTS: max(waiting, job.size * largest),
             BUCKETS: bucket + early,
@@ -126,7 +127,7 @@ def phases(shape: Shape, job: Job) -> dict[str, Parts]:
             **in_layer,
         },
         "reduction": {GRADIENTS: whole, BUCKETS: bucket + (0 if job.stage == 1 else copy), GATHERED: kept},
-        "update": {GRADIENTS: updating(shape, job), BUCKETS: bucket * is_split},
+        "update": {GRADIENTS: updating(shape, job), BUCKETS: bucket * stays},
     }
     # Without ZeRO-3 and with offloaded optimizer states, gradients leave the GPU through a buffer of the largest one.
     leaving = job.size * largest if job.offload_optimizer != "none" and job.stage in (1, 2) else 0
@@ -134,8 +135,11 @@ def phases(shape: Shape, job: Job) -> dict[str, Parts]:
 
 
 def gradients(shape: Shape, job: Job) -> tuple[float, float]:
-    """Bytes of gradients that wait from one micro-batch for the next, and that there are while they are reduced."""
+    """Bytes of gradients that wait from one micro-batch for the next, and that there are while they are reduced; beside
+    what lies in `buckets`."""
     size, trained, accumulates = job.size, shape.trainable, job.accumulation > 1
+    if job.stage is None and job.ranks > 1:
+        return 0, 0
     if job.stage in (None, 0):
         each = 4 if job.stage is None or size == 4 else size + 4  # stage 0 adds them up in float32
         return each * trained * accumulates, each * trained

@@ -81,8 +81,8 @@ def _steps(shape: Shape, job: Job) -> dict[str, Parts]:
     share = 4 * shape.trainable / (job.ranks if job.stage else 1)
     waits = job.accumulation > 1
     if job.stage in (None, 0):
-        sent = bucket
-        return {"update": {**held, GRADIENTS: large, BUCKETS: sent, ACTIVATIONS: with_gradients}}
+        own = large if job.stage == 0 or job.ranks == 1 else 0
+        return {"update": {**held, GRADIENTS: own, BUCKETS: bucket, ACTIVATIONS: with_gradients}}
     if job.stage == 3:
         heap_parts = {ACTIVATIONS: heap, GATHERED: kept}
         largest = 4 * max((one.size for one in shape.blocks if one.trained), default=0)
