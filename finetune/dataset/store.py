@@ -313,7 +313,8 @@ def _examples_of(batch: Any) -> Iterator[tuple[Example, str]]:
     """A record batch's examples, each with its row's id as JSON."""
 
     def lists(name: str) -> list[list[int]]:
-        values, bounds = batch[name].values.to_numpy(), batch[name].offsets.to_numpy()
+        # Not `to_numpy`, which imports pandas.
+        values, bounds = np.from_dlpack(batch[name].values), np.from_dlpack(batch[name].offsets)
         return [values[start:stop].tolist() for start, stop in zip(bounds, bounds[1:], strict=False)]
 
     fields = [batch["turn_spans"].values.field(name).to_pylist() for name in ("turn", "role", "start", "stop")]
