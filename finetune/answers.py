@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_text
 from finetune.conversations import Turn
+from finetune.durable import write_text
 from finetune.errors import ConfigError, FinetuneError, first_line
 from finetune.generation import Answerer
 from finetune.model import torch_dtype

@@ -217,7 +217,10 @@ def _nvidia_smi(*words: str) -> list:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    done = subprocess.run([program, *words], capture_output=True, text=True, timeout=SECONDS_FOR_A_PROGRAM)
+    try:
+        done = subprocess.run([program, *words], capture_output=True, text=True, timeout=SECONDS_FOR_A_PROGRAM)
+    except subprocess.TimeoutExpired:  # a GPU that hangs; the caller says that none was found
+        return []
     return done.stdout.splitlines()
 
 

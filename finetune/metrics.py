@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_durably
+from finetune.durable import write_durably
 from finetune.errors import StorageError
+from finetune.numbers import finite_or_none
 
 FIELDS = (
     "step",
@@ -137,7 +138,7 @@ def append_metrics(path: Path, logs: Mapping[str, Any]) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    line = {name: _finite(logs[name]) for name in FIELDS if name in logs}
+    line = {name: finite_or_none(logs[name]) for name in FIELDS if name in logs}
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -165,10 +166,6 @@ def cut_metrics(path: Path, step: int) -> None:
         write_durably(path, "".join(kept))
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def loss_curve(steps: Sequence[int], losses: Sequence[float], width: int, height: int = 12) -> str:

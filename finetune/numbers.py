@@ -110,11 +110,9 @@ def rows_in_words(records: Sequence[Mapping[str, Any]]) -> str:
     return (", ".join(names[:SHOWN_ROWS]) + more) or "none"
 
 
-def finite_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for each number that is not finite: standard JSON has no other name for it."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
+def finite_or_none(value: Any) -> Any:
+    """The same, but None for a number that is not finite: standard JSON has no other name for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

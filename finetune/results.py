@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import step_of, steps_in, write_text
+from finetune.checkpoints import step_of, steps_in
+from finetune.durable import write_text
 from finetune.errors import CheckpointError, ConfigError, StorageError, first_line
 from finetune.failures import FILE as FAILURE_FILE
 from finetune.host_probe import versions

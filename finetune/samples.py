@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_durably
+from finetune.durable import write_durably
 from finetune.errors import StorageError
 from finetune.pages import Card, Turn
 from finetune.rendering import Example, Rendering

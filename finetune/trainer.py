@@ -219,7 +219,7 @@ class SupervisedTrainer(Trainer):
             self.logged_at, count.lost_since_log = self.state.global_step, 0
             self.parts.take()
         super().log(logs, start_time)
-        self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])
+        self.state.log_history[-1] = {name: finite_or_none(value) for name, value in self.state.log_history[-1].items()}
         if self.step_end.verdict is not None:
             raise NumericsError(self.step_end.verdict)
         self.step_end.own_time.restart()

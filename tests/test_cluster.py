@@ -66,6 +66,15 @@ def test_a_machine_under_two_names_is_named_with_both():
         )
 
 
+def test_a_gpu_tool_that_hangs_is_no_gpu(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nexec sleep 20\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(host_probe, "SECONDS_FOR_A_PROGRAM", 0.2)
+    assert host_probe.count_gpus() == 0 and host_probe.gpu_facts() == []
+
+
 def test_a_port_is_taken_while_somebody_listens_there():
     port = host_probe.free_port()
     assert not host_probe.is_taken(port)

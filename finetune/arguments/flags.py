@@ -265,6 +265,7 @@ GROUPS = (ModelArguments, DataArguments, BatchArguments, AdapterArguments, RunAr
 TRAINING_DEFAULTS = {
     "remove_unused_columns": False,
     "log_level_replica": "error",
+    "logging_steps": 10,
     "logging_nan_inf_filter": False,
     "save_total_limit": 2,
 }
@@ -279,6 +280,7 @@ TRAINING_HELP = {
     "bf16": "compute in bfloat16; where the hardware cannot, an error or a line says so",
     "fp16": "compute in float16, with a loss scale",
     "tf32": "multiply float32 matrices in TF32; off, with a line, where the hardware cannot",
+    "logging_steps": "steps from one line of `metrics.jsonl` to the next",
     "resume_from_checkpoint": "go on: `auto` from the newest whole checkpoint, if any, or from this folder",
     "save_total_limit": "checkpoints that are kept, and the best one; 0: all",
     "eval_strategy": "when held-out conversations are evaluated: `no`, `steps` or `epoch`; default: `epoch`",

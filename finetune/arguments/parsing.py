@@ -91,7 +91,9 @@ def known_flags() -> list[str]:
     return sorted(_shapes())
 
 
-def add_groups(parser: argparse.ArgumentParser, groups: Sequence[type], only: Sequence[str] = ()) -> None:
+def add_groups(
+    parser: argparse.ArgumentParser, groups: Sequence[type], only: Sequence[str] = (), *, requires: bool = True
+) -> None:
     for group in groups:
         section = parser.add_argument_group(group.__doc__.rstrip("."))
         hints = typing.get_type_hints(group)
@@ -99,7 +101,8 @@ def add_groups(parser: argparse.ArgumentParser, groups: Sequence[type], only: Se
             if only and one.name not in only:
                 continue
             kind, is_list, choices = _shape(hints[one.name])
-            _add(section, one.name, kind, is_list, choices, meaning_of(one))
+            text = meaning_of(one) if requires else meaning_of(one).removesuffix(" (required)")
+            _add(section, one.name, kind, is_list, choices, text)
 
 
 def meaning(training_flag: str) -> str:

@@ -128,7 +128,7 @@ def parse_for_evaluate(argv: Sequence[str]) -> tuple[str, EvaluateArguments, dic
     )
     parser.add_argument("output", metavar="OUTPUT", help="the output_dir of a run, or a checkpoint in it")
     add_groups(parser, (EvaluateArguments,))
-    add_groups(parser, (DataArguments,), only=DATA_OF_EVALUATE)
+    add_groups(parser, (DataArguments,), only=DATA_OF_EVALUATE, requires=False)
     words = [word for word in argv if not word.startswith("--local_rank=")]  # the launcher's; RANK says the same
     parsed, unknown = parser.parse_known_args(words)
     known = [*(one.name for one in fields(EvaluateArguments)), *DATA_OF_EVALUATE]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import write_text
 from finetune.conversations import Turn, as_row
+from finetune.durable import write_text
 from finetune.errors import ConfigError
 
 ROLES = {"human", "model", "system"}

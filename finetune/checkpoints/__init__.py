@@ -26,9 +26,7 @@ from finetune.checkpoints.manifest import (
     FileRecord,
     Manifest,
     read_manifest,
-    write_durably,
     write_manifest,
-    write_text,
 )
 from finetune.checkpoints.masters import MasterWeights
 from finetune.checkpoints.pickles import is_pickled, pickle_fault
@@ -63,7 +61,5 @@ __all__ = [
     "steps_in",
     "universal_folder",
     "verify",
-    "write_durably",
     "write_manifest",
-    "write_text",
 ]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import xxhash
 
-from finetune.checkpoints.manifest import MANIFEST_FILE, SAVING_FILE, FileRecord, Manifest, sync_folder
+from finetune.checkpoints.manifest import MANIFEST_FILE, SAVING_FILE, FileRecord, Manifest
+from finetune.durable import sync_folder
 
 CHUNK_BYTES = 4 << 20
 FILES_AT_ONCE = 4

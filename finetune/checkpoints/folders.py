@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.checkpoints.files import faults
-from finetune.checkpoints.manifest import MANIFEST_FILE, NAME, SAVING_FILE, read_manifest, sync_folder, write_durably
+from finetune.checkpoints.manifest import MANIFEST_FILE, NAME, SAVING_FILE, read_manifest
+from finetune.durable import sync_folder, write_durably
 from finetune.errors import CheckpointError
 
 # Before its mark lies in it, and after that is gone, a folder has a name that nobody takes for a checkpoint's.

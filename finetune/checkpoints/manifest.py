@@ -10,16 +10,15 @@ open while one of them finishes it.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from finetune.errors import CheckpointError, StorageError
+from finetune.durable import sync_folder, write_durably
+from finetune.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -130,38 +129,3 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_durably(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
     (folder / SAVING_FILE).unlink(missing_ok=True)
     sync_folder(folder)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file whole: after a crash it holds the old text or the new, never a part."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_durably`, of a file that its user knows.
-
-    Raises:
-        StorageError: the disk refused; what and where.
-    """
-    try:
-        write_durably(path, text)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
-            raise
-    finally:
-        os.close(descriptor)

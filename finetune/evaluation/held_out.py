@@ -13,6 +13,7 @@ from finetune.dataset import PreparedData
 from finetune.errors import NumericsError
 from finetune.evaluation.comparing import perplexity, ratio_interval
 from finetune.evaluation.measuring import AnswerLoss, flat_rows, groups_of, measure
+from finetune.numbers import finite_or_none
 from finetune.opening import BASE, TUNED, Opened
 from finetune.ranks import gathered, num_ranks, this_rank
 from finetune.rendering import Example, TurnSpan
@@ -47,15 +48,11 @@ class RowLosses:
         """As JSON values; losses are means over tokens, null where they are not finite."""
         turns = []
         for turn in sorted(self.tokens):
-            means = {model: finite(losses[turn] / self.tokens[turn]) for model, losses in self.losses.items()}
+            means = {model: finite_or_none(losses[turn] / self.tokens[turn]) for model, losses in self.losses.items()}
             turns.append({"turn": turn, "answer": answer_number(turn), "tokens": self.tokens[turn], **means})
-        means = {model: finite(self.total(model) / self.num_tokens) for model in self.losses}
+        means = {model: finite_or_none(self.total(model) / self.num_tokens) for model in self.losses}
         place = {"source": self.source, "row": self.row, "id": self.id, "tokens": self.num_tokens}
         return {**place, **means, "examples": self.examples, "turns": turns}
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def evaluate_held_out(
@@ -214,7 +211,7 @@ def _group(kind: str, name: str, parts: Iterable[tuple[RowLosses, set[int]]]) ->
     found: dict[str, Any] = {"kind": kind, "name": name, "rows": len(parts), "tokens": sum(tokens)}
     for model, losses in sums.items():
         loss = sum(losses) / sum(tokens)
-        found[model] = {"loss": loss, "perplexity": finite(perplexity(loss))}
+        found[model] = {"loss": loss, "perplexity": finite_or_none(perplexity(loss))}
     if BASE in sums:
         apart = [tuned - base for tuned, base in zip(sums[TUNED], sums[BASE], strict=True)]
         interval = ratio_interval(apart, tokens)

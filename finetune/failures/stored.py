@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 
+from finetune.durable import sync_folder
 from finetune.failures.causes import likely_cause
 from finetune.failures.record import Failure, moment
 
 FILE = "failure.json"
-# What network file systems say that cannot write a folder through; the file itself is on the disk.
-UNKNOWN_TO_SOME_DISKS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 def write(folder: str | os.PathLike, failure: Failure, *, replace: bool = False) -> Path | None:
@@ -63,7 +61,7 @@ def _put(part: Path, path: Path, failure: Failure, replace: bool) -> Path:
             if earlier and earlier.run and earlier.run == failure.run and moment(earlier) <= moment(failure):
                 return path
     os.replace(part, path)
-    _flush_folder(path.parent)
+    sync_folder(path.parent)
     return path
 
 
@@ -75,14 +73,3 @@ def _write_through(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNKNOWN_TO_SOME_DISKS:
-            raise
-    finally:
-        os.close(descriptor)
