@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints, console, guard, hosts, model, results
+from finetune import checkpoints, claiming, console, guard, hosts, model
 from finetune.arguments import Arguments
 from finetune.building import build_notes
 from finetune.errors import CheckpointError, ConfigError
@@ -68,7 +68,7 @@ def examine(arguments: Arguments, found: Probe, world: World) -> Setup:
     asked = arguments.given("report_to")
     check_trackers([asked] if isinstance(asked, str) else asked or [])
     _check_sampling(arguments)
-    move_aside = results.check_output_dir(
+    move_aside = claiming.check_output_dir(
         output_dir,
         overwrite=arguments.run.overwrite_output_dir,
         resume=arguments.resumes_from() is not None,

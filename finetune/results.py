@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -34,15 +33,10 @@ from finetune.stopping import STOP_FILE
 RUN_FILE = "run.json"
 LEDGER_FILE = "data_ledger.jsonl"
 METRICS_FILE = "metrics.jsonl"
-LOCK_FILE = ".in_use"
 COMPLETE_FILE = "RUN_COMPLETE"
-SECONDS_FOR_A_DYING_RUN = 15.0
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
 VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")  # peft's names of these kinds of adapters
-# run.json alone is left by a run that never made a step: there is nothing in it to lose.
-MARKS_OF_A_RUN = (METRICS_FILE, *MODEL_CONFIGS, "trainer_state.json")
-_held: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -135,86 +129,6 @@ def _adapter_in(folder: Path) -> str | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is not the config of an adapter: {first_line(error)}") from None
-
-
-def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
-    """Whether `folder` holds an earlier run that must be moved aside; changes nothing.
-
-    Raises:
-        ConfigError: it holds a run and neither flag says what to do; or it is no folder.
-        StorageError: it cannot be written to.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output_dir {folder}: is a file")
-    existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise StorageError(f"--output_dir {folder}: no permission to write in {existing}")
-    if not holds_run(folder) or resume:
-        return False
-    if overwrite:
-        return True
-    raise ConfigError(
-        f"--output_dir {folder}: already holds a run, nothing was changed: choose another folder, or give "
-        "--overwrite_output_dir True to move it aside"
-    )
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a training run has left its marks here."""
-    return any((folder / name).exists() for name in MARKS_OF_A_RUN) or any(folder.glob("checkpoint-*"))
-
-
-def claim_output_dir(folder: Path, *, move_aside: bool) -> str | None:
-    """Make the folder, an earlier run in it renamed; returns the line that says so. One process may call this.
-
-    Raises:
-        StorageError: the folder cannot be made or renamed.
-    """
-    note = None
-    try:
-        if move_aside:
-            aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-            folder.rename(aside)
-            note = f"the earlier run was moved to {aside}"
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
-    return note
-
-
-def hold(folder: Path) -> str | None:
-    """Keep `folder` for this process, until it ends however it may: two runs in one would remove each other's files.
-
-    Returns a line for the user where the file system has no locks, so that nothing can be kept.
-
-    Raises:
-        ConfigError: another run has it.
-        StorageError: the folder cannot be written to.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=SECONDS_FOR_A_DYING_RUN)
-        except Timeout:
-            raise ConfigError(
-                f"--output_dir {folder}: another run is writing there (it holds {folder / LOCK_FILE}): wait for it, "
-                "end it, or choose another folder"
-            ) from None
-        except NotImplementedError:
-            return f"{folder} is on a file system without locks: a second run there would not be refused"
-    except OSError as error:
-        raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
-    _held.append(lock)  # a lock that nobody refers to is let go
-    return None
-
-
-def let_go() -> None:
-    """What this process holds may be another run's."""
-    while _held:
-        _held.pop().release()
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:
@@ -328,23 +242,6 @@ def ended(folder: Path, how: str) -> list[dict[str, Any]]:
 def now() -> str:
     """The time as run.json has it: ISO 8601 to the second, with the offset from UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def is_held(folder: Path) -> bool | None:
-    """Whether a run keeps this folder at this moment; None where the file system cannot tell."""
-    import fcntl
-
-    try:
-        with open(folder / LOCK_FILE, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None
 
 
 def library_versions() -> dict[str, str]:

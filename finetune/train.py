@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import adapters, agreeing, console, guard, model, results, stopping
+from finetune import adapters, agreeing, claiming, console, guard, model, results, stopping
 from finetune.arguments import Arguments, parse
 from finetune.building import guard_builds
 from finetune.checking import Setup, check, evaluation_options
@@ -146,7 +146,7 @@ def resume(arguments: Arguments, setup: Setup, chat_format: ChatFormat, data: Pr
     """Find the checkpoint to go on from, if any; claim the output folder for this run alone; write down what runs."""
     output_dir = _output_dir(arguments)
     guard.phase("model")
-    console.say_notes([*filter(None, together(lambda: results.hold(output_dir) if disk.is_writer else None))])
+    console.say_notes([*filter(None, together(lambda: claiming.hold(output_dir) if disk.is_writer else None))])
     found = find_checkpoint(arguments, setup, data, disk)
     together(lambda: _claim(output_dir, setup) if disk.is_writer else None)
     lineage = Lineage(
@@ -164,10 +164,10 @@ def resume(arguments: Arguments, setup: Setup, chat_format: ChatFormat, data: Pr
 
 
 def _claim(output_dir: Path, setup: Setup) -> None:
-    moved = results.claim_output_dir(output_dir, move_aside=setup.move_aside)
+    moved = claiming.claim_output_dir(output_dir, move_aside=setup.move_aside)
     if moved:
         console.say_note(moved)
-        results.hold(output_dir)
+        claiming.hold(output_dir)
 
 
 def _write_down(
@@ -304,7 +304,7 @@ def leave_if_asked(arguments: Arguments, trainer: Any) -> None:
     on_rank_0(lambda: _note_stop(Path(trainer.args.output_dir), trainer.stopped_by, step))
     leave_processes()
     _report(arguments, answers=0)
-    results.let_go()
+    claiming.let_go()
     sys.exit(stopping.STOPPED)
 
 
@@ -338,7 +338,7 @@ def seal(arguments: Arguments, setup: Setup, trainer: Any) -> None:
     _report(arguments, answers=arguments.run.report_answers)
     if is_writer:
         results.mark_complete(_output_dir(arguments), trainer.lineage.run_id)
-    results.let_go()
+    claiming.let_go()
 
 
 def _report(arguments: Arguments, *, answers: int) -> None:

@@ -45,7 +45,7 @@ LINE = (
         "terminal",
         "verifying",
     },
-    {"adapters", "loss_parts", "opening"},
+    {"adapters", "claiming", "loss_parts", "opening", "trials"},
     {
         "agreeing",
         "attention",

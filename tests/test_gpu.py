@@ -82,6 +82,11 @@ def test_the_fused_optimizer_learns_what_the_plain_one_does(train):
     assert losses(fused) == pytest.approx(losses(plain), abs=1e-3)
 
 
+def test_a_lone_rank_without_deepspeed_learns_what_it_does_with_it(train):
+    alone, zero = (train(*config, "--optim", "adamw_torch") for config in ((), ("--deepspeed", "zero2")))
+    assert losses(alone) == pytest.approx(losses(zero), abs=1e-3)
+
+
 def test_fp16_learns_with_a_scaled_loss(train):
     found = losses(train("--deepspeed", "zero1", "--fp16", "True", "--max_steps", "10"))
     exact = losses(train("--deepspeed", "zero2"))

@@ -16,7 +16,7 @@ from conftest import ROOT
 from reported import answer, card, line, output_dir
 from test_pages import HOSTILE
 
-from finetune import failures, results
+from finetune import claiming, failures, results
 from finetune.errors import ConfigError
 from finetune.evaluation.stored import HELD_OUT_FILE, store, versioned
 from finetune.failures import Failure
@@ -203,10 +203,10 @@ def test_a_failed_run_shows_the_likely_cause_first(tmp_path):
 def test_how_a_run_stands(tmp_path):
     folder = output_dir(tmp_path / "one", [line(step) for step in range(1, 11)], complete=False)
     assert read_run(folder).state == "unknown"
-    assert results.hold(folder) is None
+    assert claiming.hold(folder) is None
     assert read_run(folder).state == "running" and "In progress: 10 of 20 steps" in page_of(folder).text
     assert "logged, about 5 s to go." in page_of(folder).text
-    results.let_go()
+    claiming.let_go()
     assert read_run(folder).state == "unknown"
     results.write_run(
         folder, {"stopped": {"by": "SIGTERM", "step": 20}, "starts": results.ended(folder, "stopped by x")}

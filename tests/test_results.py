@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune import results
+from finetune import claiming, results
 from finetune.errors import CheckpointError, ConfigError
 
 
@@ -43,13 +43,13 @@ def test_an_adapter_whose_config_is_broken_is_not_taken_for_a_full_model(content
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "SECONDS_FOR_A_DYING_RUN", 0.2)
-    assert results.hold(tmp_path) is None
+    monkeypatch.setattr(claiming, "SECONDS_FOR_A_DYING_RUN", 0.2)
+    assert claiming.hold(tmp_path) is None
     with pytest.raises(ConfigError, match="another run is writing there"):
-        results.hold(tmp_path)
-    results.let_go()
-    assert results.hold(tmp_path) is None
-    results.let_go()
+        claiming.hold(tmp_path)
+    claiming.let_go()
+    assert claiming.hold(tmp_path) is None
+    claiming.let_go()
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         raise NotImplementedError("FileSystem does not appear to support flock")  # as filelock says it on ENOSYS
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    assert "a second run there would not be refused" in results.hold(tmp_path)
+    assert "a second run there would not be refused" in claiming.hold(tmp_path)
     assert results._held == []
 
 
@@ -82,8 +82,8 @@ def test_each_start_is_remembered_and_how_it_ended(tmp_path):
 
 
 def test_whether_a_run_is_there_is_seen_without_getting_in_its_way(tmp_path):
-    assert results.is_held(tmp_path) is False and not list(tmp_path.iterdir())
-    assert results.hold(tmp_path) is None
-    assert results.is_held(tmp_path) is True
-    results.let_go()
-    assert results.is_held(tmp_path) is False
+    assert claiming.is_held(tmp_path) is False and not list(tmp_path.iterdir())
+    assert claiming.hold(tmp_path) is None
+    assert claiming.is_held(tmp_path) is True
+    claiming.let_go()
+    assert claiming.is_held(tmp_path) is False

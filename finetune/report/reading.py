@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import failures, numbers, results
+from finetune import claiming, failures, numbers, results
 from finetune.answers import Answers, read_answers
 from finetune.errors import ConfigError
 from finetune.evaluation import FILES, Section, sections
@@ -126,8 +126,7 @@ def has_ended(folder: Path) -> bool:
     """Whether nothing more will come of this start of the run: complete, failed or stopped."""
     if (folder / results.COMPLETE_FILE).is_file() or (folder / failures.FILE).is_file():
         return True
-    starts = results.starts(folder)
-    return bool(starts and str(starts[-1].get("how", "")).startswith("stopped"))
+    return _was_stopped(results.starts(folder))
 
 
 def _state(folder: Path, facts: dict[str, Any], failure: failures.Failure | None) -> State:
@@ -135,11 +134,14 @@ def _state(folder: Path, facts: dict[str, Any], failure: failures.Failure | None
         return "failed"
     if facts.get("completed"):
         return "complete"
-    starts = facts.get("starts")
-    last = starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
-    if str(last.get("how") or "").startswith("stopped"):
+    if _was_stopped(facts.get("starts")):
         return "stopped"
-    return "running" if results.is_held(folder) else "unknown"
+    return "running" if claiming.is_held(folder) else "unknown"
+
+
+def _was_stopped(starts: Any) -> bool:
+    last = starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
+    return str(last.get("how")).startswith("stopped")
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from finetune import failures, results
+from finetune import claiming, failures, results
 from finetune.answers import FILE as ANSWERS_FILE
 from finetune.errors import ConfigError
 from finetune.report.curves import drawn
@@ -174,7 +174,7 @@ def _state_of(folders: Sequence[tuple[Path, str]]) -> list[Any]:
     """What changes when there is news."""
     state: list[Any] = []
     for folder, _ in folders:
-        state.append(results.is_held(folder))
+        state.append(claiming.is_held(folder))
         for name in WATCHED:
             try:
                 found = (folder / name).stat()
