@@ -344,6 +344,27 @@ def test_a_tokenizer_without_template_gets_chatml_and_its_markers(tmp_path):
     assert "chatml" in notes[0] and "added to its vocabulary" in notes[1]
 
 
+def test_a_tokenizer_that_has_the_markers_of_chatml_keeps_its_size(smol_tokenizer):
+    size = len(smol_tokenizer)
+    chat_format, notes = choose_format(
+        copy.deepcopy(smol_tokenizer), "chatml", human_token_ids=[3], model_token_ids=[4]
+    )
+    assert (notes, len(chat_format.plain.tokenizer)) == ([], size)
+
+
+def test_a_turn_whose_reasoning_is_left_out_is_named_by_its_number_in_the_row(golden_tokenizer):
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for m in messages %}{% set text = m.content if loop.last else m.content.split('</think>')[-1] %}"
+        "{{ ('<human>' if m.role == 'user' else '<model>') + text + '</s>' }}{% endfor %}"
+    )
+    turns = (("human", "a"), ("model", "<think>w</think>b"), ("human", "c"), ("model", "d"))
+    for system, number in ((), 1), ((("system", "S"),), 2):
+        rendering = render(TemplateFormat(golden_tokenizer, template, "test"), *system, *turns)
+        assert f"the chat template leaves out the reasoning of turn {number}" in rendering.reason
+        assert golden_tokenizer.decode(learned(rendering.examples[0])) == "b</s>d</s>"
+
+
 def test_lingowhale_without_template_gets_its_own_format(golden_tokenizer):
     chat_format, notes = choose_format(golden_tokenizer, human_token_ids=[3], model_token_ids=[4], is_lingowhale=True)
     assert chat_format.name == "lingowhale"

@@ -105,6 +105,7 @@ def test_what_is_left_of_a_long_conversation_is_the_best_of_all_possibilities(
     for number, one in enumerate(found.examples):
         assert (one.row, one.source, one.window) == (7, "rows.json", number)
         for span in one.turn_spans:
+            assert 0 <= span.start < span.stop <= len(one.input_ids)
             text = renderer.format.plain.decode_all([one.input_ids[span.start : span.stop]])[0]
             text = text.removeprefix("<human>").removeprefix("<model>").removesuffix("</s>")
             joined = f"{turns[0].text}\n\n{turns[span.turn].text}"  # where a system turn stands in front
