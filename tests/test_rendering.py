@@ -395,3 +395,13 @@ def test_an_end_that_is_learned_where_another_token_is_read_closes_the_turn_befo
     #        <h>    Hi    <m>   Yes <h>  Ho   <m>   No  </s>    (in the LingoWhale format the first </s> is never read)
     labels = [-100, -100, -100, 11, 2, -100, -100, 13, 2]
     assert learned_turns_of(labels, [1, 3], [2, 6]).tolist() == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("repair", "status"), [("drop_last_human: turn 2", "cut"), ("merge_turns: turn 2", "kept")], ids=["less", "same"]
+)
+def test_a_row_counts_as_cut_when_its_repair_has_left_something_out(golden_tokenizer, repair, status):
+    turns = (Turn("human", "a"), Turn("model", "b"))
+    renderer = Renderer(LingoWhaleFormat(golden_tokenizer, [3], [4]), 100)
+    rendering = renderer.render(Conversation(turns, 0, "rows.json", repairs=(repair,)))
+    assert (rendering.status, rendering.reason) == (status, repair)

@@ -40,6 +40,7 @@ class TestTooLong:
         assert rendering.status == "cut"
         assert golden_tokenizer.decode(learned(rendering.examples[0])) == left
         assert len(rendering.examples[0].input_ids) == max_length
+        assert rendering.reason.endswith(f": the first model turn keeps its first {len(left)} tokens, no end of turn")
 
     @pytest.mark.parametrize("max_length", [1, 5, 6])
     def test_context_that_fills_the_limit_drops_the_row(self, golden_tokenizer, max_length):
@@ -133,6 +134,7 @@ def test_leading_turns_that_nobody_learns_are_no_example(golden_tokenizer, too_l
         assert outcome.reason == "21 tokens: no turn that is to be learned fits into 15"
     else:
         assert [said(golden_tokenizer, one) for one in outcome.examples] == [["dddd</s>"]]
+        assert outcome.reason == "21 tokens: one window"
 
 
 @pytest.mark.parametrize(("policy", "status"), [("drop", "dropped"), ("error", None)])
