@@ -46,6 +46,7 @@ def test_the_form_is_as_asked_or_said(wanted, changed, form, said):
 def test_a_budget_must_hold_the_longest_example():
     with pytest.raises(ConfigError, match="299: the longest example has 300 tokens"):
         decide_form("flat", **{**ASKED, "tokens_per_device": 299})
+    assert decide_form("flat", **{**ASKED, "tokens_per_device": 300}).capacity == 300
 
 
 def made(lengths: list[int], shape: Shape, weighting: str = "token", rank: int = 0, **options: object) -> MicroBatches:

@@ -171,6 +171,7 @@ def test_rotation_leaves_everything_but_its_own_old_checkpoints(tmp_path):
     assert [one.exists() for one in ours] == [False, True, False, True, True]
     assert all((decoy / "mine.txt").read_text() == "mine" for decoy in decoys)
     assert (tmp_path / "checkpoint-9").read_text() == "a file"
+    assert checkpoints.steps_in(tmp_path) == [10, 8, 5, 4, 3]
     assert checkpoints.verify(elsewhere) == [] and checkpoints.verify(foreign) == []
     assert checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=None) == []
     assert checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=0) == []
@@ -212,6 +213,8 @@ def test_only_what_a_save_left_is_removed_at_the_next_start(tmp_path):
     users.mkdir()
     assert checkpoints.remove_unfinished(tmp_path) == [started]
     assert whole.is_dir() and users.is_dir() and not started.exists()
+    checkpoints.mark_as_unfinished(tmp_path / "elsewhere", "run", 4)
+    assert not checkpoints.is_unfinished(tmp_path / "elsewhere")  # whatever bears another name is never removed
 
 
 def test_what_is_set_aside_keeps_its_content_and_never_replaces_anything(tmp_path):
