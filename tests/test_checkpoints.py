@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import io
 import json
 import os
@@ -127,6 +128,7 @@ def damaged_in_every_way() -> dict:
         "a step of another": (lambda folder: wrong(folder, step=7), "it is of step 7: give the folder its name"),
         "a rank too few": (lambda folder: wrong(folder, loss_since_log=[0.5]), "its ranks do not add up"),
         "no ranks": (lambda folder: wrong(folder, disks=[0, 1]), "its ranks do not add up"),
+        "ranks of one disk": (lambda folder: wrong(folder, disks=[[0], 1]), "its ranks do not add up"),
         "no weights": (lambda folder: wrong(folder, trained=None), "trained is None"),
         "a folder instead": (
             lambda folder: ((folder / "latest").unlink(), (folder / "latest").mkdir()),
@@ -143,6 +145,21 @@ def test_each_damage_is_one_fault_that_names_its_file_and_the_older_checkpoint_i
     (fault,) = checkpoints.verify(newer)
     assert said in fault and str(newer) in fault
     assert checkpoints.latest_complete(tmp_path) == older
+
+
+def test_what_the_disk_has_not_taken_has_no_record(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    real = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if os.fstat(descriptor).st_size == 100:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    assert set(checkpoints.settled(tmp_path, ["model.safetensors"], 0)) == {"model.safetensors"}
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.settled(tmp_path, ["model.safetensors"], 0)
 
 
 def test_a_path_out_of_the_folder_is_no_manifest(tmp_path):
