@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from datetime import date
 
 import pytest
 from chat_templates import STYLES
@@ -203,21 +204,36 @@ def test_a_python_backed_tokenizer_is_encoded_piece_by_piece():
         check(tokenizer, rendered(TemplateFormat(tokenizer, PLAIN, "plain"), turns), turns)
 
 
-def test_a_spelling_that_only_normalization_makes_a_control_token_stays_text():
+@pytest.mark.parametrize("opening", ["m.role[0] + ':'", "'<human>'"], ids=["in words", "a control token"])
+@pytest.mark.parametrize("token", ["<end>", "<other>"])
+def test_a_spelling_that_only_normalization_makes_a_control_token_stays_text(opening, token):
     from conftest import byte_tokenizer
     from tokenizers import AddedToken, normalizers
 
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.add_tokens([AddedToken("<end>", normalized=True, special=True)])
-    template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + '<end>' }}{% endfor %}"
-    end = tokenizer.convert_tokens_to_ids("<end>")
-    assert end in tokenizer.encode("a <END> b")
+    tokenizer.add_tokens([AddedToken(one, normalized=True, special=True) for one in ("<end>", "<other>")])
+    template = "{% for m in messages %}{{ " + opening + " + m.content + '<end>' }}{% endfor %}"
+    number = tokenizer.convert_tokens_to_ids(token)
+    said = f"b {token.upper()} d"
+    assert number in tokenizer.encode(said)  # all in lower case, which only what nobody learns may become
 
-    (example,) = rendered(TemplateFormat(tokenizer, template, "x"), [("human", "a <END> b"), ("model", "c")]).examples
+    (example,) = rendered(TemplateFormat(tokenizer, template, "x"), [("human", said), ("model", "c")]).examples
 
-    assert example.input_ids.count(end) == 2
+    assert example.input_ids.count(number) == (2 if token == "<end>" else 0)
     assert tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]) == "c<end>"
+
+
+def test_data_with_the_date_in_it_is_of_its_day(golden_tokenizer, monkeypatch):
+    class Day(date):
+        @classmethod
+        def today(cls) -> date:
+            return date(2026, 1, 2)
+
+    monkeypatch.setattr("finetune.rendering.template.date", Day)
+    dated = TemplateFormat(golden_tokenizer, "{{ strftime_now('%d %b %Y') }}" + PLAIN, "x")
+    assert dated.identity()["day"] == "2026-01-02"
+    assert TemplateFormat(golden_tokenizer, PLAIN, "x").identity()["day"] is None
 
 
 def test_white_space_that_control_tokens_swallow_is_no_part_of_a_turn(smol_tokenizer):
