@@ -121,6 +121,17 @@ def test_an_answer_is_known_by_the_number_of_its_turn(formats):
         lay_out(formats["lingowhale"], [turns[0], turns[2]])
 
 
+def test_turns_keep_their_numbers_where_the_system_turn_is_put_in_front(golden_tokenizer):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    turns = [Turn("system", "S"), Turn("human", "a"), Turn("model", "b"), Turn("human", "c"), Turn("model", "d")]
+    for behind in ("</s>", ":"):  # contents between control tokens, and in front of words
+        said = f"m.role + m.content + ('{behind}' if m.role == 'user' else '</s>')"
+        template = refusing + "{% for m in messages %}{{ " + said + " }}{% endfor %}"
+        layout = lay_out(TemplateFormat(golden_tokenizer, template, "x"), turns)
+        assert [(one.turn, one.text) for one in layout.answers] == [(2, "b"), (4, "d")]
+        assert [(one.turn, one.role) for one in layout.spans] == [(n, turns[n].role) for n in range(1, 5)]
+
+
 def test_renderers_that_differ_in_anything_are_not_equal(formats, golden_tokenizer):
     plain, tailed = formats["lingowhale"], formats["tailed"]
     renderers = [
