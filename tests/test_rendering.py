@@ -1,4 +1,4 @@
-"""Labels against the published example's, ids against `apply_chat_template`, and every way a row is shortened."""
+"""Labels against the published example's, ids against `apply_chat_template`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from rendered import conversation, learned, render, said
+from rendered import learned, render, said
 
 from finetune.conversations import Conversation, Turn
 from finetune.errors import ConfigError, DataError
@@ -23,11 +23,9 @@ from finetune.rendering import (
     TemplateFormat,
     add_control_tokens,
     choose_format,
-    lay_out,
     learned_turns_of,
     stop_token_id,
 )
-from finetune.rendering.proof import prove_all
 
 GOLDEN = [json.loads(line) for line in (ROOT / "tests/golden/lingowhale_labels.jsonl").read_text("utf-8").splitlines()]
 
@@ -231,66 +229,6 @@ class TestWhatIsLearned:
         )
         (outcome,) = Renderer(formats[name][1], 1000, train_on="last_model_turn").render_all([row])
         assert outcome.faults == ("rows.json, row 3: no turn of it is to be learned",)
-
-
-class TestTheProof:
-    def faulty(self, smol_tokenizer, change):
-        chat_format = TemplateFormat(smol_tokenizer, CHATML, "chatml")
-        layout = lay_out(
-            chat_format, [Turn("human", "a"), Turn("model", "word for word"), Turn("human", "b"), Turn("model", "c")]
-        )
-        assert prove_all(chat_format, [layout]) == [None]
-        change(layout)
-        return prove_all(chat_format, [layout])[0]
-
-    def test_another_text_is_noticed(self, smol_tokenizer):
-        def change(layout):
-            layout.labels[layout.answers[0].start + 1] = smol_tokenizer.encode("x")[0]
-
-        assert "turn 1, character 4" in self.faulty(smol_tokenizer, change)
-
-    def test_a_missing_end_is_noticed(self, smol_tokenizer):
-        def change(layout):
-            layout.labels[layout.answers[1].stop - 1] = smol_tokenizer.encode("c")[0]
-
-        assert self.faulty(smol_tokenizer, change) == "turn 3 would not learn to stop"
-
-    def test_a_learned_context_token_is_noticed(self, smol_tokenizer):
-        def change(layout):
-            place = layout.answers[1].start - 1
-            layout.labels[place] = layout.input_ids[place]
-
-        assert "positions would be learned" in self.faulty(smol_tokenizer, change)
-
-    def test_a_hole_is_noticed(self, smol_tokenizer):
-        def change(layout):
-            layout.labels[layout.answers[0].start] = IGNORE_INDEX
-
-        assert "positions would be learned" in self.faulty(smol_tokenizer, change)
-
-    def test_a_shift_by_one_is_noticed(self, smol_tokenizer):
-        def change(layout):
-            layout.labels[:] = [IGNORE_INDEX, *layout.labels[:-1]]
-
-        assert self.faulty(smol_tokenizer, change)
-
-    def test_an_empty_mask_is_noticed(self, smol_tokenizer):
-        def change(layout):
-            layout.labels[:] = [IGNORE_INDEX] * len(layout.labels)
-
-        assert self.faulty(smol_tokenizer, change) == "nothing in it would be learned"
-
-    def test_a_character_that_the_tokenizer_cannot_say_is_a_fault_of_the_row(self, smol_tokenizer):
-        lost = next(
-            character
-            for character in map(chr, range(1, 0x3000))
-            if character.strip() and smol_tokenizer.decode(smol_tokenizer.encode(character)) != character
-        )
-        row = conversation(("human", "a"), ("model", f"x{lost}y"), row=7)
-        (outcome,) = Renderer(TemplateFormat(smol_tokenizer, CHATML, "chatml"), 1000).render_all([row])
-        assert outcome.faults[0].startswith(
-            "rows.json, row 7: turn 1, character 1: the tokenizer loses what the turn says"
-        )
 
 
 def test_turn_spans_hold_each_turn(golden_tokenizer):

@@ -1,0 +1,60 @@
+"""No key of a data row is dead: without it, or with another value, something else is read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune.conversations.layouts import (
+    PAIR_KEYS,
+    PAIRS,
+    SYSTEM_KEYS,
+    TURN_LISTS,
+    WATCHED,
+    WATCHED_IN_TURNS,
+    RowReading,
+)
+from finetune.skipping import rows_to_skip
+
+
+def read(row: dict[str, Any]) -> Any:
+    reading = RowReading(row, "row 0")
+    return reading.turns, reading.faults, reading.is_whole
+
+
+def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
+    turns = [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]
+    assert len(WATCHED) > 25
+    beside = {key for layout in PAIRS for key in layout.beside}
+    for key in sorted(WATCHED - set(TURN_LISTS)):
+        row = {"conversations": turns}
+        assert read({**row, key: "something"}) != read(row), key
+    for layout in PAIRS:
+        whole = {key: f"text of {key}" for key in layout.keys}
+        assert read(whole)[1] == [] and len(read(whole)[0]) == 2, layout
+        for key in layout.keys - beside:
+            assert read({name: text for name, text in whole.items() if name != key}) != read(whole), key
+    for key in TURN_LISTS:
+        assert [turn.text for turn in read({key: turns})[0]] == ["a", "b"]
+    for key in SYSTEM_KEYS:
+        assert read({"conversations": turns, key: "Be brief."})[0][0].role == "system"
+    assert PAIR_KEYS <= WATCHED
+
+
+def test_every_key_of_a_turn_that_is_watched_is_read_or_refused():
+    plain = {"from": "model", "value": "b"}
+    for key in sorted(WATCHED_IN_TURNS):
+        value = False if key == "train" else 0.5
+        found = read({"conversations": [{"from": "human", "value": "a"}, {**plain, key: value}]})
+        assert found != read({"conversations": [{"from": "human", "value": "a"}, plain]}), key
+        assert bool(found[1]) is (key != "train"), key
+
+
+def test_both_keys_of_a_line_of_skip_rows_are_read(tmp_path):
+    def skipped(**line: Any) -> Any:
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"source": "a.json", "row": 1, "text": "x", **line}))
+        return rows_to_skip([str(tmp_path / "rows.jsonl")], {"a.json": 5, "b.json": 5})
+
+    assert skipped() == (("a.json", 1),)
+    assert skipped(source="b.json") == (("b.json", 1),)
+    assert skipped(row=2) == (("a.json", 2),)
