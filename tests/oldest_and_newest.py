@@ -1,4 +1,4 @@
-"""The ranges of setup.py at both ends: a telling part of the tests with the oldest versions and with the newest.
+"""The ranges of pyproject.toml at both ends: a telling part of the tests with the oldest versions and with the newest.
 
     python tests/oldest_and_newest.py [oldest] [newest]
 
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
+import tomllib
 from datetime import date
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDS = ("oldest", "newest")
@@ -30,10 +29,8 @@ TOLD = ("transformers", "deepspeed", "accelerate", "peft", "datasets", "tokenize
 
 
 def required() -> list[str]:
-    """What an installation requires, as setup.py says it."""
-    with mock.patch("setuptools.setup") as setup:
-        runpy.run_path(str(ROOT / "setup.py"))
-    return setup.call_args.kwargs["install_requires"]
+    """What an installation requires, as pyproject.toml says it."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
 
 
 def at_end(requirement: str, end: str, torch: str) -> str:

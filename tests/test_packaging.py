@@ -9,18 +9,33 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from unittest import mock
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from finetune.errors import ConfigError
 from finetune.tools import quickstart
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", ".venvs", ".models", "tests", "output", "build", "*.egg-info", "__pycache__"
 )
+
+
+def distribution(requirement: str) -> str:
+    return canonicalize_name(Requirement(requirement).name)
+
+
+def pins(file: str) -> dict[str, str]:
+    return {
+        canonicalize_name(name): version
+        for name, version in re.findall(r"(?m)^(\S+)==(\S+)", (ROOT / file).read_text())
+    }
 
 
 def test_the_wheel_carries_configs_and_data(tmp_path):
@@ -30,11 +45,10 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     shutil.rmtree(tmp_path / "clone")
-    code = {str(path.relative_to(ROOT)) for path in (ROOT / "finetune").rglob("*.py")}
-    assert len(code) > 20 and code <= {str(path.relative_to(tmp_path / "site")) for path in tmp_path.rglob("site/**/*")}
-
-    assert list(tmp_path.glob("site/finetune/evaluation/tasks/*.yaml"))
-    assert (tmp_path / "site/finetune/data/forgetting.json").is_file()
+    installed = {str(path.relative_to(tmp_path / "site")) for path in tmp_path.rglob("site/**/*")}
+    files = [path for path in (ROOT / "finetune").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) > 20 and {str(path.relative_to(ROOT)) for path in files} <= installed
+    assert {"finetune/py.typed", "finetune/data/forgetting.json", "finetune/ds_configs/zero3.json"} <= installed
 
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
@@ -53,18 +67,27 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
 
 
 def test_what_is_imported_is_required():
-    with mock.patch("setuptools.setup") as setup:
-        runpy.run_path(str(ROOT / "setup.py"))
-    said = setup.call_args.kwargs
-    wanted = [*said["install_requires"], *(one for extra in said["extras_require"].values() for one in extra)]
-    names = {re.split("[<>=]", one)[0].lower().replace("-", "_") for one in wanted}
+    extras = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
+    names = {distribution(requirement).replace("-", "_") for requirement in [*PROJECT["dependencies"], *extras]}
     names |= {"yaml", "markupsafe"}  # PyYAML's; jinja2 is made of it
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "finetune").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    imported = {one.name for node in nodes if isinstance(node, ast.Import) for one in node.names}
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     imported = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - {"finetune"}
     assert {"torch", "safetensors"} <= imported <= names
+
+
+def test_the_tested_versions_lie_in_the_ranges():
+    running = pins("requirements.txt")
+    assert "torch" in running and not set(running) & set(pins("requirements-dev.txt"))
+    assert {distribution(requirement) for requirement in PROJECT["dependencies"]} <= set(running)
+    pinned = running | pins("requirements-dev.txt")
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *(requirement for extra in extras.values() for requirement in extra)]
+    for requirement in map(Requirement, wanted):
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is None or requirement.specifier.contains(version), f"{requirement}, pinned {version}"
 
 
 def test_the_page_of_the_package_has_no_link_to_a_file_beside_it():
