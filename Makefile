@@ -84,3 +84,8 @@ prerequisites:
 	  { echo "error: DeepSpeed compiles its operators with a C++ compiler: apt-get install g++" >&2; exit 2; }
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || \
 	  { echo "error: the headers of this Python are missing: apt-get install python3-dev" >&2; exit 2; }
+
+.PHONY: docs
+docs: install ## build the documentation into site/
+	$(VENV)/bin/python docs/generate_flags.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import readme_flags
 from conftest import ROOT, ROWS, write_rows
 
 from finetune import checking, planning, train
@@ -297,7 +296,8 @@ def absent(words: Words, flag: str) -> Words:
 
 def another_value(one: Any, hint: Any) -> Any:
     """A value of the flag's type that is not its default."""
-    choices = readme_flags.choices_of(hint)
+    parts = (hint, *typing.get_args(hint))
+    choices = [choice for part in parts if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
     default = one.default_factory() if one.default is MISSING else one.default
     if choices:
         return next(choice for choice in choices if choice != default)

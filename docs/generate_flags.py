@@ -1,0 +1,90 @@
+"""Write docs/reference/flags.md from the flag dataclasses: `python docs/generate_flags.py` (`make docs` runs it)."""
+
+from __future__ import annotations
+
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from finetune.arguments.flags import (  # noqa: E402
+    GROUPS,
+    TRAINING_HELP,
+    DoctorArguments,
+    EvaluateArguments,
+    PreviewArguments,
+)
+from finetune.arguments.parsing import meaning, meaning_of  # noqa: E402
+from finetune.arguments.training import TRANSLATED  # noqa: E402
+
+PAGE = ROOT / "docs" / "reference" / "flags.md"
+INTRODUCTION = """\
+# Flags
+
+<!-- Written by docs/generate_flags.py. Edit the help texts in the dataclasses. -->
+
+Flags of the training command. Defaults are in brackets. `deepspeed finetune/finetune.py --help` lists the same,
+together with all flags of `transformers.TrainingArguments`, which are accepted under their own names. `--config FILE`
+reads flags from a YAML or JSON file; the command line wins.
+"""
+TRAINING = """\
+## Training
+
+All flags of `transformers.TrainingArguments` are accepted, `--learning_rate`, `--num_train_epochs`, `--save_strategy`
+and `--seed` among them. These have another default or mean more here:
+"""
+RENAMED = """\
+## Old names
+
+Names that transformers has changed still work:
+"""
+VERBS = {
+    "finetune preview": ("Also takes the flags of the model and the data.", PreviewArguments),
+    "finetune doctor": ("Takes the whole training command line, launcher flags included.", DoctorArguments),
+    "finetune evaluate": ("Also takes the flags of the data.", EvaluateArguments),
+}
+
+
+def flags_page() -> str:
+    """Return the text of the page."""
+    parts = [INTRODUCTION]
+    for group in GROUPS:
+        parts += [f"## {group.__doc__.rstrip('.')}\n", flags_table(group)]
+    parts += [TRAINING, table((name, meaning(name)) for name in TRAINING_HELP)]
+    parts += [RENAMED, table((name, f"now `--{new.to}`") for name, new in TRANSLATED.items())]
+    for verb, (remark, group) in VERBS.items():
+        parts += [f"## `{verb}`\n", f"{remark}\n", flags_table(group)]
+    parts.append("The options of the other verbs: `finetune VERB --help`.\n")
+    return "\n".join(parts)
+
+
+def flags_table(group: type) -> str:
+    """Return a Markdown table with one row per field of a flag dataclass."""
+    hints = typing.get_type_hints(group)
+    rows = []
+    for flag in fields(group):
+        text = meaning_of(flag)
+        unnamed = [f"`{choice}`" for choice in choices_of(hints[flag.name]) if f"`{choice}`" not in text]
+        rows.append((flag.name, ": ".join(filter(None, [", ".join(unnamed), text]))))
+    return table(rows)
+
+
+def table(rows: typing.Iterable[tuple[str, str]]) -> str:
+    """Return a Markdown table of (flag name, meaning) rows."""
+    lines = ["| flag | meaning |", "| --- | --- |"]
+    lines += [f"| `--{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in rows]
+    return "\n".join(lines) + "\n"
+
+
+def choices_of(hint: object) -> list[str]:
+    """Return the choices of a type hint: `Literal["a", "b"] | None` -> ["a", "b"]."""
+    if typing.get_origin(hint) is typing.Literal:
+        return list(typing.get_args(hint))
+    return [choice for part in typing.get_args(hint) for choice in choices_of(part)]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(flags_page(), encoding="utf-8")
