@@ -86,6 +86,6 @@ prerequisites:
 	  { echo "error: the headers of this Python are missing: apt-get install python3-dev" >&2; exit 2; }
 
 .PHONY: docs
-docs: install ## build the documentation into site/
+docs: install-dev ## build the documentation into site/
 	$(VENV)/bin/python docs/generate_flags.py
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
