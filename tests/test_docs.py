@@ -117,8 +117,19 @@ def test_make_targets_and_scripts_exist():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_relative_links_resolve(page):
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8"))
+    targets = [(page.parent / path if path else page, anchor) for path, anchor in links]
+    assert [path for path, _ in targets if not path.exists()] == []
+    if page in READMES:  # mkdocs checks the anchors of the other pages
+        assert [(path.name, anchor) for path, anchor in targets if anchor and anchor not in anchors_of(path)] == []
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub and mkdocs write them, and those set by hand."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 def test_pages_of_the_navigation_exist():
