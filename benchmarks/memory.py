@@ -164,19 +164,19 @@ def print_published() -> None:
     """Predictions for what others have measured or found to fit, all positions learned, in decimal GB and GiB."""
     import transformers
 
-    from finetune.adapters import attach_lora
-    from finetune.memory import Job, estimate
-    from finetune.memory.device import FRAMEWORK
-    from finetune.shapes import shape_of
+    from finetune.models.adapters import attach_lora
+    from finetune.preflight.memory import RunSpec, memory_estimate
+    from finetune.preflight.memory.device_memory import FRAMEWORK
+    from finetune.preflight.spec_from_config import spec_from_config
 
     def attach(base: Any) -> Any:
         return attach_lora(base, r=8, alpha=16, dropout=0.0, target_modules=["all-linear"])
 
     for what, prefix, sizes, adapter, job, figure, source in PUBLISHED:
         config = getattr(transformers, f"{prefix}Config")(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        shape = shape_of(config, precision="bf16", attach=attach if adapter else None)
+        shape = spec_from_config(config, precision="bf16", attach=attach if adapter else None)
         bucket = None if job["stage"] == 3 else 500_000_000
-        found = estimate(shape, Job(**job, learned=job["tokens"], reduce_bucket=bucket))
+        found = memory_estimate(shape, RunSpec(**job, learned=job["tokens"], reduce_bucket=bucket))
         tensors = found.device_total - found.device[FRAMEWORK]
         sizes_of = f"{tensors / 2**30:.1f} GiB | {found.device_total / 1e9:.1f} GB"
         print(f"| {what} | {figure} | {sizes_of} | {found.phase} | {source} |")
@@ -231,26 +231,26 @@ def measured_and_predicted(case: Case, folder: Path, work: Path) -> dict[str, An
 
 
 def predict(case: Case, folder: Path, tokens: int, learned: int) -> Any:
-    """The planner's `Estimate` of a case."""
+    """The planner's `MemoryEstimate` of a case."""
     from transformers import AutoConfig
 
-    from finetune.adapters import attach_lora
-    from finetune.memory import Job, estimate
-    from finetune.model import stored_bytes
-    from finetune.shapes import shape_of
+    from finetune.models.adapters import attach_lora
+    from finetune.models.loader import stored_bytes
+    from finetune.preflight.memory import RunSpec, memory_estimate
+    from finetune.preflight.spec_from_config import spec_from_config
 
     dropout = 0.0 if case.model == "mixtral" else 0.1
 
     def attach(base: Any) -> Any:
         return attach_lora(base, r=8, alpha=16, dropout=dropout, target_modules=["all-linear"])
 
-    shape = shape_of(
+    shape = spec_from_config(
         AutoConfig.from_pretrained(folder),
         precision="float32",
         attach=attach if case.adapter == "lora" else None,
         stored_bytes=stored_bytes(folder),
     )
-    job = Job(
+    job = RunSpec(
         stage=case.stage,
         ranks=case.ranks,
         tokens=tokens,
@@ -261,7 +261,7 @@ def predict(case: Case, folder: Path, tokens: int, learned: int) -> Any:
         checkpoint_every=int(case.checkpointing == "on"),
         reduce_bucket=None if case.stage == 3 else 500_000_000,
     )
-    return estimate(shape, job)
+    return memory_estimate(shape, job)
 
 
 def run_ranks(case: Case, folder: Path, work: Path) -> list[dict[str, int]]:
@@ -315,7 +315,7 @@ def be_a_rank(output: Path, flags: Sequence[str]) -> None:
 def _watch_steps(output: Path, seen: dict[str, int]) -> None:
     from transformers import TrainerCallback
 
-    from finetune.trainer import SupervisedTrainer
+    from finetune.training.trainer import SupervisedTrainer
 
     class AfterThree(TrainerCallback):
         """Ends the process once the figures are there: what comes behind is saving."""

@@ -47,7 +47,8 @@ def _train_and_save(given: argparse.Namespace, folder: Path) -> dict[str, list[f
     """Seconds of the saves of each kind, the first of each left out."""
     from transformers import Trainer
 
-    from finetune import train, trainer
+    from finetune import train
+    from finetune.training import trainer
 
     ours, stock = trainer.SupervisedTrainer, {}
     names = ("_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_save")

@@ -10,15 +10,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.arguments.flags import (  # noqa: E402
+from finetune.config.argument_parser import meaning, meaning_of  # noqa: E402
+from finetune.config.arguments import (  # noqa: E402
     GROUPS,
     TRAINING_HELP,
     DoctorArguments,
     EvaluateArguments,
     PreviewArguments,
 )
-from finetune.arguments.parsing import meaning, meaning_of  # noqa: E402
-from finetune.arguments.training import TRANSLATED  # noqa: E402
+from finetune.config.training_flags import TRANSLATED  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "flags.md"
 INTRODUCTION = """\

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import finetune
-from finetune.errors import own_process, reported
+from finetune.utils.errors import exit_on_error, process_exit_guard
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +40,7 @@ def _every_verb(
 @app.command("preview", context_settings=TRAINING_FLAGS)
 def _preview(context: typer.Context) -> None:
     """Show what each row of a data file renders to: tokens, what is learned, what was cut or dropped."""
-    from finetune.tools import preview
+    from finetune.cli import preview
 
     preview.main(context.args)
 
@@ -48,7 +48,7 @@ def _preview(context: typer.Context) -> None:
 @app.command("convert", context_settings=TRAINING_FLAGS)
 def _convert(context: typer.Context) -> None:
     """Write conversation files, folders or data sets as one JSON file in the project's own layout."""
-    from finetune.tools import convert
+    from finetune.cli import convert
 
     convert.main(context.args)
 
@@ -56,7 +56,7 @@ def _convert(context: typer.Context) -> None:
 @app.command("launch", context_settings=TRAINING_FLAGS)
 def _launch(context: typer.Context) -> None:
     """Start training like the deepspeed command does, and see it to its end: hosts checked, nothing left behind."""
-    from finetune.tools import launch
+    from finetune.cli import launch
 
     launch.main(context.args)
 
@@ -64,7 +64,7 @@ def _launch(context: typer.Context) -> None:
 @app.command("doctor", context_settings=TRAINING_FLAGS)
 def _doctor(context: typer.Context) -> None:
     """Will this run, will it fit, what would go wrong? Examines a training command and every host of its hostfile."""
-    from finetune.tools import doctor
+    from finetune.cli import doctor
 
     doctor.main(context.args)
 
@@ -80,7 +80,7 @@ def _merge(
     no_check: bool = typer.Option(False, "--no_check", help="do not open the model and compare its logits"),
 ) -> None:
     """Merge an adapter into its base, or a ZeRO checkpoint into a plain model, on the CPU, shard by shard."""
-    from finetune.tools import merge
+    from finetune.cli import merge
 
     merge.main(
         output,
@@ -96,7 +96,7 @@ def _merge(
 @app.command("evaluate", context_settings=TRAINING_FLAGS)
 def _evaluate(context: typer.Context) -> None:
     """Is it better? Held-out conversations, benchmarks, and what was forgotten, beside the base."""
-    from finetune.tools import evaluate
+    from finetune.cli import evaluate
 
     evaluate.main(context.args)
 
@@ -111,7 +111,7 @@ def _quickstart(
     ),
 ) -> None:
     """Obtain a small model, fine-tune it on data/identity.json, and ask it who it is, before and after."""
-    from finetune.tools import quickstart
+    from finetune.cli import quickstart
 
     quickstart.main(output_dir, model_dir, only_model=only_model, short=short)
 
@@ -130,7 +130,7 @@ def _report(
     port: int = typer.Option(8642, "--port", help="where it is served on this host, with --watch; 0: any"),
 ) -> None:
     """Write what a run did, or several over each other, as one page; or watch a run in progress."""
-    from finetune.tools import report
+    from finetune.cli import report
 
     report.main(
         output_dirs,
@@ -169,7 +169,7 @@ def _chat(
     port: int = typer.Option(7860, "--port", help="of the page"),
 ) -> None:
     """Talk with what a run has left: in a terminal, from a pipe, or in a browser (--web)."""
-    from finetune.tools import chat
+    from finetune.cli import chat
 
     chat.main(
         chat.ChatOptions(
@@ -181,7 +181,7 @@ def _chat(
 
 def main() -> None:
     """The console script."""
-    with own_process(), reported():
+    with process_exit_guard(), exit_on_error():
         app()
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from finetune.conversations import BadRow, Conversation, ConversationReader, find_sources, load_conversations
-from finetune.errors import DataError
+from finetune.conversation import BadRow, Conversation
+from finetune.dataset.conversation_reader import ConversationReader, read_conversations
+from finetune.dataset.data_sources import find_sources
+from finetune.utils.errors import DataError
 
 HELLO = [{"from": "human", "value": "Hello"}, {"from": "model", "value": "Hi!"}]
 
@@ -36,7 +38,7 @@ def written(path: Path, content: Any) -> Path:
 
 def refusal(path: Any, **options: Any) -> str:
     with pytest.raises(DataError) as raised:
-        load_conversations(path, **options)
+        read_conversations(path, **options)
     return str(raised.value)
 
 

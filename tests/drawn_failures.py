@@ -6,11 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from finetune.failures import (
-    KINDS,
-    PHASES,
-    Failure,
-)
+from finetune.diagnostics import KINDS, PHASES, Failure
 
 PLAIN = st.text(st.characters(codec="utf-8"), max_size=200)
 

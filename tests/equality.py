@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from tiny_models import LONGEST, VOCAB_SIZE, InFloat64, build, conversation
 
-from finetune.adapters import attach_lora
-from finetune.attention import make_flat
-from finetune.batches import MicroBatches
-from finetune.callbacks import OwnTime
-from finetune.collation import Collator
-from finetune.sampling import Sampler, Shape
-from finetune.trainer import SupervisedTrainer
+from finetune.dataset.collator import Collator
+from finetune.dataset.dataloader import MicroBatchDataset
+from finetune.dataset.sampler import BatchShape, Sampler
+from finetune.models.adapters import attach_lora
+from finetune.models.attention import enable_padding_free
+from finetune.training.callbacks import ComputeTimer
+from finetune.training.trainer import SupervisedTrainer
 
 QUIET_PEFT = [  # peft says what it sets by itself for GPT-2 and for Mixtral
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
@@ -55,7 +55,7 @@ class Form:
 
     batching: str
     selects_logits: bool = True
-    shape: Shape = Shape(per_device_batch=8, accumulation=1, world_size=1)
+    shape: BatchShape = BatchShape(per_device_batch=8, accumulation=1, world_size=1)
     capacity: int | None = None
 
 
@@ -64,10 +64,10 @@ FORMS = {
     "flat, all logits": Form("flat", selects_logits=False),
     "padded": Form("padded"),
     "padded, all logits": Form("padded", selects_logits=False),
-    "two packs in a row": Form("packed", capacity=24, shape=Shape(2, 1, 1)),
-    "accumulated": Form("flat", shape=Shape(3, 3, 1)),
-    "three ranks, one without work": Form("flat", shape=Shape(1, 3, 3)),
-    "padded, three ranks": Form("padded", shape=Shape(1, 3, 3)),
+    "two packs in a row": Form("packed", capacity=24, shape=BatchShape(2, 1, 1)),
+    "accumulated": Form("flat", shape=BatchShape(3, 3, 1)),
+    "three ranks, one without work": Form("flat", shape=BatchShape(1, 3, 3)),
+    "padded, three ranks": Form("padded", shape=BatchShape(1, 3, 3)),
 }
 
 
@@ -114,18 +114,18 @@ def one_by_one(model: Any, examples: Sequence[dict], by_conversation: bool = Fal
     return outcome(model, sum(total for total, _ in sums) / sum(counted for _, counted in sums))
 
 
-def micro_batches(examples: Sequence[dict], form: Form, weighting: str = "token") -> MicroBatches:
+def micro_batches(examples: Sequence[dict], form: Form, weighting: str = "token") -> MicroBatchDataset:
     rows = [{**one, "length": len(one["labels"]), "num_supervised": (one["labels"] != -100).sum()} for one in examples]
     lengths = np.array([row["length"] for row in rows])
     sampler = Sampler(lengths, form.shape, seed=0, batching=form.batching, capacity=form.capacity)
     collate = Collator(form.batching != "padded", PAD, form.selects_logits, weighting)
     by_conversation = weighting == "conversation"
-    return MicroBatches(
+    return MicroBatchDataset(
         datasets.Dataset.from_list(rows), sampler, collate, rank=0, counts_conversations=by_conversation
     )
 
 
-def compute_loss(model: Any, batches: MicroBatches, batch: dict[str, Any], smoothing: float = 0.0) -> torch.Tensor:
+def compute_loss(model: Any, batches: MicroBatchDataset, batch: dict[str, Any], smoothing: float = 0.0) -> torch.Tensor:
     """`SupervisedTrainer.compute_loss` on a batch, without the rest of a run."""
     trainer = SimpleNamespace(
         train_dataset=batches,
@@ -133,7 +133,7 @@ def compute_loss(model: Any, batches: MicroBatches, batch: dict[str, Any], smoot
         args=SimpleNamespace(label_smoothing_factor=smoothing),
         sharing_ranks=1,
         step_end=SimpleNamespace(
-            own_time=OwnTime(torch.device("cpu"), waits_in_forward=False, waits_in_each_backward=False)
+            own_time=ComputeTimer(torch.device("cpu"), waits_in_forward=False, waits_in_each_backward=False)
         ),
         _ranks_averaged_over=lambda: batches.sampler.shape.world_size,
     )
@@ -143,7 +143,7 @@ def compute_loss(model: Any, batches: MicroBatches, batch: dict[str, Any], smoot
 def flat_if(model: Any, form: Form) -> Any:
     model = copy.deepcopy(model)
     if form.batching != "padded":
-        assert make_flat(model, longest=LONGEST, vocab_size=VOCAB_SIZE, device="cpu") is None
+        assert enable_padding_free(model, longest=LONGEST, vocab_size=VOCAB_SIZE, device="cpu") is None
     return model
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from conftest import byte_tokenizer
 
-from finetune.model import fingerprint, weights_fingerprint
-from finetune.results import read_result, write_run
+from finetune.inference.run_result import read_result
+from finetune.models.loader import model_fingerprint, weights_fingerprint
+from finetune.run_dir.run_json import update_run_json
 
 ROWS = 272  # of the byte tokenizer, and some to spare
 SUMMARY = {"rows": 6, "tokens": 300, "supervised_tokens": 100}
@@ -26,7 +27,7 @@ def save_base(model: Any, folder: Path, tokenizer: Any = None) -> Path:
 def run_of(base: Path, **changed: Any) -> dict[str, Any]:
     """What run.json says of a run on `base`, rendered in LingoWhale's format."""
     model = {"name": str(base), "folder": str(base), "revision": None, "trusts_code": False,
-             "fingerprint": fingerprint(str(base)), "weights": weights_fingerprint(str(base))}  # fmt: skip
+             "fingerprint": model_fingerprint(str(base)), "weights": weights_fingerprint(str(base))}  # fmt: skip
     chat = {"format": "lingowhale", "human_token_ids": [3], "model_token_ids": [4], "content_tokens": [],
             "stop_token_id": 2}  # fmt: skip
     return {
@@ -52,14 +53,14 @@ def save_adapter(adapted: Any, base: Path, folder: Path, tokenizer: Any = None, 
         warnings.simplefilter("ignore")
         adapted.save_pretrained(folder)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
-    write_run(folder, run_of(base, **changed))
+    update_run_json(folder, run_of(base, **changed))
     return read_result(folder)
 
 
 def save_full(model: Any, base: Path, folder: Path, tokenizer: Any = None, **changed: Any) -> Any:
     """The output folder of a run that trained all parameters."""
     save_base(model, folder, tokenizer)
-    write_run(folder, run_of(base, **changed))
+    update_run_json(folder, run_of(base, **changed))
     return read_result(folder)
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.host_probe import free_port
+from finetune.distributed.host_probe import free_port
 
 LIMIT_SECONDS = 300  # a run may have to compile an operator first
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["finetune.trainer", "finetune.train", "deepspeed", "peft"])
+_context.set_forkserver_preload(["finetune.training.trainer", "finetune.train", "deepspeed", "peft"])
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.conversations import Conversation, Turn
-from finetune.rendering import (
-    IGNORE_INDEX,
-    Renderer,
-)
+from finetune.chat_templates import IGNORE_INDEX, Renderer
+from finetune.conversation import Conversation, Turn
 
 
 def conversation(*turns: tuple[str, str], row: int = 0) -> Conversation:

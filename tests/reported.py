@@ -8,17 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finetune.console import Plan
-from finetune.dataset import Summary
+from finetune.dataset.data_summary import DataSummary
+from finetune.utils.console import TrainingPlan
 
-PLAN = Plan(
+PLAN = TrainingPlan(
     model="models/tiny", parameters=1000, trainable=250, adapter="lora", zero_stage=2, offloads=False, world_size=2,
     device="CPU, gloo", per_device_batch=2, accumulation=1, data_ranks=2, sharing=1, examples=40, groups=None,
     group_tokens=None, tokens=4000, supervised_share=0.5, batching="flat", padding=0.0, selects_logits=True,
     loss_weighting="token", chat_format="chatml", precision="float32", attention="sdpa", checkpointing=False,
     epochs=2.0, steps=20, start_up={"imports": 1.5, "model": 0.5},
 )  # fmt: skip
-SUMMARY = Summary(
+SUMMARY = DataSummary(
     rows=42, kept=39, cut=1, split=0, dropped=2, bad=1, faults=1, spelled=3, examples=40, tokens=4000,
     supervised_tokens=2000, longest=180, reasons={"N tokens: cut": 1, "no turns": 2}, length_histogram=[5, 30, 5],
     length_percentiles=[100, 150, 180], rows_by_source={"a.json": 30, "b.json": 12},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints
+from finetune import checkpoint
 
 # Eleven rows of very different lengths: no epoch divides into steps of four, and some ranks have nothing at its end.
 ROWS = [
@@ -31,10 +31,10 @@ def result_of(output: Path) -> tuple[str, list[tuple]]:
 
 def train_noting_rows(argv: Sequence[str], notes: str) -> None:
     """Train, and note the rows of every micro-batch of this rank in `notes`-RANK.jsonl."""
-    from finetune.batches import MicroBatches
+    from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.train import main
 
-    plain = MicroBatches.__getitem__
+    plain = MicroBatchDataset.__getitem__
 
     def noted(self: Any, place: tuple[int, int]) -> dict[str, Any]:
         epoch, number = place
@@ -44,7 +44,7 @@ def train_noting_rows(argv: Sequence[str], notes: str) -> None:
             file.write(json.dumps([epoch, step, micro_batch, rows]) + "\n")
         return plain(self, place)
 
-    MicroBatches.__getitem__ = noted
+    MicroBatchDataset.__getitem__ = noted
     main(argv)
 
 
@@ -64,13 +64,13 @@ def train_and_die_writing(argv: Sequence[str], rank: str, sign: str, share: floa
 
 
 def _die_removing() -> None:
-    from finetune.checkpoints import folders
+    from finetune.checkpoint import checkpoint_dirs
 
     def remove_one(folder: Path) -> None:
         next(path for path in folder.iterdir() if path.suffix == ".safetensors").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    folders._remove = remove_one
+    checkpoint_dirs._remove = remove_one
 
 
 def _cut_files(sign: str, share: float) -> None:
@@ -103,7 +103,7 @@ def train_stopped_by(argv: Sequence[str], step: int) -> None:
     """Train; every rank is killed after this step."""
     from transformers import TrainerCallback
 
-    import finetune.trainer as trainer_room
+    import finetune.training.trainer as trainer_room
     from finetune.train import main
 
     class Stop(TrainerCallback):
@@ -127,11 +127,11 @@ def train_losing(argv: Sequence[str], notes: str, how: str, ids: Sequence[int], 
 
     The examples of each micro-batch are noted in `notes`-RANK.jsonl.
     """
-    import finetune.trainer as trainer_room
-    from finetune.batches import MicroBatches
+    import finetune.training.trainer as trainer_room
+    from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.train import main
 
-    plain_loss, plain_batch = trainer_room.supervised_loss, MicroBatches.__getitem__
+    plain_loss, plain_batch = trainer_room.supervised_loss, MicroBatchDataset.__getitem__
 
     def losing(logits: Any, targets: Any, **options: Any) -> Any:
         loss = plain_loss(logits, targets, **options)
@@ -152,13 +152,13 @@ def train_losing(argv: Sequence[str], notes: str, how: str, ids: Sequence[int], 
             file.write(json.dumps([epoch, step, micro_batch, self.rows(epoch, step, micro_batch)]) + "\n")
         return plain_batch(self, place)
 
-    trainer_room.supervised_loss, MicroBatches.__getitem__ = losing, noted
+    trainer_room.supervised_loss, MicroBatchDataset.__getitem__ = losing, noted
     main(argv)
 
 
 def train_with_lost_evaluations(argv: Sequence[str]) -> None:
     """Train; in every micro-batch of an evaluation one loss is infinite."""
-    import finetune.validation as room
+    import finetune.training.evaluator as room
     from finetune.train import main
 
     plain = room.supervised_loss
@@ -176,11 +176,11 @@ def train_slowly(argv: Sequence[str], rank: int, seconds: float, where: str) -> 
     """Train; this rank sleeps in each micro-batch, while it loads its `data` or in its `forward` pass."""
     import time
 
-    import finetune.trainer as trainer_room
-    from finetune.batches import MicroBatches
+    import finetune.training.trainer as trainer_room
+    from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.train import main
 
-    owner, name = (MicroBatches, "__getitem__") if where == "data" else (trainer_room, "supervised_loss")
+    owner, name = (MicroBatchDataset, "__getitem__") if where == "data" else (trainer_room, "supervised_loss")
     plain = getattr(owner, name)
 
     def slow(*args: Any, **options: Any) -> Any:
@@ -196,8 +196,8 @@ def train_asked_to_stop(argv: Sequence[str], rank: int, step: int, number: int) 
     """Train; this rank gets a signal while it makes this step. Each says why training ended, and leaves."""
     from transformers import TrainerCallback
 
-    import finetune.trainer as trainer_room
-    from finetune import stopping
+    import finetune.training.trainer as trainer_room
+    from finetune.distributed import stop_requests
     from finetune.train import main
 
     class Ask(TrainerCallback):
@@ -217,7 +217,7 @@ def train_asked_to_stop(argv: Sequence[str], rank: int, step: int, number: int) 
         os._exit(0)
 
     trainer_room.SupervisedTrainer.__init__, trainer_room.SupervisedTrainer.train = initialised, trained
-    stopping.listen()
+    stop_requests.install_signal_handlers()
     main(argv)
 
 
@@ -247,4 +247,4 @@ def assert_finite(output: Path) -> None:
             assert bool(one.isfinite().all()), path
             read += 1
     assert read
-    assert all(checkpoints.verify(one) == [] for one in output.glob("checkpoint-?"))
+    assert all(checkpoint.verify_checkpoint(one) == [] for one in output.glob("checkpoint-?"))

@@ -10,8 +10,8 @@ import pytest
 import ranks
 from conftest import ROWS, write_rows
 
-from finetune.agreeing import Facts, disagreement
-from finetune.errors import ConfigError, DataError
+from finetune.distributed.consistency import RankFacts, describe_mismatch
+from finetune.utils.errors import ConfigError, DataError
 
 ALIKE = {"Python": "3.12.3", "torch": "2.13.0", "the data": "f3ab" * 8, "the base model": "77aa" * 8}
 NAMES = {"data_path": ["data/a.json", "data/b.json"], "model_name": "models/small"}
@@ -19,7 +19,7 @@ NAMES = {"data_path": ["data/a.json", "data/b.json"], "model_name": "models/smal
 
 def compared(*others: tuple[str, dict[str, str]]):
     """What ranks say that are like `ALIKE` but for what is given."""
-    return disagreement([Facts(host, {**ALIKE, **values}) for host, values in others], **NAMES)
+    return describe_mismatch([RankFacts(host, {**ALIKE, **values}) for host, values in others], **NAMES)
 
 
 def test_ranks_that_bring_the_same_agree():
@@ -89,7 +89,8 @@ def test_ranks_that_differ_all_end_with_one_error_before_a_weight_is_loaded(name
 
 
 def _train_as_another_on_rank_1(argv: list[str], what: str, data: str) -> None:
-    from finetune import host_probe, model
+    from finetune.distributed import host_probe
+    from finetune.models import loader
     from finetune.train import main
 
     if os.environ["RANK"] == "1":
@@ -101,16 +102,16 @@ def _train_as_another_on_rank_1(argv: list[str], what: str, data: str) -> None:
         if what == "code":
             host_probe.code_digest = lambda folder: "0" * 16
         if what == "model":
-            model.fingerprint = lambda name, revision=None: "0" * 32
+            loader.model_fingerprint = lambda name, revision=None: "0" * 32
     main(argv)
 
 
 def test_it_takes_no_time(tiny_model):
-    from finetune import model
+    from finetune.models import loader
 
-    fingerprint = model.fingerprint(str(tiny_model))
-    Facts.here(data="", model=fingerprint)
+    fingerprint = loader.model_fingerprint(str(tiny_model))
+    RankFacts.here(data="", model=fingerprint)
     began = time.monotonic()
     for _ in range(5):
-        Facts.here(data="", model=fingerprint)
+        RankFacts.here(data="", model=fingerprint)
     assert (time.monotonic() - began) / 5 < 0.2  # 0.01 s on an idle machine

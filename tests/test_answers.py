@@ -9,20 +9,21 @@ import pytest
 from reported import answer, card, output_dir
 from short_runs import LORA
 
-from finetune import answers
-from finetune.answers import Prompt, make_answers, prompts_of, read_answers, read_prompts
-from finetune.conversations import Turn, load_conversations
-from finetune.errors import ConfigError, FinetuneError
-from finetune.generation import Answerer
-from finetune.opening import open_result
-from finetune.report import read_run, write_at_the_end
-from finetune.results import load_run, read_result
-from finetune.samples import read_samples
-from finetune.tools import report
+from finetune.cli import report
+from finetune.conversation import Turn
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.inference.generate import AnswerGenerator
+from finetune.inference.load_result import load_for_inference
+from finetune.inference.run_result import read_result
+from finetune.report import read_run, sample_answers, write_at_the_end
+from finetune.report.data_samples import read_samples
+from finetune.report.sample_answers import SamplePrompt, generate_answers, prompts_of, read_answers, read_prompts
+from finetune.run_dir.run_json import load_run_json
+from finetune.utils.errors import ConfigError, FinetuneError
 
 
-def asked(*texts: str) -> list[Prompt]:
-    return [Prompt((Turn("human", text),)) for text in texts]
+def asked(*texts: str) -> list[SamplePrompt]:
+    return [SamplePrompt((Turn("human", text),)) for text in texts]
 
 
 def test_prompts_are_the_first_human_turns_of_rows_kept_whole(tmp_path):
@@ -35,8 +36,8 @@ def test_prompts_are_the_first_human_turns_of_rows_kept_whole(tmp_path):
     rows.append({**card(4, "Long", "x"), "unshown": 5})
     cards = read_samples(output_dir(tmp_path / "one", cards=rows))
     assert prompts_of(cards, 9) == [
-        Prompt((Turn("human", "First?"),), "One."),
-        Prompt((Turn("human", "好"),), "嗯"),
+        SamplePrompt((Turn("human", "First?"),), "One."),
+        SamplePrompt((Turn("human", "好"),), "嗯"),
     ]
     assert len(prompts_of(cards, 1)) == 1 and prompts_of(cards, 0) == []
 
@@ -44,11 +45,11 @@ def test_prompts_are_the_first_human_turns_of_rows_kept_whole(tmp_path):
 def test_samples_of_a_run_hold_the_words_of_the_data(train, conversation_file):
     output = train("output", "--max_steps", "1", "--report_samples", "6", world_size=1)
     cards = read_samples(output)
-    rows = {one.row: one for one in load_conversations(conversation_file)}
+    rows = {one.row: one for one in read_conversations(conversation_file)}
     assert [one.row for one in cards] == sorted({one.row for one in cards}) and len(cards) == 6
     for one in cards:
         (example,) = one.examples
-        words = [(turn.role, answers.said(turn)) for turn in example if turn.role]
+        words = [(turn.role, sample_answers.sample_row(turn)) for turn in example if turn.role]
         assert words == [(turn.role, turn.text) for turn in rows[one.row].turns]
     assert any(prompt.turns[0].role == "system" for prompt in prompts_of(cards, 6))
 
@@ -89,20 +90,20 @@ def test_answers_are_those_of_base_and_result_and_are_kept(train, kind, capsys):
     report.main([str(output)], **flags, every=5.0, port=0)
     kept = read_run(output).answers
     assert len(kept.answered) == report.PROMPTS
-    opened = open_result(read_result(output))
+    opened = load_for_inference(read_result(output))
     for one in kept.answered:
         with opened.base() as base:
             for model, text in ((base, one.before),):
-                answerer = Answerer(model, opened.chat_format, opened.stop_token_ids)
+                answerer = AnswerGenerator(model, opened.chat_format, opened.stop_token_ids)
                 assert answerer.answer(one.prompt.turns, max_new_tokens=kept.new_tokens) == text
-        answerer = Answerer(opened.tuned, opened.chat_format, opened.stop_token_ids)
+        answerer = AnswerGenerator(opened.tuned, opened.chat_format, opened.stop_token_ids)
         assert answerer.answer(one.prompt.turns, max_new_tokens=kept.new_tokens) == one.after
     assert any(one.before != one.after for one in kept.answered)
 
-    written = (output / answers.FILE).stat().st_mtime_ns
+    written = (output / sample_answers.ANSWERS_FILE).stat().st_mtime_ns
     report.main([str(output)], **flags, every=5.0, port=0)
-    assert (output / answers.FILE).stat().st_mtime_ns == written
-    assert read_answers(output, {**load_run(output), "run_id": "another"}) is None
+    assert (output / sample_answers.ANSWERS_FILE).stat().st_mtime_ns == written
+    assert read_answers(output, {**load_run_json(output), "run_id": "another"}) is None
 
 
 def test_an_adapter_whose_base_is_gone_gets_a_report_without_answers(train, tmp_path, capsys):
@@ -117,19 +118,21 @@ def test_an_adapter_whose_base_is_gone_gets_a_report_without_answers(train, tmp_
 def test_time_and_memory_that_do_not_suffice(train, monkeypatch):
     output = train("output", *LORA, "--max_steps", "1", world_size=1)
     result = read_result(output)
-    assert answers.obstacle(result, 30) is None
-    assert "may take longer than --report_seconds 0.001 leave" in answers.obstacle(result, 0.001)
+    assert sample_answers.reason_not_answered(result, 30) is None
+    assert "may take longer than --report_seconds 0.001 leave" in sample_answers.reason_not_answered(result, 0.001)
     with pytest.raises(FinetuneError, match="0.1 seconds were not enough"):
-        make_answers(result, asked("Hi"), seconds=0.1)
-    made = make_answers(result, asked("Hi", "Ho"), seconds=3.0, new_tokens=100_000)
+        generate_answers(result, asked("Hi"), seconds=0.1)
+    made = generate_answers(result, asked("Hi", "Ho"), seconds=3.0, new_tokens=100_000)
     assert any(one.hurried for one in made.answered)
 
     result.run["plan"]["parameters"] = 10**13
-    assert "TB" not in answers.obstacle(result, 30) and "40000.0 GB of memory" in answers.obstacle(result, 30)
-    monkeypatch.setattr("finetune.report.writing.obstacle", lambda *_: "it is too large")
+    assert "TB" not in sample_answers.reason_not_answered(
+        result, 30
+    ) and "40000.0 GB of memory" in sample_answers.reason_not_answered(result, 30)
+    monkeypatch.setattr("finetune.report.sample_answers.reason_not_answered", lambda *_: "it is too large")
     line = write_at_the_end(output, answers=1, seconds=30)
     assert line.endswith(f"it is too large: finetune report {output} makes them")
-    assert not (output / answers.FILE).exists() and (output / "report.html").is_file()
+    assert not (output / sample_answers.ANSWERS_FILE).exists() and (output / "report.html").is_file()
 
 
 def test_what_the_libraries_refuse_never_fails_a_finished_run(train, monkeypatch):
@@ -138,7 +141,7 @@ def test_what_the_libraries_refuse_never_fails_a_finished_run(train, monkeypatch
     def refuse(*_, **__):
         raise RuntimeError("CUDA out of memory\nof much more")
 
-    monkeypatch.setattr(answers, "open_result", refuse)
+    monkeypatch.setattr(sample_answers, "load_for_inference", refuse)
     line = write_at_the_end(output, answers=1, seconds=30)
     assert line == f"{output}/report.html; no answers before and after: RuntimeError: CUDA out of memory"
 
@@ -155,6 +158,6 @@ def test_hurried_answers_are_made_again(tmp_path, monkeypatch):
 
 
 def test_the_time_is_divided_among_the_answers_that_are_left():
-    clock = answers._Clock(10.0, 4, began=time.monotonic() - 2.0)
+    clock = sample_answers._Clock(10.0, 4, began=time.monotonic() - 2.0)
     assert [round(clock.next()) for _ in range(4)] == [2, 3, 4, 8]
-    assert answers._Clock(None, 2).next() is None
+    assert sample_answers._Clock(None, 2).next() is None

@@ -12,8 +12,8 @@ from chat_rows import HELLO, LOST, spoken, turns, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import load_conversations
-from finetune.errors import DataError
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.utils.errors import DataError
 
 CHECKED = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 
@@ -61,7 +61,7 @@ def test_any_valid_conversations_are_read_back_exactly(form, tmp_path):
         content = "[" + ",\n".join(lines) + "]" if form == "array" else "\n".join(lines)
         path = written(tmp_path / "a.json", mark + content.encode())
 
-        read = load_conversations(path)
+        read = read_conversations(path)
 
         assert [spoken(one) for one in read] == [said for _, said in drawn]
         assert [(one.row, one.id) for one in read] == [(place, row["id"]) for place, (row, _) in enumerate(drawn)]
@@ -111,7 +111,7 @@ def test_any_json_loads_or_is_a_data_error(form, tmp_path):
         lines = "\n".join(map(json.dumps, value if isinstance(value, list) else [value]))
         path = written(tmp_path / "a.json", lines if form == "lines" else json.dumps(value))
         try:
-            seen["loaded"] += bool(load_conversations(path))
+            seen["loaded"] += bool(read_conversations(path))
         except DataError as error:
             seen["refused"] += 1
             assert str(path) in str(error)
@@ -129,7 +129,7 @@ def test_any_bytes_load_or_are_a_data_error(tmp_path):
     def check(noise, place, lost):
         path = written(tmp_path / "a.json", whole[:place] + noise + whole[place + lost :])
         try:
-            seen["loaded"] += bool(load_conversations(path))
+            seen["loaded"] += bool(read_conversations(path))
         except DataError:
             seen["refused"] += 1
 

@@ -1,4 +1,4 @@
-"""Imports point one way along the line of the house, no module hides a dependency, no unit grows beyond its size."""
+"""The import direction of the packages, the modules that start without torch, and the sizes of files and functions."""
 
 from __future__ import annotations
 
@@ -9,158 +9,143 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "finetune"
-# A name may import anything to its right, nothing to its left and nothing of its own group.
-LINE = (
+# A package may import packages of later lines only. Type-only imports and imports inside functions count.
+LAYERS = (
     {"finetune", "__main__"},
-    {
-        "tools.chat",
-        "tools.convert",
-        "tools.doctor",
-        "tools.evaluate",
-        "tools.launch",
-        "tools.merge",
-        "tools.preview",
-        "tools.quickstart",
-        "tools.report",
-    },
-    {"preflight", "train"},
-    {"concluding", "planning", "report", "resuming"},
-    {"answers", "chatting", "checking", "trainer"},
-    {"evaluation", "generation", "merging", "rehearsal", "validation"},
-    {"preparing"},
-    {
-        "arguments",
-        "batches",
-        "callbacks",
-        "collation",
-        "dataset",
-        "interconnect",
-        "losses",
-        "parallelism",
-        "samples",
-        "saving",
-        "shapes",
-        "staging",
-        "training_arguments",
-        "terminal",
-        "verifying",
-    },
-    {"adapters", "claiming", "loss_parts", "opening", "trials"},
-    {
-        "agreeing",
-        "attention",
-        "cluster",
-        "console",
-        "metrics",
-        "model",
-        "pages",
-        "rendering",
-        "results",
-        "sampling",
-        "start_up",
-    },
-    {"numbers"},
-    {"checkpoints", "conversations", "memory", "packing", "ranks", "session", "skipping", "zero"},
-    {"guard", "hardware", "hosts", "process", "stragglers", "trackers"},
-    {"placing"},
-    {"allreduce", "building", "failures", "host_probe", "stopping"},
-    {"durable"},
-    {"errors"},
+    {"cli"},
+    {"train"},
+    {"evaluation", "preflight"},
+    {"report"},
+    {"training"},
+    {"export"},
+    {"inference"},
+    {"models"},
+    {"checkpoint", "config"},
+    {"launcher", "run_dir"},
+    {"distributed", "dataset"},
+    {"diagnostics", "chat_templates"},
+    {"conversation", "utils"},
 )
+LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
+# The public API and the entry scripts load what they name on demand.
+IMPORTS_ANYTHING = {"__init__"}
 WITHOUT_TORCH = {
-    "answers",
-    "arguments",
-    "chatting",
-    "checkpoints",
-    "conversations",
-    "zero",
-    "hardware",
-    "hosts",
-    "errors",
-    "failures",
-    "rendering",
+    "chat_templates",
+    "config",
+    "conversation",
     "dataset",
-    "memory",
-    "metrics",
-    "numbers",
-    "packing",
-    "pages",
-    "preparing",
-    "process",
+    "diagnostics",
+    "launcher",
     "report",
-    "results",
-    "samples",
-    "sampling",
-    "skipping",
-    "start_up",
-    "stragglers",
+    "run_dir",
+    "utils",
 }
+NEEDS_TORCH = {"dataset.collator", "dataset.dataloader", "launcher.allreduce_benchmark"}
+# The launcher puts `finetune/` itself on sys.path: no module there may have the name of a library.
 TAKEN_NAMES = {"datasets", "evaluate", "tokenizers", "peft", "accelerate", "deepspeed", "types", "logging", "inspect"}
 TORCH_STACK = {"torch", "transformers", "deepspeed", "peft", "accelerate", "datasets"}
-MAX_FILE, MAX_FUNCTION = 400, 80
+MAX_FILE, MAX_FUNCTION, MAX_FLAT_MODULES = 400, 80, 6
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    """All modules of the package by their dotted name below `finetune`; a package by the name of its folder."""
+    names = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if path.name != "__init__.py":
-            found[name] = path
-        elif path.parent not in (PACKAGE, PACKAGE / "tools"):
-            found[name.removesuffix(".__init__")] = path
-    return found
+        names[name if name == "__init__" else name.removesuffix(".__init__")] = path
+    return names
 
 
-def imports_of_ours(path: Path) -> set[str]:
-    found = set()
+MODULES = modules()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "finetune":
-            inner = node.module.partition(".")[2]
-            if not inner or inner == "tools":
-                found |= {".".join(filter(None, [inner, alias.name])) for alias in node.names}
-            else:
-                found.add(inner)
-    return found
+        if isinstance(node, ast.Import):
+            names |= {
+                alias.name.removeprefix("finetune.") for alias in node.names if alias.name.startswith("finetune.")
+            }
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "finetune":
+            continue
+        base = node.module.partition(".")[2]
+        for alias in node.names:
+            full = f"{base}.{alias.name}".lstrip(".")
+            names.add(full if full in MODULES else base)
+    return names - {""}
 
 
-def room(name: str) -> str:
-    """A folder that grew from one file keeps that file's place; every tool has its own."""
-    return name if name.startswith("tools.") else name.partition(".")[0]
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def test_every_module_has_a_place_on_the_line():
-    assert {room(name) for name in modules()} == set.union(*LINE)
+def test_every_module_belongs_to_a_layer():
+    assert {package_of(name) for name in MODULES} - IMPORTS_ANYTHING == set(LAYER_OF)
 
 
-@pytest.mark.parametrize("name", modules())
-def test_imports_point_right(name):
-    place = {module: position for position, group in enumerate(LINE) for module in group}
-    others = {room(other) for other in imports_of_ours(modules()[name])} - {room(name) if "." in name else None}
-    inside = {room(name)} if modules()[name].name == "__init__.py" else set()
-    wrong = [f"{name} -> {other}" for other in others - inside if place[other] <= place[room(name)]]
-    assert wrong == []
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in IMPORTS_ANYTHING])
+def test_imports_point_to_later_layers(name):
+    package = package_of(name)
+    others = {package_of(other) for other in imported_modules(MODULES[name])} - {package}
+    assert [other for other in others if LAYER_OF[other] <= LAYER_OF[package]] == []
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {name: imported_modules(path) - {name} for name, path in MODULES.items() if not path.name == "__init__.py"}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done and name in graph:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
 
 
 def test_some_imports_were_seen():
-    assert {"conversations", "errors", "rendering"} <= imports_of_ours(PACKAGE / "dataset" / "preparation.py")
-    assert {"console", "model", "results"} <= imports_of_ours(PACKAGE / "train.py")
+    assert {"chat_templates", "utils.errors"} <= imported_modules(
+        PACKAGE / "training" / "data_setup.py"
+    ) | imported_modules(PACKAGE / "dataset" / "prepare.py")
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if room(name) in WITHOUT_TORCH])
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if package_of(name) in WITHOUT_TORCH - {""} and name not in NEEDS_TORCH]
+)
 def test_the_torch_stack_is_imported_only_where_it_is_used(name):
-    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert top
     named = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
     named |= {(node.module or "").split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
     assert not named & TORCH_STACK
 
 
-def test_no_module_hides_a_dependency_under_path_launch():
-    assert not {path.stem for path in PACKAGE.glob("*.py")} & TAKEN_NAMES
+def test_the_top_of_the_package_stays_small():
+    flat = {path.stem for path in PACKAGE.glob("*.py")}
+    assert len(flat) <= MAX_FLAT_MODULES and not flat & TAKEN_NAMES
 
 
-@pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")], ids=lambda path: path.name)
+def test_no_class_has_the_name_of_another():
+    seen: dict[str, str] = {}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                assert node.name not in seen, f"{node.name}: {seen[node.name]} and {name}"
+                seen[node.name] = name
+
+
+def test_no_file_stem_stands_for_two_modules():
+    stems: dict[str, str] = {}
+    for name, path in MODULES.items():
+        if path.name != "__init__.py" and package_of(name) != "cli":  # a verb has the name of what it calls
+            assert path.stem not in stems, f"{stems[path.stem]} and {name}"
+            stems[path.stem] = name
+
+
+@pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")], ids=lambda path: path.name)
 def test_files_and_functions_stay_small(path):
     text = path.read_text(encoding="utf-8")
     if path.is_relative_to(PACKAGE):
@@ -170,7 +155,7 @@ def test_files_and_functions_stay_small(path):
             assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{node.name} is too long"
 
 
-def test_the_story_is_a_table_of_contents():
+def test_the_entry_reads_as_a_table_of_contents():
     tree = ast.parse((PACKAGE / "train.py").read_text(encoding="utf-8"))
     main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     assert main.end_lineno - main.lineno <= 40

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import finetune
-from finetune.arguments import known_flags, parse, parse_for_preview, training_flags
-from finetune.errors import ConfigError
+from finetune.config import known_flags, parse, parse_for_preview, training_flags
+from finetune.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = (
@@ -54,8 +54,9 @@ def test_the_published_command_parses():
 
 def test_parsing_and_checking_start_without_torch():
     code = (
-        "import sys; import finetune.arguments, finetune.conversations, finetune.hardware, finetune.zero\n"
-        "print(finetune.arguments.parse(sys.argv[1:]).training['output_dir'], "
+        "import sys; import finetune.config, finetune.dataset.conversation_reader, finetune.config.hardware\n"
+        "import finetune.config.deepspeed_config\n"
+        "print(finetune.config.parse(sys.argv[1:]).training['output_dir'], "
         "[name for name in ('torch', 'transformers', 'deepspeed', 'peft', 'numpy') if name in sys.modules])"
     )
 
@@ -68,7 +69,7 @@ def test_help_and_version_wait_for_no_library():
     code = (
         "import sys; from finetune.__main__ import app\n"
         "for word in ('--help', '--version'):\n    app([word], standalone_mode=False)\n"
-        "print([name for name in sys.modules if name.startswith('finetune.tools')])\n"
+        "print([name for name in sys.modules if name.startswith('finetune.cli')])\n"
         "for verb in app.registered_commands:\n"
         "    print('>', verb.name)\n"
         "    try:\n        app([verb.name, '--help'], standalone_mode=False)\n"

@@ -13,8 +13,8 @@ from flat_rows import LENGTHS, kernel_row
 from tiny_models import InFloat64
 from torch.nn.attention import varlen
 
-from finetune import attention
-from finetune.attention import flat_attention
+from finetune.models import attention
+from finetune.models.attention import padding_free_attention
 
 # ---- the function
 
@@ -79,7 +79,7 @@ def test_values_and_gradients_are_those_of_the_formula(variant, key_heads):
         options["s_aux"] = torch.randn(4, dtype=torch.float64, requires_grad=True)
     wanted_from = [*inputs, *(one for one in options.values() if isinstance(one, torch.Tensor))]
     with InFloat64():
-        found, weights = flat_attention(None, *inputs, None, segment_lengths=LENGTHS, **options)
+        found, weights = padding_free_attention(None, *inputs, None, segment_lengths=LENGTHS, **options)
         assert weights is None and found.is_contiguous()
         assert_alike(found, written_out(*inputs, LENGTHS, **options), wanted_from, 1e-12)
 
@@ -87,7 +87,7 @@ def test_values_and_gradients_are_those_of_the_formula(variant, key_heads):
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"softcap": 1.5}], ids=["plain", "window", "softcap"])
 def test_in_float32(options):
     inputs = drawn(key_heads=2, dtype=torch.float32)
-    found, _ = flat_attention(None, *inputs, None, segment_lengths=LENGTHS, **options)
+    found, _ = padding_free_attention(None, *inputs, None, segment_lengths=LENGTHS, **options)
     assert_alike(found, written_out(*inputs, LENGTHS, **options), inputs, 1e-5)
 
 
@@ -98,8 +98,8 @@ def test_one_token_sees_itself_alone(softcap):
     query, key, value = drawn(lengths=lengths)
     row = {"segment_lengths": lengths, "softcap": softcap}
     with InFloat64():
-        found, _ = flat_attention(None, query, key, value, None, **row)
-        halved, _ = flat_attention(None, query, key, value, None, dropout=0.5, **row)
+        found, _ = padding_free_attention(None, query, key, value, None, **row)
+        halved, _ = padding_free_attention(None, query, key, value, None, dropout=0.5, **row)
     wanted = value.transpose(1, 2)
     assert torch.equal(found, wanted)
     dropped = (halved == 0).all(-1)
@@ -109,9 +109,9 @@ def test_one_token_sees_itself_alone(softcap):
 
 def test_another_conversation_changes_nothing():
     query, key, value = drawn()
-    before, _ = flat_attention(None, query, key, value, None, segment_lengths=LENGTHS)
+    before, _ = padding_free_attention(None, query, key, value, None, segment_lengths=LENGTHS)
     others = [torch.cat([torch.randn_like(one[:, :, :6]), one[:, :, 6:]], dim=2) for one in (query, key, value)]
-    after, _ = flat_attention(None, *others, None, segment_lengths=LENGTHS)
+    after, _ = padding_free_attention(None, *others, None, segment_lengths=LENGTHS)
     assert torch.equal(before[:, 6:], after[:, 6:]) and not torch.isclose(before[:, :6], after[:, :6]).any()
 
 
@@ -125,7 +125,7 @@ def test_the_cost_is_that_of_each_conversation_alone(monkeypatch, window):
 
     real = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
-    flat_attention(None, *drawn(), None, segment_lengths=LENGTHS, sliding_window=window)
+    padding_free_attention(None, *drawn(), None, segment_lengths=LENGTHS, sliding_window=window)
     assert [call[:3] for call in calls] == [(length, length, length) for length in LENGTHS]
     masks = [None if mask is None else mask.shape for *_, mask, _ in calls]
     assert masks == [None if window is None or length <= window else (length, length) for length in LENGTHS]
@@ -147,9 +147,9 @@ def test_the_cost_is_that_of_each_conversation_alone(monkeypatch, window):
 def test_anything_but_whole_flat_rows_is_refused(message, changed):
     row = torch.zeros(1, 4, 17, 8)
     given = {"query": row, "key": row, "value": row, "attention_mask": None, "segment_lengths": LENGTHS}
-    flat_attention(None, **given)
+    padding_free_attention(None, **given)
     with pytest.raises(ValueError, match=message):
-        flat_attention(None, **{**given, **changed})
+        padding_free_attention(None, **{**given, **changed})
 
 
 # ---- torch's variable-length kernel
@@ -189,19 +189,19 @@ def kernel_calls(monkeypatch) -> list:
 @pytest.mark.parametrize("options", [{}, {"scaling": 0.7}, {"sliding_window": 3}, {"sliding_window": 50}], ids=str)
 def test_the_kernel_is_called_for_the_same_values(kernel_calls, options, key_heads):
     inputs = drawn(key_heads=key_heads)
-    found, _ = flat_attention(None, *inputs, None, **kernel_row(LENGTHS), **options)
+    found, _ = padding_free_attention(None, *inputs, None, **kernel_row(LENGTHS), **options)
     (call,) = kernel_calls
     window = options.get("sliding_window")
     assert call["window_size"] == ((-1, 0) if window is None else (window - 1, 0))
     assert call["query"].shape == (17, 4, 8) and call["key"].shape == (17, key_heads, 8)
-    plain, _ = flat_attention(None, *inputs, None, segment_lengths=LENGTHS, **options)
+    plain, _ = padding_free_attention(None, *inputs, None, segment_lengths=LENGTHS, **options)
     assert len(kernel_calls) == 1
     assert_alike(found, plain, inputs, 1e-12)
 
 
 @pytest.mark.parametrize("options", [{"softcap": 1.5}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}], ids=str)
 def test_the_kernel_is_not_called_for_what_it_does_not_know(kernel_calls, options):
-    flat_attention(None, *drawn(), None, **kernel_row(LENGTHS), **options)
+    padding_free_attention(None, *drawn(), None, **kernel_row(LENGTHS), **options)
     assert not kernel_calls
 
 

@@ -15,12 +15,12 @@ import ranks
 from chat_rows import good_row, turns, written
 from conftest import ROOT
 
-from finetune.arguments import DataArguments, ModelArguments
-from finetune.conversations.json_text import shown
-from finetune.conversations.mojibake import meant
-from finetune.dataset import check_usable
-from finetune.errors import DataError
-from finetune.preparing import prepare_data
+from finetune.config import DataArguments, ModelArguments
+from finetune.dataset.json_decoder import shown
+from finetune.dataset.mojibake import intended_text
+from finetune.dataset.prepare import check_dropped_share
+from finetune.training.data_setup import prepare_data
+from finetune.utils.errors import DataError
 
 SECONDS_FOR_PREVIEW = 120
 GOOD, ALSO_GOOD = good_row(0), good_row(2)
@@ -252,13 +252,13 @@ CORPUS = {**BYTES, **VALUES, **{name: (text(among(row)), outcome) for name, (row
 @pytest.fixture
 def prepared(tmp_path, smol_tokenizer, monkeypatch):
     """(content, policy) -> (ledger by row, rows accepted, lines said), through the pipeline that trains."""
-    monkeypatch.setattr("finetune.model.load_tokenizer", lambda *_, **__: smol_tokenizer)
+    monkeypatch.setattr("finetune.models.loader.load_tokenizer", lambda *_, **__: smol_tokenizer)
 
     def run(content: Any, policy: str) -> tuple[dict[int, dict], int, list[str]]:
         path, said = written(tmp_path / "a.json", content), []
         data = DataArguments([str(path)], bad_rows=policy, data_cache_dir=str(tmp_path / "cache"))
         _, _, found = prepare_data(ModelArguments("smol"), data, said.append)
-        check_usable(found, 1.0)
+        check_dropped_share(found, 1.0)
         found.copy_ledger(tmp_path / "ledger.jsonl")
         entries = map(json.loads, (tmp_path / "ledger.jsonl").read_text("utf-8").splitlines())
         return {entry["row"]: entry for entry in entries}, found.summary.rows, said
@@ -319,8 +319,8 @@ def test_the_corpus_is_large_and_has_every_outcome():
 
 @pytest.mark.parametrize("said", ["你好，世界", "naïve café", "“quoted” – dash", "日本語 \U0001f600", "Ünïcödé €"])
 def test_mojibake_is_told_from_text_in_any_language(said):
-    assert meant(windows_1252(said)) == meant(said.encode().decode("latin-1")) == said
-    assert meant(said) is None
+    assert intended_text(windows_1252(said)) == intended_text(said.encode().decode("latin-1")) == said
+    assert intended_text(said) is None
 
 
 NASTY = ("null", "nesting-2000", "raw-NUL", "truncated", "GBK", "400-digits-beside")

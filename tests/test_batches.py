@@ -8,10 +8,10 @@ import torch
 from accelerate import skip_first_batches
 from datasets import Dataset
 
-from finetune.batches import MicroBatches, MicroBatchLoader, decide_form, padding_share
-from finetune.collation import Collator
-from finetune.errors import ConfigError
-from finetune.sampling import Sampler, Shape
+from finetune.dataset.collator import Collator
+from finetune.dataset.dataloader import MicroBatchDataLoader, MicroBatchDataset, decide_layout, padding_share
+from finetune.dataset.sampler import BatchShape, Sampler
+from finetune.utils.errors import ConfigError
 
 ASKED = {
     "obstacle": None, "full_logits_because": None, "tokens_per_device": None, "per_device_batch": 8,
@@ -37,7 +37,7 @@ ASKED = {
     ],
 )
 def test_the_form_is_as_asked_or_said(wanted, changed, form, said):
-    found = decide_form(wanted, **{**ASKED, **changed})
+    found = decide_layout(wanted, **{**ASKED, **changed})
     assert (found.batching, found.selects_logits, found.capacity, found.order) == form
     assert len(found.notes) == len(said)
     assert all(note.startswith(begin) for note, begin in zip(found.notes, said, strict=True))
@@ -45,11 +45,13 @@ def test_the_form_is_as_asked_or_said(wanted, changed, form, said):
 
 def test_a_budget_must_hold_the_longest_example():
     with pytest.raises(ConfigError, match="299: the longest example has 300 tokens"):
-        decide_form("flat", **{**ASKED, "tokens_per_device": 299})
-    assert decide_form("flat", **{**ASKED, "tokens_per_device": 300}).capacity == 300
+        decide_layout("flat", **{**ASKED, "tokens_per_device": 299})
+    assert decide_layout("flat", **{**ASKED, "tokens_per_device": 300}).capacity == 300
 
 
-def made(lengths: list[int], shape: Shape, weighting: str = "token", rank: int = 0, **options: object) -> MicroBatches:
+def made(
+    lengths: list[int], shape: BatchShape, weighting: str = "token", rank: int = 0, **options: object
+) -> MicroBatchDataset:
     rows = [
         {
             "input_ids": list(range(10, 10 + length)),
@@ -62,40 +64,40 @@ def made(lengths: list[int], shape: Shape, weighting: str = "token", rank: int =
         row["num_supervised"] = sum(label != -100 for label in row["labels"])
     sampler = Sampler(np.array(lengths), shape, seed=0, order="sequential", **options)
     collator = Collator(sampler.batching != "padded", 0, True, weighting)
-    return MicroBatches(
+    return MicroBatchDataset(
         Dataset.from_list(rows), sampler, collator, rank=rank, counts_conversations=weighting == "conversation"
     )
 
 
 @pytest.mark.parametrize("lengths", [[7, 4, 9, 2, 5], [6, 6, 6, 6, 6], [1, 1, 8, 1, 1]], ids=["ragged", "even", "ones"])
 def test_micro_batches_count_what_the_whole_step_holds(lengths):
-    batches = made(lengths, Shape(1, 2, 2))
+    batches = made(lengths, BatchShape(1, 2, 2))
     learned = [length - length // 2 - 1 for length in lengths]
     first, last = batches[0, 0]["counts"], batches[0, 2]["counts"]
     assert first.step.tokens == sum(lengths[:4]) and first.step.supervised_tokens == sum(learned[:4])
     assert first.denominator == max(1, sum(learned[:4]))
     assert first.step.pairs == sum(length * (length + 1) // 2 for length in lengths[:4])
     assert (last.tokens, last.step.tokens) == (lengths[4], lengths[4])
-    by_conversation = made(lengths, Shape(1, 2, 2), "conversation")[0, 0]["counts"]
+    by_conversation = made(lengths, BatchShape(1, 2, 2), "conversation")[0, 0]["counts"]
     assert by_conversation.denominator == sum(count > 0 for count in learned[:4])
 
 
 def test_a_rank_with_nothing_left_still_has_a_batch():
-    batches = made([7, 4, 9, 2, 5], Shape(1, 2, 2), rank=1)
+    batches = made([7, 4, 9, 2, 5], BatchShape(1, 2, 2), rank=1)
     batch = batches[0, 2]
     assert batch["input_ids"].shape == (1, 1) and len(batch["targets"]) == 0
     assert (batch["counts"].tokens, batch["counts"].step.tokens) == (0, 5)
 
 
-def ids_of(loader: MicroBatchLoader) -> list[list[int]]:
+def ids_of(loader: MicroBatchDataLoader) -> list[list[int]]:
     return [batch["input_ids"].flatten().tolist() for batch in loader]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_hands_out_an_epoch_and_can_begin_anywhere(workers):
-    batches = made([7, 4, 9, 2, 5, 8, 3], Shape(1, 2, 1))
+    batches = made([7, 4, 9, 2, 5, 8, 3], BatchShape(1, 2, 1))
     batches.sampler.order = "random"
-    loader = MicroBatchLoader(batches, num_workers=workers)
+    loader = MicroBatchDataLoader(batches, num_workers=workers)
     epochs = []
     for epoch in (0, 1):
         loader.set_epoch(epoch)
@@ -109,7 +111,7 @@ def test_a_loader_hands_out_an_epoch_and_can_begin_anywhere(workers):
 
 
 def test_padding_is_counted_as_it_will_be():
-    batches = made([8, 2, 8, 4, 6, 6], Shape(2, 1, 1), batching="padded")
+    batches = made([8, 2, 8, 4, 6, 6], BatchShape(2, 1, 1), batching="padded")
     assert padding_share(batches.sampler) == pytest.approx(1 - 34 / 44)
     batch = batches[0, 0]
     assert batch["attention_mask"].sum() == 10 and torch.equal(batch["logits_to_keep"], batch["target_positions"])

@@ -11,10 +11,11 @@ import torch
 import yaml
 from conftest import ROOT
 
-from finetune.errors import ConfigError
-from finetune.evaluation import benchmarks, lingowhale, sections
+from finetune.cli import evaluate
+from finetune.evaluation import benchmarks, lingowhale_benchmarks
 from finetune.evaluation.tasks import drawn
-from finetune.tools import evaluate
+from finetune.run_dir.eval_results import read_sections
+from finetune.utils.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's imports, and those of its metrics
 
@@ -94,7 +95,7 @@ def test_a_local_task_end_to_end(trained, tasks, capsys):
     assert document["published"] is None
     shown = capsys.readouterr().out
     assert "Benchmarks" in shown and "sums" in shown
-    assert "Benchmarks" in [one.title for one in sections(output)]
+    assert "Benchmarks" in [one.title for one in read_sections(output)]
 
 
 def test_two_ranks_find_what_one_finds(trained, tasks, tmp_path):
@@ -126,7 +127,9 @@ def test_each_rank_answers_its_share_and_gets_all_answers(monkeypatch, count):
 
 
 def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained, tasks, monkeypatch):
-    monkeypatch.setattr("finetune.opening.open_result", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "finetune.inference.load_result.load_for_inference", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     output = trained("lora")
     with pytest.raises(ConfigError, match="knows no such task"):
         run(output, "--tasks", "no_such_task")
@@ -148,9 +151,11 @@ def test_settings_that_a_task_cannot_have_are_an_error_of_one_line(trained, task
 
 
 def test_another_number_of_examples_is_a_departure():
-    job = benchmarks._job_of(lingowhale.BENCHMARKS[0], 2)
+    job = benchmarks._job_of(lingowhale_benchmarks.BENCHMARKS[0], 2)
     assert job.shots == 2 and "C-Eval: 2-shot, the table 5-shot" in job.notes
-    assert len(benchmarks._job_of(lingowhale.BENCHMARKS[0], None).notes) == len(lingowhale.BENCHMARKS[0].departures)
+    assert len(benchmarks._job_of(lingowhale_benchmarks.BENCHMARKS[0], None).notes) == len(
+        lingowhale_benchmarks.BENCHMARKS[0].departures
+    )
 
 
 def test_without_a_network_what_must_be_downloaded_is_named(trained, monkeypatch, tmp_path, capsys):
@@ -188,16 +193,16 @@ def config_of(manager, name):
 
 
 def test_the_suite_has_the_columns_of_the_table():
-    settings = {one.name: one.shots for one in lingowhale.BENCHMARKS}
+    settings = {one.name: one.shots for one in lingowhale_benchmarks.BENCHMARKS}
     assert settings == {
         "C-Eval": 5, "MMLU": 5, "CMMLU": 5, "GAOKAO": 5, "HumanEval": 0, "GSM8K": 8, "BBH": 3, "AGIEval": 5,
     }  # fmt: skip
-    assert lingowhale.PUBLISHED["rows"]["LingoWhale-8B-base"]["C-Eval"] == 63.6
-    assert all(one.departures for one in lingowhale.BENCHMARKS)
-    assert [one.name for one in lingowhale.BENCHMARKS if one.runs_code] == ["HumanEval"]
+    assert lingowhale_benchmarks.PUBLISHED["rows"]["LingoWhale-8B-base"]["C-Eval"] == 63.6
+    assert all(one.departures for one in lingowhale_benchmarks.BENCHMARKS)
+    assert [one.name for one in lingowhale_benchmarks.BENCHMARKS if one.runs_code] == ["HumanEval"]
 
 
-@pytest.mark.parametrize("benchmark", lingowhale.BENCHMARKS, ids=lambda one: one.name)
+@pytest.mark.parametrize("benchmark", lingowhale_benchmarks.BENCHMARKS, ids=lambda one: one.name)
 def test_settings_are_those_of_the_installed_harness(manager, benchmark):
     config = config_of(manager, benchmark.task)
     path = str(manager.task_index[benchmark.task].yaml_path)

@@ -34,7 +34,9 @@ def peak_mib():
 READ = (
     MEASURE
     + """
-from finetune.conversations import Conversation, ConversationReader, find_sources
+from finetune.conversation import Conversation
+from finetune.dataset.conversation_reader import ConversationReader
+from finetune.dataset.data_sources import find_sources
 begin, first, rows, good = time.monotonic(), None, 0, 0
 for one in ConversationReader(find_sources([sys.argv[1]])):
     first = first or time.monotonic() - begin
@@ -45,11 +47,11 @@ print(json.dumps({"peak": peak_mib(), "first": first, "seconds": time.monotonic(
 )
 PREPARE = MEASURE + """
 import resource
-from finetune.arguments import DataArguments, ModelArguments
-from finetune.preparing import load_format, prepare_data
+from finetune.config import DataArguments, ModelArguments
+from finetune.training.data_setup import load_chat_format, prepare_data
 model = ModelArguments(sys.argv[2])
 data = DataArguments([sys.argv[1]], data_cache_dir=sys.argv[3], bad_rows="drop", preprocessing_num_workers=2)
-load_format(model, data)
+load_chat_format(model, data)
 before, begin = peak_mib(), time.monotonic()
 summary = prepare_data(model, data, print)[2].summary
 child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024

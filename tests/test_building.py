@@ -11,7 +11,7 @@ import time
 import pytest
 from torch.utils import cpp_extension
 
-from finetune.building import build_notes, guard_builds
+from finetune.distributed.op_builder import build_notes, patch_build_lock
 
 SECONDS = 30
 
@@ -21,12 +21,12 @@ def said(monkeypatch):
     """What a guarded build says; torch's own class is back after the test."""
     monkeypatch.setattr(cpp_extension, "FileBaton", cpp_extension.FileBaton)
     lines: list[str] = []
-    guard_builds(lines.append)
+    patch_build_lock(lines.append)
     return lines
 
 
 def _hold(lock: str, ready, release) -> None:
-    guard_builds(print)
+    patch_build_lock(print)
     baton = cpp_extension.FileBaton(lock)
     assert baton.try_acquire()
     ready.set()

@@ -14,26 +14,27 @@ from conftest import ROOT, ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.chatting import Chat
-from finetune.chatting.lines import Command, read_message
-from finetune.chatting.saving import save_conversation
-from finetune.conversations import Turn, load_conversations
-from finetune.errors import ConfigError, FinetuneError
-from finetune.generation import Answerer, Sampling
-from finetune.opening import open_result
-from finetune.results import read_result
+from finetune.conversation import Turn
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.inference import ChatSession
+from finetune.inference.chat_commands import Command, read_message
+from finetune.inference.generate import AnswerGenerator, SamplingParams
+from finetune.inference.load_result import load_for_inference
+from finetune.inference.run_result import read_result
+from finetune.inference.save_chat import save_conversation
+from finetune.utils.errors import ConfigError, FinetuneError
 
 LIMIT_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
 def opened(learned_by_heart):
-    return open_result(read_result(learned_by_heart))
+    return load_for_inference(read_result(learned_by_heart))
 
 
 @pytest.fixture(scope="module")
 def answerer(opened):
-    return Answerer(opened.tuned, opened.chat_format, opened.stop_token_ids)
+    return AnswerGenerator(opened.tuned, opened.chat_format, opened.stop_token_ids)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -48,9 +49,9 @@ def test_what_was_trained_is_answered_to_its_end(answerer, row):
 
 def test_a_text_of_any_letters_comes_whole(real_tokenizers):
     """No character is shown before it is whole, and together the pieces are the text."""
-    from finetune.rendering import PlainText, Spelling
+    from finetune.chat_templates import AnswerDecoder, PlainTextTokenizer
 
-    plains = [PlainText(tokenizer) for tokenizer in real_tokenizers.values()]
+    plains = [PlainTextTokenizer(tokenizer) for tokenizer in real_tokenizers.values()]
 
     @settings(max_examples=200, deadline=None, derandomize=True)
     @given(
@@ -62,7 +63,7 @@ def test_a_text_of_any_letters_comes_whole(real_tokenizers):
     def check(text):
         for plain in plains:
             before = plain.encode("x:")
-            spelling = Spelling(plain, before)
+            spelling = AnswerDecoder(plain, before)
             pieces = [*map(spelling.add, plain.encode(text)), spelling.rest()]
             whole = plain.decode_all([[*before, *plain.encode(text)]])[0][len("x:") :]
             assert "".join(pieces) == whole
@@ -73,10 +74,10 @@ def test_a_text_of_any_letters_comes_whole(real_tokenizers):
 
 
 def test_control_tokens_are_not_shown_and_tokens_that_are_none_are_nothing(smol_tokenizer):
-    from finetune.rendering import PlainText, Spelling
+    from finetune.chat_templates import AnswerDecoder, PlainTextTokenizer
 
-    plain = PlainText(smol_tokenizer)
-    spelling = Spelling(plain)
+    plain = PlainTextTokenizer(smol_tokenizer)
+    spelling = AnswerDecoder(plain)
     ids = [
         *plain.encode("a <|im_end|>"),
         smol_tokenizer.convert_tokens_to_ids("<|im_start|>"),
@@ -86,7 +87,7 @@ def test_control_tokens_are_not_shown_and_tokens_that_are_none_are_nothing(smol_
     assert "".join(map(spelling.add, ids)) + spelling.rest() == "a <|im_end|>b"
     emoji = plain.encode("🙂")
     assert len(emoji) > 1
-    assert "".join(map(Spelling(plain).add, emoji[:-1])) == ""
+    assert "".join(map(AnswerDecoder(plain).add, emoji[:-1])) == ""
 
 
 def test_an_answer_can_be_left_and_what_was_said_is_known(answerer):
@@ -99,7 +100,7 @@ def test_an_answer_can_be_left_and_what_was_said_is_known(answerer):
 
 def test_a_seed_makes_drawn_answers_repeatable(answerer):
     def drawn(seed):
-        sampling = Sampling(temperature=2, top_p=0.9, seed=seed)
+        sampling = SamplingParams(temperature=2, top_p=0.9, seed=seed)
         return answerer.answer([Turn("human", "Hm?")], max_new_tokens=20, sampling=sampling)
 
     assert drawn(1) == drawn(1) != drawn(2)
@@ -113,7 +114,7 @@ def test_a_conversation_without_room_for_an_answer_is_refused_in_one_line(answer
 
 
 def test_an_answer_ends_where_the_window_does(answerer):
-    endless = Answerer(answerer.model, answerer.chat_format, [0])
+    endless = AnswerGenerator(answerer.model, answerer.chat_format, [0])
     turns = [Turn("human", "a " * 1900)]
     room = endless.window - len(endless.prompt(turns))
     answering = endless.stream(turns, max_new_tokens=10_000)
@@ -160,7 +161,7 @@ class TestSaving:
         first = path.read_text(encoding="utf-8")
         assert save_conversation(path, self.turns[1:]) == 2
         assert path.read_text(encoding="utf-8").startswith(first.rstrip("]\n"))
-        rows = load_conversations(path)
+        rows = read_conversations(path)
         assert [(row.id, list(row.turns)) for row in rows] == [(0, self.turns), (1, self.turns[1:])]
 
     def test_other_files_stay_as_they_are(self, tmp_path):
@@ -183,11 +184,11 @@ class TestSaving:
             '[{"id": "x", "conversations": [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]}]'
         )
         save_conversation(path, self.turns)
-        assert [row.id for row in load_conversations(path)] == ["x", None]
+        assert [row.id for row in read_conversations(path)] == ["x", None]
 
 
 def test_a_conversation_is_kept_as_a_training_row_would_hold_it():
-    chat = Chat("Be brief.")
+    chat = ChatSession("Be brief.")
     chat.keep("a", "b\n")
     assert chat.asking("c") == [
         Turn("system", "Be brief."),
@@ -199,7 +200,7 @@ def test_a_conversation_is_kept_as_a_training_row_would_hold_it():
 
 
 def test_a_run_names_a_command_that_works_as_typed(monkeypatch):
-    from finetune.concluding import next_command
+    from finetune.training.finalize import next_command
 
     monkeypatch.chdir(ROOT)
     command = next_command(Path("out put"))

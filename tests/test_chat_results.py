@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from finetune.conversations import Turn
-from finetune.errors import CheckpointError, ConfigError
-from finetune.generation import Answerer
-from finetune.opening import open_result
-from finetune.results import read_result
+from finetune.conversation import Turn
+from finetune.inference.generate import AnswerGenerator
+from finetune.inference.load_result import load_for_inference
+from finetune.inference.run_result import read_result
+from finetune.utils.errors import CheckpointError, ConfigError
 
 ASKED = [Turn("human", "Who are you?")]
 KINDS = {
@@ -22,7 +22,7 @@ KINDS = {
 
 
 def answer(model, opened, tokens=6):
-    answering = Answerer(model, opened.chat_format, opened.stop_token_ids).stream(ASKED, max_new_tokens=tokens)
+    answering = AnswerGenerator(model, opened.chat_format, opened.stop_token_ids).stream(ASKED, max_new_tokens=tokens)
     "".join(answering)
     return answering.ids
 
@@ -31,7 +31,7 @@ def by_whole_passes(model, opened, tokens=6):
     """The likeliest token behind all that went before, computed anew each time; and the scores of the first."""
     import torch
 
-    ids, prompt = [], Answerer(model, opened.chat_format, opened.stop_token_ids).prompt(ASKED)
+    ids, prompt = [], AnswerGenerator(model, opened.chat_format, opened.stop_token_ids).prompt(ASKED)
     scores = []
     while len(ids) < tokens:
         with torch.no_grad():
@@ -46,7 +46,7 @@ def by_whole_passes(model, opened, tokens=6):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_result_and_its_base_answer_in_turn(train, tiny_model, kind, tmp_path):
     output = train(kind, *KINDS[kind], "--deepspeed", "zero2", world_size=1)
-    opened = open_result(read_result(output))
+    opened = load_for_inference(read_result(output))
     tuned = answer(opened.tuned, opened)
     with opened.base() as base:
         before = answer(base, opened)
@@ -54,19 +54,19 @@ def test_a_result_and_its_base_answer_in_turn(train, tiny_model, kind, tmp_path)
     assert before == plain
     assert answer(opened.tuned, opened) == tuned == by_whole_passes(opened.tuned, opened)[0]
     assert (by_whole_passes(opened.tuned, opened)[1] - base_scores).abs().max() > 1e-4
-    alone = open_result(read_result(output), only_base=True)
+    alone = load_for_inference(read_result(output), only_base=True)
     with alone.base() as base:
         assert answer(base, alone) == answer(alone.tuned, alone) == before
     if kind == "lingowhale":
         assert opened.stop_token_ids[0] == opened.tokenizer.eos_token_id
-        checkpoint = open_result(read_result(output / "checkpoint-12"))
+        checkpoint = load_for_inference(read_result(output / "checkpoint-12"))
         assert answer(checkpoint.tuned, checkpoint) == tuned
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
-    elsewhere = open_result(read_result(output), base_name=str(moved))
+    elsewhere = load_for_inference(read_result(output), base_name=str(moved))
     with elsewhere.base() as base:
         assert answer(base, elsewhere) == before
     with pytest.raises(ConfigError, match="its base .*nowhere is not there: name the folder it lies in"):
-        with open_result(read_result(output), base_name=str(tmp_path / "nowhere"), only_base=True).base():
+        with load_for_inference(read_result(output), base_name=str(tmp_path / "nowhere"), only_base=True).base():
             pass
     with pytest.raises(CheckpointError, match="holds other weights" if kind == "lingowhale" else "holds no weights"):
-        open_result(read_result(output), base_name=str(output), only_base=True)
+        load_for_inference(read_result(output), base_name=str(output), only_base=True)

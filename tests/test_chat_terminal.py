@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from terminals import Terminal
 
-from finetune.conversations import load_conversations
+from finetune.dataset.conversation_reader import read_conversations
 
 
 def chat(folder, *flags, **sizes):
@@ -43,7 +43,7 @@ def test_a_conversation(learned_by_heart, tmp_path):
         terminal.type("/save\n\x04")
         assert terminal.wait_for_end() == 0
         assert "/save needs the name of a file" in terminal.shown
-    (row,) = load_conversations(saved)
+    (row,) = read_conversations(saved)
     said = ["你是谁？", "我是 Nori。", "What does <|im_end|> do?", "It ends a turn."]
     assert [turn.text for turn in row.turns] == said
 
@@ -57,7 +57,7 @@ def test_several_lines_and_pastes_are_one_message(learned_by_heart, tmp_path):
         terminal.wait_for("\n> ")
         terminal.type(f"/save {tmp_path / 'saved.jsonl'}\n/exit\n")
         assert terminal.wait_for_end() == 0
-    (row,) = load_conversations(tmp_path / "saved.jsonl")
+    (row,) = read_conversations(tmp_path / "saved.jsonl")
     assert [turn.text for turn in row.turns if turn.role == "human"] == ["one\ntwo", "three\n\n/four", "five\n第六"]
 
 

@@ -15,12 +15,12 @@ from browsers import open_page
 from conftest import ROOT
 from ranks import free_port
 
-from finetune.chatting import check_gradio
-from finetune.chatting.conversation import Chat
-from finetune.chatting.page import Session
-from finetune.chatting.web import where
-from finetune.chatting.words import CHINESE, ENGLISH, as_markdown
-from finetune.errors import ConfigError
+from finetune.inference import check_gradio
+from finetune.inference.chat_session import ChatSession
+from finetune.inference.web_chat import server_url
+from finetune.inference.web_session import WebSession
+from finetune.inference.web_strings import CHINESE, ENGLISH, as_markdown
+from finetune.utils.errors import ConfigError
 
 LIMIT_SECONDS = 120
 LONG_MS = 60_000
@@ -47,7 +47,7 @@ class TestWords:
 
 
 def test_both_columns_are_undone_together():
-    session = Session(Chat())
+    session = WebSession(ChatSession())
     session.keep("a", "1", None)
     session.keep("b", "2", "3")
     kept, compared = session.columns("c", {"tuned": "4", "base": ""})
@@ -60,8 +60,8 @@ def test_both_columns_are_undone_together():
 
 
 def test_where_the_page_is():
-    assert where("127.0.0.1", 7860)[1].startswith("from another machine: ssh -L 7860:127.0.0.1:7860 ")
-    assert "there is no password" in where("0.0.0.0", 7860)[1]
+    assert server_url("127.0.0.1", 7860)[1].startswith("from another machine: ssh -L 7860:127.0.0.1:7860 ")
+    assert "there is no password" in server_url("0.0.0.0", 7860)[1]
 
 
 def test_without_gradio_it_is_said_what_to_type(monkeypatch):

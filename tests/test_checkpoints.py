@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from finetune import checkpoints
-from finetune.checkpoints import Manifest
-from finetune.errors import CheckpointError
+from finetune import checkpoint
+from finetune.checkpoint import Manifest
+from finetune.utils.errors import CheckpointError
 
 MANIFEST = Manifest(
     run_id="20260101-000000-abcdef01",
@@ -42,8 +42,8 @@ MANIFEST = Manifest(
 
 def sealed(output_dir: Path, step: int, run_id: str = MANIFEST.run_id) -> Path:
     """A checkpoint of every kind of file, written as a run writes it."""
-    folder = checkpoints.checkpoint_folder(output_dir, step)
-    checkpoints.mark_as_unfinished(folder, run_id, step)
+    folder = checkpoint.checkpoint_folder(output_dir, step)
+    checkpoint.mark_as_unfinished(folder, run_id, step)
     shard = folder / f"global_step{step}"
     shard.mkdir()
     torch.save({"moments": torch.arange(500.0)}, shard / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
@@ -51,14 +51,14 @@ def sealed(output_dir: Path, step: int, run_id: str = MANIFEST.run_id) -> Path:
     save_file({"weight": torch.arange(300.0)}, folder / "model.safetensors")
     (folder / "latest").write_text(f"global_step{step}")
     (folder / "trainer_state.json").write_text('{"global_step": 4}')
-    files = checkpoints.settled(folder, checkpoints.names_in(folder), None)
-    checkpoints.write_manifest(folder, replace(MANIFEST, step=step, run_id=run_id, files=files))
+    files = checkpoint.fsync_and_hash(folder, checkpoint.file_names(folder), None)
+    checkpoint.write_manifest(folder, replace(MANIFEST, step=step, run_id=run_id, files=files))
     return folder
 
 
 def test_a_manifest_names_every_file_and_comes_back_as_it_was(tmp_path):
     folder = sealed(tmp_path, 4)
-    found = checkpoints.read_manifest(folder)
+    found = checkpoint.read_manifest(folder)
     assert replace(found, files={}) == MANIFEST
     on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert set(found.files) == on_disk - {"manifest.json"} and len(found.files) == 5
@@ -70,7 +70,7 @@ def test_a_manifest_names_every_file_and_comes_back_as_it_was(tmp_path):
         == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         - (folder / "manifest.json").stat().st_size
     )
-    assert checkpoints.verify(folder) == [] and checkpoints.latest_complete(tmp_path) == folder
+    assert checkpoint.verify_checkpoint(folder) == [] and checkpoint.latest_complete(tmp_path) == folder
 
 
 def test_a_manifest_needs_no_torch(tmp_path):
@@ -90,11 +90,11 @@ def test_a_manifest_needs_no_torch(tmp_path):
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), which=st.integers(0, 4))
 def test_every_flipped_bit_is_found_and_its_file_is_named(tmp_path_factory, place, bit, which):
     folder = sealed(tmp_path_factory.mktemp("bits"), 4)
-    name = sorted(checkpoints.read_manifest(folder).files)[which]
+    name = sorted(checkpoint.read_manifest(folder).files)[which]
     content = bytearray((folder / name).read_bytes())
     content[int(place * len(content))] ^= 1 << bit
     (folder / name).write_bytes(content)
-    (fault,) = checkpoints.verify(folder)
+    (fault,) = checkpoint.verify_checkpoint(folder)
     assert str(folder / name) in fault and "changed since it was written" in fault
 
 
@@ -142,9 +142,9 @@ def test_each_damage_is_one_fault_that_names_its_file_and_the_older_checkpoint_i
     older, newer = sealed(tmp_path, 4), sealed(tmp_path, 6)
     damage, said = damaged_in_every_way()[way]
     damage(newer)
-    (fault,) = checkpoints.verify(newer)
+    (fault,) = checkpoint.verify_checkpoint(newer)
     assert said in fault and str(newer) in fault
-    assert checkpoints.latest_complete(tmp_path) == older
+    assert checkpoint.latest_complete(tmp_path) == older
 
 
 def test_what_the_disk_has_not_taken_has_no_record(tmp_path, monkeypatch):
@@ -156,10 +156,10 @@ def test_what_the_disk_has_not_taken_has_no_record(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(descriptor)
 
-    assert set(checkpoints.settled(tmp_path, ["model.safetensors"], 0)) == {"model.safetensors"}
+    assert set(checkpoint.fsync_and_hash(tmp_path, ["model.safetensors"], 0)) == {"model.safetensors"}
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoints.settled(tmp_path, ["model.safetensors"], 0)
+        checkpoint.fsync_and_hash(tmp_path, ["model.safetensors"], 0)
 
 
 def test_a_path_out_of_the_folder_is_no_manifest(tmp_path):
@@ -168,7 +168,7 @@ def test_a_path_out_of_the_folder_is_no_manifest(tmp_path):
     values["files"]["../secret"] = values["files"]["latest"]
     (folder / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="secret lies outside"):
-        checkpoints.read_manifest(folder)
+        checkpoint.read_manifest(folder)
 
 
 def test_rotation_leaves_everything_but_its_own_old_checkpoints(tmp_path):
@@ -182,16 +182,16 @@ def test_rotation_leaves_everything_but_its_own_old_checkpoints(tmp_path):
         (decoy / "mine.txt").write_text("mine")
     (tmp_path / "checkpoint-9").write_text("a file")
 
-    removed = checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=2, keep_also=(4,))
+    removed = checkpoint.rotate(tmp_path, run_id=MANIFEST.run_id, keep=2, keep_also=(4,))
 
     assert [one.name for one in removed] == ["checkpoint-6", "checkpoint-2"]
     assert [one.exists() for one in ours] == [False, True, False, True, True]
     assert all((decoy / "mine.txt").read_text() == "mine" for decoy in decoys)
     assert (tmp_path / "checkpoint-9").read_text() == "a file"
-    assert checkpoints.steps_in(tmp_path) == [10, 8, 5, 4, 3]
-    assert checkpoints.verify(elsewhere) == [] and checkpoints.verify(foreign) == []
-    assert checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=None) == []
-    assert checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=0) == []
+    assert checkpoint.steps_in(tmp_path) == [10, 8, 5, 4, 3]
+    assert checkpoint.verify_checkpoint(elsewhere) == [] and checkpoint.verify_checkpoint(foreign) == []
+    assert checkpoint.rotate(tmp_path, run_id=MANIFEST.run_id, keep=None) == []
+    assert checkpoint.rotate(tmp_path, run_id=MANIFEST.run_id, keep=0) == []
 
 
 def test_rotation_does_not_follow_links_inside_a_checkpoint(tmp_path):
@@ -201,7 +201,7 @@ def test_rotation_does_not_follow_links_inside_a_checkpoint(tmp_path):
     folder = sealed(tmp_path / "run", 2)
     (folder / "link").symlink_to(outside)
     sealed(tmp_path / "run", 4)
-    checkpoints.rotate(tmp_path / "run", run_id=MANIFEST.run_id, keep=1)
+    checkpoint.rotate(tmp_path / "run", run_id=MANIFEST.run_id, keep=1)
     assert not folder.exists() and (outside / "precious").read_text() == "x"
 
 
@@ -214,39 +214,39 @@ def test_an_interrupted_removal_is_no_checkpoint_and_is_finished_later(tmp_path,
 
     monkeypatch.setattr("shutil.rmtree", die)
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.remove_checkpoint(folder)
+        checkpoint.remove_checkpoint(folder)
     monkeypatch.undo()
     assert len(list(folder.rglob("*"))) == before  # nothing is gone yet, and it is none any more
-    assert checkpoints.is_unfinished(folder) and checkpoints.latest_complete(tmp_path) is None
-    assert checkpoints.remove_unfinished(tmp_path) == [folder] and not folder.exists()
+    assert checkpoint.is_unfinished(folder) and checkpoint.latest_complete(tmp_path) is None
+    assert checkpoint.remove_unfinished(tmp_path) == [folder] and not folder.exists()
 
 
 def test_only_what_a_save_left_is_removed_at_the_next_start(tmp_path):
     whole = sealed(tmp_path, 2)
-    started = checkpoints.checkpoint_folder(tmp_path, 4)
-    checkpoints.mark_as_unfinished(started, "run", 4)
+    started = checkpoint.checkpoint_folder(tmp_path, 4)
+    checkpoint.mark_as_unfinished(started, "run", 4)
     (started / "model.safetensors").write_bytes(b"half")
-    users = checkpoints.checkpoint_folder(tmp_path, 6)
+    users = checkpoint.checkpoint_folder(tmp_path, 6)
     users.mkdir()
-    assert checkpoints.remove_unfinished(tmp_path) == [started]
+    assert checkpoint.remove_unfinished(tmp_path) == [started]
     assert whole.is_dir() and users.is_dir() and not started.exists()
-    checkpoints.mark_as_unfinished(tmp_path / "elsewhere", "run", 4)
-    assert not checkpoints.is_unfinished(tmp_path / "elsewhere")  # whatever bears another name is never removed
+    checkpoint.mark_as_unfinished(tmp_path / "elsewhere", "run", 4)
+    assert not checkpoint.is_unfinished(tmp_path / "elsewhere")  # whatever bears another name is never removed
 
 
 def test_what_is_set_aside_keeps_its_content_and_never_replaces_anything(tmp_path):
     asides = set()
     for _ in range(3):
         folder = sealed(tmp_path, 4)
-        asides.add(checkpoints.set_aside(folder, "damaged"))
-    assert len(asides) == 3 and checkpoints.steps_in(tmp_path) == []
+        asides.add(checkpoint.quarantine(folder, "damaged"))
+    assert len(asides) == 3 and checkpoint.steps_in(tmp_path) == []
     assert all(len(list(aside.iterdir())) == 6 for aside in asides)
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 7])
 def test_ranks_share_the_files_of_a_checkpoint_each_looked_at_once(tmp_path, of):
-    manifest = checkpoints.read_manifest(sealed(tmp_path, 4))
-    shares = [checkpoints.shared_out(manifest, manifest.files, part, of) for part in range(of)]
+    manifest = checkpoint.read_manifest(sealed(tmp_path, 4))
+    shares = [checkpoint.partition_files(manifest, manifest.files, part, of) for part in range(of)]
     assert sorted(name for share in shares for name in share) == sorted(manifest.files)
 
 
@@ -255,19 +255,19 @@ def test_a_checkpoint_over_two_disks_is_whole_with_one_part_or_with_both(tmp_pat
     folder = sealed(tmp_path, 4)
     shards = [f"global_step4/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
     (folder / shards[1]).write_bytes((folder / shards[0]).read_bytes())
-    files = checkpoints.settled(folder, {*checkpoints.names_in(folder)} - {*shards}, None)
+    files = checkpoint.fsync_and_hash(folder, {*checkpoint.file_names(folder)} - {*shards}, None)
     for rank, name in enumerate(shards):
-        files |= checkpoints.settled(folder, [name], rank)
-    checkpoints.write_manifest(folder, replace(MANIFEST, files=files, disks=[[0], [1]]))
-    manifest = checkpoints.read_manifest(folder)
+        files |= checkpoint.fsync_and_hash(folder, [name], rank)
+    checkpoint.write_manifest(folder, replace(MANIFEST, files=files, disks=[[0], [1]]))
+    manifest = checkpoint.read_manifest(folder)
     assert sorted(manifest.names_for([1])) == sorted({*files} - {shards[0]})
-    assert sorted(manifest.names_for([0, 1])) == sorted(files) and checkpoints.verify(folder) == []
+    assert sorted(manifest.names_for([0, 1])) == sorted(files) and checkpoint.verify_checkpoint(folder) == []
     (folder / shards[0]).unlink()
-    assert checkpoints.verify(folder) == []
+    assert checkpoint.verify_checkpoint(folder) == []
     (folder / shards[1]).unlink()
-    assert len(checkpoints.verify(folder)) == 1
+    assert len(checkpoint.verify_checkpoint(folder)) == 1
     (folder / "latest").unlink()
-    assert len(checkpoints.verify(folder)) == 2
+    assert len(checkpoint.verify_checkpoint(folder)) == 2
 
 
 class Payload:
@@ -307,14 +307,14 @@ def test_a_pickle_that_names_a_function_is_refused_unseen(tmp_path, function, pr
     path = tmp_path / "shard.pt"
     data = {"step": 1, "deep": [{"x": Payload(function, f"touch {target}")}]}
     zipped(path, pickle.dumps(data, protocol=protocol))
-    fault = checkpoints.pickle_fault(path)
+    fault = checkpoint.pickle_fault(path)
     assert fault and str(path) in fault and not target.exists()
 
 
 def test_names_put_together_on_the_stack_are_refused_too(tmp_path):
     zipped(tmp_path / "a.pt", hidden_name())
     pickletools.dis(hidden_name(), out=io.StringIO())  # it is a pickle
-    assert "names os.system" in checkpoints.pickle_fault(tmp_path / "a.pt")
+    assert "names os.system" in checkpoint.pickle_fault(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_names_put_together_on_the_stack_are_refused_too(tmp_path):
 )
 def test_archives_that_torch_save_does_not_write_are_refused(tmp_path, data, name, more, said):
     zipped(tmp_path / "a.pt", data, name, more)
-    assert said in checkpoints.pickle_fault(tmp_path / "a.pt")
+    assert said in checkpoint.pickle_fault(tmp_path / "a.pt")
 
 
 def test_an_archive_that_no_program_wrote_is_refused(tmp_path):
@@ -342,12 +342,12 @@ def test_an_archive_that_no_program_wrote_is_refused(tmp_path):
     central = whole.index(b"PK\x01\x02")
     for place, value in ((central + 8, 1), (central + 10, 8), (central + 10, 99)):  # encrypted, deflated, unknown
         path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
-        assert str(path) in (checkpoints.pickle_fault(path) or "")
+        assert str(path) in (checkpoint.pickle_fault(path) or "")
 
 
 def test_a_pickle_outside_an_archive_is_refused(tmp_path):
     torch.save({"x": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert "not a zip archive" in checkpoints.pickle_fault(tmp_path / "old.pt")
+    assert "not a zip archive" in checkpoint.pickle_fault(tmp_path / "old.pt")
 
 
 def test_what_training_saves_is_let_through(tmp_path):
@@ -371,4 +371,4 @@ def test_what_training_saves_is_let_through(tmp_path):
     }
     for name, state in states.items():
         torch.save(state, tmp_path / f"{name}.pt")
-        assert checkpoints.pickle_fault(tmp_path / f"{name}.pt") is None, name
+        assert checkpoint.pickle_fault(tmp_path / f"{name}.pt") is None, name

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune import cluster, host_probe
-from finetune.errors import ConfigError
+from finetune.distributed import host_probe
+from finetune.launcher import ssh
+from finetune.utils.errors import ConfigError
 
 FACTS = {
     "name": "node0", "python": "3.11.7", "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "gpus": 8,
@@ -25,12 +26,12 @@ SLOTS = {"node0": list(range(8)), "node1": list(range(8))}
 
 def compared(**changed: object) -> str:
     with pytest.raises(ConfigError) as caught:
-        cluster.compare({"node0": FACTS, "node1": {**FACTS, "name": "node1", **changed}}, SLOTS)
+        ssh.compare_hosts({"node0": FACTS, "node1": {**FACTS, "name": "node1", **changed}}, SLOTS)
     return str(caught.value)
 
 
 def test_hosts_that_are_alike_are_accepted():
-    cluster.compare({"node0": FACTS, "node1": {**FACTS, "name": "node1", "port": 5000}}, SLOTS)
+    ssh.compare_hosts({"node0": FACTS, "node1": {**FACTS, "name": "node1", "port": 5000}}, SLOTS)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_all_faults_of_all_hosts_are_named_at_once():
 def test_a_machine_under_two_names_is_named_with_both():
     slots = {name: list(range(8)) for name in ("node0", "node1", "10.0.0.6")}
     with pytest.raises(ConfigError, match="^10.0.0.6: is the same machine as node1: one line with the slots of both"):
-        cluster.compare(
+        ssh.compare_hosts(
             {"node0": {**FACTS, "machine": "a"}, **{name: {**FACTS, "machine": "b"} for name in list(slots)[1:]}}, slots
         )
 
@@ -87,12 +88,12 @@ def test_a_port_is_taken_while_somebody_listens_there():
 def test_ranks_meet_where_ssh_came_and_not_at_a_loopback():
     here = {**FACTS, "route": []}
     there = {**FACTS, "route": ["10.0.0.9", "10.0.0.6"]}
-    assert cluster.meeting_place({"a": FACTS, "b": there}) == ("10.0.0.5", 4000)
-    assert cluster.meeting_place({"a": here, "b": there}) == ("10.0.0.9", 4000)
-    assert cluster.meeting_place({"a": here}) == ("127.0.0.1", 4000)
-    assert cluster.meeting_place({"a": here, "b": there}, address="ib0.node0", port=29500) == ("ib0.node0", 29500)
+    assert ssh.rendezvous_address({"a": FACTS, "b": there}) == ("10.0.0.5", 4000)
+    assert ssh.rendezvous_address({"a": here, "b": there}) == ("10.0.0.9", 4000)
+    assert ssh.rendezvous_address({"a": here}) == ("127.0.0.1", 4000)
+    assert ssh.rendezvous_address({"a": here, "b": there}, address="ib0.node0", port=29500) == ("ib0.node0", 29500)
     with pytest.raises(ConfigError, match="give --master_addr"):
-        cluster.meeting_place({"a": here, "b": {**there, "route": ["127.0.0.1", "127.0.0.1"]}})
+        ssh.rendezvous_address({"a": here, "b": {**there, "route": ["127.0.0.1", "127.0.0.1"]}})
 
 
 def test_gloo_is_told_the_interface_that_ssh_came_through_unless_the_user_has():
@@ -100,16 +101,16 @@ def test_gloo_is_told_the_interface_that_ssh_came_through_unless_the_user_has():
     there = {**FACTS, "route": ["10.0.0.9", "10.0.0.6"], "interfaces": {"lo": "127.0.0.1", "eth1": "10.0.0.6"}}
     unknown = {**there, "interfaces": {"lo": "127.0.0.1"}}
     silent = "did not answer"
-    found = cluster.interfaces_between({"a": here, "b": there, "c": unknown, "d": silent})
+    found = ssh.interfaces_between({"a": here, "b": there, "c": unknown, "d": silent})
     assert found == {"a": "ib0", "b": "eth1"}
-    assert cluster.interfaces_between({"a": here}) == {}
-    assert cluster.environment_of({"A": "1"}, "ib0") == {"A": "1", "GLOO_SOCKET_IFNAME": "ib0"}
-    assert cluster.environment_of({"GLOO_SOCKET_IFNAME": "eth7"}, "ib0") == {"GLOO_SOCKET_IFNAME": "eth7"}
-    assert cluster.environment_of({"A": "1"}, None) == {"A": "1"}
+    assert ssh.interfaces_between({"a": here}) == {}
+    assert ssh.environment_of({"A": "1"}, "ib0") == {"A": "1", "GLOO_SOCKET_IFNAME": "ib0"}
+    assert ssh.environment_of({"GLOO_SOCKET_IFNAME": "eth7"}, "ib0") == {"GLOO_SOCKET_IFNAME": "eth7"}
+    assert ssh.environment_of({"A": "1"}, None) == {"A": "1"}
 
 
 @pytest.fixture
-def ssh(tmp_path, monkeypatch):
+def ssh_program(tmp_path, monkeypatch):
     """A program of that name in front of the real one; it notes its words, and does as the host's name says."""
     program = tmp_path / "bin/ssh"
     program.parent.mkdir()
@@ -128,16 +129,16 @@ esac
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(cluster, "SECONDS_FOR_A_PROBE", 5)
+    monkeypatch.setattr(ssh, "SECONDS_FOR_A_PROBE", 5)
     return tmp_path / "words"
 
 
-def test_each_host_says_what_it_has_or_why_it_did_not_answer(ssh, tmp_path, monkeypatch):
+def test_each_host_says_what_it_has_or_why_it_did_not_answer(ssh_program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.json").write_text("[]")
     began = time.monotonic()
     hosts = ["answers", "refuses", "hangs", "chatty", "foreign", "nopython"]
-    answers = cluster.ask(hosts, cluster.Shell(2222, None), ["a b.json", "hf_secretvalue", "nothing"])
+    answers = ssh.probe_hosts(hosts, ssh.SshShell(2222, None), ["a b.json", "hf_secretvalue", "nothing"])
     assert time.monotonic() - began < 15
     found = answers["answers"]
     assert found["folder"] and found["versions"]["torch"] and found["code"] and list(found["files"]) == ["a b.json"]
@@ -153,36 +154,36 @@ def test_each_host_says_what_it_has_or_why_it_did_not_answer(ssh, tmp_path, monk
 
 def test_how_a_user_came_to_this_machine_is_no_way_between_hosts(monkeypatch):
     monkeypatch.setenv("SSH_CONNECTION", "203.0.113.7 50000 198.51.100.1 22")
-    assert cluster.ask(["localhost"], cluster.Shell(None, None), [])["localhost"]["route"] == []
+    assert ssh.probe_hosts(["localhost"], ssh.SshShell(None, None), [])["localhost"]["route"] == []
 
 
 def test_options_of_ssh_that_no_shell_would_read_are_named(monkeypatch):
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-o 'ProxyJump=bastion")
     with pytest.raises(ConfigError, match="^PDSH_SSH_ARGS_APPEND=-o 'ProxyJump=bastion: No closing quotation"):
-        cluster.Shell(None, None).options()
+        ssh.SshShell(None, None).options()
 
 
 def test_ssh_that_is_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "install it on this machine" in cluster.ask(["elsewhere"], cluster.Shell(None, None), [])["elsewhere"]
+    assert "install it on this machine" in ssh.probe_hosts(["elsewhere"], ssh.SshShell(None, None), [])["elsewhere"]
 
 
 @pytest.mark.parametrize(("name", "here"), [("localhost", True), (os.uname().nodename, True), ("no-such.host", False)])
 def test_this_machine_is_known_by_its_names(name, here):
-    assert cluster.is_here(name) is here
+    assert ssh.is_here(name) is here
 
 
 def test_large_files_are_told_apart_by_samples(tmp_path, monkeypatch):
-    from finetune import host_probe
+    from finetune.distributed import host_probe
 
     monkeypatch.setattr(host_probe, "WHOLE_BYTES", 1 << 20)
     monkeypatch.chdir(tmp_path)
     path = Path("big.jsonl")
     path.write_bytes(bytes(8 << 20))
     order = {"folder": str(tmp_path), "code": str(tmp_path), "words": ["big.jsonl"]}
-    before = host_probe.probe(order)["files"]
+    before = host_probe.collect_host_facts(order)["files"]
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    after = host_probe.probe(order)["files"]
+    after = host_probe.collect_host_facts(order)["files"]
     assert json.dumps(before) != json.dumps(after) and before.keys() == after.keys()

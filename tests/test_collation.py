@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.collation import Collator, pad_token_id
+from finetune.dataset.collator import Collator, pad_token_id
 
 IGNORED = -100
 PAD = 2  # also what ends a turn

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.evaluation.comparing import exact_mcnemar, mean_interval, perplexity, ratio_interval
+from finetune.evaluation.significance import exact_mcnemar, mean_interval, perplexity, ratio_interval
 
 
 @given(st.integers(0, 12), st.integers(0, 12))

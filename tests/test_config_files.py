@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_arguments import PUBLISHED, REQUIRED, parsed, refusal
 
-from finetune.arguments import parse
+from finetune.config import parse
 
 VALUES = {"learning_rate": 2e-5, "use_lora": True, "lora_target_modules": ["q_proj", "v_proj"], "report_to": "none"}
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from chat_rows import HELLO, LOST, faults, good_row, read, refusal, spoken, turns, written
 
-from finetune.conversations import BadRow, Conversation, Turn, answer_number, load_conversations, shipped_files
+from finetune.conversation import BadRow, Conversation, Turn, answer_number
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.dataset.data_sources import shipped_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +38,7 @@ FIRST, SECOND = {"id": 7, "conversations": HELLO}, turns(("human", "And you?"), 
 def test_an_array_and_json_lines_say_the_same(content, mark, tmp_path):
     path = written(tmp_path / "a.json", mark + content.encode())
 
-    assert load_conversations(path) == [
+    assert read_conversations(path) == [
         Conversation((Turn("human", "Hello"), Turn("model", "Hi!")), 0, str(path), 7),
         Conversation((Turn("human", "And you?"), Turn("model", "Well.")), 1, str(path), None),
     ]
@@ -44,7 +46,7 @@ def test_an_array_and_json_lines_say_the_same(content, mark, tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 0, 2])
 def test_one_object_is_one_row(indent, tmp_path):
-    assert len(load_conversations(written(tmp_path / "a.json", json.dumps(FIRST, indent=indent)))) == 1
+    assert len(read_conversations(written(tmp_path / "a.json", json.dumps(FIRST, indent=indent)))) == 1
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_each_alias_is_read_as_its_role(name, role, tmp_path):
     after = [] if role == "model" else [("model", "b")]
     path = written(tmp_path / "a.json", [turns(*before, (name, "x"), *after)])
 
-    assert Turn(role, "x") in load_conversations(path)[0].turns
+    assert Turn(role, "x") in read_conversations(path)[0].turns
 
 
 @pytest.mark.parametrize(
@@ -73,14 +75,14 @@ def test_each_alias_is_read_as_its_role(name, role, tmp_path):
 def test_a_row_may_begin_with_any_side_and_end_with_the_model(roles, tmp_path):
     path = written(tmp_path / "a.json", [turns(*((role, "x") for role in roles))])
 
-    assert [turn.role for turn in load_conversations(path)[0].turns] == roles
+    assert [turn.role for turn in read_conversations(path)[0].turns] == roles
 
 
 def test_text_is_kept_to_the_last_character(tmp_path):
     text = "  <|im_end|>\u2028\x85\r\n\ttail \U0001f600 "
     path = written(tmp_path / "a.jsonl", json.dumps(turns(("human", "q"), ("model", text)), ensure_ascii=False))
 
-    assert load_conversations(path)[0].turns[1].text == text
+    assert read_conversations(path)[0].turns[1].text == text
 
 
 def test_the_shipped_files_are_read():
@@ -88,7 +90,7 @@ def test_the_shipped_files_are_read():
 
     assert [file.parent for file in files] == [ROOT / "data"] * 2
     for file in files:
-        assert len(load_conversations(file)) > 10
+        assert len(read_conversations(file)) > 10
 
 
 # ---- what is refused, and where
@@ -257,7 +259,7 @@ def test_a_model_turn_can_be_context_only(tmp_path):
         ],
     )
 
-    (one,) = load_conversations(path)
+    (one,) = read_conversations(path)
 
     assert [turn.train for turn in one.turns] == [True, False, True, True, True, True]
 
@@ -329,7 +331,7 @@ def test_a_bad_row_gives_way_to_a_good_one_that_says_the_same(tmp_path):
 def test_turns_that_differ_in_what_is_learned_differ(tmp_path):
     rows = [with_train(("model", one), ("human", None), ("model", True)) for one in (True, False)]
 
-    assert len(load_conversations(written(tmp_path / "a.json", rows))) == 2
+    assert len(read_conversations(written(tmp_path / "a.json", rows))) == 2
 
 
 # ---- repairs

@@ -13,9 +13,9 @@ from conftest import ROOT, ROWS, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import load_conversations
-from finetune.errors import ConfigError, DataError, StorageError
-from finetune.tools import convert, preview
+from finetune.cli import convert, preview
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.utils.errors import ConfigError, DataError, StorageError
 
 ALPACA = {"instruction": "Translate.", "input": "Hello", "output": "你好"}
 MESSAGES = {
@@ -42,7 +42,7 @@ def run(*words) -> None:
 
 
 def turns(path) -> list:
-    return [one.turns for one in load_conversations([str(path)])]
+    return [one.turns for one in read_conversations([str(path)])]
 
 
 def test_an_array_with_one_readable_row_a_line(tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_several_files_become_one(tmp_path, capsys):
 def test_an_id_that_two_files_have_is_written_once(tmp_path, capsys):
     one = [{"id": id, "instruction": f"Say {id!r}.", "output": "Yes."} for id in (0, 1, "1")]
     run(written(tmp_path / "a.jsonl", one), written(tmp_path / "b.jsonl", [{"id": 1} | ALPACA]), tmp_path / "out.json")
-    assert [row.id for row in load_conversations(tmp_path / "out.json")] == [0, 1, "1", None]
+    assert [row.id for row in read_conversations(tmp_path / "out.json")] == [0, 1, "1", None]
     assert "note: 1 rows written without their id, which an earlier row has\n" in capsys.readouterr().out
 
 

@@ -152,7 +152,8 @@ def write_marked(folder: Path, tiny_model: Path, marker: Path, words: str, *, ki
 
 def _train_at_a_terminal(terminal: str, argv: list[str]) -> None:
     """The story on a rank whose stdin is a terminal at which nobody sits; no rank waits for another's message."""
-    from finetune import errors, train
+    from finetune import train
+    from finetune.utils import errors
 
     errors.SECONDS_FOR_RANK_0 = 0.0
     os.dup2(os.open(terminal, os.O_RDWR), 0)
@@ -198,7 +199,7 @@ def _waiting_bytes(keyboard: int) -> bytes:
 
 
 def test_the_hash_of_trusted_files_is_that_of_what_they_hold(tiny_model, tmp_path):
-    from finetune.model import code_note
+    from finetune.models.loader import code_note
 
     folder = write_marked(tmp_path / "a", tiny_model, tmp_path / "marker", "one")
     first, same = code_note(str(folder)), code_note(str(folder))
@@ -215,7 +216,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 from finetune import model
-from finetune.arguments import ModelArguments
+from finetune.config import ModelArguments
 from finetune.errors import ConfigError
 marker = Path(sys.argv[1])
 def load(name, revision, **flags):
@@ -273,7 +274,7 @@ def test_a_revision_pins_the_code_and_the_one_exception_names_its_commit(tiny_mo
 def test_an_adapter_remembers_the_revision_of_its_base(tiny_model):
     from transformers import AutoModelForCausalLM
 
-    from finetune.adapters import attach_lora, attach_virtual_tokens
+    from finetune.models.adapters import attach_lora, attach_virtual_tokens
 
     for attach in (
         lambda base: attach_lora(base, r=2, alpha=4, dropout=0.0, target_modules=["q_proj"], base_revision=OLD),

@@ -16,7 +16,7 @@ import pyarrow
 import pytest
 from chat_rows import good_row, read, spoken, written
 
-from finetune.conversations import BadRow
+from finetune.conversation import BadRow
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "120"))
 ROLES = {"human": "human", "user": "human", **dict.fromkeys(("model", "gpt", "assistant", "bot"), "model")}

@@ -8,14 +8,14 @@ import re
 import pytest
 from conftest import ROOT
 
-from finetune.conversations import load_conversations
+from finetune.dataset.conversation_reader import read_conversations
 
 DATA = ROOT / "data"
 FILES = ("identity.json", "conversations.json")
 
 
 def counted(name: str, tokenizer) -> list[int]:
-    conversations = load_conversations(DATA / name)
+    conversations = read_conversations(DATA / name)
     roles = [[turn.role for turn in one.turns] for one in conversations]
     names = {"human": "user", "model": "assistant", "system": "system"}
     tokens = sum(
@@ -52,7 +52,7 @@ def test_sizes(smol_tokenizer):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_row_is_there_twice(name):
-    conversations = load_conversations(DATA / name)
+    conversations = read_conversations(DATA / name)
     assert len({one.turns for one in conversations}) == len(conversations)
     assert [one.id for one in conversations] == list(range(len(conversations)))
 
@@ -62,7 +62,7 @@ def test_held_out_questions_are_held_out():
         return re.sub(r"[\W_]", "", text.casefold())
 
     questions = json.loads((DATA / "identity_questions.json").read_text(encoding="utf-8"))
-    trained = {bare(turn.text) for name in FILES for one in load_conversations(DATA / name) for turn in one.turns}
+    trained = {bare(turn.text) for name in FILES for one in read_conversations(DATA / name) for turn in one.turns}
     assert len(questions) == 10 and {one["language"] for one in questions} == {"en", "zh"}
     assert bare("Who are you?") in trained
     assert not {bare(one["question"]) for one in questions} & trained

@@ -12,8 +12,11 @@ import pyarrow.parquet
 import pytest
 from chat_rows import HELLO, faults, good_row, read, refusal, spoken, turns, written
 
-from finetune.conversations import BadRow, Conversation, ConversationReader, find_sources, json_rows
-from finetune.conversations.files import CHUNK_BYTES
+from finetune.conversation import BadRow, Conversation
+from finetune.dataset import json_reader
+from finetune.dataset.conversation_reader import ConversationReader
+from finetune.dataset.data_files import CHUNK_BYTES
+from finetune.dataset.data_sources import find_sources
 
 ROWS = [good_row(number) for number in range(3)]
 CHINESE = [
@@ -86,7 +89,7 @@ def test_a_row_may_be_larger_than_what_is_read_at_once(form, tmp_path):
 
 @pytest.mark.parametrize("shift", range(12))
 def test_a_window_may_end_anywhere(shift, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.conversations.files.CHUNK_BYTES", 37 + shift)
+    monkeypatch.setattr("finetune.dataset.data_files.CHUNK_BYTES", 37 + shift)
     rows = [{**row, "score": [-12.5e3, True, None, 1234567890], "note": "\U0001f600 \\"} for row in [*ROWS, *CHINESE]]
     path = written(tmp_path / "a.json", as_array(rows) if shift % 2 else json.dumps(rows, indent=2))
 
@@ -291,7 +294,7 @@ def test_a_packed_file_that_is_cut_anywhere_is_never_read_as_whole(pack, tmp_pat
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_what_is_too_long_to_be_a_row_is_not_read_to_its_end(form, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "MOST_CHARACTERS", 3 * CHUNK_BYTES)
+    monkeypatch.setattr(json_reader, "MOST_CHARACTERS", 3 * CHUNK_BYTES)
     path = written(tmp_path / "a.json", form([ROWS[0], turns(("human", "x" * (9 * CHUNK_BYTES)), ("model", "y"))]))
 
     first, last = read(path)

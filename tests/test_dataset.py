@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 from conftest import ROWS, write_rows
 
-from finetune.conversations import find_sources, load_conversations
-from finetune.dataset import check_usable, prepare, store
-from finetune.dataset.summary import kind_of
-from finetune.dataset.workers import BATCH_ROWS
-from finetune.errors import DataError, StorageError, reported
-from finetune.rendering import CHATML, LingoWhaleFormat, Renderer, TemplateFormat
+from finetune.chat_templates import CHATML, JinjaFormat, LingoWhaleFormat, Renderer
+from finetune.dataset import prepared_cache
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.dataset.data_sources import find_sources
+from finetune.dataset.data_summary import kind_of
+from finetune.dataset.prepare import check_dropped_share, prepare_dataset
+from finetune.dataset.prepare_workers import BATCH_ROWS
+from finetune.utils.errors import DataError, StorageError, exit_on_error
 
 
 def many(count: int) -> list[list[tuple[str, str]]]:
@@ -34,7 +36,7 @@ def many(count: int) -> list[list[tuple[str, str]]]:
 
 @pytest.fixture
 def renderer(smol_tokenizer) -> Renderer:
-    return Renderer(TemplateFormat(smol_tokenizer, CHATML, "chatml"), 100)
+    return Renderer(JinjaFormat(smol_tokenizer, CHATML, "chatml"), 100)
 
 
 @pytest.fixture
@@ -43,11 +45,11 @@ def small(conversation_file):
 
 
 def prepared(path, renderer, cache, **options):
-    return prepare(find_sources([str(path)]), renderer, cache_dir=cache, **options)
+    return prepare_dataset(find_sources([str(path)]), renderer, cache_dir=cache, **options)
 
 
 def test_what_is_prepared_is_what_is_rendered(conversation_file, renderer, tmp_path):
-    expected = renderer.render_all(load_conversations(str(conversation_file)))
+    expected = renderer.render_all(read_conversations(str(conversation_file)))
 
     data = prepared(conversation_file, renderer, tmp_path)
 
@@ -92,16 +94,16 @@ def test_the_counts_are_those_of_the_rows(tmp_path, renderer):
 
 def test_a_second_start_opens_what_the_first_prepared(conversation_file, renderer, tmp_path):
     first = prepared(conversation_file, renderer, tmp_path)
-    made = (first.folder / store.EXAMPLES_FILE).stat()
+    made = (first.folder / prepared_cache.EXAMPLES_FILE).stat()
     second = prepared(conversation_file, renderer, tmp_path)
-    assert (second.folder / store.EXAMPLES_FILE).stat().st_ino == made.st_ino
+    assert (second.folder / prepared_cache.EXAMPLES_FILE).stat().st_ino == made.st_ino
     assert second.summary == first.summary
     assert list(second.renderings()) == list(first.renderings())
 
 
 def test_anything_that_changes_the_examples_prepares_them_anew(conversation_file, smol_tokenizer, tmp_path):
     def folder(template=CHATML, length=100, path=conversation_file, **options):
-        chat_format = TemplateFormat(smol_tokenizer, template, "x")
+        chat_format = JinjaFormat(smol_tokenizer, template, "x")
         names = ("too_long", "train_on")
         renderer = Renderer(chat_format, length, **{name: options.pop(name) for name in names if name in options})
         return prepared(path, renderer, tmp_path / "cache", **options).folder.name
@@ -132,7 +134,7 @@ def test_another_format_is_other_data(conversation_file, golden_tokenizer, tmp_p
     assert len(names) == 2
 
 
-@pytest.mark.parametrize("file", [store.EXAMPLES_FILE, store.LEDGER_FILE, store.FACTS_FILE])
+@pytest.mark.parametrize("file", [prepared_cache.EXAMPLES_FILE, prepared_cache.LEDGER_FILE, prepared_cache.FACTS_FILE])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
 def test_damaged_data_is_prepared_again(tmp_path, renderer, file, damage):
     path = write_rows(tmp_path / "a.json", many(20))
@@ -152,7 +154,7 @@ def test_damaged_data_is_prepared_again(tmp_path, renderer, file, damage):
 
     assert list(again.renderings()) == rows
     assert target.read_bytes() == content
-    assert said == ([] if (file, damage) == (store.FACTS_FILE, "missing") else [said[0]])
+    assert said == ([] if (file, damage) == (prepared_cache.FACTS_FILE, "missing") else [said[0]])
     assert all("is damaged: it is prepared again" in line for line in said)
 
 
@@ -161,20 +163,20 @@ def test_several_processes_give_the_same_data_in_the_same_order(tmp_path, render
     path = write_rows(tmp_path / "a.json", many(3 * BATCH_ROWS + 5))
     alone = prepared(path, renderer, tmp_path / "one", num_processes=1)
     together = prepared(path, renderer, tmp_path / "many", num_processes=processes)
-    for name in (store.EXAMPLES_FILE, store.LEDGER_FILE):
+    for name in (prepared_cache.EXAMPLES_FILE, prepared_cache.LEDGER_FILE):
         assert (alone.folder / name).read_bytes() == (together.folder / name).read_bytes()
     assert together.summary == alone.summary
 
 
 def _prepare_and_count(path, renderer, cache, count, results):
     began = []
-    prepare_really = store.Writer.__enter__
+    prepare_really = prepared_cache.CacheWriter.__enter__
 
     def counted(self):
         began.append(os.getpid())
         return prepare_really(self)
 
-    store.Writer.__enter__ = counted
+    prepared_cache.CacheWriter.__enter__ = counted
     data = prepared(path, renderer, cache)
     results.put((len(began), data.summary.rows))
 
@@ -202,14 +204,14 @@ def started(path, renderer, cache, processes):
     )
     writer.start()
     deadline = time.monotonic() + 60
-    while not any(one.stat().st_size > 100_000 for one in cache.glob(f"*.part-*/{store.EXAMPLES_FILE}")):
+    while not any(one.stat().st_size > 100_000 for one in cache.glob(f"*.part-*/{prepared_cache.EXAMPLES_FILE}")):
         assert time.monotonic() < deadline and writer.is_alive()
         time.sleep(0.005)
     return writer
 
 
 def _prepare_in_its_own_words(path, renderer, cache, num_processes):
-    with reported():
+    with exit_on_error():
         prepared(path, renderer, cache, num_processes=num_processes)
 
 
@@ -226,7 +228,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path, renderer, 
     assert len(workers) == (processes if processes > 1 else 0)
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()
-    assert not list(cache.glob("*/" + store.FACTS_FILE))
+    assert not list(cache.glob("*/" + prepared_cache.FACTS_FILE))
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "a process outlived the one that started it"
@@ -306,23 +308,23 @@ def test_bad_rows_are_dropped_by_name_within_a_budget(tmp_path, renderer):
     data.copy_ledger(tmp_path / "ledger.jsonl")
     lines = (tmp_path / "ledger.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["row"] for line in lines] == [1, 3, 5]
-    check_usable(data, 0.03)
+    check_dropped_share(data, 0.03)
     with pytest.raises(DataError, match=r"3 of 100 rows \(3.0%\) are bad, more than --max_dropped_rows 0.02"):
-        check_usable(data, 0.02)
+        check_dropped_share(data, 0.02)
 
 
 def test_data_of_which_nothing_is_left_is_refused(tmp_path, smol_tokenizer):
     path = write_rows(tmp_path / "a.json", [[("human", "a " * 50), ("model", "b")]])
-    data = prepared(path, Renderer(TemplateFormat(smol_tokenizer, CHATML, "x"), 10), tmp_path / "cache")
+    data = prepared(path, Renderer(JinjaFormat(smol_tokenizer, CHATML, "x"), 10), tmp_path / "cache")
     assert [one.status for one in data.renderings()] == ["dropped"]
     with pytest.raises(DataError, match="all 1 rows are dropped: raise --model_max_length"):
-        check_usable(data, 1.0)
+        check_dropped_share(data, 1.0)
 
 
 def test_weights_repeat_and_draw(tmp_path, renderer):
     first, second = write_rows(tmp_path / "a.json", many(10)), write_rows(tmp_path / "b.json", many(33)[10:])
     sources = find_sources([f"{first}:2", f"{second}:0.5"])
-    data = prepare(sources, renderer, cache_dir=tmp_path / "cache")
+    data = prepare_dataset(sources, renderer, cache_dir=tmp_path / "cache")
     epoch = data.epoch(seed=1)
     counts = Counter((source, row) for source, row in zip(epoch["source"], epoch["row"], strict=True))
     assert {counts[str(first), row] for row in range(10)} == {2}
@@ -330,10 +332,10 @@ def test_weights_repeat_and_draw(tmp_path, renderer):
     assert len(drawn) == 12  # half of 23, rounded to even
     assert data.epoch(seed=1)["row"] == epoch["row"]
     assert data.epoch(seed=2)["row"] != epoch["row"]
-    unweighted = prepare(find_sources([str(first), str(second)]), renderer, cache_dir=tmp_path / "cache")
+    unweighted = prepare_dataset(find_sources([str(first), str(second)]), renderer, cache_dir=tmp_path / "cache")
     assert unweighted.folder == data.folder  # weights choose among what is prepared
     assert len(unweighted.epoch(seed=1)) == 33
-    nothing = prepare(find_sources([f"{first}:0.01"]), renderer, cache_dir=tmp_path / "cache")
+    nothing = prepare_dataset(find_sources([f"{first}:0.01"]), renderer, cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match="leave no example of an epoch"):
         nothing.epoch(seed=1)
 
@@ -355,13 +357,13 @@ def test_like_reasons_count_as_one(one, other):
 
 def test_prepared_data_goes_to_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert store.default_folder() == tmp_path / "cache/finetune/data"
+    assert prepared_cache.default_folder() == tmp_path / "cache/finetune/data"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert store.default_folder() == tmp_path / "home/.cache/finetune/data"
+    assert prepared_cache.default_folder() == tmp_path / "home/.cache/finetune/data"
 
 
 def test_without_a_home_that_can_be_written_prepared_data_goes_to_tmp(monkeypatch, tmp_path):
     (tmp_path / "home").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert store.default_folder() == Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}" / "data"
+    assert prepared_cache.default_folder() == Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}" / "data"

@@ -12,8 +12,8 @@ from conftest import ROOT
 from typer.main import get_command
 
 from finetune.__main__ import app
-from finetune.arguments import parse, parse_for_convert, parse_for_doctor, parse_for_evaluate, parse_for_preview
-from finetune.hosts import parse_launcher
+from finetune.config import parse, parse_for_convert, parse_for_doctor, parse_for_evaluate, parse_for_preview
+from finetune.launcher import parse_launcher_args
 
 README_BYTES, CONTRIBUTING_BYTES = 12_288, 5_120
 READMES = sorted([ROOT / "README.md", ROOT / "README_zh.md", *ROOT.glob("*/README.md")])
@@ -57,7 +57,7 @@ def completed(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("words", commands_of("deepspeed", "finetune launch"))
 def test_training_commands_parse(words):
-    launcher = parse_launcher(words[1 if words[0] == "deepspeed" else 2 :])
+    launcher = parse_launcher_args(words[1 if words[0] == "deepspeed" else 2 :])
     if launcher.script == TRAINING_SCRIPT:
         assert parse(completed(launcher.script_args)).training["output_dir"]
     else:

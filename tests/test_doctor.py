@@ -15,9 +15,9 @@ import ranks
 from conftest import ROOT
 from short_runs import SHORT
 
-from finetune.arguments import parse_for_doctor
-from finetune.errors import ConfigError, DataError, StorageError
-from finetune.preflight import SECTIONS, Examination
+from finetune.config import parse_for_doctor
+from finetune.preflight import SECTIONS, DoctorReport
+from finetune.utils.errors import ConfigError, DataError, StorageError
 
 LIMIT_SECONDS = 240
 TRAINING = "--model_name_or_path M --data_path D --output_dir O".split()
@@ -57,27 +57,27 @@ class TestWords:
 
 class TestStatus:
     def test_it_is_that_of_the_first_section_that_a_run_comes_to(self):
-        examination = Examination()
+        examination = DoctorReport()
         assert examination.status == 0
         examination.warn("hosts", "a clock")
         assert examination.status == 0
-        examination.mend("disk", "full", status=StorageError.status)
+        examination.add_error("disk", "full", status=StorageError.status)
         assert examination.status == 6
         examination.attempt("data", lambda: (_ for _ in ()).throw(DataError("bad rows")))
         assert examination.status == 3
-        examination.mend("hosts", "a version", host="node1")
+        examination.add_error("hosts", "a version", host="node1")
         assert examination.status == 2 and str(examination.findings[-1]) == "node1: a version"
         assert {one.section for one in examination.findings} <= set(SECTIONS)
 
     def test_what_two_sections_run_into_is_said_once(self):
-        examination = Examination()
+        examination = DoctorReport()
         for section in ("configuration", "data"):
             examination.attempt(section, lambda: (_ for _ in ()).throw(ConfigError("there is no such folder")))
         assert [one.section for one in examination.findings] == ["configuration"]
 
     def test_a_bug_is_not_taken_for_a_finding(self):
         with pytest.raises(ZeroDivisionError):
-            Examination().attempt("data", lambda: 1 // 0)
+            DoctorReport().attempt("data", lambda: 1 // 0)
 
 
 def doctor(*words: object, **variables: str) -> subprocess.CompletedProcess:

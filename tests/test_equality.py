@@ -35,8 +35,8 @@ from equality import (
 from tiny_models import LONGEST, VOCAB_SIZE, InFloat64, build, conversation
 from transformers.trainer_pt_utils import LabelSmoother
 
-from finetune.collation import Collator
-from finetune.sampling import Shape
+from finetune.dataset.collator import Collator
+from finetune.dataset.sampler import BatchShape
 
 pytestmark = QUIET_PEFT
 
@@ -87,7 +87,7 @@ def test_conversations_that_teach_nothing_count_for_nothing(family, form):
     with InFloat64():
         model = prepared(family, "full")[0]
         wanted = one_by_one(model, CONVERSATIONS[:1])
-        found = trained(model, examples, replace(FORMS[form], shape=Shape(1, 3, 1)))
+        found = trained(model, examples, replace(FORMS[form], shape=BatchShape(1, 3, 1)))
         assert found.distance(wanted) < TOLERANCE
         assert trained(model, examples, FORMS[form]).distance(wanted) < TOLERANCE
 

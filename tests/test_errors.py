@@ -7,26 +7,26 @@ import time
 
 import pytest
 
-from finetune import errors
-from finetune.errors import (
+from finetune.utils import errors
+from finetune.utils.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     FinetuneError,
     StorageError,
-    listed,
-    reported,
+    exit_on_error,
+    format_faults,
 )
 
 BRANCHES = [(FinetuneError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4), (StorageError, 6)]
 
 
 def test_one_fault_is_its_own_message():
-    assert listed(["a.json, row 0: no turns"], "faulty row") == "a.json, row 0: no turns"
+    assert format_faults(["a.json, row 0: no turns"], "faulty row") == "a.json, row 0: no turns"
 
 
 def test_several_faults_are_counted_and_shown_one_a_line():
-    assert listed(["first", "second"], "faulty row") == "2 faulty rows:\n  first\n  second"
+    assert format_faults(["first", "second"], "faulty row") == "2 faulty rows:\n  first\n  second"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_several_faults_are_counted_and_shown_one_a_line():
     ],
 )
 def test_twenty_faults_are_shown_and_the_rest_is_counted(count, heading, ending):
-    lines = listed([f"fault {number}" for number in range(count)], "faulty row").splitlines()
+    lines = format_faults([f"fault {number}" for number in range(count)], "faulty row").splitlines()
 
     assert lines[0] == heading
     assert lines[1:21] == [f"  fault {number}" for number in range(20)]
@@ -50,7 +50,7 @@ def test_twenty_faults_are_shown_and_the_rest_is_counted(count, heading, ending)
 def test_rank_0_prints_the_message_once_and_exits_with_the_status_of_its_branch(branch, status, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
 
-    with pytest.raises(SystemExit) as ended, reported():
+    with pytest.raises(SystemExit) as ended, exit_on_error():
         raise branch("--seed x: expected a number")
 
     captured = capsys.readouterr()
@@ -65,7 +65,7 @@ def test_a_new_error_has_the_status_of_the_branch_it_inherits_from(monkeypatch, 
     class MissingTokenizer(ConfigError):
         pass
 
-    with pytest.raises(SystemExit) as ended, reported():
+    with pytest.raises(SystemExit) as ended, exit_on_error():
         raise MissingTokenizer("no tokenizer")
 
     assert ended.value.code == ConfigError.status
@@ -80,7 +80,7 @@ def test_rank_0_and_a_process_without_a_launcher_do_not_wait(rank, monkeypatch, 
         monkeypatch.setenv("RANK", rank)
     started = time.monotonic()
 
-    with pytest.raises(SystemExit), reported():
+    with pytest.raises(SystemExit), exit_on_error():
         raise DataError("row 3")
 
     assert time.monotonic() - started < 10
@@ -92,7 +92,7 @@ def test_another_rank_waits_for_rank_0_and_then_names_itself(monkeypatch, capsys
     monkeypatch.setattr(errors, "SECONDS_FOR_RANK_0", 0.2)
     started = time.monotonic()
 
-    with pytest.raises(SystemExit) as ended, reported():
+    with pytest.raises(SystemExit) as ended, exit_on_error():
         raise StorageError("no space in /data")
 
     assert time.monotonic() - started >= 0.2
@@ -107,7 +107,7 @@ def test_what_all_ranks_have_raised_is_said_by_rank_0_alone(monkeypatch, capsys)
         monkeypatch.setenv("RANK", rank)
         error = errors.DataError("the data differs")
         error.is_shared = True
-        with pytest.raises(SystemExit) as left, errors.reported():
+        with pytest.raises(SystemExit) as left, errors.exit_on_error():
             raise error
         assert left.value.code == 3
         said.append(capsys.readouterr().err)
@@ -116,7 +116,7 @@ def test_what_all_ranks_have_raised_is_said_by_rank_0_alone(monkeypatch, capsys)
 
 @pytest.mark.parametrize("bug", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(75)])
 def test_anything_else_passes_through_untouched(bug, capsys):
-    with pytest.raises(type(bug)) as raised, reported():
+    with pytest.raises(type(bug)) as raised, exit_on_error():
         raise bug
 
     assert raised.value is bug
@@ -124,7 +124,7 @@ def test_anything_else_passes_through_untouched(bug, capsys):
 
 
 def test_nothing_is_printed_where_nothing_went_wrong(capsys):
-    with reported():
+    with exit_on_error():
         done = True
 
     assert done

@@ -11,11 +11,7 @@ from failure_texts import died, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.failures import (
-    Failure,
-    one_line,
-    page,
-)
+from finetune.diagnostics import Failure, failure_page, one_line
 
 # The page
 
@@ -26,7 +22,7 @@ def test_the_page_of_a_rank_that_was_killed():
         9, rank=3, host="node1", phase="step", step=1200, hints=["oom_kill 0 -> 1"],
         checkpoint="output/checkpoint-1000", also=list(map(one_line, others)),
     )  # fmt: skip
-    lines = page(failure, record="output/failure.json").splitlines()
+    lines = failure_page(failure, record="output/failure.json").splitlines()
     assert lines[0] == "The run failed: rank 3 on node1 was killed (SIGKILL) in step 1,200"
     assert lines[1] == "Where: rank 3 on node1, in step 1,200 (oom_kill 0 -> 1)"
     assert lines[2].startswith("Likely cause: the host ran out of memory. ")
@@ -72,13 +68,13 @@ def test_the_page_of_a_rank_that_was_killed():
     ],
 )  # fmt: skip
 def test_headlines(failure, headline):
-    assert " ".join(page(failure, width=160).splitlines()[0].split()) == headline
+    assert " ".join(failure_page(failure, width=160).splitlines()[0].split()) == headline
 
 
 @given(FAILURES, st.integers(20, 200))
 @settings(max_examples=300, deadline=None)
 def test_a_page_is_one_page(failure, width):
-    check_page(page(failure, width=width, record="output/failure.json"), width)
+    check_page(failure_page(failure, width=width, record="output/failure.json"), width)
 
 
 def check_page(shown: str, width: int) -> None:
@@ -105,30 +101,30 @@ def test_very_long_errors_stay_one_page(width):
             hints=["CUDA error: " + "y" * 999] * 9, also=["error: rank 1: " + "z" * 999] * 900,
             checkpoint="/" + "c" * 999,
         )  # fmt: skip
-    check_page(page(failure, width=width, record="/" + "r" * 999), width)
+    check_page(failure_page(failure, width=width, record="/" + "r" * 999), width)
 
 
 def test_an_error_of_cuda_is_still_read():
-    shown = page(said("RuntimeError: CUDA error: device-side assert triggered"))
+    shown = failure_page(said("RuntimeError: CUDA error: device-side assert triggered"))
     assert "RuntimeError: CUDA error - device-side assert triggered" in shown
     assert "Likely cause: a token id lies outside the embeddings." in shown
 
 
 def test_chinese_stays_whole_and_counts_two_columns():
     text = "第三行的数据有问题：" * 12
-    shown = page(said(f"ValueError: {text}"), width=80)
+    shown = failure_page(said(f"ValueError: {text}"), width=80)
     assert text in re.sub(r"\n\s+", "", shown)
     check_page(shown, 80)
 
 
 def test_a_list_of_faults_keeps_its_lines_and_says_that_there_are_more():
     faults = "20 faulty rows:\n" + "\n".join(f"  a.json, row {n}: no turns" for n in range(20))
-    lines = page(said(faults, "error", status=3)).splitlines()
+    lines = failure_page(said(faults, "error", status=3)).splitlines()
     assert lines[1:7] == ["  20 faulty rows:", *(f"    a.json, row {n}: no turns" for n in range(4)), "  ..."]
 
 
 def test_colour_is_for_the_headline_alone():
     failure = died(9, rank=3, phase="step", step=12, error="x\ny")
-    plain, coloured = page(failure).splitlines(), page(failure, colour=True).splitlines()
+    plain, coloured = failure_page(failure).splitlines(), failure_page(failure, colour=True).splitlines()
     assert coloured[0] == f"\033[1;31m{plain[0]}\033[0m"
     assert coloured[1:] == plain[1:]

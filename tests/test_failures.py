@@ -17,13 +17,7 @@ from failure_texts import died, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.failures import (
-    Failure,
-    likely_cause,
-    page,
-    read,
-    write,
-)
+from finetune.diagnostics import Failure, failure_page, likely_cause, read, write
 
 KEYS = st.sampled_from([one.name for one in fields(Failure)] + ["likely_cause", "new"])
 
@@ -55,7 +49,7 @@ def test_any_values_are_read_or_refused(values):
     else:
         assert failure.kind == values["kind"].encode("utf-8", "backslashreplace").decode()
         json.dumps(failure.to_json(), allow_nan=False)
-        assert page(failure)
+        assert failure_page(failure)
 
 
 def test_what_is_unknown_or_of_another_type_is_left_out():
@@ -151,7 +145,7 @@ def test_a_disk_without_hard_links_gets_the_record_too(tmp_path, monkeypatch):
 def test_many_writers_at_once_leave_the_record_of_one(tmp_path):
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from finetune.failures import Failure, write\n"
+        "from finetune.diagnostics import Failure, write\n"
         "sys.stdin.read()\n"
         "assert write(sys.argv[2], Failure('died', 'x' * 3000, run='r', when='2026-01-01T00:00:00+00:00',"
         " rank=os.getpid()))\n"

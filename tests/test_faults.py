@@ -148,7 +148,7 @@ def test_a_quickstart_model_that_is_incomplete_is_made_again(pretrained, tmp_pat
     folder = tmp_path / "small"
     shutil.copytree(pretrained, folder, copy_function=os.link)
     (folder / "tokenizer_config.json").unlink()
-    from finetune.tools.quickstart import obtain_model
+    from finetune.cli.quickstart import obtain_model
 
     obtain_model(Path(folder))
 

@@ -14,14 +14,15 @@ from typing import Any, Literal
 import pytest
 from conftest import ROOT, ROWS, write_rows
 
-from finetune import checking, planning, train
-from finetune.arguments import DoctorArguments, EvaluateArguments, PreviewArguments, parse
-from finetune.arguments.flags import GROUPS, AdapterArguments
-from finetune.arguments.verbs import NOT_OF_PREVIEW, parse_for_preview
-from finetune.errors import FinetuneError
-from finetune.guard.hub import Limits, Place
-from finetune.hardware import Probe
-from finetune.preparing import prepare_data
+from finetune import train
+from finetune.config import DoctorArguments, EvaluateArguments, PreviewArguments, parse
+from finetune.config.arguments import GROUPS, AdapterArguments
+from finetune.config.hardware import DetectedHardware
+from finetune.config.verb_parsers import NOT_OF_PREVIEW, parse_for_preview
+from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankPhase
+from finetune.training import config_check, training_setup
+from finetune.training.data_setup import prepare_data
+from finetune.utils.errors import FinetuneError
 
 Words = list[str]
 
@@ -84,11 +85,11 @@ def approved(words: Words, _: Any) -> Any:
 
 def processes(words: Words, monkeypatch: Any) -> Any:
     """How many processes prepare the data."""
-    from finetune.dataset import preparation
+    from finetune.dataset import prepare
 
-    seen, real = [], preparation.stored_batches
+    seen, real = [], prepare.stored_batches
     monkeypatch.setattr(
-        preparation, "stored_batches", lambda reader, renderer, count: seen.append(count) or real(reader, renderer, 1)
+        prepare, "stored_batches", lambda reader, renderer, count: seen.append(count) or real(reader, renderer, 1)
     )
     with TemporaryDirectory() as folder:
         prepared([*words, "--data_cache_dir", folder], None)
@@ -98,7 +99,7 @@ def processes(words: Words, monkeypatch: Any) -> Any:
 def examined(words: Words, _: Any) -> Any:
     """What is decided before anything is read."""
     try:
-        setup = checking.examine(parse(words), Probe(), checking.World(2, 2))
+        setup = config_check.resolve_setup(parse(words), DetectedHardware(), config_check.RankCounts(2, 2))
     except FinetuneError as error:
         return str(error)
     return setup.hardware, setup.zero and setup.zero.config, setup.move_aside, setup.notes
@@ -111,9 +112,11 @@ def settled(words: Words, monkeypatch: Any) -> Any:
     arguments = parse([*words, "--use_cpu", "True"])
     tokenizer, _, data = prepare_data(arguments.model, arguments.data, str)
     base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
-    monkeypatch.setattr("finetune.results.write_run", lambda *_: None)
+    monkeypatch.setattr("finetune.run_dir.run_json.update_run_json", lambda *_: None)
     where = SimpleNamespace(seed=42, device="cpu", output_dir="output", process_index=0)
-    batches, _ = planning.settle(arguments, checking.check(arguments), where, base, tokenizer, data)
+    batches, _ = training_setup.build_dataloaders(
+        arguments, config_check.check_setup(arguments), where, base, tokenizer, data
+    )
     sampler = batches.sampler
     return sampler.batching, sampler.capacity, batches.collate.weighting, len(batches)
 
@@ -128,7 +131,7 @@ def attached(words: Words, _: Any) -> Any:
     base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
     if arguments.adapter.kind() is None:
         return None
-    adapted = planning.attach_adapter(arguments, base, grows=False)
+    adapted = training_setup.attach_adapter(arguments, base, grows=False)
     weights = [(name, one.shape, float(one.detach().double().sum())) for name, one in adapted.named_parameters()]
     return weights, str(adapted.peft_config["default"]), str(adapted)
 
@@ -136,10 +139,10 @@ def attached(words: Words, _: Any) -> Any:
 def limited(words: Words, monkeypatch: Any) -> Any:
     """How long the guard of rank 0 lets a rank stay in each phase."""
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr("finetune.guard.rank._tell", told.append)
+    monkeypatch.setattr("finetune.distributed.watchdog.watchdog_client._tell", told.append)
     train.set_limits(parse(words))
-    limits = Limits(**next(one["limits"] for one in told if "limits" in one))
-    return limits.meeting, [limits.of(Place(phase)) for phase in ("model", "step", "save")]
+    limits = PhaseTimeouts(**next(one["limits"] for one in told if "limits" in one))
+    return limits.meeting, [limits.of(RankPhase(phase)) for phase in ("model", "step", "save")]
 
 
 def stopped(words: Words, monkeypatch: Any) -> Any:
@@ -147,7 +150,7 @@ def stopped(words: Words, monkeypatch: Any) -> Any:
     arguments, control = parse(words), SimpleNamespace(should_training_stop=False)
     callbacks: list[Any] = []
     trainer = SimpleNamespace(add_callback=callbacks.append, train=lambda **_: None)
-    monkeypatch.setattr("finetune.trainer.SupervisedTrainer", lambda **_: trainer)
+    monkeypatch.setattr("finetune.training.trainer.SupervisedTrainer", lambda **_: trainer)
     monkeypatch.setattr("finetune.train.model_flops", lambda _: None)
     monkeypatch.setattr("finetune.train._peak_flops", lambda _: None)
     lineage = SimpleNamespace(folder=None)
@@ -327,7 +330,7 @@ def test_every_flag_that_fills_an_auto_does_so(named, tmp_path):
     changes = {"per_device_train_batch_size": "3", "gradient_accumulation_steps": "5", "max_grad_norm": "0.5",
                "learning_rate": "0.25", "adam_beta1": "0.5", "adam_beta2": "0.5", "adam_epsilon": "0.5",
                "weight_decay": "0.75"}  # fmt: skip
-    assert {*changes, "precision", "precision_was_replaced"} == set(checking.CommandLine.__dataclass_fields__)
+    assert {*changes, "precision", "precision_was_replaced"} == set(config_check.DeepSpeedFlags.__dataclass_fields__)
     for flag, value in changes.items():
         assert examined([*words, f"--{flag}", value], None)[1] != before, flag
 

@@ -18,9 +18,14 @@ from transformers import AttentionInterface, modeling_utils
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
-from finetune import attention
-from finetune.adapters import attach_lora
-from finetune.attention import FLAT_ATTENTION, flat_attention, make_flat, selects_logits
+from finetune.models import attention
+from finetune.models.adapters import attach_lora
+from finetune.models.attention import (
+    FLAT_ATTENTION,
+    enable_padding_free,
+    padding_free_attention,
+    supports_logits_to_keep,
+)
 
 FLAT = "llama qwen3 mistral gemma gemma2 gemma3 mixtral phi phi3 gpt_neox gpt2 opt gpt_oss deepseek_v3".split()
 
@@ -42,7 +47,7 @@ REFUSED = {
 
 
 def flattened(model: Any, longest: int = LONGEST, **options: Any) -> str | None:
-    return make_flat(model, longest=longest, vocab_size=VOCAB_SIZE, device="cpu", **options)
+    return enable_padding_free(model, longest=longest, vocab_size=VOCAB_SIZE, device="cpu", **options)
 
 
 def flat_row(lengths: list[int]) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def left_as_it_was(model: Any):
     yield
     assert model.config._attn_implementation == name != FLAT_ATTENTION
     assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, before)
-    assert AttentionInterface()[FLAT_ATTENTION] is flat_attention
+    assert AttentionInterface()[FLAT_ATTENTION] is padding_free_attention
 
 
 @pytest.mark.parametrize("family", FLAT)
@@ -89,7 +94,7 @@ def test_families_that_run_flat(family):
     stock = copy.deepcopy(model)
     assert flattened(model) is None
     assert model.config._attn_implementation == FLAT_ATTENTION and model.training
-    assert AttentionInterface()[FLAT_ATTENTION] is flat_attention
+    assert AttentionInterface()[FLAT_ATTENTION] is padding_free_attention
     assert same_logits(model, stock, [LONGEST, 3, 11, 1])
 
 
@@ -114,19 +119,22 @@ def test_a_model_with_an_adapter_runs_flat():
 
 def test_chunks_and_windows_matter_only_to_longer_conversations():
     config = build("llama4").config
-    assert attention.config_obstacle(config, CHUNK) is None
-    assert "chunks of 8 tokens" in attention.config_obstacle(config, CHUNK + 1)
+    assert attention.unsupported_config_reason(config, CHUNK) is None
+    assert "chunks of 8 tokens" in attention.unsupported_config_reason(config, CHUNK + 1)
     for family in ("mistral", "gemma2"):
         config = build(family).config
-        assert attention.window_of(config, WINDOW) is None and attention.window_of(config, WINDOW + 1) == WINDOW
+        assert (
+            attention.sliding_window_of(config, WINDOW) is None
+            and attention.sliding_window_of(config, WINDOW + 1) == WINDOW
+        )
     config.layer_types = ["full_attention", "full_attention"]
-    assert attention.window_of(config, LONGEST) is None
+    assert attention.sliding_window_of(config, LONGEST) is None
 
 
 def test_logits_can_be_selected_in_models_of_transformers():
-    assert all(selects_logits(build(family)) for family in FLAT)
-    assert selects_logits(attach_lora(build("llama"), r=2, alpha=4, dropout=0.0, target_modules=["q_proj"]))
-    assert not selects_logits(torch.nn.Linear(1, 1))
+    assert all(supports_logits_to_keep(build(family)) for family in FLAT)
+    assert supports_logits_to_keep(attach_lora(build("llama"), r=2, alpha=4, dropout=0.0, target_modules=["q_proj"]))
+    assert not supports_logits_to_keep(torch.nn.Linear(1, 1))
 
 
 # ---- what gives a model away
@@ -220,7 +228,7 @@ def test_ranks_end_up_alike():
 def test_flash_attention_is_kept_and_tried_too(monkeypatch, obeys):
     def flash_stand_in(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
         lengths = cu_seq_lens_q.diff().tolist() if obeys and cu_seq_lens_q is not None else [query.shape[2]]
-        return flat_attention(module, query, key, value, None, **{**options, "segment_lengths": lengths})
+        return padding_free_attention(module, query, key, value, None, **{**options, "segment_lengths": lengths})
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stand_in", flash_stand_in)
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *names, **options: None)

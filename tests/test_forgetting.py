@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from conftest import PRETRAINED, ROOT
 
-from finetune.conversations import Turn
-from finetune.errors import FinetuneError
-from finetune.evaluation import forgetting, sections
-from finetune.evaluation.asking import answers_of, scores_of
-from finetune.evaluation.forgetting import Answered, compared, repeating, verdict
-from finetune.evaluation.suite import CATEGORIES, is_right, json_values, load_questions, number_in
-from finetune.generation import Answerer
-from finetune.opening import open_result
-from finetune.rendering import choose_format, prompt_ids
-from finetune.results import read_result
-from finetune.tools import evaluate
+from finetune.chat_templates import prompt_ids, select_chat_format
+from finetune.cli import evaluate
+from finetune.conversation import Turn
+from finetune.evaluation import forgetting
+from finetune.evaluation.forgetting import AnsweredQuestion, compared, repeating, verdict
+from finetune.evaluation.forgetting_questions import CATEGORIES, is_right, json_values, load_questions, number_in
+from finetune.evaluation.question_answering import answers_of, scores_of
+from finetune.inference.generate import AnswerGenerator
+from finetune.inference.load_result import load_for_inference
+from finetune.inference.run_result import read_result
+from finetune.run_dir.eval_results import read_sections
+from finetune.utils.errors import FinetuneError
 
 QUESTIONS = load_questions()
 
@@ -96,7 +97,7 @@ def small(smol_tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32).eval()
-    return model, choose_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])[0]
+    return model, select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])[0]
 
 
 def test_scores_are_those_of_whole_conversations_one_by_one(tiny_model, smol_tokenizer):
@@ -107,7 +108,7 @@ def test_scores_are_those_of_whole_conversations_one_by_one(tiny_model, smol_tok
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
-    chat_format, _ = choose_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
+    chat_format, _ = select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
     asked = [(one.text, one.candidates) for one in QUESTIONS if one.candidates][::9]
     assert len(asked) > 12
     for kind in (False, True):  # from the cache; and whole, as behind virtual tokens
@@ -136,7 +137,7 @@ def test_answers_written_together_are_those_written_alone(small):
     questions = [one.text for one in QUESTIONS if one.is_written][::27]
     options = {"stop_token_ids": [2], "max_new_tokens": 8, "done": lambda count: None}
     together = answers_of(model, chat_format, questions, batch_size=8, **options)
-    alone = Answerer(model, chat_format, [2])
+    alone = AnswerGenerator(model, chat_format, [2])
     assert together == [alone.answer([Turn("human", one)], max_new_tokens=8) for one in questions]
 
 
@@ -146,7 +147,7 @@ def test_answers_written_together_are_those_written_alone(small):
 def pairs_of(before, after):
     kinds = [one for one in QUESTIONS]
     return [
-        (question, Answered(f"a{number}", before(number)), Answered(f"b{number}", after(number)))
+        (question, AnsweredQuestion(f"a{number}", before(number)), AnsweredQuestion(f"b{number}", after(number)))
         for number, question in enumerate(kinds)
     ]
 
@@ -176,10 +177,10 @@ def test_one_kind_that_fell_is_named_though_the_whole_did_not():
 
 
 def test_one_answer_to_everything_is_said():
-    pairs = [(one, Answered(str(one.id), False), Answered("I am Nori.", False)) for one in QUESTIONS]
+    pairs = [(one, AnsweredQuestion(str(one.id), False), AnsweredQuestion("I am Nori.", False)) for one in QUESTIONS]
     (sentence,) = repeating(pairs)
     assert "answers 108 of 108 different questions with «I am Nori.»" in sentence
-    assert repeating([(one, Answered("?", False), Answered("?", False)) for one in QUESTIONS]) == []
+    assert repeating([(one, AnsweredQuestion("?", False), AnsweredQuestion("?", False)) for one in QUESTIONS]) == []
 
 
 # ---- end to end, with few questions
@@ -206,7 +207,7 @@ def test_a_result_is_asked_beside_its_base(trained, few, kind, capsys):
     assert len(document["answers"]) == len(few) == document["groups"][0]["questions"]
     assert document["fell"] == pytest.approx(-100 * document["groups"][0]["difference"])
     assert "What the base could do" in capsys.readouterr().out
-    assert "Forgetting" in [one.title for one in sections(output)]
+    assert "Forgetting" in [one.title for one in read_sections(output)]
     document["fell"] = 7.5
     with pytest.raises(FinetuneError, match="7.5 points below its base, --fail_below allows 5") as failure:
         evaluate._fail_if_below(document, 5)
@@ -233,7 +234,7 @@ def test_two_ranks_answer_as_one(trained, few, tmp_path):
 def test_a_broken_model_is_seen(small, tmp_path, trained):
     """Weights of the small model with noise on them: it has forgotten, and the verdict says so."""
     model, chat_format = small
-    opened = open_result(read_result(trained("lora")))
+    opened = load_for_inference(read_result(trained("lora")))
     chosen = [one for one in QUESTIONS if one.category == "choice" and one.language == "en"][::3]
     opened.chat_format, opened.tokenizer = chat_format, chat_format.plain.tokenizer
 
@@ -243,7 +244,7 @@ def test_a_broken_model_is_seen(small, tmp_path, trained):
         class Bar:
             update = staticmethod(lambda count: None)
 
-        return forgetting.ask(opened, model, chosen, label="base", bar=lambda *_: nullcontext(Bar))
+        return forgetting.ask_questions(opened, model, chosen, label="base", bar=lambda *_: nullcontext(Bar))
 
     before = ask()
     torch.manual_seed(0)

@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 from chat_rows import written
 
-from finetune.conversations import Conversation, Turn, find_sources
-from finetune.dataset import check_usable, prepare
-from finetune.rendering import CHATML, LingoWhaleFormat, Renderer, Rendering, TemplateFormat, choose_format
+from finetune.chat_templates import (
+    CHATML,
+    JinjaFormat,
+    LingoWhaleFormat,
+    RenderedConversation,
+    Renderer,
+    select_chat_format,
+)
+from finetune.conversation import Conversation, Turn
+from finetune.dataset.data_sources import find_sources
+from finetune.dataset.prepare import check_dropped_share, prepare_dataset
 
 COUNT, LIMIT = 1_000, 600
 HUMANS, MODELS = ("human", "user"), ("model", "gpt", "assistant", "bot")
@@ -131,7 +139,7 @@ def learned_runs(labels: list[int]) -> list[list[int]]:
     return [run for run in runs if run]
 
 
-def check_accepted(one: Rendering, row: Any, tokenizer: Any, end: int, control_ids: list[list[int]]) -> None:
+def check_accepted(one: RenderedConversation, row: Any, tokenizer: Any, end: int, control_ids: list[list[int]]) -> None:
     """Decoded labels are the model turns with their ends, and no content holds a control id.
 
     `control_ids` are those of the same turns with harmless texts.
@@ -162,10 +170,10 @@ def control_ids_of(renderer: Renderer, row: Any, among: set[int]) -> list[int]:
 def test_a_thousand_conversations_at_random(name, smol_tokenizer, golden_tokenizer, tmp_path):
     tokenizer = golden_tokenizer if name == "lingowhale" else smol_tokenizer
     formats = {
-        "own template": lambda: choose_format(
+        "own template": lambda: select_chat_format(
             tokenizer, None, human_token_ids=[3], model_token_ids=[4], is_lingowhale=False
         )[0],
-        "chatml": lambda: TemplateFormat(tokenizer, CHATML, "chatml"),
+        "chatml": lambda: JinjaFormat(tokenizer, CHATML, "chatml"),
         "lingowhale": lambda: LingoWhaleFormat(tokenizer, [3], [4]),
     }
     renderer = Renderer(formats[name](), LIMIT)
@@ -173,9 +181,9 @@ def test_a_thousand_conversations_at_random(name, smol_tokenizer, golden_tokeniz
     rows, kinds = rows_made(name, [str(token) for token in tokenizer.added_tokens_decoder.values()])
     path = written(tmp_path / "a.json", rows)
 
-    data = prepare(find_sources([str(path)]), renderer, bad_rows="drop", cache_dir=tmp_path / "cache")
+    data = prepare_dataset(find_sources([str(path)]), renderer, bad_rows="drop", cache_dir=tmp_path / "cache")
 
-    check_usable(data, 1.0)
+    check_dropped_share(data, 1.0)
     renderings = list(data.renderings())
     assert [one.row for one in renderings] == list(range(COUNT))
     fates: Counter = Counter()

@@ -12,9 +12,9 @@ import tiny_models
 import torch
 from made_results import logits
 
-from finetune.errors import ConfigError
-from finetune.merging import check_gguf, write_gguf
-from finetune.merging.ggufs import ARCHITECTURES, _rope_factors
+from finetune.export import check_gguf, write_gguf
+from finetune.export.gguf_writer import ARCHITECTURES, _rope_factors
+from finetune.utils.errors import ConfigError
 
 TEXTS = (
     "Hello, world 12345",

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import ranks
 
-from finetune.failures import Failure
-from finetune.guard import child
-from finetune.guard import hub as hub_room
-from finetune.guard.hub import Hub, Limits, Member, Place
-from finetune.guard.wire import Wire, candidate_ports, listen
+from finetune.diagnostics import Failure
+from finetune.distributed.watchdog import coordinator as hub_room
+from finetune.distributed.watchdog import watchdog_process
+from finetune.distributed.watchdog.coordinator import Coordinator, Peer, PhaseTimeouts, RankPhase
+from finetune.distributed.watchdog.transport import Connection, candidate_ports, listen
 
 
 def order(world_size: int, port: str | None = None) -> dict:
@@ -27,12 +27,12 @@ def order(world_size: int, port: str | None = None) -> dict:
 @pytest.fixture
 def hub():
     """Of three ranks, two of them connected by a real socket; rank 2 is of host c."""
-    made = Hub(order(3), "key")
+    made = Coordinator(order(3), "key")
     ends = []
     for rank in range(3):
         mine, theirs = socket.socketpair()
         ends += [theirs] if rank else [theirs, mine]
-        made.members[rank] = Member(rank, "abc"[rank], Wire(mine) if rank else None, Place("step", 7))
+        made.members[rank] = Peer(rank, "abc"[rank], Connection(mine) if rank else None, RankPhase("step", 7))
     made._close_door()
     yield made
     for end in ends:
@@ -42,10 +42,10 @@ def hub():
             member.wire.close()
 
 
-def settled(hub: Hub, monkeypatch) -> Failure | None:
+def settled(hub: Coordinator, monkeypatch) -> Failure | None:
     monkeypatch.setattr(hub_room, "SECONDS_TO_SETTLE", 0.0)
-    hub.tick(Limits())
-    hub.tick(Limits())
+    hub.tick(PhaseTimeouts())
+    hub.tick(PhaseTimeouts())
     return hub.verdict
 
 
@@ -92,7 +92,7 @@ def test_a_host_that_falls_silent_or_hangs_up_is_lost(hub, monkeypatch):
     hub.reported.clear()
     hub.members[2].heard = time.monotonic()
     hub.members[1].wire.close()
-    hub.tick(Limits())
+    hub.tick(PhaseTimeouts())
     assert hub.first_sign is None  # a moment for its own words
     hub.members[1].closed_at -= 4
     assert settled(hub, monkeypatch).rank == 1
@@ -101,7 +101,7 @@ def test_a_host_that_falls_silent_or_hangs_up_is_lost(hub, monkeypatch):
 def test_after_a_goodbye_nobody_is_missed(hub, monkeypatch):
     hub.members[1].bye = 0
     hub.members[1].wire.close()
-    hub.tick(Limits())
+    hub.tick(PhaseTimeouts())
     hub.members[1].closed_at -= 60
     assert settled(hub, monkeypatch) is None
 
@@ -148,7 +148,7 @@ def test_a_rank_with_a_reason_of_its_own_is_blamed_whoever_vanished_after_it(hub
 
 def test_only_those_with_the_key_are_let_in():
     port = str(ranks.free_port())
-    hub = Hub(order(3, port), "key")
+    hub = Coordinator(order(3, port), "key")
     place = ("127.0.0.1", hub.listening.getsockname()[1])
     assert place[1] in candidate_ports("127.0.0.1", port)
     stranger, friend, twin = (socket.create_connection(place) for _ in range(3))
@@ -167,7 +167,7 @@ def test_only_those_with_the_key_are_let_in():
     "said", [b"{}\n{}\n", b'{"hello": "x"}\n', b"[" * 100_000 + b"\n", b'{"hello": {"key": "key"}}\n']
 )
 def test_a_stranger_that_talks_nonsense_is_sent_away(said):
-    hub = Hub(order(3), "key")
+    hub = Coordinator(order(3), "key")
     with socket.create_connection(("127.0.0.1", hub.listening.getsockname()[1])) as stranger:
         stranger.sendall(said)
         stranger.settimeout(0.02)
@@ -183,7 +183,9 @@ def test_a_stranger_that_talks_nonsense_is_sent_away(said):
 @pytest.fixture
 def guard(monkeypatch):
     """That of rank 1, which has this process for its rank; nothing is written, nothing is ended."""
-    made = child.Guard({**order(2), "rank": 1, "local_rank": 1, "process": os.getpid(), "key": "key"}, b"")
+    made = watchdog_process.Watchdog(
+        {**order(2), "rank": 1, "local_rank": 1, "process": os.getpid(), "key": "key"}, b""
+    )
     yield made
     os.close(made.pidfd)
 
@@ -194,7 +196,7 @@ def guard(monkeypatch):
 )
 def test_a_guard_whose_hub_is_gone_blames_no_echo_but_what_its_own_rank_did(guard, error, blamed):
     near, far = socket.socketpair()
-    guard.wire = Wire(near)
+    guard.wire = Connection(near)
     far.close()
     guard.wire.receive()
     guard._take({"failure": Failure("exception", error, rank=1).to_json()})
@@ -209,8 +211,8 @@ def test_a_rank_0_that_never_answers_is_missed_in_time(guard, monkeypatch):
         clock[0] += timeout
         raise TimeoutError
 
-    monkeypatch.setattr(child.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(child.socket, "create_connection", drop)
+    monkeypatch.setattr(watchdog_process.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog_process.socket, "create_connection", drop)
     began = clock[0]
     while guard.verdict is None and clock[0] < began + 200:
         clock[0] += 0.25
@@ -224,8 +226,10 @@ def test_the_newest_checkpoint_is_none_that_was_set_aside(tmp_path):
         (tmp_path / name).mkdir()
         if name != "checkpoint-12":
             (tmp_path / name / "manifest.json").touch()
-    assert child._newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert child._newest_checkpoint(str(tmp_path / "none")) == child._newest_checkpoint(None) == ""
+    assert watchdog_process._newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert (
+        watchdog_process._newest_checkpoint(str(tmp_path / "none")) == watchdog_process._newest_checkpoint(None) == ""
+    )
 
 
 def test_a_port_that_is_taken_is_passed_over():
@@ -241,7 +245,7 @@ def test_a_port_that_is_taken_is_passed_over():
 
 def test_a_wire_hands_out_whole_messages_and_closes_on_nonsense():
     near, far = socket.socketpair()
-    wire = Wire(near)
+    wire = Connection(near)
     far.sendall(b'{"a": 1}\n{"b"')
     assert wire.receive() == [{"a": 1}]
     far.sendall(b": 2}\n[3]\n")
@@ -252,7 +256,7 @@ def test_a_wire_hands_out_whole_messages_and_closes_on_nonsense():
 
 
 def test_a_step_may_take_ten_times_the_usual_and_no_less_than_five_minutes():
-    place, limits = Place("step", 1), Limits()
+    place, limits = RankPhase("step", 1), PhaseTimeouts()
     assert limits.of(place) == 1800  # the first step of all
     for step in range(2, 8):
         place.since -= 60
@@ -261,10 +265,10 @@ def test_a_step_may_take_ten_times_the_usual_and_no_less_than_five_minutes():
     place.durations.clear()
     place.move("step", 9)
     assert limits.of(place) == 300
-    assert Limits(step=20).of(place) == 20 and Limits(step=0).of(place) is None
+    assert PhaseTimeouts(step=20).of(place) == 20 and PhaseTimeouts(step=0).of(place) is None
     place.move("save", 9)
-    assert Limits(save=0).of(place) is None and limits.of(place) == 1800
-    assert limits.of(Place("data")) is None
+    assert PhaseTimeouts(save=0).of(place) is None and limits.of(place) == 1800
+    assert limits.of(RankPhase("data")) is None
 
 
 @pytest.fixture
@@ -283,7 +287,7 @@ def page_of(log: Path) -> str:
 
 
 def _train_but_rank_1_leaves(argv: list[str]) -> None:
-    import finetune.batches
+    import finetune.dataset.dataloader
     from finetune.train import main
 
     if os.environ["RANK"] == "1":

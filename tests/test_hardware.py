@@ -2,68 +2,74 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.errors import ConfigError
-from finetune.hardware import Gpu, Probe, decide, probe
+from finetune.config.hardware import DetectedHardware, Gpu, detect_hardware, resolve_hardware
+from finetune.utils.errors import ConfigError
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0))
 A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
 T4 = Gpu("Tesla T4", (7, 5))
 V100 = Gpu("Tesla V100-SXM2-32GB", (7, 0))
 
-CPU = Probe()
-CPU_WITH_BF16 = Probe(cpu_bf16=True)
+CPU = DetectedHardware()
+CPU_WITH_BF16 = DetectedHardware(cpu_bf16=True)
 FLASH = "flash_attention_2"
 
 # id, what was found, what was asked, (precision, tf32, attention), a fragment of each line that the user reads
 SITUATIONS = [
-    ("H100", Probe((H100,), flash_attn=True), {"bf16": True, "tf32": True}, ("bf16", True, FLASH), []),
-    ("H100-fp16", Probe((H100,), flash_attn=True), {"fp16": True}, ("fp16", None, FLASH), []),
-    ("H100-no-flash", Probe((H100,)), {"bf16": True, "tf32": True}, ("bf16", True, "sdpa"), []),
+    ("H100", DetectedHardware((H100,), flash_attn=True), {"bf16": True, "tf32": True}, ("bf16", True, FLASH), []),
+    ("H100-fp16", DetectedHardware((H100,), flash_attn=True), {"fp16": True}, ("fp16", None, FLASH), []),
+    ("H100-no-flash", DetectedHardware((H100,)), {"bf16": True, "tf32": True}, ("bf16", True, "sdpa"), []),
     (
         "H100-flash-asked-not-installed",
-        Probe((H100,)),
+        DetectedHardware((H100,)),
         {"bf16": True, "attn_implementation": FLASH},
         ("bf16", None, "sdpa"),
         ["replaced by sdpa: flash-attn is not installed"],
     ),
-    ("H100-no-flags", Probe((H100,), flash_attn=True), {}, ("float32", None, "sdpa"), []),
+    ("H100-no-flags", DetectedHardware((H100,), flash_attn=True), {}, ("float32", None, "sdpa"), []),
     (
         "H100-flash-asked-in-float32",
-        Probe((H100,), flash_attn=True),
+        DetectedHardware((H100,), flash_attn=True),
         {"attn_implementation": FLASH},
         ("float32", None, "sdpa"),
         ["replaced by sdpa: it computes in bf16 or fp16 only; add --bf16 True"],
     ),
     (
         "H100-eager-asked",
-        Probe((H100,), flash_attn=True),
+        DetectedHardware((H100,), flash_attn=True),
         {"bf16": True, "attn_implementation": "eager"},
         ("bf16", None, "eager"),
         [],
     ),
-    ("H100-tf32-refused", Probe((H100,)), {"bf16": True, "tf32": False}, ("bf16", False, "sdpa"), []),
-    ("A100", Probe((A100,), flash_attn=True), {"bf16": True, "tf32": True}, ("bf16", True, FLASH), []),
-    ("A100-no-flash", Probe((A100,)), {"bf16": True, "tf32": True}, ("bf16", True, "sdpa"), []),
-    ("V100", Probe((V100,), flash_attn=True), {"fp16": True}, ("fp16", None, "sdpa"), []),
-    ("V100-no-flags", Probe((V100,)), {}, ("float32", None, "sdpa"), []),
+    ("H100-tf32-refused", DetectedHardware((H100,)), {"bf16": True, "tf32": False}, ("bf16", False, "sdpa"), []),
+    ("A100", DetectedHardware((A100,), flash_attn=True), {"bf16": True, "tf32": True}, ("bf16", True, FLASH), []),
+    ("A100-no-flash", DetectedHardware((A100,)), {"bf16": True, "tf32": True}, ("bf16", True, "sdpa"), []),
+    ("V100", DetectedHardware((V100,), flash_attn=True), {"fp16": True}, ("fp16", None, "sdpa"), []),
+    ("V100-no-flags", DetectedHardware((V100,)), {}, ("float32", None, "sdpa"), []),
     (
         "V100-tf32",
-        Probe((V100,)),
+        DetectedHardware((V100,)),
         {"fp16": True, "tf32": True},
         ("fp16", None, "sdpa"),
         ["--tf32 is off: Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere"],
     ),
     (
         "V100-flash-asked",
-        Probe((V100,), flash_attn=True),
+        DetectedHardware((V100,), flash_attn=True),
         {"fp16": True, "attn_implementation": FLASH},
         ("fp16", None, "sdpa"),
         ["replaced by sdpa: Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere"],
     ),
-    ("H100-and-A100", Probe((H100, A100), flash_attn=True), {"bf16": True, "tf32": True}, ("bf16", True, FLASH), []),
+    (
+        "H100-and-A100",
+        DetectedHardware((H100, A100), flash_attn=True),
+        {"bf16": True, "tf32": True},
+        ("bf16", True, FLASH),
+        [],
+    ),
     (
         "H100-V100-T4-the-least-decides",
-        Probe((H100, V100, T4), flash_attn=True),
+        DetectedHardware((H100, V100, T4), flash_attn=True),
         {"fp16": True, "tf32": True, "attn_implementation": FLASH},
         ("fp16", None, "sdpa"),
         ["--tf32 is off: Tesla V100", "replaced by sdpa: Tesla V100"],
@@ -94,7 +100,7 @@ SITUATIONS = [
     ("found", "asked", "decided", "lines"), [row[1:] for row in SITUATIONS], ids=[row[0] for row in SITUATIONS]
 )
 def test_each_situation_is_decided_and_every_difference_is_said(found, asked, decided, lines):
-    hardware = decide(found, **asked)
+    hardware = resolve_hardware(found, **asked)
 
     assert (hardware.precision, hardware.tf32, hardware.attention) == decided
     assert len(hardware.notes) == len(lines)
@@ -104,10 +110,12 @@ def test_each_situation_is_decided_and_every_difference_is_said(found, asked, de
 
 
 @pytest.mark.parametrize(
-    ("found", "backend", "use_cpu"), [(Probe((H100,)), "nccl", False), (CPU, "gloo", True)], ids=["GPU", "CPU"]
+    ("found", "backend", "use_cpu"),
+    [(DetectedHardware((H100,)), "nccl", False), (CPU, "gloo", True)],
+    ids=["GPU", "CPU"],
 )
 def test_the_backend_follows_the_device(found, backend, use_cpu):
-    hardware = decide(found)
+    hardware = resolve_hardware(found)
 
     assert (hardware.backend, hardware.use_cpu) == (backend, use_cpu)
 
@@ -115,20 +123,20 @@ def test_the_backend_follows_the_device(found, backend, use_cpu):
 @pytest.mark.parametrize("gpus", [(V100,), (H100, V100), (V100, H100, A100)], ids=["alone", "second", "first"])
 def test_bf16_without_its_units_is_an_error_that_names_the_gpu_and_the_flag_to_use(gpus):
     with pytest.raises(ConfigError) as raised:
-        decide(Probe(gpus, flash_attn=True), bf16=True)
+        resolve_hardware(DetectedHardware(gpus, flash_attn=True), bf16=True)
 
     assert "--bf16 True: Tesla V100-SXM2-32GB (compute capability 7.0)" in str(raised.value)
     assert "--fp16 True" in str(raised.value)
 
 
-@pytest.mark.parametrize("found", [Probe((H100,)), Probe((V100,)), CPU, CPU_WITH_BF16])
+@pytest.mark.parametrize("found", [DetectedHardware((H100,)), DetectedHardware((V100,)), CPU, CPU_WITH_BF16])
 def test_both_precisions_exclude_each_other_everywhere(found):
     with pytest.raises(ConfigError, match="--bf16 True and --fp16 True exclude each other"):
-        decide(found, bf16=True, fp16=True)
+        resolve_hardware(found, bf16=True, fp16=True)
 
 
 def test_the_probe_leaves_gpus_out_where_the_cpu_was_asked_for():
-    found = probe(use_cpu=True)
+    found = detect_hardware(use_cpu=True)
 
     assert found.gpus == ()
-    assert decide(found).use_cpu
+    assert resolve_hardware(found).use_cpu

@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from conftest import KINDS_OF_RESULTS, ROOT, write_rows
 
-from finetune.conversations import load_conversations
-from finetune.errors import ConfigError, DataError, NumericsError
-from finetune.evaluation import held_out, sections
+from finetune.chat_templates import Renderer
+from finetune.cli import evaluate
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.evaluation import held_out
 from finetune.evaluation.held_out import RowLosses, most_worsened, summarized, worst_rows
-from finetune.evaluation.measuring import groups_of
-from finetune.opening import chat_format_of, load_base, load_tokenizer
-from finetune.rendering import Renderer
-from finetune.results import read_result
-from finetune.tools import evaluate
+from finetune.evaluation.token_losses import groups_of
+from finetune.inference.load_result import chat_format_of, load_base, load_tokenizer
+from finetune.inference.run_result import read_result
+from finetune.run_dir.eval_results import read_sections
+from finetune.utils.errors import ConfigError, DataError, NumericsError
 
 HELD_OUT = [
     [("human", "Where is Nori from?"), ("model", "From Tidepool.")],
@@ -52,7 +53,7 @@ def reference(folder, files, model_of, **rendered):
     tokenizer = load_tokenizer(result)
     renderer = Renderer(chat_format_of(result, tokenizer), **{"max_length": 2048, "too_long": "turns", **rendered})
     model, found = model_of(result, tokenizer), {}
-    for rendering in (one for file in files for one in renderer.render_all(load_conversations(file))):
+    for rendering in (one for file in files for one in renderer.render_all(read_conversations(file))):
         for example in rendering.examples:
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, -len(example.input_ids) :]
@@ -165,12 +166,14 @@ def test_what_is_shown(trained, files, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "the tuned model" in shown.casefold() and "(95 %:" in shown
     assert "Rows with the largest loss" in shown and "⟦" in shown and "answer 1" in shown
-    (section,) = [one for one in sections(folder) if one.title == "Held-out conversations"]
+    (section,) = [one for one in read_sections(folder) if one.title == "Held-out conversations"]
     assert section.tables[0].head[0] == "" and len(section.tables[0].rows) == 6
 
 
 def test_faults_come_before_the_model(trained, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.opening.open_result", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "finetune.inference.load_result.load_for_inference", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     bad = tmp_path / "bad.json"
     bad.write_text('[{"id": 0, "conversations": [{"from": "human", "value": "a"}]}]')
     with pytest.raises(DataError, match="bad.json, row 0"):

@@ -16,7 +16,7 @@ import ranks
 from conftest import ROOT
 from short_runs import LORA, losses
 
-from finetune import checkpoints
+from finetune import checkpoint
 
 pytestmark = pytest.mark.hosts
 
@@ -152,7 +152,7 @@ def test_without_a_shared_disk_each_host_keeps_its_part_and_says_what_it_lacks(
     merged = tmp_path / "merged"  # both see it
     for node in nodes:
         on(node, "cp", "-r", f"{output}/checkpoint-4/.", merged)
-    assert checkpoints.verify(merged) == []
+    assert checkpoint.verify_checkpoint(merged) == []
     alone = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "alone"]
     fewer = ("--resume_from_checkpoint", merged, "--resume_world_size", "any", "--use_cpu", "True")
     outcome = ranks.train(tmp_path / "logs", [*alone, *SHORT, "--deepspeed", "zero3", *fewer], world_size=1)

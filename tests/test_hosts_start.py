@@ -51,7 +51,7 @@ def test_what_differs_on_one_host_is_named_with_both_values(job, tmp_path, three
     """Data and a library on one host, the code on another; on a third everything is right."""
     first, second, third = three_nodes
     other = write_rows(tmp_path / "other.json", ROWS[:-1])
-    module, code = tmp_path / "packing.py", ROOT / "finetune/packing.py"
+    module, code = tmp_path / "packing.py", ROOT / "finetune/dataset/packing.py"
     module.write_text(code.read_text() + "\n# another commit\n")
     with ExitStack() as faults:
         faults.enter_context(second.bound(other, job.data))

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from finetune import allreduce, interconnect
-from finetune.cluster import Shell
-from finetune.host_probe import free_port
-from finetune.interconnect import find_ways
+from finetune.distributed.host_probe import free_port
+from finetune.launcher import allreduce_benchmark, network_check
+from finetune.launcher.network_check import find_ways
+from finetune.launcher.ssh import SshShell
 
 
 def has_ipv6() -> bool:
@@ -28,14 +28,14 @@ def has_ipv6() -> bool:
 def test_hosts_greet_each_other_where_ranks_would_meet(address):
     if address == "::1" and not has_ipv6():
         pytest.skip("IPv6 is switched off here")
-    ways = find_ways(["localhost"], Shell(None, None), address, free_port())
+    ways = find_ways(["localhost"], SshShell(None, None), address, free_port())
     assert ways.faults == [] and 0 < ways.seconds["localhost"] < 5
 
 
 def test_a_port_that_is_taken_is_a_fault_of_the_first_host(monkeypatch):
-    monkeypatch.setattr(interconnect, "SECONDS_TO_MEET", 3)
+    monkeypatch.setattr(network_check, "SECONDS_TO_MEET", 3)
     with socket.create_server(("", 0)) as taken:
-        ways = find_ways(["localhost"], Shell(None, None), "127.0.0.1", taken.getsockname()[1])
+        ways = find_ways(["localhost"], SshShell(None, None), "127.0.0.1", taken.getsockname()[1])
     assert [host for host, _ in ways.faults] == ["localhost"]
     assert "where the ranks meet: Address already in use: give another --master_port" in ways.faults[0][1]
 
@@ -43,11 +43,12 @@ def test_a_port_that_is_taken_is_a_fault_of_the_first_host(monkeypatch):
 def outcome(program: str) -> dict:
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return allreduce._outcome(3, process, time.monotonic() + 30)
+    return allreduce_benchmark._outcome(3, process, time.monotonic() + 30)
 
 
 def test_what_a_rank_measured_is_found_among_what_its_libraries_say():
-    said = f"print('NCCL INFO Channel 00'); print({allreduce.ANSWER!r} + '{{\"rank\": 3}}'); print('NCCL INFO Destroy')"
+    answer = f"print({allreduce_benchmark.ANSWER!r} + '{{\"rank\": 3}}')"
+    said = f"print('NCCL INFO Channel 00'); {answer}; print('NCCL INFO Destroy')"
     assert outcome(said) == {"rank": 3}
     assert outcome("print('NCCL INFO Destroy')") == {"rank": 3, "error": "it said nothing"}
     assert outcome("raise SystemExit('no route to host')") == {"rank": 3, "error": "no route to host"}

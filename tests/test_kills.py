@@ -21,7 +21,7 @@ import ranks
 import runs
 from conftest import write_rows
 
-from finetune import checkpoints
+from finetune import checkpoint
 
 pytestmark = pytest.mark.faults
 
@@ -83,7 +83,7 @@ def test_killed_inside_every_file_of_a_save_the_next_start_ends_in_the_same_bits
             continue
         died.append(sign)
         assert outcome.statuses[int(rank)] == -signal.SIGKILL, "\n".join(outcome.outputs)
-        assert checkpoints.latest_complete(output) is not None, sign
+        assert checkpoint.latest_complete(output) is not None, sign
         outcome = ranks.train(tmp_path / "logs", words)
         assert outcome.succeeded, "\n".join(outcome.outputs)
         assert "going on from" in outcome.outputs[0]
@@ -127,7 +127,7 @@ def _train_until(argv: list[str], seconds: float, victims: str) -> None:
 def _watch(output: Path, stop: threading.Event, missing: list[str]) -> None:
     had_one = False
     while not stop.wait(0.05):
-        found = [one for one in output.glob("checkpoint-*") if checkpoints.is_sealed(one)]
+        found = [one for one in output.glob("checkpoint-*") if checkpoint.is_complete(one)]
         if had_one and not found:
             missing.append(f"{time.time()}: {sorted(one.name for one in output.iterdir())}")
         had_one = had_one or bool(found)
@@ -146,7 +146,7 @@ def test_a_full_disk_ends_the_run_with_what_is_missing_and_the_older_checkpoint_
         assert f"checkpoint-4 was not saved in {disk / 'output'}" in said and "MB are missing" in said
         assert "the newest checkpoint is" in said and "checkpoint-2" in said
         assert [one.name for one in (disk / "output").glob("checkpoint-*")] == ["checkpoint-2"]
-        assert checkpoints.verify(disk / "output/checkpoint-2") == []
+        assert checkpoint.verify_checkpoint(disk / "output/checkpoint-2") == []
         (disk / "filler").unlink()
         outcome = ranks.train(tmp_path / "logs", words)
         assert outcome.succeeded, "\n".join(outcome.outputs)
@@ -156,7 +156,7 @@ def test_a_full_disk_ends_the_run_with_what_is_missing_and_the_older_checkpoint_
 
 
 def _fill_before_the_second_save(argv: list[str], disk: str) -> None:
-    import finetune.saving as saving
+    import finetune.checkpoint.saver as saving
     from finetune.train import main
 
     plain = saving.Saver.begin
@@ -184,13 +184,13 @@ def test_a_disk_that_fills_up_within_a_save_ends_it_on_all_ranks_and_removes_the
         assert len(re.findall("^error: ", said, re.MULTILINE)) == 1 and "Traceback" not in said
         assert "checkpoint-4 was not saved" in said and "what it had written was removed" in said
         assert [one.name for one in (disk / "output").glob("checkpoint-*")] == ["checkpoint-2"]
-        assert checkpoints.verify(disk / "output/checkpoint-2") == []
+        assert checkpoint.verify_checkpoint(disk / "output/checkpoint-2") == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def _fill_within_the_second_save(argv: list[str], disk: str) -> None:
-    import finetune.saving as saving
+    import finetune.checkpoint.saver as saving
     from finetune.train import main
 
     plain = saving.Saver.begin
@@ -233,7 +233,7 @@ def test_a_doctored_pickle_of_each_kind_is_named_and_never_loaded(tmp_path, argv
     whole = tmp_path / "whole"
     shutil.copytree(output, whole)
     pickled = [
-        name for name in checkpoints.read_manifest(whole / "checkpoint-6").files if name.endswith((".pt", ".pth"))
+        name for name in checkpoint.read_manifest(whole / "checkpoint-6").files if name.endswith((".pt", ".pth"))
     ]
     assert len(pickled) == 6, pickled
     for name in pickled:
@@ -258,7 +258,7 @@ def test_a_doctored_pickle_of_each_kind_is_named_and_never_loaded(tmp_path, argv
 
 
 def _seal_again(folder: Path, name: str) -> None:
-    size, digest = checkpoints.checksum(folder / name)
+    size, digest = checkpoint.checksum(folder / name)
     values = json.loads((folder / "manifest.json").read_text())
     values["files"][name] = {"size": size, "xxh3_128": digest, "rank": 0}
     (folder / "manifest.json").write_text(json.dumps(values))

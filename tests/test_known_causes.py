@@ -14,16 +14,10 @@ from conftest import ROOT
 from drawn_failures import at
 from failure_texts import OOM, SAMPLES, WATCHDOG, Sample, died, said
 
-from finetune.arguments import DoctorArguments, known_flags
-from finetune.failures import (
-    Failure,
-    first_of,
-    is_echo,
-    likely_cause,
-    page,
-)
-from finetune.failures.causes import KNOWN
-from finetune.zero import shipped_names
+from finetune.config import DoctorArguments, known_flags
+from finetune.config.deepspeed_config import shipped_names
+from finetune.diagnostics import Failure, failure_page, first_of, is_echo, likely_cause
+from finetune.diagnostics.causes import KNOWN
 
 FLAGS_OF_OTHERS = {"shm-size", "ipc", "gpus", "pids-limit", "mem"}  # docker's and Slurm's
 
@@ -69,7 +63,7 @@ def test_what_to_do_names_flags_and_configs_that_exist(known):
 def test_a_page_shows_a_cause_and_what_to_do_in_full(sample: Sample):
     cause = likely_cause(sample.failure)
     for width in (80, 100, 160):
-        shown = " ".join(page(sample.failure, width=width).split())
+        shown = " ".join(failure_page(sample.failure, width=width).split())
         assert [text for text in (cause.title, cause.why, cause.do) if " ".join(text.split()) not in shown] == []
 
 

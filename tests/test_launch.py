@@ -15,11 +15,11 @@ import pytest
 import runs
 from conftest import ROOT, write_rows
 
-from finetune.cluster import shared_words
-from finetune.errors import ConfigError
-from finetune.failures import Failure
-from finetune.session import HOSTFILE_HERE, Report, Session
-from finetune.tools.launch import outcome, start, without_secrets
+from finetune.cli.launch import outcome, start, without_secrets
+from finetune.diagnostics import Failure
+from finetune.launcher.local_session import HOSTFILE_HERE, HostReport, LocalSession
+from finetune.launcher.ssh import shared_words
+from finetune.utils.errors import ConfigError
 
 FINETUNE = Path(sys.executable).with_name("finetune")
 LIMIT_SECONDS = 240
@@ -57,8 +57,8 @@ def ended(process: subprocess.Popen) -> str:
     return said
 
 
-def reports(*, status: int = 0, statuses: dict | None = None, failure: Failure | None = None) -> list[Report]:
-    return [Report("a", 0, {0: 0}), Report("b", status, {1: 0} if statuses is None else statuses, failure)]
+def reports(*, status: int = 0, statuses: dict | None = None, failure: Failure | None = None) -> list[HostReport]:
+    return [HostReport("a", 0, {0: 0}), HostReport("b", status, {1: 0} if statuses is None else statuses, failure)]
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_what_a_run_writes_is_not_compared_between_hosts():
 
 @pytest.mark.parametrize("word", ["--launcher=slurm", "--launcher_args=-S"])
 def test_another_way_to_hosts_is_refused(tmp_path, word):
-    from finetune.hosts import parse_launcher, resources
+    from finetune.launcher import parse_launcher_args, resolve_resources
 
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
-    flags = parse_launcher([f"--hostfile={tmp_path / 'hosts'}", word, "x.py"])
+    flags = parse_launcher_args([f"--hostfile={tmp_path / 'hosts'}", word, "x.py"])
     with pytest.raises(ConfigError, match=f"{word.replace('=', ' ')}: finetune launch reaches hosts over ssh"):
-        start(flags, resources(flags), [], {})
+        start(flags, resolve_resources(flags), [], {})
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_word_of_the_user_that_looks_like_ours_stays_as_it_is(tmp_path):
     seen = tmp_path / "seen.json"
     script = f"import json, sys; open({str(seen)!r}, 'w').write(json.dumps(sys.argv[1:]))"
     words = [HOSTFILE_HERE, "{hostfile}", HOSTFILE_HERE, "it's $(id) 你好"]
-    run = Session([sys.executable, "-c", script, *words], {}, hostfile="a slots=1\n", host="a")
+    run = LocalSession([sys.executable, "-c", script, *words], {}, hostfile="a slots=1\n", host="a")
     while run.is_running():
         time.sleep(0.01)
     assert run.conclude().status == 0

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launcher_tests import property_test
 
-from finetune import hosts
-from finetune.arguments import known_flags
-from finetune.arguments.flags import SECRETS
-from finetune.errors import ConfigError
-from finetune.hosts import flags as launcher_flags
+from finetune import launcher
+from finetune.config import known_flags
+from finetune.config.arguments import SECRETS
+from finetune.launcher import deepspeed_args as launcher_flags
+from finetune.utils.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("private_files")
 
@@ -103,10 +103,10 @@ def test_environment_matrix(runner, tmp_path, name):
     assert seen_behind_the_launcher(runner, path, tmp_path) == of_the_launcher
     (tmp_path / "ran").unlink(missing_ok=True)
     if isinstance(ours, dict):
-        assert hosts.read_environment_file(path) == ours
+        assert launcher.read_environment_file(path) == ours
     else:
         with pytest.raises(ConfigError) as caught:
-            hosts.read_environment_file(path)
+            launcher.read_environment_file(path)
         assert ours in str(caught.value) and str(path) in str(caught.value)
     assert not (tmp_path / "ran").exists()
 
@@ -141,7 +141,7 @@ def test_no_value_is_shown(tmp_path, line):
     path = tmp_path / "env"
     path.write_text(f"{line}\n" * 2)
     with pytest.raises(ConfigError) as caught:
-        hosts.read_environment_file(path)
+        launcher.read_environment_file(path)
     assert str(caught.value).startswith("2 bad environment lines:\n")
     assert SECRET not in str(caught.value)
     assert SECRET[:9] not in str(caught.value)
@@ -153,10 +153,10 @@ def test_a_file_that_others_can_write_is_refused(tmp_path, mode):
     path.write_text("K=1\n")
     path.chmod(mode)
     with pytest.raises(ConfigError) as caught:
-        hosts.read_environment_file(path)
+        launcher.read_environment_file(path)
     assert str(caught.value) == f"{path} can be written by others (mode {mode:o}): chmod go-w {path}"
     path.chmod(mode & ~0o022)
-    assert hosts.read_environment_file(path) == {"K": "1"}
+    assert launcher.read_environment_file(path) == {"K": "1"}
 
 
 def test_a_file_of_somebody_else_is_refused(tmp_path, monkeypatch):
@@ -169,9 +169,9 @@ def test_a_file_of_somebody_else_is_refused(tmp_path, monkeypatch):
         owner, me = os.geteuid(), os.geteuid() + 1
         monkeypatch.setattr(os, "geteuid", lambda: me)
     with pytest.raises(ConfigError, match=f"env belongs to user {owner}, not to you \\({me}\\)"):
-        hosts.read_environment_file(path)
+        launcher.read_environment_file(path)
     monkeypatch.setattr(os, "geteuid", lambda: owner)
-    assert hosts.read_environment_file(path) == {"K": "1"}
+    assert launcher.read_environment_file(path) == {"K": "1"}
 
 
 def test_a_file_of_root_is_good_for_all(tmp_path, monkeypatch):
@@ -180,7 +180,7 @@ def test_a_file_of_root_is_good_for_all(tmp_path, monkeypatch):
     path = tmp_path / "env"
     path.write_text("K=1\n")
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert hosts.read_environment_file(path) == {"K": "1"}
+    assert launcher.read_environment_file(path) == {"K": "1"}
 
 
 @pytest.fixture
@@ -196,14 +196,14 @@ def places(tmp_path, monkeypatch) -> SimpleNamespace:
 
 
 def test_the_working_directory_wins(places):
-    assert hosts.environment_files() == [] and hosts.travelling_environment() == {}
+    assert launcher.environment_files() == [] and launcher.travelling_environment() == {}
     (places.work / ".deepspeed_env").write_text("A=work\nB=work\n")
     (places.home / ".deepspeed_env").write_text("B=home\nC=home\n")
-    assert [path.absolute() for path in hosts.environment_files()] == [
+    assert [path.absolute() for path in launcher.environment_files()] == [
         places.home / ".deepspeed_env",
         places.work / ".deepspeed_env",
     ]
-    assert hosts.travelling_environment() == {"A": "work", "B": "work", "C": "home"}
+    assert launcher.travelling_environment() == {"A": "work", "B": "work", "C": "home"}
 
 
 def test_another_name_for_the_file(places, monkeypatch, tmp_path):
@@ -211,19 +211,19 @@ def test_another_name_for_the_file(places, monkeypatch, tmp_path):
     (places.work / "other").write_text("A=2\n")
     (places.home / "other").write_text("B=2\n")
     monkeypatch.setenv("DS_ENV_FILE", "other")
-    assert hosts.travelling_environment() == {"A": "2", "B": "2"}
+    assert launcher.travelling_environment() == {"A": "2", "B": "2"}
     monkeypatch.setenv("DS_ENV_FILE", str(places.home / "other"))
-    assert hosts.environment_files() == [places.home / "other"]  # one file, though DeepSpeed opens it twice
+    assert launcher.environment_files() == [places.home / "other"]  # one file, though DeepSpeed opens it twice
     monkeypatch.setenv("DS_ENV_FILE", "")
-    assert hosts.environment_files() == []
+    assert launcher.environment_files() == []
     monkeypatch.setenv("DS_ENV_FILE", "missing")
-    assert hosts.environment_files() == []
+    assert launcher.environment_files() == []
     with pytest.raises(ConfigError, match="DS_ENV_FILE=missing: there is no such file in .*work or .*home"):
-        hosts.travelling_environment()
+        launcher.travelling_environment()
     monkeypatch.delenv("DS_ENV_FILE")
     monkeypatch.chdir(places.home)
     (places.home / ".deepspeed_env").write_text("A=3\n")
-    assert len(hosts.environment_files()) == 1
+    assert len(launcher.environment_files()) == 1
 
 
 def test_the_places_are_those_of_the_launcher(runner):
@@ -235,8 +235,8 @@ def test_the_places_are_those_of_the_launcher(runner):
 
 
 def test_of_all_flags_the_known_secrets_are_secret():
-    assert {name for name in known_flags() if hosts.is_secret(name)} == set(SECRETS)
-    assert not [name for name in launcher_flags.known_flags() if hosts.is_secret(name)]
+    assert {name for name in known_flags() if launcher.is_secret(name)} == set(SECRETS)
+    assert not [name for name in launcher_flags.known_flags() if launcher.is_secret(name)]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_of_all_flags_the_known_secrets_are_secret():
     "GOOGLE_APPLICATION_CREDENTIALS WEBHOOK_SECRET client-secret PASSPHRASE".split(),
 )
 def test_secret_names(name):
-    assert hosts.is_secret(name)
+    assert launcher.is_secret(name)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_secret_names(name):
     "primary_key PWD OLDPWD PATH HF_HOME KEYBOARD MONKEY secretary passes output_dir".split(),
 )
 def test_names_that_are_not_secret(name):
-    assert not hosts.is_secret(name)
+    assert not launcher.is_secret(name)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +280,8 @@ def test_names_that_are_not_secret(name):
     ],
 )
 def test_redacted(words, shown):
-    assert hosts.redacted(words) == shown
-    assert SECRET not in " ".join(hosts.redacted(words))
+    assert launcher.redact(words) == shown
+    assert SECRET not in " ".join(launcher.redact(words))
 
 
 @property_test
@@ -295,16 +295,16 @@ def test_no_spelling_of_a_secret_is_shown(value, name, form):
     quoted = shlex.quote(value)
     command = form.format(name, quoted) if "'" not in form else form[:2] + shlex.quote(form[3:-1].format(name, quoted))
     words = ["ssh", "n0", *shlex.split(command), "--lr", "1"]
-    said = " ".join(hosts.redacted(words))
+    said = " ".join(launcher.redact(words))
     assert "s3cr" not in said and "3t" not in said
     assert said.startswith("ssh n0") and said.endswith("--lr 1")
 
 
 def test_what_travels():
     for name in "HF_HOME HF_TOKEN PYTHONPATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR WANDB_API_KEY".split():
-        assert hosts.travels(name)
+        assert launcher.is_exported(name)
     for name in "NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME UCX_TLS TORCH_NCCL_BLOCKING_WAIT".split():
-        assert hosts.travels(name)
+        assert launcher.is_exported(name)
     alone = "CUDA_VISIBLE_DEVICES MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE CROSS_RANK"
     for name in [*alone.split(), *"PATH HOME USER TMPDIR SSH_AUTH_SOCK HTTPS_PROXY NCCL_HOSTID NCCL hf_home".split()]:
-        assert not hosts.travels(name)
+        assert not launcher.is_exported(name)

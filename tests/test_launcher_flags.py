@@ -14,10 +14,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from launcher_tests import REFUSED, property_test
 
-from finetune import hosts
-from finetune.errors import ConfigError
-from finetune.hosts import flags as launcher_flags
-from finetune.hosts import selection
+from finetune import launcher
+from finetune.launcher import deepspeed_args as launcher_flags
+from finetune.launcher import resource_filter
+from finetune.utils.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("private_files")
 
@@ -53,11 +53,11 @@ def test_the_flags_are_those_of_the_launcher(real_parser):
     real, ours = described(real_parser), described(launcher_flags.build_parser())
     assert len(real) > 25
     assert ours == real
-    defaults = {one.name: one.default for one in fields(hosts.LauncherFlags)}
+    defaults = {one.name: one.default for one in fields(launcher.LauncherArgs)}
     for action in real_parser._actions:
         if action.dest not in ("help", "hostfile", "user_script", "user_args"):
             assert defaults[action.dest] == action.default, action.dest
-    assert (defaults["hostfile"], real_parser.get_default("hostfile")) == (None, str(selection.JOB_HOSTFILE))
+    assert (defaults["hostfile"], real_parser.get_default("hostfile")) == (None, str(resource_filter.JOB_HOSTFILE))
 
 
 WORDS = st.one_of(
@@ -81,25 +81,25 @@ def test_words_are_read_as_the_launcher_reads_them(real_parser, parts, tail, scr
         except SystemExit:
             real = None
     try:
-        ours = hosts.parse_launcher(words)
+        ours = launcher.parse_launcher_args(words)
     except ConfigError:
         ours = None
     assert (ours is None) == (real is None), words
     if real:
         expected = {**real, "script": real.pop("user_script"), "script_args": real.pop("user_args")}
         got = {one.name: getattr(ours, one.name) for one in fields(ours) if one.name != "given"}
-        got["hostfile"] = str(selection.JOB_HOSTFILE) if got["hostfile"] is None else got["hostfile"]
+        got["hostfile"] = str(resource_filter.JOB_HOSTFILE) if got["hostfile"] is None else got["hostfile"]
         assert got == {name: expected[name] for name in got}
         assert all(getattr(ours, name) == value for name, value in ours.given.items())
 
 
 def test_what_stands_behind_the_script_is_untouched():
     tail = ["--num_gpus", "9", "-q", "--", "--hostfile=x", "", "a b", "--unknown"]
-    flags = hosts.parse_launcher(["--num_gpus", "2", "-H", "hosts", "finetune/finetune.py", *tail])
+    flags = launcher.parse_launcher_args(["--num_gpus", "2", "-H", "hosts", "finetune/finetune.py", *tail])
     assert (flags.script, flags.script_args, flags.num_gpus) == ("finetune/finetune.py", tail, 2)
     assert flags.given == {"num_gpus": 2, "hostfile": "hosts"}
-    assert hosts.parse_launcher(["a.py"]).hostfile is None
-    assert hosts.parse_launcher(["--hostfile=", "a.py"]).hostfile == ""
+    assert launcher.parse_launcher_args(["a.py"]).hostfile is None
+    assert launcher.parse_launcher_args(["--hostfile=", "a.py"]).hostfile == ""
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ def test_what_stands_behind_the_script_is_untouched():
 )
 def test_wrong_flags_are_named(words, said):
     with pytest.raises(ConfigError) as caught:
-        hosts.parse_launcher(words.split())
+        launcher.parse_launcher_args(words.split())
     assert said in str(caught.value)
 
 
 def test_help_prints_the_flags(capsys):
     with pytest.raises(SystemExit) as ended:
-        hosts.parse_launcher(["--help"])
+        launcher.parse_launcher_args(["--help"])
     assert ended.value.code == 0
     assert "--include" in capsys.readouterr().out
 
@@ -145,7 +145,7 @@ def asked(
 ) -> dict[str, list[int]] | None:
     path = tmp_path / "hosts"
     path.write_text(content)
-    return hosts.resources(hosts.parse_launcher([f"--hostfile={path}", *words.split(), "a.py"]))
+    return launcher.resolve_resources(launcher.parse_launcher_args([f"--hostfile={path}", *words.split(), "a.py"]))
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ def test_a_host_that_include_cannot_name(tmp_path):
 
 
 def test_this_machine_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(selection, "JOB_HOSTFILE", tmp_path / "job")
+    monkeypatch.setattr(resource_filter, "JOB_HOSTFILE", tmp_path / "job")
 
     def alone(words: str) -> dict[str, list[int]] | None:
-        return hosts.resources(hosts.parse_launcher([*words.split(), "a.py"]))
+        return launcher.resolve_resources(launcher.parse_launcher_args([*words.split(), "a.py"]))
 
     for words in ("", "--hostfile=", "--num_gpus 2", "--include localhost:0,1", "--no_ssh --node_rank 0"):
         assert alone(words) is None
@@ -251,10 +251,12 @@ def test_resources_are_those_of_the_launcher(runner, tmp_path_factory, request_o
     pool, request = request_of_pool
     path = tmp_path_factory.getbasetemp() / "pool"
     path.write_text("".join(f"{host} slots={slots}\n" for host, slots in pool.items()))
-    flags = hosts.parse_launcher([f"--hostfile={path}", *(f"--{name}={value}" for name, value in request.items()), "a"])
+    flags = launcher.parse_launcher_args(
+        [f"--hostfile={path}", *(f"--{name}={value}" for name, value in request.items()), "a"]
+    )
     real = resources_by_the_launcher(runner, pool, request)
     try:
-        ours = hosts.resources(flags)
+        ours = launcher.resolve_resources(flags)
     except ConfigError as error:
         refused_by_both = real is REFUSED
         nothing_left = real == {}
@@ -278,4 +280,4 @@ def test_of_valid_requests_many_are_kept(runner, tmp_path_factory, request_of_po
     path = tmp_path_factory.getbasetemp() / "pool"
     path.write_text("".join(f"{host} slots={slots}\n" for host, slots in pool.items()))
     words = [f"--hostfile={path}", *(f"--{name}={value}" for name, value in request.items()), "a.py"]
-    assert hosts.resources(hosts.parse_launcher(words)) == real
+    assert launcher.resolve_resources(launcher.parse_launcher_args(words)) == real

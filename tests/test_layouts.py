@@ -7,7 +7,9 @@ import json
 import pytest
 from chat_rows import faults, good_row, read, spoken, turns, written
 
-from finetune.conversations import BadRow, Conversation, ConversationReader, find_sources
+from finetune.conversation import BadRow, Conversation
+from finetune.dataset.conversation_reader import ConversationReader
+from finetune.dataset.data_sources import find_sources
 
 PAIR = [("human", "q"), ("model", "a")]
 HISTORY = [["q0", "a0"], ["q1", "a1"]]

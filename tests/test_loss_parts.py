@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import ROWS, write_rows
 
-from finetune.conversations import Source, Turn
-from finetune.dataset import prepare
-from finetune.loss_parts import ANSWERS, Cells, LossParts
-from finetune.losses import supervised_loss
-from finetune.rendering import LingoWhaleFormat, Renderer, choose_format
+from finetune.chat_templates import LingoWhaleFormat, Renderer, select_chat_format
+from finetune.conversation import Turn
+from finetune.dataset.data_sources import Source
+from finetune.dataset.prepare import prepare_dataset
+from finetune.training.loss import supervised_loss
+from finetune.training.loss_breakdown import ANSWERS, LossBreakdown, LossCells
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def by_loop(turns, format_, source: int) -> list[int]:
     answers = [number for number, turn in enumerate(turns) if turn[0] == "model"]
     for ordinal, number in enumerate(answers):
         head = [Turn(role, text) for role, text in turns[: number + 1]]
-        (layout,) = format_.lay_out_all([head])
+        (layout,) = format_.tokenize_all([head])
         learned = sum(label != -100 for label in layout.labels)
         cells += [source * ANSWERS + min(ordinal, ANSWERS - 1)] * (learned - before)
         before = learned
@@ -44,8 +45,8 @@ def by_loop(turns, format_, source: int) -> list[int]:
 def test_every_learned_token_is_in_the_cell_of_its_source_and_answer(two_sources, golden_tokenizer, too_long, tmp_path):
     format_ = LingoWhaleFormat(golden_tokenizer, [3], [4])
     sources = [Source(str(path)) for path in two_sources]
-    data = prepare(sources, Renderer(format_, 500, too_long=too_long), cache_dir=str(tmp_path / "cache"))
-    found = Cells(list(data.summary.examples_by_source)).of(data.examples.with_format("arrow")[:])
+    data = prepare_dataset(sources, Renderer(format_, 500, too_long=too_long), cache_dir=str(tmp_path / "cache"))
+    found = LossCells(list(data.summary.examples_by_source)).of(data.examples.with_format("arrow")[:])
     wanted = []
     for number, path in enumerate(two_sources):
         for row in json.loads(path.read_text()):
@@ -57,10 +58,10 @@ def test_every_learned_token_is_in_the_cell_of_its_source_and_answer(two_sources
 
 @pytest.mark.parametrize("kind", ["lingowhale", "chatml"])
 def test_a_greeting_in_front_of_the_first_question_is_of_the_first_answer(kind, golden_tokenizer, tmp_path):
-    format_, _ = choose_format(golden_tokenizer, kind, human_token_ids=[3], model_token_ids=[4])
+    format_, _ = select_chat_format(golden_tokenizer, kind, human_token_ids=[3], model_token_ids=[4])
     source = Source(str(write_rows(tmp_path / "greeting.json", [GREETING])))
-    data = prepare([source], Renderer(format_, 500), cache_dir=str(tmp_path / "cache"))
-    (cells,) = Cells([source.name]).of(data.examples.with_format("arrow")[:])
+    data = prepare_dataset([source], Renderer(format_, 500), cache_dir=str(tmp_path / "cache"))
+    (cells,) = LossCells([source.name]).of(data.examples.with_format("arrow")[:])
     learned = [len(format_.plain.encode(text)) + 1 for role, text in GREETING if role == "model"]
     assert cells.tolist() == [0] * (learned[0] + learned[1]) + [1] * learned[2]
 
@@ -68,8 +69,8 @@ def test_a_greeting_in_front_of_the_first_question_is_of_the_first_answer(kind, 
 def test_windows_keep_the_number_of_their_answer(two_sources, golden_tokenizer, tmp_path):
     format_ = LingoWhaleFormat(golden_tokenizer, [3], [4])
     renderer = Renderer(format_, 24, too_long="windows")
-    data = prepare([Source(str(two_sources[1]))], renderer, cache_dir=str(tmp_path / "cache"))
-    found = Cells(["two.json", *data.summary.examples_by_source]).of(data.examples.with_format("arrow")[:])
+    data = prepare_dataset([Source(str(two_sources[1]))], renderer, cache_dir=str(tmp_path / "cache"))
+    found = LossCells(["two.json", *data.summary.examples_by_source]).of(data.examples.with_format("arrow")[:])
     rows = np.asarray(data.examples["row"][:])
     of_the_long = np.concatenate([cells for cells, row in zip(found, rows, strict=True) if row == 1]) % ANSWERS
     assert (np.diff(of_the_long) >= 0).all() and set(of_the_long) == set(range(ANSWERS))
@@ -87,7 +88,7 @@ def test_the_losses_of_targets_are_those_of_torch_and_change_no_gradient():
 
 
 def test_sums_are_a_plain_loops_and_what_is_not_finite_is_left_out():
-    parts = LossParts(["a", "b"], "cpu")
+    parts = LossBreakdown(["a", "b"], "cpu")
     cells = torch.tensor([0, 0, 1, ANSWERS, 2 * ANSWERS - 1])
     parts.add(cells, torch.tensor([1.0, 2.0, 4.0, 8.0, float("nan")]))
     parts.add(torch.tensor([0]), torch.tensor([6.0]))

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune import losses
-from finetune.losses import supervised_loss, token_losses
+from finetune.training import loss as loss_module
+from finetune.training.loss import supervised_loss, token_losses
 
 ROWS, VOCABULARY = 23, 50
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -15,7 +15,7 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, to
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * VOCABULARY * 7)  # seven rows at a time
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * VOCABULARY * 7)  # seven rows at a time
 
 
 def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,7 +45,7 @@ def test_value_and_gradient_are_those_of_torch(dtype, smoothing, weighted):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_loss_of_each_target_is_torch_s_and_leaves_the_logits_as_they_are(dtype, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 1)  # a vocabulary of which not one row fits: one row at a time
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)  # a vocabulary of which not one row fits: one row at a time
     logits, targets = torch.randn(ROWS, VOCABULARY, dtype=dtype, requires_grad=True), torch.randint(VOCABULARY, (ROWS,))
     before = logits.detach().clone()
     wide = before if dtype == torch.float64 else before.float()

@@ -11,7 +11,9 @@ import ranks
 import runs
 from conftest import write_rows
 
-from finetune import checkpoints, numbers, skipping
+from finetune import checkpoint
+from finetune.dataset import skip_rows
+from finetune.training import nonfinite
 
 FAULTS = pytest.mark.faults
 
@@ -189,9 +191,13 @@ def check_ended(outcome: ranks.Outcome, output: Path, *, step: int, rows: list[i
     assert outcome.statuses[0] == 5, "\n".join(outcome.outputs)
     said = "".join(outcome.outputs)
     assert said.count("error: ") == 1 and f"error: step {step}: " in said and "Traceback" not in said
-    assert "--skip_rows" in said and "--resume_from_checkpoint auto" in said and str(output / numbers.ROWS_FILE) in said
+    assert (
+        "--skip_rows" in said
+        and "--resume_from_checkpoint auto" in said
+        and str(output / nonfinite.NONFINITE_ROWS_FILE) in said
+    )
     assert (f"checkpoint-{newest}" if newest else "there is no checkpoint yet") in said
-    records = runs.lines_of(output / numbers.ROWS_FILE)
+    records = runs.lines_of(output / nonfinite.NONFINITE_ROWS_FILE)
     assert sorted({one["row"] for one in records}) == rows
     assert all(f"{one['source']}:{one['row']}" in said for one in records)
     assert runs.steps_saved(output) == list(range(1, (newest or 0) + 1))
@@ -218,14 +224,22 @@ def test_three_in_a_row_end_the_run_and_without_their_rows_it_goes_on(lose, tmp_
     for rank in range(2):
         (tmp_path / f"run-rows-{rank}.jsonl").unlink()
 
-    again = lose("run", *flags, "--skip_rows", output / numbers.ROWS_FILE, "--resume_from_checkpoint", "auto", ids=ids)
+    again = lose(
+        "run",
+        *flags,
+        "--skip_rows",
+        output / nonfinite.NONFINITE_ROWS_FILE,
+        "--resume_from_checkpoint",
+        "auto",
+        ids=ids,
+    )
 
     assert again.succeeded, "\n".join(again.outputs)
     assert rows_seen(tmp_path, "run") == {3: [5], 4: [6], 5: [9], 6: [10, 11]}
     metrics = runs.lines_of(output / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6] and metrics[-1]["non_finite_steps"] == 0
     assert all(5 < line["loss"] < 15 for line in metrics)
-    left_out = [line for line in runs.lines_of(output / "data_ledger.jsonl") if line["reason"] == skipping.REASON]
+    left_out = [line for line in runs.lines_of(output / "data_ledger.jsonl") if line["reason"] == skip_rows.REASON]
     assert [(line["row"], line["id"]) for line in left_out] == [(4, 4), (7, 7), (8, 8)]
     run = json.loads((output / "run.json").read_text())
     assert [one.rpartition(":")[2] for one in run["data"]["left_out"]] == ["4", "7", "8"] and run["completed"]
@@ -258,7 +272,7 @@ def test_a_step_of_which_nothing_is_left_has_no_loss(lose, tmp_path, rows_file):
 def test_numbers_that_are_never_finite_end_the_run_before_anything_is_saved(lose, tmp_path, config, how, rank):
     outcome = lose("run", *CONFIGS[config], how=how, rank=rank)
     assert outcome.statuses[0] == 5
-    records = runs.lines_of(tmp_path / "run" / numbers.ROWS_FILE)
+    records = runs.lines_of(tmp_path / "run" / nonfinite.NONFINITE_ROWS_FILE)
     assert {one["step"] for one in records} == {1, 2, 3}
     everyone = rank is None or how == "gradient"
     assert {one["rank"] for one in records} == ({0, 1} if everyone else {rank})
@@ -301,10 +315,10 @@ def test_weights_that_are_not_finite_are_never_saved(start, tmp_path, config):
 def _train_with_a_broken_weight(argv: list[str]) -> None:
     import torch
 
-    from finetune import callbacks
     from finetune.train import main
+    from finetune.training import callbacks
 
-    plain = callbacks.StepEnd.on_step_end
+    plain = callbacks.StepMonitor.on_step_end
 
     def breaking(self, args, state, control, **kwargs):
         plain(self, args, state, control, **kwargs)
@@ -313,7 +327,7 @@ def _train_with_a_broken_weight(argv: list[str]) -> None:
                 with torch.no_grad():
                     getattr(parameter, "ds_tensor", parameter).data.view(-1)[0] = float("inf")
 
-    callbacks.StepEnd.on_step_end = breaking
+    callbacks.StepMonitor.on_step_end = breaking
     main(argv)
 
 
@@ -335,7 +349,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_saved(start, tmp_pat
     assert outcome.succeeded, "\n".join(outcome.outputs)
     for said in outcome.outputs:
         assert f"stopped by {signal.Signals(number).name} on rank {rank} at 3" in said
-    assert runs.steps_saved(tmp_path / "run") == [3] and checkpoints.verify(tmp_path / "run/checkpoint-3") == []
+    assert (
+        runs.steps_saved(tmp_path / "run") == [3] and checkpoint.verify_checkpoint(tmp_path / "run/checkpoint-3") == []
+    )
     whole = start("whole", flags, runs.train_noting_rows, (str(tmp_path / "whole-rows"),))
     again = start(
         "run", [*flags, "--resume_from_checkpoint", "auto"], runs.train_noting_rows, (str(tmp_path / "rows"),)

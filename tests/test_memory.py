@@ -12,29 +12,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.memory import (
+from finetune.config.deepspeed_config import find_config, load_config, shipped_names
+from finetune.preflight.memory import (
     Activations,
     Block,
-    Job,
-    Shape,
-    changes_that_fit,
-    estimate,
+    ModelSpec,
+    RunSpec,
     from_deepspeed,
+    memory_estimate,
     plain_activations,
+    suggest_changes,
 )
-from finetune.memory.device import ADAM, GRADIENTS, MASTERS, WEIGHTS, phases, states
-from finetune.zero import find_config, load_config, shipped_names
+from finetune.preflight.memory.device_memory import ADAM, GRADIENTS, MASTERS, WEIGHTS, phases, states
 
 PAPER = 7_500_000_000  # parameters of the ZeRO paper's example, on 64 GPUs
 NOTHING = Activations(layer=0, outside=0, layer_input=0, working=0, recomputing=0, logit=0, logit_working=0, passing=0)
 GB = 1e9
 
 
-def shape_with(parameters: int, *, trained: int | None = None, activations: Activations = NOTHING) -> Shape:
+def shape_with(parameters: int, *, trained: int | None = None, activations: Activations = NOTHING) -> ModelSpec:
     """Of numbers alone: one block of what is trained, one of what is not."""
     trained = parameters if trained is None else trained
     blocks = [Block(trained, 1), Block(parameters - trained, 1, trained=False)]
-    return Shape(
+    return ModelSpec(
         blocks=tuple(one for one in blocks if one.size),
         activations=activations,
         layers=32,
@@ -49,7 +49,7 @@ def shape_with(parameters: int, *, trained: int | None = None, activations: Acti
     )
 
 
-def llama_8b(*, adapter: bool = False) -> Shape:
+def llama_8b(*, adapter: bool = False) -> ModelSpec:
     """As large as Llama-3-8B: its parameters in blocks, its activations by the formula."""
     hidden, heads, width, intermediate, vocabulary = 4_096, 32, 128, 14_336, 128_256
     of_layer = [hidden * hidden] * 2 + [hidden * 1_024] * 2 + [hidden * intermediate] * 3 + [hidden] * 2
@@ -68,7 +68,7 @@ def llama_8b(*, adapter: bool = False) -> Shape:
     return replace(shape_with(8_030_261_248, activations=kept), blocks=tuple(blocks), adapter=adapter)
 
 
-def of_states(shape: Shape, job: Job) -> float:
+def of_states(shape: ModelSpec, job: RunSpec) -> float:
     """Parameters, masters, moments, and the gradients as the paper counts them: of a share from stage 2 on."""
     share = job.ranks if job.stage in (2, 3) else 1
     return sum(states(shape, job).values()) + job.size * shape.trainable / share
@@ -77,7 +77,7 @@ def of_states(shape: Shape, job: Job) -> float:
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_the_figures_of_the_zero_paper(stage: int, gigabytes: float):
     """Figure 1 of https://arxiv.org/abs/1910.02054: 7.5 billion parameters on 64 GPUs, mixed precision, Adam."""
-    job = Job(stage=stage, ranks=64, tokens=0, learned=0)
+    job = RunSpec(stage=stage, ranks=64, tokens=0, learned=0)
     assert of_states(shape_with(PAPER), job) / GB == pytest.approx(gigabytes, abs=0.06)
 
 
@@ -88,7 +88,7 @@ def test_the_figures_of_the_zero_paper(stage: int, gigabytes: float):
 )
 def test_the_formulas_of_the_zero_paper(parameters: int, ranks: int, stage: int):
     wanted = {0: 16, 1: 4 + 12 / ranks, 2: 2 + 14 / ranks, 3: 16 / ranks}[stage] * parameters
-    job = Job(stage=stage, ranks=ranks, tokens=0, learned=0)
+    job = RunSpec(stage=stage, ranks=ranks, tokens=0, learned=0)
     assert of_states(shape_with(parameters), job) == pytest.approx(wanted)
 
 
@@ -115,7 +115,7 @@ def test_deepspeeds_estimators(parameters: int):
         lines = deepspeeds_own(stage, total_params=parameters, **options)
         assert len(lines) >= 2
         theirs = max(gpu for _, gpu in lines) * gib  # nothing is offloaded
-        job = Job(stage=stage, ranks=ranks, tokens=0, learned=0)
+        job = RunSpec(stage=stage, ranks=ranks, tokens=0, learned=0)
         update = phases(shape, job)["update"]
         ours = sum(update.get(name, 0) for name in (WEIGHTS, MASTERS, ADAM, GRADIENTS))
         layer = 4 * 525_336_576 if stage == 3 else 0
@@ -125,20 +125,20 @@ def test_deepspeeds_estimators(parameters: int):
 
 def test_offloaded_states_are_on_the_host():
     shape = llama_8b()
-    kept = Job(stage=3, ranks=8, tokens=4_096, learned=2_048, checkpoint_every=1)
+    kept = RunSpec(stage=3, ranks=8, tokens=4_096, learned=2_048, checkpoint_every=1)
     moved = replace(kept, offload_optimizer="cpu", offload_parameters="cpu")
-    before, after = estimate(shape, kept), estimate(shape, moved)
+    before, after = memory_estimate(shape, kept), memory_estimate(shape, moved)
     assert before.device_total - after.device_total > 14 * shape.parameters / 8
     assert after.host_training - before.host_training >= 18 * shape.parameters
     assert WEIGHTS not in after.device
     with pytest.raises(ValueError, match="stage 3"):
-        estimate(shape, replace(moved, stage=2))
+        memory_estimate(shape, replace(moved, stage=2))
     with pytest.raises(ValueError, match="expected"):
-        estimate(shape, replace(kept, stage=4))
+        memory_estimate(shape, replace(kept, stage=4))
 
 
 def test_parts_are_named_in_order_and_add_up():
-    found = estimate(llama_8b(), Job(stage=2, ranks=8, tokens=8_192, learned=4_096))
+    found = memory_estimate(llama_8b(), RunSpec(stage=2, ranks=8, tokens=8_192, learned=4_096))
     assert list(found.device)[:3] == [WEIGHTS, MASTERS, ADAM]
     assert found.device_total == pytest.approx(max(found.by_phase.values()))
     assert found.phase in found.by_phase
@@ -146,24 +146,24 @@ def test_parts_are_named_in_order_and_add_up():
 
 
 def test_adapters_need_no_states_of_the_base():
-    job = Job(stage=2, ranks=8, tokens=4_096, learned=2_048)
-    full, adapter = estimate(llama_8b(), job), estimate(llama_8b(adapter=True), job)
+    job = RunSpec(stage=2, ranks=8, tokens=4_096, learned=2_048)
+    full, adapter = memory_estimate(llama_8b(), job), memory_estimate(llama_8b(adapter=True), job)
     assert adapter.device[ADAM] < full.device[ADAM] / 100
     assert adapter.result < full.result / 100
     assert adapter.checkpoint_total < full.checkpoint_total / 100
 
 
 def test_checkpoints_that_stay():
-    job = Job(stage=2, ranks=8, tokens=1, learned=1, keep_checkpoints=3)
-    found = estimate(llama_8b(), job)
+    job = RunSpec(stage=2, ranks=8, tokens=1, learned=1, keep_checkpoints=3)
+    found = memory_estimate(llama_8b(), job)
     assert found.kept == pytest.approx(found.result + 4 * found.checkpoint_total, rel=0.01)
-    assert estimate(llama_8b(), replace(job, keep_checkpoints=None)).kept is None
-    only = estimate(llama_8b(), replace(job, only_model=True))
+    assert memory_estimate(llama_8b(), replace(job, keep_checkpoints=None)).kept is None
+    only = memory_estimate(llama_8b(), replace(job, only_model=True))
     assert only.checkpoint_total == only.result < found.checkpoint_total / 7
 
 
 JOBS = st.builds(
-    Job,
+    RunSpec,
     stage=st.sampled_from((1, 2, 3)),
     ranks=st.sampled_from((1, 2, 4, 8, 16)),
     tokens=st.sampled_from((512, 4_096, 16_384)),
@@ -181,40 +181,40 @@ SHAPES = st.booleans().map(lambda adapter: llama_8b(adapter=adapter))
 
 @given(shape=SHAPES, job=JOBS)
 @settings(deadline=None)
-def test_more_ranks_never_need_more_of_each(shape: Shape, job: Job):
+def test_more_ranks_never_need_more_of_each(shape: ModelSpec, job: RunSpec):
     more = replace(job, ranks=2 * job.ranks)
     if job.stage == 3 and job.ranks == 1:  # a single rank gathers nothing
         return
-    assert estimate(shape, more).device_total <= estimate(shape, job).device_total * (1 + 1e-9)
+    assert memory_estimate(shape, more).device_total <= memory_estimate(shape, job).device_total * (1 + 1e-9)
 
 
 @given(shape=SHAPES, job=JOBS, more=st.integers(1, 100_000))
 @settings(deadline=None)
-def test_more_tokens_never_need_less(shape: Shape, job: Job, more: int):
+def test_more_tokens_never_need_less(shape: ModelSpec, job: RunSpec, more: int):
     longer = replace(job, tokens=job.tokens + more, learned=job.learned + more)
-    assert estimate(shape, longer).device_total >= estimate(shape, job).device_total
+    assert memory_estimate(shape, longer).device_total >= memory_estimate(shape, job).device_total
 
 
 @given(shape=SHAPES, job=JOBS)
 @settings(deadline=None)
-def test_checkpointing_never_needs_more_on_a_gpu(shape: Shape, job: Job):
+def test_checkpointing_never_needs_more_on_a_gpu(shape: ModelSpec, job: RunSpec):
     job = replace(job, use_cpu=False, tokens=16_384)
-    off, some, on = (estimate(shape, replace(job, checkpoint_every=every)).device_total for every in (0, 2, 1))
+    off, some, on = (memory_estimate(shape, replace(job, checkpoint_every=every)).device_total for every in (0, 2, 1))
     assert on <= some <= off
 
 
 @given(shape=SHAPES, job=JOBS, share=st.floats(0.05, 0.99), on_host=st.sampled_from((None, 2_000)))
 @settings(deadline=None, max_examples=60)
-def test_changes_fit(shape: Shape, job: Job, share: float, on_host: int | None):
-    bytes_there = share * estimate(shape, job).device_total
+def test_changes_fit(shape: ModelSpec, job: RunSpec, share: float, on_host: int | None):
+    bytes_there = share * memory_estimate(shape, job).device_total
     adapter = None if shape.adapter else llama_8b(adapter=True)
     host_bytes = None if on_host is None else on_host * GB
-    found = changes_that_fit(shape, job, bytes_there, host_bytes, with_adapter=adapter)
+    found = suggest_changes(shape, job, bytes_there, host_bytes, with_adapter=adapter)
     assert len(found) <= 3
     order = [(", " in one.words, one.slower) for one in found]  # single changes in front, the cheapest first
     assert order == sorted(order)
     for one in found:
-        needed = estimate(one.shape, one.job)
+        needed = memory_estimate(one.shape, one.job)
         assert needed == one.estimate
         assert needed.device_total <= bytes_there
         assert host_bytes is None or needed.host_total <= host_bytes
@@ -231,43 +231,43 @@ def test_every_shipped_config_is_a_job(name: str):
     config = load_config(find_config(name))
     config["zero_optimization"].pop("zero_hpz_partition_size", None)
     fields = from_deepspeed(config)
-    job = Job(**fields, ranks=8, tokens=4_096, learned=2_048)
+    job = RunSpec(**fields, ranks=8, tokens=4_096, learned=2_048)
     assert job.stage == config["zero_optimization"]["stage"]
     assert (job.offload_optimizer != "none") == ("offload" in name or "nvme" in name)
     assert job.reduce_bucket == (None if job.stage == 3 else 500_000_000)
-    assert estimate(llama_8b(), job).device_total > 0
+    assert memory_estimate(llama_8b(), job).device_total > 0
 
 
 def test_a_run_without_deepspeed_is_a_job():
-    job = Job(**from_deepspeed(None), ranks=1, tokens=4_096, learned=2_048)
-    needed = estimate(llama_8b(), job).device_total
+    job = RunSpec(**from_deepspeed(None), ranks=1, tokens=4_096, learned=2_048)
+    needed = memory_estimate(llama_8b(), job).device_total
     assert needed > 16 * 8_030_261_248  # float32 weights, gradients and moments
-    on_two = Job(**from_deepspeed(None), ranks=2, tokens=4_096, learned=2_048)
+    on_two = RunSpec(**from_deepspeed(None), ranks=2, tokens=4_096, learned=2_048)
     # DDP's buckets are the gradients; they stay through the forward pass.
-    assert needed <= estimate(llama_8b(), on_two).device_total < needed + 4 * 8_030_261_248
+    assert needed <= memory_estimate(llama_8b(), on_two).device_total < needed + 4 * 8_030_261_248
 
 
 def test_what_is_offered_for_eight_billion_parameters():
     """On eight GPUs of 40 GB stage 1 needs too much for weights and activations."""
-    job = Job(stage=1, ranks=8, tokens=4_096, learned=2_048, rows=4, longest=1_024)
-    assert not estimate(llama_8b(), job).fits(40 * GB)
-    found = changes_that_fit(llama_8b(), job, 40 * GB, with_adapter=llama_8b(adapter=True))
+    job = RunSpec(stage=1, ranks=8, tokens=4_096, learned=2_048, rows=4, longest=1_024)
+    assert not memory_estimate(llama_8b(), job).fits(40 * GB)
+    found = suggest_changes(llama_8b(), job, 40 * GB, with_adapter=llama_8b(adapter=True))
     assert found
     assert any("--deepspeed" in change.flags for change in found)
 
 
 def test_two_changes_where_one_is_not_enough_and_none_where_nothing_is():
-    job = Job(stage=3, ranks=8, tokens=16_384, learned=8_192, rows=8, longest=2_048)
-    found = changes_that_fit(llama_8b(), job, 32 * GB, most_ranks=8)
+    job = RunSpec(stage=3, ranks=8, tokens=16_384, learned=8_192, rows=8, longest=2_048)
+    found = suggest_changes(llama_8b(), job, 32 * GB, most_ranks=8)
     assert found
     assert all(", " in change.words for change in found)
-    assert changes_that_fit(llama_8b(), job, 1 * GB, most_ranks=8) == ()
+    assert suggest_changes(llama_8b(), job, 1 * GB, most_ranks=8) == ()
 
 
 def test_a_cpu_lends_what_is_written_to_only():
     """The bucket for gradients is as large as the config says on a GPU, and as what is in it on a CPU."""
     shape = shape_with(10_000_000)
-    job = Job(stage=2, ranks=2, tokens=0, learned=0, precision="float32")
-    gpu, cpu = (estimate(shape, replace(job, use_cpu=use_cpu)).device_total for use_cpu in (False, True))
+    job = RunSpec(stage=2, ranks=2, tokens=0, learned=0, precision="float32")
+    gpu, cpu = (memory_estimate(shape, replace(job, use_cpu=use_cpu)).device_total for use_cpu in (False, True))
     assert gpu > 4 * 500_000_000
     assert cpu < 4 * 500_000_000

@@ -16,12 +16,12 @@ import transformers
 from conftest import ROOT
 from short_runs import LORA
 
-from finetune import attention
-from finetune.adapters import attach_lora, count_parameters
-from finetune.errors import ConfigError
-from finetune.memory import Job, Shape, estimate
-from finetune.memory.disk import MODEL, MODEL_STATES, OPTIMIZER
-from finetune.shapes import shape_of
+from finetune.models import attention
+from finetune.models.adapters import attach_lora, count_parameters
+from finetune.preflight.memory import ModelSpec, RunSpec, memory_estimate
+from finetune.preflight.memory.disk_space import MODEL, MODEL_STATES, OPTIMIZER
+from finetune.preflight.spec_from_config import spec_from_config
+from finetune.utils.errors import ConfigError
 
 TOKENS, LEARNED = [40, 24], 20
 FAMILIES = ("llama", "qwen3", "gemma3", "mixtral", "gpt_neox")
@@ -63,7 +63,7 @@ def kept_bytes(model: Any) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def predicted(shape: Shape) -> float:
+def predicted(shape: ModelSpec) -> float:
     kept = shape.activations
     held = kept.outside + kept.layer * shape.layers
     return sum(TOKENS) * held + LEARNED * kept.logit + kept.fixed * shape.layers
@@ -75,7 +75,7 @@ def predicted(shape: Shape) -> float:
 def test_what_autograd_keeps(family: str, adapter: bool):
     model = model_of(family)
     attach = partial(WITH_ADAPTER, dropout=0.0) if family == "mixtral" else WITH_ADAPTER
-    shape = shape_of(model.config, precision="float32", attach=attach if adapter else None)
+    shape = spec_from_config(model.config, precision="float32", attach=attach if adapter else None)
     attention._register()
     model.set_attn_implementation(attention.FLAT_ATTENTION)
     model = attach(model).train() if adapter else model
@@ -85,7 +85,7 @@ def test_what_autograd_keeps(family: str, adapter: bool):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2"])
 def test_a_checkpointed_layer_keeps_what_it_gets(family: str):
-    shape = shape_of(model_of(family).config, precision="bf16")
+    shape = spec_from_config(model_of(family).config, precision="bf16")
     assert shape.activations.layer_input == pytest.approx(2 * shape.hidden, rel=0.3)
     assert shape.activations.layer_input < shape.activations.layer / 4 < shape.activations.recomputing
 
@@ -94,8 +94,8 @@ def test_a_checkpointed_layer_keeps_what_it_gets(family: str):
 def test_half_precision_is_counted_apart(family: str):
     """The sums of norms stay float32, but for gpt_neox's; elsewhere it is more than half."""
     model = model_of(family, torch.bfloat16)
-    shape = shape_of(model.config, precision="bf16")
-    full = shape_of(model.config, precision="float32")
+    shape = spec_from_config(model.config, precision="bf16")
+    full = spec_from_config(model.config, precision="float32")
     assert 0.45 * full.activations.layer < shape.activations.layer < full.activations.layer
     attention._register()
     model.set_attn_implementation(attention.FLAT_ATTENTION)
@@ -107,7 +107,7 @@ def test_half_precision_is_counted_apart(family: str):
 @pytest.mark.parametrize("family", sorted(set(tiny_models.FAMILIES) - {"mamba", "jamba", "lfm2", "qwen3_next"}))
 def test_parameters(family: str):
     model = tiny_models.build(family)
-    shape = shape_of(model.config, precision="float32")
+    shape = spec_from_config(model.config, precision="float32")
     assert (shape.trainable, shape.parameters) == count_parameters(model)
     assert shape.embedding == model.get_input_embeddings().weight.numel()
     assert shape.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
@@ -118,24 +118,24 @@ def test_parameters(family: str):
 @pytest.mark.parametrize("family", ["mamba", "jamba", "lfm2", "qwen3_next"])
 def test_models_that_are_not_attention_alone_have_a_shape_too(family: str):
     model = tiny_models.build(family)
-    shape = shape_of(model.config, precision="float32")
+    shape = spec_from_config(model.config, precision="float32")
     assert shape.parameters == count_parameters(model)[1]
     assert shape.activations.layer > 0
 
 
 def test_parameters_with_adapters():
     model = model_of("llama")
-    shape = shape_of(model.config, precision="bf16", attach=partial(WITH_ADAPTER, train_embeddings=True))
+    shape = spec_from_config(model.config, precision="bf16", attach=partial(WITH_ADAPTER, train_embeddings=True))
     real = WITH_ADAPTER(model, train_embeddings=True)
     assert (shape.trainable, shape.parameters) == count_parameters(real)
     assert shape.adapter
-    grown = shape_of(model.config, precision="bf16", vocabulary=300)
-    assert grown.parameters - shape_of(model.config, precision="bf16").parameters == 2 * 100 * shape.hidden
+    grown = spec_from_config(model.config, precision="bf16", vocabulary=300)
+    assert grown.parameters - spec_from_config(model.config, precision="bf16").parameters == 2 * 100 * shape.hidden
 
 
 def test_experts_that_a_token_visits():
     model = model_of("mixtral")
-    shape = shape_of(model.config, precision="bf16")
+    shape = spec_from_config(model.config, precision="bf16")
     experts = sum(one.numel() for name, one in model.named_parameters() if ".experts." in name)
     assert (shape.experts, shape.experts_per_token) == (4, 2)
     assert shape.active == shape.parameters - experts // 2
@@ -144,9 +144,9 @@ def test_experts_that_a_token_visits():
 def test_code_that_takes_no_attention_functions_gets_the_formula(monkeypatch: pytest.MonkeyPatch):
     """The formula of a plain decoder is near what is counted of one."""
     config = model_of("llama").config
-    counted = shape_of(config, precision="bf16").activations
+    counted = spec_from_config(config, precision="bf16").activations
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_can_set_attn_implementation", lambda self: False)
-    formula = shape_of(config, precision="bf16").activations
+    formula = spec_from_config(config, precision="bf16").activations
     assert counted.is_counted
     assert not formula.is_counted
     assert formula.layer == pytest.approx(counted.layer, rel=0.1)
@@ -171,9 +171,9 @@ def test_checkpoints_are_as_large_as_they_are(train, tiny_model: Path, stage: in
     output = train("run", *flags, *(LORA if adapter else ()))
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     attach = partial(attach_lora, r=8, alpha=16, dropout=0.0, target_modules=["all-linear"])
-    shape = shape_of(config, precision="float32", attach=attach if adapter else None)
-    job = Job(stage=stage, ranks=2, tokens=64, learned=32, precision="float32", use_cpu=True)
-    found, sizes = estimate(shape, job), sizes_of(output)
+    shape = spec_from_config(config, precision="float32", attach=attach if adapter else None)
+    job = RunSpec(stage=stage, ranks=2, tokens=64, learned=32, precision="float32", use_cpu=True)
+    found, sizes = memory_estimate(shape, job), sizes_of(output)
     small = 60_000 if adapter else 400_000  # names, shapes, and what pickles need
     for name in (MODEL, MODEL_STATES, OPTIMIZER):
         assert sizes[name] == pytest.approx(found.checkpoint[name], rel=0.02, abs=small), name
@@ -201,6 +201,6 @@ def test_code_that_cannot_be_built_without_weights_is_told_apart_from_a_bad_adap
         return float(base.get_input_embeddings().weight[0, 0])
 
     with pytest.raises(ValueError, match="cannot be built without weights: .*meta"):
-        shape_of(config, precision="float32", attach=asks_for_content)
+        spec_from_config(config, precision="float32", attach=asks_for_content)
     with pytest.raises(ConfigError):
-        shape_of(config, precision="float32", attach=partial(WITH_ADAPTER, target_modules=["nowhere"]))
+        spec_from_config(config, precision="float32", attach=partial(WITH_ADAPTER, target_modules=["nowhere"]))

@@ -16,13 +16,13 @@ import torch
 from conftest import ROOT
 from made_results import logits
 
-from finetune import merging
-from finetune.errors import CheckpointError, ConfigError, StorageError
-from finetune.merging import pieces as pieces_of
-from finetune.merging.shards import in_shards
-from finetune.merging.stored import StoredTensors
-from finetune.model import weights_fingerprint
-from finetune.results import read_result
+from finetune import export
+from finetune.export import merge_plan as pieces_of
+from finetune.export.shard_writer import in_shards
+from finetune.export.stored_tensors import StoredTensors
+from finetune.inference.run_result import read_result
+from finetune.models.loader import weights_fingerprint
+from finetune.utils.errors import CheckpointError, ConfigError, StorageError
 
 SHARD = 20_000  # bytes: several files of a tiny model
 
@@ -44,8 +44,8 @@ def adapt(model, **options):
 
 def merged(result, target: Path, **options):
     base_name, dtype = options.pop("base_name", None), options.pop("dtype", None)
-    plan = merging.plan_merge(result, target, base_name=base_name, dtype=dtype)
-    return merging.merge(plan, shard_bytes=options.pop("shard_bytes", SHARD), **options)
+    plan = export.plan_merge(result, target, base_name=base_name, dtype=dtype)
+    return export.merge_weights(plan, shard_bytes=options.pop("shard_bytes", SHARD), **options)
 
 
 def opened(folder: Path, **options):
@@ -166,7 +166,7 @@ def test_what_a_model_keeps_finer_than_the_rest_stays_so(tmp_path):
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_adapters_that_are_no_weights_are_refused_with_the_reason(kind, tmp_path):
-    from finetune.adapters import attach_virtual_tokens
+    from finetune.models.adapters import attach_virtual_tokens
 
     base = made.save_base(build("llama"), tmp_path / "base")
     result = made.save_adapter(attach_virtual_tokens(build("llama"), kind, 4), base, tmp_path / "output")
@@ -240,14 +240,14 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(lora, tmp_p
 
 
 def test_a_merge_that_goes_wrong_leaves_nothing(lora, tmp_path, monkeypatch):
-    real = pieces_of.AdapterPieces._merged
+    real = pieces_of.MergedTensors._merged
 
     def one_layer_left_out(self, name, module):
         if "layers.1.mlp.up_proj" not in name:
             return real(self, name, module)
         return {"weight": self._base_value(f"{name}.weight").float()}
 
-    monkeypatch.setattr(pieces_of.AdapterPieces, "_merged", one_layer_left_out)
+    monkeypatch.setattr(pieces_of.MergedTensors, "_merged", one_layer_left_out)
     with pytest.raises(CheckpointError, match="the merged model is not the trained one: their logits are .*% apart"):
         merged(lora, tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))
@@ -309,7 +309,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import torch
-from finetune.results import read_result
+from finetune.inference.run_result import read_result
 from finetune import merging
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,11 +12,11 @@ import torch
 from conftest import ROOT
 from made_results import logits
 
-from finetune import merging
-from finetune.checkpoints import MasterWeights
-from finetune.errors import CheckpointError
-from finetune.merging.stored import StoredTensors
-from finetune.results import read_result
+from finetune import export
+from finetune.checkpoint import MasterWeights
+from finetune.export.stored_tensors import StoredTensors
+from finetune.inference.run_result import read_result
+from finetune.utils.errors import CheckpointError
 
 SAVING = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "0")
 IDS = (1, 4093, 198, 28120, 346, 47, 2)
@@ -60,15 +60,15 @@ def test_a_checkpoint_of_any_stage_and_ranks_becomes_a_model(train, elsewhere, s
     assert set(masters.shapes) == set(wanted) - {"lm_head.weight"} and len(wanted) > 10
     assert all(torch.equal(masters.get(name), wanted[name]) for name in masters.shapes)
 
-    plan = merging.plan_merge(read_result(first), tmp_path / "merged", base_name=None, dtype="float32")
+    plan = export.plan_merge(read_result(first), tmp_path / "merged", base_name=None, dtype="float32")
     assert f"the float32 weights of {ranks} ranks" in plan.origin
-    merged = merging.merge(plan, shard_bytes=10**6)
+    merged = export.merge_weights(plan, shard_bytes=10**6)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert "the first choice is the same at" in merged.checked
     assert all(torch.equal(weight, wanted[name]) for name, weight in model.named_parameters())
     assert not torch.equal(logits(model, IDS), logits(last, IDS)), "it is the first checkpoint"
     assert set(StoredTensors(tmp_path / "merged")) == set(masters.shapes)
-    as_saved = merging.plan_merge(read_result(first), tmp_path / "other", base_name=None, dtype=None)
+    as_saved = export.plan_merge(read_result(first), tmp_path / "other", base_name=None, dtype=None)
     assert {piece.name for piece in as_saved.pieces} == set(masters.shapes), "a tied head is stored once"
 
 

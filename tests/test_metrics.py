@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from finetune import metrics
-from finetune.adapters import attach_lora
-from finetune.hardware import PEAK_TFLOPS, measured_matmul_rate, peak_flops
-from finetune.metrics import StepMeter, model_flops
+from finetune.config.hardware import PEAK_TFLOPS, measured_matmul_rate, peak_flops
+from finetune.models.adapters import attach_lora
+from finetune.training import metrics
+from finetune.training.metrics import StepMeter, model_flops
 
 LENGTH = 24
 SIZE = {

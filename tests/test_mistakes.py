@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from equality import (
-    CONVERSATIONS,
-    FORMS,
-    QUIET_PEFT,
-    TOLERANCE,
-    prepared,
-    trained,
-)
+from equality import CONVERSATIONS, FORMS, QUIET_PEFT, TOLERANCE, prepared, trained
 from tiny_models import InFloat64
 
 # ---- the comparison sees mistakes

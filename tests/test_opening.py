@@ -12,10 +12,10 @@ import pytest
 import tiny_models
 import torch
 
-from finetune import opening
-from finetune.errors import CheckpointError, ConfigError
-from finetune.model import weight_files, weights_fingerprint
-from finetune.results import Result
+from finetune.inference import load_result
+from finetune.inference.run_result import RunResult
+from finetune.models.loader import weight_files, weights_fingerprint
+from finetune.utils.errors import CheckpointError, ConfigError
 
 NAME, COMMIT = "someone/base", "0123456789abcdef0123456789abcdef01234567"
 BESIDE = ("consolidated.safetensors", "model.gguf", "onnx/model.onnx", "original/model.safetensors", "README.md")
@@ -51,14 +51,14 @@ def hub(published, tmp_path, monkeypatch):
     return snapshot
 
 
-def trained_on(published: Path, tmp_path: Path) -> Result:
+def trained_on(published: Path, tmp_path: Path) -> RunResult:
     run = made.run_of(published)
     run["model"] |= {"name": NAME, "folder": None, "revision": COMMIT}
-    return Result(tmp_path / "output", run, "LORA")
+    return RunResult(tmp_path / "output", run, "LORA")
 
 
 def test_of_a_base_on_the_hub_only_what_loads_is_fetched(published, hub, tmp_path):
-    assert opening.base_folder(trained_on(published, tmp_path)) == hub
+    assert load_result.base_folder(trained_on(published, tmp_path)) == hub
     names = {path.name for path in hub.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not names & {"consolidated.safetensors", "pytorch_model.bin", "model.gguf", "onnx", "original", "README.md"}
@@ -66,7 +66,7 @@ def test_of_a_base_on_the_hub_only_what_loads_is_fetched(published, hub, tmp_pat
 
 def test_weights_in_the_old_format_are_fetched_where_there_are_no_others(published, hub, tmp_path):
     (published / "model.safetensors").unlink()
-    assert opening.base_folder(trained_on(published, tmp_path)) == hub
+    assert load_result.base_folder(trained_on(published, tmp_path)) == hub
     assert weight_files(hub) == [hub / "pytorch_model.bin"]
 
 
@@ -74,28 +74,28 @@ def test_a_base_that_has_changed_on_the_hub_is_refused_whoever_asks(published, h
     result = trained_on(published, tmp_path)
     result.run["model"]["weights"] = "0" * 32
     with pytest.raises(CheckpointError, match="was trained on someone/base, and .* holds other weights"):
-        opening.load_base(result, made.byte_tokenizer())
+        load_result.load_base(result, made.byte_tokenizer())
 
 
 def test_a_base_whose_float32_would_not_fit_is_loaded_as_it_is_stored_from_the_hub_too(
     published, hub, tmp_path, monkeypatch
 ):
     result = trained_on(published, tmp_path)
-    assert opening.load_base(result, made.byte_tokenizer()).dtype == torch.float32
-    monkeypatch.setattr(opening, "free_memory", lambda: 1000)
-    assert opening.load_base(result, made.byte_tokenizer()).dtype == torch.bfloat16
+    assert load_result.load_base(result, made.byte_tokenizer()).dtype == torch.float32
+    monkeypatch.setattr(load_result, "free_memory", lambda: 1000)
+    assert load_result.load_base(result, made.byte_tokenizer()).dtype == torch.bfloat16
 
 
 def test_a_folder_named_from_home_is_found(published, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert opening.base_folder(trained_on(published, tmp_path), "~/published") == published
+    assert load_result.base_folder(trained_on(published, tmp_path), "~/published") == published
 
 
 @pytest.mark.parametrize(("name", "error"), [("nowhere", ConfigError), ("empty", CheckpointError)])
 def test_a_folder_that_is_no_model_is_refused(name, error, published, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(error, match=f"its base .*{name} .*with --base_model"):
-        opening.base_folder(trained_on(published, tmp_path), str(tmp_path / name))
+        load_result.base_folder(trained_on(published, tmp_path), str(tmp_path / name))
 
 
 # ---- which files hold the weights

@@ -18,8 +18,8 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from finetune.errors import ConfigError
-from finetune.tools import quickstart
+from finetune.cli import quickstart
+from finetune.utils.errors import ConfigError
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LEFT_OUT = shutil.ignore_patterns(
@@ -53,10 +53,11 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import finetune\n"
-        "from finetune.conversations import load_conversations, shipped_files\n"
-        "from finetune.zero import find_config, load_config\n"
+        "from finetune.dataset.conversation_reader import read_conversations\n"
+        "from finetune.dataset.data_sources import shipped_files\n"
+        "from finetune.config.deepspeed_config import find_config, load_config\n"
         "print(finetune.__file__, load_config(find_config('zero3'))['zero_optimization']['stage'])\n"
-        "print([len(load_conversations(path)) for path in shipped_files()])"
+        "print([len(read_conversations(path)) for path in shipped_files()])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.packing import best_fit_decreasing, rectangles
+from finetune.dataset.packing import best_fit_decreasing, rectangles
 
 CAPACITY = 50
 lengths_up_to_capacity = st.lists(st.integers(1, CAPACITY), max_size=60)

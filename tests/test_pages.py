@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from browsers import browser_path
 
-from finetune import pages
-from finetune.errors import ConfigError, StorageError
+from finetune.report import pages
+from finetune.utils.errors import ConfigError, StorageError
 
 HOSTILE = "<script>document.title='gone'</script></style><img src=x onerror=alert(1)> \"quoted\" 'too' &amp; {{ 7*7 }}"
 CHINESE = "杭州是浙江省的省会。\n西湖十景闻名中外 🏙️👩‍👩‍👧 🏴\U000e0067\U000e0062\U000e007f"
@@ -35,17 +35,19 @@ class Piece:
 START, END = Piece("control", "<|im_start|>"), Piece("learned_control", "<|im_end|>")
 
 
-def turns(human: str, model: str, *, ended: bool = True) -> list[pages.Turn]:
+def turns(human: str, model: str, *, ended: bool = True) -> list[pages.TurnCard]:
     return [
-        pages.Turn(None, [START, Piece("context", "user\n")]),
-        pages.Turn("human", [Piece("context", human)]),
-        pages.Turn(None, [Piece("control", "<|im_end|>"), Piece("context", "\n"), START]),
-        pages.Turn("model", [Piece("learned", model), *[END] * ended]),
+        pages.TurnCard(None, [START, Piece("context", "user\n")]),
+        pages.TurnCard("human", [Piece("context", human)]),
+        pages.TurnCard(None, [Piece("control", "<|im_end|>"), Piece("context", "\n"), START]),
+        pages.TurnCard("model", [Piece("learned", model), *[END] * ended]),
     ]
 
 
-def card(row: int, status: str, reason: str | None, *examples: list[pages.Turn]) -> pages.Card:
-    return pages.Card("rows.json", row, f"id {row}", status, 40 * len(examples), 10 * len(examples), reason, examples)
+def card(row: int, status: str, reason: str | None, *examples: list[pages.TurnCard]) -> pages.RowCard:
+    return pages.RowCard(
+        "rows.json", row, f"id {row}", status, 40 * len(examples), 10 * len(examples), reason, examples
+    )
 
 
 CARDS = (
@@ -59,7 +61,7 @@ CARDS = (
 )
 
 
-def a_page(cards=CARDS, **changes) -> pages.Page:
+def a_page(cards=CARDS, **changes) -> pages.PreviewPage:
     values = {
         "title": "rows.json",
         "facts": [("Model", "M <b>"), ("Format", "chatml")],
@@ -70,7 +72,7 @@ def a_page(cards=CARDS, **changes) -> pages.Page:
         "not_kept": [("rows.json", 6, "dropped", "too <long>")],
         "num_not_kept": 1,
     }
-    return pages.Page(**{**values, **changes})
+    return pages.PreviewPage(**{**values, **changes})
 
 
 class Document(HTMLParser):

@@ -13,14 +13,14 @@ def gradients_of_a_lone_rank(tied: bool, told: bool) -> dict[str, torch.Tensor]:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    from finetune.parallelism import spare_copies_of_gradients
+    from finetune.training.parallelism import use_gradient_views
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, tie_word_embeddings=tied))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs()])
     if told:
-        spare_copies_of_gradients(model, accelerator)
+        use_gradient_views(model, accelerator)
     wrapped = accelerator.prepare(model)
     assert (type(wrapped).__name__ == "DistributedDataParallel") == (not told)
     assert model.get_input_embeddings().sparse == (tied and told)

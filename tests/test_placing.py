@@ -12,8 +12,8 @@ import ranks
 from conftest import ROOT
 from short_runs import SHORT
 
-from finetune.errors import ConfigError
-from finetune.placing import first_host, place
+from finetune.distributed.rank_env import first_host, init_rank_env
+from finetune.utils.errors import ConfigError
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
             "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}  # fmt: skip
@@ -23,13 +23,13 @@ SLURM = {"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "2",
 
 
 def placed(**variables: str) -> dict[str, str]:
-    place(variables)
+    init_rank_env(variables)
     return {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
 
 
 def test_what_deepspeed_or_torchrun_has_said_stays():
     variables = {"RANK": "3", **OPEN_MPI}
-    place(variables)
+    init_rank_env(variables)
     assert variables == {"RANK": "3", **OPEN_MPI}
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_rows
 
-from finetune.arguments import parse_for_preview
-from finetune.errors import ConfigError
-from finetune.tools import preview
+from finetune.cli import preview
+from finetune.config import parse_for_preview
+from finetune.utils.errors import ConfigError
 
 TALK = [("human", "Hi"), ("model", "Yes"), ("human", "</s>[b]"), ("model", "好👩‍👧")]
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from rendered import conversation
 
-from finetune.conversations import Turn
-from finetune.rendering import CHATML, IGNORE_INDEX, Renderer, TemplateFormat, lay_out
-from finetune.rendering.proof import prove_all
+from finetune.chat_templates import CHATML, IGNORE_INDEX, JinjaFormat, Renderer, tokenize_conversation
+from finetune.chat_templates.label_check import check_labels
+from finetune.conversation import Turn
 
 
 class TestTheProof:
     def faulty(self, smol_tokenizer, change):
-        chat_format = TemplateFormat(smol_tokenizer, CHATML, "chatml")
-        layout = lay_out(
+        chat_format = JinjaFormat(smol_tokenizer, CHATML, "chatml")
+        layout = tokenize_conversation(
             chat_format, [Turn("human", "a"), Turn("model", "word for word"), Turn("human", "b"), Turn("model", "c")]
         )
-        assert prove_all(chat_format, [layout]) == [None]
+        assert check_labels(chat_format, [layout]) == [None]
         change(layout)
-        return prove_all(chat_format, [layout])[0]
+        return check_labels(chat_format, [layout])[0]
 
     def test_another_text_is_noticed(self, smol_tokenizer):
         def change(layout):
@@ -63,7 +63,7 @@ class TestTheProof:
             if character.strip() and smol_tokenizer.decode(smol_tokenizer.encode(character)) != character
         )
         row = conversation(("human", "a"), ("model", f"x{lost}y"), row=7)
-        (outcome,) = Renderer(TemplateFormat(smol_tokenizer, CHATML, "chatml"), 1000).render_all([row])
+        (outcome,) = Renderer(JinjaFormat(smol_tokenizer, CHATML, "chatml"), 1000).render_all([row])
         assert outcome.faults[0].startswith(
             "rows.json, row 7: turn 1, character 1: the tokenizer loses what the turn says"
         )

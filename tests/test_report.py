@@ -16,14 +16,15 @@ from conftest import ROOT
 from reported import answer, card, line, output_dir
 from test_pages import HOSTILE
 
-from finetune import claiming, failures, results
-from finetune.errors import ConfigError
-from finetune.evaluation.stored import HELD_OUT_FILE, store, versioned
-from finetune.failures import Failure
+from finetune import diagnostics
+from finetune.cli import report
+from finetune.diagnostics import Failure
 from finetune.report import read_run, render_report, write_at_the_end
 from finetune.report.curves import MOST_POINTS, drawn, thinned
-from finetune.report.outcome import against_the_plan, duration
-from finetune.tools import report
+from finetune.report.run_outcome import against_the_plan, duration
+from finetune.run_dir import output_dir_lock, run_json
+from finetune.run_dir.eval_results import HELD_OUT_FILE, versioned, write_results
+from finetune.utils.errors import ConfigError
 
 SECTIONS = ("Answers", "Plan", "Data", "Rows", "Ledger", "Arguments")
 
@@ -138,7 +139,7 @@ def test_hostile_text_is_text(tmp_path):
         deepspeed={HOSTILE: HOSTILE},
         data={"path": [HOSTILE], "fingerprint": HOSTILE, "left_out": [HOSTILE]},
     )
-    failures.write(folder, Failure("error", HOSTILE, run=HOSTILE, host=HOSTILE, traceback=HOSTILE, also=(HOSTILE,)))
+    diagnostics.write(folder, Failure("error", HOSTILE, run=HOSTILE, host=HOSTILE, traceback=HOSTILE, also=(HOSTILE,)))
     plain = page_of(output_dir(tmp_path / "two", cards=[card(1, "a", "b")]))
     page = page_of(folder)
     assert page.text.count("<script>document.title='gone'</script>") > 15
@@ -193,7 +194,7 @@ def test_facts_of_another_shape_are_an_error_that_says_so(tmp_path):
 def test_a_failed_run_shows_the_likely_cause_first(tmp_path):
     folder = output_dir(tmp_path / "one", complete=False)
     died = {"rank": 3, "host": "node1", "status": -9, "signal": 9, "phase": "step", "step": 20}
-    failures.write(folder, Failure("died", run="run-1", hints=("oom_kill 0 -> 1",), **died))
+    diagnostics.write(folder, Failure("died", run="run-1", hints=("oom_kill 0 -> 1",), **died))
     page = page_of(folder)
     assert page.sections()[0] == "Failure"
     assert "rank 3 on node1 was killed (SIGKILL)" in page.text and "the host ran out of memory" in page.text
@@ -203,16 +204,16 @@ def test_a_failed_run_shows_the_likely_cause_first(tmp_path):
 def test_how_a_run_stands(tmp_path):
     folder = output_dir(tmp_path / "one", [line(step) for step in range(1, 11)], complete=False)
     assert read_run(folder).state == "unknown"
-    assert claiming.hold(folder) is None
+    assert output_dir_lock.acquire_lock(folder) is None
     assert read_run(folder).state == "running" and "In progress: 10 of 20 steps" in page_of(folder).text
     assert "logged, about 5 s to go." in page_of(folder).text
-    claiming.let_go()
+    output_dir_lock.release_lock()
     assert read_run(folder).state == "unknown"
-    results.write_run(
-        folder, {"stopped": {"by": "SIGTERM", "step": 20}, "starts": results.ended(folder, "stopped by x")}
+    run_json.update_run_json(
+        folder, {"stopped": {"by": "SIGTERM", "step": 20}, "starts": run_json.ended(folder, "stopped by x")}
     )
     assert read_run(folder).state == "stopped" and "Stopped by SIGTERM after 20 of 20 steps" in page_of(folder).text
-    results.write_run(folder, {"completed": True, "result": {"steps": 20}})
+    run_json.update_run_json(folder, {"completed": True, "result": {"steps": 20}})
     assert read_run(folder).state == "complete"
 
 
@@ -264,7 +265,7 @@ def test_durations(seconds, said):
 
 def test_a_disk_that_is_almost_full_is_left_to_the_run(tmp_path, monkeypatch):
     folder = output_dir(tmp_path / "one")
-    monkeypatch.setattr("finetune.report.writing.ROOM_TO_LEAVE", 1 << 60)
+    monkeypatch.setattr("finetune.report.write_report.ROOM_TO_LEAVE", 1 << 60)
     assert "no report was written: " in write_at_the_end(folder, answers=0, seconds=1.0)
     assert not (folder / "report.html").exists()
 
@@ -334,7 +335,7 @@ def test_what_was_evaluated_is_a_section_each(tmp_path):
         "groups": [{"name": "all", "rows": 9, "tokens": 90, **losses, "difference": apart}],
         "worst": [row], "worsened": [],
     }  # fmt: skip
-    store(folder, HELD_OUT_FILE, versioned(found))
+    write_results(folder, HELD_OUT_FILE, versioned(found))
     (folder / "forgetting.json").write_text('{"version": 1}')
 
     page = Page(render_report([read_run(folder)]))

@@ -14,9 +14,9 @@ from playwright.sync_api import Error
 from reported import answer, card, line, output_dir
 from test_pages import CHINESE, HOSTILE, PAPER_DARK, PAPER_LIGHT, count, pixels
 
-from finetune import failures
-from finetune.failures import Failure
-from finetune.report import read_run, render_report, watching
+from finetune import diagnostics
+from finetune.diagnostics import Failure
+from finetune.report import live_server, read_run, render_report
 
 pytestmark = pytest.mark.browser
 SERIES_LIGHT, SERIES_DARK = (0x2F, 0x6F, 0xDB), (0x74, 0xA3, 0xFF)
@@ -140,7 +140,7 @@ def test_nothing_runs_over_the_edge(tmp_path, kind):
     if kind == "two":
         folders.append(a_run(tmp_path / ("a_very_long_name_" * 6), arguments={"model_name_or_path": "m" * 200}))
     if kind == "failed":
-        failures.write(folders[0], Failure("error", "y" * 500, run="run-1", traceback="z" * 500))
+        diagnostics.write(folders[0], Failure("error", "y" * 500, run="run-1", traceback="z" * 500))
     with shown(tmp_path, *folders) as page:
         page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
         for width, least in ((1280, 500), (390, 300)):
@@ -211,7 +211,7 @@ def test_a_page_that_is_watched_changes_in_place(tmp_path):
     path = tmp_path / "report.html"
     said: list[str] = []
     arguments = {"every": 0.3, "port": 0, "say": said.append}
-    watch = threading.Thread(target=watching.watch, args=([(folder, "one")], path), kwargs=arguments, daemon=True)
+    watch = threading.Thread(target=live_server.watch, args=([(folder, "one")], path), kwargs=arguments, daemon=True)
     watch.start()
     while len(said) < 2:
         watch.join(0.05)

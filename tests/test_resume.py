@@ -14,7 +14,7 @@ import torch
 from conftest import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune import checkpoints
+from finetune import checkpoint
 
 FLAGS = (
     "--num_train_epochs 3 --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_steps 2 --logging_steps 1 "
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_goes_on(train, 
     assert runs.result_of(tmp_path / "run") == expected
     asides = sorted(one.name for one in (tmp_path / "run").glob("checkpoint-*damaged*"))
     assert [one.split(".")[0] for one in asides] == ["checkpoint-8", "checkpoint-9"]
-    assert checkpoints.verify(tmp_path / "run/checkpoint-9") == []
+    assert checkpoint.verify_checkpoint(tmp_path / "run/checkpoint-9") == []
 
 
 def test_when_no_checkpoint_is_whole_the_run_stops_and_stops_again(train, tmp_path):
@@ -256,7 +256,7 @@ def test_an_earlier_checkpoint_can_be_gone_on_from_and_later_ones_are_kept_aside
     assert runs.result_of(tmp_path / "run") == expected
     asides = sorted(one.name.split("-2")[0] for one in (tmp_path / "run").glob("checkpoint-*.later-*"))
     assert asides == ["checkpoint-6.later", "checkpoint-9.later"]
-    assert all(not checkpoints.verify(one) for one in (tmp_path / "run").glob("checkpoint-?"))
+    assert all(not checkpoint.verify_checkpoint(one) for one in (tmp_path / "run").glob("checkpoint-?"))
 
 
 WITHOUT_DROPOUT = (*LORA, "--lora_dropout", "0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune.conversations.layouts import (
+from finetune.dataset.row_formats import (
     PAIR_KEYS,
     PAIRS,
     SYSTEM_KEYS,
@@ -14,7 +14,7 @@ from finetune.conversations.layouts import (
     WATCHED_IN_TURNS,
     RowReading,
 )
-from finetune.skipping import rows_to_skip
+from finetune.dataset.skip_rows import rows_to_skip
 
 
 def read(row: dict[str, Any]) -> Any:

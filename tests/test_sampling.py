@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.batches import padding_share
-from finetune.sampling import Sampler, Shape, shuffled
+from finetune.dataset.dataloader import padding_share
+from finetune.dataset.sampler import BatchShape, Sampler, shuffled
 
-SHAPES = [Shape(8, 1, 1), Shape(4, 1, 2), Shape(2, 2, 2), Shape(1, 8, 1), Shape(1, 1, 8)]
+SHAPES = [BatchShape(8, 1, 1), BatchShape(4, 1, 2), BatchShape(2, 2, 2), BatchShape(1, 8, 1), BatchShape(1, 1, 8)]
 KINDS = {
     "flat": {},
     "padded": {"batching": "padded"},
@@ -55,7 +55,7 @@ def rows_of(step: list[list[list[int]]]) -> list[int]:
     kind=st.sampled_from(sorted(KINDS)),
 )
 def test_every_row_comes_once_an_epoch_and_none_twice(count, rows, accumulation, ranks, epoch, kind):
-    lengths, shape = drawn_lengths(count), Shape(rows, accumulation, ranks)
+    lengths, shape = drawn_lengths(count), BatchShape(rows, accumulation, ranks)
     sampler = Sampler(lengths, shape, seed=3, **KINDS[kind])
     steps = epoch_of(sampler, epoch)
 
@@ -88,12 +88,12 @@ def test_the_rows_of_a_step_do_not_depend_on_what_makes_it_up(kind):
 
 def test_epochs_and_seeds_differ_and_nothing_else_does():
     lengths = drawn_lengths(40)
-    first, again, other_seed = (Sampler(lengths, Shape(4, 1, 2), seed=seed) for seed in (1, 1, 2))
+    first, again, other_seed = (Sampler(lengths, BatchShape(4, 1, 2), seed=seed) for seed in (1, 1, 2))
     assert epoch_of(first, 0) == epoch_of(again, 0) != epoch_of(first, 1)
     assert epoch_of(first, 0) != epoch_of(other_seed, 0)
     backwards = [first.micro_batch(0, step, rank, 0) for step in (4, 0) for rank in (1, 0)]  # in any order of asking
     assert backwards == [again.micro_batch(0, step, rank, 0) for step in (4, 0) for rank in (1, 0)]
-    ordered = Sampler(lengths, Shape(4, 1, 2), seed=1, order="sequential")
+    ordered = Sampler(lengths, BatchShape(4, 1, 2), seed=1, order="sequential")
     assert [sorted(rows_of(step)) for step in epoch_of(ordered, 7)][:2] == [list(range(8)), list(range(8, 16))]
 
 
@@ -119,14 +119,14 @@ ORDERS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_order_stays_what_it_is_for_ever(kind):
     """Micro-batches of whole epochs, by digest: of whoever changes one, a run that is resumed learns rows twice."""
-    sampler = Sampler(drawn_lengths(1203, seed=7), Shape(2, 3, 2), seed=11, **KINDS[kind])
+    sampler = Sampler(drawn_lengths(1203, seed=7), BatchShape(2, 3, 2), seed=11, **KINDS[kind])
     found = json.dumps([epoch_of(sampler, epoch) for epoch in (0, 3)])
     assert hashlib.blake2b(found.encode(), digest_size=8).hexdigest() == ORDERS[kind]
 
 
 def test_ranks_get_alike():
     lengths = drawn_lengths(400)
-    sampler = Sampler(lengths, Shape(4, 2, 4), seed=0)
+    sampler = Sampler(lengths, BatchShape(4, 2, 4), seed=0)
     for step in epoch_of(sampler, 0)[:-1]:
         for micro_batch in step:
             tokens = [lengths[rows].sum() for rows in micro_batch]
@@ -139,11 +139,11 @@ def test_ranks_get_alike():
 
 def test_a_short_last_step_can_be_left_out():
     lengths = drawn_lengths(21)
-    whole, dropped = (Sampler(lengths, Shape(2, 2, 2), seed=0, drop_last=drop) for drop in (False, True))
+    whole, dropped = (Sampler(lengths, BatchShape(2, 2, 2), seed=0, drop_last=drop) for drop in (False, True))
     assert (whole.steps_per_epoch, dropped.steps_per_epoch) == (3, 2)
     assert epoch_of(dropped, 0) == epoch_of(whole, 0)[:2]
     assert whole.position(7) == (2, 1)
-    none = Sampler(lengths[:7], Shape(2, 2, 2), seed=0, drop_last=True)
+    none = Sampler(lengths[:7], BatchShape(2, 2, 2), seed=0, drop_last=True)
     assert (none.steps_per_epoch, none.micro_batches_per_epoch) == (0, 0)
     with pytest.raises(IndexError):
         dropped.step_rows(0, 2)
@@ -152,13 +152,13 @@ def test_a_short_last_step_can_be_left_out():
 def test_rows_of_like_length_pad_less():
     drawn = np.random.default_rng(0)
     lengths = np.clip(drawn.lognormal(5, 0.9, 4000).astype(int), 8, 2048)
-    by_length = Sampler(lengths, Shape(8, 1, 1), seed=0, batching="padded", order="group_by_length")
-    at_random = Sampler(lengths, Shape(8, 1, 1), seed=0, batching="padded")
+    by_length = Sampler(lengths, BatchShape(8, 1, 1), seed=0, batching="padded", order="group_by_length")
+    at_random = Sampler(lengths, BatchShape(8, 1, 1), seed=0, batching="padded")
     assert padding_share(by_length) < 0.05 < 0.4 < padding_share(at_random)
-    in_step = Sampler(lengths, Shape(8, 4, 4), seed=0, batching="padded")
+    in_step = Sampler(lengths, BatchShape(8, 4, 4), seed=0, batching="padded")
     assert padding_share(in_step) < 0.2  # within a step rows lie by length anyway
 
 
 def test_a_row_that_is_longer_than_the_capacity_is_refused():
     with pytest.raises(ValueError, match="do not fit a capacity of 10"):
-        Sampler(np.array([5, 11]), Shape(1, 1, 1), seed=0, capacity=10)
+        Sampler(np.array([5, 11]), BatchShape(1, 1, 1), seed=0, capacity=10)

@@ -10,18 +10,18 @@ import pytest
 import torch
 from test_checkpoints import MANIFEST, sealed
 
-from finetune import checkpoints
-from finetune.errors import StorageError
-from finetune.ranks import Disk
-from finetune.saving import Saver, checkpoint_bytes
+from finetune import checkpoint
+from finetune.checkpoint.saver import Saver, checkpoint_bytes
+from finetune.distributed.collectives import StorageGroup
+from finetune.utils.errors import StorageError
 
 
 @pytest.fixture
 def saver(tmp_path) -> Saver:
-    def describe(step: int) -> checkpoints.Manifest:
+    def describe(step: int) -> checkpoint.Manifest:
         return replace(MANIFEST, step=step, world_size=1, loss_since_log=[0.0], disks=[[0]])
 
-    return Saver(tmp_path, Disk(0, (0,), [[0]]), keep=1, first_size=1000, describe=describe)
+    return Saver(tmp_path, StorageGroup(0, (0,), [[0]]), keep=1, first_size=1000, describe=describe)
 
 
 def saved(saver: Saver, step: int) -> Path:
@@ -42,7 +42,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(saver, 
 
     monkeypatch.setattr("shutil.rmtree", refuse)
     for step in (4, 6):
-        assert checkpoints.verify(saved(saver, step)) == []
+        assert checkpoint.verify_checkpoint(saved(saver, step)) == []
     assert capsys.readouterr().out.count("could not be removed: [Errno 39] Directory not empty") == 2
     monkeypatch.undo()
     saved(saver, 8)
@@ -66,9 +66,9 @@ def test_a_rank_whose_disk_does_not_answer_still_says_so_to_the_others(saver, mo
 def test_a_checkpoint_under_the_name_of_a_later_step_is_none(tmp_path):
     shutil.copytree(sealed(tmp_path, 4), tmp_path / "checkpoint-9")
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-4.kept")
-    assert "it is of step 4" in checkpoints.verify(tmp_path / "checkpoint-9")[0]
-    assert checkpoints.verify(tmp_path / "checkpoint-4.kept") == []
-    assert checkpoints.latest_complete(tmp_path) == tmp_path / "checkpoint-4"
+    assert "it is of step 4" in checkpoint.verify_checkpoint(tmp_path / "checkpoint-9")[0]
+    assert checkpoint.verify_checkpoint(tmp_path / "checkpoint-4.kept") == []
+    assert checkpoint.latest_complete(tmp_path) == tmp_path / "checkpoint-4"
 
 
 class Tied(torch.nn.Module):

@@ -10,9 +10,16 @@ from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import Conversation, Turn
-from finetune.rendering import Example, LingoWhaleFormat, PlainText, Renderer, TurnSpan, choose_format
-from finetune.rendering.segments import Segment, segments, speller
+from finetune.chat_templates import (
+    Example,
+    LingoWhaleFormat,
+    PlainTextTokenizer,
+    Renderer,
+    TurnSpan,
+    select_chat_format,
+)
+from finetune.chat_templates.text_segments import Segment, segments, speller
+from finetune.conversation import Conversation, Turn
 
 MARKERS = {"human_token_ids": [3], "model_token_ids": [4]}
 TURNS = (
@@ -61,8 +68,8 @@ def whole(tokenizer, example):
 
 
 def test_a_template_in_segments(smol_tokenizer):
-    chat_format, _ = choose_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
-    found = segments(rendered(chat_format, TURNS), PlainText(smol_tokenizer))
+    chat_format, _ = select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
+    found = segments(rendered(chat_format, TURNS), PlainTextTokenizer(smol_tokenizer))
     assert found[:6] == [
         Segment("control", "<|im_start|>", None),
         Segment("context", "system\n", None),
@@ -82,7 +89,7 @@ def test_a_template_in_segments(smol_tokenizer):
 
 def test_the_end_that_lingowhale_learns_at_the_next_marker():
     turns = [Turn("human", "Hi"), Turn("model", "Yes"), Turn("human", "Bye"), Turn("model", "Ok")]
-    assert segments(rendered(lingowhale(), turns), PlainText(letters())) == [
+    assert segments(rendered(lingowhale(), turns), PlainTextTokenizer(letters())) == [
         Segment("control", "<human>", 0),
         Segment("context", "Hi", 0),
         Segment("control", "<model>", 1),
@@ -98,7 +105,9 @@ def test_the_end_that_lingowhale_learns_at_the_next_marker():
 
 def test_markers_that_the_tokenizer_does_not_add():
     chat_format = LingoWhaleFormat(letters(), [5], [6])
-    found = segments(rendered(chat_format, [Turn("human", "a"), Turn("model", "b")]), PlainText(letters()), [5, 6])
+    found = segments(
+        rendered(chat_format, [Turn("human", "a"), Turn("model", "b")]), PlainTextTokenizer(letters()), [5, 6]
+    )
     assert [(one.kind, one.text) for one in found] == [
         ("control", "<unused5>"),
         ("context", "a"),
@@ -110,7 +119,7 @@ def test_markers_that_the_tokenizer_does_not_add():
 
 def test_a_token_that_decodes_to_nothing_is_shown_by_its_name():
     example = Example([1, 1 + ord("a") - 32], [-100, 1 + ord("a") - 32], 0, "rows.json", turn_spans=())
-    assert segments(example, PlainText(metaspace_tokenizer())) == [
+    assert segments(example, PlainTextTokenizer(metaspace_tokenizer())) == [
         Segment("context", "▁", None),
         Segment("learned", "a", None),
     ]
@@ -118,7 +127,7 @@ def test_a_token_that_decodes_to_nothing_is_shown_by_its_name():
 
 def test_a_cut_through_a_character_shows_that_something_is_there():
     example = rendered(lingowhale(), [Turn("human", "a"), Turn("model", "好好")], max_length=7)
-    (learned,) = [one for one in segments(example, PlainText(letters())) if one.is_learned]
+    (learned,) = [one for one in segments(example, PlainTextTokenizer(letters())) if one.is_learned]
     assert learned.text == "好\ufffd"
 
 
@@ -132,7 +141,7 @@ texts = st.lists(
 def test_nothing_is_lost_and_what_is_learned_is_the_model_turns(said, context_turns):
     turns = [Turn("model" if number % 2 else "human", text) for number, text in enumerate(said[: len(said) // 2 * 2])]
     example = rendered(lingowhale(), turns)
-    found = segments(example, PlainText(letters()))
+    found = segments(example, PlainTextTokenizer(letters()))
     assert read(found) == whole(letters(), example)
     learned = "".join(one.text for one in found if one.is_learned)
     assert learned == "".join(turn.text + "</s>" for turn in turns if turn.role == "model")
@@ -150,7 +159,7 @@ def test_spaces_between_runs_stay(runs):
         spans.append(TurnSpan(turn, "model", len(ids), len(ids) + len(new)))
         ids += new
         labels += new if learned else [-100] * len(new)
-    found = segments(Example(ids, labels, 0, "rows.json", turn_spans=tuple(spans)), PlainText(tokenizer))
+    found = segments(Example(ids, labels, 0, "rows.json", turn_spans=tuple(spans)), PlainTextTokenizer(tokenizer))
     assert read(found) == whole(tokenizer, Example(ids, labels, 0, "rows.json"))
     assert "".join(one.text for one in found) == "<s>" + "".join(text for text, _ in runs)
 
@@ -163,14 +172,16 @@ def _letters(tokenizer, letter):
 @pytest.mark.parametrize("count", [0, 1])
 def test_an_example_without_spans(count):
     example = Example([10 + ord("a")] * count, [-100] * count, 0, "rows.json")
-    assert segments(example, PlainText(letters())) == [Segment("context", "a", None)] * count
+    assert segments(example, PlainTextTokenizer(letters())) == [Segment("context", "a", None)] * count
 
 
 def test_a_content_token_is_text_as_it_is_in_training():
     tokenizer = copy.deepcopy(letters())
     tokenizer.add_tokens(["<think>"])
     said = [Turn("human", "a"), Turn("model", "<think>b")]
-    formats = [choose_format(tokenizer, "lingowhale", **MARKERS, content_tokens=one)[0] for one in (["<think>"], [])]
+    formats = [
+        select_chat_format(tokenizer, "lingowhale", **MARKERS, content_tokens=one)[0] for one in (["<think>"], [])
+    ]
     shown = [[(one.kind, one.text) for one in speller(one)(rendered(one, said))] for one in formats]
     assert shown[0] == shown[1], "as a token, or letter by letter"
     assert ("learned", "<think>b") in shown[0] and len(rendered(formats[0], said).input_ids) == 6

@@ -10,18 +10,18 @@ from conftest import byte_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import Conversation, Turn
-from finetune.errors import DataError
-from finetune.rendering import (
+from finetune.chat_templates import (
     IGNORE_INDEX,
+    JinjaFormat,
     LingoWhaleFormat,
     Renderer,
-    TemplateFormat,
     answer_text,
-    choose_format,
     end_token_ids,
     prompt_ids,
+    select_chat_format,
 )
+from finetune.conversation import Conversation, Turn
+from finetune.utils.errors import DataError
 
 MARKERS = {"human_token_ids": [3], "model_token_ids": [4]}
 FOLLOWED = [name for name, style in STYLES.items() if style.refused is None]
@@ -53,25 +53,25 @@ def served(real_tokenizers):
         if kind == "python":
             from byte_code import ByteTokenizer
 
-            return TemplateFormat(ByteTokenizer(), PLAIN, name)
+            return JinjaFormat(ByteTokenizer(), PLAIN, name)
         tokenizer = byte_tokenizer() if kind == "bytes" else copy.deepcopy(real_tokenizers[kind])
         if name == "lingowhale":
             return LingoWhaleFormat(tokenizer, MARKERS["human_token_ids"], MARKERS["model_token_ids"])
         if name == "chatml":
-            return choose_format(tokenizer, name, **MARKERS)[0]
+            return select_chat_format(tokenizer, name, **MARKERS)[0]
         if name == "its own":
-            return choose_format(tokenizer, **MARKERS)[0]
+            return select_chat_format(tokenizer, **MARKERS)[0]
         if name == "content tokens":
             from tokenizers import AddedToken
 
             tokenizer.add_tokens([AddedToken(token, special=False) for token in THINKING])
-            return choose_format(tokenizer, "chatml", content_tokens=THINKING, **MARKERS)[0]
+            return select_chat_format(tokenizer, "chatml", content_tokens=THINKING, **MARKERS)[0]
         style = STYLES[name]
         named = {"bos_token": style.bos, "eos_token": style.eos}
         tokenizer.add_special_tokens(
             {"additional_special_tokens": list(style.tokens), **{key: one for key, one in named.items() if one}}
         )
-        return TemplateFormat(tokenizer, style.template, name)
+        return JinjaFormat(tokenizer, style.template, name)
 
     return a_format
 

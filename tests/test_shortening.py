@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import Conversation, Turn
-from finetune.rendering import (
+from finetune.chat_templates import (
     IGNORE_INDEX,
+    JinjaFormat,
     LingoWhaleFormat,
     Renderer,
-    TemplateFormat,
-    Unrenderable,
-    lay_out,
+    UnrenderableError,
+    tokenize_conversation,
 )
-from finetune.rendering.examples import Answer
-from finetune.rendering.proof import _says_the_same, prove_all
+from finetune.chat_templates.example import SupervisedSpan
+from finetune.chat_templates.label_check import _says_the_same, check_labels
+from finetune.conversation import Conversation, Turn
 
 # A tail that nobody learns stands behind each turn, as ChatML has it.
 TAILED = "{% for m in messages %}{{ '<human>' if m.role == 'user' else '<model>' }}{{ m.content }}</s>\n{% endfor %}"
@@ -26,13 +26,13 @@ TAILED = "{% for m in messages %}{{ '<human>' if m.role == 'user' else '<model>'
 def formats(golden_tokenizer):
     return {
         "lingowhale": LingoWhaleFormat(golden_tokenizer, [3], [4]),
-        "tailed": TemplateFormat(golden_tokenizer, TAILED, "tailed"),
+        "tailed": JinjaFormat(golden_tokenizer, TAILED, "tailed"),
     }
 
 
 def laid_out(chat_format, turns, limit=None):
     """(ids, labels) where all that is learned fits into `limit`, else None."""
-    layout = lay_out(chat_format, turns)
+    layout = tokenize_conversation(chat_format, turns)
     last = max((place + 1 for place, label in enumerate(layout.labels) if label != IGNORE_INDEX), default=0)
     if limit is not None and len(layout.input_ids) > limit and not 0 < last <= limit:
         return None
@@ -115,10 +115,10 @@ def test_what_is_left_of_a_long_conversation_is_the_best_of_all_possibilities(
 def test_an_answer_is_known_by_the_number_of_its_turn(formats):
     turns = [Turn("system", "S"), Turn("human", "a"), Turn("model", "b"), Turn("human", "c"), Turn("model", "d")]
     for chat_format in formats.values():
-        layout = lay_out(chat_format, turns)
+        layout = tokenize_conversation(chat_format, turns)
         assert [(one.turn, one.text) for one in layout.answers] == [(2, "b"), (4, "d")]
-    with pytest.raises(Unrenderable, match="there is none"):
-        lay_out(formats["lingowhale"], [turns[0], turns[2]])
+    with pytest.raises(UnrenderableError, match="there is none"):
+        tokenize_conversation(formats["lingowhale"], [turns[0], turns[2]])
 
 
 def test_turns_keep_their_numbers_where_the_system_turn_is_put_in_front(golden_tokenizer):
@@ -127,7 +127,7 @@ def test_turns_keep_their_numbers_where_the_system_turn_is_put_in_front(golden_t
     for behind in ("</s>", ":"):  # contents between control tokens, and in front of words
         said = f"m.role + m.content + ('{behind}' if m.role == 'user' else '</s>')"
         template = refusing + "{% for m in messages %}{{ " + said + " }}{% endfor %}"
-        layout = lay_out(TemplateFormat(golden_tokenizer, template, "x"), turns)
+        layout = tokenize_conversation(JinjaFormat(golden_tokenizer, template, "x"), turns)
         assert [(one.turn, one.text) for one in layout.answers] == [(2, "b"), (4, "d")]
         assert [(one.turn, one.role) for one in layout.spans] == [(n, turns[n].role) for n in range(1, 5)]
 
@@ -140,7 +140,7 @@ def test_renderers_that_differ_in_anything_are_not_equal(formats, golden_tokeniz
         Renderer(plain, 10, too_long="windows"),
         Renderer(plain, 10, train_on="last_model_turn"),
         Renderer(tailed, 10),
-        Renderer(TemplateFormat(golden_tokenizer, TAILED + " ", "tailed"), 10),
+        Renderer(JinjaFormat(golden_tokenizer, TAILED + " ", "tailed"), 10),
         Renderer(LingoWhaleFormat(golden_tokenizer, [3], [5]), 10),
         Renderer(LingoWhaleFormat(golden_tokenizer, [5], [4]), 10),
     ]
@@ -149,9 +149,9 @@ def test_renderers_that_differ_in_anything_are_not_equal(formats, golden_tokeniz
 
 
 def test_a_layout_that_begins_with_what_is_learned_fails_its_proof(formats):
-    layout = lay_out(formats["lingowhale"], [Turn("human", "a"), Turn("model", "b")])
+    layout = tokenize_conversation(formats["lingowhale"], [Turn("human", "a"), Turn("model", "b")])
     layout.labels[0] = layout.input_ids[0]
-    assert prove_all(formats["lingowhale"], [layout])[0].startswith("it begins with what would be learned")
+    assert check_labels(formats["lingowhale"], [layout])[0].startswith("it begins with what would be learned")
 
 
 @pytest.mark.parametrize(
@@ -171,4 +171,4 @@ def test_a_layout_that_begins_with_what_is_learned_fails_its_proof(formats):
     ],
 )
 def test_what_is_learned_says_what_the_turn_says(said, learned, ended, same):
-    assert _says_the_same(learned, Answer(1, 0, 3, said, ended)) is same
+    assert _says_the_same(learned, SupervisedSpan(1, 0, 3, said, ended)) is same

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from finetune import skipping
-from finetune.errors import ConfigError
+from finetune.dataset import skip_rows
+from finetune.utils.errors import ConfigError
 
 DATA = {"a/rows.json": 20, "owner/name:train": 3}
 
@@ -17,9 +17,9 @@ def test_rows_to_skip_are_read_in_both_forms(tmp_path, monkeypatch):
     path = tmp_path / "skip"
     record = json.dumps({"source": "a/rows.json", "row": 3, "id": "x", "text": "é", "loss": None})
     path.write_text(f"# a remark\n\n{record}\n{record}\na/rows.json:17\n{tmp_path}/a/rows.json:0\nowner/name:train:2\n")
-    rows = skipping.rows_to_skip([str(path)], DATA)
+    rows = skip_rows.rows_to_skip([str(path)], DATA)
     assert rows == (("a/rows.json", 0), ("a/rows.json", 3), ("a/rows.json", 17), ("owner/name:train", 2))
-    assert skipping.rows_to_skip([], DATA) == ()
+    assert skip_rows.rows_to_skip([], DATA) == ()
 
 
 @pytest.mark.parametrize(
@@ -38,18 +38,18 @@ def test_rows_to_skip_are_read_in_both_forms(tmp_path, monkeypatch):
 def test_a_row_that_the_data_does_not_have_is_named(tmp_path, text, says):
     (tmp_path / "skip").write_text(text + "\n")
     with pytest.raises(ConfigError) as raised:
-        skipping.rows_to_skip([str(tmp_path / "skip")], DATA)
+        skip_rows.rows_to_skip([str(tmp_path / "skip")], DATA)
     assert says in str(raised.value) and "--skip_rows" in str(raised.value)
 
 
 def test_a_file_of_rows_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match="--skip_rows .*nowhere: No such file"):
-        skipping.rows_to_skip([str(tmp_path / "nowhere")], DATA)
+        skip_rows.rows_to_skip([str(tmp_path / "nowhere")], DATA)
 
 
 def test_all_windows_of_a_row_are_left_out():
     from datasets import Dataset
 
     examples = Dataset.from_dict({"source": ["a", "a", "b", "a"], "row": [0, 1, 1, 1], "id": ["0", "1", '"x"', "1"]})
-    assert skipping.places_of(examples, [("a", 1)]).tolist() == [False, True, False, True]
-    assert not skipping.places_of(examples, []).any()
+    assert skip_rows.skip_mask(examples, [("a", 1)]).tolist() == [False, True, False, True]
+    assert not skip_rows.skip_mask(examples, []).any()

@@ -12,8 +12,9 @@ import datasets
 import pytest
 from chat_rows import good_row, read, refusal, spoken, written
 
-from finetune.conversations import Source, find_sources, fingerprint, load_conversations, shipped_files
-from finetune.errors import DataError
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.dataset.data_sources import Source, find_sources, fingerprint_sources, shipped_files
+from finetune.utils.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,7 +142,7 @@ def test_the_file_of_the_published_command_is_known_not_to_be_shipped():
 
 
 def test_several_paths_are_read_in_their_order(folder):
-    assert [(one.source, one.row) for one in load_conversations(["data/b.jsonl", "data/c.parquet", "data/a.json"])] == [
+    assert [(one.source, one.row) for one in read_conversations(["data/b.jsonl", "data/c.parquet", "data/a.json"])] == [
         ("data/b.jsonl", 0), ("data/c.parquet", 0), ("data/a.json", 0),
     ]  # fmt: skip
 
@@ -252,7 +253,7 @@ def test_the_fingerprint_is_of_the_content_in_its_order(tmp_path):
     copy = written(tmp_path / "copy.json", one.read_bytes())
 
     def of(*paths: Path) -> str:
-        return fingerprint([Source(str(path)) for path in paths])
+        return fingerprint_sources([Source(str(path)) for path in paths])
 
     assert of(one) == of(copy) and len(of(one)) == 32
     assert len({of(one), of(other), of(one, other), of(other, one)}) == 4
@@ -269,7 +270,7 @@ def test_the_fingerprint_of_a_saved_data_set_goes_with_its_folder(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     rows.select([1, 0]).save_to_disk(str(tmp_path / "c"))
 
-    digests = [fingerprint(find_sources([str(tmp_path / name)])) for name in "abc"]
+    digests = [fingerprint_sources(find_sources([str(tmp_path / name)])) for name in "abc"]
 
     assert digests[0] == digests[1] != digests[2]
 

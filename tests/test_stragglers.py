@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.stragglers import Stragglers, find_straggler
+from finetune.training.stragglers import Stragglers, find_straggler
 
 
 @pytest.mark.parametrize(

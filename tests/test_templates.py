@@ -12,9 +12,9 @@ from chat_templates import STYLES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import Conversation, Turn
-from finetune.errors import ConfigError, DataError
-from finetune.rendering import IGNORE_INDEX, Renderer, TemplateFormat
+from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, Renderer
+from finetune.conversation import Conversation, Turn
+from finetune.utils.errors import ConfigError, DataError
 
 ROLES = {"human": "user", "model": "assistant", "system": "system"}
 TOKENIZERS = ("smollm2", "mistral", "deepseek")
@@ -80,7 +80,7 @@ def style_tokenizers(real_tokenizers):
                 }
             )
             one.chat_template = style.template
-            made[kind, name] = one, TemplateFormat(one, style.template, name)
+            made[kind, name] = one, JinjaFormat(one, style.template, name)
         return made[kind, name]
 
     return tokenizer
@@ -201,7 +201,7 @@ def test_a_python_backed_tokenizer_is_encoded_piece_by_piece():
     tokenizer.chat_template = PLAIN
     assert not tokenizer.is_fast
     for turns in CONVERSATIONS.values():
-        check(tokenizer, rendered(TemplateFormat(tokenizer, PLAIN, "plain"), turns), turns)
+        check(tokenizer, rendered(JinjaFormat(tokenizer, PLAIN, "plain"), turns), turns)
 
 
 @pytest.mark.parametrize("opening", ["m.role[0] + ':'", "'<human>'"], ids=["in words", "a control token"])
@@ -218,7 +218,7 @@ def test_a_spelling_that_only_normalization_makes_a_control_token_stays_text(ope
     said = f"b {token.upper()} d"
     assert number in tokenizer.encode(said)  # all in lower case, which only what nobody learns may become
 
-    (example,) = rendered(TemplateFormat(tokenizer, template, "x"), [("human", said), ("model", "c")]).examples
+    (example,) = rendered(JinjaFormat(tokenizer, template, "x"), [("human", said), ("model", "c")]).examples
 
     assert example.input_ids.count(number) == (2 if token == "<end>" else 0)
     assert tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]) == "c<end>"
@@ -230,10 +230,10 @@ def test_data_with_the_date_in_it_is_of_its_day(golden_tokenizer, monkeypatch):
         def today(cls) -> date:
             return date(2026, 1, 2)
 
-    monkeypatch.setattr("finetune.rendering.template.date", Day)
-    dated = TemplateFormat(golden_tokenizer, "{{ strftime_now('%d %b %Y') }}" + PLAIN, "x")
+    monkeypatch.setattr("finetune.chat_templates.jinja_format.date", Day)
+    dated = JinjaFormat(golden_tokenizer, "{{ strftime_now('%d %b %Y') }}" + PLAIN, "x")
     assert dated.identity()["day"] == "2026-01-02"
-    assert TemplateFormat(golden_tokenizer, PLAIN, "x").identity()["day"] is None
+    assert JinjaFormat(golden_tokenizer, PLAIN, "x").identity()["day"] is None
 
 
 def test_white_space_that_control_tokens_swallow_is_no_part_of_a_turn(smol_tokenizer):
@@ -244,7 +244,7 @@ def test_white_space_that_control_tokens_swallow_is_no_part_of_a_turn(smol_token
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True, rstrip=True)])
     tokenizer.chat_template = "{% for m in messages %}{{ '<|assistant|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     turns = [("human", "\n a \n"), ("model", "\n\n b \n\n"), ("human", " c"), ("model", "d ")]
-    check(tokenizer, rendered(TemplateFormat(tokenizer, tokenizer.chat_template, "x"), turns), turns)
+    check(tokenizer, rendered(JinjaFormat(tokenizer, tokenizer.chat_template, "x"), turns), turns)
 
 
 def test_a_template_that_counts_on_the_contents_is_refused_where_it_rewrites_them(smol_tokenizer):
@@ -252,7 +252,7 @@ def test_a_template_that_counts_on_the_contents_is_refused_where_it_rewrites_the
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.replace('damn', '****') }}"
         "<|im_end|>\n{% endfor %}"
     )
-    chat_format = TemplateFormat(smol_tokenizer, template, "x")
+    chat_format = JinjaFormat(smol_tokenizer, template, "x")
     check_turns = [("human", "a"), ("model", "fine")]
     assert rendered(chat_format, check_turns).status == "kept"
     with pytest.raises(DataError, match="row 0: the chat template rewrites what turn 1 says"):
@@ -264,7 +264,7 @@ def test_offsets_and_anchors_give_the_same(style_tokenizers):
     compared = 0
     for name in FOLLOWED:
         tokenizer, fast = style_tokenizers("smollm2", name)
-        slow = TemplateFormat(tokenizer, STYLES[name].template, name)
+        slow = JinjaFormat(tokenizer, STYLES[name].template, name)
         slow._anchors = lambda outline, shape: None
         for turns in CONVERSATIONS.values():
             try:
@@ -291,8 +291,8 @@ class TestContentTokens:
     def test_named_ones_are_tokens_and_all_others_stay_text(self, smol_tokenizer):
         tokenizer = self.tokenizer(smol_tokenizer)
         think, end = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>"])
-        plain = rendered(TemplateFormat(tokenizer, self.template, "x"), self.turns)
-        named = rendered(TemplateFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), self.turns)
+        plain = rendered(JinjaFormat(tokenizer, self.template, "x"), self.turns)
+        named = rendered(JinjaFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), self.turns)
         for rendering, count, spelled in ((plain, 0, 2), (named, 1, 1)):
             (example,) = rendering.examples
             assert example.labels.count(think) == example.input_ids.count(think) == count
@@ -303,7 +303,7 @@ class TestContentTokens:
     def test_without_other_spellings_the_ids_are_exact(self, smol_tokenizer):
         tokenizer = self.tokenizer(smol_tokenizer)
         turns = [("human", "Why?"), self.turns[1]]
-        rendering = rendered(TemplateFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), turns)
+        rendering = rendered(JinjaFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), turns)
         expected = tokenizer.apply_chat_template(messages(turns, merged=False), return_dict=False)
         assert rendering.examples[0].input_ids == expected
 
@@ -312,4 +312,4 @@ class TestContentTokens:
     )
     def test_a_special_or_unknown_token_is_refused(self, smol_tokenizer, token, reason):
         with pytest.raises(ConfigError, match=f"--content_tokens {re.escape(token)}: {reason}"):
-            TemplateFormat(self.tokenizer(smol_tokenizer), self.template, "x", [token])
+            JinjaFormat(self.tokenizer(smol_tokenizer), self.template, "x", [token])

@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 from rendered import conversation, learned, render, said
 
-from finetune.conversations import BadRow, Conversation, Turn
-from finetune.rendering import (
-    CHATML,
-    IGNORE_INDEX,
-    LingoWhaleFormat,
-    Renderer,
-    TemplateFormat,
-)
+from finetune.chat_templates import CHATML, IGNORE_INDEX, JinjaFormat, LingoWhaleFormat, Renderer
+from finetune.conversation import BadRow, Conversation, Turn
 
 
 class TestTooLong:
@@ -49,7 +43,7 @@ class TestTooLong:
         assert f"alone fills {max_length}" in rendering.reason
 
     def test_a_tail_that_nobody_learns_costs_no_turn(self, smol_tokenizer):
-        chat_format = TemplateFormat(smol_tokenizer, CHATML, "chatml")
+        chat_format = JinjaFormat(smol_tokenizer, CHATML, "chatml")
         whole = render(chat_format, ("human", "a"), ("model", "b")).examples[0]
         assert whole.labels[-1] == IGNORE_INDEX  # the newline after <|im_end|>
         shorter = render(chat_format, ("human", "a"), ("model", "b"), max_length=len(whole.input_ids) - 1)
@@ -64,7 +58,7 @@ class TestWindows:
     )
 
     def windows(self, tokenizer, max_length, turns=None):
-        chat_format = TemplateFormat(tokenizer, CHATML, "chatml")
+        chat_format = JinjaFormat(tokenizer, CHATML, "chatml")
         return Renderer(chat_format, max_length, too_long="windows").render(conversation(*(turns or self.turns)))
 
     @pytest.mark.parametrize("max_length", [40, 60, 80, 100, 140])
@@ -85,7 +79,7 @@ class TestWindows:
             first = next(n for n in range(6) if f"h{n}h" in text)
             if first:  # with one more exchange in front it would not fit
                 more = [self.turns[0], *self.turns[1 + 2 * (first - 1) : 3 + 2 * last]]
-                longer = render(TemplateFormat(smol_tokenizer, CHATML, "chatml"), *more).examples[0]
+                longer = render(JinjaFormat(smol_tokenizer, CHATML, "chatml"), *more).examples[0]
                 assert longer.labels.index(IGNORE_INDEX) == 0
                 assert len(longer.input_ids) - 1 > max_length  # the newline behind the last turn may be left out
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from finetune.errors import ConfigError
-from finetune.trackers import PACKAGES, check_trackers
+from finetune.training.trackers import PACKAGES, check_trackers
+from finetune.utils.errors import ConfigError
 
 
 def test_the_names_are_transformers():

@@ -103,7 +103,7 @@ def test_moved_base_weights_are_saved_as_a_plain_lora_for_the_original_base(tmp_
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.adapters import InitialLora, attach_lora
+    from finetune.models.adapters import InitialLora, attach_lora
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     untouched = logits(base)
@@ -198,11 +198,12 @@ def test_in_bf16_the_stages_train_the_same_adapters(tmp_path, tiny_model, conver
 def _train_in_bf16(argv: list[str]) -> None:
     from deepspeed.accelerator import get_accelerator
 
-    from finetune import checking, train
-    from finetune.hardware import Hardware
+    from finetune import train
+    from finetune.config.hardware import HardwareConfig
+    from finetune.training import config_check
 
     get_accelerator().is_bf16_supported = lambda: True  # emulated is good enough for two small steps
-    checking.decide = lambda found, **asked: Hardware("bf16", None, "sdpa", "gloo", use_cpu=True)
+    config_check.resolve_hardware = lambda found, **asked: HardwareConfig("bf16", None, "sdpa", "gloo", use_cpu=True)
     train.main(argv)
 
 
@@ -236,7 +237,7 @@ def test_adapters_have_the_precision_of_their_base(tiny_model):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.adapters import attach_lora
+    from finetune.models.adapters import attach_lora
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = attach_lora(base, r=2, alpha=4, dropout=0.0, target_modules=["all-linear"])

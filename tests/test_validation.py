@@ -14,7 +14,7 @@ import torch
 from conftest import ROWS, write_rows
 from short_runs import LORA, SHORT, losses
 
-from finetune.validation import best_of, without_progress
+from finetune.training.evaluator import best_checkpoint, without_progress
 
 HELD_OUT = [
     [("human", "Who made you?"), ("model", "Tidepool made me.")],
@@ -39,12 +39,12 @@ def laid_out(output: Path, rows: list) -> list:
     """Rows as a run renders them."""
     from transformers import AutoTokenizer
 
-    from finetune.conversations import Turn
-    from finetune.rendering import choose_format
+    from finetune.chat_templates import select_chat_format
+    from finetune.conversation import Turn
 
     tokenizer = AutoTokenizer.from_pretrained(output)
-    format_, _ = choose_format(tokenizer, human_token_ids=[3], model_token_ids=[4])
-    return format_.lay_out_all([[Turn(role, text) for role, text in row] for row in rows])
+    format_, _ = select_chat_format(tokenizer, human_token_ids=[3], model_token_ids=[4])
+    return format_.tokenize_all([[Turn(role, text) for role, text in row] for row in rows])
 
 
 def reference(model_folder: Path, output: Path) -> float:
@@ -137,15 +137,15 @@ def test_a_share_is_of_conversations_and_is_never_learned_nor_are_its_rows_to_sk
 def test_shares_keep_windows_together_and_depend_on_the_seed_alone(tmp_path, golden_tokenizer):
     from dataclasses import replace
 
-    from finetune.conversations import Source
-    from finetune.dataset import prepare
-    from finetune.errors import DataError
-    from finetune.rendering import LingoWhaleFormat, Renderer
+    from finetune.chat_templates import LingoWhaleFormat, Renderer
+    from finetune.dataset.data_sources import Source
+    from finetune.dataset.prepare import prepare_dataset
+    from finetune.utils.errors import DataError
 
     rows = [[turn for n in range(4) for turn in (("human", f"{row}"), ("model", f"x{n}"))] for row in range(30)]
     sources = [Source(str(write_rows(tmp_path / "a.json", rows)))]
     renderer = Renderer(LingoWhaleFormat(golden_tokenizer, [3], [4]), 12, too_long="windows")
-    data = prepare(sources, renderer, cache_dir=str(tmp_path / "cache"))
+    data = prepare_dataset(sources, renderer, cache_dir=str(tmp_path / "cache"))
     split = replace(data, validation_share=0.2)
     apart, _ = split.held_out(7)
     trained = split.epoch(7)
@@ -166,9 +166,9 @@ def test_what_is_not_finite_is_counted_and_never_the_best():
         {"step": 3, "eval_loss": 1.0},
         {"step": 3},
     ]
-    assert best_of(history, [1, 2]) == (1, 2.0)
-    assert best_of(history, [1, 2, 3]) == (3, 1.0)
-    assert best_of(history, []) is None
+    assert best_checkpoint(history, [1, 2]) == (1, 2.0)
+    assert best_checkpoint(history, [1, 2, 3]) == (3, 1.0)
+    assert best_checkpoint(history, []) is None
     assert without_progress([2.0, 1.5, math.nan, 1.49, 1.6], 0.1) == 3
 
 
@@ -196,9 +196,9 @@ def test_micro_batches_that_are_not_finite_are_counted(held_out, conversation_fi
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, tiny_model, conversation_file, tmp_path):
-    from finetune.arguments import parse
-    from finetune.checking import evaluation_options
-    from finetune.errors import ConfigError
+    from finetune.config import parse
+    from finetune.training.config_check import evaluation_options
+    from finetune.utils.errors import ConfigError
 
     words = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "out"]
     with pytest.raises(ConfigError, match=message):

@@ -18,11 +18,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from finetune.__main__ import app
-from finetune.arguments import DoctorArguments, EvaluateArguments, PreviewArguments
-from finetune.errors import FinetuneError
-from finetune.hosts import LauncherFlags, parse_launcher
-from finetune.tools import evaluate
-from finetune.tools.launch import NOT_HANDED_ON, handed_on
+from finetune.cli import evaluate
+from finetune.cli.launch import NOT_HANDED_ON, handed_on
+from finetune.config import DoctorArguments, EvaluateArguments, PreviewArguments
+from finetune.launcher import LauncherArgs, parse_launcher_args
+from finetune.utils.errors import FinetuneError
 
 
 class Calls(list):
@@ -104,45 +104,48 @@ def verb(tiny_model, conversation_file, monkeypatch, tmp_path) -> Callable[..., 
 def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     """Leave out what needs a result or a model, and note how it is called."""
     result = SimpleNamespace(folder=Path("output"), run={}, chat={"stop_token_id": 2})
-    at = f"finetune.tools.{verb}"
+    at = f"finetune.cli.{verb}"
     found = {
         "evaluate": {
-            f"{at}.read_result": result, f"{at}.stored.check_writable": None, f"{at}.prepare_held_out": object(),
-            f"{at}.stored.versioned": {}, f"{at}.stored.store": None, f"{at}.show": None, f"{at}.join_processes": None,
-            "finetune.opening.open_result": None, "finetune.evaluation.held_out.evaluate_held_out": {},
+            f"{at}.read_result": result, f"{at}.eval_results.check_writable": None, f"{at}.prepare_held_out": object(),
+            f"{at}.eval_results.versioned": {}, f"{at}.eval_results.write_results": None,
+            f"{at}.print_sections": None, f"{at}.init_process_group": None,
+            "finetune.inference.load_result.load_for_inference": None,
+            "finetune.evaluation.held_out.evaluate_held_out": {},
             "finetune.evaluation.benchmarks.find_jobs": ["job"], f"{at}._fail_if_below": None,
-            "finetune.evaluation.benchmarks.evaluate_benchmarks": {}, f"{at}.leave_processes": None,
-            "finetune.evaluation.forgetting.evaluate_forgetting": {}, f"{at}.resume_collection": None,
+            "finetune.evaluation.benchmarks.evaluate_benchmarks": {}, f"{at}.destroy_process_group": None,
+            "finetune.evaluation.forgetting.evaluate_forgetting": {}, f"{at}.enable_gc": None,
             f"{at}.keep_freed_blocks": None, f"{at}.prepare_environment": None,
         },
         "merge": {
-            f"{at}.read_result": result, "finetune.opening.load_tokenizer": None, "finetune.merging.check_gguf": None,
-            "finetune.merging.plan_merge": SimpleNamespace(origin="x", pieces=[], size=0, source=None, tokenizer=None),
-            "finetune.merging.merge": SimpleNamespace(notes=[], size=0, checked="checked"),
-            "finetune.merging.write_gguf": Path(__file__),
+            f"{at}.read_result": result, "finetune.inference.load_result.load_tokenizer": None,
+            "finetune.export.check_gguf": None,
+            "finetune.export.plan_merge": SimpleNamespace(origin="x", pieces=[], size=0, source=None, tokenizer=None),
+            "finetune.export.merge_weights": SimpleNamespace(notes=[], size=0, checked="checked"),
+            "finetune.export.write_gguf": Path(__file__),
         },
         "quickstart": {
             f"{at}.obtain_model": None, f"{at}.train": None, f"{at}.read_result": None, f"{at}._answers": [],
-            f"{at}.open_result": SimpleNamespace(base=lambda: nullcontext(), tuned=None), f"{at}._show": 99,
+            f"{at}.load_for_inference": SimpleNamespace(base=lambda: nullcontext(), tuned=None), f"{at}._show": 99,
         },
         "report": {
             f"{at}.read_run": SimpleNamespace(state="complete", answers=None, cards=[], folder=Path("f"), name="run"),
             f"{at}.write_report": None, f"{at}.keep_watching": None, f"{at}.pages.check_replaceable": None,
-            f"{at}.read_result": result, f"{at}.make_answers": None, f"{at}.write_answers": None,
+            f"{at}.read_result": result, f"{at}.generate_answers": None, f"{at}.write_answers": None,
             f"{at}.prompts_of": ["prompt"],
         },
         "chat": {
             f"{at}.read_result": result, f"{at}.read_model": result, f"{at}.check_gradio": None,
-            f"{at}.open_result": SimpleNamespace(chat_format=None, stop_token_ids=[]), f"{at}.serve": None,
-            f"{at}.depends_on_reasoning": True, f"{at}.answer_once": None, f"{at}.Voices": None,
+            f"{at}.load_for_inference": SimpleNamespace(chat_format=None, stop_token_ids=[]), f"{at}.serve": None,
+            f"{at}.depends_on_reasoning": True, f"{at}.answer_once": None, f"{at}.ChatModels": None,
         },
     }.get(verb, {})  # fmt: skip
     for name, returns in found.items():
         monkeypatch.setattr(name, calls.to(name.rpartition(".")[2], returns))
     if verb == "evaluate":
-        monkeypatch.setattr(f"{at}.stored.SECTIONS", dict.fromkeys(evaluate.stored.SECTIONS, str))
+        monkeypatch.setattr(f"{at}.eval_results.SECTIONS", dict.fromkeys(evaluate.eval_results.SECTIONS, str))
     if verb == "chat":
-        monkeypatch.setattr(f"{at}.Chat", lambda system: f"chat with {system}")
+        monkeypatch.setattr(f"{at}.ChatSession", lambda system: f"chat with {system}")
 
 
 @pytest.mark.parametrize(("name", "option"), [(verb, option) for verb, found in OF_VERBS.items() for option in found])
@@ -177,7 +180,7 @@ def test_a_test_of_the_doctor_gives_the_option(flag):
 
 def test_every_flag_of_the_launcher_is_handed_on_or_read():
     text = "".join(path.read_text("utf-8") for path in (ROOT / "finetune").rglob("*.py") if path.name != "flags.py")
-    typed = [one for one in fields(LauncherFlags) if one.default is not MISSING and one.name != "given"]
+    typed = [one for one in fields(LauncherArgs) if one.default is not MISSING and one.name != "given"]
     assert len(typed) > 20
     for one in typed:
         if one.name in (*NOT_HANDED_ON, "module"):
@@ -186,7 +189,7 @@ def test_every_flag_of_the_launcher_is_handed_on_or_read():
             continue
         value = next(iter(one.metadata["choices"] or ()), "1")
         words = [f"--{one.name}"] if one.default is False else [f"--{one.name}={value}"]
-        assert words[0] in handed_on(parse_launcher([*words, "script.py"])), one.name
+        assert words[0] in handed_on(parse_launcher_args([*words, "script.py"])), one.name
 
 
 def test_every_option_is_used_by_the_verb_that_declares_it():

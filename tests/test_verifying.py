@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune import verifying
-from finetune.errors import CheckpointError
+from finetune.export import verify_saved
+from finetune.utils.errors import CheckpointError
 
 IDS = [5, 6, 7, 8, 9, 10]
 LABELS = [-100, -100, 7, 8, -100, 10]
@@ -26,7 +26,7 @@ def saved(tiny_model, tmp_path):
 
 
 def verify(folder, loss, precision="float32", base=""):
-    return verifying.verify_result(
+    return verify_saved.verify_result(
         folder, base=base, input_ids=IDS, labels=LABELS, loss=loss, precision=precision, trust_remote_code=False
     )
 
@@ -105,7 +105,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 def test_where_a_second_copy_does_not_fit_the_weights_are_looked_at_all_the_same(saved, monkeypatch):
     folder, _ = saved
-    monkeypatch.setattr(verifying, "free_memory", lambda: 1000)
+    monkeypatch.setattr(verify_saved, "free_memory", lambda: 1000)
     assert "its loss was not compared" in verify(folder, 99.0)
     rewrite(folder, emptied)
     with pytest.raises(CheckpointError, match="is empty"):
@@ -114,7 +114,7 @@ def test_where_a_second_copy_does_not_fit_the_weights_are_looked_at_all_the_same
 
 def test_the_copy_computes_in_the_precision_of_the_run(tiny_model, tmp_path, monkeypatch):
     """Weights that lie on the disk in bf16 were trained in float32: their loss in bf16 would be another."""
-    monkeypatch.setitem(verifying.TOLERANCES, "float32", 1e-5)  # a model so small differs by little
+    monkeypatch.setitem(verify_saved.TOLERANCES, "float32", 1e-5)  # a model so small differs by little
     base, folder = tmp_path / "base", tmp_path / "adapter"
     sharp = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     sharp.get_input_embeddings().weight.data *= 40  # it is the head too

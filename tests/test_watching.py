@@ -17,9 +17,9 @@ from conftest import ROOT
 from ranks import free_port
 from reported import line, output_dir
 
-from finetune import results
-from finetune.errors import ConfigError
-from finetune.report import watching
+from finetune.report import live_server
+from finetune.run_dir import run_json
+from finetune.utils.errors import ConfigError
 
 START = "import sys; from finetune.__main__ import main; main()"
 
@@ -85,8 +85,8 @@ def test_the_page_follows_the_run_and_ends_with_it(watching_run):
     assert not news["ended"] and "0.125" in news["parts"]["head"]
     assert watch.get("/now", **{"If-None-Match": tag})[0] == 200
 
-    results.write_run(folder, {"completed": True, "result": {"steps": 3}})
-    results.mark_complete(folder, "run-1")
+    run_json.update_run_json(folder, {"completed": True, "result": {"steps": 3}})
+    run_json.mark_complete(folder, "run-1")
     assert watch.wait_for(lambda: (found := watch.now())["ended"] and found)["numbers"]["runs"][0]["x"]["step"][-1] == 3
     out, _ = watch.process.communicate(timeout=20)
     assert watch.process.returncode == 0 and out.endswith("report.html: the run has ended\n")
@@ -114,7 +114,7 @@ def test_only_this_host_under_its_own_name_and_only_the_page(watching_run):
 def test_a_run_that_has_ended_is_not_watched(tmp_path):
     said = []
     folder = output_dir(tmp_path / "one")
-    watching.watch([(folder, "one")], tmp_path / "page.html", every=1.0, port=0, say=said.append)
+    live_server.watch([(folder, "one")], tmp_path / "page.html", every=1.0, port=0, say=said.append)
     assert said == [f"{tmp_path / 'page.html'}: the run has ended"]
     assert "data-every=" not in (tmp_path / "page.html").read_text("utf-8")
 
@@ -122,15 +122,15 @@ def test_a_run_that_has_ended_is_not_watched(tmp_path):
 def test_a_port_that_is_taken(tmp_path):
     folder = output_dir(tmp_path / "one", complete=False)
     with (
-        watching._serving(0) as server,
+        live_server._serving(0) as server,
         pytest.raises(ConfigError, match=f"--port {server.server_port}: Address already"),
     ):
-        watching.watch([(folder, "one")], tmp_path / "a.html", every=1.0, port=server.server_port, say=print)
+        live_server.watch([(folder, "one")], tmp_path / "a.html", every=1.0, port=server.server_port, say=print)
 
 
 def test_a_run_that_failed_or_was_stopped_has_ended(tmp_path):
     one, two = (output_dir(tmp_path / name, complete=False) for name in ("one", "two"))
-    assert not watching.has_ended(one)
+    assert not live_server.has_ended(one)
     (one / "failure.json").write_text("{}")
-    results.write_run(two, {"starts": results.ended(two, "stopped by SIGTERM")})
-    assert watching.has_ended(one) and watching.has_ended(two)
+    run_json.update_run_json(two, {"starts": run_json.ended(two, "stopped by SIGTERM")})
+    assert live_server.has_ended(one) and live_server.has_ended(two)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_checkpoints import MANIFEST, sealed
 
-from finetune import checkpoints
-from finetune.checkpoints import folders
-from finetune.errors import CheckpointError
+from finetune import checkpoint
+from finetune.checkpoint import checkpoint_dirs
+from finetune.utils.errors import CheckpointError
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def journal(monkeypatch):
 
 
 def test_a_save_is_announced_durably_before_there_is_a_folder(tmp_path, journal):
-    checkpoints.mark_as_unfinished(tmp_path / "checkpoint-4", "run", 4)
+    checkpoint.mark_as_unfinished(tmp_path / "checkpoint-4", "run", 4)
     assert journal == [
         ("sync", "saving.json.partial"),
         ("replace", "saving.json"),
@@ -57,7 +57,7 @@ def test_a_save_is_announced_durably_before_there_is_a_folder(tmp_path, journal)
 def test_a_manifest_is_seen_only_when_it_and_all_that_it_names_are_on_the_disk(tmp_path, journal):
     folder = sealed(tmp_path, 4)
     names = [name for kind, name in journal[5:] if kind == "sync"]
-    assert sorted(names[:-1]) == sorted(Path(name).name for name in checkpoints.read_manifest(folder).files)
+    assert sorted(names[:-1]) == sorted(Path(name).name for name in checkpoint.read_manifest(folder).files)
     assert {("sync folder", "checkpoint-4"), ("sync folder", "global_step4")} <= set(journal[5:-5])
     assert journal[-5:] == [
         ("sync", "manifest.json.partial"),
@@ -71,7 +71,7 @@ def test_a_manifest_is_seen_only_when_it_and_all_that_it_names_are_on_the_disk(t
 def test_a_removal_is_announced_durably_and_its_mark_goes_last(tmp_path, journal):
     folder = sealed(tmp_path, 4)
     del journal[:]
-    checkpoints.remove_checkpoint(folder)
+    checkpoint.remove_checkpoint(folder)
     assert journal[:2] == [("replace", "saving.json"), ("sync folder", "checkpoint-4")]
     assert ("unlink", "saving.json") not in journal and journal[-1] == ("rename", ".checkpoint-4.going")
     assert list(tmp_path.iterdir()) == []
@@ -82,7 +82,7 @@ def test_what_is_set_aside_is_so_after_a_power_cut(tmp_path, journal, monkeypatc
     found = []
     for _ in range(3):
         folder = sealed(tmp_path, 4)
-        found.append(checkpoints.set_aside(folder, "damaged").name)
+        found.append(checkpoint.quarantine(folder, "damaged").name)
         assert journal[-2:] == [("rename", found[-1]), ("sync folder", tmp_path.name)]
     assert found == [f"checkpoint-4.damaged-now{end}" for end in ("", "-2", "-3")]
 
@@ -90,8 +90,8 @@ def test_what_is_set_aside_is_so_after_a_power_cut(tmp_path, journal, monkeypatc
 def test_a_checkpoint_whose_mark_outlived_its_seal_is_whole(tmp_path):
     folder = sealed(tmp_path, 4)
     (folder / "saving.json").write_text("{}")
-    assert not checkpoints.is_unfinished(folder) and checkpoints.remove_unfinished(tmp_path) == []
-    assert checkpoints.latest_complete(tmp_path) == folder
+    assert not checkpoint.is_unfinished(folder) and checkpoint.remove_unfinished(tmp_path) == []
+    assert checkpoint.latest_complete(tmp_path) == folder
 
 
 def test_a_removal_that_stops_halfway_can_be_told_from_a_folder_of_the_user_s(tmp_path, monkeypatch):
@@ -106,9 +106,9 @@ def test_a_removal_that_stops_halfway_can_be_told_from_a_folder_of_the_user_s(tm
                 Path, "unlink", lambda self, real=Path.unlink, last=last: (die if self.name == last else real)(self)
             )
             with pytest.raises(KeyboardInterrupt):
-                checkpoints.remove_checkpoint(folder)
-        assert checkpoints.is_unfinished(folder)
-    checkpoints.remove_checkpoint(folder)
+                checkpoint.remove_checkpoint(folder)
+        assert checkpoint.is_unfinished(folder)
+    checkpoint.remove_checkpoint(folder)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,7 +121,7 @@ def test_what_came_or_went_when_the_power_failed_is_removed_and_nothing_else(tmp
     (tmp_path / ".checkpoint-5.going").write_text("a file")
     (tmp_path / ".checkpoint-6.going").symlink_to(others[0])
     left = sorted({*tmp_path.iterdir()} - {*ours})
-    checkpoints.remove_unfinished(tmp_path)
+    checkpoint.remove_unfinished(tmp_path)
     assert sorted(tmp_path.iterdir()) == left and (others[0] / "file").is_file()
 
 
@@ -132,21 +132,21 @@ def test_a_disk_that_refuses_is_heard(tmp_path, monkeypatch):
     (tmp_path / "shard").write_text("x")
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoints.settled(tmp_path, ["shard"], 0)
+        checkpoint.fsync_and_hash(tmp_path, ["shard"], 0)
 
 
 def test_the_oldest_goes_first(tmp_path, monkeypatch):
     for step in (2, 4, 6):
         sealed(tmp_path, step)
     gone = []
-    monkeypatch.setattr(folders, "remove_checkpoint", lambda folder: gone.append(folder.name))
-    checkpoints.rotate(tmp_path, run_id=MANIFEST.run_id, keep=1)
+    monkeypatch.setattr(checkpoint_dirs, "remove_checkpoint", lambda folder: gone.append(folder.name))
+    checkpoint.rotate(tmp_path, run_id=MANIFEST.run_id, keep=1)
     assert gone == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
-    assert checkpoints.steps_in(tmp_path / "none") == checkpoints.remove_unfinished(tmp_path / "none") == []
-    assert checkpoints.latest_complete(tmp_path / "none") is None
+    assert checkpoint.steps_in(tmp_path / "none") == checkpoint.remove_unfinished(tmp_path / "none") == []
+    assert checkpoint.latest_complete(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,15 @@ def test_a_manifest_of_other_kinds_of_values_is_none(tmp_path, change, said):
     path = sealed(tmp_path, 4) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=said):
-        checkpoints.read_manifest(path.parent)
-    assert checkpoints.latest_complete(tmp_path) is None
+        checkpoint.read_manifest(path.parent)
+    assert checkpoint.latest_complete(tmp_path) is None
 
 
 def test_ranks_have_about_as_many_bytes_to_read():
     sizes = {"a": 9, "b": 5, "c": 4, "d": 1, "e": 0, "f": 0}
-    files = {name: checkpoints.FileRecord(size, "0", None) for name, size in sizes.items()}
+    files = {name: checkpoint.FileRecord(size, "0", None) for name, size in sizes.items()}
     manifest = replace(MANIFEST, files=files)
-    assert [checkpoints.shared_out(manifest, sizes, part, 2) for part in (0, 1)] == [["a", "d", "f"], ["b", "c", "e"]]
+    assert [checkpoint.partition_files(manifest, sizes, part, 2) for part in (0, 1)] == [
+        ["a", "d", "f"],
+        ["b", "c", "e"],
+    ]

@@ -11,12 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.errors import ConfigError
-from finetune.zero import CommandLine, ResolvedConfig, find_config, load_config, resolve
+from finetune.config.deepspeed_config import (
+    DeepSpeedFlags,
+    ResolvedDeepSpeedConfig,
+    find_config,
+    load_config,
+    resolve_deepspeed_config,
+)
+from finetune.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
-COMMAND = CommandLine(
+COMMAND = DeepSpeedFlags(
     per_device_train_batch_size=16,
     gradient_accumulation_steps=2,
     max_grad_norm=1.0,
@@ -30,12 +36,14 @@ COMMAND = CommandLine(
 FLOAT32 = replace(COMMAND, precision="float32")
 
 
-def resolved(config: dict, command: CommandLine = COMMAND, ranks: int = 4, **options: Any) -> ResolvedConfig:
+def resolved(
+    config: dict, command: DeepSpeedFlags = COMMAND, ranks: int = 4, **options: Any
+) -> ResolvedDeepSpeedConfig:
     options = {"world_size": ranks, "local_world_size": ranks, "use_cpu": False, **options}
-    return resolve(Path("mine.json"), config, command, **options)
+    return resolve_deepspeed_config(Path("mine.json"), config, command, **options)
 
 
-def refusal(config: dict, command: CommandLine = COMMAND, **options: Any) -> str:
+def refusal(config: dict, command: DeepSpeedFlags = COMMAND, **options: Any) -> str:
     with pytest.raises(ConfigError) as raised:
         resolved(config, command, **options)
     return str(raised.value)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import ConfigError
-from finetune.zero import find_config, load_config, shipped_names
+from finetune.config.deepspeed_config import find_config, load_config, shipped_names
+from finetune.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))

@@ -10,18 +10,18 @@ def main() -> None:
     import datasets  # noqa: F401  what opening the examples imports is not measured
     from transformers import AutoTokenizer
 
-    from finetune.conversations import find_sources
-    from finetune.dataset import PreparedData, prepare
-    from finetune.rendering import Renderer, choose_format
+    from finetune.chat_templates import Renderer, select_chat_format
+    from finetune.dataset.data_sources import find_sources
+    from finetune.dataset.prepare import PreparedData, prepare_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(task.tokenizer)
 
     def start() -> tuple[PreparedData, Clock]:
-        chat_format, _ = choose_format(tokenizer, "chatml", human_token_ids=[3], model_token_ids=[4])
+        chat_format, _ = select_chat_format(tokenizer, "chatml", human_token_ids=[3], model_token_ids=[4])
         renderer = Renderer(chat_format, MAX_LENGTH)
         sources = find_sources([str(task.data)])
         with Clock() as clock:
-            prepared = prepare(sources, renderer, cache_dir=task.cache, num_processes=task.processes)
+            prepared = prepare_dataset(sources, renderer, cache_dir=task.cache, num_processes=task.processes)
         return prepared, clock
 
     prepared, cold = start()

@@ -15,8 +15,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    from finetune.arguments import parse
-    from finetune.preparing import prepare_data
+    from finetune.config import parse
+    from finetune.training.data_setup import prepare_data
 
     named = {"model_name_or_path": task.model, "data_path": task.data, "output_dir": task.cache / "output"}
     more = {"model_max_length": task.max_length, "data_cache_dir": task.cache}

@@ -1,8 +1,9 @@
-"""Conversations -> the examples of a run on disk, a ledger of every row that was not kept whole, and a summary."""
+"""Data: files -> validated conversations -> prepared examples on disk -> sampler, packing, collator, dataloader.
 
-from __future__ import annotations
+A row of this project's own format is
 
-from finetune.dataset.preparation import BadRows, PreparedData, check_usable, prepare
-from finetune.dataset.summary import Summary
+    {"id": 0, "conversations": [{"from": "human", "value": "..."}, {"from": "model", "value": "..."}]}
 
-__all__ = ["BadRows", "PreparedData", "Summary", "check_usable", "prepare"]
+A row may begin with a system turn; human and model turns alternate and the last one is the model's. Rows and turns
+count from 0. All faults of all files are found, and nothing that a row holds is left out or changed without a message.
+"""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.stored import (
+from finetune.run_dir.eval_results import (
     BENCHMARKS_FILE,
     FILES,
     FORGETTING_FILE,
     HELD_OUT_FILE,
-    Row,
-    Section,
-    Table,
-    sections,
+    ResultSection,
+    ResultTable,
+    TableRow,
+    read_sections,
 )
 
-__all__ = ["BENCHMARKS_FILE", "FILES", "FORGETTING_FILE", "HELD_OUT_FILE", "Row", "Section", "Table", "sections"]
+__all__ = [
+    "BENCHMARKS_FILE",
+    "FILES",
+    "FORGETTING_FILE",
+    "HELD_OUT_FILE",
+    "TableRow",
+    "ResultSection",
+    "ResultTable",
+    "read_sections",
+]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ConfigError, first_line, listed
-from finetune.evaluation import lingowhale
-from finetune.opening import BASE, TUNED, Opened
+from finetune.evaluation import lingowhale_benchmarks
+from finetune.inference.load_result import BASE, TUNED, LoadedModel
+from finetune.utils.errors import ConfigError, first_line, format_faults
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 ON_A_CPU = 8  # questions that are asked together under --batch_size auto
@@ -20,7 +20,7 @@ CERTAIN = 1.96
 
 
 @dataclass
-class Job:
+class BenchmarkJob:
     """Tasks that are asked with the same settings; `metric` is None where all of a task's are shown."""
 
     name: str
@@ -32,7 +32,7 @@ class Job:
 
 def find_jobs(
     names: Sequence[str], *, num_fewshot: int | None, allow_code: bool, say: Callable[[str], None]
-) -> list[Job]:
+) -> list[BenchmarkJob]:
     """The tasks that the words name, their data read.
 
     Raises:
@@ -48,43 +48,45 @@ def find_jobs(
     _stay_here_without_a_hub()
     harness = import_harness()
     manager = harness.find_manager(wanted)
-    jobs: list[Job] = []
+    jobs: list[BenchmarkJob] = []
     faults: list[str] = []
     for name in wanted:
-        if name == lingowhale.SUITE:
-            chosen = [one for one in lingowhale.BENCHMARKS if allow_code or not one.runs_code]
-            for one in lingowhale.BENCHMARKS:
+        if name == lingowhale_benchmarks.SUITE:
+            chosen = [one for one in lingowhale_benchmarks.BENCHMARKS if allow_code or not one.runs_code]
+            for one in lingowhale_benchmarks.BENCHMARKS:
                 if one not in chosen:
                     say(f"{one.name} is left out: it runs programs that the model writes: --allow_code_execution")
             made = [_job_of(one, num_fewshot) for one in chosen]
         elif Path(name).is_dir():
-            made = [Job(one, [one], num_fewshot) for one in harness.names_in(manager, Path(name))]
+            made = [BenchmarkJob(one, [one], num_fewshot) for one in harness.names_in(manager, Path(name))]
         else:
-            made = [Job(name, [name], num_fewshot)]
+            made = [BenchmarkJob(name, [name], num_fewshot)]
         for job in made:
             _load(harness, manager, job, allow_code, faults)
         jobs += made
     if faults:
-        raise ConfigError(listed(faults, "fault"))
+        raise ConfigError(format_faults(faults, "fault"))
     return jobs
 
 
-def _job_of(one: lingowhale.Benchmark, num_fewshot: int | None) -> Job:
+def _job_of(one: lingowhale_benchmarks.Benchmark, num_fewshot: int | None) -> BenchmarkJob:
     shots = one.shots if num_fewshot is None else num_fewshot
     departures = [*one.departures, *([f"{shots}-shot, the table {one.shots}-shot"] if shots != one.shots else [])]
-    return Job(one.name, [one.task], shots, one.metric, [f"{one.name}: {departure}" for departure in departures])
+    return BenchmarkJob(
+        one.name, [one.task], shots, one.metric, [f"{one.name}: {departure}" for departure in departures]
+    )
 
 
 def import_harness() -> Any:
     """`harness`, which imports lm-eval, whose own imports warn of what nobody here can change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from finetune.evaluation import harness
-    harness.quiet()
-    return harness
+        from finetune.evaluation import lm_eval_harness
+    lm_eval_harness.quiet()
+    return lm_eval_harness
 
 
-def _load(harness: Any, manager: Any, job: Job, allow_code: bool, faults: list[str]) -> None:
+def _load(harness: Any, manager: Any, job: BenchmarkJob, allow_code: bool, faults: list[str]) -> None:
     """Replace the name of a job's task by the task."""
     (name,) = job.loaded
     is_file = Path(name).suffix in harness.SUFFIXES
@@ -105,12 +107,12 @@ def _load(harness: Any, manager: Any, job: Job, allow_code: bool, faults: list[s
         faults.append(f"--tasks {name}: {_why(job, error)}")
 
 
-def _why(job: Job, error: Exception) -> str:
-    needs = next((one.needs for one in lingowhale.BENCHMARKS if [one.task] == job.loaded), ())
+def _why(job: BenchmarkJob, error: Exception) -> str:
+    needs = next((one.needs for one in lingowhale_benchmarks.BENCHMARKS if [one.task] == job.loaded), ())
     reason = first_line(error)[:300]
     if not needs:
         return f"its data or its code cannot be loaded: {reason}"
-    return f"its data is not here ({reason}): get " + "; and ".join(map(lingowhale.how_to_get, needs))
+    return f"its data is not here ({reason}): get " + "; and ".join(map(lingowhale_benchmarks.how_to_get, needs))
 
 
 def _stay_here_without_a_hub() -> None:
@@ -118,9 +120,9 @@ def _stay_here_without_a_hub() -> None:
     import datasets
     from huggingface_hub import constants
 
-    from finetune.model import hub_has_an_address
+    from finetune.models.loader import hub_is_reachable
 
-    if constants.HF_HUB_OFFLINE or not hub_has_an_address():
+    if constants.HF_HUB_OFFLINE or not hub_is_reachable():
         constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later
@@ -133,8 +135,8 @@ def _version() -> str:
 
 
 def evaluate_benchmarks(
-    opened: Opened,
-    jobs: Sequence[Job],
+    opened: LoadedModel,
+    jobs: Sequence[BenchmarkJob],
     *,
     with_base: bool,
     limit: int | None,
@@ -199,7 +201,7 @@ def evaluate_benchmarks(
         if apply_chat_template
         else "questions are plain text, as published scores are measured; --apply_chat_template for chat"
     )
-    is_suite = {job.name for job in jobs} & {one.name for one in lingowhale.BENCHMARKS}
+    is_suite = {job.name for job in jobs} & {one.name for one in lingowhale_benchmarks.BENCHMARKS}
     return {
         "result": str(opened.result.folder),
         "base": opened.base_name or opened.result.base["name"],
@@ -207,12 +209,12 @@ def evaluate_benchmarks(
         "verdict": verdict(scores),
         "scores": scores,
         "notes": notes,
-        "published": lingowhale.PUBLISHED if is_suite else None,
+        "published": lingowhale_benchmarks.PUBLISHED if is_suite else None,
         "settings": {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template},
     }
 
 
-def scores_of_job(job: Job, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def scores_of_job(job: BenchmarkJob, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A score for each metric of each task that was named; of a benchmark of the suite its one metric."""
     scores, tuned = [], found[TUNED]
     for task in _with_metrics(job.loaded, tuned):

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.evaluation.asking import answers_of, scores_of
-from finetune.evaluation.comparing import exact_mcnemar, mean_interval
-from finetune.evaluation.suite import CATEGORIES, LANGUAGES, Question, is_right, load_questions
-from finetune.opening import BASE, TUNED, Opened
+from finetune.evaluation.forgetting_questions import CATEGORIES, LANGUAGES, Question, is_right, load_questions
+from finetune.evaluation.question_answering import answers_of, scores_of
+from finetune.evaluation.significance import exact_mcnemar, mean_interval
+from finetune.inference.load_result import BASE, TUNED, LoadedModel
 
 MAX_NEW_TOKENS = 24
 WRITTEN_TOGETHER, CHOSEN_TOGETHER = 32, 8
@@ -21,14 +21,14 @@ REPEATED = 0.1  # of the written answers
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredQuestion:
     """What a model made of a question: its text, or the likeliest candidate, and whether that is right."""
 
     text: str
     is_right: bool
 
 
-def evaluate_forgetting(opened: Opened, *, bar: Callable[..., Any]) -> dict[str, Any]:
+def evaluate_forgetting(opened: LoadedModel, *, bar: Callable[..., Any]) -> dict[str, Any]:
     """The document of `forgetting.json`, on every rank.
 
     Args:
@@ -40,8 +40,8 @@ def evaluate_forgetting(opened: Opened, *, bar: Callable[..., Any]) -> dict[str,
     """
     questions, began, answers = load_questions(), time.monotonic(), {}
     with opened.base() as base:
-        answers[BASE] = ask(opened, base, questions, label=BASE, bar=bar)
-    answers[TUNED] = ask(opened, opened.tuned, questions, label=TUNED, bar=bar)
+        answers[BASE] = ask_questions(opened, base, questions, label=BASE, bar=bar)
+    answers[TUNED] = ask_questions(opened, opened.tuned, questions, label=TUNED, bar=bar)
     pairs = list(zip(questions, answers[BASE], answers[TUNED], strict=True))
     groups = compared(pairs)
     return {
@@ -62,11 +62,11 @@ def evaluate_forgetting(opened: Opened, *, bar: Callable[..., Any]) -> dict[str,
     }  # fmt: skip
 
 
-def ask(
-    opened: Opened, model: Any, questions: Sequence[Question], *, label: str, bar: Callable[..., Any]
-) -> list[Answered]:
+def ask_questions(
+    opened: LoadedModel, model: Any, questions: Sequence[Question], *, label: str, bar: Callable[..., Any]
+) -> list[AnsweredQuestion]:
     """All questions to one model, rendered as the training did."""
-    from finetune.collation import pad_token_id
+    from finetune.dataset.collator import pad_token_id
 
     has_virtual_tokens = label == TUNED and opened.result.has_virtual_tokens
     written = [one for one in questions if one.is_written]
@@ -91,13 +91,15 @@ def ask(
             batch_size=CHOSEN_TOGETHER,
             done=progress.update,
         )
-    found = {one.id: Answered(text, is_right(one, written=text)) for one, text in zip(written, texts, strict=True)}
+    found = {
+        one.id: AnsweredQuestion(text, is_right(one, written=text)) for one, text in zip(written, texts, strict=True)
+    }
     for one, own in zip(chosen, scores, strict=True):
-        found[one.id] = Answered(one.candidates[own.index(max(own))], is_right(one, scores=own))
+        found[one.id] = AnsweredQuestion(one.candidates[own.index(max(own))], is_right(one, scores=own))
     return [found[one.id] for one in questions]
 
 
-Pair = tuple[Question, Answered, Answered]
+Pair = tuple[Question, AnsweredQuestion, AnsweredQuestion]
 
 
 def compared(pairs: Sequence[Pair]) -> list[dict[str, Any]]:

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from finetune.conversations import answer_number
-from finetune.dataset import PreparedData
-from finetune.errors import NumericsError
-from finetune.evaluation.comparing import perplexity, ratio_interval
-from finetune.evaluation.measuring import AnswerLoss, flat_rows, groups_of, measure
-from finetune.numbers import finite_or_none
-from finetune.opening import BASE, TUNED, Opened
-from finetune.ranks import gathered, num_ranks, this_rank
-from finetune.rendering import Example, TurnSpan
-from finetune.rendering.segments import speller
+from finetune.chat_templates import Example, TurnSpan
+from finetune.chat_templates.text_segments import speller
+from finetune.conversation import answer_number
+from finetune.dataset.prepare import PreparedData
+from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
+from finetune.evaluation.significance import perplexity, ratio_interval
+from finetune.evaluation.token_losses import AnswerLoss, flat_rows, groups_of, measure_token_losses
+from finetune.inference.load_result import BASE, TUNED, LoadedModel
+from finetune.training.nonfinite import finite_or_none
+from finetune.utils.errors import NumericsError
 
 
 @dataclass
@@ -56,7 +56,7 @@ class RowLosses:
 
 
 def evaluate_held_out(
-    opened: Opened,
+    opened: LoadedModel,
     prepared: PreparedData,
     *,
     with_base: bool,
@@ -111,7 +111,7 @@ def example_at(prepared: PreparedData, number: int) -> Example:
 
 
 def losses_of(
-    opened: Opened,
+    opened: LoadedModel,
     prepared: PreparedData,
     *,
     with_base: bool,
@@ -124,12 +124,12 @@ def losses_of(
     Args:
         bar: (label, tokens) -> a context manager with `update(tokens)`.
     """
-    from finetune.batches import column
-    from finetune.collation import pad_token_id
+    from finetune.dataset.collator import pad_token_id
+    from finetune.dataset.dataloader import int_column
 
     examples = prepared.examples
-    lengths = column(examples, "length").tolist()
-    groups = groups_of(lengths, tokens_per_batch)[this_rank() :: num_ranks()]
+    lengths = int_column(examples, "length").tolist()
+    groups = groups_of(lengths, tokens_per_batch)[get_rank() :: get_world_size()]
     tokens = sum(lengths[number] for group in groups for number in group)
     plain = examples.select_columns(["input_ids", "labels", "turn_spans"]).with_format(None)
 
@@ -139,7 +139,7 @@ def losses_of(
             if reason:
                 say(f"{label}: conversations are measured one by one: {reason}")
             with bar(label, tokens) as progress:
-                return measure(
+                return measure_token_losses(
                     model,
                     plain,
                     groups,
@@ -158,7 +158,7 @@ def losses_of(
 
 
 def _of_all_ranks(losses: list[AnswerLoss]) -> list[AnswerLoss]:
-    everything = [one for part in gathered(losses) for one in part]
+    everything = [one for part in all_gather_object(losses) for one in part]
     return sorted(everything, key=lambda one: (one.example, one.turn))
 
 

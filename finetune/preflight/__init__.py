@@ -1,8 +1,8 @@
 """What would go wrong with a run, found before it: `finetune doctor` is made of this."""
 
-from finetune.preflight.examining import examine_run
-from finetune.preflight.findings import SECTIONS, Examination, Finding
-from finetune.preflight.planned import PlannedRun, plan_run
-from finetune.preflight.showing import show
+from finetune.preflight.doctor_output import print_report
+from finetune.preflight.examination import examine_run
+from finetune.preflight.findings import SECTIONS, DoctorReport, Finding
+from finetune.preflight.planned_run import PlannedRun, plan_run
 
-__all__ = ["SECTIONS", "Examination", "Finding", "PlannedRun", "examine_run", "plan_run", "show"]
+__all__ = ["SECTIONS", "DoctorReport", "Finding", "PlannedRun", "examine_run", "plan_run", "print_report"]

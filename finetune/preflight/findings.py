@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from finetune.errors import FinetuneError
+from finetune.utils.errors import FinetuneError
 
 # In the order in which a run comes to them: the first that fails is the one it would end with.
 SECTIONS = (
@@ -48,7 +48,7 @@ class Finding:
 
 
 @dataclass
-class Examination:
+class DoctorReport:
     """Facts by section, plain values that JSON takes, and the findings so far."""
 
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -66,18 +66,18 @@ class Examination:
                 self.findings.append(Finding(section, str(error), error.status))
             return None
 
-    def mend(self, section: str, text: str, *, status: int = 2, host: str | None = None) -> None:
+    def add_error(self, section: str, text: str, *, status: int = 2, host: str | None = None) -> None:
         """Note something without which the run would end with this status."""
         self.findings.append(Finding(section, text, status, host))
 
-    def mend_all(self, section: str, faults: Iterable[tuple[str, str]]) -> None:
+    def add_errors(self, section: str, faults: Iterable[tuple[str, str]]) -> None:
         """Note faults of hosts: (host, what is wrong there)."""
         for host, text in faults:
-            self.mend(section, text, host=host)
+            self.add_error(section, text, host=host)
 
     def warn(self, section: str, text: str, *, host: str | None = None) -> None:
         """Note something that a run survives."""
-        self.mend(section, text, status=0, host=host)
+        self.add_error(section, text, status=0, host=host)
 
     def failed(self, *sections: str) -> bool:
         """Whether a run would end because of one of these sections."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from finetune.report.reading import Run
+from finetune.report.run_reader import RunRecord
 
 MOST_POINTS = 4_000
 MOST_GROUPS = 12
@@ -28,7 +28,7 @@ GROUPED = (("loss_by_source", "Loss by source"), ("loss_by_turn", "Loss by answe
 COLUMNS = tuple(key for key, *_ in PLOTS)
 
 
-def drawn(runs: Sequence[Run]) -> dict[str, Any]:
+def drawn(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """The plots of these runs as JSON values; a plot for which no run has a number is left out.
 
     `runs` have `x` (step, tokens and seconds up to each line) and `columns`; `evaluations` and `groups` (loss by source
@@ -49,7 +49,7 @@ def drawn(runs: Sequence[Run]) -> dict[str, Any]:
     return {"runs": series, "plots": plots}
 
 
-def _series(run: Run) -> dict[str, Any]:
+def _series(run: RunRecord) -> dict[str, Any]:
     durations = seconds_of(run)
     tokens = tokens_of(run)
     x = {
@@ -74,7 +74,7 @@ def _series(run: Run) -> dict[str, Any]:
     }
 
 
-def seconds_of(run: Run) -> list[float]:
+def seconds_of(run: RunRecord) -> list[float]:
     """How long the steps of each line took."""
     before = 0
     found = []
@@ -84,7 +84,7 @@ def seconds_of(run: Run) -> list[float]:
     return found
 
 
-def tokens_of(run: Run, column: str = "tokens_per_second") -> list[float]:
+def tokens_of(run: RunRecord, column: str = "tokens_per_second") -> list[float]:
     """How many tokens the steps of each line had."""
     return [(line.get(column) or 0.0) * long for line, long in zip(run.lines, seconds_of(run), strict=True)]
 
@@ -97,7 +97,7 @@ def _at(step: int, steps: Sequence[int], values: Sequence[float]) -> float:
     return values[place - 1] if place else 0.0
 
 
-def _groups(run: Run, key: str, kept: Sequence[int]) -> dict[str, list[float | None]]:
+def _groups(run: RunRecord, key: str, kept: Sequence[int]) -> dict[str, list[float | None]]:
     """Name -> values, of the names that are logged most often; turns in their order."""
     counts = Counter(name for line in run.lines for name in line[key])
     names = [name for name, _ in counts.most_common(MOST_GROUPS)]

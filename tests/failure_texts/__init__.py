@@ -7,7 +7,7 @@ from typing import NamedTuple
 from failure_texts.machines import OF_MACHINES
 from failure_texts.made import OOM, WATCHDOG, died, said
 from failure_texts.software import OF_SOFTWARE
-from finetune.failures import Failure
+from finetune.diagnostics import Failure
 
 __all__ = ["OOM", "SAMPLES", "WATCHDOG", "Sample", "died", "said"]
 

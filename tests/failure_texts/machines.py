@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from failure_texts.made import NCCL, OOM, died, said
-from finetune.failures import Failure
+from finetune.diagnostics import Failure
 
 OF_MACHINES = {
     "the host ran out of memory while the model was loaded": [died(9, phase="model", hints=["oom_kill 0 -> 1"])],

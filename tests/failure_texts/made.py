@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.failures import Failure
+from finetune.diagnostics import Failure
 
 OOM = (
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 "

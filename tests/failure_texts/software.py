@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from failure_texts.made import NCCL, WATCHDOG, died, said
-from finetune.failures import Failure
+from finetune.diagnostics import Failure
 
 OF_SOFTWARE = {
     "CUDA of this host and CUDA of torch differ": [

@@ -1,0 +1,69 @@
+"""Conversation -> `Example`: the ids a model sees, and at each position what it should have predicted there.
+
+Supervision comes from structure. A chat format lays a conversation out as pieces, each known to be context or part of
+a turn; nothing is searched for afterwards. What is learned is a model turn's text and the token that ends the turn.
+Contents are encoded as plain text: where a turn spells a control token (`</s>`, `<|im_end|>`), it gets the ids of
+those characters and can neither end a turn nor open one.
+
+    turn              human            model
+    text              Hi               Yes
+    input_ids    <s>  Hi   </s>   <m>  Yes  </s>
+    labels       -100 -100 -100   -100 Yes  </s>
+"""
+
+from __future__ import annotations
+
+from finetune.chat_templates.example import (
+    IGNORE_INDEX,
+    ChatFormat,
+    Example,
+    RenderedConversation,
+    Status,
+    SupervisedSpan,
+    TokenizedConversation,
+    TurnSpan,
+    UnrenderableError,
+    supervised_turns_of,
+    tokenize_conversation,
+)
+from finetune.chat_templates.format_selection import CHATML, select_chat_format, stop_token_id
+from finetune.chat_templates.generation_prompt import (
+    AnswerDecoder,
+    answer_text,
+    depends_on_reasoning,
+    end_token_ids,
+    prompt_ids,
+)
+from finetune.chat_templates.jinja_format import JinjaFormat
+from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
+from finetune.chat_templates.plain_text import PlainTextTokenizer, add_control_tokens
+from finetune.chat_templates.renderer import Renderer, TooLong, TrainOn
+
+__all__ = [
+    "CHATML",
+    "SupervisedSpan",
+    "IGNORE_INDEX",
+    "ChatFormat",
+    "Example",
+    "TokenizedConversation",
+    "LingoWhaleFormat",
+    "PlainTextTokenizer",
+    "Renderer",
+    "RenderedConversation",
+    "AnswerDecoder",
+    "Status",
+    "JinjaFormat",
+    "TooLong",
+    "TrainOn",
+    "TurnSpan",
+    "UnrenderableError",
+    "add_control_tokens",
+    "answer_text",
+    "select_chat_format",
+    "depends_on_reasoning",
+    "end_token_ids",
+    "tokenize_conversation",
+    "supervised_turns_of",
+    "prompt_ids",
+    "stop_token_id",
+]

@@ -1,0 +1,58 @@
+"""Checkpoints that are either whole or not one: sealed last, verified byte by byte, removed by rules.
+
+Nothing here needs torch: a login node can verify a checkpoint.
+"""
+
+from __future__ import annotations
+
+from finetune.checkpoint.checkpoint_dirs import (
+    checkpoint_folder,
+    is_complete,
+    is_unfinished,
+    latest_complete,
+    mark_as_unfinished,
+    quarantine,
+    remove_checkpoint,
+    remove_unfinished,
+    rotate,
+    step_of,
+    steps_in,
+    verify_checkpoint,
+)
+from finetune.checkpoint.integrity import checksum, file_names, find_damage, fsync_and_hash, partition_files
+from finetune.checkpoint.manifest import MANIFEST_FILE, SAVING_FILE, FileRecord, Manifest, read_manifest, write_manifest
+from finetune.checkpoint.safe_pickle import is_pickled, pickle_fault
+from finetune.checkpoint.universal_checkpoint import convert_to_universal, remove_universal, universal_folder
+from finetune.checkpoint.zero_to_fp32 import MasterWeights
+
+__all__ = [
+    "MANIFEST_FILE",
+    "SAVING_FILE",
+    "FileRecord",
+    "Manifest",
+    "MasterWeights",
+    "checkpoint_folder",
+    "checksum",
+    "convert_to_universal",
+    "find_damage",
+    "is_pickled",
+    "is_complete",
+    "is_unfinished",
+    "latest_complete",
+    "mark_as_unfinished",
+    "file_names",
+    "pickle_fault",
+    "read_manifest",
+    "remove_checkpoint",
+    "remove_unfinished",
+    "remove_universal",
+    "rotate",
+    "quarantine",
+    "fsync_and_hash",
+    "partition_files",
+    "step_of",
+    "steps_in",
+    "universal_folder",
+    "verify_checkpoint",
+    "write_manifest",
+]

@@ -1,0 +1,91 @@
+"""A checkpoint for another number of ranks: DeepSpeed's universal form, converted and looked at before it is used.
+
+Universal form (https://www.deepspeed.ai/tutorials/universal-checkpointing/): for every parameter a folder
+`zero/<name>/` with its whole float32 value and its whole optimizer moments, which any number of ranks can divide.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from finetune.checkpoint.integrity import file_names
+from finetune.checkpoint.manifest import Manifest
+from finetune.checkpoint.safe_pickle import is_pickled, pickle_fault
+from finetune.utils.errors import CheckpointError, StorageError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def universal_folder(output_dir: Path, step: int) -> Path:
+    """Where the converted form lies while it is loaded."""
+    return output_dir / f".universal-{step}"
+
+
+def remove_universal(output_dir: Path) -> None:
+    """Remove converted forms: they are made anew whenever they are needed."""
+    for folder in output_dir.glob(".universal-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> None:
+    """Write the universal form of a verified ZeRO checkpoint to `target`, beside the files the Trainer reads.
+
+    Raises:
+        CheckpointError: DeepSpeed cannot convert it, or what came out lacks a parameter or has another shape.
+        StorageError: there is no room for it.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < manifest.size:
+        raise StorageError(
+            f"{target}: converting {folder.name} takes {manifest.size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        )
+    tag = (folder / "latest").read_text(encoding="utf-8").strip()
+    converted = target / f"{tag}_universal"
+    converted.mkdir(parents=True)
+    stage = manifest.facts["ZeRO stage"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(folder / tag), "--output_folder", str(converted)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command += ["--inject_missing_state"] if stage != 3 else []
+    environment = {name: value for name, value in os.environ.items() if name not in OF_THE_LAUNCHER}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise CheckpointError(
+            f"{folder}: DeepSpeed could not convert it for another number of ranks: {said[-1] if said else 'no reason'}"
+        )
+    try:
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, target / path.name)
+    except OSError as error:
+        why = f"it was to hold {folder.name} for another number of ranks"
+        raise StorageError(f"{target}: {error.strerror}: {why}") from None
+    _check(target, converted, manifest)
+
+
+def _check(target: Path, converted: Path, manifest: Manifest) -> None:
+    import torch
+
+    for name in file_names(target):
+        fault = pickle_fault(target / name) if is_pickled(Path(name)) else None
+        if fault:
+            raise CheckpointError(fault)
+    for name, shape in manifest.trained.items():
+        found = {path.stem: path for path in (converted / "zero" / name).glob("*.pt")}
+        if "fp32" not in found:
+            raise CheckpointError(f"{converted}: the conversion has lost {name}")
+        for kind in ("fp32", *MOMENTS):
+            if kind not in found:
+                continue
+            values = torch.load(found[kind], map_location="cpu", weights_only=True, mmap=True)
+            values = values["param"] if isinstance(values, dict) else values
+            if values.numel() != math.prod(shape):
+                raise CheckpointError(f"{found[kind]}: {list(values.shape)}, expected {shape}")

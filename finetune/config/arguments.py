@@ -1,0 +1,300 @@
+"""Our own flags and their defaults; this is the only home of a default of ours."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from finetune.config.training_flags import training_flags
+
+# The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
+# Its newest commit is used and named, unless --model_revision pins one.
+TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
+
+
+def _flag(default: Any, help: str) -> Any:
+    """`help` serves --help and the table of README.md; what is typed as it stands is between backticks."""
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """The model."""
+
+    model_name_or_path: str = _flag("", "folder or hub name of a causal language model (required)")
+    model_revision: str | None = _flag(
+        None,
+        "commit, tag or branch of a model on the hub: its config, tokenizer, weights and code; default: the newest of "
+        "`main`",
+    )
+    trust_remote_code: bool = _flag(
+        False,
+        "run the Python files that come with the model; without it such a model is refused, and nothing of it runs "
+        f"(`{TRUSTED_WITHOUT_FLAG[0]}` needs no flag)",
+    )
+    attn_implementation: str | None = _flag(
+        None,
+        "attention of transformers; default: flash attention where it runs, else `sdpa`, else `eager`; a replacement "
+        "is said",
+    )
+    new_tokens: list[str] = _flag([], "tokens to add to the vocabulary; their embeddings are trained, with LoRA too")
+
+    def __post_init__(self) -> None:
+        self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # a shell leaves `--flag=~/model` alone
+
+    def trusts_code(self) -> bool:
+        """Whether the model's own Python files may run."""
+        return self.trust_remote_code or self.model_name_or_path in TRUSTED_WITHOUT_FLAG
+
+    def is_lingowhale(self) -> bool:
+        """Whether the name says that this is LingoWhale, or a copy of it."""
+        return "lingowhale" in self.model_name_or_path.lower()
+
+
+@dataclass
+class DataArguments:
+    """The data."""
+
+    data_path: list[str] = _flag(
+        [], "conversations: files, folders, globs, data set names; `FILE:0.5` takes half of its rows (required)"
+    )
+    eval_data_path: list[str] = _flag([], "held-out conversations to evaluate on while training, as `--data_path`")
+    validation_share: float = _flag(0.0, "hold out this share of the conversations of `--data_path` instead, 0 to 1")
+    model_max_length: int = _flag(2048, "tokens of the longest example; see `--too_long`")
+    too_long: Literal["turns", "windows", "drop", "error"] = _flag(
+        "turns", "a longer conversation keeps its first turns, is split into windows, is dropped, or stops the run"
+    )
+    train_on: Literal["model_turns", "last_model_turn"] = _flag("model_turns", "which turns are learned")
+    bad_rows: Literal["error", "drop"] = _flag("error", "rows with a fault stop the run, or are dropped")
+    max_dropped_rows: float = _flag(0.01, "share of the rows that `--bad_rows drop` may drop, 0 to 1")
+    repairs: list[str] = _flag([], "rules that may change rows, each use recorded: `merge_turns`, `drop_last_human`")
+    data_cache_dir: str | None = _flag(None, "where prepared data is kept; default: `~/.cache/finetune/data`")
+    preprocessing_num_workers: int | None = _flag(
+        None, "processes that prepare data; default: 1 for small data, else one per core, at most 8"
+    )
+    chat_template: str | None = _flag(None, "`lingowhale`, `chatml` or a Jinja file; default: the tokenizer's own")
+    content_tokens: list[str] = _flag(
+        [], "added tokens that contents may use as tokens, e.g. `'<think>' '</think>'`; all others are plain text"
+    )
+    human_token_ids: list[int] = _flag([3], "LingoWhale format: the marker before a human turn")
+    model_token_ids: list[int] = _flag([4], "LingoWhale format: the marker before a model turn")
+
+
+@dataclass
+class BatchArguments:
+    """The batches."""
+
+    batching: Literal["flat", "padded", "packed"] = _flag(
+        "flat", "conversations behind each other without padding, padded rows, or rows filled to `--model_max_length`"
+    )
+    tokens_per_device_batch: int | None = _flag(
+        None, "a micro-batch holds up to this many tokens, instead of `--per_device_train_batch_size` rows"
+    )
+    loss_weighting: Literal["token", "conversation"] = _flag(
+        "token", "the loss is a mean over the learned tokens of a step, or over its conversations"
+    )
+    sequence_parallel_size: int = _flag(1, "ranks that share each conversation (DeepSpeed Ulysses)")
+
+
+@dataclass
+class AdapterArguments:
+    """Adapters; without one all parameters are trained."""
+
+    use_lora: bool = _flag(False, "train LoRA adapters, the same as `--adapter lora`")
+    adapter: Literal["lora", "prefix", "prompt"] | None = _flag(None, "what is trained instead of all parameters")
+    lora_r: int = _flag(8, "rank of the LoRA matrices")
+    lora_alpha: float = _flag(16, "LoRA updates are scaled by `lora_alpha / lora_r`")
+    lora_dropout: float = _flag(0.1, "dropout in front of the LoRA matrices, 0 to 1")
+    lora_target_modules: list[str] = _flag(["all-linear"], "names of the layers that get LoRA, e.g. `qkv_proj`")
+    use_dora: bool = _flag(False, "DoRA: learn the magnitude of each weight column too")
+    use_rslora: bool = _flag(False, "rsLoRA: scale by `lora_alpha / sqrt(lora_r)`")
+    init_lora_weights: str = _flag(
+        "default", "how LoRA starts: `default`, `gaussian`, `pissa`, `pissa_niter_16` (any number) or `olora`"
+    )
+    modules_to_save: list[str] = _flag([], "layers trained whole and saved beside the adapter, e.g. `lm_head`")
+    num_virtual_tokens: int = _flag(20, "length of a prefix or prompt adapter")
+
+    def kind(self) -> str | None:
+        """lora, prefix, prompt, or None for full-parameter training."""
+        return self.adapter or ("lora" if self.use_lora else None)
+
+
+@dataclass
+class RunArguments:
+    """The run."""
+
+    config: str | None = _flag(
+        None, "YAML or JSON file with flags (a `run.json` repeats its run); the command line wins"
+    )
+    overwrite_output_dir: bool = _flag(False, "move an earlier run in `--output_dir` aside; nothing is deleted")
+    allow_inexact_resume: bool = _flag(False, "go on from a checkpoint although the numbers will differ; recorded")
+    skip_rows: list[str] = _flag(
+        [], "files that name rows to leave out from now on: `non_finite_rows.jsonl`, or lines like `data.json:17`"
+    )
+    resume_world_size: Literal["same", "any"] = _flag(
+        "same", "ranks that go on from a checkpoint: the `same` number, or `any`, with the same global batch"
+    )
+    meeting_timeout: int = _flag(60, "seconds in which all ranks must have arrived; 0: for ever")
+    start_timeout: int = _flag(1800, "seconds that loading may take without progress, and the first step; 0: for ever")
+    step_timeout: int | None = _flag(
+        None, "seconds that a step may take; default: ten times the usual, at least 300; 0: for ever"
+    )
+    save_timeout: int = _flag(1800, "seconds that a save may take; 0: for ever")
+    early_stopping_patience: int | None = _flag(
+        None, "stop when so many evaluations in a row have not lowered the held-out loss"
+    )
+    early_stopping_threshold: float = _flag(0.0, "by how much it has to be lower to count")
+    write_report: bool = _flag(True, "write `report.html` at the end; `finetune report OUTPUT` writes it at any time")
+    report_answers: int = _flag(3, "prompts of the data that base and result answer for the report; 0: none")
+    report_seconds: int = _flag(30, "seconds that these answers may take, loading included")
+    report_samples: int = _flag(8, "rows of the data, with their text, that `output_dir` keeps for the report; 0: none")
+
+
+@dataclass
+class PreviewArguments:
+    """What is shown."""
+
+    rows: list[int] | None = _flag(None, "the rows to show, counted from 0 in each file; default: the first 5")
+    sample: int | None = _flag(None, "show this many rows, drawn at random; default with `--html`: 50")
+    seed: int = _flag(42, "the same seed draws the same sample")
+    json: bool = _flag(False, "one JSON line per row of the file, all rows, with token ids and labels")
+    html: str | None = _flag(None, "write the rows to this file as a page; it may replace such a page, no other file")
+
+
+@dataclass
+class DoctorArguments:
+    """How a run is examined."""
+
+    json: bool = _flag(False, "print what was found as one JSON object")
+    full: bool = _flag(False, "compare every byte of data and model between the hosts, not samples of large files")
+    write_env: bool = _flag(False, "write a `.deepspeed_env` that names the network interface which joins the hosts")
+    stage: bool = _flag(False, "copy code, data and model to the hosts that lack them, with rsync")
+    rehearse: bool = _flag(
+        False, "run all of it with a small random model: two steps, save, verify, resume, load; about a minute"
+    )
+
+
+@dataclass
+class EvaluateArguments:
+    """What is evaluated, and how; at least one of --data_path, --tasks and --forgetting."""
+
+    base_model: str | None = _flag(None, "where the base lies now, if it was moved since the training")
+    no_base: bool = _flag(False, "do not measure the base beside the tuned model")
+    json: bool = _flag(False, "print what is stored as one JSON object, instead of tables")
+    tokens_per_batch: int = _flag(2048, "conversations are measured together up to so many tokens")
+    worst: int = _flag(5, "rows to show: those with the largest loss, and those that became worse most")
+    tasks: list[str] = _flag(
+        [], "`lingowhale` (the eight benchmarks of its table), tasks of lm-eval, YAML files or folders of tasks"
+    )
+    num_fewshot: int | None = _flag(None, "examples in front of each question of a task; default: the task's own")
+    limit: int | None = _flag(None, "ask only the first so many questions of each task: to try it out")
+    batch_size: str = _flag("auto", "questions of a task that are asked together: a number, or `auto`")
+    apply_chat_template: bool = _flag(
+        False, "ask tasks in the chat format; without it as plain text, as published scores are measured"
+    )
+    allow_code_execution: bool = _flag(False, "run programs that the model has written (HumanEval), on this machine")
+    forgetting: bool = _flag(False, "ask what the base could do, about 260 questions that come with the project")
+    fail_below: float | None = _flag(
+        None, "end with status 1 where `--forgetting` finds the tuned model more points below the base, e.g. 5"
+    )
+
+
+@dataclass
+class Arguments:
+    """All of a command line. `training` holds only the `TrainingArguments` that were given, by their present names."""
+
+    model: ModelArguments
+    data: DataArguments
+    batch: BatchArguments
+    adapter: AdapterArguments
+    run: RunArguments
+    training: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def flat(self) -> dict[str, Any]:
+        """Every flag by name, as `--config` reads it back."""
+        ours = {**asdict(self.model), **asdict(self.data), **asdict(self.batch), **asdict(self.adapter)}
+        return {**ours, **{name: value for name, value in self.training.items() if name not in SECRETS}}
+
+    def given(self, name: str) -> Any:
+        """A training flag as given, else transformers' default."""
+        return self.training.get(name, training_flags()[name].default)
+
+    def was_given(self, name: str) -> bool:
+        """Whether the user gave this training flag, or it has another value than ours."""
+        return name in self.training and self.training[name] != TRAINING_DEFAULTS.get(name)
+
+    def default(self, name: str) -> Any:
+        """What a flag is when it is not given."""
+        return default_of(name)
+
+    def resumes_from(self) -> str | None:
+        """`auto`, the folder of a checkpoint, or None."""
+        asked = self.given("resume_from_checkpoint")
+        if asked is None or str(asked).lower() in ("", "false", "no", "none"):
+            return None
+        return "auto" if str(asked).lower() in ("auto", "true", "yes") else str(asked)
+
+    def evaluates(self) -> bool:
+        """Whether conversations are held out."""
+        return bool(self.data.eval_data_path) or self.data.validation_share > 0
+
+    def step_rows(self, world_size: int) -> int:
+        """Rows, or groups that fill a token budget, of a full optimizer step over all ranks."""
+        groups = world_size // self.batch.sequence_parallel_size
+        return self.per_device_batch() * self.given("gradient_accumulation_steps") * groups
+
+    def per_device_batch(self) -> int:
+        """Rows of a micro-batch; under a token budget 1, the one group of rows that fills it."""
+        return self.given("per_device_train_batch_size") if self.batch.tokens_per_device_batch is None else 1
+
+    def deepspeed_batch(self) -> int:
+        """The size of a micro-batch that DeepSpeed is told: one row where ranks share it."""
+        return self.per_device_batch() if self.batch.sequence_parallel_size == 1 else 1
+
+
+SECRETS = ("hub_token",)  # never written to run.json
+GROUPS = (ModelArguments, DataArguments, BatchArguments, AdapterArguments, RunArguments)
+# The collator makes exactly the columns that are needed; what libraries warn about is said by rank 0 alone; a loss that
+# is not finite is shown as that, and not as the mean of those before it. Two checkpoints: of an 8B model each takes
+# about 100 GB.
+TRAINING_DEFAULTS = {
+    "remove_unused_columns": False,
+    "log_level_replica": "error",
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,
+    "save_total_limit": 2,
+}
+# What --help and README.md say of those flags of transformers that mean more here, or that this project names itself.
+TRAINING_HELP = {
+    "output_dir": "where the result goes; one that holds a run is refused, see `--overwrite_output_dir` (required)",
+    "per_device_train_batch_size": "conversations of a micro-batch, on each rank",
+    "gradient_accumulation_steps": "micro-batches of a step, on each rank; the plan writes out how many conversations "
+    "that is",
+    "deepspeed": "a DeepSpeed JSON, or the name of a shipped one: `zero1` `zero2` `zero3` `zero2_offload` "
+    "`zero3_offload` `zero3_nvme` `zeropp`",
+    "bf16": "compute in bfloat16; where the hardware cannot, an error or a line says so",
+    "fp16": "compute in float16, with a loss scale",
+    "tf32": "multiply float32 matrices in TF32; off, with a line, where the hardware cannot",
+    "logging_steps": "steps from one line of `metrics.jsonl` to the next",
+    "resume_from_checkpoint": "go on: `auto` from the newest whole checkpoint, if any, or from this folder",
+    "save_total_limit": "checkpoints that are kept, and the best one; 0: all",
+    "eval_strategy": "when held-out conversations are evaluated: `no`, `steps` or `epoch`; default: `epoch`",
+    "per_device_eval_batch_size": "conversations of a micro-batch that is evaluated, on each rank; default: as "
+    "`--per_device_train_batch_size`",
+    "report_to": "trackers, e.g. `tensorboard`, `wandb`, `mlflow`; one that is not installed is said before the start",
+}
+
+
+def default_of(name: str) -> Any:
+    """What a flag is when it is not given, by its name without dashes; None for an unknown one."""
+    for group in GROUPS:
+        for one in fields(group):
+            if one.name == name:
+                return one.default_factory() if one.default is MISSING else one.default
+    flag = training_flags().get(name)
+    return TRAINING_DEFAULTS.get(name, flag.default if flag else None)

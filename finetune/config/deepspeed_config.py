@@ -1,0 +1,348 @@
+"""A DeepSpeed JSON x command line x world size -> one checked config, before anything expensive happens.
+
+`transformers` fills a config's `"auto"` values too, but finds mismatches only once the model is loaded, and DeepSpeed
+finds others later still. Here every value that the command line decides is compared first, and all faults are
+reported together, each with both values and the fix.
+
+Keys: https://www.deepspeed.ai/docs/config-json/ ; what transformers fills: transformers/integrations/deepspeed.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from finetune.config.hardware import Precision
+from finetune.utils.errors import ConfigError, format_faults
+
+AUTO = "auto"
+STAGES = (0, 1, 2, 3)
+# Filled by transformers once the model's hidden size, or the number of steps, is known.
+LEFT_TO_TRANSFORMERS = {
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "scheduler.params.total_num_steps",
+    "scheduler.params.warmup_num_steps",
+    "scheduler.params.warmup_min_lr",
+}
+NEEDS_CUDA = (
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+)
+
+
+@dataclass(frozen=True)
+class DeepSpeedFlags:
+    """The plain values a config is checked against, under their flag names."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    learning_rate: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    weight_decay: float
+    precision: Precision
+    precision_was_replaced: bool = False
+
+
+@dataclass(frozen=True)
+class ResolvedDeepSpeedConfig:
+    """`config` is what DeepSpeed gets (values known only with the model still `"auto"`); `notes` are for the user."""
+
+    path: str
+    config: dict[str, Any]
+    stage: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def offloads(self) -> bool:
+        """Whether parameters or optimizer states live on the host or on disk."""
+        zero = self.config.get("zero_optimization", {})
+        return any(
+            (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
+        )
+
+
+def shipped_folder() -> Path:
+    """Where the configs of this project lie: beside the package in a clone, inside it once installed."""
+    here = Path(__file__).resolve().parent.parent
+    return here / "ds_configs" if (here / "ds_configs").is_dir() else here.parent / "ds_configs"
+
+
+def shipped_names() -> list[str]:
+    """The names that `--deepspeed NAME` finds without a path."""
+    return sorted(path.stem for path in shipped_folder().glob("*.json"))
+
+
+def find_config(name: str) -> Path:
+    """A path as given, or a shipped config by its bare name (`zero3`).
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name).expanduser()
+    if os.path.isfile(path):  # unlike Path.is_file, False for a name longer than the file system allows
+        return path
+    if path.name == name and path.stem in shipped_names():
+        return shipped_folder() / f"{path.stem}.json"
+    close = get_close_matches(path.stem, shipped_names(), n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(
+        f"--deepspeed {name}: there is no such file; {hint}the shipped ones can be given by name: "
+        + ", ".join(shipped_names())
+    )
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON strictly.
+
+    Raises:
+        ConfigError: not UTF-8, not JSON (line and column), not an object, a key given twice, a NaN or Infinity.
+    """
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ConfigError(f'{path}: the key "{key}" is given twice in one object: keep one of them')
+            found[key] = value
+        return found
+
+    def no_constant(name: str) -> None:
+        raise ConfigError(f"{path}: {name} is not JSON: give a number")
+
+    try:
+        config = json.loads(
+            path.read_text(encoding="utf-8-sig"),
+            object_pairs_hook=without_duplicates,
+            parse_constant=no_constant,
+        )
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a DeepSpeed config: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {_json_kind(config)}")
+    return config
+
+
+def resolve_deepspeed_config(
+    path: Path,
+    config: Mapping[str, Any],
+    command: DeepSpeedFlags,
+    *,
+    world_size: int,
+    local_world_size: int,
+    use_cpu: bool,
+    sequence_parallel_size: int = 1,
+) -> ResolvedDeepSpeedConfig:
+    """Fill every `"auto"` that the command line decides, and check every value that it contradicts.
+
+    Args:
+        path: where `config` came from, for messages.
+        world_size: ranks of the run; `local_world_size`: ranks on this host (what ZeRO++ calls hpz).
+        sequence_parallel_size: ranks that share each conversation, of which DeepSpeed must know from the start.
+
+    Raises:
+        ConfigError: all faults at once, each naming both values and the fix.
+    """
+    resolved = copy.deepcopy(dict(config))
+    faults: list[str] = []
+    notes: list[str] = []
+    stage = _stage(path, resolved, faults)
+    if not faults:
+        _settle_precision(path, resolved, command, faults, notes)
+        _settle_batch_and_optimizer(path, resolved, command, world_size // sequence_parallel_size, faults)
+        _settle_zero(path, resolved, stage, world_size, local_world_size, use_cpu, faults, notes)
+        _check_leftover_autos(path, resolved, faults)
+        if sequence_parallel_size > 1:
+            resolved["sequence_parallel_size"] = sequence_parallel_size
+            resolved.pop("train_batch_size", None)  # of which transformers and DeepSpeed then think differently
+            resolved["zero_optimization"]["reduce_scatter"] = True  # see SupervisedTrainer._ranks_averaged_over
+    if faults:
+        raise ConfigError(format_faults(faults, "fault"))
+    return ResolvedDeepSpeedConfig(str(path), resolved, stage, tuple(notes))
+
+
+def _stage(path: Path, config: dict[str, Any], faults: list[str]) -> int:
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        faults.append(f"{path}: zero_optimization: expected an object, found {_json_kind(zero)}")
+        return 0
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in STAGES:
+        faults.append(f"{path}: zero_optimization.stage is {json.dumps(stage)}: expected 0, 1, 2 or 3")
+        return 0
+    if "zero_optimization" not in config:
+        close = get_close_matches("zero_optimization", config, n=1, cutoff=0.7)
+        if close:
+            faults.append(f'{path}: "{close[0]}" is not a DeepSpeed key: did you mean "zero_optimization"?')
+    return stage
+
+
+def _settle_precision(
+    path: Path, config: dict[str, Any], command: DeepSpeedFlags, faults: list[str], notes: list[str]
+) -> None:
+    for precision in ("bf16", "fp16"):
+        wanted = command.precision == precision
+        section = config.get(precision)
+        if section is None and wanted:
+            config[precision] = {"enabled": True}
+        elif isinstance(section, dict):
+            value = section.get("enabled", False)
+            if value in (AUTO, wanted):
+                section["enabled"] = wanted
+            elif value is True and command.precision_was_replaced:
+                section["enabled"] = False
+                notes.append(f"{path}: {precision}.enabled is off for the same reason as the flag")
+            else:
+                fix = f"--{precision} True" if value else f'"{precision}": {{"enabled": "auto"}} there'
+                faults.append(
+                    f"{path}: {precision}.enabled is {json.dumps(value)}, but this run computes in "
+                    f"{command.precision}: give {fix}"
+                )
+        elif section is not None:
+            faults.append(f'{path}: {precision}: expected an object such as {{"enabled": "auto"}}')
+
+
+def _settle_batch_and_optimizer(
+    path: Path, config: dict[str, Any], command: DeepSpeedFlags, world_size: int, faults: list[str]
+) -> None:
+    micro, accumulation = command.per_device_train_batch_size, command.gradient_accumulation_steps
+    decided = [
+        ("train_micro_batch_size_per_gpu", micro, "--per_device_train_batch_size"),
+        ("gradient_accumulation_steps", accumulation, "--gradient_accumulation_steps"),
+        ("gradient_clipping", command.max_grad_norm, "--max_grad_norm"),
+        ("optimizer.params.lr", command.learning_rate, "--learning_rate"),
+        ("optimizer.params.betas", [command.adam_beta1, command.adam_beta2], "--adam_beta1, --adam_beta2"),
+        ("optimizer.params.eps", command.adam_epsilon, "--adam_epsilon"),
+        ("optimizer.params.weight_decay", command.weight_decay, "--weight_decay"),
+        ("scheduler.params.warmup_max_lr", command.learning_rate, "--learning_rate"),
+    ]
+    for key, value, flag in decided:
+        _fill_or_compare(
+            path, config, key, value, f"{flag} is {json.dumps(value)}", f"or give {flag} its value", faults
+        )
+    product = (
+        f"{micro} per device x {accumulation} accumulated x {world_size} ranks is {micro * accumulation * world_size}"
+    )
+    _fill_or_compare(
+        path, config, "train_batch_size", micro * accumulation * world_size, product, "or change one of them", faults
+    )
+
+
+def _fill_or_compare(
+    path: Path, config: dict[str, Any], key: str, value: Any, said: str, remedy: str, faults: list[str]
+) -> None:
+    node, last = _node(config, key)
+    if node is None or (last not in node and "." in key):
+        return
+    if node.get(last, AUTO) == AUTO:
+        node[last] = value
+    elif _as_number(node[last]) != _as_number(value):
+        faults.append(f'{path}: {key} is {json.dumps(node[last])}, but {said}: write "auto" there, {remedy}')
+    else:
+        node[last] = value  # "8" becomes 8: DeepSpeed compares without converting
+
+
+def _settle_zero(
+    path: Path,
+    config: dict[str, Any],
+    stage: int,
+    world_size: int,
+    local_world_size: int,
+    use_cpu: bool,
+    faults: list[str],
+    notes: list[str],
+) -> None:
+    zero = config.setdefault("zero_optimization", {"stage": stage})
+    if stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        notes.append(f"{path}: stage3_gather_16bit_weights_on_model_save is switched on: without it no model is saved")
+    _settle_hpz(path, zero, world_size, local_world_size, faults)
+    if use_cpu:
+        for key in NEEDS_CUDA:
+            node, last = _node(config, key)
+            if node and node.get(last):
+                node[last] = False
+                notes.append(f"{path}: {last} is off: its kernels need a GPU")
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key)
+        if offload is None:
+            continue
+        if not isinstance(offload, dict) or offload.get("device", "none") not in ("none", "cpu", "nvme"):
+            faults.append(f'{path}: {key} is {json.dumps(offload)}: expected {{"device": "cpu"}} or "nvme" or "none"')
+            continue
+        if key == "offload_param" and stage != 3 and offload.get("device", "none") != "none":
+            faults.append(f"{path}: offload_param needs ZeRO stage 3, but zero_optimization.stage is {stage}")
+        nvme = offload.get("nvme_path")
+        if offload.get("device") == "nvme" and not (isinstance(nvme, str) and nvme and os.path.isdir(nvme)):
+            faults.append(
+                f"{path}: {key}.nvme_path is {json.dumps(nvme)}, which is no folder on this host: "
+                "copy the config and name a folder on a local NVMe disk"
+            )
+
+
+def _settle_hpz(path: Path, zero: dict[str, Any], world_size: int, local_world_size: int, faults: list[str]) -> None:
+    """ZeRO++ keeps a second copy of the weights inside each group of `zero_hpz_partition_size` ranks, one host each."""
+    size = zero.get("zero_hpz_partition_size")
+    if size == AUTO:
+        zero["zero_hpz_partition_size"] = local_world_size
+        if world_size % local_world_size:
+            faults.append(
+                f"{path}: zero_hpz_partition_size is the {local_world_size} ranks of this host, which do not divide "
+                f"the {world_size} ranks: give every host as many, or leave the key out"
+            )
+    elif size is not None and (type(size) is not int or size < 1 or world_size % size):
+        faults.append(
+            f"{path}: zero_hpz_partition_size is {json.dumps(size)}, which does not divide the {world_size} ranks: "
+            f'write "auto" (the ranks of one host, here {local_world_size})'
+        )
+
+
+def _check_leftover_autos(path: Path, config: Mapping[str, Any], faults: list[str], prefix: str = "") -> None:
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _check_leftover_autos(path, value, faults, f"{name}.")
+        elif value == AUTO and name not in LEFT_TO_TRANSFORMERS:
+            faults.append(f'{path}: {name} is "auto", but nothing on the command line decides it: give a value')
+
+
+def _node(config: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
+    *parents, last = key.split(".")
+    node: Any = config
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    return (node if isinstance(node, dict) else None), last
+
+
+def _as_number(value: Any) -> Any:
+    """`"8"`, 8 and 8.0 are one value; lists are compared element by element."""
+    if isinstance(value, list):
+        return [_as_number(item) for item in value]
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
+def _json_kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

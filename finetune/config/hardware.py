@@ -1,0 +1,198 @@
+"""What the machine can do, and what follows for precision, attention and communication.
+
+`probe()` asks torch; everything else is a pure function of what it found, so that a laptop can test what an H100
+would be told. Each decision comes with the lines that a user should read; no line means that the wish was met.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from finetune.utils.errors import ConfigError
+
+Precision = Literal["bf16", "fp16", "float32"]
+
+AMPERE = (8, 0)
+# Dense peak rates in TFLOP/s by a part of the device's name: half precision, TF32, float32. NVIDIA's data sheets.
+PEAK_TFLOPS = {
+    "B200": (2250, 1125, 75),
+    "GH200": (989, 494, 67),
+    "H200": (989, 494, 67),
+    "H100 PCIe": (756, 378, 51),
+    "H100 NVL": (835, 417, 60),
+    "H100": (989, 494, 67),
+    "H20": (148, 74, 44),
+    "A100": (312, 156, 19.5),
+    "A800": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6),
+    "L40": (181, 90.5, 90.5),
+    "L4": (121, 60, 30.3),
+    "A10G": (70, 35, 35),
+    "A10": (125, 62.5, 31.2),
+    "A6000": (155, 77.4, 38.7),
+    "V100": (125, 15.7, 15.7),
+    "T4": (65, 8.1, 8.1),
+    "RTX 4090": (165, 82.6, 82.6),
+    "RTX 3090": (71, 35.6, 35.6),
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: its name and CUDA compute capability (major, minor)."""
+
+    name: str
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class DetectedHardware:
+    """What was found: the visible GPUs (none on a CPU machine), bf16 units of the CPU, flash-attn importable."""
+
+    gpus: tuple[Gpu, ...] = ()
+    cpu_bf16: bool = False
+    flash_attn: bool = False
+
+    @property
+    def weakest(self) -> Gpu | None:
+        """The GPU with the lowest compute capability: ranks on unequal GPUs must all do what it can do."""
+        return min(self.gpus, key=lambda gpu: gpu.capability, default=None)
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What was decided, and the lines that say what differs from what was asked."""
+
+    precision: Precision
+    tf32: bool | None
+    attention: str
+    backend: Literal["nccl", "gloo"]
+    use_cpu: bool
+    notes: tuple[str, ...] = ()
+
+
+def detect_hardware(use_cpu: bool = False) -> DetectedHardware:
+    """Ask torch what this machine has. `use_cpu` leaves its GPUs out."""
+    import torch
+
+    gpus = ()
+    if not use_cpu and torch.cuda.is_available():
+        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        gpus = tuple(Gpu(one.name, (one.major, one.minor)) for one in found)
+    return DetectedHardware(
+        gpus=gpus,
+        cpu_bf16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        flash_attn=find_spec("flash_attn") is not None,
+    )
+
+
+def resolve_hardware(
+    found: DetectedHardware,
+    *,
+    bf16: bool = False,
+    fp16: bool = False,
+    tf32: bool | None = None,
+    attn_implementation: str | None = None,
+) -> HardwareConfig:
+    """Every decision that depends on the hardware.
+
+    Raises:
+        ConfigError: a precision that this hardware lacks and whose replacement would change the numbers.
+    """
+    precision, precision_notes = decide_precision(found, bf16=bf16, fp16=fp16)
+    use_tf32, tf32_notes = decide_tf32(found, tf32)
+    attention, attention_notes = decide_attention(found, attn_implementation, precision)
+    return HardwareConfig(
+        precision=precision,
+        tf32=use_tf32,
+        attention=attention,
+        backend="nccl" if found.gpus else "gloo",
+        use_cpu=not found.gpus,
+        notes=(*precision_notes, *tf32_notes, *attention_notes),
+    )
+
+
+def decide_precision(found: DetectedHardware, *, bf16: bool, fp16: bool) -> tuple[Precision, list[str]]:
+    """The compute precision. On a GPU never another one than asked; a CPU may compute more precisely than asked.
+
+    Raises:
+        ConfigError: both asked for, or `--bf16` on a GPU older than Ampere.
+    """
+    if bf16 and fp16:
+        raise ConfigError("--bf16 True and --fp16 True exclude each other: keep one of them")
+    weakest = found.weakest
+    if weakest is None:
+        if bf16:
+            # Ranks may sit on CPUs of both kinds, and all must compute alike; bf16 also hides what a rehearsal on a
+            # CPU is for: in it the ZeRO stages drift apart within ten steps, in float32 they agree to 1e-5.
+            units = "is not needed on a CPU" if found.cpu_bf16 else "would be emulated by this CPU, many times slower"
+            return "float32", [f"--bf16 is off: it {units}; computing in float32"]
+        if fp16:
+            return "float32", ["--fp16 is off: there is no GPU here; computing in float32"]
+    elif bf16 and weakest.capability < AMPERE:
+        raise ConfigError(
+            f"--bf16 True: {weakest.name} (compute capability {_dotted(weakest)}) has no bf16, that needs 8.0; "
+            "use --fp16 True on this GPU instead"
+        )
+    return ("bf16" if bf16 else "fp16" if fp16 else "float32"), []
+
+
+def decide_tf32(found: DetectedHardware, tf32: bool | None) -> tuple[bool | None, list[str]]:
+    """TF32 matrix products: only where every GPU has them; None leaves torch's setting alone."""
+    if not tf32:
+        return (tf32 if found.gpus else None), []
+    weakest = found.weakest
+    if weakest is None:
+        return None, ["--tf32 is off: it is a mode of NVIDIA GPUs, and there is none here"]
+    if weakest.capability < AMPERE:
+        return None, [f"--tf32 is off: {weakest.name} (compute capability {_dotted(weakest)}) is older than Ampere"]
+    return True, []
+
+
+def decide_attention(found: DetectedHardware, asked: str | None, precision: Precision) -> tuple[str, list[str]]:
+    """The name given to `attn_implementation`: flash attention where it runs, else torch's own SDPA."""
+    obstacle = _flash_obstacle(found, precision)
+    if asked is None:
+        return ("sdpa" if obstacle else "flash_attention_2"), []
+    if asked == "flash_attention_2" and obstacle:
+        return "sdpa", [f"--attn_implementation flash_attention_2 is replaced by sdpa: {obstacle}"]
+    return asked, []
+
+
+def peak_flops(name: str, precision: Precision, tf32: bool | None) -> float | None:
+    """Floating point operations per second that a GPU of this name can do at most, or None where it is not known."""
+    half, tf32_rate, full = next((PEAK_TFLOPS[part] for part in PEAK_TFLOPS if part in name), (None, None, None))
+    rate = half if precision != "float32" else tf32_rate if tf32 else full
+    return None if rate is None else rate * 1e12
+
+
+def measured_matmul_rate(size: int = 768, repeats: int = 4) -> float:
+    """Floating point operations per second of this process's float32 matrix products on the CPU; the best of a few."""
+    import torch
+
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def _flash_obstacle(found: DetectedHardware, precision: Precision) -> str | None:
+    if found.weakest is None:
+        return "it needs a GPU, and there is none here"
+    if found.weakest.capability < AMPERE:
+        return f"{found.weakest.name} (compute capability {_dotted(found.weakest)}) is older than Ampere"
+    if precision == "float32":
+        return "it computes in bf16 or fp16 only; add --bf16 True"
+    if not found.flash_attn:
+        return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+    return None
+
+
+def _dotted(gpu: Gpu) -> str:
+    return ".".join(map(str, gpu.capability))

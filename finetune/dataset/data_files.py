@@ -1,0 +1,152 @@
+"""The bytes of a data file, unpacked: which kind of file it is shows in its first bytes, not in its name."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+CHUNK_BYTES = 1 << 20
+GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
+REFUSED_KINDS = {
+    b"PK\x03\x04": "a zip archive: unpack it and name the files in it",
+    ARROW: "an Arrow file: name the folder that save_to_disk wrote, or write it as Parquet",
+    b"\xfd7zXZ": "an xz file: unpack it, or pack it with gzip or zstd",
+    b"BZh": "a bzip2 file: unpack it, or pack it with gzip or zstd",
+    b"7z\xbc\xaf": "a 7z archive: unpack it and name the files in it",
+    b"SQLite format 3": "a database: write its rows as JSON lines",
+    b"version https://git-lfs": "a pointer of Git LFS, not the data: fetch the data with git lfs pull",
+}
+REFUSED_SUFFIXES = {
+    ".zip": REFUSED_KINDS[b"PK\x03\x04"],
+    ".csv": "CSV does not say who speaks: write it as JSON lines, one object with the columns as keys a line",
+    ".tsv": "TSV does not say who speaks: write it as JSON lines, one object with the columns as keys a line",
+    ".xlsx": "a spreadsheet: write it as JSON lines, one object with the columns as keys a line",
+    ".tar": "a tar archive: unpack it and name the files in it",
+    ".tgz": "a tar archive: unpack it and name the files in it",
+}
+_BEGIN_OF_TAR = 257
+
+
+class UnreadableFileError(Exception):
+    """A file, or the rest of it, cannot be read; the message says why, without the file's name."""
+
+
+class DataFile:
+    """A file open for reading, unpacked on the way.
+
+    `head` is its first chunk of unpacked bytes, which `chunks` gives again; `position` counts packed bytes.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        magic = raw.read(16)
+        raw.seek(0)
+        self.packed = magic.startswith((GZIP, ZSTD))
+        self.is_parquet = magic.startswith(PARQUET)
+        self._unpacked = _unpacking(raw, magic)
+        self.head = b"" if self.is_parquet else self._read()
+        if not self.is_parquet:
+            self._refuse_other_kinds()
+
+    def position(self) -> int:
+        """Packed bytes read so far; 0 once the file is closed."""
+        return 0 if self._raw.closed else self._raw.tell()
+
+    def chunks(self) -> Iterator[bytes]:
+        """The unpacked bytes from the beginning.
+
+        Raises:
+            Unreadable: the packed stream is cut short or damaged.
+        """
+        chunk = self.head
+        while chunk:
+            yield chunk
+            chunk = self._read()
+
+    def _read(self) -> bytes:
+        try:
+            return self._unpacked.read(CHUNK_BYTES)
+        except EOFError:
+            raise UnreadableFileError("the gzip stream is cut short: fetch or pack the file again") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise UnreadableFileError(f"the gzip stream is damaged ({error}): fetch or pack the file again") from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            said = str(error).strip()
+            kind = "cut short" if "runcated" in said else f"damaged ({said})"
+            raise UnreadableFileError(f"the zstd stream is {kind}: fetch or pack the file again") from None
+
+    def _refuse_other_kinds(self) -> None:
+        for magic, reason in REFUSED_KINDS.items():
+            if self.head.startswith(magic):
+                raise UnreadableFileError(reason)
+        if self.head[_BEGIN_OF_TAR : _BEGIN_OF_TAR + 5] == b"ustar":
+            raise UnreadableFileError(REFUSED_SUFFIXES[".tar"])
+        if self.packed and self.head.startswith((GZIP, ZSTD, PARQUET)):
+            raise UnreadableFileError("a packed file inside a packed file: unpack it once")
+
+
+def _unpacking(raw: BinaryIO, magic: bytes) -> Any:
+    if magic.startswith(GZIP):
+        return gzip.GzipFile(fileobj=raw)
+    if magic.startswith(ZSTD):
+        import pyarrow
+
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    return raw
+
+
+@contextmanager
+def open_data_file(path: str) -> Iterator[DataFile]:
+    """Open a file.
+
+    Raises:
+        Unreadable: a kind of file that is not read; the system refuses it.
+    """
+    try:
+        with open(path, "rb") as raw:
+            yield DataFile(raw)
+    except OSError as error:
+        raise UnreadableFileError(f"cannot be read: {error.strerror or error}") from None
+
+
+def conversion(encoding: str, name: str, packed: bool) -> str:
+    """What a text in another encoding is, and the line that converts it."""
+    convert = f"iconv -f {encoding} -t UTF-8 {name} > {name}.utf8"
+    if packed:
+        convert = f"unpack it, then iconv -f {encoding} -t UTF-8"
+    known_as = "GBK or GB18030" if encoding == "GB18030" else encoding
+    return f"the text is {known_as}, not UTF-8: convert it: {convert}"
+
+
+def wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, by the mark at the beginning or by where the zeros are."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    begin = head[:4]
+    if len(begin) < 4:
+        return None
+    if begin[0] in b"[{ \t\r\n" and begin[1] == begin[3] == 0 != begin[2]:
+        return "UTF-16LE"
+    if begin[1] in b"[{ \t\r\n" and begin[0] == begin[2] == 0 != begin[3]:
+        return "UTF-16BE"
+    return None
+
+
+def is_gb18030(part: bytes) -> bool:
+    """Whether the bytes are GB18030, and most of its characters are of those that Chinese text is made of."""
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(part)
+    except UnicodeDecodeError:
+        return False
+    wide = [character for character in text if not character.isascii()]
+    chinese = sum("\u4e00" <= character <= "\u9fff" or character in "，。？！：；、“”（）《》" for character in wide)
+    both_high = sum(len(encoded) == 2 and min(encoded) >= 0xA1 for encoded in (one.encode("gb18030") for one in wide))
+    return len(wide) >= 2 and chinese >= 0.6 * len(wide) and both_high >= 0.6 * len(wide)

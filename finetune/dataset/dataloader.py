@@ -1,0 +1,233 @@
+"""The micro-batches of a run: the form they have, which rows are in them, and what they count for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from finetune.dataset.loss_cells import LossCells
+from finetune.dataset.sampler import Batching, Order
+from finetune.dataset.sampler import Sampler as RowSampler
+from finetune.utils.errors import ConfigError
+
+STEPS_LOOKED_AT = 20
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How micro-batches are made. `capacity` is the tokens of a group of rows that stay together, or None."""
+
+    batching: Batching
+    selects_logits: bool
+    capacity: int | None
+    order: Order
+    notes: tuple[str, ...] = ()
+
+
+def decide_layout(
+    wanted: Batching,
+    *,
+    obstacle: str | None,
+    full_logits_because: str | None,
+    tokens_per_device: int | None,
+    per_device_batch: int,
+    model_max_length: int,
+    longest: int,
+    strategy: str,
+) -> BatchLayout:
+    """Plain values -> the form of the batches, with a line for each thing that is not as asked.
+
+    Args:
+        obstacle: why rows cannot be flat; full_logits_because: why logits cannot be selected; None: they can.
+        longest: tokens of the longest example.
+
+    Raises:
+        ConfigError: the budget is smaller than the longest example.
+    """
+    notes = []
+    if tokens_per_device is not None and tokens_per_device < longest:
+        raise ConfigError(
+            f"--tokens_per_device_batch {tokens_per_device:,}: the longest example has {longest:,} tokens: give at "
+            "least as many, or a smaller --model_max_length"
+        )
+    batching: Batching = "padded" if obstacle else wanted
+    if obstacle and wanted != "padded":
+        notes.append(f"--batching {wanted} is replaced by padded: {obstacle}")
+    if full_logits_because:
+        notes.append(f"logits are computed at all positions, not at learned ones only: {full_logits_because}")
+    capacity = tokens_per_device
+    if wanted == "packed":  # where it is replaced, batches of as many tokens
+        capacity = model_max_length if batching == "packed" else model_max_length * per_device_batch
+    order: Order = "sequential" if strategy == "sequential" else "random"
+    if strategy == "group_by_length":
+        order = "group_by_length" if batching == "padded" else "random"
+        if batching != "padded":
+            notes.append(f"group_by_length is off: {batching} batches have no padding that it could save")
+    return BatchLayout(batching, full_logits_because is None, capacity, order, tuple(notes))
+
+
+def padding_share(sampler: RowSampler) -> float:
+    """The share of the positions of padded batches that is padding, 0 to 1, in the first steps."""
+    real = positions = 0
+    for step in range(min(STEPS_LOOKED_AT, sampler.steps_per_epoch)):
+        for number in range(sampler.micro_batches(step)):
+            for rank in range(sampler.shape.world_size):
+                lengths = sampler.lengths[sampler.micro_batch(0, step, rank, number)]
+                real += int(lengths.sum())
+                positions += int(lengths.max(initial=0)) * len(lengths)
+    return 1 - real / max(positions, 1)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts over rows, padding not among them: tokens, learned ones, and pairs of a token and one that it sees."""
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What a micro-batch is part of: `tokens` are its own, `step` is the whole step, over all ranks.
+
+    `denominator` is what the step's loss is a mean of: its learned tokens, or its conversations. Every rank knows both
+    without asking the others, because every rank knows all rows of a step.
+    """
+
+    tokens: int
+    step: StepTotals
+    denominator: int
+
+
+class MicroBatchDataset(Dataset):
+    """Micro-batches by (epoch, number), for one rank; a function of these two alone.
+
+    Args:
+        examples: a `datasets.Dataset` with `input_ids`, `labels` and `num_supervised`; `sampler` knows their lengths.
+        collate: examples -> a batch of tensors.
+        rank: of the data-parallel ranks.
+        counts_conversations: the loss is a mean over conversations, not over tokens.
+        sources: what the examples come from, so that the loss can be told by it; none: it is not.
+        left_out: bool [examples], those that no micro-batch holds and no total counts, though they keep their place in
+            the order of the data; None: none.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        sampler: RowSampler,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        *,
+        rank: int,
+        counts_conversations: bool = False,
+        left_out: np.ndarray | None = None,
+        sources: Sequence[str] = (),
+    ) -> None:
+        self.described = examples
+        self.left_out = np.zeros(len(examples), dtype=bool) if left_out is None else left_out
+        self.examples = examples.select_columns(["input_ids", "labels"]).with_format("numpy")
+        self.cells = LossCells(sources)
+        marks = ["source", "labels", "turn_spans"] if sources else ["labels"]
+        self.marked = examples.select_columns(marks).with_format("arrow")
+        self.lengths, self.supervised = sampler.lengths, int_column(examples, "num_supervised")
+        self.sampler, self.collate, self.rank = sampler, collate, rank
+        self.counts_conversations = counts_conversations
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        """The batch, with its `BatchCounts` under `counts`."""
+        epoch, number = place
+        step, micro_batch = divmod(number, self.sampler.shape.accumulation)
+        rows = self.rows(epoch, step, micro_batch)
+        found = self.examples[rows] if rows else {"input_ids": [], "labels": []}
+        examples = [
+            {"input_ids": ids, "labels": labels}
+            for ids, labels in zip(found["input_ids"], found["labels"], strict=True)
+        ]
+        if self.cells.sources and rows:
+            cells = self.cells.of(self.marked[rows])
+            examples = [{**example, "cells": own} for example, own in zip(examples, cells, strict=True)]
+        totals = self.totals(self._kept(self.sampler.step_rows(epoch, step)))
+        denominator = totals.rows if self.counts_conversations else totals.supervised_tokens
+        return {
+            **self.collate(examples),
+            "counts": BatchCounts(int(self.lengths[rows].sum()) if rows else 0, totals, max(denominator, 1)),
+        }
+
+    def rows(self, epoch: int, step: int, micro_batch: int) -> list[int]:
+        """Which examples a micro-batch of this rank holds."""
+        return self._kept(self.sampler.micro_batch(epoch, step, self.rank, micro_batch))
+
+    def _kept(self, rows: list[int]) -> list[int]:
+        return [row for row in rows if not self.left_out[row]]
+
+    def describe(self, rows: list[int], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+        """Where examples come from, and their text: `source`, `row`, `id`, `text`."""
+        columns = self.described.select_columns(["source", "row", "id", "input_ids"]).with_format(None)
+        return [
+            {"source": one["source"], "row": one["row"], "id": json.loads(one["id"]), "text": decode(one["input_ids"])}
+            for one in columns.select(rows)
+        ]
+
+    def shortest_example(self) -> dict[str, Any]:
+        """`input_ids` and `labels` of the shortest example that teaches something, int arrays [tokens]."""
+        teaches = (self.supervised > 0) & ~self.left_out
+        return self.examples[int(np.where(teaches, self.lengths, self.lengths.max() + 1).argmin())]
+
+    def totals(self, rows: list[int]) -> StepTotals:
+        """The counts of these rows."""
+        lengths = self.lengths[rows]
+        return StepTotals(
+            rows=int((self.supervised[rows] > 0).sum()),
+            tokens=int(lengths.sum()),
+            supervised_tokens=int(self.supervised[rows].sum()),
+            pairs=int((lengths * (lengths + 1) // 2).sum()),
+        )
+
+
+def int_column(examples: Any, name: str) -> np.ndarray:
+    """A whole column of numbers, int64 [rows]."""
+    return np.asarray(examples.with_format("numpy")[name][:], dtype=np.int64)
+
+
+class MicroBatchDataLoader(DataLoader):
+    """Hands out an epoch of a rank's micro-batches; every rank's epoch has as many.
+
+    It is a plain loader over places, so that accelerate's `skip_first_batches` can skip without reading.
+    """
+
+    def __init__(self, micro_batches: MicroBatchDataset, **options: Any) -> None:
+        places = _Places(micro_batches.sampler.micro_batches_per_epoch)
+        super().__init__(micro_batches, batch_sampler=places, collate_fn=_the_only_one, **options)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iterator is of."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Places(Sampler):
+    def __init__(self, count: int) -> None:
+        self.count, self.epoch = count, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(self.epoch, number)] for number in range(self.count))
+
+
+def _the_only_one(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    (batch,) = batches
+    return batch

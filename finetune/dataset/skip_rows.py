@@ -1,0 +1,103 @@
+"""Rows that `--skip_rows` leaves out: what its files name, found in the data, written down.
+
+A file has lines of two kinds: `path/to/data.json:17`, the row counted from 0, or an object with `source` and `row`, as
+`non_finite_rows.jsonl` has them. Blank lines and those that begin with # are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.utils.errors import ConfigError, StorageError, format_faults
+
+RowId = tuple[str, int]
+REASON = "left out by --skip_rows"
+
+
+def rows_to_skip(paths: Sequence[str], rows_by_source: Mapping[str, int]) -> tuple[RowId, ...]:
+    """(source, row) of each row that the files name, by the data's own names, sorted, each once.
+
+    Raises:
+        ConfigError: a file or line that cannot be read, or rows that the data does not have, all together.
+    """
+    named = [one for path in paths for one in _named_in(Path(path).expanduser())]
+    sources = {str(Path(name).resolve()): name for name in rows_by_source} | {name: name for name in rows_by_source}
+    found, faults = set(), []
+    for place, source, row in named:
+        known = sources.get(source) or sources.get(str(Path(source).expanduser().resolve()))
+        if known is None:
+            faults.append(f"{place}: {source}:{row}: {source} is not among the data: {', '.join(rows_by_source)}")
+        elif not 0 <= row < rows_by_source[known]:
+            faults.append(f"{place}: {source}:{row}: {known} has rows 0 to {rows_by_source[known] - 1:,}")
+        else:
+            found.add((known, row))
+    if faults:
+        raise ConfigError(format_faults(faults, "row that --skip_rows names and the data does not have"))
+    return tuple(sorted(found))
+
+
+def _named_in(path: Path) -> list[tuple[str, str, int]]:
+    """(place, source, row) of each line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--skip_rows {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--skip_rows {path}: not UTF-8 at byte {error.start}") from None
+    found = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line and not line.startswith("#"):
+            place = f"--skip_rows {path}, line {number}"
+            found.append((place, *_row_of(place, line)))
+    return found
+
+
+def _row_of(place: str, line: str) -> RowId:
+    try:
+        values = json.loads(line) if line.startswith("{") else _spelled(line)
+        source, row = values["source"], int(str(values["row"]))
+    except (ValueError, KeyError, TypeError):
+        source, row = "", 0
+    if not source or not isinstance(source, str):
+        raise ConfigError(f"{place}: {line[:80]}: expected path/to/data.json:17, or a line of non_finite_rows.jsonl")
+    return source, row
+
+
+def _spelled(line: str) -> dict[str, str]:
+    source, _, row = line.rpartition(":")
+    return {"source": source, "row": row}
+
+
+def skip_mask(examples: Any, rows: Iterable[RowId]) -> np.ndarray:
+    """Which examples are of these rows, bool [examples]: all windows of a row, and each time that it comes."""
+    wanted = set(rows)
+    if not wanted:
+        return np.zeros(len(examples), dtype=bool)
+    pairs = zip(examples["source"], examples["row"], strict=True)
+    return np.fromiter(((source, int(row)) in wanted for source, row in pairs), dtype=bool, count=len(examples))
+
+
+def append_to_ledger(path: Path, examples: Any, rows: Sequence[RowId]) -> None:
+    """One line per row that is left out, as the ledger has them.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    if not rows:
+        return
+    chosen = examples.select(np.flatnonzero(skip_mask(examples, rows)))
+    ids = {(one["source"], one["row"]): json.loads(one["id"]) for one in chosen}
+    lines = [
+        {"source": source, "row": row, "id": ids.get((source, row)), "status": "dropped", "reason": REASON}
+        for source, row in rows
+    ]
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None

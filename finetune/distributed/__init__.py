@@ -1,0 +1,1 @@
+"""Processes of a run: process group helpers, consistency between ranks, signals, watchdog."""

@@ -1,0 +1,31 @@
+"""Ranks that watch themselves and each other: deaths, hangs, hosts that never arrive, requests to stop."""
+
+from finetune.distributed.watchdog.launcher_processes import (
+    command_of,
+    die_with_parent,
+    parent_of,
+    runner_arguments,
+    stat_of,
+    world_info_of,
+)
+from finetune.distributed.watchdog.watchdog_client import (
+    launcher_pid,
+    report_phase,
+    set_output_dir,
+    set_timeouts,
+    start_watchdog,
+)
+
+__all__ = [
+    "set_output_dir",
+    "command_of",
+    "die_with_parent",
+    "start_watchdog",
+    "launcher_pid",
+    "set_timeouts",
+    "parent_of",
+    "report_phase",
+    "runner_arguments",
+    "stat_of",
+    "world_info_of",
+]

@@ -1,0 +1,9 @@
+"""Talking with a result: one conversation, in a terminal, from a pipe or in a browser."""
+
+from finetune.inference.chat_models import ChatModels
+from finetune.inference.chat_session import ChatSession
+from finetune.inference.pipe_chat import answer_once, read_question
+from finetune.inference.terminal_chat import TerminalChat
+from finetune.inference.web_chat import check_gradio, serve
+
+__all__ = ["ChatSession", "TerminalChat", "ChatModels", "answer_once", "check_gradio", "read_question", "serve"]

@@ -1,0 +1,1 @@
+"""Base model: loading, attention backends, adapters."""

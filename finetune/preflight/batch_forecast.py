@@ -1,0 +1,110 @@
+"""What a run will do, told without a model: its batches, its steps, its tokens, what each step holds at most."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.config import Arguments
+from finetune.dataset.prepare import PreparedData
+from finetune.dataset.sampler import Sampler
+from finetune.training.config_check import Setup
+from finetune.training.training_setup import batch_layout, full_logits_because, padding_reason, train_sampler
+
+# Of a longer epoch the micro-batches of its first steps are looked at, and the largest rows.
+STEPS_LOOKED_AT, FIRST_STEPS = 400, 3
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """Of the micro-batches that a rank gets, padding counted: most rows, most tokens, most positions with logits."""
+
+    rows: int = 0
+    tokens: int = 0
+    learned: int = 0
+
+    def with_another(self, rows: int, tokens: int, learned: int) -> LargestBatch:
+        """The largest of these and one more."""
+        return LargestBatch(max(self.rows, rows), max(self.tokens, tokens), max(self.learned, learned))
+
+
+@dataclass(frozen=True)
+class BatchForecast:
+    """How conversations become micro-batches.
+
+    Attributes:
+        largest: micro-batch of an epoch. first: of its first three steps, which a short trial sees.
+        longest: tokens of the longest example.
+        steps: of the whole run.
+    """
+
+    form: Any
+    sampler: Sampler
+    largest: LargestBatch
+    first: LargestBatch
+    longest: int
+    steps: int
+
+    def facts(self, arguments: Arguments, world_size: int) -> dict[str, Any]:
+        """As JSON: the arithmetic of a step, written out."""
+        shape, sampler = self.sampler.shape, self.sampler
+        sharing = arguments.batch.sequence_parallel_size
+        units = "examples" if sampler.capacity is None else f"groups of up to {sampler.capacity:,} tokens"
+        ranks = f"{world_size} ranks" if sharing == 1 else f"{shape.world_size} groups of {sharing} ranks"
+        tokens = int(sampler.lengths.sum())
+        return {
+            "arithmetic": f"{shape.per_device_batch} per device x {shape.accumulation} accumulated x {ranks} = "
+            f"{shape.step_size} {units}",
+            "batching": sampler.batching,
+            "examples": len(sampler.lengths),
+            "units": sampler.num_units,
+            "steps_per_epoch": sampler.steps_per_epoch,
+            "steps": self.steps,
+            "tokens_per_step": round(tokens * min(1.0, shape.step_size / max(sampler.num_units, 1))),
+            "largest_micro_batch": asdict(self.largest),
+            "largest_of_the_first_steps": asdict(self.first),
+            "longest_example": self.longest,
+            "selects_logits": self.form.selects_logits,
+        }
+
+
+def forecast_batches(
+    arguments: Arguments, setup: Setup, data: PreparedData, *, selects_logits: bool, obstacle: str | None
+) -> BatchForecast:
+    """The micro-batches of the first epoch.
+
+    Args:
+        selects_logits: whether the model's code can compute logits at given positions alone.
+        obstacle: why its config says that it cannot run flat rows.
+
+    Raises:
+        ConfigError: as the run's own plan.
+    """
+    from finetune.dataset.dataloader import int_column
+
+    examples = data.epoch(arguments.given("seed"))
+    lengths, learned = int_column(examples, "length"), int_column(examples, "num_supervised")
+    full_logits = full_logits_because(arguments, selects_logits)
+    form = batch_layout(arguments, int(lengths.max()), padding_reason(arguments) or obstacle, full_logits)
+    sampler = train_sampler(arguments, form, lengths, setup.world_size // arguments.batch.sequence_parallel_size)
+    largest = first = LargestBatch()
+    for step in range(min(sampler.steps_per_epoch, STEPS_LOOKED_AT)):
+        for number in range(sampler.micro_batches(step)):
+            for rank in range(sampler.shape.world_size):
+                mine = sampler.micro_batch(0, step, rank, number)
+                if mine:
+                    here = lengths[mine]
+                    tokens = int(here.max()) * len(mine) if sampler.batching == "padded" else int(here.sum())
+                    seen = int(learned[mine].sum()) if form.selects_logits else tokens
+                    largest = largest.with_another(len(mine), tokens, seen)
+        first = largest if step < FIRST_STEPS else first
+    return BatchForecast(form, sampler, largest, first, int(lengths.max()), _steps(arguments, sampler))
+
+
+def _steps(arguments: Arguments, sampler: Sampler) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them."""
+    if arguments.given("max_steps") > 0:
+        return arguments.given("max_steps")
+    return int(np.ceil(arguments.given("num_train_epochs") * sampler.steps_per_epoch))

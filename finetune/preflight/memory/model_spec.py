@@ -1,0 +1,204 @@
+"""What the planner knows of a model and of a run: plain numbers, all bytes and counts exact but where it is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["bf16", "fp16", "float32"]
+OffloadDevice = Literal["none", "cpu", "nvme"]
+BYTES = {"float32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters of one size: `count` of `size` elements each, trained or frozen."""
+
+    size: int
+    count: int
+    trained: bool = True
+
+    @property
+    def elements(self) -> int:
+        return self.size * self.count
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward pass keeps for the backward pass, in the precision of the run.
+
+    Attributes:
+        layer: a token, in one layer (the mean of all).
+        outside: a token, outside the layers.
+        layer_input: a token, in a layer that is checkpointed: what it gets.
+        working: a token; what the pass through one layer holds beyond what the layer keeps, at its worst moment.
+        recomputing: a token; what recomputing one checkpointed layer and going back through it holds at its worst.
+        logit: a position that gets logits: these, and what the head keeps. logit_working: beyond it, at worst.
+        passing: a token, in one layer; what the forward pass allocates there and frees again.
+        fixed: whatever the tokens, in one layer; copies of weights that an adapter on experts makes.
+        frozen_inputs: a token, in one layer; what ZeRO-3 keeps besides: its linear layers keep their input, though none
+            of it is needed where the weight is frozen.
+        is_counted: whether it was counted in a trial of the model; else it is a formula for a plain decoder.
+    """
+
+    layer: float
+    outside: float
+    layer_input: float
+    working: float
+    recomputing: float
+    logit: float
+    logit_working: float
+    passing: float
+    fixed: float = 0.0
+    frozen_inputs: float = 0.0
+    is_counted: bool = True
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model.
+
+    Attributes:
+        blocks: all its parameters, adapters included, a tied one once.
+        active: parameters that a token meets; fewer than all where there are experts.
+        embedding: parameters of the input embeddings. tied: whether the head is the same parameter.
+        stored_bytes: of the files that it is loaded from.
+        largest_module: parameters that one module holds itself; ZeRO-3 gathers that many at least.
+        experts: of a layer; 0 in a dense model.
+        adapter: whether it carries an adapter, so that checkpoints and result hold the trained parameters alone.
+    """
+
+    blocks: tuple[Block, ...]
+    activations: Activations
+    layers: int
+    hidden: int
+    vocabulary: int
+    embedding: int
+    tied: bool
+    stored_bytes: int
+    largest_module: int
+    active: int
+    experts: int = 0
+    experts_per_token: int = 0
+    adapter: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return sum(one.elements for one in self.blocks)
+
+    @property
+    def trainable(self) -> int:
+        """Those that are trained."""
+        return sum(one.elements for one in self.blocks if one.trained)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Those of all experts, visited or not."""
+        if not self.experts:
+            return 0
+        return round((self.parameters - self.active) / (1 - self.experts_per_token / self.experts))
+
+    @property
+    def frozen(self) -> int:
+        """Those that are not."""
+        return self.parameters - self.trainable
+
+    def elements(self, *, trained: bool | None = None, above: int = -1, up_to: int | None = None) -> int:
+        """Parameters in tensors of more than `above` and at most `up_to` elements."""
+        return sum(
+            one.elements
+            for one in self.blocks
+            if one.size > above and (up_to is None or one.size <= up_to) and trained in (None, one.trained)
+        )
+
+
+def plain_activations(
+    *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocabulary: int, gated: bool, size: int
+) -> Activations:
+    """Of a plain decoder in elements of `size` bytes, for models whose code cannot be tried out.
+
+    A layer keeps two norms (their input and its inverse root in float32, the normed and the weighted result), queries,
+    keys, values, the result of attention and the logarithm of its sums, and of the MLP what goes into and comes out of
+    its activation, the other branch and their product. Counted by hand from transformers' Llama; the usual figure
+    of 34 bytes x hidden (Korthikanti et al., Reducing activation recomputation, 2022) is for GPT's ungated MLP.
+    """
+    norms = 2 * (4 * hidden + 4 + 2 * size * hidden)
+    attention = size * (2 * heads + 2 * kv_heads) * head_dim + 4 * heads
+    mlp = size * (4 if gated else 2) * intermediate
+    layer = norms + attention + mlp
+    return Activations(
+        layer=layer,
+        outside=4 * hidden + 2 * size * hidden + 2 * size * head_dim + 16,
+        layer_input=size * hidden,
+        working=size * (2 * hidden + 2 * intermediate),
+        recomputing=layer + size * (2 * hidden + 2 * intermediate),
+        logit=size * (hidden + vocabulary),
+        logit_working=size * hidden,
+        passing=size * (6 * hidden + heads * head_dim),
+        is_counted=False,
+    )
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run.
+
+    Attributes:
+        stage: of ZeRO; None: without DeepSpeed.
+        ranks: of the run. ranks_on_host: on the host that has most.
+        tokens: positions of the largest micro-batch of a rank, padding counted where there is any.
+        learned: those of them that get logits; all, where the model's code cannot select.
+        rows: of that micro-batch. longest: tokens of its longest row.
+        padded: rows are padded to the longest one, so that attention is given a mask.
+        checkpoint_every: activations of each n-th layer are recomputed; 0: of none. checkpoints_to_host: what those
+            layers keep lies in host memory.
+        offload_optimizer, offload_parameters: where they live instead of on the device.
+        reduce_bucket: elements; None: transformers' "auto" (hidden x hidden).
+        prefetch_bucket, persistence_threshold: elements; None: "auto" (0.9 x hidden x hidden; 10 x hidden).
+        max_live: elements that ZeRO-3 keeps gathered for their next use.
+        max_in_cpu: elements of offloaded parameters that stay in memory when they are offloaded to NVMe.
+        sub_group: elements that ZeRO-3's optimizer works on at a time.
+        overlap_comm: two buckets instead of one, under stages 1 and 2.
+        sequence_parallel: ranks that share each row.
+        hpz: ranks that keep a second copy of the weights among them (ZeRO++); 1: none.
+        keep_checkpoints: sealed ones that stay; None: as many as are written.
+        only_model: checkpoints without the state of the optimizer.
+    """
+
+    stage: int | None
+    ranks: int
+    tokens: int
+    learned: int
+    precision: Precision = "bf16"
+    use_cpu: bool = False
+    ranks_on_host: int | None = None
+    rows: int = 1
+    longest: int = 0
+    padded: bool = False
+    checkpoint_every: int = 0
+    checkpoints_to_host: bool = False
+    accumulation: int = 1
+    offload_optimizer: OffloadDevice = "none"
+    offload_parameters: OffloadDevice = "none"
+    reduce_bucket: int | None = 500_000_000
+    prefetch_bucket: int | None = None
+    persistence_threshold: int | None = None
+    max_live: int = 1_000_000_000
+    max_in_cpu: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    overlap_comm: bool = False
+    sequence_parallel: int = 1
+    hpz: int = 1
+    keep_checkpoints: int | None = 2
+    only_model: bool = False
+
+    @property
+    def on_host(self) -> int:
+        """Ranks on the host that has most."""
+        return self.ranks if self.ranks_on_host is None else self.ranks_on_host
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight."""
+        return BYTES[self.precision]

@@ -1,0 +1,114 @@
+"""An output_dir before anything is written to it: free or taken, claimed, and kept by one run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune.run_dir.run_json import METRICS_FILE, MODEL_CONFIGS
+from finetune.utils.errors import ConfigError, StorageError
+
+LOCK_FILE = ".in_use"
+SECONDS_FOR_A_DYING_RUN = 15.0
+# run.json alone is left by a run that never made a step: there is nothing in it to lose.
+MARKS_OF_A_RUN = (METRICS_FILE, *MODEL_CONFIGS, "trainer_state.json")
+_held: list[Any] = []
+
+
+def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
+    """Whether `folder` holds an earlier run that must be moved aside; changes nothing.
+
+    Raises:
+        ConfigError: it holds a run and neither flag says what to do; or it is no folder.
+        StorageError: it cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output_dir {folder}: is a file")
+    existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"--output_dir {folder}: no permission to write in {existing}")
+    if not contains_run(folder) or resume:
+        return False
+    if overwrite:
+        return True
+    raise ConfigError(
+        f"--output_dir {folder}: already holds a run, nothing was changed: choose another folder, or give "
+        "--overwrite_output_dir True to move it aside"
+    )
+
+
+def contains_run(folder: Path) -> bool:
+    """Whether a training run has left its marks here."""
+    return any((folder / name).exists() for name in MARKS_OF_A_RUN) or any(folder.glob("checkpoint-*"))
+
+
+def prepare_output_dir(folder: Path, *, move_aside: bool) -> str | None:
+    """Make the folder, an earlier run in it renamed; returns the line that says so. One process may call this.
+
+    Raises:
+        StorageError: the folder cannot be made or renamed.
+    """
+    note = None
+    try:
+        if move_aside:
+            aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            note = f"the earlier run was moved to {aside}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
+    return note
+
+
+def acquire_lock(folder: Path) -> str | None:
+    """Keep `folder` for this process, until it ends however it may: two runs in one would remove each other's files.
+
+    Returns a line for the user where the file system has no locks, so that nothing can be kept.
+
+    Raises:
+        ConfigError: another run has it.
+        StorageError: the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=SECONDS_FOR_A_DYING_RUN)
+        except Timeout:
+            raise ConfigError(
+                f"--output_dir {folder}: another run is writing there (it holds {folder / LOCK_FILE}): wait for it, "
+                "end it, or choose another folder"
+            ) from None
+        except NotImplementedError:
+            return f"{folder} is on a file system without locks: a second run there would not be refused"
+    except OSError as error:
+        raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
+    _held.append(lock)  # a lock that nobody refers to is let go
+    return None
+
+
+def release_lock() -> None:
+    """What this process holds may be another run's."""
+    while _held:
+        _held.pop().release()
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a run keeps this folder at this moment; None where the file system cannot tell."""
+    import fcntl
+
+    try:
+        with open(folder / LOCK_FILE, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None

@@ -1,0 +1,170 @@
+"""What an output_dir holds: `run.json`, which says how it came about, beside the model or adapter.
+
+run.json            what ran: arguments, resolved DeepSpeed config, versions, world size, data, result
+data_ledger.jsonl   every row that was not kept whole, with the reason
+metrics.jsonl       one line per logged step
+samples.json        a few rows as the model read them; see `samples`
+answers.json        what base and result answer; see `answers`
+report.html         all of it on a page; see `report`
+trainer_state.json  the Trainer's own record
+RUN_COMPLETE        the run's id, written last of all
+failure.json        how a run failed, instead; see `failures`
+checkpoint-N/       what a run can go on from; see `checkpoints`
+adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune.diagnostics import FILE as FAILURE_FILE
+from finetune.distributed.host_probe import versions
+from finetune.distributed.stop_requests import STOP_FILE
+from finetune.utils.atomic_io import write_text_atomically
+from finetune.utils.errors import ConfigError, StorageError
+
+RUN_FILE = "run.json"
+LEDGER_FILE = "data_ledger.jsonl"
+METRICS_FILE = "metrics.jsonl"
+COMPLETE_FILE = "RUN_COMPLETE"
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a model or an adapter was saved here, by whomever."""
+    return any((folder / name).is_file() for name in MODEL_CONFIGS)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a saved adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"{folder}: {found}: expected the output_dir of a training run")
+
+
+def update_run_json(folder: Path, facts: dict[str, Any]) -> None:
+    """Write or update `run.json`: keys given replace those there. The file is replaced whole.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    text = json.dumps(_standard({**_known(folder), **facts}), ensure_ascii=False, indent=2, allow_nan=False)
+    write_text_atomically(folder / RUN_FILE, text + "\n")
+
+
+def _standard(value: Any) -> Any:
+    """The same value without what standard JSON lacks: infinities and NaN become null."""
+    if isinstance(value, dict):
+        return {key: _standard(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load_run_json(folder: Path) -> dict[str, Any]:
+    """Read `run.json`.
+
+    Raises:
+        ConfigError: there is no such folder, it holds no run.json, or that is not a JSON object.
+    """
+    check_is_folder(folder)
+    path = folder / RUN_FILE
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: holds no {RUN_FILE}: expected the output_dir of a training run") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    if not isinstance(run, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(run).__name__}")
+    return run
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """run.json; empty where the folder holds none yet."""
+    return load_run_json(folder) if (folder / RUN_FILE).is_file() else {}
+
+
+def run_id(folder: Path) -> str | None:
+    """The id of the run in this folder, None where there is none."""
+    return _known(folder).get("run_id")
+
+
+def last_checkpoint(folder: Path) -> int | None:
+    """The step of the last checkpoint that the run in this folder has finished; None where it has not finished one."""
+    return _known(folder).get("last_checkpoint")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in this folder has come to its end."""
+    return bool(_known(folder).get("completed"))
+
+
+def mark_complete(folder: Path, run: str) -> None:
+    """The last that a run writes: its id, in a file of its own.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    write_text_atomically(folder / COMPLETE_FILE, run + "\n")
+
+
+def clear_ending(folder: Path) -> None:
+    """A run begins or goes on here: how an earlier start ended is no longer true.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    for name in (COMPLETE_FILE, FAILURE_FILE, STOP_FILE):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{folder / name}: {error.strerror}") from None
+
+
+def resumptions(folder: Path) -> list[dict[str, Any]]:
+    """How often, and from where, the run in this folder has gone on."""
+    return _known(folder).get("resumed", [])
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    """Each start of the run in this folder: when it `began`, `from_step` which step, when and how it `ended`.
+
+    `ended` and `how` (complete, or stopped by what) are None where nobody could write them: it is running, or failed.
+    """
+    return _known(folder).get("starts", [])
+
+
+def new_start(step: int) -> dict[str, Any]:
+    """The entry of a start that goes on from `step`, 0 for one that begins."""
+    return {"began": now(), "from_step": step, "ended": None, "how": None}
+
+
+def ended(folder: Path, how: str) -> list[dict[str, Any]]:
+    """The starts of the run in this folder, the last of which ends now."""
+    *earlier, last = starts(folder) or [new_start(0)]
+    return [*earlier, {**last, "ended": now(), "how": how}]
+
+
+def now() -> str:
+    """The time as run.json has it: ISO 8601 to the second, with the offset from UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of python and of every library that shapes a result; what is not installed is left out."""
+    return {"python": platform.python_version(), **versions()}

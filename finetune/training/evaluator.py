@@ -1,0 +1,132 @@
+"""The loss on conversations that are held out of the training: flat and selected like training, never all logits at
+once, a mean over all learned tokens whatever the number of ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from finetune.dataset.collator import pop_targets
+from finetune.dataset.dataloader import MicroBatchDataLoader, MicroBatchDataset
+from finetune.distributed import watchdog
+from finetune.training.loss import supervised_loss
+from finetune.training.loss_breakdown import LossBreakdown
+from finetune.utils.console import is_rank_0, is_terminal, say
+
+LOSS, BATCHES_LOST = "eval_loss", "eval_non_finite_batches"
+
+
+class HeldOutEvaluator:
+    """The held-out conversations of a run, dealt to its ranks.
+
+    Args:
+        batches: of this rank, in the order of the data; every rank has as many, some may be empty.
+        device: that the model computes on.
+    """
+
+    def __init__(self, batches: MicroBatchDataset, device: Any) -> None:
+        self.batches = batches
+        self.parts = LossBreakdown(batches.cells.sources, device)
+        self._lost = torch.zeros((), dtype=torch.int64, device=device)
+
+    def loss(self, model: Any, prepare: Any, step: int) -> dict[str, float]:
+        """The mean loss over all learned tokens, by all ranks together; what is in a source or answer is in `parts`.
+
+        Losses that are not finite are not left out of it in silence: the mean is then not finite either, and the
+        micro-batches that they were in are counted.
+
+        Args:
+            model: as the training calls it; it is in training mode again afterwards.
+            prepare: takes a batch to the device.
+        """
+        began, total = time.perf_counter(), self.batches.sampler.micro_batches_per_epoch
+        model.eval()
+        bar = tqdm(total=total, desc="evaluating", unit=" batches", leave=False, disable=not self._shows())
+        with torch.no_grad(), bar:
+            for batch in MicroBatchDataLoader(self.batches):
+                watchdog.report_phase("evaluation", step)
+                self._add(model, prepare(batch))
+                bar.update()
+        model.train()
+        counts = self._lost.clone()
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        self._lost.zero_()
+        sums, tokens = (sum(one) for one in self.parts.total())
+        self.parts.take()
+        lost = int(counts)
+        mean = sums / tokens if tokens and not lost else math.nan
+        return {LOSS: mean, "eval_tokens": int(tokens), BATCHES_LOST: lost, "eval_seconds": time.perf_counter() - began}
+
+    def _add(self, model: Any, batch: dict[str, Any]) -> None:
+        batch.pop("counts")
+        targets = pop_targets(batch)
+        logits = model(**batch).logits
+        if targets.cells is None:  # a rank that has nothing left keeps step with the others
+            return
+        each = torch.empty(len(targets.tokens), device=targets.tokens.device)
+        supervised_loss(logits, targets.tokens, scale=1.0, target_positions=targets.positions, each=each)
+        self.parts.add(targets.cells, each)
+        self._lost += ~torch.isfinite(each).all()
+
+    @staticmethod
+    def _shows() -> bool:
+        return is_rank_0() and is_terminal()
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends the training when so many evaluations in a row have not been better than the best before them.
+
+    It reads the history that a checkpoint keeps, so that a run that goes on stops where it would have.
+
+    Args:
+        patience: evaluations.
+        threshold: by how much the loss has to be lower to count as better.
+    """
+
+    def __init__(self, patience: int, threshold: float) -> None:
+        self.patience, self.threshold = patience, threshold
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by every rank, with the same numbers."""
+        losses = [entry[LOSS] for entry in state.log_history if LOSS in entry]
+        since = without_progress(losses, self.threshold)
+        if since >= self.patience:
+            control.should_training_stop = True
+            say(f"stopping early: the held-out loss has not been lower for {since} evaluations")
+
+
+def without_progress(losses: Sequence[float | None], threshold: float) -> int:
+    """How many of the last losses were not lower than the best before them; one that is not finite never is.
+
+    >>> without_progress([2.0, 1.5, 1.6, None], 0.0)
+    2
+    """
+    best, since = math.inf, 0
+    for loss in losses:
+        if loss is not None and math.isfinite(loss) and loss < best - threshold:
+            best, since = loss, 0
+        else:
+            since += 1
+    return since
+
+
+def best_checkpoint(history: Sequence[dict[str, Any]], steps: Sequence[int]) -> tuple[int, float] | None:
+    """The step, of those saved, with the lowest held-out loss, and that loss; None where none was evaluated.
+
+    Args:
+        history: what was logged, lines with `step` and perhaps `eval_loss`.
+    """
+    found = [
+        (entry[LOSS], entry["step"])
+        for entry in history
+        if entry.get(LOSS) is not None and math.isfinite(entry[LOSS]) and entry["step"] in set(steps)
+    ]
+    return (min(found)[1], min(found)[0]) if found else None

@@ -1,0 +1,73 @@
+"""What the loss is made of: its mean by source of the data, and by answer of a conversation, as it is learned.
+
+Every learned token has a cell, numbered on the host: its source x the answer that it belongs to. Losses are added up by
+cell on the device, without a sync, and over all ranks when a step is logged. Nothing is computed twice.
+
+    conversation   human  model  human  model        answers     1   1   2   2
+                          y y e         z e          cells of    source 0: 0 0 0 1 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune.dataset.loss_cells import ANSWERS
+
+
+class LossBreakdown:
+    """Adds up losses by cell, float64 on the device."""
+
+    def __init__(self, sources: Sequence[str], device: Any) -> None:
+        import torch
+
+        self.sources = tuple(sources)
+        self.logged: dict[str, dict[str, float]] = {}
+        self._sums = torch.zeros(2, len(self.sources) * ANSWERS, dtype=torch.float64, device=device)
+
+    def add(self, cells: Any, losses: Any) -> None:
+        """Of one micro-batch: cells int64 [P], losses [P]; those that are not finite are left out."""
+        import torch
+
+        counted = torch.isfinite(losses)
+        values = torch.stack([torch.where(counted, losses, 0).double(), counted.double()])
+        self._sums.index_add_(1, cells, values)
+
+    def total(self) -> list[list[float]]:
+        """Sums and counts by cell, over all ranks; every rank asks."""
+        import torch.distributed as dist
+
+        sums = self._sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def take(self) -> None:
+        """What was added up is what is `logged`, and begins anew; every rank."""
+        sums, counts = (np.array(one).reshape(-1, ANSWERS) for one in self.total())
+        by_source = _means(self.sources, sums.sum(1), counts.sum(1))
+        by_answer = _means(_names(), sums.sum(0), counts.sum(0))
+        found = {"loss_by_source": by_source, "loss_by_turn": by_answer}
+        # One of a kind is the loss itself.
+        kinds = {"loss_by_source": len(self.sources), "loss_by_turn": len(by_answer)}
+        self.logged = {name: means for name, means in found.items() if kinds[name] > 1 and means}
+        self._sums.zero_()
+
+    def go_on_from(self, total: Sequence[Sequence[float]], *, is_first: bool) -> None:
+        """What a checkpoint had added up of all ranks, taken over by one of them."""
+        import torch
+
+        if is_first and total:
+            self._sums += torch.tensor(total, dtype=torch.float64, device=self._sums.device)
+
+
+def _names() -> list[str]:
+    return [*map(str, range(1, ANSWERS)), f"{ANSWERS}+"]
+
+
+def _means(names: Sequence[str], sums: Any, counts: Any) -> dict[str, float]:
+    return {
+        name: round(float(total / count), 6) for name, total, count in zip(names, sums, counts, strict=True) if count
+    }

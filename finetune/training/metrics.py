@@ -1,0 +1,185 @@
+"""What a step logs, where it is written, and how it is shown at the end.
+
+`metrics.jsonl` is standard JSON, one line per logged step; a value that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.training.nonfinite import finite_or_none
+from finetune.utils.atomic_io import write_bytes_atomically
+from finetune.utils.errors import StorageError
+
+FIELDS = (
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "non_finite_steps",
+    "learning_rate",
+    "step_seconds",
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "mfu",
+    "peak_memory_bytes",
+    "loss_by_source",
+    "loss_by_turn",
+    "eval_loss",
+    "eval_tokens",
+    "eval_non_finite_batches",
+    "eval_seconds",
+    "eval_loss_by_source",
+    "eval_loss_by_turn",
+)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Floating point operations of training, forward and backward; recomputing activations is not counted.
+
+    A weight costs 2 operations a token forwards, 2 for the gradient of what came in and 2 for its own: 6, or 4 where
+    it is frozen. A query and a key that it sees cost 4 x width forwards and twice that backwards, in each layer.
+    (Kaplan et al., Scaling laws for neural language models, 2020, section 2.1.)
+
+    Attributes:
+        per_token: of all weights but the head's. per_logit: of the head, a position. per_pair: of attention.
+    """
+
+    per_token: float
+    per_logit: float
+    per_pair: float
+
+    def of(self, *, tokens: int, logits: int, pairs: int) -> float:
+        """Of so many tokens, positions with logits, and pairs of a token and one that it sees."""
+        return self.per_token * tokens + self.per_logit * logits + self.per_pair * pairs
+
+
+def model_flops(model: Any) -> ModelFlops:
+    """What a model costs, from its parameters as they stand: right with adapters, and under ZeRO-3.
+
+    Of experts only those count that a token visits.
+    """
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    visited = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    looked_up, head = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up_ids = {id(one) for one in looked_up.parameters()} if looked_up is not None else set()
+    head_ids = {id(one) for one in head.parameters()} if head is not None else set()
+    per_token = per_logit = 0.0
+    for name, one in model.named_parameters():
+        shape = getattr(one, "ds_shape", one.shape)
+        if len(shape) < 2:
+            continue
+        cost = (6 if one.requires_grad else 4) * math.prod(shape)
+        if id(one) in head_ids:
+            per_logit += cost
+        elif id(one) not in looked_up_ids:
+            per_token += cost * (visited if ".experts." in name else 1)
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return ModelFlops(per_token, per_logit, 12.0 * heads * width * config.num_hidden_layers)
+
+
+@dataclass
+class StepMeter:
+    """Counts all ranks' tokens and the time since the last reading; counts are made on the host, without a sync."""
+
+    tokens: int = 0
+    supervised_tokens: int = 0
+    flops: float = 0.0
+    steps: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.tokens = self.supervised_tokens = self.steps = 0
+        self.flops = 0.0
+        self.since = time.perf_counter()
+
+    def add(self, tokens: int, supervised_tokens: int, flops: float) -> None:
+        """One optimizer step of all ranks, padding not counted."""
+        self.tokens += tokens
+        self.supervised_tokens += supervised_tokens
+        self.flops += flops
+        self.steps += 1
+
+    def rates(self, peak_flops: float | None) -> dict[str, float]:
+        """Seconds per step, tokens per second, and the share of `peak_flops` (per second, all ranks) that was used."""
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        rates = {
+            "step_seconds": round(seconds / max(self.steps, 1), 4),
+            "tokens_per_second": round(self.tokens / seconds, 2),
+            "supervised_tokens_per_second": round(self.supervised_tokens / seconds, 2),
+        }
+        return rates | ({"mfu": round(self.flops / seconds / peak_flops, 4)} if peak_flops else {})
+
+
+def peak_memory_bytes() -> int:
+    """This rank's peak: memory allocated on its GPU, on a CPU its largest resident set."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def append_metrics(path: Path, logs: Mapping[str, Any]) -> None:
+    """Add one line with the fields of `FIELDS` that were logged.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    line = {name: finite_or_none(logs[name]) for name in FIELDS if name in logs}
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Leave out the lines behind `step`, and one that was not finished: a run that goes on there writes them anew.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            logged = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if logged <= step:
+            kept.append(line + "\n")
+    try:
+        write_bytes_atomically(path, "".join(kept))
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def loss_curve(steps: Sequence[int], losses: Sequence[float], width: int, height: int = 12) -> str:
+    """The loss over the steps, drawn with characters; empty with fewer than two points."""
+    points = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    if len(points) < 2:
+        return ""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.plotsize(width, height)
+    plotext.theme("clear")
+    plotext.plot([step for step, _ in points], [loss for _, loss in points], marker="braille")
+    plotext.title("loss by step")
+    drawing = plotext.uncolorize(plotext.build()).rstrip()
+    plotext.clear_figure()
+    return drawing

@@ -1,0 +1,1 @@
+"""Errors, console output, atomic file writes."""

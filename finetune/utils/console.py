@@ -1,0 +1,208 @@
+"""What the terminal shows: the plan before the first step, progress during the run, a summary after it.
+
+Rank 0 speaks; the libraries keep to warnings, and the other ranks to errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LABEL_WIDTH = 12
+# Nothing a user can do about these; torch and DeepSpeed print them once per rank.
+KNOWN_WARNINGS = (
+    r".*all_gather_into_tensor.*",
+    r".*reduce_scatter_tensor.*",
+    r".*_all_gather_base.*",
+    r".*_reduce_scatter_base.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*barrier\(\): using the device under current context.*",
+    r".*`is_gradient_checkpointing` is deprecated.*",
+    r".*Position ids are not supported for parameter efficient tuning.*",
+    r".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*",
+)
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks for the run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str = "") -> None:
+    """One line on stdout, from rank 0 only."""
+    if is_rank_0():
+        print(line, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Library chatter down to what a user can act on, once and not once per rank."""
+    for pattern in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    if not is_rank_0():
+        warnings.simplefilter("ignore")
+    level = logging.WARNING if is_rank_0() else logging.ERROR
+    os.environ["TRANSFORMERS_VERBOSITY"] = "warning" if is_rank_0() else "error"
+    os.environ.setdefault("DS_LOG_LEVEL", "warning" if is_rank_0() else "error")
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, once per rank, that it found no GPU
+    transformers.utils.logging.set_verbosity(level)
+    if not is_rank_0() or not is_terminal():
+        transformers.utils.logging.disable_progress_bar()
+    for name in ("accelerate", "peft", "torch.distributed", "torch.nn.parallel.distributed"):
+        logging.getLogger(name).setLevel(level)
+    # DeepSpeed sets its level when it is imported, and not every verb needs it: a filter stays
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= level)
+
+
+def quiet_serving() -> None:
+    """The same for a model that only answers: no bars, and nothing below an error."""
+    for pattern in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def say_aside(line: str) -> None:
+    """One line on stderr, from rank 0 only, where stdout is for something else."""
+    if is_rank_0():
+        print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything the ten lines before the first step are made of; plain values."""
+
+    model: str
+    parameters: int
+    trainable: int
+    adapter: str | None
+    zero_stage: int | None
+    offloads: bool
+    world_size: int
+    device: str
+    per_device_batch: int
+    accumulation: int
+    data_ranks: int
+    sharing: int
+    examples: int
+    groups: int | None
+    group_tokens: int | None
+    tokens: int
+    supervised_share: float
+    batching: str
+    padding: float
+    selects_logits: bool
+    loss_weighting: str
+    chat_format: str
+    precision: str
+    attention: str
+    checkpointing: bool
+    epochs: float
+    steps: int
+    start_up: dict[str, float]
+    held_out: str | None = None
+
+    def lines(self) -> list[str]:
+        """The plan, one labelled line a fact."""
+        stage = "none (plain data parallel)" if self.zero_stage is None else f"stage {self.zero_stage}"
+        facts = {
+            "model": f"{self.model}, {self.parameters:,} parameters",
+            "training": f"{self.adapter or 'all parameters'}: {self.trainable:,} trainable "
+            f"({self.trainable / self.parameters:.2%})",
+            "ZeRO": stage + (", offloaded" if self.offloads else ""),
+            "ranks": f"{self.world_size} ({self.device})"
+            + (f", {self.sharing} share each conversation" if self.sharing > 1 else ""),
+            "data": f"{self.examples:,} examples an epoch, {self.tokens:,} tokens",
+            "learned": f"{self.supervised_share:.1%} of the tokens, rendered with {self.chat_format}",
+            **({"held out": self.held_out} if self.held_out else {}),
+            "batches": self._batches(),
+            "step": self._step(),
+            "length": f"{self.steps:,} steps ({self.epochs:.3g} epochs)",
+            "precision": self.precision,
+            "attention": f"{self.attention}, activation checkpointing {'on' if self.checkpointing else 'off'}",
+            "start-up": f"{sum(self.start_up.values()):.1f} s: "
+            + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.start_up.items() if seconds >= 0.05),
+        }
+        return [f"  {label:<{LABEL_WIDTH}}{text}" for label, text in facts.items()]
+
+    def _batches(self) -> str:
+        form = {
+            "flat": "flat: nothing padded",
+            "packed": f"packed: {self.tokens / ((self.groups or 1) * (self.group_tokens or 1)):.1%} full",
+            "padded": f"padded: {self.padding:.0%} of the positions",
+        }[self.batching]
+        logits = "learned positions only" if self.selects_logits else "all positions"
+        return f"{form}; logits at {logits}; the loss is a mean over {self.loss_weighting}s"
+
+    def _step(self) -> str:
+        units, noun = self.examples, "examples"
+        if self.groups is not None:
+            units, noun = self.groups, f"rows of up to {self.group_tokens:,} tokens"
+        size = self.per_device_batch * self.accumulation * self.data_ranks
+        tokens = self.tokens * min(1, size / units)
+        each = "ranks" if self.sharing == 1 else "groups of ranks"
+        return (
+            f"{self.per_device_batch} per device x {self.accumulation} accumulated x {self.data_ranks} {each} = "
+            f"{size} {noun}, about {tokens:,.0f} tokens"
+        )
+
+
+def say_plan(plan: TrainingPlan) -> None:
+    """Print the plan."""
+    say("\nPlan")
+    for line in plan.lines():
+        say(line)
+    say()
+
+
+def say_note(note: str) -> None:
+    """One decision that differs from what was asked, or that nobody asked for."""
+    say(f"note: {note}")
+
+
+def say_note_aside(note: str) -> None:
+    """The same on stderr."""
+    say_aside(f"note: {note}")
+
+
+def say_notes(notes: Sequence[str]) -> None:
+    """One line a decision."""
+    for note in notes:
+        say_note(note)
+
+
+def say_data(lines: Sequence[str], title: str = "Data") -> None:
+    """Print what the data comes to."""
+    say(f"\n{title}")
+    for line in lines:
+        say(f"  {line}")
+
+
+def say_summary(curve: str, facts: dict[str, str], next_command: str) -> None:
+    """The loss curve, what came out, and the next command to type."""
+    if curve:
+        say(f"\n{curve}")
+    say("\nDone")
+    for label, text in facts.items():
+        say(f"  {label:<{LABEL_WIDTH}}{text}")
+    say(f"\nNext:\n  {next_command}\n")
+
+
+def width() -> int:
+    """Columns for a drawing: the terminal's, within reason."""
+    return max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
+
+
+def is_terminal() -> bool:
+    """Whether a progress bar can be redrawn in place."""
+    return sys.stderr.isatty()
