@@ -132,6 +132,13 @@ def anchors_of(page: Path) -> set[str]:
     return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
 
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/explanation/architecture.md"], ids=name_of)
+def test_named_modules_exist(page):
+    paths = set(re.findall(r"`((?:finetune|tests)/[a-z0-9_/.]+)`", page.read_text(encoding="utf-8")))
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_pages_of_the_navigation_exist():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     pages = re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)
