@@ -165,7 +165,7 @@ def print_published() -> None:
     import transformers
 
     from finetune.models.adapters import attach_lora
-    from finetune.preflight.memory import RunSpec, memory_estimate
+    from finetune.preflight.memory import RunSpec, estimate_memory
     from finetune.preflight.memory.device_memory import FRAMEWORK
     from finetune.preflight.spec_from_config import spec_from_config
 
@@ -176,7 +176,7 @@ def print_published() -> None:
         config = getattr(transformers, f"{prefix}Config")(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
         shape = spec_from_config(config, precision="bf16", attach=attach if adapter else None)
         bucket = None if job["stage"] == 3 else 500_000_000
-        found = memory_estimate(shape, RunSpec(**job, learned=job["tokens"], reduce_bucket=bucket))
+        found = estimate_memory(shape, RunSpec(**job, learned=job["tokens"], reduce_bucket=bucket))
         tensors = found.device_total - found.device[FRAMEWORK]
         sizes_of = f"{tensors / 2**30:.1f} GiB | {found.device_total / 1e9:.1f} GB"
         print(f"| {what} | {figure} | {sizes_of} | {found.phase} | {source} |")
@@ -236,7 +236,7 @@ def predict(case: Case, folder: Path, tokens: int, learned: int) -> Any:
 
     from finetune.models.adapters import attach_lora
     from finetune.models.loader import stored_bytes
-    from finetune.preflight.memory import RunSpec, memory_estimate
+    from finetune.preflight.memory import RunSpec, estimate_memory
     from finetune.preflight.spec_from_config import spec_from_config
 
     dropout = 0.0 if case.model == "mixtral" else 0.1
@@ -261,7 +261,7 @@ def predict(case: Case, folder: Path, tokens: int, learned: int) -> Any:
         checkpoint_every=int(case.checkpointing == "on"),
         reduce_bucket=None if case.stage == 3 else 500_000_000,
     )
-    return memory_estimate(shape, job)
+    return estimate_memory(shape, job)
 
 
 def run_ranks(case: Case, folder: Path, work: Path) -> list[dict[str, int]]:

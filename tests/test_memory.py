@@ -18,8 +18,8 @@ from finetune.preflight.memory import (
     Block,
     ModelSpec,
     RunSpec,
+    estimate_memory,
     from_deepspeed,
-    memory_estimate,
     plain_activations,
     suggest_changes,
 )
@@ -127,18 +127,18 @@ def test_offloaded_states_are_on_the_host():
     shape = llama_8b()
     kept = RunSpec(stage=3, ranks=8, tokens=4_096, learned=2_048, checkpoint_every=1)
     moved = replace(kept, offload_optimizer="cpu", offload_parameters="cpu")
-    before, after = memory_estimate(shape, kept), memory_estimate(shape, moved)
+    before, after = estimate_memory(shape, kept), estimate_memory(shape, moved)
     assert before.device_total - after.device_total > 14 * shape.parameters / 8
     assert after.host_training - before.host_training >= 18 * shape.parameters
     assert WEIGHTS not in after.device
     with pytest.raises(ValueError, match="stage 3"):
-        memory_estimate(shape, replace(moved, stage=2))
+        estimate_memory(shape, replace(moved, stage=2))
     with pytest.raises(ValueError, match="expected"):
-        memory_estimate(shape, replace(kept, stage=4))
+        estimate_memory(shape, replace(kept, stage=4))
 
 
 def test_parts_are_named_in_order_and_add_up():
-    found = memory_estimate(llama_8b(), RunSpec(stage=2, ranks=8, tokens=8_192, learned=4_096))
+    found = estimate_memory(llama_8b(), RunSpec(stage=2, ranks=8, tokens=8_192, learned=4_096))
     assert list(found.device)[:3] == [WEIGHTS, MASTERS, ADAM]
     assert found.device_total == pytest.approx(max(found.by_phase.values()))
     assert found.phase in found.by_phase
@@ -147,7 +147,7 @@ def test_parts_are_named_in_order_and_add_up():
 
 def test_adapters_need_no_states_of_the_base():
     job = RunSpec(stage=2, ranks=8, tokens=4_096, learned=2_048)
-    full, adapter = memory_estimate(llama_8b(), job), memory_estimate(llama_8b(adapter=True), job)
+    full, adapter = estimate_memory(llama_8b(), job), estimate_memory(llama_8b(adapter=True), job)
     assert adapter.device[ADAM] < full.device[ADAM] / 100
     assert adapter.result < full.result / 100
     assert adapter.checkpoint_total < full.checkpoint_total / 100
@@ -155,10 +155,10 @@ def test_adapters_need_no_states_of_the_base():
 
 def test_checkpoints_that_stay():
     job = RunSpec(stage=2, ranks=8, tokens=1, learned=1, keep_checkpoints=3)
-    found = memory_estimate(llama_8b(), job)
+    found = estimate_memory(llama_8b(), job)
     assert found.kept == pytest.approx(found.result + 4 * found.checkpoint_total, rel=0.01)
-    assert memory_estimate(llama_8b(), replace(job, keep_checkpoints=None)).kept is None
-    only = memory_estimate(llama_8b(), replace(job, only_model=True))
+    assert estimate_memory(llama_8b(), replace(job, keep_checkpoints=None)).kept is None
+    only = estimate_memory(llama_8b(), replace(job, only_model=True))
     assert only.checkpoint_total == only.result < found.checkpoint_total / 7
 
 
@@ -185,28 +185,28 @@ def test_more_ranks_never_need_more_of_each(shape: ModelSpec, job: RunSpec):
     more = replace(job, ranks=2 * job.ranks)
     if job.stage == 3 and job.ranks == 1:  # a single rank gathers nothing
         return
-    assert memory_estimate(shape, more).device_total <= memory_estimate(shape, job).device_total * (1 + 1e-9)
+    assert estimate_memory(shape, more).device_total <= estimate_memory(shape, job).device_total * (1 + 1e-9)
 
 
 @given(shape=SHAPES, job=JOBS, more=st.integers(1, 100_000))
 @settings(deadline=None)
 def test_more_tokens_never_need_less(shape: ModelSpec, job: RunSpec, more: int):
     longer = replace(job, tokens=job.tokens + more, learned=job.learned + more)
-    assert memory_estimate(shape, longer).device_total >= memory_estimate(shape, job).device_total
+    assert estimate_memory(shape, longer).device_total >= estimate_memory(shape, job).device_total
 
 
 @given(shape=SHAPES, job=JOBS)
 @settings(deadline=None)
 def test_checkpointing_never_needs_more_on_a_gpu(shape: ModelSpec, job: RunSpec):
     job = replace(job, use_cpu=False, tokens=16_384)
-    off, some, on = (memory_estimate(shape, replace(job, checkpoint_every=every)).device_total for every in (0, 2, 1))
+    off, some, on = (estimate_memory(shape, replace(job, checkpoint_every=every)).device_total for every in (0, 2, 1))
     assert on <= some <= off
 
 
 @given(shape=SHAPES, job=JOBS, share=st.floats(0.05, 0.99), on_host=st.sampled_from((None, 2_000)))
 @settings(deadline=None, max_examples=60)
 def test_changes_fit(shape: ModelSpec, job: RunSpec, share: float, on_host: int | None):
-    bytes_there = share * memory_estimate(shape, job).device_total
+    bytes_there = share * estimate_memory(shape, job).device_total
     adapter = None if shape.adapter else llama_8b(adapter=True)
     host_bytes = None if on_host is None else on_host * GB
     found = suggest_changes(shape, job, bytes_there, host_bytes, with_adapter=adapter)
@@ -214,7 +214,7 @@ def test_changes_fit(shape: ModelSpec, job: RunSpec, share: float, on_host: int 
     order = [(", " in one.words, one.slower) for one in found]  # single changes in front, the cheapest first
     assert order == sorted(order)
     for one in found:
-        needed = memory_estimate(one.shape, one.job)
+        needed = estimate_memory(one.shape, one.job)
         assert needed == one.estimate
         assert needed.device_total <= bytes_there
         assert host_bytes is None or needed.host_total <= host_bytes
@@ -235,22 +235,22 @@ def test_every_shipped_config_is_a_job(name: str):
     assert job.stage == config["zero_optimization"]["stage"]
     assert (job.offload_optimizer != "none") == ("offload" in name or "nvme" in name)
     assert job.reduce_bucket == (None if job.stage == 3 else 500_000_000)
-    assert memory_estimate(llama_8b(), job).device_total > 0
+    assert estimate_memory(llama_8b(), job).device_total > 0
 
 
 def test_a_run_without_deepspeed_is_a_job():
     job = RunSpec(**from_deepspeed(None), ranks=1, tokens=4_096, learned=2_048)
-    needed = memory_estimate(llama_8b(), job).device_total
+    needed = estimate_memory(llama_8b(), job).device_total
     assert needed > 16 * 8_030_261_248  # float32 weights, gradients and moments
     on_two = RunSpec(**from_deepspeed(None), ranks=2, tokens=4_096, learned=2_048)
     # DDP's buckets are the gradients; they stay through the forward pass.
-    assert needed <= memory_estimate(llama_8b(), on_two).device_total < needed + 4 * 8_030_261_248
+    assert needed <= estimate_memory(llama_8b(), on_two).device_total < needed + 4 * 8_030_261_248
 
 
 def test_what_is_offered_for_eight_billion_parameters():
     """On eight GPUs of 40 GB stage 1 needs too much for weights and activations."""
     job = RunSpec(stage=1, ranks=8, tokens=4_096, learned=2_048, rows=4, longest=1_024)
-    assert not memory_estimate(llama_8b(), job).fits(40 * GB)
+    assert not estimate_memory(llama_8b(), job).fits(40 * GB)
     found = suggest_changes(llama_8b(), job, 40 * GB, with_adapter=llama_8b(adapter=True))
     assert found
     assert any("--deepspeed" in change.flags for change in found)
@@ -268,6 +268,6 @@ def test_a_cpu_lends_what_is_written_to_only():
     """The bucket for gradients is as large as the config says on a GPU, and as what is in it on a CPU."""
     shape = shape_with(10_000_000)
     job = RunSpec(stage=2, ranks=2, tokens=0, learned=0, precision="float32")
-    gpu, cpu = (memory_estimate(shape, replace(job, use_cpu=use_cpu)).device_total for use_cpu in (False, True))
+    gpu, cpu = (estimate_memory(shape, replace(job, use_cpu=use_cpu)).device_total for use_cpu in (False, True))
     assert gpu > 4 * 500_000_000
     assert cpu < 4 * 500_000_000

@@ -16,10 +16,10 @@ import transformers
 from conftest import ROOT
 from short_runs import LORA
 
+from finetune.checkpoint.checkpoint_size import MODEL, MODEL_STATES, OPTIMIZER
 from finetune.models import attention
 from finetune.models.adapters import attach_lora, count_parameters
-from finetune.preflight.memory import ModelSpec, RunSpec, memory_estimate
-from finetune.preflight.memory.disk_space import MODEL, MODEL_STATES, OPTIMIZER
+from finetune.preflight.memory import ModelSpec, RunSpec, estimate_memory
 from finetune.preflight.spec_from_config import spec_from_config
 from finetune.utils.errors import ConfigError
 
@@ -173,7 +173,7 @@ def test_checkpoints_are_as_large_as_they_are(train, tiny_model: Path, stage: in
     attach = partial(attach_lora, r=8, alpha=16, dropout=0.0, target_modules=["all-linear"])
     shape = spec_from_config(config, precision="float32", attach=attach if adapter else None)
     job = RunSpec(stage=stage, ranks=2, tokens=64, learned=32, precision="float32", use_cpu=True)
-    found, sizes = memory_estimate(shape, job), sizes_of(output)
+    found, sizes = estimate_memory(shape, job), sizes_of(output)
     small = 60_000 if adapter else 400_000  # names, shapes, and what pickles need
     for name in (MODEL, MODEL_STATES, OPTIMIZER):
         assert sizes[name] == pytest.approx(found.checkpoint[name], rel=0.02, abs=small), name

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import checkpoint
+from finetune.checkpoint.checkpoint_size import MODEL, ParameterSizes, checkpoint_parts
 from finetune.checkpoint.manifest import FileRecord, Manifest
 from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank, run_on_all_ranks
 from finetune.utils.console import say
@@ -75,9 +76,7 @@ def trained_shapes(model: Any) -> dict[str, list[int]]:
 def checkpoint_bytes(
     model: Any, trained: Mapping[str, list[int]], *, stage: int | None, share: float, only_model: bool
 ) -> int:
-    """About what a checkpoint takes on a disk: the model, and for each trained parameter a master copy and two moments
-    in float32. Below ZeRO-3 DeepSpeed keeps a copy of the model, too; one of the two copies has a tied head twice (see
-    `preflight.memory.disk_space`).
+    """Estimate the bytes that a checkpoint takes on this disk.
 
     Args:
         trained: whole shapes by name.
@@ -85,15 +84,16 @@ def checkpoint_bytes(
         share: of the ranks whose files lie on this disk.
         only_model: without the state of the optimizer.
     """
-    has_adapter = hasattr(model, "peft_config")
-    saved = _size(one for one in model.parameters() if one.requires_grad or not has_adapter)
-    copies, tied = 0.0, 0
-    if stage in (0, 1, 2):
-        copies = 0.0 if only_model else saved * share
-        tied = _size(one for _, one in model.named_parameters(remove_duplicate=False)) - _size(model.parameters())
-        tied = 0 if only_model and has_adapter else tied
-    count = sum(math.prod(shape) for shape in trained.values())
-    return int(saved + copies + tied + (0 if only_model else 12 * count * share))
+    total = _size(model.parameters())
+    sizes = ParameterSizes(
+        total=total,
+        trained=_size(one for one in model.parameters() if one.requires_grad),
+        num_trained=sum(math.prod(shape) for shape in trained.values()),
+        tied=_size(one for _, one in model.named_parameters(remove_duplicate=False)) - total,
+        has_adapter=hasattr(model, "peft_config"),
+    )
+    parts = checkpoint_parts(sizes, stage, only_model=only_model)
+    return int(parts[MODEL] + share * (sum(parts.values()) - parts[MODEL]))
 
 
 def _size(parameters: Iterable[Any]) -> int:
