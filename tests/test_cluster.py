@@ -148,7 +148,7 @@ def test_each_host_says_what_it_has_or_why_it_did_not_answer(ssh_program, tmp_pa
     assert "something else than asked for" in answers["chatty"]
     assert "something else than asked for" in answers["foreign"]  # a banner that is no UTF-8
     assert "cannot be run there" in answers["nopython"]
-    words = ssh.read_text()
+    words = ssh_program.read_text()
     assert "-p 2222" in words and "BatchMode=yes" in words and "hf_secretvalue" not in words
 
 

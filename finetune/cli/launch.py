@@ -35,8 +35,8 @@ from finetune.launcher import (
 )
 from finetune.launcher.local_session import HOSTFILE_HERE, HostReport, LocalSession
 from finetune.utils.errors import ConfigError
+from finetune.utils.proc import POLL_SECONDS
 
-SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_FOR_OTHER_HOSTS = 20.0  # the ranks' guards end a run in two or three
 SECONDS_TO_END = 8.0
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / "finetune.py"
@@ -190,7 +190,7 @@ def watch(parts: list[Any], signals: list[int]) -> None:
             if waited > SECONDS_FOR_OTHER_HOSTS + SECONDS_TO_END:
                 for part in running:
                     part.cut()
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
 
 
 def outcome(

@@ -6,7 +6,6 @@ process wait at a time, so memory stays flat however long the data is.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -23,9 +22,9 @@ from finetune.conversation import BadRow, Conversation
 from finetune.dataset.data_summary import DataTally
 from finetune.dataset.prepared_cache import ledger_lines, record_batch
 from finetune.utils.errors import FinetuneError
+from finetune.utils.proc import die_with_parent
 
 BATCH_ROWS = 256
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _renderer: Renderer | None = None  # set in the parent before it forks
 
@@ -73,7 +72,7 @@ def stored_batches(
 def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves no process behind
+    die_with_parent()
 
 
 def _store(batch: Sequence[Conversation | BadRow], renderer: Renderer | None = None) -> StoredBatch:

@@ -11,13 +11,12 @@ import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune.distributed import host_probe
 from finetune.distributed.collectives import all_gather_object
 from finetune.utils.errors import ConfigError, DataError, FinetuneError, format_faults
+from finetune.utils.proc import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHOWN_CHARACTERS, SHOWN_NAMES = 12, 4
 DATA, CODE, MODEL, PYTHON = "the data", "the code of finetune", "the base model", "Python"
 NONE = "none"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.distributed.watchdog.launcher_processes import command_of, parent_of, stat_of
+from finetune.utils.proc import command_of, parent_of, stat_of
 
 _stage_seconds: dict[str, float] = {}
 _first_stage_began: list[float] = []

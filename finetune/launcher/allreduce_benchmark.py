@@ -16,14 +16,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from finetune.utils.proc import command_calling
+
 BYTES = 16 << 20
 REPEATS = 4
 ANSWER = "finetune measured "
-START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.allreduce import rank; rank()"
 
 
 def main() -> None:
@@ -41,7 +40,7 @@ def main() -> None:
     for local in range(order["ranks"]):
         own = {"rank": order["first_rank"] + local, "local_rank": local}
         process = subprocess.Popen(
-            [sys.executable, "-c", START],
+            command_calling(run_rank),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         process.stdin.write(json.dumps({**order, **own}))

@@ -25,11 +25,10 @@ from typing import Any
 
 from finetune.diagnostics import Failure, read
 from finetune.distributed.stop_requests import EXIT_STOPPED
-from finetune.distributed.watchdog import die_with_parent, parent_of, stat_of
-from finetune.distributed.watchdog.launcher_processes import DEEPSPEED, command_of
+from finetune.distributed.watchdog.launcher_processes import DEEPSPEED
+from finetune.utils.proc import POLL_SECONDS, command_of, die_with_parent, parent_of, stat_of
 
 SECONDS_FOR_LAST_WORDS = 10.0
-SECONDS_BETWEEN_LOOKS = 0.2
 REPORT = "\x1efinetune-report "
 HOSTFILE_HERE = "--hostfile=(a copy of it)"  # in front of the script, where the first such word is ours
 
@@ -118,7 +117,7 @@ class LocalSession:
         """Once the command has ended: give what is left a moment for its last words, end it, and say how it was."""
         deadline = time.monotonic() + SECONDS_FOR_LAST_WORDS
         while (left := self._processes()) and time.monotonic() < deadline:
-            time.sleep(SECONDS_BETWEEN_LOOKS / 4)
+            time.sleep(POLL_SECONDS / 4)
         if left:
             self.end_now()
         code = self.process.wait()
@@ -154,7 +153,7 @@ def agent() -> None:
     os.chdir(order.pop("folder"))
     run = LocalSession(**order)
     while run.is_running():
-        if select.select([0], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+        if select.select([0], [], [], POLL_SECONDS)[0]:
             words = os.read(0, 1 << 12)
             if b"stop" in words:
                 run.ask_to_stop()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import secrets
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.launcher.ssh import ROOT, SshShell, environment_of, in_brackets, run_on_all_hosts, run_on_host
+from finetune.distributed import host_probe
+from finetune.launcher import allreduce_benchmark
+from finetune.launcher.ssh import SshShell, environment_of, in_brackets, run_on_all_hosts, run_on_host
+from finetune.utils.proc import command_calling
 
 SECONDS_TO_MEET = 10
 SECONDS_TO_REDUCE = 60
@@ -33,8 +35,8 @@ def find_ways(hosts: Sequence[str], shell: SshShell, address: str, port: int) ->
     common = {"address": address, "port": port, "key": key, "seconds": SECONDS_TO_MEET - 2}
     guests = {host: {**common, "name": host} for host in hosts}
     with ThreadPoolExecutor(2) as pool:
-        door = pool.submit(run_on_all_hosts, {first: meeting}, shell, "await_greetings", SECONDS_TO_MEET + 10)
-        answers = run_on_all_hosts(guests, shell, "greet", SECONDS_TO_MEET + 10)
+        door = pool.submit(run_on_all_hosts, {first: meeting}, shell, host_probe.await_greetings, SECONDS_TO_MEET + 10)
+        answers = run_on_all_hosts(guests, shell, host_probe.greet, SECONDS_TO_MEET + 10)
         welcome = door.result()[first]
     ways = Ways()
     if isinstance(welcome, str) or "error" in welcome:
@@ -96,10 +98,10 @@ def all_reduce(
         own = {"environment": environment_of(environment, interfaces.get(host) if len(slots) > 1 else None)}
         orders[host] = {**order, **own, "first_rank": first_rank, "ranks": len(ids), "devices": devices}
         first_rank += len(ids)
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.allreduce import main; main()"
+    command = command_calling(allreduce_benchmark.main)
 
     def one(host: str) -> Any:
-        return run_on_host(host, shell, [sys.executable, "-c", start], json.dumps(orders[host]), SECONDS_TO_REDUCE + 20)
+        return run_on_host(host, shell, command, json.dumps(orders[host]), SECONDS_TO_REDUCE + 20)
 
     with ThreadPoolExecutor(len(orders)) as pool:
         answers = dict(zip(orders, pool.map(one, orders), strict=True))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any, TextIO
 
 from finetune.diagnostics import Failure
 from finetune.distributed import host_probe
-from finetune.launcher.local_session import REPORT, HostReport, LocalSession
+from finetune.launcher.local_session import REPORT, HostReport, LocalSession, agent
 from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.proc import ROOT, command_calling
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_CONNECT = 5
 SECONDS_FOR_A_PROBE = 12
 SECONDS_FOR_ALL_BYTES = 600
@@ -93,11 +93,11 @@ def probe_hosts(
     """
     order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words), **(more or {})}
     seconds = SECONDS_FOR_A_PROBE if not order.get("full") else SECONDS_FOR_ALL_BYTES
-    return run_on_all_hosts({host: order for host in hosts}, shell, "probe", seconds)
+    return run_on_all_hosts({host: order for host in hosts}, shell, host_probe.collect_host_facts, seconds)
 
 
 def run_on_all_hosts(
-    orders: Mapping[str, Mapping[str, Any]], shell: SshShell, what: str, seconds: float
+    orders: Mapping[str, Mapping[str, Any]], shell: SshShell, function: Callable[[dict], dict], seconds: float
 ) -> dict[str, dict[str, Any] | str]:
     """Run a function of `host_probe` on each host with its order: what it returned, or in words why there is no answer.
 
@@ -106,7 +106,9 @@ def run_on_all_hosts(
     source = Path(host_probe.__file__).read_text(encoding="utf-8")
 
     def one(host: str) -> dict[str, Any] | str:
-        call = f"\nimport json\nprint(json.dumps({what}(json.loads({json.dumps(dict(orders[host]))!r}))))\n"
+        call = (
+            f"\nimport json\nprint(json.dumps({function.__name__}(json.loads({json.dumps(dict(orders[host]))!r}))))\n"
+        )
         began = time.time()
         answer = run_on_host(host, shell, [sys.executable, "-"], source + call, seconds)
         return answer if isinstance(answer, str) else {**answer, "asked": [began, time.time()]}
@@ -283,9 +285,8 @@ class RemoteSession:
         host: str,
     ) -> None:
         self.host, self.report = host, None
-        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.session import agent; agent()"
         self.process = subprocess.Popen(
-            shell.command(host, [sys.executable, "-c", start]),
+            shell.command(host, command_calling(agent)),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         order = {"command": list(command), "environment": dict(environment), "hostfile": hostfile, "host": host}

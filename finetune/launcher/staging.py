@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.launcher.ssh import ROOT, SshShell, in_brackets, is_here
+from finetune.launcher.ssh import SshShell, in_brackets, is_here
 from finetune.utils.errors import ConfigError, FinetuneError, StorageError, format_faults
+from finetune.utils.proc import ROOT
 
 # What a clone makes by itself, or holds for its owner alone.
 NOT_CODE = (".git", "/output*", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "*.egg-info", "/.models",

@@ -22,6 +22,7 @@ from finetune.preflight.planned_run import PlannedRun, shared, world_of
 from finetune.preflight.resource_checks import examine_resources
 from finetune.training.config_check import Setup, resolve_setup
 from finetune.training.data_setup import prepare_data
+from finetune.utils.proc import ROOT
 
 Say = Callable[[str], None]
 
@@ -72,7 +73,7 @@ def examine_run(examination: DoctorReport, run: PlannedRun, say: Say) -> None:
 def _order(run: PlannedRun) -> dict[str, Any]:
     # What this machine has of the files is asked for only where others are to get it.
     words = shared(run) if run.choice.stage else []
-    return {"folder": os.getcwd(), "code": str(ssh.ROOT / "finetune"), "words": words, **run.places.order()}
+    return {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": words, **run.places.order()}
 
 
 def _read(examination: DoctorReport, run: PlannedRun, say: Say) -> tuple[Any, PreparedData]:
@@ -151,7 +152,7 @@ def _rehearse(examination: DoctorReport, run: PlannedRun, say: Say) -> None:
         host_probe.remove({"path": str(folder)})
         if remote:
             orders = {host: {"path": str(folder)} for host in remote}
-            ssh.run_on_all_hosts(orders, run.shell, "remove", ssh.SECONDS_FOR_A_PROBE)
+            ssh.run_on_all_hosts(orders, run.shell, host_probe.remove, ssh.SECONDS_FOR_A_PROBE)
 
 
 def without_flags(words: list[str], names: tuple[str, ...]) -> list[str]:

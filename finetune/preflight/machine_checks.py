@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from finetune.distributed import host_probe
-from finetune.distributed.op_builder import is_file_open
+from finetune.distributed.op_builder import build_operators, is_file_open
+from finetune.distributed.process_setup import prepare_environment
 from finetune.launcher import ssh
-from finetune.launcher.ssh import ROOT, SshShell
+from finetune.launcher.ssh import SshShell
 from finetune.preflight.findings import DoctorReport
+from finetune.utils.proc import command_calling
 
 SECONDS_TO_BUILD = 400
 OLD_LOCK_SECONDS = 30
@@ -65,7 +66,7 @@ def examine_operators(
 
     Without `over_ssh` there is one host, and this machine is it, whatever its name.
     """
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {_BUILD}"]
+    command = command_calling(prepare_environment, build_operators)
 
     def one(host: str) -> Any:
         return ssh.run_on_host(
@@ -84,9 +85,3 @@ def examine_operators(
         host: answer if isinstance(answer, str) else {name: error or "built" for name, error in answer.items()}
         for host, answer in answers.items()
     }
-
-
-_BUILD = (
-    "from finetune.process import prepare_environment; prepare_environment(); "
-    "from finetune.building import build_all; build_all()"
-)

@@ -1,11 +1,7 @@
 """Ranks that watch themselves and each other: deaths, hangs, hosts that never arrive, requests to stop."""
 
 from finetune.distributed.watchdog.launcher_processes import (
-    command_of,
-    die_with_parent,
-    parent_of,
     runner_arguments,
-    stat_of,
     world_info_of,
 )
 from finetune.distributed.watchdog.watchdog_client import (
@@ -18,14 +14,10 @@ from finetune.distributed.watchdog.watchdog_client import (
 
 __all__ = [
     "set_output_dir",
-    "command_of",
-    "die_with_parent",
     "start_watchdog",
     "launcher_pid",
     "set_timeouts",
-    "parent_of",
     "report_phase",
     "runner_arguments",
-    "stat_of",
     "world_info_of",
 ]

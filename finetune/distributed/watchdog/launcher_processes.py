@@ -8,25 +8,17 @@ folder, in which the next start of the same command then meets them.
 from __future__ import annotations
 
 import base64
-import ctypes
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from finetune.utils.proc import POLL_SECONDS, command_of, die_with_parent, parent_of
 
 DEEPSPEED = "deepspeed.launcher.launch"
 RUNNERS = {"deepspeed", "ds", "deepspeed.launcher.runner"}
 LAUNCHERS = {DEEPSPEED, "torch.distributed.run", "torchrun"}
-SECONDS_BETWEEN_LOOKS = 0.5
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-
-
-def die_with_parent() -> None:
-    """From now on the kernel ends this process when the thread that started it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def die_with_launcher(end: Callable[[str], None]) -> int | None:
@@ -46,28 +38,6 @@ def die_with_launcher(end: Callable[[str], None]) -> int | None:
     if DEEPSPEED in words:
         threading.Thread(target=_watch, args=(launcher, above, end), daemon=True, name="launcher's parent").start()
     return launcher
-
-
-def parent_of(process: int) -> int | None:
-    """The parent of a process, None where there is no such process (proc(5): the field behind state)."""
-    fields = stat_of(process)
-    return int(fields[1]) if fields else None
-
-
-def stat_of(process: int) -> list[str] | None:
-    """The fields of /proc/N/stat from the state on: state, parent, process group, session, ... (proc(5))."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-
-
-def command_of(process: int) -> list[str]:
-    """The words of a process's command line; none where it is gone."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")[:-1]
-    except OSError:
-        return []
 
 
 def world_info_of(launcher: int | None) -> dict[str, list[int]]:
@@ -98,5 +68,5 @@ def _names(words: list[str]) -> set[str]:
 
 def _watch(launcher: int, above: int, end: Callable[[str], None]) -> None:
     while parent_of(launcher) == above:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
     end("the launcher's parent, the deepspeed command")

@@ -28,8 +28,8 @@ if __name__ == "__main__":  # run as a file, so that nothing but it is imported
 
 from finetune.diagnostics import FILE, Failure, failure_page, is_echo, write
 from finetune.distributed.watchdog.coordinator import Coordinator, Peer, PhaseTimeouts, RankPhase, key_of
-from finetune.distributed.watchdog.launcher_processes import parent_of, stat_of
 from finetune.distributed.watchdog.transport import PRINT_STACKS, Connection, candidate_ports
+from finetune.utils.proc import parent_of, stat_of, state_of
 
 TICK, BEAT = 0.25, 1.0
 SECONDS_FOR_OWN_WORDS = 12.0  # for a rank that is saying itself what went wrong
@@ -167,7 +167,7 @@ class Watchdog:
     def _stand_for_own_rank(self) -> None:
         me = self.hub.members[0]
         me.heard, me.limit, me.bye = time.monotonic(), self.limits.of(self.place), self.bye
-        self.place.state = _state(self.process)
+        self.place.state = state_of(self.process)
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -179,7 +179,7 @@ class Watchdog:
         elif self.wire and self.wire.is_open:
             place = self.place
             beat = {"phase": place.phase, "step": place.step, "seconds": place.seconds()}
-            self.wire.send({"beat": {**beat, "limit": self.limits.of(place), "state": _state(self.process)}})
+            self.wire.send({"beat": {**beat, "limit": self.limits.of(place), "state": state_of(self.process)}})
 
     def _hear_hub(self) -> None:
         now = time.monotonic()
@@ -273,7 +273,7 @@ class Watchdog:
             return
         speaks = self.rank == 0 or (self._is_first_here() and (verdict.kind == "lost" or self.wire is None))
         supervisor = self.order.get("supervisor")
-        if speaks and not (supervisor and _state(supervisor) not in "?Z") and (verdict.kind != "error" or self.run):
+        if speaks and not (supervisor and state_of(supervisor) not in "?Z") and (verdict.kind != "error" or self.run):
             record = str(Path(self.run["output_dir"], FILE)) if self.run else ""
             print("\n" + failure_page(verdict, colour=sys.stderr.isatty(), record=record), file=sys.stderr, flush=True)
 
@@ -287,12 +287,6 @@ class Watchdog:
             scratch = path.with_suffix(f".{self.rank}")
             scratch.write_text(json.dumps(word), encoding="utf-8")
             scratch.replace(path)
-
-
-def _state(process: int) -> str:
-    """R, S, D, T, ... (proc(5)); "?" for one that is gone."""
-    fields = stat_of(process)
-    return fields[0] if fields else "?"
 
 
 def _ending(process: int) -> tuple[int | None, int | None]:

@@ -1,0 +1,54 @@
+"""Processes of this machine: commands that start ours, and what /proc says of others, see proc(5)."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]  # of the clone: the folder that holds `finetune/`
+POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def command_calling(*functions: Callable[[], Any]) -> list[str]:
+    """The command that calls module-level functions of this package in a new process, on any host with this clone."""
+    imports = "; ".join(f"from {function.__module__} import {function.__name__}" for function in functions)
+    calls = "; ".join(f"{function.__name__}()" for function in functions)
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {imports}; {calls}"]
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def stat_of(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on: state, parent, group, session, ...; None if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+
+
+def state_of(pid: int) -> str:
+    """R, S, D, T, Z, ...; "?" for a process that is gone."""
+    fields = stat_of(pid)
+    return fields[0] if fields else "?"
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent's process id; None if there is no such process."""
+    fields = stat_of(pid)
+    return int(fields[1]) if fields else None
+
+
+def command_of(pid: int) -> list[str]:
+    """The words of a process's command line; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
