@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROWS, write_rows
+from datasets import Dataset
 
 from finetune.chat_templates import CHATML, JinjaFormat, LingoWhaleFormat, Renderer
 from finetune.dataset import prepared_cache
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import find_sources
-from finetune.dataset.data_summary import kind_of
+from finetune.dataset.data_summary import DataSummary, kind_of
 from finetune.dataset.prepare import check_dropped_share, prepare_dataset
 from finetune.dataset.prepare_workers import BATCH_ROWS
 from finetune.utils.errors import DataError, StorageError, exit_on_error
@@ -66,6 +67,23 @@ def test_what_is_prepared_is_what_is_rendered(conversation_file, renderer, tmp_p
             (span.turn, span.role, span.start, span.stop) for span in example.turn_spans
         ]
     assert data.examples.with_format("numpy")[0]["input_ids"].dtype == "int64"
+
+
+def test_data_prepared_by_0_1_is_readable():
+    (folder,) = (Path(__file__).parent / "golden" / "written_by_0_1" / "prepared").iterdir()
+    rows = json.loads((folder.parents[1] / "rows.json").read_text("utf-8"))
+
+    facts = prepared_cache.read_facts(folder)
+    assert facts is not None, "its files are not what was written"
+    summary = DataSummary.of(facts["summary"])
+    assert (summary.rows, summary.kept) == (len(rows), len(rows)) and summary.supervised_tokens > 0
+    renderings = list(prepared_cache.read_renderings(folder, list(summary.rows_by_source)))
+    assert [rendering.id for rendering in renderings] == [row["id"] for row in rows]
+    examples = [example for rendering in renderings for example in rendering.examples]
+    assert sum(len(example.input_ids) for example in examples) == summary.tokens
+    assert sum(example.num_supervised for example in examples) == summary.supervised_tokens
+    drawn = prepared_cache.read_some(folder, Dataset.from_file(str(folder / prepared_cache.EXAMPLES_FILE)), 3, seed=0)
+    assert len(drawn) == 3 and all(rendering in renderings for rendering in drawn)
 
 
 def test_the_counts_are_those_of_the_rows(tmp_path, renderer):

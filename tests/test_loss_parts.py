@@ -13,9 +13,10 @@ from conftest import ROWS, write_rows
 from finetune.chat_templates import LingoWhaleFormat, Renderer, select_chat_format
 from finetune.conversation import Turn
 from finetune.dataset.data_sources import Source
+from finetune.dataset.loss_cells import MAX_ANSWERS, LossCells
 from finetune.dataset.prepare import prepare_dataset
 from finetune.training.loss import supervised_loss
-from finetune.training.loss_breakdown import ANSWERS, LossBreakdown, LossCells
+from finetune.training.loss_breakdown import LossBreakdown
 
 
 @pytest.fixture
@@ -28,6 +29,12 @@ def two_sources(tmp_path) -> tuple[Path, Path]:
 GREETING = [("model", "Ask!"), ("human", "a"), ("model", "bb"), ("human", "c"), ("model", "ddd")]
 
 
+def cells_of(data, sources: list[str]) -> list[np.ndarray]:
+    cells = LossCells(sources)
+    columns = (data.examples["source"], data.examples.with_format("numpy")["answer_numbers"])
+    return [cells.of(source, answers) for source, answers in zip(*columns, strict=True)]
+
+
 def by_loop(turns, format_, source: int) -> list[int]:
     """Cells of a conversation, told by rendering it one answer longer each time."""
     cells, before = [], 0
@@ -36,7 +43,7 @@ def by_loop(turns, format_, source: int) -> list[int]:
         head = [Turn(role, text) for role, text in turns[: number + 1]]
         (layout,) = format_.tokenize_all([head])
         learned = sum(label != -100 for label in layout.labels)
-        cells += [source * ANSWERS + min(ordinal, ANSWERS - 1)] * (learned - before)
+        cells += [source * MAX_ANSWERS + min(ordinal, MAX_ANSWERS - 1)] * (learned - before)
         before = learned
     return cells
 
@@ -46,14 +53,14 @@ def test_every_learned_token_is_in_the_cell_of_its_source_and_answer(two_sources
     format_ = LingoWhaleFormat(golden_tokenizer, [3], [4])
     sources = [Source(str(path)) for path in two_sources]
     data = prepare_dataset(sources, Renderer(format_, 500, too_long=too_long), cache_dir=str(tmp_path / "cache"))
-    found = LossCells(list(data.summary.examples_by_source)).of(data.examples.with_format("arrow")[:])
+    found = cells_of(data, list(data.summary.examples_by_source))
     wanted = []
     for number, path in enumerate(two_sources):
         for row in json.loads(path.read_text()):
             turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
             wanted.append(by_loop(turns, format_, number))
     assert [cells.tolist() for cells in found] == wanted
-    assert max(wanted[-1]) == ANSWERS + ANSWERS - 1, "behind the sixteenth all are one"
+    assert max(wanted[-1]) == MAX_ANSWERS + MAX_ANSWERS - 1, "behind the sixteenth all are one"
 
 
 @pytest.mark.parametrize("kind", ["lingowhale", "chatml"])
@@ -61,7 +68,7 @@ def test_a_greeting_in_front_of_the_first_question_is_of_the_first_answer(kind, 
     format_, _ = select_chat_format(golden_tokenizer, kind, human_token_ids=[3], model_token_ids=[4])
     source = Source(str(write_rows(tmp_path / "greeting.json", [GREETING])))
     data = prepare_dataset([source], Renderer(format_, 500), cache_dir=str(tmp_path / "cache"))
-    (cells,) = LossCells([source.name]).of(data.examples.with_format("arrow")[:])
+    (cells,) = cells_of(data, [source.name])
     learned = [len(format_.plain.encode(text)) + 1 for role, text in GREETING if role == "model"]
     assert cells.tolist() == [0] * (learned[0] + learned[1]) + [1] * learned[2]
 
@@ -70,10 +77,10 @@ def test_windows_keep_the_number_of_their_answer(two_sources, golden_tokenizer, 
     format_ = LingoWhaleFormat(golden_tokenizer, [3], [4])
     renderer = Renderer(format_, 24, too_long="windows")
     data = prepare_dataset([Source(str(two_sources[1]))], renderer, cache_dir=str(tmp_path / "cache"))
-    found = LossCells(["two.json", *data.summary.examples_by_source]).of(data.examples.with_format("arrow")[:])
+    found = cells_of(data, ["two.json", *data.summary.examples_by_source])
     rows = np.asarray(data.examples["row"][:])
-    of_the_long = np.concatenate([cells for cells, row in zip(found, rows, strict=True) if row == 1]) % ANSWERS
-    assert (np.diff(of_the_long) >= 0).all() and set(of_the_long) == set(range(ANSWERS))
+    of_the_long = np.concatenate([cells for cells, row in zip(found, rows, strict=True) if row == 1]) % MAX_ANSWERS
+    assert (np.diff(of_the_long) >= 0).all() and set(of_the_long) == set(range(MAX_ANSWERS))
 
 
 def test_the_losses_of_targets_are_those_of_torch_and_change_no_gradient():
@@ -89,7 +96,7 @@ def test_the_losses_of_targets_are_those_of_torch_and_change_no_gradient():
 
 def test_sums_are_a_plain_loops_and_what_is_not_finite_is_left_out():
     parts = LossBreakdown(["a", "b"], "cpu")
-    cells = torch.tensor([0, 0, 1, ANSWERS, 2 * ANSWERS - 1])
+    cells = torch.tensor([0, 0, 1, MAX_ANSWERS, 2 * MAX_ANSWERS - 1])
     parts.add(cells, torch.tensor([1.0, 2.0, 4.0, 8.0, float("nan")]))
     parts.add(torch.tensor([0]), torch.tensor([6.0]))
     parts.take()

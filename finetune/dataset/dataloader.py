@@ -132,10 +132,9 @@ class MicroBatchDataset(Dataset):
     ) -> None:
         self.described = examples
         self.left_out = np.zeros(len(examples), dtype=bool) if left_out is None else left_out
-        self.examples = examples.select_columns(["input_ids", "labels"]).with_format("numpy")
         self.cells = LossCells(sources)
-        marks = ["source", "labels", "turn_spans"] if sources else ["labels"]
-        self.marked = examples.select_columns(marks).with_format("arrow")
+        columns = ["input_ids", "labels", *(("source", "answer_numbers") if sources else ())]
+        self.examples = examples.select_columns(columns).with_format("numpy")
         self.lengths, self.supervised = sampler.lengths, int_column(examples, "num_supervised")
         self.sampler, self.collate, self.rank = sampler, collate, rank
         self.counts_conversations = counts_conversations
@@ -148,20 +147,26 @@ class MicroBatchDataset(Dataset):
         epoch, number = place
         step, micro_batch = divmod(number, self.sampler.shape.accumulation)
         rows = self.rows(epoch, step, micro_batch)
-        found = self.examples[rows] if rows else {"input_ids": [], "labels": []}
-        examples = [
-            {"input_ids": ids, "labels": labels}
-            for ids, labels in zip(found["input_ids"], found["labels"], strict=True)
-        ]
-        if self.cells.sources and rows:
-            cells = self.cells.of(self.marked[rows])
-            examples = [{**example, "cells": own} for example, own in zip(examples, cells, strict=True)]
+        examples = self._examples(rows)
         totals = self.totals(self._kept(self.sampler.step_rows(epoch, step)))
         denominator = totals.rows if self.counts_conversations else totals.supervised_tokens
         return {
             **self.collate(examples),
             "counts": BatchCounts(int(self.lengths[rows].sum()) if rows else 0, totals, max(denominator, 1)),
         }
+
+    def _examples(self, rows: list[int]) -> list[dict[str, Any]]:
+        if not rows:
+            return []
+        columns = self.examples[rows]
+        examples = [
+            {"input_ids": ids, "labels": labels}
+            for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+        ]
+        if self.cells.sources:
+            for example, source, answers in zip(examples, columns["source"], columns["answer_numbers"], strict=True):
+                example["cells"] = self.cells.of(source, answers)
+        return examples
 
     def rows(self, epoch: int, step: int, micro_batch: int) -> list[int]:
         """Which examples a micro-batch of this rank holds."""
@@ -181,7 +186,8 @@ class MicroBatchDataset(Dataset):
     def shortest_example(self) -> dict[str, Any]:
         """`input_ids` and `labels` of the shortest example that teaches something, int arrays [tokens]."""
         teaches = (self.supervised > 0) & ~self.left_out
-        return self.examples[int(np.where(teaches, self.lengths, self.lengths.max() + 1).argmin())]
+        example = self.examples[int(np.where(teaches, self.lengths, self.lengths.max() + 1).argmin())]
+        return {name: example[name] for name in ("input_ids", "labels")}
 
     def totals(self, rows: list[int]) -> StepTotals:
         """The counts of these rows."""

@@ -31,8 +31,9 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from finetune.chat_templates import Example, RenderedConversation, TurnSpan
-from finetune.conversation import BadRow
+from finetune.chat_templates import Example, RenderedConversation, TurnSpan, supervised_turns_of
+from finetune.conversation import BadRow, answer_number
+from finetune.dataset.loss_cells import MAX_ANSWERS
 from finetune.utils.errors import StorageError
 
 EXAMPLES_FILE, LEDGER_FILE, FACTS_FILE = "examples.arrow", "ledger.jsonl", "facts.json"
@@ -54,48 +55,61 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
     """Examples as one Arrow record batch.
 
     Columns: `input_ids`, `labels` (lists of int32), `length`, `num_supervised`, `row`, `window` (int32), `source` and
-    `id` (strings; the id as JSON), `turn_spans` (a list of {turn, role, start, stop}).
+    `id` (strings; the id as JSON), `turn_spans` (a list of {turn, role, start, stop}), `answer_numbers` (a list of
+    uint8, one per supervised token: which answer of its conversation it belongs to, from 0; see `loss_cells`).
     """
-    rendered = [(one, example) for one in renderings for example in one.examples]
+    rendered = [(rendering, example) for rendering in renderings for example in rendering.examples]
     examples = [example for _, example in rendered]
-    starts = np.zeros(len(examples) + 1, np.int32)
-    np.cumsum([len(example.input_ids) for example in examples], out=starts[1:])
-
-    def tokens(name: str) -> tuple[pa.ListArray, np.ndarray]:
-        gathered = array("i")
-        for example in examples:
-            gathered.fromlist(getattr(example, name))
-        values = np.frombuffer(gathered, np.int32) if gathered else np.empty(0, np.int32)
-        return pa.ListArray.from_arrays(pa.array(starts), pa.array(values)), values
-
-    input_ids, _ = tokens("input_ids")
-    labels, flat_labels = tokens("labels")
-    learned = np.concatenate([[0], np.cumsum(flat_labels >= 0)])
+    starts = _offsets([len(example.input_ids) for example in examples])
+    input_ids, labels = (_token_values(examples, name) for name in ("input_ids", "labels"))
+    supervised_starts = _offsets(labels >= 0)[starts]
+    span_starts = _offsets([len(example.turn_spans) for example in examples])
     spans = [span for example in examples for span in example.turn_spans]
-    span_starts = np.concatenate([[0], np.cumsum([len(example.turn_spans) for example in examples])])
+    first_tokens = np.array([span.start for span in spans], np.int32)
+    is_model = np.array([span.role == "model" for span in spans], bool)
+    answer_numbers = supervised_turns_of(
+        labels,
+        np.array([min(answer_number(span.turn), MAX_ANSWERS) - 1 for span in spans], np.uint8)[is_model],
+        (first_tokens + np.repeat(starts[:-1], np.diff(span_starts)))[is_model],
+    )
     columns = {
-        "input_ids": input_ids,
-        "labels": labels,
-        "length": pa.array(np.diff(starts).astype(np.int32)),
-        "num_supervised": pa.array(np.diff(learned[starts]).astype(np.int32)),
+        "input_ids": pa.ListArray.from_arrays(starts, input_ids),
+        "labels": pa.ListArray.from_arrays(starts, labels),
+        "length": np.diff(starts),
+        "num_supervised": np.diff(supervised_starts),
         "row": pa.array([example.row for example in examples], pa.int32()),
         "window": pa.array([example.window for example in examples], pa.int32()),
         "source": pa.array([example.source for example in examples], pa.string()),
-        "id": pa.array([json.dumps(one.id, ensure_ascii=False) for one, _ in rendered], pa.string()),
+        "id": pa.array([json.dumps(rendering.id, ensure_ascii=False) for rendering, _ in rendered], pa.string()),
         "turn_spans": pa.ListArray.from_arrays(
-            pa.array(span_starts.astype(np.int32)),
+            span_starts,
             pa.StructArray.from_arrays(
                 [
                     pa.array([span.turn for span in spans], pa.int32()),
                     pa.array([span.role for span in spans], pa.string()),
-                    pa.array([span.start for span in spans], pa.int32()),
+                    pa.array(first_tokens),
                     pa.array([span.stop for span in spans], pa.int32()),
                 ],
                 ["turn", "role", "start", "stop"],
             ),
         ),
+        "answer_numbers": pa.ListArray.from_arrays(supervised_starts, answer_numbers),
     }
     return pa.record_batch(columns)
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Arrow's offsets of lists with these lengths, int32 [lists + 1]."""
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _token_values(examples: Sequence[Example], name: str) -> np.ndarray:
+    values = array("i")
+    for example in examples:
+        values.fromlist(getattr(example, name))
+    return np.frombuffer(values, np.int32) if values else np.empty(0, np.int32)
 
 
 def ledger_lines(rows: Iterable[RenderedConversation | BadRow]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.dataset.loss_cells import ANSWERS
+from finetune.dataset.loss_cells import MAX_ANSWERS
 
 
 class LossBreakdown:
@@ -25,7 +25,7 @@ class LossBreakdown:
 
         self.sources = tuple(sources)
         self.logged: dict[str, dict[str, float]] = {}
-        self._sums = torch.zeros(2, len(self.sources) * ANSWERS, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2, len(self.sources) * MAX_ANSWERS, dtype=torch.float64, device=device)
 
     def add(self, cells: Any, losses: Any) -> None:
         """Of one micro-batch: cells int64 [P], losses [P]; those that are not finite are left out."""
@@ -46,7 +46,7 @@ class LossBreakdown:
 
     def take(self) -> None:
         """What was added up is what is `logged`, and begins anew; every rank."""
-        sums, counts = (np.array(one).reshape(-1, ANSWERS) for one in self.total())
+        sums, counts = (np.array(one).reshape(-1, MAX_ANSWERS) for one in self.total())
         by_source = _means(self.sources, sums.sum(1), counts.sum(1))
         by_answer = _means(_names(), sums.sum(0), counts.sum(0))
         found = {"loss_by_source": by_source, "loss_by_turn": by_answer}
@@ -64,7 +64,7 @@ class LossBreakdown:
 
 
 def _names() -> list[str]:
-    return [*map(str, range(1, ANSWERS)), f"{ANSWERS}+"]
+    return [*map(str, range(1, MAX_ANSWERS)), f"{MAX_ANSWERS}+"]
 
 
 def _means(names: Sequence[str], sums: Any, counts: Any) -> dict[str, float]:
