@@ -117,7 +117,7 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> tuple[Any, 
     which touches the devices."""
     from finetune.training.training_arguments import build_arguments
 
-    watchdog.report_phase("meeting")
+    watchdog.report_phase("rendezvous")
     patch_build_lock(lambda line: print(f"note: {line}", flush=True))
     init_process_group(
         setup.hardware.backend, uses_deepspeed=setup.zero is not None, timeout=arguments.given("ddp_timeout")

@@ -77,7 +77,7 @@ def test_the_one_that_holds_up_the_others_is_named(hub, monkeypatch, behind, sta
 
 def test_who_waits_for_a_slower_one_without_a_limit_is_not_stuck(hub, monkeypatch):
     for rank, member in hub.members.items():
-        member.place.phase, member.place.step = ("data", -1) if rank == 1 else ("meeting", -1)
+        member.place.phase, member.place.step = ("data", -1) if rank == 1 else ("rendezvous", -1)
         member.limit = None if rank == 1 else 5.0
         member.place.since -= 3600
     assert settled(hub, monkeypatch) is None
@@ -118,7 +118,7 @@ def test_time_in_which_the_guard_itself_did_not_run_is_nobodys_fault(hub, monkey
 def test_the_cause_is_told_from_its_echo(hub, monkeypatch):
     echo = "RuntimeError: Read error [127.0.0.1]:9: Connection reset by peer"
     hub.report(Failure(kind="exception", rank=0, host="a", error=echo))
-    hub.report(Failure(kind="died", rank=1, host="b", error="rank 1 on b ended without a word"))
+    hub.report(Failure(kind="died", rank=1, host="b", error="rank 1 on b ended without a message"))
     verdict = settled(hub, monkeypatch)
     assert verdict.rank == 1 and verdict.when and len(verdict.also) == 1
     assert "rank 0 on a" in verdict.also[0] and "Connection reset by peer" in verdict.also[0]
@@ -135,7 +135,7 @@ def test_a_host_that_vanished_is_blamed_where_the_others_only_heard_of_it(hub, m
 
 
 def test_a_rank_that_a_launcher_ended_is_not_blamed_for_one_that_vanished(hub, monkeypatch):
-    hub.report(Failure(kind="died", rank=1, host="b", signal=15, error="rank 1 on b ended without a word: signal 15"))
+    hub.report(Failure(kind="died", rank=1, host="b", signal=15, error="rank 1 on b ended: signal 15"))
     hub.members[2].wire.close()
     assert (settled(hub, monkeypatch).kind, hub.verdict.host) == ("lost", "c")
 
@@ -291,14 +291,14 @@ def _train_but_rank_1_leaves(argv: list[str]) -> None:
     from finetune.train import main
 
     if os.environ["RANK"] == "1":
-        plain = finetune.batches.MicroBatches.__getitem__
+        plain = finetune.dataset.dataloader.MicroBatchDataset.__getitem__
 
         def left(self, place):
             if place[0] == 3:
                 os._exit(0)
             return plain(self, place)
 
-        finetune.batches.MicroBatches.__getitem__ = left
+        finetune.dataset.dataloader.MicroBatchDataset.__getitem__ = left
     main(argv)
 
 
@@ -324,7 +324,7 @@ def test_ranks_that_never_arrive_are_named_in_the_time_stated(argv, tmp_path):
     outcome = ranks.run(tmp_path / "logs", _train_but_rank_1_never_comes, ([*argv, "--meeting_timeout", "4"],))
     assert outcome.statuses[0] != 0 and time.monotonic() - began < 60
     said = page_of(tmp_path / "logs/rank-0.log")
-    assert "1 of 2 ranks have not arrived within 4 s" in said and "rank 1 did not come to where the ranks meet" in said
+    assert "1 of 2 ranks have not arrived within 4 s" in said and "rank 1 did not reach the rendezvous" in said
 
 
 def test_a_complete_run_says_so_last(argv, tmp_path):

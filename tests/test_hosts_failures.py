@@ -75,16 +75,16 @@ def test_a_rank_that_raises_two_that_are_killed_and_a_network_that_goes(job, thr
     with third.bound(somewhere, nowhere):
         run = started(job, 7, PYTHONPATH=f"{ROOT}:{nowhere}")
         (tmp_path / "now").touch()
-        job.failed(run, "rank 2 on node2", "a bit flipped on this host", "Go on from", within=SECONDS_TO_END)
+        job.failed(run, "rank 2 on node2", "a bit flipped on this host", "Resume from", within=SECONDS_TO_END)
 
     run = started(job, 27)
     for node in (second, first):  # one of them where the command was typed
         os.kill(find(node, "--local_rank=0"), signal.SIGKILL)
-    job.failed(run, "was killed (SIGKILL)", "on node", "Go on from", within=SECONDS_TO_END)
+    job.failed(run, "was killed (SIGKILL)", "on node", "Resume from", within=SECONDS_TO_END)
 
     run = started(job, 47)
     with second.unplugged():
-        job.failed(run, "node1", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=[second])
+        job.failed(run, "node1", "Resume from", within=SECONDS_TO_MISS_A_HOST, without=[second])
         until_ended(second)
     second.end_processes()  # what sshd has not missed yet
 
@@ -108,13 +108,13 @@ def test_a_host_that_stands_still_and_one_that_ends_at_once(job, three_nodes):
     first, second, third = three_nodes
     run = started(job, 7)
     with second.paused():
-        job.failed(run, "node1", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=[second])
+        job.failed(run, "node1", "Resume from", within=SECONDS_TO_MISS_A_HOST, without=[second])
     until_ended(second)
     second.end_processes()
 
     run = started(job, 27)
     with third.off():
-        job.failed(run, "node2", "Go on from", within=SECONDS_TO_MISS_A_HOST, without=[third])
+        job.failed(run, "node2", "Resume from", within=SECONDS_TO_MISS_A_HOST, without=[third])
 
     completes(job)
 
@@ -126,7 +126,7 @@ def test_the_launching_host_whose_network_goes_is_missed_by_the_others(job, thre
     with first.unplugged():
         for node in three_nodes:
             until_ended(node)
-    job.failed(run, "can no longer be reached", "Go on from", within=SECONDS_TO_END, without=three_nodes)
+    job.failed(run, "can no longer be reached", "Resume from", within=SECONDS_TO_END, without=three_nodes)
     for node in three_nodes:
         until_ended(node)
         node.end_processes()

@@ -148,7 +148,7 @@ def test_whatever_is_killed_all_ends_and_the_dead_part_is_named(named, tmp_path,
     assert named_as.get(victim, "the deepspeed command") in said[said.index("The run failed") :]
     if victim is not None and victim.startswith("--"):
         assert run.returncode == 137
-    assert json.loads((tmp_path / "output/failure.json").read_text())["likely_cause"]["do"]
+    assert json.loads((tmp_path / "output/failure.json").read_text())["likely_cause"]["remedy"]
     assert not (tmp_path / "output/RUN_COMPLETE").exists()
 
 

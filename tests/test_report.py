@@ -139,7 +139,9 @@ def test_hostile_text_is_text(tmp_path):
         deepspeed={HOSTILE: HOSTILE},
         data={"path": [HOSTILE], "fingerprint": HOSTILE, "left_out": [HOSTILE]},
     )
-    diagnostics.write(folder, Failure("error", HOSTILE, run=HOSTILE, host=HOSTILE, traceback=HOSTILE, also=(HOSTILE,)))
+    diagnostics.write_failure(
+        folder, Failure("error", HOSTILE, run=HOSTILE, host=HOSTILE, traceback=HOSTILE, also=(HOSTILE,))
+    )
     plain = page_of(output_dir(tmp_path / "two", cards=[card(1, "a", "b")]))
     page = page_of(folder)
     assert page.text.count("<script>document.title='gone'</script>") > 15
@@ -194,7 +196,7 @@ def test_facts_of_another_shape_are_an_error_that_says_so(tmp_path):
 def test_a_failed_run_shows_the_likely_cause_first(tmp_path):
     folder = output_dir(tmp_path / "one", complete=False)
     died = {"rank": 3, "host": "node1", "status": -9, "signal": 9, "phase": "step", "step": 20}
-    diagnostics.write(folder, Failure("died", run="run-1", hints=("oom_kill 0 -> 1",), **died))
+    diagnostics.write_failure(folder, Failure("died", run="run-1", hints=("oom_kill 0 -> 1",), **died))
     page = page_of(folder)
     assert page.sections()[0] == "Failure"
     assert "rank 3 on node1 was killed (SIGKILL)" in page.text and "the host ran out of memory" in page.text

@@ -140,7 +140,7 @@ def test_nothing_runs_over_the_edge(tmp_path, kind):
     if kind == "two":
         folders.append(a_run(tmp_path / ("a_very_long_name_" * 6), arguments={"model_name_or_path": "m" * 200}))
     if kind == "failed":
-        diagnostics.write(folders[0], Failure("error", "y" * 500, run="run-1", traceback="z" * 500))
+        diagnostics.write_failure(folders[0], Failure("error", "y" * 500, run="run-1", traceback="z" * 500))
     with shown(tmp_path, *folders) as page:
         page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
         for width, least in ((1280, 500), (390, 300)):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Arguments, parse
-from finetune.diagnostics import FILE, Failure, failure_page, first_of, write
+from finetune.diagnostics import FAILURE_FILE, Failure, find_first_failure, format_failure_page, write_failure
 from finetune.distributed import host_probe, stop_requests
 from finetune.launcher import (
     JOB_HOSTFILE,
@@ -206,7 +206,7 @@ def outcome(
     failures = [report.failure for report in reports if report.failure is not None]
     statuses = [report.status for report in reports]
     if failures:
-        failure = first_of(failures)
+        failure = find_first_failure(failures)
         if failure.kind in ("error", "exception") or failure.signal is not None:
             return failure.status, failure
         there = [report.status for report in reports if report.status and report.host == failure.host]
@@ -228,9 +228,10 @@ def outcome(
 
 def conclude(failure: Failure, arguments: Arguments | None) -> None:
     """The summary, last; the record, where the run has a folder and could not leave one itself."""
-    record = Path(arguments.training["output_dir"]).expanduser() / FILE if arguments else None
+    record = Path(arguments.training["output_dir"]).expanduser() / FAILURE_FILE if arguments else None
     if record and record.parent.is_dir() and failure.kind in ("launcher", "lost"):
-        write(record.parent, failure)  # it stays as it is where the run left one
-    if failure.kind != "error" or failure.phase not in ("start", "data", "meeting"):
+        write_failure(record.parent, failure)  # it stays as it is where the run left one
+    if failure.kind != "error" or failure.phase not in ("start", "data", "rendezvous"):
         where = str(record) if record and record.is_file() else ""
-        print("\n" + failure_page(failure, colour=sys.stderr.isatty(), record=where), file=sys.stderr, flush=True)
+        page = format_failure_page(failure, colour=sys.stderr.isatty(), record=where)
+        print(f"\n{page}", file=sys.stderr, flush=True)

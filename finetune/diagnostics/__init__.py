@@ -1,28 +1,30 @@
-"""What is written and shown when a run fails: the record, the likely cause, the page.
+"""Failures of a run: the record, the first of several, its likely cause, the page that the user reads.
 
-Only the standard library is imported: a small process that watches the ranks, without site-packages, uses it too.
+Only the standard library is imported, because the watchdog processes use this package, too. The table of known causes
+alone needs PyYAML, which is imported when the table is read.
 """
 
 from __future__ import annotations
 
-from finetune.diagnostics.causes import Cause, likely_cause
-from finetune.diagnostics.failure_page import page
+from finetune.diagnostics.failure_page import format_failure_page
 from finetune.diagnostics.failure_record import KINDS, PHASES, Failure
-from finetune.diagnostics.failure_store import FILE, read, write
-from finetune.diagnostics.failure_text import one_line
-from finetune.diagnostics.first_failure import first_of, is_echo
+from finetune.diagnostics.failure_store import FAILURE_FILE, read_failure, write_failure
+from finetune.diagnostics.failure_text import summarize_failure
+from finetune.diagnostics.first_failure import find_first_failure, is_secondary
+from finetune.diagnostics.known_causes import Cause, likely_cause, load_known_causes
 
 __all__ = [
-    "FILE",
+    "FAILURE_FILE",
     "KINDS",
     "PHASES",
     "Cause",
     "Failure",
-    "first_of",
-    "is_echo",
+    "format_failure_page",
+    "find_first_failure",
+    "is_secondary",
+    "load_known_causes",
     "likely_cause",
-    "one_line",
-    "page",
-    "read",
-    "write",
+    "summarize_failure",
+    "read_failure",
+    "write_failure",
 ]

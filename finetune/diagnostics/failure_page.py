@@ -1,58 +1,54 @@
-"""A failure on one page of plain text, for a terminal or a log."""
+"""Show a failure on one page of plain text, for a terminal or a log."""
 
 from __future__ import annotations
 
 import re
 from unicodedata import east_asian_width
 
-from finetune.diagnostics.causes import likely_cause
 from finetune.diagnostics.failure_record import Failure
-from finetune.diagnostics.failure_text import what_happened, where_in_the_run, who
+from finetune.diagnostics.failure_text import what_happened, where_in_run, who_failed
+from finetune.diagnostics.known_causes import likely_cause
 
-ERROR_LINES, CAUSE_LINES, TO_DO_LINES, OTHERS = 6, 4, 5, 3
-NARROWEST = 60
+HEADLINE_LINES, ERROR_LINES, CAUSE_LINES, REMEDY_LINES, ALSO_LINES = 2, 6, 4, 5, 3
+MIN_WIDTH = 60
 
 
-def page(failure: Failure, *, width: int = 100, colour: bool = False, record: str = "") -> str:
-    """What happened, where, why probably, and what to do: at most 25 lines of `width` columns, at least 60.
+def format_failure_page(failure: Failure, *, width: int = 100, colour: bool = False, record: str = "") -> str:
+    """Show what happened, where, the likely cause and the remedy, in at most 25 lines.
 
-    It never holds the text that opens the one message of an exit status, nor the looks of a Python traceback, both of
-    which are searched for in logs.
+    The page contains neither the `error: ` of an exit status nor a Python traceback: tools search logs for both.
 
     Args:
-        failure: the first one of the run.
+        failure: the first failure of the run.
+        width: columns of a line, at least 60.
         colour: whether the headline is bold and red.
-        record: where `failure.json` lies, "" where it could not be written.
+        record: path of `failure.json`, "" if it could not be written.
     """
-    width = max(width, NARROWEST)
-    where = "" if failure.kind == "missing" else where_in_the_run(failure)
-    head = "was stopped" if failure.kind == "stopped" else "failed"
-    headline = _wrapped(_plain(f"The run {head}: {who(failure)} {what_happened(failure)} {where}"), width, 2)
+    width = max(width, MIN_WIDTH)
+    place = "" if failure.kind == "missing" else where_in_run(failure)
+    headline = f"The run failed: {who_failed(failure)} {what_happened(failure)} {place}"
+    lines = _wrap(_plain(headline), width, HEADLINE_LINES)
     if colour:
-        headline = [f"\033[1;31m{line}\033[0m" for line in headline]
-    lines = [*headline, *(f"  {line}" for line in _error(failure, width - 2))]
-    labelled = [("Where", _where(failure), 2)]
+        lines = [f"\033[1;31m{line}\033[0m" for line in lines]
+    lines += [f"  {line}" for line in _error_lines(failure, width - 2)]
+    lines += _labelled("Where", _place(failure), width, 2)
     cause = likely_cause(failure)
     if cause is not None:
-        labelled += [
-            ("Likely cause", f"{cause.title}. {cause.why}", CAUSE_LINES),
-            ("What to do", cause.do, TO_DO_LINES),
-        ]
-    for label, text, most in labelled:
-        lines += _labelled(label, text, width, most)
-    lines += _others(failure, width)
+        lines += _labelled("Likely cause", f"{cause.title}. {cause.explanation}", width, CAUSE_LINES)
+        lines += _labelled("What to do", cause.remedy, width, REMEDY_LINES)
+    lines += _secondary_lines(failure, width)
     if record:
         lines += _labelled("Record", record, width, 1)
     if failure.checkpoint:
-        lines += _labelled("Go on from", f"{failure.checkpoint} (--resume_from_checkpoint auto)", width, 1)
+        lines += _labelled("Resume from", f"{failure.checkpoint} (--resume_from_checkpoint auto)", width, 1)
     return "\n".join(lines)
 
 
-def _error(failure: Failure, width: int) -> list[str]:
-    """The first lines of the message, or what a traceback ends with where there is none."""
+def _error_lines(failure: Failure, width: int) -> list[str]:
+    """Return the first lines of the message, or the last lines of the traceback if there is no message."""
     text = failure.error or "\n".join(failure.traceback.splitlines()[-2:])
     kept = [line for line in _plain(text).splitlines() if line.strip() and not _is_frame(line)]
-    wrapped = [one for line in kept for one in _wrapped(line, width, ERROR_LINES + 1)]
+    wrapped = [part for line in kept for part in _wrap(line, width, ERROR_LINES + 1)]
     return wrapped if len(wrapped) <= ERROR_LINES else [*wrapped[: ERROR_LINES - 1], "..."]
 
 
@@ -60,41 +56,41 @@ def _is_frame(line: str) -> bool:
     return re.match(r"Traceback|\s*File \"|\s*[\^~]+\s*$|frame #\d|\s+raise |Exception raised from", line) is not None
 
 
-def _where(failure: Failure) -> str:
-    """`rank 3 on node1, in step 120, after 12 s there`, and what was seen beside it."""
-    parts = [who(failure), where_in_the_run(failure)]
+def _place(failure: Failure) -> str:
+    """Return `rank 3 on node1, in step 120, after 12 s (oom_kill 0 -> 1)`."""
+    parts = [who_failed(failure), where_in_run(failure)]
     if failure.seconds is not None and failure.kind not in ("stuck", "missing"):
-        parts.append(f"after {failure.seconds:,.0f} s there")
+        parts.append(f"after {failure.seconds:,.0f} s")
     hints = f" ({'; '.join(failure.hints[:2])})" if failure.hints else ""
     return ", ".join(filter(None, parts)) + hints
 
 
-def _others(failure: Failure, width: int) -> list[str]:
+def _secondary_lines(failure: Failure, width: int) -> list[str]:
     count = len(failure.also)
     if not count:
         return []
-    shown = [f"  {_clipped(_plain(one), width - 2)}" for one in failure.also[:OTHERS] if one]
-    more = f"; the first {OTHERS}" if count > OTHERS else ""
-    return [f"{count} more failed later, mostly because of this{more}:", *shown]
+    first = f"; the first {ALSO_LINES}" if count > ALSO_LINES else ""
+    shown = [f"  {_clip(_plain(line), width - 2)}" for line in failure.also[:ALSO_LINES] if line]
+    return [f"{count} more failed later, mostly because of this{first}:", *shown]
 
 
-def _labelled(label: str, text: str, width: int, most: int) -> list[str]:
-    """`Label: text`, continued below the text."""
-    room = len(label) + 2
+def _labelled(label: str, text: str, width: int, max_lines: int) -> list[str]:
+    """Return `label: text`, with further lines indented to the text."""
+    indent = len(label) + 2
     text = " ".join(_plain(text).split())
-    first, *others = _wrapped(text, width - room, most) if most > 1 else [_clipped(text, width - room)]
-    return [f"{label}: {first}", *(" " * room + line for line in others)]
+    wrap = _wrap(text, width - indent, max_lines) if max_lines > 1 else [_clip(text, width - indent)]
+    return [f"{label}: {wrap[0]}", *(" " * indent + line for line in wrap[1:])]
 
 
 def _plain(text: str) -> str:
-    """Text without colours and control characters, and without what opens the message of an exit status."""
+    """Remove colours, control characters, and the `error: ` that begins the message of an exit status."""
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).expandtabs(4)
-    text = "".join(one if one == "\n" or one.isprintable() else " " for one in text)
+    text = "".join(letter if letter == "\n" or letter.isprintable() else " " for letter in text)
     return re.sub(r"(?m)^\s*error(?: \([^)]*\))?: ", "", text).replace("error: ", "error - ")
 
 
-def _wrapped(text: str, width: int, most: int) -> list[str]:
-    """At most `most` lines, broken at spaces, and inside a word where it is longer than a line."""
+def _wrap(text: str, width: int, max_lines: int) -> list[str]:
+    """Break text at spaces, and inside words that are longer than a line; textwrap counts no double-width letters."""
     indent = text[: len(text) - len(text.lstrip())][: width // 2]
     lines, line = [], indent
     for word in text.split():
@@ -103,30 +99,30 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
             line = indent
         line = f"{line} {word}" if line.strip() else line + word
         while _columns(line) > width:
-            fits = _fitting(line, width)
-            lines.append(line[:fits])
-            line = indent + line[fits:]
-        if len(lines) > most:
+            length = _fitting_length(line, width)
+            lines.append(line[:length])
+            line = indent + line[length:]
+        if len(lines) > max_lines:
             break
     lines += [line] if line.strip() else []
-    return lines if len(lines) <= most else [*lines[: most - 1], _clipped(lines[most - 1] + " ...", width)]
+    return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], _clip(lines[max_lines - 1] + " ...", width)]
 
 
-def _clipped(text: str, width: int) -> str:
-    """One line, with `...` where something is left out."""
-    return text if _columns(text) <= width else text[: _fitting(text, width - 4)].rstrip() + " ..."
+def _clip(text: str, width: int) -> str:
+    """Shorten text to one line, ending with `...` if something is left out."""
+    return text if _columns(text) <= width else text[: _fitting_length(text, width - 4)].rstrip() + " ..."
 
 
 def _columns(text: str) -> int:
-    """Columns of a terminal: Chinese characters take two."""
-    return len(text) if text.isascii() else sum(1 + (east_asian_width(one) in "WF") for one in text)
+    """Count terminal columns; East Asian wide letters take two."""
+    return len(text) if text.isascii() else sum(1 + (east_asian_width(letter) in "WF") for letter in text)
 
 
-def _fitting(text: str, width: int) -> int:
-    """How many characters fit, at least one."""
-    taken = 0
-    for number, one in enumerate(text):
-        taken += _columns(one)
-        if taken > width:
-            return max(number, 1)
+def _fitting_length(text: str, width: int) -> int:
+    """Count the letters that fit into `width` columns, at least one."""
+    columns = 0
+    for index, letter in enumerate(text):
+        columns += _columns(letter)
+        if columns > width:
+            return max(index, 1)
     return len(text)

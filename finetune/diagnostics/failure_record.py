@@ -1,42 +1,45 @@
-"""One failure of a run."""
+"""The record of one failure of a run."""
 
 from __future__ import annotations
 
 import math
 import re
-import signal as signals
+import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-KINDS = ("error", "exception", "died", "stuck", "missing", "lost", "launcher", "stopped")
-PHASES = ("start", "data", "meeting", "model", "step", "evaluation", "save", "end")
-ERROR_LINES, TRACEBACK_LINES, OTHERS = 40, 60, 64
-LINE_LENGTH = 2000
+KINDS = ("error", "exception", "died", "stuck", "missing", "lost", "launcher")
+PHASES = ("start", "data", "rendezvous", "model", "step", "evaluation", "save", "end")
+RENAMED_PHASES = {"meeting": "rendezvous"}  # in records of version 0.1
+ERROR_LINES, TRACEBACK_LINES, LINE_LENGTH, ALSO_LENGTH = 40, 60, 2000, 64
+SIGNALS = frozenset(int(number) for number in signal.Signals if number < 32)
+FIELD_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What is known of one failure. Texts are cut to what a record needs, lists become tuples.
+    """What is known about one failure. Long texts are cut, sequences become tuples.
 
     Attributes:
-        run: the run's id, "" where it had none yet.
+        kind: `error` (an error with a message of this project), `exception` (any other), `died` (a process that ended
+            without a message), `stuck` (no progress within the limit of its phase), `missing` (ranks that did not
+            reach the rendezvous), `lost` (the connection to a host ended), `launcher` (the `deepspeed` command or a
+            process that it started ended).
+        error: message, its first 40 lines.
+        run: id of the run, "" before it has one.
         when: ISO 8601 with the offset from UTC.
-        kind: `error` (an error with a message of ours), `exception` (any other), `died` (a process that ended
-            without a word), `stuck` (no progress within the limit of its phase), `missing` (ranks that never came to
-            the meeting), `lost` (the connection to a host ended), `launcher` (the `deepspeed` command or what it
-            started died), `stopped` (it was asked to end).
-        rank, host: where it happened, None where that is not one rank or one host.
-        ranks, hosts: all that are involved, e.g. those that are missing.
-        status: the exit status that the failure stands for.
-        signal: what ended the process, None where nothing did.
-        error: the message, its first 40 lines.
-        traceback: its last 60 lines.
-        phase: one of `PHASES`, "" where it is not known.
+        rank, host: where it happened, None if that is not one rank or one host.
+        ranks, hosts: all that are involved, for instance those that are missing.
+        status: exit status that the failure stands for.
+        signal: signal that ended the process, None for no signal.
+        phase: one of `PHASES`, "" if unknown.
         step: optimizer step, None before the first.
-        seconds: since the phase, or the step, began.
-        hints: facts seen beside it, one a line: `oom_kill 0 -> 1`, `State: T (stopped)`, the path of a log.
-        checkpoint: the newest whole one, "" where there is none.
+        seconds: time since the phase or step began.
+        traceback: its last 60 lines.
+        hints: observations beside the failure, one line each: `oom_kill 0 -> 1`, `State: T (stopped)`.
+        checkpoint: newest complete checkpoint, "" if there is none.
         also: later failures of other ranks, one line each.
     """
 
@@ -46,91 +49,89 @@ class Failure:
     when: str = ""
     rank: int | None = None
     host: str | None = None
-    ranks: tuple[int, ...] = ()
-    hosts: tuple[str, ...] = ()
+    ranks: Sequence[int] = ()
+    hosts: Sequence[str] = ()
     status: int = 1
     signal: int | None = None
     phase: str = ""
     step: int | None = None
     seconds: float | None = None
     traceback: str = ""
-    hints: tuple[str, ...] = ()
+    hints: Sequence[str] = ()
     checkpoint: str = ""
-    also: tuple[str, ...] = ()
+    also: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        texts = {name: _clean(getattr(self, name)) for name in ("kind", "run", "when", "phase", "checkpoint")}
-        lists = {name: tuple(_line(one) for one in getattr(self, name)) for name in ("hosts", "hints")}
-        cut = {
-            "error": _lines(self.error, ERROR_LINES, from_the_end=False),
-            "traceback": _lines(self.traceback, TRACEBACK_LINES, from_the_end=True),
-            "host": None if self.host is None else _line(self.host),
-            "also": tuple(_line(one) for one in self.also)[:OTHERS],
+        values: dict[str, Any] = {
+            name: _utf8_text(getattr(self, name)) for name in ("kind", "run", "when", "phase", "checkpoint")
+        }
+        values |= {name: tuple(map(_one_line, getattr(self, name))) for name in ("hosts", "hints", "also")}
+        values |= {
+            "phase": RENAMED_PHASES.get(values["phase"], values["phase"]),
+            "error": "\n".join(_cleaned_lines(self.error)[:ERROR_LINES]).strip("\n"),
+            "traceback": "\n".join(_cleaned_lines(self.traceback)[-TRACEBACK_LINES:]).strip("\n"),
+            "host": None if self.host is None else _one_line(self.host),
+            "also": values["also"][:ALSO_LENGTH],
             "ranks": tuple(self.ranks),
             "seconds": self.seconds if self.seconds is not None and 0 <= self.seconds < 1e12 else None,
         }
-        for name, value in {**texts, **lists, **cut}.items():
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, as standard JSON knows it."""
+        """Return all fields as values of standard JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Failure:
-        """The inverse of `to_json`; unknown keys, and values of another type than the field's, are left out.
+    def from_json(cls, values: object) -> Failure:
+        """Invert `to_json`. Unknown keys, and values of another type than the field's, are left out.
 
         Raises:
-            ValueError: `values` is no object with a `kind`.
+            ValueError: `values` is not an object with a `kind`.
         """
         if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
-            raise ValueError(f'expected an object with a "kind", found {str(values)[:80]!r}')
-        known = {one.name: one.type for one in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known and _fits(known[name], value)})
+            raise ValueError(f'expected an object with a "kind", got {str(values)[:80]!r}')
+        types = {field.name: str(field.type) for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in types and _has_type(value, types[name])})
 
     def killed_by(self) -> int | None:
-        """The signal that ended the process, told or read from a status of a kind in use: -9, 137, 247 are SIGKILL.
+        """Return the signal that ended the process, also as read from an exit status: -9, 137 and 247 are SIGKILL.
 
-        247 is what launchers make of -9 (a status has 8 bits); 128 + n is the shells' way.
+        Shells exit with 128 + n; launchers turn -9 into 247, because a status has 8 bits.
         """
-        told = () if self.signal is None else (self.signal,)
-        read_off = (-self.status, self.status - 128, 256 - self.status) if self.kind in ("died", "launcher") else ()
-        return next((number for number in told or read_off if number in _SIGNALS), None)
+        given = [] if self.signal is None else [self.signal]
+        if self.kind in ("died", "launcher"):
+            given += [-self.status, self.status - 128, 256 - self.status]
+        return next((number for number in given if number in SIGNALS), None)
+
+    def timestamp(self) -> float:
+        """Return `when` in seconds since 1970, infinity if it is no date: such a failure counts as the latest."""
+        try:
+            return datetime.fromisoformat(self.when).timestamp()
+        except (ValueError, OverflowError, OSError):
+            return math.inf
 
 
-_SIGNALS = {int(one) for one in signals.Signals if one < 32}
-
-
-def moment(failure: Failure) -> float:
-    """Seconds since 1970; infinite where `when` is no date: such a failure counts as later than any other."""
-    try:
-        return datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", failure.when)).timestamp()
-    except (ValueError, OverflowError, OSError):
-        return math.inf
-
-
-def _fits(kind: str, value: Any) -> bool:
+def _has_type(value: object, annotation: str) -> bool:
+    """Return whether a JSON value has the type of a field, such as `Sequence[int]` or `str | None`."""
     if value is None:
-        return "None" in kind
-    if kind.startswith("tuple"):
-        inner = int if "int" in kind else str
-        return isinstance(value, list | tuple) and all(isinstance(one, inner) for one in value)
-    if isinstance(value, bool):
-        return False
-    wanted = {"str": str, "int": int, "float": (int, float)}[kind.partition(" ")[0]]
-    return isinstance(value, wanted)
+        return annotation.endswith("None")
+    if annotation.startswith("Sequence"):
+        item_type = int if "int" in annotation else str
+        return isinstance(value, list) and all(isinstance(item, item_type) for item in value)
+    return isinstance(value, FIELD_TYPES[annotation.partition(" ")[0]]) and not isinstance(value, bool)
 
 
-def _clean(text: str) -> str:
-    """Text that UTF-8 can hold: names of files that are not UTF-8 arrive with lone surrogates."""
+def _utf8_text(text: object) -> str:
+    """Return text without lone surrogates, which file names that are not UTF-8 bring."""
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _line(text: str) -> str:
-    return " ".join(_clean(text).split())[:LINE_LENGTH].rstrip()
+def _one_line(text: object) -> str:
+    return " ".join(_utf8_text(text).split())[:LINE_LENGTH].rstrip()
 
 
-def _lines(text: str, count: int, *, from_the_end: bool) -> str:
-    text = re.sub(r"(?m)^(\[rank\d+\]: ?)+", "", _clean(text).strip("\n"))  # torch puts it in front of every line
-    lines = [line[:LINE_LENGTH].rstrip() for line in text.splitlines()]
-    return "\n".join(lines[-count:] if from_the_end else lines[:count]).strip("\n")
+def _cleaned_lines(text: str) -> list[str]:
+    """Return the lines without torch's `[rank0]: ` in front."""
+    text = re.sub(r"(?m)^(\[rank\d+\]: ?)+", "", _utf8_text(text).strip("\n"))
+    return [line[:LINE_LENGTH].rstrip() for line in text.splitlines()]

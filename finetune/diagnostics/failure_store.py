@@ -1,4 +1,4 @@
-"""`failure.json`: the first failure of a run, on the disk whole or not at all."""
+"""Read and write `failure.json`, the record of the first failure of a run."""
 
 from __future__ import annotations
 
@@ -7,69 +7,70 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune.diagnostics.causes import likely_cause
-from finetune.diagnostics.failure_record import Failure, moment
+from finetune.diagnostics.failure_record import Failure
+from finetune.diagnostics.known_causes import likely_cause
 from finetune.utils.atomic_io import fsync_dir
 
-FILE = "failure.json"
+FAILURE_FILE = "failure.json"
 
 
-def write(folder: str | os.PathLike, failure: Failure, *, replace: bool = False) -> Path | None:
-    """Write `failure.json` with the likely cause and the next step filled in: whole or not at all, readable by all.
+def write_failure(folder: str | os.PathLike[str], failure: Failure, *, replace: bool = False) -> Path | None:
+    """Write `failure.json` with the likely cause: completely or not at all, readable by all users.
 
-    A record of the same run that is earlier, or as early, stays as it is, unless `replace`: what comes later is
-    mostly a consequence. Runs that have no id are never the same run. A run that goes on from a checkpoint keeps its
-    id: whoever starts it removes what the attempt before left.
+    An earlier record of the same run is kept unless `replace` is set, because later failures mostly follow from it.
+    Runs without an id are never the same run. A resumed run keeps its id: whoever starts it deletes the old record.
 
     Returns:
-        Where a record of this run lies now; None where the disk refused, or there is no such folder.
+        The path of the record of this run; None if the folder does not exist or the disk refused.
     """
-    path = Path(folder, FILE)
+    path = Path(folder, FAILURE_FILE)
     cause = likely_cause(failure)
     values = {**failure.to_json(), "likely_cause": None if cause is None else asdict(cause)}
     text = json.dumps(values, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    part = Path(folder, f".{FILE}.{os.uname().nodename}.{os.getpid()}")
+    partial = Path(folder, f".{FAILURE_FILE}.{os.uname().nodename}.{os.getpid()}")
     try:
         try:
-            _write_through(part, text.encode())
-            return _put(part, path, failure, replace)
+            _write_and_sync(partial, text.encode())
+            if replace or not _link_or_keep(partial, path, failure):
+                os.replace(partial, path)
+                fsync_dir(path.parent)
+            return path
         finally:
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     except OSError:
         return None
 
 
-def read(path: str | os.PathLike) -> Failure | None:
-    """The failure in a file, None where there is no such file or it holds none."""
+def read_failure(path: str | os.PathLike[str]) -> Failure | None:
+    """Return the failure in a file, None if the file does not exist or holds no record."""
     try:
         return Failure.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return None
 
 
-def _put(part: Path, path: Path, failure: Failure, replace: bool) -> Path:
-    """Give the finished file its name; of two processes that do so at once the first wins.
+def _link_or_keep(partial: Path, path: Path, failure: Failure) -> bool:
+    """Give a finished file its name, if no other has it; of two processes at once the first succeeds.
 
-    Raises:
-        OSError: the folder refuses.
+    Returns:
+        Whether `path` now holds a record of this run that is no later than `failure`.
     """
-    if not replace:
-        try:
-            os.link(part, path)  # fails where the name is taken, unlike a rename
-        except OSError:  # taken, or a file system without hard links
-            earlier = read(path)
-            if earlier and earlier.run and earlier.run == failure.run and moment(earlier) <= moment(failure):
-                return path
-    os.replace(part, path)
+    try:
+        os.link(partial, path)  # fails if the name is taken, unlike a rename
+    except OSError:  # taken, or a file system without hard links
+        earlier = read_failure(path)
+        if earlier is None or not earlier.run or earlier.run != failure.run:
+            return False
+        return earlier.timestamp() <= failure.timestamp()
     fsync_dir(path.parent)
-    return path
+    return True
 
 
-def _write_through(path: Path, content: bytes) -> None:
+def _write_and_sync(path: Path, content: bytes) -> None:
     """Raises: OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
     with open(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o644)  # whatever the umask: whoever looks after the cluster reads it too
+        os.fchmod(descriptor, 0o644)  # whatever the umask: administrators of the cluster read it, too
         file.write(content)
         file.flush()
         os.fsync(descriptor)

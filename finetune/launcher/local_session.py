@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.diagnostics import Failure, read
+from finetune.diagnostics import FAILURE_FILE, Failure, read_failure
 from finetune.distributed.stop_requests import EXIT_STOPPED
 from finetune.distributed.watchdog.launcher_processes import DEEPSPEED
 from finetune.utils.proc import POLL_SECONDS, command_of, die_with_parent, parent_of, stat_of
@@ -125,7 +125,7 @@ class LocalSession:
         statuses = {}
         for path in self.folder.glob("rank-*.json"):
             statuses[int(path.stem.removeprefix("rank-"))] = json.loads(path.read_text())["status"]
-        failure = read(self.folder / "failure.json")
+        failure = read_failure(self.folder / FAILURE_FILE)
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.asked and failure is None and (not statuses or status == 128 + signal.SIGUSR1):
             status = EXIT_STOPPED  # before any rank had begun, or before each could hear

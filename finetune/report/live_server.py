@@ -28,7 +28,7 @@ from finetune.run_dir import output_dir_lock, run_json
 from finetune.utils.errors import ConfigError
 
 HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
-WATCHED = (run_json.RUN_FILE, run_json.METRICS_FILE, run_json.COMPLETE_FILE, diagnostics.FILE, ANSWERS_FILE)
+WATCHED = (run_json.RUN_FILE, run_json.METRICS_FILE, run_json.COMPLETE_FILE, diagnostics.FAILURE_FILE, ANSWERS_FILE)
 SECONDS_FOR_LAST_LOOKS = 2.0
 
 

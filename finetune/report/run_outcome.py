@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune import diagnostics
-from finetune.diagnostics.failure_text import what_happened, where_in_the_run, who
+from finetune.diagnostics.failure_text import what_happened, where_in_run, who_failed
 from finetune.report.curves import GIB, seconds_of, tokens_of
 from finetune.report.run_reader import RunRecord
 from finetune.training import nonfinite
@@ -38,8 +38,8 @@ class RunProblem:
 
 def run_problem(failure: diagnostics.Failure) -> RunProblem:
     """What failed, why probably, and what to do."""
-    head = "The run was stopped" if failure.kind == "stopped" else "The run failed"
-    headline = " ".join(filter(None, (f"{head}: {who(failure)}", what_happened(failure), where_in_the_run(failure))))
+    parts = ("The run failed:", who_failed(failure), what_happened(failure), where_in_run(failure))
+    headline = " ".join(filter(None, parts))
     facts = [("When", failure.when), ("Exit status", str(failure.status)), ("Seen", "; ".join(failure.hints))]
     facts.append(("Newest checkpoint", failure.checkpoint))
     return RunProblem(

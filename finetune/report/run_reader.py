@@ -92,7 +92,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     """
     facts = run_json.load_run_json(folder)
     lines, evaluations, unread = read_metrics(folder / run_json.METRICS_FILE)
-    failure = diagnostics.read(folder / diagnostics.FILE)
+    failure = diagnostics.read_failure(folder / diagnostics.FAILURE_FILE)
     return RunRecord(
         folder=folder,
         name=name or folder.absolute().name,
@@ -126,7 +126,7 @@ def _found_out(folder: Path) -> list[ResultSection]:
 
 def has_ended(folder: Path) -> bool:
     """Whether nothing more will come of this start of the run: complete, failed or stopped."""
-    if (folder / run_json.COMPLETE_FILE).is_file() or (folder / diagnostics.FILE).is_file():
+    if (folder / run_json.COMPLETE_FILE).is_file() or (folder / diagnostics.FAILURE_FILE).is_file():
         return True
     return _was_stopped(run_json.starts(folder))
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.diagnostics import FILE as FAILURE_FILE
+from finetune.diagnostics import FAILURE_FILE
 from finetune.distributed.host_probe import versions
 from finetune.distributed.stop_requests import STOP_FILE
 from finetune.utils.atomic_io import write_text_atomically

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from finetune.diagnostics import PHASES, Failure, first_of, is_echo, one_line
+from finetune.diagnostics import PHASES, Failure, find_first_failure, is_secondary, summarize_failure
 from finetune.distributed.watchdog.transport import Connection, candidate_ports, listen
 
 SECONDS_OF_SILENCE = 30.0  # behind which a host counts as lost
@@ -74,7 +74,7 @@ class RankPhase:
     def words(self) -> str:
         """For a message."""
         names = {
-            "start": "starting", "data": "preparing data", "meeting": "joining the others", "model": "loading",
+            "start": "starting", "data": "preparing data", "rendezvous": "joining the others", "model": "loading",
             "step": f"in step {self.step}", "save": f"saving in step {self.step}",
             "evaluation": f"evaluating after step {self.step}",
         }  # fmt: skip
@@ -191,11 +191,11 @@ class Coordinator:
             self._look_for_missing(now, limits)
             self._look_for_the_stuck()
         if self.verdict is None and self.first_sign is not None and now - self.first_sign >= SECONDS_TO_SETTLE:
-            first = first_of(self.reported)
-            if is_echo(first) and (gone := self._vanished()) is not None:
+            first = find_first_failure(self.reported)
+            if is_secondary(first) and (gone := self._vanished()) is not None:
                 self._lose(gone, "its connection ended")  # what the others only heard of
                 first = self.reported[-1]
-            others = [one_line(one) for one in self.reported if one.error != first.error]
+            others = [summarize_failure(one) for one in self.reported if one.error != first.error]
             self.verdict = replace(first, also=[*first.also, *others])
             self._close_door()
             self.send({"end": self.verdict.to_json()})
@@ -246,7 +246,7 @@ class Coordinator:
         names = f" of {', '.join(hosts)}" if hosts else ""
         self.report(
             Failure(
-                kind="missing", ranks=ranks, hosts=hosts, phase="meeting",
+                kind="missing", ranks=ranks, hosts=hosts, phase="rendezvous",
                 error=f"{len(ranks)} of {self.world_size} ranks{names} have not arrived within {limits.meeting:.0f} s",
             )
         )  # fmt: skip

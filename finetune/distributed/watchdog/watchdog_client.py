@@ -14,12 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finetune.diagnostics import Failure
 from finetune.distributed import stop_requests
 from finetune.distributed.watchdog import launcher_processes as above
 from finetune.distributed.watchdog.transport import PRINT_STACKS
 from finetune.utils.errors import FinetuneError
 
+PYYAML = Path(yaml.__file__).parent.parent
 _guard: subprocess.Popen | None = None
 _launcher: int | None = None
 _place: dict[str, Any] = {"phase": "start", "step": None}
@@ -63,7 +66,7 @@ def start_watchdog() -> Iterator[None]:
 
 
 def report_phase(name: str, step: int | None = None) -> None:
-    """The rank has come to here: start, data, meeting, model, step, evaluation, save or end."""
+    """The rank has come to here: start, data, rendezvous, model, step, evaluation, save or end."""
     _place.update(phase=name, step=step)
     _tell({"phase": name, "step": step})
 
@@ -102,7 +105,7 @@ def _start() -> subprocess.Popen | None:
         "launch_dir": environment.get("FINETUNE_LAUNCH_DIR"),
         "supervisor": int(environment.get("FINETUNE_SUPERVISOR", "0")),
     }
-    child = [sys.executable, "-S", "-I", str(Path(__file__).with_name("watchdog_process.py"))]
+    child = [sys.executable, "-S", "-I", str(Path(__file__).with_name("watchdog_process.py")), str(PYYAML)]
     guard = subprocess.Popen(child, stdin=subprocess.PIPE, bufsize=0)
     guard.stdin.write(json.dumps(order).encode() + b"\n")
     return guard
@@ -133,7 +136,7 @@ def _leave_unguarded() -> None:
     os._exit(1)
 
 
-def _tell_failure(kind: str, error: str, *, status: int = 1, traceback_text: str | None = None) -> None:
+def _tell_failure(kind: str, error: str, *, status: int = 1, traceback_text: str = "") -> None:
     failure = Failure(
         kind=kind, error=error, status=status, traceback=traceback_text,
         rank=None if kind == "launcher" else int(os.environ["RANK"]), host=os.uname().nodename,

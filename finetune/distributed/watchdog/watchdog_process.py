@@ -1,4 +1,4 @@
-"""The guard of one rank: a small process beside it, with nothing but the standard library.
+"""The guard of one rank: a small process beside it, with the standard library and PyYAML alone.
 
 A thread of the rank would stop with it, and wait with it: for a lock, for a device, in a library that does not let
 other threads run. This process sees its rank die at once (pidfd), keeps its own clock and its own connections, and
@@ -25,8 +25,16 @@ from typing import Any
 
 if __name__ == "__main__":  # run as a file, so that nothing but it is imported
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    sys.path += sys.argv[1:]  # where PyYAML is, which the table of known causes needs
 
-from finetune.diagnostics import FILE, Failure, failure_page, is_echo, write
+from finetune.diagnostics import (
+    FAILURE_FILE,
+    Failure,
+    format_failure_page,
+    is_secondary,
+    load_known_causes,
+    write_failure,
+)
 from finetune.distributed.watchdog.coordinator import Coordinator, Peer, PhaseTimeouts, RankPhase, key_of
 from finetune.distributed.watchdog.transport import PRINT_STACKS, Connection, candidate_ports
 from finetune.utils.proc import parent_of, stat_of, state_of
@@ -143,17 +151,17 @@ class Watchdog:
             self.wire.send(message)
         elif "failure" in message:
             failure = Failure.from_json(message["failure"])
-            self._follow(self._loss_of_the_hub() if self.wire and is_echo(failure) else failure)
+            self._follow(self._loss_of_the_hub() if self.wire and is_secondary(failure) else failure)
 
     def _death(self) -> Failure:
-        """What can be known of a process that ended without a word."""
+        """What can be known of a process that ended without a message."""
         launcher = self.order["launcher"]
         if launcher and parent_of(launcher) is None:
             error = f"deepspeed.launcher.launch (process {launcher}) has died, and its ranks with it"
             return self._failure("launcher", error, rank=None)
         number, status = self.ending
         how = f"signal {number}" if number else "killed, or crashed" if status is None else f"status {status}"
-        error = f"rank {self.rank} on {self.host} ended without a word: {how}"
+        error = f"rank {self.rank} on {self.host} ended without a message: {how}"
         kills = _out_of_memory_kills()
         hints = [f"oom_kill {self.out_of_memory} -> {kills}"] if kills > self.out_of_memory else []
         died = {"signal": number, "status": 128 + number} if number else {"status": status or 1}
@@ -192,7 +200,7 @@ class Watchdog:
                 self._follow(
                     self._failure(
                         "missing", f"rank 0 at {self.order['address']} was not reached within {limit + 15:.0f} s",
-                        rank=None, ranks=[0], hosts=self.order["hosts"][:1], phase="meeting",
+                        rank=None, ranks=[0], hosts=self.order["hosts"][:1], phase="rendezvous",
                     )
                 )  # fmt: skip
             return
@@ -230,10 +238,10 @@ class Watchdog:
             return
         newest = _newest_checkpoint(self.run.get("output_dir"))
         verdict = self.verdict = replace(verdict, run=self.run.get("run_id", ""), checkpoint=newest)
-        self._leave_word(verdict.to_json(), FILE)
+        self._leave_word(verdict.to_json(), FAILURE_FILE)
         writes = self.run.get("output_dir") and (self.rank == 0 or (verdict.kind == "lost" and self._is_first_here()))
         if writes:
-            write(Path(self.run["output_dir"]), verdict)
+            write_failure(Path(self.run["output_dir"]), verdict)
         now = time.monotonic()
         if verdict.kind in ("stuck", "missing", "lost"):
             self._ask_for_stacks()
@@ -274,8 +282,9 @@ class Watchdog:
         speaks = self.rank == 0 or (self._is_first_here() and (verdict.kind == "lost" or self.wire is None))
         supervisor = self.order.get("supervisor")
         if speaks and not (supervisor and state_of(supervisor) not in "?Z") and (verdict.kind != "error" or self.run):
-            record = str(Path(self.run["output_dir"], FILE)) if self.run else ""
-            print("\n" + failure_page(verdict, colour=sys.stderr.isatty(), record=record), file=sys.stderr, flush=True)
+            record = str(Path(self.run["output_dir"], FAILURE_FILE)) if self.run else ""
+            page = format_failure_page(verdict, colour=sys.stderr.isatty(), record=record)
+            print(f"\n{page}", file=sys.stderr, flush=True)
 
     def _leave_word(self, word: dict[str, Any], name: str | None = None) -> None:
         """For the `finetune launch` of this host."""
@@ -324,6 +333,7 @@ def main() -> None:
             return
         unread += chunk
     line, _, unread = unread.partition(b"\n")
+    load_known_causes()  # now, because the disk may not respond once they are needed
     with suppress(ProcessLookupError):  # the rank is gone already
         Watchdog(json.loads(line), unread).watch()
 

@@ -1,0 +1,111 @@
+"""Look up the likely cause of a failure in the table of known causes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from finetune.diagnostics.failure_record import Failure
+
+KNOWN_CAUSES_FILE = Path(__file__).with_name("known_causes.yaml")
+DATA_STATUS = 3
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A cause as the user reads it.
+
+    Attributes:
+        code: stable name, such as `gpu-out-of-memory`.
+        title: the cause in a few words.
+        explanation: why it happens.
+        remedy: what to type or change.
+    """
+
+    code: str
+    title: str
+    explanation: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class KnownCause:
+    """An entry of the table: a cause and its conditions, of which "" and () hold for every failure.
+
+    Attributes:
+        cause: the cause.
+        pattern: regular expression for the texts of the failure, case ignored.
+        stack: regular expression for the whole traceback.
+        kinds, phases, signals: allowed values of the failure.
+    """
+
+    cause: Cause
+    pattern: str
+    stack: str
+    kinds: tuple[str, ...]
+    phases: tuple[str, ...]
+    signals: tuple[int, ...]
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any], phrases: dict[str, str]) -> KnownCause:
+        """Build an entry from its YAML, with the phrases filled in."""
+        texts = {name: Template(entry[name]).substitute(phrases) for name in ("explanation", "remedy")}
+        return cls(
+            cause=Cause(entry["code"], entry["title"], **texts),
+            pattern="|".join(entry.get("patterns", ())),
+            stack="|".join(entry.get("stack", ())),
+            kinds=tuple(entry.get("kinds", ())),
+            phases=tuple(entry.get("phases", ())),
+            signals=tuple(entry.get("signals", ())),
+        )
+
+    def needs_text(self) -> bool:
+        """Return whether the entry looks for a message or a stack."""
+        return bool(self.pattern or self.stack)
+
+    def fits(self, failure: Failure, text: str) -> bool:
+        """Return whether all conditions hold for a failure with this text."""
+        return (
+            (not self.kinds or failure.kind in self.kinds)
+            and (not self.phases or failure.phase in self.phases)
+            and (not self.signals or failure.killed_by() in self.signals)
+            and (not self.pattern or re.search(self.pattern, text, re.IGNORECASE | re.MULTILINE) is not None)
+            and (not self.stack or re.search(self.stack, failure.traceback) is not None)
+        )
+
+
+@functools.cache
+def load_known_causes() -> tuple[KnownCause, ...]:
+    """Read the table of known causes, once per process."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where libyaml is there
+    table = yaml.load(KNOWN_CAUSES_FILE.read_text(encoding="utf-8"), loader)
+    return tuple(KnownCause.from_entry(entry, table["phrases"]) for entry in table["causes"])
+
+
+def likely_cause(failure: Failure) -> Cause | None:
+    """Return the first known cause that fits, None if none does.
+
+    Errors of the data have none: they name place and remedy themselves, and quote rows, which may contain any text.
+    The message counts more than its traceback, which may contain errors that were handled. Causes that need no
+    message come last.
+    """
+    if failure.kind == "error" and failure.status == DATA_STATUS:
+        return None
+    message = "\n".join((_without_lines(failure.error, "frame #"), *failure.hints))
+    # Frames and source lines contain arbitrary names.
+    trace = f"{message}\n{_without_lines(failure.traceback, '  ', 'frame #', 'Traceback ')}"
+    for text, needs_text in ((message, True), (trace, True), ("", False)):
+        for known in load_known_causes():
+            if known.needs_text() == needs_text and known.fits(failure, text):
+                return known.cause
+    return None
+
+
+def _without_lines(text: str, *beginnings: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith(beginnings))
