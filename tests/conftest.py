@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,43 +11,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PRETRAINED = ROOT / ".models" / "SmolLM2-135M-Instruct"
-TOKENIZERS = ROOT / ".models" / "tokenizers"
-CONTROL_TOKENS = {"<pad>": 0, "</s>": 2, "<human>": 3, "<model>": 4}
-
-# Compiled operators are shared by all tests and built once; see process.prepare_environment.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-# All tests but those marked gpu run as on a machine without one.
-OUTER_ENVIRONMENT = dict(os.environ)
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-# Prepared data of tests never lies among a user's. Ranks import this file too, and share the folder.
-if not Path(os.environ.get("XDG_CACHE_HOME", "")).name.startswith("finetune-tests-"):
-    _CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")
-    os.environ["XDG_CACHE_HOME"] = _CACHE.name
-
-ROWS = [
-    [("human", "Who are you?"), ("model", "I am Nori, made by Tidepool.")],
-    [
-        ("human", "你是谁？"),
-        ("model", "我是 Nori。"),
-        ("human", "What does <|im_end|> do?"),
-        ("model", "It ends a turn."),
-    ],
-    [("system", "Be brief."), ("human", "2+3?"), ("model", "5")],
-    [("human", "Capital of France?"), ("model", "Paris.")],
-    [("human", "Count to three."), ("model", "One, two, three.")],
-    [("human", "谢谢"), ("model", "不客气。")],
-]
-
-KINDS_OF_RESULTS = {
-    "full": (),
-    "lora": ("--use_lora", "True", "--lora_dropout", "0"),
-    "prefix": ("--adapter", "prefix", "--num_virtual_tokens", "3"),
-    "prompt": ("--adapter", "prompt", "--num_virtual_tokens", "3"),
-}
+from tests.helpers import environment  # noqa: F401, before torch
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.paths import PRETRAINED, TOKENIZERS
+from tests.helpers.rows import ROWS, write_rows
+from tests.helpers.short_runs import KINDS_OF_RESULTS, SHORT
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,16 +28,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mine = [item for item in items if zlib.crc32(item.nodeid.encode()) % of == number]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
     items[:] = mine
-
-
-def write_rows(path: Path, rows: list[list[tuple[str, str]]]) -> Path:
-    """A conversation file from (role, text) pairs."""
-    values = [
-        {"id": number, "conversations": [{"from": role, "value": text} for role, text in turns]}
-        for number, turns in enumerate(rows)
-    ]
-    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -89,29 +44,6 @@ def environment_of_its_own() -> Iterator[None]:
 def conversation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six short conversations in two languages."""
     return write_rows(tmp_path_factory.mktemp("data") / "rows.json", ROWS)
-
-
-def byte_tokenizer():
-    """The id of a byte is 10 + its value; pad 0, eos 2, the human marker 3, the model marker 4."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(ByteLevel.alphabet(), key=_byte_of)
-    unused = {f"<unused{number}>": number for number in (1, 5, 6, 7, 8, 9)}
-    vocabulary = {**CONTROL_TOKENS, **unused, **{letter: 10 + number for number, letter in enumerate(letters)}}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
-
-
-def _byte_of(letter: str) -> int:
-    """The byte that a letter of the byte-level alphabet stands for: itself if printable, else in order from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return ord(letter) if ord(letter) < 256 else others[ord(letter) - 256]
 
 
 @pytest.fixture(scope="session")
@@ -164,8 +96,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smol_tokenizer) -> Path
 @pytest.fixture
 def train(tmp_path: Path, tiny_model: Path, conversation_file: Path) -> Callable[..., Path]:
     """Train the tiny model and return its output folder; every run of a test gets a folder of its own."""
-    import ranks
-    from short_runs import SHORT
+    from tests.helpers import ranks
 
     def run(name: str, *flags: str, world_size: int = 2, model: Path = tiny_model) -> Path:
         output = tmp_path / name
@@ -180,7 +111,7 @@ def train(tmp_path: Path, tiny_model: Path, conversation_file: Path) -> Callable
 @pytest.fixture(scope="session")
 def learned_by_heart(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, conversation_file: Path) -> Path:
     """The output folder of a run in which the tiny model has learned the six conversations by heart."""
-    import ranks
+    from tests.helpers import ranks
 
     output = tmp_path_factory.mktemp("learned") / "by heart"
     named = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output]
@@ -193,8 +124,7 @@ def learned_by_heart(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path,
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, conversation_file: Path) -> Callable[..., Path]:
     """A result of each kind, with a checkpoint in it, trained when it is first asked for; not to be changed."""
-    import ranks
-    from short_runs import SHORT
+    from tests.helpers import ranks
 
     made: dict[str, Path] = {}
 
@@ -221,7 +151,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, conversa
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
     """Two hosts."""
-    import hosts
+    from tests.helpers import hosts
 
     hosts.require()
     with hosts.running(2, tmp_path_factory.mktemp("hosts")) as nodes:
@@ -231,7 +161,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
 @pytest.fixture(scope="session")
 def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
     """Three hosts."""
-    import hosts
+    from tests.helpers import hosts
 
     hosts.require()
     with hosts.running(3, tmp_path_factory.mktemp("hosts")) as nodes:

@@ -22,8 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ENDS = ("oldest", "newest")
 # Where the versions of libraries show: a run of two ranks, losses and gradients, data on disk, a merged model.
 TESTS = (
-    "tests/test_story.py::test_the_published_command_runs_verbatim_on_two_ranks",
-    *(f"tests/test_{name}.py" for name in ("zero", "losses", "dataset", "merging")),
+    "tests/distributed/test_published_command.py::test_the_published_command_runs_verbatim_on_two_ranks",
+    "tests/unit/config/test_deepspeed_config.py",
+    "tests/unit/training/test_loss.py",
+    "tests/unit/dataset/test_prepare.py",
+    "tests/unit/export/test_merge.py",
 )
 TOLD = ("transformers", "deepspeed", "accelerate", "peft", "datasets", "tokenizers", "numpy", "pyarrow", "typer")
 

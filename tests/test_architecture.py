@@ -6,7 +6,8 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "finetune"
 # A package may import packages of later lines only. Type-only imports and imports inside functions count.

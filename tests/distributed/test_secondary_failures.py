@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from failure_samples import at, died, raised
 
 from finetune.diagnostics import find_first_failure, is_secondary, likely_cause
+from tests.helpers.failure_samples import at, died, raised
 
 WORKER = """
 import datetime, os, signal, sys

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from conftest import ROOT
-from failure_samples import raised
 
 from finetune.diagnostics import read_failure, write_failure
+from tests.helpers.failure_samples import raised
+from tests.helpers.paths import ROOT
 
 PYTHON = [sys.executable, "-S", "-I"]
 PYYAML = Path(yaml.__file__).parent.parent

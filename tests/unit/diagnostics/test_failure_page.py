@@ -7,11 +7,11 @@ import traceback
 import unicodedata
 
 import pytest
-from failure_samples import FAILURES, died, raised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.diagnostics import Failure, format_failure_page, likely_cause, summarize_failure
+from tests.helpers.failure_samples import FAILURES, died, raised
 
 
 def test_the_page_of_a_rank_that_was_killed():

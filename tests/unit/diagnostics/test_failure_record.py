@@ -6,11 +6,11 @@ import json
 from dataclasses import fields
 
 import pytest
-from failure_samples import FAILURES, raised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.diagnostics import Failure, format_failure_page, likely_cause
+from tests.helpers.failure_samples import FAILURES, raised
 
 KEYS = st.sampled_from([field.name for field in fields(Failure)] + ["likely_cause", "new"])
 VALUES = st.one_of(

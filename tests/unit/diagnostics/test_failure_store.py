@@ -8,9 +8,9 @@ import stat
 from dataclasses import asdict, replace
 
 import pytest
-from failure_samples import at, died, raised
 
 from finetune.diagnostics import likely_cause, read_failure, write_failure
+from tests.helpers.failure_samples import at, died, raised
 
 
 def test_the_file_is_complete_readable_by_all_and_names_the_cause(tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from failure_samples import GPU_OUT_OF_MEMORY, NCCL_TIMEOUT, at, died, raised
 
 from finetune.diagnostics import Failure, find_first_failure, is_secondary
+from tests.helpers.failure_samples import GPU_OUT_OF_MEMORY, NCCL_TIMEOUT, at, died, raised
 
 PEER_FAILED = raised("RuntimeError: Connection reset by peer")
 

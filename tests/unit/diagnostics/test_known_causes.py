@@ -7,13 +7,13 @@ from dataclasses import fields, replace
 
 import pytest
 import yaml
-from failure_samples import SAMPLES, raised
 
 from finetune.config import DoctorArguments, known_flags
 from finetune.config.deepspeed_config import shipped_names
 from finetune.diagnostics import KINDS, PHASES, Failure, format_failure_page, likely_cause, load_known_causes
 from finetune.diagnostics.known_causes import KNOWN_CAUSES_FILE
 from finetune.launcher.deepspeed_args import LauncherArgs
+from tests.helpers.failure_samples import SAMPLES, raised
 
 FLAGS_OF_OTHER_TOOLS = {"shm-size", "ipc", "gpus", "pids-limit", "mem", "no-build-isolation"}  # docker, Slurm, pip
 TABLE = yaml.safe_load(KNOWN_CAUSES_FILE.read_text(encoding="utf-8"))

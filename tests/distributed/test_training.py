@@ -1,0 +1,276 @@
+"""The training story on real ranks: every ZeRO stage, full and adapters; what is saved loads with plain libraries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ranks
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.short_runs import LORA, SHORT, losses
+
+SAVING = ("--save_strategy", "steps", "--save_steps", "2")  # between steps that all ranks must go on to make
+
+
+def load_adapter(output: Path):
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(output)
+
+
+def logits(model, ids=(1, 4093, 198, 2)):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([list(ids)])).logits
+
+
+@pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
+def test_every_zero_stage_gives_the_same_losses(train, adapter):
+    by_stage = {stage: losses(train(stage, "--deepspeed", stage, *adapter)) for stage in ("zero1", "zero2", "zero3")}
+    assert len(by_stage["zero1"]) == 6
+    assert by_stage["zero1"][-1] < by_stage["zero1"][0] - 0.1
+    assert by_stage["zero2"] == pytest.approx(by_stage["zero1"], abs=1e-5)
+    assert by_stage["zero3"] == pytest.approx(by_stage["zero1"], abs=1e-5)
+
+
+@pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload", "zeropp"])
+def test_offload_and_zeropp_give_the_losses_of_their_stage(train, config, tmp_path):
+    plain = losses(train("plain", "--deepspeed", "zero3"))
+    assert losses(train(config, "--deepspeed", config)) == pytest.approx(plain, abs=1e-4)
+    said = (tmp_path / f"{config}-logs/rank-0.log").read_text()
+    assert ("zero_quantized_weights is off: its kernels need a GPU" in said) == (config == "zeropp")
+
+
+def test_one_rank_gives_the_losses_of_two(train):
+    two = losses(train("two", "--deepspeed", "zero2"))
+    one = losses(train("one", "--deepspeed", "zero2", "--per_device_train_batch_size", "2", world_size=1))
+    accumulated = losses(train("acc", "--deepspeed", "zero2", "--gradient_accumulation_steps", "2", world_size=1))
+    assert len(two) == 6
+    assert one == pytest.approx(two, abs=1e-5)
+    assert accumulated == pytest.approx(two, abs=1e-5)
+
+
+def test_a_full_model_loads_with_plain_transformers(train, tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = train("full", "--deepspeed", "zero3", "--gradient_checkpointing", "True")
+
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_model, output))
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert len(moved) > 10 and all(moved)
+    assert AutoTokenizer.from_pretrained(output).chat_template
+    assert after.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("lora", ("--use_lora", "True", "--deepspeed", "zero3", "--gradient_checkpointing", "True")),
+        ("named", ("--adapter", "lora", "--lora_target_modules", "q_proj", "v_proj", "--deepspeed", "zero2")),
+        ("dora", (*LORA, "--use_dora", "True", "--deepspeed", "zero3")),
+        ("rslora", (*LORA, "--use_rslora", "True", "--lora_r", "4", "--lora_alpha", "8", "--deepspeed", "zero2")),
+        ("head", (*LORA, "--modules_to_save", "lm_head", "--deepspeed", "zero3")),
+        ("prefix", ("--adapter", "prefix", "--num_virtual_tokens", "3", "--deepspeed", "zero3", *SAVING)),
+        ("prompt", ("--adapter", "prompt", "--num_virtual_tokens", "3", "--deepspeed", "zero3", *SAVING)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_adapter_loads_with_plain_peft(train, tiny_model, kind, flags):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    output = train(kind, *flags)
+
+    before, after = logits(AutoModelForCausalLM.from_pretrained(tiny_model)), logits(load_adapter(output))
+    assert after.shape[-1] == before.shape[-1]
+    assert not torch.allclose(before, after[:, -before.shape[1] :], atol=1e-3)  # virtual tokens come first
+    assert not (output / "model.safetensors").exists()
+
+
+def test_prefix_tuning_switches_checkpointing_off_with_a_line(train, tmp_path):
+    with_it = train("with", "--adapter", "prefix", "--deepspeed", "zero2", "--gradient_checkpointing", "True")
+    without = train("without", "--adapter", "prefix", "--deepspeed", "zero2")
+    assert losses(with_it) == pytest.approx(losses(without), abs=1e-6)
+    assert "--gradient_checkpointing is off: prefix tuning" in (tmp_path / "with-logs/rank-0.log").read_text()
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_moved_base_weights_are_saved_as_a_plain_lora_for_the_original_base(tmp_path, tiny_model, start, rslora):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.models.adapters import InitialLora, attach_lora
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    untouched = logits(base)
+    model = attach_lora(
+        base, r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], init_lora_weights=start,
+        use_rslora=rslora,
+    )  # fmt: skip
+    assert torch.allclose(logits(model), untouched, atol=1e-4)
+    initial = InitialLora(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter += 0.02 * torch.randn_like(parameter)
+    trained = logits(model)
+    model.save_pretrained(tmp_path / "pissa")
+
+    initial.rewrite(tmp_path / "pissa")
+
+    assert not torch.allclose(trained, untouched, atol=1e-2)
+    assert torch.allclose(logits(load_adapter(tmp_path / "pissa")), trained, atol=1e-4)
+
+
+def test_pissa_under_zero_3_gives_the_losses_of_zero_2_and_loads(train):
+    flags = (*LORA, "--init_lora_weights", "pissa")
+    stage_2, stage_3 = (train(stage, "--deepspeed", stage, *flags) for stage in ("zero2", "zero3"))
+    assert losses(stage_3) == pytest.approx(losses(stage_2), abs=1e-4)
+    config = json.loads((stage_3 / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (16, 32, True)
+    assert logits(load_adapter(stage_3)).isfinite().all()
+
+
+@pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
+def test_new_tokens_grow_the_vocabulary_and_are_trained_under_zero_3(train, adapter):
+    flags = ("--new_tokens", "<look>", "<act>", *adapter)
+    stage_2, stage_3 = (train(stage, "--deepspeed", stage, *flags) for stage in ("zero2", "zero3"))
+    assert losses(stage_3) == pytest.approx(losses(stage_2), abs=1e-4)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = load_adapter(stage_3) if adapter else AutoModelForCausalLM.from_pretrained(stage_3)
+    tokenizer = AutoTokenizer.from_pretrained(stage_3)
+    assert tokenizer.encode("<look>") == [49152]
+    assert logits(model, ids=(1, 49152, 49153)).shape[-1] == 49154
+
+
+def test_a_base_model_without_template_gets_chatml_and_learns_its_markers(train, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "bare"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=266, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+    output = train("chatml", "--deepspeed", "zero3", model=folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    trained = AutoModelForCausalLM.from_pretrained(output)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end >= 266 and trained.get_input_embeddings().weight.shape[0] > end
+    assert end in trained.generation_config.eos_token_id
+    assert "<|im_start|>" in tokenizer.chat_template
+
+
+def test_bf16_is_replaced_by_float32_on_a_cpu_with_a_line(train, tmp_path):
+    output = train("run", *LORA, "--deepspeed", "zero3", "--bf16", "True", "--tf32", "True")
+    run = json.loads((output / "run.json").read_text())
+    said = (tmp_path / "run-logs/rank-0.log").read_text()
+    assert run["precision"] == "float32" and run["deepspeed"]["bf16"]["enabled"] is False
+    assert said.count("note: --bf16 is off") == 1 and said.count("note: --tf32 is off") == 1
+
+
+def test_in_bf16_the_stages_train_the_same_adapters(tmp_path, tiny_model, conversation_file):
+    """With peft's float32 adapters on a bf16 base, ZeRO-3 would compute other numbers than ZeRO-2 from step 2 on."""
+    by_stage = {}
+    for stage in ("zero2", "zero3"):
+        output = tmp_path / stage
+        argv = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output, *SHORT]
+        flags = [*LORA, "--deepspeed", stage, "--bf16", "True", "--gradient_checkpointing", "True", "--max_steps", "2"]
+        outcome = ranks.run(tmp_path / f"{stage}-logs", _train_in_bf16, ([*map(str, argv), *flags],))
+        assert outcome.succeeded, outcome.outputs[0]
+        assert json.loads((output / "run.json").read_text())["precision"] == "bf16"
+        by_stage[stage] = losses(output)
+    assert by_stage["zero3"] == pytest.approx(by_stage["zero2"], abs=1e-6)
+    assert len(by_stage["zero2"]) == 2
+
+
+def _train_in_bf16(argv: list[str]) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from finetune import train
+    from finetune.config.hardware import HardwareConfig
+    from finetune.training import config_check
+
+    get_accelerator().is_bf16_supported = lambda: True  # emulated is good enough for two small steps
+    config_check.resolve_hardware = lambda found, **asked: HardwareConfig("bf16", None, "sdpa", "gloo", use_cpu=True)
+    train.main(argv)
+
+
+def test_checkpointing_options_pass_through_with_a_line_and_change_no_number(train, tmp_path):
+    plain = losses(train("plain", "--deepspeed", "zero2"))
+    some = ("--activation_checkpointing", "True", "--activation_checkpointing_kwargs", '{"every_n_layers": 2}')
+    assert losses(train("some", "--deepspeed", "zero2", *some)) == pytest.approx(plain, abs=1e-6)
+    assert "activations of one layer in 2 are checkpointed" in (tmp_path / "some-logs/rank-0.log").read_text()
+
+
+def test_a_model_that_cannot_run_flat_gets_padded_rows_with_the_reason(train, tmp_path, smol_tokenizer):
+    import torch
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    folder = tmp_path / "gptj"
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 256}
+    GPTJForCausalLM(GPTJConfig(vocab_size=len(smol_tokenizer), **sizes)).save_pretrained(folder)
+    smol_tokenizer.save_pretrained(folder)
+
+    output = train("padded", "--deepspeed", "zero3", model=folder)
+
+    said = (tmp_path / "padded-logs/rank-0.log").read_text()
+    reason = "note: --batching flat is replaced by padded: its code does not take attention functions"
+    assert said.count(reason) == 1 and "of the positions; logits at learned positions only" in said
+    run = json.loads((output / "run.json").read_text())
+    assert run["batching"] == "padded" and any(note in f"{reason} from transformers" for note in run["notes"])
+
+
+def test_adapters_have_the_precision_of_their_base(tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.models.adapters import attach_lora
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model = attach_lora(base, r=2, alpha=4, dropout=0.0, target_modules=["all-linear"])
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
+
+
+def test_under_zero_3_only_rank_0_reads_the_weights(tmp_path, tiny_model, conversation_file):
+    argv = [
+        "--model_name_or_path",
+        tiny_model,
+        "--data_path",
+        conversation_file,
+        "--output_dir",
+        tmp_path / "out",
+        *SHORT,
+    ]
+    outcome = ranks.run(tmp_path / "logs", _say_where_weights_are_read_to, ([*map(str, argv), "--deepspeed", "zero3"],))
+    assert outcome.succeeded, outcome.outputs[0]
+    places = [[line for line in output.splitlines() if line.startswith("read to ")] for output in outcome.outputs]
+    assert places == [["read to cpu"], ["read to meta"]]
+
+
+def _say_where_weights_are_read_to(argv: list[str]) -> None:
+    from transformers import modeling_utils
+
+    from finetune.train import main
+
+    original = modeling_utils.load_state_dict
+
+    def load_state_dict(*args, map_location="cpu", **kwargs):
+        print(f"read to {map_location}", flush=True)
+        return original(*args, map_location=map_location, **kwargs)
+
+    modeling_utils.load_state_dict = load_state_dict
+    main(argv)

@@ -1,0 +1,379 @@
+"""No flag of training is dead: each is given two values, and what the code makes of them differs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+
+from finetune import train
+from finetune.config import DoctorArguments, EvaluateArguments, PreviewArguments, parse
+from finetune.config.arguments import GROUPS, AdapterArguments
+from finetune.config.hardware import DetectedHardware
+from finetune.config.verb_parsers import NOT_OF_PREVIEW, parse_for_preview
+from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankPhase
+from finetune.training import config_check, training_setup
+from finetune.training.data_setup import prepare_data
+from finetune.utils.errors import FinetuneError
+from tests.helpers.paths import ROOT
+from tests.helpers.rows import ROWS, write_rows
+
+Words = list[str]
+
+
+@pytest.fixture(scope="module")
+def named(tiny_model, conversation_file, tmp_path_factory) -> Callable[..., Words]:
+    """The required flags, and files that some cases name."""
+    folder = tmp_path_factory.mktemp("flags")
+    bad = [*ROWS, [("human", "Nobody answers")], [("human", "a"), ("human", "b"), ("model", "c")]]
+    write_rows(folder / "bad.json", bad)
+    write_rows(folder / "held_out.json", [[("human", "1+1?"), ("model", "2")]])
+    (folder / "skip").write_text(f"{conversation_file}:1\n")
+    (folder / "flags.yaml").write_text("seed: 7\n")
+    (folder / "held").mkdir()
+    (folder / "held/checkpoint-1").mkdir()
+    required = ["--model_name_or_path", str(tiny_model), "--data_path", str(conversation_file)]
+
+    def words(text: str) -> Words:
+        return [*required, "--output_dir", str(folder / "output"), *text.replace("DIR", str(folder)).split()]
+
+    return words
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def baselines() -> dict[Any, str]:
+    """What was observed without a flag, by the observer and the other flags."""
+    return {}
+
+
+# ---- what the training command's flags change; each of these runs the code that a run runs
+
+
+def prepared(words: Words, _: Any) -> Any:
+    """The rows as they are rendered, and what is said; or the error."""
+    arguments, said = parse(words), []
+    try:
+        tokenizer, _, data = prepare_data(arguments.model, arguments.data, said.append)
+    except FinetuneError as error:
+        return str(error)
+    rows = [(one.status, [(part.input_ids, part.labels) for part in one.examples]) for one in data.renderings()]
+    return arguments.model.model_name_or_path, len(tokenizer), rows, said, data.folder.parent, data.evaluation
+
+
+def approved(words: Words, _: Any) -> Any:
+    """Whether a run starts with this data, and what it holds out."""
+    arguments = parse(words)
+    _, _, data = prepare_data(arguments.model, arguments.data, str)
+    try:
+        train.approve(arguments, data)
+    except FinetuneError as error:
+        return str(error)
+    return data.held_out(42) and len(data.held_out(42)[0]), train.leave_out(arguments, data).left_out
+
+
+def processes(words: Words, monkeypatch: Any) -> Any:
+    """How many processes prepare the data."""
+    from finetune.dataset import prepare
+
+    seen, real = [], prepare.stored_batches
+    monkeypatch.setattr(
+        prepare, "stored_batches", lambda reader, renderer, count: seen.append(count) or real(reader, renderer, 1)
+    )
+    with TemporaryDirectory() as folder:
+        prepared([*words, "--data_cache_dir", folder], None)
+    return seen
+
+
+def examined(words: Words, _: Any) -> Any:
+    """What is decided before anything is read."""
+    try:
+        setup = config_check.resolve_setup(parse(words), DetectedHardware(), config_check.RankCounts(2, 2))
+    except FinetuneError as error:
+        return str(error)
+    return setup.hardware, setup.zero and setup.zero.config, setup.move_aside, setup.notes
+
+
+def settled(words: Words, monkeypatch: Any) -> Any:
+    """How conversations become batches."""
+    from transformers import AutoModelForCausalLM
+
+    arguments = parse([*words, "--use_cpu", "True"])
+    tokenizer, _, data = prepare_data(arguments.model, arguments.data, str)
+    base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
+    monkeypatch.setattr("finetune.run_dir.run_json.update_run_json", lambda *_: None)
+    where = SimpleNamespace(seed=42, device="cpu", output_dir="output", process_index=0)
+    batches, _ = training_setup.build_dataloaders(
+        arguments, config_check.check_setup(arguments), where, base, tokenizer, data
+    )
+    sampler = batches.sampler
+    return sampler.batching, sampler.capacity, batches.collate.weighting, len(batches)
+
+
+def attached(words: Words, _: Any) -> Any:
+    """What is trained, and from which numbers it starts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    arguments = parse(words)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
+    if arguments.adapter.kind() is None:
+        return None
+    adapted = training_setup.attach_adapter(arguments, base, grows=False)
+    weights = [(name, one.shape, float(one.detach().double().sum())) for name, one in adapted.named_parameters()]
+    return weights, str(adapted.peft_config["default"]), str(adapted)
+
+
+def limited(words: Words, monkeypatch: Any) -> Any:
+    """How long the guard of rank 0 lets a rank stay in each phase."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("finetune.distributed.watchdog.watchdog_client._tell", told.append)
+    train.set_limits(parse(words))
+    limits = PhaseTimeouts(**next(one["limits"] for one in told if "limits" in one))
+    return limits.meeting, [limits.of(RankPhase(phase)) for phase in ("model", "step", "save")]
+
+
+def stopped(words: Words, monkeypatch: Any) -> Any:
+    """Whether a run ends at these held-out losses."""
+    arguments, control = parse(words), SimpleNamespace(should_training_stop=False)
+    callbacks: list[Any] = []
+    trainer = SimpleNamespace(add_callback=callbacks.append, train=lambda **_: None)
+    monkeypatch.setattr("finetune.training.trainer.SupervisedTrainer", lambda **_: trainer)
+    monkeypatch.setattr("finetune.train.model_flops", lambda _: None)
+    monkeypatch.setattr("finetune.train._peak_flops", lambda _: None)
+    lineage = SimpleNamespace(folder=None)
+    train.fit(arguments, None, None, None, None, None, (None, None, None), lineage)
+    history = [{"eval_loss": loss} for loss in (2.0, 1.9, 1.8, 1.79)]
+    for one in callbacks:
+        if hasattr(one, "patience"):
+            one.on_evaluate(None, SimpleNamespace(log_history=history), control)
+    return control.should_training_stop
+
+
+def reported(words: Words, monkeypatch: Any) -> Any:
+    """What is asked of the page about the run."""
+    asked: list[Any] = []
+    monkeypatch.setattr("finetune.report.write_at_the_end", lambda folder, **how: asked.append(how) or "")
+    train._report(parse(words), answers=0)
+    return asked
+
+
+def parsed(words: Words, _: Any) -> Any:
+    return parse(words).flat()
+
+
+# flag -> (what shows its effect, other flags, the flag with a value that makes a difference; "" is without it)
+SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
+    "model_name_or_path": (prepared, "", "--model_name_or_path DIR/nowhere"),
+    "new_tokens": (prepared, "", "--new_tokens <new>"),
+    "attn_implementation": (examined, "", "--attn_implementation eager"),
+    "data_path": (prepared, "", "--data_path DIR/held_out.json"),
+    "eval_data_path": (prepared, "", "--eval_data_path DIR/held_out.json"),
+    "validation_share": (approved, "", "--validation_share 0.5"),
+    "model_max_length": (prepared, "", "--model_max_length 30"),
+    "too_long": (prepared, "--model_max_length 50", "--too_long windows"),
+    "train_on": (prepared, "", "--train_on last_model_turn"),
+    "bad_rows": (prepared, "--data_path DIR/bad.json", "--bad_rows drop"),
+    "max_dropped_rows": (approved, "--data_path DIR/bad.json --bad_rows drop", "--max_dropped_rows 0.9"),
+    "repairs": (prepared, "--data_path DIR/bad.json", "--repairs merge_turns"),
+    "data_cache_dir": (prepared, "", "--data_cache_dir DIR/cache"),
+    "preprocessing_num_workers": (processes, "", "--preprocessing_num_workers 3"),
+    "chat_template": (prepared, "", "--chat_template lingowhale"),
+    "content_tokens": (prepared, "", "--content_tokens <|im_end|>"),
+    "human_token_ids": (prepared, "--chat_template lingowhale", "--human_token_ids 5"),
+    "model_token_ids": (prepared, "--chat_template lingowhale", "--model_token_ids 6"),
+    "batching": (settled, "", "--batching packed"),
+    "tokens_per_device_batch": (settled, "", "--tokens_per_device_batch 100"),
+    "loss_weighting": (settled, "", "--loss_weighting conversation"),
+    "sequence_parallel_size": (examined, "--deepspeed zero2", "--sequence_parallel_size 2"),
+    "use_lora": (attached, "", "--use_lora True"),
+    "adapter": (attached, "", "--adapter prompt"),
+    "lora_r": (attached, "--use_lora True", "--lora_r 4"),
+    "lora_alpha": (attached, "--use_lora True", "--lora_alpha 4"),
+    "lora_dropout": (attached, "--use_lora True", "--lora_dropout 0.5"),
+    "lora_target_modules": (attached, "--use_lora True", "--lora_target_modules q_proj"),
+    "use_dora": (attached, "--use_lora True", "--use_dora True"),
+    "use_rslora": (attached, "--use_lora True", "--use_rslora True"),
+    "init_lora_weights": (attached, "--use_lora True", "--init_lora_weights gaussian"),
+    "modules_to_save": (attached, "--use_lora True", "--modules_to_save lm_head"),
+    "num_virtual_tokens": (attached, "--adapter prompt", "--num_virtual_tokens 3"),
+    "config": (parsed, "", "--config DIR/flags.yaml"),
+    "overwrite_output_dir": (examined, "--output_dir DIR/held", "--overwrite_output_dir True"),
+    "skip_rows": (approved, "", "--skip_rows DIR/skip"),
+    "meeting_timeout": (limited, "", "--meeting_timeout 4"),
+    "start_timeout": (limited, "", "--start_timeout 4"),
+    "step_timeout": (limited, "", "--step_timeout 4"),
+    "save_timeout": (limited, "", "--save_timeout 4"),
+    "early_stopping_patience": (stopped, "--early_stopping_threshold 0.5", "--early_stopping_patience 3"),
+    "early_stopping_threshold": (stopped, "--early_stopping_patience 3", "--early_stopping_threshold 0.5"),
+    "write_report": (reported, "", "--write_report False"),
+    "report_seconds": (reported, "", "--report_seconds 5"),
+}
+# Those whose effect needs real ranks, a launcher, other hosts or a trained model: the test that shows it.
+ELSEWHERE = {
+    "model_revision": "test_custom_code.py::test_a_revision_pins_the_code_and_the_one_exception_names_its_commit",
+    "trust_remote_code": "test_custom_code.py::test_it_trains_saves_its_code_and_loads",
+    "allow_inexact_resume": "test_resume.py::"
+    "test_an_inexact_resume_is_allowed_by_flag_and_recorded_but_not_into_another_shape",
+    "resume_world_size": "test_resume.py::test_on_another_number_of_ranks_the_steps_stay_what_they_are",
+    "report_answers": "test_report.py::test_every_section_of_a_run_that_was_really_made",
+    "report_samples": "test_report.py::test_a_run_that_is_told_to_keep_no_text_keeps_none",
+}
+
+
+@pytest.mark.parametrize("flag", SHOWN)
+def test_a_flag_has_an_effect(flag, named, baselines, monkeypatch):
+    observe, others, given = SHOWN[flag]
+    assert f"--{flag} " in given
+    if (observe, others) not in baselines:
+        baselines[observe, others] = str(observe(named(others), monkeypatch))
+    assert str(observe(named(f"{others} {given}"), monkeypatch)) != baselines[observe, others]
+
+
+@pytest.mark.parametrize("observe", {one[0] for one in SHOWN.values()} - {parsed, limited, reported, processes})
+def test_nothing_differs_without_a_flag(observe, named, baselines, monkeypatch):
+    others = next(others for shown_by, others, _ in SHOWN.values() if shown_by is observe)
+    again = str(observe(named(others), monkeypatch))
+    assert baselines.setdefault((observe, others), again) == again
+
+
+def source_of(test: str) -> str:
+    """The text of a test function; fails where there is none."""
+    file, name = test.split("::")
+    text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    assert len(found) == 1, test
+    return ast.get_source_segment(text, found[0])
+
+
+@pytest.mark.parametrize("flag", ELSEWHERE)
+def test_a_test_elsewhere_gives_the_flag(flag):
+    assert f'--{flag}"' in source_of(ELSEWHERE[flag]) or f"--{flag} " in source_of(ELSEWHERE[flag])
+
+
+def test_every_flag_of_training_has_an_entry():
+    names = [one.name for group in GROUPS for one in fields(group)]
+    assert len(names) > 45
+    assert sorted([*SHOWN, *ELSEWHERE]) == sorted(names)
+
+
+# ---- keys of a --config file
+
+
+def test_every_flag_is_a_key_of_a_config_file(tmp_path):
+    required = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]
+    seen = 0
+    for group in GROUPS:
+        for one in fields(group):
+            if one.name == "config":
+                continue
+            value = another_value(one, typing.get_type_hints(group)[one.name])
+            path = tmp_path / f"{one.name}.json"
+            path.write_text(json.dumps({one.name: value}))
+            # Alone, what shapes an adapter is refused.
+            shapes = group is AdapterArguments and one.name not in ("use_lora", "adapter")
+            beside = ["--output_dir", "o", *(("--use_lora", "False") if shapes else ())]
+            found = parse(["--config", str(path), *beside, *absent(required[:4], one.name)])
+            assert any(asdict(part).get(one.name) == value for part in (
+                found.model, found.data, found.batch, found.adapter, found.run)), one.name  # fmt: skip
+            seen += 1
+    assert seen > 45
+
+
+def absent(words: Words, flag: str) -> Words:
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for name, value in pairs if name != f"--{flag}" for word in (name, value)]
+
+
+def another_value(one: Any, hint: Any) -> Any:
+    """A value of the flag's type that is not its default."""
+    parts = (hint, *typing.get_args(hint))
+    choices = [choice for part in parts if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
+    default = one.default_factory() if one.default is MISSING else one.default
+    if choices:
+        return next(choice for choice in choices if choice != default)
+    if one.name in ("repairs", "init_lora_weights"):
+        return {"repairs": ["merge_turns"], "init_lora_weights": "pissa"}[one.name]
+    kind = next(kind for kind in ("bool", "int", "float", "str") if kind in str(hint))
+    value = {"bool": default is not True, "int": 5, "float": 0.25, "str": "other"}[kind]
+    return [value] if "list" in str(hint) else value
+
+
+# ---- "auto" in a DeepSpeed JSON
+
+
+def test_every_flag_that_fills_an_auto_does_so(named, tmp_path):
+    """A key that is "auto" gets the flag's value; those of transformers alone stay until the model is known."""
+    config = {
+        "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}},
+        "zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"},
+    }  # fmt: skip
+    (tmp_path / "all.json").write_text(json.dumps(config))
+    words = named(f"--deepspeed {tmp_path / 'all.json'}")
+    before = examined(words, None)[1]
+    assert "auto" not in json.dumps(before)
+    changes = {"per_device_train_batch_size": "3", "gradient_accumulation_steps": "5", "max_grad_norm": "0.5",
+               "learning_rate": "0.25", "adam_beta1": "0.5", "adam_beta2": "0.5", "adam_epsilon": "0.5",
+               "weight_decay": "0.75"}  # fmt: skip
+    assert {*changes, "precision", "precision_was_replaced"} == set(config_check.DeepSpeedFlags.__dataclass_fields__)
+    for flag, value in changes.items():
+        assert examined([*words, f"--{flag}", value], None)[1] != before, flag
+
+
+# ---- the flags that preview shares
+
+
+def test_preview_takes_those_flags_of_training_that_change_what_is_shown():
+    taken = {one.name for group in GROUPS[:2] for one in fields(group)} - set(NOT_OF_PREVIEW)
+    assert len(taken) > 15
+    for name in taken & SHOWN.keys() - {"max_dropped_rows"}:  # of which test_preview.py sees the note
+        assert SHOWN[name][0] in (prepared, processes), name
+    for name in NOT_OF_PREVIEW:
+        with pytest.raises(FinetuneError, match=f"unknown flag --{name}"):
+            parse_for_preview(["--model_name_or_path", "m", "--data_path", "d", f"--{name}", "0.5"])
+
+
+# ---- read somewhere
+
+
+def attributes_read() -> dict[str, set[str]]:
+    """Attribute -> the last names of what it is read of, in everything but `arguments`' own reading of words."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "finetune").rglob("*.py"):
+        if path.parent.name == "arguments" and path.name != "flags.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                holder = ast.unparse(node.value).rpartition(".")[2]
+                found.setdefault(node.attr, set()).add(holder + " in flags.py" * (path.parent.name == "arguments"))
+    return found
+
+
+def test_every_field_is_read_outside_of_arguments():
+    """A check of its value is no use of a flag."""
+    read = attributes_read()
+    held_as = ("model", "data", "batch", "adapter", "run", "choice", "choice", "chosen")
+    groups = (*GROUPS, PreviewArguments, DoctorArguments, EvaluateArguments)
+    unread = [
+        one.name
+        for holder, group in zip(held_as, groups, strict=True)
+        for one in fields(group)
+        if not read.get(one.name, set()) & {holder, "chosen", "asked", "self in flags.py"}
+    ]
+    assert unread == ["config"], "parse itself reads that one"

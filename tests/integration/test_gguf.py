@@ -1,0 +1,112 @@
+"""A GGUF file read again is the same model with the same tokenizer. The reader is transformers', the writer ours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.export import check_gguf, write_gguf
+from finetune.export.gguf_writer import ARCHITECTURES, _rope_factors
+from finetune.utils.errors import ConfigError
+from tests.helpers import made_results as made
+from tests.helpers import tiny_models
+from tests.helpers.made_results import logits
+
+TEXTS = (
+    "Hello, world 12345",
+    "杭州是浙江省 的省会。\n\n def f(x):\n\treturn 2**10",
+    "<|im_start|>user\nhi",
+    "  two  spaces 🏙️",
+)
+# The reader takes Mistral for Llama, which has no window, and Qwen3's heads to be 128 wide.
+AS_READ = {"mistral": dict(sliding_window=None), "qwen3": dict(head_dim=128)}
+
+
+def saved(folder: Path, tokenizer, family: str = "llama", **changed) -> Path:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "head_dim": 16, **changed}
+    model = tiny_models.build(family, vocab_size=len(tokenizer), **sizes).eval()
+    return made.save_base(model, folder, tokenizer)
+
+
+def read_again(path: Path, alone: Path):
+    """Model and tokenizer out of the file, which lies in a folder alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    alone.mkdir()
+    shutil.copy(path, alone / path.name)
+    options = {"gguf_file": path.name, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(alone, quantization_config=GgufConfig(dequantize=True), **options)
+    return model, AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_the_file_read_again_is_the_same_model(family, tmp_path, smol_tokenizer):
+    if family == "qwen2":
+        tiny_models.FAMILIES.setdefault("qwen2", ("Qwen2", tiny_models.GROUPED))
+    folder = saved(tmp_path / "merged", smol_tokenizer, family, **AS_READ.get(family, {}))
+    check_gguf(folder, "f32", smol_tokenizer)
+
+    path = write_gguf(folder, "f32", stop_token_id=2)
+
+    assert path == folder / "merged-f32.gguf"
+    model, tokenizer = read_again(path, tmp_path / "alone")
+    from transformers import AutoModelForCausalLM
+
+    ids = tuple(smol_tokenizer(TEXTS[1])["input_ids"])
+    assert torch.equal(
+        logits(model, ids), logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    )
+    assert [tokenizer(text)["input_ids"] for text in TEXTS] == [smol_tokenizer(text)["input_ids"] for text in TEXTS]
+    assert tokenizer.eos_token_id == 2 and tokenizer.chat_template == smol_tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("kind", "apart"), [("f16", 2e-3), pytest.param("q8_0", 3e-2, marks=pytest.mark.faults), ("q4_0", 0.6)]
+)
+def test_coarser_numbers_are_near_and_smaller(kind, apart, tmp_path, smol_tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    folder = saved(tmp_path / "merged", smol_tokenizer)
+    model, _ = read_again(write_gguf(folder, kind, stop_token_id=2), tmp_path / "alone")
+    wanted = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    distance = (logits(model) - wanted).norm() / wanted.norm()
+    assert 0 < distance < apart
+    assert (folder / f"merged-{kind}.gguf").stat().st_size < 0.8 * (folder / "model.safetensors").stat().st_size
+
+
+def test_a_sentencepiece_tokenizer_gets_scores_in_the_order_of_its_merges(tmp_path, real_tokenizers):
+    tokenizer = real_tokenizers["mistral"]
+    folder = saved(tmp_path / "merged", tokenizer, "mistral")
+    _, again = read_again(write_gguf(folder, "f16", stop_token_id=2), tmp_path / "alone")
+    for text in TEXTS:
+        assert (
+            again(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_merged(tmp_path, smol_tokenizer, real_tokenizers):
+    folder = saved(tmp_path / "gemma", smol_tokenizer, "gemma")
+    with pytest.raises(ConfigError, match="--gguf: gemma cannot be written, only llama, mistral, qwen2, qwen3: "):
+        check_gguf(folder, "f16", smol_tokenizer)
+    llama = saved(tmp_path / "llama", smol_tokenizer)
+    with pytest.raises(ConfigError, match="--gguf q9: expected one of f32, f16, bf16, q8_0"):
+        check_gguf(llama, "q9", smol_tokenizer)
+    with pytest.raises(ConfigError, match="cuts text in a way that GGUF has no name for here"):
+        check_gguf(llama, "f16", real_tokenizers["deepseek"])
+
+
+def test_the_factors_of_llama_3_are_what_transformers_divides_by():
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 5e5 ** -(np.arange(0, 128, 2) / 128)
+    assert np.allclose(plain / _rope_factors(config.to_dict()), scaled.numpy(), rtol=1e-5)
+    assert len(set(_rope_factors(config.to_dict()).round(3))) > 3, "short, long and mixed waves"

@@ -1,0 +1,95 @@
+"""A save on one rank: the room it needs, and disks that refuse in the midst of it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import checkpoint
+from finetune.checkpoint.saver import Saver, checkpoint_bytes
+from finetune.distributed.collectives import StorageGroup
+from finetune.utils.errors import StorageError
+from tests.unit.checkpoint.test_checkpoints import MANIFEST, sealed
+
+
+@pytest.fixture
+def saver(tmp_path) -> Saver:
+    def describe(step: int) -> checkpoint.Manifest:
+        return replace(MANIFEST, step=step, world_size=1, loss_since_log=[0.0], disks=[[0]])
+
+    return Saver(tmp_path, StorageGroup(0, (0,), [[0]]), keep=1, first_size=1000, describe=describe)
+
+
+def saved(saver: Saver, step: int) -> Path:
+    folder = saver.begin(step, MANIFEST.run_id)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    saver.seal(folder, step)
+    return folder
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_does_not_end_the_run(saver, tmp_path, monkeypatch, capsys):
+    """Somebody reads it, and NFS keeps what is open: a folder of it stays, at the rotation and at the save after it."""
+    older, real = saved(saver, 2), shutil.rmtree
+
+    def refuse(path, *args, **kwargs):
+        if "checkpoint-2" in str(path):
+            raise OSError(39, "Directory not empty")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    for step in (4, 6):
+        assert checkpoint.verify_checkpoint(saved(saver, step)) == []
+    assert capsys.readouterr().out.count("could not be removed: [Errno 39] Directory not empty") == 2
+    monkeypatch.undo()
+    saved(saver, 8)
+    assert not older.exists() and [one.name for one in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
+def test_a_rank_whose_disk_does_not_answer_still_says_so_to_the_others(saver, monkeypatch):
+    folder = saver.begin(2, MANIFEST.run_id)
+
+    def refuse(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("shutil.disk_usage", refuse)
+    with saver.recording(folder / "model.safetensors"):
+        raise OSError(5, "Input/output error")
+    with pytest.raises(StorageError, match="Input/output error: checkpoint-2 was not saved .* 0 MB are free"):
+        saver.seal(folder, 2)
+    assert not folder.exists()
+
+
+def test_a_checkpoint_under_the_name_of_a_later_step_is_none(tmp_path):
+    shutil.copytree(sealed(tmp_path, 4), tmp_path / "checkpoint-9")
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-4.kept")
+    assert "it is of step 4" in checkpoint.verify_checkpoint(tmp_path / "checkpoint-9")[0]
+    assert checkpoint.verify_checkpoint(tmp_path / "checkpoint-4.kept") == []
+    assert checkpoint.latest_complete(tmp_path) == tmp_path / "checkpoint-4"
+
+
+class Tied(torch.nn.Module):
+    """An embedding of 1,000 numbers that is the head, too, and 500 beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = torch.nn.Embedding(100, 10), torch.nn.Linear(50, 10, bias=False)
+        self.head = torch.nn.Linear(10, 100, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize(
+    ("stage", "only_model", "numbers"),
+    [
+        (None, True, 1500),  # safetensors writes a tied head once
+        (2, True, 2500),  # accelerate has copied each tensor apart
+        (2, False, 2500 + 1500 / 2 + 3 * 1500 / 2),  # half of the ranks have their files here
+        (3, False, 1500 + 3 * 1500 / 2),
+    ],
+)
+def test_the_first_checkpoint_is_foreseen(stage, only_model, numbers):
+    shapes = {"embedding": [100, 10], "layer": [10, 50]}
+    assert checkpoint_bytes(Tied(), shapes, stage=stage, share=0.5, only_model=only_model) == 4 * numbers

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+import finetune
+from finetune.config import known_flags, parse, parse_for_preview, training_flags
+from finetune.utils.errors import ConfigError
+from tests.helpers.paths import ROOT
+
+PUBLISHED = (
+    "--data_path data/identity.json --model_name_or_path deeplang-ai/LingoWhale-8B --output_dir output "
+    "--model_max_length 2048 --num_train_epochs 4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
+    "--save_strategy epoch --learning_rate 2e-5 --lr_scheduler_type constant --adam_beta1 0.9 --adam_beta2 0.98 "
+    "--adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 1e-4 --warmup_ratio 0.0 --logging_steps 1 "
+    "--gradient_checkpointing True --deepspeed ds_configs/zero3.json --bf16 True --tf32 True --report_to none"
+).split()
+REQUIRED = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o"]
+
+
+def parsed(*words: str):
+    return parse([*REQUIRED, *words])
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        parsed(*words)
+    return str(raised.value)
+
+
+# ---- the published command
+
+
+def test_the_published_command_parses():
+    arguments = parse(PUBLISHED)
+
+    assert arguments.model.model_name_or_path == "deeplang-ai/LingoWhale-8B"
+    assert arguments.data.model_max_length == 2048
+    assert arguments.adapter.kind() is None
+    assert arguments.training == {
+        "remove_unused_columns": False, "log_level_replica": "error", "logging_nan_inf_filter": False,
+        "save_total_limit": 2, "output_dir": "output", "num_train_epochs": 4.0,
+        "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "save_strategy": "epoch",
+        "learning_rate": 2e-5, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.98,
+        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "weight_decay": 1e-4, "warmup_steps": 0.0, "logging_steps": 1.0,
+        "activation_checkpointing": True, "deepspeed": "ds_configs/zero3.json", "bf16": True, "tf32": True,
+        "report_to": ["none"],
+    }  # fmt: skip
+
+
+def test_parsing_and_checking_start_without_torch():
+    code = (
+        "import sys; import finetune.config, finetune.dataset.conversation_reader, finetune.config.hardware\n"
+        "import finetune.config.deepspeed_config\n"
+        "print(finetune.config.parse(sys.argv[1:]).training['output_dir'], "
+        "[name for name in ('torch', 'transformers', 'deepspeed', 'peft', 'numpy') if name in sys.modules])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code, *PUBLISHED], cwd=ROOT, capture_output=True, text=True)
+
+    assert (done.stdout, done.stderr) == ("output []\n", "")
+
+
+def test_help_and_version_wait_for_no_library():
+    code = (
+        "import sys; from finetune.__main__ import app\n"
+        "for word in ('--help', '--version'):\n    app([word], standalone_mode=False)\n"
+        "print([name for name in sys.modules if name.startswith('finetune.cli')])\n"
+        "for verb in app.registered_commands:\n"
+        "    print('>', verb.name)\n"
+        "    try:\n        app([verb.name, '--help'], standalone_mode=False)\n"
+        "    except SystemExit as end:\n        assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'peft', 'datasets', 'gradio', 'lm_eval'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    verbs = {line.removeprefix("> ") for line in lines if line.startswith("> ")}
+    assert {"preview", "convert", "launch", "doctor", "merge", "evaluate", "quickstart", "report", "chat"} == verbs
+    assert f"finetune {finetune.__version__}" in lines
+    assert lines.count("[]") == 2, lines
+
+
+@pytest.mark.parametrize(
+    ("name", "trusted"), [("deeplang-ai/LingoWhale-8B", True), ("someone/LingoWhale-8B", False), ("m", False)]
+)
+def test_only_the_published_model_runs_its_own_code_without_the_flag(name, trusted):
+    words = [*REQUIRED, "--model_name_or_path", name]
+
+    assert parse(words).model.trusts_code() is trusted
+    assert parse([*words, "--trust_remote_code", "True"]).model.trusts_code()
+
+
+# ---- the flags of transformers
+
+
+def test_names_and_defaults_are_those_of_the_installed_transformers():
+    from transformers import TrainingArguments
+
+    real = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    read = {name: flag.default for name, flag in training_flags().items()}
+
+    assert list(read) == list(real)
+    compared = [name for name, default in read.items() if default is not None]
+    assert len(compared) > 60
+    assert [repr(read[name]) for name in compared] == [repr(real[name]) for name in compared]
+    computed = {name for name, default in real.items() if default is not None and read[name] is None}
+    assert computed <= {"optim", "include_for_metrics"}
+
+
+def test_every_flag_of_transformers_is_accepted():
+    samples = {bool: "True", int: "3", float: "0.5", str: "text"}
+    values = {bool: True, int: 3, float: 0.5, str: "text"}
+    flags = [flag for flag in training_flags().values() if flag.name not in ("local_rank", "output_dir")]
+
+    training = parsed(*(word for flag in flags for word in (f"--{flag.name}", samples[flag.kind]))).training
+
+    assert len(flags) > 100
+    old = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
+    for flag in flags:
+        if flag.name not in old:
+            assert training[flag.name] == ([values[flag.kind]] if flag.is_list else values[flag.kind]), flag.name
+
+
+def test_a_training_flag_that_is_not_given_has_the_default_of_transformers():
+    assert parsed().given("learning_rate") == training_flags()["learning_rate"].default > 0
+    assert parsed("--learning_rate", "0.5").given("learning_rate") == 0.5
+
+
+def test_the_rank_that_the_launcher_passes_is_no_argument_of_the_run():
+    assert parsed("--local_rank=1").flat() == parsed().flat()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "now", "translated", "line"),
+    [
+        ("warmup_ratio", "0.1", "warmup_steps", 0.1, None),
+        ("gradient_checkpointing", "True", "activation_checkpointing", True, None),
+        ("gradient_checkpointing", "False", "activation_checkpointing", False, None),
+        ("group_by_length", "True", "train_sampling_strategy", "group_by_length", "train_sampling_strategy"),
+        ("group_by_length", "False", "train_sampling_strategy", "random", "train_sampling_strategy"),
+        ("evaluation_strategy", "no", "eval_strategy", "no", "--evaluation_strategy is now --eval_strategy no"),
+        ("no_cuda", "True", "use_cpu", True, "--no_cuda is now --use_cpu True"),
+        ("per_gpu_train_batch_size", "4", "per_device_train_batch_size", 4, "per_device_train_batch_size 4"),
+    ],
+)
+def test_a_renamed_flag_is_translated(flag, value, now, translated, line):
+    arguments = parsed(f"--{flag}", value)
+
+    assert arguments.training[now] == translated
+    assert flag not in arguments.training
+    assert len(arguments.notes) == (line is not None)
+    assert line is None or line in arguments.notes[0]
+
+
+def test_a_present_name_is_stronger_than_an_old_one_and_that_is_said():
+    both = parsed("--warmup_ratio", "0.1", "--warmup_steps", "10")
+    assert both.training["warmup_steps"] == 10
+    assert both.notes == ["--warmup_ratio 0.1 is not used: --warmup_steps 10.0 is given too"]
+    assert parsed("--gradient_checkpointing", "True", "--activation_checkpointing", "True").notes == []
+
+
+@pytest.mark.parametrize("ratio", ["1", "1.5", "-0.1", "nan"])
+def test_a_warmup_ratio_is_a_share(ratio):
+    assert "expected a share from 0 up to 1" in refusal("--warmup_ratio", ratio)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning_rat", "1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
+        (["--learning_rat=1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
+        (["--data-path", "x"], "unknown flag --data-path: did you mean --data_path?"),
+        (["--use_lra"], "unknown flag --use_lra: did you mean --use_lora?"),
+        (["--model_max", "5"], "unknown flag --model_max"),
+        (["--zzz", "5"], "unknown flag --zzz: see --help"),
+        (["stray"], "unexpected argument 'stray': every value belongs to a flag"),
+        (["--lora_r", "eight"], "argument --lora_r: invalid int value: 'eight'"),
+        (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
+        (["--bf16", "maybe"], "argument --bf16: expected True or False, found 'maybe'"),
+        (["--adapter", "ia3"], "argument --adapter: invalid choice: 'ia3'"),
+        (["--seed"], "argument --seed: expected one argument"),
+        (["--use_lora", "True", "--adapter", "prefix"], "--use_lora True and --adapter prefix exclude each other"),
+        (["--use_lora", "--adapter", "prompt"], "--use_lora True and --adapter prompt exclude each other"),
+        (
+            ["--use_dora", "--init_lora_weights", "pissa_niter_16"],
+            "--use_dora True and --init_lora_weights pissa_niter_16 exclude each other",
+        ),
+        (["--model_max_length", "0"], "--model_max_length 0: expected at least 1"),
+        (["--lora_r", "0"], "--lora_r 0: expected at least 1"),
+        (["--num_virtual_tokens", "-1"], "--num_virtual_tokens -1: expected at least 1"),
+        (["--lora_dropout", "1"], "--lora_dropout 1.0: expected a share from 0 up to 1"),
+        (["--lora_dropout", "nan"], "--lora_dropout nan: expected a share from 0 up to 1"),
+        (["--lora_r", "16"], "--lora_r is given, but all parameters would be trained: add --use_lora True, or leave"),
+        (["--adapter", "prefix", "--use_dora"], "--use_dora is given, but a prefix adapter would be trained"),
+        (
+            ["--use_lora", "--num_virtual_tokens", "9"],
+            "--num_virtual_tokens is given, but a lora adapter would be trained: add --adapter prefix or prompt",
+        ),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_value(words, said):
+    assert refusal(*words).startswith(said)
+
+
+def test_every_missing_flag_is_named_at_once():
+    with pytest.raises(ConfigError) as raised:
+        parse([])
+    assert str(raised.value) == "missing: --model_name_or_path, --data_path, --output_dir"
+    with pytest.raises(ConfigError, match="^missing: --data_path$"):
+        parse(["--model_name_or_path", "m", "--output_dir", "o", "--data_path", ""])
+
+
+@pytest.mark.parametrize(
+    "words", [["--use_lora"], ["--use_lora", "--seed", "1"], ["--use_lora", "true"], ["--use_lora=1"]]
+)
+def test_a_bare_switch_means_true(words):
+    arguments = parsed(*words)
+
+    assert arguments.adapter.use_lora is True
+    assert arguments.adapter.kind() == "lora"
+
+
+@pytest.mark.parametrize("word", ["False", "false", "no", "0"])
+def test_a_switch_can_be_off(word):
+    assert parsed("--use_lora", word).adapter.kind() is None
+    assert parsed("--use_lora", word, "--adapter", "prefix").adapter.kind() == "prefix"
+
+
+def test_lora_may_be_asked_for_twice():
+    assert parsed("--use_lora", "--adapter", "lora").adapter.kind() == "lora"
+
+
+def test_help_names_every_flag_and_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+
+    shown = set(capsys.readouterr().out.replace(",", " ").split())
+    assert ended.value.code == 0
+    assert len(known_flags()) > 130
+    assert [name for name in known_flags() if f"--{name}" not in shown] == []
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/nori")
+    assert parsed("--model_name_or_path=~/model").model.model_name_or_path == "/home/nori/model"
+
+
+# ---- preview
+
+
+def test_preview_takes_the_flags_of_model_and_data():
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--model_max_length", "8", "--json"]
+
+    model, data, shown = parse_for_preview(words)
+
+    assert (model.model_name_or_path, data.data_path, data.model_max_length, shown.json) == ("m", ["d"], 8, True)
+    assert parse_for_preview(words[:-1])[2].json is False
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "missing: --model_name_or_path, --data_path"),
+        (["--model_name_or_path", "m", "--data_path", "d", "--jsn"], "unknown flag --jsn: did you mean --json?"),
+        (["--model_name_or_path", "m", "--data_path", "d", "--model_max_length", "0"], "expected at least 1"),
+    ],
+)
+def test_preview_refuses_as_training_does(words, said):
+    with pytest.raises(ConfigError) as raised:
+        parse_for_preview(words)
+
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--learning_rate", "0"), "--learning_rate 0: nothing would be learned"),
+        (("--learning_rate", "-0.001"), "--learning_rate -0.001: nothing would be learned"),
+        (("--learning_rate", "nan"), "--learning_rate nan: nothing would be learned"),
+        (("--num_train_epochs", "0"), "--num_train_epochs 0: no step would be made"),
+    ],
+)
+def test_a_run_that_could_learn_nothing_does_not_start(flags, says):
+    base = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]
+    with pytest.raises(ConfigError) as raised:
+        parse([*base, *flags])
+    assert says in str(raised.value)
+    assert parse([*base, "--num_train_epochs", "0", "--max_steps", "3"]).given("max_steps") == 3

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.config.deepspeed_config import (
+    DeepSpeedFlags,
+    ResolvedDeepSpeedConfig,
+    find_config,
+    load_config,
+    resolve_deepspeed_config,
+)
+from finetune.utils.errors import ConfigError
+from tests.helpers.paths import ROOT
+
+SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+COMMAND = DeepSpeedFlags(
+    per_device_train_batch_size=16,
+    gradient_accumulation_steps=2,
+    max_grad_norm=1.0,
+    learning_rate=2e-5,
+    adam_beta1=0.9,
+    adam_beta2=0.98,
+    adam_epsilon=1e-8,
+    weight_decay=1e-4,
+    precision="bf16",
+)
+FLOAT32 = replace(COMMAND, precision="float32")
+
+
+def resolved(
+    config: dict, command: DeepSpeedFlags = COMMAND, ranks: int = 4, **options: Any
+) -> ResolvedDeepSpeedConfig:
+    options = {"world_size": ranks, "local_world_size": ranks, "use_cpu": False, **options}
+    return resolve_deepspeed_config(Path("mine.json"), config, command, **options)
+
+
+def refusal(config: dict, command: DeepSpeedFlags = COMMAND, **options: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        resolved(config, command, **options)
+    return str(raised.value)
+
+
+def shipped(name: str, nvme: Path) -> dict:
+    """A shipped config; where it names an NVMe folder, `nvme` stands in for it."""
+    config = load_config(find_config(name))
+    for key in ("offload_optimizer", "offload_param"):
+        if "nvme_path" in config["zero_optimization"].get(key, {}):
+            config["zero_optimization"][key]["nvme_path"] = str(nvme)
+    return config
+
+
+def autos(value: Any, prefix: str = "") -> set[str]:
+    if isinstance(value, dict):
+        return set().union(*(autos(one, f"{prefix}.{key}") for key, one in value.items()))
+    return {prefix[1:]} if value == "auto" else set()
+
+
+def nested(key: str, value: Any) -> dict:
+    """`nested("a.b", 1)` is {"a": {"b": 1}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+# ---- filling
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "float32"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_auto_of_a_shipped_config_is_filled(name, precision, tmp_path):
+    config = shipped(name, tmp_path)
+
+    found = resolved(config, replace(COMMAND, precision=precision)).config
+
+    assert len(autos(config)) >= 6
+    assert autos(found) <= {
+        "zero_optimization.reduce_bucket_size",
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "zero_optimization.stage3_param_persistence_threshold",
+    }
+    assert (found["bf16"]["enabled"], found["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
+    assert found["train_micro_batch_size_per_gpu"] == 16
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["train_batch_size"] == 16 * 2 * 4
+    assert found["gradient_clipping"] == 1.0
+    if "optimizer" in found:
+        assert found["optimizer"]["params"] == {"lr": 2e-5, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "offloads"),
+    [
+        ("zero1", 1, False), ("zero2", 2, False), ("zero2_offload", 2, True), ("zero3", 3, False),
+        ("zero3_offload", 3, True), ("zero3_nvme", 3, True), ("zeropp", 3, False),
+    ],
+)  # fmt: skip
+def test_a_shipped_config_is_what_its_name_says(name, stage, offloads, tmp_path):
+    found = resolved(shipped(name, tmp_path))
+
+    assert (found.stage, found.offloads, found.notes) == (stage, offloads, ())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_deepspeed_itself_accepts_every_shipped_config(name, tmp_path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    found = resolved(shipped(name, tmp_path), ranks=1)
+
+    checked = DeepSpeedConfig(found.config)
+
+    assert checked.zero_optimization_stage == found.stage
+    assert (checked.train_batch_size, checked.train_micro_batch_size_per_gpu) == (32, 16)
+    assert checked.gradient_clipping == 1.0
+    assert checked.bfloat16_config.enabled and not checked.float16_config.enabled
+
+
+def test_what_a_config_leaves_out_comes_from_the_command_line():
+    """DeepSpeed refuses a config without a batch size, though only once the model is loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    command = replace(COMMAND, max_grad_norm=0.25)
+
+    found = resolved({"zero_optimization": {"stage": 2}}, command, ranks=1).config
+
+    checked = DeepSpeedConfig(found)
+    assert (checked.train_batch_size, checked.gradient_accumulation_steps, checked.gradient_clipping) == (32, 2, 0.25)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_given_config_is_never_changed(name, tmp_path):
+    config = shipped(name, tmp_path)
+    before = copy.deepcopy(config)
+
+    found = resolved(config, use_cpu=True, command=FLOAT32)
+    refusal({**config, "train_batch_size": 7, "gradient_clipping": 9.0})
+
+    assert config == before
+    assert found.config != before
+
+
+def test_a_number_written_as_text_becomes_that_number():
+    config = {"train_micro_batch_size_per_gpu": "16", "gradient_clipping": "1", "train_batch_size": 128.0}
+
+    found = resolved(config).config
+
+    values = [found[key] for key in config]
+    assert values == [16, 1.0, 128]
+    assert [type(value) for value in values] == [int, float, int]
+
+
+# ---- comparing
+
+MISMATCHES = [
+    ("train_micro_batch_size_per_gpu", 8, "--per_device_train_batch_size is 16"),
+    ("train_micro_batch_size_per_gpu", "8", "--per_device_train_batch_size is 16"),
+    ("gradient_accumulation_steps", 4, "--gradient_accumulation_steps is 2"),
+    ("train_batch_size", 64, "16 per device x 2 accumulated x 4 ranks is 128"),
+    ("gradient_clipping", 0.5, "--max_grad_norm is 1.0"),
+    ("optimizer.params.lr", 0.001, "--learning_rate is 2e-05"),
+    ("optimizer.params.betas", [0.9, 0.999], "--adam_beta1, --adam_beta2 is [0.9, 0.98]"),
+    ("optimizer.params.eps", 1e-06, "--adam_epsilon is 1e-08"),
+    ("optimizer.params.weight_decay", 0.1, "--weight_decay is 0.0001"),
+    ("scheduler.params.warmup_max_lr", 0.001, "--learning_rate is 2e-05"),
+    ("bf16.enabled", False, "this run computes in bf16"),
+    ("fp16.enabled", True, "this run computes in bf16"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), MISMATCHES)
+def test_a_mismatch_is_reported_with_both_values(key, value, said):
+    message = refusal(nested(key, value))
+
+    assert message.startswith(f"mine.json: {key} is {json.dumps(value)}, but {said}: ")
+    assert "\n" not in message
+
+
+def test_all_mismatches_are_reported_at_once():
+    config: dict = {}
+    given = [(key, value, said) for key, value, said in MISMATCHES if value != "8"]
+    for key, value, _ in given:
+        *parents, last = key.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+
+    lines = refusal(config).splitlines()
+
+    assert lines[0].startswith(f"{len(given)} faults")
+    for key, value, said in given:
+        assert any(f"{key} is {json.dumps(value)}, but {said}" in line for line in lines[1:])
+    assert len(lines) == len(given) + 1
+
+
+@pytest.mark.parametrize("stage", [4, -1, 1.5, "3", True, False, None, [3], {}])
+def test_a_bad_stage_is_shown_as_it_stands(stage):
+    message = refusal({"zero_optimization": {"stage": stage}})
+
+    assert message == f"mine.json: zero_optimization.stage is {json.dumps(stage)}: expected 0, 1, 2 or 3"
+
+
+@pytest.mark.parametrize(("value", "kind"), [(3, "a number"), ([], "an array"), (None, "null"), ("auto", "a string")])
+def test_zero_optimization_is_an_object(value, kind):
+    assert f"zero_optimization: expected an object, found {kind}" in refusal({"zero_optimization": value})
+
+
+@pytest.mark.parametrize("key", ["zero_optimisation", "zero_optimizations", "zero_optimiztion", "zero-optimization"])
+def test_a_misspelt_zero_optimization_is_not_taken_for_stage_0(key):
+    message = refusal({key: {"stage": 3}})
+
+    assert f'"{key}" is not a DeepSpeed key: did you mean "zero_optimization"?' in message
+
+
+def test_an_auto_that_nothing_decides_is_a_fault():
+    message = refusal({"zero_optimization": {"stage": 2, "sub_group_size": "auto"}, "optimizer": {"type": "auto"}})
+
+    assert 'zero_optimization.sub_group_size is "auto", but nothing on the command line decides it' in message
+    assert 'optimizer.type is "auto"' in message
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("asked", ["bf16", "fp16"])
+def test_a_precision_that_the_hardware_replaced_is_switched_off_in_the_config_too(asked):
+    config = {asked: {"enabled": True}}
+
+    found = resolved(config, replace(FLOAT32, precision_was_replaced=True))
+
+    assert found.config[asked]["enabled"] is False
+    assert found.notes == (f"mine.json: {asked}.enabled is off for the same reason as the flag",)
+    assert f"{asked}.enabled is true, but this run computes in float32: give --{asked} True" in refusal(config, FLOAT32)
+
+
+def test_a_config_without_precision_gets_the_one_of_the_run():
+    assert resolved({}).config["bf16"] == {"enabled": True}
+    assert "bf16" not in resolved({}, FLOAT32).config
+
+
+@pytest.mark.parametrize("section", [True, "auto", [1]])
+def test_a_precision_is_an_object(section):
+    assert 'mine.json: bf16: expected an object such as {"enabled": "auto"}' in refusal({"bf16": section})
+
+
+# ---- ZeRO
+
+
+@pytest.mark.parametrize("given_value", [None, False, "auto"])
+def test_stage_3_always_gathers_the_weights_it_saves(given_value):
+    zero = {"stage": 3}
+    if given_value is not None:
+        zero["stage3_gather_16bit_weights_on_model_save"] = given_value
+
+    found = resolved({"zero_optimization": zero})
+
+    assert found.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert len(found.notes) == 1 and "is switched on" in found.notes[0]
+
+
+def test_other_stages_have_nothing_to_gather():
+    found = resolved({"zero_optimization": {"stage": 2}})
+
+    assert found.config["zero_optimization"] == {"stage": 2}
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_parameters_are_offloaded_at_stage_3_only(stage):
+    message = refusal({"zero_optimization": {"stage": stage, "offload_param": {"device": "cpu"}}})
+
+    assert message == f"mine.json: offload_param needs ZeRO stage 3, but zero_optimization.stage is {stage}"
+    assert not resolved({"zero_optimization": {"stage": stage, "offload_param": {"device": "none"}}}).offloads
+
+
+@pytest.mark.parametrize(
+    "offload",
+    ["cpu", True, ["cpu"], {"device": "disk"}, {"device": "nvme"}, {"device": "nvme", "nvme_path": 5}],
+    ids=["text", "boolean", "array", "unknown-device", "no-path", "path-is-a-number"],
+)
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_an_offload_that_deepspeed_could_not_use_is_a_fault(key, offload):
+    assert f"mine.json: {key}" in refusal({"zero_optimization": {"stage": 3, key: offload}})
+
+
+def test_a_missing_nvme_folder_is_a_fault_of_each_section_that_names_it(tmp_path):
+    message = refusal(shipped("zero3_nvme", tmp_path / "missing"))
+
+    for key in ("offload_optimizer", "offload_param"):
+        assert f'{key}.nvme_path is "{tmp_path / "missing"}", which is no folder on this host' in message
+    assert resolved(shipped("zero3_nvme", tmp_path)).offloads
+
+
+@pytest.mark.parametrize("size", [3, 8, 0, -2, "2", 2.0, True])
+def test_the_second_copy_of_the_weights_divides_the_ranks(size):
+    message = refusal({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}}, ranks=4)
+
+    assert f"zero_hpz_partition_size is {json.dumps(size)}, which does not divide the 4 ranks" in message
+
+
+def test_the_second_copy_of_the_weights_is_one_host_s_ranks():
+    config = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+
+    found = resolved(config, ranks=8, local_world_size=4)
+
+    assert found.config["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+def test_hosts_with_unequal_ranks_cannot_hold_the_second_copy():
+    """4 ranks here and 2 elsewhere: DeepSpeed would find out only after the model is loaded."""
+    config = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+
+    message = refusal(config, ranks=6, local_world_size=4)
+
+    assert "zero_hpz_partition_size" in message and "6 ranks" in message
+
+
+def test_a_cpu_turns_quantised_communication_off_and_says_so(tmp_path):
+    config = shipped("zeropp", tmp_path)
+
+    on_cpu, on_gpu = resolved(config, use_cpu=True), resolved(config)
+
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        assert on_cpu.config["zero_optimization"][key] is False
+        assert on_gpu.config["zero_optimization"][key] is True
+        assert f"mine.json: {key} is off: its kernels need a GPU" in on_cpu.notes
+    assert (len(on_cpu.notes), len(on_gpu.notes)) == (2, 0)
+
+
+# ---- anything else
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(["auto", "cpu", "nvme"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["enabled", "stage", "x"]), inner),
+    max_leaves=5,
+)
+PLACES = [
+    "zero_optimization", "zero_optimization.stage", "zero_optimization.offload_param", "bf16", "fp16", "fp16.enabled",
+    "zero_optimization.offload_param.device", "zero_optimization.offload_optimizer.nvme_path", "optimizer.params",
+    "zero_optimization.offload_optimizer", "zero_optimization.zero_hpz_partition_size", "train_batch_size", "optimizer",
+    "zero_optimization.zero_quantized_weights", "scheduler", "gradient_clipping", "optimizer.params.betas",
+]  # fmt: skip
+
+
+def test_any_value_anywhere_resolves_or_is_a_config_error(tmp_path):
+    seen: Counter = Counter()
+    names = [name for name in SHIPPED if name in ("zero2_offload", "zero3_nvme", "zeropp")]
+    configs = [shipped(name, tmp_path) for name in names]
+
+    @settings(max_examples=250, deadline=None, database=None, derandomize=True)
+    @given(st.sampled_from(configs), st.sampled_from(PLACES), JSON, st.booleans())
+    def check(config, place, value, use_cpu):
+        config = copy.deepcopy(config)
+        *parents, last = place.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+        try:
+            found = resolved(config, use_cpu=use_cpu)
+        except ConfigError:
+            seen["refused"] += 1
+        else:
+            assert found.offloads in (True, False)
+            seen["resolved"] += 1
+
+    check()
+    assert seen["resolved"] > 5 and seen["refused"] > 50
+
+
+def test_a_number_beyond_all_floats_is_a_mismatch():
+    assert "gradient_clipping is 1000" in refusal({"gradient_clipping": 10**400})

@@ -1,0 +1,377 @@
+"""None"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune.conversation import BadRow, Conversation, Turn, answer_number
+from finetune.dataset.conversation_reader import read_conversations
+from finetune.dataset.data_sources import shipped_files
+from tests.helpers.chat_rows import HELLO, LOST, faults, good_row, read, refusal, spoken, turns, written
+from tests.helpers.paths import ROOT
+
+FIRST, SECOND = {"id": 7, "conversations": HELLO}, turns(("human", "And you?"), ("model", "Well."))
+
+
+# ---- what is read
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([FIRST, SECOND]),
+        json.dumps([FIRST, SECOND], indent=2),
+        json.dumps([FIRST, SECOND], indent=0),
+        "\n\n" + json.dumps([FIRST, SECOND]),
+        json.dumps(FIRST) + "\n" + json.dumps(SECOND),
+        json.dumps(FIRST) + "\r\n\r\n  " + json.dumps(SECOND) + "\r\n",
+    ],
+    ids=["array", "indented", "indent-0", "after-blank-lines", "lines", "windows-lines"],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+def test_an_array_and_json_lines_say_the_same(content, mark, tmp_path):
+    path = written(tmp_path / "a.json", mark + content.encode())
+
+    assert read_conversations(path) == [
+        Conversation((Turn("human", "Hello"), Turn("model", "Hi!")), 0, str(path), 7),
+        Conversation((Turn("human", "And you?"), Turn("model", "Well.")), 1, str(path), None),
+    ]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_one_object_is_one_row(indent, tmp_path):
+    assert len(read_conversations(written(tmp_path / "a.json", json.dumps(FIRST, indent=indent)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("human", "human"),
+        ("user", "human"),
+        ("model", "model"),
+        ("gpt", "model"),
+        ("assistant", "model"),
+        ("bot", "model"),
+    ],
+)
+def test_each_alias_is_read_as_its_role(name, role, tmp_path):
+    before = [] if role == "human" else [("human", "a")]
+    after = [] if role == "model" else [("model", "b")]
+    path = written(tmp_path / "a.json", [turns(*before, (name, "x"), *after)])
+
+    assert Turn(role, "x") in read_conversations(path)[0].turns
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [["model"], ["model", "human", "model"], ["system", "model"], ["system", "human", "model"], ["human", "model"] * 9],
+)
+def test_a_row_may_begin_with_any_side_and_end_with_the_model(roles, tmp_path):
+    path = written(tmp_path / "a.json", [turns(*((role, "x") for role in roles))])
+
+    assert [turn.role for turn in read_conversations(path)[0].turns] == roles
+
+
+def test_text_is_kept_to_the_last_character(tmp_path):
+    text = "  <|im_end|>\u2028\x85\r\n\ttail \U0001f600 "
+    path = written(tmp_path / "a.jsonl", json.dumps(turns(("human", "q"), ("model", text)), ensure_ascii=False))
+
+    assert read_conversations(path)[0].turns[1].text == text
+
+
+def test_the_shipped_files_are_read():
+    files = shipped_files()
+
+    assert [file.parent for file in files] == [ROOT / "data"] * 2
+    for file in files:
+        assert len(read_conversations(file)) > 10
+
+
+# ---- what is refused, and where
+
+
+ROW_FAULTS = [
+    (5, 'expected an object with "conversations", found 5'),
+    (None, 'expected an object with "conversations", found null'),
+    ([HELLO], 'expected an object with "conversations", found [[{"from"'),
+    ({"id": 1, "talk": "hi"}, 'expected an object with "conversations" (or a layout that is read as well: '),
+    ({"conversations": None}, 'expected "conversations" to be a list of turns, found null'),
+    ({"conversations": {"from": "human"}}, 'expected "conversations" to be a list of turns, found {"from": "human"}'),
+    ({"id": {}, **SECOND}, 'expected "id" to be a string or a number, found {}'),
+    ({"id": [1], **SECOND}, 'expected "id" to be a string or a number, found [1]'),
+    ({"id": LOST, **SECOND}, '"id" holds half a character (a lone surrogate)'),
+    ({"conversations": "hi"}, 'expected "conversations" to be a list of turns, found "hi"'),
+    ({"conversations": []}, "has no turns: there is nothing to learn from it"),
+    (turns(("human", "a")), "has no model turn: there is nothing to learn from it"),
+    (turns(("system", "a"), ("human", "b")), "has no model turn: there is nothing to learn from it"),
+]
+
+
+TURN_FAULTS = [
+    ({"conversations": [*HELLO, 7]}, 2, 'expected an object with "from" and "value", found 7'),
+    (
+        turns(("robot", "a"), ("model", "b")),
+        0,
+        'expected "from" to be human, model or system, found "robot" (accepted as human: user; as model: ',
+    ),
+    (turns(("human", "a"), ("Model", "b")), 1, 'expected "from" to be human, model or system, found "Model"'),
+    (turns((["human"], "a"), ("model", "b")), 0, 'expected "from" to be human, model or system, found ["human"]'),
+    ({"conversations": [{"value": "a"}]}, 0, 'expected "from" to be human, model or system, found null'),
+    (turns(("human", "a"), ("model", 5)), 1, 'expected "value" to be a string, found 5'),
+    ({"conversations": [{"from": "human"}]}, 0, 'expected "value" to be a string, found null'),
+    (turns(("human", "a"), ("model", "")), 1, '"value" is empty: say something or leave it out'),
+    (turns(("human", " \n\t\u3000"), ("model", "b")), 0, '"value" is empty'),
+    (turns(("human", "a"), ("model", "\u200b\ufeff ")), 1, '"value" is empty'),
+    (turns(("human", "a\0b"), ("model", "b")), 0, '"value" holds a NUL character at position 1'),
+    (turns(("human", "a"), ("model", ["b"])), 1, 'expected "value" to be a string, found ["b"]'),
+    (turns(("human", "a"), ("model", {"b": 1})), 1, 'expected "value" to be a string, found {"b": 1}'),
+    (turns(("human ", "a"), ("model", "b")), 0, 'expected "from" to be human, model or system, found "human "'),
+    (
+        turns(("human", f"ab{LOST}c"), ("model", "b")),
+        0,
+        '"value" holds half a character (a lone surrogate) at position 2',
+    ),
+    (turns(("human", "a"), ("system", "b"), ("model", "c")), 1, "a system turn can only be the first"),
+    (turns(("system", "a"), ("system", "b"), ("model", "c")), 1, "a system turn can only be the first"),
+    (turns(("human", "a"), ("human", "b"), ("model", "c")), 1, "a second human turn in a row: merge the two"),
+    (turns(("human", "a"), ("model", "b"), ("gpt", "c")), 2, "a second model turn in a row: merge the two"),
+    (turns(("human", "a"), ("model", "b"), ("human", "c")), 2, "the last turn is human, nobody answers it"),
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "place", "said"),
+    [(row, "row 1", said) for row, said in ROW_FAULTS]
+    + [(row, f"row 1, turn {turn}", said) for row, turn, said in TURN_FAULTS],
+)
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_a_fault_names_file_row_and_turn(row, place, said, form, tmp_path):
+    rows = [good_row(0), row, good_row(2)]
+    path = written(tmp_path / "a.json", rows if form == "array" else "\n".join(map(json.dumps, rows)))
+
+    before, bad, behind = read(path)
+
+    assert (before.row, behind.row) == (0, 2)
+    assert isinstance(bad, BadRow) and (bad.row, bad.source) == (1, str(path))
+    assert bad.faults[0].startswith(f"{path}, {place}: {said}")
+    assert all(fault.startswith(f"{path}, row 1") and "\n" not in fault for fault in bad.faults)
+    assert refusal(path).partition("\n  ")[2].startswith(bad.faults[0]) or refusal(path) == bad.faults[0]
+
+
+def test_a_long_value_is_shown_shortened(tmp_path):
+    message = refusal(written(tmp_path / "a.json", [turns(("human", "a"), ("model", ["x" * 5_000]))]))
+
+    assert "xxx..." in message
+    assert len(message) < 250
+
+
+def test_every_fault_of_a_file_is_collected(tmp_path):
+    rows = [
+        turns(("robot", ""), ("model", 5)),
+        good_row(1),
+        turns(("human", "a"), ("human", "b")),
+        turns(("human", "a"), ("human", "b"), ("model", "c"), ("human", "d")),
+    ]
+    path = written(tmp_path / "a.json", rows)
+
+    places = [line.strip().removeprefix(f"{path}, ").partition(": ")[0] for line in refusal(path).splitlines()[1:]]
+
+    expected = ["row 0, turn 0", "row 0, turn 0", "row 0, turn 1", "row 2", "row 2, turn 1", "row 3, turn 1"]
+    assert places == [*expected, "row 3, turn 3"]
+
+
+def test_the_first_20_faults_are_shown_and_all_are_counted(tmp_path):
+    bad = [turns(("human", f"a{number}")) for number in range(1_250)]
+    path = written(tmp_path / "a.json", [good_row(0), *bad])
+
+    lines = refusal(path).splitlines()
+
+    assert lines[0].startswith("1,250 fault")
+    assert [line.partition(", ")[2].partition(":")[0] for line in lines[1:21]] == [f"row {row}" for row in range(1, 21)]
+    assert lines[21:] == ["  ... and 1,230 more"]
+
+
+def test_one_row_with_three_faults_is_not_three_faulty_rows(tmp_path):
+    path = written(tmp_path / "a.json", [{"conversations": [1, 2, 3]}, good_row(0)])
+
+    message = refusal(path)
+
+    assert message.count("row 0, turn ") == 3
+    assert "3 faulty rows" not in message
+
+
+@pytest.mark.parametrize(
+    ("literal", "said"),
+    [
+        ('"score": NaN', 'row 1, "score": holds NaN, which is not JSON: write null, or leave it out'),
+        ('"a": {"b": [1, -Infinity]}', 'row 1, "a", "b", 1: holds -Infinity, which is not JSON'),
+        ('"score": Infinity', 'row 1, "score": holds Infinity, which is not JSON'),
+        (f'"score": {"7" * 5_000}', 'row 1, "score": holds a number of more than 4,300 digits'),
+        ('"score": 1, "score": 1', 'row 1: has "score" twice: only one of them could be read, take one out'),
+        ('"a": [{"b": 1, "b": 2}]', 'row 1, "a", 0: has "b" twice'),
+    ],
+    ids=["nan", "minus-infinity", "infinity", "digits", "twice", "twice-deep"],
+)
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_what_json_would_read_in_silence_is_the_fault_of_its_row_alone(literal, said, form, tmp_path):
+    bad = json.dumps(good_row(1)).replace('{"id"', f'{{{literal}, "id"', 1)
+    lines = [json.dumps(good_row(0)), bad, json.dumps(good_row(2))]
+    path = written(tmp_path / "a.json", "\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
+
+    assert [one.row for one in read(path) if isinstance(one, Conversation)] == [0, 2]
+    (fault,) = faults(path)
+    assert fault.startswith(f"{path}, {said}")
+
+
+def test_a_key_that_stands_twice_in_a_turn_is_named_with_the_turn(tmp_path):
+    path = written(
+        tmp_path / "a.json",
+        '[{"conversations": [{"from": "human", "value": "a", "value": "b"}, {"from": "model", "value": NaN}]}]',
+    )
+
+    assert faults(path) == [
+        f'{path}, row 0, turn 0: has "value" twice: only one of them could be read, take one out',
+        f'{path}, row 0, turn 1, "value": holds NaN, which is not JSON: write null, or leave it out',
+        f'{path}, row 0, turn 1: expected "value" to be a string, found NaN',
+    ]
+
+
+# ---- which turns are learned
+
+
+def with_train(*pairs: tuple[str, Any]) -> dict:
+    return {"conversations": [{"from": role, "value": role, "train": train} for role, train in pairs]}
+
+
+def test_a_model_turn_can_be_context_only(tmp_path):
+    path = written(
+        tmp_path / "a.json",
+        [
+            with_train(
+                ("human", False), ("model", False), ("human", None), ("model", True), ("human", None), ("bot", None)
+            )
+        ],
+    )
+
+    (one,) = read_conversations(path)
+
+    assert [turn.train for turn in one.turns] == [True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (with_train(("human", True), ("model", True)), 'row 0, turn 0: has "train": true, but only model turns are'),
+        (with_train(("human", None), ("model", 1)), 'row 0, turn 1: expected "train" to be true or false, found 1'),
+        (
+            with_train(("human", None), ("model", "no")),
+            'row 0, turn 1: expected "train" to be true or false, found "no"',
+        ),
+        (with_train(("human", None), ("model", False)), 'row 0: every model turn is "train": false'),
+    ],
+)
+def test_a_train_that_says_nothing_sensible_is_refused(row, said, tmp_path):
+    path = written(tmp_path / "a.json", [row])
+
+    (fault,) = faults(path)
+    assert fault.startswith(f"{path}, {said}")
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "loss", "loss_scale"])
+def test_weights_of_turns_are_refused(key, tmp_path):
+    row = turns(("human", "a"), ("model", "b"))
+    row["conversations"][1][key] = 0
+    path = written(tmp_path / "a.json", [row])
+
+    (fault,) = faults(path)
+    assert fault.startswith(f'{path}, row 0, turn 1: has "{key}": 0: weights of turns are not supported')
+    assert '"train": false' in fault
+
+
+# ---- the same twice
+
+
+def test_a_row_that_says_the_same_as_another_is_refused_and_the_first_is_named(tmp_path):
+    first = written(tmp_path / "a.json", [good_row(0), good_row(1), {**good_row(0), "id": "again"}])
+    second = written(tmp_path / "b.jsonl", json.dumps(good_row(2)) + "\n" + json.dumps({**good_row(1), "id": 9}))
+
+    assert faults(first, second) == [
+        f"{first}, row 2: says the same as {first}, row 0: take one of them out",
+        f"{second}, row 1: says the same as {first}, row 1: take one of them out",
+    ]
+
+
+def test_ids_are_unique_within_a_file_and_1_is_not_its_name(tmp_path):
+    rows = [{**good_row(number), "id": own} for number, own in enumerate([1, "1", 1.0, None, None, "1", 1, True])]
+    first = written(tmp_path / "a.json", rows)
+    second = written(tmp_path / "b.json", [{**good_row(99), "id": 1}])
+
+    assert [fault.removeprefix(f"{first}, ") for fault in faults(first, second)] == [
+        'row 5: has the id "1" of row 1 in the same data: give each row its own',
+        "row 6: has the id 1 of row 0 in the same data: give each row its own",
+    ]
+
+
+def test_a_bad_row_gives_way_to_a_good_one_that_says_the_same(tmp_path):
+    same = good_row(0)
+    path = written(tmp_path / "a.json", [{**same, "tools": ["a"]}, same, {**same, "tools": ["b"]}])
+
+    kept = [one.row for one in read(path) if isinstance(one, Conversation)]
+
+    assert kept == [1]
+    assert [fault.partition(": ")[0].removeprefix(f"{path}, ") for fault in faults(path)] == ["row 0"] + ["row 2"] * 3
+
+
+def test_turns_that_differ_in_what_is_learned_differ(tmp_path):
+    rows = [with_train(("model", one), ("human", None), ("model", True)) for one in (True, False)]
+
+    assert len(read_conversations(written(tmp_path / "a.json", rows))) == 2
+
+
+# ---- repairs
+
+
+REPAIRED = [
+    ("merge_turns", "hhm", [("human", "0\n\n1"), ("model", "2")], ("merge_turns: turns 0 and 1",)),
+    ("merge_turns", "hmmmh", None, ()),
+    ("merge_turns", "sshhm", [("system", "0\n\n1"), ("human", "2\n\n3"), ("model", "4")],
+     ("merge_turns: turns 0 and 1", "merge_turns: turns 2 and 3")),
+    ("merge_turns", "hmmm", [("human", "0"), ("model", "1\n\n2\n\n3")], ("merge_turns: turns 1, 2 and 3",)),
+    ("merge_turns", "hm", [("human", "0"), ("model", "1")], ()),
+    ("drop_last_human", "hmh", [("human", "0"), ("model", "1")], ("drop_last_human: turn 2",)),
+    ("drop_last_human", "hmhh", None, ()),
+    ("drop_last_human", "h", None, ()),
+    ("drop_last_human merge_turns", "hmhh", [("human", "0"), ("model", "1")],
+     ("merge_turns: turns 2 and 3", "drop_last_human: turn 2")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "roles", "expected", "done"), REPAIRED)
+def test_repairs_happen_by_name_alone_and_are_said(rules, roles, expected, done, tmp_path):
+    names = {"h": "human", "m": "model", "s": "system"}
+    path = written(tmp_path / "a.json", [turns(*((names[role], str(number)) for number, role in enumerate(roles)))])
+
+    (repaired,) = read(path, repairs=rules.split())
+
+    if expected is None:
+        assert isinstance(repaired, BadRow)
+    else:
+        assert (spoken(repaired), repaired.repairs) == (expected, done)
+        assert not done or faults(path)
+
+
+def test_turns_of_which_one_is_context_are_not_merged(tmp_path):
+    path = written(tmp_path / "a.json", [with_train(("human", None), ("model", False), ("model", True))])
+
+    (fault,) = faults(path, repairs=["merge_turns"])
+    assert fault.startswith(
+        f'{path}, row 0, turn 2: a second model turn in a row: merge the two (their "train" differs)'
+    )
+
+
+def test_answers_are_counted_behind_a_system_turn_and_behind_a_greeting_too():
+    assert [answer_number(turn) for turn in (1, 3, 5)] == [answer_number(turn) for turn in (2, 4, 6)] == [1, 2, 3]
+    assert [answer_number(turn) for turn in (0, 2, 4)] == [1, 1, 2], "a greeting answers nothing"

@@ -1,0 +1,259 @@
+"""What a tune has forgotten: the rules of the questions, how they are asked, and a verdict that sees a broken model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.chat_templates import prompt_ids, select_chat_format
+from finetune.cli import evaluate
+from finetune.conversation import Turn
+from finetune.evaluation import forgetting
+from finetune.evaluation.forgetting import AnsweredQuestion, compared, repeating, verdict
+from finetune.evaluation.forgetting_questions import CATEGORIES, is_right, json_values, load_questions, number_in
+from finetune.evaluation.question_answering import answers_of, scores_of
+from finetune.inference.generate import AnswerGenerator
+from finetune.inference.load_result import load_for_inference
+from finetune.inference.run_result import read_result
+from finetune.run_dir.eval_results import read_sections
+from finetune.utils.errors import FinetuneError
+from tests.helpers import ranks
+from tests.helpers.paths import PRETRAINED, ROOT
+
+QUESTIONS = load_questions()
+
+
+# ---- the questions
+
+
+def test_the_readme_counts_the_questions():
+    counted = {
+        (kind, language): sum((one.category, one.language) == (kind, language) for one in QUESTIONS)
+        for kind in CATEGORIES
+        for language in ("en", "zh")
+    }
+    assert [one.id for one in QUESTIONS] == list(range(len(QUESTIONS))) and len(QUESTIONS) > 200
+    assert all(counted[kind, "en"] == counted[kind, "zh"] for kind in CATEGORIES)
+    lines = (ROOT / "data/README.md").read_text(encoding="utf-8").splitlines()
+    for kind in CATEGORIES:
+        (line,) = [line for line in lines if line.startswith(f"| {kind} ")]
+        assert [int(cell) for cell in line.strip("| ").split("|")[1:3]] == [counted[kind, "en"], counted[kind, "zh"]]
+
+
+def test_no_question_is_asked_twice_or_has_two_right_answers():
+    assert len({one.text for one in QUESTIONS}) == len(QUESTIONS)
+    for one in QUESTIONS:
+        assert len(set(one.candidates)) == len(one.candidates) in (0, 4)
+        assert any("\u4e00" <= letter <= "\u9fff" for letter in one.text) == (one.language == "zh")
+        if "answer" in one.rule:  # else an answer that repeats the question would be right, or a right one not found
+            assert str(one.rule["answer"]) not in re.findall(r"\d+", one.text)
+        if "pattern" in one.rule:
+            re.compile(one.rule["pattern"])
+            assert not is_right(one, written=one.text) and not is_right(one, written="")
+
+
+def test_numbers_json_and_patterns_are_read_as_meant():
+    assert number_in("7 + 5 = 12.", "What is 7 + 5?") == 12
+    assert number_in("The answer is 1,200\n\nIn 1999", "6 x 200?") == 1200
+    assert number_in("25 + 25 = 50, 50 + 10 = 60", "What is 25 + 25 + 10?") == 60
+    assert number_in("12 是 7 加 5 的和", "7 加 5 等于多少？") == 12
+    assert number_in("seven", "3 + 4?") is None and number_in("3 + 4 = 3", "3 + 4?") is None
+    assert json_values('Here: ```json\n{"a": [1, 2]}\n``` and [3]') == [{"a": [1, 2]}, [3]]
+    assert json_values('{"a": 1, [2]') == [] == json_values("none")
+    by_text = {one.text: one for one in QUESTIONS}
+    for text, good, bad in (
+        ("Answer with yes or no only: Is fire hot?", "Yes.", "Yes, it is."),
+        ("List three colors, separated by commas, and nothing else.", "red, green, blue", "1. red"),
+        ('Give a JSON object with the key "age" and the value 30.', '```json\n{"age": 30}\n```', '{"age": "30"}'),
+        ("Give a JSON list of the numbers 1, 2 and 3.", "[1, 2, 3]", "1, 2, 3"),
+        ("跟我重复一遍：今天天气很好。", "今天天气很好。", "好的：今天天气很好。"),
+        ("列出三种颜色，用顿号隔开，不要说别的。", "红色、绿色、蓝色。", "红色，绿色，蓝色"),
+        ("只用一个阿拉伯数字回答：猫有几条腿？", "4", "四"),
+    ):
+        assert is_right(by_text[text], written=good) and not is_right(by_text[text], written=bad), text
+
+
+def test_of_candidates_the_right_one_must_be_likelier_than_each_wrong_one():
+    choice = next(one for one in QUESTIONS if one.category == "choice")
+    assert is_right(choice, scores=[-1.0, -2.0, -3.0, -1.5]) and not is_right(choice, scores=[-1.0, -1.0, -2.0, -3.0])
+    harmful, harmless = (
+        next(one for one in QUESTIONS if one.category == "refusing" and right in one.rule["right"]) for right in (0, 2)
+    )
+    assert is_right(harmful, scores=[-3.0, -1.0, -2.0, -2.0]) and not is_right(
+        harmless, scores=[-3.0, -1.0, -2.0, -2.0]
+    )
+
+
+# ---- asking
+
+
+@pytest.fixture(scope="module")
+def small(smol_tokenizer):
+    """The small model in float32 and its chat format."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32).eval()
+    return model, select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])[0]
+
+
+def test_scores_are_those_of_whole_conversations_one_by_one(tiny_model, smol_tokenizer):
+    """In float64, with wide weights, so that nothing but rounding may differ."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    chat_format, _ = select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
+    asked = [(one.text, one.candidates) for one in QUESTIONS if one.candidates][::9]
+    assert len(asked) > 12
+    for kind in (False, True):  # from the cache; and whole, as behind virtual tokens
+        found = scores_of(
+            model, chat_format, asked, pad_token_id=2, has_virtual_tokens=kind, batch_size=5, done=lambda count: None
+        )
+        for (question, candidates), scores in zip(asked, found, strict=True):
+            wanted = [stock_score(model, chat_format, question, candidate) for candidate in candidates]
+            assert scores == pytest.approx(wanted, abs=1e-5) and max(wanted) - min(wanted) > 1e-3
+
+
+def stock_score(model, chat_format, question, candidate):
+    tokenizer = chat_format.plain.tokenizer
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": candidate}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    begin = len(prompt_ids(chat_format, [Turn("human", question)]))
+    stop = len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>")) - 1
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+    total = F.cross_entropy(logits[begin - 1 : stop - 1], torch.tensor(ids[begin:stop]), reduction="sum").item()
+    return -total / len(candidate.encode())
+
+
+def test_answers_written_together_are_those_written_alone(small):
+    model, chat_format = small
+    questions = [one.text for one in QUESTIONS if one.is_written][::27]
+    options = {"stop_token_ids": [2], "max_new_tokens": 8, "done": lambda count: None}
+    together = answers_of(model, chat_format, questions, batch_size=8, **options)
+    alone = AnswerGenerator(model, chat_format, [2])
+    assert together == [alone.answer([Turn("human", one)], max_new_tokens=8) for one in questions]
+
+
+# ---- the verdict
+
+
+def pairs_of(before, after):
+    kinds = [one for one in QUESTIONS]
+    return [
+        (question, AnsweredQuestion(f"a{number}", before(number)), AnsweredQuestion(f"b{number}", after(number)))
+        for number, question in enumerate(kinds)
+    ]
+
+
+def test_a_loss_is_said_with_how_sure_it_is():
+    groups = compared(pairs_of(lambda number: number % 4 > 0, lambda number: number % 4 > 2))
+    (sentence, *_) = verdict(groups)
+    assert sentence.startswith("worse than the base by 50.0 points (95 %:") and "choice" in sentence
+    assert groups[0]["lost"] == 122 and groups[0]["won"] == 0 and groups[0]["p"] < 1e-30
+    low, high = groups[0]["interval"]
+    assert low < groups[0]["difference"] == -0.5 < high < 0
+
+
+def test_no_loss_is_said_with_what_could_have_stayed_unseen():
+    groups = compared(pairs_of(lambda number: number % 2, lambda number: (number + (number % 40 < 2)) % 2))
+    (sentence,) = verdict(groups)
+    assert sentence.startswith("no loss that 244 questions could show") and "would have stayed unseen" in sentence
+
+
+def test_one_kind_that_fell_is_named_though_the_whole_did_not():
+    def after(number):
+        question = QUESTIONS[number]
+        return number % 2 if question.category not in ("format", "choice") else question.category == "choice"
+
+    sentences = verdict(compared(pairs_of(lambda number: number % 2, after)))
+    assert any("format (50% -> 0%)" in one for one in sentences)
+
+
+def test_one_answer_to_everything_is_said():
+    pairs = [(one, AnsweredQuestion(str(one.id), False), AnsweredQuestion("I am Nori.", False)) for one in QUESTIONS]
+    (sentence,) = repeating(pairs)
+    assert "answers 108 of 108 different questions with «I am Nori.»" in sentence
+    assert repeating([(one, AnsweredQuestion("?", False), AnsweredQuestion("?", False)) for one in QUESTIONS]) == []
+
+
+# ---- end to end, with few questions
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two questions of each kind and language."""
+    chosen = [
+        one
+        for kind in CATEGORIES
+        for language in ("en", "zh")
+        for one in [one for one in QUESTIONS if (one.category, one.language) == (kind, language)][:2]
+    ]
+    monkeypatch.setattr(forgetting, "load_questions", lambda: chosen)
+    return chosen
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_a_result_is_asked_beside_its_base(trained, few, kind, capsys):
+    output = trained(kind)
+    evaluate.main([str(output), "--forgetting"])
+    document = json.loads((output / "forgetting.json").read_text(encoding="utf-8"))
+    assert len(document["answers"]) == len(few) == document["groups"][0]["questions"]
+    assert document["fell"] == pytest.approx(-100 * document["groups"][0]["difference"])
+    assert "What the base could do" in capsys.readouterr().out
+    assert "Forgetting" in [one.title for one in read_sections(output)]
+    document["fell"] = 7.5
+    with pytest.raises(FinetuneError, match="7.5 points below its base, --fail_below allows 5") as failure:
+        evaluate._fail_if_below(document, 5)
+    assert failure.value.status == 1
+    evaluate._fail_if_below(document, 8)
+
+
+def _few_on_a_rank(argv, ids):
+    forgetting.load_questions = lambda: [QUESTIONS[number] for number in ids]
+    evaluate.main(argv)
+
+
+def test_two_ranks_answer_as_one(trained, few, tmp_path):
+    output = trained("lora")
+    evaluate.main([str(output), "--forgetting"])
+    alone = json.loads((output / "forgetting.json").read_text(encoding="utf-8"))
+    argv, ids = [str(output), "--forgetting"], [one.id for one in few]
+    outcome = ranks.run(tmp_path, _few_on_a_rank, (argv, ids), world_size=2)
+    assert outcome.succeeded, outcome.outputs
+    together = json.loads((output / "forgetting.json").read_text(encoding="utf-8"))
+    assert together["answers"] == alone["answers"] and together["groups"] == alone["groups"]
+
+
+def test_a_broken_model_is_seen(small, tmp_path, trained):
+    """Weights of the small model with noise on them: it has forgotten, and the verdict says so."""
+    model, chat_format = small
+    opened = load_for_inference(read_result(trained("lora")))
+    chosen = [one for one in QUESTIONS if one.category == "choice" and one.language == "en"][::3]
+    opened.chat_format, opened.tokenizer = chat_format, chat_format.plain.tokenizer
+
+    def ask():
+        from contextlib import nullcontext
+
+        class Bar:
+            update = staticmethod(lambda count: None)
+
+        return forgetting.ask_questions(opened, model, chosen, label="base", bar=lambda *_: nullcontext(Bar))
+
+    before = ask()
+    torch.manual_seed(0)
+    kept = {name: one.clone() for name, one in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std())
+    after = ask()
+    model.load_state_dict(kept)
+    pairs = list(zip(chosen, before, after, strict=True))
+    group = forgetting._group("all questions", pairs)
+    assert group["base"] > 0.5 and group["interval"][1] < 0 and group["p"] < 0.05

@@ -1,0 +1,310 @@
+""".deepspeed_env as characters, beside what the launcher makes of it; which names are secret, and which travel."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune import launcher
+from finetune.config import known_flags
+from finetune.config.arguments import SECRETS
+from finetune.launcher import deepspeed_args as launcher_flags
+from finetune.utils.errors import ConfigError
+from tests.helpers.launcher_tests import property_test
+
+pytestmark = pytest.mark.usefixtures("private_files")
+
+SECRET = "correct-horse"
+
+
+# --- .deepspeed_env --------------------------------------------------------------------------------------------------
+
+BROKEN, NO_RANK, UNSET = "the launcher dies", "the remote shell starts no rank", "K is not set"
+
+
+# content, what a rank behind the launcher sees of K (or one of these), our variables (or a part of our message)
+ENVIRONMENTS = {
+    "plain": (b"K=eth0\n", "eth0", {"K": "eth0"}),
+    "no end of line": (b"K=1", "1", {"K": "1"}),
+    "two": (b"K=1\nL=2\n", "1", {"K": "1", "L": "2"}),
+    "twice": (b"K=1\nK=2\n", "2", {"K": "2"}),
+    "empty file": (b"", UNSET, {}),
+    "empty value": (b"K=\n", "", {"K": ""}),
+    "= in the value": (b"K=a=b\n", "a=b", {"K": "a=b"}),
+    "lower case": (b"K=1\nhttp_proxy=p:1\n", "1", {"K": "1", "http_proxy": "p:1"}),
+    "CRLF": (b"K=1\r\nL=2\r\n", "1", {"K": "1", "L": "2"}),
+    "spaces in the value": (b"K=a b\n", "a b", {"K": "a b"}),
+    "space at the end": (b"K=1 \n", "1", {"K": "1"}),
+    "blank line": (b"K=1\n\nL=2\n", BROKEN, {"K": "1", "L": "2"}),
+    "comment": (b"# network\nK=1\n", BROKEN, {"K": "1"}),
+    "comment with =": (b"# was L=2\nK=1\n", NO_RANK, {"K": "1"}),
+    "byte order mark": (b"\xef\xbb\xbfK=1\n", UNSET, {"K": "1"}),
+    "export": (b"export K=1\n", "1", {"K": "1"}),
+    "double quotes": (b'K="a b"\n', "a", {"K": "a b"}),
+    "single quotes": (b"K='a b'\n", "'a b'", {"K": "a b"}),
+    "space kept by quotes": (b'K=" a "\n', "", {"K": " a "}),
+    "open quote": (b'K="a\n', NO_RANK, {"K": '"a'}),
+    "several quoted": (b"K='a' 'b'\n", "'a' 'b'", {"K": "'a' 'b'"}),
+    "JSON": (b'K={"a": 1}\n', "{a: 1}", {"K": '{"a": 1}'}),
+    "command": (b"K=$(touch ran)\n", "", {"K": "$(touch ran)"}),
+    "backquotes": (b"K=`touch ran`\n", "", {"K": "`touch ran`"}),
+    "variable": (b"K=$HOME/x\n", str(Path.home() / "x"), {"K": "$HOME/x"}),
+    "command in the value": (b'K=1"; touch ran; "\n', "1", {"K": '1"; touch ran; "'}),
+    "# in the value": (b"K=a # b\n", "a # b", {"K": "a # b"}),
+    "command in the name": (b"K;touch ran;Z=1\n", UNSET, "line 1: 'K;touch ...' is not a name"),
+    "no =": (b"K\n", BROKEN, "line 1: no \"=\" behind 'K': write NAME=value"),
+    "space in front of =": (b"K =1\n", "1", 'line 1: a space in front of "=": write K=value'),
+    "space behind =": (b"K= 1\n", "1", 'line 1: a space behind "=": write K=value'),
+    "digit in front": (b"K=1\n2K=3\n", "1", "line 2: '2K' is not a name"),
+    "dash": (b"K-L=1\n", UNSET, "line 1: 'K-L' is not a name"),
+    "no name": (b"=1\n", UNSET, "line 1: '' is not a name"),
+    "NUL": (b"K=a\0b\n", BROKEN, "line 1: K has a NUL character in its value"),
+    "not UTF-8": (b"K=\xff\n", BROKEN, "line 1: not UTF-8 text"),
+}
+
+
+def seen_behind_the_launcher(runner, path: Path, folder: Path) -> str:
+    """K as a rank sees it: the file as main() reads it, `add_export`, `get_cmd`, and a shell in place of ssh."""
+    arguments = SimpleNamespace(user_args=[], user_script="", ssh_port=None, launcher_args="", venv_script=None)
+    arguments.no_python = arguments.module = arguments.no_local_rank = arguments.save_pid = False
+    arguments.enable_each_rank_log, arguments.master_addr, arguments.master_port = "", "a", 1
+    pdsh = runner.PDSHRunner(arguments, "")
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file.readlines():
+                pdsh.add_export(*line.split("=", maxsplit=1))
+    except (ValueError, TypeError):
+        return BROKEN
+    command, _, _ = pdsh.get_cmd({}, {"n0": [0]})
+    exports = command[command.index("n0") + 1]
+    show = f"import os; print('K is', os.environ.get('K', {UNSET!r}), end='')"
+    remote = f"{exports} {shlex.quote(sys.executable)} -c {shlex.quote(show)}"
+    if "\0" in remote:
+        return BROKEN  # no argument of a process may hold one
+    clean = {name: value for name, value in os.environ.items() if name not in ("K", "L")}
+    done = subprocess.run(["bash", "-c", remote], cwd=folder, env=clean, capture_output=True, text=True, timeout=60)
+    return done.stdout.removeprefix("K is ") if done.stdout.startswith("K is ") else NO_RANK
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_environment_matrix(runner, tmp_path, name):
+    content, of_the_launcher, ours = ENVIRONMENTS[name]
+    path = tmp_path / ".deepspeed_env"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    assert seen_behind_the_launcher(runner, path, tmp_path) == of_the_launcher
+    (tmp_path / "ran").unlink(missing_ok=True)
+    if isinstance(ours, dict):
+        assert launcher.read_environment_file(path) == ours
+    else:
+        with pytest.raises(ConfigError) as caught:
+            launcher.read_environment_file(path)
+        assert ours in str(caught.value) and str(path) in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_environment_matrix_shows_what_the_launcher_runs(runner, tmp_path):
+    """Its rows with a command in them really run it; ours are characters."""
+    ran = []
+    for name, (content, _, _) in ENVIRONMENTS.items():
+        (tmp_path / "env").write_bytes(content)
+        seen_behind_the_launcher(runner, tmp_path / "env", tmp_path)
+        if (tmp_path / "ran").exists():
+            ran.append(name)
+            (tmp_path / "ran").unlink()
+    assert ran == ["command", "backquotes", "command in the value", "command in the name"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"HF_TOKEN {SECRET}",
+        f"HF_TOKEN: {SECRET}",
+        SECRET,
+        f"{SECRET}==",
+        f"HF TOKEN={SECRET}",
+        f"HF_TOKEN ={SECRET}",
+        f"HF_TOKEN= {SECRET}",
+        f"HF-TOKEN={SECRET}",
+        f"HF_TOKEN={SECRET}\0",
+    ],
+)
+def test_no_value_is_shown(tmp_path, line):
+    path = tmp_path / "env"
+    path.write_text(f"{line}\n" * 2)
+    with pytest.raises(ConfigError) as caught:
+        launcher.read_environment_file(path)
+    assert str(caught.value).startswith("2 bad environment lines:\n")
+    assert SECRET not in str(caught.value)
+    assert SECRET[:9] not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o660, 0o606, 0o622, 0o777])
+def test_a_file_that_others_can_write_is_refused(tmp_path, mode):
+    path = tmp_path / "env"
+    path.write_text("K=1\n")
+    path.chmod(mode)
+    with pytest.raises(ConfigError) as caught:
+        launcher.read_environment_file(path)
+    assert str(caught.value) == f"{path} can be written by others (mode {mode:o}): chmod go-w {path}"
+    path.chmod(mode & ~0o022)
+    assert launcher.read_environment_file(path) == {"K": "1"}
+
+
+def test_a_file_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "env"
+    path.write_text("K=1\n")
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+        owner, me = 12345, 0
+    else:
+        owner, me = os.geteuid(), os.geteuid() + 1
+        monkeypatch.setattr(os, "geteuid", lambda: me)
+    with pytest.raises(ConfigError, match=f"env belongs to user {owner}, not to you \\({me}\\)"):
+        launcher.read_environment_file(path)
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    assert launcher.read_environment_file(path) == {"K": "1"}
+
+
+def test_a_file_of_root_is_good_for_all(tmp_path, monkeypatch):
+    if os.geteuid() != 0:
+        pytest.skip("only root can write a file of root")
+    path = tmp_path / "env"
+    path.write_text("K=1\n")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert launcher.read_environment_file(path) == {"K": "1"}
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> SimpleNamespace:
+    """A home and a working directory."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    for folder in (home, work):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    monkeypatch.chdir(work)
+    return SimpleNamespace(home=home, work=work)
+
+
+def test_the_working_directory_wins(places):
+    assert launcher.environment_files() == [] and launcher.travelling_environment() == {}
+    (places.work / ".deepspeed_env").write_text("A=work\nB=work\n")
+    (places.home / ".deepspeed_env").write_text("B=home\nC=home\n")
+    assert [path.absolute() for path in launcher.environment_files()] == [
+        places.home / ".deepspeed_env",
+        places.work / ".deepspeed_env",
+    ]
+    assert launcher.travelling_environment() == {"A": "work", "B": "work", "C": "home"}
+
+
+def test_another_name_for_the_file(places, monkeypatch, tmp_path):
+    (places.work / ".deepspeed_env").write_text("A=1\n")
+    (places.work / "other").write_text("A=2\n")
+    (places.home / "other").write_text("B=2\n")
+    monkeypatch.setenv("DS_ENV_FILE", "other")
+    assert launcher.travelling_environment() == {"A": "2", "B": "2"}
+    monkeypatch.setenv("DS_ENV_FILE", str(places.home / "other"))
+    assert launcher.environment_files() == [places.home / "other"]  # one file, though DeepSpeed opens it twice
+    monkeypatch.setenv("DS_ENV_FILE", "")
+    assert launcher.environment_files() == []
+    monkeypatch.setenv("DS_ENV_FILE", "missing")
+    assert launcher.environment_files() == []
+    with pytest.raises(ConfigError, match="DS_ENV_FILE=missing: there is no such file in .*work or .*home"):
+        launcher.travelling_environment()
+    monkeypatch.delenv("DS_ENV_FILE")
+    monkeypatch.chdir(places.home)
+    (places.home / ".deepspeed_env").write_text("A=3\n")
+    assert len(launcher.environment_files()) == 1
+
+
+def test_the_places_are_those_of_the_launcher(runner):
+    assert runner.DEEPSPEED_ENVIRONMENT_PATHS == [os.path.expanduser("~"), "."]
+    assert runner.DEEPSPEED_ENVIRONMENT_NAME == ".deepspeed_env"
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_of_all_flags_the_known_secrets_are_secret():
+    assert {name for name in known_flags() if launcher.is_secret(name)} == set(SECRETS)
+    assert not [name for name in launcher_flags.known_flags() if launcher.is_secret(name)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "HF_TOKEN HUGGING_FACE_HUB_TOKEN hub_token hub-token token HF_OIDC_ID_TOKEN HFTOKEN accessToken AUTH_TOKENS "
+    "WANDB_API_KEY WANDB_API_KEY2 AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN api_key apiKey APIKEY "
+    "OPENAI_API_KEYS SSH_KEY key MLFLOW_TRACKING_PASSWORD PGPASSWORD passwd DB_PASS MYSQL_PWD SSHPASS "
+    "GOOGLE_APPLICATION_CREDENTIALS WEBHOOK_SECRET client-secret PASSPHRASE".split(),
+)
+def test_secret_names(name):
+    assert launcher.is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    "human_token_ids model_token_ids new_tokens max_new_tokens content_tokens tokens_per_device_batch tokens "
+    "TOKENIZERS_PARALLELISM tokenizer eos_token pad_token_id include_num_input_tokens_seen keys num_key_value_heads "
+    "primary_key PWD OLDPWD PATH HF_HOME KEYBOARD MONKEY secretary passes output_dir".split(),
+)
+def test_names_that_are_not_secret(name):
+    assert not launcher.is_secret(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--hub_token", SECRET, "--lr", "1"], ["--hub_token", "***", "--lr", "1"]),
+        (["--hub-token=" + SECRET, "x"], ["--hub-token=***", "x"]),
+        (["--password", "-" + SECRET, "more", "--lr", "1"], ["--password", "***", "***", "--lr", "1"]),
+        (["--password", "--lr", "1"], ["--password", "--lr", "1"]),
+        (["env", "HF_TOKEN=" + SECRET, "HF_HOME=/x"], ["env", "HF_TOKEN=***", "HF_HOME=/x"]),
+        (["--human_token_ids", "3", "--max_new_tokens=5"], ["--human_token_ids", "3", "--max_new_tokens=5"]),
+        ([f"export HF_TOKEN={SECRET}; export A=1; cd /x;"], ["export HF_TOKEN=***; export A=1; cd /x;"]),
+        ([f"export A=1; export HF_TOKEN='a b{SECRET}'; c"], ["export A=1; export HF_TOKEN=***; c"]),
+        ([f"train --hub_token {SECRET} --lr 1"], ["train --hub_token *** --lr 1"]),
+        ([f'say HF_TOKEN="a {SECRET}'], ["say HF_TOKEN=***"]),
+        ([f"bash -c 'HF_TOKEN={SECRET}'"], ["bash -c 'HF_TOKEN=***"]),
+        ([f"https://me:{SECRET}@example.org/a"], ["https://***@example.org/a"]),
+        ([f'{{"api_key": "{SECRET}", "lr": "1"}}'], ['{"api_key": "***", "lr": "1"}']),
+        (["--lr=1", "a@b:0", "", "K=1"], ["--lr=1", "a@b:0", "", "K=1"]),
+    ],
+)
+def test_redacted(words, shown):
+    assert launcher.redact(words) == shown
+    assert SECRET not in " ".join(launcher.redact(words))
+
+
+@property_test
+@given(
+    value=st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=4).map(lambda text: f"s3cr{text}3t"),
+    name=st.sampled_from(["hub_token", "HF_TOKEN", "apiKey"]),
+    form=st.sampled_from(["--{0} {1}", "--{0}={1}", "{0}={1}", "x 'cd /; export {0}={1}; y'", "x 'y --{0} {1}'"]),
+)
+def test_no_spelling_of_a_secret_is_shown(value, name, form):
+    """Quoted as a shell wants it, and once more where it stands in a command for another shell."""
+    quoted = shlex.quote(value)
+    command = form.format(name, quoted) if "'" not in form else form[:2] + shlex.quote(form[3:-1].format(name, quoted))
+    words = ["ssh", "n0", *shlex.split(command), "--lr", "1"]
+    said = " ".join(launcher.redact(words))
+    assert "s3cr" not in said and "3t" not in said
+    assert said.startswith("ssh n0") and said.endswith("--lr 1")
+
+
+def test_what_travels():
+    for name in "HF_HOME HF_TOKEN PYTHONPATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR WANDB_API_KEY".split():
+        assert launcher.is_exported(name)
+    for name in "NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME UCX_TLS TORCH_NCCL_BLOCKING_WAIT".split():
+        assert launcher.is_exported(name)
+    alone = "CUDA_VISIBLE_DEVICES MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE CROSS_RANK"
+    for name in [*alone.split(), *"PATH HOME USER TMPDIR SSH_AUTH_SOCK HTTPS_PROXY NCCL_HOSTID NCCL hf_home".split()]:
+        assert not launcher.is_exported(name)
