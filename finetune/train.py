@@ -44,8 +44,8 @@ from finetune.distributed.process_setup import prepare_environment
 from finetune.distributed.startup_timer import timed
 from finetune.distributed.watchdog import start_watchdog
 from finetune.models import adapters, loader
-from finetune.report.data_samples import write_samples
 from finetune.run_dir import output_dir_lock, run_json
+from finetune.run_dir.data_samples import write_samples
 from finetune.training.config_check import Setup, check_setup, evaluation_options
 from finetune.training.data_setup import prepare_data
 from finetune.training.finalize import finalize_run

@@ -16,8 +16,8 @@ from finetune.config import PreviewArguments, parse_for_preview
 from finetune.dataset.prepare import PreparedData, check_dropped_share
 from finetune.models.loader import code_note
 from finetune.report import pages
-from finetune.report.data_samples import card_of, counts, id_of, reason_of
 from finetune.report.preview_terminal import PreviewTerminal, harmless
+from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
 from finetune.training.data_setup import prepare_data
 from finetune.utils.console import quiet_libraries, say_note_aside
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError
@@ -188,7 +188,7 @@ def _page(
         lengths=summary.length_histogram,
         longest=summary.longest,
         shown=found.how,
-        cards=[card_of(rendering, in_segments) for rendering in found.rows],
+        cards=[sample_of(rendering, in_segments) for rendering in found.rows],
         not_kept=[(one.source, one.row, one.status, reason_of(one)) for one in found.not_kept],
         num_not_kept=_num_not_kept(prepared),
     )

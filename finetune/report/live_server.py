@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 
 from finetune import diagnostics
 from finetune.report.curves import drawn
+from finetune.report.report_file import write_report
 from finetune.report.report_page import render_parts, render_report
 from finetune.report.run_reader import RunRecord, has_ended, read_run
 from finetune.report.sample_answers import ANSWERS_FILE as ANSWERS_FILE
-from finetune.report.write_report import write_report
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.utils.errors import ConfigError
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune import diagnostics
-from finetune.report.data_samples import read_samples
-from finetune.report.pages.row_cards import RowCard
 from finetune.report.sample_answers import SampleAnswers, read_answers
 from finetune.run_dir import output_dir_lock, run_json
+from finetune.run_dir.data_samples import RowSample, read_samples
 from finetune.run_dir.eval_results import FILES, ResultSection, read_sections
 from finetune.training import nonfinite
 from finetune.utils.errors import ConfigError
@@ -57,7 +56,7 @@ class RunRecord:
     failure: diagnostics.Failure | None
     state: State
     ledger: LedgerSummary
-    cards: list[RowCard]
+    cards: list[RowSample]
     answers: SampleAnswers | None
     lost_rows: int
     found_out: list[ResultSection] = field(default_factory=list)

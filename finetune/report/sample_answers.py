@@ -18,8 +18,7 @@ from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import MEMORY_FRACTION, LoadedModel, free_memory, load_for_inference
 from finetune.inference.run_result import RunResult
 from finetune.models.loader import torch_dtype
-from finetune.report.data_samples import sample_row
-from finetune.report.pages.row_cards import RowCard
+from finetune.run_dir.data_samples import RowSample
 from finetune.utils.atomic_io import write_text_atomically
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 
@@ -56,11 +55,11 @@ class SampleAnswers:
     prompts_file: str | None = None
 
 
-def prompts_of(cards: Sequence[RowCard], count: int) -> list[SamplePrompt]:
+def prompts_of(cards: Sequence[RowSample], count: int) -> list[SamplePrompt]:
     """The first human turns, behind a system turn, of the first `count` rows that were kept whole; none comes twice."""
     found: dict[tuple[Turn, ...], SamplePrompt] = {}
     for card in cards:
-        turns = [(turn.role, sample_row(turn)) for example in card.examples[:1] for turn in example if turn.role]
+        turns = [(turn.role, turn.text) for example in card.examples[:1] for turn in example if turn.role]
         roles = [role for role, _ in turns]
         first = roles.index("human") if "human" in roles else None
         if card.status != "kept" or card.unshown or first not in (0, 1) or (first == 1 and roles[0] != "system"):

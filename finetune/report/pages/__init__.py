@@ -10,7 +10,6 @@ from finetune.report.pages.escape import POLICY, SHAPELESS, language, name_of, t
 from finetune.report.pages.page_files import PREVIEW, REPORT, check_replaceable, mark, write_page
 from finetune.report.pages.page_style import STYLE
 from finetune.report.pages.preview_page import PreviewPage, render_page
-from finetune.report.pages.row_cards import RowCard, TextSpan, TurnCard
 
 __all__ = [
     "POLICY",
@@ -18,10 +17,7 @@ __all__ = [
     "REPORT",
     "SHAPELESS",
     "STYLE",
-    "RowCard",
     "PreviewPage",
-    "TextSpan",
-    "TurnCard",
     "check_replaceable",
     "visible_text",
     "language",

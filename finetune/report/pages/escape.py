@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.report.pages.row_cards import ROWS, TurnCard, bars
+from finetune.report.pages.row_cards import ROWS, bars
+from finetune.run_dir.data_samples import TurnSample
 
 # Without a shape, or changing how others are read: controls, soft hyphen, zero widths, directions, hidden tags.
 # The joiner inside an emoji and the tags behind a flag belong to their picture and stay.
@@ -84,7 +85,7 @@ def _between(text: str) -> Any:
     return Markup(str(visible_text(text)).replace("\n", '<span class="lf">\n</span>'))
 
 
-def language(said: TurnCard | str) -> str:
+def language(said: TurnSample | str) -> str:
     """What to tell the browser, so that it picks the right shapes; empty where the script does not decide."""
     text = said if isinstance(said, str) else "".join(piece.text for piece in said.pieces)
     return next((code for code, script in SCRIPTS if re.search(script, text)), "")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from finetune.report.pages.escape import POLICY, templates
 from finetune.report.pages.page_files import PREVIEW, mark
 from finetune.report.pages.page_style import STYLE
-from finetune.report.pages.row_cards import RowCard
+from finetune.run_dir.data_samples import RowSample
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PreviewPage:
     lengths: Sequence[int]
     longest: int
     shown: str
-    cards: Sequence[RowCard]
+    cards: Sequence[RowSample]
     not_kept: Sequence[tuple[str, int, str, str]]
     num_not_kept: int
 

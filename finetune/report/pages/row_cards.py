@@ -1,43 +1,11 @@
-"""Rows of data on a page: what a card is made of, and the macros that draw it."""
+"""Rows of data on a page: the macros that draw them and their lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 BAR_WIDTH, CHART_HEIGHT = 20, 96
-
-
-class TextSpan(Protocol):
-    """A run of text: `kind` is context, learned, control or learned_control; `read` whether the model sees it."""
-
-    kind: str
-    text: str
-    read: bool
-
-
-@dataclass(frozen=True)
-class TurnCard:
-    """One turn of an example, or what a template writes between two (`role` is None there)."""
-
-    role: str | None
-    pieces: Sequence[TextSpan]
-
-
-@dataclass(frozen=True)
-class RowCard:
-    """One row: `status` is kept, cut, split or dropped; an example is a list of turns, none where it was dropped."""
-
-    source: str
-    row: int
-    id: str | None
-    status: str
-    tokens: int
-    learned: int
-    reason: str | None
-    examples: Sequence[Sequence[TurnCard]]
-    unshown: int = 0  # characters at the end that are left out
 
 
 @dataclass(frozen=True)
@@ -79,8 +47,8 @@ ROWS = """{% macro piece(one, newlines) %}
 <h3>Row {{ one.row }}</h3>
 <span class="badge {{ one.status }}">{{ one.status }}</span>
 <span>{{ one.source|harmless }}{% if one.id is not none %}, id {{ one.id|harmless }}{% endif %}</span>
-<span class="numbers">{{ one.tokens|thousands }} tokens, {{ one.learned|thousands }} learned
-{%- if one.tokens %} ({{ "%.1f"|format(100 * one.learned / one.tokens) }}%){% endif %}</span>
+<span class="numbers">{{ one.tokens|thousands }} tokens, {{ one.supervised|thousands }} learned
+{%- if one.tokens %} ({{ "%.1f"|format(100 * one.supervised / one.tokens) }}%){% endif %}</span>
 {% if one.reason %}
 <span class="reason">{{ one.reason|harmless }}</span>
 {% endif %}

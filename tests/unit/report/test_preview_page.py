@@ -7,13 +7,14 @@ import re
 import struct
 import subprocess
 import zlib
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from finetune.chat_templates.text_segments import Segment
 from finetune.report import pages
+from finetune.run_dir.data_samples import RowSample, TurnSample
 from finetune.utils.errors import ConfigError, StorageError
 from tests.helpers.browsers import browser_path
 
@@ -25,29 +26,24 @@ LEARNED_LIGHT, LEARNED_DARK = (0xD5, 0xF2, 0xDE), (0x12, 0x3A, 0x25)
 PAPER_LIGHT, PAPER_DARK = (0xF5, 0xF6, 0xF8), (0x0F, 0x12, 0x16)
 
 
-@dataclass(frozen=True)
-class Piece:
-    kind: str
-    text: str
-    read: bool = True
+def piece(kind: str, text: str) -> Segment:
+    return Segment(kind, text, None)
 
 
-START, END = Piece("control", "<|im_start|>"), Piece("learned_control", "<|im_end|>")
+START, END = piece("control", "<|im_start|>"), piece("learned_control", "<|im_end|>")
 
 
-def turns(human: str, model: str, *, ended: bool = True) -> list[pages.TurnCard]:
+def turns(human: str, model: str, *, ended: bool = True) -> list[TurnSample]:
     return [
-        pages.TurnCard(None, [START, Piece("context", "user\n")]),
-        pages.TurnCard("human", [Piece("context", human)]),
-        pages.TurnCard(None, [Piece("control", "<|im_end|>"), Piece("context", "\n"), START]),
-        pages.TurnCard("model", [Piece("learned", model), *[END] * ended]),
+        TurnSample(None, [START, piece("context", "user\n")]),
+        TurnSample("human", [piece("context", human)]),
+        TurnSample(None, [piece("control", "<|im_end|>"), piece("context", "\n"), START]),
+        TurnSample("model", [piece("learned", model), *[END] * ended]),
     ]
 
 
-def card(row: int, status: str, reason: str | None, *examples: list[pages.TurnCard]) -> pages.RowCard:
-    return pages.RowCard(
-        "rows.json", row, f"id {row}", status, 40 * len(examples), 10 * len(examples), reason, examples
-    )
+def card(row: int, status: str, reason: str | None, *examples: list[TurnSample]) -> RowSample:
+    return RowSample("rows.json", row, f"id {row}", status, 40 * len(examples), 10 * len(examples), reason, examples)
 
 
 CARDS = (

@@ -14,8 +14,8 @@ from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
 from finetune.report import read_run, sample_answers, write_at_the_end
-from finetune.report.data_samples import read_samples
 from finetune.report.sample_answers import SamplePrompt, generate_answers, prompts_of, read_answers, read_prompts
+from finetune.run_dir.data_samples import read_samples
 from finetune.run_dir.run_json import load_run_json
 from finetune.utils.errors import ConfigError, FinetuneError
 from tests.helpers.reported import answer, card, output_dir
@@ -49,7 +49,7 @@ def test_samples_of_a_run_hold_the_words_of_the_data(train, conversation_file):
     assert [one.row for one in cards] == sorted({one.row for one in cards}) and len(cards) == 6
     for one in cards:
         (example,) = one.examples
-        words = [(turn.role, sample_answers.sample_row(turn)) for turn in example if turn.role]
+        words = [(turn.role, turn.text) for turn in example if turn.role]
         assert words == [(turn.role, turn.text) for turn in rows[one.row].turns]
     assert any(prompt.turns[0].role == "system" for prompt in prompts_of(cards, 6))
 
@@ -129,7 +129,7 @@ def test_time_and_memory_that_do_not_suffice(train, monkeypatch):
     assert "TB" not in sample_answers.reason_not_answered(
         result, 30
     ) and "40000.0 GB of memory" in sample_answers.reason_not_answered(result, 30)
-    monkeypatch.setattr("finetune.report.sample_answers.reason_not_answered", lambda *_: "it is too large")
+    monkeypatch.setattr("finetune.report.report_file.reason_not_answered", lambda *_: "it is too large")
     line = write_at_the_end(output, answers=1, seconds=30)
     assert line.endswith(f"it is too large: finetune report {output} makes them")
     assert not (output / sample_answers.ANSWERS_FILE).exists() and (output / "report.html").is_file()

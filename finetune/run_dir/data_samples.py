@@ -1,0 +1,155 @@
+"""Rows of a run's data as the model reads them; a few are kept in the output folder as `samples.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from finetune.chat_templates import Example, RenderedConversation
+from finetune.chat_templates.text_segments import InSegments, Segment
+from finetune.utils.atomic_io import write_bytes_atomically
+from finetune.utils.errors import StorageError
+
+SAMPLES_FILE = "samples.json"
+MAX_CHARACTERS = 6_000  # of a row that is kept
+
+
+@dataclass(frozen=True)
+class TurnSample:
+    """One turn of an example, or what a template writes between two (`role` is None there)."""
+
+    role: str | None
+    pieces: Sequence[Segment]
+
+    @property
+    def text(self) -> str:
+        """The turn without control tokens."""
+        return "".join(segment.text for segment in self.pieces if not segment.is_control)
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """One row of the data.
+
+    Attributes:
+        status: kept, cut, split or dropped.
+        tokens: of all examples of the row; `supervised`: of them.
+        examples: a list of turns each; none where the row was dropped.
+        unshown: characters at the end that are left out.
+    """
+
+    source: str
+    row: int
+    id: str | None
+    status: str
+    tokens: int
+    supervised: int
+    reason: str | None
+    examples: Sequence[Sequence[TurnSample]]
+    unshown: int = 0
+
+
+def sample_of(rendering: RenderedConversation, in_segments: InSegments) -> RowSample:
+    """Return a rendered row as text, with `in_segments` for its tokens."""
+    tokens, supervised = counts(rendering)
+    return RowSample(
+        source=rendering.source,
+        row=rendering.row,
+        id=None if rendering.id is None else id_of(rendering),
+        status=rendering.status,
+        tokens=tokens,
+        supervised=supervised,
+        reason=reason_of(rendering) or None,
+        examples=[_turns(example, in_segments(example)) for example in rendering.examples],
+    )
+
+
+def _turns(example: Example, segments: Sequence[Segment]) -> list[TurnSample]:
+    roles: dict[int | None, str] = {span.turn: span.role for span in example.turn_spans}
+    return [TurnSample(roles.get(turn), list(run)) for turn, run in groupby(segments, lambda segment: segment.turn)]
+
+
+def counts(rendering: RenderedConversation) -> tuple[int, int]:
+    """Return the number of tokens and of supervised tokens."""
+    tokens = sum(len(example.input_ids) for example in rendering.examples)
+    return tokens, sum(example.num_supervised for example in rendering.examples)
+
+
+def reason_of(rendering: RenderedConversation) -> str:
+    """Return the reason without the source and row in front of it."""
+    place = f"{rendering.source}, row {rendering.row}"
+    return (rendering.reason or "").replace(f"{place}: ", "").replace(f"{place}, ", "")
+
+
+def id_of(rendering: RenderedConversation) -> str:
+    """Return the id as the file spells it; text without its quotes."""
+    return rendering.id if isinstance(rendering.id, str) else json.dumps(rendering.id, ensure_ascii=False)
+
+
+def write_samples(folder: Path, renderings: Iterable[RenderedConversation], in_segments: InSegments) -> None:
+    """Keep these rows in an output folder, a long one up to its first characters.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    samples = [asdict(_shortened(sample_of(rendering, in_segments))) for rendering in renderings]
+    path = folder / SAMPLES_FILE
+    try:
+        if samples:
+            write_bytes_atomically(path, json.dumps(samples, ensure_ascii=False, indent=1) + "\n")
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def read_samples(folder: Path) -> list[RowSample]:
+    """Return the rows that were kept; none where the file is missing or broken."""
+    try:
+        return [_from_json(values) for values in json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _shortened(sample: RowSample) -> RowSample:
+    left, unshown = MAX_CHARACTERS, 0
+    examples = []
+    for example in sample.examples:
+        turns = []
+        for turn in example:
+            pieces = []
+            for segment in turn.pieces:
+                text = segment.text[: max(left, 0)]
+                unshown += len(segment.text) - len(text)
+                left -= len(segment.text)
+                if text:
+                    pieces.append(replace(segment, text=text))
+            if pieces:
+                turns.append(TurnSample(turn.role, pieces))
+        if turns:
+            examples.append(turns)
+    return replace(sample, examples=examples, unshown=unshown)
+
+
+def _from_json(values: dict[str, Any]) -> RowSample:
+    def turn_of(turn: dict[str, Any]) -> TurnSample:
+        pieces = turn["pieces"]
+        return TurnSample(
+            turn["role"], [Segment(piece["kind"], str(piece["text"]), None, bool(piece["read"])) for piece in pieces]
+        )
+
+    return RowSample(
+        source=str(values["source"]),
+        row=int(values["row"]),
+        id=None if values["id"] is None else str(values["id"]),
+        status=str(values["status"]),
+        tokens=int(values["tokens"]),
+        supervised=int(values["supervised"] if "supervised" in values else values["learned"]),  # 0.1: "learned"
+        reason=None if values["reason"] is None else str(values["reason"]),
+        examples=[[turn_of(turn) for turn in example] for example in values["examples"]],
+        unshown=int(values.get("unshown", 0)),
+    )
