@@ -14,9 +14,9 @@ from playwright.sync_api import Error
 from finetune import diagnostics
 from finetune.diagnostics import Failure
 from finetune.report import live_server, read_run, render_report
-from tests.helpers.browsers import open_page
+from tests.helpers.browsers import PAPER_DARK, PAPER_LIGHT, count, open_page, pixels
+from tests.helpers.preview_pages import CHINESE, HOSTILE
 from tests.helpers.reported import answer, card, line, output_dir
-from tests.unit.report.test_preview_page import CHINESE, HOSTILE, PAPER_DARK, PAPER_LIGHT, count, pixels
 
 pytestmark = pytest.mark.browser
 SERIES_LIGHT, SERIES_DARK = (0x2F, 0x6F, 0xDB), (0x74, 0xA3, 0xFF)

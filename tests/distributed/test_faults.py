@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.test_published_command import DEEPSPEED, launch
 from tests.helpers import ranks
 from tests.helpers.paths import ROOT
+from tests.helpers.published_command import DEEPSPEED, launch
 
 pytestmark = pytest.mark.faults
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.published_command import LIMIT_SECONDS, launch
 from tests.helpers.rows import ROWS, write_rows
 
-DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
-LIMIT_SECONDS = 240
 # DESIGN: the main command line as it was published; only names and paths are filled in.
 PUBLISHED = (
     "--model_max_length 2048 --num_train_epochs 4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
@@ -22,13 +21,6 @@ PUBLISHED = (
     "--adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 1e-4 --warmup_ratio 0.0 --logging_steps 1 "
     "--gradient_checkpointing True --bf16 True --tf32 True --report_to none"
 ).split()
-
-
-def launch(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [DEEPSPEED, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
-    )
 
 
 def test_the_published_command_runs_verbatim_on_two_ranks(tiny_model, conversation_file, tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.test_batch_invariance import LORA, assert_same, rows_file, shape, train  # noqa: F401
 from tests.helpers import ranks
+from tests.helpers.batch_runs import LORA, assert_same, shape
 
 SHARED = ("--sequence_parallel_size", "2")
 
@@ -21,14 +21,14 @@ SHARED = ("--sequence_parallel_size", "2")
     ],
     ids=["zero1-full", "zero2-lora", "zero3-full", "zero3-lora-checkpointed", "conversations"],
 )
-def test_shared_rows_give_the_losses_gradients_and_weights_of_whole_ones(train, config, more):  # noqa: F811
-    alone = train("alone", 1, *shape(4, 2, "zero2"), *more)
-    assert_same(alone, train("shared", 2, *shape(4, 2, config), *more, *SHARED), steps=4)
+def test_shared_rows_give_the_losses_gradients_and_weights_of_whole_ones(train_shaped, config, more):
+    alone = train_shaped("alone", 1, *shape(4, 2, "zero2"), *more)
+    assert_same(alone, train_shaped("shared", 2, *shape(4, 2, config), *more, *SHARED), steps=4)
 
 
-def test_packed_rows_and_token_budgets_are_shared_too(train, tmp_path):  # noqa: F811
+def test_packed_rows_and_token_budgets_are_shared_too(train_shaped, tmp_path):
     budget = ("--deepspeed", "zero2", "--tokens_per_device_batch", "300", "--gradient_accumulation_steps", "2")
-    assert_same(train("alone", 1, *budget), train("shared", 2, *budget, *SHARED), steps=4)
+    assert_same(train_shaped("alone", 1, *budget), train_shaped("shared", 2, *budget, *SHARED), steps=4)
     assert "2 (CPU, gloo), 2 share each conversation" in (tmp_path / "shared-logs/rank-0.log").read_text()
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_published_command import DEEPSPEED, LIMIT_SECONDS
 from tests.helpers.environment import OUTER_ENVIRONMENT
 from tests.helpers.paths import ROOT
+from tests.helpers.published_command import DEEPSPEED, LIMIT_SECONDS
 
 pytestmark = pytest.mark.gpu
 SHORT = (

@@ -9,20 +9,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 from tests.helpers import hosts
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS, write_rows
-from tests.hosts.test_launch import find, until
-from tests.hosts.test_two_hosts import ENVIRONMENT, left_behind
-
-__all__ = ["Cluster", "find", "left_behind", "until"]
 
 SCRIPT = ROOT / "finetune/finetune.py"
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 LIMIT_SECONDS = 200
+SECONDS_TO_END = 10  # for sessions that are just closing
+# The launcher hands these on to every host; gloo alone would announce 127.0.0.1. Prepared data and compiled operators
+# are those of the other tests.
+ENVIRONMENT = (
+    "GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nHF_HUB_OFFLINE=1\n"
+    f"TORCH_EXTENSIONS_DIR={os.environ['TORCH_EXTENSIONS_DIR']}\nXDG_CACHE_HOME={os.environ['XDG_CACHE_HOME']}\n"
+)
 
 
 class Cluster:
@@ -119,3 +123,37 @@ def cluster(nodes: list[hosts.Host], folder: Path, model: Path) -> Iterator[Clus
             one.communicate()
         for node in nodes:
             node.end_processes()
+
+
+def until(process: subprocess.Popen, sign: str) -> str:
+    """Read its output until a line holds `sign`."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if sign in line:
+            return said
+    raise AssertionError(f"{sign!r} was never said:\n{said}")
+
+
+def find(node: hosts.Host, sign: str) -> int:
+    """The Python process of a host whose command line holds `sign`; the ssh that typed it has the same words."""
+    return next(n for n, line in node.processes().items() if sign in line and "python" in line.split()[0])
+
+
+def left_behind(nodes: list[hosts.Host]) -> list[str]:
+    """What still runs on the hosts; sessions that are just closing get a moment."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (left := [line for node in nodes for line in node.processes().values()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+@contextmanager
+def another_version(host: hosts.Host, library: str, version: str, folder: Path) -> Iterator[None]:
+    """On this host alone the library is of another version."""
+    installed = Path(str(distribution(library)._path)) / "METADATA"
+    made = folder / f"{library}-METADATA"
+    lines = installed.read_text(encoding="utf-8").splitlines(keepends=True)
+    made.write_text("".join(f"Version: {version}\n" if line.startswith("Version:") else line for line in lines))
+    with host.bound(made, installed):
+        yield

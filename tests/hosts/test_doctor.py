@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import hosts
-from tests.helpers.host_runs import Cluster, cluster
+from tests.helpers.host_runs import Cluster, another_version, cluster
 from tests.helpers.rows import ROWS, write_rows
-from tests.hosts.test_host_setup import another_version
 
 pytestmark = pytest.mark.hosts
 

@@ -8,13 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import hosts
-from tests.helpers.host_runs import Cluster, cluster
+from tests.helpers.host_runs import Cluster, another_version, cluster
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS, write_rows
 
@@ -36,17 +35,6 @@ def refused(job: Cluster, *named: str, status: int = 2, launcher: tuple[str, ...
     said = job.failed(run, *named, within=SECONDS_TO_REFUSE, status=status)
     assert said.count("error: ") == 1 and "The run failed" not in said and not job.output.exists(), said
     return said
-
-
-@contextmanager
-def another_version(host: hosts.Host, library: str, version: str, folder: Path) -> Iterator[None]:
-    """On this host alone the library is of another version."""
-    installed = Path(str(distribution(library)._path)) / "METADATA"
-    made = folder / f"{library}-METADATA"
-    lines = installed.read_text(encoding="utf-8").splitlines(keepends=True)
-    made.write_text("".join(f"Version: {version}\n" if line.startswith("Version:") else line for line in lines))
-    with host.bound(made, installed):
-        yield
 
 
 def test_what_differs_on_one_host_is_named_with_both_values(job, tmp_path, three_nodes):

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import hosts
+from tests.helpers.host_runs import ENVIRONMENT, find, left_behind, until
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS, write_rows
 from tests.helpers.short_runs import losses
-from tests.hosts.test_two_hosts import ENVIRONMENT, left_behind
 
 pytestmark = pytest.mark.hosts
 
@@ -58,21 +57,6 @@ def start(nodes, tmp_path, tiny_model) -> Iterator[Start]:
         one.communicate()
     for node in nodes:
         node.end_processes()
-
-
-def until(process: subprocess.Popen, sign: str) -> str:
-    """Read its output until a line holds `sign`."""
-    said = ""
-    for line in process.stdout:
-        said += line
-        if sign in line:
-            return said
-    raise AssertionError(f"{sign!r} was never said:\n{said}")
-
-
-def find(node: hosts.Host, sign: str) -> int:
-    """The Python process of a host whose command line holds `sign`; the ssh that typed it has the same words."""
-    return next(n for n, line in node.processes().items() if sign in line and "python" in line.split()[0])
 
 
 def test_two_hosts_train_with_arguments_as_they_are_and_no_secret_is_seen(start, nodes, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 
 from finetune import checkpoint
 from tests.helpers import hosts, ranks
+from tests.helpers.host_runs import ENVIRONMENT, SECONDS_TO_END, left_behind
 from tests.helpers.paths import ROOT
 from tests.helpers.short_runs import LORA, losses
 
@@ -21,13 +21,6 @@ pytestmark = pytest.mark.hosts
 
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 LIMIT_SECONDS = 240
-SECONDS_TO_END = 10
-# The launcher hands these on to every host; gloo alone would announce 127.0.0.1. Prepared data and compiled operators
-# are those of the other tests.
-ENVIRONMENT = (
-    "GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nHF_HUB_OFFLINE=1\n"
-    f"TORCH_EXTENSIONS_DIR={os.environ['TORCH_EXTENSIONS_DIR']}\nXDG_CACHE_HOME={os.environ['XDG_CACHE_HOME']}\n"
-)
 SHORT = (
     "--num_train_epochs 2 --per_device_train_batch_size 1 --learning_rate 1e-2 --lr_scheduler_type constant "
     "--logging_steps 1 --save_strategy epoch --write_report False"
@@ -52,14 +45,6 @@ def launch(nodes: list[hosts.Host], tmp_path: Path) -> Iterator[Launch]:
     yield run
     for node in nodes:
         node.end_processes()
-
-
-def left_behind(nodes: list[hosts.Host]) -> list[str]:
-    """What still runs on the hosts; sessions that are just closing get a moment."""
-    deadline = time.monotonic() + SECONDS_TO_END
-    while (left := [line for node in nodes for line in node.processes().values()]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 def test_a_host_has_its_own_name_processes_and_network(nodes):

@@ -18,42 +18,10 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from finetune import checkpoint
-from finetune.checkpoint import Manifest
 from finetune.utils.errors import CheckpointError
-
-MANIFEST = Manifest(
-    run_id="20260101-000000-abcdef01",
-    step=4,
-    world_size=2,
-    step_rows=8,
-    position={"epoch": 1, "step": 1},
-    last_logged=3,
-    loss_since_log=[0.1, 1 / 3],
-    facts={"--seed": 42, "ZeRO stage": 2},
-    trained={"layer.weight": [2, 3]},
-    versions={"torch": "2.13.0"},
-    disks=[[0, 1]],
-    written="2026-01-01T00:00:00+0000",
-)
-
-
-def sealed(output_dir: Path, step: int, run_id: str = MANIFEST.run_id) -> Path:
-    """A checkpoint of every kind of file, written as a run writes it."""
-    folder = checkpoint.checkpoint_folder(output_dir, step)
-    checkpoint.mark_as_unfinished(folder, run_id, step)
-    shard = folder / f"global_step{step}"
-    shard.mkdir()
-    torch.save({"moments": torch.arange(500.0)}, shard / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    torch.save({"python": (3, (1, 2), None)}, folder / "rng_state_0.pth")
-    save_file({"weight": torch.arange(300.0)}, folder / "model.safetensors")
-    (folder / "latest").write_text(f"global_step{step}")
-    (folder / "trainer_state.json").write_text('{"global_step": 4}')
-    files = checkpoint.fsync_and_hash(folder, checkpoint.file_names(folder), None)
-    checkpoint.write_manifest(folder, replace(MANIFEST, step=step, run_id=run_id, files=files))
-    return folder
+from tests.helpers.checkpoint_files import MANIFEST, sealed
 
 
 def test_a_manifest_names_every_file_and_comes_back_as_it_was(tmp_path):
@@ -71,19 +39,6 @@ def test_a_manifest_names_every_file_and_comes_back_as_it_was(tmp_path):
         - (folder / "manifest.json").stat().st_size
     )
     assert checkpoint.verify_checkpoint(folder) == [] and checkpoint.latest_complete(tmp_path) == folder
-
-
-def test_a_manifest_needs_no_torch(tmp_path):
-    import subprocess
-    import sys
-
-    sealed(tmp_path, 4)
-    code = (
-        "import sys; from pathlib import Path; from finetune import checkpoints\n"
-        f"print(checkpoints.latest_complete(Path({str(tmp_path)!r})).name, 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["checkpoint-4", "False"], done.stderr
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ import pytest
 from finetune import checkpoint
 from finetune.checkpoint import checkpoint_dirs
 from finetune.utils.errors import CheckpointError
-from tests.unit.checkpoint.test_checkpoints import MANIFEST, sealed
+from tests.helpers.checkpoint_files import MANIFEST, sealed
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from finetune import checkpoint
 from finetune.checkpoint.saver import Saver, checkpoint_bytes
 from finetune.distributed.collectives import StorageGroup
 from finetune.utils.errors import StorageError
-from tests.unit.checkpoint.test_checkpoints import MANIFEST, sealed
+from tests.helpers.checkpoint_files import MANIFEST, sealed
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ import pytest
 from finetune.cli import preview
 from finetune.config import parse_for_preview
 from finetune.utils.errors import ConfigError
-from tests.helpers.paths import ROOT
 from tests.helpers.rows import write_rows
 
 TALK = [("human", "Hi"), ("model", "Yes"), ("human", "</s>[b]"), ("model", "好👩‍👧")]
@@ -187,14 +184,3 @@ def test_a_page_never_replaces_another_file(show, tmp_path):
 def test_flags_that_do_not_go_together(words, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         parse_for_preview(["--model_name_or_path", "m", "--data_path", "d", *words])
-
-
-def test_a_reader_that_has_seen_enough(tokenizer_folder, tmp_path):
-    write_rows(tmp_path / "rows.json", numbered(3000, "A long answer. " * 5))
-    command = [sys.executable, "-m", "finetune", "preview", "--model_name_or_path", str(tokenizer_folder)]
-    command += ["--data_path", str(tmp_path / "rows.json"), "--chat_template", "lingowhale", "--json"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        assert json.loads(running.stdout.readline())["row"] == 0
-        running.stdout.close()
-        assert running.wait(60) == 0
-        assert "Traceback" not in running.stderr.read()

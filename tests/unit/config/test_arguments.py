@@ -1,35 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 
-import finetune
 from finetune.config import known_flags, parse, parse_for_preview, training_flags
 from finetune.utils.errors import ConfigError
-from tests.helpers.paths import ROOT
-
-PUBLISHED = (
-    "--data_path data/identity.json --model_name_or_path deeplang-ai/LingoWhale-8B --output_dir output "
-    "--model_max_length 2048 --num_train_epochs 4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
-    "--save_strategy epoch --learning_rate 2e-5 --lr_scheduler_type constant --adam_beta1 0.9 --adam_beta2 0.98 "
-    "--adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 1e-4 --warmup_ratio 0.0 --logging_steps 1 "
-    "--gradient_checkpointing True --deepspeed ds_configs/zero3.json --bf16 True --tf32 True --report_to none"
-).split()
-REQUIRED = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o"]
-
-
-def parsed(*words: str):
-    return parse([*REQUIRED, *words])
-
-
-def refusal(*words: str) -> str:
-    with pytest.raises(ConfigError) as raised:
-        parsed(*words)
-    return str(raised.value)
-
+from tests.helpers.flag_parsing import PUBLISHED, REQUIRED, parsed, refusal
 
 # ---- the published command
 
@@ -49,41 +26,6 @@ def test_the_published_command_parses():
         "activation_checkpointing": True, "deepspeed": "ds_configs/zero3.json", "bf16": True, "tf32": True,
         "report_to": ["none"],
     }  # fmt: skip
-
-
-def test_parsing_and_checking_start_without_torch():
-    code = (
-        "import sys; import finetune.config, finetune.dataset.conversation_reader, finetune.config.hardware\n"
-        "import finetune.config.deepspeed_config\n"
-        "print(finetune.config.parse(sys.argv[1:]).training['output_dir'], "
-        "[name for name in ('torch', 'transformers', 'deepspeed', 'peft', 'numpy') if name in sys.modules])"
-    )
-
-    done = subprocess.run([sys.executable, "-c", code, *PUBLISHED], cwd=ROOT, capture_output=True, text=True)
-
-    assert (done.stdout, done.stderr) == ("output []\n", "")
-
-
-def test_help_and_version_wait_for_no_library():
-    code = (
-        "import sys; from finetune.__main__ import app\n"
-        "for word in ('--help', '--version'):\n    app([word], standalone_mode=False)\n"
-        "print([name for name in sys.modules if name.startswith('finetune.cli')])\n"
-        "for verb in app.registered_commands:\n"
-        "    print('>', verb.name)\n"
-        "    try:\n        app([verb.name, '--help'], standalone_mode=False)\n"
-        "    except SystemExit as end:\n        assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'deepspeed', 'peft', 'datasets', 'gradio', 'lm_eval'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    verbs = {line.removeprefix("> ") for line in lines if line.startswith("> ")}
-    assert {"preview", "convert", "launch", "doctor", "merge", "evaluate", "quickstart", "report", "chat"} == verbs
-    assert f"finetune {finetune.__version__}" in lines
-    assert lines.count("[]") == 2, lines
 
 
 @pytest.mark.parametrize(

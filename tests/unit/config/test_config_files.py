@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from finetune.config import parse
-from tests.unit.config.test_arguments import PUBLISHED, REQUIRED, parsed, refusal
+from tests.helpers.flag_parsing import PUBLISHED, REQUIRED, parsed, refusal
 
 VALUES = {"learning_rate": 2e-5, "use_lora": True, "lora_target_modules": ["q_proj", "v_proj"], "report_to": "none"}
 

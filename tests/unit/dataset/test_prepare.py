@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import resource
-import signal
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from finetune.dataset.data_sources import find_sources
 from finetune.dataset.data_summary import DataSummary, kind_of
 from finetune.dataset.prepare import check_dropped_share, prepare_dataset
 from finetune.dataset.prepare_workers import BATCH_ROWS
-from finetune.utils.errors import DataError, StorageError, exit_on_error
+from finetune.utils.errors import DataError, StorageError
 from tests.helpers.rows import ROWS, write_rows
 
 
@@ -186,111 +182,10 @@ def test_several_processes_give_the_same_data_in_the_same_order(tmp_path, render
     assert together.summary == alone.summary
 
 
-def _prepare_and_count(path, renderer, cache, count, results):
-    began = []
-    prepare_really = prepared_cache.CacheWriter.__enter__
-
-    def counted(self):
-        began.append(os.getpid())
-        return prepare_really(self)
-
-    prepared_cache.CacheWriter.__enter__ = counted
-    data = prepared(path, renderer, cache)
-    results.put((len(began), data.summary.rows))
-
-
-def test_of_several_starts_at_once_one_prepares(tmp_path, renderer):
-    path = write_rows(tmp_path / "a.json", many(1500))
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    starts = [
-        context.Process(target=_prepare_and_count, args=(path, renderer, tmp_path / "cache", 0, results))
-        for _ in range(3)
-    ]
-    for one in starts:
-        one.start()
-    found = [results.get(timeout=120) for _ in starts]
-    for one in starts:
-        one.join()
-    assert sorted(found) == [(0, 1500), (0, 1500), (1, 1500)]
-
-
-def started(path, renderer, cache, processes):
-    """A preparation in a process of its own that has begun to write."""
-    writer = multiprocessing.get_context("fork").Process(
-        target=_prepare_in_its_own_words, args=(path, renderer, cache), kwargs={"num_processes": processes}
-    )
-    writer.start()
-    deadline = time.monotonic() + 60
-    while not any(one.stat().st_size > 100_000 for one in cache.glob(f"*.part-*/{prepared_cache.EXAMPLES_FILE}")):
-        assert time.monotonic() < deadline and writer.is_alive()
-        time.sleep(0.005)
-    return writer
-
-
-def _prepare_in_its_own_words(path, renderer, cache, num_processes):
-    with exit_on_error():
-        prepared(path, renderer, cache, num_processes=num_processes)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path, renderer, processes):
-    path = write_rows(tmp_path / "a.json", many(20_000))
-    cache = tmp_path / "cache"
-    writer = started(path, renderer, cache, processes)
-    workers = children(writer.pid)
-    assert len(workers) == (processes if processes > 1 else 0)
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.join()
-    assert not list(cache.glob("*/" + prepared_cache.FACTS_FILE))
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline, "a process outlived the one that started it"
-        time.sleep(0.05)
-
-    data = prepared(path, renderer, cache)
-
-    assert data.summary.rows == 20_000
-    assert not list(cache.glob("*.part-*"))
-
-
-def test_a_killed_worker_is_one_error_and_nothing_is_left(tmp_path, renderer, capfd):
-    path = write_rows(tmp_path / "a.json", many(20_000))
-    writer = started(path, renderer, tmp_path / "cache", 2)
-    os.kill(children(writer.pid)[0], signal.SIGKILL)
-    writer.join(60)
-    assert writer.exitcode == 1
-    assert "error: a process that prepares data was killed (out of memory?): try --prep" in capfd.readouterr().err
-    assert not list((tmp_path / "cache").glob("*/"))
-
-
-def test_a_full_disk_is_one_error_that_names_the_folder(tmp_path, renderer):
-    path = write_rows(tmp_path / "a.json", many(2000))
-
-    def with_little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the kernel refuses to write more to a file
-        with pytest.raises(StorageError, match="cache: File too large: make room, or name another folder with --data"):
-            prepared(path, renderer, tmp_path / "cache")
-
-    _in_a_process(with_little_room)
-    assert not list((tmp_path / "cache").glob("*/"))
-
-
 def test_a_folder_that_cannot_be_made_is_one_error_that_names_the_flag(tmp_path, renderer, conversation_file):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="Not a directory: .*: name another with --data_cache_dir"):
         prepared(conversation_file, renderer, tmp_path / "file" / "cache")
-
-
-def _in_a_process(function) -> None:
-    process = multiprocessing.get_context("fork").Process(target=function)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
 
 
 def bad_rows(count: int, bad: int) -> list[dict]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from finetune.utils.errors import CheckpointError, ConfigError, StorageError
 from tests.helpers import made_results as made
 from tests.helpers import tiny_models
 from tests.helpers.made_results import logits
-from tests.helpers.paths import ROOT
 
 SHARD = 20_000  # bytes: several files of a tiny model
 
@@ -302,36 +299,3 @@ def test_the_folder_is_a_model_that_serves(lora, tmp_path):
 def test_pieces_are_shared_out_to_files_in_their_order():
     assert in_shards([None] * 5, [3, 3, 9, 1, 2], 6) == [[0, 1], [2], [3, 4]]
     assert in_shards([None], [9], 1) == [[0]]
-
-
-LARGE = """
-import resource, sys
-from pathlib import Path
-import torch
-from finetune.inference.run_result import read_result
-from finetune import merging
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def plan(folder):
-    return merging.plan_merge(read_result(folder), folder / "merged", base_name=None, dtype=None)
-merging.merge(plan(Path(sys.argv[2])), shard_bytes=10**6, proves=False)
-before = peak()
-merged = merging.merge(plan(Path(sys.argv[1])), shard_bytes=16 * 2**20, proves=False)
-print(peak() - before, merged.size)
-"""
-
-
-@pytest.mark.faults
-def test_a_model_is_merged_in_the_memory_of_a_shard(tmp_path, lora):
-    sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8)
-    base = made.save_base(build("llama", **sizes), tmp_path / "large")
-    made.save_adapter(adapt(build("llama", **sizes)), base, tmp_path / "large-output")
-    done = subprocess.run(
-        [sys.executable, "-c", LARGE, tmp_path / "large-output", tmp_path / "output"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    growth, size = map(int, done.stdout.split())
-    assert size > 350e6
-    # A shard, its copy as it is written, and a layer in float32; the adapter itself takes 8 MB.
-    assert growth < 120e6, f"{growth / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"

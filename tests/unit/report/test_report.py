@@ -6,9 +6,6 @@ import base64
 import hashlib
 import json
 import re
-import subprocess
-import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -22,49 +19,9 @@ from finetune.report.run_outcome import against_the_plan, duration
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.run_dir.eval_results import HELD_OUT_FILE, versioned, write_results
 from finetune.utils.errors import ConfigError
-from tests.helpers.paths import ROOT
+from tests.helpers.preview_pages import HOSTILE
+from tests.helpers.report_pages import Page
 from tests.helpers.reported import answer, card, line, output_dir
-from tests.unit.report.test_preview_page import HOSTILE
-
-SECTIONS = ("Answers", "Plan", "Data", "Rows", "Ledger", "Arguments")
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, scripts, and all text that is shown."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict]] = []
-        self.scripts: list[tuple[dict, str]] = []
-        self.text, self.inside = "", ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        self.inside = tag if tag in ("script", "style") else ""
-        self.text += " " if tag in ("td", "th") else ""
-        if tag == "script":
-            self.scripts.append((dict(attributes), ""))
-
-    def handle_endtag(self, tag):
-        self.inside = ""
-
-    def handle_data(self, data):
-        if self.inside == "script":
-            attributes, text = self.scripts[-1]
-            self.scripts[-1] = attributes, text + data
-        elif not self.inside:
-            self.text += data
-
-    def numbers(self) -> dict:
-        return json.loads(next(text for attributes, text in self.scripts if attributes.get("id") == "numbers"))
-
-    def sections(self) -> list[str]:
-        return [attributes.get("aria-label") for tag, attributes in self.elements if tag == "section"]
-
-    def policy(self) -> str:
-        return next(attributes["content"] for _, attributes in self.elements if "http-equiv" in attributes)
 
 
 def page_of(*folders: Path) -> Page:
@@ -82,35 +39,6 @@ def test_the_numbers_are_those_of_the_metrics(tmp_path):
     assert run["evaluations"] == {"x": {"step": [2], "tokens": [800], "seconds": [1.0]}, "loss": [3.25]}
     assert run["groups"]["loss_by_source"] == {"a": [1.0, 0.5, 0.25]}
     assert list(run["groups"]["loss_by_turn"]) == ["0", "1"]
-
-
-def test_every_section_of_a_run_that_was_really_made(train):
-    flags = "--use_lora True --write_report True --report_answers 2 --model_max_length 40 --deepspeed zero2".split()
-    output = train("output", *flags)
-    page = Page((output / "report.html").read_text("utf-8"))
-    assert set(SECTIONS) <= set(page.sections())
-    metrics = [json.loads(one) for one in (output / "metrics.jsonl").read_text().splitlines()]
-    (run,) = page.numbers()["runs"]
-    assert run["columns"]["loss"] == [one["loss"] for one in metrics] and len(metrics) > 3
-    facts = json.loads((output / "run.json").read_text())
-    answers = json.loads((output / "answers.json").read_text())["answers"]
-    assert len(answers) == 2 and all(one["turns"][-1]["value"] in page.text for one in answers)
-    assert [one["how"] for one in facts["starts"]] == ["complete"] and facts["starts"][0]["ended"] is not None
-    shown = [facts["run_id"], facts["data"]["fingerprint"], facts["model"]["weights"], facts["versions"]["torch"]]
-    shown += ["--use_lora", "--report_answers", f"{facts['plan']['trainable']:,}", "complete"]
-    assert [text for text in shown if text not in page.text] == []
-    plan = {what: (planned, happened) for what, planned, happened in against_the_plan(read_run(output))}
-    assert plan["Steps"][0] == plan["Steps"][1] == f"{facts['result']['steps']}"
-    assert plan["Epochs"] == ("2", "2")
-    ledger = [json.loads(one) for one in (output / "data_ledger.jsonl").read_text().splitlines()]
-    assert ledger and ledger[0]["reason"].rpartition(": ")[2] in page.text
-    assert (output / "RUN_COMPLETE").stat().st_mtime_ns >= (output / "report.html").stat().st_mtime_ns
-
-
-def test_a_run_that_is_told_to_keep_no_text_keeps_none(train):
-    output = train("output", "--report_samples", "0", "--max_steps", "1", world_size=1)
-    assert not {one.name for one in output.iterdir()} & {"samples.json", "answers.json", "report.html"}
-    assert "Nori" not in "".join(path.read_text("utf-8") for path in output.glob("*.json*") if "token" not in path.name)
 
 
 def test_only_our_two_scripts_may_run_and_nothing_is_fetched(tmp_path):
@@ -312,17 +240,6 @@ def test_no_other_file_is_replaced(tmp_path):
 def test_flags_that_cannot_be_meant(tmp_path, changes, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         report_of(output_dir(tmp_path / "one"), **changes)
-
-
-def test_it_needs_no_torch(tmp_path):
-    folder = output_dir(tmp_path / "one")
-    code = (
-        "import sys\nfrom finetune.__main__ import app\n"
-        f"app(['report', {str(folder)!r}, '--no_answers'], standalone_mode=False)\n"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'plotly') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_what_was_evaluated_is_a_section_each(tmp_path):

@@ -103,26 +103,3 @@ def test_sums_are_a_plain_loops_and_what_is_not_finite_is_left_out():
     assert parts.logged == {"loss_by_source": {"a": 13 / 4, "b": 8.0}, "loss_by_turn": {"1": 17 / 4, "2": 4.0}}
     parts.take()
     assert parts.logged == {}
-
-
-def test_a_run_writes_them_and_their_means_are_the_loss(train, two_sources):
-    one = train("one", "--deepspeed", "zero2", "--data_path", *map(str, two_sources), world_size=1)
-    two = train("two", "--deepspeed", "zero3", "--data_path", *map(str, two_sources), "--batching", "padded")
-    read = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
-    assert len(read[0]) > 4
-    for line in read[0]:  # one conversation a step
-        (source,) = line["loss_by_source"].values()
-        assert source == pytest.approx(line["loss"], abs=1e-4)
-    assert {name for line in read[1] for name in line["loss_by_source"]} == {str(path) for path in two_sources}
-    assert {"1", "2"} <= {name for line in read[1] for name in line.get("loss_by_turn", {})}
-
-
-def test_a_run_that_goes_on_has_the_same_parts(train, two_sources):
-    saving = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "0", "--max_steps", "4")
-    flags = ("--deepspeed", "zero2", "--data_path", *map(str, two_sources), "--logging_steps", "2", *saving)
-    whole = train("whole", *flags)
-    last = (whole / "metrics.jsonl").read_text().splitlines()[-1]
-    train("whole", *flags, "--resume_from_checkpoint", str(whole / "checkpoint-3"))
-    again = (whole / "metrics.jsonl").read_text().splitlines()[-1]
-    names = ("step", "loss", "loss_by_source", "loss_by_turn")
-    assert [json.loads(again)[name] for name in names] == [json.loads(last)[name] for name in names]

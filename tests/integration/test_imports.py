@@ -1,0 +1,79 @@
+"""What starts without torch: flags, hostfiles, manifests, reports; `--help` waits for no library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import finetune
+from tests.helpers.checkpoint_files import sealed
+from tests.helpers.paths import ROOT
+from tests.helpers.reported import output_dir
+
+
+def test_a_manifest_needs_no_torch(tmp_path):
+    import subprocess
+    import sys
+
+    sealed(tmp_path, 4)
+    code = (
+        "import sys; from pathlib import Path; from finetune import checkpoints\n"
+        f"print(checkpoints.latest_complete(Path({str(tmp_path)!r})).name, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["checkpoint-4", "False"], done.stderr
+
+
+PUBLISHED = (
+    "--data_path data/identity.json --model_name_or_path deeplang-ai/LingoWhale-8B --output_dir output "
+    "--model_max_length 2048 --num_train_epochs 4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
+    "--save_strategy epoch --learning_rate 2e-5 --lr_scheduler_type constant --adam_beta1 0.9 --adam_beta2 0.98 "
+    "--adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 1e-4 --warmup_ratio 0.0 --logging_steps 1 "
+    "--gradient_checkpointing True --deepspeed ds_configs/zero3.json --bf16 True --tf32 True --report_to none"
+).split()
+
+
+def test_parsing_and_checking_start_without_torch():
+    code = (
+        "import sys; import finetune.config, finetune.dataset.conversation_reader, finetune.config.hardware\n"
+        "import finetune.config.deepspeed_config\n"
+        "print(finetune.config.parse(sys.argv[1:]).training['output_dir'], "
+        "[name for name in ('torch', 'transformers', 'deepspeed', 'peft', 'numpy') if name in sys.modules])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code, *PUBLISHED], cwd=ROOT, capture_output=True, text=True)
+
+    assert (done.stdout, done.stderr) == ("output []\n", "")
+
+
+def test_help_and_version_wait_for_no_library():
+    code = (
+        "import sys; from finetune.__main__ import app\n"
+        "for word in ('--help', '--version'):\n    app([word], standalone_mode=False)\n"
+        "print([name for name in sys.modules if name.startswith('finetune.cli')])\n"
+        "for verb in app.registered_commands:\n"
+        "    print('>', verb.name)\n"
+        "    try:\n        app([verb.name, '--help'], standalone_mode=False)\n"
+        "    except SystemExit as end:\n        assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'peft', 'datasets', 'gradio', 'lm_eval'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    verbs = {line.removeprefix("> ") for line in lines if line.startswith("> ")}
+    assert {"preview", "convert", "launch", "doctor", "merge", "evaluate", "quickstart", "report", "chat"} == verbs
+    assert f"finetune {finetune.__version__}" in lines
+    assert lines.count("[]") == 2, lines
+
+
+def test_it_needs_no_torch(tmp_path):
+    folder = output_dir(tmp_path / "one")
+    code = (
+        "import sys\nfrom finetune.__main__ import app\n"
+        f"app(['report', {str(folder)!r}, '--no_answers'], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'plotly') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
