@@ -1,32 +1,27 @@
-"""Data sets by name: saved with `datasets`, on the Hugging Face hub, on ModelScope."""
+"""Data sets by name: saved with `datasets`, from the Hugging Face hub, from ModelScope."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlparse
 
-from finetune.utils.errors import DataError
+from finetune.utils.errors import DataError, first_line
+from finetune.utils.hub import use_cache_if_hub_unreachable
 
-SECONDS_TO_ANSWER = 3.0
-PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 MODELSCOPE_INSTALL = "pip install 'modelscope>=1.18'"
 
 
 def is_saved(folder: str) -> bool:
     """Whether `save_to_disk` wrote the folder."""
-    has = {
-        name for name in ("state.json", "dataset_info.json", "dataset_dict.json") if os.path.isfile(f"{folder}/{name}")
-    }
-    return has >= {"state.json", "dataset_info.json"} or "dataset_dict.json" in has
+    has_state, has_info, has_splits = (
+        os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_info.json", "dataset_dict.json")
+    )
+    return (has_state and has_info) or has_splits
 
 
 def saved_dataset(folder: str) -> Any:
-    """The `datasets.Dataset` in a folder; of several splits, `train`.
+    """Load the `datasets.Dataset` in a folder; of several splits, `train`.
 
     Raises:
         DataError: it cannot be loaded, or has several splits and none is called train.
@@ -37,12 +32,12 @@ def saved_dataset(folder: str) -> Any:
     try:
         loaded = datasets.load_from_disk(folder)
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise DataError(f"{folder}: the saved data set does not load: {_first_line(error)}") from None
-    return _one_split(loaded, folder, f"name the folder of one, for example {folder}/")
+        raise DataError(f"{folder}: the saved data set does not load: {first_line(error)}") from None
+    return _single_split(loaded, folder, f"name the folder of one, for example {folder}/")
 
 
 def hub_dataset(given: str, name: str, config: str | None, split: str | None) -> Any:
-    """A `datasets.Dataset` from the Hugging Face hub (`HF_ENDPOINT` is honoured), or from the cache without one.
+    """Load a `datasets.Dataset` from the Hugging Face hub (`HF_ENDPOINT` is honoured), or from its cache.
 
     Raises:
         DataError: the hub cannot be reached, has no such data set, split or configuration.
@@ -54,12 +49,12 @@ def hub_dataset(given: str, name: str, config: str | None, split: str | None) ->
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        with _cache_alone_where_the_hub_is_silent():
-            loaded = datasets.load_dataset(name, config, split=split)
+        use_cache_if_hub_unreachable()
+        loaded = datasets.load_dataset(name, config, split=split)
     except ConnectionError as error:
         raise DataError(
             f"{given}: there is no such file, and the hub at {constants.ENDPOINT} cannot be reached: set HF_ENDPOINT "
-            f"to a mirror, or download the data set elsewhere and name the local copy ({_first_line(error)})"
+            f"to a mirror, or download the data set elsewhere and name the local copy ({first_line(error)})"
         ) from None
     # The bases of HfHubHTTPError are what the hub's HTTP client raises, whichever that is.
     except (
@@ -73,15 +68,15 @@ def hub_dataset(given: str, name: str, config: str | None, split: str | None) ->
         remedy = "check the connection and the name: owner/name, owner/name:split or owner/name:config/split"
         if "scripts are no longer supported" in str(error):
             remedy = "download its data files and name them"
-        raise DataError(f"{given}: the data set on the hub cannot be had: {_first_line(error)}: {remedy}") from None
-    return _one_split(loaded, given, f"name one, for example {name}:{f'{config}/' if config else ''}")
+        raise DataError(f"{given}: the data set cannot be loaded from the hub: {first_line(error)}: {remedy}") from None
+    return _single_split(loaded, given, f"name one, for example {name}:{f'{config}/' if config else ''}")
 
 
 def modelscope_folder(given: str, name: str) -> str:
-    """The local folder with the files of a data set on ModelScope, downloaded where they are not there yet.
+    """Download a data set from ModelScope unless it is there already; the local folder with its files.
 
     Raises:
-        DataError: the `modelscope` package is missing, or the data set cannot be had.
+        DataError: the `modelscope` package is missing, or the data set cannot be loaded.
     """
     if importlib.util.find_spec("modelscope") is None:
         raise DataError(f"{given}: data sets on ModelScope need a package that is missing: {MODELSCOPE_INSTALL}")
@@ -91,19 +86,19 @@ def modelscope_folder(given: str, name: str) -> str:
         return dataset_snapshot_download(name)
     except (OSError, ValueError, RuntimeError, *_modelscope_errors()) as error:
         raise DataError(
-            f"{given}: the data set on ModelScope cannot be had: {_first_line(error)}: check the name and the "
+            f"{given}: the data set cannot be loaded from ModelScope: {first_line(error)}: check the name and the "
             "connection, or download it elsewhere and name the local copy"
         ) from None
 
 
 def _modelscope_errors() -> tuple[type[Exception], ...]:
-    """The package's own errors, which have no common parent in every version."""
+    """The package's own errors; not every version has a common base class for them."""
     from modelscope.hub import errors
 
     return tuple(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
-def _one_split(loaded: Any, given: str, remedy: str) -> Any:
+def _single_split(loaded: Any, given: str, remedy: str) -> Any:
     if not isinstance(loaded, dict):
         return loaded
     if "train" in loaded:
@@ -113,32 +108,3 @@ def _one_split(loaded: Any, given: str, remedy: str) -> Any:
     names = ", ".join(loaded) or "none"
     example = next(iter(loaded), "train")
     raise DataError(f"{given}: expected a split called train, or one alone, found {names}: {remedy}{example}")
-
-
-@contextmanager
-def _cache_alone_where_the_hub_is_silent() -> Iterator[None]:
-    """The client would retry for half a minute an address that does not answer, before it looks in the cache."""
-    from datasets import config
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    if not any(os.environ.get(variable) for variable in PROXIES) and not _answers(constants.ENDPOINT):
-        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
-
-
-def _answers(address: str) -> bool:
-    parts = urlparse(address)
-    try:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        with socket.create_connection((parts.hostname or "", port), SECONDS_TO_ANSWER):
-            return True
-    except (OSError, ValueError):
-        return False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

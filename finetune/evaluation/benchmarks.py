@@ -13,6 +13,7 @@ from typing import Any
 from finetune.evaluation import lingowhale_benchmarks
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.utils.errors import ConfigError, first_line, format_faults
+from finetune.utils.hub import use_cache_if_hub_unreachable
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 ON_A_CPU = 8  # questions that are asked together under --batch_size auto
@@ -45,7 +46,7 @@ def find_jobs(
         raise ConfigError("--tasks names no task")
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    _stay_here_without_a_hub()
+    use_cache_if_hub_unreachable()
     harness = import_harness()
     manager = harness.find_manager(wanted)
     jobs: list[BenchmarkJob] = []
@@ -113,19 +114,6 @@ def _why(job: BenchmarkJob, error: Exception) -> str:
     if not needs:
         return f"its data or its code cannot be loaded: {reason}"
     return f"its data is not here ({reason}): get " + "; and ".join(map(lingowhale_benchmarks.how_to_get, needs))
-
-
-def _stay_here_without_a_hub() -> None:
-    """Look in the cache alone where the hub's name does not resolve; its clients would retry for minutes."""
-    import datasets
-    from huggingface_hub import constants
-
-    from finetune.models.loader import hub_is_reachable
-
-    if constants.HF_HUB_OFFLINE or not hub_is_reachable():
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later
 
 
 def _version() -> str:

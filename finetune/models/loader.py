@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from finetune.config.hardware import Precision
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
+from finetune.utils.hub import use_cache_if_hub_unreachable
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".tiktoken", ".txt", ".jinja", ".py", ".gguf")
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
@@ -66,7 +64,8 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _do_without_the_hub_where_it_has_no_address(name)
+    if not Path(name).exists():
+        use_cache_if_hub_unreachable()
     code = code_note(name, revision) if trust_remote_code else None
     with _explained(name):
         config = AutoConfig.from_pretrained(name, **_of(name, revision), trust_remote_code=trust_remote_code)
@@ -86,27 +85,6 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
             name, revision, config, candidate, bool(empty.supports_gradient_checkpointing), type(empty), tuple(notes)
         )
     raise AssertionError("the last candidate either returned or raised")
-
-
-def _do_without_the_hub_where_it_has_no_address(name: str) -> None:
-    """Look in the cache alone where the hub's name does not resolve; the hub client would retry for half a minute."""
-    from huggingface_hub import constants
-
-    if not Path(name).exists() and not hub_is_reachable():
-        constants.HF_HUB_OFFLINE = True
-
-
-def hub_is_reachable() -> bool:
-    """Whether the hub's name resolves, or a proxy stands in between."""
-    from huggingface_hub import constants
-
-    if any(os.environ.get(variable) for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool) -> Any:

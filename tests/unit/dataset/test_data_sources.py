@@ -241,7 +241,7 @@ def test_modelscope_files_are_read_under_the_name_that_was_given(monkeypatch, fo
         ("modelscope:owner/chats/a.json", 0.5), ("modelscope:owner/chats/b.jsonl", 0.5),
     ]  # fmt: skip
     assert sources[0].place == str(folder / "data" / "a.json")
-    assert "cannot be had: no such data set: check" in refused("modelscope:owner/gone")
+    assert "no such data set: check" in refused("modelscope:owner/gone")
 
 
 # ---- fingerprint
