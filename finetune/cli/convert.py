@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         bad.check()
         if not written:
             raise DataError(f"{', '.join(source.name for source in sources)}: no conversation is left to write")
-    for line in reader.said():
+    for line in reader.notes():
         say(line)
     if bad.count:
         print(format_faults(bad.rows, "dropped row", count=bad.count), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Which row was the first to say something: duplicates found by a digest, about 110 bytes of memory a row."""
+"""Find duplicate ids and conversations by digest, in about 110 bytes of memory per row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.conversation import Turn
 
-# 15 bytes: with its header the object fills 48 bytes exactly, and chance finds no two alike.
+# 15 bytes: with its header the object fills 48 bytes exactly, and a chance collision is out of the question.
 DIGEST_BYTES = 15
 _ROLE_BYTES = {
     ("human", True): b"h", ("model", True): b"m", ("system", True): b"s",
@@ -17,27 +17,27 @@ _ROLE_BYTES = {
 
 
 class DuplicateIndex:
-    """Key -> the number of the first row that had it.
+    """Key -> the first row that had it.
 
-    A row that is bad anyway gives way to a later good one, which therefore is no duplicate.
+    A bad row is replaced by a later good one, which therefore is no duplicate.
     """
 
     def __init__(self) -> None:
         self._rows: dict[Any, int] = {}
 
     def first(self, key: Any, row: int, is_bad: bool) -> int | None:
-        """The earlier row with this key, if it counts as this one's original; remembers this row otherwise."""
-        before = self._rows.setdefault(key, ~row if is_bad else row)
-        if before >= 0:
-            return before if before != row else None
+        """Return the earlier row that this one duplicates; remember this row if there is none."""
+        first = self._rows.setdefault(key, ~row if is_bad else row)  # bad rows as their complement
+        if first >= 0:
+            return first if first != row else None
         if is_bad:
-            return ~before if ~before != row else None
+            return ~first if ~first != row else None
         self._rows[key] = row
         return None
 
 
 def digest_of_turns(turns: Sequence[Turn]) -> bytes:
-    """Equal for equal turns: who speaks, what is said, whether it is learned."""
+    """A digest of the turns: roles, texts, and whether they are supervised."""
     parts = []
     for turn in turns:
         text = turn.text.encode()
@@ -46,8 +46,8 @@ def digest_of_turns(turns: Sequence[Turn]) -> bytes:
 
 
 def key_of_id(value: Any) -> Any:
-    """A small key for an id: 1 and "1" are two."""
+    """A small key for an id; 1 and "1" differ."""
     if type(value) is int and -(2**62) < value < 2**62:
         return value
-    said = f"{type(value).__name__} {value}".encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(said, digest_size=DIGEST_BYTES).digest()
+    text = f"{type(value).__name__} {value}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()

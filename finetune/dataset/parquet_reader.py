@@ -1,62 +1,60 @@
-"""Tables -> rows: Parquet files, and what `datasets` has loaded, in batches."""
+"""Rows of Arrow tables: Parquet files and `datasets.Dataset` objects, read in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from finetune.dataset.json_reader import RawRow, file_fault
+from finetune.utils.errors import first_line
 
 BATCH_ROWS = 256
 
+Progress = Callable[[float], None]
 
-def iter_parquet_rows(path: str, name: str, progress: Callable[[float], None]) -> Iterator[RawRow]:
-    """All rows in order; `progress` is told the share that has been read."""
-    import pyarrow
+
+def iter_parquet_rows(path: str, name: str, progress: Progress) -> Iterator[RawRow]:
+    """All rows of a Parquet file in order; `progress` gets the share that has been read."""
     import pyarrow.parquet
 
-    row = 0
-    try:
+    def batches() -> Iterator[tuple[list[Any], int]]:
         with pyarrow.parquet.ParquetFile(path) as file:
-            twice = _twice(file.schema_arrow.names)
-            if twice:
-                yield file_fault(f'{name}: has the column "{twice}" twice: only one could be read, take one out')
-                return
-            count = file.metadata.num_rows
+            columns = file.schema_arrow.names
+            repeated = next((column for column in columns if columns.count(column) > 1), None)
+            if repeated:
+                raise _RepeatedColumn(repeated)
             for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
-                for value in batch.to_pylist():
-                    yield RawRow(row, value, [])
-                    row += 1
-                progress(row / count)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, ImportError) as error:
-        said = str(error).strip().partition("\n")[0]
-        yield file_fault(
-            f"{name}: the Parquet file cannot be read ({said}): fetch or write it again; row {row} and what follows "
-            "are lost"
-        )
-        return
-    if not row:
-        yield file_fault(f"{name}: holds no conversations")
+                yield batch.to_pylist(), file.metadata.num_rows
+
+    yield from _rows(batches(), name, progress, "the Parquet file cannot be read ({}): fetch or write it again; ")
 
 
-def iter_dataset_rows(dataset: Any, name: str, progress: Callable[[float], None]) -> Iterator[RawRow]:
-    """All rows of a `datasets.Dataset` in order, columns as they are stored."""
+def iter_dataset_rows(dataset: Any, name: str, progress: Progress) -> Iterator[RawRow]:
+    """All rows of a `datasets.Dataset` in order, columns as they are stored; `progress` as above."""
+    tables = dataset.with_format("arrow").iter(BATCH_ROWS)
+    batches = ((table.to_pylist(), len(dataset)) for table in tables)
+    yield from _rows(batches, name, progress, "the saved data cannot be read ({}): ")
+
+
+class _RepeatedColumn(Exception):
+    """Two columns of one name."""
+
+
+def _rows(batches: Iterable[tuple[list[Any], int]], name: str, progress: Progress, reason: str) -> Iterator[RawRow]:
+    """The rows of batches of (rows, number of all rows)."""
     import pyarrow
 
     row = 0
     try:
-        for table in dataset.with_format("arrow").iter(BATCH_ROWS):
-            for value in table.to_pylist():
+        for values, count in batches:
+            for value in values:
                 yield RawRow(row, value, [])
                 row += 1
-            progress(row / len(dataset))
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        said = str(error).strip().partition("\n")[0]
-        yield file_fault(f"{name}: the saved data cannot be read ({said}): row {row} and what follows are lost")
-        return
-    if not row:
-        yield file_fault(f"{name}: holds no conversations")
-
-
-def _twice(names: list[str]) -> str | None:
-    return next((name for name in names if names.count(name) > 1), None)
+            progress(row / count)
+    except _RepeatedColumn as repeated:
+        yield file_fault(f'{name}: has the column "{repeated}" twice: only one could be read, take one out')
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, ImportError) as error:
+        yield file_fault(f"{name}: {reason.format(first_line(error))}row {row} and what follows are lost")
+    else:
+        if not row:
+            yield file_fault(f"{name}: holds no conversations")

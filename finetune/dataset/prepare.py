@@ -43,7 +43,7 @@ class PreparedData:
     folder: Path
     sources: tuple[Source, ...]
     summary: DataSummary
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
     faults: tuple[str, ...]
     fingerprint: str
     left_out: tuple[tuple[str, int], ...] = ()  # (source, row) of those that the run is told not to learn
@@ -195,7 +195,7 @@ def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_row
             if tally.unreadable or (bad_rows == "error" and tally.num_faults):
                 raise DataError(format_faults(tally.faults, "fault", count=tally.num_faults))
             summary = tally.summary()
-            writer.commit({"summary": summary.facts(), "said": reader.said(), "faults": tally.faults})
+            writer.commit({"summary": summary.facts(), "notes": reader.notes(), "faults": tally.faults})
     except OSError as error:
         raise StorageError(
             f"the prepared data cannot be written to {folder.parent}: {error.strerror or error}: make room, or name "
@@ -206,7 +206,7 @@ def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_row
 def _opened(folder: Path, sources: Sequence[Source], facts: dict[str, Any], data: str) -> PreparedData:
     os.utime(folder)  # so that old ones can be told from those in use
     return PreparedData(
-        folder, tuple(sources), DataSummary.of(facts["summary"]), tuple(facts["said"]), tuple(facts["faults"]), data
+        folder, tuple(sources), DataSummary.of(facts["summary"]), tuple(facts["notes"]), tuple(facts["faults"]), data
     )
 
 

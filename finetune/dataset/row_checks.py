@@ -1,8 +1,9 @@
-"""What turns must be to be learned from: their texts, their order, the repairs that a caller may ask for by name."""
+"""Check the texts and the order of turns, and apply the repairs that a caller asks for by name."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 from finetune.conversation import Turn
@@ -12,15 +13,15 @@ REPAIRS = {
     "merge_turns": "neighbouring turns of one role become one, with a blank line between their texts",
     "drop_last_human": "a human turn at the end, which nobody answers, is left out",
 }
-# Characters that show nothing, beside what Python calls white space.
+# Characters that show nothing, in addition to what Python calls white space.
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 _BLANK = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + INVISIBLE
 
 
 def text_fault(text: Any, field: str) -> str | None:
-    """Why a text cannot be a turn's; None where it can."""
+    """Why a value cannot be the text of a turn; None if it can."""
     if not isinstance(text, str):
-        parts = isinstance(text, list) and any(isinstance(one, dict) and "text" in one for one in text)
+        parts = isinstance(text, list) and any(isinstance(part, dict) and "text" in part for part in text)
         remedy = ": join the texts of its parts into one string" if parts else ""
         return f'expected "{field}" to be a string, found {shown(text)}{remedy}'
     if not text.strip(_BLANK):
@@ -33,7 +34,7 @@ def text_fault(text: Any, field: str) -> str | None:
 
 
 def surrogate_fault(text: str, field: str) -> str | None:
-    """Where a text holds half a character, which no encoding can write."""
+    """Why a text cannot be encoded: it holds a lone surrogate; None if it can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -46,27 +47,21 @@ def is_blank(text: str) -> bool:
     return not text.strip(_BLANK)
 
 
-def repaired(turns: Sequence[Turn], repairs: Collection[str]) -> tuple[list[tuple[int, Turn]], tuple[str, ...]]:
-    """The turns with their numbers in the row, after the repairs asked for, and what was done."""
+def repair_turns(turns: Sequence[Turn], repairs: Collection[str]) -> tuple[list[tuple[int, Turn]], tuple[str, ...]]:
+    """Apply the named repairs; the turns with their numbers in the row, and a description of each repair made."""
     numbered, done = list(enumerate(turns)), []
     if "merge_turns" in repairs:
-        numbered, done = _merged(numbered)
+        numbered, done = _merge_turns(numbered)
     if "drop_last_human" in repairs and len(numbered) > 1 and numbered[-1][1].role == "human":
         done.append(f"drop_last_human: turn {numbered[-1][0]}")
         numbered.pop()
     return numbered, tuple(done)
 
 
-def _merged(numbered: list[tuple[int, Turn]]) -> tuple[list[tuple[int, Turn]], list[str]]:
-    groups: list[list[tuple[int, Turn]]] = []
-    for number, turn in numbered:
-        before = groups[-1][-1][1] if groups else None
-        if before is not None and (before.role, before.train) == (turn.role, turn.train):
-            groups[-1].append((number, turn))
-        else:
-            groups.append([(number, turn)])
+def _merge_turns(numbered: list[tuple[int, Turn]]) -> tuple[list[tuple[int, Turn]], list[str]]:
     merged, done = [], []
-    for group in groups:
+    for _, members in groupby(numbered, lambda pair: (pair[1].role, pair[1].train)):
+        group = [*members]
         number, first = group[0]
         if len(group) > 1:
             first = Turn(first.role, "\n\n".join(turn.text for _, turn in group), first.train)
@@ -77,14 +72,14 @@ def _merged(numbered: list[tuple[int, Turn]]) -> tuple[list[tuple[int, Turn]], l
 
 
 def order_faults(numbered: Sequence[tuple[int, Turn]], place: str) -> list[str]:
-    """What is wrong with the turns of a row as a whole; a row may begin with either side, the chat format decides."""
+    """Faults in the order of a row's turns; a row may begin with either side, the chat format decides."""
     if not numbered:
         return [f"{place}: has no turns: there is nothing to learn from it"]
     faults: list[str] = []
-    learned = [turn.train for _, turn in numbered if turn.role == "model"]
-    if not learned:
+    is_supervised = [turn.train for _, turn in numbered if turn.role == "model"]
+    if not is_supervised:
         faults.append(f"{place}: has no model turn: there is nothing to learn from it")
-    elif not any(learned):
+    elif not any(is_supervised):
         faults.append(f'{place}: every model turn is "train": false: there is nothing to learn from it')
     before: Turn | None = None
     for number, turn in numbered:
@@ -99,7 +94,7 @@ def order_faults(numbered: Sequence[tuple[int, Turn]], place: str) -> list[str]:
                 + ("merge the two, or use --repairs merge_turns" if alike else 'merge the two (their "train" differs)')
             )
         before = turn
-    if learned and before is not None and before.role == "human":
+    if is_supervised and before is not None and before.role == "human":
         faults.append(
             f"{place}, turn {numbered[-1][0]}: the last turn is human, nobody answers it: leave it out, "
             "or use --repairs drop_last_human"

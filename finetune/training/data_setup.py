@@ -59,6 +59,6 @@ def prepare_rows(
         num_processes=data.preprocessing_num_workers,
         say=say,
     )
-    for line in found.said:
+    for line in found.notes:
         say(line)
     return found

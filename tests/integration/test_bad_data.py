@@ -201,7 +201,7 @@ VALUES = {
 
 NO_ROLE = 'expected "from" to be human, model or system, found '
 ROWS = {
-    "no-conversations": ({"id": 1, "talk": []}, one_bad('expected an object with "conversations" (or a layout that')),
+    "no-conversations": ({"id": 1, "talk": []}, one_bad('expected an object with "conversations" (or another')),
     "conversations-null": ({"conversations": None}, one_bad('expected "conversations" to be a list of turns, found n')),
     "empty-list": ({"conversations": []}, one_bad("has no turns: there is nothing to learn from it")),
     "not-an-object": ([GOOD], one_bad('expected an object with "conversations", found [{')),

@@ -97,7 +97,7 @@ ROW_FAULTS = [
     (5, 'expected an object with "conversations", found 5'),
     (None, 'expected an object with "conversations", found null'),
     ([HELLO], 'expected an object with "conversations", found [[{"from"'),
-    ({"id": 1, "talk": "hi"}, 'expected an object with "conversations" (or a layout that is read as well: '),
+    ({"id": 1, "talk": "hi"}, 'expected an object with "conversations" (or another format that is read: '),
     ({"conversations": None}, 'expected "conversations" to be a list of turns, found null'),
     ({"conversations": {"from": "human"}}, 'expected "conversations" to be a list of turns, found {"from": "human"}'),
     ({"id": {}, **SECOND}, 'expected "id" to be a string or a number, found {}'),

@@ -19,6 +19,7 @@ from finetune.dataset.data_summary import DataSummary, kind_of
 from finetune.dataset.prepare import check_dropped_share, prepare_dataset
 from finetune.dataset.prepare_workers import BATCH_ROWS
 from finetune.utils.errors import DataError, StorageError
+from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS, write_rows
 
 
@@ -66,7 +67,7 @@ def test_what_is_prepared_is_what_is_rendered(conversation_file, renderer, tmp_p
 
 
 def test_data_prepared_by_0_1_is_readable():
-    (folder,) = (Path(__file__).parent / "golden" / "written_by_0_1" / "prepared").iterdir()
+    (folder,) = (ROOT / "tests/golden/written_by_0_1/prepared").iterdir()
     rows = json.loads((folder.parents[1] / "rows.json").read_text("utf-8"))
 
     facts = prepared_cache.read_facts(folder)

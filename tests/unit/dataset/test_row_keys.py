@@ -19,13 +19,13 @@ from finetune.dataset.skip_rows import rows_to_skip
 
 def read(row: dict[str, Any]) -> Any:
     reading = RowReading(row, "row 0")
-    return reading.turns, reading.faults, reading.is_whole
+    return reading.turns, reading.faults, reading.is_complete
 
 
 def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
     turns = [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]
     assert len(WATCHED) > 25
-    beside = {key for layout in PAIRS for key in layout.beside}
+    beside = {key for layout in PAIRS for key in layout.ignored}
     for key in sorted(WATCHED - set(TURN_LISTS)):
         row = {"conversations": turns}
         assert read({**row, key: "something"}) != read(row), key
