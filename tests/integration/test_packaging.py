@@ -49,6 +49,7 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
     files = [path for path in (ROOT / "finetune").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert len(files) > 20 and {str(path.relative_to(ROOT)) for path in files} <= installed
     assert {"finetune/py.typed", "finetune/data/forgetting.json", "finetune/ds_configs/zero3.json"} <= installed
+    assert "finetune/diagnostics/known_causes.yaml" in installed  # no watchdog starts without it
 
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
