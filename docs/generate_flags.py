@@ -10,15 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.config.argument_parser import meaning, meaning_of  # noqa: E402
-from finetune.config.arguments import (  # noqa: E402
-    GROUPS,
-    TRAINING_HELP,
-    DoctorArguments,
-    EvaluateArguments,
-    PreviewArguments,
-)
+from finetune.cli import chat, evaluate, merge, preview, quickstart, report  # noqa: E402
+from finetune.config.argument_parser import meaning  # noqa: E402
+from finetune.config.arguments import GROUPS, TRAINING_HELP, DoctorArguments  # noqa: E402
 from finetune.config.training_flags import TRANSLATED  # noqa: E402
+from finetune.utils.options import default_of_field, describe  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "flags.md"
 INTRODUCTION = """\
@@ -42,9 +38,13 @@ RENAMED = """\
 Names that transformers has changed still work:
 """
 VERBS = {
-    "finetune preview": ("Also takes the flags of the model and the data.", PreviewArguments),
+    "finetune preview": ("Also takes the flags of the model and the data.", preview.PreviewOptions),
     "finetune doctor": ("Takes the whole training command line, launcher flags included.", DoctorArguments),
-    "finetune evaluate": ("Also takes the flags of the data.", EvaluateArguments),
+    "finetune evaluate OUTPUT": ("Also takes the flags of the data.", evaluate.EvaluateOptions),
+    "finetune chat OUTPUT": ("OUTPUT is a result or any chat model.", chat.ChatOptions),
+    "finetune merge OUTPUT [DIR]": ("DIR is where the model goes.", merge.MergeOptions),
+    "finetune report OUTPUT ...": ("Several results share one page.", report.ReportOptions),
+    "finetune quickstart": ("Needs no model hub.", quickstart.QuickstartOptions),
 }
 
 
@@ -57,7 +57,6 @@ def flags_page() -> str:
     parts += [RENAMED, table((name, f"now `--{new.to}`") for name, new in TRANSLATED.items())]
     for verb, (remark, group) in VERBS.items():
         parts += [f"## `{verb}`\n", f"{remark}\n", flags_table(group)]
-    parts.append("The options of the other verbs: `finetune VERB --help`.\n")
     return "\n".join(parts)
 
 
@@ -65,8 +64,8 @@ def flags_table(group: type) -> str:
     """Return a Markdown table with one row per field of a flag dataclass."""
     hints = typing.get_type_hints(group)
     rows = []
-    for flag in fields(group):
-        text = meaning_of(flag)
+    for flag in (flag for flag in fields(group) if "metavar" not in flag.metadata):
+        text = describe(flag.metadata["help"], default_of_field(flag))
         unnamed = [f"`{choice}`" for choice in choices_of(hints[flag.name]) if f"`{choice}`" not in text]
         rows.append((flag.name, ": ".join(filter(None, [", ".join(unnamed), text]))))
     return table(rows)

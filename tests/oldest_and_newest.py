@@ -28,7 +28,7 @@ TESTS = (
     "tests/unit/dataset/test_prepare.py",
     "tests/unit/export/test_merge.py",
 )
-TOLD = ("transformers", "deepspeed", "accelerate", "peft", "datasets", "tokenizers", "numpy", "pyarrow", "typer")
+TOLD = ("transformers", "deepspeed", "accelerate", "peft", "datasets", "tokenizers", "numpy", "pyarrow")
 
 
 def required() -> list[str]:

@@ -1,10 +1,10 @@
-"""`finetune chat`: talk with a result, in a terminal, from a pipe or in a browser; beside its base if wanted."""
+"""`finetune chat`: talk with a result in a terminal, from a pipe or in a browser, beside its base if wanted."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,27 +22,28 @@ from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir.run_json import RUN_FILE, holds_model
 from finetune.utils.console import quiet_serving, say_aside
 from finetune.utils.errors import ConfigError
+from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """The flags of `finetune chat`; their defaults are where the command line is declared."""
+    """Who answers, and how."""
 
-    output: str
-    base: bool
-    compare: bool
-    base_model: str | None
-    system: str | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    reasoning: bool
-    trust_remote_code: bool
-    json: bool
-    web: bool
-    host: str
-    port: int
+    output: str = positional("OUTPUT", "an output_dir, a checkpoint in one, a merged model, or any chat model")
+    base: bool = option(False, "the base model answers, as it was before the training")
+    compare: bool = option(False, "both answer; the answers of the tuned model are kept")
+    base_model: str | None = option(None, "where the base model is now; default: where it was")
+    system: str | None = option(None, "a system turn in front of the conversation")
+    max_new_tokens: int = option(512, "most tokens of an answer")
+    temperature: float = option(0.0, "0: greedy, the most probable token each time")
+    top_p: float = option(1.0, "sample from the most probable tokens that make up this share")
+    seed: int | None = option(None, "makes sampled answers repeatable")
+    reasoning: bool = option(False, "answers begin with their reasoning; for formats that announce it")
+    trust_remote_code: bool = option(False, "run the Python files of a model that has no run.json")
+    json: bool = option(False, "from a pipe: print the answer as JSON")
+    web: bool = option(False, "open a page for the browser instead (the extra `web`: Gradio)")
+    host: str = option("127.0.0.1", "address that the page listens on; only this machine sees the default")
+    port: int = option(7860, "port of the page")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,8 +51,18 @@ class ChatOptions:
         return (BASE,) if self.base else (TUNED, BASE) if self.compare else (TUNED,)
 
 
-def main(options: ChatOptions) -> None:
-    """Load the result and hand the conversation to where the user is.
+def build_parser() -> CommandParser:
+    """Build the parser of `finetune chat`."""
+    return CommandParser(
+        "finetune chat",
+        "OUTPUT [--compare] [--web] ...",
+        "Talk with a result: in a terminal, from a pipe, or in a browser (--web).",
+        ChatOptions,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Load the result and start the conversation: in the terminal, from the pipe, or in the browser.
 
     Raises:
         ConfigError: flags that do not go together; a folder that holds no result; a question that cannot be rendered.
@@ -59,7 +70,8 @@ def main(options: ChatOptions) -> None:
     """
     # Threads that wait for each other must not burn the processors that others need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _check(options)
+    options = fill(ChatOptions, build_parser().parse(argv))
+    raise_faults(_faults(options))
     question = None if options.web or _is_typed() else read_question(sys.stdin)
     if options.web:
         check_gradio()
@@ -77,19 +89,19 @@ def main(options: ChatOptions) -> None:
         TerminalChat(voices, chat, Console(highlight=False)).run()
 
 
-def _check(options: ChatOptions) -> None:
+def _faults(options: ChatOptions) -> Iterator[str]:
     if options.base and options.compare:
-        raise ConfigError("--base answers with the base alone, --compare with both: give one of them")
+        yield "--base answers with the base alone, --compare with both: give one of them"
     if options.json and (options.web or _is_typed()):
-        raise ConfigError("--json is for a question from a pipe: echo '...' | finetune chat OUTPUT --json")
+        yield "--json is for a question from a pipe: echo '...' | finetune chat OUTPUT --json"
     if options.max_new_tokens < 1:
-        raise ConfigError(f"--max_new_tokens {options.max_new_tokens}: expected at least 1")
+        yield f"--max_new_tokens {options.max_new_tokens}: expected at least 1"
     if options.temperature < 0:
-        raise ConfigError(f"--temperature {options.temperature:g}: expected 0 (greedy) or more")
+        yield f"--temperature {options.temperature:g}: expected 0 (greedy) or more"
     if not 0 < options.top_p <= 1:
-        raise ConfigError(f"--top_p {options.top_p:g}: expected more than 0 and at most 1")
+        yield f"--top_p {options.top_p:g}: expected more than 0 and at most 1"
     if options.system is not None and not options.system.strip():
-        raise ConfigError("--system: is empty: leave the flag out")
+        yield "--system: is empty: leave the flag out"
 
 
 def _is_typed() -> bool:

@@ -8,18 +8,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from finetune.config import parse_for_convert
+from finetune.config import DataArguments
+from finetune.config.argument_parser import data_faults
 from finetune.conversation import BadRow, Conversation, to_row
 from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import find_sources
 from finetune.utils.console import say, say_note
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError, StorageError, format_faults
+from finetune.utils.options import CommandParser, fill, positional, raise_faults
 
 # A file that says by its name that it is something else than what is written.
 OTHER_KINDS = (".gz", ".zst", ".parquet", ".csv", ".zip")
@@ -27,15 +29,50 @@ BAR = "converting {percentage:3.0f}% |{bar}| {postfix[0]} [{elapsed}<{remaining}
 PARTS_OF_THE_BAR, ROWS_BETWEEN_LOOKS = 1000, 256
 
 
+@dataclass(frozen=True)
+class ConvertPaths:
+    """What is read and written."""
+
+    paths: list[str] = positional("IN ... OUT", "files, folders, globs, data sets; the file to write")
+
+
+def build_parser() -> CommandParser:
+    """Build the parser of `finetune convert`."""
+    parser = CommandParser(
+        "finetune convert",
+        "IN [IN ...] OUT [--repairs RULE ...] [--bad_rows error|drop]",
+        "Write conversations in any supported layout as a JSON array, or as JSON lines where OUT ends in .jsonl. "
+        "An existing file is never replaced.",
+        ConvertPaths,
+    )
+    parser.add_group(DataArguments, only=("bad_rows", "repairs"))
+    return parser
+
+
+def parse_options(argv: Sequence[str]) -> tuple[DataArguments, str]:
+    """Return what to read, and the file to write: the last positional argument.
+
+    Raises:
+        ConfigError: an unknown flag or rule, or fewer than two names.
+    """
+    given = build_parser().parse(argv)
+    paths = given["paths"]
+    if len(paths) < 2:
+        raise ConfigError("expected what to read and the file to write, in front of --repairs: convert IN OUT")
+    data = fill(DataArguments, {**given, "data_path": paths[:-1]})
+    raise_faults(data_faults(data))
+    return data, paths[-1]
+
+
 def main(argv: Sequence[str]) -> None:
-    """Takes what to read, the file to write, and `--bad_rows` and `--repairs` as training does.
+    """Take what to read, the file to write, and `--bad_rows` and `--repairs` as training does.
 
     Raises:
         ConfigError: a file that exists, a folder that does not, a weight.
         DataError: every bad row (the first 20 shown), unless they are dropped; a file that cannot be read.
         StorageError: the file cannot be written.
     """
-    data, name = parse_for_convert(argv)
+    data, name = parse_options(argv)
     out = Path(name)
     _check_new(out)
     sources = find_sources(data.data_path)

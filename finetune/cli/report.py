@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.inference.run_result import read_result
@@ -17,51 +18,72 @@ from finetune.report.sample_answers import (
     write_answers,
 )
 from finetune.utils.console import quiet_libraries, say_note_aside
-from finetune.utils.errors import ConfigError, FinetuneError
+from finetune.utils.errors import FinetuneError
+from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
 
 PROMPTS = 3
 LEAST_SECONDS = 0.2
 
 
-def main(
-    output_dirs: Sequence[str],
-    *,
-    html: str | None,
-    prompts: str | None,
-    no_answers: bool,
-    base_model: str | None,
-    watch: bool,
-    every: float,
-    port: int,
-) -> None:
-    """Write the report of these output folders; of one that is complete with answers, which are made once.
+@dataclass(frozen=True)
+class ReportOptions:
+    """Which runs, and where the page goes."""
+
+    output_dirs: list[str] = positional("OUTPUT", "output folders of training runs")
+    html: str | None = option(None, "the file to write; default: OUTPUT/report.html, of several runs report.html")
+    prompts: str | None = option(None, "what base and result answer: a text file, one prompt a line")
+    no_answers: bool = option(False, "load no model: show only answers that are there already")
+    base_model: str | None = option(None, "where the base model is now; default: where it was")
+    watch: bool = option(False, "keep the page up to date, and serve it, until the run ends")
+    every: float = option(5.0, "seconds between two updates, with `--watch`")
+    port: int = option(8642, "port of the page on this host, with `--watch`; 0: any")
+
+
+def build_parser() -> CommandParser:
+    """Build the parser of `finetune report`."""
+    return CommandParser(
+        "finetune report",
+        "OUTPUT [OUTPUT ...] [--html FILE] [--watch] ...",
+        "Write what one or several runs did as one page, or watch a run in progress.",
+        ReportOptions,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the report of these output folders; that of one complete run has answers, which are made once.
 
     Raises:
         ConfigError: flags that exclude each other, a folder without a run, a file that is not replaced.
     """
-    folders = [Path(one).expanduser() for one in output_dirs]
-    if len(set(folders)) < len(folders):
-        raise ConfigError("a run is named twice")
-    if prompts and (len(folders) > 1 or no_answers or watch):
-        raise ConfigError("--prompts: the answers are those of one run: not with --no_answers, --watch or a second run")
-    if not every >= LEAST_SECONDS:
-        raise ConfigError(f"--every {every:g}: expected at least {LEAST_SECONDS:g} seconds")
-    asked = read_prompts(Path(prompts).expanduser()) if prompts else []
-    path = Path(html).expanduser() if html else folders[0] / FILE if len(folders) == 1 else Path(FILE)
+    options = fill(ReportOptions, build_parser().parse(argv))
+    folders = [Path(folder).expanduser() for folder in options.output_dirs]
+    raise_faults(_faults(options, folders))
+    prompts = read_prompts(Path(options.prompts).expanduser()) if options.prompts else []
+    default_path = folders[0] / FILE if len(folders) == 1 else Path(FILE)
+    path = Path(options.html).expanduser() if options.html else default_path
     pages.check_replaceable(path, pages.REPORT)
     named = list(zip(folders, names(folders), strict=True))
-    if watch:
+    if options.watch:
         try:
-            keep_watching(named, path, every=every, port=port, say=lambda line: print(line, flush=True))
+            keep_watching(named, path, every=options.every, port=options.port, say=lambda line: print(line, flush=True))
         except KeyboardInterrupt:
-            print("\nno longer watched; the run goes on", flush=True)
+            print("\nno longer watched; the run continues", flush=True)
         return
     runs = [read_run(folder, name) for folder, name in named]
-    if len(runs) == 1 and not no_answers and _needs_answers(runs[0], asked):
-        _answer(runs[0], asked, base_model)
+    if len(runs) == 1 and not options.no_answers and _needs_answers(runs[0], prompts):
+        _answer(runs[0], prompts, options.base_model)
         runs = [read_run(*named[0])]
     write_report(runs, path)
     print(f"{path}: {', '.join(f'{run.name} ({run.state})' for run in runs)}")
+
+
+def _faults(options: ReportOptions, folders: Sequence[Path]) -> Iterator[str]:
+    if len(set(folders)) < len(folders):
+        yield "a run is named twice"
+    if options.prompts and (len(folders) > 1 or options.no_answers or options.watch):
+        yield "--prompts: the answers are those of one run: not with --no_answers, --watch or a second run"
+    if not options.every >= LEAST_SECONDS:
+        yield f"--every {options.every:g}: expected at least {LEAST_SECONDS:g} seconds"
 
 
 def names(folders: Sequence[Path]) -> list[str]:

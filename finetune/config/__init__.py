@@ -14,14 +14,11 @@ from finetune.config.arguments import (
     BatchArguments,
     DataArguments,
     DoctorArguments,
-    EvaluateArguments,
     ModelArguments,
-    PreviewArguments,
     RunArguments,
     default_of,
 )
 from finetune.config.training_flags import TRANSLATED, TrainingFlag, training_flags
-from finetune.config.verb_parsers import parse_for_convert, parse_for_doctor, parse_for_evaluate, parse_for_preview
 
 __all__ = [
     "TRANSLATED",
@@ -30,18 +27,12 @@ __all__ = [
     "BatchArguments",
     "DataArguments",
     "DoctorArguments",
-    "EvaluateArguments",
     "ModelArguments",
-    "PreviewArguments",
     "RunArguments",
     "TrainingFlag",
     "build_parser",
     "default_of",
     "known_flags",
     "parse",
-    "parse_for_convert",
-    "parse_for_doctor",
-    "parse_for_evaluate",
-    "parse_for_preview",
     "training_flags",
 ]

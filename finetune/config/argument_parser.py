@@ -1,17 +1,14 @@
-"""Words on a command line and values in a file -> the dataclasses of `flags`."""
+"""The training command line and its `--config` files -> `Arguments`, checked."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import types
 import typing
-from collections.abc import Sequence
-from dataclasses import Field, fields
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finetune.config.arguments import (
     GROUPS,
@@ -25,171 +22,103 @@ from finetune.config.arguments import (
 from finetune.config.training_flags import TRANSLATED, training_flags
 from finetune.dataset.row_checks import REPAIRS
 from finetune.utils.errors import ConfigError
+from finetune.utils.options import CommandParser, OptionType, describe, fill, one_of, raise_faults, unknown_options
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
-UNSET = (None, "", [], [""])
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message[0].lower() + message[1:])
+UNSET: tuple[Any, ...] = (None, "", [], [""])
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """A command line (without the program's name) -> checked plain values.
+    """Parse the training command line, without the program's name, to checked plain values.
 
     Raises:
-        ConfigError: an unknown flag (with the closest known one), a value of the wrong type, a missing flag, a
-            `--config` that cannot be read.
+        ConfigError: unknown flags (each with the nearest known one), values of the wrong type, missing flags, a
+            `--config` that cannot be read, flags that exclude each other.
     """
-    parser = build_parser()
-    parsed, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        raise ConfigError(unknown_flag(unknown, known_flags()))
-    given = vars(parsed)
+    given = build_parser().parse(argv)
     if given.get("config"):
         stored = _from_file(Path(given["config"]))
-        given = {**{name: value for name, value in stored.items() if not _same_flag(name, given)}, **given}
+        given = {**{name: value for name, value in stored.items() if not _is_given(name, given)}, **given}
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
-    missing = [name for name in REQUIRED if given.get(name) in UNSET]
-    if missing:
-        raise ConfigError("missing: " + ", ".join(f"--{name}" for name in missing))
-    groups = [filled(group, given) for group in GROUPS]
-    ours = {one.name for group in GROUPS for one in fields(group)}
+    raise_faults(missing(given, REQUIRED))
+    model, data, batch, adapter, run = (fill(group, given) for group in GROUPS)
+    ours = {declared.name for group in GROUPS for declared in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = _translate(given, training)
-    arguments = Arguments(*groups, training={**TRAINING_DEFAULTS, **training}, notes=notes)
-    _check_pairs(arguments)
-    if given.get("use_lora") is not False:  # who says so knows that the settings of a file do not count
-        _check_that_the_adapter_is_asked_for(arguments.adapter)
+    arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
+    raise_faults(_faults(arguments, adapter_refused=given.get("use_lora") is False))
     return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; a flag that is not given leaves no trace in its result."""
-    parser = Parser(
-        usage="deepspeed [--hostfile=FILE] finetune/finetune.py --model_name_or_path M --data_path D --output_dir O",
-        description="Fine-tune a chat model on conversations, with DeepSpeed.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+def build_parser() -> CommandParser:
+    """Build the parser of our flags, those of the installed transformers, and the names that it has changed."""
+    parser = CommandParser(
+        "deepspeed",
+        "[--hostfile=FILE] finetune/finetune.py --model_name_or_path M --data_path D --output_dir O",
+        "Fine-tune a chat model on conversations, with DeepSpeed.",
+        *GROUPS,
         epilog="Flags of transformers.TrainingArguments are accepted under their own names and explained in its "
-        "documentation. README.md explains ours.",
+        "documentation. docs/reference/flags.md explains ours.",
     )
-    add_groups(parser, GROUPS)
     section = parser.add_argument_group("Training (transformers.TrainingArguments)")
     for flag in training_flags().values():
-        _add(section, flag.name, flag.kind, flag.is_list, None, meaning(flag.name))
+        parser.add_option(section, flag.name, OptionType(flag.kind, flag.is_list), meaning(flag.name))
     section = parser.add_argument_group("Flags that transformers has renamed")
     for name, translated in TRANSLATED.items():
         if name not in training_flags():
-            _add(section, name, translated.type, False, None, f"now {translated.to}")
+            parser.add_option(section, name, OptionType(translated.type), f"now {translated.to}")
     return parser
 
 
 def known_flags() -> list[str]:
-    """Every accepted flag name, without dashes."""
-    return sorted(_shapes())
-
-
-def add_groups(
-    parser: argparse.ArgumentParser, groups: Sequence[type], only: Sequence[str] = (), *, requires: bool = True
-) -> None:
-    for group in groups:
-        section = parser.add_argument_group(group.__doc__.rstrip("."))
-        hints = typing.get_type_hints(group)
-        for one in fields(group):
-            if only and one.name not in only:
-                continue
-            kind, is_list, choices = _shape(hints[one.name])
-            text = meaning_of(one) if requires else meaning_of(one).removesuffix(" (required)")
-            _add(section, one.name, kind, is_list, choices, text)
+    """Return every accepted flag name, without dashes."""
+    return sorted(_types())
 
 
 def meaning(training_flag: str) -> str:
-    """What a flag of transformers is, in our words or the first sentence of its own, with its default here."""
+    """Return what a flag of transformers is, in our words or the first sentence of its own, with its default here."""
     own_words = training_flags()[training_flag].help.split(". ")[0].strip()
-    return _with_default(TRAINING_HELP.get(training_flag, own_words), default_of(training_flag))
+    return describe(TRAINING_HELP.get(training_flag, own_words), default_of(training_flag))
 
 
-def meaning_of(flag: Field[Any]) -> str:
-    """What a flag of ours is, with its default."""
-    return _with_default(flag.metadata["help"], default_of(flag.name))
+def missing(given: dict[str, Any], required: Sequence[str]) -> list[str]:
+    """Return one fault that names the required flags that are not given, or are empty."""
+    names = [f"--{name}" for name in required if given.get(name) in UNSET]
+    return [f"missing: {', '.join(names)}"] if names else []
 
 
-def _with_default(text: str, default: Any) -> str:
-    typed = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-    return text if default in (None, "", []) or "default:" in text else f"{text} [{typed}]"
-
-
-def filled(group: type, given: dict[str, Any]) -> Any:
-    return group(**{one.name: given[one.name] for one in fields(group) if one.name in given})
-
-
-def _add(section: Any, name: str, kind: type, is_list: bool, choices: Any, text: str) -> None:
-    plain = text.replace("`", "").replace("%", "%%")
-    options: dict[str, Any] = {"help": plain, "choices": choices, "type": _converter(kind)}
-    if is_list:
-        options.update(nargs="*", metavar=kind.__name__)
-    elif kind is bool:
-        options.update(nargs="?", const=True, metavar="True|False")
-    elif not choices:
-        options.update(metavar=kind.__name__)
-    section.add_argument(f"--{name}", **options)
-
-
-def _shape(hint: Any) -> tuple[type, bool, list[str] | None]:
-    """(type, takes several values, choices).
-
-    `str | None` -> (str, False, None); `list[int]` -> (int, True, None); `Literal["a"] | None` -> (str, False, ["a"])
-    """
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], True, None
-    if typing.get_origin(hint) is Literal:
-        return str, False, list(typing.get_args(hint))
-    return hint, False, None
-
-
-def _shapes() -> dict[str, tuple[type, bool, list[str] | None]]:
-    """(type, takes several values, choices) of every accepted flag."""
+def _types() -> dict[str, OptionType]:
     hints = {name: hint for group in GROUPS for name, hint in typing.get_type_hints(group).items()}
     return {
-        **{name: (translated.type, False, None) for name, translated in TRANSLATED.items()},
-        **{name: (flag.kind, flag.is_list, None) for name, flag in training_flags().items()},
-        **{name: _shape(hint) for name, hint in hints.items()},
+        **{name: OptionType(translated.type) for name, translated in TRANSLATED.items()},
+        **{name: OptionType(flag.kind, flag.is_list) for name, flag in training_flags().items()},
+        **{name: OptionType.of(hint) for name, hint in hints.items()},
     }
 
 
-def _converter(kind: type) -> typing.Callable[[str], Any]:
-    return _boolean if kind is bool else kind
-
-
-def _boolean(text: str) -> bool:
-    spelled = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in spelled:
-        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-    return spelled[text.lower()]
-
-
-def _same_flag(name: str, given: dict[str, Any]) -> bool:
+def _is_given(name: str, given: dict[str, Any]) -> bool:
     """Whether the command line gives this flag, under its present or an old name."""
     present = {old: translated.to for old, translated in TRANSLATED.items()}
-    return present.get(name, name) in {present.get(one, one) for one in given}
-
-
-def unknown_flag(words: Sequence[str], known: Sequence[str]) -> str:
-    flag = next((word for word in words if word.startswith("--")), None)
-    if flag is None:
-        return f"unexpected argument {words[0]!r}: every value belongs to a flag"
-    name = flag[2:].partition("=")[0]
-    close = get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
-    hint = f": did you mean --{close[0]}?" if close else ": see --help"
-    return f"unknown flag --{name}{hint}"
+    return present.get(name, name) in {present.get(other, other) for other in given}
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    """Flags from a YAML or JSON mapping, or from the `arguments` of a run.json."""
+    """Return the flags of a YAML or JSON mapping, or those in the `arguments` of a run.json."""
+    values = _read_mapping(path)
+    types = _types()
+    faults = unknown_options([f"--{name}" for name, value in values.items() if name not in types], list(types))
+    given = {}
+    for name, value in values.items():
+        if value is not None and name in types:
+            try:
+                given[name] = _value_of(types[name], value)
+            except ValueError as error:
+                faults.append(f"--{name} {value!r}: {error}")
+    raise_faults(f"--config {path}: {fault}" for fault in faults)
+    return given
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -208,33 +137,24 @@ def _from_file(path: Path) -> dict[str, Any]:
         values = values["arguments"]
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected a mapping of flags to values")
-    shapes = _shapes()
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        if value is None:
-            continue
-        if name not in shapes:
-            raise ConfigError(f"--config {path}: " + unknown_flag([f"--{name}"], list(shapes)))
-        given[name] = _from_value(path, name, value, *shapes[name])
-    return given
+    return values
 
 
-def _from_value(path: Path, name: str, value: Any, kind: type, is_list: bool, choices: list[str] | None) -> Any:
-    """One value of a file, checked as strictly as a word on the command line."""
+def _value_of(shape: OptionType, value: Any) -> Any:
+    """Check a value of a file as strictly as a word on the command line.
+
+    Raises:
+        ValueError: what was expected.
+    """
     items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-    if not is_list and len(items) != 1:
-        raise ConfigError(f"--config {path}: --{name} takes one value, found {value!r}")
-    try:
-        read = [_converter(kind)(str(item)) for item in items]
-    except (ValueError, argparse.ArgumentTypeError):
-        raise ConfigError(f"--config {path}: --{name}: expected {kind.__name__}, found {value!r}") from None
-    if choices and read[0] not in choices:
-        raise ConfigError(f"--config {path}: --{name}: expected {', '.join(choices)}, found {value!r}")
-    return read if is_list else read[0]
+    if not shape.is_list and len(items) != 1:
+        raise ValueError("takes one value")
+    read = [shape.read(str(item)) for item in items]
+    return read if shape.is_list else read[0]
 
 
 def _translate(given: dict[str, Any], training: dict[str, Any]) -> list[str]:
-    """Put translated flags under their present names; say so where the name itself is gone, or both are given."""
+    """Put translated flags under their present names; note where the name itself is gone, or both are given."""
     notes = []
     for old, translated in TRANSLATED.items():
         if old not in given:
@@ -251,81 +171,83 @@ def _translate(given: dict[str, Any], training: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _check_pairs(arguments: Arguments) -> None:
-    adapter, data = arguments.adapter, arguments.data
+def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
+    """Yield what is wrong with values that have the right types."""
+    yield from data_faults(arguments.data)
+    yield from _batch_faults(arguments)
+    yield from _training_faults(arguments)
+    yield from _adapter_faults(arguments.adapter)
+    if not adapter_refused:  # --use_lora False: the settings of a file do not count
+        yield from _unused_adapter_flags(arguments.adapter)
+    for name in ("report_answers", "report_seconds", "report_samples"):
+        yield from below(0, name, getattr(arguments.run, name))
+
+
+def data_faults(data: DataArguments) -> Iterator[str]:
+    """Yield what is wrong with the flags of the data."""
+    yield from below(1, "model_max_length", data.model_max_length)
+    yield from below(1, "preprocessing_num_workers", data.preprocessing_num_workers)
+    if not 0 <= data.max_dropped_rows <= 1:
+        yield f"--max_dropped_rows {data.max_dropped_rows}: expected a share from 0 to 1"
+    if not 0 <= data.validation_share < 1:
+        yield f"--validation_share {data.validation_share:g}: expected a share from 0 to 1"
+    if data.validation_share and data.eval_data_path:
+        yield "--validation_share and --eval_data_path exclude each other: keep one of them"
+    for rule in data.repairs:
+        if rule not in REPAIRS:
+            yield f"--repairs {rule}: expected {one_of(tuple(REPAIRS))}"
+
+
+def below(least: int, name: str, value: float | None) -> Iterator[str]:
+    """Yield a fault where a number that was given is below the least that makes sense."""
+    if value is not None and value < least:
+        yield f"--{name} {value}: expected {'at least 1' if least else '0 or more'}"
+
+
+def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:
     if adapter.use_lora and adapter.adapter not in (None, "lora"):
-        raise ConfigError(f"--use_lora True and --adapter {adapter.adapter} exclude each other: keep one of them")
+        yield f"--use_lora True and --adapter {adapter.adapter} exclude each other: keep one of them"
     start = adapter.init_lora_weights
     if not re.fullmatch(r"default|gaussian|pissa(_niter_[1-9]\d*)?|olora", start):
-        raise ConfigError(
-            f"--init_lora_weights {start}: expected default, gaussian, pissa, pissa_niter_16 (any number) or olora"
-        )
-    if adapter.use_dora and start not in ("default", "gaussian"):
-        raise ConfigError(f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them")
-    check_data(data)
-    _check_batches(arguments)
-    _check_that_something_is_learned(arguments)
-    check_at_least_one("lora_r", adapter.lora_r)
-    check_at_least_one("num_virtual_tokens", adapter.num_virtual_tokens)
-    for name in ("report_answers", "report_seconds", "report_samples"):
-        if getattr(arguments.run, name) < 0:
-            raise ConfigError(f"--{name} {getattr(arguments.run, name)}: expected 0 or more")
+        yield f"--init_lora_weights {start}: expected default, gaussian, pissa, pissa_niter_16 (any number) or olora"
+    elif adapter.use_dora and start not in ("default", "gaussian"):
+        yield f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them"
+    yield from below(1, "lora_r", adapter.lora_r)
+    yield from below(1, "num_virtual_tokens", adapter.num_virtual_tokens)
     if not 0 <= adapter.lora_dropout < 1:
-        raise ConfigError(f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1")
+        yield f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1"
 
 
-def _check_that_the_adapter_is_asked_for(adapter: AdapterArguments) -> None:
-    """What shapes an adapter must not be passed over while all parameters, or another adapter, are trained."""
+def _unused_adapter_flags(adapter: AdapterArguments) -> Iterator[str]:
+    """Yield flags that shape an adapter while all parameters, or another adapter, would be trained."""
     kind = adapter.kind()
-    for one in fields(adapter):
-        if one.name in ("use_lora", "adapter") or getattr(adapter, one.name) in (default_of(one.name), *UNSET):
+    for declared in fields(adapter):
+        name = declared.name
+        if name in ("use_lora", "adapter") or getattr(adapter, name) in (default_of(name), *UNSET):
             continue
-        kinds = ("prefix", "prompt") if one.name == "num_virtual_tokens" else ("lora",)
+        kinds = ("prefix", "prompt") if name == "num_virtual_tokens" else ("lora",)
         if kind not in kinds:
-            wanted = "--use_lora True" if kinds == ("lora",) else "--adapter prefix or prompt"
+            remedy = "--use_lora True" if kinds == ("lora",) else "--adapter prefix or prompt"
             trained = f"a {kind} adapter" if kind else "all parameters"
-            raise ConfigError(f"--{one.name} is given, but {trained} would be trained: add {wanted}, or leave it out")
+            yield f"--{name} is given, but {trained} would be trained: add {remedy}, or leave it out"
 
 
-def _check_that_something_is_learned(arguments: Arguments) -> None:
+def _training_faults(arguments: Arguments) -> Iterator[str]:
     rate, epochs, steps = (arguments.given(name) for name in ("learning_rate", "num_train_epochs", "max_steps"))
     if not rate > 0:
-        raise ConfigError(f"--learning_rate {rate:g}: nothing would be learned: give one above 0, such as 2e-5")
+        yield f"--learning_rate {rate:g}: nothing would be learned: give one above 0, such as 2e-5"
     if not epochs > 0 and steps <= 0:
-        raise ConfigError(f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps")
+        yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
 
 
-def _check_batches(arguments: Arguments) -> None:
+def _batch_faults(arguments: Arguments) -> Iterator[str]:
     batch, budget = arguments.batch, arguments.batch.tokens_per_device_batch
-    check_at_least_one("sequence_parallel_size", batch.sequence_parallel_size)
-    if budget is not None:
-        check_at_least_one("tokens_per_device_batch", budget)
-        if "per_device_train_batch_size" in arguments.training:
-            raise ConfigError(
-                "--tokens_per_device_batch and --per_device_train_batch_size exclude each other: keep one of them"
-            )
-        if batch.batching == "packed":
-            raise ConfigError(
-                "--tokens_per_device_batch and --batching packed exclude each other: packed rows hold "
-                "--model_max_length tokens; for another number use --batching flat"
-            )
-
-
-def check_data(data: DataArguments) -> None:
-    check_at_least_one("model_max_length", data.model_max_length)
-    if data.preprocessing_num_workers is not None:
-        check_at_least_one("preprocessing_num_workers", data.preprocessing_num_workers)
-    if not 0 <= data.max_dropped_rows <= 1:
-        raise ConfigError(f"--max_dropped_rows {data.max_dropped_rows}: expected a share from 0 to 1")
-    if not 0 <= data.validation_share < 1:
-        raise ConfigError(f"--validation_share {data.validation_share:g}: expected a share from 0 to 1")
-    if data.validation_share and data.eval_data_path:
-        raise ConfigError("--validation_share and --eval_data_path exclude each other: keep one of them")
-    unknown = [rule for rule in data.repairs if rule not in REPAIRS]
-    if unknown:
-        raise ConfigError(f"--repairs {unknown[0]}: expected {' or '.join(REPAIRS)}")
-
-
-def check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"--{name} {value}: expected at least 1")
+    yield from below(1, "sequence_parallel_size", batch.sequence_parallel_size)
+    yield from below(1, "tokens_per_device_batch", budget)
+    if budget is not None and "per_device_train_batch_size" in arguments.training:
+        yield "--tokens_per_device_batch and --per_device_train_batch_size exclude each other: keep one of them"
+    if budget is not None and batch.batching == "packed":
+        yield (
+            "--tokens_per_device_batch and --batching packed exclude each other: packed rows hold "
+            "--model_max_length tokens; for another number use --batching flat"
+        )

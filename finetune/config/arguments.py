@@ -155,17 +155,6 @@ class RunArguments:
 
 
 @dataclass
-class PreviewArguments:
-    """What is shown."""
-
-    rows: list[int] | None = _flag(None, "the rows to show, counted from 0 in each file; default: the first 5")
-    sample: int | None = _flag(None, "show this many rows, drawn at random; default with `--html`: 50")
-    seed: int = _flag(42, "the same seed draws the same sample")
-    json: bool = _flag(False, "one JSON line per row of the file, all rows, with token ids and labels")
-    html: str | None = _flag(None, "write the rows to this file as a page; it may replace such a page, no other file")
-
-
-@dataclass
 class DoctorArguments:
     """How a run is examined."""
 
@@ -175,31 +164,6 @@ class DoctorArguments:
     stage: bool = _flag(False, "copy code, data and model to the hosts that lack them, with rsync")
     rehearse: bool = _flag(
         False, "run all of it with a small random model: two steps, save, verify, resume, load; about a minute"
-    )
-
-
-@dataclass
-class EvaluateArguments:
-    """What is evaluated, and how; at least one of --data_path, --tasks and --forgetting."""
-
-    base_model: str | None = _flag(None, "where the base lies now, if it was moved since the training")
-    no_base: bool = _flag(False, "do not measure the base beside the tuned model")
-    json: bool = _flag(False, "print what is stored as one JSON object, instead of tables")
-    tokens_per_batch: int = _flag(2048, "conversations are measured together up to so many tokens")
-    worst: int = _flag(5, "rows to show: those with the largest loss, and those that became worse most")
-    tasks: list[str] = _flag(
-        [], "`lingowhale` (the eight benchmarks of its table), tasks of lm-eval, YAML files or folders of tasks"
-    )
-    num_fewshot: int | None = _flag(None, "examples in front of each question of a task; default: the task's own")
-    limit: int | None = _flag(None, "ask only the first so many questions of each task: to try it out")
-    batch_size: str = _flag("auto", "questions of a task that are asked together: a number, or `auto`")
-    apply_chat_template: bool = _flag(
-        False, "ask tasks in the chat format; without it as plain text, as published scores are measured"
-    )
-    allow_code_execution: bool = _flag(False, "run programs that the model has written (HumanEval), on this machine")
-    forgetting: bool = _flag(False, "ask what the base could do, about 260 questions that come with the project")
-    fail_below: float | None = _flag(
-        None, "end with status 1 where `--forgetting` finds the tuned model more points below the base, e.g. 5"
     )
 
 

@@ -53,23 +53,20 @@ def training_flags() -> dict[str, TrainingFlag]:
     source = Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    declared = (node for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call))
-    return {flag.name: flag for flag in map(_training_flag, declared)}
+    declared = [node for node in body if isinstance(node, ast.AnnAssign)]
+    flags = [_training_flag(node, node.value) for node in declared if isinstance(node.value, ast.Call)]
+    return {flag.name: flag for flag in flags}
 
 
-def _training_flag(node: ast.AnnAssign) -> TrainingFlag:
+def _training_flag(node: ast.AnnAssign, field_call: ast.Call) -> TrainingFlag:
     kinds = {part.strip() for part in ast.unparse(node.annotation).split("|")}
-    kind = next((kind for kind in (bool, int, float) if kind.__name__ in kinds), str)
-    keywords = {keyword.arg: keyword.value for keyword in node.value.keywords}
-    default = keywords.get("default")
-    help_text = ""
-    if isinstance(keywords.get("metadata"), ast.Dict):
-        metadata = keywords["metadata"]
-        pairs = zip(metadata.keys, metadata.values, strict=True)
-        help_text = next((_literal(value) or "" for key, value in pairs if _literal(key) == "help"), "")
+    kind: type = next((kind for kind in (bool, int, float) if kind.__name__ in kinds), str)
+    keywords = {keyword.arg: keyword.value for keyword in field_call.keywords}
+    metadata = _literal(keywords.get("metadata")) or {}
     if "str" in kinds and kind is bool:
         kind = str
-    return TrainingFlag(node.target.id, kind, "list[str]" in kinds, _literal(default), help_text)
+    name, default = ast.unparse(node.target), _literal(keywords.get("default"))
+    return TrainingFlag(name, kind, "list[str]" in kinds, default, metadata.get("help", ""))
 
 
 def _literal(node: ast.AST | None) -> Any:

@@ -5,7 +5,7 @@ shell. Here each of these is an error that says what to write instead, found bef
 reads rightly means the same here: the tests ask both.
 """
 
-from finetune.launcher.deepspeed_args import LauncherArgs, launcher_options, parse_launcher_args
+from finetune.launcher.deepspeed_args import LauncherArgs, build_parser, launcher_options, parse_launcher_args
 from finetune.launcher.deepspeed_env import (
     FILE_NAME,
     environment_files,
@@ -22,6 +22,7 @@ __all__ = [
     "FILE_NAME",
     "JOB_HOSTFILE",
     "LauncherArgs",
+    "build_parser",
     "environment_files",
     "environment_of_ranks",
     "is_secret",

@@ -5,6 +5,7 @@ Rank 0 speaks; the libraries keep to warnings, and the other ranks to errors.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
@@ -70,6 +71,12 @@ def quiet_serving() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def encode_output(*, utf8: bool) -> None:
+    """Write characters that stdout cannot encode as escapes; `utf8` is for output that programs read."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8" if utf8 else None, errors="backslashreplace")
 
 
 def say_aside(line: str) -> None:

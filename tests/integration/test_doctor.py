@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune.config import parse_for_doctor
+from finetune.cli.doctor import parse_options
 from finetune.preflight import SECTIONS, DoctorReport
 from finetune.utils.errors import ConfigError, DataError, StorageError
 from tests.helpers import ranks
@@ -34,25 +34,25 @@ class TestWords:
         ],
     )
     def test_the_script_may_stand_there_or_not(self, words):
-        choice, flags, rest = parse_for_doctor(words.format(" ".join(TRAINING)).split())
+        choice, flags, rest = parse_options(words.format(" ".join(TRAINING)).split())
         assert choice.json and not choice.full
         assert (flags.hostfile, flags.include) == ("h", "node0@node1")
         assert rest == TRAINING
 
     def test_a_name_that_both_know_is_the_trainings_unless_the_script_stands_between(self):
-        _, flags, rest = parse_for_doctor([*TRAINING, "--log_level", "info"])
+        _, flags, rest = parse_options([*TRAINING, "--log_level", "info"])
         assert rest[-2:] == ["--log_level", "info"] and "log_level" not in flags.given
-        _, flags, rest = parse_for_doctor(["--log_level", "debug", "finetune/finetune.py", *TRAINING])
+        _, flags, rest = parse_options(["--log_level", "debug", "finetune/finetune.py", *TRAINING])
         assert rest == TRAINING and flags.given["log_level"] == "debug"
 
     def test_flags_without_a_value_take_none(self):
-        _, flags, rest = parse_for_doctor(["--no_ssh_check", *TRAINING, "--force_multi", "--bf16", "True"])
-        assert flags.no_ssh_check and flags.force_multi
+        _, flags, rest = parse_options(["--no_ssh_check", *TRAINING, "--force_multi", "--bf16", "True"])
+        assert flags.no_ssh_check and flags.given["force_multi"]
         assert rest == [*TRAINING, "--bf16", "True"]
 
     def test_a_wrong_value_of_the_launcher_is_an_error(self):
         with pytest.raises(ConfigError, match="--num_gpus.*whole number"):
-            parse_for_doctor(["--num_gpus", "two", *TRAINING])
+            parse_options(["--num_gpus", "two", *TRAINING])
 
 
 class TestStatus:

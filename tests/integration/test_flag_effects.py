@@ -14,10 +14,11 @@ from typing import Any, Literal
 import pytest
 
 from finetune import train
-from finetune.config import DoctorArguments, EvaluateArguments, PreviewArguments, parse
+from finetune.cli.evaluate import EvaluateOptions
+from finetune.cli.preview import NOT_OF_PREVIEW, PreviewOptions, parse_options
+from finetune.config import DoctorArguments, parse
 from finetune.config.arguments import GROUPS, AdapterArguments
 from finetune.config.hardware import DetectedHardware
-from finetune.config.verb_parsers import NOT_OF_PREVIEW, parse_for_preview
 from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankPhase
 from finetune.training import config_check, training_setup
 from finetune.training.data_setup import prepare_data
@@ -346,7 +347,7 @@ def test_preview_takes_those_flags_of_training_that_change_what_is_shown():
         assert SHOWN[name][0] in (prepared, processes), name
     for name in NOT_OF_PREVIEW:
         with pytest.raises(FinetuneError, match=f"unknown flag --{name}"):
-            parse_for_preview(["--model_name_or_path", "m", "--data_path", "d", f"--{name}", "0.5"])
+            parse_options(["--model_name_or_path", "m", "--data_path", "d", f"--{name}", "0.5"])
 
 
 # ---- read somewhere
@@ -368,12 +369,12 @@ def attributes_read() -> dict[str, set[str]]:
 def test_every_field_is_read_outside_of_arguments():
     """A check of its value is no use of a flag."""
     read = attributes_read()
-    held_as = ("model", "data", "batch", "adapter", "run", "choice", "choice", "chosen")
-    groups = (*GROUPS, PreviewArguments, DoctorArguments, EvaluateArguments)
+    held_as = ("model", "data", "batch", "adapter", "run", "choice", "choice", "options")
+    groups = (*GROUPS, PreviewOptions, DoctorArguments, EvaluateOptions)
     unread = [
         one.name
         for holder, group in zip(held_as, groups, strict=True)
         for one in fields(group)
-        if not read.get(one.name, set()) & {holder, "chosen", "asked", "self in flags.py"}
+        if not read.get(one.name, set()) & {holder, "options", "shown", "self in flags.py"}
     ]
     assert unread == ["config"], "parse itself reads that one"

@@ -48,13 +48,15 @@ def test_parsing_and_checking_start_without_torch():
 
 def test_help_and_version_wait_for_no_library():
     code = (
-        "import sys; from finetune.__main__ import app\n"
-        "for word in ('--help', '--version'):\n    app([word], standalone_mode=False)\n"
-        "print([name for name in sys.modules if name.startswith('finetune.cli')])\n"
-        "for verb in app.registered_commands:\n"
-        "    print('>', verb.name)\n"
-        "    try:\n        app([verb.name, '--help'], standalone_mode=False)\n"
+        "import sys; from finetune import cli\n"
+        "def run(*words):\n"
+        "    try:\n        cli.main(words)\n"
         "    except SystemExit as end:\n        assert not end.code\n"
+        "run('--help'), run('--version')\n"
+        "print([name for name in sys.modules if name.startswith('finetune.cli.')])\n"
+        "for verb in cli.VERBS:\n"
+        "    print('>', verb)\n"
+        "    run(verb, '--help')\n"
         "heavy = {'torch', 'transformers', 'deepspeed', 'peft', 'datasets', 'gradio', 'lm_eval'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -71,8 +73,8 @@ def test_help_and_version_wait_for_no_library():
 def test_it_needs_no_torch(tmp_path):
     folder = output_dir(tmp_path / "one")
     code = (
-        "import sys\nfrom finetune.__main__ import app\n"
-        f"app(['report', {str(folder)!r}, '--no_answers'], standalone_mode=False)\n"
+        "import sys\nfrom finetune import cli\n"
+        f"cli.main(['report', {str(folder)!r}, '--no_answers'])\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'plotly') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -37,8 +37,7 @@ def test_samples_of_a_run_hold_the_words_of_the_data(train, conversation_file):
 @pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_answers_are_those_of_base_and_result_and_are_kept(train, kind, capsys):
     output = train("output", *(LORA if kind == "adapter" else ()), "--deepspeed", "zero2", world_size=1)
-    flags = {"html": None, "prompts": None, "no_answers": False, "base_model": None, "watch": False}
-    report.main([str(output)], **flags, every=5.0, port=0)
+    report.main([str(output)])
     kept = read_run(output).answers
     assert len(kept.answered) == report.PROMPTS
     opened = load_for_inference(read_result(output))
@@ -52,15 +51,14 @@ def test_answers_are_those_of_base_and_result_and_are_kept(train, kind, capsys):
     assert any(one.before != one.after for one in kept.answered)
 
     written = (output / sample_answers.ANSWERS_FILE).stat().st_mtime_ns
-    report.main([str(output)], **flags, every=5.0, port=0)
+    report.main([str(output)])
     assert (output / sample_answers.ANSWERS_FILE).stat().st_mtime_ns == written
     assert read_answers(output, {**load_run_json(output), "run_id": "another"}) is None
 
 
 def test_an_adapter_whose_base_is_gone_gets_a_report_without_answers(train, tmp_path, capsys):
     output = train("output", *LORA, "--max_steps", "1", world_size=1)
-    flags = {"html": None, "prompts": None, "no_answers": False, "base_model": str(tmp_path / "gone"), "watch": False}
-    report.main([str(output)], **flags, every=5.0, port=0)
+    report.main([str(output), "--base_model", str(tmp_path / "gone")])
     told = capsys.readouterr()
     assert "note: no answers before and after: " in told.err and "gone is not there" in told.err
     assert "None were made yet" in (output / "report.html").read_text("utf-8")

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import ast
+import io
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.main import get_command
-from typer.testing import CliRunner
 
-from finetune.__main__ import app
-from finetune.cli import evaluate
+from finetune import cli
+from finetune.cli import completion, evaluate
 from finetune.cli.launch import NOT_HANDED_ON, handed_on
-from finetune.config import DoctorArguments, EvaluateArguments, PreviewArguments
-from finetune.launcher import LauncherArgs, parse_launcher_args
-from finetune.utils.errors import FinetuneError
+from finetune.launcher import build_parser, parse_launcher_args
+from finetune.utils.errors import ConfigError, FinetuneError
 from tests.helpers.paths import ROOT
-from tests.integration.test_flag_effects import source_of
 
 
 class Calls(list):
@@ -68,17 +66,11 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "port": ("--web", "--port 9"),
     },
 }  # fmt: skip
-OF_THE_DOCTOR = {
-    "json": "test_doctor.py::test_it_foresees_what_the_run_then_does",
-    "full": "test_hosts_doctor.py::test_hosts_that_are_alike_are_joined_measured_and_written_down",
-    "write_env": "test_hosts_doctor.py::test_hosts_that_are_alike_are_joined_measured_and_written_down",
-    "stage": "test_hosts_doctor.py::test_what_hosts_lack_is_staged_and_what_differs_is_kept_aside",
-    "rehearse": "test_hosts_doctor.py::test_a_rehearsal_runs_the_whole_chain_on_hosts_without_a_shared_disk",
-}
+OF_THE_DOCTOR = dict.fromkeys(("json", "full", "write_env", "stage", "rehearse"))  # they need hosts: tests/hosts
 
 
 @pytest.fixture
-def verb(tiny_model, conversation_file, monkeypatch, tmp_path) -> Callable[..., Any]:
+def verb(tiny_model, conversation_file, monkeypatch, tmp_path, capsys) -> Callable[..., Any]:
     """Calls a verb by its command line; what it says, and what it asks of what needs a model."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
@@ -94,9 +86,13 @@ def verb(tiny_model, conversation_file, monkeypatch, tmp_path) -> Callable[..., 
         given = words.replace("DIR", str(tmp_path)).split()
         if given and name == "chat" and not given[0].startswith("-"):
             first = []
-        done = CliRunner().invoke(app, [name, *first, *given], input="Hi\n")
-        assert done.exit_code in (0, None) or isinstance(done.exception, FinetuneError), (done.output, done.exc_info)
-        return re.sub(r"0x\w+|[\d.]+ ?s(econds)?", "", done.output + str(calls) + repr(done.exception))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+        error = None
+        try:
+            cli.main([name, *first, *given])
+        except FinetuneError as raised:
+            error = raised
+        return re.sub(r"0x\w+|[\d.]+ ?s(econds)?", "", f"{capsys.readouterr()}{calls}{error!r}")
 
     return run
 
@@ -159,46 +155,58 @@ def test_an_option_of_a_verb_has_an_effect(name, option, verb, tmp_path):
 
 
 def test_every_option_of_every_verb_has_an_entry_and_a_help_text():
-    verbs = get_command(app).commands
-    own = {"preview": PreviewArguments, "evaluate": EvaluateArguments, "doctor": DoctorArguments}
-    assert {*OF_VERBS, "doctor", "launch", "convert"} == set(verbs)
-    for name, command in verbs.items():
-        if name in own:
-            options = {one.name: one.metadata["help"] for one in fields(own[name])}
-        else:
-            shown = [one for one in command.params if one.name != "help"]
-            options = {(one.opts[0].lstrip("-") or one.name): one.help for one in shown}
-        listed = {*OF_VERBS.get(name, {}), *(OF_THE_DOCTOR if name == "doctor" else ())}
-        assert options.keys() - {"output"} == listed, name
+    assert {*OF_VERBS, "doctor", "launch", "convert"} == set(cli.VERBS)
+    for name, entries in {**OF_VERBS, "doctor": OF_THE_DOCTOR}.items():
+        own = import_module(f"finetune.cli.{name}").build_parser()._action_groups[2:]
+        groups = own[2:] if name == "preview" else own[:1]  # those of model and data have entries of their own
+        options = {action.dest: action.help for group in groups for action in group._group_actions}
+        assert options.keys() - {"output"} == entries.keys(), name
         assert all(options.values()), name
 
 
-@pytest.mark.parametrize("flag", OF_THE_DOCTOR)
-def test_a_test_of_the_doctor_gives_the_option(flag):
-    assert f'"--{flag}"' in source_of(OF_THE_DOCTOR[flag])
-
-
 def test_every_flag_of_the_launcher_is_handed_on_or_read():
-    text = "".join(path.read_text("utf-8") for path in (ROOT / "finetune").rglob("*.py") if path.name != "flags.py")
-    typed = [one for one in fields(LauncherArgs) if one.default is not MISSING and one.name != "given"]
-    assert len(typed) > 20
-    for one in typed:
-        if one.name in (*NOT_HANDED_ON, "module"):
-            read = re.search(rf"flags\.{one.name}\b|\bgiven\.get\(\"{one.name}\"", text)
-            assert read or one.name == "force_multi", f"{one.name}; a host is reached over ssh unless it is this one"
+    text = "".join(path.read_text("utf-8") for path in (ROOT / "finetune").rglob("*.py"))
+    types = build_parser().types
+    assert len(types) > 20
+    for name, shape in types.items():
+        if name in (*NOT_HANDED_ON, "module"):
+            read = re.search(rf"flags\.{name}\b|\bgiven\.get\(\"{name}\"", text)
+            assert read or name == "force_multi", f"{name}; a host is reached over ssh unless it is this one"
             continue
-        value = next(iter(one.metadata["choices"] or ()), "1")
-        words = [f"--{one.name}"] if one.default is False else [f"--{one.name}={value}"]
-        assert words[0] in handed_on(parse_launcher_args([*words, "script.py"])), one.name
+        word = f"--{name}" if shape.kind is bool else f"--{name}={next(iter(shape.choices), '1')}"
+        passed_on = handed_on(parse_launcher_args([word, "script.py"]))
+        assert word.replace("num_accelerators", "num_gpus") in passed_on, name
 
 
-def test_every_option_is_used_by_the_verb_that_declares_it():
-    tree = ast.parse((ROOT / "finetune/__main__.py").read_text(encoding="utf-8"))
-    verbs = [
-        node for node in tree.body
-        if isinstance(node, ast.FunctionDef) and len(node.args.args) > 1 and node.name != "_every_verb"
-    ]  # fmt: skip
-    assert len(verbs) >= 4
-    for function in verbs:
-        used = {node.id for line in function.body for node in ast.walk(line) if isinstance(node, ast.Name)}
-        assert {one.arg for one in function.args.args} <= used, function.name
+def test_a_switch_in_front_of_a_positional_argument_takes_no_value():
+    given = evaluate.build_parser().parse(["--no_base", "output", "--forgetting", "False", "--json"])
+    assert given == {"no_base": True, "output": "output", "forgetting": False, "json": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mrege"], "unknown command mrege: did you mean merge?"),
+        (["--json"], "unknown flag --json"),
+        (["merge"], "missing: OUTPUT"),
+        (["merge", "a", "b", "c"], "unexpected argument 'c'"),
+        (["merge", "a", "--dtype", "int8"], "--dtype int8: expected bf16, fp16 or float32"),
+        (["chat", "a", "--bse", "--temperature", "hot"], "--temperature hot: expected a number"),
+        (["chat", "a", "--bse", "--temperature", "hot"], "did you mean --base?"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(words, said):
+    with pytest.raises(ConfigError) as raised:
+        cli.main(words)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("typed", ["finetune ch", "finetune merge x --dt", "finetune launch --too_long "])
+def test_the_shell_completes_verbs_flags_and_choices(typed, tmp_path):
+    expected = {"ch": "chat", "--dt": "--dtype", "": "turns windows drop error"}
+    words = typed.split(" ")
+    script = tmp_path / "completion"
+    script.write_text(completion.script("bash"))
+    ask = 'source $0; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _finetune; echo "${COMPREPLY[@]}"'
+    shown = subprocess.run(["bash", "-c", ask, script, *words], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == expected[words[-1]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from finetune.__main__ import app
-from finetune.config import parse, parse_for_convert, parse_for_doctor, parse_for_evaluate, parse_for_preview
+from finetune.cli import convert, doctor, evaluate, preview
+from finetune.config import parse
 from finetune.launcher import parse_launcher_args
 from tests.helpers.paths import ROOT
 
@@ -67,31 +67,30 @@ def test_training_commands_parse(words):
 
 @pytest.mark.parametrize("words", commands_of("finetune doctor"))
 def test_doctor_commands_parse(words):
-    _, _, training = parse_for_doctor(completed(words[2:]))
+    _, _, training = doctor.parse_options(completed(words[2:]))
     assert parse(training).training["output_dir"]
 
 
 @pytest.mark.parametrize("words", commands_of("finetune preview"))
 def test_preview_commands_parse(words):
-    parse_for_preview(words[2:])
+    preview.parse_options(words[2:])
 
 
 @pytest.mark.parametrize("words", commands_of("finetune convert"))
 def test_convert_commands_parse(words):
-    parse_for_convert(words[2:])
+    convert.parse_options(words[2:])
 
 
 @pytest.mark.parametrize("words", commands_of("finetune evaluate"))
 def test_evaluate_commands_parse(words):
-    parse_for_evaluate(words[2:])
+    evaluate.parse_options(words[2:])
 
 
 @pytest.mark.parametrize(
     "words", commands_of(*(f"finetune {verb}" for verb in ("merge", "report", "chat", "quickstart")))
 )
 def test_commands_of_the_other_verbs_parse(words):
-    verb = get_command(app).commands[words[1]]
-    verb.make_context(words[1], words[2:])
+    import_module(f"finetune.cli.{words[1]}").build_parser().parse(words[2:])
 
 
 def test_commands_were_found():

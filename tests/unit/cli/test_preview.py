@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import preview
-from finetune.config import parse_for_preview
 from finetune.utils.errors import ConfigError
 from tests.helpers.rows import write_rows
 
@@ -177,10 +176,10 @@ def test_a_page_never_replaces_another_file(show, tmp_path):
         (["--json", "--html", "x"], "--json prints all rows: it excludes --html"),
         (["--sample", "0"], "--sample 0: expected at least 1"),
         (["--rows"], "--rows 0: expected at least 1"),
-        (["--rows", "a"], "argument --rows: invalid int value: 'a'"),
+        (["--rows", "a"], "--rows a: expected a whole number"),
         (["--smple", "1"], "unknown flag --smple: did you mean --sample?"),
     ],
 )
 def test_flags_that_do_not_go_together(words, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        parse_for_preview(["--model_name_or_path", "m", "--data_path", "d", *words])
+        preview.parse_options(["--model_name_or_path", "m", "--data_path", "d", *words])

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import io
 import shlex
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -24,22 +24,6 @@ pytestmark = pytest.mark.usefixtures("private_files")
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-def described(parser: argparse.ArgumentParser) -> dict[str, tuple]:
-    """What each flag of a parser is."""
-    whole = launcher_flags._whole_number
-    return {
-        action.dest: (
-            sorted(action.option_strings),
-            type(action).__name__,
-            action.nargs,
-            # A switch has no type, and argparse's own default is text.
-            None if action.nargs == 0 else {whole: int, None: str}.get(action.type, action.type),
-            tuple(action.choices or ()),
-        )
-        for action in parser._actions
-    }
-
-
 @pytest.fixture(scope="module")
 def real_parser(runner) -> argparse.ArgumentParser:
     kept = []
@@ -50,14 +34,15 @@ def real_parser(runner) -> argparse.ArgumentParser:
 
 
 def test_the_flags_are_those_of_the_launcher(real_parser):
-    real, ours = described(real_parser), described(launcher_flags.build_parser())
-    assert len(real) > 25
-    assert ours == real
-    defaults = {one.name: one.default for one in fields(launcher.LauncherArgs)}
-    for action in real_parser._actions:
-        if action.dest not in ("help", "hostfile", "user_script", "user_args"):
-            assert defaults[action.dest] == action.default, action.dest
-    assert (defaults["hostfile"], real_parser.get_default("hostfile")) == (None, str(resource_filter.JOB_HOSTFILE))
+    def spelled(parser: argparse.ArgumentParser) -> dict[str, tuple]:
+        return {action.dest: (sorted(action.option_strings), action.nargs) for action in parser._actions}
+
+    assert len(spelled(real_parser)) > 25
+    assert spelled(launcher_flags.build_parser()) == spelled(real_parser)
+    for declared in fields(launcher.LauncherArgs):
+        if declared.default is not MISSING and declared.name != "hostfile":
+            assert declared.default == real_parser.get_default(declared.name), declared.name
+    assert real_parser.get_default("hostfile") == str(resource_filter.JOB_HOSTFILE)
 
 
 WORDS = st.one_of(
@@ -90,7 +75,7 @@ def test_words_are_read_as_the_launcher_reads_them(real_parser, parts, tail, scr
         got = {one.name: getattr(ours, one.name) for one in fields(ours) if one.name != "given"}
         got["hostfile"] = str(resource_filter.JOB_HOSTFILE) if got["hostfile"] is None else got["hostfile"]
         assert got == {name: expected[name] for name in got}
-        assert all(getattr(ours, name) == value for name, value in ours.given.items())
+        assert ours.given.items() <= real.items()
 
 
 def test_what_stands_behind_the_script_is_untouched():
@@ -106,19 +91,17 @@ def test_what_stands_behind_the_script_is_untouched():
     ("words", "said"),
     [
         ("--num_gpu_s 2 a.py", "unknown flag of the launcher --num_gpu_s: did you mean --num_gpus?"),
-        (
-            "--learning_rate=1 a.py",
-            "unknown flag of the launcher --learning_rate: (flags of the launcher stand in front",
-        ),
+        ("--learning_rate=1 a.py", "unknown flag of the launcher --learning_rate"),
+        ("--num_gpu_s=2 --num_nodes=x a.py", "--num_nodes x: expected a whole number"),
         ("-Z a.py", "unknown flag of the launcher -Z"),
-        ("--num_gpus two a.py", "--num_gpus/--num_accelerators: expected a whole number, found 'two'"),
-        ("--num_gpus 1_0 a.py", "expected a whole number, found '1_0'"),
+        ("--num_gpus two a.py", "--num_gpus two: expected a whole number"),
+        ("--num_gpus 1_0 a.py", "--num_gpus 1_0: expected a whole number"),
         ("--num 2 a.py", "ambiguous option: --num could match --num_nodes, --num_gpus, --num_accelerators"),
         ("--num_gpus 2", "no script to launch: [FLAGS OF deepspeed] finetune/finetune.py"),
         ("", "no script to launch"),
         ("--hostfile", "-H/--hostfile: expected one argument"),
         ("--quiet=1 a.py", "-q/--quiet: ignored explicit argument '1'"),
-        ("--autotuning maybe a.py", "--autotuning: invalid choice: 'maybe'"),
+        ("--autotuning maybe a.py", "--autotuning maybe: expected tune or run"),
         ("--master_port 70000 a.py", "--master_port 70000: expected 1 to 65535"),
         ("--ssh_port 0 a.py", "--ssh_port 0: expected 1 to 65535"),
         ("--launcher openssh a.py", "--launcher openssh: expected pdsh, openmpi"),

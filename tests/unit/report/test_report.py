@@ -204,8 +204,8 @@ def test_a_disk_that_is_almost_full_is_left_to_the_run(tmp_path, monkeypatch):
 
 
 def report_of(*folders: Path, **changes) -> None:
-    flags = {"html": None, "prompts": None, "no_answers": True, "base_model": None, "watch": False, "every": 5.0}
-    report.main(list(map(str, folders)), **{**flags, "port": 0, **changes})
+    flags = [f"--{name}={value}" for name, value in {"no_answers": True, "port": 0, **changes}.items()]
+    report.main([*map(str, folders), *flags])
 
 
 def test_where_it_is_written(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,212 @@
+"""Command lines: the options of a command are fields of a dataclass, and all faults are reported at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
+
+from finetune.utils.errors import ConfigError, format_faults
+
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+HELP_WIDTH = 80
+Options = TypeVar("Options")
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare an option as a field of a dataclass; `help` has backticks around what is typed as it stands."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def positional(metavar: str, help: str, default: Any = MISSING) -> Any:
+    """Declare a positional argument as a field of a dataclass; without a default it is required."""
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+def default_of_field(declared: Field[Any]) -> Any:
+    """Return what a field holds when its option is not given."""
+    return declared.default_factory() if declared.default_factory is not MISSING else declared.default
+
+
+def describe(text: str, default: Any) -> str:
+    """Return a help text with its default in brackets, unless there is none or the text names it."""
+    typed = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    is_plain = default is False or default in (None, MISSING, "", [])
+    return text if is_plain or "default:" in text else f"{text} [{typed}]"
+
+
+def fill(group: type[Options], given: dict[str, Any]) -> Options:
+    """Build an options dataclass from the values that were given; the others have their defaults."""
+    return group(**{declared.name: given[declared.name] for declared in _fields(group) if declared.name in given})
+
+
+def _fields(group: type) -> tuple[Field[Any], ...]:
+    return fields(group)
+
+
+@dataclass(frozen=True)
+class OptionType:
+    """How the words of an option are read: each as a `kind`, or as one of `choices`."""
+
+    kind: type
+    is_list: bool = False
+    choices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, hint: Any) -> OptionType:
+        """`str | None` -> str; `list[int]` -> a list of int; `Literal["a", "b"] | None` -> a choice."""
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+            hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+        if typing.get_origin(hint) is list:
+            return cls(typing.get_args(hint)[0], is_list=True)
+        if typing.get_origin(hint) is Literal:
+            return cls(str, choices=typing.get_args(hint))
+        return cls(hint)
+
+    def read(self, text: str) -> Any:
+        """Return the value of one word.
+
+        Raises:
+            ValueError: what was expected.
+        """
+        if self.choices and text not in self.choices:
+            raise ValueError(f"expected {one_of(self.choices)}")
+        if self.kind is bool:
+            if text.lower() not in BOOLEANS:
+                raise ValueError("expected True or False")
+            return BOOLEANS[text.lower()]
+        # int() alone also takes 1_0 and digits of other scripts
+        if self.kind is int and not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+            raise ValueError("expected a whole number")
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise ValueError("expected a number") from None
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """`a`, `b`, `c` -> "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(choices[:-1]), *choices[-1:]]))
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command; an option that is not given leaves no trace in the result.
+
+    A bare boolean option means True. `kind` says whose options they are, where a command has those of two programs.
+    """
+
+    def __init__(self, prog: str, usage: str, description: str, *groups: type, kind: str = "flag", **more: Any) -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {usage}",
+            description=description,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=HELP_WIDTH),
+            **{"allow_abbrev": False, **more},
+        )
+        self.kind = kind
+        self.required: dict[str, str] = {}
+        self.switches: set[str] = set()
+        self.types: dict[str, OptionType] = {}
+        self.has_positionals = False
+        self._faults: list[str] = []
+        for group in groups:
+            self.add_group(group)
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise instead of exiting: a value is missing, or an abbreviation is ambiguous."""
+        raise ConfigError(message.removeprefix("argument "))
+
+    def add_group(self, group: type, *, only: Iterable[str] | None = None) -> None:
+        """Add the fields of a dataclass, or some of them, under its docstring as the title."""
+        section = self.add_argument_group((group.__doc__ or "").rstrip("."))
+        hints = typing.get_type_hints(group)
+        for declared in _fields(group):
+            if only is None or declared.name in only:
+                text = describe(declared.metadata["help"], default_of_field(declared))
+                metavar = declared.metadata.get("metavar")
+                if metavar is not None and declared.default is MISSING:
+                    self.required[declared.name] = metavar
+                self.add_option(section, declared.name, OptionType.of(hints[declared.name]), text, metavar)
+
+    def add_option(self, section: Any, name: str, shape: OptionType, help: str, metavar: str | None = None) -> None:
+        """Add one option, or a positional argument where a `metavar` names it."""
+        options: dict[str, Any] = {"help": help.replace("`", "").replace("%", "%%")}
+        flag = f"--{name}" if metavar is None else metavar
+        options["type"] = self.reader(flag, shape)
+        if metavar is not None:
+            self.has_positionals = True
+            section.add_argument(name, nargs="*" if shape.is_list else "?", metavar=metavar, **options)
+            return
+        self.types[name] = shape
+        if shape.is_list:
+            options.update(nargs="*", metavar=shape.kind.__name__)
+        elif shape.kind is bool:
+            self.switches.add(flag)
+            options.update(nargs="?", const=True, metavar="True|False")
+        else:
+            options.update(metavar="|".join(shape.choices) or shape.kind.__name__)
+        section.add_argument(flag, **options)
+
+    def reader(self, flag: str, shape: OptionType) -> Callable[[str], Any]:
+        """Return what reads a word of an option; a wrong one becomes a fault of the command."""
+
+        def read(text: str) -> Any:
+            try:
+                return shape.read(text)
+            except ValueError as error:
+                self._faults.append(f"{flag} {text}: {error}")
+
+        return read
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return the values that were given, by name.
+
+        Raises:
+            ConfigError: every unknown option with the nearest known name, every wrong value, every missing argument.
+        """
+        self._faults.clear()
+        if self.has_positionals:
+            parsed, unknown = self.parse_known_intermixed_args(self._with_values(argv))
+        else:
+            parsed, unknown = self.parse_known_args(list(argv))
+        given = vars(parsed)
+        missing = [metavar for name, metavar in self.required.items() if not given.get(name)]
+        faults = [*self._faults, *unknown_options(unknown, list(self.types), self.kind)]
+        raise_faults([*faults, *([f"missing: {', '.join(missing)}"] if missing else [])])
+        return given
+
+    def _with_values(self, argv: Sequence[str]) -> list[str]:
+        """Write True behind a bare switch, or it would take the positional argument that follows as its value."""
+        return [
+            f"{word}=True" if word in self.switches and after.lower() not in BOOLEANS else word
+            for word, after in pairwise([*argv, ""])
+        ]
+
+
+def unknown_options(words: Sequence[str], known: Sequence[str], kind: str = "flag") -> list[str]:
+    """Return a fault for each unknown option among words that no option took; else one for the first word."""
+    flags = [word.partition("=")[0] for word in words if re.match(r"--\S|-[A-Za-z]", word)]
+    if words and not flags:
+        return [f"unexpected argument {words[0]!r}: every value belongs to a flag"]
+    faults = []
+    for flag in flags:
+        close = get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1, cutoff=0.6)
+        faults.append(f"unknown {kind} {flag}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
+    return faults
+
+
+def raise_faults(faults: Iterable[str]) -> None:
+    """Raise `ConfigError` with all faults, if there are any."""
+    found = list(dict.fromkeys(faults))
+    if found:
+        raise ConfigError(format_faults(found, "fault"))
