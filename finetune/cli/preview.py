@@ -16,7 +16,7 @@ from finetune.config import DataArguments, ModelArguments
 from finetune.config.argument_parser import below, data_faults, missing
 from finetune.dataset.prepare import PreparedData, check_dropped_share
 from finetune.models.loader import code_note
-from finetune.report import pages
+from finetune.report.html_pages import PreviewPage, check_replaceable, render_preview, write_page
 from finetune.report.preview_terminal import PreviewTerminal, harmless
 from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
 from finetune.training.data_setup import prepare_data
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     model, data, choice = parse_options(argv)
     page = Path(choice.html).expanduser() if choice.html is not None else None
     if page is not None:
-        pages.check_replaceable(page)
+        check_replaceable(page)
     quiet_libraries()
     encode_output(utf8=choice.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
                 "Limit": f"{data.model_max_length:,} tokens (--too_long {data.too_long})",
             }
             found = _select(prepared, choice, LISTED_ON_A_PAGE)
-            pages.write_page(page, pages.render_page(_page(found, prepared, facts, in_segments)))
+            write_page(page, render_preview(_page(found, prepared, facts, in_segments)))
             print(f"{page}: {len(found.rows):,} of {prepared.summary.rows:,} rows")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough; what is still buffered must not fail at exit
@@ -214,11 +214,11 @@ def _show(found: _Selection, prepared: PreparedData, format_name: str, in_segmen
 
 
 def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_segments: InSegments) -> None:
-    tokens, learned = counts(rendering)
+    tokens, supervised = counts(rendering)
     identity = "" if rendering.id is None else f", id {id_of(rendering)}"
-    share = f" ({learned / tokens:.1%})" if tokens else ""
+    share = f" ({supervised / tokens:.1%})" if tokens else ""
     place = f"{rendering.source}, row {rendering.row}{identity}"
-    facts = f"{rendering.status}, {tokens:,} tokens, {learned:,} learned{share}"
+    facts = f"{rendering.status}, {tokens:,} tokens, {supervised:,} supervised{share}"
     terminal.say([(harmless(f"{place}: {facts}"), "bold underline")])
     if rendering.reason:
         terminal.say([(harmless(reason_of(rendering)), "yellow")])
@@ -231,11 +231,9 @@ def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_seg
 # ---- as a page
 
 
-def _page(
-    found: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: InSegments
-) -> pages.PreviewPage:
+def _page(found: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: InSegments) -> PreviewPage:
     summary = prepared.summary
-    return pages.PreviewPage(
+    return PreviewPage(
         title=_names(prepared),
         facts=[*facts.items(), *summary.described()],
         lengths=summary.length_histogram,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.inference.run_result import read_result
-from finetune.report import FILE, RunRecord, pages, read_run, write_report
+from finetune.report import FILE, RunRecord, read_run, write_report
+from finetune.report.html_pages import REPORT, check_replaceable
 from finetune.report.live_server import watch as keep_watching
 from finetune.report.sample_answers import (
     SampleAnswers,
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     prompts = read_prompts(Path(options.prompts).expanduser()) if options.prompts else []
     default_path = folders[0] / FILE if len(folders) == 1 else Path(FILE)
     path = Path(options.html).expanduser() if options.html else default_path
-    pages.check_replaceable(path, pages.REPORT)
+    check_replaceable(path, REPORT)
     named = list(zip(folders, names(folders), strict=True))
     if options.watch:
         try:

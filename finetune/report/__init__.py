@@ -1,8 +1,8 @@
-"""The report of a run, or of several over each other: one page that stands alone, made from output folders alone.
+"""The report of one run, or of several compared: one self-contained page, made from output folders alone.
 
-`reading` takes what the files say, `curves`, `outcome` and `facts` what is shown of it, `page` puts it together,
-`watching` keeps it up to date. A new section is a file read in `reading`, what to say of it in `outcome` or `facts`,
-and a place in `body.html`.
+`run_reader` reads the files, `curves`, `run_outcome` and `report_tables` say what is shown of them, `report_page` and
+`report_file` put the page together, `live_server` keeps it up to date. A new section is a file read in `run_reader`,
+its text in `run_outcome` or `report_tables`, and a place in `report_body.html`.
 """
 
 from __future__ import annotations

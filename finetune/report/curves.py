@@ -1,4 +1,4 @@
-"""What is drawn: the numbers of metrics.jsonl as columns, one set for each run, and the plots that show them."""
+"""The numbers of metrics.jsonl as columns, one set for each run, and the plots that show them."""
 
 from __future__ import annotations
 
@@ -10,115 +10,110 @@ from typing import Any
 
 from finetune.report.run_reader import RunRecord
 
-MOST_POINTS = 4_000
-MOST_GROUPS = 12
-MOST_MARKS = 60
+MAX_POINTS, MAX_GROUPS, MAX_MARKS = 4_000, 12, 60
 GIB = float(1 << 30)
-# (column, title, unit, what a number is multiplied with to be shown in it)
+# (column, title, unit, factor from the stored number to that unit)
 PLOTS = (
     ("loss", "Loss", "", 1.0),
     ("learning_rate", "Learning rate", "", 1.0),
     ("grad_norm", "Gradient norm", "", 1.0),
-    ("supervised_tokens_per_second", "Learned tokens per second", "", 1.0),
+    ("supervised_tokens_per_second", "Supervised tokens per second", "", 1.0),
     ("peak_memory_bytes", "Peak memory of a rank", "GiB", 1 / GIB),
     ("step_seconds", "Seconds per step", "s", 1.0),
-    ("mfu", "Share of the peak arithmetic", "%", 100.0),
+    ("mfu", "Model FLOPs utilization", "%", 100.0),
 )
 GROUPED = (("loss_by_source", "Loss by source"), ("loss_by_turn", "Loss by answer of a conversation"))
-COLUMNS = tuple(key for key, *_ in PLOTS)
 
 
-def drawn(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """The plots of these runs as JSON values; a plot for which no run has a number is left out.
+def plot_data(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return the numbers and plots of these runs as JSON values.
 
-    `runs` have `x` (step, tokens and seconds up to each line) and `columns`; `evaluations` and `groups` (loss by source
-    and by turn) stand beside them. A null in a column is a value that was not finite or not logged.
+    `runs` have `x` (step, tokens and seconds up to each line), `columns`, `evaluations` and `groups` (loss by source
+    and by turn). None in a column is a value that was not finite or not logged. `plots` leaves out those for which no
+    run has a number.
     """
     series = [_series(run) for run in runs]
     plots = [
         {"key": key, "title": title, "unit": unit, "scale": scale, "grouped": False}
         for key, title, unit, scale in PLOTS
-        if any(value is not None for one in series for value in one["columns"][key])
-        or (key == "loss" and any(one["evaluations"]["loss"] for one in series))
+        if any(value is not None for run in series for value in run["columns"][key])
+        or (key == "loss" and any(run["evaluations"]["loss"] for run in series))
     ]
     plots += [
         {"key": key, "title": title, "unit": "", "scale": 1.0, "grouped": True}
         for key, title in GROUPED
-        if any(one["groups"][key] for one in series)
+        if any(run["groups"][key] for run in series)
     ]
     return {"runs": series, "plots": plots}
 
 
 def _series(run: RunRecord) -> dict[str, Any]:
-    durations = seconds_of(run)
-    tokens = tokens_of(run)
-    x = {
+    x: dict[str, list[float]] = {
         "step": [line["step"] for line in run.lines],
-        "tokens": [round(one) for one in accumulate(tokens)],
-        "seconds": [round(one, 1) for one in accumulate(durations)],
+        "tokens": [round(total) for total in accumulate(tokens_of(run))],
+        "seconds": [round(total, 1) for total in accumulate(seconds_of(run))],
     }
-    kept = thinned([line.get("loss") for line in run.lines], MOST_POINTS)
+    shown = thinned([line.get("loss") for line in run.lines], MAX_POINTS)
     lost = [line["step"] for line in run.lines if line.get("loss") is None]
     return {
         "name": run.name,
-        "x": {name: [values[at] for at in kept] for name, values in x.items()},
-        "columns": {key: [run.lines[at].get(key) for at in kept] for key in COLUMNS},
+        "x": {axis: [values[index] for index in shown] for axis, values in x.items()},
+        "columns": {key: [run.lines[index].get(key) for index in shown] for key, *_ in PLOTS},
         "evaluations": {
-            "x": {name: [_at(one["step"], x["step"], x[name]) for one in run.evaluations] for name in x},
-            "loss": [one.get("eval_loss") for one in run.evaluations],
+            "x": {axis: [_x_at(line["step"], x["step"], x[axis]) for line in run.evaluations] for axis in x},
+            "loss": [line.get("eval_loss") for line in run.evaluations],
         },
-        "groups": {key: _groups(run, key, kept) for key, _ in GROUPED},
-        "lost": lost[:MOST_MARKS],
-        "resumed": [step for one in run.listed("resumed") if isinstance(step := one.get("step"), int)][:MOST_MARKS],
+        "groups": {key: _groups(run, key, shown) for key, _ in GROUPED},
+        "lost": lost[:MAX_MARKS],
+        "resumed": [step for entry in run.listed("resumed") if isinstance(step := entry.get("step"), int)][:MAX_MARKS],
         "logged": len(run.lines),
     }
 
 
 def seconds_of(run: RunRecord) -> list[float]:
-    """How long the steps of each line took."""
-    before = 0
-    found = []
-    for line in run.lines:
-        found.append((line.get("step_seconds") or 0.0) * (line["step"] - before))
-        before = line["step"]
-    return found
+    """Return the duration of the steps that each line covers."""
+    steps = [0, *(line["step"] for line in run.lines)]
+    return [
+        (line.get("step_seconds") or 0.0) * (line["step"] - before)
+        for before, line in zip(steps, run.lines, strict=False)
+    ]
 
 
 def tokens_of(run: RunRecord, column: str = "tokens_per_second") -> list[float]:
-    """How many tokens the steps of each line had."""
-    return [(line.get(column) or 0.0) * long for line, long in zip(run.lines, seconds_of(run), strict=True)]
+    """Return the number of tokens in the steps that each line covers."""
+    return [(line.get(column) or 0.0) * seconds for line, seconds in zip(run.lines, seconds_of(run), strict=True)]
 
 
-def _at(step: int, steps: Sequence[int], values: Sequence[float]) -> float:
-    """What had come together when a step was logged; the step itself, where that is asked for."""
+def _x_at(step: int, steps: Sequence[float], values: Sequence[float]) -> float:
+    """Return the value of an axis when a step was logged; the step itself on the step axis."""
     if values is steps:
         return step
-    place = bisect_right(steps, step)
-    return values[place - 1] if place else 0.0
+    index = bisect_right(steps, step)
+    return values[index - 1] if index else 0.0
 
 
-def _groups(run: RunRecord, key: str, kept: Sequence[int]) -> dict[str, list[float | None]]:
-    """Name -> values, of the names that are logged most often; turns in their order."""
+def _groups(run: RunRecord, key: str, shown: Sequence[int]) -> dict[str, list[float | None]]:
+    """Return name -> values of the names that are logged most often; turns in their order."""
     counts = Counter(name for line in run.lines for name in line[key])
-    names = [name for name, _ in counts.most_common(MOST_GROUPS)]
+    names = [name for name, _ in counts.most_common(MAX_GROUPS)]
     if key == "loss_by_turn":
         names.sort(key=lambda name: (len(name), name))
-    return {name: [run.lines[at][key].get(name) for at in kept] for name in names}
+    return {name: [run.lines[index][key].get(name) for index in shown] for name in names}
 
 
-def thinned(values: Sequence[float | None], most: int) -> list[int]:
-    """Places of at most `most` values, evenly spread: of each stretch its lowest and its highest, and both ends.
+def thinned(values: Sequence[float | None], limit: int) -> list[int]:
+    """Return indices of at most `limit` values, evenly spread: the lowest and highest of each stretch, and both ends.
 
     >>> thinned([5, 1, 9, 4, 3, 2, 8, 7], 6)
     [0, 1, 2, 5, 6, 7]
     """
-    if len(values) <= most:
+    if len(values) <= limit:
         return list(range(len(values)))
-    stretches = max((most - 2) // 2, 1)
+    stretches = max((limit - 2) // 2, 1)
     kept = {0, len(values) - 1}
     for number in range(stretches):
-        here = range(number * len(values) // stretches, (number + 1) * len(values) // stretches)
-        finite = [at for at in here if values[at] is not None]
+        stretch = range(number * len(values) // stretches, (number + 1) * len(values) // stretches)
+        finite = [(value, index) for index in stretch if (value := values[index]) is not None]
         if finite:
-            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+            kept |= {min(finite)[1], max(finite, key=lambda pair: pair[0])[1]}
     return sorted(kept)

@@ -1,7 +1,7 @@
-"""A run in progress, watched: its report is written anew whenever its files change, and served on this host alone.
+"""The report of a run in progress: written again whenever its files change, and served to this host alone.
 
-The page asks `now` for what has changed, a few kilobytes, so that a zoom and the place on the page stay. Only this
-host may ask, under its own name, for rows of the data stand on the page: from elsewhere, ssh carries the port over.
+The page asks `now` for what has changed, a few kilobytes, so that zoom and scroll position stay. It shows rows of the
+data, so only requests to this host under its own name are answered; from elsewhere, forward the port with ssh.
 """
 
 from __future__ import annotations
@@ -18,22 +18,28 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from finetune import diagnostics
-from finetune.report.curves import drawn
+from finetune.diagnostics import FAILURE_FILE
+from finetune.report.curves import plot_data
 from finetune.report.report_file import write_report
 from finetune.report.report_page import render_parts, render_report
 from finetune.report.run_reader import RunRecord, has_ended, read_run
-from finetune.report.sample_answers import ANSWERS_FILE as ANSWERS_FILE
+from finetune.report.sample_answers import ANSWERS_FILE
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.utils.errors import ConfigError
 
 HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
-WATCHED = (run_json.RUN_FILE, run_json.METRICS_FILE, run_json.COMPLETE_FILE, diagnostics.FAILURE_FILE, ANSWERS_FILE)
-SECONDS_FOR_LAST_LOOKS = 2.0
+WATCHED = (run_json.RUN_FILE, run_json.METRICS_FILE, run_json.COMPLETE_FILE, FAILURE_FILE, ANSWERS_FILE)
+SECONDS_FOR_LAST_REQUESTS = 2.0
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+Folders = Sequence[tuple[Path, str]]
 
 
-class Shown:
-    """What the page shows at one moment: all of it, and the part that changes; made when it is asked for."""
+class Snapshot:
+    """The runs at one moment: the whole page, and the part that changes, each rendered when it is asked for."""
 
     def __init__(self, runs: Sequence[RunRecord], *, every: float, ended: bool) -> None:
         self.runs, self.every, self.ended = runs, every, ended
@@ -46,77 +52,65 @@ class Shown:
 
     @cached_property
     def now(self) -> bytes:
-        """The parts and numbers as JSON, compressed."""
-        news = {"parts": render_parts(self.runs), "numbers": drawn(self.runs), "ended": self.ended}
-        return gzip.compress(json.dumps(news, allow_nan=False).encode(), 6, mtime=0)
+        """Parts and numbers as JSON, compressed."""
+        state = {"parts": render_parts(self.runs), "numbers": plot_data(self.runs), "ended": self.ended}
+        return gzip.compress(json.dumps(state, allow_nan=False).encode(), 6, mtime=0)
 
     @cached_property
     def tag(self) -> str:
-        """A name for this state of `now`."""
+        """The entity tag of `now`."""
         return f'"{hashlib.blake2b(self.now, digest_size=12).hexdigest()}"'
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """GET and HEAD of `/` and `/now`; nothing else is there."""
+    """GET and HEAD of `/` and `/now`, nothing else."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        path, shown = urlsplit(self.path).path, self.server.shown
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        if host not in NAMES:  # a page elsewhere whose name was made to point here
-            self._answer(403, b"", "text/plain")
-        elif path == "/now":
-            if self.headers.get("If-None-Match") == shown.tag:
-                self._answer(304, b"", "application/json")
-            else:
-                self._answer(200, shown.now, "application/json", tag=shown.tag)
+        path, snapshot = urlsplit(self.path).path, self.server.snapshot
+        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in NAMES:  # DNS rebinding
+            self._answer(403, b"", {})
         elif path == "/":
-            self._answer(200, shown.page, "text/html; charset=utf-8")
+            self._answer(200, snapshot.page, {"Content-Type": "text/html; charset=utf-8"})
+        elif path != "/now":
+            self._answer(404, b"", {})
+        elif self.headers.get("If-None-Match") == snapshot.tag:
+            self._answer(304, b"", {"ETag": snapshot.tag})
         else:
-            self._answer(404, b"", "text/plain")
+            self._answer(200, snapshot.now, {"Content-Type": "application/json", "ETag": snapshot.tag})
 
     do_HEAD = do_GET
 
-    def _answer(self, status: int, content: bytes, kind: str, *, tag: str | None = None) -> None:
+    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        headers = {
-            "Content-Type": kind,
-            "Content-Length": str(len(content)),
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "Cross-Origin-Resource-Policy": "same-origin",
-            "ETag": tag,
-            "Content-Encoding": "gzip" if content else None,
-        }
-        for name, value in headers.items():
-            if value is not None and not (status == 304 and name.startswith("Content")):
-                self.send_header(name, value)
+        if status != 304:
+            headers |= {"Content-Length": str(len(content))} | ({"Content-Encoding": "gzip"} if content else {})
+        for name, value in (HEADERS | headers).items():
+            self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET" and content:
+        if self.command == "GET":
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Who looks is not news."""
+        """Requests are not logged."""
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    shown: Shown
+    snapshot: Snapshot
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that has gone in the middle of an answer."""
+        """Ignore a browser that closes the connection early."""
 
 
-def watch(
-    folders: Sequence[tuple[Path, str]], path: Path, *, every: float, port: int, say: Callable[[str], None]
-) -> None:
+def watch(folders: Folders, path: Path, *, every: float, port: int, say: Callable[[str], None]) -> None:
     """Keep the report in `path` up to date, and serve it, until the runs have ended.
 
     Args:
-        folders: output folders, and how their runs are called; one that holds no run yet is waited for.
-        every: seconds between two looks.
+        folders: output folders, and the names of their runs; one that holds no run yet is waited for.
+        every: seconds between two looks at the files.
         port: on this host; 0: any that is free.
 
     Raises:
@@ -130,17 +124,16 @@ def watch(
         time.sleep(min(every, 1.0))
     if _have_ended(folders):
         _write(folders, path, every=None)
-        say(f"{path}: the run has ended")
-        return
-    with _serving(port) as server:
-        server.shown = _write(folders, path, every=every)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        own = server.server_port
-        say(f"{path} is kept up to date, every {every:g} s; Ctrl-C ends this")
-        say(f"on this host: http://{HOST}:{own}; from elsewhere the same, behind ssh -L {own}:{HOST}:{own} THIS_HOST")
-        _follow(folders, path, server, every)
-        time.sleep(every + SECONDS_FOR_LAST_LOOKS)  # open pages come once more
-        server.shutdown()
+    else:
+        with _serving(port) as server:
+            server.snapshot = _write(folders, path, every=every)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            own = server.server_port
+            say(f"{path} is updated every {every:g} s; Ctrl-C stops this")
+            say(f"on this host: http://{HOST}:{own}; from elsewhere the same after ssh -L {own}:{HOST}:{own} THIS_HOST")
+            _follow(folders, path, server, every)
+            time.sleep(every + SECONDS_FOR_LAST_REQUESTS)  # open pages ask once more
+            server.shutdown()
     say(f"{path}: the run has ended")
 
 
@@ -148,44 +141,40 @@ def _serving(port: int) -> _Server:
     try:
         return _Server((HOST, port), _Handler)
     except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"--port {port}: {getattr(error, 'strerror', None) or error}: name another, or 0 for any that is free"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--port {port}: {reason}: name another, or 0 for any that is free") from None
 
 
-def _follow(folders: Sequence[tuple[Path, str]], path: Path, server: _Server, every: float) -> None:
-    """Until the runs have ended; then the report is written as it stays."""
-    seen = _state_of(folders)
-    while True:
+def _follow(folders: Folders, path: Path, server: _Server, every: float) -> None:
+    """Write again after each change; when the runs have ended, write the report as it stays."""
+    before = _state_of(folders)
+    ended = False
+    while not ended:
         time.sleep(every)
         ended = _have_ended(folders)
         state = _state_of(folders)
-        if ended or state != seen:
-            seen = state
-            server.shown = _write(folders, path, every=None if ended else every)
-        if ended:
-            return
+        if ended or state != before:
+            before = state
+            server.snapshot = _write(folders, path, every=None if ended else every)
 
 
-def _have_ended(folders: Sequence[tuple[Path, str]]) -> bool:
+def _have_ended(folders: Folders) -> bool:
     return all(has_ended(folder) for folder, _ in folders)
 
 
-def _state_of(folders: Sequence[tuple[Path, str]]) -> list[Any]:
-    """What changes when there is news."""
-    state: list[Any] = []
-    for folder, _ in folders:
-        state.append(output_dir_lock.is_locked(folder))
-        for name in WATCHED:
-            try:
-                found = (folder / name).stat()
-                state.append((found.st_mtime_ns, found.st_size))
-            except OSError:
-                state.append(None)
+def _state_of(folders: Folders) -> list[Any]:
+    """Return what differs after a change: whether the runs are active, time and size of their files."""
+    state: list[Any] = [output_dir_lock.is_locked(folder) for folder, _ in folders]
+    for path in (folder / name for folder, _ in folders for name in WATCHED):
+        try:
+            status = path.stat()
+            state.append((status.st_mtime_ns, status.st_size))
+        except OSError:
+            state.append(None)
     return state
 
 
-def _write(folders: Sequence[tuple[Path, str]], path: Path, *, every: float | None) -> Shown:
+def _write(folders: Folders, path: Path, *, every: float | None) -> Snapshot:
     runs = [read_run(folder, name) for folder, name in folders]
     write_report(runs, path, every=every)
-    return Shown(runs, every=every or 1.0, ended=every is None)
+    return Snapshot(runs, every=every or 1.0, ended=every is None)

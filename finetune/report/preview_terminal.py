@@ -1,4 +1,4 @@
-"""Rows in a terminal: what is context, what is learned, what controls; text that can do the terminal no harm."""
+"""Rows in a terminal: context, supervised text, control tokens; the text cannot steer the terminal."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from finetune.chat_templates.text_segments import Segment
-from finetune.report import pages
+from finetune.report.html_pages import SHAPELESS, name_of
 
-STYLES = {"context": "dim", "learned": "bold green", "control": "reverse magenta", "learned_control": "reverse green"}
-LEGEND = {"context": "context", "learned": "learned", "control": "control token", "learned_control": "end of a turn"}
+CONTEXT, SUPERVISED, CONTROL, END = "dim", "bold green", "reverse magenta", "reverse green"
 
 
 class PreviewTerminal:
-    """Stdout, in colour where it shows colour."""
+    """Stdout, in colour where the terminal has colours."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -22,36 +21,46 @@ class PreviewTerminal:
         self.in_colour = self.console.color_system is not None and not self.console.no_color
 
     def say(self, parts: Iterable[str | tuple[str, str]] = ()) -> None:
-        """One line, or several, of texts or (text, style) pairs; a line feed at the end is enough of an end."""
+        """Print texts or (text, style) pairs as one line or several, ended by one line feed."""
         from rich.text import Text
 
         text = Text.assemble(*parts)
         self.console.print(text, end="" if text.plain.endswith("\n") else "\n")
 
     def say_legend(self) -> None:
-        """What the styles mean."""
-        between = Segment("context", "  ", None)
-        legend = [one for kind, text in LEGEND.items() for one in (between, Segment(kind, text, None))]
-        self.say_segments(legend[1:])
-
-    def say_segments(self, found: Sequence[Segment]) -> None:
-        """An example as text; an arrow says that the token is learned where another one is read."""
-        self.say(self._marked(found))
-
-    def _marked(self, found: Sequence[Segment]) -> list[tuple[str, str]]:
+        """Print what the styles mean."""
         if self.in_colour:
-            return [(_shown(one), STYLES[one.kind]) for one in found]
+            words = (("context", CONTEXT), ("supervised", SUPERVISED), ("control token", CONTROL), ("end of turn", END))
+            self.say([part for word in words for part in (word, "  ")][:-1])
+        else:
+            self.say(["context  ⟦supervised⟧  «control token»  ⟦«end of turn»⟧"])
+
+    def say_segments(self, segments: Sequence[Segment]) -> None:
+        """Print an example. An arrow marks the label of a position whose input is another token."""
+        if self.in_colour:
+            self.say([(_shown(segment), _style(segment)) for segment in segments])
+            return
         parts = []
-        for learned, run in groupby(found, lambda one: one.is_learned):
-            text = "".join(f"«{_shown(one)}»" if one.is_control else _shown(one) for one in run)
-            parts.append((f"⟦{text}⟧" if learned else text, ""))
-        return parts
+        for supervised, run in groupby(segments, _is_supervised):
+            text = "".join(f"«{_shown(segment)}»" if segment.is_control else _shown(segment) for segment in run)
+            parts.append(f"⟦{text}⟧" if supervised else text)
+        self.say(parts)
 
 
-def _shown(one: Segment) -> str:
-    return ("" if one.read else "→") + harmless(one.text)
+def _is_supervised(segment: Segment) -> bool:
+    return segment.kind not in ("context", "control")
+
+
+def _style(segment: Segment) -> str:
+    if _is_supervised(segment):
+        return END if segment.is_control else SUPERVISED
+    return CONTROL if segment.is_control else CONTEXT
+
+
+def _shown(segment: Segment) -> str:
+    return ("" if segment.read else "→") + harmless(segment.text)
 
 
 def harmless(text: str) -> str:
-    """Text that can neither steer a terminal nor hide in it."""
-    return pages.SHAPELESS.sub(lambda match: "".join(f"‹{pages.name_of(one)}›" for one in match.group()), text)
+    """Return text that can neither steer a terminal nor hide in it."""
+    return SHAPELESS.sub(lambda match: "".join(f"‹{name_of(character)}›" for character in match.group()), text)

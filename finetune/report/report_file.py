@@ -1,4 +1,4 @@
-"""The report as a file: on request, and at the end of a run, which it must never fail."""
+"""The report as a file: on request, and at the end of a run, which must not fail because of it."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.inference.run_result import read_result
-from finetune.report import pages
+from finetune.report.html_pages import REPORT, check_replaceable, write_page
 from finetune.report.report_page import render_report
 from finetune.report.run_reader import RunRecord, read_run
 from finetune.report.sample_answers import generate_answers, prompts_of, reason_not_answered, write_answers
 from finetune.utils.errors import FinetuneError
 
 FILE = "report.html"
-ROOM_TO_LEAVE = 64 << 20
+BYTES_TO_LEAVE = 64 << 20
 
 
 def write_report(runs: Sequence[RunRecord], path: Path, *, every: float | None = None) -> None:
-    """Write the page of these runs; an earlier report is replaced, no other file.
+    """Write the page of these runs. An earlier report is replaced, no other file.
 
     Raises:
         ConfigError: another file is in its place.
         StorageError: it cannot be written.
     """
-    pages.write_page(path, render_report(runs, every=every), pages.REPORT)
+    write_page(path, render_report(runs, every=every), REPORT)
 
 
 def write_at_the_end(folder: Path, *, answers: int, seconds: float) -> str:
-    """Write a run's report into its folder, with answers where memory and time allow; returns a line for the user.
+    """Write a run's report into its folder, with answers where memory and time allow; return a line for the user.
 
     Args:
-        answers: how many prompts are answered, 0: none.
-        seconds: that this may take.
+        answers: prompts to answer; 0: none.
+        seconds: that the answers may take.
     """
     path, note = folder / FILE, ""
     try:
         free = shutil.disk_usage(folder).free
-        if free < ROOM_TO_LEAVE:  # what is still to be written is more needed
+        if free < BYTES_TO_LEAVE:  # checkpoints and the result need it more
             return f"no report was written: {free / 1e6:.0f} MB of disk are left: finetune report {folder} writes it"
-        pages.check_replaceable(path, pages.REPORT)
+        check_replaceable(path, REPORT)
         try:
             note = _answer(folder, answers, seconds) if answers else ""
         except (FinetuneError, OSError) as error:
@@ -55,9 +55,9 @@ def _answer(folder: Path, count: int, seconds: float) -> str:
     prompts = prompts_of(read_run(folder).cards, count)
     if not prompts:
         return ""
-    why_not = reason_not_answered(result, seconds)
-    if why_not is not None:
-        return f"; no answers before and after: {why_not}: finetune report {folder} makes them"
+    reason = reason_not_answered(result, seconds)
+    if reason is not None:
+        return f"; no answers before and after: {reason}: finetune report {folder} makes them"
     answers = generate_answers(result, prompts, seconds=seconds)
     write_answers(folder, result.run, answers)
     return f", with {len(answers.answered)} answers before and after"

@@ -1,4 +1,4 @@
-"""What an output_dir says of its run, read from its files alone; whatever is missing or broken is left out."""
+"""What the files of an output folder say of their run; what is missing or broken is left out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Literal
 from finetune import diagnostics
 from finetune.report.sample_answers import SampleAnswers, read_answers
 from finetune.run_dir import output_dir_lock, run_json
-from finetune.run_dir.data_samples import RowSample, read_samples
+from finetune.run_dir.data_samples import RowSample, read_samples, without_place
 from finetune.run_dir.eval_results import FILES, ResultSection, read_sections
 from finetune.training import nonfinite
 from finetune.utils.errors import ConfigError
 
 State = Literal["complete", "failed", "stopped", "running", "unknown"]
-LISTED_ROWS = 100
+MAX_LEDGER_ROWS = 100
 GROUPS = ("loss_by_source", "loss_by_turn")
 
 
@@ -36,15 +36,15 @@ class LedgerSummary:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as its folder shows it at this moment.
+    """One run as its folder shows it now.
 
     Attributes:
-        name: how the run is called beside others.
+        name: of the run among others.
         facts: run.json.
         lines: of metrics.jsonl, those with a `loss`, by rising step; a value is a finite number or None.
         evaluations: those with an `eval_loss`.
         unread: lines that are no JSON object with a step.
-        found_out: what `finetune evaluate` has stored.
+        evaluated: what `finetune evaluate` has stored.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class RunRecord:
     cards: list[RowSample]
     answers: SampleAnswers | None
     lost_rows: int
-    found_out: list[ResultSection] = field(default_factory=list)
+    evaluated: list[ResultSection] = field(default_factory=list)
 
     def part(self, *names: str) -> dict[str, Any]:
         """An object inside run.json; empty where there is none."""
@@ -71,11 +71,11 @@ class RunRecord:
     def listed(self, name: str) -> list[Any]:
         """A list of objects in run.json."""
         value = self.facts.get(name)
-        return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+        return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that were made, as far as anything says so."""
+        """Optimizer steps made, as far as the files say so."""
         made = self.part("result").get("steps") if self.state == "complete" else None
         logged = [self.lines[-1]["step"]] if self.lines else [0]
         if self.state == "stopped":
@@ -84,7 +84,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
-    """Read all that a report needs.
+    """Read everything that a report needs.
 
     Raises:
         ConfigError: the folder holds no run.json, or it is not a JSON object.
@@ -105,26 +105,26 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         cards=read_samples(folder),
         answers=read_answers(folder, facts),
         lost_rows=len(_lines_of(folder / nonfinite.NONFINITE_ROWS_FILE)),
-        found_out=_found_out(folder),
+        evaluated=_evaluated(folder),
     )
 
 
-def _found_out(folder: Path) -> list[ResultSection]:
-    """What was evaluated; of a file that cannot be read, the reason."""
-    found: list[ResultSection] = []
+def _evaluated(folder: Path) -> list[ResultSection]:
+    """Return the stored evaluations; of a file that cannot be read, the reason."""
+    sections: list[ResultSection] = []
     for name in FILES:
         try:
-            found += read_sections(folder, [name])
+            sections += read_sections(folder, [name])
         except ConfigError as error:
-            found.append(ResultSection("Evaluation", [], [], notes=[str(error)]))
+            sections.append(ResultSection("Evaluation", [], [], notes=[str(error)]))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             note = f"{folder / name}: is not as this version writes it: {error!r}"
-            found.append(ResultSection("Evaluation", [], [], notes=[note]))
-    return found
+            sections.append(ResultSection("Evaluation", [], [], notes=[note]))
+    return sections
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether nothing more will come of this start of the run: complete, failed or stopped."""
+    """Whether this start of the run is over: complete, failed or stopped."""
     if (folder / run_json.COMPLETE_FILE).is_file() or (folder / diagnostics.FAILURE_FILE).is_file():
         return True
     return _was_stopped(run_json.starts(folder))
@@ -146,7 +146,7 @@ def _was_stopped(starts: Any) -> bool:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """(lines with a loss, lines with an evaluation's loss, how many lines are neither)."""
+    """Return lines with a loss, lines with an evaluation loss, and the number of lines with neither."""
     lines: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
     unread = 0
@@ -159,34 +159,35 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
         if not isinstance(step, int) or isinstance(step, bool):
             unread += 1
             continue
-        found = {"step": step, **{name: _number(value) for name, value in values.items() if name != "step"}}
+        line: dict[str, Any] = {"step": step}
+        line |= {name: _number(value) for name, value in values.items() if name != "step"}
         for name in GROUPS:
             group = values.get(name)
             named = group.items() if isinstance(group, dict) else ()
-            found[name] = {key: number for key, value in named if (number := _number(value)) is not None}
+            line[name] = {key: number for key, value in named if (number := _number(value)) is not None}
         if "eval_loss" in values:
-            _append(evaluations, found)
+            _append(evaluations, line)
         if "loss" in values:
-            _append(lines, found)
+            _append(lines, line)
         elif "eval_loss" not in values:
             unread += 1
     return lines, evaluations, unread
 
 
 def _append(lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
-    """Steps only rise: a run that went on from an earlier step has made the later ones anew."""
+    """Append a line; those of its step and later ones are replaced, for the run was resumed before them."""
     while lines and lines[-1]["step"] >= line["step"]:
         lines.pop()
     lines.append(line)
 
 
 def _number(value: Any) -> float | None:
-    is_one = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_one else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
 
 
 def _lines_of(path: Path) -> list[str]:
-    """Lines that are finished: the last one may still be written."""
+    """Return complete lines; the last one may still be in writing."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -204,8 +205,6 @@ def _read_ledger(path: Path) -> LedgerSummary:
         except (ValueError, KeyError, TypeError):
             continue
         counts[status] += 1
-        if len(first) < LISTED_ROWS:
-            place = f"{source}, row {row}"
-            reason = str(entry.get("reason") or "").replace(f"{place}: ", "").replace(f"{place}, ", "")
-            first.append((source, row, status, reason))
+        if len(first) < MAX_LEDGER_ROWS:
+            first.append((source, row, status, without_place(str(entry.get("reason") or ""), source, row)))
     return LedgerSummary(tuple(first), dict(counts))

@@ -1,7 +1,7 @@
-"""What the base answers to a few prompts, and what the result does; made once, kept as `answers.json`.
+"""Answers of the base model and of the result to a few prompts; generated once, kept as `answers.json`.
 
-Greedy, as `generation` answers. The prompts are the first human turns of the rows in `samples.json`, with what the data
-answers beside them, or those of a file.
+Decoding is greedy. The prompts are the first human turns of the rows in `samples.json`, with the answer of the data
+beside them, or those of a file.
 """
 
 from __future__ import annotations
@@ -11,26 +11,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from finetune.conversation import Turn
+from finetune.conversation import Role, Turn, to_row
 from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import MEMORY_FRACTION, LoadedModel, free_memory, load_for_inference
 from finetune.inference.run_result import RunResult
-from finetune.models.loader import torch_dtype
 from finetune.run_dir.data_samples import RowSample
 from finetune.utils.atomic_io import write_text_atomically
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 
 ANSWERS_FILE = "answers.json"
 NEW_TOKENS = 96
-LOADING_SHARE, BYTES_A_SECOND = 0.6, 1e9  # of the time, for loading; what a warm disk gives at least
-LEAST_SECONDS = 0.5
+LOADING_SHARE, BYTES_PER_SECOND = 0.6, 1e9  # of the time, for loading; what a warm disk reads at least
+MIN_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """Turns that wait for an answer, and what the data answers (None where that is not known)."""
+    """Turns that end with a human turn, and the answer of the data (None where it has none)."""
 
     turns: tuple[Turn, ...]
     expected: str | None = None
@@ -38,7 +37,7 @@ class SamplePrompt:
 
 @dataclass(frozen=True)
 class PromptAnswers:
-    """A prompt, the base's answer and the result's; `hurried`: time ended an answer, and not the model or its limit."""
+    """A prompt, the base's answer and the result's; `hurried`: an answer was cut off by the time limit."""
 
     prompt: SamplePrompt
     before: str
@@ -48,111 +47,104 @@ class PromptAnswers:
 
 @dataclass(frozen=True)
 class SampleAnswers:
-    """All prompts of a run that were answered, each answer of at most `new_tokens` tokens."""
+    """The answered prompts of a run, each answer of at most `new_tokens` tokens."""
 
     new_tokens: int
     answered: tuple[PromptAnswers, ...]
     prompts_file: str | None = None
 
 
-def prompts_of(cards: Sequence[RowSample], count: int) -> list[SamplePrompt]:
-    """The first human turns, behind a system turn, of the first `count` rows that were kept whole; none comes twice."""
-    found: dict[tuple[Turn, ...], SamplePrompt] = {}
-    for card in cards:
-        turns = [(turn.role, turn.text) for example in card.examples[:1] for turn in example if turn.role]
-        roles = [role for role, _ in turns]
-        first = roles.index("human") if "human" in roles else None
-        if card.status != "kept" or card.unshown or first not in (0, 1) or (first == 1 and roles[0] != "system"):
+def prompts_of(samples: Sequence[RowSample], count: int) -> list[SamplePrompt]:
+    """Return the first human turns, after a system turn, of up to `count` different rows that were kept whole."""
+    prompts: dict[tuple[Turn, ...], SamplePrompt] = {}
+    for sample in samples:
+        turns = [
+            Turn(cast(Role, turn.role), turn.text) for example in sample.examples[:1] for turn in example if turn.role
+        ]
+        begin = 1 if turns and turns[0].role == "system" else 0
+        asked = tuple(turns[: begin + 1])
+        if sample.status != "kept" or sample.unshown or len(asked) <= begin or asked[-1].role != "human":
             continue
-        asked = tuple(Turn(role, text) for role, text in turns[: first + 1])
-        follows = turns[first + 1 : first + 2]
-        if asked[-1].text.strip() and len(found) < count:
-            found.setdefault(
-                asked, SamplePrompt(asked, follows[0][1] if follows and follows[0][0] == "model" else None)
-            )
-    return list(found.values())
+        if asked[-1].text.strip() and len(prompts) < count:
+            expected = [turn.text for turn in turns[begin + 1 : begin + 2] if turn.role == "model"]
+            prompts.setdefault(asked, SamplePrompt(asked, expected[0] if expected else None))
+    return list(prompts.values())
 
 
 def read_prompts(path: Path) -> list[SamplePrompt]:
-    """Prompts of a file: one a line, or a JSON array of texts or of objects with a `question`.
+    """Read prompts from a file: one a line, or a JSON array of texts or of objects with a `question`.
 
     Raises:
         ConfigError: it cannot be read, or holds none.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
+        values: Any = json.loads(text) if path.suffix == ".json" else text.split("\n")
     except OSError as error:
         raise ConfigError(f"--prompts {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    values: Any = text.split("\n")
-    if path.suffix == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"--prompts {path}, line {error.lineno}: not JSON: {error.msg}") from None
-    listed = values if isinstance(values, list) else [None]
-    texts = [one.get("question") if isinstance(one, dict) else one for one in listed if one != ""]
-    if not all(isinstance(one, str) for one in texts):
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--prompts {path}, line {error.lineno}: not JSON: {error.msg}") from None
+    entries = values if isinstance(values, list) else [None]
+    texts = [entry.get("question") if isinstance(entry, dict) else entry for entry in entries if entry != ""]
+    questions = [text.strip() for text in texts if isinstance(text, str)]
+    if len(questions) < len(texts):
         raise ConfigError(f'--prompts {path}: expected an array of texts, or of objects with a "question"')
-    prompts = [SamplePrompt((Turn("human", one.strip()),)) for one in texts if one.strip()]
+    prompts = [SamplePrompt((Turn("human", question),)) for question in questions if question]
     if not prompts:
         raise ConfigError(f"--prompts {path}: holds no prompt: write one a line")
     return prompts
 
 
 def read_answers(folder: Path, run: dict[str, Any]) -> SampleAnswers | None:
-    """The answers that were kept; None where there are none, or those of another run or state of it."""
+    """Return the stored answers; None where there are none, or those of another run or step."""
     try:
         values = json.loads((folder / ANSWERS_FILE).read_text(encoding="utf-8"))
-        if values["of"] != _of(run):
+        if values["of"] != _identity(run):
             return None
-        answered = tuple(
-            PromptAnswers(
-                SamplePrompt(
-                    tuple(Turn(str(turn["from"]), str(turn["value"])) for turn in one["turns"]),
-                    None if one["expected"] is None else str(one["expected"]),
-                ),
-                str(one["before"]),
-                str(one["after"]),
-                bool(one["hurried"]),
-            )
-            for one in values["answers"]
-        )
+        answered = tuple(map(_answers_from_json, values["answers"]))
         return SampleAnswers(int(values["new_tokens"]), answered, values.get("prompts_file"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _of(run: dict[str, Any]) -> dict[str, Any]:
+def _answers_from_json(values: dict[str, Any]) -> PromptAnswers:
+    turns = tuple(Turn(cast(Role, str(turn["from"])), str(turn["value"])) for turn in values["turns"])
+    expected = None if values["expected"] is None else str(values["expected"])
+    answers = str(values["before"]), str(values["after"])
+    return PromptAnswers(SamplePrompt(turns, expected), *answers, hurried=bool(values["hurried"]))
+
+
+def _identity(run: dict[str, Any]) -> dict[str, Any]:
     return {"run_id": run.get("run_id"), "steps": (run.get("result") or {}).get("steps")}
 
 
 def write_answers(folder: Path, run: dict[str, Any], answers: SampleAnswers) -> None:
-    """Keep them beside the result.
+    """Store the answers beside the result.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: they cannot be written.
     """
     values = {
-        "of": _of(run),
+        "of": _identity(run),
         "new_tokens": answers.new_tokens,
         "prompts_file": answers.prompts_file,
         "answers": [
             {
-                "turns": [{"from": turn.role, "value": turn.text} for turn in one.prompt.turns],
-                "expected": one.prompt.expected,
-                "before": one.before,
-                "after": one.after,
-                "hurried": one.hurried,
+                "turns": to_row(answered.prompt.turns)["conversations"],
+                "expected": answered.prompt.expected,
+                "before": answered.before,
+                "after": answered.after,
+                "hurried": answered.hurried,
             }
-            for one in answers.answered
+            for answered in answers.answered
         ],
     }
     write_text_atomically(folder / ANSWERS_FILE, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
-# ---- made
+# ---- generation
 
 
 @dataclass
@@ -164,7 +156,7 @@ class _Clock:
     began: float = field(default_factory=time.monotonic)
 
     def next(self) -> float | None:
-        """Seconds for the next answer.
+        """Return the seconds for the next answer.
 
         Raises:
             FinetuneError: there is no time left.
@@ -172,14 +164,14 @@ class _Clock:
         if self.seconds is None:
             return None
         rest = self.seconds - (time.monotonic() - self.began)
-        if rest < LEAST_SECONDS:
+        if rest < MIN_SECONDS:
             raise FinetuneError(f"{self.seconds:g} seconds were not enough")
         self.left -= 1
         return rest / (self.left + 1)
 
 
 def reason_not_answered(result: RunResult, seconds: float) -> str | None:
-    """Why base and result should not be loaded at the end of a run; None: they fit into memory and time."""
+    """Return why base and result should not be loaded at the end of a run; None: they fit into memory and time."""
     parameters = (result.run.get("plan") or {}).get("parameters")
     if not parameters:
         return "the size of the model is not known"
@@ -188,13 +180,13 @@ def reason_not_answered(result: RunResult, seconds: float) -> str | None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         free = sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
-        bytes_each = torch_dtype(result.precision).itemsize
+        weight_size = 4 if result.precision == "float32" else 2
     else:
-        free, bytes_each = free_memory(), 4
-    needed = parameters * bytes_each * (1 if result.adapter else 2)
+        free, weight_size = free_memory(), 4
+    needed = parameters * weight_size * (1 if result.adapter else 2)
     if needed > MEMORY_FRACTION * free:
         return f"base and result take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
-    if needed > LOADING_SHARE * seconds * BYTES_A_SECOND:
+    if needed > LOADING_SHARE * seconds * BYTES_PER_SECOND:
         return f"loading {needed / 1e9:.1f} GB may take longer than --report_seconds {seconds:g} leave"
     return None
 
@@ -211,34 +203,35 @@ def generate_answers(
     """Load base and result, and let both answer.
 
     Args:
-        base_name: where the base lies now, unless where it was.
-        seconds: that all of it may take, loading included; None: as long as it takes.
-        each: called behind each of the two answers to each prompt.
+        base_name: of the base model, where it has moved.
+        seconds: for everything, loading included; None: no limit.
+        each: called after each of the two answers to each prompt.
 
     Raises:
-        FinetuneError: the base is not there, there is no time left, or the libraries refuse (memory among others).
+        FinetuneError: the base is missing, there is no time left, or the libraries fail (out of memory among others).
     """
     clock = _Clock(seconds, 2 * len(prompts))
     try:
-        opened = load_for_inference(result, base_name=base_name)
-        with opened.base() as base:
-            before = [_answer(opened, base, one, new_tokens, clock, each) for one in prompts]
-        after = [_answer(opened, opened.tuned, one, new_tokens, clock, each) for one in prompts]
-    except (RuntimeError, ValueError, ImportError) as error:  # what torch and transformers raise
+        loaded = load_for_inference(result, base_name=base_name)
+        with loaded.base() as base:
+            before = [_answer(loaded, base, prompt, new_tokens, clock, each) for prompt in prompts]
+        after = [_answer(loaded, loaded.tuned, prompt, new_tokens, clock, each) for prompt in prompts]
+    except (RuntimeError, ValueError, ImportError) as error:  # from torch and transformers
         raise FinetuneError(f"{type(error).__name__}: {first_line(error)}") from error
     answered = tuple(
-        PromptAnswers(one, first, second, hurried=late or later)
-        for one, (first, late), (second, later) in zip(prompts, before, after, strict=True)
+        PromptAnswers(prompt, first, second, hurried=first_cut or second_cut)
+        for prompt, (first, first_cut), (second, second_cut) in zip(prompts, before, after, strict=True)
     )
     return SampleAnswers(new_tokens, answered)
 
 
 def _answer(
-    opened: LoadedModel, model: Any, prompt: SamplePrompt, new_tokens: int, clock: _Clock, each: Callable[[], Any]
+    loaded: LoadedModel, model: Any, prompt: SamplePrompt, new_tokens: int, clock: _Clock, each: Callable[[], Any]
 ) -> tuple[str, bool]:
-    """The answer, and whether time ended it."""
+    """Return the answer, and whether the time limit cut it off."""
     limit, began = clock.next(), time.monotonic()
-    answerer = AnswerGenerator(model, opened.chat_format, opened.stop_token_ids)
-    text = answerer.answer(prompt.turns, max_new_tokens=new_tokens, **({} if limit is None else {"max_time": limit}))
+    generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
+    options: dict[str, Any] = {} if limit is None else {"max_time": limit}
+    text = generator.answer(prompt.turns, max_new_tokens=new_tokens, **options)
     each()
     return text, limit is not None and time.monotonic() - began >= limit

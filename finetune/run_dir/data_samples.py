@@ -81,8 +81,13 @@ def counts(rendering: RenderedConversation) -> tuple[int, int]:
 
 def reason_of(rendering: RenderedConversation) -> str:
     """Return the reason without the source and row in front of it."""
-    place = f"{rendering.source}, row {rendering.row}"
-    return (rendering.reason or "").replace(f"{place}: ", "").replace(f"{place}, ", "")
+    return without_place(rendering.reason, rendering.source, rendering.row)
+
+
+def without_place(reason: str | None, source: str, row: int) -> str:
+    """Return a reason without the source and row in front of it."""
+    place = f"{source}, row {row}"
+    return (reason or "").replace(f"{place}: ", "").replace(f"{place}, ", "")
 
 
 def id_of(rendering: RenderedConversation) -> str:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from finetune.report import pages
+from finetune.report import html_pages
 from tests.helpers.browsers import LEARNED_DARK, LEARNED_LIGHT, PAPER_DARK, PAPER_LIGHT, count, pixels, run_browser
 from tests.helpers.preview_pages import CARDS, Document, a_page
 
@@ -20,7 +20,7 @@ from tests.helpers.preview_pages import CARDS, Document, a_page
 )
 def test_what_a_browser_draws(tmp_path, flags, paper, learned):
     width, height = 700, 2000
-    (tmp_path / "page.html").write_text(pages.render_page(a_page()), encoding="utf-8")
+    (tmp_path / "page.html").write_text(html_pages.render_preview(a_page()), encoding="utf-8")
     run_browser(
         tmp_path / "profile", *flags, f"--window-size={width},{height}", f"--screenshot={tmp_path / 'page.png'}",
         (tmp_path / "page.html").as_uri(),
@@ -46,7 +46,7 @@ frame.onload = () => {
     width: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight,
     narrowest: Math.min(...shown.map(one => one.width)), lowest: Math.min(...shown.map(one => one.height)),
     directions: list(".text").map(one => getComputedStyle(one).direction),
-    contrast: getComputedStyle(list(".learned")[0]).backgroundColor,
+    contrast: getComputedStyle(list(".supervised")[0]).backgroundColor,
   });
 };
 </script>
@@ -55,13 +55,13 @@ frame.onload = () => {
 
 @pytest.mark.browser
 def test_what_a_browser_understands(tmp_path):
-    (tmp_path / "page.html").write_text(pages.render_page(a_page()), encoding="utf-8")
+    (tmp_path / "page.html").write_text(html_pages.render_preview(a_page()), encoding="utf-8")
     (tmp_path / "measure.html").write_text(MEASURE, encoding="utf-8")
     dom = run_browser(
         tmp_path / "profile", "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "measure.html").as_uri()
     )
     found = json.loads(Found(dom).text)
-    expected = Document(pages.render_page(a_page())).inside("text")
+    expected = Document(html_pages.render_preview(a_page())).inside("text")
     assert found["texts"] == expected and len(expected) == 14
     assert (found["title"], found["cards"], found["scripts"]) == ("rows.json", len(CARDS), 0)
     # A phone's width holds it without scrolling sideways, and no text is squeezed away.

@@ -118,7 +118,7 @@ def test_it_can_be_used(tmp_path):
         until(page, "document.querySelector('#plot-loss .drawing').layout.xaxis.range[0] > 30")
         page.locator("#plot-loss .legendtoggle").last.click()
         until(page, "document.querySelector('#plot-loss .drawing').data[1].visible === 'legendonly'")
-        page.get_by_text("Arguments as they are by default").click()
+        page.get_by_text("Arguments left at their defaults").click()
         assert page.get_by_text("--report_answers").is_visible()
 
 
@@ -219,7 +219,7 @@ def test_a_page_that_is_watched_changes_in_place(tmp_path):
         page.goto(next(word for word in said[1].split() if word.startswith("http")).rstrip(";"))
         page.wait_for_selector("#plot-loss .main-svg")
         page.evaluate("Plotly.relayout(document.querySelector('#plot-loss .drawing'), {'xaxis.range': [5, 15]})")
-        page.get_by_text("Arguments as they are by default").click()
+        page.get_by_text("Arguments left at their defaults").click()
         page.evaluate("scrollTo(0, 600)")
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line(31)) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 from finetune.chat_templates.text_segments import Segment
-from finetune.report import pages
+from finetune.report import html_pages
 from finetune.run_dir.data_samples import RowSample, TurnSample
 
 HOSTILE = "<script>document.title='gone'</script></style><img src=x onerror=alert(1)> \"quoted\" 'too' &amp; {{ 7*7 }}"
@@ -51,7 +51,7 @@ CARDS = (
 )
 
 
-def a_page(cards=CARDS, **changes) -> pages.PreviewPage:
+def a_page(cards=CARDS, **changes) -> html_pages.PreviewPage:
     values = {
         "title": "rows.json",
         "facts": [("Model", "M <b>"), ("Format", "chatml")],
@@ -62,7 +62,7 @@ def a_page(cards=CARDS, **changes) -> pages.PreviewPage:
         "not_kept": [("rows.json", 6, "dropped", "too <long>")],
         "num_not_kept": 1,
     }
-    return pages.PreviewPage(**{**values, **changes})
+    return html_pages.PreviewPage(**{**values, **changes})
 
 
 class Document(HTMLParser):

@@ -47,9 +47,9 @@ def shown_rows(out: str) -> list[int]:
 
 def test_a_row_without_colour(show):
     lines = show([TALK]).splitlines()
-    assert lines[0] == "context  ⟦learned⟧  «control token»  ⟦«end of a turn»⟧"
+    assert lines[0] == "context  ⟦supervised⟧  «control token»  ⟦«end of turn»⟧"
     assert lines[2:4] == [
-        "rows.json, row 0, id 0: kept, 31 tokens, 19 learned (61.3%)",
+        "rows.json, row 0, id 0: kept, 31 tokens, 19 supervised (61.3%)",
         "«<human>»Hi«<model>»⟦Yes«→</s>»⟧«<human>»</s>[b]«<model>»⟦好👩‍👧«</s>»⟧",
     ]
     assert lines[5] == "rows.json in lingowhale"
@@ -98,8 +98,8 @@ def test_rows_not_kept_whole_are_listed_and_counted(show):
     rows = [*numbered(2), [("human", "x" * 30), ("model", "y")], *numbered(25, "A long answer to this")]
     rows = [[*turns[:-1], ("model", f"{turns[-1][1]} {number}")] for number, turns in enumerate(rows)]
     out = show(rows, "--model_max_length", 20, "--rows", 2, 5)
-    assert "row 2, id 2: dropped, 0 tokens, 0 learned\n36 tokens: the context" in out
-    assert "row 5, id 5: cut, 20 tokens, 10 learned (50.0%)\n" in out
+    assert "row 2, id 2: dropped, 0 tokens, 0 supervised\n36 tokens: the context" in out
+    assert "row 5, id 5: cut, 20 tokens, 10 supervised (50.0%)\n" in out
     assert "Rows not kept whole: 26\n" in out
     listed = re.findall(r"^  rows\.json, row (\d+): (\w+): \d+ tokens: ", out, re.MULTILINE)
     assert listed == [("2", "dropped"), *[(str(number), "cut") for number in range(3, 22)]]
@@ -112,7 +112,7 @@ def test_bad_rows_that_are_dropped_say_why_without_their_place(show):
     rows[2] = [("human", "Nobody answers")]
     lines = show(rows, "--bad_rows", "drop", "--rows", 2, 11).splitlines()
     assert lines[2:4] == [
-        "rows.json, row 2, id 2: dropped, 0 tokens, 0 learned",
+        "rows.json, row 2, id 2: dropped, 0 tokens, 0 supervised",
         "has no model turn: there is nothing to learn from it",
     ]
     assert "  rows.json, row 11: dropped: says the same as rows.json, row 1: take one of them out" in lines
@@ -156,7 +156,7 @@ def test_a_page_of_the_same_rows(show, tmp_path):
     rows = [TALK, [("human", "x" * 40), ("model", "<b>y</b>")]]
     show(rows, "--html", page, "--rows", 0, 1, "--model_max_length", 40)
     html = page.read_text("utf-8")
-    assert '<mark class="learned">Yes</mark><bdi class="control end unread"' in html
+    assert '<mark class="supervised">Yes</mark><bdi class="control end unread"' in html
     assert "<b>" not in html and "Rows not kept whole: 1" in html
     assert '<div class="turn human"><div class="role">human</div>' in html
 

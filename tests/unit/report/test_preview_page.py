@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from finetune.report import pages
+from finetune.report import html_pages
 from finetune.utils.errors import ConfigError, StorageError
 from tests.helpers.preview_pages import CARDS, END, HOSTILE, Document, a_page, card, turns
 
 
 def test_every_text_stands_on_the_page_exactly():
-    page = Document(pages.render_page(a_page()))
+    page = Document(html_pages.render_preview(a_page()))
     assert page.open == []
     expected = [
         text + "<|im_end|>" * (turn.role == "model" and turn.pieces[-1] is END)
@@ -24,7 +24,7 @@ def test_every_text_stands_on_the_page_exactly():
     ]
     assert page.inside("text") == expected
     assert len(expected) == 14
-    assert page.inside("learned")[1:] == [text.removesuffix("<|im_end|>") for text in expected[1::2]]
+    assert page.inside("supervised")[1:] == [text.removesuffix("<|im_end|>") for text in expected[1::2]]
     assert page.inside("between")[:2] == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>"]
     assert page.count("card") == len(CARDS)
     assert (page.inside("badge dropped"), page.inside("reason")[-1]) == (["dropped"] * 2, CARDS[-1].reason)
@@ -32,7 +32,7 @@ def test_every_text_stands_on_the_page_exactly():
 
 
 def test_nothing_in_the_data_becomes_an_element_and_nothing_is_fetched():
-    html = pages.render_page(a_page(title=HOSTILE, shown="All", facts=[("Model", HOSTILE)]))
+    html = html_pages.render_preview(a_page(title=HOSTILE, shown="All", facts=[("Model", HOSTILE)]))
     page = Document(html)
     tags = {tag for tag, _ in page.elements}
     assert tags <= set(
@@ -47,7 +47,7 @@ def test_nothing_in_the_data_becomes_an_element_and_nothing_is_fetched():
 
 
 def test_each_turn_keeps_its_direction_and_names_its_language():
-    page = Document(pages.render_page(a_page()))
+    page = Document(html_pages.render_preview(a_page()))
     attributes = [one for tag, one in page.elements if one.get("class") == "text"]
     assert {one["dir"] for one in attributes} == {"auto"}
     assert [one["lang"] for one in attributes[:4]] == ["", "", "zh", "zh"]
@@ -63,12 +63,12 @@ def test_each_turn_keeps_its_direction_and_names_its_language():
     ],
 )
 def test_characters_without_a_shape_are_named(text, shown):
-    page = Document(pages.render_page(a_page([card(0, "kept", None, turns(text, "ok"))])))
+    page = Document(html_pages.render_preview(a_page([card(0, "kept", None, turns(text, "ok"))])))
     assert page.inside("text")[0] == (text if shown is None else shown)
 
 
 def test_bars_cover_all_lengths_once():
-    page = Document(pages.render_page(a_page(lengths=[0, 3, 1], longest=8)))
+    page = Document(html_pages.render_preview(a_page(lengths=[0, 3, 1], longest=8)))
     titles = [text for tag, _, text in page.texts if tag == "title"][1:]
     assert titles == ["0 to 2 tokens: 0 examples", "3 to 5 tokens: 3 examples", "6 to 8 tokens: 1 examples"]
     heights = [float(one["height"]) for tag, one in page.elements if tag == "rect"]
@@ -76,20 +76,20 @@ def test_bars_cover_all_lengths_once():
 
 
 def test_a_data_set_without_examples_or_losses():
-    html = pages.render_page(a_page([CARDS[6]], lengths=[0] * 24, longest=0, not_kept=[], num_not_kept=0))
+    html = html_pages.render_preview(a_page([CARDS[6]], lengths=[0] * 24, longest=0, not_kept=[], num_not_kept=0))
     assert "<svg" not in html and "not kept whole" not in html
 
 
 INKS = {
-    "ink": ("card", "paper"), "soft": ("card", "paper"), "learned-ink": ("learned",), "pill-ink": ("pill",),
+    "ink": ("card", "paper"), "soft": ("card", "paper"), "supervised-ink": ("supervised",), "pill-ink": ("pill",),
     "end-ink": ("end",), "human": ("card",), "model": ("card",), "system": ("card",), "cut-ink": ("cut",),
-    "split-ink": ("split",), "dropped-ink": ("dropped",), "kept-ink": ("kept",), "odd": ("card", "learned"),
+    "split-ink": ("split",), "dropped-ink": ("dropped",), "kept-ink": ("kept",), "odd": ("card", "supervised"),
 }  # fmt: skip
 
 
 def test_every_ink_can_be_read_on_its_ground_in_light_and_dark():
     """WCAG 2 level AA: a contrast of at least 4.5 between the relative luminances."""
-    light, dark = pages.STYLE.split("* { box-sizing")[0].split("@media")
+    light, dark = html_pages.asset("base.css").split("* { box-sizing")[0].split("@media")
     for theme in (light, dark):
         colours = dict(re.findall(r"--([\w-]+): #([0-9a-f]{3,6})", theme))
         for ink, grounds in INKS.items():
@@ -107,21 +107,21 @@ def luminance(colour: str) -> float:
 
 def test_a_page_replaces_a_page_and_no_other_file(tmp_path):
     path = tmp_path / "new" / "page.html"
-    pages.write_page(path, pages.render_page(a_page()))
-    pages.write_page(path, pages.render_page(a_page(title="again")))
+    html_pages.write_page(path, html_pages.render_preview(a_page()))
+    html_pages.write_page(path, html_pages.render_preview(a_page(title="again")))
     assert "<title>again</title>" in path.read_text("utf-8")
     assert [one.name for one in path.parent.iterdir()] == ["page.html"]
     path.write_text("my notes")
     with pytest.raises(ConfigError, match="was not made by finetune preview and is not replaced"):
-        pages.write_page(path, "x")
+        html_pages.write_page(path, "x")
     with pytest.raises(ConfigError, match="cannot be replaced"):
-        pages.check_replaceable(tmp_path)
+        html_pages.check_replaceable(tmp_path)
     assert path.read_text() == "my notes"
 
 
 def test_a_page_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
-        pages.write_page(tmp_path / "file" / "page.html", "x")
+        html_pages.write_page(tmp_path / "file" / "page.html", "x")
     with pytest.raises(ConfigError, match="name too long"):
-        pages.check_replaceable(tmp_path / ("x" * 300))
+        html_pages.check_replaceable(tmp_path / ("x" * 300))

@@ -14,7 +14,7 @@ from finetune import diagnostics
 from finetune.cli import report
 from finetune.diagnostics import Failure
 from finetune.report import read_run, render_report, write_at_the_end
-from finetune.report.curves import MOST_POINTS, drawn, thinned
+from finetune.report.curves import MAX_POINTS, plot_data, thinned
 from finetune.report.run_outcome import against_the_plan, duration
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.run_dir.eval_results import HELD_OUT_FILE, versioned, write_results
@@ -91,7 +91,7 @@ def test_broken_and_unfinished_lines_are_left_out_and_counted(tmp_path):
     assert [one["step"] for one in run.lines] == [1, 2, 4, 5]
     assert [one["loss"] for one in run.lines] == [3.9, None, 3.6, None] and run.lines[2]["grad_norm"] is None
     assert run.unread == 5
-    assert drawn([run])["runs"][0]["lost"] == [2, 5]
+    assert plot_data([run])["runs"][0]["lost"] == [2, 5]
     assert "5 could not be read" in page_of(folder).text
 
 
@@ -105,7 +105,7 @@ def test_a_run_that_has_left_next_to_nothing(tmp_path):
     for name in ("samples.json", "answers.json", "failure.json"):
         (tmp_path / name).write_text('{"half')
     page = page_of(tmp_path)
-    assert page.numbers()["plots"] == [] and "no word of its end" in page.text
+    assert page.numbers()["plots"] == [] and "end unknown" in page.text
     assert "Arguments" in page.sections() and "Data" not in page.sections()
 
 
@@ -155,11 +155,11 @@ def test_the_plan_stands_beside_what_happened(tmp_path):
     (folder / "non_finite_rows.jsonl").write_text("{}\n{}\n")
     found = {what: (planned, happened) for what, planned, happened in against_the_plan(read_run(folder))}
     assert found["Steps"] == ("20", "10") and found["Epochs"] == ("2", "1")
-    assert found["Tokens a step"] == ("about 400", "400")
-    assert found["Tokens in all"] == ("about 8,000", "about 4,000")
+    assert found["Tokens per step"] == ("about 400", "400")
+    assert found["Tokens in total"] == ("about 8,000", "about 4,000")
     assert found["Trained parameters"][0] == "250 (25.00% of the model's)"
-    assert found["Steps that were not finite"] == ("0", "1; 2 rows are in non_finite_rows.jsonl")
-    assert found["Went on"][1] == "from step 5, 1 changes allowed: output/checkpoint-5"
+    assert found["Non-finite steps"] == ("0", "1; 2 rows are in non_finite_rows.jsonl")
+    assert found["Resumed"][1] == "from step 5, 1 changes allowed: output/checkpoint-5"
     assert found["Wall clock"][1] == "began 2026-11-25 10:00:00, done after 62 min"
     assert found["Peak memory of a rank"][1] == "3.00 GiB"
 
@@ -173,15 +173,15 @@ def test_several_runs_lie_over_each_other(tmp_path):
     page = Page(render_report([read_run(*pair) for pair in zip((one, two), names, strict=True)]))
     assert [len(run["x"]["step"]) for run in page.numbers()["runs"]] == [20, 1]
     assert page.text.count("base") == 1 and "first" in page.text and "second" in page.text
-    differing = page.text.partition("What differs between the runs")[2].partition("Answers before")[0].split()
+    differing = page.text.partition("Differences between the runs")[2].partition("Answers before")[0].split()
     assert differing == ["a/run", "b/run", "--lora_r", "4", "8", "--learning_rate", "5e-05", "0.5"]
 
 
 def test_long_runs_are_thinned_and_keep_their_extremes():
     losses = [1.0] * 30_000
     losses[17_001], losses[9] = 50.0, None
-    kept = thinned(losses, MOST_POINTS)
-    assert len(kept) <= MOST_POINTS and {0, 17_001, 29_999} <= set(kept) and kept == sorted(kept)
+    kept = thinned(losses, MAX_POINTS)
+    assert len(kept) <= MAX_POINTS and {0, 17_001, 29_999} <= set(kept) and kept == sorted(kept)
     assert thinned([3.0, None, 1.0], 10) == [0, 1, 2]
 
 
@@ -195,7 +195,7 @@ def test_durations(seconds, said):
 
 def test_a_disk_that_is_almost_full_is_left_to_the_run(tmp_path, monkeypatch):
     folder = output_dir(tmp_path / "one")
-    monkeypatch.setattr("finetune.report.report_file.ROOM_TO_LEAVE", 1 << 60)
+    monkeypatch.setattr("finetune.report.report_file.BYTES_TO_LEAVE", 1 << 60)
     assert "no report was written: " in write_at_the_end(folder, answers=0, seconds=1.0)
     assert not (folder / "report.html").exists()
 

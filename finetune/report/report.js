@@ -1,5 +1,5 @@
 "use strict";
-// Draws the numbers of the page with Plotly, in the page's own colours, and keeps a run in progress up to date.
+// Draws the numbers of the page with Plotly in the colours of the page, and updates the page during a run.
 (() => {
   const SMOOTH_FROM = 60, MARKERS_UP_TO = 40, COLOURS = 8;
   const DASHES = ["solid", "dash", "dot", "dashdot"];
@@ -150,8 +150,8 @@
     if (!note) return;
     const lost = numbers.runs.some((run) => run.lost.length), resumed = numbers.runs.some((run) => run.resumed.length);
     const thinned = numbers.runs.some((run) => run.x.step.length < run.logged);
-    note.textContent = [lost && "dotted: a step that was not finite", resumed && "dashed: went on from a checkpoint",
-      thinned && "of close steps the lowest and the highest are drawn"].filter(Boolean).join(" · ");
+    note.textContent = [lost && "dotted: a non-finite step", resumed && "dashed: resumed from a checkpoint",
+      thinned && "of neighbouring steps the lowest and highest are drawn"].filter(Boolean).join(" · ");
   }
 
   function draw() {
