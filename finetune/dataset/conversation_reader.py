@@ -93,9 +93,9 @@ class ConversationReader:
             yield from iter_dataset_rows(source.dataset, source.name, progress)
             return
         try:
-            with open_data_file(source.place) as file:
+            with open_data_file(source.location) as file:
                 if file.is_parquet:
-                    yield from iter_parquet_rows(source.place, source.name, progress)
+                    yield from iter_parquet_rows(source.location, source.name, progress)
                     return
                 self._bytes_of_source = file.position
                 yield from iter_json_rows(file, source.name)

@@ -1,4 +1,4 @@
-"""The bytes of a data file, unpacked: which kind of file it is shows in its first bytes, not in its name."""
+"""Open a data file, decompressing it on the fly; its kind is recognised by its first bytes, not by its name."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ REFUSED_SUFFIXES = {
     ".tar": "a tar archive: unpack it and name the files in it",
     ".tgz": "a tar archive: unpack it and name the files in it",
 }
-_BEGIN_OF_TAR = 257
+_TAR_MAGIC_OFFSET = 257
 
 
 class UnreadableFileError(Exception):
-    """A file, or the rest of it, cannot be read; the message says why, without the file's name."""
+    """A file, or the rest of it, cannot be read; the message gives the reason without the file's name."""
 
 
 class DataFile:
-    """A file open for reading, unpacked on the way.
+    """A file open for reading, decompressed on the fly.
 
-    `head` is its first chunk of unpacked bytes, which `chunks` gives again; `position` counts packed bytes.
+    Attributes:
+        packed: whether the file is compressed.
+        head: the first chunk of decompressed bytes; `chunks` yields it again.
     """
 
     def __init__(self, raw: BinaryIO) -> None:
@@ -47,20 +49,20 @@ class DataFile:
         raw.seek(0)
         self.packed = magic.startswith((GZIP, ZSTD))
         self.is_parquet = magic.startswith(PARQUET)
-        self._unpacked = _unpacking(raw, magic)
+        self._stream = _decompressor(raw, magic)
         self.head = b"" if self.is_parquet else self._read()
         if not self.is_parquet:
             self._refuse_other_kinds()
 
     def position(self) -> int:
-        """Packed bytes read so far; 0 once the file is closed."""
+        """Compressed bytes read so far; 0 once the file is closed."""
         return 0 if self._raw.closed else self._raw.tell()
 
     def chunks(self) -> Iterator[bytes]:
-        """The unpacked bytes from the beginning.
+        """The decompressed bytes from the beginning.
 
         Raises:
-            Unreadable: the packed stream is cut short or damaged.
+            UnreadableFileError: the compressed stream is cut short or damaged.
         """
         chunk = self.head
         while chunk:
@@ -69,7 +71,7 @@ class DataFile:
 
     def _read(self) -> bytes:
         try:
-            return self._unpacked.read(CHUNK_BYTES)
+            return self._stream.read(CHUNK_BYTES)
         except EOFError:
             raise UnreadableFileError("the gzip stream is cut short: fetch or pack the file again") from None
         except (gzip.BadGzipFile, zlib.error) as error:
@@ -77,21 +79,21 @@ class DataFile:
         except OSError as error:
             if error.errno is not None:
                 raise
-            said = str(error).strip()
-            kind = "cut short" if "runcated" in said else f"damaged ({said})"
+            text = str(error).strip()
+            kind = "cut short" if "runcated" in text else f"damaged ({text})"
             raise UnreadableFileError(f"the zstd stream is {kind}: fetch or pack the file again") from None
 
     def _refuse_other_kinds(self) -> None:
         for magic, reason in REFUSED_KINDS.items():
             if self.head.startswith(magic):
                 raise UnreadableFileError(reason)
-        if self.head[_BEGIN_OF_TAR : _BEGIN_OF_TAR + 5] == b"ustar":
+        if self.head[_TAR_MAGIC_OFFSET : _TAR_MAGIC_OFFSET + 5] == b"ustar":
             raise UnreadableFileError(REFUSED_SUFFIXES[".tar"])
         if self.packed and self.head.startswith((GZIP, ZSTD, PARQUET)):
             raise UnreadableFileError("a packed file inside a packed file: unpack it once")
 
 
-def _unpacking(raw: BinaryIO, magic: bytes) -> Any:
+def _decompressor(raw: BinaryIO, magic: bytes) -> Any:
     if magic.startswith(GZIP):
         return gzip.GzipFile(fileobj=raw)
     if magic.startswith(ZSTD):
@@ -106,7 +108,7 @@ def open_data_file(path: str) -> Iterator[DataFile]:
     """Open a file.
 
     Raises:
-        Unreadable: a kind of file that is not read; the system refuses it.
+        UnreadableFileError: the kind of file is not supported, or the file cannot be opened.
     """
     try:
         with open(path, "rb") as raw:
@@ -116,7 +118,7 @@ def open_data_file(path: str) -> Iterator[DataFile]:
 
 
 def conversion(encoding: str, name: str, packed: bool) -> str:
-    """What a text in another encoding is, and the line that converts it."""
+    """Name the encoding of a text that is not UTF-8, and the command that converts it."""
     convert = f"iconv -f {encoding} -t UTF-8 {name} > {name}.utf8"
     if packed:
         convert = f"unpack it, then iconv -f {encoding} -t UTF-8"
@@ -125,7 +127,7 @@ def conversion(encoding: str, name: str, packed: bool) -> str:
 
 
 def wide_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, by the mark at the beginning or by where the zeros are."""
+    """Detect UTF-16 or UTF-32 by the byte order mark or by where the zero bytes are."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -141,12 +143,12 @@ def wide_encoding(head: bytes) -> str | None:
 
 
 def is_gb18030(part: bytes) -> bool:
-    """Whether the bytes are GB18030, and most of its characters are of those that Chinese text is made of."""
+    """Whether the bytes are GB18030 of which most characters are those of Chinese text."""
     try:
         text = codecs.getincrementaldecoder("gb18030")().decode(part)
     except UnicodeDecodeError:
         return False
-    wide = [character for character in text if not character.isascii()]
-    chinese = sum("\u4e00" <= character <= "\u9fff" or character in "，。？！：；、“”（）《》" for character in wide)
-    both_high = sum(len(encoded) == 2 and min(encoded) >= 0xA1 for encoded in (one.encode("gb18030") for one in wide))
-    return len(wide) >= 2 and chinese >= 0.6 * len(wide) and both_high >= 0.6 * len(wide)
+    non_ascii = [letter for letter in text if not letter.isascii()]
+    chinese = sum("\u4e00" <= letter <= "\u9fff" or letter in "，。？！：；、“”（）《》" for letter in non_ascii)
+    both_high = sum(len(code) == 2 and min(code) >= 0xA1 for code in (letter.encode("gb18030") for letter in non_ascii))
+    return len(non_ascii) >= 2 and min(chinese, both_high) >= 0.6 * len(non_ascii)

@@ -1,4 +1,4 @@
-"""What `--data_path` names: files, folders, globs, saved data sets, names on a hub, each with a weight or without."""
+"""Resolve `--data_path`: files, folders, globs, saved data sets and names on a hub, each with an optional weight."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _BLOCK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """One file or data set: `name` is what messages call it, `path` where it lies if that is somewhere else.
+    """One file or data set; `name` is for messages, `path` is the file if it differs from the name.
 
-    With weight 2 all of its rows come twice an epoch, with 0.5 half of them. `dataset` is a `datasets.Dataset`.
+    With weight 2 all rows come twice per epoch, with 0.5 half of them. `dataset` is a `datasets.Dataset`.
     """
 
     name: str
@@ -39,40 +39,43 @@ class Source:
     dataset: Any = field(default=None, repr=False, compare=False)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
+        """The path of the file."""
         return self.path or self.name
 
     @cached_property
     def num_bytes(self) -> int:
-        """Size on disk, packed as it is; of a data set, in memory. 0 where there is nothing any more."""
+        """Size on disk, compressed or not; of a data set, in memory. 0 if the file is gone."""
         if self.dataset is not None:
             return self.dataset.data.nbytes
         try:
-            return os.path.getsize(self.place)
+            return os.path.getsize(self.location)
         except OSError:
             return 0
 
 
 def find_sources(paths: str | Path | Sequence[str | Path]) -> list[Source]:
-    """The files and data sets that the names stand for, in that order; a folder's and a glob's sorted by name.
+    """Resolve names to files and data sets, in that order; those of a folder or a glob are sorted by name.
 
     Raises:
-        DataError: what is missing, empty, named twice or not to be had, and bad weights, all together.
+        DataError: all sources that are missing, empty, named twice or not loadable, and all bad weights.
     """
     sources: list[Source] = []
     faults: list[str] = []
     seen: dict[Any, str] = {}
     for given in [paths] if isinstance(paths, str | Path) else paths:
         try:
-            found = _found(str(given))
+            resolved = _resolve(str(given))
         except DataError as error:
             faults.append(str(error))
             continue
-        for source in found:
-            before = seen.setdefault(_identity(source), source.name)
-            if any(source.name == other.name for other in sources) or before != source.name:
-                faults.append(f"{source.name}: is named twice" + (f", as {before} too" if before != source.name else "")
-                              + ": leave one out, or give it a weight, as in data.json:2")  # fmt: skip
+        for source in resolved:
+            first_name = seen.setdefault(_identity(source), source.name)
+            if any(source.name == other.name for other in sources) or first_name != source.name:
+                alias = f", as {first_name} too" if first_name != source.name else ""
+                faults.append(
+                    f"{source.name}: is named twice{alias}: leave one out, or give it a weight, as in data.json:2"
+                )
             else:
                 sources.append(source)
     if faults:
@@ -83,28 +86,28 @@ def find_sources(paths: str | Path | Sequence[str | Path]) -> list[Source]:
 def _identity(source: Source) -> Any:
     if source.dataset is not None:
         return source.name
-    status = os.stat(source.place)
+    status = os.stat(source.location)
     return status.st_dev, status.st_ino
 
 
-def _found(given: str) -> list[Source]:
-    name, weight = _weighed(given)
+def _resolve(given: str) -> list[Source]:
+    name, weight = _split_weight(given)
     if name.startswith(MODELSCOPE):
-        return _from_modelscope(name, weight)
+        return _modelscope(name, weight)
     if os.path.isfile(name):
         return [_file(name, weight)]
     if os.path.isdir(name):
         return [Source(name, weight, dataset=saved_dataset(name))] if is_saved(name) else _folder(name, weight)
     if glob.has_magic(name):
-        return _globbed(name, weight)
+        return _glob(name, weight)
     hub = _HUB_NAME.fullmatch(name)
     if hub and not os.path.isdir(name.partition("/")[0]) and not _is_data_file(hub["name"]):
         return [Source(name, weight, dataset=hub_dataset(name, hub["name"], hub["config"], hub["split"]))]
     raise DataError(f"{name}: {_why_missing(Path(name))}")
 
 
-def _weighed(given: str) -> tuple[str, float]:
-    """A name and the number behind its last colon, unless the whole is a file."""
+def _split_weight(given: str) -> tuple[str, float]:
+    """Split off the number after the last colon, unless the whole is a file."""
     name, colon, number = given.rpartition(":")
     if not (colon and name) or os.path.exists(given):
         return given, 1.0
@@ -113,7 +116,7 @@ def _weighed(given: str) -> tuple[str, float]:
     except ValueError:
         return given, 1.0
     if not (math.isfinite(weight) and weight > 0):
-        raise DataError(f"{given}: expected a weight above 0 behind the colon, found {number}")
+        raise DataError(f"{given}: expected a weight above 0 after the colon, found {number}")
     return name, weight
 
 
@@ -133,11 +136,11 @@ def _file(name: str, weight: float) -> Source:
 
 
 def _folder(folder: str, weight: float) -> list[Source]:
-    inside = sorted(os.listdir(folder))
-    files = [os.path.join(folder, one) for one in inside if _is_data_file(one) and not one.startswith(".")]
+    names = sorted(os.listdir(folder))
+    files = [os.path.join(folder, name) for name in names if _is_data_file(name) and not name.startswith(".")]
     files = [file for file in files if os.path.isfile(file)]
     if not files:
-        found = ", ".join(inside[:8]) or "nothing"
+        found = ", ".join(names[:8]) or "nothing"
         raise DataError(
             f"{folder}: the folder holds no data: expected files that end in {', '.join(DATA_SUFFIXES)} "
             f"(or these with {' or '.join(PACKED_SUFFIXES)}), found {found}; folders in it are not looked into"
@@ -145,14 +148,14 @@ def _folder(folder: str, weight: float) -> list[Source]:
     return [Source(file, weight) for file in files]
 
 
-def _globbed(pattern: str, weight: float) -> list[Source]:
+def _glob(pattern: str, weight: float) -> list[Source]:
     files = [file for file in sorted(glob.glob(pattern)) if os.path.isfile(file)]
     if not files:
         raise DataError(f"{pattern}: no file matches")
     return [_file(file, weight) for file in files]
 
 
-def _from_modelscope(given: str, weight: float) -> list[Source]:
+def _modelscope(given: str, weight: float) -> list[Source]:
     name = given.removeprefix(MODELSCOPE)
     if not _HUB_NAME.fullmatch(name) or ":" in name:
         raise DataError(f"{given}: expected modelscope:owner/name")
@@ -175,31 +178,31 @@ def shipped_files() -> list[Path]:
 
 
 def shipped_folder() -> Path:
-    """The data of this project: beside the package in a clone, inside it once installed."""
+    """The data folder of this project: next to the package in a clone, inside it once installed."""
     package = Path(__file__).resolve().parent.parent
     return package / "data" if (package / "data").is_dir() else package.parent / "data"
 
 
 def fingerprint_sources(sources: Sequence[Source]) -> str:
-    """A hex digest of what the data holds, in the order of the sources, whatever they are called.
+    """A hex digest of the contents of the sources in their order, independent of their names.
 
     Raises:
         DataError: a file cannot be read.
     """
-    whole = hashlib.blake2b(digest_size=16)
+    fingerprint = hashlib.blake2b(digest_size=16)
     for source in sources:
         if source.dataset is not None:
-            whole.update(b"dataset " + source.dataset._fingerprint.encode())
+            fingerprint.update(b"dataset " + source.dataset._fingerprint.encode())
         else:
-            whole.update(b"file " + _file_digest(source))
-    return whole.hexdigest()
+            fingerprint.update(b"file " + _file_digest(source))
+    return fingerprint.hexdigest()
 
 
 def _file_digest(source: Source) -> bytes:
     digest = hashlib.blake2b(digest_size=32)
     block = memoryview(bytearray(_BLOCK_BYTES))
     try:
-        with open(source.place, "rb", buffering=0) as file:
+        with open(source.location, "rb", buffering=0) as file:
             while count := file.readinto(block):
                 digest.update(block[:count])
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a data set comes to: counts, reasons, lengths; gathered batch by batch, said in a few lines."""
+"""Dataset statistics (row counts, drop reasons, length histogram), accumulated per batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LONG_QUOTATION = 16
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Counts over one data set; tokens are those of the examples, supervised ones those that are learned.
+    """Counts over one data set; tokens are counted in its examples.
 
-    `bad` of the `dropped` rows were dropped for a fault (`faults` in all), `spelled` rows spell a control token, which
-    stayed text. `reasons` counts the rows not kept whole by the kind of reason. `length_histogram` counts the examples
-    in equal bins from 0 to `longest` tokens, `length_percentiles` are the 50th, 90th and 99th. `examples_by_source` are
-    those of each source, in the order in which they lie.
+    `bad` of the `dropped` rows were dropped for a fault (`faults` in all); `spelled` rows spell a control token, which
+    stayed text. `reasons` counts rows that were cut, split or dropped by kind of reason. `length_histogram` counts the
+    examples in equal bins from 0 to `longest` tokens; `length_percentiles` are the 50th, 90th and 99th.
+    `examples_by_source` has the sources in the order of the data.
     """
 
     rows: int
@@ -48,16 +48,16 @@ class DataSummary:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> DataSummary:
-        """A summary out of its `facts`.
+        """Restore a summary from its `facts`.
 
         Raises:
-            TypeError: they are those of another version.
+            TypeError: the facts were written by another version.
         """
         return cls(**{name: value for name, value in facts.items() if name != "supervised_share"})
 
     @property
     def supervised_share(self) -> float:
-        """Learned tokens over all tokens, 0 to 1; 0 without tokens."""
+        """Supervised tokens over all tokens, 0 to 1; 0 without tokens."""
         return self.supervised_tokens / max(self.tokens, 1)
 
     def facts(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class DataSummary:
         rows = [
             ("Rows", self._rows()),
             ("Examples", f"{self.examples:,}, the longest {self.longest:,} tokens"),
-            ("Tokens", f"{self.tokens:,}, {self.supervised_tokens:,} of them learned ({share})"),
+            ("Tokens", f"{self.tokens:,}, {self.supervised_tokens:,} of them supervised ({share})"),
         ]
         if self.examples:
             half, most, nearly_all = self.length_percentiles
@@ -80,8 +80,8 @@ class DataSummary:
         return rows
 
     def most_reasons(self) -> list[tuple[str, int]]:
-        """Why rows were not kept whole, and how many each time; the most frequent first."""
-        return sorted(self.reasons.items(), key=lambda one: -one[1])
+        """Kinds of reasons with their counts, the most frequent first."""
+        return sorted(self.reasons.items(), key=lambda reason_and_count: -reason_and_count[1])
 
     def _rows(self) -> str:
         counts = (f"{getattr(self, status):,} {status}" for status in ("kept", "cut", "split", "dropped"))
@@ -91,7 +91,7 @@ class DataSummary:
         """The summary for a terminal, one fact a line."""
         lines = [
             f"rows      {self._rows()}",
-            f"tokens    {self.tokens:,} in {self.examples:,} examples, {self.supervised_share:.1%} of them learned",
+            f"tokens    {self.tokens:,} in {self.examples:,} examples, {self.supervised_share:.1%} of them supervised",
         ]
         if self.examples:
             lines.append(self._lengths())
@@ -106,17 +106,17 @@ class DataSummary:
 
     def _lengths(self) -> str:
         highest = max(self.length_histogram)
-        drawn = "".join(BARS[-(-count * (len(BARS) - 1) // highest)] for count in self.length_histogram)
+        bars = "".join(BARS[-(-count * (len(BARS) - 1) // highest)] for count in self.length_histogram)
         half, most, nearly_all = self.length_percentiles
         return (
-            f"lengths   0 {drawn} {self.longest:,} tokens; half have at most {half:,}, "
+            f"lengths   0 {bars} {self.longest:,} tokens; half have at most {half:,}, "
             f"90 % {most:,}, 99 % {nearly_all:,}"
         )
 
 
 @dataclass
 class DataTally:
-    """A summary in the making; `faults` are the first ones of bad rows, all of them counted."""
+    """Accumulates a summary; `faults` keeps the first faults of bad rows, `num_faults` counts all."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -188,10 +188,10 @@ class DataTally:
 
 
 def kind_of(reason: str) -> str:
-    """A reason without its place, numbers and quotations, so that like reasons count as one."""
-    general = re.sub(r"^.*?, (?:row|line) \d+(?:, \w+ \d+)*: ", "", reason)
-    general = re.sub(r"'[^']*'|\"[^\"]*\"", lambda one: one[0] if len(one[0]) < LONG_QUOTATION else "...", general)
-    return re.sub(r"\d[\d,]*", "N", general).partition(", found ")[0]
+    """Strip place, numbers and quotations from a reason, so that similar reasons count as one."""
+    reason = re.sub(r"^.*?, (?:row|line) \d+(?:, \w+ \d+)*: ", "", reason)
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"", lambda match: "..." if len(match[0]) >= LONG_QUOTATION else match[0], reason)
+    return re.sub(r"\d[\d,]*", "N", reason).partition(", found ")[0]
 
 
 def _histogram(lengths: Counter[int], longest: int) -> list[int]:
@@ -203,9 +203,9 @@ def _histogram(lengths: Counter[int], longest: int) -> list[int]:
 
 def _percentile(lengths: Counter[int], share: float) -> int:
     """The smallest length that at least this share of the examples does not exceed."""
-    wanted, seen = share * lengths.total(), 0
+    required, counted = share * lengths.total(), 0
     for length in sorted(lengths):
-        seen += lengths[length]
-        if seen >= wanted:
+        counted += lengths[length]
+        if counted >= required:
             return length
     return 0

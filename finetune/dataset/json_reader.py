@@ -1,4 +1,4 @@
-"""A stream of bytes -> the rows of a JSON array, of JSON lines, or the one row of a single object.
+"""Stream the rows of a JSON array, of JSON lines, or the one row of a single object.
 
 An array is decoded value by value over a window of the text, so that a file of any size needs the memory of one row.
 """
@@ -13,18 +13,31 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from finetune.dataset.data_files import CHUNK_BYTES, DataFile, conversion, is_gb18030, wide_encoding
-from finetune.dataset.json_decoder import SPACE, Decoder, blank, first_key, mark_faults, position, reason
+from finetune.dataset.json_decoder import (
+    SPACE,
+    Decoder,
+    explain_error,
+    first_key,
+    is_blank,
+    line_and_column,
+    mark_faults,
+)
 
 MOST_CHARACTERS = 64 << 20
-# A syntax error this near to the end of the window may be none once more has been read.
+# A syntax error this near to the end of the window may disappear once more has been read.
 NEAR_THE_END = 24
 EXPECTED = "expected a JSON array of conversations, or one JSON object a line"
 _BLANK_BYTES = SPACE.encode()
-_SKIP = re.compile(f"[{SPACE}]*").match
+_SPACES = re.compile(f"[{SPACE}]*")
+
+
+def _skip_spaces(text: str, start: int = 0) -> int:
+    match = _SPACES.match(text, start)
+    return match.end() if match else start
 
 
 class RawRow(NamedTuple):
-    """A row as it stands in its file; `faults` are complete messages, without `is_read` there is no value.
+    """A decoded row; `faults` are complete messages, and there is no value unless `is_read`.
 
     `row` None: the file, or the rest of it, cannot be read.
     """
@@ -36,15 +49,15 @@ class RawRow(NamedTuple):
 
 
 def file_fault(fault: str) -> RawRow:
-    """The row that stands for what cannot be read at all."""
+    """A row for the fault of a file that cannot be read."""
     return RawRow(None, None, [fault], is_read=False)
 
 
 def iter_json_rows(file: DataFile, name: str) -> Iterator[RawRow]:
-    """All rows in order; what is wrong with the text becomes a row with faults.
+    """All rows in order; errors in the text become rows with faults.
 
     Raises:
-        Unreadable: the packed stream is damaged.
+        UnreadableFileError: the compressed stream is damaged.
     """
     chunks = file.chunks()
     head = next(chunks, b"")
@@ -61,34 +74,34 @@ def iter_json_rows(file: DataFile, name: str) -> Iterator[RawRow]:
     elif begin == b"[":
         yield from _array_rows(_Window(whole, name, file.packed))
     elif begin == b"{":
-        stop = _first_line_stops(head)
-        rows = _object_or_line_rows if stop is not None and stop.at_the_end else _line_rows
+        error = _first_line_error(head)
+        rows = _object_or_line_rows if error is not None and error.is_at_end else _line_rows
         yield from rows(whole, name, file.packed)
-    elif b"\n{" in head or (stop := _first_line_stops(head)) is None:
+    elif b"\n{" in head or (error := _first_line_error(head)) is None:
         yield from _line_rows(whole, name, file.packed)
     else:
-        yield file_fault(stop.message(name))
+        yield file_fault(error.message(name))
 
 
-class _Stop(NamedTuple):
-    """Where the first line of a file stops being JSON."""
+class _LineError(NamedTuple):
+    """A syntax error in the first line of a file."""
 
     error: json.JSONDecodeError
     text: str
 
     @property
-    def at_the_end(self) -> bool:
-        return blank(self.text[self.error.pos :])
+    def is_at_end(self) -> bool:
+        return is_blank(self.text[self.error.pos :])
 
     def message(self, name: str) -> str:
-        line, column = position(self.text, self.error.pos)
-        return f"{name}, line {line}, column {column}: {EXPECTED}: {reason(self.error, self.text)}"
+        line, column = line_and_column(self.text, self.error.pos)
+        return f"{name}, line {line}, column {column}: {EXPECTED}: {explain_error(self.error, self.text)}"
 
 
-def _first_line_stops(head: bytes) -> _Stop | None:
-    """The first syntax error of the first line that is not blank; None where it is whole, or longer than the head."""
+def _first_line_error(head: bytes) -> _LineError | None:
+    """The syntax error of the first line that is not blank; None if it has none, or is longer than the head."""
     text = head.removeprefix(codecs.BOM_UTF8).decode(errors="replace")
-    begin = _SKIP(text).end()
+    begin = _skip_spaces(text)
     end = text.find("\n", begin)
     if end < 0 and len(head) >= CHUNK_BYTES:
         return None
@@ -96,21 +109,21 @@ def _first_line_stops(head: bytes) -> _Stop | None:
     try:
         _only_value(Decoder(), text, begin)
     except json.JSONDecodeError as error:
-        return _Stop(error, text)
+        return _LineError(error, text)
     except RecursionError:
-        return None  # nested deeper than can be read: a fault of its own, found where rows are read
+        return None  # nested too deeply: a fault of its own, reported where rows are read
     return None
 
 
 def _only_value(decoder: Decoder, text: str, begin: int) -> Any:
     value, end = decoder.value(text, begin)
-    if end != len(text) and not blank(text[end:]):
-        raise json.JSONDecodeError("content behind the value", text, _SKIP(text, end).end())
+    if end != len(text) and not is_blank(text[end:]):
+        raise json.JSONDecodeError("content after the value", text, _skip_spaces(text, end))
     return value
 
 
 class _Window:
-    """A part of a text that is read from its beginning to its end; `text[at]` is what comes next."""
+    """A sliding window over a text; `text[at]` is the next character."""
 
     def __init__(self, chunks: Iterable[bytes], name: str, packed: bool) -> None:
         self.name, self.packed = name, packed
@@ -121,21 +134,21 @@ class _Window:
         self._lines_before = self._columns_before = self._bytes_before = 0
 
     def peek(self) -> str:
-        """The next character that is no white space; the empty string at the end."""
+        """Skip white space; the next character, or the empty string at the end."""
         while True:
-            self.at = _SKIP(self.text, self.at).end()
+            self.at = _skip_spaces(self.text, self.at)
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at : self.at + 1]
 
     def more(self) -> bool:
-        """Drop what has been read, and at least double the rest; False where there is no more."""
-        gone, rest = self.text[: self.at], self.text[self.at :]
-        line, column = position(gone, len(gone))
+        """Drop what has been read, and at least double the rest; False at the end."""
+        consumed, rest = self.text[: self.at], self.text[self.at :]
+        line, column = line_and_column(consumed, len(consumed))
         self._columns_before = column - 1 + (self._columns_before if line == 1 else 0)
         self._lines_before += line - 1
         parts, length = [rest], 0
         while not length or length < len(rest):
-            part = self._decoded()
+            part = self._decode_chunk()
             if part is None:
                 break
             parts.append(part)
@@ -144,26 +157,27 @@ class _Window:
         return length > 0
 
     def fault(self) -> str | None:
-        """Why the text stops where `peek` and `more` find no more of it; None where it simply ends."""
+        """Why the text stops before the end of the file; None if it does not."""
         return self._fault and f"{self.place(len(self.text))}: {self._fault}"
 
     def place(self, at: int) -> str:
-        line, column = position(self.text, at)
+        """File, line and column of a position in the window."""
+        line, column = line_and_column(self.text, at)
         column += self._columns_before if line == 1 else 0
         return f"{self.name}, line {self._lines_before + line}, column {column}"
 
-    def _decoded(self) -> str | None:
+    def _decode_chunk(self) -> str | None:
         if self._fault is not None:
             return None
         chunk = next(self._chunks, None)
         try:
             part = self._decoder.decode(chunk or b"", final=chunk is None)
         except UnicodeDecodeError as error:
-            return self._before_the_fault(error, len(chunk or b""))
+            return self._text_before(error, len(chunk or b""))
         self._bytes_before += len(chunk or b"")
         return part if chunk is not None else None
 
-    def _before_the_fault(self, error: UnicodeDecodeError, chunk_bytes: int) -> str:
+    def _text_before(self, error: UnicodeDecodeError, chunk_bytes: int) -> str:
         begin = self._bytes_before - (len(error.object) - chunk_bytes)
         if is_gb18030(error.object[error.start : error.start + 4096]):
             self._fault = conversion("GB18030", self.name, self.packed)
@@ -184,7 +198,7 @@ def _array_rows(window: _Window) -> Iterator[RawRow]:
         try:
             value = _next_value(window, decoder)
         except json.JSONDecodeError as error:
-            fault = f"{window.place(error.pos)}: not JSON: {reason(error, window.text)}"
+            fault = f"{window.place(error.pos)}: not JSON: {explain_error(error, window.text)}"
             yield file_fault(f"{fault}; row {row} and what follows cannot be read")
             return
         except _NotText as error:
@@ -194,31 +208,31 @@ def _array_rows(window: _Window) -> Iterator[RawRow]:
             why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             yield file_fault(f"{window.place(window.at)}: row {row} is {why}; it and what follows cannot be read")
             return
-        yield RawRow(row, value, mark_faults(value, f"{window.name}, row {row}") if decoder.marks else [])
+        yield RawRow(row, value, mark_faults(value, f"{window.name}, row {row}") if decoder.markers else [])
         row += 1
-        behind = window.peek()
-        closing = behind == "]"
+        delimiter = window.peek()
+        closing = delimiter == "]"
         if not closing:
-            fault = _fault_between(window, behind)
-            if fault is not None:
-                yield file_fault(f"{fault}; what follows row {row - 1} cannot be read")
+            between = _fault_between(window, delimiter)
+            if between is not None:
+                yield file_fault(f"{between}; what follows row {row - 1} cannot be read")
                 return
     window.at += 1
     if window.peek():
-        fault = f"{window.place(window.at)}: not JSON: content behind the closing bracket of the array"
-        yield file_fault(f"{fault}: one array a file, with all rows in it; what follows row {row - 1} cannot be read")
-    elif (fault := window.fault()) is not None:
-        yield file_fault(fault)
+        extra = f"{window.place(window.at)}: not JSON: content after the closing bracket of the array"
+        yield file_fault(f"{extra}: one array a file, with all rows in it; what follows row {row - 1} cannot be read")
+    elif (unread := window.fault()) is not None:
+        yield file_fault(unread)
     elif not row:
         yield file_fault(f"{window.name}: holds no conversations")
 
 
-def _fault_between(window: _Window, behind: str) -> str | None:
-    """What is wrong between two rows of an array; moves behind the comma where it is none."""
-    if not behind:
+def _fault_between(window: _Window, delimiter: str) -> str | None:
+    """What is wrong between two rows of an array; moves past the comma if it is there."""
+    if not delimiter:
         return window.fault() or f"{window.place(window.at)}: not JSON: the array does not end: was the file cut off?"
-    if behind != ",":
-        return f"{window.place(window.at)}: not JSON: expected a comma or the closing bracket, found {behind!r}"
+    if delimiter != ",":
+        return f"{window.place(window.at)}: not JSON: expected a comma or the closing bracket, found {delimiter!r}"
     window.at += 1
     if window.peek() == "]":
         return f"{window.place(window.at)}: not JSON: a comma before the closing bracket: take it out"
@@ -234,13 +248,13 @@ class _NotText(Exception):
 
 
 def _next_value(window: _Window, decoder: Decoder) -> Any:
-    """The value at `window.at`, which moves behind it."""
+    """Decode the value at `window.at`, and move past it."""
     while True:
         try:
             value, end = decoder.value(window.text, window.at)
         except json.JSONDecodeError as error:
-            open_end = error.pos >= len(window.text) - NEAR_THE_END or error.msg.startswith("Unterminated string")
-            if not open_end:
+            is_cut = error.pos >= len(window.text) - NEAR_THE_END or error.msg.startswith("Unterminated string")
+            if not is_cut:
                 raise
             if len(window.text) - window.at > MOST_CHARACTERS:
                 raise _TooLong(f"longer than {MOST_CHARACTERS >> 20} Mi characters") from None
@@ -251,7 +265,7 @@ def _next_value(window: _Window, decoder: Decoder) -> Any:
                 raise _NotText(fault) from None
             error.pos -= before
             raise
-        # A number at the very end may go on behind it.
+        # A number at the very end of the window may continue after it.
         if end == len(window.text) and isinstance(value, int | float) and window.more():
             continue
         window.at = end
@@ -262,7 +276,13 @@ def _object_or_line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> It
     """One object over several lines, else JSON lines of which the first is broken."""
     read: list[bytes] = []
     chunks = iter(chunks)
-    window = _Window((read.append(chunk) or chunk for chunk in chunks), name, packed)
+
+    def recorded() -> Iterator[bytes]:
+        for chunk in chunks:
+            read.append(chunk)
+            yield chunk
+
+    window = _Window(recorded(), name, packed)
     window.peek()
     decoder = Decoder()
     try:
@@ -277,14 +297,14 @@ def _object_or_line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> It
     except _NotText:
         yield from _line_rows(chain(read, chunks), name, packed)
     except json.JSONDecodeError as error:
-        if blank(window.text[error.pos :]):
-            yield file_fault(f"{window.place(error.pos)}: not JSON: {reason(error, window.text)}")
+        if is_blank(window.text[error.pos :]):
+            yield file_fault(f"{window.place(error.pos)}: not JSON: {explain_error(error, window.text)}")
         else:
             yield from _line_rows(chain(read, chunks), name, packed)
     else:
-        yield RawRow(0, value, mark_faults(value, f"{name}, row 0") if decoder.marks else [])
+        yield RawRow(0, value, mark_faults(value, f"{name}, row 0") if decoder.markers else [])
         if window.peek():
-            yield file_fault(f"{window.place(window.at)}: content behind the object: {EXPECTED}")
+            yield file_fault(f"{window.place(window.at)}: content after the object: {EXPECTED}")
         elif (fault := window.fault()) is not None:
             yield file_fault(fault)
 
@@ -304,10 +324,10 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[RawRow]:
-    decoder, row, number, begin, is_utf_8 = Decoder(), 0, 0, 0, False
+    decoder, row, number, offset, is_utf_8 = Decoder(), 0, 0, 0, False
     try:
         for number, line in enumerate(_lines(chunks), start=1):
-            begin += len(line) + 1
+            offset += len(line) + 1
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip(_BLANK_BYTES):
@@ -315,20 +335,20 @@ def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[Raw
             try:
                 text = line.decode()
                 is_utf_8 = is_utf_8 or not text.isascii()
-                value = _only_value(decoder, text, 0 if text[0] == "{" else _SKIP(text).end())
+                value = _only_value(decoder, text, 0 if text[0] == "{" else _skip_spaces(text))
             except UnicodeDecodeError as error:
                 if not is_utf_8 and is_gb18030(line[error.start : error.start + 4096]):
                     yield file_fault(f"{name}: {conversion('GB18030', name, packed)}")
                     return
-                place = begin - 1 - len(line) + error.start
-                yield RawRow(row, None, [f"{name}, row {row}, line {number}: {_not_utf_8(place)}"], is_read=False)
+                byte = offset - 1 - len(line) + error.start
+                yield RawRow(row, None, [f"{name}, row {row}, line {number}: {_not_utf_8(byte)}"], is_read=False)
             except json.JSONDecodeError as error:
                 place = f"{name}, row {row}, line {number}, column {error.pos + 1}"
-                yield RawRow(row, None, [f"{place}: not JSON: {reason(error, text)}"], is_read=False)
+                yield RawRow(row, None, [f"{place}: not JSON: {explain_error(error, text)}"], is_read=False)
             except RecursionError:
                 yield RawRow(row, None, [f"{name}, row {row}, line {number}: nested too deeply"], is_read=False)
             else:
-                yield RawRow(row, value, mark_faults(value, f"{name}, row {row}") if decoder.marks else [])
+                yield RawRow(row, value, mark_faults(value, f"{name}, row {row}") if decoder.markers else [])
             row += 1
     except _TooLong as error:
         yield file_fault(f"{name}, line {number + 1}: {error}: {EXPECTED}; it and what follows cannot be read")

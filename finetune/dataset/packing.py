@@ -1,4 +1,4 @@
-"""Lengths -> groups that fill a number of tokens; integers only.
+"""Pack lengths into groups of at most a number of tokens; integers only.
 
 capacity 10      lengths 7 6 4 3 3 2        best fit decreasing: 7+3, 6+4, 3+2
 """
@@ -10,20 +10,20 @@ from collections.abc import Sequence
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Groups of indices whose lengths add up to at most `capacity`; every index is in exactly one of them.
+    """Partition indices into groups whose lengths add up to at most `capacity`.
 
-    The longest come first, each into the fullest group that still takes it (of equally full ones the newest). At most
-    11/9 of the fewest possible groups and 6/9 more: Dosa, "The tight bound of first fit decreasing ..." (2007), whose
-    bound holds for best fit too. Time n log n.
+    The longest come first, each into the fullest group that it fits into (the newest of equally full ones). Uses at
+    most 11/9 OPT + 6/9 groups: Dosa, "The tight bound of first fit decreasing ..." (2007), whose bound also holds for
+    best fit. Time O(n log n).
 
     Raises:
         ValueError: a length is above `capacity`, or below 1.
     """
     _check(lengths, capacity)
     groups: list[list[int]] = []
-    spaces: list[int] = []  # the different free spaces, ascending
+    spaces: list[int] = []  # distinct free spaces, ascending
     with_space: dict[int, list[int]] = {}
-    for index in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[index]
         at = bisect_left(spaces, length)
         if at == len(spaces):
@@ -42,16 +42,16 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 def rectangles(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Groups of indices of similar length: their number times the longest of them is at most `capacity`.
+    """Partition indices into groups of similar length: group size times longest length is at most `capacity`.
 
-    What a token budget means for padded batches, where each row takes as much as the longest.
+    This is a token budget for padded batches, where each row is as wide as the longest.
 
     Raises:
         ValueError: a length is above `capacity`, or below 1.
     """
     _check(lengths, capacity)
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= capacity:
             groups[-1].append(index)
         else:

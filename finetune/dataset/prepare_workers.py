@@ -1,7 +1,7 @@
-"""Batches of conversations -> what is stored of them, here or in several processes, in order.
+"""Render batches of conversations to record batches, in this process or in several, in order.
 
-The processes are forked: they share the tokenizer's memory, and none of them touches a device. At most two batches a
-process wait at a time, so memory stays flat however long the data is.
+Worker processes are forked: they share the tokenizer's memory, and none of them touches a device. At most two batches
+per process are in flight, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+
+import pyarrow as pa
 
 from finetune.chat_templates import RenderedConversation, Renderer
 from finetune.conversation import BadRow, Conversation
@@ -26,14 +27,14 @@ from finetune.utils.proc import die_with_parent
 
 BATCH_ROWS = 256
 
-_renderer: Renderer | None = None  # set in the parent before it forks
+_renderer: Renderer  # set in the parent before it forks
 
 
 @dataclass(frozen=True)
 class StoredBatch:
     """One record batch, its ledger lines and its counts."""
 
-    examples: Any
+    examples: pa.RecordBatch
     ledger: list[str]
     tally: DataTally
 
@@ -41,7 +42,7 @@ class StoredBatch:
 def stored_batches(
     rows: Iterable[Conversation | BadRow], renderer: Renderer, num_processes: int
 ) -> Iterator[StoredBatch]:
-    """Render all rows, in order.
+    """Render all rows in order.
 
     Raises:
         FinetuneError: a process died (most often: out of memory).
@@ -54,13 +55,13 @@ def stored_batches(
         return
     _renderer = renderer
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin) as pool:
-        waiting = deque(pool.submit(_store, batch) for batch in islice(batches, 2 * num_processes))
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_set_up_worker) as pool:
+        pending = deque(pool.submit(_store_in_worker, batch) for batch in islice(batches, 2 * num_processes))
         try:
-            while waiting:
-                done = waiting.popleft().result()
-                waiting.extend(pool.submit(_store, batch) for batch in islice(batches, 1))
-                yield done
+            while pending:
+                stored = pending.popleft().result()
+                pending.extend(pool.submit(_store_in_worker, batch) for batch in islice(batches, 1))
+                yield stored
         except BrokenProcessPool:
             raise FinetuneError(
                 "a process that prepares data was killed (out of memory?): try --preprocessing_num_workers 1"
@@ -69,18 +70,21 @@ def stored_batches(
             pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
+def _set_up_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     die_with_parent()
 
 
-def _store(batch: Sequence[Conversation | BadRow], renderer: Renderer | None = None) -> StoredBatch:
+def _store_in_worker(batch: Sequence[Conversation | BadRow]) -> StoredBatch:
+    return _store(batch, _renderer)
+
+
+def _store(batch: Sequence[Conversation | BadRow], renderer: Renderer) -> StoredBatch:
     conversations = [row for row in batch if isinstance(row, Conversation)]
-    rendered = iter((renderer or _renderer).render_all(conversations))
+    rendered = iter(renderer.render_all(conversations))
     rows = [next(rendered) if isinstance(row, Conversation) else row for row in batch]
     tally = DataTally()
     tally.add(rows)
-    return StoredBatch(
-        record_batch(row for row in rows if isinstance(row, RenderedConversation)), ledger_lines(rows), tally
-    )
+    examples = record_batch(row for row in rows if isinstance(row, RenderedConversation))
+    return StoredBatch(examples, ledger_lines(rows), tally)

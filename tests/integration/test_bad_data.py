@@ -129,9 +129,9 @@ BYTES = {
     "zeros-behind": (f"{G}\n".encode() + bytes(64), Dropped(2, {1: ("row 1, line 2, column 1", "not JSON: a NUL")})),
     "lines-in-json": (f"{G}\n{text(ALSO_GOOD)}\n", Read(2)),
     "blank-lines": (f"\n\n{G}\n\n \n{text(ALSO_GOOD)}\n\n", Read(2)),
-    "two-arrays": (f"[{G}]\n[{text(ALSO_GOOD)}]", Refused("line 2, column 1", "not JSON: content behind the closing")),
+    "two-arrays": (f"[{G}]\n[{text(ALSO_GOOD)}]", Refused("line 2, column 1", "not JSON: content after the closing")),
     "two-arrays-in-a-line": (
-        f"[{G}][{text(ALSO_GOOD)}]", Refused(f"line 1, column {len(G) + 3}", "not JSON: content behind the closing")
+        f"[{G}][{text(ALSO_GOOD)}]", Refused(f"line 1, column {len(G) + 3}", "not JSON: content after the closing")
     ),
     "single-object": (json.dumps(GOOD, indent=2), Read(1)),
     "wrapper": (

@@ -137,10 +137,10 @@ BROKEN_ARRAYS = {
     "cut-in-string": (f"[{GOOD},\n{GOOD[:30]}", "line 2, column "),
     "cut-behind-row": (f"[{GOOD}", f"line 1, column {len(GOOD) + 2}: not JSON: the array does not end: was the file"),
     "cut-behind-comma": (f"[{GOOD},", f"line 1, column {len(GOOD) + 3}: not JSON: the text ends in the middle"),
-    "two-arrays": (f"[{GOOD}]\n[{GOOD}]", "line 2, column 1: not JSON: content behind the closing bracket"),
+    "two-arrays": (f"[{GOOD}]\n[{GOOD}]", "line 2, column 1: not JSON: content after the closing bracket"),
     "words-behind": (
         f"[{GOOD}] thanks",
-        f"line 1, column {len(GOOD) + 4}: not JSON: content behind the closing bracket",
+        f"line 1, column {len(GOOD) + 4}: not JSON: content after the closing bracket",
     ),
     "single-quotes": ("[{'id': 1}]", "line 1, column 3: not JSON: a single quote"),
     "true": ('[{"id": True}]', "line 1, column 9: not JSON: Expecting value, near "),
@@ -176,8 +176,8 @@ def test_a_syntax_error_ends_an_array_with_its_place(content, said, before, tmp_
 
 
 BROKEN_LINES = {
-    "comma": (f"{GOOD},", f"column {len(GOOD) + 1}: not JSON: content behind the value"),
-    "two": (f"{GOOD} {GOOD}", f"column {len(GOOD) + 2}: not JSON: content behind the value"),
+    "comma": (f"{GOOD},", f"column {len(GOOD) + 1}: not JSON: content after the value"),
+    "two": (f"{GOOD} {GOOD}", f"column {len(GOOD) + 2}: not JSON: content after the value"),
     "cut": (GOOD[:-3], f"column {len(GOOD) - 2}: not JSON: the text ends in the middle"),
     "cut-in-string": (GOOD[:-6], "column "),
     "comma-in-row": ('{"id": 1,}', "column "),

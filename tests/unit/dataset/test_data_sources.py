@@ -65,7 +65,7 @@ def test_a_weight_is_the_number_behind_the_last_colon(folder):
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-0.0"])
 def test_a_weight_is_above_0(weight, folder):
     assert refused(f"data/a.json:{weight}") == (
-        f"data/a.json:{weight}: expected a weight above 0 behind the colon, found {weight}"
+        f"data/a.json:{weight}: expected a weight above 0 after the colon, found {weight}"
     )
 
 
