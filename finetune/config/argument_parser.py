@@ -41,10 +41,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         given = {**{name: value for name, value in stored.items() if not _is_given(name, given)}, **given}
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
     raise_faults(missing(given, REQUIRED))
-    model, data, batch, adapter, run = (fill(group, given) for group in GROUPS)
+    groups: list[Any] = [fill(group, given) for group in GROUPS]
     ours = {declared.name for group in GROUPS for declared in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = _translate(given, training)
+    model, data, batch, adapter, run = groups
     arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
     raise_faults(_faults(arguments, adapter_refused=given.get("use_lora") is False))
     return arguments

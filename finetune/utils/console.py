@@ -34,6 +34,38 @@ def is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class _ConsoleHandler(logging.Handler):
+    """Print records of the package: progress (INFO) as it is, notes (WARNING) with a prefix; rank 0 only.
+
+    A record with the attribute `all_ranks` is printed by every rank that logs it.
+    """
+
+    def __init__(self, *, to_stderr: bool, prefix: str | None) -> None:
+        super().__init__()
+        self.to_stderr, self.prefix = to_stderr, prefix
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; the stream is looked up each time, because it may have been replaced."""
+        if is_rank_0() or getattr(record, "all_ranks", False):
+            default = "note: " if record.levelno >= logging.WARNING else ""
+            line = (default if self.prefix is None else self.prefix) + record.getMessage()
+            print(line, file=sys.stderr if self.to_stderr else sys.stdout, flush=True)
+
+
+def configure_logging(*, to_stderr: bool = False, prefix: str | None = None) -> None:
+    """Print what the package logs; each entry point of the command line calls this once.
+
+    Args:
+        to_stderr: for commands whose stdout is their result.
+        prefix: stands in front of every line, in place of `note: ` in front of notes.
+    """
+    logger = logging.getLogger("finetune")
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _ConsoleHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_ConsoleHandler(to_stderr=to_stderr, prefix=prefix))
+    logger.setLevel(logging.INFO)
+
+
 def say(line: str = "") -> None:
     """One line on stdout, from rank 0 only."""
     if is_rank_0():
