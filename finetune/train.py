@@ -66,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; the exit statuses are those of `errors`."""
     with exit_on_error():
         prepare_environment()
+        console.configure_logging()
         with start_watchdog():
             arguments = parse(sys.argv[1:] if argv is None else argv)
             console.quiet_libraries()
             set_limits(arguments)
             setup = check_setup(arguments)
-            tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data, console.say_note)
+            tokenizer, chat_format, data = prepare_data(arguments.model, arguments.data)
             approve(arguments, data)
             training_arguments, disk = begin(arguments, setup, data)
             data = leave_out(arguments, data)
@@ -118,7 +119,7 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> tuple[Any, 
     from finetune.training.training_arguments import build_arguments
 
     watchdog.report_phase("rendezvous")
-    patch_build_lock(lambda line: print(f"note: {line}", flush=True))
+    patch_build_lock()
     init_process_group(
         setup.hardware.backend, uses_deepspeed=setup.zero is not None, timeout=arguments.given("ddp_timeout")
     )

@@ -6,6 +6,7 @@ refused with both values; `--allow_inexact_resume True` goes on and records it i
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from finetune.distributed.collectives import (
     run_on_rank_0,
 )
 from finetune.run_dir import run_json
-from finetune.utils import console
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError, format_faults
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def find_checkpoint(
         )
     _set_later_aside(output_dir, folder, manifest.step, disk)
     for line in (*changes, *_other_versions(manifest)):
-        console.say_note(f"not as it was when {folder.name} was written: {line}")
-    console.say_note(f"going on from {folder}, step {manifest.step}")
+        logger.warning(f"not as it was when {folder.name} was written: {line}")
+    logger.warning(f"going on from {folder}, step {manifest.step}")
     return ResumePoint(folder, manifest, tuple(changes), is_reshaped)
 
 
@@ -136,7 +138,7 @@ def _newest_whole(
             return []
         try:
             for left in checkpoint.remove_unfinished(output_dir):
-                console.say_note(f"{left}: its save was not finished: removed")
+                logger.warning(f"{left}: its save was not finished: removed")
         except OSError as error:
             raise StorageError(f"{output_dir}: {error}") from None
         return checkpoint.steps_in(output_dir)
@@ -150,7 +152,7 @@ def _newest_whole(
         if may_lack_random_state and all(map(_is_missing_random_state, faults)) or not faults:
             return folder, faults
         aside = run_on_all_ranks(lambda folder=folder: _set_aside(folder, "damaged") if disk.is_writer else None)
-        console.say_note(
+        logger.warning(
             f"{format_faults(faults, 'fault')}: {folder.name} is set aside as {next(filter(None, aside)).name}"
         )
     sealed_once = run_on_rank_0(lambda: run_json.last_checkpoint(output_dir))
@@ -164,7 +166,7 @@ def _newest_whole(
             f"--output_dir {output_dir}: holds a run that is complete, and no checkpoint to go on from: choose another "
             "folder, or give --overwrite_output_dir True without --resume_from_checkpoint to move it aside"
         )
-    console.say_note(f"{output_dir} holds no checkpoint yet: starting from step 0")
+    logger.warning(f"{output_dir} holds no checkpoint yet: starting from step 0")
     return None, []
 
 
@@ -261,4 +263,4 @@ def _set_later_aside(output_dir: Path, chosen: Path, step: int, disk: StorageGro
         return [_set_aside(checkpoint.checkpoint_folder(output_dir, one), "later") for one in later]
 
     for aside in set().union(*run_on_all_ranks(rename)):
-        console.say_note(f"a later checkpoint than {chosen.name} is set aside as {aside.name}")
+        logger.warning(f"a later checkpoint than {chosen.name} is set aside as {aside.name}")

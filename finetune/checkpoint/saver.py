@@ -7,6 +7,7 @@ seal       all files are on the disks and hashed -> all ranks agree -> manifests
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -22,8 +23,9 @@ from finetune import checkpoint
 from finetune.checkpoint.checkpoint_size import MODEL, ParameterSizes, checkpoint_parts
 from finetune.checkpoint.manifest import FileRecord, Manifest
 from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank, run_on_all_ranks
-from finetune.utils.console import say
 from finetune.utils.errors import CheckpointError, FinetuneError, StorageError
+
+logger = logging.getLogger(__name__)
 
 ROOM_TO_SPARE = 1.05  # of what the last checkpoint took
 BYTES_TO_SPARE = 8 << 20
@@ -145,7 +147,7 @@ class Saver:
             try:
                 if folder.exists() or folder.is_symlink():
                     aside = checkpoint.quarantine(folder, "before")
-                    say(f"{folder} was there before this run came to it: renamed to {aside.name}")
+                    logger.info(f"{folder} was there before this run came to it: renamed to {aside.name}")
                 free = self._free()
                 if free < self.needed:
                     raise StorageError(self._no_space(step, free))
@@ -253,7 +255,7 @@ class Saver:
         try:
             remove(self.output_dir, **options)
         except OSError as error:
-            say(f"an older checkpoint in {self.output_dir}{self._where()} could not be removed: {error}")
+            logger.warning(f"an older checkpoint in {self.output_dir}{self._where()} could not be removed: {error}")
 
     def _give_up(self, folder: Path, step: int) -> None:
         reason, host, _ = self._first_failure() or ("", "", 0)
@@ -261,7 +263,7 @@ class Saver:
             try:
                 checkpoint.remove_checkpoint(folder)
             except OSError as error:
-                say(f"{folder}{self._where()} is not whole and could not be removed: {error.strerror}")
+                logger.warning(f"{folder}{self._where()} is not whole and could not be removed: {error.strerror}")
         free = min(all_gather_object(self._free()))
         raise StorageError(f"{reason}{host}: {self._no_space(step, free)}; what it had written was removed")
 

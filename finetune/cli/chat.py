@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,11 @@ from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE, TUNED, LoadedModel, load_for_inference, read_model
 from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir.run_json import RUN_FILE, holds_model
-from finetune.utils.console import quiet_serving, say_aside
+from finetune.utils.console import configure_logging, quiet_serving
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = fill(ChatOptions, build_parser().parse(argv))
     raise_faults(_faults(options))
+    configure_logging(to_stderr=True)
     question = None if options.web or _is_typed() else read_question(sys.stdin)
     if options.web:
         check_gradio()
@@ -122,7 +126,7 @@ def _read(options: ChatOptions) -> RunResult:
 
 def _voices(options: ChatOptions, opened: LoadedModel) -> ChatModels:
     if not options.reasoning and depends_on_reasoning(opened.chat_format):
-        say_aside("this format opens answers with and without reasoning differently: --reasoning for those with")
+        logger.info("this format opens answers with and without reasoning differently: --reasoning for those with")
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     return ChatModels(opened, options.names, options.max_new_tokens, sampling, options.reasoning)
 
@@ -132,7 +136,7 @@ def _loading(output: str) -> Iterator[None]:
     """A line on stderr while the model is being loaded; on a terminal it moves, and goes away."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        say_aside(f"loading {output}")
+        logger.info(f"loading {output}")
         yield
         return
     with console.status(f"loading {escape(output)} ..."):

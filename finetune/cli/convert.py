@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -19,9 +20,11 @@ from finetune.config.argument_parser import data_faults
 from finetune.conversation import BadRow, Conversation, to_row
 from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import find_sources
-from finetune.utils.console import say, say_note
+from finetune.utils.console import configure_logging
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError, StorageError, format_faults
 from finetune.utils.options import CommandParser, fill, positional, raise_faults
+
+logger = logging.getLogger(__name__)
 
 # A file that says by its name that it is something else than what is written.
 OTHER_KINDS = (".gz", ".zst", ".parquet", ".csv", ".zip")
@@ -73,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
         StorageError: the file cannot be written.
     """
     data, name = parse_options(argv)
+    configure_logging()
     out = Path(name)
     _check_new(out)
     sources = find_sources(data.data_path)
@@ -87,12 +91,12 @@ def main(argv: Sequence[str]) -> None:
         if not written:
             raise DataError(f"{', '.join(source.name for source in sources)}: no conversation is left to write")
     for line in reader.notes():
-        say(line)
+        logger.info(line)
     if bad.count:
         print(format_faults(bad.rows, "dropped row", count=bad.count), file=sys.stderr)
     for change, rows in changes.counts.items():
-        say_note(f"{rows:,} rows {change}")
-    say(f"{out}: {written:,} rows" + (f", {bad.count:,} dropped" if bad.count else ""))
+        logger.warning(f"{rows:,} rows {change}")
+    logger.info(f"{out}: {written:,} rows" + (f", {bad.count:,} dropped" if bad.count else ""))
 
 
 class _BadRows:

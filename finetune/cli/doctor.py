@@ -18,7 +18,7 @@ from typing import Any
 from finetune.config import DoctorArguments, known_flags
 from finetune.distributed.process_setup import prepare_environment
 from finetune.launcher import LauncherArgs, launcher_options, parse_launcher_args, redact
-from finetune.utils.console import quiet_libraries
+from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.options import CommandParser, fill
 
 SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: flags of the doctor or of the launcher that cannot be read.
     """
     choice, flags, words = parse_options(argv)
+    configure_logging(to_stderr=True, prefix="doctor: ")
     prepare_environment()
     from finetune.preflight import DoctorReport, examine_run, plan_run, print_report  # they need torch; --help does not
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     run = examination.attempt("command", lambda: plan_run(choice, flags, words))
     if run is not None:
         quiet_libraries()
-        examine_run(examination, run, lambda line: print(f"doctor: {line}", file=sys.stderr, flush=True))
+        examine_run(examination, run)
     if choice.json:
         print(json.dumps(as_json(examination), ensure_ascii=False, indent=1))
     else:

@@ -19,7 +19,7 @@ from finetune.evaluation.result_tables import print_sections
 from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir import eval_results
 from finetune.run_dir.eval_results import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE
-from finetune.utils.console import encode_output, is_rank_0, quiet_libraries, say_note_aside
+from finetune.utils.console import configure_logging, encode_output, is_rank_0, quiet_libraries
 from finetune.utils.errors import FinetuneError
 from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
 
@@ -107,6 +107,7 @@ def main(argv: Sequence[str]) -> None:
         FinetuneError: the tuned model is further below the base than --fail_below allows.
     """
     options, data = parse_options(argv)
+    configure_logging(to_stderr=True)
     prepare_environment()
     encode_output(utf8=options.json)
     result = read_result(Path(options.output))
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
 def _measured(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The documents, by the name of their files; data and tasks are looked at before the model loads."""
     quiet_libraries()
-    prepared = prepare_held_out(result, data, say_note_aside) if data.get("data_path") else None
+    prepared = prepare_held_out(result, data) if data.get("data_path") else None
     jobs = _find_jobs(options) if options.tasks else []
     import torch
 
@@ -150,7 +151,6 @@ def _measured(result: RunResult, options: EvaluateOptions, data: dict[str, Any])
             tokens_per_batch=options.tokens_per_batch,
             worst=options.worst,
             bar=_bar,
-            say=say_note_aside,
         )
     if jobs:
         from finetune.evaluation.benchmarks import evaluate_benchmarks
@@ -174,9 +174,7 @@ def _measured(result: RunResult, options: EvaluateOptions, data: dict[str, Any])
 def _find_jobs(options: EvaluateOptions) -> list[Any]:
     from finetune.evaluation.benchmarks import find_jobs
 
-    return find_jobs(
-        options.tasks, num_fewshot=options.num_fewshot, allow_code=options.allow_code_execution, say=say_note_aside
-    )
+    return find_jobs(options.tasks, num_fewshot=options.num_fewshot, allow_code=options.allow_code_execution)
 
 
 def _show(result: RunResult, found: dict[str, dict[str, Any]], *, as_json: bool) -> None:

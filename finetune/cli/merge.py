@@ -7,6 +7,7 @@ finetune merge output --gguf q8_0           # and as a file of llama.cpp's besid
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from typing import Literal
 
 from finetune.checkpoint import step_of
 from finetune.inference.run_result import read_result
-from finetune.utils.console import quiet_libraries, say, say_note
+from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, fill, option, positional
+
+logger = logging.getLogger(__name__)
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -55,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     """
     began = time.monotonic()
     options = fill(MergeOptions, build_parser().parse(argv))
+    configure_logging()
     result = read_result(Path(options.output))
     folder = Path(options.target) if options.target else default_target(Path(options.output))
     shard_bytes = bytes_of(options.max_shard_size)
@@ -64,14 +68,14 @@ def main(argv: Sequence[str]) -> None:
     plan = plan_merge(result, folder, base_name=options.base_model, dtype=options.dtype)
     if options.gguf is not None:
         check_gguf(plan.source, options.gguf, plan.tokenizer)
-    say(f"merging {plan.origin}: {len(plan.pieces):,} tensors, {plan.size / 1e9:.2f} GB")
+    logger.info(f"merging {plan.origin}: {len(plan.pieces):,} tensors, {plan.size / 1e9:.2f} GB")
     merged = merge_weights(plan, shard_bytes=shard_bytes, proves=not options.no_check)
     for note in merged.notes:
-        say_note(note)
-    say(f"{folder}: {merged.size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s; {merged.checked}")
+        logger.warning(note)
+    logger.info(f"{folder}: {merged.size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s; {merged.checked}")
     if options.gguf is not None:
         path = write_gguf(folder, options.gguf, stop_token_id=result.chat["stop_token_id"])
-        say(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
+        logger.info(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
 
 
 def default_target(output: Path) -> Path:

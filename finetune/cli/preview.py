@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import sys
@@ -20,9 +21,11 @@ from finetune.report.html_pages import PreviewPage, check_replaceable, render_pr
 from finetune.report.preview_terminal import PreviewTerminal, harmless
 from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
 from finetune.training.data_setup import prepare_data
-from finetune.utils.console import encode_output, quiet_libraries, say_note_aside
+from finetune.utils.console import configure_logging, encode_output, quiet_libraries
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError
 from finetune.utils.options import CommandParser, fill, option, raise_faults
+
+logger = logging.getLogger(__name__)
 
 FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200
 # How the model computes, and which rows it is evaluated on, change nothing of what is shown.
@@ -85,14 +88,15 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: a row that there is not, a page that would replace another file.
     """
     model, data, choice = parse_options(argv)
+    configure_logging(to_stderr=True)
     page = Path(choice.html).expanduser() if choice.html is not None else None
     if page is not None:
         check_replaceable(page)
     quiet_libraries()
     encode_output(utf8=choice.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
-        say_note_aside(code)
-    _, chat_format, prepared = prepare_data(model, data, say=say_note_aside)
+        logger.warning(code)
+    _, chat_format, prepared = prepare_data(model, data)
     _note_what_training_refuses(prepared, data.max_dropped_rows)
     in_segments = speller(chat_format)
     try:
@@ -120,7 +124,7 @@ def _note_what_training_refuses(prepared: PreparedData, max_dropped_rows: float)
         try:
             check_dropped_share(rows, max_dropped_rows)
         except DataError as error:
-            say_note_aside(f"training would refuse this data: {error}")
+            logger.warning(f"training would refuse this data: {error}")
 
 
 def _as_json(rendering: RenderedConversation) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from finetune.report.sample_answers import (
     read_prompts,
     write_answers,
 )
-from finetune.utils.console import quiet_libraries, say_note_aside
+from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.errors import FinetuneError
 from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = 3
 LEAST_SECONDS = 0.2
@@ -59,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     options = fill(ReportOptions, build_parser().parse(argv))
     folders = [Path(folder).expanduser() for folder in options.output_dirs]
     raise_faults(_faults(options, folders))
+    configure_logging(to_stderr=not options.watch)
     prompts = read_prompts(Path(options.prompts).expanduser()) if options.prompts else []
     default_path = folders[0] / FILE if len(folders) == 1 else Path(FILE)
     path = Path(options.html).expanduser() if options.html else default_path
@@ -66,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     named = list(zip(folders, names(folders), strict=True))
     if options.watch:
         try:
-            keep_watching(named, path, every=options.every, port=options.port, say=lambda line: print(line, flush=True))
+            keep_watching(named, path, every=options.every, port=options.port)
         except KeyboardInterrupt:
             print("\nno longer watched; the run continues", flush=True)
         return
@@ -114,7 +118,7 @@ def _answer(run: RunRecord, asked: Sequence[SamplePrompt], base_model: str | Non
     """Let base and result answer, or say why not: the rest of the report does not need it."""
     wanted = asked or prompts_of(run.cards, PROMPTS)
     if not wanted:
-        say_note_aside(
+        logger.warning(
             f"no answers before and after: {run.folder} keeps no row to ask for: name some with --prompts FILE"
         )
         return
@@ -128,4 +132,4 @@ def _answer(run: RunRecord, asked: Sequence[SamplePrompt], base_model: str | Non
                 run.folder, result.run, generate_answers(result, wanted, base_name=base_model, each=bar.update)
             )
     except (FinetuneError, OSError) as error:
-        say_note_aside(f"no answers before and after: {error}")
+        logger.warning(f"no answers before and after: {error}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -25,6 +26,8 @@ from finetune.dataset.data_sources import Source, fingerprint_sources
 from finetune.dataset.data_summary import DataSummary, DataTally
 from finetune.dataset.prepare_workers import stored_batches
 from finetune.utils.errors import DataError, StorageError, format_faults
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BEFORE_A_BAR = 2.0
 BAR = "preparing data {percentage:3.0f}% |{bar}| {postfix[0]} [{elapsed}<{remaining}]"
@@ -158,7 +161,6 @@ def prepare_dataset(
     repairs: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     num_processes: int | None = None,
-    say: Callable[[str], None] = print,
 ) -> PreparedData:
     """Read, render and prove all rows, or open what an earlier start has prepared of the same data in the same way.
 
@@ -175,9 +177,9 @@ def prepare_dataset(
             facts = prepared_cache.read_facts(folder)
             if facts is not None:
                 return _opened(folder, sources, facts, data)
-            say(f"the prepared data in {folder} is damaged: it is prepared again")
+            logger.warning(f"the prepared data in {folder} is damaged: it is prepared again")
             prepared_cache.clear_damaged(folder)
-        with prepared_cache.only_writer(folder, say) as is_writer:
+        with prepared_cache.only_writer(folder) as is_writer:
             if is_writer:
                 processes = num_processes or _num_processes(sources)
                 gc.freeze()  # what the libraries hold need not be copied on a fork

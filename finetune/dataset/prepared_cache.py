@@ -12,6 +12,7 @@ the next one clears up and writes.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -21,7 +22,7 @@ import tempfile
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +36,8 @@ from finetune.chat_templates import Example, RenderedConversation, TurnSpan, sup
 from finetune.conversation import BadRow, answer_number
 from finetune.dataset.loss_cells import MAX_ANSWERS
 from finetune.utils.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES_FILE, LEDGER_FILE, FACTS_FILE = "examples.arrow", "ledger.jsonl", "facts.json"
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -214,7 +217,7 @@ def is_cached(folder: Path) -> bool:
 
 
 @contextmanager
-def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
+def only_writer(folder: Path) -> Iterator[bool]:
     """Wait until the store is there or this process alone may write it; yields whether it is to write.
 
     Raises:
@@ -232,7 +235,7 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
                 break
             except Timeout:
                 if not told:
-                    say(f"another process prepares this data: waiting for it ({lock.lock_file})")
+                    logger.warning(f"another process prepares this data: waiting for it ({lock.lock_file})")
                     told = True
                 time.sleep(SECONDS_BETWEEN_LOOKS)
     except (OSError, NotImplementedError) as error:

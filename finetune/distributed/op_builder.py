@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
-def patch_build_lock(say: Callable[[str], None]) -> None:
-    """From now on torch asks our lock first; what it finds left behind it removes, and says so with `say`."""
+def patch_build_lock() -> None:
+    """From now on torch asks our lock first; what it finds left behind it removes, and logs that."""
     from filelock import FileLock, Timeout
     from torch.utils import cpp_extension
     from torch.utils.file_baton import FileBaton
@@ -40,7 +43,8 @@ def patch_build_lock(say: Callable[[str], None]) -> None:
             while lock.exists() and is_file_open(lock):  # another tool builds here
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             if lock.exists():
-                say(f"{lock} was left behind by a build that was interrupted: removed")
+                line = f"{lock} was left behind by a build that was interrupted: removed"
+                logger.warning(line, extra={"all_ranks": True})
                 lock.unlink(missing_ok=True)
             return bool(super().try_acquire())
 
@@ -98,7 +102,7 @@ def build_operators() -> None:
     """
     names = json.loads(sys.stdin.read())
     with contextlib.redirect_stdout(sys.stderr):
-        patch_build_lock(lambda line: print(line, file=sys.stderr))
+        patch_build_lock()
         from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
         found = {name: _build(ALL_OPS[name]) if name in ALL_OPS else "DeepSpeed does not know it" for name in names}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from finetune.evaluation import lingowhale_benchmarks
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.utils.errors import ConfigError, first_line, format_faults
 from finetune.utils.hub import use_cache_if_hub_unreachable
+
+logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 ON_A_CPU = 8  # questions that are asked together under --batch_size auto
@@ -31,9 +34,7 @@ class BenchmarkJob:
     notes: list[str] = field(default_factory=list)
 
 
-def find_jobs(
-    names: Sequence[str], *, num_fewshot: int | None, allow_code: bool, say: Callable[[str], None]
-) -> list[BenchmarkJob]:
+def find_jobs(names: Sequence[str], *, num_fewshot: int | None, allow_code: bool) -> list[BenchmarkJob]:
     """The tasks that the words name, their data read.
 
     Raises:
@@ -56,7 +57,9 @@ def find_jobs(
             chosen = [one for one in lingowhale_benchmarks.BENCHMARKS if allow_code or not one.runs_code]
             for one in lingowhale_benchmarks.BENCHMARKS:
                 if one not in chosen:
-                    say(f"{one.name} is left out: it runs programs that the model writes: --allow_code_execution")
+                    logger.warning(
+                        f"{one.name} is left out: it runs programs that the model writes: --allow_code_execution"
+                    )
             made = [_job_of(one, num_fewshot) for one in chosen]
         elif Path(name).is_dir():
             made = [BenchmarkJob(one, [one], num_fewshot) for one in harness.names_in(manager, Path(name))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from finetune.evaluation.token_losses import AnswerLoss, flat_rows, groups_of, m
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.training.nonfinite import finite_or_none
 from finetune.utils.errors import NumericsError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,7 +66,6 @@ def evaluate_held_out(
     tokens_per_batch: int,
     worst: int,
     bar: Callable[[str, int], Any],
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The document of `evaluation.json`, on every rank.
 
@@ -71,7 +73,7 @@ def evaluate_held_out(
         ConfigError: the base is not there any more. CheckpointError: it is another model.
         NumericsError: no row has a finite loss.
     """
-    rows = losses_of(opened, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch, bar=bar, say=say)
+    rows = losses_of(opened, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch, bar=bar)
     groups = summarized(rows)
     summary = prepared.summary
     in_segments = speller(opened.chat_format)
@@ -117,7 +119,6 @@ def losses_of(
     with_base: bool,
     tokens_per_batch: int,
     bar: Callable[[str, int], Any],
-    say: Callable[[str], None],
 ) -> list[RowLosses]:
     """Measure both models on all rows, divided among the ranks; every rank gets everything.
 
@@ -137,7 +138,7 @@ def losses_of(
         virtual = label == TUNED and opened.result.has_virtual_tokens
         with flat_rows(model, longest=max(lengths), has_virtual_tokens=virtual) as reason:
             if reason:
-                say(f"{label}: conversations are measured one by one: {reason}")
+                logger.warning(f"{label}: conversations are measured one by one: {reason}")
             with bar(label, tokens) as progress:
                 return measure_token_losses(
                     model,

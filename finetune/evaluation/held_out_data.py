@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from finetune.config import DataArguments
@@ -11,6 +11,8 @@ from finetune.dataset.prepare import PreparedData, check_dropped_share
 from finetune.inference.load_result import chat_format_of, load_tokenizer
 from finetune.inference.run_result import RunResult
 from finetune.training.data_setup import prepare_rows
+
+logger = logging.getLogger(__name__)
 
 # How conversations are rendered is the training's choice, unless it is given.
 OF_THE_TRAINING = ("model_max_length", "too_long", "train_on", "repairs")
@@ -23,7 +25,7 @@ def data_arguments(result: RunResult, given: dict[str, Any]) -> DataArguments:
     return DataArguments(**{**known, **given})
 
 
-def prepare_held_out(result: RunResult, given: dict[str, Any], say: Callable[[str], None]) -> PreparedData:
+def prepare_held_out(result: RunResult, given: dict[str, Any]) -> PreparedData:
     """All rows read, rendered and proven by the pipeline that trains.
 
     Raises:
@@ -34,7 +36,7 @@ def prepare_held_out(result: RunResult, given: dict[str, Any], say: Callable[[st
     sources = find_sources(data.data_path)
     weighted = [source.name for source in sources if source.weight != 1]
     if weighted:
-        say(f"every row is measured once: the weight of {weighted[0]} has no meaning here")
-    prepared = prepare_rows(sources, chat_format_of(result, tokenizer), data, say)
+        logger.warning(f"every row is measured once: the weight of {weighted[0]} has no meaning here")
+    prepared = prepare_rows(sources, chat_format_of(result, tokenizer), data)
     check_dropped_share(prepared, data.max_dropped_rows)
     return prepared

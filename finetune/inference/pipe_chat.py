@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import TextIO
 
 from finetune.inference.chat_models import ChatModels
 from finetune.inference.chat_session import ChatSession
-from finetune.utils.console import say_note_aside
 from finetune.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def read_question(pipe: TextIO | None) -> str:
@@ -40,7 +42,7 @@ def answer_once(voices: ChatModels, chat: ChatSession, question: str, *, as_json
         if not as_json:
             print(flush=True)
         if not answering.ended:
-            say_note_aside(f"cut off at {len(answering.ids):,} tokens, see --max_new_tokens")
+            logger.warning(f"cut off at {len(answering.ids):,} tokens, see --max_new_tokens")
     if as_json:
         said = {name: {"answer": one.text, "ended": one.ended, "tokens": len(one.ids)} for name, one in answers.items()}
         print(json.dumps(said if len(said) > 1 else said[voices.names[0]], ensure_ascii=False))

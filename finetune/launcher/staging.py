@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from finetune.launcher.ssh import SshShell, in_brackets, is_here
 from finetune.utils.errors import ConfigError, FinetuneError, StorageError, format_faults
 from finetune.utils.proc import ROOT
+
+logger = logging.getLogger(__name__)
 
 # What a clone makes by itself, or holds for its owner alone.
 NOT_CODE = (".git", "/output*", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "*.egg-info", "/.models",
@@ -57,9 +60,7 @@ def folders_to_stage(answers: Mapping[str, dict[str, Any] | str], here: Mapping[
     return found
 
 
-def send_folders(
-    wanted: Sequence[StagedFolder], shell: SshShell, say: Callable[[str], None], work_folder: Path
-) -> None:
+def send_folders(wanted: Sequence[StagedFolder], shell: SshShell, work_folder: Path) -> None:
     """Send all, to all hosts at once, one thing after the other to each; `work_folder` is made there.
 
     A file that differs there is kept in a folder `.replaced-TIME` beside what takes its place.
@@ -78,10 +79,10 @@ def send_folders(
             _make_folder(host, work_folder, shell)
             for parcel in (one for one in wanted if one.host == host):
                 began = time.monotonic()
-                say(f"{host}: {parcel.path} ({parcel.why}) ...")
+                logger.info(f"{host}: {parcel.path} ({parcel.why}) ...")
                 _make_folder(host, parcel.path.parent, shell)
                 _copy(parcel, shell, stamp)
-                say(f"{host}: {parcel.path} is there after {time.monotonic() - began:.1f} s")
+                logger.info(f"{host}: {parcel.path} is there after {time.monotonic() - began:.1f} s")
         except FinetuneError as error:
             return f"{host}: {error}"
         return None

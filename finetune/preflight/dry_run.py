@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
 from finetune.run_dir.run_json import METRICS_FILE
 from finetune.utils.errors import FinetuneError
+
+logger = logging.getLogger(__name__)
 
 LAYERS, HEADS, HEAD_WIDTH = 2, 4, 16
 # What makes a layer wide, by the names that configs use, and how wide it is here.
@@ -91,7 +94,7 @@ def make_random_model(
     return sum(one.numel() for one in model.parameters())
 
 
-def run_dry_run(command: Sequence[str], model: Path, output: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run_dry_run(command: Sequence[str], model: Path, output: Path) -> dict[str, Any]:
     """Run the chain with a small model that lies in `model` on every host.
 
     Args:
@@ -112,7 +115,7 @@ def run_dry_run(command: Sequence[str], model: Path, output: Path, say: Callable
     began = time.monotonic()
     _run([*command, *own, "--resume_from_checkpoint", "none"], "two steps, saved and verified")
     facts["train_seconds"] = time.monotonic() - began
-    say(f"two steps, two checkpoints, a verified result after {facts['train_seconds']:.0f} s")
+    logger.info(f"two steps, two checkpoints, a verified result after {facts['train_seconds']:.0f} s")
     losses = _losses(output)
     began = time.monotonic()
     _run([*command, *own, "--resume_from_checkpoint", str(output / "checkpoint-1")], "going on from a checkpoint")
@@ -120,12 +123,12 @@ def run_dry_run(command: Sequence[str], model: Path, output: Path, say: Callable
     again = _losses(output)
     if len(again) != STEPS or not math.isclose(losses[-1], again[-1], rel_tol=TOLERANCE):
         raise FinetuneError(f"the second step after going on has loss {again[-1:]}, without a stop it had {losses[-1]}")
-    say(f"going on from the first checkpoint: the same second step after {facts['resume_seconds']:.0f} s")
+    logger.info(f"going on from the first checkpoint: the same second step after {facts['resume_seconds']:.0f} s")
     began = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):
         load_for_inference(read_result(output))
     facts["load_seconds"] = time.monotonic() - began
-    say(f"the result opens after {facts['load_seconds']:.0f} s")
+    logger.info(f"the result opens after {facts['load_seconds']:.0f} s")
     return {**facts, "losses": losses}
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,16 @@ from finetune.training.config_check import Setup, resolve_setup
 from finetune.training.data_setup import prepare_data
 from finetune.utils.proc import ROOT
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
-def examine_run(examination: DoctorReport, run: PlannedRun, say: Say) -> None:
+def examine_run(examination: DoctorReport, run: PlannedRun) -> None:
     """All sections, in an order in which each has what it needs; what fails leaves out only what depends on it."""
     here = host_probe.collect_host_facts(_order(run))
     here["asked"] = [here["time"], here["time"]]
     remote = run.hosts_to_ask()
     if remote is not None and run.choice.stage:
-        examination.attempt("hosts", lambda: _stage(run, here, say))
+        examination.attempt("hosts", lambda: _stage(run, here))
     slots = run.slots_by_host(here["gpus"])
     if remote is None:
         name = list(slots)[max(run.flags.node_rank, 0)]  # the same command is typed on every host
@@ -41,33 +41,33 @@ def examine_run(examination: DoctorReport, run: PlannedRun, say: Say) -> None:
         look_closely(examination, name, here, len(slots[name]))
         found = detect_hardware(use_cpu=bool(run.arguments.given("use_cpu")))
     else:
-        say(f"asking {len(slots)} hosts")
+        logger.info(f"asking {len(slots)} hosts")
         answers = examine_hosts(examination, slots, run.shell, shared(run), run.places)
         use_cpu = bool(run.arguments.given("use_cpu"))
         found = probe_of(answers, use_cpu=use_cpu) if answers else detect_hardware(use_cpu=use_cpu)
-    say("examining flags and model")
+    logger.info("examining flags and model")
     setup = examination.attempt("configuration", lambda: resolve_setup(run.arguments, found, world_of(slots)))
-    say("reading the data")
-    read = examination.attempt("data", lambda: _read(examination, run, say))
+    logger.info("reading the data")
+    read = examination.attempt("data", lambda: _read(examination, run))
     examine_machine(examination, here)
     if setup is not None:
         _note_configuration(examination, setup, slots)
         if read is not None:
-            say("computing memory and disk")
+            logger.info("computing memory and disk")
             examine_resources(examination, run, setup, *read, slots, answers)
         names = operators_of(setup.zero.config if setup.zero else None, use_cpu=setup.hardware.use_cpu)
         with_code = [host for host in answers if answers[host]["code"]]
         if names and with_code:
-            say(f"building {', '.join(names)} where it is not built yet")
+            logger.info(f"building {', '.join(names)} where it is not built yet")
             examine_operators(examination, names, with_code, run.shell, over_ssh=remote is not None)
     if remote is not None or (found.gpus and not run.flags.no_ssh):
-        say("connecting the ranks")
+        logger.info("connecting the ranks")
         examine_network(
             examination, slots, run.shell, answers,
             flags=run.flags, backend="nccl" if found.gpus else "gloo", writes_environment=run.choice.write_env,
         )  # fmt: skip
     if run.choice.rehearse and not examination.status:
-        examination.attempt("rehearsal", lambda: _rehearse(examination, run, say))
+        examination.attempt("rehearsal", lambda: _rehearse(examination, run))
 
 
 def _order(run: PlannedRun) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def _order(run: PlannedRun) -> dict[str, Any]:
     return {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": words, **run.places.order()}
 
 
-def _read(examination: DoctorReport, run: PlannedRun, say: Say) -> tuple[Any, PreparedData]:
-    tokenizer, chat_format, data = prepare_data(run.arguments.model, run.arguments.data, say)
+def _read(examination: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
+    tokenizer, chat_format, data = prepare_data(run.arguments.model, run.arguments.data)
     summary = data.summary
     lines = [*summary.lines(), f"format    {chat_format.name}"]
     examination.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
@@ -106,19 +106,19 @@ def _note_configuration(examination: DoctorReport, setup: Setup, slots: dict[str
     }  # fmt: skip
 
 
-def _stage(run: PlannedRun, here: dict[str, Any], say: Say) -> None:
+def _stage(run: PlannedRun, here: dict[str, Any]) -> None:
     answers = ssh.probe_hosts(list(run.slots), run.shell, shared(run), run.places.order())
     wanted = staging.folders_to_stage(answers, here)
     if wanted:
-        staging.send_folders(wanted, run.shell, say, Path.cwd())
+        staging.send_folders(wanted, run.shell, Path.cwd())
     else:
-        say("every host has code, data and model already")
+        logger.info("every host has code, data and model already")
 
 
 # ---- the rehearsal
 
 
-def _rehearse(examination: DoctorReport, run: PlannedRun, say: Say) -> None:
+def _rehearse(examination: DoctorReport, run: PlannedRun) -> None:
     chosen = run.arguments
     output = Path(chosen.training["output_dir"]).expanduser().absolute()
     folder = output.with_name(f".{output.name}.rehearsal-{secrets.token_hex(4)}")
@@ -131,16 +131,16 @@ def _rehearse(examination: DoctorReport, run: PlannedRun, say: Say) -> None:
             chosen.model.model_name_or_path, model,
             revision=chosen.model.model_revision, trust_remote_code=chosen.model.trusts_code(), heads=heads,
         )  # fmt: skip
-        say(f"rehearsing with a random model of {parameters:,} parameters")
+        logger.info(f"rehearsing with a random model of {parameters:,} parameters")
         if remote:
             words = {"words": [str(model)]}
             answers = ssh.probe_hosts(remote, run.shell, words["words"])
             here = host_probe.collect_host_facts({**_order(run), **words})
             staging.send_folders(
-                [one for one in staging.folders_to_stage(answers, here) if one.path == model], run.shell, say, folder
+                [one for one in staging.folders_to_stage(answers, here) if one.path == model], run.shell, folder
             )
         words = without_flags(run.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
-        facts = dry_run.run_dry_run(run.rehearsal(words), model, folder / "output", say)
+        facts = dry_run.run_dry_run(run.rehearsal(words), model, folder / "output")
         lines = {
             "model": f"{parameters:,} random parameters of the same architecture",
             "trained": f"two steps, saved, verified: {facts['train_seconds']:.0f} s",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +27,8 @@ from finetune.report.run_reader import RunRecord, has_ended, read_run
 from finetune.report.sample_answers import ANSWERS_FILE
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
 WATCHED = (run_json.RUN_FILE, run_json.METRICS_FILE, run_json.COMPLETE_FILE, FAILURE_FILE, ANSWERS_FILE)
@@ -105,7 +108,7 @@ class _Server(ThreadingHTTPServer):
         """Ignore a browser that closes the connection early."""
 
 
-def watch(folders: Folders, path: Path, *, every: float, port: int, say: Callable[[str], None]) -> None:
+def watch(folders: Folders, path: Path, *, every: float, port: int) -> None:
     """Keep the report in `path` up to date, and serve it, until the runs have ended.
 
     Args:
@@ -119,7 +122,7 @@ def watch(folders: Folders, path: Path, *, every: float, port: int, say: Callabl
     """
     missing = [folder for folder, _ in folders if not (folder / run_json.RUN_FILE).is_file()]
     if missing:
-        say(f"{missing[0]}: holds no run yet: waiting for it")
+        logger.info(f"{missing[0]}: holds no run yet: waiting for it")
     while not all((folder / run_json.RUN_FILE).is_file() for folder, _ in folders):
         time.sleep(min(every, 1.0))
     if _have_ended(folders):
@@ -129,12 +132,14 @@ def watch(folders: Folders, path: Path, *, every: float, port: int, say: Callabl
             server.snapshot = _write(folders, path, every=every)
             threading.Thread(target=server.serve_forever, daemon=True).start()
             own = server.server_port
-            say(f"{path} is updated every {every:g} s; Ctrl-C stops this")
-            say(f"on this host: http://{HOST}:{own}; from elsewhere the same after ssh -L {own}:{HOST}:{own} THIS_HOST")
+            logger.info(f"{path} is updated every {every:g} s; Ctrl-C stops this")
+            logger.info(
+                f"on this host: http://{HOST}:{own}; from elsewhere the same after ssh -L {own}:{HOST}:{own} THIS_HOST"
+            )
             _follow(folders, path, server, every)
             time.sleep(every + SECONDS_FOR_LAST_REQUESTS)  # open pages ask once more
             server.shutdown()
-    say(f"{path}: the run has ended")
+    logger.info(f"{path}: the run has ended")
 
 
 def _serving(port: int) -> _Server:

@@ -3,6 +3,7 @@ of each step all ranks agree whether to stop, and on what was not finite."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from finetune.training.loss_breakdown import LossBreakdown
 from finetune.training.metrics import append_metrics
 from finetune.training.nonfinite import LossScale, NonFiniteCounter
 from finetune.training.stragglers import Straggler, Stragglers
-from finetune.utils.console import is_rank_0, is_terminal, say, say_note
+from finetune.utils.console import is_rank_0, is_terminal
+
+logger = logging.getLogger(__name__)
 
 
 class TrainStart(TrainerCallback):
@@ -134,7 +137,7 @@ class StepMonitor(TrainerCallback):
         if straggler is not None:
             self._name(straggler)
         if nonfinite.is_loss_scale_search(found):
-            say_note(
+            logger.warning(
                 f"step {state.global_step} was left out: its gradients are too large for fp16 though each loss is "
                 f"finite; the loss scale is {self.scale.value:g} now"
             )
@@ -172,7 +175,7 @@ class StepMonitor(TrainerCallback):
         why = self.count.add(step, state.max_steps)
         what, rows = nonfinite.describe_nonfinite(found, records, norm), nonfinite.describe_rows(records)
         was_made = not any(one & nonfinite.LEFT_OUT for one in found)
-        say_note(
+        logger.warning(
             f"step {step}: {what}; rows {rows}; "
             + ("its gradient is finite and was learned from" if was_made else "the step was left out, no weight moved")
             + f"; {self.count.steps} of {step} steps were not finite"
@@ -227,7 +230,7 @@ class StepMonitor(TrainerCallback):
 
     def _name(self, slow: Straggler) -> None:
         host = self.hosts[slow.rank]
-        say_note(
+        logger.warning(
             f"rank {slow.rank} on {host} is slow: it works {slow.seconds:.2f} s of each step on its own, the others "
             f"{slow.others:.2f} s, and all wait for it: {slow.cost:.2f} of {slow.step_seconds:.2f} s a step"
         )
@@ -305,7 +308,7 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {rate} learned tokens/s")
         else:
-            say(
+            logger.info(
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
                 f"lr {logs['learning_rate']:.3g}  {rate} learned tokens/s"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from finetune.distributed.startup_timer import timed
 from finetune.models import loader
 from finetune.run_dir import output_dir_lock
 from finetune.training.trackers import check_trackers
-from finetune.utils import console
 from finetune.utils.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is what is always done
 
@@ -61,7 +63,8 @@ def check_setup(arguments: Arguments) -> Setup:
     world = RankCounts(size, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size))
     _check_world(size)
     setup = resolve_setup(arguments, detect_hardware(use_cpu=bool(arguments.given("use_cpu"))), world)
-    console.say_notes(setup.notes)
+    for note in setup.notes:
+        logger.warning(note)
     return setup
 
 

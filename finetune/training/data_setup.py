@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from finetune.dataset.data_sources import Source, find_sources
 from finetune.dataset.prepare import PreparedData, prepare_dataset
 from finetune.distributed.startup_timer import timed
 from finetune.models import loader
+
+logger = logging.getLogger(__name__)
 
 
 def load_chat_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:
@@ -32,23 +35,19 @@ def load_chat_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, 
 
 
 @timed("data")
-def prepare_data(
-    chosen: ModelArguments, data: DataArguments, say: Callable[[str], None]
-) -> tuple[Any, ChatFormat, PreparedData]:
-    """The tokenizer, the chat format, and all rows read, rendered and proven; `say` takes lines for the user."""
+def prepare_data(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, PreparedData]:
+    """Return the tokenizer, the chat format, and all rows read, rendered and checked."""
     sources = find_sources(data.data_path)
     apart = find_sources(data.eval_data_path) if data.eval_data_path else None
     tokenizer, chat_format, notes = load_chat_format(chosen, data)
     for note in notes:
-        say(note)
-    evaluation = prepare_rows(apart, chat_format, data, say) if apart else None
-    rows = prepare_rows(sources, chat_format, data, say)
+        logger.warning(note)
+    evaluation = prepare_rows(apart, chat_format, data) if apart else None
+    rows = prepare_rows(sources, chat_format, data)
     return tokenizer, chat_format, replace(rows, validation_share=data.validation_share, evaluation=evaluation)
 
 
-def prepare_rows(
-    sources: Sequence[Source], chat_format: ChatFormat, data: DataArguments, say: Callable[[str], None]
-) -> PreparedData:
+def prepare_rows(sources: Sequence[Source], chat_format: ChatFormat, data: DataArguments) -> PreparedData:
     """All rows of these sources read, rendered as the flags say, and proven."""
     found = prepare_dataset(
         sources,
@@ -57,8 +56,7 @@ def prepare_rows(
         repairs=data.repairs,
         cache_dir=data.data_cache_dir,
         num_processes=data.preprocessing_num_workers,
-        say=say,
     )
     for line in found.notes:
-        say(line)
+        logger.warning(line)
     return found

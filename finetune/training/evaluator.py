@@ -3,6 +3,7 @@ once, a mean over all learned tokens whatever the number of ranks."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from finetune.dataset.dataloader import MicroBatchDataLoader, MicroBatchDataset
 from finetune.distributed import watchdog
 from finetune.training.loss import supervised_loss
 from finetune.training.loss_breakdown import LossBreakdown
-from finetune.utils.console import is_rank_0, is_terminal, say
+from finetune.utils.console import is_rank_0, is_terminal
+
+logger = logging.getLogger(__name__)
 
 LOSS, BATCHES_LOST = "eval_loss", "eval_non_finite_batches"
 
@@ -100,7 +103,7 @@ class EarlyStopping(TrainerCallback):
         since = without_progress(losses, self.threshold)
         if since >= self.patience:
             control.should_training_stop = True
-            say(f"stopping early: the held-out loss has not been lower for {since} evaluations")
+            logger.info(f"stopping early: the held-out loss has not been lower for {since} evaluations")
 
 
 def without_progress(losses: Sequence[float | None], threshold: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from finetune.run_dir import run_json
 from finetune.training.config_check import Setup
 from finetune.utils import console
 from finetune.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def attach_adapter(arguments: Arguments, base: Any, *, grows: bool, computes_initial: bool = True) -> Any:
@@ -69,7 +72,8 @@ def build_dataloaders(
     form = batch_layout(
         arguments, int(lengths.max()), obstacle, full_logits_because(arguments, supports_logits_to_keep(trained))
     )
-    console.say_notes(form.notes)
+    for note in form.notes:
+        logger.warning(note)
     facts = {"batching": form.batching, "selects_logits": form.selects_logits, "notes": [*setup.notes, *form.notes]}
     run_on_rank_0(lambda: run_json.update_run_json(Path(training_arguments.output_dir), facts))
     rank, part = divmod(training_arguments.process_index, ranks_each)

@@ -12,6 +12,7 @@ import pytest
 from torch.utils import cpp_extension
 
 from finetune.distributed.op_builder import build_notes, patch_build_lock
+from tests.helpers.logs import logged
 
 SECONDS = 30
 
@@ -20,13 +21,13 @@ SECONDS = 30
 def said(monkeypatch):
     """What a guarded build says; torch's own class is back after the test."""
     monkeypatch.setattr(cpp_extension, "FileBaton", cpp_extension.FileBaton)
-    lines: list[str] = []
-    patch_build_lock(lines.append)
-    return lines
+    patch_build_lock()
+    with logged() as lines:
+        yield lines
 
 
 def _hold(lock: str, ready, release) -> None:
-    patch_build_lock(print)
+    patch_build_lock()
     baton = cpp_extension.FileBaton(lock)
     assert baton.try_acquire()
     ready.set()

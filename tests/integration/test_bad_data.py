@@ -20,6 +20,7 @@ from finetune.training.data_setup import prepare_data
 from finetune.utils.errors import DataError
 from tests.helpers import ranks
 from tests.helpers.chat_rows import good_row, turns, written
+from tests.helpers.logs import logged
 from tests.helpers.paths import ROOT
 
 SECONDS_FOR_PREVIEW = 120
@@ -255,9 +256,10 @@ def prepared(tmp_path, smol_tokenizer, monkeypatch):
     monkeypatch.setattr("finetune.models.loader.load_tokenizer", lambda *_, **__: smol_tokenizer)
 
     def run(content: Any, policy: str) -> tuple[dict[int, dict], int, list[str]]:
-        path, said = written(tmp_path / "a.json", content), []
+        path = written(tmp_path / "a.json", content)
         data = DataArguments([str(path)], bad_rows=policy, data_cache_dir=str(tmp_path / "cache"))
-        _, _, found = prepare_data(ModelArguments("smol"), data, said.append)
+        with logged() as said:
+            _, _, found = prepare_data(ModelArguments("smol"), data)
         check_dropped_share(found, 1.0)
         found.copy_ledger(tmp_path / "ledger.jsonl")
         entries = map(json.loads, (tmp_path / "ledger.jsonl").read_text("utf-8").splitlines())

@@ -23,6 +23,7 @@ from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankPhase
 from finetune.training import config_check, training_setup
 from finetune.training.data_setup import prepare_data
 from finetune.utils.errors import FinetuneError
+from tests.helpers.logs import logged
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS, write_rows
 
@@ -65,9 +66,10 @@ def baselines() -> dict[Any, str]:
 
 def prepared(words: Words, _: Any) -> Any:
     """The rows as they are rendered, and what is said; or the error."""
-    arguments, said = parse(words), []
+    arguments = parse(words)
     try:
-        tokenizer, _, data = prepare_data(arguments.model, arguments.data, said.append)
+        with logged() as said:
+            tokenizer, _, data = prepare_data(arguments.model, arguments.data)
     except FinetuneError as error:
         return str(error)
     rows = [(one.status, [(part.input_ids, part.labels) for part in one.examples]) for one in data.renderings()]
@@ -77,7 +79,7 @@ def prepared(words: Words, _: Any) -> Any:
 def approved(words: Words, _: Any) -> Any:
     """Whether a run starts with this data, and what it holds out."""
     arguments = parse(words)
-    _, _, data = prepare_data(arguments.model, arguments.data, str)
+    _, _, data = prepare_data(arguments.model, arguments.data)
     try:
         train.approve(arguments, data)
     except FinetuneError as error:
@@ -112,7 +114,7 @@ def settled(words: Words, monkeypatch: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     arguments = parse([*words, "--use_cpu", "True"])
-    tokenizer, _, data = prepare_data(arguments.model, arguments.data, str)
+    tokenizer, _, data = prepare_data(arguments.model, arguments.data)
     base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
     monkeypatch.setattr("finetune.run_dir.run_json.update_run_json", lambda *_: None)
     where = SimpleNamespace(seed=42, device="cpu", output_dir="output", process_index=0)

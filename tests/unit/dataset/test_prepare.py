@@ -19,6 +19,7 @@ from finetune.dataset.data_summary import DataSummary, kind_of
 from finetune.dataset.prepare import check_dropped_share, prepare_dataset
 from finetune.dataset.prepare_workers import BATCH_ROWS
 from finetune.utils.errors import DataError, StorageError
+from tests.helpers.logs import logged
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS, write_rows
 
@@ -163,9 +164,9 @@ def test_damaged_data_is_prepared_again(tmp_path, renderer, file, damage):
         target.write_bytes(content[:middle])
     else:
         target.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
-    said = []
 
-    again = prepared(path, renderer, tmp_path / "cache", say=said.append)
+    with logged() as said:
+        again = prepared(path, renderer, tmp_path / "cache")
 
     assert list(again.renderings()) == rows
     assert target.read_bytes() == content
