@@ -10,6 +10,7 @@ import pytest
 
 from finetune.cli import preview
 from finetune.utils.errors import ConfigError
+from tests.helpers.logs import logged
 from tests.helpers.rows import write_rows
 
 TALK = [("human", "Hi"), ("model", "Yes"), ("human", "</s>[b]"), ("model", "好👩‍👧")]
@@ -121,9 +122,7 @@ def test_bad_rows_that_are_dropped_say_why_without_their_place(show):
 def test_data_that_training_would_refuse_is_shown_and_said(show):
     rows = [*numbered(3), [("human", "Nobody answers")]]
     for share, refused in (("0.2", 1), ("0.25", 0)):
-        shown = []
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(preview, "say_note_aside", shown.append)
+        with logged() as shown:
             assert shown_rows(show(rows, "--bad_rows", "drop", "--max_dropped_rows", share)) == [0, 1, 2, 3]
         told = [line for line in shown if line.startswith("training would refuse this data: ")]
         assert len(told) == refused
