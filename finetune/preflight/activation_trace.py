@@ -1,8 +1,8 @@
-"""What a step keeps of each token and each logit, counted without a weight.
+"""Memory that a step keeps for each token and each logit, measured on a model without weights.
 
-A micro-batch is run forwards and backwards on the meta device while every tensor that comes and goes is added up, so
-that it is known for any architecture that transformers runs, a mixture of experts and softcaps among them. Attention is
-taken to be fused: it keeps what goes in, what comes out and one number a head and token.
+A micro-batch runs forwards and backwards on the meta device while the bytes of all live tensors are added up. So it is
+known for any architecture that transformers runs, mixtures of experts and softcaps among them. Attention is taken to be
+fused: it keeps its inputs, its output and one number for each head and token.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,16 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.models.attention import unsupported_config_reason
+from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
 from finetune.preflight.memory.model_spec import Activations, Precision
 
-FUSED = "fused_attention_of_a_trial"
-LAYERS_TRIED = 8
-MANY, FEW = 1 << 16, 1 << 8  # tokens or logits of a trial: so many that gradients of weights do not matter beside
+FUSED = "fused_attention_of_a_trace"
+MAX_LAYERS = 8
+MANY, FEW = 1 << 16, 1 << 8  # tokens or logits of a pass: so many that gradients of weights do not matter
 
 
 @dataclass
-class _Trial:
-    """Bytes alive at the end of the forward pass, at most, and allocated in it altogether."""
+class _Pass:
+    """Bytes alive at the end of the forward pass, the peak of both passes, and all that the forward one allocated."""
 
     kept: int
     peak: int
@@ -38,27 +39,29 @@ class _Trial:
 
 
 def layers_of(base: Any) -> list[Any]:
-    """The modules that activation checkpointing works on, in order."""
+    """Return the modules that activation checkpointing works on, in order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [one for one in base.modules() if isinstance(one, GradientCheckpointingLayer)]
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def trace_activations(model: Any, base: Any, precision: Precision) -> Activations | None:
-    """What a step of a model on the meta device keeps; None where it cannot be run there, or would go from token to
-    token. The model cannot be used for anything else afterwards.
+    """Measure what a step of a model on the meta device keeps. The model is unusable afterwards.
 
     Args:
         model: with its adapter, if any; `base` the same without.
         precision: of the run. In float32 the CPU's attention is assumed, which copies its result once more.
+
+    Returns:
+        None where the model cannot run there, or processes token by token.
     """
     if unsupported_config_reason(base.config, 1):
         return None
     try:
         _take_fused_attention(base, copies=precision == "float32")
-        with _fewer_layers(base) as layers, _kernels_of(precision):
+        with _fewer_layers(base) as layers, kernels_on_meta(fused_dropout=precision != "float32"):
             return _measured(model, base, layers)
-    except Exception:  # code of any model may ask for what tensors without content cannot give: there is the formula
+    except Exception:  # any model's code may need what tensors without content lack: the formula is used instead
         return None
 
 
@@ -68,7 +71,7 @@ def _measured(model: Any, base: Any, layers: list[Any]) -> Activations:
     by_layer = _kept_by_layer(model, layers)
     frozen = 0.0
     if model is not base:
-        with _zero3_linear():
+        with linear_of_zero3():
             frozen = sum(_kept_by_layer(model, layers)) - sum(by_layer)
     small, plain = _run(model, FEW, 1), _run(model, MANY, 1)
     some, many = _run(model, FEW, MANY // 4), _run(model, FEW, MANY)
@@ -80,11 +83,10 @@ def _measured(model: Any, base: Any, layers: list[Any]) -> Activations:
     kept, logits = (plain.kept - small.kept) / tokens, MANY - MANY // 4
     inputs = (checkpointed.kept - few.kept) / tokens
     layer = sum(by_layer) / count
-    outside = max(kept - layer * count, 0.0)
     logit = (many.kept - some.kept) / logits
     return Activations(
         layer=layer,
-        outside=outside,
+        outside=max(kept - layer * count, 0.0),
         layer_input=sum(inputs_by_layer) / count,
         working=max((plain.peak - small.peak) / tokens - kept, 0.0),
         recomputing=max((checkpointed.peak - few.peak) / tokens - inputs, 0.0),
@@ -96,16 +98,16 @@ def _measured(model: Any, base: Any, layers: list[Any]) -> Activations:
     )
 
 
-def _kept_by_layer(model: Any, layers: list[Any]) -> list[float]:
-    """Bytes a token that each layer leaves behind: what is alive when the next one is entered, less what was when it
-    was. The last one's is not seen so, and is taken to be the mean of the others'."""
+def _kept_by_layer(model: Any, layers: Sequence[Any]) -> list[float]:
+    """Return the bytes a token that each layer leaves behind: those alive when the next layer is entered, less those
+    when it was. For the last layer, where this cannot be seen, the mean of the others."""
     seen: list[list[int]] = []
-    live: list[_Live] = []
+    live: list[_LiveBytes] = []
 
     def note(*_: Any) -> None:
         seen[-1].append(live[-1].now)
 
-    hooks = [one.register_forward_pre_hook(note) for one in layers]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(note))
     try:
         for tokens in (FEW, MANY):
@@ -114,28 +116,34 @@ def _kept_by_layer(model: Any, layers: list[Any]) -> list[float]:
     finally:
         for hook in hooks:
             hook.remove()
-    at = [(many - few) / (MANY - FEW) for few, many in zip(*seen, strict=True)]
-    found = [after - before for before, after in pairwise(at)]
-    return [*found[:-1], sum(found[:-1]) / (len(found) - 1)] if len(found) > 1 else found
+    per_token = [(many - few) / (MANY - FEW) for few, many in zip(*seen, strict=True)]
+    kept = [after - before for before, after in pairwise(per_token)]
+    return [*kept[:-1], sum(kept[:-1]) / (len(kept) - 1)] if len(kept) > 1 else kept
 
 
-def _run(model: Any, tokens: int, logits: int, told: list[Any] | None = None) -> _Trial:
-    """One micro-batch of one row, forwards and backwards. The gradient is written over the logits, as our loss does."""
-    live = _Live(model)
-    if told is not None:
-        told.append(live)
-    inputs = {"input_ids": torch.zeros((1, tokens), dtype=torch.long, device="meta"), "use_cache": False}
-    parameters = inspect.signature(type(model).forward).parameters
+def _run(model: Any, tokens: int, logits: int, started: list[_LiveBytes] | None = None) -> _Pass:
+    """Run a micro-batch of one row forwards and backwards. The gradient overwrites the logits, as in our loss.
+
+    Args:
+        started: takes the counter of this pass, for hooks to read.
+    """
+    live = _LiveBytes(model)
+    if started is not None:
+        started.append(live)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.zeros((1, tokens), dtype=torch.long, device="meta"),
+        "use_cache": False,
+    }
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = {**parameters, **inspect.signature(type(base).forward).parameters}
+    parameters = {name for one in (model, base) for name in inspect.signature(type(one).forward).parameters}
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(tokens, device="meta")[None]
     if "logits_to_keep" in parameters:
         inputs["logits_to_keep"] = torch.zeros(logits, dtype=torch.long, device="meta")
     hooks = [
-        one.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
-        for one in model.parameters()
-        if one.requires_grad
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        for parameter in model.parameters()
+        if parameter.requires_grad
     ]
     collecting = gc.isenabled()
     gc.disable()
@@ -149,26 +157,25 @@ def _run(model: Any, tokens: int, logits: int, told: list[Any] | None = None) ->
             hook.remove()
         if collecting:
             gc.enable()
-    return _Trial(kept, live.peak, allocated)
+    return _Pass(kept, live.peak, allocated)
 
 
-class _Live(TorchDispatchMode):
-    """Adds up the storages that operations make, as long as somebody holds them; the model's own do not count."""
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations create, while they are referenced; the model's own do not count."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.now = self.peak = self.allocated = 0
-        own = [*model.parameters(), *model.buffers()]
-        self.sizes = {one.untyped_storage()._cdata: 0 for one in own}
+        self.sizes = {own.untyped_storage()._cdata: 0 for own in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, torch.Tensor):
-                self._add(one.untyped_storage())
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
         return result
 
-    def _add(self, storage: Any) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.sizes:
             return
@@ -183,19 +190,18 @@ class _Live(TorchDispatchMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Of the shape of flash attention: keeps what goes in, the result and a float32 for each head and token."""
+    """Memory of flash attention: keeps its inputs, the result and a float32 for each head and token."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         rows, heads, tokens, _ = query.shape
         result = query.new_empty(rows, tokens, heads, value.shape[3])
         ctx.save_for_backward(query, key, value, result, query.new_empty(rows, heads, tokens, dtype=torch.float32))
         return result
 
     @staticmethod
-    def backward(ctx: Any, above: Any) -> tuple[Any, Any, Any]:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
 def _take_fused_attention(base: Any, *, copies: bool) -> None:
@@ -205,7 +211,7 @@ def _take_fused_attention(base: Any, *, copies: bool) -> None:
         raise ValueError("its code does not take attention functions from transformers")
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any = None, **_: Any) -> tuple[Any, None]:
-        result = _FusedAttention.apply(query, key, value)
+        result: Any = _FusedAttention.apply(query, key, value)
         return (result.clone() if copies else result), None
 
     AttentionInterface.register(FUSED, attend)
@@ -214,79 +220,19 @@ def _take_fused_attention(base: Any, *, copies: bool) -> None:
 
 @contextmanager
 def _fewer_layers(base: Any) -> Iterator[list[Any]]:
-    """The layers to try, at most so many, evenly chosen: what they keep is alike, and the rest is a product."""
+    """Leave at most `MAX_LAYERS` layers in the model, evenly chosen: the others keep the same."""
     layers = layers_of(base)
     if not layers:
-        raise ValueError("its layers are not told apart")
-    holder = next((one for one in base.modules() if isinstance(one, torch.nn.ModuleList) and list(one) == layers), None)
-    if holder is None or len(layers) <= LAYERS_TRIED:
+        raise ValueError("it has no layers that transformers can checkpoint")
+    lists = (module for module in base.modules() if isinstance(module, torch.nn.ModuleList))
+    holder = next((module for module in lists if list(module) == layers), None)
+    if holder is None or len(layers) <= MAX_LAYERS:
         yield layers
         return
-    chosen = [layers[number * (len(layers) - 1) // (LAYERS_TRIED - 1)] for number in range(LAYERS_TRIED)]
-    holder._modules = {str(number): one for number, one in enumerate(chosen)}
+    chosen = [layers[number * (len(layers) - 1) // (MAX_LAYERS - 1)] for number in range(MAX_LAYERS)]
+    before = holder._modules
+    holder._modules = {str(number): layer for number, layer in enumerate(chosen)}
     try:
         yield chosen
     finally:
-        holder._modules = {str(number): one for number, one in enumerate(layers)}
-
-
-class _Linear(torch.autograd.Function):
-    """Keeps its input whether or not the weight is trained, as deepspeed.runtime.zero.linear does."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Any, weight: Any, bias: Any) -> Any:
-        ctx.save_for_backward(input, weight)
-        return input.new_empty(*input.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, above: Any) -> tuple[Any, None, None]:
-        return torch.empty_like(ctx.saved_tensors[0]), None, None
-
-
-@contextmanager
-def _zero3_linear() -> Iterator[None]:
-    plain = torch.nn.functional.linear
-    torch.nn.functional.linear = lambda input, weight, bias=None: _Linear.apply(input, weight, bias)
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = plain
-
-
-class _Grouped(torch.autograd.Function):
-    """Of the shape of a grouped matrix product: [rows, in] x [experts, in, out] -> [rows, out]."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Any, weights: Any) -> Any:
-        ctx.save_for_backward(rows, weights)
-        return rows.new_empty(rows.shape[0], weights.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, above: Any) -> tuple[Any, Any]:
-        rows, weights = ctx.saved_tensors
-        return torch.empty_like(rows), torch.empty_like(weights)
-
-
-@contextmanager
-def _kernels_of(precision: Precision) -> Iterator[None]:
-    """What the meta device does otherwise than the device that trains: it takes grouped products in bf16 alone and
-    no autocast, and its dropout keeps a mask of floats, as the CPU's does, where a GPU's keeps one of bytes."""
-    functional = torch.nn.functional
-    plain, grouped, cast = functional.dropout, functional.grouped_mm, torch.autocast
-
-    def fused(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        return torch.native_dropout(input, p, True)[0] if training and p else input
-
-    def product(rows: Any, weights: Any, **_: Any) -> Any:
-        return _Grouped.apply(rows, weights)
-
-    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return cast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
-
-    functional.grouped_mm, torch.autocast = product, autocast
-    if precision != "float32":
-        functional.dropout = fused
-    try:
-        yield
-    finally:
-        functional.dropout, functional.grouped_mm, torch.autocast = plain, grouped, cast
+        holder._modules = before

@@ -79,7 +79,7 @@ def tiles(run: RunRecord) -> Rows:
     ]
     rows.append(("steps", f"{run.steps:,}" + (f" of {planned:,}" if planned and planned != run.steps else "")))
     if rates:
-        rows.append(("supervised tokens per second", f"{median(rates):,.0f}"))
+        rows.append(("supervised tokens/s", f"{median(rates):,.0f}"))
     if seconds := sum(seconds_of(run)):
         rows.append(("time in steps", duration(seconds)))
     if memory := _peak(run):
