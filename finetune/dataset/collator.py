@@ -1,36 +1,39 @@
-"""Rows -> a batch: one flat row with boundaries, or padded rows.
+"""Collate examples to a batch: one padding-free (flat) row with boundaries, or padded rows.
 
     two examples     tokens  5 6 7   labels  -100   6   7
                              8 9             -100   9
 
-    flat             input_ids [1, T]     5 6 7 8 9      positions that predict something learned: 0 1 3
-                     position_ids [1, T]  0 1 2 0 1      what they should predict (targets [P]):   6 7 9
+    flat             input_ids [1, T]     5 6 7 8 9      positions that predict a supervised token: 0 1 3
+                     position_ids [1, T]  0 1 2 0 1      their targets [P]: 6 7 9
                      cu_seq_lens [3]      0 3 5
 
     padded           input_ids [2, L]     5 6 7          attention_mask  1 1 1        targets [P]:  6 7 9
                                           8 9 p                          1 1 0
 
-Labels are shifted inside each example, so no position ever predicts the first token of another one. What is padding is
-decided by length, never by id: a pad token that equals the end-of-turn token hides nothing.
+Labels are shifted inside each example, so no position predicts the first token of another example. Padding is masked by
+length, never by id: a pad token that equals the end-of-turn token masks nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from finetune.chat_templates import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LossWeighting = Literal["token", "conversation"]
-# What a batch carries for the loss; everything else in it is an argument of the model.
+# Entries of a batch for the loss; all others are arguments of the model.
 LOSS_KEYS = ("targets", "target_positions", "targets_beside", "target_cells")
 
 
 class Targets(NamedTuple):
-    """What a batch is compared with, as `Collator` describes it; None for what it does not carry."""
+    """The targets of a batch, described at `Collator.__call__`; None for those that it does not have."""
 
     tokens: Any
     positions: Any
@@ -39,8 +42,10 @@ class Targets(NamedTuple):
 
 
 def pop_targets(batch: dict[str, Any]) -> Targets:
-    """Take the targets out of a batch, which then holds arguments of the model alone; their `positions` are None where
-    the model is asked for the logits there and nowhere else."""
+    """Remove the targets from a batch, which then holds only arguments of the model.
+
+    `positions` is None if the model computes logits at these positions only.
+    """
     targets = Targets(*(batch.pop(name, None) for name in LOSS_KEYS))
     return targets._replace(positions=None) if "logits_to_keep" in batch else targets
 
@@ -51,11 +56,11 @@ class Collator:
 
     Args:
         flat: one row with boundaries instead of padded rows.
-        pad_token_id: fills padded rows, and stands in where there is no example at all.
-        selects_logits: ask the model for the logits of `target_positions` alone.
-        part: (number, of how many) of ranks that share a flat row; each gets as many of its tokens, and the targets
-            that these predict, but all boundaries, because in attention it meets the whole row.
-        weighting: `conversation` adds `targets_beside`, by which every example can count as much as any other.
+        pad_token_id: fills padded rows, and the batch of a rank without examples.
+        selects_logits: ask the model for the logits at `target_positions` only.
+        weighting: `conversation` adds `targets_beside`, by which all examples can have the same weight.
+        part: (index, count) of the ranks that share a flat row (sequence parallelism). Each gets an equal share of the
+            tokens and the targets that these predict, but all boundaries, because its attention sees the whole row.
     """
 
     flat: bool
@@ -65,31 +70,32 @@ class Collator:
     part: tuple[int, int] = (0, 1)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Without examples: one pad token that predicts nothing, so that a rank without work can keep step.
+        """Collate; without examples, one pad token that predicts nothing, so that the rank takes part in the step.
 
-        `targets` int64 [P] are the learned tokens; `target_positions` says where they are predicted: int64 [P] indices
-        into a flat row, bool [rows, L] for padded rows. `targets_beside` int64 [P]: how many targets the example of a
-        target has. (Numbers, not weights: floats of a batch are cast to the precision of the run.) `target_cells` int64
-        [P], where examples bring `cells`: what part of the data a target is of; see `loss_parts`.
+        `targets` int64 [P] are the supervised tokens; `target_positions` are where they are predicted: int64 [P]
+        indices into a flat row, bool [rows, L] for padded rows. `targets_beside` int64 [P] is the number of targets in
+        the example of a target (not a weight: floats of a batch are cast to the precision of the run). `target_cells`
+        int64 [P], if examples have `cells`, are cells of the loss breakdown.
         """
         import torch
 
-        ids = [np.asarray(one["input_ids"], dtype=np.int64) for one in examples] or [np.array([self.pad_token_id])]
-        labels = [np.asarray(one["labels"], dtype=np.int64) for one in examples] or [np.array([IGNORE_INDEX])]
-        for one in labels:
-            if one[0] != IGNORE_INDEX:
-                raise ValueError("the first token of an example follows nothing: it cannot be learned")
-        number, parts = self.part
-        if (rest := -sum(map(len, ids)) % parts) > 0:
-            ids, labels = [*ids, np.full(rest, self.pad_token_id)], [*labels, np.full(rest, IGNORE_INDEX)]
+        ids, labels = (
+            [np.asarray(example[name], dtype=np.int64) for example in examples] or [np.array([empty])]
+            for name, empty in (("input_ids", self.pad_token_id), ("labels", IGNORE_INDEX))
+        )
+        if any(example_labels[0] != IGNORE_INDEX for example_labels in labels):
+            raise ValueError("nothing predicts the first token of an example: it cannot be supervised")
+        part, parts = self.part
+        if (missing := -sum(map(len, ids)) % parts) > 0:
+            ids, labels = [*ids, np.full(missing, self.pad_token_id)], [*labels, np.full(missing, IGNORE_INDEX)]
         batch = self._flat(ids, labels) if self.flat else self._padded(ids, labels)
         if self.weighting == "conversation":
-            counts = [int((one != IGNORE_INDEX).sum()) for one in labels]
+            counts = [int((example_labels != IGNORE_INDEX).sum()) for example_labels in labels]
             batch["targets_beside"] = np.repeat(counts, counts)
         if examples and "cells" in examples[0]:
-            batch["target_cells"] = np.concatenate([one["cells"] for one in examples])
+            batch["target_cells"] = np.concatenate([example["cells"] for example in examples])
         if parts > 1:
-            batch = _part(batch, number, parts)
+            batch = _part(batch, part, parts)
         if self.selects_logits:
             batch["logits_to_keep"] = batch["target_positions"]
         return {
@@ -97,9 +103,9 @@ class Collator:
         }
 
     def _flat(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
-        lengths = [len(one) for one in ids]
+        lengths = [*map(len, ids)]
         joined = np.concatenate(labels)
-        learned = np.flatnonzero(joined != IGNORE_INDEX)
+        supervised = np.flatnonzero(joined != IGNORE_INDEX)
         boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return {
             "input_ids": np.concatenate(ids)[None],
@@ -110,8 +116,8 @@ class Collator:
             "max_length_k": max(lengths),
             "segment_lengths": lengths,
             "use_cache": False,
-            "target_positions": learned - 1,
-            "targets": joined[learned],
+            "target_positions": supervised - 1,
+            "targets": joined[supervised],
         }
 
     def _padded(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
@@ -131,18 +137,18 @@ class Collator:
         }
 
 
-def _part(batch: dict[str, Any], number: int, parts: int) -> dict[str, Any]:
-    """The tokens of one of `parts` ranks that share a flat row, and the targets that these predict."""
+def _part(batch: dict[str, Any], part: int, parts: int) -> dict[str, Any]:
+    """The tokens of rank `part` of `parts` that share a flat row, and the targets that these predict."""
     size = batch["input_ids"].shape[1] // parts
-    begin, positions = number * size, batch["target_positions"]
-    mine = (positions >= begin) & (positions < begin + size)
+    begin, positions = part * size, batch["target_positions"]
+    is_in_part = (positions >= begin) & (positions < begin + size)
     tokens = {name: batch[name][:, begin : begin + size] for name in ("input_ids", "position_ids")}
-    targets = {name: batch[name][mine] for name in LOSS_KEYS if name in batch}
+    targets = {name: batch[name][is_in_part] for name in LOSS_KEYS if name in batch}
     return {**batch, **tokens, **targets, "target_positions": targets["target_positions"] - begin}
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The tokenizer's pad id, else its end token's, else 0: masked by length, so any id will do."""
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's pad id, else its end token, else 0; padding is masked by length, so any id will do."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return candidate

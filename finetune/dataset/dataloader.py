@@ -1,4 +1,4 @@
-"""The micro-batches of a run: the form they have, which rows are in them, and what they count for."""
+"""The micro-batches of a run: their layout, their examples, and the counts that their losses are divided by."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from finetune.dataset.sampler import Batching, Order
 from finetune.dataset.sampler import Sampler as RowSampler
 from finetune.utils.errors import ConfigError
 
-STEPS_LOOKED_AT = 20
+ESTIMATE_STEPS = 20
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How micro-batches are made. `capacity` is the tokens of a group of rows that stay together, or None."""
+    """How micro-batches are made; `capacity` is the tokens of a packed group of rows, or None."""
 
     batching: Batching
     selects_logits: bool
@@ -40,14 +40,15 @@ def decide_layout(
     longest: int,
     strategy: str,
 ) -> BatchLayout:
-    """Plain values -> the form of the batches, with a line for each thing that is not as asked.
+    """Decide how batches are laid out, with a note for each deviation from what was asked.
 
     Args:
-        obstacle: why rows cannot be flat; full_logits_because: why logits cannot be selected; None: they can.
+        obstacle: why rows cannot be padding-free, or None.
+        full_logits_because: why logits cannot be computed at supervised positions only, or None.
         longest: tokens of the longest example.
 
     Raises:
-        ConfigError: the budget is smaller than the longest example.
+        ConfigError: the token budget is smaller than the longest example.
     """
     notes = []
     if tokens_per_device is not None and tokens_per_device < longest:
@@ -57,11 +58,11 @@ def decide_layout(
         )
     batching: Batching = "padded" if obstacle else wanted
     if obstacle and wanted != "padded":
-        notes.append(f"--batching {wanted} is replaced by padded: {obstacle}")
+        notes.append(f"--batching {wanted}: fallback to padded because {obstacle}")
     if full_logits_because:
-        notes.append(f"logits are computed at all positions, not at learned ones only: {full_logits_because}")
+        notes.append(f"logits are computed at all positions, not only at supervised ones: {full_logits_because}")
     capacity = tokens_per_device
-    if wanted == "packed":  # where it is replaced, batches of as many tokens
+    if wanted == "packed":  # the fallback has as many tokens per batch
         capacity = model_max_length if batching == "packed" else model_max_length * per_device_batch
     order: Order = "sequential" if strategy == "sequential" else "random"
     if strategy == "group_by_length":
@@ -72,20 +73,20 @@ def decide_layout(
 
 
 def padding_share(sampler: RowSampler) -> float:
-    """The share of the positions of padded batches that is padding, 0 to 1, in the first steps."""
-    real = positions = 0
-    for step in range(min(STEPS_LOOKED_AT, sampler.steps_per_epoch)):
+    """Share of the positions of padded batches that is padding, 0 to 1, in the first steps."""
+    tokens = positions = 0
+    for step in range(min(ESTIMATE_STEPS, sampler.steps_per_epoch)):
         for number in range(sampler.micro_batches(step)):
             for rank in range(sampler.shape.world_size):
                 lengths = sampler.lengths[sampler.micro_batch(0, step, rank, number)]
-                real += int(lengths.sum())
+                tokens += int(lengths.sum())
                 positions += int(lengths.max(initial=0)) * len(lengths)
-    return 1 - real / max(positions, 1)
+    return 1 - tokens / max(positions, 1)
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Counts over rows, padding not among them: tokens, learned ones, and pairs of a token and one that it sees."""
+    """Counts over rows without padding; `pairs` counts (query, key) pairs of causal attention."""
 
     rows: int
     tokens: int
@@ -95,10 +96,10 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """What a micro-batch is part of: `tokens` are its own, `step` is the whole step, over all ranks.
+    """Counts of a micro-batch: `tokens` are its own, `step` is for the whole step over all ranks.
 
-    `denominator` is what the step's loss is a mean of: its learned tokens, or its conversations. Every rank knows both
-    without asking the others, because every rank knows all rows of a step.
+    `denominator` divides the step's summed loss: its supervised tokens, or its conversations. No communication is
+    needed, because every rank knows all rows of a step.
     """
 
     tokens: int
@@ -107,16 +108,16 @@ class BatchCounts:
 
 
 class MicroBatchDataset(Dataset):
-    """Micro-batches by (epoch, number), for one rank; a function of these two alone.
+    """Micro-batches of one rank by (epoch, micro-batch of the epoch); a pure function of the two.
 
     Args:
         examples: a `datasets.Dataset` with `input_ids`, `labels` and `num_supervised`; `sampler` knows their lengths.
         collate: examples -> a batch of tensors.
-        rank: of the data-parallel ranks.
+        rank: data-parallel rank.
         counts_conversations: the loss is a mean over conversations, not over tokens.
-        sources: what the examples come from, so that the loss can be told by it; none: it is not.
-        left_out: bool [examples], those that no micro-batch holds and no total counts, though they keep their place in
+        left_out: bool [examples], examples that are in no micro-batch and no count, though they keep their position in
             the order of the data; None: none.
+        sources: sources of the examples, for the loss breakdown; empty: there is none.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class MicroBatchDataset(Dataset):
         left_out: np.ndarray | None = None,
         sources: Sequence[str] = (),
     ) -> None:
-        self.described = examples
+        self.all_columns = examples
         self.left_out = np.zeros(len(examples), dtype=bool) if left_out is None else left_out
         self.cells = LossCells(sources)
         columns = ["input_ids", "labels", *(("source", "answer_numbers") if sources else ())]
@@ -142,10 +143,10 @@ class MicroBatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
         """The batch, with its `BatchCounts` under `counts`."""
-        epoch, number = place
-        step, micro_batch = divmod(number, self.sampler.shape.accumulation)
+        epoch, micro_batch_of_epoch = index
+        step, micro_batch = divmod(micro_batch_of_epoch, self.sampler.shape.accumulation)
         rows = self.rows(epoch, step, micro_batch)
         examples = self._examples(rows)
         totals = self.totals(self._kept(self.sampler.step_rows(epoch, step)))
@@ -169,24 +170,29 @@ class MicroBatchDataset(Dataset):
         return examples
 
     def rows(self, epoch: int, step: int, micro_batch: int) -> list[int]:
-        """Which examples a micro-batch of this rank holds."""
+        """Indices of the examples of a micro-batch of this rank."""
         return self._kept(self.sampler.micro_batch(epoch, step, self.rank, micro_batch))
 
     def _kept(self, rows: list[int]) -> list[int]:
         return [row for row in rows if not self.left_out[row]]
 
     def describe(self, rows: list[int], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
-        """Where examples come from, and their text: `source`, `row`, `id`, `text`."""
-        columns = self.described.select_columns(["source", "row", "id", "input_ids"]).with_format(None)
+        """`source`, `row`, `id` and `text` of examples."""
+        columns = self.all_columns.select_columns(["source", "row", "id", "input_ids"]).with_format(None)
         return [
-            {"source": one["source"], "row": one["row"], "id": json.loads(one["id"]), "text": decode(one["input_ids"])}
-            for one in columns.select(rows)
+            {
+                "source": example["source"],
+                "row": example["row"],
+                "id": json.loads(example["id"]),
+                "text": decode(example["input_ids"]),
+            }
+            for example in columns.select(rows)
         ]
 
     def shortest_example(self) -> dict[str, Any]:
-        """`input_ids` and `labels` of the shortest example that teaches something, int arrays [tokens]."""
-        teaches = (self.supervised > 0) & ~self.left_out
-        example = self.examples[int(np.where(teaches, self.lengths, self.lengths.max() + 1).argmin())]
+        """`input_ids` and `labels` of the shortest example with supervised tokens, int arrays [tokens]."""
+        is_candidate = (self.supervised > 0) & ~self.left_out
+        example = self.examples[int(np.where(is_candidate, self.lengths, self.lengths.max() + 1).argmin())]
         return {name: example[name] for name in ("input_ids", "labels")}
 
     def totals(self, rows: list[int]) -> StepTotals:
@@ -201,26 +207,26 @@ class MicroBatchDataset(Dataset):
 
 
 def int_column(examples: Any, name: str) -> np.ndarray:
-    """A whole column of numbers, int64 [rows]."""
+    """A column of integers, int64 [rows]."""
     return np.asarray(examples.with_format("numpy")[name][:], dtype=np.int64)
 
 
 class MicroBatchDataLoader(DataLoader):
-    """Hands out an epoch of a rank's micro-batches; every rank's epoch has as many.
+    """Loads an epoch of a rank's micro-batches; all ranks have the same number.
 
-    It is a plain loader over places, so that accelerate's `skip_first_batches` can skip without reading.
+    It is a plain DataLoader over indices, so that accelerate's `skip_first_batches` can skip without reading.
     """
 
     def __init__(self, micro_batches: MicroBatchDataset, **options: Any) -> None:
-        places = _Places(micro_batches.sampler.micro_batches_per_epoch)
-        super().__init__(micro_batches, batch_sampler=places, collate_fn=_the_only_one, **options)
+        self._indices = _EpochIndices(micro_batches.sampler.micro_batches_per_epoch)
+        super().__init__(micro_batches, batch_sampler=self._indices, collate_fn=_single_batch, **options)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iterator is of."""
-        self.batch_sampler.set_epoch(epoch)
+        """Set the epoch of the next iterator."""
+        self._indices.set_epoch(epoch)
 
 
-class _Places(Sampler):
+class _EpochIndices(Sampler):
     def __init__(self, count: int) -> None:
         self.count, self.epoch = count, 0
 
@@ -231,9 +237,9 @@ class _Places(Sampler):
         return self.count
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return ([(self.epoch, number)] for number in range(self.count))
+        return ([(self.epoch, micro_batch)] for micro_batch in range(self.count))
 
 
-def _the_only_one(batches: list[dict[str, Any]]) -> dict[str, Any]:
+def _single_batch(batches: list[dict[str, Any]]) -> dict[str, Any]:
     (batch,) = batches
     return batch

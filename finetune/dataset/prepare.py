@@ -1,4 +1,4 @@
-"""Conversation files -> examples on disk, prepared once: read, rendered, proven, counted, cached."""
+"""Prepare a data set once: read, render, check and count its conversations, and cache the examples on disk."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import Source, fingerprint_sources
 from finetune.dataset.data_summary import DataSummary, DataTally
 from finetune.dataset.prepare_workers import stored_batches
+from finetune.dataset.skip_rows import RowId
 from finetune.utils.errors import DataError, StorageError, format_faults
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BEFORE_A_BAR = 2.0
-BAR = "preparing data {percentage:3.0f}% |{bar}| {postfix[0]} [{elapsed}<{remaining}]"
-PARTS_OF_THE_BAR = 1000
+BAR_DELAY_SECONDS = 2.0
+BAR_FORMAT = "preparing data {percentage:3.0f}% |{bar}| {postfix[0]} [{elapsed}<{remaining}]"
+BAR_STEPS = 1000
 # Below this many bytes of data, starting processes costs more than it saves.
-BYTES_FOR_PROCESSES = 16 << 20
-MOST_PROCESSES = 8
+MIN_BYTES_FOR_PROCESSES = 16 << 20
+MAX_PROCESSES = 8
 
 BadRows = Literal["error", "drop"]
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The examples of a run on disk, and what the user must be able to read about them."""
+    """The examples of a data set on disk, with their statistics and notes for the user."""
 
     folder: Path
     sources: tuple[Source, ...]
@@ -49,9 +50,9 @@ class PreparedData:
     notes: tuple[str, ...]
     faults: tuple[str, ...]
     fingerprint: str
-    left_out: tuple[tuple[str, int], ...] = ()  # (source, row) of those that the run is told not to learn
-    validation_share: float = 0.0  # of the conversations, held out of every epoch
-    evaluation: PreparedData | None = None  # held-out data of its own
+    left_out: tuple[RowId, ...] = ()  # rows that --skip_rows names
+    validation_share: float = 0.0  # share of the conversations that is held out
+    evaluation: PreparedData | None = None  # separate held-out data
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -63,63 +64,63 @@ class PreparedData:
 
     @property
     def fingerprints(self) -> str:
-        """Of the data and, where there are some of their own, of the held-out data."""
+        """Fingerprints of the data and of separate held-out data."""
         return self.fingerprint if self.evaluation is None else f"{self.fingerprint} {self.evaluation.fingerprint}"
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example, one that is held out not excepted."""
+        """Tokens of the longest example, held-out ones included."""
         return max(self.summary.longest, 0 if self.evaluation is None else self.evaluation.summary.longest)
 
     def renderings(self) -> Iterator[RenderedConversation]:
-        """Every row of the data in order, the dropped ones too."""
+        """Every row of the data in order, dropped ones included."""
         return prepared_cache.read_renderings(self.folder, list(self.summary.rows_by_source))
 
     def sample(self, count: int, seed: int) -> list[RenderedConversation]:
-        """Some rows that have examples, drawn by `seed`, in the order of the data; only those are read."""
+        """Up to `count` rows with examples, drawn by `seed`, in the order of the data; only those are read."""
         return prepared_cache.read_some(self.folder, self.examples, count, seed)
 
     def epoch(self, seed: int) -> Any:
-        """The examples of an epoch: with weight 2 a source's come twice, with 0.5 half of them, drawn by `seed`.
+        """The examples of an epoch: those of a source with weight 2 twice, with 0.5 half of them, drawn by `seed`.
 
         Raises:
             DataError: the weights leave no example.
         """
         weights = {source.name: source.weight for source in self.sources}
-        is_learned = np.ones(len(self.examples), dtype=bool)
-        is_learned[self._held_out_places(seed)] = False
+        is_trained = np.ones(len(self.examples), dtype=bool)
+        is_trained[self._held_out_indices(seed)] = False
         if set(weights.values()) == {1.0}:
-            return self.examples if is_learned.all() else self.examples.select(np.flatnonzero(is_learned))
+            return self.examples if is_trained.all() else self.examples.select(np.flatnonzero(is_trained))
         chosen: list[int] = []
         begin = 0
         for name, count in self.summary.examples_by_source.items():
-            here = range(begin, begin + count)
-            whole, rest = divmod(weights[name], 1)
-            drawn = random.Random(f"{seed} {name}").sample(here, round(rest * count))
-            chosen += [*here] * int(whole) + sorted(drawn)
+            of_source = range(begin, begin + count)
+            repeats, rest = divmod(weights[name], 1)
+            drawn = random.Random(f"{seed} {name}").sample(of_source, round(rest * count))
+            chosen += [*of_source] * int(repeats) + sorted(drawn)
             begin += count
-        places = np.asarray(chosen, dtype=np.int64)
-        places = places[is_learned[places]]
-        if not len(places):
+        indices = np.asarray(chosen, dtype=np.int64)
+        indices = indices[is_trained[indices]]
+        if not len(indices):
             raise DataError("the weights of --data_path leave no example of an epoch: raise one of them")
-        return self.examples.select(places)
+        return self.examples.select(indices)
 
     def held_out(self, seed: int) -> tuple[Any, list[str]] | None:
-        """Examples to evaluate on and the sources they come from; None where nothing is held out.
+        """The examples to evaluate on and their sources; None if nothing is held out.
 
-        A share is of conversations, drawn by `seed`: all windows of one are on the same side.
+        A share of the conversations is drawn by `seed`; all windows of a conversation are on the same side.
         """
         if self.evaluation is not None:
             return self.evaluation.examples, list(self.evaluation.summary.examples_by_source)
         if not self.validation_share:
             return None
-        return self.examples.select(self._held_out_places(seed)), list(self.summary.examples_by_source)
+        return self.examples.select(self._held_out_indices(seed)), list(self.summary.examples_by_source)
 
-    def _held_out_places(self, seed: int) -> np.ndarray:
-        """Places of the held-out examples, int64, ascending; drawn once.
+    def _held_out_indices(self, seed: int) -> np.ndarray:
+        """Indices of the held-out examples, int64, ascending; drawn once per seed.
 
         Raises:
-            DataError: the share leaves no conversation on one of the two sides.
+            DataError: no conversation would be held out, or all of them.
         """
         if seed not in self._drawn:
             self._drawn[seed] = self._draw(seed) if self.validation_share else np.zeros(0, dtype=np.int64)
@@ -127,25 +128,24 @@ class PreparedData:
 
     def _draw(self, seed: int) -> np.ndarray:
         rows = np.asarray(self.examples.with_format("numpy")["row"][:])
-        source = np.repeat(
-            np.arange(len(self.summary.examples_by_source)), list(self.summary.examples_by_source.values())
-        )
-        begins = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(source, prepend=-1))
-        wanted = round(self.validation_share * len(begins))
-        if not 0 < wanted < len(begins):
+        counts = [*self.summary.examples_by_source.values()]
+        source_indices = np.repeat(np.arange(len(counts)), counts)
+        begins = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(source_indices, prepend=-1))
+        count = round(self.validation_share * len(begins))
+        if not 0 < count < len(begins):
             raise DataError(
-                f"--validation_share {self.validation_share:g}: {wanted} of {len(begins)} conversations would be held "
-                "out: give another share, or data of its own with --eval_data_path"
+                f"--validation_share {self.validation_share:g}: {count} of {len(begins)} conversations would be held "
+                "out: give another share, or separate data with --eval_data_path"
             )
-        drawn = random.Random(f"{seed} held out").sample(range(len(begins)), wanted)
+        drawn = random.Random(f"{seed} held out").sample(range(len(begins)), count)
         ends = np.append(begins[1:], len(rows))
-        return np.concatenate([np.arange(begins[one], ends[one]) for one in sorted(drawn)])
+        return np.concatenate([np.arange(begins[index], ends[index]) for index in sorted(drawn)])
 
     def copy_ledger(self, path: Path) -> None:
-        """The ledger: one JSON line per row that was not kept whole and as it stood.
+        """Copy the ledger: one JSON line per row that was changed, cut, split or dropped.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the file cannot be written.
         """
         try:
             shutil.copyfile(self.folder / prepared_cache.LEDGER_FILE, path)
@@ -162,11 +162,15 @@ def prepare_dataset(
     cache_dir: str | Path | None = None,
     num_processes: int | None = None,
 ) -> PreparedData:
-    """Read, render and prove all rows, or open what an earlier start has prepared of the same data in the same way.
+    """Read, render and check all rows, or open the cache if the same data was prepared in the same way before.
+
+    Args:
+        bad_rows: whether bad rows are an error or are dropped.
+        repairs: names of `REPAIRS`.
+        num_processes: by default 1 for small data, else one per core, at most `MAX_PROCESSES`.
 
     Raises:
-        DataError: every bad row under `bad_rows="error"` (the first 20 shown), a file that cannot be read; or no
-            example is left.
+        DataError: all bad rows under `bad_rows="error"` (the first 20 shown); a file that cannot be read.
         StorageError: the cache cannot be written.
     """
     data = fingerprint_sources(sources)
@@ -176,13 +180,13 @@ def prepare_dataset(
         if prepared_cache.is_cached(folder):
             facts = prepared_cache.read_facts(folder)
             if facts is not None:
-                return _opened(folder, sources, facts, data)
+                return _open(folder, sources, facts, data)
             logger.warning(f"the prepared data in {folder} is damaged: it is prepared again")
             prepared_cache.clear_damaged(folder)
         with prepared_cache.only_writer(folder) as is_writer:
             if is_writer:
                 processes = num_processes or _num_processes(sources)
-                gc.freeze()  # what the libraries hold need not be copied on a fork
+                gc.freeze()  # objects of the libraries need not be copied on a fork
                 gc.enable()
                 _write(folder, ConversationReader(sources, repairs=repairs), renderer, bad_rows, processes)
 
@@ -205,34 +209,33 @@ def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_row
         ) from error
 
 
-def _opened(folder: Path, sources: Sequence[Source], facts: dict[str, Any], data: str) -> PreparedData:
-    os.utime(folder)  # so that old ones can be told from those in use
+def _open(folder: Path, sources: Sequence[Source], facts: dict[str, Any], data: str) -> PreparedData:
+    os.utime(folder)  # marks the folder as in use
     return PreparedData(
         folder, tuple(sources), DataSummary.of(facts["summary"]), tuple(facts["notes"]), tuple(facts["faults"]), data
     )
 
 
 def _with_bar(batches: Iterator[Any], reader: ConversationReader, tally: DataTally) -> Iterator[Any]:
-    """A progress bar by the share of the data that was read, with the rate in rows."""
-    with tqdm(
-        total=PARTS_OF_THE_BAR, bar_format=BAR, delay=SECONDS_BEFORE_A_BAR, postfix=["0 rows"], mininterval=0.5
-    ) as bar:
+    """Show a progress bar of the share of the data that has been read, with the rate in rows."""
+    bar_options: dict[str, Any] = {"bar_format": BAR_FORMAT, "delay": BAR_DELAY_SECONDS, "postfix": ["0 rows"]}
+    with tqdm(total=BAR_STEPS, mininterval=0.5, **bar_options) as bar:
         for batch in batches:
             yield batch
             rows = tally.statuses.total()
             rate = rows / max(bar.format_dict["elapsed"], 1e-3)
             bar.postfix[0] = f"{rows:,} rows, {rate:,.0f} rows/s"
-            bar.update(int(PARTS_OF_THE_BAR * reader.share_read()) - bar.n)
+            bar.update(int(BAR_STEPS * reader.share_read()) - bar.n)
 
 
 def _num_processes(sources: Sequence[Source]) -> int:
-    if sum(source.num_bytes for source in sources) < BYTES_FOR_PROCESSES:
+    if sum(source.num_bytes for source in sources) < MIN_BYTES_FOR_PROCESSES:
         return 1
-    return max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0))))
+    return max(1, min(MAX_PROCESSES, len(os.sched_getaffinity(0))))
 
 
 def _key(data: str, sources: Sequence[Source], renderer: Renderer, bad_rows: str, repairs: Sequence[str]) -> str:
-    """A name for the data as it is prepared: its content, the way it is rendered, and the code that does it."""
+    """The cache key: a digest of the data, of how it is rendered, and of the code that does it."""
     parts = {
         "data": data,
         "sources": [source.name for source in sources],
@@ -256,7 +259,7 @@ def _code_version() -> str:
 
 
 def check_dropped_share(prepared: PreparedData, max_dropped_rows: float) -> None:
-    """Refuse data that a run should not start with.
+    """Check that a run may start with this data.
 
     Raises:
         DataError: the share of rows dropped for a fault is above `max_dropped_rows`, or no example is left.
@@ -269,9 +272,9 @@ def check_dropped_share(prepared: PreparedData, max_dropped_rows: float) -> None
             + format_faults(prepared.faults, "fault", count=summary.faults)
         )
     if not summary.examples:
-        why = ": raise --model_max_length, or shorten them"
+        reason = ": raise --model_max_length, or shorten them"
         if summary.bad:
-            why = f", {summary.bad:,} of them for a fault: " + format_faults(
+            reason = f", {summary.bad:,} of them for a fault: " + format_faults(
                 prepared.faults, "fault", count=summary.faults
             )
-        raise DataError(f"{names}: all {summary.rows:,} rows are dropped{why}")
+        raise DataError(f"{names}: all {summary.rows:,} rows are dropped{reason}")

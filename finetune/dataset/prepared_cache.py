@@ -1,12 +1,12 @@
-"""Prepared data on disk: one folder per data set, written whole by one process, opened by many.
+"""Prepared data on disk: one folder per data set, written by one process, opened by many.
 
     <cache>/<key>/examples.arrow   one row per example (Arrow IPC stream, memory-mapped by readers)
-    <cache>/<key>/ledger.jsonl     one line per row of the data that was not kept whole and as it stood
+    <cache>/<key>/ledger.jsonl     one line per row of the data that was changed, cut, split or dropped
     <cache>/<key>/facts.json       written last: the summary, and size and CRC-32 of the other two
-    <cache>/<key>.lock             held by the process that writes; the others wait for it, in no collective
+    <cache>/<key>.lock             held by the writing process; the others wait for it, outside any collective
 
-A folder appears by one rename, complete. A writer that dies leaves a `.part-` folder and a lock that is free again;
-the next one clears up and writes.
+A complete folder appears by one rename. A writer that dies leaves a `.part-` folder and a free lock; the next writer
+removes the folder.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from finetune.utils.errors import StorageError
 logger = logging.getLogger(__name__)
 
 EXAMPLES_FILE, LEDGER_FILE, FACTS_FILE = "examples.arrow", "ledger.jsonl", "facts.json"
-SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_FOR_LOCAL_RANK_0 = 1.0
+POLL_SECONDS = 0.2
+LOCAL_RANK_0_SECONDS = 1.0
 
 
 def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/finetune/data`, by default under ~/.cache; under /tmp where that cannot be written."""
+    """`$XDG_CACHE_HOME/finetune/data`, by default in ~/.cache; in /tmp if that cannot be written."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune" / "data"
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def default_folder() -> Path:
 
 
 def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
-    """Examples as one Arrow record batch.
+    """Build an Arrow record batch of all examples.
 
     Columns: `input_ids`, `labels` (lists of int32), `length`, `num_supervised`, `row`, `window` (int32), `source` and
     `id` (strings; the id as JSON), `turn_spans` (a list of {turn, role, start, stop}), `answer_numbers` (a list of
@@ -116,21 +116,14 @@ def _token_values(examples: Sequence[Example], name: str) -> np.ndarray:
 
 
 def ledger_lines(rows: Iterable[RenderedConversation | BadRow]) -> list[str]:
-    """One JSON line per row that was not kept whole and as it stood."""
-    lines = []
-    for row in rows:
-        if isinstance(row, BadRow):
-            status, reason = "dropped", "; ".join(row.faults)
-        else:
-            status, reason = row.status, row.reason
-        if reason is not None:
-            entry = {"source": row.source, "row": row.row, "id": row.id, "status": status, "reason": reason}
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-    return lines
+    """One JSON line per row that was changed, cut, split or dropped."""
+    names = ("source", "row", "id", "status", "reason")
+    entries = ({name: getattr(row, name) for name in names} for row in rows if row.reason is not None)
+    return [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
 
 
 class CacheWriter:
-    """Writes one store; `commit` makes it appear, leaving the block without it leaves nothing."""
+    """Writes one folder of prepared data; it appears with `commit`, and nothing is left without it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -138,10 +131,13 @@ class CacheWriter:
         self._stream: Any = None
 
     def __enter__(self) -> CacheWriter:
-        for left in self.folder.parent.glob(f"{self.folder.name}.part-*"):  # the lock is ours: nobody writes there
-            shutil.rmtree(left, ignore_errors=True)
+        for stale in self.folder.parent.glob(f"{self.folder.name}.part-*"):  # this process holds the lock
+            shutil.rmtree(stale, ignore_errors=True)
         self.part.mkdir(parents=True)
-        self._examples, self._ledger = _Checked(self.part / EXAMPLES_FILE), _Checked(self.part / LEDGER_FILE)
+        self._examples, self._ledger = (
+            _ChecksummedFile(self.part / EXAMPLES_FILE),
+            _ChecksummedFile(self.part / LEDGER_FILE),
+        )
         return self
 
     def add(self, batch: pa.RecordBatch, ledger: Sequence[str]) -> None:
@@ -153,28 +149,28 @@ class CacheWriter:
         self._ledger.write("".join(ledger).encode("utf-8"))
 
     def commit(self, facts: dict[str, Any]) -> None:
-        """Close the files, write the facts, rename the folder into place."""
+        """Close the files, write the facts, and rename the folder into place."""
         if self._stream is not None:
             self._stream.close()
-        files = {one.path.name: one.close() for one in (self._examples, self._ledger)}
+        files = {file.path.name: file.close() for file in (self._examples, self._ledger)}
         (self.part / FACTS_FILE).write_text(json.dumps({**facts, "files": files}, ensure_ascii=False), "utf-8")
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self.part, self.folder)
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.part, ignore_errors=True)
-        for one in (self._examples, self._ledger):
-            with suppress(OSError):  # what is still buffered need not reach a full disk
-                one.file.close()
+        for file in (self._examples, self._ledger):
+            with suppress(OSError):  # buffered bytes need not reach a full disk
+                file.file.close()
 
 
-class _Checked:
-    """A file that knows its size and CRC-32 once it is closed."""
+class _ChecksummedFile:
+    """A file that computes its size and CRC-32 while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, open(path, "wb")
         self.size = self.crc = 0
-        self.closed = False
+        self.closed = False  # pyarrow asks
 
     def write(self, data: Any) -> int:
         written = memoryview(data).nbytes
@@ -187,57 +183,57 @@ class _Checked:
         self.file.flush()
 
     def close(self) -> dict[str, int]:
-        self.file.close()  # not synced: what a crash of the machine loses, the checksum finds
+        self.file.close()  # not synced: the checksum detects what a crash of the machine loses
         return {"size": self.size, "crc32": self.crc}
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """The facts of a whole store; None where there is none, or its files are not what was written."""
+    """The facts of a folder; None if there is none, or if its files are not what was written."""
     try:
         facts = json.loads((folder / FACTS_FILE).read_text("utf-8"))
-        whole = all(_is_whole(folder / name, **known) for name, known in facts["files"].items())
+        is_intact = all(_is_intact(folder / name, **checks) for name, checks in facts["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return facts if whole else None
+    return facts if is_intact else None
 
 
-def _is_whole(path: Path, *, size: int, crc32: int) -> bool:
+def _is_intact(path: Path, *, size: int, crc32: int) -> bool:
     if path.stat().st_size != size:
         return False
-    found = 0
+    computed = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
-            found = zlib.crc32(block, found)
-    return found == crc32
+            computed = zlib.crc32(block, computed)
+    return computed == crc32
 
 
 def is_cached(folder: Path) -> bool:
-    """Whether the store has been written; `read_facts` says whether it still is what was written."""
+    """Whether the folder has been written; `read_facts` verifies it."""
     return (folder / FACTS_FILE).is_file()
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[bool]:
-    """Wait until the store is there or this process alone may write it; yields whether it is to write.
+    """Wait until the folder exists or this process holds its lock; yields whether this process is the writer.
 
     Raises:
-        StorageError: the folder of stores cannot be written, or has no file locks.
+        StorageError: the cache cannot be written, or its file system has no locks.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         if int(os.environ.get("LOCAL_RANK", "0")) and not is_cached(folder):
-            time.sleep(SECONDS_FOR_LOCAL_RANK_0)  # so that the rank that speaks comes first
-        told = False
+            time.sleep(LOCAL_RANK_0_SECONDS)  # local rank 0, which prints, comes first
+        has_told = False
         while not is_cached(folder):
             try:
                 lock.acquire(timeout=0)
                 break
             except Timeout:
-                if not told:
+                if not has_told:
                     logger.warning(f"another process prepares this data: waiting for it ({lock.lock_file})")
-                    told = True
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                    has_told = True
+                time.sleep(POLL_SECONDS)
     except (OSError, NotImplementedError) as error:
         raise StorageError(
             f"the folder of prepared data {folder.parent}: {error}: name another with --data_cache_dir"
@@ -249,7 +245,7 @@ def only_writer(folder: Path) -> Iterator[bool]:
 
 
 def clear_damaged(folder: Path) -> None:
-    """Remove a store whose files are not what was written, unless another process has just replaced it."""
+    """Remove a damaged folder, unless another process has just replaced it."""
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if read_facts(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -257,11 +253,11 @@ def clear_damaged(folder: Path) -> None:
 
 def read_renderings(folder: Path, sources: Sequence[str]) -> Iterator[RenderedConversation]:
     """Every row of the data in order, from the examples and the ledger; `sources` in the order they were read."""
-    place = {source: number for number, source in enumerate(sources)}
+    order = {source: index for index, source in enumerate(sources)}
     ledger = _ledger_entries(folder / LEDGER_FILE)
     entry = next(ledger, None)
     for source, row, examples, row_id in _examples_by_row(folder / EXAMPLES_FILE):
-        while entry is not None and (place[entry["source"]], entry["row"]) < (place[source], row):
+        while entry is not None and (order[entry["source"]], entry["row"]) < (order[source], row):
             yield _from_entry(entry)
             entry = next(ledger, None)
         if entry is not None and (entry["source"], entry["row"]) == (source, row):
@@ -275,29 +271,27 @@ def read_renderings(folder: Path, sources: Sequence[str]) -> Iterator[RenderedCo
 
 
 def read_some(folder: Path, examples: Any, count: int, seed: int) -> list[RenderedConversation]:
-    """Up to `count` rows with examples, drawn by `seed`; `examples` is the dataset of them, of which few are read."""
+    """Up to `count` rows with examples, drawn by `seed`; reads only those from `examples`, a `datasets.Dataset`."""
     drawn = random.Random(seed).sample(range(len(examples)), min(count, len(examples)))
-    found: dict[tuple[str, int], RenderedConversation] = {}
-    for place in sorted(drawn):
-        first = examples[place]
+    sampled: dict[tuple[str, int], RenderedConversation] = {}
+    for index in sorted(drawn):
+        first = examples[index]
         key = _key_of(first)
-        if key not in found:
-            begin, stop = place, place + 1
+        if key not in sampled:
+            begin, stop = index, index + 1
             while begin and _key_of(examples[begin - 1]) == key:
                 begin -= 1
             while stop < len(examples) and _key_of(examples[stop]) == key:
                 stop += 1
             windows = tuple(map(_example, examples.select(range(begin, stop))))
-            found[key] = RenderedConversation(
-                first["row"], json.loads(first["id"]), "kept", windows, None, first["source"]
-            )
-    numbers = re.compile("|".join(f'"row": {row},' for _, row in found) or "$^")
+            sampled[key] = RenderedConversation(key[1], json.loads(first["id"]), "kept", windows, None, key[0])
+    row_numbers = re.compile("|".join(f'"row": {row},' for _, row in sampled) or "$^")
     with open(folder / LEDGER_FILE, encoding="utf-8") as lines:
-        for entry in map(json.loads, filter(numbers.search, lines)):
+        for entry in map(json.loads, filter(row_numbers.search, lines)):
             key = _key_of(entry)
-            if key in found:
-                found[key] = _from_entry(entry, found[key].examples)
-    return list(found.values())
+            if key in sampled:
+                sampled[key] = _from_entry(entry, sampled[key].examples)
+    return list(sampled.values())
 
 
 def _key_of(values: dict[str, Any]) -> tuple[str, int]:
@@ -322,13 +316,13 @@ def _examples_by_row(path: Path) -> Iterator[tuple[str, int, tuple[Example, ...]
     if not path.stat().st_size:
         return
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
-        read = (pair for batch in batches for pair in _examples_of(batch))
-        for (source, row), pairs in groupby(read, lambda pair: (pair[0].source, pair[0].row)):
+        stored = (pair for batch in batches for pair in _examples_of(batch))
+        for (source, row), pairs in groupby(stored, lambda pair: (pair[0].source, pair[0].row)):
             examples, ids = zip(*pairs, strict=True)
             yield source, row, examples, json.loads(ids[0])
 
 
-def _examples_of(batch: Any) -> Iterator[tuple[Example, str]]:
+def _examples_of(batch: pa.RecordBatch) -> Iterator[tuple[Example, str]]:
     """A record batch's examples, each with its row's id as JSON."""
 
     def lists(name: str) -> list[list[int]]:
@@ -337,9 +331,9 @@ def _examples_of(batch: Any) -> Iterator[tuple[Example, str]]:
         return [values[start:stop].tolist() for start, stop in zip(bounds, bounds[1:], strict=False)]
 
     fields = [batch["turn_spans"].values.field(name).to_pylist() for name in ("turn", "role", "start", "stop")]
-    spans, bounds = [TurnSpan(*one) for one in zip(*fields, strict=True)], batch["turn_spans"].offsets.to_pylist()
+    spans, bounds = [TurnSpan(*values) for values in zip(*fields, strict=True)], batch["turn_spans"].offsets.to_pylist()
     columns = [batch[name].to_pylist() for name in ("row", "source", "window", "id")]
     input_ids, labels = lists("input_ids"), lists("labels")
-    for place, (row, source, window, row_id) in enumerate(zip(*columns, strict=True)):
-        own = tuple(spans[bounds[place] : bounds[place + 1]])
-        yield Example(input_ids[place], labels[place], row, source, window, own), row_id
+    for index, (row, source, window, row_id) in enumerate(zip(*columns, strict=True)):
+        turn_spans = tuple(spans[bounds[index] : bounds[index + 1]])
+        yield Example(input_ids[index], labels[index], row, source, window, turn_spans), row_id

@@ -1,7 +1,7 @@
-"""Rows that `--skip_rows` leaves out: what its files name, found in the data, written down.
+"""Rows that `--skip_rows` excludes: read from its files, looked up in the data, written to the ledger.
 
-A file has lines of two kinds: `path/to/data.json:17`, the row counted from 0, or an object with `source` and `row`, as
-`non_finite_rows.jsonl` has them. Blank lines and those that begin with # are passed over.
+A line is `path/to/data.json:17`, rows counted from 0, or an object with `source` and `row` as in
+`non_finite_rows.jsonl`. Blank lines and lines that begin with # are ignored.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ REASON = "left out by --skip_rows"
 
 
 def rows_to_skip(paths: Sequence[str], rows_by_source: Mapping[str, int]) -> tuple[RowId, ...]:
-    """(source, row) of each row that the files name, by the data's own names, sorted, each once.
+    """(source, row) of each row that the files name, by the source names of the data, sorted, without duplicates.
 
     Raises:
-        ConfigError: a file or line that cannot be read, or rows that the data does not have, all together.
+        ConfigError: a file or line that cannot be read, or all rows that the data does not have.
     """
-    named = [one for path in paths for one in _named_in(Path(path).expanduser())]
+    named = [row for path in paths for row in _read_rows(Path(path).expanduser())]
     sources = {str(Path(name).resolve()): name for name in rows_by_source} | {name: name for name in rows_by_source}
-    found, faults = set(), []
+    rows: set[RowId] = set()
+    faults = []
     for place, source, row in named:
         known = sources.get(source) or sources.get(str(Path(source).expanduser().resolve()))
         if known is None:
@@ -35,13 +36,13 @@ def rows_to_skip(paths: Sequence[str], rows_by_source: Mapping[str, int]) -> tup
         elif not 0 <= row < rows_by_source[known]:
             faults.append(f"{place}: {source}:{row}: {known} has rows 0 to {rows_by_source[known] - 1:,}")
         else:
-            found.add((known, row))
+            rows.add((known, row))
     if faults:
         raise ConfigError(format_faults(faults, "row that --skip_rows names and the data does not have"))
-    return tuple(sorted(found))
+    return tuple(sorted(rows))
 
 
-def _named_in(path: Path) -> list[tuple[str, str, int]]:
+def _read_rows(path: Path) -> list[tuple[str, str, int]]:
     """(place, source, row) of each line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -49,18 +50,22 @@ def _named_in(path: Path) -> list[tuple[str, str, int]]:
         raise ConfigError(f"--skip_rows {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--skip_rows {path}: not UTF-8 at byte {error.start}") from None
-    found = []
+    rows = []
     for number, line in enumerate(map(str.strip, lines), start=1):
         if line and not line.startswith("#"):
             place = f"--skip_rows {path}, line {number}"
-            found.append((place, *_row_of(place, line)))
-    return found
+            rows.append((place, *_parse_line(place, line)))
+    return rows
 
 
-def _row_of(place: str, line: str) -> RowId:
+def _parse_line(place: str, line: str) -> RowId:
     try:
-        values = json.loads(line) if line.startswith("{") else _spelled(line)
-        source, row = values["source"], int(str(values["row"]))
+        if line.startswith("{"):
+            values = json.loads(line)
+            source, number = values["source"], str(values["row"])
+        else:
+            source, _, number = line.rpartition(":")
+        row = int(number)
     except (ValueError, KeyError, TypeError):
         source, row = "", 0
     if not source or not isinstance(source, str):
@@ -68,13 +73,8 @@ def _row_of(place: str, line: str) -> RowId:
     return source, row
 
 
-def _spelled(line: str) -> dict[str, str]:
-    source, _, row = line.rpartition(":")
-    return {"source": source, "row": row}
-
-
 def skip_mask(examples: Any, rows: Iterable[RowId]) -> np.ndarray:
-    """Which examples are of these rows, bool [examples]: all windows of a row, and each time that it comes."""
+    """Mark the examples of these rows, bool [examples]: all windows and all repetitions of a row."""
     wanted = set(rows)
     if not wanted:
         return np.zeros(len(examples), dtype=bool)
@@ -83,15 +83,15 @@ def skip_mask(examples: Any, rows: Iterable[RowId]) -> np.ndarray:
 
 
 def append_to_ledger(path: Path, examples: Any, rows: Sequence[RowId]) -> None:
-    """One line per row that is left out, as the ledger has them.
+    """Append one line per skipped row to the ledger.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the file cannot be written.
     """
     if not rows:
         return
     chosen = examples.select(np.flatnonzero(skip_mask(examples, rows)))
-    ids = {(one["source"], one["row"]): json.loads(one["id"]) for one in chosen}
+    ids = {(example["source"], example["row"]): json.loads(example["id"]) for example in chosen}
     lines = [
         {"source": source, "row": row, "id": ids.get((source, row)), "status": "dropped", "reason": REASON}
         for source, row in rows

@@ -240,7 +240,7 @@ def test_modelscope_files_are_read_under_the_name_that_was_given(monkeypatch, fo
     assert [(source.name, source.weight) for source in sources][:2] == [
         ("modelscope:owner/chats/a.json", 0.5), ("modelscope:owner/chats/b.jsonl", 0.5),
     ]  # fmt: skip
-    assert sources[0].place == str(folder / "data" / "a.json")
+    assert sources[0].location == str(folder / "data" / "a.json")
     assert "no such data set: check" in refused("modelscope:owner/gone")
 
 
