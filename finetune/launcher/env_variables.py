@@ -87,7 +87,7 @@ def is_secret(name: str) -> bool:
 def redact(words: Sequence[str]) -> list[str]:
     """A command line as it may be logged: the values of secret flags and variables are `***`.
 
-    >>> redacted(["HF_TOKEN=hf_abc", "train.py", "--hub_token", "hf_abc", "--max_new_tokens", "5"])
+    >>> redact(["HF_TOKEN=hf_abc", "train.py", "--hub_token", "hf_abc", "--max_new_tokens", "5"])
     ['HF_TOKEN=***', 'train.py', '--hub_token', '***', '--max_new_tokens', '5']
 
     A word that is a shell command, a URL with a user or JSON is searched, too.

@@ -68,7 +68,7 @@ class StorageError(FinetuneError):
 def format_faults(faults: Sequence[str], noun: str, *, count: int | None = None) -> str:
     """All faults as one message: the first 20 in full, then the count (`count` where only the first were kept).
 
-    >>> print(listed(["a.json, row 0: no turns", "a.json, row 4: no turns"], "faulty row"))
+    >>> print(format_faults(["a.json, row 0: no turns", "a.json, row 4: no turns"], "faulty row"))
     2 faulty rows:
       a.json, row 0: no turns
       a.json, row 4: no turns
@@ -130,7 +130,7 @@ def process_exit_guard() -> Iterator[None]:
     except SystemExit as leaving:
         ended.append(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
         raise
-    except FinetuneError as error:  # `reported` may stand around this block as well as in it
+    except FinetuneError as error:  # `exit_on_error` may stand around this block as well as in it
         ended.append(error.status)
         raise
     except BaseException:

@@ -10,7 +10,7 @@ import pytest
 
 ABORTS_AT_ITS_END = """
 import atexit, ctypes, sys
-from finetune.errors import CheckpointError, own_process, reported
+from finetune.utils.errors import CheckpointError, process_exit_guard, exit_on_error
 
 libc = ctypes.CDLL(None)
 libc.__cxa_atexit(libc.abort, None, None)  # as the destructor of a thread that still runs does
@@ -20,7 +20,7 @@ with {order}:
 """
 
 
-@pytest.mark.parametrize("order", ["own_process(), reported()", "reported(), own_process()"])
+@pytest.mark.parametrize("order", ["process_exit_guard(), exit_on_error()", "exit_on_error(), process_exit_guard()"])
 @pytest.mark.parametrize(
     ("ending", "status"),
     [
@@ -40,7 +40,7 @@ def test_a_process_ends_with_its_own_status_and_not_with_that_of_a_destructor(en
 
 
 def test_last_words_that_cannot_be_written_are_no_success():
-    program = "from finetune.errors import own_process\nwith own_process():\n    print('found')"
+    program = "from finetune.utils.errors import process_exit_guard\nwith process_exit_guard():\n    print('found')"
     with open("/dev/full", "w") as full:
         buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
         done = subprocess.run([sys.executable, "-c", program], stdout=full, env=buffered)
