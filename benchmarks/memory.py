@@ -161,7 +161,7 @@ def main() -> None:
 
 
 def print_published() -> None:
-    """Predictions for what others have measured or found to fit, all positions learned, in decimal GB and GiB."""
+    """Predictions for what others have measured or found to fit, logits at all positions, in decimal GB and GiB."""
     import transformers
 
     from finetune.models.adapters import attach_lora
@@ -176,7 +176,7 @@ def print_published() -> None:
         config = getattr(transformers, f"{prefix}Config")(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
         shape = spec_from_config(config, precision="bf16", attach=attach if adapter else None)
         bucket = None if job["stage"] == 3 else 500_000_000
-        found = estimate_memory(shape, RunSpec(**job, learned=job["tokens"], reduce_bucket=bucket))
+        found = estimate_memory(shape, RunSpec(**job, logits=job["tokens"], reduce_bucket=bucket))
         tensors = found.device_total - found.device[FRAMEWORK]
         sizes_of = f"{tensors / 2**30:.1f} GiB | {found.device_total / 1e9:.1f} GB"
         print(f"| {what} | {figure} | {sizes_of} | {found.phase} | {source} |")
@@ -230,7 +230,7 @@ def measured_and_predicted(case: Case, folder: Path, work: Path) -> dict[str, An
     }
 
 
-def predict(case: Case, folder: Path, tokens: int, learned: int) -> Any:
+def predict(case: Case, folder: Path, tokens: int, logits: int) -> Any:
     """The planner's `MemoryEstimate` of a case."""
     from transformers import AutoConfig
 
@@ -254,7 +254,7 @@ def predict(case: Case, folder: Path, tokens: int, learned: int) -> Any:
         stage=case.stage,
         ranks=case.ranks,
         tokens=tokens,
-        learned=learned,
+        logits=logits,
         rows=case.batch,
         precision="float32",
         use_cpu=True,

@@ -23,11 +23,11 @@ class LargestBatch:
 
     rows: int = 0
     tokens: int = 0
-    learned: int = 0
+    logits: int = 0
 
-    def with_another(self, rows: int, tokens: int, learned: int) -> LargestBatch:
+    def with_another(self, rows: int, tokens: int, logits: int) -> LargestBatch:
         """The largest of these and one more."""
-        return LargestBatch(max(self.rows, rows), max(self.tokens, tokens), max(self.learned, learned))
+        return LargestBatch(max(self.rows, rows), max(self.tokens, tokens), max(self.logits, logits))
 
 
 @dataclass(frozen=True)

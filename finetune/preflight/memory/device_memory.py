@@ -1,7 +1,7 @@
-"""What a GPU, or the process of a rank on a CPU, holds: one dict of named parts for each phase of a step.
+"""Memory of a GPU: bytes by part for each phase of a step.
 
-Read from DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py and stage3.py, partitioned_param_coordinator.py, and
-coalesced_collectives.py. N is what is trained, P all parameters, G the ranks, b the bytes of a weight.
+From DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py and
+coalesced_collectives.py. N is the number of trained parameters, G the ranks.
 """
 
 from __future__ import annotations
@@ -18,147 +18,150 @@ GPU_CONTEXT = 1_500_000_000
 GPU_FRAGMENTATION = 0.04  # of what the caching allocator hands out: an allowance too
 
 
-def states(shape: ModelSpec, job: RunSpec) -> Parts:
-    """Bytes of parameters, masters and optimizer states that a rank holds throughout a run.
+def states(model: ModelSpec, run: RunSpec) -> Parts:
+    """Return the bytes of parameters, masters and optimizer states that a rank holds throughout a run.
 
     Sources: without ZeRO 16N (2 + 2 + 12; gradients are counted elsewhere), 4N + 12N/G under stage 1, 2N + 14N/G under
     stage 2, 16N/G under stage 3 (Rajbhandari et al., ZeRO, 2020, section 3). DeepSpeed keeps masters in float32
     training too: the partition of the flattened weights is cloned. Plain torch without DeepSpeed has none, and its
     weights are float32 whatever the precision; autocast then keeps a half copy of them while it runs.
     """
-    trained, size, ranks = shape.trainable, job.size, job.ranks
-    if job.stage is None:
-        weights = 4 * shape.parameters + (0 if size == 4 else size * shape.parameters)
-        return {WEIGHTS: weights, MASTERS: 0, ADAM: 8 * trained}
-    share = trained / (ranks if job.stage else 1)
-    split = ranks if job.stage == 3 else 1
-    on_device = job.offload_optimizer == "none"
-    masters = 0 if job.stage == 0 and size == 4 else 4 * share
-    weights = size * shape.parameters / split if job.offload_parameters == "none" else 0
-    if job.stage == 3 and job.hpz > 1:
-        weights += size * shape.parameters / job.hpz
+    trained, size, ranks = model.trainable, run.size, run.ranks
+    if run.stage is None:
+        copies = 4 * model.parameters + (0 if size == 4 else size * model.parameters)
+        return {WEIGHTS: copies, MASTERS: 0, ADAM: 8 * trained}
+    share = trained / (ranks if run.stage else 1)
+    split = ranks if run.stage == 3 else 1
+    on_device = run.offload_optimizer == "none"
+    masters: float = 0 if run.stage == 0 and size == 4 else 4 * share
+    weights: float = size * model.parameters / split if run.offload_parameters == "none" else 0
+    if run.stage == 3 and run.hpz > 1:
+        weights += size * model.parameters / run.hpz
     return {WEIGHTS: weights, MASTERS: masters * on_device, ADAM: 8 * share * on_device}
 
 
-def buckets(shape: ModelSpec, job: RunSpec) -> tuple[float, float]:
-    """Bytes of the buffers for gradients, and of the copy that is made of them while they are reduced.
+def buckets(model: ModelSpec, run: RunSpec) -> tuple[float, float]:
+    """Return the bytes of the gradient buffers, and of the copy made of them while they are reduced.
 
-    Stages 1 and 2 make a buffer of `reduce_bucket` elements in each backward pass; a CPU lends only what is written to.
+    Stages 1 and 2 make a buffer of `reduce_bucket` elements in each backward pass; on a CPU only written bytes count.
     """
-    size, trained = job.size, shape.trainable
-    if job.stage is None:  # DDP's hold the gradients themselves
-        return 4 * trained * (job.ranks > 1), 0
-    if job.stage == 0:
-        return size * trained * (job.ranks > 1), 0
-    if job.stage == 3:
-        largest = max((one.size for one in shape.blocks if one.trained), default=0)
-        bucket = min(reduce_bucket(shape, job), trained)
+    size, trained = run.size, model.trainable
+    if run.stage is None:  # DDP's hold the gradients themselves
+        return 4 * trained * (run.ranks > 1), 0
+    if run.stage == 0:
+        return size * trained * (run.ranks > 1), 0
+    if run.stage == 3:
+        largest = model.largest_trained
+        bucket = min(reduce_bucket(model, run), trained)
         return size * bucket, size * (max(bucket, largest) + (largest if largest > bucket else 0))
-    bucket = reduce_bucket(shape, job)
+    bucket = reduce_bucket(model, run)
     filled = min(bucket, trained)
-    return size * (filled if job.use_cpu else bucket) * (2 if job.overlap_comm else 1), size * filled
+    return size * (filled if run.use_cpu else bucket) * (2 if run.overlap_comm else 1), size * filled
 
 
-def reduce_bucket(shape: ModelSpec, job: RunSpec) -> int:
-    """Elements; transformers writes hidden x hidden where the config says "auto"."""
-    return shape.hidden**2 if job.reduce_bucket is None else job.reduce_bucket
+def reduce_bucket(model: ModelSpec, run: RunSpec) -> int:
+    """Return elements; transformers writes hidden x hidden where the config says "auto"."""
+    return model.hidden**2 if run.reduce_bucket is None else run.reduce_bucket
 
 
-def gathered(shape: ModelSpec, job: RunSpec) -> tuple[float, float]:
-    """Bytes of whole parameters under ZeRO-3 at the end of the forward pass, and what gathering a module takes beside.
+def gathered(model: ModelSpec, run: RunSpec) -> tuple[float, float]:
+    """Return the bytes of gathered parameters under ZeRO-3 at the end of the forward pass, and those that gathering a
+    module takes in addition.
 
-    Once the order of modules is known (from the second step on), a parameter is kept whose next use lies within
-    `max_live` elements. Forwards and back again each is met twice, so that the last half of `max_live` stays. The small
-    ones always stay. A gathered module exists twice for a moment: as all ranks sent it, and put together. A single rank
-    uses its share as it is.
+    Once the order of modules is known (from the second step), a parameter stays gathered if its next use lies within
+    `max_live` elements. The backward pass visits the modules in reverse, so the last half of `max_live` stays. Small
+    parameters always stay. While a module is gathered it exists twice: as the ranks sent it, and assembled. A single
+    rank uses its share as it is.
     """
-    if job.stage != 3 or (job.ranks == 1 and job.offload_parameters == "none"):
+    if run.stage != 3 or (run.ranks == 1 and run.offload_parameters == "none"):
         return 0.0, 0.0
-    threshold = 10 * shape.hidden if job.persistence_threshold is None else job.persistence_threshold
-    prefetch = int(0.9 * shape.hidden**2) if job.prefetch_bucket is None else job.prefetch_bucket
-    kept = min(shape.parameters, job.max_live / 2 + prefetch + shape.elements(up_to=threshold))
-    kept = max(kept, min(shape.parameters, shape.largest_module))
-    return job.size * kept, job.size * shape.largest_module
+    threshold = 10 * model.hidden if run.persistence_threshold is None else run.persistence_threshold
+    prefetch = int(0.9 * model.hidden**2) if run.prefetch_bucket is None else run.prefetch_bucket
+    kept = min(model.parameters, run.max_live / 2 + prefetch + model.elements(up_to=threshold))
+    kept = max(kept, min(model.parameters, model.largest_module))
+    return run.size * kept, run.size * model.largest_module
 
 
-def activations(shape: ModelSpec, job: RunSpec) -> tuple[Parts, Parts]:
-    """Bytes at the end of the forward pass with the head's work, and at the worst moment inside a layer after that.
+def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
+    """Return the bytes at the end of the forward pass, head included, and at the peak inside a layer after it.
 
-    Tokens and logits are shared by the ranks that share rows.
+    Ranks that share rows share tokens and logits.
     """
-    kept, tokens = shape.activations, job.tokens / job.sequence_parallel
-    learned = job.learned / job.sequence_parallel
-    checkpointed = -(-shape.layers // job.checkpoint_every) if job.checkpoint_every else 0
-    inputs = kept.layer_input * checkpointed * (0 if job.checkpoints_to_host else 1)
-    frozen = kept.frozen_inputs if job.stage == 3 else 0.0
-    held = kept.outside + (kept.layer + frozen) * (shape.layers - checkpointed) + inputs
-    fixed = job.rows * job.longest**2 if job.padded and job.longest else 0  # the mask
-    fixed += kept.fixed * (shape.layers - checkpointed)
+    kept, tokens = model.activations, run.tokens / run.sequence_parallel
+    logits = run.logits / run.sequence_parallel  # positions
+    checkpointed = run.checkpointed_layers(model.layers)
+    inputs = kept.layer_input * checkpointed * (0 if run.checkpoints_to_host else 1)
+    frozen = kept.frozen_inputs if run.stage == 3 else 0.0
+    held = kept.outside + (kept.layer + frozen) * (model.layers - checkpointed) + inputs
+    fixed: float = run.rows * run.longest**2 if run.padded and run.longest else 0  # the mask
+    fixed += kept.fixed * (model.layers - checkpointed)
     layer = kept.recomputing + frozen if checkpointed else kept.working
-    logits = kept.logit * learned
-    at_head = {ACTIVATIONS: tokens * held + fixed, LOGITS: logits + kept.logit_working * learned}
+    at_head = {ACTIVATIONS: tokens * held + fixed, LOGITS: (kept.logit + kept.logit_working) * logits}
     in_layer = {ACTIVATIONS: tokens * (held + layer) + fixed + kept.fixed, LOGITS: 0.0}
     return at_head, in_layer
 
 
-def phases(shape: ModelSpec, job: RunSpec) -> dict[str, Parts]:
-    """What the GPU of a rank holds in each phase of a step, states included, the framework left out.
+def gpu_phases(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
+    """Return the bytes of a rank's GPU in each phase of a step.
 
-    forward    its end: all that is kept, and the logits
-    backward   inside a layer: gradients come, activations go
-    reduction  of the gradients among the ranks, activations are gone
+    forward    at its end: all activations, and the logits
+    backward   inside a layer: gradients appear, activations are freed
+    reduction  of the gradients over the ranks; activations are freed
     update     of the weights
     """
-    held = states(shape, job)
-    bucket, copy = buckets(shape, job)
-    at_head, in_layer = activations(shape, job)
-    kept, gathering = gathered(shape, job)
-    waiting, whole = gradients(shape, job)
-    largest = max((one.size for one in shape.blocks if one.trained), default=0)
-    stays = job.stage in (None, 3)
-    # Where the bucket holds all, nothing is reduced before all gradients are there.
-    early = 0 if job.stage in (1, 2) and reduce_bucket(shape, job) >= shape.trainable else copy
+    held = states(model, run)
+    bucket, copy = buckets(model, run)
+    at_head, in_layer = activations(model, run)
+    kept, gathering = gathered(model, run)
+    waiting, whole = gradients(model, run)
+    largest = model.largest_trained
+    stays = run.stage in (None, 3)
+    # If the bucket holds all gradients, nothing is reduced before all of them are there.
+    early = 0 if run.stage in (1, 2) and reduce_bucket(model, run) >= model.trainable else copy
     found = {
         "forward": {GRADIENTS: waiting, BUCKETS: bucket * stays, GATHERED: kept + gathering, **at_head},
         "backward": {
-            GRADIENTS: max(waiting, job.size * largest),
+            GRADIENTS: max(waiting, run.size * largest),
             BUCKETS: bucket + early,
             GATHERED: kept + gathering,
             **in_layer,
         },
-        "reduction": {GRADIENTS: whole, BUCKETS: bucket + (0 if job.stage == 1 else copy), GATHERED: kept},
-        "update": {GRADIENTS: updating(shape, job), BUCKETS: bucket * stays},
+        "reduction": {GRADIENTS: whole, BUCKETS: bucket + (0 if run.stage == 1 else copy), GATHERED: kept},
+        "update": {GRADIENTS: updating(model, run), BUCKETS: bucket * stays},
     }
     # Without ZeRO-3 and with offloaded optimizer states, gradients leave the GPU through a buffer of the largest one.
-    leaving = job.size * largest if job.offload_optimizer != "none" and job.stage in (1, 2) else 0
-    return {name: {**held, **parts, BUCKETS: parts[BUCKETS] + leaving} for name, parts in found.items()}
+    offloading = run.size * largest if run.offload_optimizer != "none" and run.stage in (1, 2) else 0
+    phases = {name: {**held, **parts, BUCKETS: parts[BUCKETS] + offloading} for name, parts in found.items()}
+    return {
+        name: {**parts, FRAMEWORK: GPU_CONTEXT + GPU_FRAGMENTATION * sum(parts.values())}
+        for name, parts in phases.items()
+    }
 
 
-def gradients(shape: ModelSpec, job: RunSpec) -> tuple[float, float]:
-    """Bytes of gradients that wait from one micro-batch for the next, and that there are while they are reduced; beside
-    what lies in `buckets`."""
-    size, trained, accumulates = job.size, shape.trainable, job.accumulation > 1
-    if job.stage is None and job.ranks > 1:
+def gradients(model: ModelSpec, run: RunSpec) -> tuple[float, float]:
+    """Return the bytes of gradients held between micro-batches, and during the reduction, without `buckets`."""
+    size, trained, accumulates = run.size, model.trainable, run.accumulation > 1
+    if run.stage is None and run.ranks > 1:
         return 0, 0
-    if job.stage in (None, 0):
-        each = 4 if job.stage is None or size == 4 else size + 4  # stage 0 adds them up in float32
+    if run.stage in (None, 0):
+        each = 4 if run.stage is None or size == 4 else size + 4  # stage 0 adds them up in float32
         return each * trained * accumulates, each * trained
-    share = size * trained / job.ranks
-    offloads = job.offload_optimizer != "none"
-    if job.stage == 1:
+    share = size * trained / run.ranks
+    offloads = run.offload_optimizer != "none"
+    if run.stage == 1:
         return size * trained * accumulates, size * trained
-    if job.stage == 2:
-        is_early = reduce_bucket(shape, job) < trained
+    if run.stage == 2:
+        is_early = reduce_bucket(model, run) < trained
         return (0, 0) if offloads else (share * accumulates, share * accumulates + share * (is_early or accumulates))
     return (0, 0) if offloads else (share, share)
 
 
-def updating(shape: ModelSpec, job: RunSpec) -> float:
-    """Bytes of gradients while the optimizer works: a rank's share, the same flattened, and that in float32."""
-    if job.stage in (None, 0):
-        return gradients(shape, job)[1]
-    if job.offload_optimizer != "none":
+def updating(model: ModelSpec, run: RunSpec) -> float:
+    """Return the bytes of gradients during the update: a rank's share, the same flattened, and that in float32."""
+    if run.stage in (None, 0):
+        return gradients(model, run)[1]
+    if run.offload_optimizer != "none":
         return 0
-    share = shape.trainable / job.ranks
-    worked_on = min(share, job.sub_group) if job.stage == 3 else share
-    return job.size * (share + worked_on) + (4 * worked_on if job.size != 4 else 0)
+    share = model.trainable / run.ranks
+    worked_on = min(share, run.sub_group) if run.stage == 3 else share
+    return run.size * (share + worked_on) + (4 * worked_on if run.size != 4 else 0)

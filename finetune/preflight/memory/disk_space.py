@@ -8,31 +8,31 @@ from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
 SMALL_FILES = 20_000_000  # tokenizer, Trainer state, random number state: an allowance
 
 
-def result(shape: ModelSpec, job: RunSpec) -> float:
+def result(model: ModelSpec, run: RunSpec) -> float:
     """Bytes of the trained model or adapter in the output folder."""
-    return saved_model_bytes(_sizes(shape, job), job.stage)
+    return saved_model_bytes(_sizes(model, run), run.stage)
 
 
-def checkpoint(shape: ModelSpec, job: RunSpec) -> dict[str, float]:
+def checkpoint(model: ModelSpec, run: RunSpec) -> dict[str, float]:
     """Bytes of one checkpoint by part, of all ranks together."""
-    return checkpoint_parts(_sizes(shape, job), job.stage, only_model=job.only_model)
+    return checkpoint_parts(_sizes(model, run), run.stage, only_model=run.only_model)
 
 
-def kept(shape: ModelSpec, job: RunSpec) -> float | None:
+def kept(model: ModelSpec, run: RunSpec) -> float | None:
     """Bytes that the output folder takes at most: the result, the checkpoints that are kept, and one more, because the
     oldest is removed only after the newest is complete. None: every checkpoint is kept."""
-    if not job.keep_checkpoints:
+    if not run.keep_checkpoints:
         return None
-    each = sum(checkpoint(shape, job).values()) + SMALL_FILES
-    return result(shape, job) + (job.keep_checkpoints + 1) * each
+    each = sum(checkpoint(model, run).values()) + SMALL_FILES
+    return result(model, run) + (run.keep_checkpoints + 1) * each
 
 
-def _sizes(shape: ModelSpec, job: RunSpec) -> ParameterSizes:
-    weight_size = 4 if job.stage is None else job.size
+def _sizes(model: ModelSpec, run: RunSpec) -> ParameterSizes:
+    weight_size = 4 if run.stage is None else run.size
     return ParameterSizes(
-        total=weight_size * shape.parameters,
-        trained=weight_size * shape.trainable,
-        num_trained=shape.trainable,
-        tied=weight_size * shape.embedding if shape.tied else 0,
-        has_adapter=shape.adapter,
+        total=weight_size * model.parameters,
+        trained=weight_size * model.trainable,
+        num_trained=model.trainable,
+        tied=weight_size * model.embedding if model.tied else 0,
+        has_adapter=model.adapter,
     )

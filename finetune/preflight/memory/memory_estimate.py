@@ -1,12 +1,13 @@
-"""One `MemoryEstimate` of a shape and a job."""
+"""The memory and disk estimate of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.preflight.memory import disk_space, host_memory
-from finetune.preflight.memory.cpu_memory import process_phases
-from finetune.preflight.memory.device_memory import FRAMEWORK, GPU_CONTEXT, GPU_FRAGMENTATION, NAMES, Parts, phases
+from finetune.preflight.memory import disk_space
+from finetune.preflight.memory.cpu_memory import cpu_phases
+from finetune.preflight.memory.device_memory import NAMES, Parts, gpu_phases
+from finetune.preflight.memory.host_memory import cpu_hosts, gpu_hosts
 from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
 
 
@@ -15,13 +16,13 @@ class MemoryEstimate:
     """Bytes.
 
     Attributes:
-        device: by name, of one rank at its worst moment, `phase`. On a CPU: by what its process grows.
-        by_phase: the same total in every phase.
-        host_loading, host_training, host_saving: of the fullest host, all its ranks together; on a CPU the whole of
-            their processes, else beside the GPUs.
-        checkpoint: by name, one on the disk, of all ranks.
-        result: the trained model or adapter.
-        kept: what the output folder takes at most with `save_total_limit`; None: it grows with each checkpoint.
+        device: of one rank by part at its peak, in `phase`. On a CPU: the growth of its process.
+        by_phase: the total in every phase.
+        host_loading, host_training, host_saving: of the fullest host, all its ranks together; on a CPU their whole
+            processes.
+        checkpoint: of one checkpoint by part, all ranks together.
+        result: of the trained model or adapter.
+        kept: of the output folder at most, with `save_total_limit`; None: it grows with each checkpoint.
     """
 
     device: Parts
@@ -50,54 +51,34 @@ class MemoryEstimate:
         return sum(self.checkpoint.values())
 
     def fits(self, device_bytes: float, host_bytes: float | None = None) -> bool:
-        """Whether device and, where it is given, host hold it."""
+        """Whether it fits into the device and, if given, into the host."""
         return self.device_total <= device_bytes and (host_bytes is None or self.host_total <= host_bytes)
 
 
-def estimate_memory(shape: ModelSpec, job: RunSpec) -> MemoryEstimate:
-    """What a run of `job` on a model of `shape` takes; the sources stand with the parts, in `device` and `process`.
+def estimate_memory(model: ModelSpec, run: RunSpec) -> MemoryEstimate:
+    """Estimate what a run takes of memory and disk.
 
     Raises:
-        ValueError: a job that DeepSpeed would refuse: offloaded parameters without stage 3, a stage that is none.
+        ValueError: DeepSpeed would refuse the run: offloaded parameters without stage 3, an unknown stage.
     """
-    if job.stage not in (None, 0, 1, 2, 3):
-        raise ValueError(f"stage {job.stage}: expected None, 0, 1, 2 or 3")
-    if job.offload_parameters != "none" and job.stage != 3:
-        raise ValueError(f"offload_parameters needs stage 3, not {job.stage}")
-    found = process_phases(shape, job) if job.use_cpu else _with_framework(phases(shape, job))
-    totals = {name: sum(parts.values()) for name, parts in found.items()}
-    worst = max(totals, key=totals.__getitem__)
-    names = (*NAMES, *(name for name in found[worst] if name not in NAMES))
-    parts = {name: found[worst][name] for name in names if found[worst].get(name)}
+    if run.stage not in (None, 0, 1, 2, 3):
+        raise ValueError(f"stage {run.stage}: expected None, 0, 1, 2 or 3")
+    if run.offload_parameters != "none" and run.stage != 3:
+        raise ValueError(f"offload_parameters needs stage 3, not {run.stage}")
+    phases = cpu_phases(model, run) if run.use_cpu else gpu_phases(model, run)
+    totals = {name: sum(parts.values()) for name, parts in phases.items()}
+    peak = max(totals, key=totals.__getitem__)
+    parts = phases[peak]
+    names = (*NAMES, *(name for name in parts if name not in NAMES))
+    loading, training, saving = cpu_hosts(model, run, totals) if run.use_cpu else gpu_hosts(model, run)
     return MemoryEstimate(
-        device=parts,
-        phase=worst,
+        device={name: parts[name] for name in names if parts.get(name)},
+        phase=peak,
         by_phase=totals,
-        **_hosts(shape, job, totals),
-        checkpoint=disk_space.checkpoint(shape, job),
-        result=disk_space.result(shape, job),
-        kept=disk_space.kept(shape, job),
+        host_loading=loading,
+        host_training=training,
+        host_saving=saving,
+        checkpoint=disk_space.checkpoint(model, run),
+        result=disk_space.result(model, run),
+        kept=disk_space.kept(model, run),
     )
-
-
-def _with_framework(found: dict[str, Parts]) -> dict[str, Parts]:
-    return {
-        name: {**parts, FRAMEWORK: GPU_CONTEXT + GPU_FRAGMENTATION * sum(parts.values())}
-        for name, parts in found.items()
-    }
-
-
-def _hosts(shape: ModelSpec, job: RunSpec, totals: dict[str, float]) -> dict[str, float]:
-    if not job.use_cpu:
-        loading, training, saving = (
-            one(shape, job) for one in (host_memory.loading, host_memory.training, host_memory.saving)
-        )
-        return {"host_loading": loading, "host_training": training, "host_saving": saving}
-    ranks = job.on_host
-    copies = disk_space.result(shape, job) * (1 if job.stage in (3, None) else ranks)
-    held = max(total for name, total in totals.items() if name not in ("loading", "building"))
-    return {
-        "host_loading": ranks * (host_memory.PROCESS_ON_CPU + max(totals["loading"], totals["building"])),
-        "host_training": ranks * (host_memory.PROCESS_ON_CPU + held),
-        "host_saving": ranks * (host_memory.PROCESS_ON_CPU + held) + copies,
-    }

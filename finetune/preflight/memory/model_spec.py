@@ -1,4 +1,4 @@
-"""What the planner knows of a model and of a run: plain numbers, all bytes and counts exact but where it is said."""
+"""Model and run as plain numbers, for the memory estimate."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ class Activations:
     """Bytes that a forward pass keeps for the backward pass, in the precision of the run.
 
     Attributes:
-        layer: a token, in one layer (the mean of all).
-        outside: a token, outside the layers.
-        layer_input: a token, in a layer that is checkpointed: what it gets.
-        working: a token; what the pass through one layer holds beyond what the layer keeps, at its worst moment.
-        recomputing: a token; what recomputing one checkpointed layer and going back through it holds at its worst.
-        logit: a position that gets logits: these, and what the head keeps. logit_working: beyond it, at worst.
-        passing: a token, in one layer; what the forward pass allocates there and frees again.
-        fixed: whatever the tokens, in one layer; copies of weights that an adapter on experts makes.
-        frozen_inputs: a token, in one layer; what ZeRO-3 keeps besides: its linear layers keep their input, though none
-            of it is needed where the weight is frozen.
-        is_counted: whether it was counted in a trial of the model; else it is a formula for a plain decoder.
+        layer: per token, in one layer (the mean of all).
+        outside: per token, outside the layers.
+        layer_input: per token, the input of a checkpointed layer.
+        working: per token, peak inside one layer beyond what the layer keeps.
+        recomputing: per token, peak of recomputing one checkpointed layer and its backward pass.
+        logit: per position with logits: these, and what the head keeps. logit_working: peak beyond it.
+        passing: per token, in one layer; allocated in the forward pass and freed again.
+        fixed: in one layer, independent of the tokens: copies of weights that an adapter on experts makes.
+        frozen_inputs: per token, in one layer; inputs that ZeRO-3's linear layers keep even if the weight is frozen.
+        is_traced: measured on the model; else from the formula for a plain decoder.
     """
 
     layer: float
@@ -51,7 +50,7 @@ class Activations:
     passing: float
     fixed: float = 0.0
     frozen_inputs: float = 0.0
-    is_counted: bool = True
+    is_traced: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ class ModelSpec:
     """A model.
 
     Attributes:
-        blocks: all its parameters, adapters included, a tied one once.
-        active: parameters that a token meets; fewer than all where there are experts.
-        embedding: parameters of the input embeddings. tied: whether the head is the same parameter.
+        blocks: all parameters, adapters included, a tied one once.
+        active: parameters that process one token; fewer than all in a mixture of experts.
+        embedding: parameters of the input embeddings. tied: the head is the same parameter.
         stored_bytes: of the files that it is loaded from.
-        largest_module: parameters that one module holds itself; ZeRO-3 gathers that many at least.
-        experts: of a layer; 0 in a dense model.
-        adapter: whether it carries an adapter, so that checkpoints and result hold the trained parameters alone.
+        largest_module: parameters that one module holds itself; ZeRO-3 gathers at least that many.
+        experts: per layer; 0 in a dense model.
+        adapter: it has an adapter, so checkpoints and result hold only the trained parameters.
     """
 
     blocks: tuple[Block, ...]
@@ -84,44 +83,44 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
-        return sum(one.elements for one in self.blocks)
+        """Number of parameters."""
+        return sum(block.elements for block in self.blocks)
 
     @property
     def trainable(self) -> int:
-        """Those that are trained."""
-        return sum(one.elements for one in self.blocks if one.trained)
+        """Number of trained parameters."""
+        return sum(block.elements for block in self.blocks if block.trained)
 
     @property
     def expert_parameters(self) -> int:
-        """Those of all experts, visited or not."""
+        """Number of parameters of all experts, active or not."""
         if not self.experts:
             return 0
         return round((self.parameters - self.active) / (1 - self.experts_per_token / self.experts))
 
     @property
-    def frozen(self) -> int:
-        """Those that are not."""
-        return self.parameters - self.trainable
+    def largest_trained(self) -> int:
+        """Elements of the largest trained tensor."""
+        return max((block.size for block in self.blocks if block.trained), default=0)
 
     def elements(self, *, trained: bool | None = None, above: int = -1, up_to: int | None = None) -> int:
-        """Parameters in tensors of more than `above` and at most `up_to` elements."""
+        """Return the parameters in tensors of more than `above` and at most `up_to` elements."""
         return sum(
-            one.elements
-            for one in self.blocks
-            if one.size > above and (up_to is None or one.size <= up_to) and trained in (None, one.trained)
+            block.elements
+            for block in self.blocks
+            if block.size > above and (up_to is None or block.size <= up_to) and trained in (None, block.trained)
         )
 
 
 def plain_activations(
     *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocabulary: int, gated: bool, size: int
 ) -> Activations:
-    """Of a plain decoder in elements of `size` bytes, for models whose code cannot be tried out.
+    """Return the formula for a plain decoder in elements of `size` bytes, for models that cannot be traced.
 
-    A layer keeps two norms (their input and its inverse root in float32, the normed and the weighted result), queries,
-    keys, values, the result of attention and the logarithm of its sums, and of the MLP what goes into and comes out of
-    its activation, the other branch and their product. Counted by hand from transformers' Llama; the usual figure
-    of 34 bytes x hidden (Korthikanti et al., Reducing activation recomputation, 2022) is for GPT's ungated MLP.
+    A layer keeps two norms (input and inverse root in float32, normalized and weighted result), queries, keys, values,
+    the result of attention and the log of its sums, and the MLP's activation input and output, the other branch and
+    their product. From transformers' Llama; the usual 34 bytes x hidden (Korthikanti et al., Reducing activation
+    recomputation, 2022) is for GPT's ungated MLP.
     """
     norms = 2 * (4 * hidden + 4 + 2 * size * hidden)
     attention = size * (2 * heads + 2 * kv_heads) * head_dim + 4 * heads
@@ -136,7 +135,7 @@ def plain_activations(
         logit=size * (hidden + vocabulary),
         logit_working=size * hidden,
         passing=size * (6 * hidden + heads * head_dim),
-        is_counted=False,
+        is_traced=False,
     )
 
 
@@ -147,29 +146,29 @@ class RunSpec:
     Attributes:
         stage: of ZeRO; None: without DeepSpeed.
         ranks: of the run. ranks_on_host: on the host that has most.
-        tokens: positions of the largest micro-batch of a rank, padding counted where there is any.
-        learned: those of them that get logits; all, where the model's code cannot select.
+        tokens: positions of the largest micro-batch of a rank, padding included.
+        logits: those of them that get logits; all, if the model's code cannot select.
         rows: of that micro-batch. longest: tokens of its longest row.
-        padded: rows are padded to the longest one, so that attention is given a mask.
-        checkpoint_every: activations of each n-th layer are recomputed; 0: of none. checkpoints_to_host: what those
-            layers keep lies in host memory.
+        padded: rows are padded to the longest one, so attention gets a mask.
+        checkpoint_every: activations of each n-th layer are recomputed; 0: of none. checkpoints_to_host: the inputs
+            that these layers keep are in host memory.
         offload_optimizer, offload_parameters: where they live instead of on the device.
         reduce_bucket: elements; None: transformers' "auto" (hidden x hidden).
         prefetch_bucket, persistence_threshold: elements; None: "auto" (0.9 x hidden x hidden; 10 x hidden).
         max_live: elements that ZeRO-3 keeps gathered for their next use.
-        max_in_cpu: elements of offloaded parameters that stay in memory when they are offloaded to NVMe.
-        sub_group: elements that ZeRO-3's optimizer works on at a time.
+        max_in_cpu: elements of parameters that stay in memory when they are offloaded to NVMe.
+        sub_group: elements that ZeRO-3's optimizer updates at a time.
         overlap_comm: two buckets instead of one, under stages 1 and 2.
         sequence_parallel: ranks that share each row.
-        hpz: ranks that keep a second copy of the weights among them (ZeRO++); 1: none.
-        keep_checkpoints: sealed ones that stay; None: as many as are written.
+        hpz: ranks that share a second copy of the weights (ZeRO++); 1: none.
+        keep_checkpoints: how many are kept; None: all.
         only_model: checkpoints without the state of the optimizer.
     """
 
     stage: int | None
     ranks: int
     tokens: int
-    learned: int
+    logits: int
     precision: Precision = "bf16"
     use_cpu: bool = False
     ranks_on_host: int | None = None
@@ -197,6 +196,10 @@ class RunSpec:
     def on_host(self) -> int:
         """Ranks on the host that has most."""
         return self.ranks if self.ranks_on_host is None else self.ranks_on_host
+
+    def checkpointed_layers(self, layers: int) -> int:
+        """Return how many of the layers are recomputed."""
+        return -(-layers // self.checkpoint_every) if self.checkpoint_every else 0
 
     @property
     def size(self) -> int:

@@ -23,7 +23,7 @@ from finetune.preflight.memory import (
     plain_activations,
     suggest_changes,
 )
-from finetune.preflight.memory.device_memory import ADAM, GRADIENTS, MASTERS, WEIGHTS, phases, states
+from finetune.preflight.memory.device_memory import ADAM, GRADIENTS, MASTERS, WEIGHTS, gpu_phases, states
 
 PAPER = 7_500_000_000  # parameters of the ZeRO paper's example, on 64 GPUs
 NOTHING = Activations(layer=0, outside=0, layer_input=0, working=0, recomputing=0, logit=0, logit_working=0, passing=0)
@@ -77,7 +77,7 @@ def of_states(shape: ModelSpec, job: RunSpec) -> float:
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_the_figures_of_the_zero_paper(stage: int, gigabytes: float):
     """Figure 1 of https://arxiv.org/abs/1910.02054: 7.5 billion parameters on 64 GPUs, mixed precision, Adam."""
-    job = RunSpec(stage=stage, ranks=64, tokens=0, learned=0)
+    job = RunSpec(stage=stage, ranks=64, tokens=0, logits=0)
     assert of_states(shape_with(PAPER), job) / GB == pytest.approx(gigabytes, abs=0.06)
 
 
@@ -88,7 +88,7 @@ def test_the_figures_of_the_zero_paper(stage: int, gigabytes: float):
 )
 def test_the_formulas_of_the_zero_paper(parameters: int, ranks: int, stage: int):
     wanted = {0: 16, 1: 4 + 12 / ranks, 2: 2 + 14 / ranks, 3: 16 / ranks}[stage] * parameters
-    job = RunSpec(stage=stage, ranks=ranks, tokens=0, learned=0)
+    job = RunSpec(stage=stage, ranks=ranks, tokens=0, logits=0)
     assert of_states(shape_with(parameters), job) == pytest.approx(wanted)
 
 
@@ -115,8 +115,8 @@ def test_deepspeeds_estimators(parameters: int):
         lines = deepspeeds_own(stage, total_params=parameters, **options)
         assert len(lines) >= 2
         theirs = max(gpu for _, gpu in lines) * gib  # nothing is offloaded
-        job = RunSpec(stage=stage, ranks=ranks, tokens=0, learned=0)
-        update = phases(shape, job)["update"]
+        job = RunSpec(stage=stage, ranks=ranks, tokens=0, logits=0)
+        update = gpu_phases(shape, job)["update"]
         ours = sum(update.get(name, 0) for name in (WEIGHTS, MASTERS, ADAM, GRADIENTS))
         layer = 4 * 525_336_576 if stage == 3 else 0
         # 2N (or nothing) + 18N/G theirs, 2N (or 2N/G) + 12N/G + (2 + 2 + 4)N/G ours: 2N/G more.
@@ -125,7 +125,7 @@ def test_deepspeeds_estimators(parameters: int):
 
 def test_offloaded_states_are_on_the_host():
     shape = llama_8b()
-    kept = RunSpec(stage=3, ranks=8, tokens=4_096, learned=2_048, checkpoint_every=1)
+    kept = RunSpec(stage=3, ranks=8, tokens=4_096, logits=2_048, checkpoint_every=1)
     moved = replace(kept, offload_optimizer="cpu", offload_parameters="cpu")
     before, after = estimate_memory(shape, kept), estimate_memory(shape, moved)
     assert before.device_total - after.device_total > 14 * shape.parameters / 8
@@ -138,7 +138,7 @@ def test_offloaded_states_are_on_the_host():
 
 
 def test_parts_are_named_in_order_and_add_up():
-    found = estimate_memory(llama_8b(), RunSpec(stage=2, ranks=8, tokens=8_192, learned=4_096))
+    found = estimate_memory(llama_8b(), RunSpec(stage=2, ranks=8, tokens=8_192, logits=4_096))
     assert list(found.device)[:3] == [WEIGHTS, MASTERS, ADAM]
     assert found.device_total == pytest.approx(max(found.by_phase.values()))
     assert found.phase in found.by_phase
@@ -146,7 +146,7 @@ def test_parts_are_named_in_order_and_add_up():
 
 
 def test_adapters_need_no_states_of_the_base():
-    job = RunSpec(stage=2, ranks=8, tokens=4_096, learned=2_048)
+    job = RunSpec(stage=2, ranks=8, tokens=4_096, logits=2_048)
     full, adapter = estimate_memory(llama_8b(), job), estimate_memory(llama_8b(adapter=True), job)
     assert adapter.device[ADAM] < full.device[ADAM] / 100
     assert adapter.result < full.result / 100
@@ -154,7 +154,7 @@ def test_adapters_need_no_states_of_the_base():
 
 
 def test_checkpoints_that_stay():
-    job = RunSpec(stage=2, ranks=8, tokens=1, learned=1, keep_checkpoints=3)
+    job = RunSpec(stage=2, ranks=8, tokens=1, logits=1, keep_checkpoints=3)
     found = estimate_memory(llama_8b(), job)
     assert found.kept == pytest.approx(found.result + 4 * found.checkpoint_total, rel=0.01)
     assert estimate_memory(llama_8b(), replace(job, keep_checkpoints=None)).kept is None
@@ -167,7 +167,7 @@ JOBS = st.builds(
     stage=st.sampled_from((1, 2, 3)),
     ranks=st.sampled_from((1, 2, 4, 8, 16)),
     tokens=st.sampled_from((512, 4_096, 16_384)),
-    learned=st.sampled_from((256, 512)),
+    logits=st.sampled_from((256, 512)),
     rows=st.sampled_from((1, 2, 8)),
     longest=st.sampled_from((64, 256)),
     accumulation=st.sampled_from((1, 2, 8)),
@@ -191,7 +191,7 @@ def test_more_ranks_never_need_more_of_each(shape: ModelSpec, job: RunSpec):
 @given(shape=SHAPES, job=JOBS, more=st.integers(1, 100_000))
 @settings(deadline=None)
 def test_more_tokens_never_need_less(shape: ModelSpec, job: RunSpec, more: int):
-    longer = replace(job, tokens=job.tokens + more, learned=job.learned + more)
+    longer = replace(job, tokens=job.tokens + more, logits=job.logits + more)
     assert estimate_memory(shape, longer).device_total >= estimate_memory(shape, job).device_total
 
 
@@ -214,7 +214,7 @@ def test_changes_fit(shape: ModelSpec, job: RunSpec, share: float, on_host: int 
     order = [(", " in one.words, one.slower) for one in found]  # single changes in front, the cheapest first
     assert order == sorted(order)
     for one in found:
-        needed = estimate_memory(one.shape, one.job)
+        needed = estimate_memory(one.model, one.run)
         assert needed == one.estimate
         assert needed.device_total <= bytes_there
         assert host_bytes is None or needed.host_total <= host_bytes
@@ -222,7 +222,7 @@ def test_changes_fit(shape: ModelSpec, job: RunSpec, share: float, on_host: int 
         assert len(one.flags) % 2 == 0
         assert all(name.startswith("--") for name in one.flags[::2])
         assert one.words
-        step = (one.job.rows * one.job.accumulation * one.job.ranks, job.rows * job.accumulation * job.ranks)
+        step = (one.run.rows * one.run.accumulation * one.run.ranks, job.rows * job.accumulation * job.ranks)
         assert step[0] == step[1], "a step learns from as many rows as before"
 
 
@@ -231,7 +231,7 @@ def test_every_shipped_config_is_a_job(name: str):
     config = load_config(find_config(name))
     config["zero_optimization"].pop("zero_hpz_partition_size", None)
     fields = from_deepspeed(config)
-    job = RunSpec(**fields, ranks=8, tokens=4_096, learned=2_048)
+    job = RunSpec(**fields, ranks=8, tokens=4_096, logits=2_048)
     assert job.stage == config["zero_optimization"]["stage"]
     assert (job.offload_optimizer != "none") == ("offload" in name or "nvme" in name)
     assert job.reduce_bucket == (None if job.stage == 3 else 500_000_000)
@@ -239,17 +239,17 @@ def test_every_shipped_config_is_a_job(name: str):
 
 
 def test_a_run_without_deepspeed_is_a_job():
-    job = RunSpec(**from_deepspeed(None), ranks=1, tokens=4_096, learned=2_048)
+    job = RunSpec(**from_deepspeed(None), ranks=1, tokens=4_096, logits=2_048)
     needed = estimate_memory(llama_8b(), job).device_total
     assert needed > 16 * 8_030_261_248  # float32 weights, gradients and moments
-    on_two = RunSpec(**from_deepspeed(None), ranks=2, tokens=4_096, learned=2_048)
+    on_two = RunSpec(**from_deepspeed(None), ranks=2, tokens=4_096, logits=2_048)
     # DDP's buckets are the gradients; they stay through the forward pass.
     assert needed <= estimate_memory(llama_8b(), on_two).device_total < needed + 4 * 8_030_261_248
 
 
 def test_what_is_offered_for_eight_billion_parameters():
     """On eight GPUs of 40 GB stage 1 needs too much for weights and activations."""
-    job = RunSpec(stage=1, ranks=8, tokens=4_096, learned=2_048, rows=4, longest=1_024)
+    job = RunSpec(stage=1, ranks=8, tokens=4_096, logits=2_048, rows=4, longest=1_024)
     assert not estimate_memory(llama_8b(), job).fits(40 * GB)
     found = suggest_changes(llama_8b(), job, 40 * GB, with_adapter=llama_8b(adapter=True))
     assert found
@@ -257,17 +257,17 @@ def test_what_is_offered_for_eight_billion_parameters():
 
 
 def test_two_changes_where_one_is_not_enough_and_none_where_nothing_is():
-    job = RunSpec(stage=3, ranks=8, tokens=16_384, learned=8_192, rows=8, longest=2_048)
-    found = suggest_changes(llama_8b(), job, 32 * GB, most_ranks=8)
+    job = RunSpec(stage=3, ranks=8, tokens=16_384, logits=8_192, rows=8, longest=2_048)
+    found = suggest_changes(llama_8b(), job, 32 * GB, max_ranks=8)
     assert found
     assert all(", " in change.words for change in found)
-    assert suggest_changes(llama_8b(), job, 1 * GB, most_ranks=8) == ()
+    assert suggest_changes(llama_8b(), job, 1 * GB, max_ranks=8) == ()
 
 
 def test_a_cpu_lends_what_is_written_to_only():
     """The bucket for gradients is as large as the config says on a GPU, and as what is in it on a CPU."""
     shape = shape_with(10_000_000)
-    job = RunSpec(stage=2, ranks=2, tokens=0, learned=0, precision="float32")
+    job = RunSpec(stage=2, ranks=2, tokens=0, logits=0, precision="float32")
     gpu, cpu = (estimate_memory(shape, replace(job, use_cpu=use_cpu)).device_total for use_cpu in (False, True))
     assert gpu > 4 * 500_000_000
     assert cpu < 4 * 500_000_000

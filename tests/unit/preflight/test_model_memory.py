@@ -72,7 +72,7 @@ def test_what_autograd_keeps(family: str, adapter: bool):
     attention._register()
     model.set_attn_implementation(attention.FLAT_ATTENTION)
     model = attach(model).train() if adapter else model
-    assert shape.activations.is_counted
+    assert shape.activations.is_traced
     assert predicted(shape) == pytest.approx(kept_bytes(model), rel=0.05)
 
 
@@ -140,8 +140,8 @@ def test_code_that_takes_no_attention_functions_gets_the_formula(monkeypatch: py
     counted = spec_from_config(config, precision="bf16").activations
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_can_set_attn_implementation", lambda self: False)
     formula = spec_from_config(config, precision="bf16").activations
-    assert counted.is_counted
-    assert not formula.is_counted
+    assert counted.is_traced
+    assert not formula.is_traced
     assert formula.layer == pytest.approx(counted.layer, rel=0.1)
     assert formula.logit == pytest.approx(counted.logit, rel=0.05)
 
