@@ -31,7 +31,7 @@ def ratio_interval(sums: Sequence[float], weights: Sequence[float]) -> Interval:
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """The same of a mean."""
-    return ratio_interval(values, np.ones(len(values)))
+    return ratio_interval(values, [1.0] * len(values))
 
 
 def exact_mcnemar(only_first: int, only_second: int) -> float:

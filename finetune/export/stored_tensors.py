@@ -30,7 +30,7 @@ class StoredTensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._files
 
     def shape(self, name: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -144,7 +144,7 @@ class AnswerStream:
         """What has been said, as a training row would hold it; "" where nothing was."""
         return answer_text(self.answerer.chat_format, self.turns, self.prompt, self.ids)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         spelling = AnswerDecoder(self.answerer.chat_format.plain, self.prompt)
         begun, blank = False, ""
         for piece in self._pieces(spelling):

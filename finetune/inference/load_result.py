@@ -269,14 +269,15 @@ def load_strict(folder: Path, dtype: Any, *, trusts_code: bool) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    found, told = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=trusts_code, output_loading_info=True
     )
-    wrong = {name: sorted(map(str, told[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    model, info = loaded
+    wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     faults = [f"{len(keys)} {name.replace('_', ' ')}, the first {keys[0]}" for name, keys in wrong.items() if keys]
     if faults:
         raise CheckpointError(f"{folder}: the saved model is not whole: {'; '.join(faults)}")
-    return found.eval()
+    return model.eval()
 
 
 def free_memory() -> int:

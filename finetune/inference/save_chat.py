@@ -66,5 +66,5 @@ def _is_ours(row: Any) -> bool:
 
 def _next_id(rows: Sequence[dict[str, Any]]) -> int | None:
     """One more than the largest, where all rows have numbers; two rows must not have the same."""
-    ids = [row.get("id") for row in rows]
-    return max(ids, default=-1) + 1 if all(type(one) is int for one in ids) else None
+    ids = [row["id"] for row in rows if type(row.get("id")) is int]
+    return max(ids, default=-1) + 1 if len(ids) == len(rows) else None

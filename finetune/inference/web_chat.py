@@ -63,7 +63,7 @@ def build_app(voices: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
         folder = voices.opened.result.folder
         gr.Markdown(f"### {as_markdown(folder.absolute().name)}\n\n{as_markdown(voices.what)}", elem_id="about")
         with gr.Row(elem_id="answers", equal_height=True):
-            look = {"height": "56vh", "layout": "bubble", "buttons": ["copy"], "feedback_options": None}
+            look: dict[str, Any] = {"height": "56vh", "layout": "bubble", "buttons": ["copy"], "feedback_options": None}
             first = gr.Chatbot(label=words(page.kept), elem_id="kept", min_width=260, **look)
             second = gr.Chatbot(label=words(BASE), elem_id="base", min_width=260, visible=compares, **look)
         with gr.Row(equal_height=True):
@@ -99,7 +99,7 @@ def build_app(voices: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
         shown = [message, first, second, session, send, stop]
         given = [session, compare, system, tokens, warmth, share, seed]
         steps = _Steps(page)
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         model = {**quiet, "concurrency_limit": 1, "concurrency_id": "model"}
         gr.on([send.click, message.submit], steps.ask, [message, *given], shown, **model)
         retry.click(steps.retry, given, shown, **model)
@@ -155,7 +155,7 @@ class _Steps:
 
 def _sampling(temperature: float, top_p: float, seed: str | None) -> SamplingParams:
     try:
-        return SamplingParams(temperature, top_p, int(seed) if (seed or "").strip() else None)
+        return SamplingParams(temperature, top_p, int(seed) if seed and seed.strip() else None)
     except ValueError:
         raise ConfigError(f"seed {seed}: expected a whole number, or nothing") from None
 

@@ -52,13 +52,13 @@ def attach_lora(
     try:
         config = LoraConfig(
             r=r,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides it by r
             lora_dropout=dropout,
             target_modules=ALL_LINEAR if list(target_modules) == [ALL_LINEAR] else list(target_modules),
             modules_to_save=whole or None,
             use_dora=use_dora,
             use_rslora=use_rslora,
-            init_lora_weights=True if init_lora_weights == "default" else init_lora_weights,
+            init_lora_weights=True if init_lora_weights == "default" else init_lora_weights,  # type: ignore[arg-type]
             ensure_weight_tying=tied and bool(whole),
             task_type=TaskType.CAUSAL_LM,
         )

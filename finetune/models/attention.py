@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +72,16 @@ def padding_free_attention(
             f"and keys {list(key.shape)}"
         )
     plain = softcap is None and s_aux is None
-    if plain and not dropout and cu_seq_lens_q is not None and _kernel_takes(query, key, value):
+    if plain and not dropout and cu_seq_lens_q is not None and max_length_q and _kernel_takes(query, key, value):
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        rows = [one[0].transpose(0, 1) for one in (query, key, value)]
+        queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
         output = varlen_attn(
-            *rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            queries, keys, values, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
             scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
-        return output[None], None
+        return cast(torch.Tensor, output)[None], None  # with return_aux it would be a tuple
     if plain:
         attend = partial(_attend, dropout=dropout, scaling=scaling, window=sliding_window)
     else:
@@ -180,7 +180,7 @@ def supports_logits_to_keep(model: Any) -> bool:
     return forward_takes_logits_to_keep(type(_base(model)))
 
 
-def forward_takes_logits_to_keep(code: type) -> bool:
+def forward_takes_logits_to_keep(code: type[torch.nn.Module]) -> bool:
     """The same of a model's class."""
     forward = inspect.unwrap(code.forward)
     return "logits_to_keep" in inspect.signature(forward).parameters and "slice_logits_to_keep" in forward.__globals__

@@ -132,8 +132,8 @@ def load_model(
     return model
 
 
-def torch_dtype(precision: Precision) -> Any:
-    """torch's name of a precision."""
+def torch_dtype(precision: str) -> Any:
+    """Return torch's dtype for bf16, fp16 or float32."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
