@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.checkpoint.integrity import find_damage
 from finetune.checkpoint.manifest import MANIFEST_FILE, NAME, SAVING_FILE, read_manifest
-from finetune.utils.atomic_io import fsync_dir, write_bytes_atomically
+from finetune.utils.atomic_io import fsync_dir, replace_text
 from finetune.utils.errors import CheckpointError
 
 # Before its mark lies in it, and after that is gone, a folder has a name that nobody takes for a checkpoint's.
@@ -66,7 +66,7 @@ def mark_as_unfinished(folder: Path, run_id: str, step: int) -> None:
     """Make the folder with the mark that a save is under way."""
     coming = folder.with_name(f".{folder.name}.coming")
     coming.mkdir(parents=True)
-    write_bytes_atomically(coming / SAVING_FILE, json.dumps({"run_id": run_id, "step": step}) + "\n")
+    replace_text(coming / SAVING_FILE, json.dumps({"run_id": run_id, "step": step}) + "\n")
     coming.rename(folder)
     fsync_dir(folder.parent)
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from finetune.utils.atomic_io import fsync_dir, write_bytes_atomically
+from finetune.utils.atomic_io import fsync_dir, replace_text
 from finetune.utils.errors import CheckpointError
 
 FORMAT = 1
@@ -126,6 +126,6 @@ def _check(manifest: Manifest, folder: Path) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Seal a checkpoint: whole on the disk, then visible, and only then is the mark of a save taken away."""
-    write_bytes_atomically(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
+    replace_text(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
     (folder / SAVING_FILE).unlink(missing_ok=True)
     fsync_dir(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.chat_templates import Example, RenderedConversation
 from finetune.chat_templates.text_segments import InSegments, Segment
-from finetune.utils.atomic_io import write_bytes_atomically
+from finetune.utils.atomic_io import replace_text
 from finetune.utils.errors import StorageError
 
 SAMPLES_FILE = "samples.json"
@@ -105,7 +105,7 @@ def write_samples(folder: Path, renderings: Iterable[RenderedConversation], in_s
     path = folder / SAMPLES_FILE
     try:
         if samples:
-            write_bytes_atomically(path, json.dumps(samples, ensure_ascii=False, indent=1) + "\n")
+            replace_text(path, json.dumps(samples, ensure_ascii=False, indent=1) + "\n")
         else:
             path.unlink(missing_ok=True)
     except OSError as error:

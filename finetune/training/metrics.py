@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.training.nonfinite import finite_or_none
-from finetune.utils.atomic_io import write_bytes_atomically
+from finetune.utils.atomic_io import replace_text
 from finetune.utils.errors import StorageError
 
 FIELDS = (
@@ -163,7 +163,7 @@ def cut_metrics(path: Path, step: int) -> None:
         if logged <= step:
             kept.append(line + "\n")
     try:
-        write_bytes_atomically(path, "".join(kept))
+        replace_text(path, "".join(kept))
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""Files that appear whole and outlive a crash."""
+"""Atomic, durable writes of small text files."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from finetune.utils.errors import StorageError
 
-# What network file systems say that cannot write a folder through; the file itself is on the disk.
-UNKNOWN_TO_SOME_DISKS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+# What network file systems answer that cannot sync a folder; the file itself is on the disk.
+FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
-def write_bytes_atomically(path: Path, text: str) -> None:
-    """Replace a file whole: after a crash it holds the old text or the new, never a part.
+def replace_text(path: Path, text: str) -> None:
+    """Replace the text of a file: after a crash it holds the old text or the new, never a part.
 
     Raises:
-        OSError: the disk refused.
+        OSError: it cannot be written.
     """
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -28,13 +28,13 @@ def write_bytes_atomically(path: Path, text: str) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """`write_bytes_atomically`, of a file that its user knows.
+    """`replace_text` of a file whose path the user knows.
 
     Raises:
-        StorageError: the disk refused; what and where.
+        StorageError: it cannot be written; names the path and the reason.
     """
     try:
-        write_bytes_atomically(path, text)
+        replace_text(path, text)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
 
@@ -43,13 +43,13 @@ def fsync_dir(folder: Path) -> None:
     """Make the names in a folder durable.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the folder cannot be synced.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in UNKNOWN_TO_SOME_DISKS:
+        if error.errno not in FSYNC_NOT_SUPPORTED:
             raise
     finally:
         os.close(descriptor)

@@ -1,14 +1,13 @@
-"""What can go wrong, as one tree; each branch is an exit status of its own.
+"""The errors of this package, one class for each exit status.
 
-    FinetuneError            1  anything else that we can explain
+    FinetuneError            1  any other error with an explanation
     ├── ConfigError          2  a flag, a config file, the hardware asked for
     ├── DataError            3  conversation files and what they render to
-    ├── CheckpointError      4  a saved result that does not hold what it should
+    ├── CheckpointError      4  a checkpoint or saved result that is damaged or does not match
     ├── NumericsError        5  numbers that are not finite
     └── StorageError         6  no space, no permission, a file that cannot be written
 
-A new error inherits from the branch whose exit status it shares. Anything that is not a `FinetuneError` is a bug
-and keeps its traceback.
+A new error inherits from the class whose exit status it shares. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 SHOWN_FAULTS = 20
+EXIT_UNFLUSHED = 120  # as Python itself, when the last output cannot be written
 SECONDS_FOR_RANK_0, SECONDS_FOR_A_LINE = 8.0, 2.0
 
 
@@ -28,7 +28,7 @@ class FinetuneError(Exception):
     """A problem whose message names the value, the place and the remedy.
 
     Attributes:
-        is_shared: whether all ranks have raised it, so that rank 0 says it for all.
+        is_shared: all ranks have raised it, so rank 0 alone prints it.
     """
 
     status = 1
@@ -36,42 +36,45 @@ class FinetuneError(Exception):
 
 
 class ConfigError(FinetuneError):
-    """Usage or configuration: the run cannot start as asked."""
+    """Flags, configuration files or hardware: the run cannot start as asked."""
 
     status = 2
 
 
 class DataError(FinetuneError):
-    """The conversations cannot be read, or not be rendered as they stand."""
+    """Conversations that cannot be read or rendered."""
 
     status = 3
 
 
 class CheckpointError(FinetuneError):
-    """What was written does not hold what it should."""
+    """A checkpoint or result that is damaged, incomplete, or of another model."""
 
     status = 4
 
 
 class NumericsError(FinetuneError):
-    """The numbers are no longer finite: what follows would learn nothing."""
+    """Loss, gradients or weights that are no longer finite."""
 
     status = 5
 
 
 class StorageError(FinetuneError):
-    """The disk refused."""
+    """A file that cannot be written: no space, no permission."""
 
     status = 6
 
 
 def format_faults(faults: Sequence[str], noun: str, *, count: int | None = None) -> str:
-    """All faults as one message: the first 20 in full, then the count (`count` where only the first were kept).
+    """Join faults to one message: the first 20 in full, then how many more there are.
 
     >>> print(format_faults(["a.json, row 0: no turns", "a.json, row 4: no turns"], "faulty row"))
     2 faulty rows:
       a.json, row 0: no turns
       a.json, row 4: no turns
+
+    Args:
+        count: of all faults, where `faults` holds only the first.
     """
     count = len(faults) if count is None else count
     if count == 1:
@@ -83,7 +86,7 @@ def format_faults(faults: Sequence[str], noun: str, *, count: int | None = None)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first; its type where it says nothing.
+    """Return the first line of an error message, or the type of an error without one.
 
     >>> first_line(ValueError("\\n  no such layer\\nsee the manual"))
     'no such layer'
@@ -95,9 +98,9 @@ def first_line(error: BaseException) -> str:
 def exit_on_error() -> Iterator[None]:
     """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status.
 
-    Rank 0 prints at once. The other ranks wait a few seconds: when rank 0 saw the same fault its launcher ends those
-    on its host before they speak; one that is still there has a fault of its own, or sits on another host, and prints.
-    What all have agreed on (`is_shared`) is said by rank 0 alone.
+    Rank 0 prints at once. Other ranks wait a few seconds: after the same error on rank 0 the launcher ends the ranks of
+    that host before they print. A rank that is still alive then has an error of its own, or is on another host. Rank 0
+    alone prints an error with `is_shared`.
     """
     try:
         yield
@@ -107,45 +110,41 @@ def exit_on_error() -> Iterator[None]:
             time.sleep(SECONDS_FOR_A_LINE if error.is_shared else SECONDS_FOR_RANK_0)
         if rank != 0 and error.is_shared:
             sys.exit(error.status)
-        place = "" if rank == 0 else f" (rank {rank})"
-        print(f"error{place}: {error}", file=sys.stderr, flush=True)
+        origin = "" if rank == 0 else f" (rank {rank})"
+        print(f"error{origin}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)
-
-
-UNFLUSHED = 120  # what Python itself ends with where the last words cannot be written
 
 
 @contextmanager
 def process_exit_guard() -> Iterator[None]:
-    """For a process that only does what is in the block: it ends with its status, without the destructors of C++.
+    """End the process with the status of the block, without running C++ destructors.
 
-    Threads of a communication library may still run, most of all where a rank leaves the others in the middle of a run,
-    and one that runs when it is destroyed aborts the process: its status would be 134. Python's own exit handlers run
-    before.
+    Threads of a communication library may still run, above all where a rank leaves the others in the middle of a run. A
+    thread that runs while it is destroyed aborts the process with status 134. Python's own exit handlers run before.
     """
-    ended: list[int] = []
-    atexit.register(_leave, ended)  # called after what libraries that are imported later have registered
+    statuses: list[int] = []
+    atexit.register(_exit_now, statuses)  # runs after the handlers of libraries that are imported later
     try:
         yield
-    except SystemExit as leaving:
-        ended.append(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+    except SystemExit as error:
+        statuses.append(error.code if isinstance(error.code, int) else int(error.code is not None))
         raise
     except FinetuneError as error:  # `exit_on_error` may stand around this block as well as in it
-        ended.append(error.status)
+        statuses.append(error.status)
         raise
     except BaseException:
-        ended.append(1)
+        statuses.append(1)
         raise
     else:
-        ended.append(0)
+        statuses.append(0)
 
 
-def _leave(ended: list[int]) -> None:
-    if ended:
-        status = ended[0]
+def _exit_now(statuses: list[int]) -> None:
+    if statuses:
+        status = statuses[0]
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
             except (OSError, ValueError):
-                status = status or UNFLUSHED
+                status = status or EXIT_UNFLUSHED
         os._exit(status)
