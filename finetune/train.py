@@ -39,7 +39,7 @@ from finetune.distributed.collectives import (
     run_on_all_ranks,
     run_on_rank_0,
 )
-from finetune.distributed.op_builder import patch_build_lock
+from finetune.distributed.compat import patch_build_lock
 from finetune.distributed.process_setup import prepare_environment
 from finetune.distributed.startup_timer import timed
 from finetune.distributed.watchdog import start_watchdog
@@ -128,7 +128,7 @@ def begin(arguments: Arguments, setup: Setup, data: PreparedData) -> tuple[Any, 
     disk = find_storage_group(_output_dir(arguments))
     if not disk.is_shared:
         console.say_note(
-            f"--output_dir is not shared: each of {len(disk.all_disks)} hosts keeps the checkpoints of its own ranks"
+            f"--output_dir is not shared: each of {len(disk.all_groups)} hosts keeps the checkpoints of its own ranks"
         )
     values = {
         **arguments.training,

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: one of them acts, all of them agree, some of them share a disk."""
+"""Collective operations of a run's processes: gather objects, run on one or all ranks, find shared storage."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def _dist() -> Any:
     return torch.distributed
 
 
-def _is_one_of_several() -> bool:
+def _is_initialized() -> bool:
     return "torch" in sys.modules and _dist().is_initialized()
 
 
 def init_process_group(backend: str, *, uses_deepspeed: bool, timeout: int) -> None:
-    """Join this process to the run's; `timeout` is how many seconds a rank waits for the others.
+    """Join the run's process group; `timeout` is how many seconds a rank waits for the others.
 
-    DeepSpeed's process group comes first: built before it on a CPU, `TrainingArguments` starts torch's group alone,
-    and under ZeRO-3 the model is then partitioned for a world of one.
+    DeepSpeed's process group comes first: if `TrainingArguments` is built before it on a CPU, torch's group alone is
+    started, and ZeRO-3 then partitions the model for a world size of 1.
     """
     dist = _dist()
     if dist.is_initialized() or (not uses_deepspeed and int(os.environ.get("WORLD_SIZE", "1")) == 1):
@@ -39,46 +39,61 @@ def init_process_group(backend: str, *, uses_deepspeed: bool, timeout: int) -> N
         import torch
 
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    patience = timedelta(seconds=timeout)
     if uses_deepspeed:
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout), verbose=False)
     else:
-        dist.init_process_group(backend, timeout=patience)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
 def destroy_process_group() -> None:
-    """The end of a run, on all ranks at once: one that ends while others still talk to it can make them abort."""
-    if _is_one_of_several():
+    """Leave the process group on all ranks at once: a rank that ends while others still talk to it can abort them."""
+    if _is_initialized():
         all_gather_object(None)
         _dist().destroy_process_group()
 
 
 def get_rank() -> int:
-    """This process's number, 0 where there is one only."""
-    return _dist().get_rank() if _is_one_of_several() else 0
+    """Return this process's rank, 0 outside a process group."""
+    return _dist().get_rank() if _is_initialized() else 0
 
 
 def get_world_size() -> int:
-    """How many processes the run has, 1 where it is alone."""
-    return _dist().get_world_size() if _is_one_of_several() else 1
+    """Return the number of processes, 1 outside a process group."""
+    return _dist().get_world_size() if _is_initialized() else 1
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """What each rank gave, by rank, on every rank."""
-    if not _is_one_of_several():
+    """Return the value of each rank, by rank, on every rank."""
+    if not _is_initialized():
         return [value]
-    values = [None] * _dist().get_world_size()
+    values = [None] * get_world_size()
     _dist().all_gather_object(values, value)
     return values
 
 
+def all_gather_ints(values: list[int], device: Any) -> list[list[int]]:
+    """Return the integers of each rank, [ranks][values], on every rank; one small exchange that blocks the host.
+
+    Args:
+        device: the device on which the process group exchanges tensors.
+    """
+    if not _is_initialized():
+        return [values]
+    import torch
+
+    own = torch.tensor(values, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(get_world_size())]
+    _dist().all_gather(gathered, own)
+    return torch.stack(gathered).tolist()
+
+
 def run_on_rank_0(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 while the others wait; what it returns or raises, every rank returns or raises.
+    """Run `action` on rank 0 while the others wait; every rank returns its result.
 
     Raises:
-        FinetuneError: as `action` did on rank 0.
+        FinetuneError: what `action` raised on rank 0, on every rank.
     """
     result: list[Any] = [None, None]
     if get_rank() == 0:
@@ -86,7 +101,7 @@ def run_on_rank_0(action: Callable[[], Any]) -> Any:
             result = [action(), None]
         except FinetuneError as error:
             result = [None, error]
-    if _is_one_of_several():
+    if _is_initialized():
         _dist().broadcast_object_list(result, src=0)
     if result[1] is not None:
         result[1].is_shared = True
@@ -94,16 +109,11 @@ def run_on_rank_0(action: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def first_not_none(reason: str | None) -> str | None:
-    """What the lowest rank that has a reason says, on every rank; None when none has one."""
-    return next((one for one in all_gather_object(reason) if one is not None), None)
-
-
 def run_on_all_ranks(action: Callable[[], Any]) -> list[Any]:
-    """Run `action` on every rank and gather what came out; where one raises, all do.
+    """Run `action` on every rank and return all results, by rank; if one rank fails, all raise.
 
     Raises:
-        FinetuneError: as `action` did on the lowest rank on which it failed.
+        FinetuneError: what `action` raised on the lowest rank on which it failed.
     """
     value, failure = None, None
     try:
@@ -118,88 +128,79 @@ def run_on_all_ranks(action: Callable[[], Any]) -> list[Any]:
     return [value for value, _ in outcomes]
 
 
+def first_not_none(value: str | None) -> str | None:
+    """Return, on every rank, the value of the lowest rank that has one; None if none has."""
+    return next((gathered for gathered in all_gather_object(value) if gathered is not None), None)
+
+
+def host_names() -> list[str]:
+    """Return the name of each rank's host, by rank."""
+    return all_gather_object(os.uname().nodename)
+
+
 @dataclass(frozen=True)
 class StorageGroup:
-    """Who keeps files in the same place as this rank.
+    """The ranks that see the same files as this rank.
 
     Attributes:
-        writer: the lowest rank that sees this rank's files; it writes for all of them.
-        ranks: of this disk.
-        all_disks: the ranks of each disk: one disk where all ranks share a file system.
+        writer: the lowest of them, which writes what all of them share.
+        ranks: all of them.
+        all_groups: the ranks of each group; one group if all ranks share a file system.
     """
 
     writer: int
     ranks: tuple[int, ...]
-    all_disks: list[list[int]]
+    all_groups: list[list[int]]
 
     @property
     def is_shared(self) -> bool:
         """Whether all ranks see the same files."""
-        return len(self.all_disks) == 1
+        return len(self.all_groups) == 1
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes what the ranks of a disk write once."""
+        """Whether this rank writes for its group."""
         return get_rank() == self.writer
 
 
 def find_storage_group(folder: Path) -> StorageGroup:
-    """Find out which ranks share `folder`, by a file that the first rank of each host leaves there and all look for.
+    """Find out which ranks share `folder`: the first rank of each host writes a file there, and all look for each.
 
     Raises:
         StorageError: the folder cannot be written to on some host.
     """
-    if not _is_one_of_several() or _dist().get_world_size() == 1:
+    if get_world_size() == 1:
         return StorageGroup(0, (0,), [[0]])
-    run = all_gather_object(secrets.token_hex(8))[0]
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    token = folder / f".seen-{run}-{get_rank()}"
+    run_key = all_gather_object(secrets.token_hex(8))[0]
+    is_first_of_host = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    rank = get_rank()
 
-    def leave() -> int | None:
-        if not is_first:
+    def marker(of_rank: int) -> Path:
+        return folder / f".seen-{run_key}-{of_rank}"
+
+    def write_marker() -> int | None:
+        if not is_first_of_host:
             return None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            token.write_text(run, encoding="utf-8")
+            marker(rank).write_text(run_key, encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{folder} on {os.uname().nodename}: {error.strerror}") from None
-        return get_rank()
+        return rank
 
-    firsts = [rank for rank in run_on_all_ranks(leave) if rank is not None]
-    seen = [rank for rank in firsts if _holds(folder / f".seen-{run}-{rank}", run)]
-    everyone = all_gather_object(min(seen, default=get_rank()))
-    if is_first:
-        with suppress(OSError):  # a leftover is harmless: its name is drawn anew each time
-            token.unlink()
-    all_gather_object(None)  # nobody goes on while a token lies there
-    disks = [[rank for rank, one in enumerate(everyone) if one == writer] for writer in sorted(set(everyone))]
-    writer = everyone[get_rank()]
-    return StorageGroup(writer, next(tuple(ranks) for ranks in disks if get_rank() in ranks), disks)
+    first_ranks = [first for first in run_on_all_ranks(write_marker) if first is not None]
+    visible = [first for first in first_ranks if _contains(marker(first), run_key)]
+    writers = all_gather_object(min(visible, default=rank))
+    if is_first_of_host:
+        with suppress(OSError):  # a leftover is harmless: the next run has another key
+            marker(rank).unlink()
+    all_gather_object(None)  # a barrier: no rank continues before the markers are gone
+    groups = [[other for other, writer in enumerate(writers) if writer == first] for first in sorted(set(writers))]
+    return StorageGroup(writers[rank], tuple(next(ranks for ranks in groups if rank in ranks)), groups)
 
 
-def _holds(path: Path, text: str) -> bool:
+def _contains(path: Path, text: str) -> bool:
     try:
         return path.read_text(encoding="utf-8") == text
     except OSError:
         return False
-
-
-def host_names() -> list[str]:
-    """The name of each rank's host, by rank."""
-    return all_gather_object(os.uname().nodename)
-
-
-def all_gather_ints(values: list[int], device: Any) -> list[list[int]]:
-    """[ranks][values]: the integers that each rank gave, on every rank. One small exchange, and the host waits for it.
-
-    Args:
-        device: that the processes exchange tensors on.
-    """
-    if not _is_one_of_several():
-        return [values]
-    import torch
-
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(_dist().get_world_size())]
-    _dist().all_gather(everyone, mine)
-    return torch.stack(everyone).tolist()

@@ -1,7 +1,7 @@
-"""Before the first step all ranks agree: the same data, the same code, the same libraries, the same base model.
+"""Check before the first step that all ranks have the same data, code, libraries and base model.
 
-A run whose ranks differ in one of them goes on without a word, and learns something else than it says: each rank draws
-its rows by number from data of its own, and a weight is the mean of what different code has computed.
+Ranks that differ in one of them train without an error, and train something else than the run says: each rank reads
+rows by index from its own data, and gradients are averaged over different code.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from finetune.distributed.collectives import all_gather_object
 from finetune.utils.errors import ConfigError, DataError, FinetuneError, format_faults
 from finetune.utils.proc import ROOT
 
-SHOWN_CHARACTERS, SHOWN_NAMES = 12, 4
+SHOWN_CHARACTERS, SHOWN_NAMES = 12, 4  # of a digest, and of hosts or ranks
 DATA, CODE, MODEL, PYTHON = "the data", "the code of finetune", "the base model", "Python"
 NONE = "none"
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank brings: its host, and by name what all must have alike."""
+    """What must be the same on all ranks, by name, and this rank's host."""
 
     host: str
     values: dict[str, str]
 
     @classmethod
     def here(cls, *, data: str, model: str) -> RankFacts:
-        """Those of this process; `data` and `model` are fingerprints, which are not cheap to take twice."""
+        """Collect those of this process; `data` and `model` are fingerprints, which are expensive to compute twice."""
         own = {
             PYTHON: platform.python_version(),
             **host_probe.versions(),
@@ -43,7 +43,7 @@ class RankFacts:
 
 
 def check_rank_consistency(facts: RankFacts, *, data_path: Sequence[str], model_name: str) -> None:
-    """Compare what all ranks bring; all ranks call it, and where it fails it fails on all. One exchange.
+    """Compare the facts of all ranks in one exchange; every rank calls this, and if it fails it fails on all.
 
     Args:
         data_path, model_name: as the user gave them, for the remedy.
@@ -58,7 +58,7 @@ def check_rank_consistency(facts: RankFacts, *, data_path: Sequence[str], model_
 
 
 def describe_mismatch(facts: Sequence[RankFacts], *, data_path: Sequence[str], model_name: str) -> FinetuneError | None:
-    """The error that names everything in which the ranks differ, with hosts and values; None where they agree.
+    """Return the error that names all differences with hosts and values; None if there are none.
 
     Args:
         facts: by rank.
@@ -69,12 +69,13 @@ def describe_mismatch(facts: Sequence[RankFacts], *, data_path: Sequence[str], m
         DATA: f"copy {', '.join(data_path)} from {{right}} to {{wrong}}",
         PYTHON: "install the same Python on all hosts",
     }
+    hosts = [rank.host for rank in facts]
     faults = {}
-    for name in dict.fromkeys(name for one in facts for name in one.values):
-        values = [one.values.get(name, NONE) for one in facts]
+    for name in dict.fromkeys(name for rank in facts for name in rank.values):
+        values = [rank.values.get(name, NONE) for rank in facts]
         if len(set(values)) > 1:
             remedy = remedies.get(name, f"install the {name} of {{right}} on {{wrong}}")
-            faults[name] = _fault(name, values, [one.host for one in facts], remedy)
+            faults[name] = _describe(name, values, hosts, remedy)
     if not faults:
         return None
     error = (DataError if set(faults) == {DATA} else ConfigError)(format_faults(list(faults.values()), "difference"))
@@ -82,29 +83,30 @@ def describe_mismatch(facts: Sequence[RankFacts], *, data_path: Sequence[str], m
     return error
 
 
-def _fault(name: str, values: Sequence[str], hosts: Sequence[str], remedy: str) -> str:
-    """`the data differs: node0, node1 have 0a1b, node2 has 2c3d: ...`; right is what most ranks have, then rank 0."""
-    holders = {value: [rank for rank, one in enumerate(values) if one == value] for value in dict.fromkeys(values)}
-    by_rank = len({(host, value) for host, value in zip(hosts, values, strict=True)}) > len(set(hosts))
+def _describe(name: str, values: Sequence[str], hosts: Sequence[str], remedy: str) -> str:
+    """`the data differs: node0, node1 have 0a1b, node2 has 2c3d: ...`; what most ranks have is right, rank 0 if even.
 
-    def named(ranks: Sequence[int]) -> list[str]:
-        return list(dict.fromkeys(f"rank {rank} on {hosts[rank]}" if by_rank else hosts[rank] for rank in ranks))
+    Args:
+        values, hosts: by rank.
+    """
+    needs_ranks = len(set(zip(hosts, values, strict=True))) > len(set(hosts))  # ranks of one host differ
 
+    def names_of(ranks: Sequence[int]) -> list[str]:
+        return list(dict.fromkeys(f"rank {rank} on {hosts[rank]}" if needs_ranks else hosts[rank] for rank in ranks))
+
+    ranks_by_value: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks_by_value.setdefault(value, []).append(rank)
     right = Counter(values).most_common(1)[0][0]
-    said = []
-    for value, ranks in holders.items():
-        names = named(ranks)
-        said.append(f"{_few(names)} {'have' if len(names) > 1 else 'has'} {_shown(value)}")
+    clauses = []
+    for value, ranks in ranks_by_value.items():
+        names = names_of(ranks)
+        clauses.append(f"{_abridge(names)} {'have' if len(names) > 1 else 'has'} {value[:SHOWN_CHARACTERS]}")
     wrong = [rank for rank, value in enumerate(values) if value != right]
-    remedy = remedy.format(right=named(holders[right])[0], wrong=_few(named(wrong)))
-    return f"{name} differs: {', '.join(said)}: {remedy}"
+    remedy = remedy.format(right=names_of(ranks_by_value[right])[0], wrong=_abridge(names_of(wrong)))
+    return f"{name} differs: {', '.join(clauses)}: {remedy}"
 
 
-def _shown(value: str) -> str:
-    """A version whole, of a digest enough to tell it."""
-    return value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS]
-
-
-def _few(names: Sequence[str]) -> str:
+def _abridge(names: Sequence[str]) -> str:
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

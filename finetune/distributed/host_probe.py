@@ -1,4 +1,7 @@
-"""What a host has, told by itself: this file's text is sent to its Python, so it uses the standard library alone."""
+"""Facts of a host. The text of this file is sent to the host's Python, so it uses the standard library alone.
+
+Functions that `launcher.ssh.run_on_all_hosts` calls take and return a dictionary that JSON can hold.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn")
-WHOLE_BYTES = 64 << 20  # larger files are compared by their size and by samples, unless all bytes are asked for
+WHOLE_BYTES = 64 << 20  # larger files are compared by size and samples, unless `full` is set
 SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 GPU_FACTS = ("name", "memory.total", "memory.used", "compute_cap", "driver_version")
 SECONDS_FOR_A_PROGRAM = 8
 SECONDS_BETWEEN_TRIES = 0.3
-PORTS, TRIES = range(10_000, 20_000), 50  # guards meet above them
+PORTS, TRIES = range(10_000, 20_000), 50  # the watchdogs' ports lie above
 
 
 def collect_host_facts(order: dict) -> dict:
-    """Facts of this host.
+    """Collect the facts of this host.
 
-    `order` names the `folder` to work in, the `code` that must be there, and `words` of the command line: those that
-    are files or folders here come back with a fingerprint, over all their bytes where `full` is set. It is said whether
-    the port that is `wanted`, if any, is taken. With `places`, name -> folder, a host is examined more closely: what
-    `_closely` returns is added.
+    Args:
+        order: `folder`, to work in; `code`, a folder that must exist; `words` of the command line, of which those that
+            name files or folders get a fingerprint (over all bytes if `full` is set); `wanted`, a port that is tested,
+            if any; `places`, name -> folder, for the facts of `_resource_facts`.
     """
-    facts = {
+    facts: dict = {
         "name": socket.gethostname(),
         "machine": machine(),
         "python": platform.python_version(),
@@ -58,15 +61,12 @@ def collect_host_facts(order: dict) -> dict:
             if fingerprint:
                 facts["files"][word] = fingerprint
     if "places" in order:
-        facts.update(_closely(order))
+        facts.update(_resource_facts(order))
     return facts
 
 
-def _closely(order: dict) -> dict:
-    """What decides whether a run fits on a host and can meet the others; sizes in bytes, the time in seconds.
-
-    `places` of the order become the free space of the file system that each would be written to.
-    """
+def _resource_facts(order: dict) -> dict:
+    """What decides whether a run fits on a host; sizes in bytes, the time in seconds."""
     return {
         "time": time.time(),
         "cores": len(os.sched_getaffinity(0)),
@@ -80,137 +80,139 @@ def _closely(order: dict) -> dict:
 
 
 def _memory() -> dict:
-    """Of the machine: `total` and what could be had now."""
-    found = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    return {"total": int(found["MemTotal"]) << 10, "available": int(found["MemAvailable"]) << 10}
+    """Bytes of the machine's memory: `total` and `available`."""
+    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    return {"total": int(sizes["MemTotal"]) << 10, "available": int(sizes["MemAvailable"]) << 10}
 
 
 def disk_space(folder: Path) -> dict:
-    """Where `folder` is or would be made: its nearest parent that exists, free bytes there, whether one may write."""
+    """The nearest existing parent of `folder` (or itself), free bytes there, and whether it is writable."""
     folder = Path(os.path.abspath(folder))
-    there = next(one for one in (folder, *folder.parents) if os.path.exists(one))  # False, too, where none may look
-    return {"at": str(there), "free": shutil.disk_usage(there).free, "writable": os.access(there, os.W_OK)}
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # False without permission, too
+    return {"at": str(existing), "free": shutil.disk_usage(existing).free, "writable": os.access(existing, os.W_OK)}
 
 
 def interfaces() -> dict:
     """Name -> IPv4 address of every network interface that has one and is up."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             packed = struct.pack("256s", name.encode()[:15])
             try:
-                flags = struct.unpack("16xh", fcntl.ioctl(asking, 0x8913, packed)[:18])[0]  # SIOCGIFFLAGS
-                address = socket.inet_ntoa(fcntl.ioctl(asking, 0x8915, packed)[20:24])  # SIOCGIFADDR
-            except OSError:  # it has none
+                flags = struct.unpack("16xh", fcntl.ioctl(query, 0x8913, packed)[:18])[0]  # SIOCGIFFLAGS
+                address = socket.inet_ntoa(fcntl.ioctl(query, 0x8915, packed)[20:24])  # SIOCGIFADDR
+            except OSError:  # it has no address
                 continue
             if flags & 1:
-                found[name] = address
-    return found
+                addresses[name] = address
+    return addresses
 
 
 def locks(folder: Path) -> list:
-    """Files that make torch wait for a build of an operator: (path, age in seconds)."""
-    found = []
+    """Lock files of operator builds, for which torch waits: (path, age in seconds)."""
+    ages = []
     for path in folder.glob("**/lock"):
         with suppress(FileNotFoundError):  # the build is done
-            found.append((str(path), time.time() - path.stat().st_mtime))
-    return found
+            ages.append((str(path), time.time() - path.stat().st_mtime))
+    return ages
 
 
 def remove(order: dict) -> dict:
-    """Remove the folder `path`, which was made for a trial."""
+    """Remove the folder `path`."""
     shutil.rmtree(order["path"], ignore_errors=True)
     return {"path": order["path"]}
 
 
-def await_greetings(order: dict) -> dict:
-    """Stand where ranks would meet, until `guests` have come or `seconds` are over: who came, by name.
+def await_connections(order: dict) -> dict:
+    """Listen at the rendezvous `port` until `clients` hosts have sent the `key`, or for `seconds`.
 
-    `port`, and a `key` that guests must know.
+    Returns:
+        `connected`, the names of those hosts; with `error` if the port cannot be opened.
     """
     try:
-        door = _door(order["port"])
+        server = _listen(order["port"])
     except OSError as error:
-        return {"error": os.strerror(error.errno), "came": []}
-    with door:
-        came, deadline = [], time.monotonic() + order["seconds"]
-        while len(came) < order["guests"] and (left := deadline - time.monotonic()) > 0:
-            door.settimeout(left)
+        return {"error": os.strerror(error.errno or 0), "connected": []}
+    connected: list = []
+    with server:
+        deadline = time.monotonic() + order["seconds"]
+        while len(connected) < order["clients"] and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
             try:
-                guest, _ = door.accept()
+                client, _ = server.accept()
             except TimeoutError:
                 break
-            with guest:
-                guest.settimeout(2)
+            with client:
+                client.settimeout(2)
                 try:
-                    key, _, name = guest.recv(1024).decode(errors="replace").partition(" ")
+                    key, _, name = client.recv(1024).decode(errors="replace").partition(" ")
                     if key == order["key"]:
-                        guest.sendall(key.encode())
-                        came.append(name)
-                except OSError:  # somebody else's knock
+                        client.sendall(key.encode())
+                        connected.append(name)
+                except OSError:  # some other program's connection
                     continue
-    return {"came": came}
+    return {"connected": connected}
 
 
-def _door(port: int) -> socket.socket:
-    """A listening socket for both kinds of addresses, as the ranks' own is; for IPv4 alone where there is no other."""
+def _listen(port: int) -> socket.socket:
+    """A listening socket for IPv6 and IPv4, as that of the ranks; for IPv4 alone if the host has no IPv6."""
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True)
         except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:  # that one: IPv6 is switched off
+            if error.errno != errno.EADDRNOTAVAIL:  # which means that IPv6 is switched off
                 raise
     return socket.create_server(("", port), backlog=128)
 
 
-def greet(order: dict) -> dict:
-    """Come to where ranks would meet: `address`, `port`, `key`, own `name`; tries for `seconds`.
+def connect(order: dict) -> dict:
+    """Connect to the rendezvous at `address` and `port`, trying for `seconds`; send `key` and this host's `name`.
 
-    Returns seconds of a round trip and the interface that leads there, or an `error`.
+    Returns:
+        `seconds` of a round trip and the `interface` that leads there; or an `error`.
     """
-    deadline, error = time.monotonic() + order["seconds"], "no try"
+    deadline, error = time.monotonic() + order["seconds"], "not tried"
     while time.monotonic() < deadline:
         began = time.monotonic()
         try:
-            with socket.create_connection((order["address"], order["port"]), timeout=2) as door:
-                door.sendall(f"{order['key']} {order['name']}".encode())
-                if door.recv(64).decode() != order["key"]:
-                    raise OSError("somebody else answers there")
-                mine = door.getsockname()[0]
+            with socket.create_connection((order["address"], order["port"]), timeout=2) as connection:
+                connection.sendall(f"{order['key']} {order['name']}".encode())
+                if connection.recv(64).decode() != order["key"]:
+                    raise OSError("another program answers there")
+                own_address = connection.getsockname()[0]
         except OSError as failure:
             error = failure.strerror or str(failure)
             time.sleep(SECONDS_BETWEEN_TRIES)
             continue
-        names = [name for name, address in interfaces().items() if address == mine]
+        names = [name for name, address in interfaces().items() if address == own_address]
         return {"seconds": time.monotonic() - began, "interface": names[0] if names else None}
     return {"error": error}
 
 
 def versions() -> dict:
-    """Of every library that shapes a result; what is not installed is left out."""
-    found = {}
+    """The versions of the installed libraries that affect a result."""
+    installed = {}
     for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
 
 
 def count_gpus() -> int:
+    """The number of NVIDIA GPUs, by nvidia-smi."""
     return sum(line.startswith("GPU ") for line in _nvidia_smi("-L"))
 
 
 def gpu_facts() -> list:
-    """Name, memory (bytes), compute capability and driver of each NVIDIA GPU; none where its tool is too old to say."""
-    found = []
+    """Name, memory (bytes), compute capability and driver of each NVIDIA GPU; empty if nvidia-smi is too old."""
+    gpus = []
     for line in _nvidia_smi(f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader,nounits"):
         values = [value.strip() for value in line.split(",")]
         if len(values) == len(GPU_FACTS):
             name, total, used, capability, driver = values
             sizes = {"memory": _mebibytes(total), "used": _mebibytes(used)}
-            found.append({"name": name, **sizes, "capability": capability, "driver": driver})
-    return found
+            gpus.append({"name": name, **sizes, "capability": capability, "driver": driver})
+    return gpus
 
 
 def _nvidia_smi(*words: str) -> list:
@@ -219,7 +221,7 @@ def _nvidia_smi(*words: str) -> list:
         return []
     try:
         done = subprocess.run([program, *words], capture_output=True, text=True, timeout=SECONDS_FOR_A_PROGRAM)
-    except subprocess.TimeoutExpired:  # a GPU that hangs; the caller says that none was found
+    except subprocess.TimeoutExpired:  # a GPU hangs; the caller reports that there is none
         return []
     return done.stdout.splitlines()
 
@@ -229,44 +231,39 @@ def _mebibytes(text: str) -> int:
 
 
 def free_port() -> int:
-    """A port that nobody listens on; mostly below those that a system hands to connections of its own, one of which
-    could have it before a rank does."""
+    """Find a port on which nobody listens, below the system's ephemeral ports if possible, so that no outgoing
+    connection takes it before a rank does."""
     for port in random.sample(PORTS, TRIES):
         if not is_taken(port):
             return port
-    with socket.socket() as probing:
-        probing.bind(("", 0))
-        return probing.getsockname()[1]
+    with socket.socket() as trial:
+        trial.bind(("", 0))
+        return trial.getsockname()[1]
 
 
 def is_taken(port: int) -> bool:
-    """Whether somebody listens there, so that a rank cannot."""
-    with socket.socket() as probing:
-        probing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Whether the port is in use, so that no rank can listen on it."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probing.bind(("", port))
+            trial.bind(("", port))
         except OSError:
             return True
     return False
 
 
 def machine() -> str:
-    """The same for two names of one machine, and for nothing else: name, boot, and what tells containers apart."""
-    found = [socket.gethostname()]
-    for path, read in (("/proc/sys/kernel/random/boot_id", _line_of), ("/proc/self/ns/net", os.readlink)):
-        try:
-            found.append(read(path))
-        except OSError:
-            continue
-    return " ".join(found)
-
-
-def _line_of(path: str) -> str:
-    return Path(path).read_text().strip()
+    """An identity of the machine whatever name it was reached by: host name, boot and network namespace."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/net"))
+    return " ".join(parts)
 
 
 def code_digest(folder: Path) -> str | None:
-    """Of the Python files in a folder, and of their names; None where there are none."""
+    """A digest of the Python files in a folder and of their names; None if there are none."""
     files = sorted(folder.rglob("*.py"))
     if not files:
         return None
@@ -279,15 +276,15 @@ def code_digest(folder: Path) -> str | None:
 def _fingerprint(path: Path, whole_bytes: int) -> str | None:
     try:
         if path.is_dir():
-            parts = [(one.name, one) for one in sorted(path.iterdir()) if one.is_file()][:1000]
+            parts = [(file.name, file) for file in sorted(path.iterdir()) if file.is_file()][:1000]
         elif path.is_file():
             parts = [("", path)]
         else:
             return None
         digest = hashlib.sha256()
-        for name, one in parts:
-            digest.update(f"{name} {one.stat().st_size}\n".encode())
-            _add_content(digest, one, whole_bytes)
+        for name, file in parts:
+            digest.update(f"{name} {file.stat().st_size}\n".encode())
+            _add_content(digest, file, whole_bytes)
     except (OSError, ValueError):
         return None
     return digest.hexdigest()[:16]

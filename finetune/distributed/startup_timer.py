@@ -1,4 +1,4 @@
-"""Where the seconds before the first step go: stages measure themselves, the plan says what they took."""
+"""Where the seconds before the first step go: stages measure themselves, the run summary shows them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from finetune.utils.proc import command_of, parent_of, stat_of
 
 _stage_seconds: dict[str, float] = {}
-_first_stage_began: list[float] = []
+_first_stage_began: list[float] = []  # empty, or one time
 
 
 def timed(stage: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the seconds that the function takes are part of `start_up_seconds` under this name."""
+    """Decorate a function so that its seconds count as a stage of `start_up_seconds`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -35,20 +35,23 @@ def timed(stage: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def start_up_seconds() -> dict[str, float]:
-    """Seconds since the launcher was started, in parts: it, what came before the first timed stage, the timed stages,
-    and the rest, which is the engine's."""
-    own = launched = _age(process := os.getpid())
-    while process := parent_of(process):
-        if any("deepspeed" in word for word in command_of(process)):
-            launched = max(launched, _age(process))
-    before = own - (time.monotonic() - (_first_stage_began or [time.monotonic()])[0])
-    parts = {"launcher": launched - own, "imports": before, **_stage_seconds}
-    return {**parts, "engine": launched - sum(parts.values())}
+    """Return the seconds since the launcher was started, by part.
+
+    The parts: `launcher`, `imports` (what came before the first timed stage), each stage, `engine` (the rest).
+    """
+    pid: int | None = os.getpid()
+    own_age = launcher_age = _age(os.getpid())
+    while pid and (pid := parent_of(pid)):
+        if any("deepspeed" in word for word in command_of(pid)):
+            launcher_age = max(launcher_age, _age(pid))
+    before = own_age - (time.monotonic() - (_first_stage_began or [time.monotonic()])[0])
+    parts = {"launcher": launcher_age - own_age, "imports": before, **_stage_seconds}
+    return {**parts, "engine": launcher_age - sum(parts.values())}
 
 
-def _age(process: int) -> float:
-    """Seconds since a process began, 0 where it is gone. Field 22 of /proc/PID/stat counts clock ticks since boot."""
-    fields = stat_of(process)
+def _age(pid: int) -> float:
+    """Seconds since a process began, 0 if it is gone. Field 22 of /proc/PID/stat counts clock ticks since boot."""
+    fields = stat_of(pid)
     if fields is None:
         return 0.0
     return float(Path("/proc/uptime").read_text().split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

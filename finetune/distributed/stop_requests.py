@@ -1,7 +1,7 @@
-"""A request to stop: SIGTERM, SIGUSR1 or SIGINT to any rank, or a file `STOP` in the output folder.
+"""Requests to stop: SIGTERM, SIGUSR1 or SIGINT to any rank, or a file `STOP` in the output folder.
 
-A scheduler that takes a machine away says so first. The ranks agree on a step (see `callbacks`), save it, and leave
-with status 75, which says: run the same command again. A second signal is a user, or a scheduler, who does not wait.
+A scheduler sends a signal before it takes a machine away. The ranks choose a step together (see `callbacks`), save a
+checkpoint, and exit with status 75, which means: run the same command again. A second signal ends the rank at once.
 """
 
 from __future__ import annotations
@@ -15,85 +15,85 @@ from typing import Any
 EXIT_STOPPED = 75  # EX_TEMPFAIL of <sysexits.h>
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_FILE_CHECKS = 1.0
 
 
-class _Request:
-    """What this process has heard so far."""
+class _StopRequest:
+    """What this process has been asked so far."""
 
     signal_number: int | None = None
     by_file = False
     can_save = False  # a step has begun: from now on there is something to save
-    leaves = False  # saved, or done: later signals change nothing
+    is_leaving = False  # saved or done: later signals change nothing
     file: Path | None = None
-    looked_at = 0.0
+    file_checked_at = 0.0
 
 
-_request = _Request()
+_request = _StopRequest()
 
 
 def install_signal_handlers() -> None:
-    """From now on the signals ask to stop instead of ending this process; the main thread's to call."""
+    """Make the signals ask to stop instead of ending this process; call it from the main thread."""
     for number in SIGNALS:
-        signal.signal(number, _heard)
+        signal.signal(number, _handle)
 
 
 def watch_stop_file(stop_file: Path | None) -> None:
-    """The first step begins: a request now waits for the end of a step. `stop_file` is looked for, too."""
+    """From now on wait for the end of a step when asked to stop, and look for `stop_file`, too."""
     _request.can_save, _request.file = True, stop_file
 
 
 def ignore_signals() -> None:
-    """What was to be saved is saved: further signals change nothing."""
-    _request.leaves = True
+    """Ignore further signals: everything is saved."""
+    _request.is_leaving = True
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
+    """Return whether this process was asked to stop."""
     if _request.signal_number is not None or _request.by_file:
         return True
     now = time.monotonic()
-    if _request.file is not None and now - _request.looked_at >= SECONDS_BETWEEN_LOOKS:
-        _request.looked_at = now
+    if _request.file is not None and now - _request.file_checked_at >= SECONDS_BETWEEN_FILE_CHECKS:
+        _request.file_checked_at = now
         _request.by_file = _request.file.exists()
     return _request.by_file
 
 
 def stop_reason() -> str | None:
-    """What asked, in words; None where nothing has."""
+    """Return the name of the signal or the path of the file that asked; None if nothing has."""
     if _request.signal_number is not None:
         return signal.Signals(_request.signal_number).name
     return str(_request.file) if _request.by_file else None
 
 
 def reset() -> None:
-    """As if nothing had been asked; for a process that trains more than once."""
+    """Forget all requests; for a process that trains more than once."""
     global _request
-    _request = _Request()
+    _request = _StopRequest()
 
 
 def ignore_in_worker(_: int) -> None:
-    """For processes that load data: they end with their rank, and not by a signal that is meant for it."""
+    """Make a DataLoader worker ignore the signals: it ends with its rank."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _heard(number: int, _: Any) -> None:
-    again, _request.signal_number = _request.signal_number is not None, number
-    if _request.leaves:
+def _handle(number: int, _: Any) -> None:
+    is_second, _request.signal_number = _request.signal_number is not None, number
+    if _request.is_leaving:
         return
     name = signal.Signals(number).name
     if not _request.can_save:
-        _request.leaves = True
-        _say(f"{name}: nothing was trained yet, nothing is saved")
+        _request.is_leaving = True
+        _write(f"{name}: nothing was trained yet, nothing is saved")
         raise SystemExit(EXIT_STOPPED)
-    if again:
-        _say(f"{name}, the second signal: leaving at once, nothing is saved")
+    if is_second:
+        _write(f"{name}, the second signal: exiting at once, nothing is saved")
         os._exit(128 + number)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        _say(f"{name}: saving at the end of this step, then leaving; once more to leave at once")
+        _write(f"{name}: saving at the end of this step, then exiting; send it again to exit at once")
 
 
-def _say(line: str) -> None:
-    # a print may have been interrupted by the very signal, and does not let another one in
+def _write(line: str) -> None:
+    # The signal may have interrupted a print, which is not reentrant.
     os.write(2, f"{line}\n".encode())

@@ -1,25 +1,30 @@
-"""What the `deepspeed` command is told: its flags, the hostfile, `.deepspeed_env`, read strictly.
+"""The `deepspeed` command on all hosts of a run: its flags, hostfile and `.deepspeed_env`, ssh, and network checks.
 
-The launcher takes half a line for a whole one, a missing file for an order to train alone, and hands the rest to a
-shell. Here each of these is an error that says what to write instead, found before anything starts. What the launcher
-reads rightly means the same here: the tests ask both.
+The files and flags are read strictly. DeepSpeed's launcher ignores the rest of a line that it half understands, trains
+on this machine alone if the hostfile is missing, and passes values to a shell; here each of these is an error with a
+remedy, found before anything starts. Whatever the launcher reads correctly means the same here; tests ask both.
 """
 
 from finetune.launcher.deepspeed_args import LauncherArgs, build_parser, launcher_options, parse_launcher_args
 from finetune.launcher.deepspeed_env import (
-    FILE_NAME,
+    ENVIRONMENT_FILE,
     environment_files,
     environment_of_ranks,
     read_environment_file,
-    travelling_environment,
     write_environment_file,
 )
 from finetune.launcher.env_variables import is_exported, is_secret, redact
 from finetune.launcher.hostfile import read_hostfile
-from finetune.launcher.resource_filter import JOB_HOSTFILE, local_slots, resolve_resources
+from finetune.launcher.resource_filter import (
+    JOB_HOSTFILE,
+    Resources,
+    local_slots,
+    resolve_resources,
+    resources_of_command,
+)
 
 __all__ = [
-    "FILE_NAME",
+    "ENVIRONMENT_FILE",
     "JOB_HOSTFILE",
     "LauncherArgs",
     "build_parser",
@@ -32,8 +37,9 @@ __all__ = [
     "read_hostfile",
     "redact",
     "resolve_resources",
+    "resources_of_command",
+    "Resources",
     "local_slots",
-    "travelling_environment",
     "is_exported",
     "write_environment_file",
 ]

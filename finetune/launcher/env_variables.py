@@ -1,4 +1,4 @@
-"""Which variables go to other hosts by themselves, and which names stand for secrets, so that no log shows them."""
+"""Which environment variables are exported to other hosts, and which names stand for secrets that no log may show."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 HIDDEN = "***"
 
-# What means the same on every host of a job, as their paths do. Left out on purpose: what the launcher sets for each
-# rank (RANK, MASTER_*, CUDA_VISIBLE_DEVICES), and what a host knows better (PATH, HOME, TMPDIR, proxies).
-TRAVELLING = frozenset(
-    # where models and data are, and whether the network may be asked: huggingface_hub, datasets, transformers
+# Variables that mean the same on every host of a job. Not among them: what the launcher sets for each rank (RANK,
+# MASTER_*, CUDA_VISIBLE_DEVICES), and what differs between hosts (PATH, HOME, TMPDIR, proxies).
+EXPORTED = frozenset(
+    # where models and data are, and whether the network may be used: huggingface_hub, datasets, transformers
     "HF_HOME HF_HUB_CACHE HF_ASSETS_CACHE HF_XET_CACHE HF_DATASETS_CACHE HF_MODULES_CACHE XDG_CACHE_HOME "
     "HF_ENDPOINT HF_TOKEN HF_TOKEN_PATH HUGGING_FACE_HUB_TOKEN HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE "
     "HF_HUB_DISABLE_XET HF_HUB_DISABLE_TELEMETRY HF_HUB_DISABLE_PROGRESS_BARS HF_HUB_DISABLE_IMPLICIT_TOKEN "
@@ -28,7 +28,7 @@ TRAVELLING = frozenset(
     # DeepSpeed and torch.distributed
     "DS_ACCELERATOR DS_SKIP_CUDA_CHECK DS_IGNORE_CUDA_DETECTION DEEPSPEED_TIMEOUT TORCH_DISTRIBUTED_DEBUG "
     "TORCH_CPP_LOG_LEVEL TORCH_SHOW_CPP_STACKTRACES "
-    # how much is said
+    # verbosity
     "TRANSFORMERS_VERBOSITY DATASETS_VERBOSITY DS_LOG_LEVEL NO_COLOR "
     # where results are reported
     "WANDB_API_KEY WANDB_BASE_URL WANDB_ENTITY WANDB_PROJECT WANDB_NAME WANDB_NOTES WANDB_TAGS WANDB_RUN_ID "
@@ -38,18 +38,18 @@ TRAVELLING = frozenset(
     "HF_MLFLOW_LOG_ARTIFACTS TENSORBOARD_LOGGING_DIR".split()
 )
 # Communication libraries have hundreds of settings, which all ranks of a job must share.
-TRAVELLING_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_")
-OF_ONE_HOST = frozenset({"NCCL_HOSTID"})
+EXPORTED_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_")
+HOST_SPECIFIC = frozenset({"NCCL_HOSTID"})
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SECRET = re.compile(r".*(secret|password|passwd|passphrase|credential|apikey|accesskey|privatekey)s?|bearer|sshpass")
 _JOINED = re.compile(r".+token")
-# Words beside "token" and "key" that make them one of text, or of a table.
-_TOKEN_BEHIND = set("pad eos bos unk sep cls mask special image per next start end stop".split())
-_TOKEN_AHEAD = set("id ids index indices type types count limit budget length embedding dropout level".split())
-_KEY_BEHIND = set("sort primary group foreign public cache dict json metric column row".split())
-_KEY_AHEAD = set("value padding prefix name names column type mask length dim heads bits error".split())
-_PLURALS_BEHIND = set("api access auth private secret ssh signing encryption refresh bearer".split())
+# Words before and after "token" and "key" that make them a token of text or the key of a table.
+_TOKEN_BEFORE = set("pad eos bos unk sep cls mask special image per next start end stop".split())
+_TOKEN_AFTER = set("id ids index indices type types count limit budget length embedding dropout level".split())
+_KEY_BEFORE = set("sort primary group foreign public cache dict json metric column row".split())
+_KEY_AFTER = set("value padding prefix name names column type mask length dim heads bits error".split())
+_PLURAL_BEFORE = set("api access auth private secret ssh signing encryption refresh bearer".split())
 
 # A value as a shell reads it: quoted parts, escapes, plain characters; an open quote hides all that follows.
 _VALUE = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\;]|['"\\][\s\S]*)+""")
@@ -59,67 +59,67 @@ _USER_OF_URL = re.compile(r"(?<=://)[^/\s@'\"]*(?=@)")
 
 
 def is_exported(name: str) -> bool:
-    """Whether a variable of the launching machine goes to the other hosts without being named in `.deepspeed_env`."""
-    return name in TRAVELLING or (name.startswith(TRAVELLING_PREFIXES) and name not in OF_ONE_HOST)
+    """Whether a variable of this machine is set on the other hosts without being named in `.deepspeed_env`."""
+    return name in EXPORTED or (name.startswith(EXPORTED_PREFIXES) and name not in HOST_SPECIFIC)
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable or flag of this name holds what no log should show.
+    """Whether a variable or flag of this name holds a secret.
 
     HF_TOKEN, hub-token, AWS_SECRET_ACCESS_KEY, PGPASSWORD and apiKey do; human_token_ids, new_tokens, eos_token,
     TOKENIZERS_PARALLELISM and keys do not.
     """
     words = [word.lower() for word in _WORDS.findall(name)]
-    for behind, word, ahead in zip(["", *words], words, [*words[1:], ""], strict=False):
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
         if _SECRET.fullmatch(word) or _JOINED.fullmatch(word):
             return True
-        if word == "token" and behind not in _TOKEN_BEHIND and ahead not in _TOKEN_AHEAD:
+        if word == "token" and before not in _TOKEN_BEFORE and after not in _TOKEN_AFTER:
             return True
-        if word == "key" and behind not in _KEY_BEHIND and ahead not in _KEY_AHEAD:
+        if word == "key" and before not in _KEY_BEFORE and after not in _KEY_AFTER:
             return True
-        if word in ("tokens", "keys") and behind in _PLURALS_BEHIND:
+        if word in ("tokens", "keys") and before in _PLURAL_BEFORE:
             return True
-        if word in ("pwd", "pass") and behind and not ahead:
+        if word in ("pwd", "pass") and before and not after:
             return True
     return False
 
 
 def redact(words: Sequence[str]) -> list[str]:
-    """A command line as it may be logged: the values of secret flags and variables are `***`.
+    """Replace the values of secret flags and variables in a command line by `***`, so that it can be logged.
 
     >>> redact(["HF_TOKEN=hf_abc", "train.py", "--hub_token", "hf_abc", "--max_new_tokens", "5"])
     ['HF_TOKEN=***', 'train.py', '--hub_token', '***', '--max_new_tokens', '5']
 
-    A word that is a shell command, a URL with a user or JSON is searched, too.
+    Words that are shell commands, URLs with a user, or JSON are searched, too.
     """
-    shown = []
-    hiding, before = False, False  # values of a secret flag go on to the next flag; the first may begin with a dash
+    redacted = []
+    hiding, follows_secret = False, False  # a secret flag's values end at the next flag; the first may begin with -
     for word in words:
         name, equals, _ = word.partition("=")
-        is_flag = bool(re.fullmatch(r"--?[A-Za-z][\w.-]*", name)) and not (before and not word.startswith("--"))
-        before = is_flag and not equals and is_secret(name)
-        hiding = before or (hiding and not is_flag)
+        is_flag = bool(re.fullmatch(r"--?[A-Za-z][\w.-]*", name)) and not (follows_secret and not word.startswith("--"))
+        follows_secret = is_flag and not equals and is_secret(name)
+        hiding = follows_secret or (hiding and not is_flag)
         if hiding and not is_flag:
-            shown.append(HIDDEN)
+            redacted.append(HIDDEN)
         elif equals and (is_flag or re.fullmatch(r"\w+", name)) and is_secret(name):
-            shown.append(f"{name}={HIDDEN}")
+            redacted.append(f"{name}={HIDDEN}")
         else:
-            shown.append(_redacted_text(word))
-    return shown
+            redacted.append(_redacted_text(word))
+    return redacted
 
 
 def _redacted_text(text: str) -> str:
     parts, position = [], 0
-    # Names are looked for inside the values of others, too: a command may stand in quotes.
+    # Names inside the values of others are found, too: a quoted word may be a command.
     for match in _NAME_IN_TEXT.finditer(text):
         if match.start() >= position and is_secret(match[1] or match[2]):
             value = _VALUE.match(text, match.end())
             parts += [text[position : match.end()], HIDDEN if value else ""]
             position = value.end() if value else match.end()
     text = "".join([*parts, text[position:]])
-    text = _PAIR_OF_JSON.sub(lambda match: _hidden_pair(match) if is_secret(match[1]) else match[0], text)
+    text = _PAIR_OF_JSON.sub(lambda match: _redacted_pair(match) if is_secret(match[1]) else match[0], text)
     return _USER_OF_URL.sub(HIDDEN, text)
 
 
-def _hidden_pair(match: re.Match) -> str:
+def _redacted_pair(match: re.Match) -> str:
     return f'"{match[1]}"{match[2]}"{HIDDEN}"'

@@ -1,9 +1,10 @@
-"""One host's part of `finetune launch`: the `deepspeed` command in a session of its own, watched to its end.
+"""The part of `finetune launch` on one host: the `deepspeed` command in a session of its own, watched to its end.
 
-    finetune launch ─┬─ Session ── deepspeed ── launch.py ── ranks          this host
-                     └─ ssh node1 ── agent() ── Session ── deepspeed ...     any other
+    finetune launch ─┬─ LocalSession ── deepspeed ── launch.py ── ranks                  this host
+                     └─ ssh node1 ── run_agent() ── LocalSession ── deepspeed ...        any other
 
-What belongs to the run is its session (setsid): it is found whatever was orphaned, and nothing else is ever signalled.
+All processes of the run belong to that session (setsid). They are found even if they were orphaned, and no other
+process is ever signalled.
 """
 
 from __future__ import annotations
@@ -16,31 +17,33 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, TextIO
 
 from finetune.diagnostics import FAILURE_FILE, Failure, read_failure
 from finetune.distributed.stop_requests import EXIT_STOPPED
 from finetune.distributed.watchdog.launcher_processes import DEEPSPEED
 from finetune.utils.proc import POLL_SECONDS, command_of, die_with_parent, parent_of, stat_of
 
-SECONDS_FOR_LAST_WORDS = 10.0
-REPORT = "\x1efinetune-report "
-HOSTFILE_HERE = "--hostfile=(a copy of it)"  # in front of the script, where the first such word is ours
+SECONDS_TO_FINISH = 10.0  # for processes that outlive the command
+SECONDS_TO_FORWARD = 5.0
+REPORT_PREFIX = "\x1efinetune-report "
+HOSTFILE_PLACEHOLDER = "--hostfile=(a copy of it)"
 
 
 @dataclass(frozen=True)
 class HostReport:
-    """How a host's part ended.
+    """How the run on one host ended.
 
     Attributes:
-        status: of the `deepspeed` command, as a shell would say it (128 + signal for a killed one).
-        statuses: of the ranks that came to their own end, by rank.
-        failure: what the guards found, if anything.
+        status: of the `deepspeed` command, as a shell gives it (128 + signal for a killed command).
+        statuses: rank -> exit status, of the ranks that ended by themselves.
+        failure: what the watchdogs found, if anything.
     """
 
     host: str
@@ -49,29 +52,35 @@ class HostReport:
     failure: Failure | None = None
 
     def to_json(self) -> str:
-        """One line."""
+        """Return one line of JSON."""
         return json.dumps({**asdict(self), "failure": self.failure.to_json() if self.failure else None})
 
     @classmethod
     def from_json(cls, line: str) -> HostReport:
-        """What `to_json` wrote."""
+        """Read what `to_json` wrote."""
         values = json.loads(line)
         failure = Failure.from_json(values["failure"]) if values["failure"] else None
-        return cls(
-            values["host"], values["status"], {int(rank): one for rank, one in values["statuses"].items()}, failure
-        )
+        statuses = {int(rank): status for rank, status in values["statuses"].items()}
+        return cls(values["host"], values["status"], statuses, failure)
 
 
 class LocalSession:
-    """The `deepspeed` command on this host, with all that it starts.
+    """The `deepspeed` command on this host, with all processes that it starts.
 
     Args:
         environment: variables to set beside this process's own; they are never part of a command line.
-        hostfile: its text where there is one: a copy is written here, and named where `command` has `HOSTFILE_HERE`.
+        hostfile: its text, if there is one: a copy is written here and named in place of `HOSTFILE_PLACEHOLDER`.
+        prefix_lines: whether each line of output is printed with the host's name.
     """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], *, hostfile: str | None, host: str, **pipes: Any
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        hostfile: str | None,
+        host: str,
+        prefix_lines: bool = False,
     ) -> None:
         self.host = host
         self.folder = Path(tempfile.mkdtemp(prefix="finetune-launch-"))
@@ -79,87 +88,122 @@ class LocalSession:
         if hostfile is not None:
             copy = self.folder / "hostfile"
             copy.write_text(hostfile, encoding="utf-8")
-            command[command.index(HOSTFILE_HERE)] = f"--hostfile={copy}"
-        self.asked = False
+            # The first such word is ours: it stands before the script.
+            command[command.index(HOSTFILE_PLACEHOLDER)] = f"--hostfile={copy}"
+        self.was_asked_to_stop = False
         own = {"FINETUNE_LAUNCH_DIR": str(self.folder), "FINETUNE_SUPERVISOR": str(os.getpid())}
         self.process = subprocess.Popen(
             command,
             env={**os.environ, **environment, **own},
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if prefix_lines else None,
+            stderr=subprocess.PIPE if prefix_lines else None,
             start_new_session=True,
             preexec_fn=die_with_parent,
-            **pipes,
         )
+        self.forwarders = forward_output(host, self.process)
 
     def is_running(self) -> bool:
-        """Whether the command still runs."""
+        """Return whether the command still runs."""
         return self.process.poll() is None
 
     def ask_to_stop(self) -> None:
-        """Tell the ranks to save and leave; where there are none yet, there is nothing to save."""
-        self.asked = True
-        ranks = [one for one in self._processes() if DEEPSPEED in command_of(parent_of(one) or 0)]
-        for rank in ranks:
-            with suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGUSR1)
+        """Ask the ranks to save and exit; if there are none yet, nothing needs saving."""
+        self.was_asked_to_stop = True
+        ranks = [pid for pid in self._pids() if DEEPSPEED in command_of(parent_of(pid) or 0)]
+        self._signal(ranks, signal.SIGUSR1)
         if not ranks:
-            self.end_now()
+            self.kill()
 
-    def end_now(self) -> None:
+    def kill(self) -> None:
         """End every process of the run on this host."""
-        for one in self._processes():
-            with suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
+        self._signal(self._pids(), signal.SIGKILL)
 
-    cut = end_now  # there is no connection to give up
+    disconnect = kill  # there is no connection to close
 
-    def conclude(self) -> HostReport:
-        """Once the command has ended: give what is left a moment for its last words, end it, and say how it was."""
-        deadline = time.monotonic() + SECONDS_FOR_LAST_WORDS
-        while (left := self._processes()) and time.monotonic() < deadline:
+    def finish(self) -> HostReport:
+        """After the command has ended, give its processes some seconds, kill what is left, and report."""
+        deadline = time.monotonic() + SECONDS_TO_FINISH
+        while (pids := self._pids()) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 4)
-        if left:
-            self.end_now()
+        self._signal(pids, signal.SIGKILL)
         code = self.process.wait()
+        for forwarder in self.forwarders:
+            forwarder.join(SECONDS_TO_FORWARD)
         status = 128 - code if code < 0 else code if code <= 192 else 384 - code  # launch.py's -N arrives as 256 - N
         statuses = {}
         for path in self.folder.glob("rank-*.json"):
             statuses[int(path.stem.removeprefix("rank-"))] = json.loads(path.read_text())["status"]
         failure = read_failure(self.folder / FAILURE_FILE)
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.asked and failure is None and (not statuses or status == 128 + signal.SIGUSR1):
-            status = EXIT_STOPPED  # before any rank had begun, or before each could hear
+        if self.was_asked_to_stop and failure is None and (not statuses or status == 128 + signal.SIGUSR1):
+            status = EXIT_STOPPED  # before any rank had begun, or before each could handle the signal
         return HostReport(self.host, status, statuses, failure)
 
-    def _processes(self) -> list[int]:
-        """The processes of the run that are alive, wherever their parents went."""
-        found = []
+    def _pids(self) -> list[int]:
+        """The living processes of the session, whatever their parents are."""
+        pids = []
         for entry in os.listdir("/proc"):
             fields = stat_of(int(entry)) if entry.isdigit() else None
             if fields and fields[3] == str(self.process.pid) and fields[0] != "Z":
-                found.append(int(entry))
-        return found
+                pids.append(int(entry))
+        return pids
+
+    @staticmethod
+    def _signal(pids: Iterable[int], number: int) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
-def agent() -> None:
-    """What runs on another host: an order on standard input, then `stop` or `end`; its end ends the run here.
+_printing = threading.Lock()
 
-    The order is a line of JSON with the arguments of `Session` and a folder to work in. Everything that must not be
-    seen on a command line comes this way. The last line on standard error is the `HostReport`.
+
+def forward_output(
+    host: str, process: subprocess.Popen[bytes], take: Callable[[str], bool] = lambda _: False
+) -> list[threading.Thread]:
+    """Start threads that print each line of a process's pipes, whole and with the host's name.
+
+    Args:
+        take: returns whether it has handled a line, which is then not printed.
+    """
+
+    def forward(source: IO[bytes], target: TextIO) -> None:
+        for raw in source:
+            line = raw.decode(errors="replace").rstrip("\n")
+            if take(line):
+                continue
+            with _printing, suppress(OSError, ValueError):  # a terminal that is gone must not stop the run
+                target.write(f"{host}: {line}\n")
+                target.flush()
+
+    streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+    threads = [threading.Thread(target=forward, args=pair, daemon=True) for pair in streams if pair[0] is not None]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def run_agent() -> None:
+    """Run a session on another host: read the order from stdin, then `stop` or `end`; the end of stdin ends the run.
+
+    The order is one line of JSON, with the arguments of `LocalSession` and a folder to work in. In this way nothing
+    secret is on a command line. The last line on stderr is the `HostReport`.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN: that would be inherited
-    order = json.loads(sys.stdin.buffer.raw.readline())
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which would be inherited
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # without a buffer, in which later words would stay
+        order = json.loads(stdin.readline())
     os.chdir(order.pop("folder"))
-    run = LocalSession(**order)
-    while run.is_running():
+    session = LocalSession(**order)
+    while session.is_running():
         if select.select([0], [], [], POLL_SECONDS)[0]:
             words = os.read(0, 1 << 12)
             if b"stop" in words:
-                run.ask_to_stop()
-            if not words or b"end" in words:  # nothing: the launch, or the way to it, is gone
-                run.end_now()
+                session.ask_to_stop()
+            if not words or b"end" in words:  # without words, `finetune launch` or the connection is gone
+                session.kill()
                 break
-    report = run.conclude()
+    report = session.finish()
     with suppress(OSError):
-        print(REPORT + report.to_json(), file=sys.stderr, flush=True)
+        print(REPORT_PREFIX + report.to_json(), file=sys.stderr, flush=True)

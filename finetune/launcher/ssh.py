@@ -1,4 +1,4 @@
-"""Many hosts over ssh: ask each what it has, compare, run the `deepspeed` command on each."""
+"""Many hosts over ssh: collect the facts of each, compare them, run the `deepspeed` command on each."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from finetune.diagnostics import Failure
 from finetune.distributed import host_probe
-from finetune.launcher.local_session import REPORT, HostReport, LocalSession, agent
+from finetune.distributed.watchdog.transport import is_loopback
+from finetune.launcher.local_session import REPORT_PREFIX, SECONDS_TO_FORWARD, HostReport, forward_output, run_agent
 from finetune.utils.errors import ConfigError, format_faults
 from finetune.utils.proc import ROOT, command_calling
 
 SECONDS_TO_CONNECT = 5
-SECONDS_FOR_A_PROBE = 12
-SECONDS_FOR_ALL_BYTES = 600
-LOST = 255  # ssh's own status
+SECONDS_TO_PROBE = 12
+SECONDS_TO_PROBE_ALL_BYTES = 600
+LOST = 255  # ssh's own exit status
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+UNSHARED_FLAGS = ("--output_dir", "--data_cache_dir", "--logging_dir", "--resume_from_checkpoint")
+Facts = dict[str, Any]
+Answers = Mapping[str, Facts | str]  # host -> its facts, or why there are none
 
 
 class SshShell:
@@ -34,48 +36,46 @@ class SshShell:
 
     Args:
         port: of their sshd; None: as ssh's own configuration says.
-        venv_script: what a host sources before anything is run there.
+        venv_script: what a host sources before it runs a command.
     """
 
     def __init__(self, port: int | None, venv_script: str | None) -> None:
         self.port, self.venv_script = port, venv_script
 
     def options(self) -> list[str]:
-        """Of ssh: no questions, a limit to connect, `PDSH_SSH_ARGS_APPEND`, the port."""
+        """Return ssh's options: no prompts, a time limit, `PDSH_SSH_ARGS_APPEND`, the port.
+
+        Raises:
+            ConfigError: a shell could not read that variable.
+        """
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_TO_CONNECT}"]
         options += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
-        options += _words_of("PDSH_SSH_ARGS_APPEND")
-        if self.port is not None:
-            options += ["-p", str(self.port)]
-        return options
+        given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+        try:
+            options += shlex.split(given)
+        except ValueError as error:
+            raise ConfigError(f"PDSH_SSH_ARGS_APPEND={given}: {error}: write it as a shell would read it") from None
+        return options + (["-p", str(self.port)] if self.port is not None else [])
 
-    def command(self, host: str, words: Sequence[str], *, sources: bool = True) -> list[str]:
-        """The ssh command that runs `words` on a host, each arriving as it is; `sources`: after the venv's script."""
-        first = f". {shlex.quote(self.venv_script)} && " if self.venv_script and sources else ""
-        return ["ssh", *self.options(), host, f"{first}exec {shlex.join(words)}"]
-
-
-def _words_of(variable: str) -> list[str]:
-    given = os.environ.get(variable, "")
-    try:
-        return shlex.split(given)
-    except ValueError as error:
-        raise ConfigError(f"{variable}={given}: {error}: write it as a shell would read it") from None
+    def command(self, host: str, words: Sequence[str], *, with_venv: bool = True) -> list[str]:
+        """Return the ssh command that runs `words` on a host, each word unchanged, after the venv's script."""
+        setup = f". {shlex.quote(self.venv_script)} && " if self.venv_script and with_venv else ""
+        return ["ssh", *self.options(), host, f"{setup}exec {shlex.join(words)}"]
 
 
 def is_here(host: str) -> bool:
-    """Whether a name of the hostfile means this machine."""
+    """Return whether a name of the hostfile means this machine."""
     name = host.rpartition("@")[2]
     if name in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()):
         return True
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    for family, *_, address in found:
-        with socket.socket(family, socket.SOCK_STREAM) as probing:
+    for family, *_, address in addresses:
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
             try:
-                probing.bind((address[0], 0))
+                trial.bind((address[0], 0))
                 return True
             except OSError:
                 continue
@@ -84,49 +84,58 @@ def is_here(host: str) -> bool:
 
 def probe_hosts(
     hosts: Sequence[str], shell: SshShell, words: Sequence[str], more: Mapping[str, Any] | None = None
-) -> dict[str, dict[str, Any] | str]:
+) -> dict[str, Facts | str]:
     """Collect the facts of each host, or the reason why it did not answer; all hosts at once, in seconds.
 
     Args:
         words: of the command line, some of which name files.
-        more: what else is asked, see `distributed.host_probe.collect_host_facts`.
+        more: further entries of the order, see `distributed.host_probe.collect_host_facts`.
     """
     order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words), **(more or {})}
-    seconds = SECONDS_FOR_A_PROBE if not order.get("full") else SECONDS_FOR_ALL_BYTES
+    seconds = SECONDS_TO_PROBE_ALL_BYTES if order.get("full") else SECONDS_TO_PROBE
     return run_on_all_hosts({host: order for host in hosts}, shell, host_probe.collect_host_facts, seconds)
 
 
 def run_on_all_hosts(
     orders: Mapping[str, Mapping[str, Any]], shell: SshShell, function: Callable[[dict], dict], seconds: float
-) -> dict[str, dict[str, Any] | str]:
-    """Run a function of `host_probe` on each host with its order: what it returned, or in words why there is no answer.
+) -> dict[str, Facts | str]:
+    """Run a function of `host_probe` on each host with its order; return its results, or why there is none.
 
-    Nothing of ours has to be there: the text of that file is sent to the host's Python.
+    Nothing of ours has to be installed there: the text of that file is sent to the host's Python. A result gets
+    `asked`, the times before and after.
     """
     source = Path(host_probe.__file__).read_text(encoding="utf-8")
+    call = "\nimport json\nprint(json.dumps({}(json.loads({!r}))))\n"
+    texts = {host: source + call.format(function.__name__, json.dumps(dict(order))) for host, order in orders.items()}
 
-    def one(host: str) -> dict[str, Any] | str:
-        call = (
-            f"\nimport json\nprint(json.dumps({function.__name__}(json.loads({json.dumps(dict(orders[host]))!r}))))\n"
-        )
+    def run(host: str) -> Facts | str:
         began = time.time()
-        answer = run_on_host(host, shell, [sys.executable, "-"], source + call, seconds)
+        answer = run_on_host(host, shell, [sys.executable, "-"], texts[host], seconds)
         return answer if isinstance(answer, str) else {**answer, "asked": [began, time.time()]}
 
     with ThreadPoolExecutor(len(orders)) as pool:
-        return dict(zip(orders, pool.map(one, orders), strict=True))
+        return dict(zip(orders, pool.map(run, orders), strict=True))
 
 
-def run_on_host(host: str, shell: SshShell, command: Sequence[str], given: str, seconds: float) -> dict[str, Any] | str:
-    """Run a Python program on a host with `given` as its input; the JSON of its last line, or in words why not."""
+def run_program_on_hosts(
+    inputs: Mapping[str, str], shell: SshShell, command: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    """Run a Python program on all hosts at once, with an input for each, as `run_on_host`."""
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        answers = pool.map(lambda host: run_on_host(host, shell, command, inputs[host], seconds), inputs)
+        return dict(zip(inputs, answers, strict=True))
+
+
+def run_on_host(host: str, shell: SshShell, command: Sequence[str], text: str, seconds: float) -> Any | str:
+    """Run a Python program on a host with `text` as stdin; return the JSON of its last line, or why there is none."""
     here = is_here(host)
     words = list(command) if here else shell.command(host, command)
     environment = {**os.environ}
-    if here:  # how the user came here says nothing of the way between hosts
+    if here:  # how the user came to this machine is no route between hosts
         environment.pop("SSH_CONNECTION", None)
     try:
         done = subprocess.run(
-            words, input=given, capture_output=True, timeout=seconds, env=environment,
+            words, input=text, capture_output=True, timeout=seconds, env=environment,
             encoding="utf-8", errors="replace",
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -134,9 +143,9 @@ def run_on_host(host: str, shell: SshShell, command: Sequence[str], given: str, 
     except OSError as error:
         return f"{words[0]}: {error.strerror}: install it on this machine"
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        where = f"`ssh {host}` fails" if done.returncode == LOST and not here else f"{command[0]} cannot be run there"
-        return f"{where}: {said[-1]}"
+        lines = done.stderr.strip().splitlines() or ["it printed nothing"]
+        what = f"`ssh {host}` fails" if done.returncode == LOST and not here else f"{command[0]} cannot be run there"
+        return f"{what}: {lines[-1]}"
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
@@ -144,21 +153,21 @@ def run_on_host(host: str, shell: SshShell, command: Sequence[str], given: str, 
 
 
 def shared_words(words: Sequence[str]) -> list[str]:
-    """Words that may name what every host must have alike: all values but those of folders that a run writes."""
-    kept, skip = [], False
+    """Return the words of a command line that may name files that all hosts need: not those that a run writes."""
+    values, is_shared = [], True
     for word in words:
-        name = word.partition("=")[0]
-        if word.startswith("--"):
-            skip = name in ("--output_dir", "--data_cache_dir", "--logging_dir", "--resume_from_checkpoint")
-            value = word.partition("=")[2]
-            kept += [value] if value and not skip else []
-        elif not skip:
-            kept.append(word)
-    return kept
+        name, _, value = word.partition("=")
+        if not word.startswith("--"):
+            value = word
+        else:
+            is_shared = name not in UNSHARED_FLAGS
+        if value and is_shared:
+            values.append(value)
+    return values
 
 
-def compare_hosts(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, list[int]]) -> None:
-    """Find what would go wrong later, or silently differ.
+def compare_hosts(answers: Answers, slots: Mapping[str, Sequence[int]]) -> None:
+    """Raise an error for hosts that cannot run together, or would silently differ.
 
     Raises:
         ConfigError: every fault, by host.
@@ -168,61 +177,60 @@ def compare_hosts(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[st
         raise ConfigError(format_faults(faults, "fault") + "\nnothing was started" if len(faults) > 1 else faults[0])
 
 
-def faults_of(answers: Mapping[str, dict[str, Any] | str], slots: Mapping[str, list[int]]) -> list[tuple[str, str]]:
-    """(host, what is wrong there); a host that answered is compared with the first that did."""
+def faults_of(answers: Answers, slots: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:
+    """Return (host, fault); a host that answered is compared with the first that did."""
     faults = [(host, answer) for host, answer in answers.items() if isinstance(answer, str)]
-    facts = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
-    first = next(iter(facts), "")
-    for host, found in facts.items():
-        faults += [(host, fault) for fault in _faults(found, len(slots[host]), facts[first], first)]
-    return faults + _twice(facts)
-
-
-def _twice(facts: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """Machines that stand in the hostfile under several names: their ranks would take the same devices."""
-    names: dict[str, str] = {}
-    faults = []
-    for host, found in facts.items():
-        machine = found.get("machine")
-        if machine and names.setdefault(machine, host) != host:
-            faults.append((host, f"is the same machine as {names[machine]}: one line with the slots of both"))
+    facts = _facts_of(answers)
+    reference = next(iter(facts), "")
+    machines: dict[str, str] = {}
+    for host, own in facts.items():
+        faults += [(host, fault) for fault in _differences(own, len(slots[host]), facts[reference], reference)]
+        machine = own.get("machine")
+        if machine and machines.setdefault(machine, host) != host:  # their ranks would use the same devices
+            faults.append((host, f"is the same machine as {machines[machine]}: one line with the slots of both"))
     return faults
 
 
-def _faults(found: dict[str, Any], slots: int, first: dict[str, Any], name: str) -> list[str]:
-    """What is wrong with one host, most of it compared with the first."""
-    if not found["folder"]:
+def _facts_of(answers: Answers) -> dict[str, Facts]:
+    return {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
+
+
+def _differences(facts: Facts, slots: int, reference: Facts, name: str) -> list[str]:
+    """The faults of one host, most of them differences from the first host, `name`."""
+    code = ROOT / "finetune"
+    if not facts["folder"]:
         return [f"has no folder {os.getcwd()}: the same clone must lie under the same path on every host"]
     faults = []
-    if found["code"] is None:
-        faults.append(f"has no {ROOT / 'finetune'}: the same clone must lie under the same path on every host")
-    elif found["code"] != first["code"]:
-        faults.append(f"its {ROOT / 'finetune'} differs from that on {name}: bring both to the same commit")
-    if found["python"] != first["python"]:
-        faults.append(f"Python {found['python']}, but {first['python']} on {name}")
-    for library in sorted(found["versions"].keys() | first["versions"].keys()):
-        here, there = (one["versions"].get(library, "not installed") for one in (found, first))
-        if here != there:
-            faults.append(f"{library} {here}, but {there} on {name}")
-    if found["gpus"] and slots > found["gpus"]:
-        faults.append(f"{slots} slots for {found['gpus']} GPUs: lower slots in the hostfile, or use --num_gpus")
-    if bool(found["gpus"]) != bool(first["gpus"]):
-        faults.append(f"{found['gpus']} GPUs, but {first['gpus']} on {name}")
-    for word in sorted(found["files"].keys() | first["files"].keys()):
-        here, there = (one["files"].get(word) for one in (found, first))
-        if here != there:
-            how = "is missing" if here is None else f"is there, but not on {name}" if there is None else "differs from"
-            faults.append(f"{word} {how}" + (f" that on {name}" if here and there else ""))
+    if facts["code"] is None:
+        faults.append(f"has no {code}: the same clone must lie under the same path on every host")
+    elif facts["code"] != reference["code"]:
+        faults.append(f"its {code} differs from that on {name}: bring both to the same commit")
+    if facts["python"] != reference["python"]:
+        faults.append(f"Python {facts['python']}, but {reference['python']} on {name}")
+    for library in sorted(facts["versions"].keys() | reference["versions"].keys()):
+        own, other = (versions.get(library, "not installed") for versions in (facts["versions"], reference["versions"]))
+        if own != other:
+            faults.append(f"{library} {own}, but {other} on {name}")
+    if facts["gpus"] and slots > facts["gpus"]:
+        faults.append(f"{slots} slots for {facts['gpus']} GPUs: lower slots in the hostfile, or use --num_gpus")
+    if bool(facts["gpus"]) != bool(reference["gpus"]):
+        faults.append(f"{facts['gpus']} GPUs, but {reference['gpus']} on {name}")
+    for word in sorted(facts["files"].keys() | reference["files"].keys()):
+        own, other = facts["files"].get(word), reference["files"].get(word)
+        if own is None:
+            faults.append(f"{word} is missing")
+        elif other is None:
+            faults.append(f"{word} is there, but not on {name}")
+        elif own != other:
+            faults.append(f"{word} differs from that on {name}")
     return faults
 
 
-def rendezvous_address(
-    answers: Mapping[str, dict[str, Any] | str], *, address: str = "", port: int | None = None
-) -> tuple[str, int]:
-    """Address and free port of the first host, as the others reach it; what the user has given counts.
+def rendezvous_address(answers: Answers, *, address: str = "", port: int | None = None) -> tuple[str, int]:
+    """Return address and free port of the first host, as the others reach it; what the user has given is kept.
 
-    The way ssh came shows an address that works between two machines; the first word of `hostname -I`, which DeepSpeed
-    takes, may be a container's bridge.
+    The route of the ssh connection shows an address that works between two machines. DeepSpeed takes the first word of
+    `hostname -I`, which may be the bridge of a container.
 
     Raises:
         ConfigError: the first host did not answer, or has no address but its loopback.
@@ -233,11 +241,11 @@ def rendezvous_address(
     port = port or first["port"]
     if address:
         return address, port
-    others = [one for one in answers.values() if not isinstance(one, str) and one is not first]
-    seen = [first["route"][1]] if len(first["route"]) == 2 else []
-    if not seen:  # the first host is this one: as the others saw it come
-        seen = [one["route"][0] for one in others if one["route"]]
-    usable = [one for one in seen if not _is_loopback(one)]
+    others = [facts for facts in _facts_of(answers).values() if facts is not first]
+    addresses = [first["route"][1]] if len(first["route"]) == 2 else []
+    if not addresses:  # the first host is this one: as the others saw it connect
+        addresses = [facts["route"][0] for facts in others if facts["route"]]
+    usable = [candidate for candidate in addresses if not is_loopback(candidate)]
     if usable:
         return usable[0], port
     if not others:
@@ -245,35 +253,34 @@ def rendezvous_address(
     raise ConfigError(f"{host}: no address is known under which the other hosts reach it: give --master_addr")
 
 
-def interfaces_between(answers: Mapping[str, dict[str, Any] | str]) -> dict[str, str]:
-    """By host, the network interface that has the address under which the others know it, where that is known."""
-    facts = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
-    seen = {one["route"][0] for one in facts.values() if len(one["route"]) == 2}
-    found = {}
-    for host, one in facts.items():
-        own = {one["route"][1]} if len(one["route"]) == 2 else seen  # where ssh came from is this machine
-        names = [name for name, address in one["interfaces"].items() if address in own and not _is_loopback(address)]
-        found |= {host: names[0]} if names else {}
-    return found
+def interfaces_between(answers: Answers) -> dict[str, str]:
+    """Return host -> the network interface with the address that the other hosts use, where that is known."""
+    facts = _facts_of(answers)
+    of_this_machine = {own["route"][0] for own in facts.values() if len(own["route"]) == 2}  # where ssh came from
+    names: dict[str, str] = {}
+    for host, own in facts.items():
+        known = {own["route"][1]} if len(own["route"]) == 2 else of_this_machine
+        for name, address in own["interfaces"].items():
+            if address in known and not is_loopback(address):
+                names.setdefault(host, name)
+    return names
 
 
 def in_brackets(host: str) -> str:
-    """A name or an address in front of a port or a path: one of IPv6 has colons of its own."""
+    """Return a name or address as it stands before a port or a path: IPv6 addresses have colons of their own."""
     return f"[{host}]" if ":" in host else host
 
 
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
+def add_interface(environment: Mapping[str, str], interface: str | None) -> dict[str, str]:
+    """Add gloo's interface to a host's variables, unless the user has set it.
 
-
-def environment_of(environment: Mapping[str, str], interface: str | None) -> dict[str, str]:
-    """Of a host's ranks: gloo is told the interface unless the user has, or it would announce what the host's own name
-    resolves to: on Debian 127.0.1.1."""
+    Otherwise gloo announces the address of the host's own name, which on Debian is 127.0.1.1.
+    """
     return {**({GLOO_INTERFACE: interface} if interface else {}), **environment}
 
 
 class RemoteSession:
-    """The `deepspeed` command on another host: a `Session` there, with an agent between."""
+    """The `deepspeed` command on another host: a `LocalSession` there, behind an agent and an ssh connection."""
 
     def __init__(
         self,
@@ -284,78 +291,52 @@ class RemoteSession:
         hostfile: str | None,
         host: str,
     ) -> None:
-        self.host, self.report = host, None
+        self.host = host
+        self.report: HostReport | None = None
         self.process = subprocess.Popen(
-            shell.command(host, command_calling(agent)),
+            shell.command(host, command_calling(run_agent)),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         order = {"command": list(command), "environment": dict(environment), "hostfile": hostfile, "host": host}
-        self._say(json.dumps({**order, "folder": os.getcwd()}))
-        streams = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
-        self.readers = [threading.Thread(target=self._pass_on, args=one, daemon=True) for one in streams]
-        for reader in self.readers:
-            reader.start()
+        self._send(json.dumps({**order, "folder": os.getcwd()}))
+        self.forwarders = forward_output(host, self.process, self._take_report)
 
     def is_running(self) -> bool:
-        """Whether the command still runs there."""
+        """Return whether the command still runs there."""
         return self.process.poll() is None
 
     def ask_to_stop(self) -> None:
-        """Tell the ranks there to save and leave."""
-        self._say("stop")
+        """Ask the ranks there to save and exit."""
+        self._send("stop")
 
-    def end_now(self) -> None:
-        """End the run there. The connection's end says the same, where a word does not arrive."""
-        self._say("end")
+    def kill(self) -> None:
+        """End the run there; if the word does not arrive, the end of the connection does the same."""
+        self._send("end")
 
-    def conclude(self) -> HostReport:
-        """How it ended, as told by the agent; a connection that ended without a report is a lost host."""
+    def disconnect(self) -> None:
+        """Close the connection."""
+        self.process.kill()
+
+    def finish(self) -> HostReport:
+        """Return the agent's report; a connection that ended without one is a lost host."""
         self.process.wait()
-        for reader in self.readers:
-            reader.join(5)
+        for forwarder in self.forwarders:
+            forwarder.join(SECONDS_TO_FORWARD)
         if self.report is not None:
             return self.report
         text = f"the connection to {self.host} ended (ssh: {self.process.returncode}) before the run there did"
-        return HostReport(self.host, LOST, failure=Failure(kind="lost", host=self.host, hosts=[self.host], error=text))
+        return HostReport(self.host, LOST, failure=Failure(kind="lost", host=self.host, hosts=(self.host,), error=text))
 
-    def cut(self) -> None:
-        """Give up the connection."""
-        self.process.kill()
-
-    def _say(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         try:
+            assert self.process.stdin is not None
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
-        except OSError:  # it ends; `conclude` says how
+        except OSError:  # the connection has ended; `finish` reports it
             return
 
-    def _pass_on(self, source: Any, target: TextIO) -> None:
-        for raw in source:
-            line = raw.decode(errors="replace").rstrip("\n")
-            if line.startswith(REPORT):
-                self.report = HostReport.from_json(line.removeprefix(REPORT))
-            else:
-                say_for(self.host, line, target)
-
-
-_saying = threading.Lock()
-
-
-def say_for(host: str, line: str, target: TextIO) -> None:
-    """One line of a host's output, whole, with its name; a terminal that is gone must not hold up the run."""
-    with _saying, suppress(OSError, ValueError):
-        target.write(f"{host}: {line}\n")
-        target.flush()
-
-
-class LocalHost(LocalSession):
-    """The same on this machine, as one host of several: its lines bear its name."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
-        for source, target in ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)):
-            threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
-
-    def _pass_on(self, source: Any, target: TextIO) -> None:
-        for raw in source:
-            say_for(self.host, raw.decode(errors="replace").rstrip("\n"), target)
+    def _take_report(self, line: str) -> bool:
+        if not line.startswith(REPORT_PREFIX):
+            return False
+        self.report = HostReport.from_json(line.removeprefix(REPORT_PREFIX))
+        return True

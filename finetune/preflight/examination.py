@@ -152,7 +152,7 @@ def _rehearse(examination: DoctorReport, run: PlannedRun) -> None:
         host_probe.remove({"path": str(folder)})
         if remote:
             orders = {host: {"path": str(folder)} for host in remote}
-            ssh.run_on_all_hosts(orders, run.shell, host_probe.remove, ssh.SECONDS_FOR_A_PROBE)
+            ssh.run_on_all_hosts(orders, run.shell, host_probe.remove, ssh.SECONDS_TO_PROBE)
 
 
 def without_flags(words: list[str], names: tuple[str, ...]) -> list[str]:

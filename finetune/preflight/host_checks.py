@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.config.hardware import AMPERE, DetectedHardware, Gpu
 from finetune.launcher import (
-    FILE_NAME,
+    ENVIRONMENT_FILE,
     LauncherArgs,
     environment_of_ranks,
     network_check,
@@ -147,7 +147,7 @@ def examine_network(
     address, port = meeting
     facts: dict[str, Any] = {"address": address, "port": port, "backend": backend}
     examination.facts["network"] = facts
-    ways = network_check.find_ways(list(slots), shell, address, port)
+    ways = network_check.check_rendezvous(list(slots), shell, address, port)
     facts |= {"interfaces": ways.interfaces, "round_trip_seconds": ways.seconds}
     examination.add_errors("network", ways.faults)
     if ways.faults:
@@ -206,7 +206,7 @@ def _write_environment(
     if backend == "gloo":
         threads = min(max(1, answers[host]["cores"] // len(ids)) for host, ids in slots.items())
         present = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    path = Path(FILE_NAME)
+    path = Path(ENVIRONMENT_FILE)
     present |= read_environment_file(path) if path.is_file() else {}
     aside = examination.attempt("network", lambda: write_environment_file(path, {**present, **added}))
     values = {**present, **added}

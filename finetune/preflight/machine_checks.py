@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.distributed import host_probe
-from finetune.distributed.op_builder import build_operators, is_file_open
+from finetune.distributed.compat import is_file_open
+from finetune.distributed.op_builder import build_operators
 from finetune.distributed.process_setup import prepare_environment
 from finetune.launcher import ssh
 from finetune.launcher.ssh import SshShell

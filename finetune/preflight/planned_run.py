@@ -59,7 +59,7 @@ def plan_run(choice: DoctorArguments, flags: LauncherArgs, words: Sequence[str])
         ConfigError: a flag of the training, the hostfile, a filter of it.
     """
     arguments = parse(words)
-    slots = resolve_resources(flags)
+    resources = resolve_resources(flags)
     places = Places(
         output=arguments.training["output_dir"],
         port=flags.master_port,
@@ -67,7 +67,7 @@ def plan_run(choice: DoctorArguments, flags: LauncherArgs, words: Sequence[str])
         full=choice.full,
     )
     shell = SshShell(flags.ssh_port, flags.venv_script)
-    return PlannedRun(choice, flags, list(words), arguments, slots, shell, places)
+    return PlannedRun(choice, flags, list(words), arguments, resources.slots if resources else None, shell, places)
 
 
 def world_of(slots: dict[str, list[int]]) -> RankCounts:

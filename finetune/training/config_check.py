@@ -159,10 +159,9 @@ def _check_world(world_size: int) -> None:
     stated, words = os.environ.get("FINETUNE_WORLD_SIZE"), watchdog.runner_arguments(watchdog.launcher_pid())
     expected, where = int(stated or world_size), "the hostfile"
     if stated is None and words is not None:
-        flags = launcher.parse_launcher_args(words)
-        slots = None if flags.autotuning else launcher.resolve_resources(flags)
-        if slots is not None:
-            expected, where = sum(map(len, slots.values())), f"--hostfile {flags.hostfile or launcher.JOB_HOSTFILE}"
+        resources = launcher.resources_of_command(words)
+        if resources is not None:
+            expected, where = resources.world_size, f"--hostfile {resources.path}"
     if expected != world_size:
         raise ConfigError(
             f"{where} names {expected} ranks, but {world_size} were started: start with `finetune launch`"

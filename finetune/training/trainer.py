@@ -347,7 +347,7 @@ class SupervisedTrainer(Trainer):
             facts=self.lineage.facts,
             trained=self.trained,
             versions=library_versions(),
-            disks=self.lineage.disk.all_disks,
+            disks=self.lineage.disk.all_groups,
             written=now(),
             is_resumable=not self.args.save_only_model,
             non_finite=asdict(self.step_end.count),

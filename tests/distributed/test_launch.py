@@ -15,7 +15,7 @@ import pytest
 
 from finetune.cli.launch import outcome, start, without_secrets
 from finetune.diagnostics import Failure
-from finetune.launcher.local_session import HOSTFILE_HERE, HostReport, LocalSession
+from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, HostReport, LocalSession
 from finetune.launcher.ssh import shared_words
 from finetune.utils.errors import ConfigError
 from tests.helpers import runs
@@ -270,11 +270,11 @@ def test_a_token_is_in_no_command_line_and_in_no_file(named, tmp_path):
 def test_a_word_of_the_user_that_looks_like_ours_stays_as_it_is(tmp_path):
     seen = tmp_path / "seen.json"
     script = f"import json, sys; open({str(seen)!r}, 'w').write(json.dumps(sys.argv[1:]))"
-    words = [HOSTFILE_HERE, "{hostfile}", HOSTFILE_HERE, "it's $(id) 你好"]
+    words = [HOSTFILE_PLACEHOLDER, "{hostfile}", HOSTFILE_PLACEHOLDER, "it's $(id) 你好"]
     run = LocalSession([sys.executable, "-c", script, *words], {}, hostfile="a slots=1\n", host="a")
     while run.is_running():
         time.sleep(0.01)
-    assert run.conclude().status == 0
+    assert run.finish().status == 0
     copy, *others = json.loads(seen.read_text())
     assert copy.startswith("--hostfile=/") and others == words[1:]
     assert not run.folder.exists()

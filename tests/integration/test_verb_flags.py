@@ -17,7 +17,7 @@ import pytest
 
 from finetune import cli
 from finetune.cli import completion, evaluate
-from finetune.cli.launch import NOT_HANDED_ON, handed_on
+from finetune.cli.launch import NOT_PASSED_ON, passed_on
 from finetune.launcher import build_parser, parse_launcher_args
 from finetune.utils.errors import ConfigError, FinetuneError
 from tests.helpers.paths import ROOT
@@ -164,18 +164,18 @@ def test_every_option_of_every_verb_has_an_entry_and_a_help_text():
         assert all(options.values()), name
 
 
-def test_every_flag_of_the_launcher_is_handed_on_or_read():
+def test_every_flag_of_the_launcher_is_passed_on_or_read():
     text = "".join(path.read_text("utf-8") for path in (ROOT / "finetune").rglob("*.py"))
     types = build_parser().types
     assert len(types) > 20
     for name, shape in types.items():
-        if name in (*NOT_HANDED_ON, "module"):
+        if name in (*NOT_PASSED_ON, "module"):
             read = re.search(rf"flags\.{name}\b|\bgiven\.get\(\"{name}\"", text)
             assert read or name == "force_multi", f"{name}; a host is reached over ssh unless it is this one"
             continue
         word = f"--{name}" if shape.kind is bool else f"--{name}={next(iter(shape.choices), '1')}"
-        passed_on = handed_on(parse_launcher_args([word, "script.py"]))
-        assert word.replace("num_accelerators", "num_gpus") in passed_on, name
+        words = passed_on(parse_launcher_args([word, "script.py"]))
+        assert word.replace("num_accelerators", "num_gpus") in words, name
 
 
 def test_a_switch_in_front_of_a_positional_argument_takes_no_value():

@@ -33,7 +33,7 @@ def listen(address: str, ports: list[int]) -> socket.socket | None:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((address if _is_loopback(address) else "", port))
+            listening.bind((address if is_loopback(address) else "", port))
             listening.listen(1024)
         except OSError:
             listening.close()
@@ -43,7 +43,7 @@ def listen(address: str, ports: list[int]) -> socket.socket | None:
     return None
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(address).is_loopback
     return address == "localhost"

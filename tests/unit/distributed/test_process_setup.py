@@ -55,14 +55,14 @@ def test_malloc_is_told_once_before_loading_and_once_before_the_steps(monkeypatc
             told.append((0, pad))
 
     monkeypatch.setattr("ctypes.CDLL", lambda name: Libc())
-    process_setup.load_outside_the_heap()
+    process_setup.allocate_outside_heap()
     assert told == [(process_setup.M_MMAP_THRESHOLD, 1 << 20), (0, 0)]
     told.clear()
     process_setup.keep_freed_blocks()
     assert told == [(process_setup.M_MMAP_THRESHOLD, 32 << 20), (process_setup.M_TRIM_THRESHOLD, 64 << 20), (0, 0)]
     told.clear()
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
-    process_setup.load_outside_the_heap()
+    process_setup.allocate_outside_heap()
     assert told == []
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())

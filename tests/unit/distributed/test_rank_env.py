@@ -41,7 +41,7 @@ def test_the_rank_is_read_from_what_started_it(variables, expected):
 
 
 def test_ranks_of_several_hosts_that_could_not_meet_do_not_start():
-    with pytest.raises(ConfigError, match="rank 5 of 8 on several hosts.*give MASTER_ADDR"):
+    with pytest.raises(ConfigError, match="rank 5 of 8 on several hosts.*MASTER_ADDR"):
         placed(**OPEN_MPI)
 
 

@@ -123,12 +123,27 @@ def test_help_prints_the_flags(capsys):
 # --- resources -------------------------------------------------------------------------------------------------------
 
 
+def slots_of(*words: str) -> dict[str, list[int]] | None:
+    resources = launcher.resolve_resources(launcher.parse_launcher_args([*words, "a.py"]))
+    return resources and resources.slots
+
+
 def asked(
     tmp_path: Path, words: str, content: str = "a slots=4\nb slots=2\nc slots=4\n"
 ) -> dict[str, list[int]] | None:
     path = tmp_path / "hosts"
     path.write_text(content)
-    return launcher.resolve_resources(launcher.parse_launcher_args([f"--hostfile={path}", *words.split(), "a.py"]))
+    return slots_of(f"--hostfile={path}", *words.split())
+
+
+def test_resources_hold_the_whole_hostfile(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("a slots=4 # rack 1\nb slots=2\n")
+    resources = launcher.resources_of_command([f"--hostfile={path}", "--exclude", "a:0", "a.py"])
+    assert (resources.path, resources.pool) == (str(path), {"a": 4, "b": 2})
+    assert (resources.first_host, resources.world_size) == ("a", 5)
+    assert resources.hostfile_text() == "a slots=4\nb slots=2\n"
+    assert launcher.resources_of_command([f"--hostfile={path}", "--autotuning=run", "a.py"]) is None
 
 
 @pytest.mark.parametrize(
@@ -187,7 +202,7 @@ def test_this_machine_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(resource_filter, "JOB_HOSTFILE", tmp_path / "job")
 
     def alone(words: str) -> dict[str, list[int]] | None:
-        return launcher.resolve_resources(launcher.parse_launcher_args([*words.split(), "a.py"]))
+        return slots_of(*words.split())
 
     for words in ("", "--hostfile=", "--num_gpus 2", "--include localhost:0,1", "--no_ssh --node_rank 0"):
         assert alone(words) is None
@@ -247,7 +262,7 @@ def test_resources_are_those_of_the_launcher(runner, tmp_path_factory, request_o
         whole_and_slots = "named whole and by slots" in str(error)
         assert refused_by_both or nothing_left or too_many or whole_and_slots
     else:
-        assert list(ours.items()) == list(real.items())
+        assert list(ours.slots.items()) == list(real.items())
 
 
 @property_test
@@ -262,5 +277,4 @@ def test_of_valid_requests_many_are_kept(runner, tmp_path_factory, request_of_po
     assume(request.get("num_nodes", 0) <= len(pool) and request.get("num_gpus", 0) <= min(pool.values()))
     path = tmp_path_factory.getbasetemp() / "pool"
     path.write_text("".join(f"{host} slots={slots}\n" for host, slots in pool.items()))
-    words = [f"--hostfile={path}", *(f"--{name}={value}" for name, value in request.items()), "a.py"]
-    assert launcher.resolve_resources(launcher.parse_launcher_args(words)) == real
+    assert slots_of(f"--hostfile={path}", *(f"--{name}={value}" for name, value in request.items())) == real

@@ -97,15 +97,19 @@ def places(tmp_path, monkeypatch) -> SimpleNamespace:
     return SimpleNamespace(home=home, work=work)
 
 
+def file_variables() -> dict[str, str]:
+    return {name: value for name, value in launcher.environment_of_ranks().items() if name in "ABC"}
+
+
 def test_the_working_directory_wins(places):
-    assert launcher.environment_files() == [] and launcher.travelling_environment() == {}
+    assert launcher.environment_files() == [] and file_variables() == {}
     (places.work / ".deepspeed_env").write_text("A=work\nB=work\n")
     (places.home / ".deepspeed_env").write_text("B=home\nC=home\n")
     assert [path.absolute() for path in launcher.environment_files()] == [
         places.home / ".deepspeed_env",
         places.work / ".deepspeed_env",
     ]
-    assert launcher.travelling_environment() == {"A": "work", "B": "work", "C": "home"}
+    assert file_variables() == {"A": "work", "B": "work", "C": "home"}
 
 
 def test_another_name_for_the_file(places, monkeypatch, tmp_path):
@@ -113,7 +117,7 @@ def test_another_name_for_the_file(places, monkeypatch, tmp_path):
     (places.work / "other").write_text("A=2\n")
     (places.home / "other").write_text("B=2\n")
     monkeypatch.setenv("DS_ENV_FILE", "other")
-    assert launcher.travelling_environment() == {"A": "2", "B": "2"}
+    assert file_variables() == {"A": "2", "B": "2"}
     monkeypatch.setenv("DS_ENV_FILE", str(places.home / "other"))
     assert launcher.environment_files() == [places.home / "other"]  # one file, though DeepSpeed opens it twice
     monkeypatch.setenv("DS_ENV_FILE", "")
@@ -121,7 +125,7 @@ def test_another_name_for_the_file(places, monkeypatch, tmp_path):
     monkeypatch.setenv("DS_ENV_FILE", "missing")
     assert launcher.environment_files() == []
     with pytest.raises(ConfigError, match="DS_ENV_FILE=missing: there is no such file in .*work or .*home"):
-        launcher.travelling_environment()
+        file_variables()
     monkeypatch.delenv("DS_ENV_FILE")
     monkeypatch.chdir(places.home)
     (places.home / ".deepspeed_env").write_text("A=3\n")

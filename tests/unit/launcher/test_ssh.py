@@ -94,9 +94,9 @@ def test_gloo_is_told_the_interface_that_ssh_came_through_unless_the_user_has():
     found = ssh.interfaces_between({"a": here, "b": there, "c": unknown, "d": silent})
     assert found == {"a": "ib0", "b": "eth1"}
     assert ssh.interfaces_between({"a": here}) == {}
-    assert ssh.environment_of({"A": "1"}, "ib0") == {"A": "1", "GLOO_SOCKET_IFNAME": "ib0"}
-    assert ssh.environment_of({"GLOO_SOCKET_IFNAME": "eth7"}, "ib0") == {"GLOO_SOCKET_IFNAME": "eth7"}
-    assert ssh.environment_of({"A": "1"}, None) == {"A": "1"}
+    assert ssh.add_interface({"A": "1"}, "ib0") == {"A": "1", "GLOO_SOCKET_IFNAME": "ib0"}
+    assert ssh.add_interface({"GLOO_SOCKET_IFNAME": "eth7"}, "ib0") == {"GLOO_SOCKET_IFNAME": "eth7"}
+    assert ssh.add_interface({"A": "1"}, None) == {"A": "1"}
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ esac
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(ssh, "SECONDS_FOR_A_PROBE", 5)
+    monkeypatch.setattr(ssh, "SECONDS_TO_PROBE", 5)
     return tmp_path / "words"
 
 
