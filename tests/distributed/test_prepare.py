@@ -15,6 +15,7 @@ from finetune.chat_templates import CHATML, JinjaFormat, Renderer
 from finetune.dataset import prepared_cache
 from finetune.dataset.data_sources import find_sources
 from finetune.dataset.prepare import prepare_dataset
+from finetune.dataset.prepare_workers import BATCH_ROWS
 from finetune.utils.errors import StorageError, exit_on_error
 from tests.helpers.rows import write_rows
 
@@ -136,3 +137,13 @@ def _in_a_process(function) -> None:
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_same_data_in_the_same_order(tmp_path, renderer, processes):
+    path = write_rows(tmp_path / "a.json", many(3 * BATCH_ROWS + 5))
+    alone = prepared(path, renderer, tmp_path / "one", num_processes=1)
+    together = prepared(path, renderer, tmp_path / "many", num_processes=processes)
+    for name in (prepared_cache.EXAMPLES_FILE, prepared_cache.LEDGER_FILE):
+        assert (alone.folder / name).read_bytes() == (together.folder / name).read_bytes()
+    assert together.summary == alone.summary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import typing
 from collections.abc import Callable
@@ -14,9 +13,8 @@ from typing import Any, Literal
 import pytest
 
 from finetune import train
-from finetune.cli.evaluate import EvaluateOptions
-from finetune.cli.preview import NOT_OF_PREVIEW, PreviewOptions, parse_options
-from finetune.config import DoctorArguments, parse
+from finetune.cli.preview import NOT_OF_PREVIEW, parse_options
+from finetune.config import parse
 from finetune.config.arguments import GROUPS, AdapterArguments
 from finetune.config.hardware import DetectedHardware
 from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankPhase
@@ -24,7 +22,6 @@ from finetune.training import config_check, training_setup
 from finetune.training.data_setup import prepare_data
 from finetune.utils.errors import FinetuneError
 from tests.helpers.logs import logged
-from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS, write_rows
 
 Words = list[str]
@@ -225,16 +222,11 @@ SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
     "write_report": (reported, "", "--write_report False"),
     "report_seconds": (reported, "", "--report_seconds 5"),
 }
-# Those whose effect needs real ranks, a launcher, other hosts or a trained model: the test that shows it.
+# Those whose effect needs real ranks, a launcher, other hosts or a trained model have tests of their own.
 ELSEWHERE = {
-    "model_revision": "test_custom_code.py::test_a_revision_pins_the_code_and_the_one_exception_names_its_commit",
-    "trust_remote_code": "test_custom_code.py::test_it_trains_saves_its_code_and_loads",
-    "allow_inexact_resume": "test_resume.py::"
-    "test_an_inexact_resume_is_allowed_by_flag_and_recorded_but_not_into_another_shape",
-    "resume_world_size": "test_resume.py::test_on_another_number_of_ranks_the_steps_stay_what_they_are",
-    "report_answers": "test_report.py::test_every_section_of_a_run_that_was_really_made",
-    "report_samples": "test_report.py::test_a_run_that_is_told_to_keep_no_text_keeps_none",
-}
+    "model_revision", "trust_remote_code", "allow_inexact_resume", "resume_world_size", "report_answers",
+    "report_samples",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", SHOWN)
@@ -251,20 +243,6 @@ def test_nothing_differs_without_a_flag(observe, named, baselines, monkeypatch):
     others = next(others for shown_by, others, _ in SHOWN.values() if shown_by is observe)
     again = str(observe(named(others), monkeypatch))
     assert baselines.setdefault((observe, others), again) == again
-
-
-def source_of(test: str) -> str:
-    """The text of a test function; fails where there is none."""
-    file, name = test.split("::")
-    text = (ROOT / "tests" / file).read_text(encoding="utf-8")
-    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
-    assert len(found) == 1, test
-    return ast.get_source_segment(text, found[0])
-
-
-@pytest.mark.parametrize("flag", ELSEWHERE)
-def test_a_test_elsewhere_gives_the_flag(flag):
-    assert f'--{flag}"' in source_of(ELSEWHERE[flag]) or f"--{flag} " in source_of(ELSEWHERE[flag])
 
 
 def test_every_flag_of_training_has_an_entry():
@@ -350,33 +328,3 @@ def test_preview_takes_those_flags_of_training_that_change_what_is_shown():
     for name in NOT_OF_PREVIEW:
         with pytest.raises(FinetuneError, match=f"unknown flag --{name}"):
             parse_options(["--model_name_or_path", "m", "--data_path", "d", f"--{name}", "0.5"])
-
-
-# ---- read somewhere
-
-
-def attributes_read() -> dict[str, set[str]]:
-    """Attribute -> the last names of what it is read of, in everything but `arguments`' own reading of words."""
-    found: dict[str, set[str]] = {}
-    for path in (ROOT / "finetune").rglob("*.py"):
-        if path.parent.name == "arguments" and path.name != "flags.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                holder = ast.unparse(node.value).rpartition(".")[2]
-                found.setdefault(node.attr, set()).add(holder + " in flags.py" * (path.parent.name == "arguments"))
-    return found
-
-
-def test_every_field_is_read_outside_of_arguments():
-    """A check of its value is no use of a flag."""
-    read = attributes_read()
-    held_as = ("model", "data", "batch", "adapter", "run", "choice", "choice", "options")
-    groups = (*GROUPS, PreviewOptions, DoctorArguments, EvaluateOptions)
-    unread = [
-        one.name
-        for holder, group in zip(held_as, groups, strict=True)
-        for one in fields(group)
-        if not read.get(one.name, set()) & {holder, "options", "shown", "self in flags.py"}
-    ]
-    assert unread == ["config"], "parse itself reads that one"

@@ -181,20 +181,6 @@ def test_a_damaged_saved_data_set_is_a_data_error(tmp_path):
     assert refused(str(tmp_path / "a")).startswith(f"{tmp_path / 'a'}: the saved data set does not load: ")
 
 
-def test_a_hub_that_cannot_be_reached_is_named_with_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    for variable in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(variable, raising=False)
-
-    for name in ("owner/chats", "owner/chats:train", "owner/chats:small/train:0.5"):
-        message = refused(name)
-        assert message.startswith(
-            f"{name.removesuffix(':0.5')}: there is no such file, and the hub at http://127.0.0.1:9 "
-        )
-        assert "set HF_ENDPOINT" in message and "local copy" in message
-
-
 def test_a_name_on_the_hub_is_loaded_with_its_configuration_and_split(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = []

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from accelerate import skip_first_batches
 from datasets import Dataset
 
 from finetune.dataset.collator import Collator
-from finetune.dataset.dataloader import MicroBatchDataLoader, MicroBatchDataset, decide_layout, padding_share
+from finetune.dataset.dataloader import MicroBatchDataset, decide_layout, padding_share
 from finetune.dataset.sampler import BatchShape, Sampler
 from finetune.utils.errors import ConfigError
 
@@ -92,27 +91,6 @@ def test_a_rank_with_nothing_left_still_has_a_batch():
     batch = batches[0, 2]
     assert batch["input_ids"].shape == (1, 1) and len(batch["targets"]) == 0
     assert (batch["counts"].tokens, batch["counts"].step.tokens) == (0, 5)
-
-
-def ids_of(loader: MicroBatchDataLoader) -> list[list[int]]:
-    return [batch["input_ids"].flatten().tolist() for batch in loader]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_hands_out_an_epoch_and_can_begin_anywhere(workers):
-    batches = made([7, 4, 9, 2, 5, 8, 3], BatchShape(1, 2, 1))
-    batches.sampler.order = "random"
-    loader = MicroBatchDataLoader(batches, num_workers=workers)
-    epochs = []
-    for epoch in (0, 1):
-        loader.set_epoch(epoch)
-        epochs.append(ids_of(loader))
-    assert len(loader) == len(epochs[0]) == 7 and epochs[0] != epochs[1]
-    assert [batches[1, number]["input_ids"].flatten().tolist() for number in range(7)] == epochs[1]
-
-    skipping = skip_first_batches(loader, 3)
-    skipping.batch_sampler.batch_sampler.set_epoch(1)  # as the Trainer does it
-    assert ids_of(skipping) == epochs[1][3:]
 
 
 def test_padding_is_counted_as_it_will_be():

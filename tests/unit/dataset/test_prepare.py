@@ -17,7 +17,6 @@ from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import find_sources
 from finetune.dataset.data_summary import DataSummary, kind_of
 from finetune.dataset.prepare import check_dropped_share, prepare_dataset
-from finetune.dataset.prepare_workers import BATCH_ROWS
 from finetune.utils.errors import DataError, StorageError
 from tests.helpers.logs import logged
 from tests.helpers.paths import ROOT
@@ -172,16 +171,6 @@ def test_damaged_data_is_prepared_again(tmp_path, renderer, file, damage):
     assert target.read_bytes() == content
     assert said == ([] if (file, damage) == (prepared_cache.FACTS_FILE, "missing") else [said[0]])
     assert all("is damaged: it is prepared again" in line for line in said)
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_give_the_same_data_in_the_same_order(tmp_path, renderer, processes):
-    path = write_rows(tmp_path / "a.json", many(3 * BATCH_ROWS + 5))
-    alone = prepared(path, renderer, tmp_path / "one", num_processes=1)
-    together = prepared(path, renderer, tmp_path / "many", num_processes=processes)
-    for name in (prepared_cache.EXAMPLES_FILE, prepared_cache.LEDGER_FILE):
-        assert (alone.folder / name).read_bytes() == (together.folder / name).read_bytes()
-    assert together.summary == alone.summary
 
 
 def test_a_folder_that_cannot_be_made_is_one_error_that_names_the_flag(tmp_path, renderer, conversation_file):

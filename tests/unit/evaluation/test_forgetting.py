@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import re
 
-import pytest
-import torch
-import torch.nn.functional as F
-
-from finetune.chat_templates import prompt_ids, select_chat_format
-from finetune.conversation import Turn
 from finetune.evaluation.forgetting import AnsweredQuestion, compared, repeating, verdict
 from finetune.evaluation.forgetting_questions import CATEGORIES, is_right, json_values, load_questions, number_in
-from finetune.evaluation.question_answering import answers_of, scores_of
-from finetune.inference.generate import AnswerGenerator
-from tests.helpers.paths import PRETRAINED, ROOT
+from tests.helpers.paths import ROOT
 
 QUESTIONS = load_questions()
 
@@ -81,56 +73,6 @@ def test_of_candidates_the_right_one_must_be_likelier_than_each_wrong_one():
 
 
 # ---- asking
-
-
-@pytest.fixture(scope="module")
-def small(smol_tokenizer):
-    """The small model in float32 and its chat format."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32).eval()
-    return model, select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])[0]
-
-
-def test_scores_are_those_of_whole_conversations_one_by_one(tiny_model, smol_tokenizer):
-    """In float64, with wide weights, so that nothing but rounding may differ."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
-    chat_format, _ = select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
-    asked = [(one.text, one.candidates) for one in QUESTIONS if one.candidates][::9]
-    assert len(asked) > 12
-    for kind in (False, True):  # from the cache; and whole, as behind virtual tokens
-        found = scores_of(
-            model, chat_format, asked, pad_token_id=2, has_virtual_tokens=kind, batch_size=5, done=lambda count: None
-        )
-        for (question, candidates), scores in zip(asked, found, strict=True):
-            wanted = [stock_score(model, chat_format, question, candidate) for candidate in candidates]
-            assert scores == pytest.approx(wanted, abs=1e-5) and max(wanted) - min(wanted) > 1e-3
-
-
-def stock_score(model, chat_format, question, candidate):
-    tokenizer = chat_format.plain.tokenizer
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": candidate}]
-    ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    begin = len(prompt_ids(chat_format, [Turn("human", question)]))
-    stop = len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>")) - 1
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0]
-    total = F.cross_entropy(logits[begin - 1 : stop - 1], torch.tensor(ids[begin:stop]), reduction="sum").item()
-    return -total / len(candidate.encode())
-
-
-def test_answers_written_together_are_those_written_alone(small):
-    model, chat_format = small
-    questions = [one.text for one in QUESTIONS if one.is_written][::27]
-    options = {"stop_token_ids": [2], "max_new_tokens": 8, "done": lambda count: None}
-    together = answers_of(model, chat_format, questions, batch_size=8, **options)
-    alone = AnswerGenerator(model, chat_format, [2])
-    assert together == [alone.answer([Turn("human", one)], max_new_tokens=8) for one in questions]
 
 
 # ---- the verdict
