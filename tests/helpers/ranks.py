@@ -20,7 +20,7 @@ from finetune.distributed.host_probe import free_port
 
 LIMIT_SECONDS = 300  # a run may have to compile an operator first
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["finetune.training.trainer", "finetune.train", "deepspeed", "peft"])
+_context.set_forkserver_preload(["tests.helpers.preload"])
 
 
 @dataclass(frozen=True)

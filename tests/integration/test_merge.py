@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import warnings
+from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
 
+from finetune import export
+from finetune.export import merge_plan as pieces_of
+from finetune.export.stored_tensors import StoredTensors
+from finetune.inference.run_result import read_result
+from finetune.models.loader import weights_fingerprint
+from finetune.utils.errors import CheckpointError, ConfigError, StorageError
 from tests.helpers import made_results as made
 from tests.helpers import tiny_models
+from tests.helpers.made_results import logits
 from tests.helpers.paths import ROOT
+from tests.helpers.tiers import mostly_slow
 
 
 def build(family: str, **changed):
@@ -65,3 +78,253 @@ def test_a_model_is_merged_in_the_memory_of_a_shard(tmp_path, lora):
     assert size > 350e6
     # A shard, its copy as it is written, and a layer in float32; the adapter itself takes 8 MB.
     assert growth < 120e6, f"{growth / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+
+
+SHARD = 20_000  # bytes: several files of a tiny model
+
+
+def merged(result, target: Path, **options):
+    base_name, dtype = options.pop("base_name", None), options.pop("dtype", None)
+    plan = export.plan_merge(result, target, base_name=base_name, dtype=dtype)
+    return export.merge_weights(plan, shard_bytes=options.pop("shard_bytes", SHARD), **options)
+
+
+def opened(folder: Path, **options):
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    return model
+
+
+# Families whose experts are no linear layers any more: peft would warn that it leaves them out.
+ATTENTION = dict(target_modules=["q_proj", "v_proj"])
+
+
+TARGETS = {
+    "mixtral": ATTENTION, "deepseek_v3": dict(target_modules=["q_a_proj", "kv_b_proj", "o_proj"]), "jamba": ATTENTION,
+    "qwen3_next": ATTENTION, "llama4": ATTENTION, "mamba": dict(target_modules=["in_proj", "x_proj"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", mostly_slow(tiny_models.FAMILIES, ["llama", "mixtral", "gpt2", "deepseek_v3"]))
+def test_an_adapter_in_its_base_is_what_peft_makes_of_both(family, tmp_path):
+    base = made.save_base(build(family), tmp_path / "base")
+    adapted = adapt(build(family), **TARGETS.get(family, {}))
+    result = made.save_adapter(adapted, base, tmp_path / "output")
+    wanted = logits(adapted)
+    untouched = logits(build(family))
+
+    seen = merged(result, tmp_path / "merged")
+
+    assert "the first choice is the same" in seen.checked
+    model = opened(tmp_path / "merged")
+    assert (logits(model) - wanted).norm() < 1e-4 * (wanted - wanted.mean()).norm()
+    assert (wanted - untouched).norm() > 1e-2 * (wanted - wanted.mean()).norm(), "the adapter did nothing"
+    assert set(StoredTensors(tmp_path / "merged")) == set(StoredTensors(base))
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
+
+
+VARIANTS = {
+    "rslora": dict(use_rslora=True),
+    "dora": dict(use_dora=True),
+    "embeddings": dict(target_modules=["embed_tokens", "q_proj"]),
+    "biases": dict(bias="lora_only"),
+    "head": dict(modules_to_save=["lm_head"]),
+    "both ends": dict(modules_to_save=["lm_head", "embed_tokens"]),
+    "some tokens": dict(trainable_token_indices=[5, 6]),
+    "pattern": dict(rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 3}),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "tied"),
+    mostly_slow(
+        product(VARIANTS, [True, False]),
+        [("dora", False), ("rslora", True), ("embeddings", True), ("both ends", False), ("both ends", True),
+         ("some tokens", True), ("head", False)],
+    ),
+)  # fmt: skip
+def test_every_kind_of_lora(variant, tied, tmp_path):
+    options = dict(VARIANTS[variant])
+    if tied and variant == "both ends":
+        options |= {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    base = made.save_base(build("llama", tie_word_embeddings=tied), tmp_path / "base")
+    adapted = adapt(build("llama", tie_word_embeddings=tied), **options)
+    result = made.save_adapter(adapted, base, tmp_path / "output")
+    wanted = logits(made_again(base, tmp_path / "output"))
+
+    merged(result, tmp_path / "merged")
+
+    assert torch.allclose(logits(opened(tmp_path / "merged")), wanted, atol=1e-4)
+    untied = tied and variant in ("embeddings", "head")
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["tie_word_embeddings"] is (tied and not untied)
+
+
+def made_again(base: Path, folder: Path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+
+
+@pytest.mark.parametrize(("stored", "wanted", "tolerance"), [("bf16", "bf16", 0.1), ("bf16", "float32", 1e-4)])
+def test_the_precision_of_the_training_is_that_of_the_merged_model_unless_another_is_named(
+    stored, wanted, tolerance, tmp_path
+):
+    base = made.save_base(build("llama").to(torch.bfloat16), tmp_path / "base")
+    adapted = adapt(build("llama").to(torch.bfloat16).float())
+    result = made.save_adapter(adapted, base, tmp_path / "output", precision=stored)
+    expected = logits(made_again(base, tmp_path / "output"))
+
+    merged(result, tmp_path / "merged", dtype=None if wanted == stored else wanted)
+
+    dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[wanted]
+    tensors = StoredTensors(tmp_path / "merged")
+    assert {tensors.dtype(name) for name in tensors} == {dtype}
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    seen = logits(opened(tmp_path / "merged"))
+    assert (seen - expected).norm() < tolerance * (expected - expected.mean()).norm()
+
+
+def test_what_a_model_keeps_finer_than_the_rest_stays_so(tmp_path):
+    model = build("deepseek_v3").to(torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            buffer.data = torch.rand(buffer.shape)
+    base = made.save_base(model, tmp_path / "base")
+    result = made.save_adapter(
+        adapt(build("deepseek_v3"), **TARGETS["deepseek_v3"]), base, tmp_path / "output", precision="bf16"
+    )
+
+    merged(result, tmp_path / "merged")
+
+    kept = StoredTensors(tmp_path / "merged")
+    finer = [name for name in kept if kept.dtype(name) == torch.float32]
+    assert finer and all("e_score_correction_bias" in name for name in finer)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_adapters_that_are_no_weights_are_refused_with_the_reason(kind, tmp_path):
+    from finetune.models.adapters import attach_virtual_tokens
+
+    base = made.save_base(build("llama"), tmp_path / "base")
+    result = made.save_adapter(attach_virtual_tokens(build("llama"), kind, 4), base, tmp_path / "output")
+
+    with pytest.raises(ConfigError, match=f"a {kind} adapter is .* not weights of a layer; it is used as it is"):
+        merged(result, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", mostly_slow(["mixtral", "qwen3_next", "deepseek_v3"], ["mixtral"]))
+def test_experts_that_files_hold_one_by_one(family, tmp_path):
+    base = made.save_base(build(family), tmp_path / "base")
+    adapted = adapt(build(family))  # all-linear means the experts, too
+    assert any("experts" in name and "lora_" in name for name, _ in adapted.named_parameters())
+    result = made.save_adapter(adapted, base, tmp_path / "output")
+    wanted = logits(adapted)
+
+    merged(result, tmp_path / "merged")
+
+    seen = logits(opened(tmp_path / "merged"))
+    assert (seen - wanted).norm() < 1e-4 * (wanted - wanted.mean()).norm()
+    assert set(StoredTensors(tmp_path / "merged")) == set(StoredTensors(base))
+
+
+def test_another_base_is_refused_and_a_moved_one_is_found(lora, tmp_path):
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="its base .*base is not there: name .* with --base_model"):
+        merged(lora, tmp_path / "merged")
+
+    torch.manual_seed(5)
+    other = made.save_base(build("llama", initializer_range=0.3), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"was trained on .*base, and .*other holds other weights \(fingerprint"):
+        merged(lora, tmp_path / "merged", base_name=str(other))
+
+    merged(lora, tmp_path / "merged", base_name=str(tmp_path / "moved"))
+    assert torch.allclose(
+        logits(opened(tmp_path / "merged")), logits(made_again(tmp_path / "moved", tmp_path / "output")), atol=1e-4
+    )
+
+
+def test_an_adapter_of_another_size_is_refused_with_one_line(lora, tmp_path):
+    small = made.save_base(build("llama"), tmp_path / "base2")
+    wide = adapt(build("llama", hidden_size=64))
+    result = made.save_adapter(wide, small, tmp_path / "wide")
+    with pytest.raises(CheckpointError, match="the adapter does not fit its base: size mismatch") as caught:
+        merged(result, tmp_path / "merged")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_holds_something_is_not_replaced(lora, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/mine").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not replaced"):
+        merged(lora, tmp_path / "merged")
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(StorageError, match="the merged model takes .* MB, 0 MB are free"):
+        merged(lora, tmp_path / "merged")
+    assert not list(tmp_path.glob(".merged*"))
+
+
+def test_a_merge_that_goes_wrong_leaves_nothing(lora, tmp_path, monkeypatch):
+    real = pieces_of.MergedTensors._merged
+
+    def one_layer_left_out(self, name, module):
+        if "layers.1.mlp.up_proj" not in name:
+            return real(self, name, module)
+        return {"weight": self._base_value(f"{name}.weight").float()}
+
+    monkeypatch.setattr(pieces_of.MergedTensors, "_merged", one_layer_left_out)
+    with pytest.raises(CheckpointError, match="the merged model is not the trained one: their logits are .*% apart"):
+        merged(lora, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "no tensors"])
+def test_weights_that_are_not_whole_are_refused(harm, lora, tmp_path):
+    path = tmp_path / "base/model.safetensors"
+    text = path.read_bytes()
+    if harm == "cut":
+        path.write_bytes(text[: len(text) // 2])
+    elif harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"")
+    run = json.loads((tmp_path / "output/run.json").read_text())
+    run["model"]["weights"] = weights_fingerprint(str(tmp_path / "base"))
+    (tmp_path / "output/run.json").write_text(json.dumps(run))
+    with pytest.raises(CheckpointError, match="cannot be read|holds no weights"):
+        merged(read_result(tmp_path / "output"), tmp_path / "merged")
+
+
+def test_the_folder_is_a_model_that_serves(lora, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    (tmp_path / "base/LICENSE").write_text("of the base")
+    # As published bases have it; transformers reads this, and refuses to save it.
+    (tmp_path / "base/generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')
+
+    merged(lora, tmp_path / "merged")
+
+    folder = tmp_path / "merged"
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False
+    )
+    assert ids == [3, 10 + ord("H"), 10 + ord("i"), 4], "LingoWhale's markers, as a template"
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers") and "3.0000 -> 2.0000" in card and "lora adapter" in card
+    assert (folder / "LICENSE").read_text() == "of the base"
+    run = json.loads((folder / "run.json").read_text())
+    with_temperature = json.loads((folder / "generation_config.json").read_text())
+    assert (with_temperature["temperature"], with_temperature["eos_token_id"]) == (0.6, 2), "as the base has it"
+    assert run["merged"]["from"] == str(tmp_path / "output")
+    assert read_result(folder).adapter is None

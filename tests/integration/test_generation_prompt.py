@@ -22,9 +22,14 @@ from finetune.conversation import Conversation, Turn
 from finetune.utils.errors import DataError
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.chat_templates import STYLES
+from tests.helpers.tiers import mostly_slow
 
 MARKERS = {"human_token_ids": [3], "model_token_ids": [4]}
+
+
 FOLLOWED = [name for name, style in STYLES.items() if style.refused is None]
+
+
 # A copy of the largest tokenizer takes two seconds: it sees three styles.
 FORMATS = [
     *((kind, own) for kind in ("smollm2", "mistral", "deepseek") for own in ("lingowhale", "chatml")),
@@ -35,7 +40,15 @@ FORMATS = [
     *((kind, name) for kind in ("smollm2", "mistral") for name in FOLLOWED),
     *(("deepseek", name) for name in ("deepseek", "headers in words", "reasoning dropped from history")),
 ]
+
+
+FAST_FORMATS = [
+    pair for number, pair in enumerate(FORMATS) if pair[0] != "deepseek" and (pair[0] == "smollm2" or number % 4 == 0)
+]
+FAST_FORMATS += [("deepseek", "lingowhale")]
 PLAIN = "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
+
+
 THINKING = ["<think>", "</think>"]
 
 
@@ -133,11 +146,13 @@ CONVERSATIONS = [
     [("human", "x"), ("model", "<think>\nr\n</think>\n\ny"), ("human", "z"), ("model", "<think>\ns\n</think>\n\nw")],
     [("human", "sort?"), ("model", "```python\nsorted(x)\n```\nDone."), ("human", "ok"), ("model", "- a\n- b\n")],
 ]
+
+
 # Templates whose ends are words: a space before the answer is the template's, yet part of its first token.
 IN_WORDS = {"vicuna", "openchat", "llama 2", "mistral 0.3, system in the last user turn", "mistral 0.1, no system"}
 
 
-@pytest.mark.parametrize(("kind", "name"), FORMATS)
+@pytest.mark.parametrize(("kind", "name"), mostly_slow(FORMATS, FAST_FORMATS))
 def test_the_prompt_is_what_training_rendered(served, kind, name):
     chat_format, compared = served(kind, name), 0
     for turns in CONVERSATIONS:
@@ -155,6 +170,8 @@ def test_the_prompt_is_what_training_rendered(served, kind, name):
 texts = st.text(
     st.characters(exclude_categories=["Cs", "Cc", "Co"]) | st.sampled_from(" \n\t<|>[]/"), min_size=1, max_size=24
 )
+
+
 contents = st.one_of(
     texts,
     st.sampled_from(

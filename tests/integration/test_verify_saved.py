@@ -14,6 +14,8 @@ from finetune.export import verify_saved
 from finetune.utils.errors import CheckpointError
 
 IDS = [5, 6, 7, 8, 9, 10]
+
+
 LABELS = [-100, -100, 7, 8, -100, 10]
 
 

@@ -1,0 +1,27 @@
+"""What a rank would import and build before its first step, so that forked ranks find it done.
+
+The server of `ranks` imports this module. What it holds is never collected: a collection in a rank would copy the
+pages of every module.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+
+from tests.helpers import environment  # noqa: F401, before torch
+
+for name in (
+    "deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "finetune.inference.load_result", "finetune.models.attention",
+    "finetune.report.report_file", "finetune.train", "finetune.training.trainer",
+    "finetune.training.training_arguments", "networkx", "peft.utils.transformers_weight_conversion", "plotext",
+    "setuptools", "torch.utils.cpp_extension", "transformers.models.llama.modeling_llama",
+):  # fmt: skip
+    importlib.import_module(name)
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
+
+get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once
+gc.collect()
+gc.freeze()

@@ -1,0 +1,99 @@
+"""Conversations through a chat template, checked by another route than the package's."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import strategies as st
+
+from finetune.chat_templates import IGNORE_INDEX, Renderer
+from finetune.conversation import Conversation, Turn
+
+ROLES = {"human": "user", "model": "assistant", "system": "system"}
+
+
+CONVERSATIONS = {
+    "one pair": [("human", "Who are you?"), ("model", "I am Nori.")],
+    "system": [("system", "Be brief."), ("human", "2+3?"), ("model", "5")],
+    "chinese and emoji": [
+        ("system", "请用中文回答。"),
+        ("human", "你是谁？🙂"),
+        ("model", "我是 Nori，由 Tidepool 制作。👩‍👩‍👧"),
+        ("human", "谢谢"),
+        ("model", "不客气！"),
+    ],
+    "white space at the ends": [
+        ("human", "  a\n\n"),
+        ("model", "\n b \n"),
+        ("human", "\tc"),
+        ("model", " d\n\n\n"),
+        ("human", "e"),
+        ("model", "f  "),
+    ],
+    "words of the template": [("human", "user\nassistant\n"), ("model", "assistant"), ("human", "a"), ("model", "a")],
+    "code": [("human", "sort?"), ("model", "```python\ndef f(x):\n    return sorted(x)\n```\nDone: `f([3, 1])`.")],
+    "the same text in each turn": [("human", "ok"), ("model", "ok"), ("human", "ok"), ("model", "ok")],
+    "reasoning": [
+        ("human", "2+2?"),
+        ("model", "<think>\nAdd them.\n</think>\n\n4"),
+        ("human", "3+3?"),
+        ("model", "<think>\nAgain.\n</think>\n\n6"),
+    ],
+    "reasoning in one turn": [("human", "x"), ("model", "<think>\nr\n</think>\n\ny"), ("human", "z"), ("model", "w")],
+}
+
+
+def rendered(chat_format, turns):
+    conversation = Conversation(tuple(Turn(role, text) for role, text in turns), 0, "rows.json", 0)
+    return Renderer(chat_format, 100_000).render(conversation)
+
+
+def messages(turns, *, merged: bool):
+    if merged and turns[0][0] == "system":
+        turns = [("human", f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
+    return [{"role": ROLES[role], "content": text} for role, text in turns]
+
+
+def runs(labels):
+    """The learned runs of labels, found without knowing where they should be."""
+    found, run = [], []
+    for label in [*labels, IGNORE_INDEX]:
+        if label != IGNORE_INDEX:
+            run.append(label)
+        elif run:
+            found.append(run)
+            run = []
+    return found
+
+
+def check(tokenizer, rendering, turns):
+    """The ids are apply_chat_template's; each learned run reads as its model turn and one control token behind it."""
+    (example,) = rendering.examples
+    merged = "system turn put in front" in (rendering.reason or "")
+    expected = tokenizer.apply_chat_template(messages(turns, merged=merged), return_dict=False)
+    if not rendering.spelled:
+        assert example.input_ids == expected
+    else:  # deepseek's vocabulary has <think>: the template's stay control tokens, those of the contents are text
+        contents = Counter(token for _, text in turns for token in tokenizer.encode(text, add_special_tokens=False))
+        for token in tokenizer.added_tokens_decoder:
+            assert example.input_ids.count(token) == max(expected.count(token) - contents[token], 0)
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+    said = [text for role, text in turns if role == "model"]
+    learned = runs(example.labels)
+    assert len(learned) == len(said)
+    control = set(tokenizer.added_tokens_decoder)
+    for number, (run, text) in enumerate(zip(learned, said, strict=True)):
+        if "leaves out the reasoning of turn" in (rendering.reason or "") and number < len(said) - 1:
+            text = text.rpartition("</think>")[2]
+        assert [token in control for token in run] == [False] * (len(run) - 1) + [True]
+        assert tokenizer.decode(run[:-1], clean_up_tokenization_spaces=False).strip() == text.strip()
+
+
+texts = st.text(
+    st.characters(exclude_categories=["Cs", "Cc", "Co"]) | st.sampled_from(" \n\t<|>[]/"), min_size=1, max_size=24
+)
+
+
+contents = st.one_of(
+    texts, st.sampled_from(["user", "assistant\n", "</s>", "[INST] x [/INST]", "a\n\n\nb", "你好，世界"])
+)
