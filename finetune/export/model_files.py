@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.chat_templates import ChatFormat, LingoWhaleFormat
 from finetune.inference.run_result import RunResult
-from finetune.models.loader import embedding_rows, set_eos_token
+from finetune.models.loader import add_eos_token, embedding_rows
 
 # Beside the weights and what is written anew: what a model needs to run, and what its owners ask to be passed on.
 PASSED_ON = ("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.tiktoken", "preprocessor_config.json")
@@ -48,7 +48,7 @@ def write_generation_config(folder: Path, source: Path, stop_token_id: int) -> N
     found = GenerationConfig.from_pretrained(source) if known else GenerationConfig()
     if not known:
         found.eos_token_id = json.loads((source / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    set_eos_token(found, stop_token_id)
+    add_eos_token(found, stop_token_id)
     # Not `save_pretrained`, which refuses what many bases have: a temperature, and no word of sampling.
     found.to_json_file(folder / "generation_config.json")
 

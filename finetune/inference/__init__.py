@@ -1,4 +1,4 @@
-"""Talking with a result: one conversation, in a terminal, from a pipe or in a browser."""
+"""Load the result of a run, generate answers, and chat: in a terminal, through a pipe, in a browser."""
 
 from finetune.inference.chat_models import ChatModels
 from finetune.inference.chat_session import ChatSession

@@ -1,11 +1,10 @@
-"""Who speaks: the tuned model, or the base it was trained from, each in the format of the training."""
+"""The models that answer in a chat: the tuned model, its base, or both."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 from finetune.conversation import Turn
 from finetune.inference.generate import GREEDY, AnswerGenerator, AnswerStream, SamplingParams
@@ -14,45 +13,52 @@ from finetune.inference.load_result import BASE, TUNED, LoadedModel
 
 @dataclass
 class ChatModels:
-    """A result that answers, and its base.
+    """A loaded result, and which of its two models answer.
 
     Attributes:
-        names: who speaks, the first one's answers are kept.
-        reasons: see `finetune.chat_templates.prompt_ids`.
+        names: Models that answer; the answers of the first are kept in the conversation.
+        reasoning: Whether answers begin with their reasoning; see `finetune.chat_templates.prompt_ids`.
     """
 
-    opened: LoadedModel
+    loaded: LoadedModel
     names: tuple[str, ...] = (TUNED,)
     max_new_tokens: int = 1
     sampling: SamplingParams = GREEDY
-    reasons: bool = False
+    reasoning: bool = False
 
     @contextmanager
-    def speaking(self, name: str, turns: Sequence[Turn], *, take: int = 0, **changed: Any) -> Iterator[AnswerStream]:
-        """The answer of one of them to `turns`; inside the block it can be iterated.
+    def stream(
+        self,
+        name: str,
+        turns: Sequence[Turn],
+        *,
+        attempt: int = 0,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Iterator[AnswerStream]:
+        """Yield the answer of the model `name` to `turns`, to be iterated inside the block.
 
         Args:
-            take: the number of the answer: with a seed, another one is drawn for each, and the same in each session.
-            changed: `max_new_tokens` or `sampling`, for this answer.
+            attempt: Number of the answer in this session. It is added to the seed, so that a retry samples another
+                answer, and the same one in each session.
+            max_new_tokens: For this answer; default: that of the chat.
+            sampling: Likewise.
 
         Raises:
-            ConfigError: the turns cannot be rendered or are too long; the base is not there any more.
+            ConfigError: The turns cannot be rendered or are too long; the base is missing.
         """
-        sampling = changed.get("sampling", self.sampling)
+        sampling = sampling or self.sampling
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + take)
-        tokens = changed.get("max_new_tokens", self.max_new_tokens)
-        with self._model(name) as model:
-            answerer = AnswerGenerator(model, self.opened.chat_format, self.opened.stop_token_ids, self.reasons)
-            yield answerer.stream(turns, max_new_tokens=tokens, sampling=sampling)
-
-    def _model(self, name: str) -> Any:
-        return self.opened.base() if name == BASE else nullcontext(self.opened.tuned)
+            sampling = replace(sampling, seed=sampling.seed + attempt)
+        loaded = self.loaded
+        with loaded.base() if name == BASE else nullcontext(loaded.tuned) as model:
+            generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids, self.reasoning)
+            yield generator.stream(turns, max_new_tokens=max_new_tokens or self.max_new_tokens, sampling=sampling)
 
     @property
-    def what(self) -> str:
-        """Which model it is."""
-        result = self.opened.result
+    def model_description(self) -> str:
+        """Which model answers."""
+        result = self.loaded.result
         base = result.base["name"]
         if self.names == (BASE,):
             return f"{base}, the base of {result.folder}"
@@ -61,13 +67,13 @@ class ChatModels:
         return f"{result.folder}, all parameters, trained from {base}" if result.is_trained else str(result.folder)
 
     @property
-    def how(self) -> str:
-        """How it answers."""
-        warmth = f"temperature {self.sampling.temperature:g}, top_p {self.sampling.top_p:g}"
-        way = warmth if self.sampling.temperature else "greedy"
-        return f"{way}, at most {self.max_new_tokens:,} tokens an answer"
+    def decoding_description(self) -> str:
+        """How answers are generated."""
+        temperature, top_p = self.sampling.temperature, self.sampling.top_p
+        method = f"temperature {temperature:g}, top_p {top_p:g}" if temperature else "greedy"
+        return f"{method}, at most {self.max_new_tokens:,} tokens per answer"
 
     @property
     def trained_length(self) -> int | None:
-        """Tokens of the longest example that the training saw, by its flags."""
-        return self.opened.result.run.get("arguments", {}).get("model_max_length")
+        """--model_max_length of the training, in tokens."""
+        return self.loaded.result.run.get("arguments", {}).get("model_max_length")

@@ -1,4 +1,4 @@
-"""How answers appear in a terminal: one after the other, or side by side."""
+"""Show answers in a terminal: one after the other, or in columns side by side."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-SIDE_BY_SIDE_FROM = 72  # columns
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-LINES_AROUND = 5  # of a table, beside its cells
+MIN_COLUMNS_FOR_TABLE = 72
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+TABLE_FRAME_LINES = 5
 
 
 def printable(text: str) -> str:
-    """The text without what would steer the terminal; a model may say anything."""
-    return CONTROLS.sub("\ufffd", text)
+    """Replace control characters: generated text must not control the terminal."""
+    return CONTROL_CHARACTERS.sub("\ufffd", text)
 
 
 def show_answer(console: Console, name: str, pieces: Iterable[str]) -> None:
-    """Print a name, and behind it an answer as it comes."""
+    """Print a name and, after it, an answer while it is generated."""
     console.print(Text(f"{name}: ", style="bold green"), end="", soft_wrap=True)
     try:
         for piece in pieces:
@@ -34,28 +34,28 @@ def show_answer(console: Console, name: str, pieces: Iterable[str]) -> None:
 
 
 @contextmanager
-def nothing_echoed() -> Iterator[None]:
-    """Inside the block keys do not appear among what is being shown; they are read afterwards."""
+def no_echo() -> Iterator[None]:
+    """Do not echo keys inside the block; they are read afterwards."""
     if not sys.stdin.isatty():
         yield
         return
     handle = sys.stdin.fileno()
-    before = termios.tcgetattr(handle)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    attributes = termios.tcgetattr(handle)
+    silent = [*attributes[:3], attributes[3] & ~termios.ECHO, *attributes[4:]]
     termios.tcsetattr(handle, termios.TCSADRAIN, silent)
     try:
         yield
     finally:
-        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+        termios.tcsetattr(handle, termios.TCSADRAIN, attributes)
 
 
 class SideBySide:
-    """Answers in columns; where a terminal is too narrow, or is none, below each other."""
+    """Answers in columns; one below the other where the output is narrow or no terminal."""
 
     def __init__(self, console: Console, names: Sequence[str]) -> None:
         self.console = console
         self.texts = dict.fromkeys(names, "")
-        self.in_columns = console.is_terminal and console.width >= SIDE_BY_SIDE_FROM
+        self.in_columns = console.is_terminal and console.width >= MIN_COLUMNS_FOR_TABLE
         self._live = Live(console=console, refresh_per_second=12, transient=True)
 
     def __enter__(self) -> SideBySide:
@@ -70,7 +70,7 @@ class SideBySide:
             self.console.print(self._table(cropped=False))
 
     def show(self, name: str, pieces: Iterable[str]) -> None:
-        """An answer as it comes."""
+        """Show an answer while it is generated."""
         if not self.in_columns:
             show_answer(self.console, name, pieces)
             return
@@ -79,14 +79,14 @@ class SideBySide:
             self._live.update(self._table(cropped=True))
 
     def _table(self, *, cropped: bool) -> Table:
-        """What has been said so far; cropped to the last lines that fit, for a drawing that is replaced."""
+        """Draw all answers; `cropped` to the last lines that fit the screen, for a live display."""
         table = Table(expand=True, show_edge=False, pad_edge=False, header_style="bold green")
         for name in self.texts:
             table.add_column(name, ratio=1, overflow="fold")
         width = max(1, (self.console.width - 3 * (len(self.texts) - 1)) // len(self.texts))
         cells = [Text(text) for text in self.texts.values()]
         if cropped:
-            room = max(1, self.console.height - LINES_AROUND)
-            cells = [Text("\n").join(list(cell.wrap(self.console, width))[-room:]) for cell in cells]
+            height = max(1, self.console.height - TABLE_FRAME_LINES)
+            cells = [Text("\n").join(list(cell.wrap(self.console, width))[-height:]) for cell in cells]
         table.add_row(*cells)
         return table

@@ -1,40 +1,102 @@
-"""The conversation that is being held; it knows no model and no screen."""
+"""The conversation of a chat, and how it is saved as a training row. No model and no screen."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from finetune.conversation import Turn
+from finetune.conversation import Turn, to_row
+from finetune.utils.atomic_io import write_text_atomically
+from finetune.utils.errors import ConfigError
+
+ROLES = {"human", "model", "system"}
 
 
 @dataclass
 class ChatSession:
-    """Questions with their answers, behind a system turn if there is one.
+    """Questions with their answers, and an optional system turn.
 
     Attributes:
-        pairs: what was asked and what was answered; a question without an answer is not kept.
+        pairs: (question, answer); a question without an answer is not kept.
     """
 
     system: str | None = None
     pairs: list[tuple[str, str]] = field(default_factory=list)
 
-    def turns(self) -> list[Turn]:
-        """The conversation as a training row would hold it."""
-        system = [Turn("system", self.system)] if self.system else []
-        return system + [turn for asked, said in self.pairs for turn in (Turn("human", asked), Turn("model", said))]
+    def turns(self, question: str | None = None) -> list[Turn]:
+        """Return the conversation, with `question` as its last turn if one is given."""
+        turns = [Turn("system", self.system)] if self.system else []
+        for asked, answer in self.pairs:
+            turns += [Turn("human", asked), Turn("model", answer)]
+        return turns if question is None else [*turns, Turn("human", question)]
 
-    def asking(self, question: str) -> list[Turn]:
-        """The conversation with a question at its end, to which an answer is wanted."""
-        return [*self.turns(), Turn("human", question)]
-
-    def keep(self, question: str, answer: str) -> None:
-        """An answer has been given."""
+    def add(self, question: str, answer: str) -> None:
+        """Append a question and its answer."""
         self.pairs.append((question, answer))
 
     def undo(self) -> str | None:
-        """Forget the last question and its answer; returns the question, None where there is none."""
+        """Remove the last question and its answer; return the question, or None if there is none."""
         return self.pairs.pop()[0] if self.pairs else None
 
     def reset(self) -> None:
-        """Begin anew; the system turn stays."""
+        """Remove all questions and answers; the system turn stays."""
         self.pairs.clear()
+
+
+def save_conversation(path: Path, turns: Sequence[Turn]) -> int:
+    """Append the conversation to a file of training rows; return the number of rows in the file.
+
+    A new file is a JSON array, or JSON lines if its name ends in .jsonl. Existing rows are not changed.
+
+    Raises:
+        ConfigError: The file holds something other than such rows, or already holds this conversation.
+        StorageError: The file cannot be written.
+    """
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: nothing was saved: not a readable JSON file: {error}") from None
+    rows = _parse_rows(path, text)
+    row = to_row(turns, _next_id(rows))
+    if any(existing["conversations"] == row["conversations"] for existing in rows):
+        raise ConfigError(f"{path}: holds this conversation already")
+    line = json.dumps(row, ensure_ascii=False)
+    is_json_lines = path.suffix == ".jsonl" if not rows else not text.lstrip().startswith("[")
+    if is_json_lines:
+        text = "".join([text.rstrip("\n"), "\n" if rows else "", line, "\n"])
+    elif rows:
+        text = f"{text.rstrip().removesuffix(']').rstrip()},\n{line}\n]\n"
+    else:
+        text = f"[\n{line}\n]\n"
+    write_text_atomically(path, text)
+    return len(rows) + 1
+
+
+def _parse_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError:
+        rows = None
+    if rows is None or not all(map(_is_training_row, rows)):
+        raise ConfigError(
+            f"{path}: nothing was saved: expected rows like "
+            '{"conversations": [{"from": "human", "value": "..."}, ...]}: name another file'
+        )
+    return rows
+
+
+def _is_training_row(row: Any) -> bool:
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    return isinstance(turns, list) and all(isinstance(turn, dict) and turn.get("from") in ROLES for turn in turns)
+
+
+def _next_id(rows: Sequence[dict[str, Any]]) -> int | None:
+    """Return the largest id plus one; None unless all rows have integer ids."""
+    ids = [row["id"] for row in rows if type(row.get("id")) is int]
+    return max(ids, default=-1) + 1 if len(ids) == len(rows) else None

@@ -1,4 +1,4 @@
-"""Answers from a result: a conversation in, rendered as training did, text out as it is made."""
+"""Generate answers: render a conversation as in training, yield the text while the model generates it."""
 
 from __future__ import annotations
 
@@ -7,45 +7,49 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Thread
 from threading import enumerate as threads
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates import AnswerDecoder, ChatFormat, UnrenderableError, answer_text, prompt_ids
 from finetune.conversation import Turn
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 
-REFUSALS = (RuntimeError, ValueError, IndexError)  # out of memory, numbers that are not finite, an odd model
-WORKER = "answering"
-NO_LIMIT = 10**9  # what tokenizers without a limit of their own give as one is far larger
-# The flags decide alone: what a model's generation_config.json proposes beside its stop tokens does not count.
-PLAIN_DECODING = {
+if TYPE_CHECKING:
+    import torch
+
+GENERATION_ERRORS = (RuntimeError, ValueError, IndexError)  # out of memory, non-finite logits, an odd model
+THREAD_NAME = "generate"
+NO_LIMIT = 10**9  # tokenizers without a maximum length give a far larger number
+# These replace what generation_config.json sets besides stop tokens: the flags alone decide how to decode.
+DECODING_DEFAULTS = {
     "num_beams": 1,
-    "top_k": 50,  # without meaning in greedy decoding, where transformers warns of any other number
+    "top_k": 50,  # no effect in greedy decoding, where transformers warns of any other value
     "typical_p": 1.0,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
-    "use_cache": True,  # a config saved by a run with activation checkpointing says no
+    "use_cache": True,  # configs saved by a run with activation checkpointing turn it off
 }
+TokenQueue = SimpleQueue[int | BaseException | None]  # ends with None; an exception comes before it
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen: greedily at temperature 0, else drawn, from the likeliest that make up `top_p`.
+    """Greedy decoding at temperature 0, else nucleus sampling.
 
     Attributes:
-        seed: makes drawn answers repeatable; None: another one each time.
+        seed: Makes sampled answers repeatable; None: a new seed each time.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
 
-    def options(self) -> dict[str, Any]:
-        """The same for `generate`."""
+    def generate_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `generate`."""
         if self.temperature == 0:
-            return {**PLAIN_DECODING, "do_sample": False, "temperature": 1.0, "top_p": 1.0}
-        drawn = {"do_sample": True, "temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": 0}
-        return {**PLAIN_DECODING, **drawn}
+            return {**DECODING_DEFAULTS, "do_sample": False, "temperature": 1.0, "top_p": 1.0}
+        temperature, top_p = float(self.temperature), float(self.top_p)
+        return {**DECODING_DEFAULTS, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
 GREEDY = SamplingParams()
@@ -53,85 +57,87 @@ GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class AnswerGenerator:
-    """A loaded model, the format its conversations are rendered in, and the tokens that end an answer.
+    """A loaded model with its chat format and the tokens that end an answer.
 
     Attributes:
-        reasons: whether its answers begin with their reasoning; see `prompt_ids`.
+        reasoning: Whether answers begin with their reasoning; see `finetune.chat_templates.prompt_ids`.
     """
 
     model: Any
     chat_format: ChatFormat
     stop_token_ids: Sequence[int]
-    reasons: bool = False
+    reasoning: bool = False
 
     @property
     def window(self) -> int | None:
-        """The most tokens that the model reads, prompt and answer together; None where nothing says so."""
-        limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
-        limits.append(self.chat_format.plain.tokenizer.model_max_length)
-        known = [int(one) for one in limits if one and one < NO_LIMIT]
+        """Maximum number of tokens, prompt and answer together; None if unknown."""
+        limits = [
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+            self.chat_format.plain.tokenizer.model_max_length,
+        ]
+        known = [int(limit) for limit in limits if limit and limit < NO_LIMIT]
         adapters = getattr(self.model, "peft_config", {}).values()
-        virtual = max((getattr(one, "num_virtual_tokens", None) or 0 for one in adapters), default=0)
-        return min(known) - virtual if known else None
+        virtual_tokens = max((getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters), default=0)
+        return min(known) - virtual_tokens if known else None
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """The ids in front of the answer to `turns`, which end with a human turn.
+        """Return the ids before the answer to `turns`, which end with a human turn.
 
         Raises:
-            ConfigError: the format cannot express the turns, or they leave no room for an answer.
+            ConfigError: The format cannot express the turns, or they leave no room for an answer.
         """
         try:
-            ids = prompt_ids(self.chat_format, turns, reasons=self.reasons)
-        except UnrenderableError as refusal:
-            raise ConfigError(f"the conversation cannot be rendered: {refusal}") from None
-        window = self.window
-        if window is not None and len(ids) >= window:
+            ids = prompt_ids(self.chat_format, turns, reasons=self.reasoning)
+        except UnrenderableError as error:
+            raise ConfigError(f"the conversation cannot be rendered: {error}") from None
+        if self.window is not None and len(ids) >= self.window:
             raise ConfigError(
-                f"the conversation has {len(ids):,} tokens and the model reads {window:,}, its answer included: "
-                "begin a new one, or say it shorter"
+                f"the conversation has {len(ids):,} tokens, the model accepts {self.window:,} including the answer: "
+                "start a new conversation, or shorten the message"
             )
         return ids
 
     def answer(
         self, turns: Sequence[Turn], *, max_new_tokens: int, sampling: SamplingParams = GREEDY, **options: Any
     ) -> str:
-        """The answer to `turns`, which end with a human turn; greedy unless `sampling` or `options` say otherwise."""
+        """Return the answer to `turns`; the arguments are those of `stream`."""
         return "".join(self.stream(turns, max_new_tokens=max_new_tokens, sampling=sampling, **options))
 
     def stream(
         self, turns: Sequence[Turn], *, max_new_tokens: int, sampling: SamplingParams = GREEDY, **options: Any
     ) -> AnswerStream:
-        """The same, piece by piece as the model makes it.
+        """Prepare the answer to `turns`, which end with a human turn; iterate over it to generate.
 
         Args:
-            options: of `generate`; they go over those of `sampling`.
+            options: Arguments of `generate`; they override those of `sampling`.
 
         Raises:
-            ConfigError: the format cannot express the turns, or they leave no room for an answer.
+            ConfigError: The format cannot express the turns, or they leave no room for an answer.
         """
         prompt = self.prompt(turns)
-        room = max_new_tokens if self.window is None else min(max_new_tokens, self.window - len(prompt))
-        options = {**sampling.options(), "max_new_tokens": room, **options}
+        if self.window is not None:
+            max_new_tokens = min(max_new_tokens, self.window - len(prompt))
+        options = {**sampling.generate_options(), "max_new_tokens": max_new_tokens, **options}
         return AnswerStream(self, tuple(turns), prompt, options, sampling.seed)
 
 
-def is_busy() -> bool:
-    """Whether a model still works on an answer that nobody waits for any more."""
-    return any(thread.name == WORKER for thread in threads())
+def is_generating() -> bool:
+    """Whether a model still works on an answer that was abandoned."""
+    return any(thread.name == THREAD_NAME for thread in threads())
 
 
 @dataclass
 class AnswerStream:
-    """An answer on its way. Iterating gives its text, piece by piece, without white space at its ends.
+    """An answer being generated. Iterate to get its text in pieces, without leading and trailing white space.
 
-    The model works in a thread of its own; leaving the loop early, by an exception too, stops it.
+    The model runs in a thread of its own; leaving the loop early, also by an exception, stops it.
 
     Attributes:
-        ids: what the model has said so far, without the token that ends the turn.
-        ended: whether the model has ended the turn itself.
+        ids: Generated tokens so far, without the token that ends the turn.
+        ended: Whether the model has ended the turn itself.
     """
 
-    answerer: AnswerGenerator
+    generator: AnswerGenerator
     turns: tuple[Turn, ...]
     prompt: list[int]
     options: dict[str, Any]
@@ -141,85 +147,84 @@ class AnswerStream:
 
     @property
     def text(self) -> str:
-        """What has been said, as a training row would hold it; "" where nothing was."""
-        return answer_text(self.answerer.chat_format, self.turns, self.prompt, self.ids)
+        """The answer so far, as a training row would hold it; "" if it is empty."""
+        return answer_text(self.generator.chat_format, self.turns, self.prompt, self.ids)
 
     def __iter__(self) -> Generator[str, None, None]:
-        spelling = AnswerDecoder(self.answerer.chat_format.plain, self.prompt)
-        begun, blank = False, ""
-        for piece in self._pieces(spelling):
-            piece = blank + piece if begun else piece.lstrip()
-            shown = piece.rstrip()
-            blank = piece[len(shown) :] if begun or shown else ""
-            if shown:
-                begun = True
-                yield shown
+        decoder = AnswerDecoder(self.generator.chat_format.plain, self.prompt)
+        has_begun, white_space = False, ""
+        for piece in self._pieces(decoder):
+            piece = white_space + piece if has_begun else piece.lstrip()
+            stripped = piece.rstrip()
+            white_space = piece[len(stripped) :] if has_begun or stripped else ""
+            if stripped:
+                has_begun = True
+                yield stripped
 
-    def _pieces(self, spelling: AnswerDecoder) -> Iterator[str]:
-        stops = set(self.answerer.stop_token_ids)
+    def _pieces(self, decoder: AnswerDecoder) -> Iterator[str]:
+        stop_token_ids = set(self.generator.stop_token_ids)
         for token in self._tokens():
-            if token in stops:
+            if token in stop_token_ids:
                 self.ended = True
             else:
                 self.ids.append(token)
-                yield spelling.add(token)
-        yield spelling.rest()
+                yield decoder.add(token)
+        yield decoder.rest()
 
     def _tokens(self) -> Iterator[int]:
-        """What the model says, the stop token included, while it goes on."""
-        said: SimpleQueue[int | BaseException | None] = SimpleQueue()
-        leave = Event()
-        worker = Thread(target=self._generate, args=(said, leave), name=WORKER, daemon=True)
-        worker.start()
+        """Yield the generated tokens, the stop token included."""
+        queue: TokenQueue = SimpleQueue()
+        stop = Event()
+        thread = Thread(target=self._generate, args=(queue, stop), name=THREAD_NAME, daemon=True)
+        thread.start()
         try:
-            while (token := said.get()) is not None:
-                if isinstance(token, REFUSALS):
+            while (token := queue.get()) is not None:
+                if isinstance(token, GENERATION_ERRORS):
                     raise FinetuneError(f"the model could not answer: {first_line(token)}") from token
                 if isinstance(token, BaseException):
                     raise token
                 yield token
         finally:
-            leave.set()
-            worker.join()
+            stop.set()
+            thread.join()
 
-    def _generate(self, said: SimpleQueue[int | BaseException | None], leave: Event) -> None:
+    def _generate(self, queue: TokenQueue, stop: Event) -> None:
         import torch
         from transformers import StoppingCriteriaList
 
-        model, stops = self.answerer.model, list(self.answerer.stop_token_ids)
+        model, stop_token_ids = self.generator.model, list(self.generator.stop_token_ids)
         prompt = torch.tensor([self.prompt], device=model.device)
 
-        def must_leave(input_ids: Any, scores: Any, **_: Any) -> Any:
-            return torch.full((input_ids.shape[0],), leave.is_set(), device=input_ids.device)
+        def is_stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
 
         try:
             if self.options["do_sample"]:
                 torch.seed() if self.seed is None else torch.manual_seed(self.seed)
-            options = {"eos_token_id": stops, "pad_token_id": stops[0], **self.options}
             model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                streamer=_Told(said),
-                stopping_criteria=StoppingCriteriaList([must_leave]),
-                **options,
+                streamer=_QueueStreamer(queue),
+                stopping_criteria=StoppingCriteriaList([is_stopped]),
+                **{"eos_token_id": stop_token_ids, "pad_token_id": stop_token_ids[0], **self.options},
             )
-        except BaseException as error:  # raised where the answer is waited for
-            said.put(error)
-        said.put(None)
+        except BaseException as error:  # raised in the thread that reads the queue
+            queue.put(error)
+        queue.put(None)
 
 
-class _Told:
-    """What `generate` calls a streamer: the prompt comes first and is known."""
+class _QueueStreamer:
+    """A streamer for `generate` that puts new tokens into a queue; the first call delivers the prompt."""
 
-    def __init__(self, said: SimpleQueue[int | BaseException | None]) -> None:
-        self.said = said
+    def __init__(self, queue: TokenQueue) -> None:
+        self.queue = queue
         self.is_prompt = True
 
-    def put(self, ids: Any) -> None:
+    def put(self, ids: torch.Tensor) -> None:
         if not self.is_prompt:
             for token in ids.reshape(-1).tolist():
-                self.said.put(token)
+                self.queue.put(token)
         self.is_prompt = False
 
     def end(self) -> None:
-        """`_generate` says itself that all is said."""
+        """Do nothing: `_generate` marks the end, also after an error."""

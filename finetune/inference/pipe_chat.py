@@ -1,4 +1,4 @@
-"""One question from a pipe, its answer on stdout."""
+"""`finetune chat` with a pipe: one question on stdin, its answer on stdout."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ logger = logging.getLogger(__name__)
 
 
 def read_question(pipe: TextIO | None) -> str:
-    """All that comes through a pipe, as one human turn.
+    """Read everything from a pipe as one human turn.
 
     Raises:
-        ConfigError: nothing came, or what came is not UTF-8.
+        ConfigError: The input is empty or not UTF-8.
     """
     try:
         question = (pipe.buffer.read() if pipe else b"").decode("utf-8").strip("\n")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input, byte {error.start}: is not UTF-8") from None
+        raise ConfigError(f"standard input is not UTF-8 at byte {error.start}") from None
     if not question.strip():
         raise ConfigError("standard input is empty: expected a question, or a terminal to ask on")
     return question
 
 
-def answer_once(voices: ChatModels, chat: ChatSession, question: str, *, as_json: bool) -> None:
-    """Print the answer as it comes; with two voices each behind its name, as JSON all at the end."""
+def answer_once(models: ChatModels, chat: ChatSession, question: str, *, as_json: bool) -> None:
+    """Print the answer while it is generated; of two models each below its name; as JSON at the end."""
     answers = {}
-    for name in voices.names:
-        with voices.speaking(name, chat.asking(question)) as answering:
-            if len(voices.names) > 1 and not as_json:
+    has_names = len(models.names) > 1
+    for name in models.names:
+        with models.stream(name, chat.turns(question)) as answer:
+            if has_names and not as_json:
                 print(f"{name}:")
-            for piece in answering:
+            for piece in answer:
                 if not as_json:
                     print(piece, end="", flush=True)
-            answers[name] = answering
         if not as_json:
             print(flush=True)
-        if not answering.ended:
-            logger.warning(f"cut off at {len(answering.ids):,} tokens, see --max_new_tokens")
+        if not answer.ended:
+            logger.warning(f"cut off at {len(answer.ids):,} tokens, see --max_new_tokens")
+        answers[name] = {"answer": answer.text, "ended": answer.ended, "tokens": len(answer.ids)}
     if as_json:
-        said = {name: {"answer": one.text, "ended": one.ended, "tokens": len(one.ids)} for name, one in answers.items()}
-        print(json.dumps(said if len(said) > 1 else said[voices.names[0]], ensure_ascii=False))
+        print(json.dumps(answers if has_names else answers[models.names[0]], ensure_ascii=False))

@@ -1,135 +1,192 @@
-"""A conversation in a terminal."""
+"""`finetune chat` in a terminal: messages of one or several lines, and commands that begin with a slash."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from finetune.conversation import Turn
-from finetune.inference.chat_commands import COMMANDS, Command, help_lines, read_message
 from finetune.inference.chat_models import ChatModels
-from finetune.inference.chat_screen import SideBySide, nothing_echoed, printable, show_answer
-from finetune.inference.chat_session import ChatSession
-from finetune.inference.generate import AnswerStream, is_busy
+from finetune.inference.chat_screen import SideBySide, no_echo, printable, show_answer
+from finetune.inference.chat_session import ChatSession, save_conversation
+from finetune.inference.generate import AnswerStream, is_generating
 from finetune.inference.load_result import BASE, TUNED
-from finetune.inference.save_chat import save_conversation
 from finetune.utils.errors import FinetuneError
 
+BLOCK = '"""'
+PROMPT, CONTINUATION_PROMPT = "> ", ". "
 NO_SYSTEM = "-"
+COMMANDS = {
+    "help": ("", "show this list"),
+    "system": ("TEXT", "set a system turn before the conversation; without TEXT: show it; -: remove it"),
+    "retry": ("", "ask the last question again"),
+    "undo": ("", "remove the last question and its answer"),
+    "reset": ("", "start a new conversation; the system turn stays"),
+    "save": ("FILE", "append the conversation to a JSON or JSON lines file, as a training row"),
+    "exit": ("", "leave, as Ctrl-D does"),
+}
+KEYS_HELP = (
+    'several lines: end each line but the last with \\, or enclose them in """; a paste is one message',
+    "Ctrl-C stops an answer, a second one leaves",
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """An input line that begins with a slash."""
+
+    name: str
+    argument: str
+
+
+def read_message(read: Callable[[str], str]) -> str | Command:
+    """Read the next message or command.
+
+    A line that ends with a backslash continues in the next one; lines in triple quotes are one message, unchanged.
+    A terminal with bracketed paste delivers a paste of several lines as one line, which is kept whole.
+
+    Args:
+        read: Shows a prompt and returns a line without its line end.
+
+    Raises:
+        EOFError: The input has ended.
+    """
+    line = read(PROMPT)
+    if line.lstrip().startswith(BLOCK):
+        return _read_block(line.lstrip().removeprefix(BLOCK), read)
+    if line.startswith("/") and "\n" not in line:
+        name, _, argument = line[1:].strip().partition(" ")
+        return Command(name, argument.strip())
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1].removesuffix("\\")
+        lines.append(read(CONTINUATION_PROMPT))
+    return "\n".join(lines).strip("\n")
+
+
+def _read_block(first: str, read: Callable[[str], str]) -> str:
+    lines = first.split("\n")
+    while not lines[-1].rstrip().endswith(BLOCK):
+        lines += read(CONTINUATION_PROMPT).split("\n")
+    lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
+    return "\n".join(lines).strip("\n")
 
 
 class TerminalChat:
-    """Reads questions and commands, shows answers; one object is one conversation."""
+    """Reads messages and commands and shows answers; one object is one conversation."""
 
     def __init__(
-        self, voices: ChatModels, chat: ChatSession, console: Console, read: Callable[[str], str] | None = None
+        self, models: ChatModels, chat: ChatSession, console: Console, read: Callable[[str], str] | None = None
     ) -> None:
-        self.voices, self.chat, self.console = voices, chat, console
-        self.read = read or _typed(console)
-        self.take = 0  # answers so far, also those that were taken back
-        self.leaves = False
-        self.is_warned = False  # that a second Ctrl-C leaves
+        self.models, self.chat, self.console = models, chat, console
+        self.read = read or _line_reader(console)
+        self.attempt = 0  # answers so far, including those that were undone
+        self.should_exit = False
+        self.exit_on_interrupt = False
 
     def run(self) -> None:
-        """Talk until the user leaves."""
-        self.note(f"{self.voices.what}; {self.voices.how}")
-        if len(self.voices.names) > 1:
+        """Chat until the user leaves."""
+        self.note(f"{self.models.model_description}; {self.models.decoding_description}")
+        if len(self.models.names) > 1:
             self.note(f"{TUNED} and {BASE} answer the same conversation; the {TUNED} answers are kept in it")
         if self.chat.system:
             self.note(f"system: {self.chat.system}")
         self.note("/help lists the commands; Ctrl-C stops an answer; Ctrl-D leaves")
-        while not self.leaves:
+        while not self.should_exit:
             try:
-                self.turn()
+                self.handle_message()
             except EOFError:
                 self.console.print()
-                self.leaves = True
+                self.should_exit = True
             except KeyboardInterrupt:
-                self.interrupted()
-        if is_busy():
-            _leave_now()
+                self.handle_interrupt()
+        if is_generating():
+            _exit_at_once()
 
-    def turn(self) -> None:
-        """One message or command."""
+    def handle_message(self) -> None:
+        """Read one message or command and act on it."""
         message = read_message(self.read)
         try:
             if isinstance(message, Command):
-                self.do(message)
+                self.run_command(message)
             elif message.strip():
                 self.ask(message)
         except FinetuneError as error:
             self.console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
 
-    def interrupted(self) -> None:
-        """Ctrl-C where nothing was being answered."""
+    def handle_interrupt(self) -> None:
+        """Handle Ctrl-C while nothing is generated: the second one leaves."""
         self.console.print()
-        if self.is_warned:
-            self.leaves = True
+        if self.exit_on_interrupt:
+            self.should_exit = True
         else:
-            self.note("Ctrl-C once more leaves")
-        self.is_warned = True
+            self.note("press Ctrl-C again to leave")
+        self.exit_on_interrupt = True
 
     def ask(self, question: str) -> None:
-        """Answer, and keep what the first voice said."""
-        turns = self.chat.asking(question)
+        """Show the answers to a question and keep that of the first model."""
         answers: dict[str, str] = {}
-        self.is_warned = False
+        self.exit_on_interrupt = False
         try:
-            with nothing_echoed():
-                self.show(turns, answers)
+            with no_echo():
+                self.show(self.chat.turns(question), answers)
         except KeyboardInterrupt:
-            self.is_warned = True
-            self.note("stopped; what was said is kept, /undo forgets it; Ctrl-C once more leaves")
-        self.take += 1
-        kept = answers.get(self.voices.names[0], "")
-        if kept:
-            self.chat.keep(question, kept)
+            self.exit_on_interrupt = True
+            self.note("stopped; the partial answer is kept, /undo removes it; press Ctrl-C again to leave")
+        self.attempt += 1
+        answer = answers.get(self.models.names[0], "")
+        if answer:
+            self.chat.add(question, answer)
         else:
-            self.note("nothing was said, so the question is not kept")
+            self.note("the answer is empty, so the question is not kept")
 
     def show(self, turns: list[Turn], answers: dict[str, str]) -> None:
-        """The answer as it comes; two next to each other."""
-        if len(self.voices.names) == 1:
-            (name,) = self.voices.names
-            with self.voices.speaking(name, turns, take=self.take) as answering:
-                show_answer(self.console, name, self.heard(answering, name, answers))
+        """Show the answers while they are generated; two models side by side."""
+        names = self.models.names
+        if len(names) == 1:
+            with self.models.stream(names[0], turns, attempt=self.attempt) as stream:
+                show_answer(self.console, names[0], self.pieces(stream, names[0], answers))
             return
-        with SideBySide(self.console, self.voices.names) as columns:
-            for name in self.voices.names:
-                with self.voices.speaking(name, turns, take=self.take) as answering:
-                    columns.show(name, self.heard(answering, name, answers))
+        with SideBySide(self.console, names) as columns:
+            for name in names:
+                with self.models.stream(name, turns, attempt=self.attempt) as stream:
+                    columns.show(name, self.pieces(stream, name, answers))
 
-    def heard(self, answering: AnswerStream, name: str, answers: dict[str, str]) -> Iterator[str]:
-        """The pieces of an answer; its text is kept however it ends."""
-        trained = self.voices.trained_length
-        if trained and len(answering.prompt) > trained:
+    def pieces(self, stream: AnswerStream, name: str, answers: dict[str, str]) -> Iterator[str]:
+        """Yield the pieces of an answer; store its text in `answers`, also when it is interrupted."""
+        trained = self.models.trained_length
+        if trained and len(stream.prompt) > trained:
             self.note(
-                f"the conversation is longer than the {trained:,} tokens that were trained on; /reset begins anew"
+                f"the conversation is longer than the {trained:,} tokens of the training (--model_max_length); "
+                "/reset starts a new one"
             )
         try:
-            yield from answering
+            yield from stream
         finally:
-            answers[name] = answering.text
-        if not answering.ended:
-            yield f" [cut off at {len(answering.ids):,} tokens, see --max_new_tokens]"
+            answers[name] = stream.text
+        if not stream.ended:
+            yield f" [cut off at {len(stream.ids):,} tokens, see --max_new_tokens]"
 
-    def do(self, command: Command) -> None:
-        """Carry a command out."""
+    def run_command(self, command: Command) -> None:
+        """Run a command."""
         if command.name not in COMMANDS:
             self.note(
-                f"unknown command /{command.name}: /help lists them; a message that begins with / goes between "
+                f"unknown command /{command.name}: /help lists the commands; enclose a message that begins with / in "
                 '""" and """'
             )
         else:
             getattr(self, f"do_{command.name}")(command.argument)
 
     def do_help(self, _: str) -> None:
-        for line in help_lines():
+        usages = {f"/{name} {argument}": effect for name, (argument, effect) in COMMANDS.items()}
+        width = max(map(len, usages)) + 2
+        for line in (*(f"{usage:<{width}}{effect}" for usage, effect in usages.items()), *KEYS_HELP):
             self.note(line)
 
     def do_system(self, text: str) -> None:
@@ -140,23 +197,23 @@ class TerminalChat:
     def do_retry(self, _: str) -> None:
         question = self.chat.undo()
         if question is None:
-            self.note("nothing has been asked yet")
+            self.note("there is no question yet")
             return
-        if self.voices.sampling.temperature == 0:
-            self.note("greedy: the same again, unless --temperature is given")
+        if self.models.sampling.temperature == 0:
+            self.note("greedy decoding gives the same answer again; sample with --temperature")
         self.ask(question)
 
     def do_undo(self, _: str) -> None:
         question = self.chat.undo()
-        self.note("nothing has been asked yet" if question is None else f"forgotten: {question}")
+        self.note("there is no question yet" if question is None else f"removed: {question}")
 
     def do_reset(self, _: str) -> None:
         self.chat.reset()
-        self.note("a new conversation" + (f"; system: {self.chat.system}" if self.chat.system else ""))
+        self.note("new conversation" + (f"; system: {self.chat.system}" if self.chat.system else ""))
 
     def do_save(self, name: str) -> None:
         if not name:
-            self.note("/save needs the name of a file")
+            self.note("/save needs a file name: /save FILE")
         elif not self.chat.pairs:
             self.note("there is nothing to save yet")
         else:
@@ -165,27 +222,27 @@ class TerminalChat:
             self.note(f"saved: {path} has {rows:,} {'row' if rows == 1 else 'rows'}")
 
     def do_exit(self, _: str) -> None:
-        self.leaves = True
+        self.should_exit = True
 
     def note(self, line: str) -> None:
-        """A line that nobody of the conversation says."""
+        """Print a line that is not part of the conversation."""
         self.console.print(Text(printable(line), style="dim"), soft_wrap=True)
 
 
-def _typed(console: Console) -> Callable[[str], str]:
-    """Lines with editing and history, which this process forgets; colours of the prompt take no width."""
+def _line_reader(console: Console) -> Callable[[str], str]:
+    """Read lines with editing and a history for this process; the escape codes of the prompt take no width."""
     import readline  # noqa: F401 (input() edits lines once it is imported)
 
-    colour, plain = ("\x01\x1b[1;36m\x02", "\x01\x1b[0m\x02") if console.color_system else ("", "")
+    color, reset = ("\x01\x1b[1;36m\x02", "\x01\x1b[0m\x02") if console.color_system else ("", "")
 
     def read(prompt: str) -> str:
-        return input(f"{colour}{prompt}{plain}")
+        return input(f"{color}{prompt}{reset}")
 
     return read
 
 
-def _leave_now() -> None:
-    """The end while a model is still busy: nothing of it is waited for."""
+def _exit_at_once() -> None:
+    """Exit without waiting for a model that is still generating."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""A conversation in a browser: a page of Gradio's that needs no network beyond the machine it runs on."""
+"""`finetune chat --web`: a Gradio page that needs no network beyond the machine it runs on."""
 
 from __future__ import annotations
 
@@ -16,33 +16,59 @@ from finetune.inference.chat_models import ChatModels
 from finetune.inference.chat_session import ChatSession
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE
-from finetune.inference.web_session import WebAnswers, WebSession
-from finetune.inference.web_strings import CHINESE, ENGLISH, as_markdown
+from finetune.inference.web_session import WebAnswers, WebSession, as_markdown
 from finetune.utils.errors import ConfigError, FinetuneError
 
-ONLY_HERE = ("127.0.0.1", "localhost", "::1")
+LOCALHOST = ("127.0.0.1", "localhost", "::1")
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Noto Sans Mono CJK SC", "monospace"]
-MOST_TOKENS = 4096  # of the slider
+MAX_NEW_TOKENS = 4096  # of the slider
 CSS = """
 .gradio-container { max-width: 76rem !important; width: 100%; margin: 0 auto; }
 #about h3 { margin: 0; }
 #about p { opacity: .7; margin: .2rem 0 0; overflow-wrap: anywhere; }
 #kept, #base { height: calc(100vh - 22rem) !important; min-height: 16rem; }
-#kept .top-panel, #base .top-panel { display: none; }  /* it would empty a column and not the conversation */
+#kept .top-panel, #base .top-panel { display: none; }  /* it would clear one column, not the conversation */
 #kept .bubble-wrap, #base .bubble-wrap { margin-top: 1.8rem; height: calc(100% - 1.8rem); }
 @media (max-width: 640px) {
     #answers:has(#base) { flex-direction: column; }
     #answers:has(#base) > * > * { height: 33vh !important; min-height: 12rem; }
 }
 """
+STRINGS = {  # English, Chinese
+    "tuned": ("Tuned", "微调后"),
+    "base": ("Base model, before training", "基座模型（微调前）"),
+    "message": ("Your message; Shift+Enter for a new line", "输入消息，Shift+Enter 换行"),
+    "send": ("Send", "发送"),
+    "stop": ("Stop", "停止"),
+    "retry": ("Retry", "重新回答"),
+    "undo": ("Undo", "撤销"),
+    "reset": ("New conversation", "新对话"),
+    "compare": ("Compare with the base model", "与基座模型对比"),
+    "compare_info": (
+        "Both answer the same conversation; the tuned answers are kept",
+        "同时回答同一段对话，保留微调后的回答",
+    ),
+    "settings": ("Settings", "设置"),
+    "system": ("System message", "系统提示"),
+    "max_new_tokens": ("Maximum tokens per answer", "回答的最大 token 数"),
+    "temperature": ("Temperature", "温度"),
+    "temperature_info": ("0: greedy, always the most probable token", "0 为贪心解码，每次取最可能的 token"),
+    "top_p": ("Top p", "Top p"),
+    "seed": ("Seed", "随机种子"),
+    "seed_info": (
+        "Makes sampled answers repeatable; empty: random",
+        "固定后采样结果可复现；留空则每次不同",
+    ),
+}
+ENGLISH, CHINESE = ({name: texts[language] for name, texts in STRINGS.items()} for language in (0, 1))
 
 
 def check_gradio() -> None:
-    """Refuse where Gradio is missing, before a model is loaded.
+    """Check that Gradio is installed, before a model is loaded.
 
     Raises:
-        ConfigError: it is not installed; what to type.
+        ConfigError: It is not installed.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError(
@@ -51,134 +77,141 @@ def check_gradio() -> None:
         )
 
 
-def build_app(voices: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
-    """The page, and its words."""
+def build_app(models: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
+    """Build the page; return it with its strings in all languages."""
     import gradio as gr
 
-    words = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
-    page, sampling = WebAnswers(voices), voices.sampling
-    compares = len(voices.names) > 1
-    with gr.Blocks(title=str(voices.opened.result.folder), fill_height=True, analytics_enabled=False) as blocks:
+    strings = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE, "zh-TW": CHINESE})
+    answers, sampling, folder = WebAnswers(models), models.sampling, models.loaded.result.folder
+    compares = len(models.names) > 1
+    with gr.Blocks(title=str(folder), fill_height=True, analytics_enabled=False) as blocks:
         session = gr.State(WebSession(chat))
-        folder = voices.opened.result.folder
-        gr.Markdown(f"### {as_markdown(folder.absolute().name)}\n\n{as_markdown(voices.what)}", elem_id="about")
+        about = f"### {as_markdown(folder.absolute().name)}\n\n{as_markdown(models.model_description)}"
+        gr.Markdown(about, elem_id="about")
         with gr.Row(elem_id="answers", equal_height=True):
-            look: dict[str, Any] = {"height": "56vh", "layout": "bubble", "buttons": ["copy"], "feedback_options": None}
-            first = gr.Chatbot(label=words(page.kept), elem_id="kept", min_width=260, **look)
-            second = gr.Chatbot(label=words(BASE), elem_id="base", min_width=260, visible=compares, **look)
+            column: dict[str, Any] = {
+                "height": "56vh", "layout": "bubble", "buttons": ["copy"], "feedback_options": None, "min_width": 260,
+            }  # fmt: skip
+            kept = gr.Chatbot(label=strings(answers.kept), elem_id="kept", **column)
+            base = gr.Chatbot(label=strings(BASE), elem_id="base", visible=compares, **column)
         with gr.Row(equal_height=True):
             message = gr.Textbox(
-                placeholder=words("message"), show_label=False, container=False, lines=1, max_lines=8, scale=8,
+                placeholder=strings("message"), show_label=False, container=False, lines=1, max_lines=8, scale=8,
                 min_width=200, elem_id="message", autofocus=True,
             )  # fmt: skip
-            send = gr.Button(words("send"), variant="primary", scale=1, min_width=88, elem_id="send")
-            stop = gr.Button(words("stop"), variant="stop", scale=1, min_width=88, elem_id="stop", visible=False)
+            send = gr.Button(strings("send"), variant="primary", scale=1, min_width=88, elem_id="send")
+            stop = gr.Button(strings("stop"), variant="stop", scale=1, min_width=88, elem_id="stop", visible=False)
         with gr.Row():
             retry, undo, reset = (
-                gr.Button(words(name), size="sm", min_width=80, elem_id=name) for name in ("retry", "undo", "reset")
+                gr.Button(strings(name), size="sm", min_width=80, elem_id=name) for name in ("retry", "undo", "reset")
             )
         compare = gr.Checkbox(
-            compares, label=words("compare"), info=words("compare_info"), visible=page.can_compare, elem_id="compare"
-        )
-        with gr.Accordion(words("settings"), open=False, elem_id="settings"):
-            system = gr.Textbox(chat.system or "", label=words("system"), lines=2, elem_id="system")
+            compares, label=strings("compare"), info=strings("compare_info"), visible=answers.can_compare,
+            elem_id="compare",
+        )  # fmt: skip
+        with gr.Accordion(strings("settings"), open=False, elem_id="settings"):
+            system = gr.Textbox(chat.system or "", label=strings("system"), lines=2, elem_id="system")
             with gr.Row():
-                tokens = gr.Slider(
-                    1, max(MOST_TOKENS, voices.max_new_tokens), voices.max_new_tokens, step=1,
-                    label=words("max_new_tokens"), elem_id="max_new_tokens",
+                max_new_tokens = gr.Slider(
+                    1, max(MAX_NEW_TOKENS, models.max_new_tokens), models.max_new_tokens, step=1,
+                    label=strings("max_new_tokens"), elem_id="max_new_tokens",
                 )  # fmt: skip
-                warmth = gr.Slider(
-                    0, max(2.0, sampling.temperature), sampling.temperature, step=0.05, label=words("temperature"),
-                    info=words("temperature_info"), elem_id="temperature",
+                temperature = gr.Slider(
+                    0, max(2.0, sampling.temperature), sampling.temperature, step=0.05, label=strings("temperature"),
+                    info=strings("temperature_info"), elem_id="temperature",
                 )  # fmt: skip
-                share = gr.Slider(0.01, 1, sampling.top_p, step=0.01, label=words("top_p"), elem_id="top_p")
+                top_p = gr.Slider(0.01, 1, sampling.top_p, step=0.01, label=strings("top_p"), elem_id="top_p")
                 seed = gr.Textbox(
-                    "" if sampling.seed is None else str(sampling.seed), label=words("seed"), info=words("seed_info"),
-                    elem_id="seed", min_width=160,
+                    "" if sampling.seed is None else str(sampling.seed), label=strings("seed"),
+                    info=strings("seed_info"), elem_id="seed", min_width=160,
                 )  # fmt: skip
-        shown = [message, first, second, session, send, stop]
-        given = [session, compare, system, tokens, warmth, share, seed]
-        steps = _Steps(page)
+        settings = [session, compare, system, max_new_tokens, temperature, top_p, seed]
+        handlers = _EventHandlers(answers)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        model = {**quiet, "concurrency_limit": 1, "concurrency_id": "model"}
-        gr.on([send.click, message.submit], steps.ask, [message, *given], shown, **model)
-        retry.click(steps.retry, given, shown, **model)
-        stop.click(steps.stop, session, None, queue=False, **quiet)
-        undo.click(steps.undo, session, [message, first, second, session], **quiet)
-        reset.click(steps.reset, session, [message, first, second, session], **quiet)
-        compare.change(lambda wanted: gr.update(visible=wanted), compare, second, **quiet)
-    return blocks, words
+        model: dict[str, Any] = {
+            **quiet, "outputs": [message, kept, base, session, send, stop], "concurrency_limit": 1,
+            "concurrency_id": "model",
+        }  # fmt: skip
+        gr.on([send.click, message.submit], handlers.ask, [message, *settings], **model)
+        retry.click(handlers.retry, settings, **model)
+        stop.click(handlers.stop, session, None, queue=False, **quiet)
+        undo.click(handlers.undo, session, [message, kept, base, session], **quiet)
+        reset.click(handlers.reset, session, [message, kept, base, session], **quiet)
+        compare.change(lambda wanted: gr.update(visible=wanted), compare, base, **quiet)
+    return blocks, strings
 
 
-class _Steps:
-    """What happens when something is pressed; the values are those of the page's parts, in the order of `build`."""
+class _EventHandlers:
+    """What buttons do. Parameters and returned values are those of the components, in the order of `build_app`."""
 
-    def __init__(self, page: WebAnswers) -> None:
-        self.page = page
+    def __init__(self, answers: WebAnswers) -> None:
+        self.answers = answers
 
     def ask(self, question: str, session: WebSession, *settings: Any) -> Iterator[list[Any]]:
-        """Send: the answer appears while the button says stop."""
+        """Answer the message; the button says "stop" in the meantime."""
         import gradio as gr
 
-        question, left = (question or "").strip("\n"), gr.skip()
+        question, unsent = (question or "").strip("\n"), gr.skip()
         if question.strip():
-            compares, system, tokens, *how = settings
+            compares, system, max_new_tokens, *decoding = settings
             session.chat.system = (system or "").strip() or None
             try:
-                for first, second in self.page.answer(
-                    session, question, compares=compares, tokens=int(tokens), sampling=_sampling(*how)
+                sampling = _sampling_params(*decoding)
+                for kept, base in self.answers.stream(
+                    session, question, compares=compares, max_new_tokens=int(max_new_tokens), sampling=sampling
                 ):
-                    yield ["", first, second, session, gr.update(visible=False), gr.update(visible=True)]
-                left = ""
+                    yield ["", kept, base, session, gr.update(visible=False), gr.update(visible=True)]
+                unsent = ""
             except FinetuneError as error:
                 gr.Warning(html.escape(str(error)), duration=None)
-                left = question
-        yield [left, *session.columns(), session, gr.update(visible=True), gr.update(visible=False)]
+                unsent = question
+        yield [unsent, *session.columns(), session, gr.update(visible=True), gr.update(visible=False)]
 
     def retry(self, session: WebSession, *settings: Any) -> Iterator[list[Any]]:
-        """The last question again."""
+        """Ask the last question again."""
         yield from self.ask(session.undo() or "", session, *settings)
 
     def stop(self, session: WebSession) -> None:
-        """The answer that is coming ends here."""
+        """Stop the answer that is being generated."""
         session.stopped = True
 
     def undo(self, session: WebSession) -> list[Any]:
-        """The last question is back in its box."""
+        """Put the last question back into the message box."""
         return [session.undo() or "", *session.columns(), session]
 
     def reset(self, session: WebSession) -> list[Any]:
-        """A new conversation."""
+        """Start a new conversation."""
         session.reset()
         return ["", *session.columns(), session]
 
 
-def _sampling(temperature: float, top_p: float, seed: str | None) -> SamplingParams:
+def _sampling_params(temperature: float, top_p: float, seed: str | None) -> SamplingParams:
+    seed = (seed or "").strip()
     try:
-        return SamplingParams(temperature, top_p, int(seed) if seed and seed.strip() else None)
+        return SamplingParams(temperature, top_p, int(seed) if seed else None)
     except ValueError:
-        raise ConfigError(f"seed {seed}: expected a whole number, or nothing") from None
+        raise ConfigError(f"seed {seed}: expected an integer, or nothing") from None
 
 
-def serve(voices: ChatModels, chat: ChatSession, *, host: str, port: int) -> None:
-    """Show the page until Ctrl-C.
+def serve(models: ChatModels, chat: ChatSession, *, host: str, port: int) -> None:
+    """Serve the page until Ctrl-C.
 
     Raises:
-        ConfigError: the port is taken, or the host is not an address of this machine.
+        ConfigError: The port is taken, or the host is not an address of this machine.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    for name in ("no_proxy", "NO_PROXY"):  # the page asks itself whether it is there
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *ONLY_HERE]))
+    for name in ("no_proxy", "NO_PROXY"):  # Gradio sends a request to its own page at the start
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCALHOST]))
     with tempfile.TemporaryDirectory(prefix="finetune-chat-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         import gradio as gr
 
-        blocks, words = build_app(voices, chat)
+        blocks, strings = build_app(models, chat)
         theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=CODE_FONTS)
         try:
             blocks.launch(
                 server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-                footer_links=[], run_history=False, enable_monitoring=False, i18n=words, theme=theme, css=CSS,
+                footer_links=[], run_history=False, enable_monitoring=False, i18n=strings, theme=theme, css=CSS,
             )  # fmt: skip
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port}: {error}") from None
@@ -191,14 +224,14 @@ def serve(voices: ChatModels, chat: ChatSession, *, host: str, port: int) -> Non
 
 
 def server_url(host: str, port: int) -> list[str]:
-    """How to reach the page, line by line."""
-    if host not in ONLY_HERE:
+    """Return lines that say how to open the page."""
+    if host not in LOCALHOST:
         return [
             f"the page is at http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}",
-            "anyone who reaches this machine can use it: there is no password. Ctrl-C ends it",
+            "anyone who can reach this machine can use it: there is no password. Press Ctrl-C to stop",
         ]
     user = f"{getpass.getuser()}@{socket.gethostname()}"
     return [
         f"the page is at http://{host}:{port}",
-        f"from another machine: ssh -L {port}:127.0.0.1:{port} {user}, then the same address there. Ctrl-C ends it",
+        f"from another machine: ssh -L {port}:127.0.0.1:{port} {user}, then the same address. Press Ctrl-C to stop",
     ]

@@ -1,125 +1,163 @@
-"""What the page in a browser does: questions answered in one or two columns, for each tab a conversation of its own."""
+"""State and answers of the chat page: one conversation per browser tab, in one or two columns."""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from finetune.conversation import Turn
 from finetune.inference.chat_models import ChatModels
 from finetune.inference.chat_session import ChatSession
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE, TUNED
-from finetune.inference.web_strings import as_markdown
 
 SECONDS_BETWEEN_UPDATES = 0.05
-WAITING, NOTHING = "…", "∅"  # an answer that has not begun, and one that was empty
+PENDING, EMPTY = "…", "∅"  # an answer that has not begun, and one without text
+FENCE = re.compile(r"\s{0,3}(```+|~~~+)")
+CODE = re.compile(r"(`+)(?:(?!\1).)+?\1")
 Messages = list[dict[str, str]]
 
 
 @dataclass
 class WebSession:
-    """What one browser tab holds.
+    """State of one browser tab.
 
     Attributes:
-        compared: for each kept question what the base answered; None where it was not asked.
-        take: answers so far, also those that were taken back.
-        stopped: the answer that is coming shall end.
-        resets: how often the conversation was begun anew: an answer to an earlier one is not kept.
+        base_answers: The base's answer to each question of `chat`, or None if it was not asked.
+        attempt: Answers so far, including those that were undone.
+        stopped: The answer that is being generated should end.
+        resets: Times the conversation was reset; an answer to an earlier conversation is not kept.
     """
 
     chat: ChatSession = field(default_factory=ChatSession)
-    compared: list[str | None] = field(default_factory=list)
-    take: int = 0
+    base_answers: list[str | None] = field(default_factory=list)
+    attempt: int = 0
     stopped: bool = False
     resets: int = 0
 
-    def keep(self, question: str, said: str, compared: str | None) -> None:
-        """An answer has been given, in one column or both."""
-        self.chat.keep(question, said)
-        self.compared.append(compared)
+    def add(self, question: str, answer: str, base_answer: str | None) -> None:
+        """Append a question with its answers."""
+        self.chat.add(question, answer)
+        self.base_answers.append(base_answer)
 
     def undo(self) -> str | None:
-        """Forget the last question in both columns; it is returned."""
-        del self.compared[-1:]
+        """Remove the last question from both columns and return it."""
+        del self.base_answers[-1:]
         return self.chat.undo()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Start a new conversation."""
         self.stopped = True
         self.resets += 1
-        self.compared.clear()
+        self.base_answers.clear()
         self.chat.reset()
 
-    def columns(self, question: str | None = None, said: dict[str, str] | None = None) -> tuple[Messages, Messages]:
-        """The messages of the kept voice and of the base, those of a question that is being answered included."""
+    def columns(self, question: str | None = None, answers: dict[str, str] | None = None) -> tuple[Messages, Messages]:
+        """Return the messages of both columns, including a question that is being answered.
+
+        Args:
+            answers: By model, its answer so far; the model whose answers are kept comes first.
+        """
         kept = list(self.chat.pairs)
-        asked = [question for question, _ in kept]
-        compared = [(one, answer) for one, answer in zip(asked, self.compared, strict=True) if answer is not None]
-        if question is not None and said:
-            kept.append((question, next(iter(said.values())) or WAITING))
-            compared += [(question, said[BASE] or WAITING)] if len(said) > 1 else []
-        return _messages(kept), _messages(compared)
+        base = [
+            (asked, answer)
+            for (asked, _), answer in zip(self.chat.pairs, self.base_answers, strict=True)
+            if answer is not None
+        ]
+        if question is not None and answers:
+            kept.append((question, next(iter(answers.values())) or PENDING))
+            base += [(question, answers[BASE] or PENDING)] if len(answers) > 1 else []
+        return _messages(kept), _messages(base)
 
 
 class WebAnswers:
-    """The answers; all tabs share one model, and wait for each other."""
+    """Generates the answers of all tabs, which share one model: one answer at a time."""
 
-    def __init__(self, voices: ChatModels) -> None:
-        self.voices = voices
-        self.kept = voices.names[0]
-        self.can_compare = self.kept == TUNED and voices.opened.result.is_trained
-        self._turn = threading.Lock()
+    def __init__(self, models: ChatModels) -> None:
+        self.models = models
+        self.kept = models.names[0]
+        self.can_compare = self.kept == TUNED and models.loaded.result.is_trained
+        self._lock = threading.Lock()
 
-    def answer(
-        self, session: WebSession, question: str, *, compares: bool, tokens: int, sampling: SamplingParams
+    def stream(
+        self, session: WebSession, question: str, *, compares: bool, max_new_tokens: int, sampling: SamplingParams
     ) -> Iterator[tuple[Messages, Messages]]:
-        """Both columns, again and again while answers come; then they are kept in the session.
+        """Yield both columns repeatedly while the answers are generated, then add them to the session.
 
         Raises:
-            FinetuneError: the conversation is too long, the base is not there, the model failed.
+            FinetuneError: The conversation is too long, the base is missing, or the model failed.
         """
-        said: dict[str, str] = {}
+        answers: dict[str, str] = {}
         session.stopped, resets = False, session.resets
-        turns = session.chat.asking(question)
+        turns = session.chat.turns(question)
         names = [self.kept, BASE] if compares and self.can_compare else [self.kept]
-        with self._turn:
+        with self._lock:
             try:
                 for name in names:
                     if not session.stopped:
-                        for text in self._text(session, name, turns, tokens, sampling):
-                            said[name] = text
-                            yield session.columns(question, said)
+                        for text in self._texts(session, name, turns, max_new_tokens, sampling):
+                            answers[name] = text
+                            yield session.columns(question, answers)
             finally:
-                session.take += 1
-                if said.get(self.kept) and session.resets == resets:
-                    session.keep(question, said[self.kept], said.get(BASE) if len(names) > 1 else None)
+                session.attempt += 1
+                if answers.get(self.kept) and session.resets == resets:
+                    session.add(question, answers[self.kept], answers.get(BASE) if len(names) > 1 else None)
         yield session.columns()
 
-    def _text(
-        self, session: WebSession, name: str, turns: list, tokens: int, sampling: SamplingParams
+    def _texts(
+        self, session: WebSession, name: str, turns: list[Turn], max_new_tokens: int, sampling: SamplingParams
     ) -> Iterator[str]:
-        """An answer so far, again and again; at last as it is kept."""
+        """Yield an answer so far, repeatedly; last its final text."""
         yield ""
-        with self.voices.speaking(
-            name, turns, take=session.take, max_new_tokens=tokens, sampling=sampling
-        ) as answering:
-            shown, last, pieces = "", 0.0, iter(answering)
+        with self.models.stream(
+            name, turns, attempt=session.attempt, max_new_tokens=max_new_tokens, sampling=sampling
+        ) as stream:
+            text, last_update, pieces = "", 0.0, iter(stream)
             for piece in pieces:
-                shown += piece
+                text += piece
                 if session.stopped:
                     break
-                if time.monotonic() - last >= SECONDS_BETWEEN_UPDATES:
-                    yield shown
-                    last = time.monotonic()
+                if time.monotonic() - last_update >= SECONDS_BETWEEN_UPDATES:
+                    yield text
+                    last_update = time.monotonic()
             pieces.close()
-            yield answering.text
+            yield stream.text
 
 
 def _messages(pairs: list[tuple[str, str]]) -> Messages:
     return [
         {"role": role, "content": as_markdown(text)}
-        for asked, said in pairs
-        for role, text in (("user", asked), ("assistant", said or NOTHING))
+        for question, answer in pairs
+        for role, text in (("user", question), ("assistant", answer or EMPTY))
     ]
+
+
+def as_markdown(text: str) -> str:
+    """Keep Markdown, but escape HTML and images: a page must not run or fetch what a model writes."""
+    lines, fence = [], None
+    for line in text.split("\n"):
+        marker = FENCE.match(line)
+        if fence is None:
+            lines.append(line if marker else _escape_outside_code(line))
+            fence = marker.group(1) if marker else None
+        else:
+            lines.append(line)
+            if marker and marker.group(1).startswith(fence):
+                fence = None
+    return "\n".join(lines)
+
+
+def _escape_outside_code(line: str) -> str:
+    """Escape a line except its code spans, in which Markdown itself escapes."""
+    parts, begin = [], 0
+    for code in CODE.finditer(line):
+        parts += [_escape(line[begin : code.start()]), code.group()]
+        begin = code.end()
+    return "".join([*parts, _escape(line[begin:])])
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("![", "!&#91;")

@@ -46,7 +46,7 @@ def examine_resources(
 ) -> None:
     """Batches and steps, then bytes: of each device, each host's memory, each disk."""
     obstacle = unsupported_config_reason(setup.model.config, data.longest)
-    selects = forward_takes_logits_to_keep(setup.model.code)
+    selects = forward_takes_logits_to_keep(setup.model.model_class)
     batches = examination.attempt(
         "configuration", lambda: forecast_batches(run.arguments, setup, data, selects_logits=selects, obstacle=obstacle)
     )

@@ -14,9 +14,8 @@ import pytest
 
 from finetune.inference import check_gradio
 from finetune.inference.chat_session import ChatSession
-from finetune.inference.web_chat import server_url
-from finetune.inference.web_session import WebSession
-from finetune.inference.web_strings import CHINESE, ENGLISH, as_markdown
+from finetune.inference.web_chat import CHINESE, ENGLISH, server_url
+from finetune.inference.web_session import WebSession, as_markdown
 from finetune.utils.errors import ConfigError
 from tests.helpers.browsers import open_page
 from tests.helpers.paths import ROOT
@@ -48,8 +47,8 @@ class TestWords:
 
 def test_both_columns_are_undone_together():
     session = WebSession(ChatSession())
-    session.keep("a", "1", None)
-    session.keep("b", "2", "3")
+    session.add("a", "1", None)
+    session.add("b", "2", "3")
     kept, compared = session.columns("c", {"tuned": "4", "base": ""})
     assert [one["content"] for one in kept] == ["a", "1", "b", "2", "c", "4"]
     assert [one["content"] for one in compared] == ["b", "3", "c", "…"]
@@ -192,7 +191,7 @@ def test_tuned_and_base_next_to_each_other_streamed_stopped_and_taken_back(addre
 def test_a_conversation_that_is_too_long_is_said_and_the_question_stays(address):
     with visiting(address) as page:
         send(page, "word " * 4000)
-        page.wait_for_selector("text=begin a new one, or say it shorter", timeout=LONG_MS)
+        page.wait_for_selector("text=start a new conversation", timeout=LONG_MS)
         page.wait_for_function("document.querySelector('#message textarea').value.startsWith('word word')")
         assert texts(page) == []
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from finetune.conversation import Turn
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.inference import ChatSession
-from finetune.inference.chat_commands import Command, read_message
+from finetune.inference.chat_session import save_conversation
 from finetune.inference.generate import AnswerGenerator, SamplingParams
 from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
-from finetune.inference.save_chat import save_conversation
+from finetune.inference.terminal_chat import Command, read_message
 from finetune.utils.errors import ConfigError, FinetuneError
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS
@@ -108,9 +108,7 @@ def test_a_seed_makes_drawn_answers_repeatable(answerer):
 
 
 def test_a_conversation_without_room_for_an_answer_is_refused_in_one_line(answerer):
-    with pytest.raises(
-        ConfigError, match=r"has 4,\d+ tokens and the model reads 2,048, its answer included: begin a new"
-    ):
+    with pytest.raises(ConfigError, match=r"has 4,\d+ tokens.* 2,048 including the answer"):
         answerer.answer([Turn("human", "word " * 4000)], max_new_tokens=5)
 
 
@@ -190,8 +188,8 @@ class TestSaving:
 
 def test_a_conversation_is_kept_as_a_training_row_would_hold_it():
     chat = ChatSession("Be brief.")
-    chat.keep("a", "b\n")
-    assert chat.asking("c") == [
+    chat.add("a", "b\n")
+    assert chat.turns("c") == [
         Turn("system", "Be brief."),
         Turn("human", "a"),
         Turn("model", "b\n"),
@@ -243,7 +241,7 @@ class TestPipe:
         ("question", "flags", "message"),
         [
             (b"\n", (), "standard input is empty"),
-            (b"\xff", (), "standard input, byte 0: is not UTF-8"),
+            (b"\xff", (), "not UTF-8 at byte 0"),
             (b"a", ("--base", "--compare"), "give one of them"),
             (b"a", ("--top_p", "0"), "--top_p 0: expected more than 0"),
         ],

@@ -19,19 +19,19 @@ def chat(folder, *flags, **sizes):
 def test_a_conversation(learned_by_heart, tmp_path):
     saved = tmp_path / "saved.json"
     with chat(learned_by_heart, "--max_new_tokens", "40") as terminal:
-        assert "greedy, at most 40 tokens an answer" in terminal.wait_for("\n> ")
+        assert "greedy, at most 40 tokens" in terminal.wait_for("\n> ")
         terminal.type("你是谁？\n")
         assert "tuned: 我是 Nori。\n" in terminal.wait_for("\n> ")
         terminal.type("What does <|im_\x7f|im_end|> do?\x02\x02\n")  # edited on the way
         assert "tuned: " in terminal.wait_for("\n> ")
         terminal.type("/undo\n")
-        assert "forgotten: What does <|im|im_end|> do?" in terminal.wait_for("\n> ")
+        assert "removed: What does <|im|im_end|> do?" in terminal.wait_for("\n> ")
         terminal.type("What does <|im_end|> do?\n")
         assert "tuned: It ends a turn.\n" in terminal.wait_for("\n> ")
         terminal.type(f"/save {saved}\n")
         assert f"saved: {saved} has 1 row" in terminal.wait_for("\n> ")
         terminal.type("/reset\n")
-        assert "a new conversation" in terminal.wait_for("\n> ")
+        assert "new conversation" in terminal.wait_for("\n> ")
         terminal.type("/system Be brief.\n")
         assert "system: Be brief." in terminal.wait_for("\n> ")
         terminal.type("2+3?\n")
@@ -39,10 +39,10 @@ def test_a_conversation(learned_by_heart, tmp_path):
         terminal.type("/retry\n")
         assert "tuned: 5\n" in terminal.wait_for("\n> ")
         terminal.type("/systm\n")
-        assert "unknown command /systm: /help lists them" in terminal.wait_for("\n> ")
+        assert "unknown command /systm: /help" in terminal.wait_for("\n> ")
         terminal.type("/save\n\x04")
         assert terminal.wait_for_end() == 0
-        assert "/save needs the name of a file" in terminal.shown
+        assert "/save FILE" in terminal.shown
     (row,) = read_conversations(saved)
     said = ["你是谁？", "我是 Nori。", "What does <|im_end|> do?", "It ends a turn."]
     assert [turn.text for turn in row.turns] == said
@@ -67,7 +67,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(learned_by_heart):
         terminal.type("Go on for ever.\n")
         terminal.wait_for("base: ")
         terminal.type("\x03")
-        assert "stopped; what was said is kept" in terminal.wait_for("\n> ", seconds=20)
+        assert "stopped; " in terminal.wait_for("\n> ", seconds=20)
         time.sleep(0.5)  # Python may miss a signal between the prompt and its waiting for keys
         terminal.type("\x03")
         assert terminal.wait_for_end() == 0

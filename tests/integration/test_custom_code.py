@@ -120,7 +120,7 @@ def test_without_the_flag_the_error_names_it(stand_in, conversation_file, tmp_pa
     flags = ["--model_name_or_path", stand_in, "--data_path", conversation_file, "--output_dir", tmp_path / "output"]
     outcome = ranks.train(tmp_path / "logs", [*flags, "--deepspeed", "zero2"], world_size=1)
     assert outcome.statuses == [2]
-    assert "comes with Python files of its own" in outcome.outputs[0]
+    assert "has Python files of its own" in outcome.outputs[0]
     assert "--trust_remote_code True" in outcome.outputs[0]
     assert "Traceback" not in outcome.outputs[0]
 
@@ -185,7 +185,7 @@ def test_code_that_is_not_trusted_is_refused_on_all_ranks_without_a_question(
     os.close(terminal)
     assert outcome.statuses == [2, 2]
     for output in outcome.outputs:
-        assert "comes with Python files of its own; when you trust them, give --trust_remote_code True" in output
+        assert "has Python files of its own; if you trust them, give --trust_remote_code True" in output
         assert "[y/N]" not in output and "Traceback" not in output
         assert float(output.partition("seconds: ")[2].split()[0]) < SECONDS_TO_REFUSE
     assert not marker.exists() and asked == b""

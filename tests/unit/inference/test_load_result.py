@@ -73,7 +73,7 @@ def test_weights_in_the_old_format_are_fetched_where_there_are_no_others(publish
 def test_a_base_that_has_changed_on_the_hub_is_refused_whoever_asks(published, hub, tmp_path):
     result = trained_on(published, tmp_path)
     result.run["model"]["weights"] = "0" * 32
-    with pytest.raises(CheckpointError, match="was trained on someone/base, and .* holds other weights"):
+    with pytest.raises(CheckpointError, match="was trained on someone/base, .* holds other weights"):
         load_result.load_base(result, made.byte_tokenizer())
 
 
@@ -94,7 +94,7 @@ def test_a_folder_named_from_home_is_found(published, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "error"), [("nowhere", ConfigError), ("empty", CheckpointError)])
 def test_a_folder_that_is_no_model_is_refused(name, error, published, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(error, match=f"its base .*{name} .*with --base_model"):
+    with pytest.raises(error, match=f"its base .*{name}.* with --base_model"):
         load_result.base_folder(trained_on(published, tmp_path), str(tmp_path / name))
 
 

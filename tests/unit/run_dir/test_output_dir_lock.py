@@ -39,7 +39,7 @@ def test_what_is_no_folder_is_said_to_be_none(read, tmp_path):
 def test_an_adapter_whose_config_is_broken_is_not_taken_for_a_full_model(content, tmp_path):
     run_json.update_run_json(tmp_path, {"model": {}, "chat": {}, "precision": "bf16"})
     (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match="adapter_config.json: is not the config of an adapter"):
+    with pytest.raises(CheckpointError, match="adapter_config.json: not the config of an adapter"):
         run_result.read_result(tmp_path)
 
 
