@@ -1,20 +1,18 @@
-"""Where a run goes on: the newest whole checkpoint, chosen by all ranks before a weight is loaded.
-
-A resumed run is the uninterrupted one to the last bit when nothing that shapes its numbers has changed. What has is
-refused with both values; `--allow_inexact_resume True` goes on and records it in run.json.
-"""
+"""Select the checkpoint to resume from: all ranks settle on the newest complete one before any weights are loaded."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune import checkpoint
 from finetune.checkpoint.manifest import Manifest
+from finetune.config.run_config import CheckpointConfig, SavedStep
 from finetune.distributed.collectives import (
     StorageGroup,
     all_gather_object,
@@ -27,24 +25,6 @@ from finetune.run_dir import run_json
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError, format_faults
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ResumeConfig:
-    """What a run is asked to resume from.
-
-    Attributes:
-        resume_from: "auto", the folder of a checkpoint, or None.
-        world_size: ranks of this run.
-        world_size_changes: the newest checkpoint was seen to be from another number of ranks, which the user allows.
-        allow_inexact: resume although the numbers will differ.
-    """
-
-    resume_from: str | None
-    output_dir: Path
-    world_size: int
-    world_size_changes: bool
-    allow_inexact: bool
 
 
 @dataclass(frozen=True)
@@ -79,8 +59,25 @@ class ResumePoint:
         }
 
 
+def saved_step(output_dir: Path, resume_from: str | None, *, any_world_size: bool, world_size: int) -> SavedStep | None:
+    """Return the step of the checkpoint to resume from, where it is from another number of ranks, which is allowed.
+
+    It is read before ranks can ask each other, because DeepSpeed's config holds the size of a batch.
+    """
+    if resume_from is None or not any_world_size:
+        return None
+    folders = [Path(resume_from).expanduser()]
+    if resume_from == "auto":
+        folders = [checkpoint.checkpoint_folder(output_dir, step) for step in checkpoint.steps_in(output_dir)]
+    for folder in filter(checkpoint.is_complete, folders):
+        with suppress(CheckpointError):  # a damaged manifest is reported when all ranks look at it
+            manifest = checkpoint.read_manifest(folder)
+            return SavedStep(manifest.world_size, manifest.step_rows) if manifest.world_size != world_size else None
+    return None
+
+
 def find_checkpoint(
-    config: ResumeConfig, disk: StorageGroup, compare: Callable[[Path, Manifest], list[str]]
+    config: CheckpointConfig, world_size: int, disk: StorageGroup, compare: Callable[[Path, Manifest], list[str]]
 ) -> ResumePoint | None:
     """Select the checkpoint to resume from, verified and readable by every rank; None for a new run. All ranks.
 
@@ -110,10 +107,10 @@ def find_checkpoint(
     if asked == "auto":
         run_on_rank_0(lambda: _check_run_id(output_dir, folder, manifest))
     changes = [*run_on_rank_0(lambda: compare(folder, manifest)), *waived]
-    is_reshaped = manifest.world_size != config.world_size
+    is_reshaped = manifest.world_size != world_size
     if is_reshaped and not disk.is_shared:
         raise CheckpointError(
-            f"{folder}: was written by {manifest.world_size} ranks, now there are {config.world_size}: to go on on "
+            f"{folder}: was written by {manifest.world_size} ranks, now there are {world_size}: to go on on "
             "another number of ranks all must see one folder: copy the parts of all hosts to a shared file system"
         )
     if is_reshaped != config.world_size_changes:

@@ -293,6 +293,16 @@ def _is_of_writing(error: Exception) -> bool:
     return isinstance(error, OSError) or any(sign in text for sign in SIGNS_OF_A_DISK)
 
 
+def resume_point(newest: Path | None, identity: RunIdentity, output_dir: Path) -> tuple[str, str]:
+    """Where a run that fails can resume, in words, and the value of `--resume_from_checkpoint`."""
+    if newest is not None:
+        return f"the newest checkpoint is {newest.name}", "auto"
+    if identity.manifest is not None and identity.folder is not None:
+        resume = "auto" if identity.folder.parent == output_dir else str(identity.folder)
+        return f"the newest checkpoint is that of step {identity.manifest.step}", resume
+    return "there is no checkpoint yet", "auto"
+
+
 def new_run_id() -> str:
     """When it began, and a number that no other run has."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"

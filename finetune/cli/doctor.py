@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from finetune.config import DoctorArguments, known_flags
@@ -91,7 +92,9 @@ def main(argv: Sequence[str]) -> None:
     run = examination.attempt("command", lambda: plan_run(choice, flags, words))
     if run is not None:
         quiet_libraries()
-        examine_run(examination, run)
+        from finetune.train import resolve
+
+        examine_run(examination, run, partial(resolve, run.arguments))
     if choice.json:
         print(json.dumps(as_json(examination), ensure_ascii=False, indent=1))
     else:

@@ -12,11 +12,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetune.config.arguments import AdapterArguments
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError
 
 ALL_LINEAR = "all-linear"
 ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def attach_adapter(
+    base: Any, adapter: AdapterArguments, *, base_revision: str | None, grows: bool, computes_initial: bool = True
+) -> Any:
+    """Return the base model with the adapter that the flags describe.
+
+    Args:
+        base_revision: the state of the base's repository that the saved adapter will load.
+        grows: the embeddings get rows for new tokens, which must be trained too.
+        computes_initial: start as --init_lora_weights says; else plain, for a model without weights.
+
+    Raises:
+        ConfigError: no such module, or an adapter that cannot train new embeddings.
+    """
+    kind = adapter.kind()
+    if kind in ("prefix", "prompt"):
+        if grows:
+            raise ConfigError(f"--adapter {kind} cannot train the embeddings of new tokens: use --use_lora True")
+        return attach_virtual_tokens(base, kind, adapter.num_virtual_tokens, base_revision=base_revision)
+    return attach_lora(
+        base,
+        r=adapter.lora_r,
+        alpha=adapter.lora_alpha,
+        dropout=adapter.lora_dropout,
+        target_modules=adapter.lora_target_modules,
+        modules_to_save=adapter.modules_to_save,
+        use_dora=adapter.use_dora,
+        use_rslora=adapter.use_rslora,
+        init_lora_weights=adapter.init_lora_weights if computes_initial else "default",
+        train_embeddings=grows,
+        base_revision=base_revision,
+    )
 
 
 def attach_lora(

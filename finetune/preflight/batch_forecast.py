@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.config import Arguments
+from finetune.config.run_config import BatchConfig, ScheduleConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.sampler import Sampler
-from finetune.training.config_check import Setup
-from finetune.training.training_setup import batch_layout, full_logits_because, padding_reason, train_sampler
+from finetune.training.dataloaders import batch_layout, train_sampler
 
 # Of a longer epoch the micro-batches of its first steps are looked at, and the largest rows.
 STEPS_LOOKED_AT, FIRST_STEPS = 400, 3
@@ -47,12 +46,12 @@ class BatchForecast:
     longest: int
     steps: int
 
-    def facts(self, arguments: Arguments, world_size: int) -> dict[str, Any]:
-        """As JSON: the arithmetic of a step, written out."""
+    def facts(self, batch: BatchConfig) -> dict[str, Any]:
+        """Return JSON values: the arithmetic of a step, written out."""
         shape, sampler = self.sampler.shape, self.sampler
-        sharing = arguments.batch.sequence_parallel_size
+        sharing = batch.sequence_parallel_size
         units = "examples" if sampler.capacity is None else f"groups of up to {sampler.capacity:,} tokens"
-        ranks = f"{world_size} ranks" if sharing == 1 else f"{shape.world_size} groups of {sharing} ranks"
+        ranks = f"{batch.world_size} ranks" if sharing == 1 else f"{shape.world_size} groups of {sharing} ranks"
         tokens = int(sampler.lengths.sum())
         return {
             "arithmetic": f"{shape.per_device_batch} per device x {shape.accumulation} accumulated x {ranks} = "
@@ -71,7 +70,7 @@ class BatchForecast:
 
 
 def forecast_batches(
-    arguments: Arguments, setup: Setup, data: PreparedData, *, selects_logits: bool, obstacle: str | None
+    batch: BatchConfig, schedule: ScheduleConfig, data: PreparedData, *, selects_logits: bool, obstacle: str | None
 ) -> BatchForecast:
     """The micro-batches of the first epoch.
 
@@ -84,11 +83,10 @@ def forecast_batches(
     """
     from finetune.dataset.dataloader import int_column
 
-    examples = data.epoch(arguments.given("seed"))
+    examples = data.epoch(batch.seed)
     lengths, learned = int_column(examples, "length"), int_column(examples, "num_supervised")
-    full_logits = full_logits_because(arguments, selects_logits)
-    form = batch_layout(arguments, int(lengths.max()), padding_reason(arguments) or obstacle, full_logits)
-    sampler = train_sampler(arguments, form, lengths, setup.world_size // arguments.batch.sequence_parallel_size)
+    form = batch_layout(batch, int(lengths.max()), batch.padding_reason or obstacle, selects_logits)
+    sampler = train_sampler(batch, form, lengths)
     largest = first = LargestBatch()
     for step in range(min(sampler.steps_per_epoch, STEPS_LOOKED_AT)):
         for number in range(sampler.micro_batches(step)):
@@ -100,11 +98,11 @@ def forecast_batches(
                     seen = int(learned[mine].sum()) if form.selects_logits else tokens
                     largest = largest.with_another(len(mine), tokens, seen)
         first = largest if step < FIRST_STEPS else first
-    return BatchForecast(form, sampler, largest, first, int(lengths.max()), _steps(arguments, sampler))
+    return BatchForecast(form, sampler, largest, first, int(lengths.max()), _steps(schedule, sampler))
 
 
-def _steps(arguments: Arguments, sampler: Sampler) -> int:
-    """Optimizer steps of the whole run, as the Trainer counts them."""
-    if arguments.given("max_steps") > 0:
-        return arguments.given("max_steps")
-    return int(np.ceil(arguments.given("num_train_epochs") * sampler.steps_per_epoch))
+def _steps(schedule: ScheduleConfig, sampler: Sampler) -> int:
+    """Return the optimizer steps of the whole run, as the Trainer counts them."""
+    if schedule.max_steps > 0:
+        return schedule.max_steps
+    return int(np.ceil(schedule.num_train_epochs * sampler.steps_per_epoch))

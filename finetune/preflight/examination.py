@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.config.hardware import detect_hardware
+from finetune.config.hardware import DetectedHardware, detect_hardware
+from finetune.config.run_config import RankCounts, RunConfig
 from finetune.dataset.prepare import PreparedData, check_dropped_share
 from finetune.distributed import host_probe
 from finetune.distributed.op_builder import operators_of
 from finetune.launcher import ssh, staging
+from finetune.models.loader import ModelInfo
 from finetune.preflight import dry_run
 from finetune.preflight.doctor_output import labelled
 from finetune.preflight.findings import DoctorReport
@@ -20,14 +23,16 @@ from finetune.preflight.host_checks import Answers, examine_hosts, examine_netwo
 from finetune.preflight.machine_checks import examine_machine, examine_operators
 from finetune.preflight.planned_run import PlannedRun, shared, world_of
 from finetune.preflight.resource_checks import examine_resources
-from finetune.training.config_check import Setup, resolve_setup
 from finetune.training.data_setup import prepare_data
 from finetune.utils.proc import ROOT
 
 logger = logging.getLogger(__name__)
 
+# Resolves the flags for the hardware and the ranks; see `train.resolve`.
+Resolve = Callable[[DetectedHardware, RankCounts], tuple[RunConfig, ModelInfo]]
 
-def examine_run(examination: DoctorReport, run: PlannedRun) -> None:
+
+def examine_run(examination: DoctorReport, run: PlannedRun, resolve: Resolve) -> None:
     """All sections, in an order in which each has what it needs; what fails leaves out only what depends on it."""
     here = host_probe.collect_host_facts(_order(run))
     here["asked"] = [here["time"], here["time"]]
@@ -46,16 +51,17 @@ def examine_run(examination: DoctorReport, run: PlannedRun) -> None:
         use_cpu = bool(run.arguments.given("use_cpu"))
         found = probe_of(answers, use_cpu=use_cpu) if answers else detect_hardware(use_cpu=use_cpu)
     logger.info("examining flags and model")
-    setup = examination.attempt("configuration", lambda: resolve_setup(run.arguments, found, world_of(slots)))
+    setup = examination.attempt("configuration", lambda: resolve(found, world_of(slots)))
     logger.info("reading the data")
     read = examination.attempt("data", lambda: _read(examination, run))
     examine_machine(examination, here)
     if setup is not None:
-        _note_configuration(examination, setup, slots)
+        config, info = setup
+        _note_configuration(examination, config, info, slots)
         if read is not None:
             logger.info("computing memory and disk")
-            examine_resources(examination, run, setup, *read, slots, answers)
-        names = operators_of(setup.zero.config if setup.zero else None, use_cpu=setup.hardware.use_cpu)
+            examine_resources(examination, config, info, *read, slots, answers)
+        names = operators_of(config.deepspeed.config if config.deepspeed else None, use_cpu=config.hardware.use_cpu)
         with_code = [host for host in answers if answers[host]["code"]]
         if names and with_code:
             logger.info(f"building {', '.join(names)} where it is not built yet")
@@ -85,24 +91,27 @@ def _read(examination: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData
     return tokenizer, data
 
 
-def _note_configuration(examination: DoctorReport, setup: Setup, slots: dict[str, list[int]]) -> None:
-    zero = setup.zero
+def _note_configuration(
+    examination: DoctorReport, config: RunConfig, info: ModelInfo, slots: dict[str, list[int]]
+) -> None:
+    zero = config.deepspeed
     stage = "none (plain data parallel)" if zero is None else f"stage {zero.stage}" + (", offloaded" * zero.offloads)
     lines = {
-        "ranks": f"{setup.world_size} on {len(slots)} host{'s' * (len(slots) > 1)} ("
+        "ranks": f"{config.batch.world_size} on {len(slots)} host{'s' * (len(slots) > 1)} ("
         + ", ".join(f"{host}: {len(ids)}" for host, ids in slots.items())
-        + f"), {'CPU, gloo' if setup.hardware.use_cpu else 'GPU, nccl'}",
-        "model": f"{setup.model.name} ({setup.model.config.model_type})",
+        + f"), {'CPU, gloo' if config.hardware.use_cpu else 'GPU, nccl'}",
+        "model": f"{info.name} ({info.config.model_type})",
         "ZeRO": stage,
-        "precision": setup.hardware.precision,
-        "attention": f"{setup.model.attention}, activation checkpointing "
-        + ("on" if setup.activation_checkpointing else "off"),
+        "precision": config.hardware.precision,
+        "attention": f"{info.attention}, activation checkpointing "
+        + ("on" if config.activation_checkpointing.enabled else "off"),
     }
     examination.facts["configuration"] = {
-        "world_size": setup.world_size, "slots": slots, "backend": setup.hardware.backend, "notes": list(setup.notes),
-        "precision": setup.hardware.precision, "attention": setup.model.attention,
+        "world_size": config.batch.world_size, "slots": slots, "backend": config.hardware.backend,
+        "notes": list(config.notes),
+        "precision": config.hardware.precision, "attention": info.attention,
         "deepspeed": zero.config if zero else None,
-        "lines": [*labelled(lines), *(f"note: {note}" for note in setup.notes)],
+        "lines": [*labelled(lines), *(f"note: {note}" for note in config.notes)],
     }  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.config import Arguments, DoctorArguments, parse
+from finetune.config.run_config import RankCounts
 from finetune.launcher import LauncherArgs, local_slots, resolve_resources, ssh
 from finetune.launcher.ssh import SshShell
 from finetune.preflight.host_checks import Places
-from finetune.training.config_check import RankCounts
 from finetune.utils.proc import ROOT
 
 SCRIPT = ROOT / "finetune" / "finetune.py"

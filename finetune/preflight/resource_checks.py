@@ -7,20 +7,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Arguments
+from finetune.config.run_config import BatchConfig, RunConfig, ScheduleConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.models import loader
+from finetune.models.adapters import attach_adapter
 from finetune.models.attention import forward_takes_logits_to_keep, unsupported_config_reason
+from finetune.models.loader import ModelInfo
 from finetune.preflight import memory
 from finetune.preflight.batch_forecast import BatchForecast, forecast_batches
 from finetune.preflight.doctor_output import labelled, size
 from finetune.preflight.findings import DoctorReport
 from finetune.preflight.host_checks import Answers
 from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
-from finetune.preflight.planned_run import PlannedRun
 from finetune.preflight.spec_from_config import spec_from_config
-from finetune.training.config_check import Setup, checkpointing_options
-from finetune.training.training_setup import attach_adapter
 from finetune.utils.errors import FinetuneError, StorageError
 
 STATUS_OF_NO_MEMORY = 1  # what a run that runs out of it ends with
@@ -37,44 +36,45 @@ class Room:
 
 def examine_resources(
     examination: DoctorReport,
-    run: PlannedRun,
-    setup: Setup,
+    config: RunConfig,
+    info: ModelInfo,
     tokenizer: Any,
     data: PreparedData,
     slots: dict[str, list[int]],
     answers: Answers,
 ) -> None:
     """Batches and steps, then bytes: of each device, each host's memory, each disk."""
-    obstacle = unsupported_config_reason(setup.model.config, data.longest)
-    selects = forward_takes_logits_to_keep(setup.model.model_class)
+    obstacle = unsupported_config_reason(info.config, data.longest)
+    selects = forward_takes_logits_to_keep(info.model_class)
     batches = examination.attempt(
-        "configuration", lambda: forecast_batches(run.arguments, setup, data, selects_logits=selects, obstacle=obstacle)
+        "configuration",
+        lambda: forecast_batches(config.batch, config.schedule, data, selects_logits=selects, obstacle=obstacle),
     )
     if batches is None:
         return
-    _note_batches(examination, run, setup, batches)
-    room = _room(setup, slots, answers)
+    _note_batches(examination, config.batch, batches)
+    room = _room(config.hardware.use_cpu, slots, answers)
     try:
-        shape = _shape(run.arguments, setup, tokenizer)
+        shape = _shape(config, info, tokenizer)
     except FinetuneError as error:
         examination.add_error("configuration", str(error), status=error.status)
         return
     except ValueError as error:
         examination.warn("memory", f"not foreseen: {error}")
         return
-    job = job_of(run.arguments, setup, batches, ranks_on_host=max(map(len, slots.values())))
+    job = job_of(config, batches, ranks_on_host=max(map(len, slots.values())))
     found = memory.estimate_memory(shape, job)
     other = memory.estimate_memory(shape, replace(job, checkpoint_every=0 if job.checkpoint_every else 1))
     first = memory.estimate_memory(shape, replace(job, **asdict(batches.first)))
     facts = _facts(shape, job, found, room, other=other, first=first)
     examination.facts["memory"] = facts
     if not facts["fits"]:
-        _mend_memory(examination, run, setup, tokenizer, shape, job, found, room)
+        _mend_memory(examination, config, info, tokenizer, shape, job, found, room)
     _examine_disks(examination, found, room, saves=job.keep_checkpoints != 0)
 
 
-def _note_batches(examination: DoctorReport, run: PlannedRun, setup: Setup, batches: BatchForecast) -> None:
-    facts: dict[str, Any] = batches.facts(run.arguments, setup.world_size)
+def _note_batches(examination: DoctorReport, batch: BatchConfig, batches: BatchForecast) -> None:
+    facts: dict[str, Any] = batches.facts(batch)
     configuration = examination.facts["configuration"]
     configuration["batches"] = facts
     lines = {
@@ -84,64 +84,62 @@ def _note_batches(examination: DoctorReport, run: PlannedRun, setup: Setup, batc
     configuration["lines"] += [*labelled(lines), *(f"note: {note}" for note in batches.form.notes)]
 
 
-def _shape(arguments: Arguments, setup: Setup, tokenizer: Any, *, adapter: bool | None = None) -> ModelSpec:
+def _shape(config: RunConfig, info: ModelInfo, tokenizer: Any, *, adapter: bool | None = None) -> ModelSpec:
     """The model that is trained; `adapter`: with one, whatever the flags say."""
-    grows = loader.needs_new_embeddings(setup.model, tokenizer)
+    grows = loader.needs_new_embeddings(info, tokenizer)
     attach = None
-    if arguments.adapter.kind() is not None or adapter:
-        given = arguments
-        if arguments.adapter.kind() is None:
-            given = replace(arguments, adapter=replace(arguments.adapter, use_lora=True))
+    if config.adapter.kind() is not None or adapter:
+        given = config.adapter if config.adapter.kind() is not None else replace(config.adapter, use_lora=True)
 
         def attach(base: Any) -> Any:
-            return attach_adapter(given, base, grows=grows, computes_initial=False)
+            return attach_adapter(base, given, base_revision=info.revision, grows=grows, computes_initial=False)
 
     return spec_from_config(
-        setup.model.config,
-        precision=setup.hardware.precision,
+        info.config,
+        precision=config.hardware.precision,
         attach=attach,
         vocabulary=loader.embedding_rows(tokenizer) if grows else None,
-        stored_bytes=loader.stored_bytes(Path(setup.model.name).expanduser()),
-        trust_remote_code=arguments.model.trusts_code(),
+        stored_bytes=loader.stored_bytes(Path(info.name).expanduser()),
+        trust_remote_code=config.model.trusts_code(),
     )
 
 
-def job_of(arguments: Arguments, setup: Setup, batches: BatchForecast, *, ranks_on_host: int) -> RunSpec:
+def job_of(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -> RunSpec:
     """The run in the planner's numbers; its sizes are those that DeepSpeed gets."""
-    every, to_host = checkpointing_options(arguments) if setup.activation_checkpointing else (0, False)
+    recompute = config.activation_checkpointing
     return RunSpec(
-        **memory.from_deepspeed(setup.zero.config if setup.zero else None),
-        ranks=setup.world_size,
+        **memory.from_deepspeed(config.deepspeed.config if config.deepspeed else None),
+        ranks=config.batch.world_size,
         ranks_on_host=ranks_on_host,
         **asdict(batches.largest),
         longest=batches.longest,
         padded=batches.form.batching == "padded",
-        precision=setup.hardware.precision,
-        use_cpu=setup.hardware.use_cpu,
-        checkpoint_every=every,
-        checkpoints_to_host=to_host,
-        accumulation=arguments.given("gradient_accumulation_steps"),
-        keep_checkpoints=_checkpoints(arguments, batches),
-        only_model=bool(arguments.given("save_only_model")),
+        precision=config.hardware.precision,
+        use_cpu=config.hardware.use_cpu,
+        checkpoint_every=recompute.every_n_layers if recompute.enabled else 0,
+        checkpoints_to_host=recompute.enabled and recompute.offload,
+        accumulation=config.batch.accumulation,
+        keep_checkpoints=_checkpoints(config.schedule, batches),
+        only_model=config.schedule.save_only_model,
     )
 
 
-def _checkpoints(arguments: Arguments, batches: BatchForecast) -> int:
+def _checkpoints(schedule: ScheduleConfig, batches: BatchForecast) -> int:
     """How many lie there at the end: those that are made, and of them at most --save_total_limit."""
-    strategy, every = arguments.given("save_strategy"), arguments.given("save_steps")
+    strategy, every = schedule.save_strategy, schedule.save_steps
     if strategy == "no":
         return 0
     made = math.ceil(batches.steps / max(batches.sampler.steps_per_epoch, 1))
     if strategy == "steps":
         made = math.ceil(batches.steps / (every if every >= 1 else max(1, round(every * batches.steps))))
-    limit = arguments.given("save_total_limit")
+    limit = schedule.save_total_limit
     return min(made, limit) if limit and limit > 0 else made
 
 
-def _room(setup: Setup, slots: dict[str, list[int]], answers: Answers) -> Room:
+def _room(use_cpu: bool, slots: dict[str, list[int]], answers: Answers) -> Room:
     disks = {host: facts["space"]["output"]["free"] for host, facts in answers.items()}
     free = min((facts["memory"]["available"] for facts in answers.values()), default=math.inf)
-    if setup.hardware.use_cpu:
+    if use_cpu:
         return Room(None, free, disks)
     gpus = [one["memory"] for host, facts in answers.items() for one in facts["gpu_facts"][: len(slots[host])]]
     return Room(min(gpus) if gpus else None, free, disks)
@@ -168,7 +166,7 @@ def _facts(
     kept = "" if found.kept is None or not job.keep_checkpoints else f"; at most {size(found.kept)} in all"
     lines = {
         "trained": f"{shape.trainable:,} of {shape.parameters:,} parameters",
-        "largest": f"{job.tokens:,} tokens in a rank's largest micro-batch, {job.logits:,} of them get logits",
+        "largest": f"{job.tokens:,} tokens in a rank's largest micro-batch, {job.learned:,} of them get logits",
         "each rank" if job.use_cpu else "each GPU": f"{grows}{size(found.device_total)}{of}, most in the {found.phase}",
         "": parts,
         " ": f"{size(first.device_total)} in the first three steps; {size(other.device_total)} {how} checkpointing",
@@ -204,8 +202,8 @@ def _facts(
 
 def _mend_memory(
     examination: DoctorReport,
-    run: PlannedRun,
-    setup: Setup,
+    config: RunConfig,
+    info: ModelInfo,
     tokenizer: Any,
     shape: ModelSpec,
     job: RunSpec,
@@ -214,8 +212,8 @@ def _mend_memory(
 ) -> None:
     """Say by how much it does not fit, and the cheapest changes that make it fit."""
     adapter = None
-    if run.arguments.adapter.kind() is None:
-        adapter = _shape(run.arguments, setup, tokenizer, adapter=True)
+    if config.adapter.kind() is None:
+        adapter = _shape(config, info, tokenizer, adapter=True)
     device = math.inf if room.device is None else room.device
     changes = memory.suggest_changes(shape, job, device, room.host, with_adapter=adapter)
     if room.device is not None and found.device_total > room.device:

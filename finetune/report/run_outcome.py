@@ -12,8 +12,8 @@ from finetune.diagnostics import Failure
 from finetune.diagnostics.failure_text import what_happened, where_in_run, who_failed
 from finetune.report.curves import GIB, seconds_of, tokens_of
 from finetune.report.run_reader import RunRecord
+from finetune.run_dir.training_plan import TrainingPlan
 from finetune.training import nonfinite
-from finetune.utils.console import TrainingPlan
 
 STATES = {
     "complete": "complete",

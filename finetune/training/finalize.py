@@ -1,7 +1,8 @@
-"""The end of a run: its result opened again, its outcome written down and shown, what to do next."""
+"""The end of a run: the result saved, verified, recorded and shown, and the next command."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -9,57 +10,89 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Arguments
+from finetune.config.arguments import ModelArguments
+from finetune.config.hardware import Precision
+from finetune.distributed import stop_requests
+from finetune.distributed.collectives import run_on_rank_0
 from finetune.export.verify_saved import verify_result
 from finetune.run_dir import run_json
-from finetune.training.config_check import Setup
 from finetune.training.metrics import loss_curve
+from finetune.training.trainer import SupervisedTrainer
 from finetune.utils import console
 
+logger = logging.getLogger(__name__)
 
-def finalize_run(arguments: Arguments, setup: Setup, trainer: Any, example: dict[str, Any], loss: float) -> None:
-    """Open the saved result and compare it, write down how the run ended, and say it.
+
+def finalize_run(trainer: SupervisedTrainer, *, model: ModelArguments, is_adapter: bool, precision: Precision) -> None:
+    """Save the result, verify it, record how the run ended, and show it. All ranks.
 
     Args:
-        example: one conversation, and `loss` its loss in the memory of the run.
+        model: the base model, as on the command line.
 
     Raises:
-        CheckpointError: what was saved is not what was trained.
+        CheckpointError: the saved result is not what was trained.
     """
-    output_dir = Path(trainer.args.output_dir)
-    is_adapter = arguments.adapter.kind() is not None
-    seen = verify_result(
-        output_dir,
-        base=arguments.model.model_name_or_path,
-        input_ids=example["input_ids"].tolist(),
-        labels=example["labels"].tolist(),
-        loss=loss,
-        precision=setup.hardware.precision,
-        trust_remote_code=arguments.model.trusts_code(),
+    trainer.save_result()
+    example = trainer.train_dataset.shortest_example()
+    loss = trainer.loss_of(example)
+
+    def conclude() -> None:
+        checked = verify_result(
+            Path(trainer.args.output_dir),
+            base=model.model_name_or_path,
+            input_ids=example["input_ids"].tolist(),
+            labels=example["labels"].tolist(),
+            loss=loss,
+            precision=precision,
+            trust_remote_code=model.trusts_code(),
+        )
+        _record(trainer, checked, "adapter" if is_adapter else "full model")
+
+    run_on_rank_0(conclude)
+
+
+def finalize_stopped(trainer: SupervisedTrainer) -> None:
+    """Record and show that the run was asked to stop: its last checkpoint is what this start leaves. All ranks."""
+    stop_requests.ignore_signals()
+    output_dir, by, step = Path(trainer.args.output_dir), trainer.stopped_by, trainer.state.global_step
+    logger.info(
+        f"Stopped by {by} after step {step}. Saved checkpoint-{step}. To resume, rerun the same command with "
+        "--resume_from_checkpoint auto."
     )
-    logged = [entry for entry in trainer.state.log_history if entry.get("loss") is not None]
+
+    def record() -> None:
+        starts = run_json.ended(output_dir, f"stopped by {by}")
+        run_json.update_run_json(output_dir, {"stopped": {"by": by, "step": step}, "starts": starts})
+
+    run_on_rank_0(record)
+
+
+def _record(trainer: SupervisedTrainer, checked: str, kind: str) -> None:
+    """Write the outcome to run.json and show the summary; `checked` is a line, `kind` adapter or full model."""
+    output_dir, history = Path(trainer.args.output_dir), trainer.state.log_history
+    logged = [entry for entry in history if entry.get("loss") is not None]
     losses = [entry["loss"] for entry in logged]
-    result = {"steps": trainer.state.global_step}
+    result: dict[str, Any] = {"steps": trainer.state.global_step}
     if losses:
         result |= {"first_loss": losses[0], "last_loss": losses[-1]}
-    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if entry.get("eval_loss") is not None]
+    evaluated = [entry["eval_loss"] for entry in history if entry.get("eval_loss") is not None]
     best, held_out = trainer.best(), {}
     if evaluated:
         result |= {"first_eval_loss": evaluated[0], "last_eval_loss": evaluated[-1]}
         held_out["held out"] = f"loss {evaluated[0]:.4f} -> {evaluated[-1]:.4f}, lowest {min(evaluated):.4f}"
     if best is not None:
-        result["best"] = {"step": best[0], "eval_loss": best[1], "checkpoint": f"checkpoint-{best[0]}"}
-        held_out["best saved"] = f"checkpoint-{best[0]}, with {best[1]:.4f}" + (
-            "; it is what was saved as the result" if trainer.args.load_best_model_at_end else ""
-        )
+        step, best_loss = best
+        result["best"] = {"step": step, "eval_loss": best_loss, "checkpoint": f"checkpoint-{step}"}
+        is_result = "; it is what was saved as the result" if trainer.args.load_best_model_at_end else ""
+        held_out["best saved"] = f"checkpoint-{step}, with {best_loss:.4f}{is_result}"
     deepspeed_config = trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None
     ending = {"completed": True, "starts": run_json.ended(output_dir, "complete")}
     run_json.update_run_json(output_dir, {"deepspeed": deepspeed_config, "result": result, **ending})
     console.say_summary(
         loss_curve([entry["step"] for entry in logged], losses, console.width()),
         {
-            "saved": f"{output_dir} ({'adapter' if is_adapter else 'full model'})",
-            "checked": seen,
+            "saved": f"{output_dir} ({kind})",
+            "checked": checked,
             "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
             **held_out,
             "steps": f"{trainer.state.global_step:,}, each in {output_dir / run_json.METRICS_FILE}",
@@ -70,7 +103,7 @@ def finalize_run(arguments: Arguments, setup: Setup, trainer: Any, example: dict
 
 
 def next_command(output_dir: Path) -> str:
-    """A line that shows the result at work, as it can be typed where the run was started."""
+    """Return the command that chats with the result, as it can be typed where the run was started."""
     script = Path(sys.executable).with_name("finetune")
     if shutil.which("finetune") == str(script):
         program = "finetune"

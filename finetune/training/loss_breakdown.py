@@ -55,7 +55,7 @@ class LossBreakdown:
         self.logged = {name: means for name, means in found.items() if kinds[name] > 1 and means}
         self._sums.zero_()
 
-    def go_on_from(self, total: Sequence[Sequence[float]], *, is_first: bool) -> None:
+    def restore(self, total: Sequence[Sequence[float]], *, is_first: bool) -> None:
         """What a checkpoint had added up of all ranks, taken over by one of them."""
         import torch
 

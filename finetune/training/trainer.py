@@ -1,12 +1,7 @@
-"""`SupervisedTrainer`.
-
-The stock Trainer with batches of our own sampler, a loss that is a mean over the whole step whatever the cluster's
-shape, token rates, metrics and whole adapters.
-"""
+"""`SupervisedTrainer`: the stock Trainer with our batches, loss and metrics."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,106 +9,110 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DeepSpeedSchedulerWrapper
-from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl
 
-from finetune.checkpoint import Manifest, remove_universal, steps_in
-from finetune.checkpoint.saver import RunIdentity, Saver, checkpoint_bytes, checkpoint_engine, trained_shapes
+from finetune.checkpoint import Manifest, remove_universal
+from finetune.checkpoint.saver import (
+    RunIdentity,
+    resume_point,
+)
 from finetune.dataset.collator import pop_targets
-from finetune.dataset.dataloader import MicroBatchDataLoader, MicroBatchDataset, StepTotals
+from finetune.dataset.dataloader import MicroBatchDataLoader, StepTotals
 from finetune.distributed import stop_requests
 from finetune.distributed.collectives import all_gather_object
-from finetune.models.adapters import InitialLora, gather_virtual_tokens
-from finetune.run_dir.run_json import METRICS_FILE, library_versions, now, update_run_json
-from finetune.training.callbacks import ComputeTimer, MetricsWriter, ProgressBar, StepMonitor, TrainStart
-from finetune.training.evaluator import HeldOutEvaluator, best_checkpoint
-from finetune.training.loss import supervised_loss
-from finetune.training.loss_breakdown import LossBreakdown
-from finetune.training.metrics import ModelFlops, StepMeter, peak_memory_bytes
-from finetune.training.nonfinite import (
-    NONFINITE_ROWS_FILE,
-    NonFiniteCounter,
-    check_weights,
-    finite_or_none,
-    is_minimum_scale_error,
-)
-from finetune.training.parallelism import (
+from finetune.distributed.process_setup import enable_gc, keep_freed_blocks
+from finetune.models.adapters import InitialLora
+from finetune.run_dir.run_json import METRICS_FILE, library_versions, now
+from finetune.training.callbacks import MetricsWriter, ProgressBar, StepHooks
+from finetune.training.checkpoint_trainer import CheckpointTrainer
+from finetune.training.compat import (
+    current_loss_scale,
     enable_sequence_parallel,
     fix_universal_optimizer_state,
+    skip_nonfinite_steps,
     use_gradient_views,
     zero_stage,
 )
-from finetune.utils.console import is_rank_0
+from finetune.training.dataloaders import Dataloaders
+from finetune.training.evaluator import HeldOutEvaluator
+from finetune.training.loss import supervised_loss
+from finetune.training.loss_breakdown import LossBreakdown
+from finetune.training.metrics import StepMeter, model_flops, peak_memory_bytes
+from finetune.training.nonfinite import (
+    NONFINITE_ROWS_FILE,
+    LossScale,
+    NonFiniteCounter,
+    finite_or_none,
+    is_minimum_scale_error,
+)
+from finetune.training.step_monitor import ComputeTimer, StepMonitor, StepReport
 from finetune.utils.errors import ConfigError, NumericsError
 
 
-class SupervisedTrainer(Trainer):
-    """The stock Trainer, but for where batches come from and what the loss is.
+class SupervisedTrainer(CheckpointTrainer):
+    """The Trainer with micro-batches of our sampler and a loss that is exact over the whole step on any ranks.
 
     Args:
-        micro_batches: of this rank.
-        flops: what the model costs, and `peak_flops` what one device can do in a second (None: unknown).
-        lineage: which run this is, and from which checkpoint it goes on.
+        loaders: micro-batches of this rank, and held-out ones.
+        identity: which run this is, and from which checkpoint it resumes.
+        peak_flops: of one device per second; None: unknown.
         keep: how many checkpoints stay; None or 0: all.
-        held_out: conversations to evaluate on.
-        initial_lora: the LoRA matrices as PiSSA left them, when that is how they were initialised.
+        initial_lora: the LoRA matrices as PiSSA or OLoRA initialised them.
         on_plan: called by every rank with the number of steps before the first one.
     """
 
     def __init__(
         self,
         *,
-        micro_batches: MicroBatchDataset,
-        flops: ModelFlops,
+        loaders: Dataloaders,
+        identity: RunIdentity,
         peak_flops: float | None,
-        lineage: RunIdentity,
         keep: int | None,
-        held_out: MicroBatchDataset | None = None,
         initial_lora: InitialLora | None = None,
         on_plan: Callable[[int], None],
         **kwargs: Any,
     ) -> None:
-        data = {"train_dataset": micro_batches, "eval_dataset": held_out, "data_collator": micro_batches.collate}
+        batches, held_out = loaders.train, loaders.held_out
+        data = {"train_dataset": batches, "eval_dataset": held_out, "data_collator": batches.collate}
         super().__init__(**data, **kwargs)
+        output_dir = Path(self.args.output_dir)
         self.held_out = None if held_out is None else HeldOutEvaluator(held_out, self.args.device)
-        self.flops, self.peak_flops = flops, peak_flops
-        self.initial_lora = initial_lora
+        self.flops, self.peak_flops = model_flops(self.model), peak_flops
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
         self.zero_stage = zero_stage(self.accelerator)
         use_gradient_views(self.model, self.accelerator)
-        self.sharing_ranks = self.args.world_size // micro_batches.sampler.shape.world_size
+        self.sharing_ranks = self.args.world_size // batches.sampler.shape.world_size
         if self.sharing_ranks > 1:
             enable_sequence_parallel(self.model, self.accelerator)
         self.group_settings: list[dict[str, Any]] = []
-        self.lineage = lineage
-        self.trained = trained_shapes(self.model)
-        lineage.check_trained(self.trained)
-        share = len(lineage.disk.ranks) / self.args.world_size
-        size = checkpoint_bytes(
-            self.model, self.trained, stage=self.zero_stage, share=share, only_model=self.args.save_only_model
-        )
-        self.saver = Saver(Path(self.args.output_dir), lineage.disk, keep, size, self._manifest)
+        self.init_saver(identity, keep, initial_lora, self.zero_stage)
         self.meter = StepMeter()
-        self.parts = LossBreakdown(micro_batches.cells.sources, self.args.device)
-        self.stopped_by: str | None = None  # the request that ended the run early, in words
-        self.step_end = self._step_end()
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(TrainStart(self._begin, on_plan))
-        self.add_callback(self.step_end)
-        self.add_callback(MetricsWriter(Path(self.args.output_dir) / METRICS_FILE, self.parts, self.held_out))
-        self.add_callback(ProgressBar())
-
-    def _step_end(self) -> StepMonitor:
-        gathers, sends_buffers = self.zero_stage == 3, not (self.is_deepspeed_enabled or self.args.world_size == 1)
-        own_time = ComputeTimer(
+        self.breakdown = LossBreakdown(batches.cells.sources, self.args.device)
+        self.stopped_by: str | None = None  # the request that ended the run early
+        self.error: str | None = None  # why the run cannot continue, raised once the step is logged
+        self.monitor = StepMonitor(
             self.args.device,
-            waits_in_forward=gathers or sends_buffers or self.sharing_ranks > 1,
+            self.args.process_index,
+            self.args.world_size,
+            output_dir / NONFINITE_ROWS_FILE,
+            writes=identity.disk.is_writer,
+        )
+        sends_buffers = not (self.is_deepspeed_enabled or self.args.world_size == 1)
+        self.timer = ComputeTimer(
+            self.args.device,
+            waits_in_forward=self.zero_stage == 3 or sends_buffers or self.sharing_ranks > 1,
             waits_in_each_backward=self.zero_stage == 2,
         )
-        return StepMonitor(self, Path(self.args.output_dir) / NONFINITE_ROWS_FILE, own_time)
+        self.on_plan = on_plan
+        self._micro_losses: list[torch.Tensor] = []
+        self._grad_norm: Any = None
+        self._is_skipped = self._save_is_due = self._watches_stop_file = False
+        self._loss_scale: LossScale | None = None
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(StepHooks(self._before_training, self._before_step, self._after_step, self._after_epoch))
+        self.add_callback(MetricsWriter(output_dir / METRICS_FILE, self.breakdown, self.held_out))
+        self.add_callback(ProgressBar())
 
     def get_sp_size(self) -> int:
         """1: an epoch has as many micro-batches as the loader says, whoever shares their rows."""
@@ -132,9 +131,9 @@ class SupervisedTrainer(Trainer):
                 raise
             raise NumericsError(
                 f"step {self.state.global_step + 1}: the gradients overflow fp16 at the least loss scale too: give "
-                f"--bf16 True, or lower --learning_rate; {self.step_end.advice()}"
+                f"--bf16 True, or lower --learning_rate; {self.resume_advice()}"
             ) from None
-        self.step_end.losses.append(loss)
+        self._micro_losses.append(loss)
         return loss
 
     def _ranks_averaged_over(self) -> int:
@@ -143,7 +142,7 @@ class SupervisedTrainer(Trainer):
         return self.args.world_size // (1 if self.zero_stage == 3 else self.sharing_ranks)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does; what each group of parameters is to have is remembered for `_begin`.
+        """As transformers does; what each group of parameters is to have is remembered for `_restore_counters`.
 
         Raises:
             ConfigError: its package is not installed.
@@ -177,7 +176,7 @@ class SupervisedTrainer(Trainer):
             step = batches[0]["counts"].step
             self.meter.add(step.tokens, step.supervised_tokens, self._flops_of(step))
             if not step.supervised_tokens:  # --skip_rows left nothing of it: that is no loss of 0
-                self.step_end.count.lost_since_log += 1
+                self.monitor.count.lost_since_log += 1
         return batches, None
 
     def compute_loss(
@@ -188,7 +187,7 @@ class SupervisedTrainer(Trainer):
         targets = pop_targets(inputs)
         each = None if targets.cells is None else torch.empty(len(targets.tokens), device=targets.tokens.device)
         ranks = self._ranks_averaged_over()
-        self.step_end.own_time.forward_begins()
+        self.timer.before_forward()
         outputs = model(**inputs)
         loss = supervised_loss(
             outputs.logits,
@@ -200,12 +199,12 @@ class SupervisedTrainer(Trainer):
             each=each,
         )
         if each is not None:
-            self.parts.add(targets.cells, each)
+            self.breakdown.add(targets.cells, each)
         balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is told to keep its load even
         if balance is not None:
             share = ranks * counts.tokens / self.sharing_ranks / max(counts.step.tokens, 1)
             loss = loss + balance.to(loss) * self.model.config.get_text_config().router_aux_loss_coef * share
-        self.step_end.own_time.forward_ended()
+        self.timer.after_forward()
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
@@ -224,21 +223,21 @@ class SupervisedTrainer(Trainer):
             NumericsError: the numbers are no longer finite, on every rank.
         """
         if "loss" in logs:
-            count = self.step_end.count
+            count = self.monitor.count
             logs["loss"] = count.mean_without(logs["loss"], self.state.global_step - self.logged_at)
             logs |= {"non_finite_steps": count.steps, **self._rates()}
             self.logged_at, count.lost_since_log = self.state.global_step, 0
-            self.parts.take()
+            self.breakdown.take()
         super().log(logs, start_time)
         self.state.log_history[-1] = {name: finite_or_none(value) for name, value in self.state.log_history[-1].items()}
-        if self.step_end.verdict is not None:
-            raise NumericsError(self.step_end.verdict)
-        self.step_end.own_time.restart()
+        if self.error is not None:
+            raise NumericsError(self.error)
+        self.timer.restart()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """As transformers does; the end of the step looks at it."""
-        self.step_end.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.step_end.grad_norm
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
 
     def _rates(self) -> dict[str, float]:
         peak = torch.tensor([peak_memory_bytes()], device=self.args.device)
@@ -248,126 +247,130 @@ class SupervisedTrainer(Trainer):
         self.meter.restart()
         return {**rates, "peak_memory_bytes": peak.item()}
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, seal, and only then remove an older checkpoint.
-
-        Raises:
-            NumericsError: on every rank; the weights are not finite.
-            StorageError: on every rank; what was written is removed, older checkpoints are untouched.
-        """
-        began, step = time.perf_counter(), self.state.global_step
-        check_weights(self.model, f"step {step}", self.step_end.advice())
-        folder = self.saver.begin(step, self.lineage.run_id)
-        if self.is_deepspeed_enabled:
-            self._guard_files_of(self.model_wrapped)
-        with self.saver.recording(folder):
-            super()._save_checkpoint(model, trial)
-        best = self.best()
-        self.saver.seal(folder, step, keep_also=() if best is None else (best[0],))
-        if is_rank_0():
-            update_run_json(Path(self.args.output_dir), {"last_checkpoint": step})
-        self.meter.since += time.perf_counter() - began  # saving is not part of a step's seconds
-        self.step_end.own_time.restart()
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss on the held-out conversations, logged; all ranks."""
         metrics = self.held_out.loss(self.model_wrapped, self._prepare_inputs, self.state.global_step)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.meter.since += metrics["eval_seconds"]  # not part of a step's seconds
-        self.step_end.own_time.restart()
+        self.after_pause(metrics["eval_seconds"])
         return metrics
 
-    def best(self) -> tuple[int, float] | None:
-        """The step of the checkpoint with the lowest held-out loss, and that loss."""
-        return best_checkpoint(self.state.log_history, steps_in(self.saver.output_dir))
+    def _restore_counters(self) -> None:
+        """Restore the sums since the last logged step of the checkpoint: they belong to the next logged line."""
+        if self.saver.disk.is_writer:
+            remove_universal(self.saver.output_dir)
+        manifest = self.identity.manifest
+        if manifest is not None and manifest.world_size == self.args.world_size:
+            self._tr_loss += manifest.loss_since_log[self.args.process_index]
+            self.breakdown.restore(manifest.parts_since_log, is_first=self.args.process_index == 0)
+            self._globalstep_last_logged = manifest.last_logged
+            self.monitor.count = NonFiniteCounter(**manifest.non_finite)
+        elif manifest is not None and self.is_deepspeed_enabled:
+            fix_universal_optimizer_state(self.model_wrapped.optimizer, self.group_settings)
+            self.monitor.count = NonFiniteCounter(**{**manifest.non_finite, "lost_since_log": 0})
+        self.logged_at = self._globalstep_last_logged
+        self.meter.restart()
 
-    def _guard_files_of(self, engine: Any) -> None:
-        """DeepSpeed's files go through the `Saver`, and no scripts are left beside them: a checkpoint is not code."""
-        engine.checkpoint_engine = checkpoint_engine(self.saver)
-        engine._copy_recovery_script = lambda folder: None
+    def _before_training(self, steps: int) -> None:
+        self.on_plan(steps)
+        enable_gc()
+        keep_freed_blocks()
+        self._restore_counters()
+        self.monitor.begin()
+        self._loss_scale = current_loss_scale(self.accelerator, self.model_wrapped)
+        skip_nonfinite_steps(self.optimizer, self.model_wrapped, self._note_skipped)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As transformers does, but that the tag DeepSpeed looks for is written on each disk."""
-        if not self.is_deepspeed_enabled:
-            with self.saver.recording(Path(output_dir)):
-                super()._save_optimizer_and_scheduler(output_dir)
-            return
-        tag = f"global_step{self.model_wrapped.global_steps}"
-        self.model_wrapped.save_checkpoint(
-            output_dir, tag=tag, save_latest=False, exclude_frozen_parameters=hasattr(self.model, "peft_config")
+    def _note_skipped(self, skipped: bool) -> None:
+        self._is_skipped = skipped
+
+    def _before_step(self) -> None:
+        if not self._watches_stop_file:
+            stop_requests.watch_stop_file(Path(self.args.output_dir) / stop_requests.STOP_FILE)
+            self._watches_stop_file = True
+        self._micro_losses, self._grad_norm, self._is_skipped = [], None, False
+        self._loss_before = self._tr_loss.clone()
+
+    def _after_step(self, control: TrainerControl) -> None:
+        """Compare the step over all ranks, and apply what they decide."""
+        scale = current_loss_scale(self.accelerator, self.model_wrapped)
+        report = StepReport(
+            step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            losses=[float(loss) for loss in torch.stack(self._micro_losses).tolist()],
+            grad_norm=None if self._grad_norm is None else float(self._grad_norm),
+            skipped=self._is_skipped or self.accelerator.optimizer_step_was_skipped,
+            scale=self._loss_scale,
+            next_scale=scale,
+            describe_rows=self._describe_rows,
         )
-        with self.saver.recording(Path(output_dir)):
-            if self.args.should_save:
-                Path(output_dir, "latest").write_text(tag, encoding="utf-8")
-                if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-                    torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+        decision = self.monitor.end_step(report, self.timer)
+        self._loss_scale = scale
+        if decision.loss_is_lost:
+            self._tr_loss.copy_(self._loss_before)
+        if decision.error is not None:
+            control.should_log, control.should_save = True, False
+            self.error = f"{decision.error} {self.resume_advice()}"
+        elif not decision.is_finite:
+            self._save_later(control)
+        elif decision.is_clean:
+            control.should_save = control.should_save or self._save_is_due
+            self._save_is_due = False
+        if decision.stopped_by is not None:
+            control.should_save = control.should_training_stop = True
+            self.stopped_by = decision.stopped_by
+        self.timer.restart()
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        self.saver.claim(Path(output_dir, name))
-        with self.saver.recording(Path(output_dir, name)):
-            super()._save_rng_state(output_dir)
+    def _after_epoch(self, control: TrainerControl) -> None:
+        if self.stopped_by is not None:
+            control.should_save = False  # it was saved when the step ended
+        elif self.monitor.count.in_a_row:
+            self._save_later(control)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The model and its tokenizer; no `training_args.bin`: it is a pickle, and run.json says what ran."""
-        folder = Path(output_dir or self.args.output_dir)
-        with gather_virtual_tokens(self.model, saves=self.args.should_save), self.saver.recording(folder):
-            if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.model.save_pretrained(folder, state_dict=state_dict)
-                self.processing_class.save_pretrained(folder)
-                if self.initial_lora is not None:
-                    self.initial_lora.rewrite(folder)
+    def _save_later(self, control: TrainerControl) -> None:
+        """Postpone a save that is due in a non-finite step: a run that ends for it resumes from before it."""
+        if control.should_save and self.state.global_step < self.state.max_steps:
+            control.should_save, self._save_is_due = False, True
 
-    def save_result(self) -> None:
-        """The trained model and the Trainer's state in `output_dir`; all ranks.
+    def _describe_rows(self, step: int, micro_batch: int) -> list[dict[str, Any]]:
+        batches = self.train_dataset
+        epoch, step_of_epoch = batches.sampler.position(step - 1)
+        return batches.describe(batches.rows(epoch, step_of_epoch, micro_batch), self.processing_class.decode)
 
-        Raises:
-            NumericsError: on every rank; the weights are not finite.
-            StorageError: on every rank; what was written is removed.
-        """
-        check_weights(self.model, "the result", self.step_end.advice())
-        with self.saver.saving_result():
-            self.save_model()
-            with self.saver.recording(Path(self.args.output_dir)):
-                self.save_state()
-
-    def _manifest(self, step: int) -> Manifest:
+    def describe_step(self, step: int) -> Manifest:
         epoch, place = self.train_dataset.sampler.position(step)
         return Manifest(
-            run_id=self.lineage.run_id,
+            run_id=self.identity.run_id,
             step=step,
             world_size=self.args.world_size,
-            step_rows=self.lineage.step_rows,
+            step_rows=self.identity.step_rows,
             position={"epoch": epoch, "step": place},
             last_logged=self._globalstep_last_logged,
             loss_since_log=all_gather_object(float(self._tr_loss)),
-            parts_since_log=self.parts.total(),
-            facts=self.lineage.facts,
+            parts_since_log=self.breakdown.total(),
+            facts=self.identity.facts,
             trained=self.trained,
             versions=library_versions(),
-            disks=self.lineage.disk.all_groups,
+            disks=self.identity.disk.all_groups,
             written=now(),
             is_resumable=not self.args.save_only_model,
-            non_finite=asdict(self.step_end.count),
+            non_finite=asdict(self.monitor.count),
         )
 
-    def _begin(self) -> None:
-        """What was added up between the last logged step and the checkpoint belongs to the next line that is logged."""
-        if self.saver.disk.is_writer:
-            remove_universal(self.saver.output_dir)
-        manifest = self.lineage.manifest
-        if manifest is not None and manifest.world_size == self.args.world_size:
-            self._tr_loss += manifest.loss_since_log[self.args.process_index]
-            self.parts.go_on_from(manifest.parts_since_log, is_first=self.args.process_index == 0)
-            self._globalstep_last_logged = manifest.last_logged
-            self.step_end.count = NonFiniteCounter(**manifest.non_finite)
-        elif manifest is not None and self.is_deepspeed_enabled:
-            fix_universal_optimizer_state(self.model_wrapped.optimizer, self.group_settings)
-            self.step_end.count = NonFiniteCounter(**{**manifest.non_finite, "lost_since_log": 0})
-        self.logged_at = self._globalstep_last_logged
-        self.meter.restart()
+    def resume_advice(self) -> str:
+        """Where the run can resume, and how."""
+        rows_file = self.monitor.rows_file
+        where, resume = resume_point(self.saver.newest, self.identity, rows_file.parent)
+        if not self.monitor.count.steps:
+            return f"{where}: --resume_from_checkpoint {resume} resumes there"
+        return (
+            f"The rows, with their text, are in {rows_file}, and {where}: to resume without them, give "
+            f"--skip_rows {rows_file} --resume_from_checkpoint {resume}"
+        )
+
+    def after_pause(self, seconds: float) -> None:
+        """Leave a save or an evaluation out of the seconds of a step."""
+        self.meter.since += seconds
+        self.timer.restart()
 
     def loss_of(self, example: dict[str, Any]) -> float:
         """The mean loss over the learned tokens of one example, without dropout; all ranks.

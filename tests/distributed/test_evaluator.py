@@ -196,7 +196,7 @@ def test_micro_batches_that_are_not_finite_are_counted(held_out, conversation_fi
 )
 def test_flags_that_do_not_go_together(flags, message, tiny_model, conversation_file, tmp_path):
     from finetune.config import parse
-    from finetune.training.config_check import evaluation_options
+    from finetune.config.resolve import evaluation_options
     from finetune.utils.errors import ConfigError
 
     words = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "out"]

@@ -243,7 +243,7 @@ def test_three_in_a_row_end_the_run_and_without_their_rows_it_goes_on(lose, tmp_
     run = json.loads((output / "run.json").read_text())
     assert [one.rpartition(":")[2] for one in run["data"]["left_out"]] == ["4", "7", "8"] and run["completed"]
     assert "rows left out by --skip_rows: 0, now 3" in run["resumed"][0]["changes"]
-    assert "3 rows are left out from now on" in again.outputs[0]
+    assert "3 rows are skipped from now on" in again.outputs[0]
     runs.assert_finite(output)
 
     back = lose("run", *flags, "--resume_from_checkpoint", output / "checkpoint-4", ids=ids)
@@ -315,18 +315,18 @@ def _train_with_a_broken_weight(argv: list[str]) -> None:
     import torch
 
     from finetune.train import main
-    from finetune.training import callbacks
+    from finetune.training.trainer import SupervisedTrainer
 
-    plain = callbacks.StepMonitor.on_step_end
+    plain = SupervisedTrainer._after_step
 
-    def breaking(self, args, state, control, **kwargs):
-        plain(self, args, state, control, **kwargs)
-        if state.global_step == 2 and args.process_index == args.world_size - 1:
-            for parameter in self.trainer.model.parameters():
+    def breaking(self, control):
+        plain(self, control)
+        if self.state.global_step == 2 and self.args.process_index == self.args.world_size - 1:
+            for parameter in self.model.parameters():
                 with torch.no_grad():
                     getattr(parameter, "ds_tensor", parameter).data.view(-1)[0] = float("inf")
 
-    callbacks.StepMonitor.on_step_end = breaking
+    SupervisedTrainer._after_step = breaking
     main(argv)
 
 

@@ -14,7 +14,7 @@ def gradients_of_a_lone_rank(tied: bool, told: bool) -> dict[str, torch.Tensor]:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    from finetune.training.parallelism import use_gradient_views
+    from finetune.training.compat import use_gradient_views
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -200,11 +200,11 @@ def _train_in_bf16(argv: list[str]) -> None:
     from deepspeed.accelerator import get_accelerator
 
     from finetune import train
+    from finetune.config import resolve
     from finetune.config.hardware import HardwareConfig
-    from finetune.training import config_check
 
     get_accelerator().is_bf16_supported = lambda: True  # emulated is good enough for two small steps
-    config_check.resolve_hardware = lambda found, **asked: HardwareConfig("bf16", None, "sdpa", "gloo", use_cpu=True)
+    resolve.resolve_hardware = lambda found, **asked: HardwareConfig("bf16", None, "sdpa", "gloo", use_cpu=True)
     train.main(argv)
 
 

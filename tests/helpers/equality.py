@@ -20,7 +20,7 @@ from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.dataset.sampler import BatchShape, Sampler
 from finetune.models.adapters import attach_lora
 from finetune.models.attention import enable_padding_free
-from finetune.training.callbacks import ComputeTimer
+from finetune.training.step_monitor import ComputeTimer
 from finetune.training.trainer import SupervisedTrainer
 from tests.helpers.tiny_models import LONGEST, VOCAB_SIZE, InFloat64, build, conversation
 
@@ -132,9 +132,7 @@ def compute_loss(model: Any, batches: MicroBatchDataset, batch: dict[str, Any], 
         model=model,
         args=SimpleNamespace(label_smoothing_factor=smoothing),
         sharing_ranks=1,
-        step_end=SimpleNamespace(
-            own_time=ComputeTimer(torch.device("cpu"), waits_in_forward=False, waits_in_each_backward=False)
-        ),
+        timer=ComputeTimer(torch.device("cpu"), waits_in_forward=False, waits_in_each_backward=False),
         _ranks_averaged_over=lambda: batches.sampler.shape.world_size,
     )
     return SupervisedTrainer.compute_loss(trainer, model, dict(batch))

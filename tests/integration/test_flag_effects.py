@@ -6,6 +6,7 @@ import json
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -16,10 +17,14 @@ from finetune import train
 from finetune.cli.preview import NOT_OF_PREVIEW, parse_options
 from finetune.config import parse
 from finetune.config.arguments import GROUPS, AdapterArguments
+from finetune.config.deepspeed_config import DeepSpeedFlags
 from finetune.config.hardware import DetectedHardware
+from finetune.config.run_config import RankCounts
 from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankPhase
-from finetune.training import config_check, training_setup
+from finetune.models.adapters import attach_adapter
 from finetune.training.data_setup import prepare_data
+from finetune.training.dataloaders import build_dataloaders
+from finetune.training.fit import TrainingInputs, fit
 from finetune.utils.errors import FinetuneError
 from tests.helpers.logs import logged
 from tests.helpers.rows import ROWS, write_rows
@@ -76,12 +81,11 @@ def prepared(words: Words, _: Any) -> Any:
 def approved(words: Words, _: Any) -> Any:
     """Whether a run starts with this data, and what it holds out."""
     arguments = parse(words)
-    _, _, data = prepare_data(arguments.model, arguments.data)
     try:
-        train.approve(arguments, data)
+        _, _, data = train.load_data(arguments)
     except FinetuneError as error:
         return str(error)
-    return data.held_out(42) and len(data.held_out(42)[0]), train.leave_out(arguments, data).left_out
+    return data.held_out(42) and len(data.held_out(42)[0]), train.skip_rows(arguments, data).left_out
 
 
 def processes(words: Words, monkeypatch: Any) -> Any:
@@ -100,24 +104,22 @@ def processes(words: Words, monkeypatch: Any) -> Any:
 def examined(words: Words, _: Any) -> Any:
     """What is decided before anything is read."""
     try:
-        setup = config_check.resolve_setup(parse(words), DetectedHardware(), config_check.RankCounts(2, 2))
+        config, _ = train.resolve(parse(words), DetectedHardware(), RankCounts(2, 2))
     except FinetuneError as error:
         return str(error)
-    return setup.hardware, setup.zero and setup.zero.config, setup.move_aside, setup.notes
+    return config.hardware, config.deepspeed and config.deepspeed.config, config.checkpoint.move_aside, config.notes
 
 
 def settled(words: Words, monkeypatch: Any) -> Any:
     """How conversations become batches."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     arguments = parse([*words, "--use_cpu", "True"])
     tokenizer, _, data = prepare_data(arguments.model, arguments.data)
     base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
-    monkeypatch.setattr("finetune.run_dir.run_json.update_run_json", lambda *_: None)
-    where = SimpleNamespace(seed=42, device="cpu", output_dir="output", process_index=0)
-    batches, _ = training_setup.build_dataloaders(
-        arguments, config_check.check_setup(arguments), where, base, tokenizer, data
-    )
+    config, _ = train.resolve(arguments, DetectedHardware(), RankCounts(1, 1))
+    batches = build_dataloaders(config.batch, base, tokenizer, data, torch.device("cpu"), None).train
     sampler = batches.sampler
     return sampler.batching, sampler.capacity, batches.collate.weighting, len(batches)
 
@@ -132,7 +134,7 @@ def attached(words: Words, _: Any) -> Any:
     base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
     if arguments.adapter.kind() is None:
         return None
-    adapted = training_setup.attach_adapter(arguments, base, grows=False)
+    adapted = attach_adapter(base, arguments.adapter, base_revision=None, grows=False)
     weights = [(name, one.shape, float(one.detach().double().sum())) for name, one in adapted.named_parameters()]
     return weights, str(adapted.peft_config["default"]), str(adapted)
 
@@ -141,7 +143,7 @@ def limited(words: Words, monkeypatch: Any) -> Any:
     """How long the guard of rank 0 lets a rank stay in each phase."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr("finetune.distributed.watchdog.watchdog_client._tell", told.append)
-    train.set_limits(parse(words))
+    train.set_up_process(parse(words))
     limits = PhaseTimeouts(**next(one["limits"] for one in told if "limits" in one))
     return limits.meeting, [limits.of(RankPhase(phase)) for phase in ("model", "step", "save")]
 
@@ -152,10 +154,11 @@ def stopped(words: Words, monkeypatch: Any) -> Any:
     callbacks: list[Any] = []
     trainer = SimpleNamespace(add_callback=callbacks.append, train=lambda **_: None)
     monkeypatch.setattr("finetune.training.trainer.SupervisedTrainer", lambda **_: trainer)
-    monkeypatch.setattr("finetune.train.model_flops", lambda _: None)
-    monkeypatch.setattr("finetune.train._peak_flops", lambda _: None)
-    lineage = SimpleNamespace(folder=None)
-    train.fit(arguments, None, None, None, None, None, (None, None, None), lineage)
+    monkeypatch.setattr("finetune.training.fit._peak_flops", lambda _: None)
+    held_out = parse([*words, "--validation_share", "0.5"])
+    config, _ = train.resolve(held_out, DetectedHardware(), RankCounts(1, 1))
+    inputs = TrainingInputs(None, None, None, None, None, None)
+    fit(inputs, SimpleNamespace(folder=None), train.fit_options(arguments, config))
     history = [{"eval_loss": loss} for loss in (2.0, 1.9, 1.8, 1.79)]
     for one in callbacks:
         if hasattr(one, "patience"):
@@ -167,7 +170,7 @@ def reported(words: Words, monkeypatch: Any) -> Any:
     """What is asked of the page about the run."""
     asked: list[Any] = []
     monkeypatch.setattr("finetune.report.write_at_the_end", lambda folder, **how: asked.append(how) or "")
-    train._report(parse(words), answers=0)
+    train.write_report(parse(words), Path("output"), answers=0)
     return asked
 
 
@@ -312,7 +315,7 @@ def test_every_flag_that_fills_an_auto_does_so(named, tmp_path):
     changes = {"per_device_train_batch_size": "3", "gradient_accumulation_steps": "5", "max_grad_norm": "0.5",
                "learning_rate": "0.25", "adam_beta1": "0.5", "adam_beta2": "0.5", "adam_epsilon": "0.5",
                "weight_decay": "0.75"}  # fmt: skip
-    assert {*changes, "precision", "precision_was_replaced"} == set(config_check.DeepSpeedFlags.__dataclass_fields__)
+    assert {*changes, "precision", "precision_was_replaced"} == set(DeepSpeedFlags.__dataclass_fields__)
     for flag, value in changes.items():
         assert examined([*words, f"--{flag}", value], None)[1] != before, flag
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 
@@ -70,9 +69,8 @@ def test_a_mean_is_over_the_steps_with_a_loss():
 def test_a_model_without_a_trained_parameter_is_refused():
     import torch
 
-    from finetune.training import training_setup
+    from finetune.training.dataloaders import build_dataloaders
 
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    batch = SimpleNamespace(sequence_parallel_size=1)
     with pytest.raises(ConfigError, match="no parameter of this model would be trained"):
-        training_setup.build_dataloaders(SimpleNamespace(batch=batch), None, None, frozen, None, None)
+        build_dataloaders(None, frozen, None, None, torch.device("cpu"), None)

@@ -1,0 +1,304 @@
+"""Resolve a command line for this hardware and number of ranks into a `RunConfig`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from finetune.config.arguments import Arguments
+from finetune.config.deepspeed_config import (
+    DeepSpeedFlags,
+    ResolvedDeepSpeedConfig,
+    find_config,
+    load_config,
+    resolve_deepspeed_config,
+)
+from finetune.config.hardware import DetectedHardware, HardwareConfig, resolve_hardware
+from finetune.config.run_config import (
+    ActivationCheckpointing,
+    BatchConfig,
+    CheckpointConfig,
+    RankCounts,
+    RunConfig,
+    SavedStep,
+    ScheduleConfig,
+)
+from finetune.run_dir import output_dir_lock
+from finetune.utils.errors import ConfigError
+
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is always done
+# Recorded in checkpoints even where the user leaves them to their defaults, which transformers may change.
+RECORDED_FLAGS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "num_train_epochs", "max_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm",
+)  # fmt: skip
+
+
+def resolve_config(
+    arguments: Arguments, detected: DetectedHardware, ranks: RankCounts, saved: SavedStep | None = None
+) -> RunConfig:
+    """Resolve flags that depend on the hardware, the ranks, the DeepSpeed JSON and the checkpoint to resume from.
+
+    Args:
+        saved: of the checkpoint to resume from, where it is from another number of ranks: the step keeps its rows.
+
+    Raises:
+        ConfigError: flags that exclude each other, or that the hardware or the ranks cannot do.
+        StorageError: `--output_dir` cannot be written to.
+    """
+    output_dir = Path(arguments.training["output_dir"]).expanduser()
+    if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
+        raise ConfigError(f"--output_dir {output_dir} is the directory of the model itself: choose another one")
+    evaluation = evaluation_options(arguments)
+    _check_sampling(arguments)
+    move_aside = output_dir_lock.check_output_dir(
+        output_dir, overwrite=arguments.run.overwrite_output_dir, resume=arguments.resumes_from() is not None
+    )
+    hardware = resolve_hardware(
+        detected,
+        bf16=bool(arguments.given("bf16")),
+        fp16=bool(arguments.given("fp16")),
+        tf32=arguments.given("tf32"),
+        attn_implementation=arguments.model.attn_implementation,
+    )
+    _check_liger(arguments, hardware)
+    batch, batch_notes = resolve_batch(arguments, ranks.size, saved)
+    deepspeed = _resolve_deepspeed(arguments, hardware, batch, ranks)
+    if deepspeed is not None and saved is not None:
+        deepspeed.config.setdefault("checkpoint", {})["load_universal"] = True
+    checkpoint = CheckpointConfig(
+        output_dir=output_dir,
+        move_aside=move_aside,
+        keep=arguments.given("save_total_limit"),
+        resume_from=arguments.resumes_from(),
+        allow_inexact=arguments.run.allow_inexact_resume,
+        any_world_size=arguments.run.resume_world_size == "any",
+        world_size_changes=saved is not None,
+    )
+    notes = (*arguments.notes, *_saving_notes(arguments), *batch_notes, *hardware.notes)
+    flags = {**arguments.flat(), **_resolved_step(arguments, batch, saved)}
+    recorded = {**{name: arguments.given(name) for name in RECORDED_FLAGS}, **flags}
+    return RunConfig(
+        model=arguments.model,
+        data=arguments.data,
+        adapter=arguments.adapter,
+        batch=batch,
+        checkpoint=checkpoint,
+        schedule=ScheduleConfig(**{name: arguments.given(name) for name in ScheduleConfig.__dataclass_fields__}),
+        hardware=hardware,
+        deepspeed=deepspeed,
+        activation_checkpointing=activation_checkpointing(arguments),
+        training=_training_values(arguments, hardware, batch, deepspeed, evaluation),
+        flags=flags,
+        resume_flags=recorded,
+        held_out_schedule=_held_out_schedule(arguments),
+        notes=(*notes, *(deepspeed.notes if deepspeed else ())),
+    )
+
+
+def resolve_batch(
+    arguments: Arguments, world_size: int, saved: SavedStep | None = None
+) -> tuple[BatchConfig, list[str]]:
+    """Resolve the batch flags; lines for the user where the step of a checkpoint is divided among other ranks.
+
+    Raises:
+        ConfigError: the step cannot be divided.
+    """
+    flags, budget = arguments.batch, arguments.batch.tokens_per_device_batch
+    size = arguments.given("per_device_train_batch_size") if budget is None else 1
+    accumulation, notes = arguments.given("gradient_accumulation_steps"), []
+    if saved is not None:
+        groups, rest = divmod(world_size, flags.sequence_parallel_size)
+        if rest or saved.step_rows % groups:
+            raise ConfigError(
+                f"--resume_world_size any: a step of {saved.step_rows} rows cannot be divided among {groups} ranks: "
+                f"start as many as divide {saved.step_rows}"
+            )
+        share = saved.step_rows // groups
+        size = next(rows for rows in range(min(size, share), 0, -1) if share % rows == 0)
+        accumulation = share // size
+        notes.append(
+            f"a step stays {saved.step_rows} rows on {groups} ranks instead of {saved.world_size}: "
+            f"--per_device_train_batch_size {size} --gradient_accumulation_steps {accumulation}"
+        )
+    data_seed, kind = arguments.given("data_seed"), arguments.adapter.kind()
+    virtual = f"{kind} tuning puts virtual tokens before each conversation" if kind in ("prefix", "prompt") else None
+    eval_size = arguments.training.get("per_device_eval_batch_size", arguments.given("per_device_train_batch_size"))
+    batch = BatchConfig(
+        batching=flags.batching,
+        loss_weighting=flags.loss_weighting,
+        per_device_batch=size,
+        per_device_eval_batch=eval_size,
+        accumulation=accumulation,
+        tokens_per_device=budget,
+        sequence_parallel_size=flags.sequence_parallel_size,
+        world_size=world_size,
+        model_max_length=arguments.data.model_max_length,
+        sampling=arguments.given("train_sampling_strategy"),
+        drop_last=arguments.given("dataloader_drop_last"),
+        seed=arguments.given("seed"),
+        data_seed=arguments.given("seed") if data_seed is None else data_seed,
+        padding_reason=_padding_reason(arguments) or virtual,
+        full_logits_reason=virtual,
+    )
+    return batch, notes
+
+
+def _resolved_step(arguments: Arguments, batch: BatchConfig, saved: SavedStep | None) -> dict[str, Any]:
+    """The flags of a step that was divided among another number of ranks."""
+    if saved is None:
+        return {}
+    rows = {"per_device_train_batch_size": batch.per_device_batch} if batch.tokens_per_device is None else {}
+    return {"gradient_accumulation_steps": batch.accumulation, **rows}
+
+
+def _padding_reason(arguments: Arguments) -> str | None:
+    attention = arguments.model.attn_implementation
+    if arguments.given("neftune_noise_alpha") is not None:
+        return "NEFTune scales its noise by the length of a row"
+    if attention is not None and attention != "sdpa" and "flash" not in attention:
+        return f"--attn_implementation {attention} supports no boundaries inside a row"
+    return None
+
+
+def evaluation_options(arguments: Arguments) -> dict[str, Any]:
+    """Return what `TrainingArguments` is told about held-out conversations; nothing without any.
+
+    Raises:
+        ConfigError: flags that need held-out conversations where there are none; a metric that is not computed.
+    """
+    if not arguments.evaluates():
+        needs = {
+            "eval_strategy": arguments.given("eval_strategy") not in ("no", None),
+            "load_best_model_at_end": arguments.given("load_best_model_at_end"),
+            "early_stopping_patience": arguments.run.early_stopping_patience is not None,
+            "save_strategy best": arguments.given("save_strategy") == "best",
+        }
+        for name in (name for name, given in needs.items() if given):
+            raise ConfigError(f"--{name}: needs held-out conversations: give --eval_data_path or --validation_share")
+        return {}
+    patience, metric = arguments.run.early_stopping_patience, arguments.given("metric_for_best_model")
+    if patience is not None and patience < 1:
+        raise ConfigError(f"--early_stopping_patience {patience}: expected at least 1")
+    if metric not in (None, "loss", "eval_loss"):
+        raise ConfigError(f"--metric_for_best_model {metric}: expected eval_loss, the only one that is computed")
+    return {
+        "eval_strategy": arguments.training.get("eval_strategy", "epoch"),
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "prediction_loss_only": True,
+    }
+
+
+def _held_out_schedule(arguments: Arguments) -> str | None:
+    if not arguments.evaluates():
+        return None
+    strategy, every = arguments.training.get("eval_strategy", "epoch"), arguments.given("eval_steps")
+    return f"every {every:g} steps" if strategy == "steps" and every else f"by {strategy}"
+
+
+def _training_values(
+    arguments: Arguments,
+    hardware: HardwareConfig,
+    batch: BatchConfig,
+    deepspeed: ResolvedDeepSpeedConfig | None,
+    evaluation: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Keyword arguments of `TrainingArguments`."""
+    values = {
+        **arguments.training,
+        "output_dir": str(Path(arguments.training["output_dir"]).expanduser()),
+        "bf16": hardware.precision == "bf16",
+        "fp16": hardware.precision == "fp16",
+        "tf32": hardware.tf32,
+        "use_cpu": hardware.use_cpu,
+        "gradient_accumulation_steps": batch.accumulation,
+        "per_device_train_batch_size": batch.deepspeed_batch,
+        **evaluation,
+        "deepspeed": deepspeed.config if deepspeed else None,
+        "save_total_limit": None,  # transformers would remove by name, before the new one is complete: see `Saver`
+        "resume_from_checkpoint": None,
+    }
+    if hardware.use_cpu:
+        values["dataloader_pin_memory"] = False
+    # Liger's fused loss would compute logits of its own; its norms, rotary embeddings and gates are wanted.
+    values.setdefault("liger_kernel_config", {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    return values
+
+
+def _saving_notes(arguments: Arguments) -> list[str]:
+    if arguments.given("save_strategy") == "no":
+        return []
+    if arguments.given("save_only_model"):
+        return ["--save_only_model True: checkpoints hold no optimizer state, and no run can resume from them"]
+    keep = arguments.given("save_total_limit")
+    if keep and keep > 0 and not arguments.was_given("save_total_limit"):
+        return [f"the newest {keep} checkpoints are kept, older ones are removed: --save_total_limit 0 keeps all"]
+    return []
+
+
+def _check_sampling(arguments: Arguments) -> None:
+    if arguments.given("auto_find_batch_size"):
+        raise ConfigError(
+            "--auto_find_batch_size True: a step must keep its size; give --tokens_per_device_batch, or a smaller "
+            "--per_device_train_batch_size with more --gradient_accumulation_steps"
+        )
+    strategy = arguments.given("train_sampling_strategy")
+    if strategy not in SAMPLING_STRATEGIES:
+        raise ConfigError(f"--train_sampling_strategy {strategy}: expected {', '.join(SAMPLING_STRATEGIES)}")
+
+
+def _check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:
+    if not arguments.given("use_liger_kernel"):
+        return
+    if hardware.use_cpu:
+        raise ConfigError("--use_liger_kernel True: its kernels need a GPU, and there is none here: omit the flag")
+    if find_spec("liger_kernel") is None:
+        raise ConfigError("--use_liger_kernel True: it is not installed: pip install liger-kernel")
+
+
+def _resolve_deepspeed(
+    arguments: Arguments, hardware: HardwareConfig, batch: BatchConfig, ranks: RankCounts
+) -> ResolvedDeepSpeedConfig | None:
+    name = arguments.given("deepspeed")
+    if not name:
+        return None
+    requested = "bf16" if arguments.given("bf16") else "fp16" if arguments.given("fp16") else "float32"
+    derived = {
+        "per_device_train_batch_size": batch.deepspeed_batch,
+        "gradient_accumulation_steps": batch.accumulation,
+        "precision": hardware.precision,
+        "precision_was_replaced": requested != hardware.precision,
+    }
+    given = {flag: arguments.given(flag) for flag in DeepSpeedFlags.__dataclass_fields__ if flag not in derived}
+    path = find_config(name)
+    return resolve_deepspeed_config(
+        path,
+        load_config(path),
+        DeepSpeedFlags(**given, **derived),
+        world_size=ranks.size,
+        local_world_size=ranks.local_size,
+        use_cpu=hardware.use_cpu,
+        sequence_parallel_size=batch.sequence_parallel_size,
+    )
+
+
+def activation_checkpointing(arguments: Arguments) -> ActivationCheckpointing:
+    """Read `--gradient_checkpointing` and its options.
+
+    Raises:
+        ConfigError: the options are not a JSON object of numbers and booleans.
+    """
+    given = arguments.given("activation_checkpointing_kwargs") or "{}"
+    try:
+        options = json.loads(given)
+        every, offload = int(options.get("every_n_layers", 1)), bool(options.get("offload", False))
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            f'--activation_checkpointing_kwargs {given}: expected a JSON object such as {{"every_n_layers": 2}}'
+        ) from None
+    return ActivationCheckpointing(bool(arguments.given("activation_checkpointing")), every, offload)

@@ -1,0 +1,185 @@
+"""The frozen configs that stages of a run take, resolved from the command line by `config.resolve`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config.arguments import AdapterArguments, DataArguments, ModelArguments
+from finetune.config.deepspeed_config import (
+    ResolvedDeepSpeedConfig,
+)
+from finetune.config.hardware import HardwareConfig
+
+
+@dataclass(frozen=True)
+class RankCounts:
+    """Number of ranks of a run, and of those on one host."""
+
+    size: int
+    local_size: int
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """World size and rows of one optimizer step of the checkpoint to resume from."""
+
+    world_size: int
+    step_rows: int
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How conversations become micro-batches and steps.
+
+    Attributes:
+        batching: `flat`, `packed` or `padded`, as requested.
+        per_device_batch: rows of a micro-batch; 1 under a token budget, where a row is a group of conversations.
+        per_device_eval_batch: rows of a held-out micro-batch.
+        accumulation: micro-batches of a step on each rank.
+        tokens_per_device: token budget of a micro-batch, or None.
+        sampling: `train_sampling_strategy` of transformers.
+        padding_reason: why these flags need padded rows whatever the model supports, or None.
+        full_logits_reason: why logits are needed at all positions whatever the model supports, or None.
+    """
+
+    batching: str
+    loss_weighting: str
+    per_device_batch: int
+    per_device_eval_batch: int
+    accumulation: int
+    tokens_per_device: int | None
+    sequence_parallel_size: int
+    world_size: int
+    model_max_length: int
+    sampling: str
+    drop_last: bool
+    seed: int
+    data_seed: int
+    padding_reason: str | None
+    full_logits_reason: str | None
+
+    @property
+    def data_ranks(self) -> int:
+        """Data-parallel size: ranks, or groups of ranks that share each conversation."""
+        return self.world_size // self.sequence_parallel_size
+
+    @property
+    def step_rows(self) -> int:
+        """Rows, or groups that fill a token budget, of a full optimizer step over all ranks."""
+        return self.per_device_batch * self.accumulation * self.data_ranks
+
+    @property
+    def deepspeed_batch(self) -> int:
+        """The micro-batch size that DeepSpeed is told: one row where ranks share it."""
+        return self.per_device_batch if self.sequence_parallel_size == 1 else 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where a run saves, what it keeps, and what it resumes from.
+
+    Attributes:
+        move_aside: `output_dir` holds an earlier run that is renamed first.
+        keep: complete checkpoints that stay; None or 0: all.
+        resume_from: "auto", the folder of a checkpoint, or None.
+        allow_inexact: resume although the numbers will differ.
+        any_world_size: resume on another number of ranks.
+        world_size_changes: the newest checkpoint is from another number of ranks.
+    """
+
+    output_dir: Path
+    move_aside: bool
+    keep: int | None
+    resume_from: str | None
+    allow_inexact: bool
+    any_world_size: bool
+    world_size_changes: bool
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long a run trains and how often it saves, under the names of `TrainingArguments`."""
+
+    max_steps: int
+    num_train_epochs: float
+    save_strategy: str
+    save_steps: float
+    save_total_limit: int | None
+    save_only_model: bool
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointing:
+    """Whether activations are recomputed; of every n-th layer; whether they wait in host memory."""
+
+    enabled: bool
+    every_n_layers: int = 1
+    offload: bool = False
+
+    def notes(self) -> list[str]:
+        """When the options that were given pay."""
+        lines = []
+        if self.enabled and self.every_n_layers > 1:
+            lines.append(
+                f"activations of one layer in {self.every_n_layers} are checkpointed, those of the others are kept: "
+                "faster where memory is left, by at most a quarter of a step"
+            )
+        if self.enabled and self.offload:
+            lines.append(
+                "checkpointed activations are offloaded to host memory: for conversations whose activations do not "
+                "fit otherwise; each is copied to the host and back in every step"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run does, resolved before data or weights are read.
+
+    Attributes:
+        training: what `training_values` is made of.
+        resume_flags: the flags that a resumed run compares, by name.
+        held_out_schedule: when held-out conversations are evaluated, for the plan; None without any.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    adapter: AdapterArguments
+    batch: BatchConfig
+    checkpoint: CheckpointConfig
+    schedule: ScheduleConfig
+    hardware: HardwareConfig
+    deepspeed: ResolvedDeepSpeedConfig | None
+    activation_checkpointing: ActivationCheckpointing
+    training: Mapping[str, Any]
+    flags: Mapping[str, Any]
+    resume_flags: Mapping[str, Any]
+    held_out_schedule: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def zero_stage(self) -> int | None:
+        """0 to 3; None without DeepSpeed."""
+        return self.deepspeed.stage if self.deepspeed else None
+
+    def training_values(self) -> dict[str, Any]:
+        """Return the keyword arguments of `transformers.TrainingArguments`."""
+        return {**self.training, "activation_checkpointing": self.activation_checkpointing.enabled}
+
+    def plan_settings(self) -> dict[str, Any]:
+        """What the plan of the run shows of its configuration."""
+        return {
+            "model": self.model.model_name_or_path,
+            "adapter": self.adapter.kind(),
+            "zero_stage": self.zero_stage,
+            "offloads": bool(self.deepspeed and self.deepspeed.offloads),
+            "world_size": self.batch.world_size,
+            "sharing": self.batch.sequence_parallel_size,
+            "device": "CPU, gloo" if self.hardware.use_cpu else "GPU, nccl",
+            "precision": self.hardware.precision,
+            "checkpointing": self.activation_checkpointing.enabled,
+            "held_out_schedule": self.held_out_schedule,
+        }

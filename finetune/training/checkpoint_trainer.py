@@ -1,0 +1,133 @@
+"""The part of the Trainer that saves: complete checkpoints, the result, nothing pickled but optimizer states."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
+
+from finetune.checkpoint import Manifest, steps_in
+from finetune.checkpoint.saver import RunIdentity, Saver, checkpoint_bytes, checkpoint_engine, trained_shapes
+from finetune.models.adapters import InitialLora, gather_virtual_tokens
+from finetune.run_dir.run_json import update_run_json
+from finetune.training.compat import write_no_recovery_script
+from finetune.training.evaluator import best_checkpoint
+from finetune.training.nonfinite import check_weights
+from finetune.utils.console import is_rank_0
+
+
+class CheckpointTrainer(Trainer):
+    """The stock Trainer whose checkpoints are complete or none, on every rank's file system.
+
+    Args:
+        identity: which run this is, and from which checkpoint it resumes.
+        keep: how many checkpoints stay; None or 0: all.
+        initial_lora: the LoRA matrices as PiSSA or OLoRA initialised them.
+        zero_stage: 0 to 3; None without DeepSpeed.
+    """
+
+    def init_saver(
+        self, identity: RunIdentity, keep: int | None, initial_lora: InitialLora | None, zero_stage: int | None
+    ) -> None:
+        """Check the parameters against the checkpoint to resume from, and prepare the saver. All ranks.
+
+        Raises:
+            CheckpointError: the checkpoint has other trained parameters.
+        """
+        self.identity, self.initial_lora = identity, initial_lora
+        self.trained = trained_shapes(self.model)
+        identity.check_trained(self.trained)
+        share = len(identity.disk.ranks) / self.args.world_size
+        size = checkpoint_bytes(
+            self.model, self.trained, stage=zero_stage, share=share, only_model=self.args.save_only_model
+        )
+        self.saver = Saver(Path(self.args.output_dir), identity.disk, keep, size, self.describe_step)
+
+    @abstractmethod
+    def describe_step(self, step: int) -> Manifest:
+        """Return the manifest of a step without its files. All ranks."""
+
+    @abstractmethod
+    def resume_advice(self) -> str:
+        """Return where the run can resume, and how."""
+
+    @abstractmethod
+    def after_pause(self, seconds: float) -> None:
+        """Called after a save or an evaluation that took so long: it is not part of a step's seconds."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save, write the manifest, and only then remove an older checkpoint.
+
+        Raises:
+            NumericsError: on every rank; the weights are not finite.
+            StorageError: on every rank; what was written is removed, older checkpoints are untouched.
+        """
+        began, step = time.perf_counter(), self.state.global_step
+        check_weights(self.model, f"step {step}", self.resume_advice())
+        folder = self.saver.begin(step, self.identity.run_id)
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.checkpoint_engine = checkpoint_engine(self.saver)
+            write_no_recovery_script(self.model_wrapped)
+        with self.saver.recording(folder):
+            super()._save_checkpoint(model, trial)
+        best = self.best()
+        self.saver.seal(folder, step, keep_also=() if best is None else (best[0],))
+        if is_rank_0():
+            update_run_json(Path(self.args.output_dir), {"last_checkpoint": step})
+        self.after_pause(time.perf_counter() - began)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As transformers does, but that the tag DeepSpeed looks for is written on each disk."""
+        if not self.is_deepspeed_enabled:
+            with self.saver.recording(Path(output_dir)):
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        tag = f"global_step{self.model_wrapped.global_steps}"
+        self.model_wrapped.save_checkpoint(
+            output_dir, tag=tag, save_latest=False, exclude_frozen_parameters=hasattr(self.model, "peft_config")
+        )
+        with self.saver.recording(Path(output_dir)):
+            if self.args.should_save:
+                Path(output_dir, "latest").write_text(tag, encoding="utf-8")
+                if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+                    torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        self.saver.claim(Path(output_dir, name))
+        with self.saver.recording(Path(output_dir, name)):
+            super()._save_rng_state(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The model and its tokenizer; no `training_args.bin`: it is a pickle, and run.json says what ran."""
+        folder = Path(output_dir or self.args.output_dir)
+        with gather_virtual_tokens(self.model, saves=self.args.should_save), self.saver.recording(folder):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.model.save_pretrained(folder, state_dict=state_dict)
+                self.processing_class.save_pretrained(folder)
+                if self.initial_lora is not None:
+                    self.initial_lora.rewrite(folder)
+
+    def save_result(self) -> None:
+        """The trained model and the Trainer's state in `output_dir`; all ranks.
+
+        Raises:
+            NumericsError: on every rank; the weights are not finite.
+            StorageError: on every rank; what was written is removed.
+        """
+        check_weights(self.model, "the result", self.resume_advice())
+        with self.saver.saving_result():
+            self.save_model()
+            with self.saver.recording(Path(self.args.output_dir)):
+                self.save_state()
+
+    def best(self) -> tuple[int, float] | None:
+        """The step of the checkpoint with the lowest held-out loss, and that loss."""
+        return best_checkpoint(self.state.log_history, steps_in(self.saver.output_dir))

@@ -1,0 +1,113 @@
+"""Work around internals of DeepSpeed, accelerate and transformers; each with the version it was written for.
+
+`tests/unit/training/test_compat.py` fails when a workaround is no longer needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from finetune.training.nonfinite import LossScale
+
+
+def zero_stage(accelerator: Accelerator) -> int | None:
+    """0 to 3; None without DeepSpeed."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.zero_stage
+
+
+def use_gradient_views(model: Any, accelerator: Accelerator) -> None:
+    """Hold gradients once without DeepSpeed: DDP averages them in place, a single rank has none to average.
+
+    On a single CPU rank with a tied head, the embedding's gradient is sparse: a dense one would be as large as the
+    vocabulary, and the head adds to it anyway. DDP does not support sparse gradients. (accelerate 1.15)
+    """
+    if zero_stage(accelerator) is not None:
+        return
+    accelerator.ddp_handler.gradient_as_bucket_view = True
+    if accelerator.num_processes > 1:
+        return
+    accelerator.state.distributed_type = DistributedType.NO
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and accelerator.device.type == "cpu" and head is not None:
+        embedding.sparse = embedding.weight is head.weight and embedding.weight.requires_grad
+
+
+def enable_sequence_parallel(model: Any, accelerator: Accelerator) -> None:
+    """Let groups of ranks share each conversation: Ulysses exchanges tokens for attention heads around our attention.
+
+    Each rank's collator cuts its part out of the row that all ranks of a group load, so accelerate's dataloader
+    adapter, which broadcasts the rows of one rank to the others in turn, is disabled. (accelerate 1.15)
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accelerator.parallelism_config.sp_handler.sp_attn_implementation = base.config._attn_implementation
+    accelerator.deepspeed_ulysses_dl_adapter = lambda loader, model: loader
+
+
+def write_no_recovery_script(engine: Any) -> None:
+    """Keep DeepSpeed from copying zero_to_fp32.py into checkpoints: a checkpoint holds no code. (DeepSpeed 0.19.8)"""
+    engine._copy_recovery_script = lambda folder: None
+
+
+def current_loss_scale(accelerator: Accelerator, engine: Any) -> LossScale | None:
+    """Return fp16's loss scale where it moves: torch's scaler, DeepSpeed's with and without ZeRO. (DeepSpeed 0.19.8)"""
+    scaler = accelerator.scaler
+    if scaler is not None and scaler.is_enabled():
+        return LossScale(scaler.get_scale(), 1.0)
+    optimizer = getattr(engine, "optimizer", None)
+    config = getattr(optimizer, "loss_scale_config", None)  # without ZeRO
+    if getattr(config, "dynamic_loss_scale", False):
+        return LossScale(config.cur_scale, config.min_loss_scale)
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return LossScale(scaler.cur_scale, scaler.min_scale) if getattr(scaler, "dynamic", False) else None
+
+
+def skip_nonfinite_steps(wrapped: Any, engine: Any, on_norm: Callable[[bool], None]) -> None:
+    """Let the optimizer make no step from non-finite gradients where nothing else prevents it.
+
+    DeepSpeed does so under ZeRO and torch's scaler in fp16; plain torch and DeepSpeed's stage 0 do not.
+
+    Args:
+        wrapped: accelerate's optimizer; `_is_overflow` makes the learning rate wait, as in DeepSpeed. (accelerate 1.15)
+        engine: what the Trainer calls as its model.
+        on_norm: called in each step with whether it was skipped.
+    """
+    inner = getattr(engine, "optimizer", None)
+    if hasattr(inner, "overflow"):
+        return
+    optimizer = wrapped.optimizer if inner is None else inner
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # inside DeepSpeed's wrapper for bf16 without ZeRO
+
+    def drop(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        skipped = not math.isfinite(torch.nn.utils.get_total_norm(gradients))
+        on_norm(skipped)
+        wrapped._is_overflow = skipped
+        if skipped:
+            for parameter in parameters:
+                parameter.grad = None
+
+    optimizer.register_step_pre_hook(drop)
+
+
+def fix_universal_optimizer_state(optimizer: Any, group_settings: Iterable[Mapping[str, Any]]) -> None:
+    """Restore per-group optimizer state after stage 3 has loaded a universal checkpoint. (DeepSpeed 0.19.8)
+
+    All groups share one step counter there, which each of them advances, and get the first group's weight decay.
+
+    Args:
+        group_settings: what each parameter group is to have.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    for group, settings in zip(optimizer.param_groups, group_settings, strict=False):
+        group.update(settings)

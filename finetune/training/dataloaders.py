@@ -1,0 +1,168 @@
+"""Build this rank's micro-batches: padding-free where the model can, packed or padded where it must."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.config.run_config import BatchConfig
+from finetune.dataset.collator import Collator, pad_token_id
+from finetune.dataset.prepare import PreparedData
+from finetune.dataset.sampler import BatchShape, Sampler
+from finetune.dataset.skip_rows import skip_mask
+from finetune.distributed.collectives import first_not_none, get_rank
+from finetune.distributed.startup_timer import timed
+from finetune.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from finetune.dataset.dataloader import BatchLayout, MicroBatchDataset
+
+
+@dataclass(frozen=True)
+class Dataloaders:
+    """Micro-batches of this rank, those of the held-out conversations or None, and the layout that both have."""
+
+    train: MicroBatchDataset
+    held_out: MicroBatchDataset | None
+    layout: BatchLayout
+
+
+@timed("model")
+def build_dataloaders(
+    batch: BatchConfig, model: Any, tokenizer: Any, data: PreparedData, device: torch.device, zero_stage: int | None
+) -> Dataloaders:
+    """Build the micro-batches of this rank, as requested or as this model can take them. All ranks.
+
+    Raises:
+        ConfigError: nothing would be trained: no parameter, no row, no full step; or ranks are to share conversations
+            and this model cannot.
+    """
+    from finetune.dataset.dataloader import MicroBatchDataset, int_column
+    from finetune.models.adapters import count_parameters
+    from finetune.models.attention import supports_logits_to_keep
+
+    if not count_parameters(model)[0]:
+        raise ConfigError("no parameter of this model would be trained")
+    examples, held_out = data.epoch(batch.seed), data.held_out(batch.seed)
+    lengths = int_column(examples, "length")
+    reason = _padding_reason(batch, model, data.longest, device, zero_stage)
+    layout = batch_layout(batch, int(lengths.max()), reason, supports_logits_to_keep(model))
+    data_rank, part = divmod(get_rank(), batch.sequence_parallel_size)
+    collator = Collator(
+        flat=layout.batching != "padded",
+        pad_token_id=pad_token_id(tokenizer),
+        selects_logits=layout.selects_logits,
+        weighting=batch.loss_weighting,
+        part=(part, batch.sequence_parallel_size),
+    )
+    sampler = train_sampler(batch, layout, lengths)
+    skipped = skip_mask(examples, data.left_out)
+    _check_steps(sampler, skipped)
+    train = MicroBatchDataset(
+        examples,
+        sampler,
+        collator,
+        rank=data_rank,
+        counts_conversations=batch.loss_weighting == "conversation",
+        left_out=skipped,
+        sources=list(data.summary.examples_by_source),
+    )
+    if held_out is None:
+        return Dataloaders(train, None, layout)
+    rows, sources = held_out
+    sampler = evaluation_sampler(batch, layout, int_column(rows, "length"))
+    evaluation = MicroBatchDataset(
+        rows, sampler, collator, rank=data_rank, left_out=skip_mask(rows, data.left_out), sources=sources
+    )
+    return Dataloaders(train, evaluation, layout)
+
+
+def _padding_reason(
+    batch: BatchConfig, model: Any, longest: int, device: torch.device, zero_stage: int | None
+) -> str | None:
+    """Switch the model to padding-free attention where it is wanted; why it cannot, or None. All ranks.
+
+    Raises:
+        ConfigError: it cannot, and ranks are to share conversations.
+    """
+    from finetune.models.attention import enable_padding_free
+
+    reason = batch.padding_reason
+    if batch.batching != "padded" and not reason:
+        if zero_stage is None or zero_stage < 3:
+            model.to(device)
+        reason = enable_padding_free(
+            model,
+            longest=longest,
+            vocab_size=model.config.get_text_config().vocab_size,
+            device=device,
+            shared=batch.sequence_parallel_size > 1,
+            agree=first_not_none,
+        )
+    if reason and batch.sequence_parallel_size > 1:
+        raise ConfigError(
+            f"--sequence_parallel_size {batch.sequence_parallel_size}: ranks can only share padding-free rows, and "
+            + reason
+        )
+    return reason
+
+
+def batch_layout(batch: BatchConfig, longest: int, padding_reason: str | None, selects_logits: bool) -> BatchLayout:
+    """Decide the layout of micro-batches (`dataloader.decide_layout`) for this model.
+
+    Args:
+        longest: tokens of the longest example.
+        padding_reason: why rows must be padded, or None.
+        selects_logits: whether the model's code computes logits at selected positions (`logits_to_keep`).
+    """
+    from finetune.dataset.dataloader import decide_layout
+
+    without = None if selects_logits else "this model's code has no logits_to_keep"
+    return decide_layout(
+        batch.batching,
+        obstacle=padding_reason,
+        full_logits_because=batch.full_logits_reason or without,
+        tokens_per_device=batch.tokens_per_device,
+        per_device_batch=batch.per_device_batch,
+        model_max_length=batch.model_max_length,
+        longest=longest,
+        strategy=batch.sampling,
+    )
+
+
+def train_sampler(batch: BatchConfig, layout: BatchLayout, lengths: np.ndarray) -> Sampler:
+    """Build the sampler: which rows are in which micro-batch, for examples of these lengths int64 [rows]."""
+    grouped_instead = batch.batching == "packed" and layout.batching == "padded"
+    return Sampler(
+        lengths,
+        BatchShape(
+            per_device_batch=1 if grouped_instead else batch.per_device_batch,
+            accumulation=batch.accumulation,
+            world_size=batch.data_ranks,
+        ),
+        seed=batch.data_seed,
+        batching=layout.batching,
+        capacity=layout.capacity,
+        order=layout.order,
+        drop_last=batch.drop_last,
+    )
+
+
+def evaluation_sampler(batch: BatchConfig, layout: BatchLayout, lengths: np.ndarray) -> Sampler:
+    """Build the sampler of held-out examples: in the order of the data."""
+    shape = BatchShape(batch.per_device_eval_batch, 1, batch.data_ranks)
+    batching = "padded" if layout.batching == "padded" else "flat"
+    return Sampler(lengths, shape, seed=0, batching=batching, order="sequential")
+
+
+def _check_steps(sampler: Sampler, skipped: np.ndarray) -> None:
+    if not sampler.steps_per_epoch:
+        raise ConfigError(
+            f"--dataloader_drop_last True: {sampler.num_units} examples or groups do not fill one step of "
+            f"{sampler.shape.step_size}: no step would be made"
+        )
+    if skipped.all():
+        raise ConfigError("--skip_rows: skips every row of the data: nothing can be trained")

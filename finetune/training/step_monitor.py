@@ -1,0 +1,198 @@
+"""What all ranks decide at the end of each optimizer step: stop, skip, save later, or fail."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.distributed import stop_requests
+from finetune.distributed.collectives import all_gather_ints, all_gather_object, host_names, run_on_all_ranks
+from finetune.training import nonfinite
+from finetune.training.nonfinite import LossScale, NonFiniteCounter
+from finetune.training.stragglers import Straggler, Stragglers
+
+logger = logging.getLogger(__name__)
+
+DescribeRows = Callable[[int, int], list[dict[str, Any]]]
+
+
+class ComputeTimer:
+    """Measure the seconds of a step that a rank computes before it first waits for others.
+
+    The measurement starts where the last exchange, save or logged line ended, so that loading data counts, and stops
+    after the forward pass: of the first micro-batch under ZeRO-2, which reduces gradients in each backward pass, else
+    of the last one. Where a forward pass contains collectives itself (ZeRO-3, sequence parallelism, DDP's buffers) it
+    stops before the first one, and a slow forward pass is not seen.
+    """
+
+    def __init__(self, device: torch.device, *, waits_in_forward: bool, waits_in_each_backward: bool) -> None:
+        self.waits_in_forward, self.waits_in_each_backward = waits_in_forward, waits_in_each_backward
+        self.on_gpu = device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the next step."""
+        self.start, self.stop = self._now(), None
+
+    def before_forward(self) -> None:
+        if self.waits_in_forward and self.stop is None:
+            self.stop = self._now()
+
+    def after_forward(self) -> None:
+        if not self.waits_in_forward and not (self.waits_in_each_backward and self.stop is not None):
+            self.stop = self._now()
+
+    def compute_seconds(self) -> float:
+        """Seconds of this step on this rank alone; on a GPU the longer of the host's and the device's."""
+        if self.stop is None:
+            return 0.0
+        host = self.stop[0] - self.start[0]
+        return max(host, self.start[1].elapsed_time(self.stop[1]) / 1000) if self.on_gpu else host
+
+    def step_seconds(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.start[0]
+
+    def _now(self) -> tuple[float, Any]:
+        event = torch.cuda.Event(enable_timing=True) if self.on_gpu else None
+        if event is not None:
+            event.record()
+        return time.perf_counter(), event
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step as this rank saw it.
+
+    Attributes:
+        losses: of its micro-batches, summed over tokens and divided by the denominator of the whole step.
+        grad_norm: over all ranks; None where nobody computes it.
+        skipped: the optimizer made no step.
+        scale: fp16's loss scale before the step, and `next_scale` after it; None without one that moves.
+        describe_rows: (step, micro-batch) -> source, row, id and text of the rows in it.
+    """
+
+    step: int
+    max_steps: int
+    losses: list[float]
+    grad_norm: float | None
+    skipped: bool
+    scale: LossScale | None
+    next_scale: LossScale | None
+    describe_rows: DescribeRows
+
+
+@dataclass(frozen=True)
+class StepDecision:
+    """What follows from a step, the same on every rank.
+
+    Attributes:
+        stopped_by: the request that ends the run after this step, or None.
+        loss_is_lost: the step's loss does not count in the logged mean.
+        is_finite: nothing was non-finite on any rank, a search for the loss scale aside.
+        is_clean: the step was applied and finite on all ranks.
+        error: why the run cannot continue, without advice; None: it does.
+    """
+
+    stopped_by: str | None = None
+    loss_is_lost: bool = False
+    is_finite: bool = True
+    is_clean: bool = True
+    error: str | None = None
+
+
+class StepMonitor:
+    """Exchange three integers between all ranks at the end of each step, and decide alike on each.
+
+    The host reads losses here and nowhere else: DeepSpeed waits for the device at the end of a step anyway.
+
+    Args:
+        rows_file: where the rows of non-finite steps are recorded, by the ranks with `writes`.
+    """
+
+    def __init__(self, device: torch.device, rank: int, world_size: int, rows_file: Path, *, writes: bool) -> None:
+        self.device, self.rank, self.world_size = device, rank, world_size
+        self.rows_file, self.writes = rows_file, writes
+        self.count, self.stragglers = NonFiniteCounter(), Stragglers()
+        self._hosts: list[str] = []
+
+    def begin(self) -> None:
+        """Learn the host names of all ranks; all ranks, before the first step."""
+        self._hosts = host_names()
+
+    def end_step(self, report: StepReport, timer: ComputeTimer) -> StepDecision:
+        """Compare a step over all ranks. All ranks."""
+        flags = nonfinite.finite_flags(report.losses, report.grad_norm, left_out=report.skipped, scale=report.scale)
+        values = [int(stop_requests.stop_requested()), flags, int(timer.compute_seconds() * 1e6)]
+        requests, all_flags, microseconds = zip(*all_gather_ints(values, self.device), strict=True)
+        straggler = self.stragglers.add([value / 1e6 for value in microseconds], timer.step_seconds())
+        if straggler is not None:
+            self._report_straggler(straggler)
+        decision = StepDecision()
+        if nonfinite.is_loss_scale_search(all_flags):
+            decision = StepDecision(is_clean=False)
+            logger.warning(
+                f"step {report.step} was skipped: its gradients are too large for fp16 though each loss is finite; the "
+                f"loss scale is {report.next_scale.value:g} now"
+            )
+        elif not nonfinite.all_finite(all_flags):
+            decision = self._not_finite(report, all_flags)
+        else:
+            self.count.in_a_row = 0
+        if any(requests) and decision.error is None and report.step < report.max_steps:
+            reasons = all_gather_object(stop_requests.stop_reason())
+            by = next(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason is not None)
+            decision = replace(decision, stopped_by=by)
+        return decision
+
+    def _not_finite(self, report: StepReport, flags: tuple[int, ...]) -> StepDecision:
+        """Count the step and report the rows in it; an error where there are too many."""
+        any_loss = any(value & nonfinite.LOSS for value in flags)
+        records = self._records(report, only_lost=any_loss)
+        run_on_all_ranks(lambda: nonfinite.append_records(self.rows_file, records) if self.writes else None)
+        if any_loss:
+            self.count.lost_since_log += 1
+        reason = self.count.add(report.step, report.max_steps)
+        what = nonfinite.describe_nonfinite(flags, records, report.grad_norm)
+        rows = nonfinite.describe_rows(records)
+        was_applied = not any(value & nonfinite.LEFT_OUT for value in flags)
+        outcome = "its gradient is finite and was applied" if was_applied else "the step was skipped, no weight changed"
+        logger.warning(
+            f"step {report.step}: {what}; rows {rows}; {outcome}; {self.count.steps} of {report.step} steps were not "
+            "finite"
+        )
+        error = None
+        if reason is not None:
+            error = (
+                f"step {report.step}: {what}: lower --learning_rate, warm up longer (--warmup_steps), or skip these "
+                f"rows: {rows}. The run ends because {reason}."
+            )
+        return StepDecision(None, any_loss, False, False, error)
+
+    def _records(self, report: StepReport, *, only_lost: bool) -> list[dict[str, Any]]:
+        """Rows of the micro-batches with a non-finite loss, or of all where only the gradient was; of all ranks."""
+        records = []
+        for micro_batch, loss in enumerate(report.losses):
+            is_lost = not math.isfinite(loss)
+            if only_lost and not is_lost:
+                continue
+            fields = {"step": report.step, "rank": self.rank, "micro_batch": micro_batch}
+            fields |= {"found": str(loss), "loss": None} if is_lost else {"found": None, "loss": loss / self.world_size}
+            records += [{**row, **fields} for row in report.describe_rows(report.step, micro_batch)]
+        gathered = [record for of_rank in all_gather_object(records) for record in of_rank]
+        # Ranks that share conversations report the same rows.
+        unique = {(row["source"], row["row"], row["micro_batch"], row["text"]): row for row in gathered}
+        return list(unique.values())
+
+    def _report_straggler(self, slow: Straggler) -> None:
+        logger.warning(
+            f"rank {slow.rank} on {self._hosts[slow.rank]} is slow: it computes {slow.seconds:.2f} s of each step, the "
+            f"others {slow.others:.2f} s, and all wait for it: {slow.cost:.2f} of {slow.step_seconds:.2f} s a step"
+        )
