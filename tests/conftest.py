@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers import environment  # noqa: F401, before torch
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.paths import PRETRAINED, TOKENIZERS
 from tests.helpers.rows import ROWS, write_rows
 from tests.helpers.short_runs import KINDS_OF_RESULTS, SHORT
+
+settings.register_profile("tests", deadline=None)  # other tests may have the processor
+settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,11 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune.cli.launch import outcome, start, without_secrets
-from finetune.diagnostics import Failure
-from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, HostReport, LocalSession
-from finetune.launcher.ssh import shared_words
-from finetune.utils.errors import ConfigError
+from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, LocalSession
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import write_rows
@@ -56,53 +52,6 @@ def until(process: subprocess.Popen, sign: str) -> str:
 def ended(process: subprocess.Popen) -> str:
     said, _ = process.communicate(timeout=LIMIT_SECONDS)
     return said
-
-
-def reports(*, status: int = 0, statuses: dict | None = None, failure: Failure | None = None) -> list[HostReport]:
-    return [HostReport("a", 0, {0: 0}), HostReport("b", status, {1: 0} if statuses is None else statuses, failure)]
-
-
-@pytest.mark.parametrize(
-    ("given", "signals", "expected"),
-    [
-        ({}, [], 0),
-        ({"statuses": {}}, [], 1),  # deepspeed says 0 when its launcher was killed
-        ({"status": 247, "statuses": {}}, [], 247),
-        ({"status": 75, "statuses": {1: 75}}, [15], 75),
-        ({"status": 75, "statuses": {}}, [15, 15], 143),
-        ({"status": 3, "statuses": {}, "failure": Failure("error", "no row", status=3, rank=1, host="b")}, [], 3),
-        ({"status": 137, "statuses": {}, "failure": Failure("died", "gone", rank=1, host="b")}, [], 137),
-        ({"failure": Failure("launcher", "launch.py has died", host="b")}, [], 1),
-    ],
-)
-def test_the_exit_status_is_that_of_what_failed_first(given, signals, expected):
-    status, failure = outcome(reports(**given), {"a": 1, "b": 1}, ours=True, signals=signals)
-    assert status == expected
-    assert (failure is None) == (expected in (0, 75, 143))
-
-
-def test_a_script_that_is_not_ours_is_believed():
-    assert outcome(reports(statuses={}), {"a": 1, "b": 1}, ours=False, signals=[])[0] == 0
-
-
-def test_a_token_leaves_the_command_line():
-    words = ["--a", "1", "--hub_token", "hf_x", "--hub_token=hf_y", "--b"]
-    assert without_secrets(words) == (["--a", "1", "--b"], {"HF_TOKEN": "hf_y"})
-
-
-def test_what_a_run_writes_is_not_compared_between_hosts():
-    words = "--data_path a b --output_dir out --deepspeed=zero3 --resume_from_checkpoint c --model_name_or_path m"
-    assert shared_words(words.split()) == ["a", "b", "zero3", "m"]
-
-
-@pytest.mark.parametrize("word", ["--launcher=slurm", "--launcher_args=-S"])
-def test_another_way_to_hosts_is_refused(tmp_path, word):
-    from finetune.launcher import parse_launcher_args, resolve_resources
-
-    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
-    flags = parse_launcher_args([f"--hostfile={tmp_path / 'hosts'}", word, "x.py"])
-    with pytest.raises(ConfigError, match=f"{word.replace('=', ' ')}: finetune launch reaches hosts over ssh"):
-        start(flags, resolve_resources(flags), [], {})
 
 
 @pytest.mark.parametrize(

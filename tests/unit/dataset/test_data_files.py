@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import tracemalloc
+from itertools import product
 
 import pyarrow
 import pyarrow.parquet
@@ -17,6 +18,7 @@ from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_files import CHUNK_BYTES
 from finetune.dataset.data_sources import find_sources
 from tests.helpers.chat_rows import HELLO, faults, good_row, read, refusal, spoken, turns, written
+from tests.helpers.tiers import mostly_slow
 
 ROWS = [good_row(number) for number in range(3)]
 CHINESE = [
@@ -107,11 +109,13 @@ def test_the_share_that_was_read_grows_to_1(tmp_path):
     assert reader.share_read() == 1.0
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    ("form", "pack"),
+    mostly_slow(product(FORMS, [bytes, gzip.compress]), [("array", gzip.compress), ("lines", bytes)]),
+)
 def test_reading_takes_the_memory_of_a_window_not_of_the_file(form, pack, tmp_path):
     text = "some words that are said again and again " * 25
-    content = form([turns(("human", f"{number} {text}"), ("model", text)) for number in range(12_000)])
+    content = FORMS[form]([turns(("human", f"{number} {text}"), ("model", text)) for number in range(12_000)])
     path = written(tmp_path / "a.json", pack(content))
     size = len(content)
     del content

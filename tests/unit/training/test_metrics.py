@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from finetune.config.hardware import PEAK_TFLOPS, measured_matmul_rate, peak_flo
 from finetune.models.adapters import attach_lora
 from finetune.training import metrics
 from finetune.training.metrics import StepMeter, model_flops
+from tests.helpers.tiers import mostly_slow
 
 LENGTH = 24
 SIZE = {
@@ -34,8 +36,10 @@ def counted(model) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    mostly_slow(product(MODELS, [False, True]), [("tied", False), ("untied", True), ("experts", True)]),
+)
 def test_operations_are_those_that_torch_counts(name, adapter):
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager", experts_implementation="eager")
     if adapter:
@@ -103,4 +107,4 @@ def test_a_name_is_not_hidden_by_a_shorter_one():
 
 
 def test_a_measured_rate_is_one_of_a_processor():
-    assert 1e8 < measured_matmul_rate(size=128, repeats=2) < 1e14
+    assert 1e7 < measured_matmul_rate(size=128, repeats=2) < 1e14
