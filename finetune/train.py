@@ -250,7 +250,7 @@ def fit_options(arguments: Arguments, config: RunConfig) -> FitOptions:
 def finish(arguments: Arguments, config: RunConfig, trainer: SupervisedTrainer) -> None:
     """End the run: save and verify the result, or leave with status 75 where it was asked to stop; write the report."""
     output_dir, was_stopped = config.checkpoint.output_dir, trainer.stopped_by is not None
-    is_writer = trainer.identity.disk.is_writer
+    is_writer = trainer.identity.storage.is_writer
     if was_stopped:
         finalize_stopped(trainer)
     else:

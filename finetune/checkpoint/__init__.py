@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not one: sealed last, verified byte by byte, removed by rules.
+"""Checkpoints that are complete or none: manifest written last, every byte verified, removed by rules.
 
 Nothing here needs torch: a login node can verify a checkpoint.
 """

@@ -1,7 +1,7 @@
-"""The files of a checkpoint: made durable, hashed, compared with a manifest.
+"""Sync, hash and verify the files of a checkpoint.
 
-The checksum is XXH3 with 128 bits (https://github.com/Cyan4973/xxHash): it finds rot at the speed of memory. Whom a
-checkpoint comes from is another question; see `pickles`.
+The checksum is XXH3 with 128 bits (https://github.com/Cyan4973/xxHash): it finds accidental damage at memory speed, and
+does not prove where a checkpoint comes from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILES_AT_ONCE = 4
 
 
 def checksum(path: Path) -> tuple[int, str]:
-    """(bytes, xxh3-128 in hexadecimal) of a file.
+    """Return the size in bytes and the XXH3-128 in hexadecimal of a file.
 
     Raises:
         OSError: it cannot be read.
@@ -36,21 +36,21 @@ def checksum(path: Path) -> tuple[int, str]:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Relative paths of all files under a folder but the two marks, sorted; links are not followed."""
-    found = []
+    """Return the relative paths of all files under a folder but the two marks, sorted; links are not followed."""
+    paths = []
     for parent, _, names in os.walk(folder):
-        found += [str((Path(parent) / name).relative_to(folder)) for name in names]
-    return sorted(set(found) - {MANIFEST_FILE, SAVING_FILE, f"{MANIFEST_FILE}.partial"})
+        paths += [str((Path(parent) / name).relative_to(folder)) for name in names]
+    return sorted(set(paths) - {MANIFEST_FILE, SAVING_FILE, f"{MANIFEST_FILE}.partial"})
 
 
 def fsync_and_hash(folder: Path, names: Iterable[str], rank: int | None) -> dict[str, FileRecord]:
-    """Records of the files of a rank that are on the disk when this returns: they are hashed while it still writes.
+    """Sync and hash the files of a rank; hashing runs while the disk still writes.
 
     Raises:
         OSError: the disk refused.
     """
 
-    def settle(name: str) -> tuple[str, FileRecord]:
+    def sync_and_hash(name: str) -> tuple[str, FileRecord]:
         path = folder / name
         with ThreadPoolExecutor(1) as writing:
             durable = writing.submit(_sync, path)
@@ -60,7 +60,7 @@ def fsync_and_hash(folder: Path, names: Iterable[str], rank: int | None) -> dict
 
     names = list(names)
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        records = dict(pool.map(settle, names))
+        records = dict(pool.map(sync_and_hash, names))
     for parent in {(folder / name).parent for name in names}:
         fsync_dir(parent)
     return records
@@ -75,15 +75,15 @@ def _sync(path: Path) -> None:
 
 
 def find_damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
-    """What differs from the manifest, each fault naming its file; empty where nothing does.
+    """Return what differs from the manifest, each fault naming its file.
 
-    `names` are the files to look at: ranks share the work.
+    Args:
+        names: the files to verify; ranks share the work. None: all.
     """
-    found: list[str | None] = []
-    chosen = manifest.files if names is None else names
+    selected = manifest.files if names is None else names
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        found += pool.map(lambda name: _fault(folder / name, manifest.files[name]), chosen)
-    return [fault for fault in found if fault]
+        faults = list(pool.map(lambda name: _fault(folder / name, manifest.files[name]), selected))
+    return [fault for fault in faults if fault]
 
 
 def _fault(path: Path, record: FileRecord) -> str | None:
@@ -101,11 +101,11 @@ def _fault(path: Path, record: FileRecord) -> str | None:
 
 
 def partition_files(manifest: Manifest, names: Iterable[str], part: int, of: int) -> list[str]:
-    """Those of the files that the `part`-th of `of` ranks looks at, so that all have about as many bytes to read."""
-    loads, mine = [0] * of, []
+    """Return the files that the `part`-th of `of` ranks verifies, so that all read about as many bytes."""
+    loads, selected = [0] * of, []
     for name in sorted(names, key=lambda name: (-manifest.files[name].size, name)):
         lightest = loads.index(min(loads))
         loads[lightest] += manifest.files[name].size + 1
         if lightest == part:
-            mine.append(name)
-    return mine
+            selected.append(name)
+    return selected

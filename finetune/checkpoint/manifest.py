@@ -1,11 +1,10 @@
-"""`manifest.json`: what a checkpoint is and every file of it; a folder without one is not a checkpoint.
+"""`manifest.json` names every file of a checkpoint; a folder without one is not a checkpoint.
 
-    checkpoint-N/saving.json     written first: a save is under way, or the folder is being deleted
+    checkpoint-N/saving.json     written first: a save is in progress, or the folder is being removed
     checkpoint-N/...             the files
-    checkpoint-N/manifest.json   written last, durably, once every rank's files are
+    checkpoint-N/manifest.json   written and synced last, once the files of every rank are
 
-Between the two a folder is ours to remove. Nothing is renamed over anything: ranks on other hosts may have the folder
-open while one of them finishes it.
+A folder with only the first may be removed. Nothing is renamed over a folder: ranks on other hosts may have it open.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: bytes, xxh3-128 in hexadecimal, and the rank that it is of; None: every disk has one of its own."""
+    """One file: size in bytes, XXH3-128 in hexadecimal, and its rank; None: every file system has a copy of its own."""
 
     size: int
     xxh3_128: str
@@ -37,20 +36,20 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a checkpoint.
+    """A checkpoint: the run, the step, where the data continues, and its files.
 
     Attributes:
-        run_id: of the run and of every run that went on from it.
+        run_id: of the run and of every run that resumed from it.
         step: optimizer steps done.
-        world_size: ranks that wrote it; `step_rows` is what a full step holds over all of them, rows or groups.
-        position: where the sampler goes on: {"epoch": e, "step": s}, both counted from 0.
-        loss_since_log: [ranks], what each rank has added up since step `last_logged`.
-        parts_since_log: the same by source and answer, over all ranks; see `loss_parts`.
-        facts: what must be the same for a resumed run to be the uninterrupted one.
+        world_size: ranks that wrote it. step_rows: rows or groups of a full step over all of them.
+        position: of the sampler: {"epoch": e, "step": s}, both counted from 0.
+        loss_since_log: [ranks], what each rank has summed since step `last_logged`.
+        parts_since_log: the same by cell of the loss breakdown, over all ranks.
+        facts: what a resumed run must have in common to equal the uninterrupted one.
         trained: names and whole shapes of all trained parameters.
-        disks: the ranks of each disk: a list of lists, with one in it where all share a file system.
-        non_finite: steps whose numbers were not finite up to here; see `training.nonfinite.NonFiniteCounter`.
-        files: by path relative to the folder, those of all ranks; `names_for` says which are to be on a disk.
+        disks: the ranks of each file system: a list of lists, a single one where all share it.
+        non_finite: counts of non-finite steps; see `training.nonfinite.NonFiniteCounter`.
+        files: of all ranks, by path relative to the folder.
     """
 
     run_id: str
@@ -73,10 +72,10 @@ class Manifest:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(one.size for one in self.files.values())
+        return sum(record.size for record in self.files.values())
 
     def names_for(self, ranks: Collection[int]) -> list[str]:
-        """The files that the disk of these ranks must hold."""
+        """Return the files that the file system of these ranks must hold."""
         return [name for name, record in self.files.items() if record.rank is None or record.rank in ranks]
 
 
@@ -84,7 +83,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is not one that this version reads.
+        CheckpointError: there is none, or this version cannot read it.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -93,9 +92,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is missing: its save was not finished, or it was made by another tool") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    found = values.pop("format", None) if isinstance(values, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
+    file_format = values.pop("format", None) if isinstance(values, dict) else None
+    if file_format != FORMAT:
+        raise CheckpointError(f"{path}: format {file_format}, this version reads {FORMAT}")
     try:
         files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
         manifest = Manifest(**values, files=files)
@@ -106,12 +105,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check(manifest: Manifest, folder: Path) -> None:
-    """Raises: ValueError, with what does not fit."""
+    """Check types and values.
+
+    Raises:
+        ValueError: with what does not fit.
+    """
     for name, hint in get_type_hints(Manifest).items():
         if not isinstance(getattr(manifest, name), get_origin(hint) or hint):
             raise ValueError(f"{name} is {getattr(manifest, name)!r}")
-    if len(manifest.loss_since_log) != manifest.world_size or not all(isinstance(one, list) for one in manifest.disks):
-        raise ValueError("its ranks do not add up")
+    if len(manifest.loss_since_log) != manifest.world_size or not all(
+        isinstance(ranks, list) for ranks in manifest.disks
+    ):
+        raise ValueError("its ranks and world size do not match")
     match = NAME.fullmatch(folder.name)
     if match and int(match[1]) != manifest.step:
         raise ValueError(f"it is of step {manifest.step}: give the folder its name, or none of a checkpoint's")
@@ -125,7 +130,7 @@ def _check(manifest: Manifest, folder: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Seal a checkpoint: whole on the disk, then visible, and only then is the mark of a save taken away."""
+    """Write the manifest atomically, then remove the mark of the save: from now on the folder is a checkpoint."""
     replace_text(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
     (folder / SAVING_FILE).unlink(missing_ok=True)
     fsync_dir(folder)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint that all ranks have found whole, and what is not as it was."""
+    """A checkpoint that all ranks have verified, and what has changed since it was written."""
 
     folder: Path
     manifest: Manifest
@@ -37,11 +37,11 @@ class ResumePoint:
     is_reshaped: bool
 
     def folder_to_load(self, output_dir: Path) -> Path:
-        """The checkpoint's, or that of its form for another number of ranks; all ranks.
+        """Return the folder to load: the checkpoint's, or its universal form for another world size. All ranks.
 
         Raises:
             CheckpointError: it cannot be converted.
-            StorageError: there is no room for it.
+            StorageError: there is too little space for it.
         """
         if not self.is_reshaped or self.manifest.facts["ZeRO stage"] == "none":
             return self.folder
@@ -50,7 +50,7 @@ class ResumePoint:
         return target
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """Return what run.json records of it."""
         return {
             "step": self.manifest.step,
             "from": str(self.folder),
@@ -77,12 +77,12 @@ def saved_step(output_dir: Path, resume_from: str | None, *, any_world_size: boo
 
 
 def find_checkpoint(
-    config: CheckpointConfig, world_size: int, disk: StorageGroup, compare: Callable[[Path, Manifest], list[str]]
+    config: CheckpointConfig, world_size: int, storage: StorageGroup, compare: Callable[[Path, Manifest], list[str]]
 ) -> ResumePoint | None:
     """Select the checkpoint to resume from, verified and readable by every rank; None for a new run. All ranks.
 
     Args:
-        disk: which ranks share a file system with this one.
+        storage: which ranks share a file system with this one.
         compare: called on rank 0 with the checkpoint and its manifest; returns what differs, one line each, and raises
             CheckpointError where the run may not resume from it.
 
@@ -90,127 +90,129 @@ def find_checkpoint(
         CheckpointError: the requested checkpoint is damaged, or all are; it belongs to another run or world size.
         ConfigError: there is no such folder.
     """
-    asked, output_dir = config.resume_from, config.output_dir
-    if asked is None:
+    output_dir, inspected = config.output_dir, None
+    if config.resume_from == "auto":
+        inspected = _newest_complete(output_dir, storage, may_lack_random_state=config.allow_inexact)
+    elif config.resume_from is not None:
+        folder = Path(config.resume_from).expanduser()
+        if not any(all_gather_object(folder.is_dir())):
+            raise ConfigError(f"--resume_from_checkpoint {folder}: there is no such folder")
+        inspected = _inspect(folder, _ranks_that_see(folder, output_dir, storage))
+    if inspected is None:
         return None
-    if asked == "auto":
-        folder, faults = _newest_whole(output_dir, disk, may_lack_random_state=config.allow_inexact)
-    else:
-        folder = _the_one(Path(asked).expanduser())
-        faults = _all_faults(folder, _sharing(folder, output_dir, disk))
-    if folder is None:
-        return None
+    folder, manifest, faults = inspected.folder, inspected.manifest, inspected.faults
     waived = [fault for fault in faults if config.allow_inexact and _is_missing_random_state(fault)]
-    if len(waived) < len(faults):
+    if manifest is None or len(waived) < len(faults):
         raise CheckpointError(f"--resume_from_checkpoint {folder}: {format_faults(faults, 'fault')}")
-    manifest = checkpoint.read_manifest(folder)
-    if asked == "auto":
+    if config.resume_from == "auto":
         run_on_rank_0(lambda: _check_run_id(output_dir, folder, manifest))
     changes = [*run_on_rank_0(lambda: compare(folder, manifest)), *waived]
     is_reshaped = manifest.world_size != world_size
-    if is_reshaped and not disk.is_shared:
+    if is_reshaped and not storage.is_shared:
         raise CheckpointError(
-            f"{folder}: was written by {manifest.world_size} ranks, now there are {world_size}: to go on on "
-            "another number of ranks all must see one folder: copy the parts of all hosts to a shared file system"
+            f"{folder}: was written by {manifest.world_size} ranks, now there are {world_size}: to resume on another "
+            "number of ranks all must see one folder: copy the parts of all hosts to a shared file system"
         )
     if is_reshaped != config.world_size_changes:
         raise CheckpointError(
-            f"{folder}: was written by {manifest.world_size} ranks, unlike the newer one, which is damaged and out of "
-            "the way now: start the same command again"
+            f"{folder}: was written by {manifest.world_size} ranks, unlike the newer checkpoint, which is damaged and "
+            "quarantined now: start the same command again"
         )
-    _set_later_aside(output_dir, folder, manifest.step, disk)
-    for line in (*changes, *_other_versions(manifest)):
-        logger.warning(f"not as it was when {folder.name} was written: {line}")
-    logger.warning(f"going on from {folder}, step {manifest.step}")
+    _quarantine_later(output_dir, folder, manifest.step, storage)
+    for line in (*changes, *_changed_versions(manifest)):
+        logger.warning(f"changed since {folder.name} was written: {line}")
+    logger.warning(f"resuming from {folder}, step {manifest.step}")
     return ResumePoint(folder, manifest, tuple(changes), is_reshaped)
 
 
-def _newest_whole(
-    output_dir: Path, disk: StorageGroup, *, may_lack_random_state: bool
-) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole on every disk, with the faults it may have; damaged ones are set aside."""
+@dataclass(frozen=True)
+class _Inspected:
+    """A checkpoint as all ranks see it: its manifest, None where that cannot be read, and all faults."""
 
-    def look() -> list[int]:
-        if not disk.is_writer:
+    folder: Path
+    manifest: Manifest | None
+    faults: list[str]
+
+
+def _newest_complete(output_dir: Path, storage: StorageGroup, *, may_lack_random_state: bool) -> _Inspected | None:
+    """Return the newest checkpoint that is complete on every file system; damaged ones are quarantined."""
+
+    def list_steps() -> list[int]:
+        if not storage.is_writer:
             return []
         try:
-            for left in checkpoint.remove_unfinished(output_dir):
-                logger.warning(f"{left}: its save was not finished: removed")
+            for folder in checkpoint.remove_unfinished(output_dir):
+                logger.warning(f"{folder}: its save was not finished: removed")
         except OSError as error:
             raise StorageError(f"{output_dir}: {error}") from None
         return checkpoint.steps_in(output_dir)
 
-    steps = sorted(set().union(*run_on_all_ranks(look)), reverse=True)
-    was_sealed = []
+    steps = sorted(set().union(*run_on_all_ranks(list_steps)), reverse=True)
+    had_manifest = []
     for step in steps:
         folder = checkpoint.checkpoint_folder(output_dir, step)
-        was_sealed.append(any(all_gather_object(checkpoint.is_complete(folder))))
-        faults = _all_faults(folder, disk.ranks)
-        if may_lack_random_state and all(map(_is_missing_random_state, faults)) or not faults:
-            return folder, faults
-        aside = run_on_all_ranks(lambda folder=folder: _set_aside(folder, "damaged") if disk.is_writer else None)
+        had_manifest.append(any(all_gather_object(checkpoint.is_complete(folder))))
+        inspected = _inspect(folder, storage.ranks)
+        if may_lack_random_state and all(map(_is_missing_random_state, inspected.faults)) or not inspected.faults:
+            return inspected
+        renamed = run_on_all_ranks(lambda folder=folder: _quarantine(folder, "damaged") if storage.is_writer else None)
         logger.warning(
-            f"{format_faults(faults, 'fault')}: {folder.name} is set aside as {next(filter(None, aside)).name}"
+            f"{format_faults(inspected.faults, 'fault')}: {folder.name} is quarantined as "
+            f"{next(filter(None, renamed)).name}"
         )
-    sealed_once = run_on_rank_0(lambda: run_json.last_checkpoint(output_dir))
-    if any(was_sealed) or sealed_once is not None:
+    finished_before = run_on_rank_0(lambda: run_json.last_checkpoint(output_dir))
+    if any(had_manifest) or finished_before is not None:
         raise CheckpointError(
-            f"{output_dir}: no checkpoint is whole, and this run has had some: to start again from step 0 choose "
+            f"{output_dir}: no checkpoint is complete, and this run has saved some: to start again from step 0 choose "
             "another --output_dir, or give --overwrite_output_dir True without --resume_from_checkpoint"
         )
     if run_on_rank_0(lambda: run_json.is_complete(output_dir)):
         raise ConfigError(
-            f"--output_dir {output_dir}: holds a run that is complete, and no checkpoint to go on from: choose another "
+            f"--output_dir {output_dir}: holds a complete run, and no checkpoint to resume from: choose another "
             "folder, or give --overwrite_output_dir True without --resume_from_checkpoint to move it aside"
         )
     logger.warning(f"{output_dir} holds no checkpoint yet: starting from step 0")
-    return None, []
+    return None
 
 
-def _set_aside(folder: Path, why: str) -> Path | None:
+def _quarantine(folder: Path, reason: str) -> Path | None:
     try:
-        return checkpoint.quarantine(folder, why) if folder.exists() else None
+        return checkpoint.quarantine(folder, reason) if folder.exists() else None
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be set aside: {error.strerror}") from None
-
-
-def _the_one(folder: Path) -> Path:
-    there = all_gather_object(folder.is_dir())
-    if not any(there):
-        raise ConfigError(f"--resume_from_checkpoint {folder}: there is no such folder")
-    return folder
+        raise StorageError(f"{folder}: cannot be renamed: {error.strerror}") from None
 
 
 def _check_run_id(output_dir: Path, folder: Path, manifest: Manifest) -> None:
     known = run_json.run_id(output_dir)
     if known is not None and known != manifest.run_id:
         raise CheckpointError(
-            f"{folder} is of run {manifest.run_id}, {output_dir / run_json.RUN_FILE} of run {known}: to go on from it, "
-            f"name it: --resume_from_checkpoint {folder}"
+            f"{folder} is of run {manifest.run_id}, {output_dir / run_json.RUN_FILE} of run {known}: to resume from "
+            f"it, name it: --resume_from_checkpoint {folder}"
         )
 
 
-def _all_faults(folder: Path, sharing: tuple[int, ...]) -> list[str]:
-    """Faults that any rank finds; those that see the same files share the work. None: every rank can read its part."""
+def _inspect(folder: Path, ranks: tuple[int, ...]) -> _Inspected:
+    """Collect the faults that any rank finds; `ranks`, which see the same files, share the work. All ranks."""
     names = host_names()
-    found = _faults_here(folder, sharing, all_of_it=len(sharing) == len(names))
-    several = len(set(names)) > 1 and len(sharing) < len(names)
-    every = all_gather_object([f"{fault} (on {names[get_rank()]})" if several else fault for fault in found])
-    return list(dict.fromkeys(fault for faults in every for fault in faults))
+    manifest, faults = _inspect_here(folder, ranks, all_files=len(ranks) == len(names))
+    by_host = len(set(names)) > 1 and len(ranks) < len(names)
+    of_all = all_gather_object([f"{fault} (on {names[get_rank()]})" if by_host else fault for fault in faults])
+    return _Inspected(folder, manifest, list(dict.fromkeys(fault for of_rank in of_all for fault in of_rank)))
 
 
-def _faults_here(folder: Path, sharing: tuple[int, ...], *, all_of_it: bool) -> list[str]:
+def _inspect_here(folder: Path, ranks: tuple[int, ...], *, all_files: bool) -> tuple[Manifest | None, list[str]]:
+    """Read the manifest, and verify this rank's part of the files."""
     try:
         manifest = checkpoint.read_manifest(folder)
     except CheckpointError as error:
-        return [str(error)]
-    needed = manifest.files if all_of_it else manifest.names_for(sharing)
-    part = sharing.index(get_rank())
-    names = checkpoint.partition_files(manifest, needed, part, len(sharing))
-    found = checkpoint.find_damage(folder, manifest, names)
+        return None, [str(error)]
+    needed = manifest.files if all_files else manifest.names_for(ranks)
+    part = ranks.index(get_rank())
+    names = checkpoint.partition_files(manifest, needed, part, len(ranks))
+    faults = checkpoint.find_damage(folder, manifest, names)
     if part == 0:
         unlisted = set(checkpoint.file_names(folder)) - set(manifest.files)
-        found += [
+        faults += [
             f"{folder / name} is not in {checkpoint.MANIFEST_FILE}"
             for name in sorted(unlisted)
             if checkpoint.is_pickled(Path(name))
@@ -221,43 +223,43 @@ def _faults_here(folder: Path, sharing: tuple[int, ...], *, all_of_it: bool) -> 
                 fault = checkpoint.pickle_fault(path)
             except OSError as error:
                 fault = f"{path} cannot be read: {error.strerror}"
-            found += [fault] if fault else []
-    return found
+            faults += [fault] if fault else []
+    return manifest, faults
 
 
 def _is_missing_random_state(fault: str) -> bool:
-    """Without it the numbers differ, and nothing else: `--allow_inexact_resume` may do without."""
+    """Without random states the numbers differ, and nothing else: `--allow_inexact_resume` may do without."""
     return re.search(r"/rng_state(_\d+)?\.pth is missing", fault) is not None
 
 
-def _sharing(folder: Path, output_dir: Path, disk: StorageGroup) -> tuple[int, ...]:
-    """The ranks that see the same files in `folder` as this one: elsewhere than in output_dir, those of its host."""
+def _ranks_that_see(folder: Path, output_dir: Path, storage: StorageGroup) -> tuple[int, ...]:
+    """Return the ranks that see the same files in `folder`: outside of output_dir, those of this host."""
     names = host_names()
     if folder.resolve().parent == output_dir.resolve():
-        return disk.ranks
+        return storage.ranks
     return tuple(rank for rank, name in enumerate(names) if name == names[get_rank()])
 
 
-def _other_versions(manifest: Manifest) -> list[str]:
-    """Libraries that have another version now: most give the same numbers, and none promises to."""
-    here = run_json.library_versions()
+def _changed_versions(manifest: Manifest) -> list[str]:
+    """Libraries with another version now: most give the same numbers, and none promises to."""
+    versions = run_json.library_versions()
     return [
-        f"{name} {version}, now {here.get(name, 'not installed')}"
+        f"{name} {version}, now {versions.get(name, 'not installed')}"
         for name, version in manifest.versions.items()
-        if here.get(name) != version
+        if versions.get(name) != version
     ]
 
 
-def _set_later_aside(output_dir: Path, chosen: Path, step: int, disk: StorageGroup) -> None:
-    """Checkpoints behind the chosen one are of steps that this run will make anew."""
+def _quarantine_later(output_dir: Path, chosen: Path, step: int, storage: StorageGroup) -> None:
+    """Rename checkpoints of later steps, which this run makes again."""
     if chosen.resolve().parent != output_dir.resolve():
         return
 
     def rename() -> list[Path]:
-        if not disk.is_writer:
+        if not storage.is_writer:
             return []
-        later = [one for one in checkpoint.steps_in(output_dir) if one > step]
-        return [_set_aside(checkpoint.checkpoint_folder(output_dir, one), "later") for one in later]
+        later = [saved for saved in checkpoint.steps_in(output_dir) if saved > step]
+        return [_quarantine(checkpoint.checkpoint_folder(output_dir, saved), "later") for saved in later]
 
-    for aside in set().union(*run_on_all_ranks(rename)):
-        logger.warning(f"a later checkpoint than {chosen.name} is set aside as {aside.name}")
+    for renamed in set().union(*run_on_all_ranks(rename)):
+        logger.warning(f"a later checkpoint than {chosen.name} is quarantined as {renamed.name}")

@@ -1,8 +1,8 @@
-"""Checkpoints as all ranks write them: room is made sure of, errors wait for each other, the seal comes last.
+"""Write checkpoints from all ranks: check free space, collect errors from all ranks before raising, manifest last.
 
-begin      every disk has room, old remains are gone, the folder stands, marked as unfinished
-recording  what a rank writes; where the disk refuses, the rank goes on to where the others wait for it
-seal       all files are on the disks and hashed -> all ranks agree -> manifests -> older checkpoints go
+begin            every file system has space, remains of interrupted saves are removed, the folder exists and is marked
+collect_errors   what a rank writes; where its disk refuses, the rank continues to the next collective
+commit           all files synced and hashed -> errors of all ranks -> manifests -> older checkpoints removed
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from finetune.utils.errors import CheckpointError, FinetuneError, StorageError
 
 logger = logging.getLogger(__name__)
 
-ROOM_TO_SPARE = 1.05  # of what the last checkpoint took
-BYTES_TO_SPARE = 8 << 20
+SIZE_MARGIN = 1.05  # of what the last checkpoint took
+BYTES_MARGIN = 8 << 20
 # In errors of torch's zip writer and of safetensors, which have types of their own.
-SIGNS_OF_A_DISK = ("iostream error", "unexpected pos", "PytorchStreamWriter", "No space left", "I/O error")
+DISK_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter", "No space left", "I/O error")
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,22 @@ class RunIdentity:
     """Which run this is.
 
     Attributes:
-        run_id: drawn at its start; that of the checkpoint for a run that goes on.
-        facts: what must be the same for a resumed run to be the uninterrupted one.
+        run_id: drawn at its start; a resumed run keeps that of its checkpoint.
+        facts: what a resumed run must have in common to equal the uninterrupted one.
         step_rows: rows or groups of a full step, over all ranks.
-        disk: who keeps files where this rank does.
-        manifest: of the checkpoint that it goes on from, and `folder` where that lies.
+        storage: which ranks share a file system with this one.
+        manifest: of the checkpoint to resume from. folder: the checkpoint, or its universal form.
     """
 
     run_id: str
     facts: dict[str, Any]
     step_rows: int
-    disk: StorageGroup
+    storage: StorageGroup
     manifest: Manifest | None = None
     folder: Path | None = None
 
     def check_trained(self, shapes: dict[str, list[int]]) -> None:
-        """Compare the parameters to be trained with those of the checkpoint.
+        """Compare the trained parameters with those of the checkpoint.
 
         Raises:
             CheckpointError: they have other names or shapes.
@@ -69,9 +69,11 @@ class RunIdentity:
 
 
 def trained_shapes(model: Any) -> dict[str, list[int]]:
-    """Names and whole shapes of all trained parameters, partitioned ones (ZeRO-3) too."""
+    """Return names and full shapes of all trained parameters, partitioned ones (ZeRO-3) too."""
     return {
-        name: list(getattr(one, "ds_shape", one.shape)) for name, one in model.named_parameters() if one.requires_grad
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 
@@ -105,18 +107,17 @@ def _size(parameters: Iterable[Any]) -> int:
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of a run.
+    """Write the checkpoints of a run.
 
     Args:
-        output_dir: in which they lie.
-        disk: who keeps files where this rank does.
-        keep: how many sealed ones stay; None: all.
-        first_size: bytes of a checkpoint on this disk, as far as they can be told before there is one.
-        describe: (step) -> the manifest without its files; called by every rank, it may ask the others.
+        storage: which ranks share a file system with this one.
+        keep: how many complete checkpoints stay; None: all.
+        first_size: estimated bytes of a checkpoint on this file system.
+        describe: (step) -> the manifest without its files; called by every rank, may use collectives.
     """
 
     output_dir: Path
-    disk: StorageGroup
+    storage: StorageGroup
     keep: int | None
     first_size: int
     describe: Callable[[int], Manifest]
@@ -127,27 +128,27 @@ class Saver:
 
     @property
     def needed(self) -> int:
-        """Bytes that the next checkpoint takes on this disk."""
-        size = self.first_size if self.last_size is None else int(self.last_size * ROOM_TO_SPARE)
-        return size + BYTES_TO_SPARE
+        """Bytes that the next checkpoint takes on this file system."""
+        size = self.first_size if self.last_size is None else int(self.last_size * SIZE_MARGIN)
+        return size + BYTES_MARGIN
 
     def begin(self, step: int, run_id: str) -> Path:
-        """Make room and the folder; all ranks.
+        """Check the space and create the folder. All ranks.
 
         Raises:
-            StorageError: too little space, or the folder cannot be made.
+            StorageError: too little space, or the folder cannot be created.
         """
         folder = checkpoint.checkpoint_folder(self.output_dir, step)
         self.failures, self.written = [], set()
 
-        def make() -> None:
-            if not self.disk.is_writer:
+        def create() -> None:
+            if not self.storage.is_writer:
                 return
             self._remove_older(checkpoint.remove_unfinished)
             try:
                 if folder.exists() or folder.is_symlink():
-                    aside = checkpoint.quarantine(folder, "before")
-                    logger.info(f"{folder} was there before this run came to it: renamed to {aside.name}")
+                    renamed = checkpoint.quarantine(folder, "before")
+                    logger.info(f"{folder} existed before this step: renamed to {renamed.name}")
                 free = self._free()
                 if free < self.needed:
                     raise StorageError(self._no_space(step, free))
@@ -155,77 +156,79 @@ class Saver:
             except OSError as error:
                 raise StorageError(f"{folder}{self._where()}: {error.strerror}") from None
 
-        run_on_all_ranks(make)
+        run_on_all_ranks(create)
         return folder
 
     @contextmanager
-    def recording(self, what: Path) -> Iterator[None]:
-        """Keep what goes wrong while `what` is written until `seal`, where all ranks hear of it.
+    def collect_errors(self, path: Path) -> Iterator[None]:
+        """Keep errors of writing `path` until `commit`, which raises them on all ranks.
 
-        Other ranks wait for this one in the next collective of the save: it has to get there.
+        The other ranks wait for this one in the next collective of the save.
         """
         try:
             yield
         except FinetuneError as error:
             self.failures.append(str(error))
-        except Exception as error:  # torch and safetensors say that a disk is full in types of their own
-            if not _is_of_writing(error):
+        except Exception as error:  # torch and safetensors have error types of their own for a full disk
+            if not _is_disk_error(error):
                 raise
-            self.failures.append(f"{what}: {str(error).splitlines()[0]}")
+            self.failures.append(f"{path}: {str(error).splitlines()[0]}")
 
-    def claim(self, path: Path) -> None:
-        """This rank has written `path`; what nobody claims is the writer's."""
+    def record_written(self, path: Path) -> None:
+        """Record that this rank has written `path`; files that no rank records are the writer's."""
         self.written.add(str(path))
 
-    def seal(self, folder: Path, step: int, keep_also: tuple[int, ...] = ()) -> Manifest:
-        """Make the checkpoint count, then remove older ones; all ranks.
+    def commit(self, folder: Path, step: int, keep_also: tuple[int, ...] = ()) -> Manifest:
+        """Complete the checkpoint with its manifest, then remove older ones. All ranks.
 
         Raises:
-            StorageError: some rank could not write; what it left is removed, older checkpoints are untouched.
+            StorageError: some rank could not write; its files are removed, older checkpoints are untouched.
         """
-        mine, common = {}, {}
-        claimed = all_gather_object({str(Path(one).relative_to(folder)) for one in self.written})
+        own, common = {}, {}
+        written = all_gather_object({str(Path(path).relative_to(folder)) for path in self.written})
         if not self.failures:
-            with self.recording(folder):
-                mine = checkpoint.fsync_and_hash(folder, sorted(claimed[get_rank()]), get_rank())
-                if self.disk.is_writer:
-                    others = set().union(*(claimed[rank] for rank in self.disk.ranks))
-                    common = checkpoint.fsync_and_hash(folder, sorted({*checkpoint.file_names(folder)} - others), None)
-        outcomes = all_gather_object((self.failures, mine, common))
+            with self.collect_errors(folder):
+                own = checkpoint.fsync_and_hash(folder, sorted(written[get_rank()]), get_rank())
+                if self.storage.is_writer:
+                    of_ranks = set().union(*(written[rank] for rank in self.storage.ranks))
+                    common = checkpoint.fsync_and_hash(
+                        folder, sorted({*checkpoint.file_names(folder)} - of_ranks), None
+                    )
+        outcomes = all_gather_object((self.failures, own, common))
         if any(failures for failures, _, _ in outcomes):
-            self._give_up(folder, step)
-        files: dict[str, FileRecord] = dict(outcomes[self.disk.writer][2])
-        for _, own, _ in outcomes:
-            files |= own
+            self._abort(folder, step)
+        files: dict[str, FileRecord] = dict(outcomes[self.storage.writer][2])
+        for _, of_rank, _ in outcomes:
+            files |= of_rank
         manifest = replace(self.describe(step), files=dict(sorted(files.items())))
         run_on_all_ranks(lambda: self._finish(folder, manifest))
-        self.last_size = sum(files[name].size for name in manifest.names_for(self.disk.ranks))
+        self.last_size = sum(files[name].size for name in manifest.names_for(self.storage.ranks))
         self.newest = folder
-        if self.disk.is_writer:
+        if self.storage.is_writer:
             options = {"run_id": manifest.run_id, "keep": self.keep, "keep_also": (step, *keep_also)}
             self._remove_older(checkpoint.rotate, **options)
         return manifest
 
     @contextmanager
     def saving_result(self) -> Iterator[None]:
-        """What is written into `output_dir` itself inside the block is on the disk behind it; all ranks.
+        """Sync what is written into `output_dir` itself inside the block. All ranks.
 
         Raises:
-            StorageError: some rank could not write; what came new is removed on every disk.
+            StorageError: some rank could not write; new files are removed on every file system.
         """
         self.failures = []
         before = set(self._files_of_result())
         yield
-        if self.disk.is_writer and not self.failures:
-            with self.recording(self.output_dir):
+        if self.storage.is_writer and not self.failures:
+            with self.collect_errors(self.output_dir):
                 checkpoint.fsync_and_hash(self.output_dir, self._files_of_result(), None)
-        where = self._first_failure()
-        if where is None:
+        failure = self._first_failure()
+        if failure is None:
             return
-        if self.disk.is_writer:
+        if self.storage.is_writer:
             for name in set(self._files_of_result()) - before:
                 (self.output_dir / name).unlink(missing_ok=True)
-        reason, host, free = where
+        reason, host, free = failure
         kept = f": the trained weights are in {self.newest}" if self.newest else ""
         raise StorageError(
             f"{reason}: the result was not saved in {self.output_dir}{host}, {free / 1e6:,.0f} MB were free{kept}; "
@@ -233,16 +236,18 @@ class Saver:
         )
 
     def _first_failure(self) -> tuple[str, str, int] | None:
-        """What the lowest rank that failed says, on which host, and how many bytes were free there; all ranks."""
+        """Return the error of the lowest rank that failed, its host, and the bytes free there. All ranks."""
         free = self._free()
-        everyone = all_gather_object((self.failures, self._where(), free))
-        return next(((failures[0], host, free) for failures, host, free in everyone if failures), None)
+        of_ranks = all_gather_object((self.failures, self._where(), free))
+        return next(((failures[0], host, free) for failures, host, free in of_ranks if failures), None)
 
     def _files_of_result(self) -> list[str]:
-        return sorted(path.name for path in self.output_dir.iterdir() if path.is_file()) if self.disk.is_writer else []
+        return (
+            sorted(path.name for path in self.output_dir.iterdir() if path.is_file()) if self.storage.is_writer else []
+        )
 
     def _finish(self, folder: Path, manifest: Manifest) -> None:
-        if not self.disk.is_writer:
+        if not self.storage.is_writer:
             return
         try:
             checkpoint.write_manifest(folder, manifest)
@@ -250,25 +255,24 @@ class Saver:
             raise StorageError(f"{folder}{self._where()}: {error.strerror}: it is not a checkpoint") from None
 
     def _remove_older(self, remove: Callable[..., Any], **options: Any) -> None:
-        """Whether there is room is another question: what cannot be removed now, because somebody reads it over NFS,
-        can be at the next save."""
+        """Report what cannot be removed now, because somebody reads it over NFS: the next save tries again."""
         try:
             remove(self.output_dir, **options)
         except OSError as error:
             logger.warning(f"an older checkpoint in {self.output_dir}{self._where()} could not be removed: {error}")
 
-    def _give_up(self, folder: Path, step: int) -> None:
+    def _abort(self, folder: Path, step: int) -> None:
         reason, host, _ = self._first_failure() or ("", "", 0)
-        if self.disk.is_writer and checkpoint.is_unfinished(folder):
+        if self.storage.is_writer and checkpoint.is_unfinished(folder):
             try:
                 checkpoint.remove_checkpoint(folder)
             except OSError as error:
-                logger.warning(f"{folder}{self._where()} is not whole and could not be removed: {error.strerror}")
+                logger.warning(f"{folder}{self._where()} is incomplete and could not be removed: {error.strerror}")
         free = min(all_gather_object(self._free()))
         raise StorageError(f"{reason}{host}: {self._no_space(step, free)}; what it had written was removed")
 
     def _free(self) -> int:
-        """Bytes; 0 where the disk does not answer: the others wait for this rank's word."""
+        """Return free bytes; 0 where the disk does not answer, because the other ranks wait for this one."""
         try:
             return shutil.disk_usage(self.output_dir).free
         except OSError:
@@ -284,13 +288,13 @@ class Saver:
         )
 
     def _where(self) -> str:
-        return f" on {os.uname().nodename}" if not self.disk.is_shared else ""
+        return f" on {os.uname().nodename}" if not self.storage.is_shared else ""
 
 
-def _is_of_writing(error: Exception) -> bool:
-    """Whether a disk refused: the system says so, torch's zip writer, or safetensors."""
+def _is_disk_error(error: Exception) -> bool:
+    """Whether a disk refused to write: an error of the system, of torch's zip writer, or of safetensors."""
     text = str(error)
-    return isinstance(error, OSError) or any(sign in text for sign in SIGNS_OF_A_DISK)
+    return isinstance(error, OSError) or any(sign in text for sign in DISK_ERRORS)
 
 
 def resume_point(newest: Path | None, identity: RunIdentity, output_dir: Path) -> tuple[str, str]:
@@ -304,20 +308,20 @@ def resume_point(newest: Path | None, identity: RunIdentity, output_dir: Path) -
 
 
 def new_run_id() -> str:
-    """When it began, and a number that no other run has."""
+    """Return a new id: the time of the start and a random number."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
 
 
 def checkpoint_engine(saver: Saver) -> Any:
-    """DeepSpeed's own writer of files, with a `Saver` that is told of each and keeps what goes wrong."""
+    """Return DeepSpeed's checkpoint engine, whose files and errors go to a `Saver`."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     class RecordingCheckpointEngine(TorchCheckpointEngine):
-        """Its errors wait until all ranks can hear of them."""
+        """Keep errors until all ranks can raise them."""
 
         def save(self, state_dict: Any, path: str) -> None:
-            saver.claim(Path(path))
-            with saver.recording(Path(path)):
+            saver.record_written(Path(path))
+            with saver.collect_errors(Path(path)):
                 super().save(state_dict, path)
 
     engine = RecordingCheckpointEngine()

@@ -43,11 +43,11 @@ class CheckpointTrainer(Trainer):
         self.identity, self.initial_lora = identity, initial_lora
         self.trained = trained_shapes(self.model)
         identity.check_trained(self.trained)
-        share = len(identity.disk.ranks) / self.args.world_size
+        share = len(identity.storage.ranks) / self.args.world_size
         size = checkpoint_bytes(
             self.model, self.trained, stage=zero_stage, share=share, only_model=self.args.save_only_model
         )
-        self.saver = Saver(Path(self.args.output_dir), identity.disk, keep, size, self.describe_step)
+        self.saver = Saver(Path(self.args.output_dir), identity.storage, keep, size, self.describe_step)
 
     @abstractmethod
     def describe_step(self, step: int) -> Manifest:
@@ -74,10 +74,10 @@ class CheckpointTrainer(Trainer):
         if self.is_deepspeed_enabled:
             self.model_wrapped.checkpoint_engine = checkpoint_engine(self.saver)
             write_no_recovery_script(self.model_wrapped)
-        with self.saver.recording(folder):
+        with self.saver.collect_errors(folder):
             super()._save_checkpoint(model, trial)
         best = self.best()
-        self.saver.seal(folder, step, keep_also=() if best is None else (best[0],))
+        self.saver.commit(folder, step, keep_also=() if best is None else (best[0],))
         if is_rank_0():
             update_run_json(Path(self.args.output_dir), {"last_checkpoint": step})
         self.after_pause(time.perf_counter() - began)
@@ -85,14 +85,14 @@ class CheckpointTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As transformers does, but that the tag DeepSpeed looks for is written on each disk."""
         if not self.is_deepspeed_enabled:
-            with self.saver.recording(Path(output_dir)):
+            with self.saver.collect_errors(Path(output_dir)):
                 super()._save_optimizer_and_scheduler(output_dir)
             return
         tag = f"global_step{self.model_wrapped.global_steps}"
         self.model_wrapped.save_checkpoint(
             output_dir, tag=tag, save_latest=False, exclude_frozen_parameters=hasattr(self.model, "peft_config")
         )
-        with self.saver.recording(Path(output_dir)):
+        with self.saver.collect_errors(Path(output_dir)):
             if self.args.should_save:
                 Path(output_dir, "latest").write_text(tag, encoding="utf-8")
                 if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
@@ -100,14 +100,14 @@ class CheckpointTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        self.saver.claim(Path(output_dir, name))
-        with self.saver.recording(Path(output_dir, name)):
+        self.saver.record_written(Path(output_dir, name))
+        with self.saver.collect_errors(Path(output_dir, name)):
             super()._save_rng_state(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model and its tokenizer; no `training_args.bin`: it is a pickle, and run.json says what ran."""
         folder = Path(output_dir or self.args.output_dir)
-        with gather_virtual_tokens(self.model, saves=self.args.should_save), self.saver.recording(folder):
+        with gather_virtual_tokens(self.model, saves=self.args.should_save), self.saver.collect_errors(folder):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.model.save_pretrained(folder, state_dict=state_dict)
@@ -125,7 +125,7 @@ class CheckpointTrainer(Trainer):
         check_weights(self.model, "the result", self.resume_advice())
         with self.saver.saving_result():
             self.save_model()
-            with self.saver.recording(Path(self.args.output_dir)):
+            with self.saver.collect_errors(Path(self.args.output_dir)):
                 self.save_state()
 
     def best(self) -> tuple[int, float] | None:

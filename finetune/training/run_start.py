@@ -48,7 +48,7 @@ def start_run(
         run_id=resumed.manifest.run_id if resumed else run_on_rank_0(new_run_id),
         facts=facts,
         step_rows=batch.step_rows,
-        disk=storage,
+        storage=storage,
         manifest=resumed.manifest if resumed else None,
         folder=resumed.folder_to_load(output_dir) if resumed else None,
     )

@@ -95,7 +95,7 @@ class SupervisedTrainer(CheckpointTrainer):
             self.args.process_index,
             self.args.world_size,
             output_dir / NONFINITE_ROWS_FILE,
-            writes=identity.disk.is_writer,
+            writes=identity.storage.is_writer,
         )
         sends_buffers = not (self.is_deepspeed_enabled or self.args.world_size == 1)
         self.timer = ComputeTimer(
@@ -257,7 +257,7 @@ class SupervisedTrainer(CheckpointTrainer):
 
     def _restore_counters(self) -> None:
         """Restore the sums since the last logged step of the checkpoint: they belong to the next logged line."""
-        if self.saver.disk.is_writer:
+        if self.saver.storage.is_writer:
             remove_universal(self.saver.output_dir)
         manifest = self.identity.manifest
         if manifest is not None and manifest.world_size == self.args.world_size:
@@ -350,7 +350,7 @@ class SupervisedTrainer(CheckpointTrainer):
             facts=self.identity.facts,
             trained=self.trained,
             versions=library_versions(),
-            disks=self.identity.disk.all_groups,
+            disks=self.identity.storage.all_groups,
             written=now(),
             is_resumable=not self.args.save_only_model,
             non_finite=asdict(self.monitor.count),

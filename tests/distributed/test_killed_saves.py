@@ -85,7 +85,7 @@ def test_killed_inside_every_file_of_a_save_the_next_start_ends_in_the_same_bits
         assert checkpoint.latest_complete(output) is not None, sign
         outcome = ranks.train(tmp_path / "logs", words)
         assert outcome.succeeded, "\n".join(outcome.outputs)
-        assert "going on from" in outcome.outputs[0]
+        assert "resuming from" in outcome.outputs[0]
         assert runs.result_of(output) == expected, sign
         assert [one.name for one in output.glob("checkpoint-*")] == ["checkpoint-6"], sign
     assert len(died) >= (8 if rank == "0" else 2), died

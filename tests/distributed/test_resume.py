@@ -131,7 +131,7 @@ def test_auto_starts_anew_goes_on_after_a_kill_and_can_be_repeated(train, tmp_pa
         assert outcome.statuses == [-9, -9]
     assert [one.name for one in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
     said = train("killed", *flags)
-    assert "going on from" in said and "checkpoint-4" in said
+    assert "resuming from" in said and "checkpoint-4" in said
     assert runs.result_of(tmp_path / "killed") == expected
     run = json.loads((tmp_path / "killed/run.json").read_text())
     assert run["completed"] and [one["step"] for one in run["resumed"]] == [4] and run["resumed"][0]["changes"] == []
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_goes_on(train, 
     (tmp_path / "run/checkpoint-8/rng_state_1.pth").unlink()
     said = train("run", *flags)
     assert f"{shard} has been changed" in said and "rng_state_1.pth is missing" in said
-    assert "going on from" in said and "checkpoint-7" in said
+    assert "resuming from" in said and "checkpoint-7" in said
     assert runs.result_of(tmp_path / "run") == expected
     asides = sorted(one.name for one in (tmp_path / "run").glob("checkpoint-*damaged*"))
     assert [one.split(".")[0] for one in asides] == ["checkpoint-8", "checkpoint-9"]
@@ -164,7 +164,7 @@ def test_when_no_checkpoint_is_whole_the_run_stops_and_stops_again(train, tmp_pa
     before = runs.result_of(tmp_path / "run")
     for _ in range(2):
         said = train("run", *flags, "--resume_from_checkpoint", "auto", fails=4)
-        assert said.count("error: ") == 1 and "no checkpoint is whole" in said
+        assert said.count("error: ") == 1 and "no checkpoint is complete" in said
     assert runs.result_of(tmp_path / "run") == before
     named = next((tmp_path / "run").glob("checkpoint-2.damaged*"))
     said = train("run", *flags, "--resume_from_checkpoint", named, fails=4)
@@ -206,7 +206,7 @@ def test_an_inexact_resume_is_allowed_by_flag_and_recorded_but_not_into_another_
     (tmp_path / "whole/checkpoint-3/rng_state_0.pth").unlink()
     allowed = (*flags, "--save_steps", "3", "--allow_inexact_resume", "True")
     said = train("seed", *allowed, "--seed", "7")
-    assert "note: not as it was when checkpoint-3 was written: --seed: 42, now 7" in said
+    assert "note: changed since checkpoint-3 was written: --seed: 42, now 7" in said
     (resumed,) = json.loads((tmp_path / "seed/run.json").read_text())["resumed"]
     assert any("--seed: 42, now 7" in change for change in resumed["changes"])
     assert any("rng_state_0.pth is missing" in change for change in resumed["changes"])

@@ -56,13 +56,13 @@ def started(job: Cluster, step: int, *flags: str | Path, **environment: str) -> 
     is_first = not list(job.output.glob("checkpoint-*"))
     run = job.start(*FLAGS, *LORA, *flags, **environment)
     said = until(run, f"step {step}/")
-    assert ("going on from" in said) is not is_first, said
+    assert ("resuming from" in said) is not is_first, said
     return run
 
 
 def completes(job: Cluster) -> None:
     said = job.completed(job.start(*FLAGS, *LORA))
-    assert "going on from" in said and len(losses(job.output)) == STEPS
+    assert "resuming from" in said and len(losses(job.output)) == STEPS
     ran = json.loads((job.output / "run.json").read_text())
     assert (ran["world_size"], ran["completed"]) == (3, True) and not (job.output / "failure.json").exists()
 
@@ -155,7 +155,7 @@ def test_a_disk_that_is_full_on_one_host_is_named_and_the_run_goes_on_once_there
         run = job.start(*flags)
         said = job.ended(run, within=200)
         assert run.returncode == 0, said
-        assert "going on from" in said and "checkpoint-4, step 4" in said
+        assert "resuming from" in said and "checkpoint-4, step 4" in said
         assert three_nodes[0].run("cat", job.output / "RUN_COMPLETE")
 
 

@@ -74,7 +74,7 @@ def test_three_hosts_give_the_losses_of_three_ranks_on_one_and_go_on_to_the_last
 
     said = job.completed(start(*FLAGS, *flags, "--resume_from_checkpoint", job.output / "checkpoint-3"))
 
-    assert "step 3" in said[said.index("going on from") :] and weights(job.output) == whole
+    assert "step 3" in said[said.index("resuming from") :] and weights(job.output) == whole
     assert losses(job.output) == pytest.approx(expected, abs=1e-5)
 
 

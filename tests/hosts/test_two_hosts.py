@@ -131,7 +131,7 @@ def test_without_a_shared_disk_each_host_keeps_its_part_and_says_what_it_lacks(
 
     done = launch(*flags, "--resume_from_checkpoint", output / "checkpoint-4")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from" in done.stdout and on(*weights) == whole
+    assert "resuming from" in done.stdout and on(*weights) == whole
 
     merged = tmp_path / "merged"  # both see it
     for node in nodes:

@@ -81,9 +81,9 @@ def damaged_in_every_way() -> dict:
             "model.safetensors has been changed",
         ),
         "a step of another": (lambda folder: wrong(folder, step=7), "it is of step 7: give the folder its name"),
-        "a rank too few": (lambda folder: wrong(folder, loss_since_log=[0.5]), "its ranks do not add up"),
-        "no ranks": (lambda folder: wrong(folder, disks=[0, 1]), "its ranks do not add up"),
-        "ranks of one disk": (lambda folder: wrong(folder, disks=[[0], 1]), "its ranks do not add up"),
+        "a rank too few": (lambda folder: wrong(folder, loss_since_log=[0.5]), "world size do not match"),
+        "no ranks": (lambda folder: wrong(folder, disks=[0, 1]), "world size do not match"),
+        "ranks of one disk": (lambda folder: wrong(folder, disks=[[0], 1]), "world size do not match"),
         "no weights": (lambda folder: wrong(folder, trained=None), "trained is None"),
         "a folder instead": (
             lambda folder: ((folder / "latest").unlink(), (folder / "latest").mkdir()),

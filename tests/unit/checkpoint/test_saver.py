@@ -28,7 +28,7 @@ def saver(tmp_path) -> Saver:
 def saved(saver: Saver, step: int) -> Path:
     folder = saver.begin(step, MANIFEST.run_id)
     (folder / "model.safetensors").write_bytes(b"weights")
-    saver.seal(folder, step)
+    saver.commit(folder, step)
     return folder
 
 
@@ -58,10 +58,10 @@ def test_a_rank_whose_disk_does_not_answer_still_says_so_to_the_others(saver, mo
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("shutil.disk_usage", refuse)
-    with saver.recording(folder / "model.safetensors"):
+    with saver.collect_errors(folder / "model.safetensors"):
         raise OSError(5, "Input/output error")
     with pytest.raises(StorageError, match="Input/output error: checkpoint-2 was not saved .* 0 MB are free"):
-        saver.seal(folder, 2)
+        saver.commit(folder, 2)
     assert not folder.exists()
 
 
