@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 OUTER_ENVIRONMENT = dict(os.environ)  # for the tests marked `gpu`
 
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+# A build records its include paths: checkouts that share one environment through a link have one build each.
+_LINKED = f"-{zlib.crc32(sys.prefix.encode()):x}" if Path(sys.prefix).is_symlink() else ""
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / f"torch_extensions{_LINKED}"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
