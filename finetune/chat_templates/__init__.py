@@ -1,9 +1,9 @@
-"""Conversation -> `Example`: the ids a model sees, and at each position what it should have predicted there.
+"""Conversation -> `Example`: input ids and labels.
 
-Supervision comes from structure. A chat format lays a conversation out as pieces, each known to be context or part of
-a turn; nothing is searched for afterwards. What is learned is a model turn's text and the token that ends the turn.
-Contents are encoded as plain text: where a turn spells a control token (`</s>`, `<|im_end|>`), it gets the ids of
-those characters and can neither end a turn nor open one.
+Supervision comes from structure: a chat format tokenizes a conversation as pieces, each known to be context or part of
+a turn; no separators are searched for afterwards. The text of a model turn and its end-of-turn token are supervised.
+Contents are encoded as plain text: a control token that a turn spells (`</s>`, `<|im_end|>`) gets the ids of its
+characters and can neither end a turn nor open one.
 
     turn              human            model
     text              Hi               Yes

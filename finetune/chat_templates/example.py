@@ -1,23 +1,35 @@
-"""What rendering makes: examples with their labels, and the layout they grow from."""
+"""Tokenized conversations with labels, training examples, and the interface of chat formats."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from finetune.chat_templates.labels import IGNORE_INDEX, UnrenderableError
-from finetune.chat_templates.plain_text import PlainTextTokenizer
+from finetune.chat_templates.plain_text import PlainTextTokenizer, UnrenderableError
 from finetune.conversation import Turn
 
+IGNORE_INDEX = -100
 Status = Literal["kept", "cut", "split", "dropped"]
+
+# Rules by which a format may change a conversation; each use is written to the ledger.
+SYSTEM_RULE = "system turn put in front of the first human turn"
+REASONING_RULE = "the chat template leaves out the reasoning of turn {turn}"
+SYSTEM_SEPARATOR = "\n\n"
+REASONING_END = "</think>"
+
+
+def system_in_front(turns: Sequence[Turn]) -> list[Turn]:
+    """Apply `SYSTEM_RULE`: prepend the text of the system turn to the human turn after it."""
+    system, first, *others = turns
+    return [replace(first, text=system.text + SYSTEM_SEPARATOR + first.text), *others]
 
 
 @dataclass(frozen=True, slots=True)
 class TurnSpan:
-    """Where a turn lies in an example: tokens `start` to `stop` (exclusive), its end-of-turn token included."""
+    """The tokens of a turn in an example: `start` to `stop` (exclusive), including its end-of-turn token."""
 
     turn: int
     role: str
@@ -27,9 +39,9 @@ class TurnSpan:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedSpan:
-    """One learned run of labels, `start` to `stop` (exclusive), and the `text` of the model turn that it must spell.
+    """A run of supervised labels, `start` to `stop` (exclusive), which must decode to `text`, that of the model turn.
 
-    The label at `stop - 1` is the token that ends the turn, unless the turn was cut (`ended` is False).
+    The label at `stop - 1` is the end-of-turn token, unless the turn was truncated (`ended` is False).
     """
 
     turn: int
@@ -43,9 +55,8 @@ class SupervisedSpan:
 class Example:
     """One training sequence.
 
-    `input_ids` and `labels` are lists of the same length; `labels[i]` is -100 or what position i should have been
-    predicted as (position i-1 predicts it; position 0 is predicted by nothing and always -100). `row` and `source`
-    say which conversation it is, `window` which part of it.
+    `input_ids` and `labels` are lists of the same length. `labels[i]` is -100 or the unshifted target: position i-1
+    predicts it, so position 0 is always -100. `row` and `source` identify the conversation, `window` the part of it.
     """
 
     input_ids: list[int]
@@ -57,30 +68,33 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        """Positions that are learned."""
+        """Number of supervised labels."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
-def supervised_turns_of(labels: Sequence[int], turns: Sequence[int], starts: Sequence[int]) -> np.ndarray:
-    """The model turn that each learned token of an example belongs to, ints [learned].
+def supervised_turns_of(
+    labels: Sequence[int] | np.ndarray, turns: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """The model turn of each supervised token, ints [supervised].
 
         labels   -100 -100 Yes </s> -100 No  </s>     turns 1 and 3 start at 2 and 5: 1 1 3 3
 
-    An end that is learned where the next turn begins belongs to the answer before it.
+    An end token that is supervised where the next turn begins belongs to the turn before it.
 
     Args:
         labels: ints [tokens].
-        turns, starts: a number of each model turn and its first position, in the order of the tokens.
+        turns: a number for each model turn, in the order of the tokens.
+        starts: the first position of each model turn.
     """
-    learned = np.flatnonzero(np.asarray(labels) != IGNORE_INDEX)
-    return np.asarray(turns)[np.searchsorted(starts, learned, side="right") - 1]
+    positions = np.flatnonzero(np.asarray(labels) != IGNORE_INDEX)
+    return np.asarray(turns)[np.searchsorted(starts, positions, side="right") - 1]
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedConversation:
-    """What became of one conversation: its examples (none when dropped) and, unless all is plain, the reason.
+    """The outcome of one conversation: its examples (none if dropped), and a reason unless it was kept unchanged.
 
-    `spelled` counts its turns that spell a control token, which stayed text.
+    `spelled` counts its turns that spell a control token, which stays text.
     """
 
     row: int
@@ -94,62 +108,63 @@ class RenderedConversation:
 
 @dataclass(slots=True)
 class TokenizedConversation:
-    """A conversation laid out as tokens; `rules` names what the format changed about it."""
+    """A conversation as tokens and labels; `rules` names what the format changed."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    spans: list[TurnSpan] = field(default_factory=list)
-    answers: list[SupervisedSpan] = field(default_factory=list)
+    turn_spans: list[TurnSpan] = field(default_factory=list)
+    supervised_spans: list[SupervisedSpan] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
     spelled: int = 0
 
-    def add(self, ids: Sequence[int], *, learned: bool) -> None:
-        """Append ids, all of them learned or all of them context."""
+    def add(self, ids: Sequence[int], *, supervised: bool) -> None:
+        """Append ids, all of them supervised or all of them context."""
         self.input_ids += ids
-        self.labels += ids if learned else [IGNORE_INDEX] * len(ids)
+        self.labels += ids if supervised else [IGNORE_INDEX] * len(ids)
 
-    def cut(self, length: int) -> TokenizedConversation:
-        """The first `length` tokens; an answer that loses its end is no longer `ended`."""
-        spans = [
-            TurnSpan(one.turn, one.role, one.start, min(one.stop, length)) for one in self.spans if one.start < length
-        ]
-        answers = [
-            SupervisedSpan(one.turn, one.start, min(one.stop, length), one.text, one.ended and one.stop <= length)
-            for one in self.answers
-            if one.start < length
-        ]
+    def truncate(self, length: int) -> TokenizedConversation:
+        """The first `length` tokens; a supervised span that loses its end is no longer `ended`."""
         return TokenizedConversation(
-            self.input_ids[:length], self.labels[:length], spans, answers, self.rules, self.spelled
+            self.input_ids[:length],
+            self.labels[:length],
+            [replace(span, stop=min(span.stop, length)) for span in self.turn_spans if span.start < length],
+            [
+                replace(span, stop=min(span.stop, length), ended=span.ended and span.stop <= length)
+                for span in self.supervised_spans
+                if span.start < length
+            ],
+            self.rules,
+            self.spelled,
         )
 
     @property
-    def last_learned(self) -> int:
-        """The number of tokens up to and including the last one that is learned; 0 when none is."""
-        return max((answer.stop for answer in self.answers), default=0)
+    def supervised_length(self) -> int:
+        """Number of tokens up to and including the last supervised one; 0 if there is none."""
+        return max((span.stop for span in self.supervised_spans), default=0)
 
 
 class ChatFormat(Protocol):
-    """How turns become tokens."""
+    """Tokenizes conversations in one format."""
 
     name: str
     plain: PlainTextTokenizer
 
     def tokenize_all(self, rows: Sequence[Sequence[Turn]]) -> list[TokenizedConversation | UnrenderableError]:
-        """Lay each row's turns out; where the format cannot express them, the refusal stands in its place."""
+        """Tokenize the turns of each row; an error in place of each row that the format cannot express."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What decides how turns are laid out, beside the tokenizer; JSON values."""
+        """Everything besides the tokenizer that decides how turns are tokenized; JSON values."""
         ...
 
 
 def tokenize_conversation(chat_format: ChatFormat, turns: Sequence[Turn]) -> TokenizedConversation:
-    """Lay one conversation out.
+    """Tokenize one conversation.
 
     Raises:
-        Unrenderable: the format cannot express it.
+        UnrenderableError: the format cannot express it.
     """
-    (layout,) = chat_format.tokenize_all([turns])
-    if isinstance(layout, UnrenderableError):
-        raise layout
-    return layout
+    (tokenized,) = chat_format.tokenize_all([turns])
+    if isinstance(tokenized, UnrenderableError):
+        raise tokenized
+    return tokenized

@@ -1,4 +1,4 @@
-"""Which chat format a run uses, and the token it ends a turn with."""
+"""Select the chat format of a run."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def select_chat_format(
     is_lingowhale: bool = False,
     content_tokens: Sequence[str] = (),
 ) -> tuple[ChatFormat, list[str]]:
-    """The chat format of a run and the lines that announce a choice the user did not make.
+    """Select the chat format of a run; also return notes about choices that the user did not make.
 
-    Without `chat_template` (`lingowhale`, `chatml` or a Jinja file): the tokenizer's own template, else LingoWhale's
-    format for LingoWhale, else ChatML, whose markers are added to a tokenizer that lacks them. `content_tokens` are the
-    added tokens that contents may use.
+    Args:
+        chat_template: `lingowhale`, `chatml` or a Jinja file; None: the tokenizer's own template, else LingoWhale's
+            format for LingoWhale, else ChatML, whose markers are added to the tokenizer if it lacks them.
+        content_tokens: added tokens that contents may use.
 
     Raises:
-        ConfigError: a template file that does not exist, a content token that cannot be one.
+        ConfigError: a template file that cannot be read, or an invalid content token.
     """
+    notes = []
     if chat_template is None and tokenizer.chat_template is None:
         chat_template = "lingowhale" if is_lingowhale else "chatml"
-        notes = [f"the tokenizer has no chat template: conversations are rendered in the {chat_template} format"]
-    else:
-        notes = []
+        notes.append(f"the tokenizer has no chat template: conversations are rendered in the {chat_template} format")
     if chat_template == "lingowhale":
         return LingoWhaleFormat(tokenizer, human_token_ids, model_token_ids, content_tokens), notes
     if chat_template == "chatml":
@@ -53,7 +53,7 @@ def select_chat_format(
         tokenizer.chat_template = CHATML
     elif chat_template is not None:
         tokenizer.chat_template = _template_file(chat_template)
-    # A result is saved with this tokenizer, so what serves it renders as training did.
+    # The result is saved with this tokenizer, so that serving renders as training did.
     name = chat_template or "the tokenizer's own chat template"
     return JinjaFormat(tokenizer, tokenizer.get_chat_template(), name, content_tokens), notes
 
@@ -68,6 +68,6 @@ def _template_file(name: str) -> str:
 
 
 def stop_token_id(chat_format: ChatFormat) -> int:
-    """The token that ends a model turn in this format, as training teaches it."""
+    """The token that ends a model turn in this format, as it is supervised."""
     probe = tokenize_conversation(chat_format, [Turn("human", "a"), Turn("model", "b")])
-    return probe.labels[probe.last_learned - 1]
+    return probe.labels[probe.supervised_length - 1]

@@ -1,8 +1,8 @@
-"""Serving as training did: what stands before an answer, what an answer says, which tokens end it.
+"""Generation prompts with exactly the token ids used in training, stop tokens, and decoding of answers.
 
 turns       human "Hi"
-prompt      <s>  Hi  </s>  <m>              in training, behind these ids:   Yes  </s>
-the model says                Yes  </s>     the answer is the text that training renders to this:  "Yes"
+prompt      <s>  Hi  </s>  <m>              in training, these ids are followed by:   Yes  </s>
+generated                     Yes  </s>     the answer is the text that training renders to these ids:  "Yes"
 """
 
 from __future__ import annotations
@@ -10,39 +10,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os.path import commonprefix
 
-from finetune.chat_templates.example import ChatFormat, TokenizedConversation, UnrenderableError, tokenize_conversation
+from finetune.chat_templates.example import (
+    REASONING_END,
+    ChatFormat,
+    TokenizedConversation,
+    UnrenderableError,
+    tokenize_conversation,
+)
 from finetune.chat_templates.plain_text import PlainTextTokenizer
-from finetune.chat_templates.supervision_rules import REASONING_END
 from finetune.conversation import Turn
 
-# Answers that no template changes, of several kinds of letters: what a tokenizer joins with a space differs.
-ANSWERS = ("a", "好", "1", "-", "🙂")
+# Answers that no template changes, of several scripts: tokenizers differ in what they join with a space.
+PROBES = ("a", "好", "1", "-", "🙂")
 REASONING = f"<think>\na\n{REASONING_END}\n\n"
-BROKEN = "\ufffd"  # what bytes decode to that are no whole character
-MOST_HELD = 64  # tokens; no character has as many
+REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
+MAX_PENDING = 64  # tokens; no character has as many
 
 
 def prompt_ids(chat_format: ChatFormat, turns: Sequence[Turn], *, reasons: bool = False) -> list[int]:
-    """The ids before the answer to `turns`, which end with a human turn: to the last one those of the training.
+    """The ids before the answer to `turns`, which end with a human turn: exactly those of training.
 
-    Where a template ends in white space that a tokenizer may join with the answer's first letter (`ASSISTANT: Yes`),
-    the prompt ends before it: whether that space is a token of its own is part of what the model says.
+    If a template ends in white space that a tokenizer may join with the first letter of the answer (`ASSISTANT: Yes`),
+    the prompt ends before it: the model generates that space.
 
     Args:
-        reasons: the answer begins with its reasoning; templates may write something else before such a one.
+        reasons: the answer begins with reasoning; templates may write something else before it.
 
     Raises:
-        Unrenderable: the format cannot express the turns, or what stands before an answer depends on it.
+        UnrenderableError: the format cannot express the turns, or the text before an answer depends on the answer.
     """
-    probes = [Turn("model", (REASONING if reasons else "") + answer) for answer in ANSWERS]
-    layouts = chat_format.tokenize_all([[*turns, probe] for probe in probes])
-    before = [
-        layout.input_ids[: layout.answers[-1].start] for layout in layouts if isinstance(layout, TokenizedConversation)
+    probes = [Turn("model", (REASONING if reasons else "") + answer) for answer in PROBES]
+    results = chat_format.tokenize_all([[*turns, probe] for probe in probes])
+    prefixes = [
+        result.input_ids[: result.supervised_spans[-1].start]
+        for result in results
+        if isinstance(result, TokenizedConversation)
     ]
-    if not before:
-        raise next(layout for layout in layouts if isinstance(layout, UnrenderableError))
-    shared = list(commonprefix(before))
-    for ids in before:
+    if not prefixes:
+        raise next(result for result in results if isinstance(result, UnrenderableError))
+    shared = list(commonprefix(prefixes))
+    for ids in prefixes:
         rest = ids[len(shared) :]
         if not chat_format.plain.control_ids.isdisjoint(rest) or chat_format.plain.decode_all([rest])[0].strip():
             raise UnrenderableError("what the chat template writes before an answer depends on the answer")
@@ -50,7 +57,7 @@ def prompt_ids(chat_format: ChatFormat, turns: Sequence[Turn], *, reasons: bool 
 
 
 def depends_on_reasoning(chat_format: ChatFormat) -> bool:
-    """Whether the format writes something else before an answer that begins with its reasoning."""
+    """Whether the format writes something else before an answer that begins with reasoning."""
     turns = [Turn("human", "a")]
     try:
         return prompt_ids(chat_format, turns) != prompt_ids(chat_format, turns, reasons=True)
@@ -59,61 +66,61 @@ def depends_on_reasoning(chat_format: ChatFormat) -> bool:
 
 
 def end_token_ids(chat_format: ChatFormat) -> list[int]:
-    """The tokens that end model turns in this format, the last turn's first."""
+    """The tokens that end model turns in this format, that of the last turn first."""
     pair = [Turn("human", "a"), Turn("model", "b")]
-    layouts = chat_format.tokenize_all([pair, [*pair, *pair]])
     ends = [
-        layout.labels[answer.stop - 1]
-        for layout in layouts
-        if isinstance(layout, TokenizedConversation)
-        for answer in reversed(layout.answers)
+        result.labels[span.stop - 1]
+        for result in chat_format.tokenize_all([pair, [*pair, *pair]])
+        if isinstance(result, TokenizedConversation)
+        for span in reversed(result.supervised_spans)
     ]
     return list(dict.fromkeys(ends))
 
 
-def answer_text(chat_format: ChatFormat, turns: Sequence[Turn], prompt: Sequence[int], said: Sequence[int]) -> str:
-    """The text that `said`, the ids behind `prompt` up to the end of the turn, has in training; "" for none.
+def answer_text(chat_format: ChatFormat, turns: Sequence[Turn], prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The text of `answer`, the generated ids after `prompt` without the end of the turn; "" if it is blank.
 
-    White space at its ends belongs to the text or to the template, as whether training would render the text to what
-    was said shows; what training could not have rendered at all is stripped.
+    White space at the ends belongs to the text or to the template: the text is the one that training would render to
+    the generated text. It is stripped if there is none.
     """
-    raw = spelled(chat_format.plain, prompt, said)
-    begun = (raw, raw.removeprefix(" "), raw.lstrip())
-    for text in dict.fromkeys(one for begin in begun for one in (begin, begin.removesuffix("\n"), begin.rstrip())):
+    generated = decode_after(chat_format.plain, prompt, answer)
+    starts = (generated, generated.removeprefix(" "), generated.lstrip())
+    candidates = (text for start in starts for text in (start, start.removesuffix("\n"), start.rstrip()))
+    for text in dict.fromkeys(candidates):
         if not text.strip():
             return ""
         try:
-            layout = tokenize_conversation(chat_format, [*turns, Turn("model", text)])
+            tokenized = tokenize_conversation(chat_format, [*turns, Turn("model", text)])
         except UnrenderableError:
             continue
-        answer = layout.answers[-1]
-        ids = layout.input_ids[: answer.stop - 1]
-        if ids[: len(prompt)] == list(prompt) and spelled(chat_format.plain, prompt, ids[len(prompt) :]) == raw:
+        ids = tokenized.input_ids[: tokenized.supervised_spans[-1].stop - 1]
+        has_prompt = ids[: len(prompt)] == list(prompt)
+        if has_prompt and decode_after(chat_format.plain, prompt, ids[len(prompt) :]) == generated:
             return text
-    return raw.strip()
+    return generated.strip()
 
 
-def spelled(plain: PlainTextTokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` as it stands behind `before`."""
-    spelling = AnswerDecoder(plain, before)
-    return "".join([*map(spelling.add, ids), spelling.rest()])
+def decode_after(plain: PlainTextTokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` that follow `before`."""
+    decoder = AnswerDecoder(plain, before)
+    return "".join([*map(decoder.add, ids), decoder.rest()])
 
 
 class AnswerDecoder:
-    """Text out of tokens as they come, no character before it is whole, control tokens left out.
+    """Decodes tokens as they are generated, in complete characters and without control tokens.
 
         tokens   <0xF0>  <0x9F>  <0x99>  <0x82>  !
         text     ""      ""      ""      🙂      !
 
-    Only the tokens since the last two whole characters are decoded again. `before` is what stands in front: the first
-    tokens of a sentencepiece vocabulary lose their space where nothing does.
+    Only the tokens since the last two complete characters are decoded again. `before` are the ids in front: the first
+    token of a sentencepiece text would lose its space without them.
     """
 
     def __init__(self, plain: PlainTextTokenizer, before: Sequence[int] = ()) -> None:
         self.plain = plain
-        self._window = [one for one in before[-1:] if self._is_known(one)]
-        self._whole = len(self._window)  # tokens of the window whose text has been told to its last letter
-        self._told = len(self._text(self._window))  # letters of the window's text that have been told
+        self._window = [token_id for token_id in before[-1:] if self._is_known(token_id)]
+        self._num_complete = len(self._window)  # tokens of the window whose text has been returned completely
+        self._num_returned = len(self._text(self._window))  # letters of the window's text that have been returned
 
     def add(self, token: int) -> str:
         """The text that this token completes."""
@@ -121,26 +128,26 @@ class AnswerDecoder:
             return ""
         self._window.append(token)
         text = self._text(self._window)
-        whole = text.rstrip(BROKEN)
-        if len(self._window) - self._whole > MOST_HELD:
-            whole = text
-        piece = whole[self._told :]
-        self._told = max(self._told, len(whole))
-        if whole == text:
-            self._window = self._window[self._whole :]
-            self._whole = len(self._window)
-            self._told = len(self._text(self._window))
+        complete = text.rstrip(REPLACEMENT)
+        if len(self._window) - self._num_complete > MAX_PENDING:
+            complete = text
+        piece = complete[self._num_returned :]
+        self._num_returned = max(self._num_returned, len(complete))
+        if complete == text:
+            self._window = self._window[self._num_complete :]
+            self._num_complete = len(self._window)
+            self._num_returned = len(self._text(self._window))
         return piece
 
     def rest(self) -> str:
-        """What is left at the end: of characters that were never completed, the sign for that."""
-        piece = self._text(self._window)[self._told :]
-        self._told += len(piece)
+        """The rest of the text; U+FFFD for characters that were never completed."""
+        piece = self._text(self._window)[self._num_returned :]
+        self._num_returned += len(piece)
         return piece
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.plain.decode_all([ids])[0] if ids else ""
 
     def _is_known(self, token: int) -> bool:
-        """Embeddings are often padded: such a row is no token, yet a model may name it."""
+        """Whether the id is a token: embeddings are often padded, and a model may generate such a row."""
         return self.plain.tokenizer.convert_ids_to_tokens(token) is not None

@@ -16,9 +16,9 @@ from finetune.chat_templates.example import (
     TokenizedConversation,
     TurnSpan,
     UnrenderableError,
+    system_in_front,
 )
 from finetune.chat_templates.plain_text import PlainTextTokenizer, with_plain_offsets
-from finetune.chat_templates.supervision_rules import is_supervised, system_in_front
 from finetune.chat_templates.template_skeleton import (
     ConversationShape,
     TemplateSkeleton,
@@ -28,50 +28,64 @@ from finetune.chat_templates.template_skeleton import (
 )
 from finetune.conversation import Turn
 
-MOST_GUIDES = 4096  # conversations of very many shapes must not fill the memory
+MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
 TEMPLATE_ROLES = {"human": "user", "model": "assistant", "system": "system"}
 
 
 @dataclass(eq=False, slots=True)
-class _Guide:
-    """An outline with the ids of its pieces, where these show by themselves where each content lies."""
+class _EncodedSkeleton:
+    """A skeleton with the ids of its pieces, if these alone can locate each content among the ids."""
 
-    outline: TemplateSkeleton
+    skeleton: TemplateSkeleton
     anchors: list[list[int]] | None
     rules: list[str]
-    is_compared: bool = False
+    is_verified: bool = False  # the ids of one conversation are those of `apply_chat_template`
 
 
 @dataclass(slots=True)
 class _Rendered:
-    """One conversation as text; `contents` stand in it in the outline's order, `shift` turns before the first."""
+    """One conversation as text, with its `contents` in the skeleton's order."""
 
     turns: Sequence[Turn]
-    guide: _Guide
+    encoded: _EncodedSkeleton
     text: str
     contents: list[str]
     spelled: int
 
     @property
-    def outline(self) -> TemplateSkeleton:
-        return self.guide.outline
+    def skeleton(self) -> TemplateSkeleton:
+        return self.encoded.skeleton
 
-    @property
-    def shift(self) -> int:
-        return int(self.guide.outline.system_in_front)
+    def with_ids(self, ids: list[int]) -> TokenizedConversation:
+        """The tokenized conversation with these ids, none of them supervised yet."""
+        labels = [IGNORE_INDEX] * len(ids)
+        return TokenizedConversation(ids, labels, rules=self.encoded.rules, spelled=self.spelled)
 
-    def layout(self) -> TokenizedConversation:
-        return TokenizedConversation(rules=self.guide.rules, spelled=self.spelled)
+    def number_of(self, index: int) -> int:
+        """The number in the row of the turn with the content `index`."""
+        return self.skeleton.order[index] + self.skeleton.system_in_front
+
+    def turn(self, index: int) -> Turn:
+        """The turn with the content `index`."""
+        return self.turns[self.skeleton.order[index]]
+
+    def add_turn(self, tokenized: TokenizedConversation, index: int, start: int, stop: int) -> None:
+        """Set the labels and spans of the turn with the content `index`, whose tokens are `start` to `stop`."""
+        turn, number = self.turn(index), self.number_of(index)
+        if turn.is_supervised:
+            tokenized.labels[start:stop] = tokenized.input_ids[start:stop]
+            tokenized.supervised_spans.append(SupervisedSpan(number, start, stop, self.contents[index]))
+        tokenized.turn_spans.append(TurnSpan(number, turn.role, start, stop))
 
 
 class JinjaFormat:
     """A Jinja chat template, the tokenizer's own or another.
 
-    Each conversation is rendered once for real and must be its outline's pieces around its contents (see `outline`).
-    One tokenization of the whole then gives exactly the ids of `apply_chat_template`, and its offsets say which tokens
-    are a model turn's. A conversation that spells an added token is instead encoded piece by piece, its contents as
-    plain text; so is any with a tokenizer that has no offsets where that is needed, and its pieces must then give the
-    ids of the whole.
+    Each conversation is rendered once and must consist of the pieces of its skeleton around its contents (see
+    `template_skeleton`). One tokenization of the whole then gives exactly the ids of `apply_chat_template`, and its
+    offsets tell which tokens belong to a model turn. A conversation that spells an added token is instead encoded piece
+    by piece, its contents as plain text; so is any other if the tokenizer has no offsets where they are needed, and its
+    pieces must then give the ids of the whole.
     """
 
     def __init__(self, tokenizer: Any, template: str, name: str, content_tokens: Sequence[str] = ()) -> None:
@@ -79,40 +93,44 @@ class JinjaFormat:
         self.template = template
         self.name = name
         self.plain = PlainTextTokenizer(tokenizer, content_tokens)
-        self._guides: dict[ConversationShape, _Guide | UnrenderableError] = {}
+        self._skeletons: dict[ConversationShape, _EncodedSkeleton | UnrenderableError] = {}
         self._encoded_pieces: dict[str, list[int]] = {}
         self._openers: dict[str, int | None] = {}
         self._blank: dict[int, bool] = {}
 
     def tokenize_all(self, rows: Sequence[Sequence[Turn]]) -> list[TokenizedConversation | UnrenderableError]:
-        """Tokens of each rendered conversation, its model turns and their end tokens learned."""
-        found = self._render_all(rows)
-        plain = [place for place, one in enumerate(found) if isinstance(one, _Rendered) and not one.spelled]
-        layouts: list[Any] = list(found)
-        for place, ids in zip(plain, self._ids([found[place].text for place in plain]), strict=True):
-            layouts[place] = self._by_anchors(found[place], ids) or found[place]
-        missed = [place for place in plain if layouts[place] is found[place] and self.tokenizer.is_fast]
-        if missed:
-            encodings = self._backend.encode_batch([found[place].text for place in missed], add_special_tokens=False)
-            for place, encoding in zip(missed, encodings, strict=True):
-                layouts[place] = self._lay_out(found[place], encoding)
-        return [self._lay_out(one, None) if isinstance(one, _Rendered) else one for one in layouts]
+        """Tokenize the turns of each row; model turns and their end tokens are supervised."""
+        results: list[TokenizedConversation | UnrenderableError | _Rendered] = [*self._render_all(rows)]
+        whole = {
+            index: rendered
+            for index, rendered in enumerate(results)
+            if isinstance(rendered, _Rendered) and not rendered.spelled
+        }
+        ids_of_whole = self._encode_all([rendered.text for rendered in whole.values()])
+        for (index, rendered), ids in zip(whole.items(), ids_of_whole, strict=True):
+            results[index] = self._by_anchors(rendered, ids) or rendered
+        missed = {index: rendered for index, rendered in whole.items() if results[index] is rendered}
+        if missed and self.tokenizer.is_fast:
+            texts = [rendered.text for rendered in missed.values()]
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            for (index, rendered), encoding in zip(missed.items(), encodings, strict=True):
+                results[index] = self._tokenize(rendered, encoding)
+        return [self._tokenize(result, None) if isinstance(result, _Rendered) else result for result in results]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if self.tokenizer.is_fast:
-            return (
-                [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
-            )
-        return [list(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        if not self.tokenizer.is_fast:
+            return [list(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        return [encoding.ids for encoding in encodings]
 
     def identity(self) -> dict[str, Any]:
-        """The template, and the day where it writes the date."""
+        """The template, and today's date if it writes the date."""
         day = date.today().isoformat() if "strftime_now" in self.template else None
         return {"template": self.template, "day": day}
 
     @cached_property
     def _normalizes_tokens(self) -> bool:
-        """Whether a text may become a control token that it does not spell, by the tokenizer's normalization."""
+        """Whether normalization may turn a text into a control token that it does not spell."""
         if self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.normalizer is None:
             return False
         return any(getattr(token, "normalized", True) for token in self.tokenizer.added_tokens_decoder.values())
@@ -121,52 +139,70 @@ class JinjaFormat:
     def _backend(self) -> Any:
         return with_plain_offsets(self.tokenizer.backend_tokenizer)
 
+    # ---- rendering
+
     def _render_all(self, rows: Sequence[Sequence[Turn]]) -> list[_Rendered | UnrenderableError]:
-        found: list[Any] = [self._guide(shape_of(turns)) for turns in rows]
-        turns_of = [
-            system_in_front(turns) if isinstance(guide, _Guide) and guide.outline.system_in_front else turns
-            for turns, guide in zip(rows, found, strict=True)
+        skeletons = [self._skeleton(shape_of(turns)) for turns in rows]
+        rendered_rows = [
+            (system_in_front(turns) if encoded.skeleton.system_in_front else turns, encoded)
+            for turns, encoded in zip(rows, skeletons, strict=True)
+            if isinstance(encoded, _EncodedSkeleton)
         ]
-        places = [place for place, guide in enumerate(found) if isinstance(guide, _Guide)]
-        for place, text in zip(places, self._texts([turns_of[place] for place in places]), strict=True):
-            found[place] = (
-                text if isinstance(text, UnrenderableError) else self._match(turns_of[place], found[place], text)
-            )
-        return found
+        texts = iter(self._texts([turns for turns, _ in rendered_rows]))
+        rendered = iter([self._match(turns, encoded, next(texts)) for turns, encoded in rendered_rows])
+        return [next(rendered) if isinstance(encoded, _EncodedSkeleton) else encoded for encoded in skeletons]
 
-    def _match(self, turns: Sequence[Turn], guide: _Guide, text: str) -> _Rendered | UnrenderableError:
+    def _match(
+        self, turns: Sequence[Turn], encoded: _EncodedSkeleton, text: str | UnrenderableError
+    ) -> _Rendered | UnrenderableError:
+        if isinstance(text, UnrenderableError):
+            return text
         try:
-            contents = find_contents(text, guide.outline, turns)
-        except UnrenderableError as refusal:
-            return refusal
+            contents = find_contents(text, encoded.skeleton, turns)
+        except UnrenderableError as error:
+            return error
         spelled = sum(map(self.plain.spells_control_token, contents))
-        return _Rendered(turns, guide, text, contents, spelled)
+        return _Rendered(turns, encoded, text, contents, spelled)
 
-    def _guide(self, shape: ConversationShape) -> _Guide | UnrenderableError:
-        if shape not in self._guides:
-            if len(self._guides) >= MOST_GUIDES:
-                self._guides.clear()
-            outline = build_skeleton(shape, self._text)
-            if isinstance(outline, TemplateSkeleton):
-                outline = _Guide(outline, self._anchors(outline, shape), outline.rules())
-            self._guides[shape] = outline
-        return self._guides[shape]
+    def _skeleton(self, shape: ConversationShape) -> _EncodedSkeleton | UnrenderableError:
+        if shape not in self._skeletons:
+            if len(self._skeletons) >= MAX_SKELETONS:
+                self._skeletons.clear()
+            skeleton = build_skeleton(shape, self._text)
+            self._skeletons[shape] = (
+                _EncodedSkeleton(skeleton, self._anchors(skeleton, shape), skeleton.rules())
+                if isinstance(skeleton, TemplateSkeleton)
+                else skeleton
+            )
+        return self._skeletons[shape]
 
-    def _anchors(self, outline: TemplateSkeleton, shape: ConversationShape) -> list[list[int]] | None:
-        """The ids of the pieces, if each that follows a content begins with a control token."""
-        ids = [self._piece(piece) for piece in outline.pieces]
-        if not all(one and one[0] in self.plain.control_ids for one in ids[1:]):
+    def _anchors(self, skeleton: TemplateSkeleton, shape: ConversationShape) -> list[list[int]] | None:
+        """The ids of the pieces, if each piece that follows a content begins with a control token."""
+        ids = [self._piece(piece) for piece in skeleton.pieces]
+        if not all(piece and piece[0] in self.plain.control_ids for piece in ids[1:]):
             return None
-        roles = [role for role, _ in shape[int(outline.system_in_front) :]]
-        ends = {place: ids[place + 1][0] for place, turn in enumerate(outline.order) if roles[turn] == "model"}
+        roles = [role for role, _ in shape[int(skeleton.system_in_front) :]]
+        ends = [ids[index + 1][0] for index, number in enumerate(skeleton.order) if roles[number] == "model"]
         try:
-            self._check_ends(ends, outline.pieces)
+            self._check_ends(ends, skeleton.pieces)
         except UnrenderableError:
-            return None  # refused where it is used
+            return None  # the error is raised where the skeleton is used
         return ids
 
-    def _all_at_once(self, rows: Sequence[Sequence[Turn]]) -> list[str] | None:
-        """The rows' texts in one call, None where a tokenizer has its own way or a row is at fault."""
+    def _texts(self, rows: Sequence[Sequence[Turn]]) -> Sequence[str | UnrenderableError]:
+        texts = self._texts_in_one_call(rows)
+        if texts is not None:
+            return texts
+        results: list[str | UnrenderableError] = []
+        for turns in rows:
+            try:
+                results.append(self._text(turns))
+            except UnrenderableError as error:
+                results.append(error)
+        return results
+
+    def _texts_in_one_call(self, rows: Sequence[Sequence[Turn]]) -> list[str] | None:
+        """The texts of all rows; None if the tokenizer has its own method, or a row is at fault."""
         from transformers import PreTrainedTokenizerBase
 
         if not rows or type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
@@ -175,18 +211,6 @@ class JinjaFormat:
             return self._apply([_messages(turns) for turns in rows])
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
             return None
-
-    def _texts(self, rows: Sequence[Sequence[Turn]]) -> list[str | UnrenderableError]:
-        together = self._all_at_once(rows)
-        if together is not None:
-            return together
-        texts: list[str | UnrenderableError] = []
-        for turns in rows:
-            try:
-                texts.append(self._text(turns))
-            except UnrenderableError as refusal:
-                texts.append(refusal)
-        return texts
 
     def _text(self, turns: Sequence[Turn]) -> str:
         try:
@@ -197,137 +221,126 @@ class JinjaFormat:
     def _apply(self, messages: list[Any]) -> Any:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template)
 
-    def _by_anchors(self, rendered: _Rendered, ids: list[int]) -> TokenizedConversation | None:
-        """The layout where each content lies between the ids of its pieces, as it does behind control tokens.
+    # ---- tokens
 
-        None where it does not: a piece that does not begin with one, a token over the edge of a content.
+    def _by_anchors(self, rendered: _Rendered, ids: list[int]) -> TokenizedConversation | None:
+        """Locate the contents between the ids of the pieces; None if a token crosses the edge of a content.
+
+        This is fast, and works if each piece begins with a control token.
         """
-        anchors = rendered.guide.anchors
+        anchors = rendered.encoded.anchors
         if anchors is None or ids[: len(anchors[0])] != anchors[0]:
             return None
-        at = len(anchors[0])
-        layout = rendered.layout()
-        layout.input_ids, layout.labels = ids, [IGNORE_INDEX] * len(ids)
-        for place, number in enumerate(rendered.outline.order):
-            anchor, turn = anchors[place + 1], rendered.turns[number]
+        position = len(anchors[0])
+        tokenized = rendered.with_ids(ids)
+        for index, anchor in enumerate(anchors[1:]):
             try:
-                stop = ids.index(anchor[0], at)
+                stop = ids.index(anchor[0], position)
             except ValueError:
                 return None
-            begin, at = at, stop + len(anchor)
-            if begin == stop or ids[stop:at] != anchor:
+            start, position = position, stop + len(anchor)
+            if start == stop or ids[stop:position] != anchor:
                 return None
-            if self._normalizes_tokens and not self.plain.control_ids.isdisjoint(ids[begin:stop]):
+            if self._normalizes_tokens and not self.plain.control_ids.isdisjoint(ids[start:stop]):
                 return None
-            number += rendered.shift
-            if turn.role == "model":
-                stop += 1
-                if turn.train:
-                    layout.labels[begin:stop] = ids[begin:stop]
-                    layout.answers.append(SupervisedSpan(number, begin, stop, rendered.contents[place]))
-            layout.spans.append(TurnSpan(number, turn.role, begin, stop))
-        if at != len(ids) or not self._is_as_the_tokenizer_does(rendered, ids):
+            rendered.add_turn(tokenized, index, start, stop + (rendered.turn(index).role == "model"))
+        if position != len(ids) or not self._is_verified(rendered, ids):
             return None
-        return layout
+        return tokenized
 
-    def _lay_out(self, rendered: _Rendered, encoding: Any) -> TokenizedConversation | UnrenderableError:
+    def _tokenize(self, rendered: _Rendered, encoding: Any) -> TokenizedConversation | UnrenderableError:
         try:
             if encoding is None:
                 return self._piece_by_piece(rendered)
-            if not self._is_as_the_tokenizer_does(rendered, encoding.ids):
+            if not self._is_verified(rendered, encoding.ids):
                 return UnrenderableError("this tokenizer encodes a chat in another way than it encodes the chat's text")
             return self._by_offsets(rendered, encoding)
-        except _Smuggled:
-            return self._lay_out(rendered, None)
-        except UnrenderableError as refusal:
-            return refusal
+        except _SpecialTokenLeak:
+            return self._tokenize(rendered, None)
+        except UnrenderableError as error:
+            return error
 
-    def _is_as_the_tokenizer_does(self, rendered: _Rendered, ids: list[int]) -> bool:
-        """Whether the ids are those of the tokenizer's own method; asked once for each outline."""
-        if rendered.guide.is_compared:
-            return True
-        expected = self.tokenizer.apply_chat_template(
-            _messages(rendered.turns), chat_template=self.template, return_dict=False
-        )
-        if list(expected) != ids:
-            return False
-        rendered.guide.is_compared = True
-        return True
+    def _is_verified(self, rendered: _Rendered, ids: list[int]) -> bool:
+        """Whether the ids are those of the tokenizer's own method; compared once per skeleton."""
+        if not rendered.encoded.is_verified:
+            expected = self.tokenizer.apply_chat_template(
+                _messages(rendered.turns), chat_template=self.template, return_dict=False
+            )
+            rendered.encoded.is_verified = list(expected) == ids
+        return rendered.encoded.is_verified
 
     def _by_offsets(self, rendered: _Rendered, encoding: Any) -> TokenizedConversation:
-        layout, pieces = rendered.layout(), rendered.outline.pieces
-        layout.input_ids = ids = encoding.ids
-        layout.labels = labels = [IGNORE_INDEX] * len(ids)
-        at, ends = 0, {}
-        for place, number in enumerate(rendered.outline.order):
-            turn, begin = rendered.turns[number], at + len(pieces[place])
-            at = begin + len(rendered.contents[place])
-            of = number + rendered.shift if is_supervised(turn) else None
-            start, stop = self._tokens_between(encoding, begin, at, rendered.text, of=of)
-            if turn.role == "model":
-                end = self._end_of_turn(ids, stop, number + rendered.shift)
-                ends[place], stop = ids[end], end + 1
-            if is_supervised(turn):
-                labels[start:stop] = ids[start:stop]
-                layout.answers.append(SupervisedSpan(number + rendered.shift, start, stop, rendered.contents[place]))
-            layout.spans.append(TurnSpan(number + rendered.shift, turn.role, start, stop))
-        self._check_ends(ends, pieces)
-        return layout
+        ids, pieces = encoding.ids, rendered.skeleton.pieces
+        tokenized = rendered.with_ids(ids)
+        end, end_tokens = 0, []
+        for index, content in enumerate(rendered.contents):
+            begin = end + len(pieces[index])
+            end = begin + len(content)
+            supervised = rendered.number_of(index) if rendered.turn(index).is_supervised else None
+            start, stop = self._tokens_between(encoding, begin, end, rendered.text, supervised_turn=supervised)
+            if rendered.turn(index).role == "model":
+                stop = self._end_of_turn(ids, stop, rendered.number_of(index)) + 1
+                end_tokens.append(ids[stop - 1])
+            rendered.add_turn(tokenized, index, start, stop)
+        self._check_ends(end_tokens, pieces)
+        return tokenized
 
-    def _tokens_between(self, encoding: Any, begin: int, end: int, text: str, *, of: int | None) -> tuple[int, int]:
-        """The tokens that overlap the characters `begin` to `end`; control tokens of the template never do."""
+    def _tokens_between(
+        self, encoding: Any, begin: int, end: int, text: str, *, supervised_turn: int | None
+    ) -> tuple[int, int]:
+        """The tokens that overlap the characters `begin` to `end`, never control tokens of the template.
+
+        Raises:
+            UnrenderableError: a token holds text of the template and of a supervised turn.
+        """
         start = encoding.char_to_token(begin)
         stop = encoding.char_to_token(end) if end < len(text) else len(encoding)
         if start is not None and stop is not None and encoding.token_to_chars(start)[0] == begin:
-            clean = end == len(text) or encoding.token_to_chars(stop)[0] == end
-            if clean and self.plain.control_ids.isdisjoint(encoding.ids[start:stop]):
+            is_aligned = end == len(text) or encoding.token_to_chars(stop)[0] == end
+            if is_aligned and self.plain.control_ids.isdisjoint(encoding.ids[start:stop]):
                 return start, stop
-        ids, offsets = encoding.ids, encoding.offsets
         inside = []
-        for token, (left, right) in enumerate(offsets):
+        for index, (token_id, (left, right)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
             if right <= begin or left >= end or left == right:
                 continue
             outside = (text[left:begin] + text[end : max(right, end)]).strip()
-            said = text[max(left, begin) : min(right, end)].strip()
-            if ids[token] in self.plain.control_ids:
-                if said:
-                    raise _Smuggled  # a spelling that only the tokenizer's own normalization makes a control token
-            elif outside and said and of is not None:
-                raise UnrenderableError(f"one token holds the template's {outside!r} and {said!r} of turn {of}")
-            elif said or not outside:  # white space that went into a token of the template is context
-                inside.append(token)
+            content = text[max(left, begin) : min(right, end)].strip()
+            if token_id in self.plain.control_ids:
+                if content:
+                    raise _SpecialTokenLeak
+            elif outside and content and supervised_turn is not None:
+                raise UnrenderableError(
+                    f"one token holds the template's {outside!r} and {content!r} of turn {supervised_turn}"
+                )
+            elif content or not outside:  # white space that is part of a token of the template is context
+                inside.append(index)
         if not inside:
             raise UnrenderableError("a turn has no token of its own")
         return inside[0], inside[-1] + 1
 
     def _piece_by_piece(self, rendered: _Rendered) -> TokenizedConversation:
-        layout, ends = rendered.layout(), {}
-        pieces, order = rendered.outline.pieces, rendered.outline.order
-        contents = self.plain.encode_all(rendered.contents)
-        layout.add(self._piece(pieces[0]), learned=False)
-        for place, (number, ids) in enumerate(zip(order, contents, strict=True)):
-            turn, start = rendered.turns[number], len(layout.input_ids)
-            layout.add(ids, learned=is_supervised(turn))
-            stop = len(layout.input_ids)
-            layout.add(self._piece(pieces[place + 1]), learned=False)
-            if turn.role == "model":
-                end = self._end_of_turn(layout.input_ids, stop, number + rendered.shift)
-                ends[place], stop = layout.input_ids[end], end + 1
-            if is_supervised(turn):
-                layout.labels[start:stop] = layout.input_ids[start:stop]
-                layout.answers.append(SupervisedSpan(number + rendered.shift, start, stop, rendered.contents[place]))
-            layout.spans.append(TurnSpan(number + rendered.shift, turn.role, start, stop))
-        self._check_ends(ends, pieces)
-        self._check_parts(rendered, layout.input_ids)
-        return layout
+        tokenized, end_tokens = rendered.with_ids([]), []
+        pieces = rendered.skeleton.pieces
+        tokenized.add(self._piece(pieces[0]), supervised=False)
+        for index, ids in enumerate(self.plain.encode_all(rendered.contents)):
+            start = len(tokenized.input_ids)
+            stop = start + len(ids)
+            tokenized.add([*ids, *self._piece(pieces[index + 1])], supervised=False)
+            if rendered.turn(index).role == "model":
+                stop = self._end_of_turn(tokenized.input_ids, stop, rendered.number_of(index)) + 1
+                end_tokens.append(tokenized.input_ids[stop - 1])
+            rendered.add_turn(tokenized, index, start, stop)
+        self._check_ends(end_tokens, pieces)
+        self._check_pieces(rendered, tokenized.input_ids)
+        return tokenized
 
-    def _check_parts(self, rendered: _Rendered, ids: list[int]) -> None:
-        (whole,) = self._ids([rendered.text])
+    def _check_pieces(self, rendered: _Rendered, ids: list[int]) -> None:
+        (whole,) = self._encode_all([rendered.text])
         if not self.tokenizer.is_fast and not rendered.spelled and whole != ids:
             raise UnrenderableError(
                 "this tokenizer has no offsets and gives other tokens for the whole conversation than for its parts"
             )
-        if any(whole.count(token) < ids.count(token) for token in self.plain.control_ids.intersection(ids)):
+        if any(whole.count(token_id) < ids.count(token_id) for token_id in self.plain.control_ids.intersection(ids)):
             raise UnrenderableError(
                 "this tokenizer encodes the template's control tokens otherwise inside a conversation"
             )
@@ -337,45 +350,45 @@ class JinjaFormat:
             self._encoded_pieces[piece] = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
         return self._encoded_pieces[piece]
 
-    def _end_of_turn(self, ids: Sequence[int], after: int, turn: int) -> int:
-        """The position of the token that ends the model turn whose text stops before position `after`.
+    def _end_of_turn(self, ids: Sequence[int], position: int, turn: int) -> int:
+        """The position of the token that ends the model turn whose text stops before `position`.
 
-        It is the first control token from there on; only white space may lie between.
+        It is the first control token from there on; only white space may come before it.
         """
-        for position in range(after, len(ids)):
-            if ids[position] in self.plain.control_ids:
-                return position
-            if not self._is_blank(ids[position]):
+        for end in range(position, len(ids)):
+            if ids[end] in self.plain.control_ids:
+                return end
+            if not self._is_blank(ids[end]):
                 break
         raise UnrenderableError(
             f"the chat template ends turn {turn} with no control token, so stopping could not be learned"
         )
 
-    def _is_blank(self, token: int) -> bool:
-        if token not in self._blank:
-            self._blank[token] = not self.tokenizer.decode([token]).strip()
-        return self._blank[token]
+    def _is_blank(self, token_id: int) -> bool:
+        if token_id not in self._blank:
+            self._blank[token_id] = not self.tokenizer.decode([token_id]).strip()
+        return self._blank[token_id]
 
-    def _check_ends(self, ends: dict[int, int], pieces: Sequence[str]) -> None:
+    def _check_ends(self, end_tokens: Sequence[int], pieces: Sequence[str]) -> None:
         """A token that ends a turn must not be one that opens turns, unless it is the tokenizer's own end token.
 
-        A turn is opened by the last control token of the piece in front of it, if only white space follows that.
+        A turn is opened by the last control token of the piece before it, if only white space follows that token.
         """
         openers = {self._opener(piece) for piece in pieces[:-1]} - {self.tokenizer.eos_token_id}
-        if openers.intersection(ends.values()):
+        if openers.intersection(end_tokens):
             raise UnrenderableError("the chat template ends a turn only with a token that opens turns")
 
     def _opener(self, piece: str) -> int | None:
         if piece not in self._openers:
             ids = self._piece(piece)
-            controls = [place for place, one in enumerate(ids) if one in self.plain.control_ids]
+            controls = [index for index, token_id in enumerate(ids) if token_id in self.plain.control_ids]
             opens = bool(controls) and all(map(self._is_blank, ids[controls[-1] + 1 :]))
             self._openers[piece] = ids[controls[-1]] if opens else None
         return self._openers[piece]
 
 
-class _Smuggled(Exception):
-    """A content became a control token although it does not spell one."""
+class _SpecialTokenLeak(Exception):
+    """Normalization turned a content into a control token that it does not spell."""
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
-"""The proof that runs on every row: what is learned reads exactly as the model's turns, each with its end.
+"""The label check of every row: supervised labels decode to the model turns, each with its end token.
 
-It takes nothing on trust from the code that laid the tokens out: learned positions are counted, each run of them is
-decoded again and compared with the turn's text, and the token that ends the turn must be there.
+It does not rely on the code that tokenized the row: supervised positions are counted, each span of them is decoded and
+compared with the text of the turn, and the end-of-turn token must be there.
 """
 
 from __future__ import annotations
@@ -11,67 +11,76 @@ from collections.abc import Collection, Sequence
 
 from finetune.chat_templates.example import IGNORE_INDEX, ChatFormat, SupervisedSpan, TokenizedConversation
 
-SHOWN = 24
+SHOWN_CHARACTERS = 24
 
 
-def check_labels(chat_format: ChatFormat, layouts: Sequence[TokenizedConversation]) -> list[str | None]:
-    """For each layout None, or what is wrong with its labels."""
-    texts = chat_format.plain.decode_all(
-        [
-            layout.labels[answer.start : answer.stop - answer.ended]
-            if IGNORE_INDEX not in layout.labels[answer.start : answer.stop]
-            else []
-            for layout in layouts
-            for answer in layout.answers
-        ]
+def check_labels(chat_format: ChatFormat, conversations: Sequence[TokenizedConversation]) -> list[str | None]:
+    """For each conversation, None or what is wrong with its labels."""
+    labels_of_spans = [
+        tokenized.labels[span.start : span.stop] for tokenized in conversations for span in tokenized.supervised_spans
+    ]
+    ended = [span.ended for tokenized in conversations for span in tokenized.supervised_spans]
+    texts = iter(
+        chat_format.plain.decode_all(
+            [
+                [] if IGNORE_INDEX in labels else labels[: len(labels) - has_end]
+                for labels, has_end in zip(labels_of_spans, ended, strict=True)
+            ]
+        )
     )
-    reading = iter(texts)
     control_ids = chat_format.plain.control_ids
-    return [_fault(layout, [next(reading) for _ in layout.answers], control_ids) for layout in layouts]
+    return [
+        _fault(tokenized, [next(texts) for _ in tokenized.supervised_spans], control_ids) for tokenized in conversations
+    ]
 
 
-def _fault(layout: TokenizedConversation, texts: Sequence[str], control_ids: Collection[int]) -> str | None:
-    labels = layout.labels
-    learned = len(labels) - labels.count(IGNORE_INDEX)
-    if not learned:
-        return "nothing in it would be learned"
-    claimed = sum(answer.stop - answer.start for answer in layout.answers)
+def _fault(tokenized: TokenizedConversation, texts: Sequence[str], control_ids: Collection[int]) -> str | None:
+    labels = tokenized.labels
+    supervised = len(labels) - labels.count(IGNORE_INDEX)
+    if not supervised:
+        return "nothing in it would be supervised"
+    expected = sum(span.stop - span.start for span in tokenized.supervised_spans)
     if labels[0] != IGNORE_INDEX:
-        return "it begins with what would be learned, and nothing predicts a first token"
-    if learned != claimed:
-        return f"{learned:,} positions would be learned where its model turns have {claimed:,}"
-    for answer, text in zip(layout.answers, texts, strict=True):
-        if answer.ended and labels[answer.stop - 1] not in control_ids:
-            return f"turn {answer.turn} would not learn to stop"
-        if not _says_the_same(text, answer):
-            return _difference(text, answer)
+        return "its first token would be supervised, and nothing predicts a first token"
+    if supervised != expected:
+        return f"{supervised:,} positions would be supervised where its model turns have {expected:,}"
+    for span, text in zip(tokenized.supervised_spans, texts, strict=True):
+        if span.ended and labels[span.stop - 1] not in control_ids:
+            return f"turn {span.turn} would not learn to stop"
+        if not _is_text_of(text, span):
+            return _difference(text, span)
     return None
 
 
-def _says_the_same(text: str, answer: SupervisedSpan) -> bool:
-    """White space at the ends aside: templates add or strip it there. A cut turn says the beginning."""
-    if not answer.ended:
-        text = text.rstrip("\ufffd")  # the cut may go through a character
-    if text == answer.text:
+def _is_text_of(text: str, span: SupervisedSpan) -> bool:
+    """Whether a decoded text is that of the turn, or its beginning if the turn was truncated.
+
+    White space at the ends is ignored: templates add or strip it there.
+    """
+    if not span.ended:
+        text = text.rstrip("\ufffd")  # the truncation may split a character
+    if text == span.text:
         return True
-    said, learned = answer.text.strip(), text.strip()
-    if answer.ended:
-        return said == learned or _normal(said) == _normal(learned)
-    return said.startswith(learned) or _normal(said).startswith(_normal(learned))
+    decoded, expected = text.strip(), span.text.strip()
+    for form in (str, _normal_form):
+        if form(expected) == form(decoded) if span.ended else form(expected).startswith(form(decoded)):
+            return True
+    return False
 
 
-def _normal(text: str) -> str:
-    """For tokenizers that normalize: width and composition variants of a character are the same."""
+def _normal_form(text: str) -> str:
+    """NFKC, for tokenizers that normalize: width and composition variants of a character are equal."""
     return unicodedata.normalize("NFKC", text)
 
 
-def _difference(text: str, answer: SupervisedSpan) -> str:
-    said, learned = answer.text.strip(), text.strip()
-    same = next(
-        (place for place, (one, other) in enumerate(zip(said, learned, strict=False)) if one != other),
-        min(len(said), len(learned)),
+def _difference(text: str, span: SupervisedSpan) -> str:
+    decoded, expected = text.strip(), span.text.strip()
+    position = next(
+        (index for index, pair in enumerate(zip(expected, decoded, strict=False)) if pair[0] != pair[1]),
+        min(len(expected), len(decoded)),
     )
+    shown = slice(position, position + SHOWN_CHARACTERS)
     return (
-        f"turn {answer.turn}, character {same}: the tokenizer loses what the turn says: "
-        f"{said[same : same + SHOWN]!r} would be learned as {learned[same : same + SHOWN]!r}"
+        f"turn {span.turn}, character {position}: the tokenizer does not preserve the text of the turn: "
+        f"{expected[shown]!r} would be trained as {decoded[shown]!r}"
     )

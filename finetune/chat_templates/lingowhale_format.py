@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.chat_templates.example import SupervisedSpan, TokenizedConversation, TurnSpan, UnrenderableError
+from finetune.chat_templates.example import (
+    SYSTEM_RULE,
+    SupervisedSpan,
+    TokenizedConversation,
+    TurnSpan,
+    UnrenderableError,
+    system_in_front,
+)
 from finetune.chat_templates.plain_text import PlainTextTokenizer
-from finetune.chat_templates.supervision_rules import SYSTEM_RULE, is_supervised, system_in_front
 from finetune.conversation import Turn
 from finetune.utils.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class LingoWhaleFormat:
-    """The format published with LingoWhale-8B: a marker before each turn, an end token learned after each model turn.
+    """The format published with LingoWhale-8B: a marker before each turn, an end token after each model turn.
 
         input_ids   <human> Hi   <model> Yes  <human> Bye  <model> Ok   </s>
         labels      -100    -100 -100    Yes  </s>    -100 -100    Ok   </s>
 
-    After a model turn's last token the model learns to stop: the label at the next human marker is the end token,
-    although the id seen there is the marker. The last turn is closed by a real end token. A system turn has no marker
-    of its own and is put in front of the first human turn.
+    After the last token of a model turn the end token is supervised: it is the label at the next human marker, although
+    the input there is the marker. The last turn is closed by a real end token. A system turn has no marker; its text is
+    put in front of the first human turn.
     """
 
     name = "lingowhale"
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         human_token_ids: Sequence[int],
         model_token_ids: Sequence[int],
         content_tokens: Sequence[str] = (),
@@ -41,37 +50,37 @@ class LingoWhaleFormat:
         self.markers = {"human": list(human_token_ids), "model": list(model_token_ids)}
 
     def tokenize_all(self, rows: Sequence[Sequence[Turn]]) -> list[TokenizedConversation | UnrenderableError]:
-        """See the drawing above."""
-        return [self._lay_out(turns) for turns in rows]
+        """Tokenize the turns of each row as in the drawing above."""
+        return [self._tokenize(turns) for turns in rows]
 
     def identity(self) -> dict[str, Any]:
-        """The markers and the end."""
+        """The markers and the end token."""
         return {"name": self.name, "markers": self.markers, "end": self.end}
 
-    def _lay_out(self, turns: Sequence[Turn]) -> TokenizedConversation | UnrenderableError:
-        layout = TokenizedConversation(spelled=sum(self.plain.spells_control_token(turn.text) for turn in turns))
-        skipped = 0
+    def _tokenize(self, turns: Sequence[Turn]) -> TokenizedConversation | UnrenderableError:
+        tokenized = TokenizedConversation(spelled=sum(self.plain.spells_control_token(turn.text) for turn in turns))
+        num_system = 0
         if turns[0].role == "system":
             if turns[1].role != "human":
                 return UnrenderableError(
                     "this format puts a system turn in front of the first human turn, and there is none"
                 )
-            turns, skipped = system_in_front(turns), 1
-            layout.rules.append(SYSTEM_RULE)
+            turns, num_system = system_in_front(turns), 1
+            tokenized.rules.append(SYSTEM_RULE)
         try:
             encoded = self.plain.encode_all([turn.text for turn in turns])
-        except UnrenderableError as refusal:
-            return refusal
+        except UnrenderableError as error:
+            return error
         for number, (turn, ids) in enumerate(zip(turns, encoded, strict=True)):
-            start = len(layout.input_ids)
-            layout.add(self.markers[turn.role], learned=False)
-            if number and is_supervised(turns[number - 1]):
-                layout.labels[start] = self.end
-            layout.add(ids, learned=is_supervised(turn))
-            stop = len(layout.input_ids)
-            layout.spans.append(TurnSpan(number + skipped, turn.role, start, stop))
-            if is_supervised(turn):
-                begin = start + len(self.markers["model"])
-                layout.answers.append(SupervisedSpan(number + skipped, begin, stop + 1, turn.text))
-        layout.add([self.end], learned=is_supervised(turns[-1]))
-        return layout
+            start = len(tokenized.input_ids)
+            tokenized.add(self.markers[turn.role], supervised=False)
+            if number and turns[number - 1].is_supervised:
+                tokenized.labels[start] = self.end
+            begin = len(tokenized.input_ids)
+            tokenized.add(ids, supervised=turn.is_supervised)
+            stop = len(tokenized.input_ids)
+            tokenized.turn_spans.append(TurnSpan(number + num_system, turn.role, start, stop))
+            if turn.is_supervised:
+                tokenized.supervised_spans.append(SupervisedSpan(number + num_system, begin, stop + 1, turn.text))
+        tokenized.add([self.end], supervised=turns[-1].is_supervised)
+        return tokenized

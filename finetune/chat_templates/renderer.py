@@ -1,4 +1,4 @@
-"""Conversations in, their examples out: whole, shortened between turns, or dropped with the reason; each proven."""
+"""Render conversations to examples: whole, shortened between turns, or dropped with a reason; all labels checked."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ TrainOn = Literal["model_turns", "last_model_turn"]
 class Renderer:
     """Renders conversations in one format, at most `max_length` tokens each.
 
-    `too_long` says what becomes of a longer one. `turns`: it keeps as many complete leading turns as fit, ending with
-    a model turn; the only cut inside a turn is the first model turn's, at its end, when it does not fit after its
-    context, and its end token is then not learned; context that alone fills the limit drops the row. `windows`: the
-    same, and each model turn behind them becomes a window of its own, with as many preceding turns as fit and the
-    system turn. `drop` and `error` are what they say. `train_on="last_model_turn"` makes all other turns context.
+    Args:
+        too_long: what to do with a longer conversation. `turns` keeps as many complete leading turns as fit, ending
+            with a model turn. Only the first model turn is ever cut, at its end, if it does not fit after its context;
+            its end token is then not supervised. Context that alone fills the limit drops the row. `windows` does the
+            same and makes each later model turn a window of its own, with as many preceding turns as fit and the
+            system turn. `drop` drops the row, `error` makes it a bad row.
+        train_on: `last_model_turn` makes all other model turns context.
     """
 
     def __init__(
@@ -57,27 +59,28 @@ class Renderer:
         """Render one conversation.
 
         Raises:
-            DataError: the format cannot express it, or its labels cannot be proven; file, row and reason.
+            DataError: the format cannot express it, or the label check fails; with file, row and reason.
         """
-        (rendering,) = self.render_all([conversation])
-        if isinstance(rendering, BadRow):
-            raise DataError("\n".join(rendering.faults))
-        return rendering
+        (row,) = self.render_all([conversation])
+        if isinstance(row, BadRow):
+            raise DataError("\n".join(row.faults))
+        return row
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[RenderedConversation | BadRow]:
-        """Render each conversation; one that the format cannot express or that fails its proof becomes a bad row."""
-        rows = [self._turns(one) for one in conversations]
-        fates = [self._fate(turns, layout) for turns, layout in zip(rows, self.format.tokenize_all(rows), strict=True)]
-        proven = iter(
-            check_labels(self.format, [layout for fate in fates if not fate.fault for layout in fate.layouts])
-        )
+        """Render each conversation; what the format cannot express or fails the label check becomes a bad row."""
+        rows = [self._turns(conversation) for conversation in conversations]
+        outcomes = [
+            self._outcome(turns, tokenized)
+            for turns, tokenized in zip(rows, self.format.tokenize_all(rows), strict=True)
+        ]
+        checked = iter(check_labels(self.format, [window for outcome in outcomes for window in outcome.windows]))
         return [
-            self._rendering(conversation, fate, [next(proven) for _ in fate.layouts] if not fate.fault else [])
-            for conversation, fate in zip(conversations, fates, strict=True)
+            self._rendered(conversation, outcome, [next(checked) for _ in outcome.windows])
+            for conversation, outcome in zip(conversations, outcomes, strict=True)
         ]
 
     def identity(self) -> dict[str, Any]:
-        """All that decides what comes out, as JSON values: data rendered by an equal renderer is the same."""
+        """Everything that determines the output, as JSON values; part of the cache key of prepared data."""
         return {
             "tokenizer": self.format.plain.identity(),
             "format": self.format.identity(),
@@ -95,93 +98,94 @@ class Renderer:
             for number, turn in enumerate(conversation.turns)
         ]
 
-    def _fate(self, turns: Sequence[Turn], layout: TokenizedConversation | UnrenderableError) -> _Fate:
-        if isinstance(layout, UnrenderableError):
-            return _Fate("dropped", fault=str(layout))
+    def _outcome(self, turns: Sequence[Turn], tokenized: TokenizedConversation | UnrenderableError) -> _Outcome:
+        if isinstance(tokenized, UnrenderableError):
+            return _Outcome("dropped", fault=str(tokenized))
         if not supervised_turns(turns):
-            return _Fate("dropped", fault="no turn of it is to be learned")
-        whole = truncate_to_fit(layout, self.max_length)
-        if whole is not None:
-            return _Fate("kept", [whole], spelled=layout.spelled)
-        total = f"{len(layout.input_ids):,} tokens"
+            return _Outcome("dropped", fault="no turn of it is supervised")
+        fitted = truncate_to_fit(tokenized, self.max_length)
+        if fitted is not None:
+            return _Outcome("kept", [fitted], spelled=tokenized.spelled)
+        total = f"{len(tokenized.input_ids):,} tokens"
         if self.too_long == "error":
-            return _Fate("dropped", fault=f"{total}, more than --model_max_length {self.max_length:,}")
+            return _Outcome("dropped", fault=f"{total}, more than --model_max_length {self.max_length:,}")
         if self.too_long == "drop":
-            return _Fate("dropped", reason=f"{total}, more than --model_max_length {self.max_length:,}")
+            return _Outcome("dropped", reason=f"{total}, more than --model_max_length {self.max_length:,}")
+        shorten = self._split if self.too_long == "windows" else self._shorten
         try:
-            fate = self._split(turns, layout) if self.too_long == "windows" else self._shortened(turns, layout)
-        except UnrenderableError as refusal:  # a template may accept the whole and refuse a part
-            return _Fate("dropped", fault=f"{total}: {refusal}")
-        return replace(fate, reason=f"{total}: {fate.reason}", spelled=layout.spelled)
+            outcome = shorten(turns, tokenized)
+        except UnrenderableError as error:  # a template may accept the whole and refuse a part
+            return _Outcome("dropped", fault=f"{total}: {error}")
+        return replace(outcome, reason=f"{total}: {outcome.reason}", spelled=tokenized.spelled)
 
-    def _shortened(self, turns: Sequence[Turn], layout: TokenizedConversation) -> _Fate:
-        leading = leading_turns(turns, layout, self.max_length, self._lay_out)
-        if leading is not None and leading[0].answers:
-            return _Fate("cut", [leading[0]], f"the first {leading[1]} of {len(turns)} turns are kept")
-        cut = None if leading else first_turn_cut(turns, self.max_length, self._lay_out)
+    def _shorten(self, turns: Sequence[Turn], tokenized: TokenizedConversation) -> _Outcome:
+        leading = leading_turns(turns, tokenized, self.max_length, self._tokenize)
+        if leading is not None and leading[0].supervised_spans:
+            return _Outcome("cut", [leading[0]], f"the first {leading[1]} of {len(turns)} turns are kept")
+        cut = None if leading else first_turn_cut(turns, self.max_length, self._tokenize)
         if cut is not None:
-            return _Fate("cut", [cut], self._inner_cut(cut))
+            return _Outcome("cut", [cut], self._cut_reason(cut))
         if next(turn for turn in turns if turn.role == "model").train:
-            return _Fate("dropped", reason=f"the context before the first model turn alone fills {self.max_length:,}")
-        return _Fate("dropped", reason=f"no turn that is to be learned fits into {self.max_length:,}")
+            reason = f"the context before the first model turn alone fills {self.max_length:,}"
+        else:
+            reason = f"no supervised turn fits into {self.max_length:,}"
+        return _Outcome("dropped", reason=reason)
 
-    def _split(self, turns: Sequence[Turn], layout: TokenizedConversation) -> _Fate:
-        leading = leading_turns(turns, layout, self.max_length, self._lay_out)
-        layouts, done, notes = [], 0, []
-        if leading is not None:
-            # Leading turns of which none is learned are no window; they are the context of the next.
-            layouts, done = [leading[0]] if leading[0].answers else [], leading[1]
+    def _split(self, turns: Sequence[Turn], tokenized: TokenizedConversation) -> _Outcome:
+        first, num_leading = leading_turns(turns, tokenized, self.max_length, self._tokenize) or (None, 0)
+        # Leading turns without a supervised one are not a window; they are the context of the next.
+        windows = [first] if first is not None and first.supervised_spans else []
+        notes = []
         for number in supervised_turns(turns):
-            if number < done:
+            if number < num_leading:
                 continue
-            window = window_of(turns, number, layout, self.max_length, self._lay_out)
+            window = window_of(turns, number, tokenized, self.max_length, self._tokenize)
             if window is None:
                 notes.append(f"turn {number} is left out, the context before it alone fills {self.max_length:,}")
             else:
-                layouts.append(window)
-                notes += [] if window.answers[-1].ended else [f"turn {number}: {self._inner_cut(window)}"]
-        if not layouts:
-            return _Fate("dropped", reason="; ".join(notes))
-        count = f"{len(layouts)} windows" if len(layouts) > 1 else "one window"
-        return _Fate("split" if len(layouts) > 1 else "cut", layouts, "; ".join([count, *notes]))
+                windows.append(window)
+                notes += [] if window.supervised_spans[-1].ended else [f"turn {number}: {self._cut_reason(window)}"]
+        if not windows:
+            return _Outcome("dropped", reason="; ".join(notes))
+        count = f"{len(windows)} windows" if len(windows) > 1 else "one window"
+        return _Outcome("split" if len(windows) > 1 else "cut", windows, "; ".join([count, *notes]))
 
-    def _inner_cut(self, layout: TokenizedConversation) -> str:
-        kept = sum(answer.stop - answer.start for answer in layout.answers)
+    def _cut_reason(self, tokenized: TokenizedConversation) -> str:
+        kept = sum(span.stop - span.start for span in tokenized.supervised_spans)
         turn = "the first model turn" if self.too_long == "turns" else "it"
         return f"{turn} keeps its first {kept:,} tokens, no end of turn"
 
-    def _lay_out(self, turns: Sequence[Turn]) -> TokenizedConversation:
+    def _tokenize(self, turns: Sequence[Turn]) -> TokenizedConversation:
         return tokenize_conversation(self.format, turns)
 
-    def _rendering(
-        self, conversation: Conversation, fate: _Fate, proofs: Sequence[str | None]
+    def _rendered(
+        self, conversation: Conversation, outcome: _Outcome, label_faults: Sequence[str | None]
     ) -> RenderedConversation | BadRow:
-        fault = fate.fault or next(filter(None, proofs), None)
+        fault = outcome.fault or next(filter(None, label_faults), None)
         if fault:
             place = f"{conversation.source}, row {conversation.row}"
             return BadRow(conversation.row, conversation.source, conversation.id, (f"{place}: {fault}",))
         examples = tuple(
-            Example(layout.input_ids, layout.labels, conversation.row, conversation.source, window, tuple(layout.spans))
-            for window, layout in enumerate(fate.layouts)
+            Example(
+                window.input_ids, window.labels, conversation.row, conversation.source, index, tuple(window.turn_spans)
+            )
+            for index, window in enumerate(outcome.windows)
         )
-        rules = list(dict.fromkeys([*conversation.repairs, *(rule for one in fate.layouts for rule in one.rules)]))
-        reason = "; ".join(filter(None, [fate.reason, *rules])) or None
-        status = "cut" if fate.status == "kept" and _leaves_out(conversation) else fate.status
+        rules = dict.fromkeys([*conversation.repairs, *(rule for window in outcome.windows for rule in window.rules)])
+        reason = "; ".join(filter(None, [outcome.reason, *rules])) or None
+        drops_turn = any(repair.startswith("drop_last_human") for repair in conversation.repairs)
+        status = "cut" if outcome.status == "kept" and drops_turn else outcome.status
         return RenderedConversation(
-            conversation.row, conversation.id, status, examples, reason, conversation.source, fate.spelled
+            conversation.row, conversation.id, status, examples, reason, conversation.source, outcome.spelled
         )
 
 
 @dataclass(slots=True)
-class _Fate:
-    """What becomes of one conversation, before its labels are proven."""
+class _Outcome:
+    """The outcome of one conversation before its labels are checked; no windows if there is a fault."""
 
     status: Status
-    layouts: list[TokenizedConversation] = field(default_factory=list)
+    windows: list[TokenizedConversation] = field(default_factory=list)
     reason: str | None = None
     spelled: int = 0
     fault: str | None = None
-
-
-def _leaves_out(conversation: Conversation) -> bool:
-    return any(repair.startswith("drop_last_human") for repair in conversation.repairs)

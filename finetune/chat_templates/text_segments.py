@@ -1,4 +1,4 @@
-"""An example as text again: runs of what is read and what is learned, for a person to look at.
+"""An example as text for display: runs of context and of supervised tokens.
 
 input_ids   <human> Hi   <model> Yes  <human>
 labels      -100    -100 -100    Yes  </s>
@@ -23,8 +23,9 @@ Kind = Literal["context", "learned", "control", "learned_control"]
 class Segment:
     """A run of tokens of one kind in one turn; a control token is a segment of its own.
 
-    `turn` is a number of `Example.turn_spans`, None between turns. `read` is False for what is learned at a position
-    whose input is another token: the texts of the segments that are read, in order, are the example.
+    `kind` is stored in output folders; "learned" means supervised. `turn` is a number of `Example.turn_spans`, None
+    between turns. `read` is False for a label at a position whose input is another token; the texts of all segments
+    with `read` True are the example.
     """
 
     kind: Kind
@@ -33,67 +34,70 @@ class Segment:
     read: bool = True
 
     @property
-    def is_learned(self) -> bool:
-        """Whether the labels hold it."""
+    def is_supervised(self) -> bool:
+        """Whether it is in the labels."""
         return self.kind.startswith("learned")
 
     @property
     def is_control(self) -> bool:
-        """Whether it is a control token, and not text that spells one."""
+        """Whether it is a control token, not text that spells one."""
         return self.kind.endswith("control")
 
 
 InSegments = Callable[[Example], list[Segment]]
 
 
-class _Place(NamedTuple):
-    """One token to show: at which position, and whether it is that position's input or only its label."""
+class _Token(NamedTuple):
+    """One token to show; `read`: it is the input of the position, not only its label."""
 
     kind: Kind
-    token: int
+    id: int
     turn: int | None
     read: bool
     position: int
 
 
 def segments(example: Example, plain: PlainTextTokenizer, markers: Collection[int] = ()) -> list[Segment]:
-    """The example as runs of text.
+    """Split an example into segments.
 
     Args:
-        plain: says what is a control token and what is text, as in training.
-        markers: ids that open a turn although they are ordinary ones of the tokenizer.
+        plain: decides what is a control token and what is text, as in training.
+        markers: ids that open a turn although they are ordinary tokens of the tokenizer.
     """
     control = plain.control_ids.union(markers)
-    speller = _Speller(plain, example.input_ids)
-    found = []
-    for run in _runs(_places(example, control)):
-        first = run[0]
-        text = speller.name(first.token) if first.kind.endswith("control") else speller.text(run)
-        found.append(Segment(first.kind, text, first.turn, first.read))
-    return found
+    decoder = _RunDecoder(plain, example.input_ids)
+    return [
+        Segment(
+            run[0].kind,
+            decoder.name(run[0].id) if run[0].kind.endswith("control") else decoder.text(run),
+            run[0].turn,
+            run[0].read,
+        )
+        for run in _runs(_tokens(example, control))
+    ]
 
 
 def speller(chat_format: ChatFormat) -> InSegments:
-    """What turns an example of this format into text again."""
+    """The function that splits examples of this format into segments."""
     # LingoWhale's markers may be ordinary ids of its tokenizer.
-    markers = {number for ids in getattr(chat_format, "markers", {}).values() for number in ids}
+    markers = {token_id for ids in getattr(chat_format, "markers", {}).values() for token_id in ids}
     return lambda example: segments(example, chat_format.plain, markers)
 
 
-def _places(example: Example, control: Collection[int]) -> Iterator[_Place]:
+def _tokens(example: Example, control: Collection[int]) -> Iterator[_Token]:
     turns = _turn_of_each_position(example)
-    for position, (token, label) in enumerate(zip(example.input_ids, example.labels, strict=True)):
+    for position, (token_id, label) in enumerate(zip(example.input_ids, example.labels, strict=True)):
         turn = turns[position]
-        if label not in (IGNORE_INDEX, token):  # learned here, but another token is read: it belongs to the turn before
+        if label not in (IGNORE_INDEX, token_id):  # the input is another token: the label belongs to the turn before
             kind: Kind = "learned_control" if label in control else "learned"
-            yield _Place(kind, label, turns[position - 1], False, position)
-        if label == token:
-            kind = "learned_control" if token in control else "learned"
-            # A real end token behind the last turn closes that turn.
+            yield _Token(kind, label, turns[position - 1], False, position)
+        if label == token_id:
+            kind = "learned_control" if token_id in control else "learned"
+            # A real end token after the last turn closes that turn.
             turn = turns[position - 1] if turn is None and position else turn
         else:
-            kind = "control" if token in control else "context"
-        yield _Place(kind, token, turn, True, position)
+            kind = "control" if token_id in control else "context"
+        yield _Token(kind, token_id, turn, True, position)
 
 
 def _turn_of_each_position(example: Example) -> list[int | None]:
@@ -103,32 +107,33 @@ def _turn_of_each_position(example: Example) -> list[int | None]:
     return turns
 
 
-def _runs(places: Iterator[_Place]) -> Iterator[list[_Place]]:
-    """Neighbours of one kind and turn; control tokens one by one."""
+def _runs(tokens: Iterator[_Token]) -> Iterator[list[_Token]]:
+    """Adjacent tokens of one kind and turn; control tokens one by one."""
 
-    def key(place: _Place) -> tuple[Any, ...]:
-        return place.kind, place.turn, place.read, place.position if place.kind.endswith("control") else None
+    def key(token: _Token) -> tuple[Any, ...]:
+        return token.kind, token.turn, token.read, token.position if token.kind.endswith("control") else None
 
-    for _, run in groupby(places, key):
+    for _, run in groupby(tokens, key):
         yield list(run)
 
 
-class _Speller:
-    """Decodes runs as they read in their place."""
+class _RunDecoder:
+    """Decodes runs of tokens in their context."""
 
     def __init__(self, plain: PlainTextTokenizer, input_ids: Sequence[int]) -> None:
         self.tokenizer, self.added, self.input_ids = plain.tokenizer, plain.added, input_ids
 
-    def name(self, token: int) -> str:
+    def name(self, token_id: int) -> str:
         """The spelling of a control token."""
-        return self.added.get(token) or self._decode([token]) or str(self.tokenizer.convert_ids_to_tokens(token))
+        name = self.added.get(token_id) or self._decode([token_id])
+        return name or str(self.tokenizer.convert_ids_to_tokens(token_id))
 
-    def text(self, run: Sequence[_Place]) -> str:
-        """The run's tokens decoded together, so that a character of several tokens stays whole.
+    def text(self, run: Sequence[_Token]) -> str:
+        """Decode a run as a whole, so that characters of several tokens are complete.
 
-        Some decoders drop the space that a text begins with: the token before the run keeps it in its place.
+        Some decoders drop the space at the beginning of a text; decoding with the token before the run keeps it.
         """
-        ids, begin = [place.token for place in run], run[0].position
+        ids, begin = [token.id for token in run], run[0].position
         text = self._decode(ids)
         if begin and run[0].read:
             before = self._decode(self.input_ids[begin - 1 : begin])

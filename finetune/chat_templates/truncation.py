@@ -1,8 +1,8 @@
-"""What becomes of a conversation longer than the limit: cut between turns, split into windows.
+"""Shorten a conversation that exceeds the limit: keep leading turns, or split it into windows.
 
 turns      h m h m h m      as many complete leading turns as fit; only the first model turn may be cut inside
-windows    h m h m          the same, and for each model turn behind them a window of its own, with as many
-             h m h m        preceding turns as fit and the system turn; each model turn is learned exactly once
+windows    h m h m          the same, and each later model turn gets a window of its own, with as many preceding turns
+             h m h m        as fit and the system turn; each model turn is supervised exactly once
 """
 
 from __future__ import annotations
@@ -11,80 +11,89 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from finetune.chat_templates.example import TokenizedConversation
-from finetune.chat_templates.supervision_rules import is_supervised
 from finetune.conversation import Turn
 
-LayOut = Callable[[Sequence[Turn]], TokenizedConversation]
+Tokenize = Callable[[Sequence[Turn]], TokenizedConversation]
 
 
-def truncate_to_fit(layout: TokenizedConversation, max_length: int) -> TokenizedConversation | None:
-    """The layout when all that is learned fits; a template's tail behind it (a newline, say) may be left out."""
-    if len(layout.input_ids) <= max_length:
-        return layout
-    return layout.cut(max_length) if 0 < layout.last_learned <= max_length else None
+def truncate_to_fit(tokenized: TokenizedConversation, max_length: int) -> TokenizedConversation | None:
+    """The conversation if all supervised tokens fit; the template's text after them (a newline, say) may be dropped."""
+    if len(tokenized.input_ids) <= max_length:
+        return tokenized
+    return tokenized.truncate(max_length) if 0 < tokenized.supervised_length <= max_length else None
 
 
 def leading_turns(
-    turns: Sequence[Turn], whole: TokenizedConversation, max_length: int, lay_out: LayOut
+    turns: Sequence[Turn], whole: TokenizedConversation, max_length: int, tokenize: Tokenize
 ) -> tuple[TokenizedConversation, int] | None:
-    """The longest layout of complete leading turns that fits, and how many turns it has."""
+    """As many complete leading turns as fit, and how many turns these are."""
     model_turns = [number for number, turn in enumerate(turns) if turn.role == "model"][:-1]
-    ends = {span.turn: span.stop for span in whole.spans}
-    likely = [number for number in model_turns if ends[number] <= max_length]
-    # One turn more than the whole layout suggests: some templates render a prefix shorter.
-    for number in reversed(model_turns[: len(likely) + 1]):
-        layout = truncate_to_fit(lay_out(turns[: number + 1]), max_length)
-        if layout is not None:
-            return layout, number + 1
+    stops = {span.turn: span.stop for span in whole.turn_spans}
+    num_likely = sum(stops[number] <= max_length for number in model_turns)
+    # One turn more than the whole conversation suggests: some templates render a prefix shorter.
+    for number in reversed(model_turns[: num_likely + 1]):
+        fitted = truncate_to_fit(tokenize(turns[: number + 1]), max_length)
+        if fitted is not None:
+            return fitted, number + 1
     return None
 
 
-def first_turn_cut(turns: Sequence[Turn], max_length: int, lay_out: LayOut) -> TokenizedConversation | None:
-    """The first model turn behind its context, cut at its end; None when the context alone fills the limit."""
+def first_turn_cut(turns: Sequence[Turn], max_length: int, tokenize: Tokenize) -> TokenizedConversation | None:
+    """The first model turn after its context, cut at its end; None if the context alone fills the limit."""
     first = next(number for number, turn in enumerate(turns) if turn.role == "model")
-    layout = lay_out(turns[: first + 1]).cut(max_length)
-    return layout if any(answer.stop > answer.start for answer in layout.answers) else None
+    return _cut(tokenize(turns[: first + 1]), max_length)
+
+
+def _cut(tokenized: TokenizedConversation, max_length: int) -> TokenizedConversation | None:
+    cut = tokenized.truncate(max_length)
+    return cut if any(span.stop > span.start for span in cut.supervised_spans) else None
 
 
 def window_of(
-    turns: Sequence[Turn], last: int, whole: TokenizedConversation, max_length: int, lay_out: LayOut
+    turns: Sequence[Turn], last: int, whole: TokenizedConversation, max_length: int, tokenize: Tokenize
 ) -> TokenizedConversation | None:
-    """Turn `last`, learned alone, behind as many preceding turns as fit and the system turn.
+    """Turn `last`, the only supervised one, after the system turn and as many preceding turns as fit.
 
-    Where not even the turn before it fits with it, it is cut at its end; None when that leaves nothing to learn.
+    If not even the turn before it fits too, it is cut at its end; None if that leaves nothing to supervise.
     """
-    system = [turn for turn in turns[:1] if turn.role == "system"]
-    starts = {span.turn: span.start for span in whole.spans}
-    stops = {span.turn: span.stop for span in whole.spans}
-    head = stops.get(0, 0) if system else 0
-    begins = [number for number in range(len(system), last) if turns[number].role == "human"]
+    num_system = int(turns[0].role == "system")
+    starts = {span.turn: span.start for span in whole.turn_spans}
+    stops = {span.turn: span.stop for span in whole.turn_spans}
+    system_length = stops.get(0, 0) if num_system else 0
+    begins = [number for number in range(num_system, last) if turns[number].role == "human"] or [last]
 
     def window(begin: int) -> TokenizedConversation:
-        kept = [replace(turn, train=turn.train and number == last) for number, turn in enumerate(turns)]
-        numbers = [*range(len(system)), *range(begin, last + 1)]
-        layout = lay_out([kept[number] for number in numbers])
-        layout.spans = [replace(span, turn=numbers[span.turn]) for span in layout.spans]
-        layout.answers = [replace(answer, turn=numbers[answer.turn]) for answer in layout.answers]
-        return layout
+        numbers = [*range(num_system), *range(begin, last + 1)]
+        tokenized = tokenize(
+            [replace(turns[number], train=turns[number].train and number == last) for number in numbers]
+        )
+        tokenized.turn_spans = [replace(span, turn=numbers[span.turn]) for span in tokenized.turn_spans]
+        tokenized.supervised_spans = [replace(span, turn=numbers[span.turn]) for span in tokenized.supervised_spans]
+        return tokenized
 
-    begins = begins or [last]
-    place = next(
-        (place for place, number in enumerate(begins) if head + stops[last] - starts.get(number, 0) <= max_length),
+    estimate = next(
+        (
+            index
+            for index, number in enumerate(begins)
+            if system_length + stops[last] - starts.get(number, 0) <= max_length
+        ),
         len(begins) - 1,
     )
-    best = truncate_to_fit(window(begins[place]), max_length)
-    if best is not None:  # the whole layout only suggests where to begin: is there room for more?
-        while place and (earlier := truncate_to_fit(window(begins[place - 1]), max_length)):
-            best, place = earlier, place - 1
+    best = truncate_to_fit(window(begins[estimate]), max_length)
+    if best is not None:  # the whole conversation gives an estimate only: more turns may fit
+        for begin in reversed(begins[:estimate]):
+            longer = truncate_to_fit(window(begin), max_length)
+            if longer is None:
+                break
+            best = longer
         return best
-    for number in begins[place + 1 :]:
-        best = truncate_to_fit(window(number), max_length)
+    for begin in begins[estimate + 1 :]:
+        best = truncate_to_fit(window(begin), max_length)
         if best is not None:
             return best
-    cut = window(begins[-1]).cut(max_length)
-    return cut if any(answer.stop > answer.start for answer in cut.answers) else None
+    return _cut(window(begins[-1]), max_length)
 
 
 def supervised_turns(turns: Sequence[Turn]) -> list[int]:
-    """Numbers of the turns that are to be learned."""
-    return [number for number, turn in enumerate(turns) if is_supervised(turn)]
+    """Numbers of the supervised turns."""
+    return [number for number, turn in enumerate(turns) if turn.is_supervised]

@@ -81,7 +81,7 @@ def _choice(chat_format: ChatFormat, question: str, candidates: Sequence[str]) -
     prompt, ids = _prompt(chat_format, question), []
     for candidate in candidates:
         layout = tokenize_conversation(chat_format, [Turn("human", question), Turn("model", candidate)])
-        answer = layout.answers[-1]
+        answer = layout.supervised_spans[-1]
         ids.append(layout.input_ids[answer.start : answer.stop - answer.ended])
     return AnswerChoice(prompt, ids, [len(candidate.encode()) for candidate in candidates])
 

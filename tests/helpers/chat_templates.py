@@ -171,6 +171,6 @@ STYLES = {
     "upper case": Style(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | upper + '<|im_end|>\n' }}{% endfor %}",
         ("<|im_start|>", "<|im_end|>"),
-        refused="rewrites what turn",
+        refused="rewrites the text of turn",
     ),
 }  # fmt: skip

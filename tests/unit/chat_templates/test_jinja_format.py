@@ -77,7 +77,7 @@ def test_a_template_that_counts_on_the_contents_is_refused_where_it_rewrites_the
     chat_format = JinjaFormat(smol_tokenizer, template, "x")
     check_turns = [("human", "a"), ("model", "fine")]
     assert rendered(chat_format, check_turns).status == "kept"
-    with pytest.raises(DataError, match="row 0: the chat template rewrites what turn 1 says"):
+    with pytest.raises(DataError, match="row 0: the chat template rewrites the text of turn 1"):
         rendered(chat_format, [("human", "a"), ("model", "damn")])
 
 

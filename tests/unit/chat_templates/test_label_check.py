@@ -20,28 +20,28 @@ class TestTheProof:
 
     def test_another_text_is_noticed(self, smol_tokenizer):
         def change(layout):
-            layout.labels[layout.answers[0].start + 1] = smol_tokenizer.encode("x")[0]
+            layout.labels[layout.supervised_spans[0].start + 1] = smol_tokenizer.encode("x")[0]
 
         assert "turn 1, character 4" in self.faulty(smol_tokenizer, change)
 
     def test_a_missing_end_is_noticed(self, smol_tokenizer):
         def change(layout):
-            layout.labels[layout.answers[1].stop - 1] = smol_tokenizer.encode("c")[0]
+            layout.labels[layout.supervised_spans[1].stop - 1] = smol_tokenizer.encode("c")[0]
 
         assert self.faulty(smol_tokenizer, change) == "turn 3 would not learn to stop"
 
     def test_a_learned_context_token_is_noticed(self, smol_tokenizer):
         def change(layout):
-            place = layout.answers[1].start - 1
+            place = layout.supervised_spans[1].start - 1
             layout.labels[place] = layout.input_ids[place]
 
-        assert "positions would be learned" in self.faulty(smol_tokenizer, change)
+        assert "positions would be supervised" in self.faulty(smol_tokenizer, change)
 
     def test_a_hole_is_noticed(self, smol_tokenizer):
         def change(layout):
-            layout.labels[layout.answers[0].start] = IGNORE_INDEX
+            layout.labels[layout.supervised_spans[0].start] = IGNORE_INDEX
 
-        assert "positions would be learned" in self.faulty(smol_tokenizer, change)
+        assert "positions would be supervised" in self.faulty(smol_tokenizer, change)
 
     def test_a_shift_by_one_is_noticed(self, smol_tokenizer):
         def change(layout):
@@ -53,7 +53,7 @@ class TestTheProof:
         def change(layout):
             layout.labels[:] = [IGNORE_INDEX] * len(layout.labels)
 
-        assert self.faulty(smol_tokenizer, change) == "nothing in it would be learned"
+        assert self.faulty(smol_tokenizer, change) == "nothing in it would be supervised"
 
     def test_a_character_that_the_tokenizer_cannot_say_is_a_fault_of_the_row(self, smol_tokenizer):
         lost = next(
@@ -64,5 +64,5 @@ class TestTheProof:
         row = conversation(("human", "a"), ("model", f"x{lost}y"), row=7)
         (outcome,) = Renderer(JinjaFormat(smol_tokenizer, CHATML, "chatml"), 1000).render_all([row])
         assert outcome.faults[0].startswith(
-            "rows.json, row 7: turn 1, character 1: the tokenizer loses what the turn says"
+            "rows.json, row 7: turn 1, character 1: the tokenizer does not preserve the text"
         )

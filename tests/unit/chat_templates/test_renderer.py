@@ -160,7 +160,7 @@ def test_golden_labels_with_a_python_backed_tokenizer(row):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "rewrites what turn 0 says"),
+        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "rewrites the text of turn 0"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends turn 1 with no control token"),
         ("{{ messages[-1].content }}</s>", "leaves out, repeats or rewrites turn 0"),
         ("{{ raise_exception('only one turn, please') }}", "refuses it: only one turn, please"),
@@ -228,7 +228,7 @@ class TestWhatIsLearned:
             "rows.json",
         )
         (outcome,) = Renderer(formats[name][1], 1000, train_on="last_model_turn").render_all([row])
-        assert outcome.faults == ("rows.json, row 3: no turn of it is to be learned",)
+        assert outcome.faults == ("rows.json, row 3: no turn of it is supervised",)
 
 
 def test_turn_spans_hold_each_turn(golden_tokenizer):

@@ -15,7 +15,7 @@ from finetune.chat_templates import (
     tokenize_conversation,
 )
 from finetune.chat_templates.example import SupervisedSpan
-from finetune.chat_templates.label_check import _says_the_same, check_labels
+from finetune.chat_templates.label_check import _is_text_of, check_labels
 from finetune.conversation import Conversation, Turn
 
 # A tail that nobody learns stands behind each turn, as ChatML has it.
@@ -116,7 +116,7 @@ def test_an_answer_is_known_by_the_number_of_its_turn(formats):
     turns = [Turn("system", "S"), Turn("human", "a"), Turn("model", "b"), Turn("human", "c"), Turn("model", "d")]
     for chat_format in formats.values():
         layout = tokenize_conversation(chat_format, turns)
-        assert [(one.turn, one.text) for one in layout.answers] == [(2, "b"), (4, "d")]
+        assert [(one.turn, one.text) for one in layout.supervised_spans] == [(2, "b"), (4, "d")]
     with pytest.raises(UnrenderableError, match="there is none"):
         tokenize_conversation(formats["lingowhale"], [turns[0], turns[2]])
 
@@ -128,8 +128,8 @@ def test_turns_keep_their_numbers_where_the_system_turn_is_put_in_front(golden_t
         said = f"m.role + m.content + ('{behind}' if m.role == 'user' else '</s>')"
         template = refusing + "{% for m in messages %}{{ " + said + " }}{% endfor %}"
         layout = tokenize_conversation(JinjaFormat(golden_tokenizer, template, "x"), turns)
-        assert [(one.turn, one.text) for one in layout.answers] == [(2, "b"), (4, "d")]
-        assert [(one.turn, one.role) for one in layout.spans] == [(n, turns[n].role) for n in range(1, 5)]
+        assert [(one.turn, one.text) for one in layout.supervised_spans] == [(2, "b"), (4, "d")]
+        assert [(one.turn, one.role) for one in layout.turn_spans] == [(n, turns[n].role) for n in range(1, 5)]
 
 
 def test_renderers_that_differ_in_anything_are_not_equal(formats, golden_tokenizer):
@@ -151,7 +151,7 @@ def test_renderers_that_differ_in_anything_are_not_equal(formats, golden_tokeniz
 def test_a_layout_that_begins_with_what_is_learned_fails_its_proof(formats):
     layout = tokenize_conversation(formats["lingowhale"], [Turn("human", "a"), Turn("model", "b")])
     layout.labels[0] = layout.input_ids[0]
-    assert check_labels(formats["lingowhale"], [layout])[0].startswith("it begins with what would be learned")
+    assert check_labels(formats["lingowhale"], [layout])[0].startswith("its first token would be supervised")
 
 
 @pytest.mark.parametrize(
@@ -171,4 +171,4 @@ def test_a_layout_that_begins_with_what_is_learned_fails_its_proof(formats):
     ],
 )
 def test_what_is_learned_says_what_the_turn_says(said, learned, ended, same):
-    assert _says_the_same(learned, SupervisedSpan(1, 0, 3, said, ended)) is same
+    assert _is_text_of(learned, SupervisedSpan(1, 0, 3, said, ended)) is same

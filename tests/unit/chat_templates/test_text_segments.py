@@ -127,7 +127,7 @@ def test_a_token_that_decodes_to_nothing_is_shown_by_its_name():
 
 def test_a_cut_through_a_character_shows_that_something_is_there():
     example = rendered(lingowhale(), [Turn("human", "a"), Turn("model", "好好")], max_length=7)
-    (learned,) = [one for one in segments(example, PlainTextTokenizer(letters())) if one.is_learned]
+    (learned,) = [one for one in segments(example, PlainTextTokenizer(letters())) if one.is_supervised]
     assert learned.text == "好\ufffd"
 
 
@@ -143,7 +143,7 @@ def test_nothing_is_lost_and_what_is_learned_is_the_model_turns(said, context_tu
     example = rendered(lingowhale(), turns)
     found = segments(example, PlainTextTokenizer(letters()))
     assert read(found) == whole(letters(), example)
-    learned = "".join(one.text for one in found if one.is_learned)
+    learned = "".join(one.text for one in found if one.is_supervised)
     assert learned == "".join(turn.text + "</s>" for turn in turns if turn.role == "model")
     assert {one.text for one in found if one.is_control} == {"<human>", "<model>", "</s>"}
     assert all(left.turn <= right.turn for left, right in zip(found, found[1:], strict=False))

@@ -125,7 +125,7 @@ def test_leading_turns_that_nobody_learns_are_no_example(golden_tokenizer, too_l
     (outcome,) = renderer.render_all([Conversation(turns, 0, "rows.json")])
     assert outcome.status == status
     if too_long == "turns":
-        assert outcome.reason == "21 tokens: no turn that is to be learned fits into 15"
+        assert outcome.reason == "21 tokens: no supervised turn fits into 15"
     else:
         assert [said(golden_tokenizer, one) for one in outcome.examples] == [["dddd</s>"]]
         assert outcome.reason == "21 tokens: one window"
