@@ -50,7 +50,7 @@ class ChatOptions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Who speaks."""
+        """The models that answer."""
         return (BASE,) if self.base else (TUNED, BASE) if self.compare else (TUNED,)
 
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: flags that do not go together; a folder that holds no result; a question that cannot be rendered.
         CheckpointError: the base is another model than the one that was trained.
     """
-    # Threads that wait for each other must not burn the processors that others need.
+    # Threads that wait for each other must not occupy the cores that other threads need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = fill(ChatOptions, build_parser().parse(argv))
     raise_faults(_faults(options))
@@ -82,20 +82,20 @@ def main(argv: Sequence[str]) -> None:
     with _loading(options.output):
         result = _read(options)
         quiet_serving()
-        opened = load_for_inference(result, base_name=options.base_model, only_base=options.base)
-        voices = _voices(options, opened)
+        loaded = load_for_inference(result, base_name=options.base_model, only_base=options.base)
+        models = _chat_models(options, loaded)
     chat = ChatSession(options.system)
     if options.web:
-        serve(voices, chat, host=options.host, port=options.port)
+        serve(models, chat, host=options.host, port=options.port)
     elif question is not None:
-        answer_once(voices, chat, question, as_json=options.json)
+        answer_once(models, chat, question, as_json=options.json)
     else:
-        TerminalChat(voices, chat, Console(highlight=False)).run()
+        TerminalChat(models, chat, Console(highlight=False)).run()
 
 
 def _faults(options: ChatOptions) -> Iterator[str]:
     if options.base and options.compare:
-        yield "--base answers with the base alone, --compare with both: give one of them"
+        yield "--base answers with the base alone, --compare with both: keep one of them"
     if options.json and (options.web or _is_typed()):
         yield "--json is for a question from a pipe: echo '...' | finetune chat OUTPUT --json"
     if options.max_new_tokens < 1:
@@ -113,7 +113,7 @@ def _is_typed() -> bool:
 
 
 def _read(options: ChatOptions) -> RunResult:
-    """What the folder holds; a model without run.json answers as its own chat template says."""
+    """Return what the folder holds; a model without run.json uses its own chat template."""
     folder = Path(options.output).expanduser()
     of_a_run = step_of(folder.absolute()) is not None and (folder.absolute().parent / RUN_FILE).is_file()
     if of_a_run or (folder / RUN_FILE).is_file() or not holds_model(folder):
@@ -124,16 +124,16 @@ def _read(options: ChatOptions) -> RunResult:
     return read_model(folder, markers=markers, trust_remote_code=options.trust_remote_code)
 
 
-def _voices(options: ChatOptions, opened: LoadedModel) -> ChatModels:
-    if not options.reasoning and depends_on_reasoning(opened.chat_format):
-        logger.info("this format opens answers with and without reasoning differently: --reasoning for those with")
+def _chat_models(options: ChatOptions, loaded: LoadedModel) -> ChatModels:
+    if not options.reasoning and depends_on_reasoning(loaded.chat_format):
+        logger.info("this format has two forms of answers: give --reasoning for those that begin with their reasoning")
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
-    return ChatModels(opened, options.names, options.max_new_tokens, sampling, options.reasoning)
+    return ChatModels(loaded, options.names, options.max_new_tokens, sampling, options.reasoning)
 
 
 @contextmanager
 def _loading(output: str) -> Iterator[None]:
-    """A line on stderr while the model is being loaded; on a terminal it moves, and goes away."""
+    """Show a line on stderr while the model loads; on a terminal it is removed afterwards."""
     console = Console(stderr=True)
     if not console.is_terminal:
         logger.info(f"loading {output}")

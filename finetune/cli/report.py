@@ -92,44 +92,42 @@ def _faults(options: ReportOptions, folders: Sequence[Path]) -> Iterator[str]:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """How runs are called beside each other: by the last part of their paths that tells them apart.
+    """Name runs by the shortest ends of their paths that tell them apart.
 
     >>> names([Path("a/lora"), Path("b/lora")])
     ['a/lora', 'b/lora']
     """
     parts = [folder.absolute().parts for folder in folders]
     for count in range(1, max(map(len, parts))):
-        found = ["/".join(one[-count:]) for one in parts]
-        if len(set(found)) == len(found):
-            return found
+        ends = ["/".join(path[-count:]) for path in parts]
+        if len(set(ends)) == len(ends):
+            return ends
     return [str(folder.absolute()) for folder in folders]
 
 
-def _needs_answers(run: RunRecord, asked: Sequence[SamplePrompt]) -> bool:
+def _needs_answers(run: RunRecord, prompts: Sequence[SamplePrompt]) -> bool:
     if run.state != "complete":
         return False
-    kept: SampleAnswers | None = run.answers
-    if kept is None or any(one.hurried for one in kept.answered):
+    stored: SampleAnswers | None = run.answers
+    if stored is None or any(answer.hurried for answer in stored.answered):
         return True
-    return bool(asked) and [one.prompt.turns for one in kept.answered] != [one.turns for one in asked]
+    return bool(prompts) and [answer.prompt.turns for answer in stored.answered] != [one.turns for one in prompts]
 
 
-def _answer(run: RunRecord, asked: Sequence[SamplePrompt], base_model: str | None) -> None:
-    """Let base and result answer, or say why not: the rest of the report does not need it."""
-    wanted = asked or prompts_of(run.cards, PROMPTS)
-    if not wanted:
-        logger.warning(
-            f"no answers before and after: {run.folder} keeps no row to ask for: name some with --prompts FILE"
-        )
+def _answer(run: RunRecord, prompts: Sequence[SamplePrompt], base_model: str | None) -> None:
+    """Store the answers of base and result; a failure is only noted, because the report works without them."""
+    prompts = prompts or prompts_of(run.cards, PROMPTS)
+    if not prompts:
+        logger.warning(f"no answers before and after: {run.folder} keeps no rows: name prompts with --prompts FILE")
         return
     from tqdm import tqdm
 
     quiet_libraries()
     try:
-        with tqdm(total=2 * len(wanted), desc="base and result answer", unit=" answers") as bar:
+        with tqdm(total=2 * len(prompts), desc="base and result answer", unit=" answers") as bar:
             result = read_result(run.folder)
             write_answers(
-                run.folder, result.run, generate_answers(result, wanted, base_name=base_model, each=bar.update)
+                run.folder, result.run, generate_answers(result, prompts, base_name=base_model, each=bar.update)
             )
     except (FinetuneError, OSError) as error:
         logger.warning(f"no answers before and after: {error}")

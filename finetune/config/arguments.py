@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import os
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from finetune.config.training_flags import training_flags
+from finetune.utils.options import default_of_field, option
 
 # The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
 # Its newest commit is used and named, unless --model_revision pins one.
 TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
 
 
-def _flag(default: Any, help: str) -> Any:
-    """`help` serves --help and the table of README.md; what is typed as it stands is between backticks."""
-    metadata = {"help": help}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class ModelArguments:
     """The model."""
 
-    model_name_or_path: str = _flag("", "folder or hub name of a causal language model (required)")
-    model_revision: str | None = _flag(
+    model_name_or_path: str = option("", "folder or hub name of a causal language model (required)")
+    model_revision: str | None = option(
         None,
         "commit, tag or branch of a model on the hub: its config, tokenizer, weights and code; default: the newest of "
         "`main`",
     )
-    trust_remote_code: bool = _flag(
+    trust_remote_code: bool = option(
         False,
         "run the Python files that come with the model; without it such a model is refused, and nothing of it runs "
         f"(`{TRUSTED_WITHOUT_FLAG[0]}` needs no flag)",
     )
-    attn_implementation: str | None = _flag(
+    attn_implementation: str | None = option(
         None,
         "attention of transformers; default: flash attention where it runs, else `sdpa`, else `eager`; a replacement "
         "is said",
     )
-    new_tokens: list[str] = _flag([], "tokens to add to the vocabulary; their embeddings are trained, with LoRA too")
+    new_tokens: list[str] = option([], "tokens to add to the vocabulary; their embeddings are trained, with LoRA too")
 
     def __post_init__(self) -> None:
         self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # a shell leaves `--flag=~/model` alone
@@ -59,64 +52,64 @@ class ModelArguments:
 class DataArguments:
     """The data."""
 
-    data_path: list[str] = _flag(
+    data_path: list[str] = option(
         [], "conversations: files, folders, globs, data set names; `FILE:0.5` takes half of its rows (required)"
     )
-    eval_data_path: list[str] = _flag([], "held-out conversations to evaluate on while training, as `--data_path`")
-    validation_share: float = _flag(0.0, "hold out this share of the conversations of `--data_path` instead, 0 to 1")
-    model_max_length: int = _flag(2048, "tokens of the longest example; see `--too_long`")
-    too_long: Literal["turns", "windows", "drop", "error"] = _flag(
+    eval_data_path: list[str] = option([], "held-out conversations to evaluate on while training, as `--data_path`")
+    validation_share: float = option(0.0, "hold out this share of the conversations of `--data_path` instead, 0 to 1")
+    model_max_length: int = option(2048, "tokens of the longest example; see `--too_long`")
+    too_long: Literal["turns", "windows", "drop", "error"] = option(
         "turns", "a longer conversation keeps its first turns, is split into windows, is dropped, or stops the run"
     )
-    train_on: Literal["model_turns", "last_model_turn"] = _flag("model_turns", "which turns are learned")
-    bad_rows: Literal["error", "drop"] = _flag("error", "rows with a fault stop the run, or are dropped")
-    max_dropped_rows: float = _flag(0.01, "share of the rows that `--bad_rows drop` may drop, 0 to 1")
-    repairs: list[str] = _flag([], "rules that may change rows, each use recorded: `merge_turns`, `drop_last_human`")
-    data_cache_dir: str | None = _flag(None, "where prepared data is kept; default: `~/.cache/finetune/data`")
-    preprocessing_num_workers: int | None = _flag(
+    train_on: Literal["model_turns", "last_model_turn"] = option("model_turns", "which turns are learned")
+    bad_rows: Literal["error", "drop"] = option("error", "rows with a fault stop the run, or are dropped")
+    max_dropped_rows: float = option(0.01, "share of the rows that `--bad_rows drop` may drop, 0 to 1")
+    repairs: list[str] = option([], "rules that may change rows, each use recorded: `merge_turns`, `drop_last_human`")
+    data_cache_dir: str | None = option(None, "where prepared data is kept; default: `~/.cache/finetune/data`")
+    preprocessing_num_workers: int | None = option(
         None, "processes that prepare data; default: 1 for small data, else one per core, at most 8"
     )
-    chat_template: str | None = _flag(None, "`lingowhale`, `chatml` or a Jinja file; default: the tokenizer's own")
-    content_tokens: list[str] = _flag(
+    chat_template: str | None = option(None, "`lingowhale`, `chatml` or a Jinja file; default: the tokenizer's own")
+    content_tokens: list[str] = option(
         [], "added tokens that contents may use as tokens, e.g. `'<think>' '</think>'`; all others are plain text"
     )
-    human_token_ids: list[int] = _flag([3], "LingoWhale format: the marker before a human turn")
-    model_token_ids: list[int] = _flag([4], "LingoWhale format: the marker before a model turn")
+    human_token_ids: list[int] = option([3], "LingoWhale format: the marker before a human turn")
+    model_token_ids: list[int] = option([4], "LingoWhale format: the marker before a model turn")
 
 
 @dataclass
 class BatchArguments:
     """The batches."""
 
-    batching: Literal["flat", "padded", "packed"] = _flag(
+    batching: Literal["flat", "padded", "packed"] = option(
         "flat", "conversations behind each other without padding, padded rows, or rows filled to `--model_max_length`"
     )
-    tokens_per_device_batch: int | None = _flag(
+    tokens_per_device_batch: int | None = option(
         None, "a micro-batch holds up to this many tokens, instead of `--per_device_train_batch_size` rows"
     )
-    loss_weighting: Literal["token", "conversation"] = _flag(
+    loss_weighting: Literal["token", "conversation"] = option(
         "token", "the loss is a mean over the learned tokens of a step, or over its conversations"
     )
-    sequence_parallel_size: int = _flag(1, "ranks that share each conversation (DeepSpeed Ulysses)")
+    sequence_parallel_size: int = option(1, "ranks that share each conversation (DeepSpeed Ulysses)")
 
 
 @dataclass
 class AdapterArguments:
     """Adapters; without one all parameters are trained."""
 
-    use_lora: bool = _flag(False, "train LoRA adapters, the same as `--adapter lora`")
-    adapter: Literal["lora", "prefix", "prompt"] | None = _flag(None, "what is trained instead of all parameters")
-    lora_r: int = _flag(8, "rank of the LoRA matrices")
-    lora_alpha: float = _flag(16, "LoRA updates are scaled by `lora_alpha / lora_r`")
-    lora_dropout: float = _flag(0.1, "dropout in front of the LoRA matrices, 0 to 1")
-    lora_target_modules: list[str] = _flag(["all-linear"], "names of the layers that get LoRA, e.g. `qkv_proj`")
-    use_dora: bool = _flag(False, "DoRA: learn the magnitude of each weight column too")
-    use_rslora: bool = _flag(False, "rsLoRA: scale by `lora_alpha / sqrt(lora_r)`")
-    init_lora_weights: str = _flag(
+    use_lora: bool = option(False, "train LoRA adapters, the same as `--adapter lora`")
+    adapter: Literal["lora", "prefix", "prompt"] | None = option(None, "what is trained instead of all parameters")
+    lora_r: int = option(8, "rank of the LoRA matrices")
+    lora_alpha: float = option(16, "LoRA updates are scaled by `lora_alpha / lora_r`")
+    lora_dropout: float = option(0.1, "dropout in front of the LoRA matrices, 0 to 1")
+    lora_target_modules: list[str] = option(["all-linear"], "names of the layers that get LoRA, e.g. `qkv_proj`")
+    use_dora: bool = option(False, "DoRA: learn the magnitude of each weight column too")
+    use_rslora: bool = option(False, "rsLoRA: scale by `lora_alpha / sqrt(lora_r)`")
+    init_lora_weights: str = option(
         "default", "how LoRA starts: `default`, `gaussian`, `pissa`, `pissa_niter_16` (any number) or `olora`"
     )
-    modules_to_save: list[str] = _flag([], "layers trained whole and saved beside the adapter, e.g. `lm_head`")
-    num_virtual_tokens: int = _flag(20, "length of a prefix or prompt adapter")
+    modules_to_save: list[str] = option([], "layers trained whole and saved beside the adapter, e.g. `lm_head`")
+    num_virtual_tokens: int = option(20, "length of a prefix or prompt adapter")
 
     def kind(self) -> str | None:
         """lora, prefix, prompt, or None for full-parameter training."""
@@ -127,42 +120,44 @@ class AdapterArguments:
 class RunArguments:
     """The run."""
 
-    config: str | None = _flag(
+    config: str | None = option(
         None, "YAML or JSON file with flags (a `run.json` repeats its run); the command line wins"
     )
-    overwrite_output_dir: bool = _flag(False, "move an earlier run in `--output_dir` aside; nothing is deleted")
-    allow_inexact_resume: bool = _flag(False, "go on from a checkpoint although the numbers will differ; recorded")
-    skip_rows: list[str] = _flag(
+    overwrite_output_dir: bool = option(False, "move an earlier run in `--output_dir` aside; nothing is deleted")
+    allow_inexact_resume: bool = option(False, "go on from a checkpoint although the numbers will differ; recorded")
+    skip_rows: list[str] = option(
         [], "files that name rows to leave out from now on: `non_finite_rows.jsonl`, or lines like `data.json:17`"
     )
-    resume_world_size: Literal["same", "any"] = _flag(
+    resume_world_size: Literal["same", "any"] = option(
         "same", "ranks that go on from a checkpoint: the `same` number, or `any`, with the same global batch"
     )
-    meeting_timeout: int = _flag(60, "seconds in which all ranks must have arrived; 0: for ever")
-    start_timeout: int = _flag(1800, "seconds that loading may take without progress, and the first step; 0: for ever")
-    step_timeout: int | None = _flag(
+    meeting_timeout: int = option(60, "seconds in which all ranks must have arrived; 0: for ever")
+    start_timeout: int = option(1800, "seconds that loading may take without progress, and the first step; 0: for ever")
+    step_timeout: int | None = option(
         None, "seconds that a step may take; default: ten times the usual, at least 300; 0: for ever"
     )
-    save_timeout: int = _flag(1800, "seconds that a save may take; 0: for ever")
-    early_stopping_patience: int | None = _flag(
+    save_timeout: int = option(1800, "seconds that a save may take; 0: for ever")
+    early_stopping_patience: int | None = option(
         None, "stop when so many evaluations in a row have not lowered the held-out loss"
     )
-    early_stopping_threshold: float = _flag(0.0, "by how much it has to be lower to count")
-    write_report: bool = _flag(True, "write `report.html` at the end; `finetune report OUTPUT` writes it at any time")
-    report_answers: int = _flag(3, "prompts of the data that base and result answer for the report; 0: none")
-    report_seconds: int = _flag(30, "seconds that these answers may take, loading included")
-    report_samples: int = _flag(8, "rows of the data, with their text, that `output_dir` keeps for the report; 0: none")
+    early_stopping_threshold: float = option(0.0, "by how much it has to be lower to count")
+    write_report: bool = option(True, "write `report.html` at the end; `finetune report OUTPUT` writes it at any time")
+    report_answers: int = option(3, "prompts of the data that base and result answer for the report; 0: none")
+    report_seconds: int = option(30, "seconds that these answers may take, loading included")
+    report_samples: int = option(
+        8, "rows of the data that `output_dir` keeps, with their text, for the report; 0: none"
+    )
 
 
 @dataclass
 class DoctorArguments:
     """How a run is examined."""
 
-    json: bool = _flag(False, "print what was found as one JSON object")
-    full: bool = _flag(False, "compare every byte of data and model between the hosts, not samples of large files")
-    write_env: bool = _flag(False, "write a `.deepspeed_env` that names the network interface which joins the hosts")
-    stage: bool = _flag(False, "copy code, data and model to the hosts that lack them, with rsync")
-    rehearse: bool = _flag(
+    json: bool = option(False, "print what was found as one JSON object")
+    full: bool = option(False, "compare every byte of data and model between the hosts, not samples of large files")
+    write_env: bool = option(False, "write a `.deepspeed_env` that names the network interface which joins the hosts")
+    stage: bool = option(False, "copy code, data and model to the hosts that lack them, with rsync")
+    rehearse: bool = option(
         False, "run all of it with a small random model: two steps, save, verify, resume, load; about a minute"
     )
 
@@ -259,6 +254,6 @@ def default_of(name: str) -> Any:
     for group in GROUPS:
         for one in fields(group):
             if one.name == name:
-                return one.default_factory() if one.default is MISSING else one.default
+                return default_of_field(one)
     flag = training_flags().get(name)
     return TRAINING_DEFAULTS.get(name, flag.default if flag else None)

@@ -242,7 +242,7 @@ class TestPipe:
         [
             (b"\n", (), "standard input is empty"),
             (b"\xff", (), "not UTF-8 at byte 0"),
-            (b"a", ("--base", "--compare"), "give one of them"),
+            (b"a", ("--base", "--compare"), "keep one of them"),
             (b"a", ("--top_p", "0"), "--top_p 0: expected more than 0"),
         ],
     )

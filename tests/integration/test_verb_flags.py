@@ -126,7 +126,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
         },
         "report": {
             f"{at}.read_run": SimpleNamespace(state="complete", answers=None, cards=[], folder=Path("f"), name="run"),
-            f"{at}.write_report": None, f"{at}.keep_watching": None, f"{at}.pages.check_replaceable": None,
+            f"{at}.write_report": None, f"{at}.keep_watching": None, f"{at}.check_replaceable": None,
             f"{at}.read_result": result, f"{at}.generate_answers": None, f"{at}.write_answers": None,
             f"{at}.prompts_of": ["prompt"],
         },
