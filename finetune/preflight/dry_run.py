@@ -1,9 +1,9 @@
-"""The whole chain in small: a random model of the same architecture trains two steps, is saved, goes on, and answers.
+"""The dry run: a random model of the same architecture trains two steps, is saved, resumed and loaded.
 
-shrink    the config at small width, its tokenizer beside it: seconds to make, megabytes to save
+shrink    the config at small width, with its tokenizer: seconds to build, megabytes to save
 train     the user's own command, two steps, a checkpoint after each
-go on     the same from the first checkpoint: the second step comes out the same
-load      the result is opened, ready to answer
+resume    the same from the first checkpoint: the second step has the same loss
+load      the result is loaded for inference
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune.utils.errors import FinetuneError
 logger = logging.getLogger(__name__)
 
 LAYERS, HEADS, HEAD_WIDTH = 2, 4, 16
-# What makes a layer wide, by the names that configs use, and how wide it is here.
+# The names that configs use for widths, and the widths of the small model.
 WIDTHS = {
     "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "ffn_hidden_size": 128, "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32, "head_dim": HEAD_WIDTH, "q_lora_rank": 16, "kv_lora_rank": 16,
@@ -42,7 +42,7 @@ SECONDS_FOR_A_RUN = 300
 
 
 def shrink_config(config: Any, *, heads: int = HEADS) -> Any:
-    """A config of the same architecture at small width: two layers (one of each kind), four heads, four experts."""
+    """Return a config of the same architecture with two layers (one of each kind), four heads and four experts."""
     small = type(config)(**config.to_dict())
     text = small.get_text_config()
     known = text.to_dict()
@@ -67,10 +67,10 @@ def shrink_config(config: Any, *, heads: int = HEADS) -> Any:
 def make_random_model(
     name: str, folder: Path, *, revision: str | None, trust_remote_code: bool, heads: int = HEADS
 ) -> int:
-    """A random model of that architecture in `folder`, with its tokenizer and its own code; returns its parameters.
+    """Write a random model of that architecture to `folder`, with tokenizer and code; return its number of parameters.
 
     Raises:
-        FinetuneError: its code cannot be made small.
+        FinetuneError: its code does not run at small width.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -84,27 +84,27 @@ def make_random_model(
         )
         with torch.no_grad():
             model(torch.zeros(1, 4, dtype=torch.long))
-    except Exception as error:  # code of any model may object in any way to another width
+    except Exception as error:  # any model's code may fail at another width, in any way
         raise FinetuneError(f"this architecture ({config.model_type}) cannot be made small: {error}") from None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(name, **common).save_pretrained(folder)
     if Path(name).is_dir():
         for path in Path(name).glob("*.py"):
             shutil.copy(path, folder)
-    return sum(one.numel() for one in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def run_dry_run(command: Sequence[str], model: Path, output: Path) -> dict[str, Any]:
-    """Run the chain with a small model that lies in `model` on every host.
+    """Train, resume and load with the small model in `model`, a folder on every host.
 
     Args:
         command: that starts the training, up to the user's last flag.
 
     Returns:
-        Seconds of each part, by name, and the two losses.
+        Seconds of each stage, by name, and the two losses.
 
     Raises:
-        FinetuneError: the part that failed, and what it said last.
+        FinetuneError: the stage that failed, and its last message.
     """
     facts: dict[str, Any] = {}
     own = [
@@ -118,17 +118,17 @@ def run_dry_run(command: Sequence[str], model: Path, output: Path) -> dict[str, 
     logger.info(f"two steps, two checkpoints, a verified result after {facts['train_seconds']:.0f} s")
     losses = _losses(output)
     began = time.monotonic()
-    _run([*command, *own, "--resume_from_checkpoint", str(output / "checkpoint-1")], "going on from a checkpoint")
+    _run([*command, *own, "--resume_from_checkpoint", str(output / "checkpoint-1")], "resuming from a checkpoint")
     facts["resume_seconds"] = time.monotonic() - began
     again = _losses(output)
     if len(again) != STEPS or not math.isclose(losses[-1], again[-1], rel_tol=TOLERANCE):
-        raise FinetuneError(f"the second step after going on has loss {again[-1:]}, without a stop it had {losses[-1]}")
-    logger.info(f"going on from the first checkpoint: the same second step after {facts['resume_seconds']:.0f} s")
+        raise FinetuneError(f"the second step has loss {again[-1:]} when resumed, and {losses[-1]} without a stop")
+    logger.info(f"resumed from the first checkpoint: the same second step after {facts['resume_seconds']:.0f} s")
     began = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):
         load_for_inference(read_result(output))
     facts["load_seconds"] = time.monotonic() - began
-    logger.info(f"the result opens after {facts['load_seconds']:.0f} s")
+    logger.info(f"the result is loaded after {facts['load_seconds']:.0f} s")
     return {**facts, "losses": losses}
 
 
@@ -140,7 +140,7 @@ def _run(command: Sequence[str], what: str) -> None:
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         errors = [line for line in lines if "error:" in line.lower()]
-        raise FinetuneError(f"{what}: status {done.returncode}: {(errors or lines or ['it said nothing'])[-1]}")
+        raise FinetuneError(f"{what}: status {done.returncode}: {(errors or lines or ['no output'])[-1]}")
 
 
 def _losses(output: Path) -> list[float]:

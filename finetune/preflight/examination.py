@@ -19,8 +19,8 @@ from finetune.models.loader import ModelInfo
 from finetune.preflight import dry_run
 from finetune.preflight.doctor_output import labelled
 from finetune.preflight.findings import DoctorReport
-from finetune.preflight.host_checks import Answers, examine_hosts, examine_network, look_closely, probe_of
-from finetune.preflight.machine_checks import examine_machine, examine_operators
+from finetune.preflight.host_checks import Answers, check_host, check_hosts, check_network, hardware_of
+from finetune.preflight.machine_checks import check_machine, check_operators
 from finetune.preflight.planned_run import PlannedRun, shared, world_of
 from finetune.preflight.resource_checks import examine_resources
 from finetune.training.data_setup import prepare_data
@@ -43,18 +43,18 @@ def examine_run(examination: DoctorReport, run: PlannedRun, resolve: Resolve) ->
     if remote is None:
         name = list(slots)[max(run.flags.node_rank, 0)]  # the same command is typed on every host
         answers: Answers = {name: here}
-        look_closely(examination, name, here, len(slots[name]))
+        check_host(examination, name, here, len(slots[name]))
         found = detect_hardware(use_cpu=bool(run.arguments.given("use_cpu")))
     else:
         logger.info(f"asking {len(slots)} hosts")
-        answers = examine_hosts(examination, slots, run.shell, shared(run), run.places)
+        answers = check_hosts(examination, slots, run.shell, shared(run), run.places)
         use_cpu = bool(run.arguments.given("use_cpu"))
-        found = probe_of(answers, use_cpu=use_cpu) if answers else detect_hardware(use_cpu=use_cpu)
+        found = hardware_of(answers, use_cpu=use_cpu) if answers else detect_hardware(use_cpu=use_cpu)
     logger.info("examining flags and model")
     setup = examination.attempt("configuration", lambda: resolve(found, world_of(slots)))
     logger.info("reading the data")
     read = examination.attempt("data", lambda: _read(examination, run))
-    examine_machine(examination, here)
+    check_machine(examination, here)
     if setup is not None:
         config, info = setup
         _note_configuration(examination, config, info, slots)
@@ -65,10 +65,10 @@ def examine_run(examination: DoctorReport, run: PlannedRun, resolve: Resolve) ->
         with_code = [host for host in answers if answers[host]["code"]]
         if names and with_code:
             logger.info(f"building {', '.join(names)} where it is not built yet")
-            examine_operators(examination, names, with_code, run.shell, over_ssh=remote is not None)
+            check_operators(examination, names, with_code, run.shell, over_ssh=remote is not None)
     if remote is not None or (found.gpus and not run.flags.no_ssh):
         logger.info("connecting the ranks")
-        examine_network(
+        check_network(
             examination, slots, run.shell, answers,
             flags=run.flags, backend="nccl" if found.gpus else "gloo", writes_environment=run.choice.write_env,
         )  # fmt: skip

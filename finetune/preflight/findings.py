@@ -1,4 +1,4 @@
-"""What an examination found: facts by section, and what has to be mended."""
+"""The result of the doctor: facts by section, errors and warnings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from finetune.utils.errors import FinetuneError
 
-# In the order in which a run comes to them: the first that fails is the one it would end with.
+# In the order in which a run comes to them: it would end with the first that fails.
 SECTIONS = (
     "command",
     "hosts",
@@ -27,11 +27,11 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to mend.
+    """An error or a warning.
 
     Attributes:
-        status: that a run would end with because of it; 0: it would go on, and the user should know.
-        host: on which it was found, where it is one host's.
+        status: exit status of a run with this error; 0: a warning.
+        host: where it was found, if it concerns one host.
     """
 
     section: str
@@ -40,7 +40,7 @@ class Finding:
     host: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return JSON values."""
         return {"section": self.section, "status": self.status, "host": self.host, "text": self.text}
 
     def __str__(self) -> str:
@@ -49,42 +49,42 @@ class Finding:
 
 @dataclass
 class DoctorReport:
-    """Facts by section, plain values that JSON takes, and the findings so far."""
+    """Facts by section, as JSON values, and the findings so far."""
 
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     def attempt(self, section: str, action: Callable[[], Value]) -> Value | None:
-        """What `action` returns; what it raises as an error of ours becomes a finding, and None is returned.
+        """Return what `action` returns, or None if it raises an error of this project, which becomes a finding.
 
-        The same text is noted once: a model that is missing is missed by the flags and by the data.
+        Equal texts are noted once: a missing model fails both the configuration and the data.
         """
         try:
             return action()
         except FinetuneError as error:
-            if all(one.text != str(error) for one in self.findings):
+            if all(finding.text != str(error) for finding in self.findings):
                 self.findings.append(Finding(section, str(error), error.status))
             return None
 
     def add_error(self, section: str, text: str, *, status: int = 2, host: str | None = None) -> None:
-        """Note something without which the run would end with this status."""
+        """Add an error that would end the run with this status."""
         self.findings.append(Finding(section, text, status, host))
 
     def add_errors(self, section: str, faults: Iterable[tuple[str, str]]) -> None:
-        """Note faults of hosts: (host, what is wrong there)."""
+        """Add errors of hosts: (host, text)."""
         for host, text in faults:
             self.add_error(section, text, host=host)
 
     def warn(self, section: str, text: str, *, host: str | None = None) -> None:
-        """Note something that a run survives."""
+        """Add a warning."""
         self.add_error(section, text, status=0, host=host)
 
     def failed(self, *sections: str) -> bool:
-        """Whether a run would end because of one of these sections."""
+        """Return whether one of these sections has an error."""
         return any(finding.status for finding in self.findings if finding.section in sections)
 
     @property
     def status(self) -> int:
-        """What the run would end with; 0: nothing was found that would end it."""
-        ending = [finding for finding in self.findings if finding.status]
-        return min(ending, key=lambda finding: SECTIONS.index(finding.section)).status if ending else 0
+        """Exit status that the run would have; 0 without errors."""
+        errors = [finding for finding in self.findings if finding.status]
+        return min(errors, key=lambda finding: SECTIONS.index(finding.section)).status if errors else 0

@@ -1,4 +1,4 @@
-"""Every host of a run, asked in parallel: what it has, how it differs, the way to where the ranks meet."""
+"""Checks of the hosts of a run, in parallel: what each has, how they differ, the network to the rendezvous."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from finetune.launcher.ssh import SshShell
 from finetune.preflight.findings import DoctorReport
 from finetune.utils.errors import StorageError
 
-SECONDS_OF_SKEW = 2.0
-SHARED_MEMORY_WANTED = 256 << 20  # NCCL's and DeepSpeed's CPU rings live there
+MAX_CLOCK_SKEW = 2.0
+MIN_SHARED_MEMORY = 256 << 20  # for the buffers of NCCL and of DeepSpeed on CPUs
 INTERFACES = ("NCCL_SOCKET_IFNAME", ssh.GLOO_INTERFACE)
 Answers = Mapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a run writes, by what; and the port it was told to meet at (DeepSpeed's own by default)."""
+class ProbeOrder:
+    """What hosts are asked for: space for `output`, whether `port` is free; with `full` a hash of whole files."""
 
     output: str
     port: int
@@ -39,89 +39,88 @@ class Places:
     full: bool = False
 
     def order(self) -> dict[str, Any]:
-        """As `distributed.host_probe.collect_host_facts` takes it."""
+        """Return it as `distributed.host_probe.collect_host_facts` takes it."""
         places = {"output": self.output, "shm": "/dev/shm", "temporary": os.environ.get("TMPDIR", "/tmp")}
         extensions = os.environ["TORCH_EXTENSIONS_DIR"]
         return {"places": places, "wanted": self.port, "extensions": extensions, "full": self.full}
 
 
-def examine_hosts(
-    examination: DoctorReport, slots: Mapping[str, list[int]], shell: SshShell, words: Sequence[str], places: Places
+def check_hosts(
+    report: DoctorReport, slots: Mapping[str, list[int]], shell: SshShell, words: Sequence[str], probe: ProbeOrder
 ) -> Answers:
-    """Ask all; what is wrong becomes findings, what is there facts. Returns the answers of those that gave one."""
-    answers = ssh.probe_hosts(list(slots), shell, ssh.shared_words(words), places.order())
-    examination.add_errors("hosts", ssh.faults_of(answers, slots))
-    found = {host: answer for host, answer in answers.items() if not isinstance(answer, str) and "space" in answer}
-    for host, facts in found.items():
-        look_closely(examination, host, facts, len(slots[host]))
+    """Probe all hosts, note their facts and findings, and return the answers of those that gave one."""
+    answers = ssh.probe_hosts(list(slots), shell, ssh.shared_words(words), probe.order())
+    report.add_errors("hosts", ssh.faults_of(answers, slots))
+    answered = {host: answer for host, answer in answers.items() if not isinstance(answer, str) and "space" in answer}
+    for host, facts in answered.items():
+        check_host(report, host, facts, len(slots[host]))
     first = next(iter(slots))
-    if first in found and found[first]["wanted_is_taken"]:
-        if places.port_was_given:
-            text = f"port {places.port} is taken: give another --master_port, or leave the flag out"
-            examination.add_error("network", text, host=first)
+    if first in answered and answered[first]["wanted_is_taken"]:
+        text = f"port {probe.port} is taken: "
+        if probe.port_was_given:
+            report.add_error("network", text + "give another --master_port, or leave the flag out", host=first)
         else:
-            text = f"port {places.port} is taken: `deepspeed` needs another --master_port; `finetune launch` finds one"
-            examination.warn("network", text, host=first)
+            text += "`deepspeed` needs another --master_port; `finetune launch` finds one"
+            report.warn("network", text, host=first)
     if len(slots) > 1 and shutil.which("pdsh") is None:
         text = "pdsh is not on this machine: `deepspeed` needs it for several hosts; `finetune launch` does not"
-        examination.warn("hosts", text)
-    examination.facts["hosts"] = {
-        host: {"slots": len(ids), **({"error": answers[host]} if host not in found else _shown(found[host]))}
+        report.warn("hosts", text)
+    report.facts["hosts"] = {
+        host: {"slots": len(ids), **(_shown(answered[host]) if host in answered else {"error": answers[host]})}
         for host, ids in slots.items()
     }
-    return found
+    return answered
 
 
-def look_closely(examination: DoctorReport, host: str, facts: Mapping[str, Any], slots: int) -> None:
-    """What one host has or lacks by itself."""
+def check_host(report: DoctorReport, host: str, facts: Mapping[str, Any], slots: int) -> None:
+    """Check one host by itself."""
     output = facts["space"]["output"]
     if not output["writable"]:
         text = f"--output_dir cannot be made: {output['at']} may not be written to"
-        examination.add_error("disk", text, status=StorageError.status, host=host)
-    if facts["space"]["shm"]["free"] < SHARED_MEMORY_WANTED:
+        report.add_error("disk", text, status=StorageError.status, host=host)
+    if facts["space"]["shm"]["free"] < MIN_SHARED_MEMORY:
         free = facts["space"]["shm"]["free"] >> 20
-        text = f"/dev/shm has {free:,} MiB left: ranks of a host talk through it; a container needs --shm-size=1g or so"
-        examination.warn("hosts", text, host=host)
+        text = f"/dev/shm has {free:,} MiB left: ranks of a host communicate through it; give a container --shm-size=1g"
+        report.warn("hosts", text, host=host)
     if not facts["deepspeed"]:
-        examination.add_error(
-            "hosts", "the `deepspeed` command is not beside its Python: pip install deepspeed", host=host
-        )
+        report.add_error("hosts", "the `deepspeed` command is not next to its Python: pip install deepspeed", host=host)
     early, late = facts["time"] - facts["asked"][1], facts["time"] - facts["asked"][0]
     skew = early if early > 0 else min(late, 0.0)
-    if abs(skew) > SECONDS_OF_SKEW:
+    if abs(skew) > MAX_CLOCK_SKEW:
         text = f"its clock is {abs(skew):,.0f} s {'ahead' if skew > 0 else 'behind'}: synchronise it (chrony, ntp)"
-        examination.warn("hosts", text, host=host)
+        report.warn("hosts", text, host=host)
     if 0 < slots < facts["gpus"]:
-        examination.warn("hosts", f"{facts['gpus'] - slots} of its {facts['gpus']} GPUs are not used", host=host)
-    busy = [one for one in facts["gpu_facts"] if one["used"] > one["memory"] * 0.1]
+        report.warn("hosts", f"{facts['gpus'] - slots} of its {facts['gpus']} GPUs are not used", host=host)
+    busy = [gpu["used"] for gpu in facts["gpu_facts"] if gpu["used"] > gpu["memory"] * 0.1]
     if busy:
-        text = f"{len(busy)} GPUs are in use by others (up to {max(one['used'] for one in busy) / 2**30:.1f} GiB)"
-        examination.warn("hosts", text, host=host)
+        text = f"{len(busy)} GPUs are in use by others (up to {max(busy) / 2**30:.1f} GiB)"
+        report.warn("hosts", text, host=host)
 
 
 def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a host's answer is told."""
+    """Return the part of a host's answer that is reported."""
     kept = ("name", "python", "versions", "cores", "memory", "gpus", "gpu_facts", "space", "interfaces", "programs")
     return {name: facts[name] for name in kept} | {"code": facts["code"], "files": facts["files"]}
 
 
-def probe_of(answers: Answers, *, use_cpu: bool) -> DetectedHardware:
-    """What ranks on these hosts can do, from what the hosts' own tools say; this machine may have no GPU."""
+def hardware_of(answers: Answers, *, use_cpu: bool) -> DetectedHardware:
+    """Return the hardware of these hosts, as their own tools report it; this machine may have no GPU."""
     gpus = []
     for facts in answers.values():
-        known = [tuple(int(part) for part in one["capability"].split(".")) for one in facts["gpu_facts"]]
-        gpus += [Gpu(one["name"], kind) for one, kind in zip(facts["gpu_facts"], known, strict=True)]
-        # A tool too old to say what they can do: what hosts get in a data centre since 2020.
-        gpus += [Gpu("GPU", AMPERE)] * (facts["gpus"] - len(known))
+        for gpu in facts["gpu_facts"]:
+            major, minor = map(int, gpu["capability"].split("."))
+            gpus.append(Gpu(gpu["name"], (major, minor)))
+        # Where nvidia-smi is too old to report the capability, that of data centre GPUs since 2020 is assumed.
+        gpus += [Gpu("GPU", AMPERE)] * (facts["gpus"] - len(facts["gpu_facts"]))
     has_flash = all("flash-attn" in facts["versions"] for facts in answers.values())
     return DetectedHardware(gpus=() if use_cpu else tuple(gpus), flash_attn=has_flash)
 
 
-# ---- the way between them
+# ---- the network
 
 
-def examine_network(
-    examination: DoctorReport,
+def check_network(
+    report: DoctorReport,
     slots: Mapping[str, list[int]],
     shell: SshShell,
     answers: Answers,
@@ -130,44 +129,46 @@ def examine_network(
     backend: str,
     writes_environment: bool,
 ) -> None:
-    """The way to where ranks meet, the interface to name, then an all-reduce among all of them.
+    """Check the way to the rendezvous and the interface, then run an all-reduce over all ranks.
 
-    Hosts that did not answer are left out; without one of them, or its code, nothing is reduced.
+    Hosts that did not answer are left out; if one is missing, or its code, there is no all-reduce.
     """
     missing = [host for host in slots if host not in answers or answers[host]["code"] is None]
     slots = {host: ids for host, ids in slots.items() if host in answers}
     if sum(map(len, slots.values())) < 2:
         return
     first = next(iter(slots))
-    given = {"address": flags.master_addr, "port": flags.given.get("master_port")}
-    meeting = examination.attempt("network", lambda: ssh.rendezvous_address(answers, **given))
-    environment = examination.attempt("network", environment_of_ranks)
-    if meeting is None or environment is None:
+    port = flags.given.get("master_port")
+    rendezvous = report.attempt(
+        "network", lambda: ssh.rendezvous_address(answers, address=flags.master_addr, port=port)
+    )
+    environment = report.attempt("network", environment_of_ranks)
+    if rendezvous is None or environment is None:
         return
-    address, port = meeting
+    address, port = rendezvous
     facts: dict[str, Any] = {"address": address, "port": port, "backend": backend}
-    examination.facts["network"] = facts
+    report.facts["network"] = facts
     ways = network_check.check_rendezvous(list(slots), shell, address, port)
     facts |= {"interfaces": ways.interfaces, "round_trip_seconds": ways.seconds}
-    examination.add_errors("network", ways.faults)
+    report.add_errors("network", ways.faults)
     if ways.faults:
         return
     others = {host: name for host, name in ways.interfaces.items() if host != first}
     name_of_first = _interface_of(address, answers[first]["interfaces"])
     facts["interfaces"] = {first: name_of_first, **others}
     if writes_environment:
-        environment |= _write_environment(examination, facts, backend, slots, answers)
-    _check_interfaces(examination, environment, answers)
-    if examination.failed("network") or missing:
+        environment |= _write_environment(report, facts, backend, slots, answers)
+    _check_interfaces(report, environment, answers)
+    if report.failed("network") or missing:
         return
     reduction = network_check.all_reduce(
         slots, shell, address=address, port=port, backend=backend, environment=environment,
         interfaces=facts["interfaces"],
     )  # fmt: skip
-    examination.add_errors("network", reduction.faults)
+    report.add_errors("network", reduction.faults)
     if backend == "gloo" and len(slots) > 1 and ssh.GLOO_INTERFACE not in environment:
         text = f"{ssh.GLOO_INTERFACE} is not set: `deepspeed` may need it (--write_env); `finetune launch` sets it"
-        examination.warn("network", text)
+        report.warn("network", text)
     facts["all_reduce"] = {"bytes_per_second": reduction.bytes_per_second, "ranks": reduction.ranks}
 
 
@@ -175,8 +176,8 @@ def _interface_of(address: str, interfaces: Mapping[str, str]) -> str | None:
     return next((name for name, own in interfaces.items() if own == address), None)
 
 
-def _check_interfaces(examination: DoctorReport, environment: Mapping[str, str], answers: Answers) -> None:
-    """A named interface has to be on every host. NCCL takes prefixes, `=` in front of whole names and `^` for not."""
+def _check_interfaces(report: DoctorReport, environment: Mapping[str, str], answers: Answers) -> None:
+    """Check that a named interface is on every host. NCCL takes prefixes, `=` before exact names and `^` to exclude."""
     for variable in INTERFACES:
         names = environment.get(variable, "")
         if not names or names.startswith("^"):
@@ -185,30 +186,30 @@ def _check_interfaces(examination: DoctorReport, environment: Mapping[str, str],
         wanted = names.removeprefix("=").split(",")
         for host, facts in answers.items():
             there = list(facts["interfaces"])
-            if not any(own == one or (not exactly and own.startswith(one)) for one in wanted for own in there):
-                text = f"{variable}={names}: it has no such interface, but {', '.join(there)}"
-                examination.add_error("network", text, host=host)
+            if not any(own == name or (not exactly and own.startswith(name)) for name in wanted for own in there):
+                text = f"{variable}={names}: there is no such interface, only {', '.join(there)}"
+                report.add_error("network", text, host=host)
 
 
 def _write_environment(
-    examination: DoctorReport, facts: dict[str, Any], backend: str, slots: Mapping[str, list[int]], answers: Answers
+    report: DoctorReport, facts: dict[str, Any], backend: str, slots: Mapping[str, list[int]], answers: Answers
 ) -> dict[str, str]:
-    """Write `.deepspeed_env`: what it had, and the interface that joins the hosts; returns what was added."""
+    """Add the interface that connects the hosts to `.deepspeed_env`; return its values."""
     names = {name for name in facts["interfaces"].values() if name}
     added: dict[str, str] = {}
     present: dict[str, str] = {}
     if len(names) == 1:
         added = dict.fromkeys(INTERFACES, names.pop())
     else:
-        text = f"interfaces have other names on other hosts ({facts['interfaces']}): NCCL is given all, gloo takes one"
-        examination.warn("network", text)
+        text = f"interfaces have different names ({facts['interfaces']}): NCCL gets all of them, gloo takes one"
+        report.warn("network", text)
         added = {"NCCL_SOCKET_IFNAME": ",".join(sorted(names))} if names else {}
     if backend == "gloo":
         threads = min(max(1, answers[host]["cores"] // len(ids)) for host, ids in slots.items())
         present = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     path = Path(ENVIRONMENT_FILE)
     present |= read_environment_file(path) if path.is_file() else {}
-    aside = examination.attempt("network", lambda: write_environment_file(path, {**present, **added}))
+    aside = report.attempt("network", lambda: write_environment_file(path, {**present, **added}))
     values = {**present, **added}
     facts["wrote"] = {"path": str(path.absolute()), "names": list(values), "aside": str(aside) if aside else None}
     return values

@@ -11,7 +11,7 @@ from finetune.config import Arguments, DoctorArguments, parse
 from finetune.config.run_config import RankCounts
 from finetune.launcher import LauncherArgs, local_slots, resolve_resources, ssh
 from finetune.launcher.ssh import SshShell
-from finetune.preflight.host_checks import Places
+from finetune.preflight.host_checks import ProbeOrder
 from finetune.utils.proc import ROOT
 
 SCRIPT = ROOT / "finetune" / "finetune.py"
@@ -27,7 +27,7 @@ class PlannedRun:
     arguments: Arguments
     slots: dict[str, list[int]] | None
     shell: SshShell
-    places: Places
+    places: ProbeOrder
 
     def slots_by_host(self, gpus_here: int) -> dict[str, list[int]]:
         """Host -> slots, of this machine where there is no hostfile."""
@@ -60,7 +60,7 @@ def plan_run(choice: DoctorArguments, flags: LauncherArgs, words: Sequence[str])
     """
     arguments = parse(words)
     resources = resolve_resources(flags)
-    places = Places(
+    places = ProbeOrder(
         output=arguments.training["output_dir"],
         port=flags.master_port,
         port_was_given="master_port" in flags.given,

@@ -1,24 +1,23 @@
-"""A model's config -> the numbers that the memory planner works on, without a weight.
+"""Build a `ModelSpec` from a model's config, without weights.
 
 The model is built on the meta device, where tensors have shapes and no content. Parameters are counted there, adapters
-included, and what a step keeps is tried out (`trials`), or follows from a formula where that cannot be.
+included, and activations are traced, or follow from a formula where the model cannot be traced.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from finetune.models.loader import torch_dtype
 from finetune.preflight.activation_trace import layers_of, trace_activations
 from finetune.preflight.memory.model_spec import BYTES, Activations, Block, ModelSpec, Precision, plain_activations
 from finetune.utils.errors import FinetuneError
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
 
 def spec_from_config(
@@ -30,15 +29,15 @@ def spec_from_config(
     stored_bytes: int | None = None,
     trust_remote_code: bool = False,
 ) -> ModelSpec:
-    """The shape of the model that `config` describes.
+    """Return the spec of the model that `config` describes.
 
     Args:
         config: of transformers, as `AutoConfig.from_pretrained` gives it.
         precision: of the run. In float32 the CPU's attention is assumed, which copies its result once more.
-        attach: (base) -> the model with an adapter; it is called under the meta device, so that an initialisation
-            that computes with the weights (PiSSA, OLoRA) must be left out.
-        vocabulary: rows of the embeddings, where the tokenizer needs more than the config says.
-        stored_bytes: of the files that it is loaded from; None: all parameters in the config's own type.
+        attach: (base) -> the model with an adapter. It is called on the meta device, so it must not initialize from
+            the weights (PiSSA, OLoRA).
+        vocabulary: rows of the embeddings, if the tokenizer needs more than the config says.
+        stored_bytes: of the weight files; None: all parameters in the type of the config.
 
     Raises:
         ConfigError: the adapter cannot be attached.
@@ -49,15 +48,15 @@ def spec_from_config(
     if vocabulary is not None and vocabulary > text.vocab_size:
         text.vocab_size = vocabulary
     model, base, embedding, head = _built(config, precision, attach, trust_remote_code)
-    counts = Counter((one.numel(), one.requires_grad) for one in model.parameters())
+    counts = Counter((parameter.numel(), parameter.requires_grad) for parameter in model.parameters())
     blocks = tuple(Block(size, count, trained) for (size, trained), count in sorted(counts.items()))
     layers = layers_of(base)
-    own = [sum(one.numel() for one in module.parameters(recurse=False)) for module in model.modules()]
+    own = [_size(module.parameters(recurse=False)) for module in model.modules()]
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
-    visited = (getattr(text, "num_experts_per_tok", None) or 0) if experts else 0
-    sleeping = sum(one.numel() for name, one in model.named_parameters() if ".experts." in name and experts)
-    of_base = sum(one.numel() for one in base.parameters()) - (_adapter_parameters(base) if attach else 0)
-    shape = ModelSpec(
+    active = (getattr(text, "num_experts_per_tok", None) or 0) if experts else 0
+    in_experts = _size(one for name, one in model.named_parameters() if ".experts." in name and experts)
+    of_base = _size(base.parameters()) - (_size(_adapter_parameters(base)) if attach else 0)
+    spec = ModelSpec(
         blocks=blocks,
         activations=_formula(text, precision),
         layers=len(layers) or text.num_hidden_layers,
@@ -67,39 +66,43 @@ def spec_from_config(
         tied=head is not None and head.weight is embedding,
         stored_bytes=of_base * _stored_size(config) if stored_bytes is None else stored_bytes,
         largest_module=max(own),
-        active=sum(one.elements for one in blocks) - round(sleeping * (1 - visited / max(experts, 1))),
+        active=sum(block.elements for block in blocks) - round(in_experts * (1 - active / max(experts, 1))),
         experts=experts,
-        experts_per_token=visited,
+        experts_per_token=active,
         adapter=hasattr(model, "peft_config"),
     )
-    counted = trace_activations(model, base, precision)
-    return shape if counted is None else replace(shape, activations=counted)
+    traced = trace_activations(model, base, precision)
+    return spec if traced is None else replace(spec, activations=traced)
 
 
 def _built(config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool) -> tuple:
-    """The model, its base, the weight of its input embeddings, and its head or None; all without content."""
+    """Return the model, its base, the weight of its input embeddings, and its head or None; all without content."""
     try:
         model = _on_meta(config, precision, attach, trusts_code)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         return model, base, base.get_input_embeddings().weight, base.get_output_embeddings()
     except FinetuneError:
         raise
-    except Exception as error:  # code of any model may ask for what tensors without content cannot give
+    except Exception as error:  # any model's code may need what tensors without content lack
         raise ValueError(f"this model's code cannot be built without weights: {error}") from error
 
 
 def _on_meta(config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    dtype = DTYPES[precision]
+    dtype = torch_dtype(precision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts_code)
         model = model if attach is None else attach(model)
     return model.to(dtype).train()  # peft leaves adapters on the meta device in float32
 
 
-def _adapter_parameters(base: Any) -> int:
-    return sum(one.numel() for name, one in base.named_parameters() if "lora_" in name or "modules_to_save" in name)
+def _adapter_parameters(base: Any) -> Iterator[torch.nn.Parameter]:
+    return (one for name, one in base.named_parameters() if "lora_" in name or "modules_to_save" in name)
+
+
+def _size(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _stored_size(config: Any) -> int:
@@ -110,13 +113,13 @@ def _stored_size(config: Any) -> int:
 def _formula(text: Any, precision: Precision) -> Activations:
     heads = getattr(text, "num_attention_heads", 1) or 1
     intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    visited = getattr(text, "num_experts_per_tok", None) or 1
+    experts = getattr(text, "num_experts_per_tok", None) or 1
     return plain_activations(
         hidden=text.hidden_size,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        intermediate=intermediate * visited,
+        intermediate=intermediate * experts,
         vocabulary=text.vocab_size,
         gated=str(getattr(text, "hidden_act", "silu")) in ("silu", "swish", "gelu_pytorch_tanh"),
         size=BYTES[precision],

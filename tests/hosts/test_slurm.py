@@ -59,5 +59,5 @@ def test_a_job_that_is_told_to_end_saves_on_all_nodes_and_asks_to_be_run_again(n
 
         assert run.returncode == 75, said
         assert (tmp_path / "requeued").read_text() == "4711\n" and not list((tmp_path / "hostfiles").iterdir())
-        assert "Nothing was found that would end this run" in said and "stopped by " in said, said
+        assert "No errors were found" in said and "stopped by " in said, said
         assert left_behind(nodes) == []

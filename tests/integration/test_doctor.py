@@ -158,7 +158,7 @@ def test_the_compilers_own_words_are_shown_and_a_terminal_gets_lines(named, tmp_
     assert "DeepSpeed's deepspeed_shm_comm does not build: " in done.stdout
     assert "fatal error: omp.h: No such file or directory" in done.stdout
     assert "This run would end with status 1." in done.stdout
-    for title in ("Configuration", "Data", "This host", "To mend"):
+    for title in ("Configuration", "Data", "This host", "Errors"):
         assert f"\n{title}\n" in done.stdout
 
 

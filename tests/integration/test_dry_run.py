@@ -18,5 +18,5 @@ def test_another_second_step_after_going_on_is_a_failure(tmp_path):
     output.mkdir()
     metrics = output / "metrics.jsonl"
     command = f"touch {metrics}; echo '{{\"loss\": '$(wc -l < {metrics})'}}' >> {metrics}"  # 0, then 1
-    with pytest.raises(FinetuneError, match="the second step after going on"):
+    with pytest.raises(FinetuneError, match="the second step has loss"):
         dry_run.run_dry_run(["sh", "-c", command], tmp_path, output)

@@ -53,7 +53,7 @@ def test_checkpoints_are_as_large_as_they_are(train, tiny_model: Path, stage: in
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     attach = partial(attach_lora, r=8, alpha=16, dropout=0.0, target_modules=["all-linear"])
     shape = spec_from_config(config, precision="float32", attach=attach if adapter else None)
-    job = RunSpec(stage=stage, ranks=2, tokens=64, learned=32, precision="float32", use_cpu=True)
+    job = RunSpec(stage=stage, ranks=2, tokens=64, logits=32, precision="float32", use_cpu=True)
     found, sizes = estimate_memory(shape, job), sizes_of(output)
     small = 60_000 if adapter else 400_000  # names, shapes, and what pickles need
     for name in (MODEL, MODEL_STATES, OPTIMIZER):
