@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,10 @@ def check_operators(
         over_ssh: False: `hosts` is this machine alone, whatever its name.
     """
     command, order = command_calling(prepare_environment, build_operators), json.dumps(list(names))
-    build = partial(ssh.run_on_host, shell=shell, command=command, given=order, seconds=SECONDS_TO_BUILD)
+
+    def build(host: str) -> Any:
+        return ssh.run_on_host(host, shell, command, order, SECONDS_TO_BUILD)
+
     with ThreadPoolExecutor(len(hosts)) as pool:
         answers = dict(zip(hosts, pool.map(build, hosts if over_ssh else ["localhost"]), strict=True))
     for host, answer in answers.items():
