@@ -80,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             identity = start_run(arguments, config, model_info, storage, chat_format, data)
             model = load_model(config, model_info, tokenizer, chat_format)
-            loaders = build_dataloaders(
-                config.batch, model, tokenizer, data, training_arguments.device, config.zero_stage
-            )
+            loaders = build_loaders(config, model, tokenizer, data, training_arguments.device)
             inputs = TrainingInputs(model, tokenizer, chat_format, data, loaders, training_arguments)
             trainer = fit(inputs, identity, fit_options(arguments, config))
             finish(arguments, config, trainer)
