@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates import ChatFormat, stop_token_id
-from finetune.chat_templates.text_segments import speller
+from finetune.chat_templates.text_segments import segmenter
 from finetune.checkpoint.resume import saved_step
 from finetune.checkpoint.saver import RunIdentity
 from finetune.config import Arguments, parse
@@ -41,7 +41,7 @@ from finetune.models.loader import ModelInfo
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.run_dir.data_samples import write_samples
 from finetune.training import process_start, run_start
-from finetune.training.data_setup import prepare_data
+from finetune.training.data_setup import prepare_run_data
 from finetune.training.dataloaders import Dataloaders, build_dataloaders
 from finetune.training.finalize import finalize_run, finalize_stopped
 from finetune.training.fit import FitOptions, TrainingInputs, fit
@@ -129,7 +129,7 @@ def resolve(arguments: Arguments, hardware: DetectedHardware, ranks: RankCounts)
 
 def load_data(config: RunConfig) -> tuple[Any, ChatFormat, PreparedData]:
     """Prepare the data, show its summary, and refuse data that the run should not start with."""
-    tokenizer, chat_format, data = prepare_data(config.model, config.data)
+    tokenizer, chat_format, data = prepare_run_data(config.model, config.data)
     for part, title in ((data, "Data"), (data.evaluation, "Held-out data")):
         if part is not None:
             console.say_data(part.summary.lines(), title)
@@ -155,7 +155,7 @@ def skip_rows(arguments: Arguments, data: PreparedData) -> PreparedData:
     rows = run_on_rank_0(lambda: rows_to_skip(arguments.run.skip_rows, data.summary.rows_by_source))
     if rows:
         console.say_note(f"--skip_rows: {len(rows):,} rows are skipped from now on")
-    return replace(data, left_out=rows)
+    return replace(data, skipped_rows=rows)
 
 
 def start_run(
@@ -179,7 +179,7 @@ def start_run(
     identity, resumed = run_start.start_run(config.checkpoint, config.batch, storage, facts)
 
     def record() -> None:
-        write_samples(output_dir, data.sample(arguments.run.report_samples, config.batch.seed), speller(template))
+        write_samples(output_dir, data.sample(arguments.run.report_samples, config.batch.seed), segmenter(template))
         run_facts = {
             "run_id": identity.run_id,
             "arguments": dict(config.flags),

@@ -16,12 +16,12 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     from finetune.config import parse
-    from finetune.training.data_setup import prepare_data
+    from finetune.training.data_setup import prepare_run_data
 
     named = {"model_name_or_path": task.model, "data_path": task.data, "output_dir": task.cache / "output"}
     more = {"model_max_length": task.max_length, "data_cache_dir": task.cache}
     arguments = parse([word for name, value in {**named, **more}.items() for word in (f"--{name}", str(value))])
-    tokenizer, _, data = prepare_data(arguments.model, arguments.data)
+    tokenizer, _, data = prepare_run_data(arguments.model, arguments.data)
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in data.examples]
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
     if task.adapter == "lora":

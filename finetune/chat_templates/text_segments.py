@@ -44,7 +44,7 @@ class Segment:
         return self.kind.endswith("control")
 
 
-InSegments = Callable[[Example], list[Segment]]
+Segmenter = Callable[[Example], list[Segment]]
 
 
 class _Token(NamedTuple):
@@ -77,7 +77,7 @@ def segments(example: Example, plain: PlainTextTokenizer, markers: Collection[in
     ]
 
 
-def speller(chat_format: ChatFormat) -> InSegments:
+def segmenter(chat_format: ChatFormat) -> Segmenter:
     """The function that splits examples of this format into segments."""
     # LingoWhale's markers may be ordinary ids of its tokenizer.
     markers = {token_id for ids in getattr(chat_format, "markers", {}).values() for token_id in ids}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from finetune.chat_templates import RenderedConversation
-from finetune.chat_templates.text_segments import InSegments, speller
+from finetune.chat_templates.text_segments import Segmenter, segmenter
 from finetune.config import DataArguments, ModelArguments
 from finetune.config.argument_parser import below, data_faults, missing
 from finetune.dataset.prepare import PreparedData, check_dropped_share
@@ -20,7 +20,7 @@ from finetune.models.loader import code_note
 from finetune.report.html_pages import PreviewPage, check_replaceable, render_preview, write_page
 from finetune.report.preview_terminal import PreviewTerminal, harmless
 from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
-from finetune.training.data_setup import prepare_data
+from finetune.training.data_setup import prepare_run_data
 from finetune.utils.console import configure_logging, encode_output, quiet_libraries
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError
 from finetune.utils.options import CommandParser, fill, option, raise_faults
@@ -96,9 +96,9 @@ def main(argv: Sequence[str]) -> None:
     encode_output(utf8=options.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         logger.warning(code)
-    _, chat_format, prepared = prepare_data(model, data)
+    _, chat_format, prepared = prepare_run_data(model, data)
     _note_what_training_refuses(prepared, data.max_dropped_rows)
-    in_segments = speller(chat_format)
+    in_segments = segmenter(chat_format)
     try:
         if options.json:
             for rendering in prepared.renderings():
@@ -198,7 +198,7 @@ def _check_rows(rows: Iterable[int], rows_by_source: dict[str, int]) -> None:
 # ---- in the terminal
 
 
-def _show(selection: _Selection, prepared: PreparedData, format_name: str, in_segments: InSegments) -> None:
+def _show(selection: _Selection, prepared: PreparedData, format_name: str, in_segments: Segmenter) -> None:
     """Print the legend, the rows, those not kept whole, and the summary."""
     terminal = PreviewTerminal()
     terminal.say_legend()
@@ -217,7 +217,7 @@ def _show(selection: _Selection, prepared: PreparedData, format_name: str, in_se
         terminal.say([harmless(f"  {line}")])
 
 
-def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_segments: InSegments) -> None:
+def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_segments: Segmenter) -> None:
     tokens, supervised = counts(rendering)
     identity = "" if rendering.id is None else f", id {id_of(rendering)}"
     share = f" ({supervised / tokens:.1%})" if tokens else ""
@@ -235,7 +235,7 @@ def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_seg
 # ---- as a page
 
 
-def _page(selection: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: InSegments) -> PreviewPage:
+def _page(selection: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: Segmenter) -> PreviewPage:
     summary = prepared.summary
     return PreviewPage(
         title=_names(prepared),

@@ -115,8 +115,8 @@ class MicroBatchDataset(Dataset):
         collate: examples -> a batch of tensors.
         rank: data-parallel rank.
         counts_conversations: the loss is a mean over conversations, not over tokens.
-        left_out: bool [examples], examples that are in no micro-batch and no count, though they keep their position in
-            the order of the data; None: none.
+        is_skipped: bool [examples], examples that are in no micro-batch and no count, though they keep their position
+            in the order of the data; None: none.
         sources: sources of the examples, for the loss breakdown; empty: there is none.
     """
 
@@ -128,11 +128,11 @@ class MicroBatchDataset(Dataset):
         *,
         rank: int,
         counts_conversations: bool = False,
-        left_out: np.ndarray | None = None,
+        is_skipped: np.ndarray | None = None,
         sources: Sequence[str] = (),
     ) -> None:
         self.all_columns = examples
-        self.left_out = np.zeros(len(examples), dtype=bool) if left_out is None else left_out
+        self.is_skipped = np.zeros(len(examples), dtype=bool) if is_skipped is None else is_skipped
         self.cells = LossCells(sources)
         columns = ["input_ids", "labels", *(("source", "answer_numbers") if sources else ())]
         self.examples = examples.select_columns(columns).with_format("numpy")
@@ -174,7 +174,7 @@ class MicroBatchDataset(Dataset):
         return self._kept(self.sampler.micro_batch(epoch, step, self.rank, micro_batch))
 
     def _kept(self, rows: list[int]) -> list[int]:
-        return [row for row in rows if not self.left_out[row]]
+        return [row for row in rows if not self.is_skipped[row]]
 
     def describe(self, rows: list[int], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
         """`source`, `row`, `id` and `text` of examples."""
@@ -191,7 +191,7 @@ class MicroBatchDataset(Dataset):
 
     def shortest_example(self) -> dict[str, Any]:
         """`input_ids` and `labels` of the shortest example with supervised tokens, int arrays [tokens]."""
-        is_candidate = (self.supervised > 0) & ~self.left_out
+        is_candidate = (self.supervised > 0) & ~self.is_skipped
         example = self.examples[int(np.where(is_candidate, self.lengths, self.lengths.max() + 1).argmin())]
         return {name: example[name] for name in ("input_ids", "labels")}
 

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import Source, fingerprint_sources
 from finetune.dataset.data_summary import DataSummary, DataTally
 from finetune.dataset.prepare_workers import stored_batches
-from finetune.dataset.skip_rows import RowId
+from finetune.dataset.skip_rows import RowId, skip_mask, skipped_entries
 from finetune.utils.errors import DataError, StorageError, format_faults
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,15 @@ BadRows = Literal["error", "drop"]
 
 
 @dataclass(frozen=True)
+class ExampleSet:
+    """The examples of an epoch, or held-out ones; `is_skipped` marks rows of `--skip_rows`, bool [examples]."""
+
+    examples: Any  # datasets.Dataset
+    is_skipped: np.ndarray
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """The examples of a data set on disk, with their statistics and notes for the user."""
 
@@ -50,7 +59,7 @@ class PreparedData:
     notes: tuple[str, ...]
     faults: tuple[str, ...]
     fingerprint: str
-    left_out: tuple[RowId, ...] = ()  # rows that --skip_rows names
+    skipped_rows: tuple[RowId, ...] = ()  # those that --skip_rows names
     validation_share: float = 0.0  # share of the conversations that is held out
     evaluation: PreparedData | None = None  # separate held-out data
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -61,6 +70,11 @@ class PreparedData:
         from datasets import Dataset
 
         return Dataset.from_file(str(self.folder / prepared_cache.EXAMPLES_FILE))
+
+    @cached_property
+    def skip_mask(self) -> np.ndarray:
+        """Which examples are of `skipped_rows`, bool [examples]."""
+        return skip_mask(self.examples, self.skipped_rows)
 
     @property
     def fingerprints(self) -> str:
@@ -80,17 +94,17 @@ class PreparedData:
         """Up to `count` rows with examples, drawn by `seed`, in the order of the data; only those are read."""
         return prepared_cache.read_some(self.folder, self.examples, count, seed)
 
-    def epoch(self, seed: int) -> Any:
+    def epoch(self, seed: int) -> ExampleSet:
         """The examples of an epoch: those of a source with weight 2 twice, with 0.5 half of them, drawn by `seed`.
 
         Raises:
             DataError: the weights leave no example.
         """
-        weights = {source.name: source.weight for source in self.sources}
         is_trained = np.ones(len(self.examples), dtype=bool)
         is_trained[self._held_out_indices(seed)] = False
+        weights = {source.name: source.weight for source in self.sources}
         if set(weights.values()) == {1.0}:
-            return self.examples if is_trained.all() else self.examples.select(np.flatnonzero(is_trained))
+            return self._select(None if is_trained.all() else np.flatnonzero(is_trained))
         chosen: list[int] = []
         begin = 0
         for name, count in self.summary.examples_by_source.items():
@@ -103,18 +117,22 @@ class PreparedData:
         indices = indices[is_trained[indices]]
         if not len(indices):
             raise DataError("the weights of --data_path leave no example of an epoch: raise one of them")
-        return self.examples.select(indices)
+        return self._select(indices)
 
-    def held_out(self, seed: int) -> tuple[Any, list[str]] | None:
-        """The examples to evaluate on and their sources; None if nothing is held out.
+    def held_out(self, seed: int) -> ExampleSet | None:
+        """The examples to evaluate on; None if nothing is held out.
 
         A share of the conversations is drawn by `seed`; all windows of a conversation are on the same side.
         """
         if self.evaluation is not None:
-            return self.evaluation.examples, list(self.evaluation.summary.examples_by_source)
-        if not self.validation_share:
-            return None
-        return self.examples.select(self._held_out_indices(seed)), list(self.summary.examples_by_source)
+            return replace(self.evaluation, skipped_rows=self.skipped_rows)._select(None)
+        return self._select(self._held_out_indices(seed)) if self.validation_share else None
+
+    def _select(self, indices: np.ndarray | None) -> ExampleSet:
+        examples, mask = self.examples, self.skip_mask
+        if indices is not None:
+            examples, mask = examples.select(indices), mask[indices]
+        return ExampleSet(examples, mask, tuple(self.summary.examples_by_source))
 
     def _held_out_indices(self, seed: int) -> np.ndarray:
         """Indices of the held-out examples, int64, ascending; drawn once per seed.
@@ -141,14 +159,19 @@ class PreparedData:
         ends = np.append(begins[1:], len(rows))
         return np.concatenate([np.arange(begins[index], ends[index]) for index in sorted(drawn)])
 
-    def copy_ledger(self, path: Path) -> None:
-        """Copy the ledger: one JSON line per row that was changed, cut, split or dropped.
+    def write_ledger(self, path: Path) -> None:
+        """Write the ledger: one JSON line per row that was changed, cut, split or dropped, then the skipped rows.
 
         Raises:
             StorageError: the file cannot be written.
         """
+        entries = []
+        if self.skipped_rows:
+            entries = skipped_entries(self.examples.select(np.flatnonzero(self.skip_mask)), self.skipped_rows)
         try:
             shutil.copyfile(self.folder / prepared_cache.LEDGER_FILE, path)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}") from None
 

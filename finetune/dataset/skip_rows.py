@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.utils.errors import ConfigError, StorageError, format_faults
+from finetune.utils.errors import ConfigError, format_faults
 
 RowId = tuple[str, int]
 REASON = "left out by --skip_rows"
@@ -82,22 +82,10 @@ def skip_mask(examples: Any, rows: Iterable[RowId]) -> np.ndarray:
     return np.fromiter(((source, int(row)) in wanted for source, row in pairs), dtype=bool, count=len(examples))
 
 
-def append_to_ledger(path: Path, examples: Any, rows: Sequence[RowId]) -> None:
-    """Append one line per skipped row to the ledger.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    if not rows:
-        return
-    chosen = examples.select(np.flatnonzero(skip_mask(examples, rows)))
-    ids = {(example["source"], example["row"]): json.loads(example["id"]) for example in chosen}
-    lines = [
+def skipped_entries(examples: Any, rows: Sequence[RowId]) -> list[dict[str, Any]]:
+    """The ledger entries of skipped rows; `examples` are all of theirs, which have their ids."""
+    ids = {(example["source"], example["row"]): json.loads(example["id"]) for example in examples}
+    return [
         {"source": source, "row": row, "id": ids.get((source, row)), "status": "dropped", "reason": REASON}
         for source, row in rows
     ]
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from finetune.chat_templates import Example, TurnSpan
-from finetune.chat_templates.text_segments import speller
+from finetune.chat_templates.text_segments import segmenter
 from finetune.conversation import answer_number
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
@@ -76,7 +76,7 @@ def evaluate_held_out(
     rows = losses_of(opened, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch, bar=bar)
     groups = summarized(rows)
     summary = prepared.summary
-    in_segments = speller(opened.chat_format)
+    in_segments = segmenter(opened.chat_format)
 
     def shown(row: RowLosses) -> dict[str, Any]:
         found = [example_at(prepared, number) for number in row.examples]

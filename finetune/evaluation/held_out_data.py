@@ -10,7 +10,7 @@ from finetune.dataset.data_sources import find_sources
 from finetune.dataset.prepare import PreparedData, check_dropped_share
 from finetune.inference.load_result import chat_format_of, load_tokenizer
 from finetune.inference.run_result import RunResult
-from finetune.training.data_setup import prepare_rows
+from finetune.training.data_setup import prepare_sources
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,6 @@ def prepare_held_out(result: RunResult, given: dict[str, Any]) -> PreparedData:
     weighted = [source.name for source in sources if source.weight != 1]
     if weighted:
         logger.warning(f"every row is measured once: the weight of {weighted[0]} has no meaning here")
-    prepared = prepare_rows(sources, chat_format_of(result, tokenizer), data)
+    prepared = prepare_sources(sources, chat_format_of(result, tokenizer), data)
     check_dropped_share(prepared, data.max_dropped_rows)
     return prepared

@@ -83,7 +83,7 @@ def forecast_batches(
     """
     from finetune.dataset.dataloader import int_column
 
-    examples = data.epoch(batch.seed)
+    examples = data.epoch(batch.seed).examples
     lengths, learned = int_column(examples, "length"), int_column(examples, "num_supervised")
     form = batch_layout(batch, int(lengths.max()), batch.padding_reason or obstacle, selects_logits)
     sampler = train_sampler(batch, form, lengths)

@@ -23,7 +23,7 @@ from finetune.preflight.host_checks import Answers, check_host, check_hosts, che
 from finetune.preflight.machine_checks import check_machine, check_operators
 from finetune.preflight.planned_run import PlannedRun, shared, world_of
 from finetune.preflight.resource_checks import examine_resources
-from finetune.training.data_setup import prepare_data
+from finetune.training.data_setup import prepare_run_data
 from finetune.utils.proc import ROOT
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _order(run: PlannedRun) -> dict[str, Any]:
 
 
 def _read(examination: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
-    tokenizer, chat_format, data = prepare_data(run.arguments.model, run.arguments.data)
+    tokenizer, chat_format, data = prepare_run_data(run.arguments.model, run.arguments.data)
     summary = data.summary
     lines = [*summary.lines(), f"format    {chat_format.name}"]
     examination.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.chat_templates import Example, RenderedConversation
-from finetune.chat_templates.text_segments import InSegments, Segment
+from finetune.chat_templates.text_segments import Segment, Segmenter
 from finetune.utils.atomic_io import replace_text
 from finetune.utils.errors import StorageError
 
@@ -53,7 +53,7 @@ class RowSample:
     unshown: int = 0
 
 
-def sample_of(rendering: RenderedConversation, in_segments: InSegments) -> RowSample:
+def sample_of(rendering: RenderedConversation, in_segments: Segmenter) -> RowSample:
     """Return a rendered row as text, with `in_segments` for its tokens."""
     tokens, supervised = counts(rendering)
     return RowSample(
@@ -95,7 +95,7 @@ def id_of(rendering: RenderedConversation) -> str:
     return rendering.id if isinstance(rendering.id, str) else json.dumps(rendering.id, ensure_ascii=False)
 
 
-def write_samples(folder: Path, renderings: Iterable[RenderedConversation], in_segments: InSegments) -> None:
+def write_samples(folder: Path, renderings: Iterable[RenderedConversation], in_segments: Segmenter) -> None:
     """Keep these rows in an output folder, a long one up to its first characters.
 
     Raises:

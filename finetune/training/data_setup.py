@@ -1,11 +1,15 @@
-"""From what the command line names to proven examples: the tokenizer, the chat format, the data. Needs no torch."""
+"""Prepare the data of a run as the command line describes it: tokenizer, chat format, examples. Needs no torch.
+
+`prepare_run_data` prepares training and held-out data with `prepare_sources`, which applies the flags to
+`dataset.prepare.prepare_dataset`.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetune.chat_templates import ChatFormat, Renderer, add_control_tokens, select_chat_format
 from finetune.config import DataArguments, ModelArguments
@@ -14,42 +18,49 @@ from finetune.dataset.prepare import PreparedData, prepare_dataset
 from finetune.distributed.startup_timer import timed
 from finetune.models import loader
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
-def load_chat_format(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, list[str]]:
-    """The tokenizer with new tokens added, the chat format of the run, and lines for the user."""
+def load_chat_format(
+    model: ModelArguments, data: DataArguments
+) -> tuple[PreTrainedTokenizerBase, ChatFormat, list[str]]:
+    """Load the tokenizer, add its new tokens and select the chat format; also return notes for the user."""
     tokenizer = loader.load_tokenizer(
-        chosen.model_name_or_path, revision=chosen.model_revision, trust_remote_code=chosen.trusts_code()
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trusts_code()
     )
-    add_control_tokens(tokenizer, chosen.new_tokens)
+    add_control_tokens(tokenizer, model.new_tokens)
     chat_format, notes = select_chat_format(
         tokenizer,
         data.chat_template,
         human_token_ids=data.human_token_ids,
         model_token_ids=data.model_token_ids,
-        is_lingowhale=chosen.is_lingowhale(),
+        is_lingowhale=model.is_lingowhale(),
         content_tokens=data.content_tokens,
     )
     return tokenizer, chat_format, notes
 
 
 @timed("data")
-def prepare_data(chosen: ModelArguments, data: DataArguments) -> tuple[Any, ChatFormat, PreparedData]:
-    """Return the tokenizer, the chat format, and all rows read, rendered and checked."""
+def prepare_run_data(
+    model: ModelArguments, data: DataArguments
+) -> tuple[PreTrainedTokenizerBase, ChatFormat, PreparedData]:
+    """Return the tokenizer, the chat format, and the prepared training and held-out data."""
     sources = find_sources(data.data_path)
-    apart = find_sources(data.eval_data_path) if data.eval_data_path else None
-    tokenizer, chat_format, notes = load_chat_format(chosen, data)
+    held_out_sources = find_sources(data.eval_data_path) if data.eval_data_path else None
+    tokenizer, chat_format, notes = load_chat_format(model, data)
     for note in notes:
         logger.warning(note)
-    evaluation = prepare_rows(apart, chat_format, data) if apart else None
-    rows = prepare_rows(sources, chat_format, data)
-    return tokenizer, chat_format, replace(rows, validation_share=data.validation_share, evaluation=evaluation)
+    evaluation = prepare_sources(held_out_sources, chat_format, data) if held_out_sources else None
+    prepared = prepare_sources(sources, chat_format, data)
+    return tokenizer, chat_format, replace(prepared, validation_share=data.validation_share, evaluation=evaluation)
 
 
-def prepare_rows(sources: Sequence[Source], chat_format: ChatFormat, data: DataArguments) -> PreparedData:
-    """All rows of these sources read, rendered as the flags say, and proven."""
-    found = prepare_dataset(
+def prepare_sources(sources: Sequence[Source], chat_format: ChatFormat, data: DataArguments) -> PreparedData:
+    """Read, render and check all rows of these sources as the flags say."""
+    prepared = prepare_dataset(
         sources,
         Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
         bad_rows=data.bad_rows,
@@ -57,6 +68,6 @@ def prepare_rows(sources: Sequence[Source], chat_format: ChatFormat, data: DataA
         cache_dir=data.data_cache_dir,
         num_processes=data.preprocessing_num_workers,
     )
-    for line in found.notes:
-        logger.warning(line)
-    return found
+    for note in prepared.notes:
+        logger.warning(note)
+    return prepared

@@ -9,7 +9,6 @@ from finetune.config.run_config import BatchConfig
 from finetune.dataset.collator import Collator, pad_token_id
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.sampler import BatchShape, Sampler
-from finetune.dataset.skip_rows import skip_mask
 from finetune.distributed.collectives import first_not_none, get_rank
 from finetune.distributed.startup_timer import timed
 from finetune.utils.errors import ConfigError
@@ -46,8 +45,8 @@ def build_dataloaders(
 
     if not count_parameters(model)[0]:
         raise ConfigError("no parameter of this model would be trained")
-    examples, held_out = data.epoch(batch.seed), data.held_out(batch.seed)
-    lengths = int_column(examples, "length")
+    epoch, held_out = data.epoch(batch.seed), data.held_out(batch.seed)
+    lengths = int_column(epoch.examples, "length")
     reason = _padding_reason(batch, model, data.longest, device, zero_stage)
     layout = batch_layout(batch, int(lengths.max()), reason, supports_logits_to_keep(model))
     data_rank, part = divmod(get_rank(), batch.sequence_parallel_size)
@@ -59,23 +58,26 @@ def build_dataloaders(
         part=(part, batch.sequence_parallel_size),
     )
     sampler = train_sampler(batch, layout, lengths)
-    skipped = skip_mask(examples, data.left_out)
-    _check_steps(sampler, skipped)
+    _check_steps(sampler, epoch.is_skipped)
     train = MicroBatchDataset(
-        examples,
+        epoch.examples,
         sampler,
         collator,
         rank=data_rank,
         counts_conversations=batch.loss_weighting == "conversation",
-        left_out=skipped,
-        sources=list(data.summary.examples_by_source),
+        is_skipped=epoch.is_skipped,
+        sources=epoch.sources,
     )
     if held_out is None:
         return Dataloaders(train, None, layout)
-    rows, sources = held_out
-    sampler = evaluation_sampler(batch, layout, int_column(rows, "length"))
+    sampler = evaluation_sampler(batch, layout, int_column(held_out.examples, "length"))
     evaluation = MicroBatchDataset(
-        rows, sampler, collator, rank=data_rank, left_out=skip_mask(rows, data.left_out), sources=sources
+        held_out.examples,
+        sampler,
+        collator,
+        rank=data_rank,
+        is_skipped=held_out.is_skipped,
+        sources=held_out.sources,
     )
     return Dataloaders(train, evaluation, layout)
 

@@ -60,8 +60,8 @@ def resume_facts(
         flags: of the run by name, `RunConfig.resume_flags`; those that do not decide numbers are left out here.
     """
     facts = {f"--{name}": value for name, value in sorted(flags.items()) if name not in FREE}
-    examples = len(data.epoch(seed))
-    skipped = {SKIPPED_ROWS: [f"{source}:{row}" for source, row in data.left_out]} if data.left_out else {}
+    examples = len(data.epoch(seed).examples)
+    skipped = {SKIPPED_ROWS: [f"{source}:{row}" for source, row in data.skipped_rows]} if data.skipped_rows else {}
     facts |= {
         **skipped,
         "data": f"{data.fingerprint}, {data.summary.tokens:,} tokens in {examples:,} examples",

@@ -13,7 +13,6 @@ from finetune.checkpoint.saver import RunIdentity, new_run_id
 from finetune.config.arguments import DataArguments
 from finetune.config.run_config import BatchConfig, CheckpointConfig
 from finetune.dataset.prepare import PreparedData
-from finetune.dataset.skip_rows import append_to_ledger
 from finetune.distributed import watchdog
 from finetune.distributed.collectives import StorageGroup, run_on_all_ranks, run_on_rank_0
 from finetune.distributed.startup_timer import timed
@@ -72,8 +71,7 @@ def record_start(
         facts: of run.json.
         resumes: `--resume_from_checkpoint` was given, whether or not there was a checkpoint.
     """
-    data.copy_ledger(output_dir / run_json.LEDGER_FILE)
-    append_to_ledger(output_dir / run_json.LEDGER_FILE, data.examples, data.left_out)
+    data.write_ledger(output_dir / run_json.LEDGER_FILE)
     step = resumed.manifest.step if resumed else 0
     if resumes:
         cut_metrics(output_dir / run_json.METRICS_FILE, step)
@@ -98,6 +96,6 @@ def data_facts(chat_format: ChatFormat, config: DataArguments, data: PreparedDat
             "path": config.data_path,
             "fingerprint": data.fingerprint,
             "summary": data.summary.facts(),
-            "left_out": [f"{source}:{row}" for source, row in data.left_out],
+            "left_out": [f"{source}:{row}" for source, row in data.skipped_rows],
         },
     }

@@ -146,12 +146,12 @@ def test_shares_keep_windows_together_and_depend_on_the_seed_alone(tmp_path, gol
     renderer = Renderer(LingoWhaleFormat(golden_tokenizer, [3], [4]), 12, too_long="windows")
     data = prepare_dataset(sources, renderer, cache_dir=str(tmp_path / "cache"))
     split = replace(data, validation_share=0.2)
-    apart, _ = split.held_out(7)
-    trained = split.epoch(7)
+    apart = split.held_out(7).examples
+    trained = split.epoch(7).examples
     assert len(data.examples) > 60, "windows"
     assert set(apart["row"][:]) | set(trained["row"][:]) == set(range(30))
     assert set(apart["row"][:]) & set(trained["row"][:]) == set() and len(set(apart["row"][:])) == 6
-    assert apart["row"][:] == split.held_out(7)[0]["row"][:] != split.held_out(8)[0]["row"][:]
+    assert apart["row"][:] == split.held_out(7).examples["row"][:] != split.held_out(8).examples["row"][:]
     longer = replace(data, summary=replace(data.summary, longest=99))
     assert data.longest == data.summary.longest < 99 == replace(data, evaluation=longer).longest
     with pytest.raises(DataError, match="0 of 30 conversations would be held out"):

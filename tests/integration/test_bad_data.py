@@ -16,7 +16,7 @@ from finetune.config import DataArguments, ModelArguments
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.mojibake import intended_text
 from finetune.dataset.prepare import check_dropped_share
-from finetune.training.data_setup import prepare_data
+from finetune.training.data_setup import prepare_run_data
 from finetune.utils.errors import DataError
 from tests.helpers import ranks
 from tests.helpers.chat_rows import good_row, turns, written
@@ -259,9 +259,9 @@ def prepared(tmp_path, smol_tokenizer, monkeypatch):
         path = written(tmp_path / "a.json", content)
         data = DataArguments([str(path)], bad_rows=policy, data_cache_dir=str(tmp_path / "cache"))
         with logged() as said:
-            _, _, found = prepare_data(ModelArguments("smol"), data)
+            _, _, found = prepare_run_data(ModelArguments("smol"), data)
         check_dropped_share(found, 1.0)
-        found.copy_ledger(tmp_path / "ledger.jsonl")
+        found.write_ledger(tmp_path / "ledger.jsonl")
         entries = map(json.loads, (tmp_path / "ledger.jsonl").read_text("utf-8").splitlines())
         return {entry["row"]: entry for entry in entries}, found.summary.rows, said
 

@@ -22,7 +22,7 @@ from finetune.config.hardware import DetectedHardware
 from finetune.config.run_config import RankCounts
 from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankPhase
 from finetune.models.adapters import attach_adapter
-from finetune.training.data_setup import prepare_data
+from finetune.training.data_setup import prepare_run_data
 from finetune.training.dataloaders import build_dataloaders
 from finetune.training.fit import TrainingInputs, fit
 from finetune.utils.errors import FinetuneError
@@ -71,7 +71,7 @@ def prepared(words: Words, _: Any) -> Any:
     arguments = parse(words)
     try:
         with logged() as said:
-            tokenizer, _, data = prepare_data(arguments.model, arguments.data)
+            tokenizer, _, data = prepare_run_data(arguments.model, arguments.data)
     except FinetuneError as error:
         return str(error)
     rows = [(one.status, [(part.input_ids, part.labels) for part in one.examples]) for one in data.renderings()]
@@ -85,7 +85,7 @@ def approved(words: Words, _: Any) -> Any:
         _, _, data = train.load_data(arguments)
     except FinetuneError as error:
         return str(error)
-    return data.held_out(42) and len(data.held_out(42)[0]), train.skip_rows(arguments, data).left_out
+    return data.held_out(42) and len(data.held_out(42).examples), train.skip_rows(arguments, data).skipped_rows
 
 
 def processes(words: Words, monkeypatch: Any) -> Any:
@@ -116,7 +116,7 @@ def settled(words: Words, monkeypatch: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     arguments = parse([*words, "--use_cpu", "True"])
-    tokenizer, _, data = prepare_data(arguments.model, arguments.data)
+    tokenizer, _, data = prepare_run_data(arguments.model, arguments.data)
     base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
     config, _ = train.resolve(arguments, DetectedHardware(), RankCounts(1, 1))
     batches = build_dataloaders(config.batch, base, tokenizer, data, torch.device("cpu"), None).train

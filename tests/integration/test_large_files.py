@@ -49,12 +49,12 @@ print(json.dumps({"peak": peak_mib(), "first": first, "seconds": time.monotonic(
 PREPARE = MEASURE + """
 import resource
 from finetune.config import DataArguments, ModelArguments
-from finetune.training.data_setup import load_chat_format, prepare_data
+from finetune.training.data_setup import load_chat_format, prepare_run_data
 model = ModelArguments(sys.argv[2])
 data = DataArguments([sys.argv[1]], data_cache_dir=sys.argv[3], bad_rows="drop", preprocessing_num_workers=2)
 load_chat_format(model, data)
 before, begin = peak_mib(), time.monotonic()
-summary = prepare_data(model, data)[2].summary
+summary = prepare_run_data(model, data)[2].summary
 child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 print(json.dumps({"before": before, "peak": peak_mib(), "child": child, "seconds": time.monotonic() - begin,
                   "rows": summary.rows, "bad": summary.bad, "kept": summary.kept + summary.cut}))

@@ -17,7 +17,7 @@ from finetune.chat_templates import (
     TurnSpan,
     select_chat_format,
 )
-from finetune.chat_templates.text_segments import Segment, segments, speller
+from finetune.chat_templates.text_segments import Segment, segmenter, segments
 from finetune.conversation import Conversation, Turn
 from tests.helpers.byte_tokenizer import byte_tokenizer
 
@@ -182,6 +182,6 @@ def test_a_content_token_is_text_as_it_is_in_training():
     formats = [
         select_chat_format(tokenizer, "lingowhale", **MARKERS, content_tokens=one)[0] for one in (["<think>"], [])
     ]
-    shown = [[(one.kind, one.text) for one in speller(one)(rendered(one, said))] for one in formats]
+    shown = [[(one.kind, one.text) for one in segmenter(one)(rendered(one, said))] for one in formats]
     assert shown[0] == shown[1], "as a token, or letter by letter"
     assert ("learned", "<think>b") in shown[0] and len(rendered(formats[0], said).input_ids) == 6

@@ -209,7 +209,7 @@ def test_bad_rows_are_dropped_by_name_within_a_budget(tmp_path, renderer):
     dropped = [one for one in data.renderings() if one.status == "dropped"]
     assert [(one.row, one.id) for one in dropped] == [(1, 1), (3, 3), (5, 5)]
     assert all('expected "value" to be a string' in one.reason for one in dropped)
-    data.copy_ledger(tmp_path / "ledger.jsonl")
+    data.write_ledger(tmp_path / "ledger.jsonl")
     lines = (tmp_path / "ledger.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["row"] for line in lines] == [1, 3, 5]
     check_dropped_share(data, 0.03)
@@ -229,16 +229,16 @@ def test_weights_repeat_and_draw(tmp_path, renderer):
     first, second = write_rows(tmp_path / "a.json", many(10)), write_rows(tmp_path / "b.json", many(33)[10:])
     sources = find_sources([f"{first}:2", f"{second}:0.5"])
     data = prepare_dataset(sources, renderer, cache_dir=tmp_path / "cache")
-    epoch = data.epoch(seed=1)
+    epoch = data.epoch(seed=1).examples
     counts = Counter((source, row) for source, row in zip(epoch["source"], epoch["row"], strict=True))
     assert {counts[str(first), row] for row in range(10)} == {2}
     drawn = [row for source, row in counts if source == str(second)]
     assert len(drawn) == 12  # half of 23, rounded to even
-    assert data.epoch(seed=1)["row"] == epoch["row"]
-    assert data.epoch(seed=2)["row"] != epoch["row"]
+    assert data.epoch(seed=1).examples["row"] == epoch["row"]
+    assert data.epoch(seed=2).examples["row"] != epoch["row"]
     unweighted = prepare_dataset(find_sources([str(first), str(second)]), renderer, cache_dir=tmp_path / "cache")
     assert unweighted.folder == data.folder  # weights choose among what is prepared
-    assert len(unweighted.epoch(seed=1)) == 33
+    assert len(unweighted.epoch(seed=1).examples) == 33
     nothing = prepare_dataset(find_sources([f"{first}:0.01"]), renderer, cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match="leave no example of an epoch"):
         nothing.epoch(seed=1)
