@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
     plan = plan_merge(result, folder, base_name=options.base_model, dtype=options.dtype)
     if options.gguf is not None:
         check_gguf(plan.source, options.gguf, plan.tokenizer)
-    logger.info(f"merging {plan.origin}: {len(plan.pieces):,} tensors, {plan.size / 1e9:.2f} GB")
-    merged = merge_weights(plan, shard_bytes=shard_bytes, proves=not options.no_check)
+    logger.info(f"merging {plan.origin}: {len(plan.tensors):,} tensors, {plan.size / 1e9:.2f} GB")
+    merged = merge_weights(plan, shard_bytes=shard_bytes, verify=not options.no_check)
     for note in merged.notes:
         logger.warning(note)
     logger.info(f"{folder}: {merged.size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s; {merged.checked}")

@@ -1,7 +1,7 @@
-"""What a merged model is made of: each tensor under the name that files give it, and how to get it when it is its turn.
+"""The tensors of a merged model: each under its name in the files, with a function that computes it when needed.
 
-Nothing here holds more than a layer. An adapter is merged by peft itself, one layer at a time: the model stands there
-without memory for its weights, one layer's weights are put in, merged, taken out, and forgotten.
+No more than one layer is in memory. peft itself merges an adapter, layer by layer: the model has no memory for its
+weights; the weights of one layer are put in, merged, taken out and freed.
 """
 
 from __future__ import annotations
@@ -11,250 +11,250 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.checkpoint import MasterWeights
 from finetune.export.stored_tensors import StoredTensors
 from finetune.export.weight_names import StoredWeight, WeightNames, by_layer
 from finetune.utils.errors import CheckpointError, ConfigError
 
-PREFIX, TOKENS, INNER = "base_model.model.", ".token_adapter", ".base_layer"
-# peft's kinds whose product with a weight is a weight; the others stand beside the model when it runs.
-MERGED_BY_PEFT = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3"})
-WHY_NOT = {
-    "PREFIX_TUNING": "a prefix adapter is keys and values in front of every conversation, not weights of a layer",
-    "PROMPT_TUNING": "a prompt adapter is embeddings in front of every conversation, not weights of a layer",
+if TYPE_CHECKING:
+    import torch
+
+# Parts of module names in a PeftModel.
+PREFIX, TOKEN_ADAPTER, BASE_LAYER = "base_model.model.", ".token_adapter", ".base_layer"
+# peft types whose product with a weight is a weight. The others are not part of the weights.
+MERGEABLE = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3"})
+NOT_MERGEABLE_REASONS = {
+    "PREFIX_TUNING": "a prefix adapter is keys and values before every conversation, not weights of a layer",
+    "PROMPT_TUNING": "a prompt adapter is embeddings before every conversation, not weights of a layer",
 }
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the merged model; `get` makes it: in float32 where it was `computed`, else as it is stored."""
+    """A tensor of the merged model.
+
+    Attributes:
+        get: Computes the tensor: in float32 if it is `computed`, else as stored.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any
-    get: Callable[[], Any]
+    dtype: torch.dtype
+    get: Callable[[], torch.Tensor]
     computed: bool = False
 
     @property
     def count(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
-def check_mergeable(kind: str | None) -> None:
-    """Refuse adapters that are no weights.
+def check_mergeable(adapter: str | None) -> None:
+    """Check that an adapter of this peft type can be merged.
 
     Raises:
-        ConfigError: with the reason.
+        ConfigError: It cannot.
     """
-    if kind is not None and kind not in MERGED_BY_PEFT:
-        why = WHY_NOT.get(kind, f"peft's {kind} is not one of {', '.join(sorted(MERGED_BY_PEFT))}")
-        raise ConfigError(f"this adapter cannot be merged: {why}; it is used as it is, with peft or `finetune chat`")
+    if adapter is not None and adapter not in MERGEABLE:
+        default = f"peft's {adapter} is not one of {', '.join(sorted(MERGEABLE))}"
+        reason = NOT_MERGEABLE_REASONS.get(adapter, default)
+        raise ConfigError(f"this adapter cannot be merged: {reason}. Use it as it is, with peft or `finetune chat`")
 
 
 def plain_tensors(stored: StoredTensors, model: Any) -> list[OutputTensor]:
-    """A full model's tensors, as they are; one that is tied to another is left out where files hold both."""
-    tied = _tied(model)
-    return [_as_stored(stored, name) for name in stored if tied.get(name) not in stored]
+    """Return the tensors of a full model, unchanged; of tied tensors only one if the files hold both."""
+    tied = _tied_weights(model)
+    return [_unchanged(stored, name) for name in stored if tied.get(name) not in stored]
 
 
-def _tied(model: Any) -> dict[str, str]:
-    """Weights that are another one: name -> name of that."""
+def _tied_weights(model: Any) -> dict[str, str]:
+    """Map the name of each tied weight to the weight that it shares."""
     return dict(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else {}
 
 
-def _as_stored(stored: StoredTensors, name: str, called: str | None = None) -> OutputTensor:
-    return OutputTensor(called or name, tuple(stored.shape(name)), stored.dtype(name), partial(stored.get, name))
+def _unchanged(stored: StoredTensors, name: str, output_name: str | None = None) -> OutputTensor:
+    return OutputTensor(output_name or name, tuple(stored.shape(name)), stored.dtype(name), partial(stored.get, name))
 
 
 def master_tensors(masters: MasterWeights, names: WeightNames) -> list[OutputTensor]:
-    """A full model's tensors out of the states of its optimizer, as files name them."""
+    """Return the tensors of a full model from the float32 weights in its optimizer states."""
     import torch
 
-    pieces = []
+    outputs = []
     for group in by_layer(masters.shapes):
-        empty = {name: torch.empty(masters.shapes[name], device="meta") for name in group}
-        layer = _Once(partial(_layer, masters, names, group))
-        stored = names.as_stored(empty)
-        layer.expect(len(stored))
-        for name, tensor in stored.items():
+        shapes = names.as_stored({name: torch.empty(masters.shapes[name], device="meta") for name in group})
+        layer = _ComputedTogether(partial(_stored_layer, masters, names, group), len(shapes))
+        for name, tensor in shapes.items():
             get = partial(layer.take, name)
-            pieces.append(OutputTensor(name, tuple(tensor.shape), torch.float32, get, computed=True))
-    for name, tensor in masters.buffers.items():
+            outputs.append(OutputTensor(name, tuple(tensor.shape), torch.float32, get, computed=True))
+    for name, buffer in masters.buffers.items():
         if name in names.state:
-            pieces.append(OutputTensor(name, tuple(tensor.shape), tensor.dtype, partial(_same, tensor)))
-    return pieces
+            outputs.append(OutputTensor(name, tuple(buffer.shape), buffer.dtype, buffer.detach))
+    return outputs
 
 
-def _same(tensor: Any) -> Any:
-    return tensor
-
-
-def _layer(masters: MasterWeights, names: WeightNames, group: list[str]) -> dict[str, Any]:
+def _stored_layer(masters: MasterWeights, names: WeightNames, group: list[str]) -> dict[str, torch.Tensor]:
     return names.as_stored({name: masters.get(name) for name in group})
 
 
-class _Once:
-    """Several tensors that are made together: made when the first is taken, forgotten with the last."""
+class _ComputedTogether:
+    """Tensors that are computed together: when the first is taken; they are freed with the last."""
 
-    def __init__(self, make: Callable[[], dict[str, Any]]) -> None:
-        self.make = make
-        self.made: dict[str, Any] | None = None
-        self.left = 0
+    def __init__(self, compute: Callable[[], dict[str, torch.Tensor]], count: int) -> None:
+        self.compute = compute
+        self.remaining = count
+        self.tensors: dict[str, torch.Tensor] | None = None
 
-    def expect(self, count: int) -> None:
-        """How many will be taken."""
-        self.left = count
-
-    def take(self, name: str) -> Any:
-        """One of them."""
-        self.made = self.made or self.make()
-        tensor = self.made[name]
-        self.left -= 1
-        if not self.left:
-            self.made = None
+    def take(self, name: str) -> torch.Tensor:
+        """Return one of the tensors; each can be taken once."""
+        self.tensors = self.tensors or self.compute()
+        tensor = self.tensors[name]
+        self.remaining -= 1
+        if not self.remaining:
+            self.tensors = None
         return tensor
 
 
 @dataclass(frozen=True)
-class _Change:
-    """A weight that the adapter changes: `get` takes it out of its merged layer, `again` merges for it alone."""
+class _ChangedWeight:
+    """A weight that the adapter changes.
+
+    Attributes:
+        take: Takes the weight out of its merged layer, once.
+        recompute: Merges the layer for this weight alone.
+    """
 
     shape: tuple[int, ...]
-    get: Callable[[], Any]
-    again: Callable[[], Any]
+    take: Callable[[], torch.Tensor]
+    recompute: Callable[[], torch.Tensor]
 
 
 class MergedTensors:
-    """An adapter in its base: the base's tensors as they are, but for those that the adapter changes.
+    """The tensors of a base model with an adapter merged into it; those that the adapter does not change are copied.
 
     Args:
-        stored: the base's.
-        model: the base without memory for its weights, its vocabulary as large as the trained one's.
-        folder: of the adapter.
-        attach: puts the adapter on the model.
+        stored: Tensors of the base.
+        model: The base without memory for its weights, its vocabulary as large as that of the training.
+        folder: Folder of the adapter.
+        attach: Loads the adapter on the model.
 
     Attributes:
-        unties: whether embeddings and head, one tensor in the base, are two now.
+        unties: Whether embeddings and head, one tensor in the base, become two.
 
     Raises:
-        CheckpointError: the adapter is of another size, or changes a weight that the base's files do not hold.
+        CheckpointError: The adapter has another size, or changes a weight that the base's files do not hold.
     """
 
     def __init__(self, stored: StoredTensors, model: Any, folder: Path, attach: Callable[[Any, Path], Any]) -> None:
         self.stored, self.names = stored, WeightNames(model)
-        self.tied = _tied(model)
-        self.places = self.names.places({name: stored.shape(name) for name in stored})
-        self.place_of = {weight: place for place in self.places for weight in place.weights}
-        self.changed = dict(self._changes(attach(model, folder)))
-        lost = [one for one in self.changed if one not in self.place_of and self.tied.get(one) not in self.place_of]
-        if lost:
-            raise CheckpointError(f"{folder}: the adapter changes {lost[0]}, which its base does not have")
+        self.tied = _tied_weights(model)
+        self.groups = self.names.group_files({name: stored.shape(name) for name in stored})
+        self.group_of = {weight: group for group in self.groups for weight in group.weights}
+        self.changed = dict(self._changed_weights(attach(model, folder)))
+        for name in self.changed:
+            if name not in self.group_of and self.tied.get(name) not in self.group_of:
+                raise CheckpointError(f"{folder}: the adapter changes {name}, which its base does not have")
         self.unties = self._unties()
 
-    def pieces(self) -> list[OutputTensor]:
-        """All tensors of the merged model, under the names of the base's files."""
-        found = [piece for place in self.places for piece in self._of_place(place)]
+    def outputs(self) -> list[OutputTensor]:
+        """Return all tensors of the merged model, under the names of the base's files."""
+        outputs = [output for group in self.groups for output in self._outputs_of(group)]
         if not self.unties:
-            return found
-        # What was one tensor in the files becomes two.
-        for name, partner in self.tied.items():
-            if name in self.place_of:
+            return outputs
+        for name, shared in self.tied.items():  # one tensor of the files becomes two
+            if name in self.group_of:
                 continue
             if name in self.changed:
-                found.append(self._computed(name, name))
+                outputs.append(self._computed(name, name))
             else:
-                found.append(_as_stored(self.stored, self.place_of[partner].files[0][0], called=name))
-        return found
+                outputs.append(_unchanged(self.stored, self.group_of[shared].files[0][0], name))
+        return outputs
 
-    def _of_place(self, place: StoredWeight) -> list[OutputTensor]:
-        if not self.changed.keys() & set(place.weights):
-            return [_as_stored(self.stored, name) for name, _ in place.files]
-        if place.converter is None:
-            return [self._computed(place.files[0][0], place.weights[0])]
-        together = _Once(partial(self._converted_back, place))
-        together.expect(len(place.files))
+    def _outputs_of(self, group: StoredWeight) -> list[OutputTensor]:
+        import torch
+
+        if not self.changed.keys() & set(group.weights):
+            return [_unchanged(self.stored, name) for name, _ in group.files]
+        if group.converter is None:
+            return [self._computed(group.files[0][0], group.weights[0])]
+        tensors = _ComputedTogether(partial(self._stored_group, group), len(group.files))
         return [
-            OutputTensor(name, tuple(self.stored.shape(name)), _float32(), partial(together.take, name), computed=True)
-            for name, _ in place.files
+            OutputTensor(name, tuple(self.stored.shape(name)), torch.float32, partial(tensors.take, name), True)
+            for name, _ in group.files
         ]
 
     def _computed(self, name: str, weight: str) -> OutputTensor:
-        return OutputTensor(name, self.changed[weight].shape, _float32(), self.changed[weight].get, computed=True)
+        import torch
 
-    def _converted_back(self, place: StoredWeight) -> dict[str, Any]:
-        weights = self.names.weights_of(place, self.stored.get)
-        changed = {name: self.changed[name].get() if name in self.changed else weights[name] for name in weights}
-        return self.names.as_stored(changed)
+        changed = self.changed[weight]
+        return OutputTensor(name, changed.shape, torch.float32, changed.take, computed=True)
 
-    def _changes(self, adapted: Any) -> Iterator[tuple[str, _Change]]:
+    def _stored_group(self, group: StoredWeight) -> dict[str, torch.Tensor]:
+        weights = self.names.weights_of(group, self.stored.get)
+        return self.names.as_stored(
+            {name: self.changed[name].take() if name in self.changed else weights[name] for name in weights}
+        )
+
+    def _changed_weights(self, adapted: Any) -> Iterator[tuple[str, _ChangedWeight]]:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import ModulesToSaveWrapper
 
         for path, module in adapted.named_modules():
-            name = path.removeprefix(PREFIX).removesuffix(TOKENS).replace(INNER, "")
+            name = path.removeprefix(PREFIX).removesuffix(TOKEN_ADAPTER).replace(BASE_LAYER, "")
             if isinstance(module, ModulesToSaveWrapper):
-                whole = module.modules_to_save[module.active_adapters[0]]
-                for part, tensor in whole.named_parameters():
-                    yield f"{name}.{part}", _Change(tuple(tensor.shape), tensor.detach, tensor.detach)
+                trained: Any = module.modules_to_save[module.active_adapters[0]]
+                for parameter, tensor in trained.named_parameters():
+                    yield f"{name}.{parameter}", _ChangedWeight(tuple(tensor.shape), tensor.detach, tensor.detach)
             elif isinstance(module, BaseTunerLayer) and module.active_adapters:
-                parts = _parts_of(module)
-                layer = _Once(partial(self._merged, name, module))
-                layer.expect(len(parts))
-                for part, tensor in parts.items():
-                    again = partial(self._part, name, module, part)
-                    yield f"{name}.{part}", _Change(tuple(tensor.shape), partial(layer.take, part), again)
+                parameters = _adapted_parameters(module)
+                layer = _ComputedTogether(partial(self._merged, name, module), len(parameters))
+                for parameter, tensor in parameters.items():
+                    recompute = partial(self._merged_parameter, name, module, parameter)
+                    changed = _ChangedWeight(tuple(tensor.shape), partial(layer.take, parameter), recompute)
+                    yield f"{name}.{parameter}", changed
 
-    def _part(self, name: str, module: Any, part: str) -> Any:
-        return self._merged(name, module)[part]
+    def _merged_parameter(self, name: str, module: Any, parameter: str) -> torch.Tensor:
+        return self._merged(name, module)[parameter]
 
-    def _merged(self, name: str, module: Any) -> dict[str, Any]:
-        """The parameters of one layer with the adapter in them, in float32."""
+    def _merged(self, name: str, module: Any) -> dict[str, torch.Tensor]:
+        """Return the parameters of one layer with the adapter merged, in float32."""
         import torch
 
-        base, parts = module.get_base_layer(), _parts_of(module)
-        for part, empty in parts.items():
-            value = self._base_value(f"{name}.{part}").to(torch.float32)
+        layer, parameters = module.get_base_layer(), _adapted_parameters(module)
+        for parameter, empty in parameters.items():
+            value = self._base_value(f"{name}.{parameter}").to(torch.float32)
             if value.shape != empty.shape:  # rows of new tokens
-                whole = torch.zeros(empty.shape)
-                whole[tuple(map(slice, value.shape))] = value
-                value = whole
-            setattr(base, part, torch.nn.Parameter(value, requires_grad=False))
+                padded = torch.zeros(empty.shape)
+                padded[tuple(map(slice, value.shape))] = value
+                value = padded
+            setattr(layer, parameter, torch.nn.Parameter(value, requires_grad=False))
         module.float()
         module.merge(safe_merge=True)
         module.merged_adapters.clear()
-        merged = {part: getattr(base, part).detach() for part in parts}
-        for part, empty in parts.items():
-            setattr(base, part, empty)
+        merged = {parameter: getattr(layer, parameter).detach() for parameter in parameters}
+        for parameter, empty in parameters.items():
+            setattr(layer, parameter, empty)
         return merged
 
-    def _base_value(self, name: str) -> Any:
-        name = name if name in self.place_of else self.tied[name]
-        return self.names.weights_of(self.place_of[name], self.stored.get)[name]
+    def _base_value(self, name: str) -> torch.Tensor:
+        name = name if name in self.group_of else self.tied[name]
+        return self.names.weights_of(self.group_of[name], self.stored.get)[name]
 
     def _unties(self) -> bool:
-        """Whether a tied pair is changed on one side alone, or differently."""
+        """Whether the two weights of a tied pair differ after merging."""
         import torch
 
-        for name, partner in self.tied.items():
-            sides = [one for one in (name, partner) if one in self.changed]
-            if len(sides) == 1:
-                return True
-            if len(sides) == 2 and not torch.equal(*(self.changed[side].again() for side in sides)):
+        for pair in self.tied.items():
+            changed = [self.changed[name] for name in pair if name in self.changed]
+            if len(changed) == 1 or (changed and not torch.equal(*(weight.recompute() for weight in changed))):
                 return True
         return False
 
 
-def _parts_of(module: Any) -> dict[str, Any]:
-    """The parameters that a layer of peft's changes: one of its own choice, or all of the layer that it wraps."""
-    base = module.get_base_layer()
-    chosen = getattr(module, "parameter_name", None)
-    return {chosen: getattr(base, chosen)} if chosen else dict(base.named_parameters(recurse=False))
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
+def _adapted_parameters(module: Any) -> dict[str, Any]:
+    """Return the parameters that a peft layer changes: the one it names, or all of the wrapped layer."""
+    layer = module.get_base_layer()
+    name = getattr(module, "parameter_name", None)
+    return {name: getattr(layer, name)} if name else dict(layer.named_parameters(recurse=False))

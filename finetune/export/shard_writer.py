@@ -1,80 +1,83 @@
-"""Pieces to safetensors files of a size, and the index that says which is where."""
+"""Write tensors to safetensors files of limited size, with an index."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
 from finetune.export.merge_plan import OutputTensor
 from finetune.utils.errors import StorageError
 
+if TYPE_CHECKING:
+    import torch
+
 SINGLE, NUMBERED, INDEX = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors", "model.safetensors.index.json"
 
 
-def stored_dtype(piece: OutputTensor, dtype: Any, usual: Any) -> Any:
-    """In which type a piece is written: `dtype`, but for what is not a number of that kind, or is kept apart.
+def output_dtype(tensor: OutputTensor, dtype: torch.dtype, usual: torch.dtype) -> torch.dtype:
+    """Return the type in which a tensor is written: `dtype`, unless it is not floating point or is kept more precise.
 
-    Models store some small tensors (the bias of a router, say) finer than the rest, `usual`: those stay as they are.
+    Args:
+        usual: Stored type of most tensors. Models store some small ones in a wider type (the bias of a router), which
+            they keep.
     """
-    if not piece.dtype.is_floating_point:
-        return piece.dtype
-    finer = piece.dtype.itemsize > usual.itemsize and not piece.computed
-    return piece.dtype if finer else dtype
+    is_wider = tensor.dtype.itemsize > usual.itemsize and not tensor.computed
+    return tensor.dtype if is_wider or not tensor.dtype.is_floating_point else dtype
 
 
-def in_shards(pieces: Sequence[OutputTensor], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Numbers of pieces, file by file; a file is larger than `limit` only where a single piece is.
+def assign_shards(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Assign tensors of these sizes to files, in order; a file exceeds `limit` only if one tensor does.
 
-    >>> in_shards([None] * 4, [3, 3, 9, 1], 6)
+    >>> assign_shards([3, 3, 9, 1], 6)
     [[0, 1], [2], [3]]
     """
     shards: list[list[int]] = [[]]
-    filled = 0
-    for number, size in enumerate(sizes):
-        if shards[-1] and filled + size > limit:
+    shard_size = 0
+    for index, size in enumerate(sizes):
+        if shards[-1] and shard_size + size > limit:
             shards.append([])
-            filled = 0
-        shards[-1].append(number)
-        filled += size
+            shard_size = 0
+        shards[-1].append(index)
+        shard_size += size
     return shards
 
 
-def write_shards(folder: Path, pieces: Sequence[OutputTensor], dtypes: Sequence[Any], limit: int) -> int:
-    """Write all pieces, one file after the other; the bytes of all tensors. A bar shows how far it is.
+def write_shards(folder: Path, tensors: Sequence[OutputTensor], dtypes: Sequence[torch.dtype], limit: int) -> int:
+    """Write all tensors, file by file, with a progress bar; return their size in bytes.
 
     Args:
-        dtypes: in which each is written.
-        limit: bytes of a file.
+        dtypes: Type in which each is written.
+        limit: Size of a file in bytes.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: A file cannot be written.
     """
-    sizes = [piece.count * dtype.itemsize for piece, dtype in zip(pieces, dtypes, strict=True)]
-    shards = in_shards(pieces, sizes, limit)
-    where: dict[str, str] = {}
+    sizes = [tensor.count * dtype.itemsize for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    shards = assign_shards(sizes, limit)
+    file_of: dict[str, str] = {}
     with tqdm(total=sum(sizes), desc="merging", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for number, shard in enumerate(shards, start=1):
             name = SINGLE if len(shards) == 1 else NUMBERED.format(number, len(shards))
-            _write(folder / name, ((pieces[one], dtypes[one], sizes[one]) for one in shard), bar)
-            where |= {pieces[one].name: name for one in shard}
+            _write(folder / name, [(tensors[index], dtypes[index]) for index in shard], bar)
+            file_of |= {tensors[index].name: name for index in shard}
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(file_of.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return sum(sizes)
 
 
-def _write(path: Path, shard: Iterable[tuple[OutputTensor, Any, int]], bar: Any) -> None:
+def _write(path: Path, shard: Sequence[tuple[OutputTensor, torch.dtype]], bar: tqdm[NoReturn]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {}
-    for piece, dtype, size in shard:
-        tensors[piece.name] = piece.get().to(dtype).contiguous()
-        bar.update(size)
+    for tensor, dtype in shard:
+        tensors[tensor.name] = tensor.get().to(dtype).contiguous()
+        bar.update(tensor.count * dtype.itemsize)
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:

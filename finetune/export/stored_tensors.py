@@ -1,13 +1,16 @@
-"""The tensors of a model's folder, by name, one at a time."""
+"""Read the tensors of a model's folder by name, one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.models.loader import weight_files
 from finetune.utils.errors import CheckpointError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 # As safetensors writes them: https://github.com/huggingface/safetensors#format
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -15,10 +18,10 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 class StoredTensors:
-    """What `model*.safetensors`, or `pytorch_model*.bin`, of a folder hold; nothing is read before it is asked for.
+    """Tensors of `model*.safetensors` or `pytorch_model*.bin` in a folder; each is read when it is needed.
 
     Raises:
-        CheckpointError: no weights, a file that ends too soon, or one that the index names and that is not there.
+        CheckpointError: No weights, a truncated file, or a file of the index that is missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,44 +37,44 @@ class StoredTensors:
         return name in self._files
 
     def shape(self, name: str) -> list[int]:
-        """Of a tensor."""
-        return list(self._slice(name).get_shape() if self._is_safe(name) else self.get(name).shape)
+        """Return the shape of a tensor."""
+        return list(self._slice(name).get_shape() if self._is_safetensors(name) else self.get(name).shape)
 
-    def dtype(self, name: str) -> Any:
-        """Of a tensor, as it is stored."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the stored type of a tensor."""
         import torch
 
-        if not self._is_safe(name):
+        if not self._is_safetensors(name):
             return self.get(name).dtype
-        kind = self._slice(name).get_dtype()
-        if kind not in DTYPES:
+        stored_dtype = self._slice(name).get_dtype()
+        if stored_dtype not in DTYPES:
             raise CheckpointError(
-                f"{self._files[name]}: {name} is stored as {kind}: quantized weights cannot be merged"
+                f"{self._files[name]}: {name} is stored as {stored_dtype}: quantized weights cannot be merged"
             )
-        return getattr(torch, DTYPES[kind])
+        return getattr(torch, DTYPES[stored_dtype])
 
-    def get(self, name: str) -> Any:
-        """A tensor, as it is stored."""
-        if self._is_safe(name):
-            with self._opened(self._files[name]) as file:
+    def get(self, name: str) -> torch.Tensor:
+        """Return a tensor in its stored type."""
+        if self._is_safetensors(name):
+            with self._open(self._files[name]) as file:
                 return file.get_tensor(name)
-        return self._unpickled(self._files[name])[name]
+        return self._load_pickle(self._files[name])[name]
 
     def _slice(self, name: str) -> Any:
-        with self._opened(self._files[name]) as file:
+        with self._open(self._files[name]) as file:
             return file.get_slice(name)
 
-    def _is_safe(self, name: str) -> bool:
+    def _is_safetensors(self, name: str) -> bool:
         return self._files[name].suffix == ".safetensors"
 
     def _names_in(self, path: Path) -> list[str]:
         if path.suffix != ".safetensors":
-            return list(self._unpickled(path))
-        with self._opened(path) as file:
+            return list(self._load_pickle(path))
+        with self._open(path) as file:
             return list(file.keys())
 
     @staticmethod
-    def _opened(path: Path) -> Any:
+    def _open(path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -80,7 +83,7 @@ class StoredTensors:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
     @staticmethod
-    def _unpickled(path: Path) -> dict[str, Any]:
+    def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         import pickle
 
         import torch
@@ -95,5 +98,5 @@ def _files_of(folder: Path) -> list[Path]:
     files = weight_files(folder)
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise CheckpointError(f"{folder}: {missing[0]} is not there, and the index of its weights names it")
+        raise CheckpointError(f"{folder}: {missing[0]} is missing, though the index of the weights names it")
     return files

@@ -1,20 +1,40 @@
-"""The result of a run, opened again as a user would open it, and compared with what was in memory."""
+"""Verify saved models: load them with plain transformers or peft and compare them with what was trained.
+
+A run compares the loss of one conversation, a merge the logits of a few.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.inference.load_result import free_memory, load_strict
+from finetune.chat_templates import ChatFormat, UnrenderableError, tokenize_conversation
+from finetune.config.hardware import Precision
+from finetune.conversation import Turn
+from finetune.inference.load_result import load_strict, memory_shortage
 from finetune.models.adapters import check_saved_adapter
 from finetune.models.loader import torch_dtype
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.errors import CheckpointError
 
-# Relative; the second for 16-bit weights, whose sums differ from one device or order of summing to another.
-TOLERANCES = {"float32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
-ROOM = {"float32": 2.5, "bf16": 1.5, "fp16": 1.5}  # of the files' size, which may be of 16-bit weights
+if TYPE_CHECKING:
+    import torch
+
+# Relative difference of losses. With 16-bit weights, sums depend on the device and the order of summation.
+LOSS_TOLERANCES: dict[Precision, float] = {"float32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
+# Memory for a second copy, relative to the size of the files, which may hold 16-bit weights.
+MEMORY_FACTORS: dict[Precision, float] = {"float32": 2.5, "bf16": 1.5, "fp16": 1.5}
+# Difference of logits relative to their spread around the mean: about what rounding the weights changes.
+LOGITS_TOLERANCES: dict[Precision, float] = {"float32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+CONVERSATIONS = (
+    (Turn("human", "What do you know about tides?"), Turn("model", "The moon pulls the sea, and the coast waits.")),
+    (Turn("human", "请用一句话介绍你自己。"), Turn("model", "我是一个语言模型，愿意回答你的问题。")),
+    (
+        Turn("human", "def add(a, b):"), Turn("model", "    return a + b"),
+        Turn("human", "2 + 3?"), Turn("model", "5"),
+    ),
+)  # fmt: skip
 
 
 def verify_result(
@@ -24,44 +44,43 @@ def verify_result(
     input_ids: Sequence[int],
     labels: Sequence[int],
     loss: float,
-    precision: str,
+    precision: Precision,
     trust_remote_code: bool,
 ) -> str:
-    """Load a saved result with plain transformers or peft and compute the loss of one conversation with it.
+    """Load a saved result and compare its loss on one conversation with that of the model in memory.
 
     Args:
-        base: of an adapter.
-        input_ids, labels: of one conversation, unpadded; the labels unshifted.
-        loss: of the same conversation in the memory of the run, a mean over its learned tokens.
+        base: Base model of an adapter.
+        input_ids: Tokens of the conversation, unpadded.
+        labels: Its labels, unshifted.
+        loss: Loss of the model in memory, a mean over supervised tokens.
 
     Returns:
-        A line that says what was seen.
+        A line for the user.
 
     Raises:
-        CheckpointError: a weight is missing, empty or left over; or the loss is another one.
+        CheckpointError: A weight is missing, empty or unexpected, or the loss differs.
     """
-    kind = "adapter" if is_adapter(folder) else "model"
-    if kind == "adapter":
+    has_adapter = is_adapter(folder)
+    kind, weights_folder = ("adapter", Path(base)) if has_adapter else ("model", folder)
+    if has_adapter:
         check_saved_adapter(folder)
     else:
-        _check_tensors(folder)
-    needed = _bytes_of(Path(base) if kind == "adapter" else folder) * ROOM[precision]
-    free = free_memory()
-    if needed > free:
-        return (
-            f"the saved {kind} has all its weights; its loss was not compared: a second copy takes "
-            f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
-        )
-    found = _reopened_loss(folder, kind == "adapter", input_ids, labels, torch_dtype(precision), trust_remote_code)
-    if not abs(found - loss) <= TOLERANCES[precision] * max(abs(loss), 0.1):
+        _check_no_empty_tensors(folder)
+    stored = sum(path.stat().st_size for path in weights_folder.glob("*.safetensors"))
+    shortage = memory_shortage(stored * MEMORY_FACTORS[precision])
+    if shortage:
+        return f"the saved {kind} has all its weights; its loss was not compared: {shortage}"
+    saved_loss = _loss_of_saved(folder, has_adapter, input_ids, labels, torch_dtype(precision), trust_remote_code)
+    if not abs(saved_loss - loss) <= LOSS_TOLERANCES[precision] * max(abs(loss), 0.1):
         raise CheckpointError(
-            f"{folder}: the saved {kind} has a loss of {found:.5f} on a conversation for which the trained one has "
-            f"{loss:.5f}: it is not what was trained; the checkpoints beside it hold the trained weights"
+            f"{folder}: the saved {kind} differs from the trained one: its loss on a conversation is {saved_loss:.5f}, "
+            f"expected {loss:.5f}. The checkpoints in the same folder hold the trained weights"
         )
-    return f"the saved {kind} opens, and its loss is that of the trained one: {found:.4f}"
+    return f"the saved {kind} loads and has the loss of the trained one: {saved_loss:.4f}"
 
 
-def _check_tensors(folder: Path) -> None:
+def _check_no_empty_tensors(folder: Path) -> None:
     from safetensors import safe_open
 
     files = sorted(folder.glob("model*.safetensors"))
@@ -72,16 +91,21 @@ def _check_tensors(folder: Path) -> None:
             names = list(file.keys())
             empty = [name for name in names if 0 in file.get_slice(name).get_shape()]
         if empty or not names:
-            raise CheckpointError(f"{path}: {empty[0] if empty else 'everything'} is empty")
+            raise CheckpointError(f"{path}: {empty[0] if empty else 'the file'} is empty")
 
 
-def _reopened_loss(
-    folder: Path, has_adapter: bool, input_ids: Sequence[int], labels: Sequence[int], dtype: Any, trusts_code: bool
+def _loss_of_saved(
+    folder: Path,
+    has_adapter: bool,
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    dtype: torch.dtype,
+    trusts_code: bool,
 ) -> float:
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # else, under ZeRO-3, this copy too would be divided among the ranks
+    unset_hf_deepspeed_config()  # under ZeRO-3 this copy would be partitioned, too
     if has_adapter:
         from peft import AutoPeftModelForCausalLM
 
@@ -93,5 +117,63 @@ def _reopened_loss(
     return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(list(labels)[1:])))
 
 
-def _bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+def verification_rows(chat_format: ChatFormat, max_length: int | None) -> list[list[int]]:
+    """Tokenize the conversations that the format can express, each cut to `max_length` tokens."""
+    rows = []
+    for turns in CONVERSATIONS:
+        try:
+            rows.append(tokenize_conversation(chat_format, turns).input_ids[:max_length])
+        except UnrenderableError:
+            continue
+    return rows
+
+
+def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Compute float32 logits [T, V] of each row, on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu() for ids in rows]
+
+
+def compare_logits(
+    folder: Path,
+    expected: Sequence[torch.Tensor],
+    rows: Sequence[Sequence[int]],
+    precisions: Iterable[Precision],
+    *,
+    trusts_code: bool,
+) -> str:
+    """Load a merged model and compare its logits with those of what was trained.
+
+    Args:
+        expected: Logits of what was trained.
+        precisions: Of the merged model and of the training.
+
+    Returns:
+        A line for the user.
+
+    Raises:
+        CheckpointError: Weights are missing or unexpected, or the logits differ.
+    """
+    import torch
+
+    merged = load_strict(folder, torch.float32, trusts_code=trusts_code)
+    distance, same_choices, positions = 0.0, 0, 0
+    for logits, target in zip(logits_of(merged, rows), expected, strict=True):
+        width = min(logits.shape[-1], target.shape[-1])
+        logits, target = logits[:, :width], target[:, :width]
+        relative = float((logits - target).norm() / (target - target.mean()).norm())
+        distance = max(distance, relative) if relative < float("inf") else float("inf")
+        same_choices += int((logits.argmax(-1) == target.argmax(-1)).sum())
+        positions += len(logits)
+    tolerance = max(LOGITS_TOLERANCES[precision] for precision in precisions)
+    if not distance <= tolerance:
+        raise CheckpointError(
+            f"the merged model is not the trained one: their logits differ by {distance:.2%}, rounding explains at "
+            f"most {tolerance:.1%}; {folder} was not kept"
+        )
+    return (
+        f"its logits are those of what was trained (they differ by {distance:.1e}), the first choice is the same at "
+        f"{same_choices} of {positions} positions"
+    )

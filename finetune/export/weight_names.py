@@ -1,7 +1,7 @@
-"""How the files of a model and the model in memory hold the same weights.
+"""Names of the same weights in the files of a model and in memory.
 
-For most weights both are alike. transformers renames some when it loads them, and makes one weight of several (the
-experts of a layer); it keeps the rules itself, and undoes them when it saves (transformers 5, `core_model_loading`).
+Most weights have one name. transformers renames some when it loads them, and joins several into one (the experts of a
+layer); it holds the rules and reverts them when it saves (transformers 5, `core_model_loading`).
 
     files     experts.0.w1, experts.0.w3, experts.1.w1, experts.1.w3    norm.weight
     memory    experts.gate_up_proj                                     norm.weight
@@ -12,21 +12,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Weights in memory and the tensors of the files that they are made of; both one, where nothing is converted.
+    """Weights in memory and the tensors in files that they are made from: one of each unless there is a converter.
 
     Attributes:
-        files: names in the files, each with the pattern that it matched.
-        weights: names in memory.
-        converter: transformers' rule, None where the tensor is the same.
+        files: Names in the files, each with the pattern that it matched.
+        weights: Names in memory.
+        converter: Rule of transformers, or None for a tensor that is the same in both.
     """
 
     files: tuple[tuple[str, str], ...]
@@ -35,10 +37,10 @@ class StoredWeight:
 
 
 class WeightNames:
-    """Of one model's weights.
+    """Maps the names of one model.
 
     Args:
-        model: without an adapter; its weights are not looked at.
+        model: Model without an adapter; the values of its weights are not used.
     """
 
     def __init__(self, model: Any) -> None:
@@ -51,42 +53,38 @@ class WeightNames:
         self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self.state = model.state_dict()
 
-    def places(self, shapes: Mapping[str, Iterable[int]]) -> list[StoredWeight]:
-        """Every tensor of the files (name -> shape) in its place; what the model has no weight for is in a place that
-        makes none."""
+    def group_files(self, shapes: Mapping[str, Iterable[int]]) -> list[StoredWeight]:
+        """Group the tensors of the files (name -> shape) by the weights that they form; unused tensors form none."""
         import torch
         from transformers.core_model_loading import dot_natural_key
 
         by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}
-        found: dict[str, list[tuple[str, str]]] = {}
-        plain = []
+        converted: dict[str, list[tuple[str, str]]] = {}
+        groups = []
         for name in sorted(shapes, key=dot_natural_key):
             renamed, pattern = self._renamed(name)
             if pattern is None:
-                plain.append(StoredWeight(((name, name),), (renamed,) if renamed in self.state else ()))
+                groups.append(StoredWeight(((name, name),), (renamed,) if renamed in self.state else ()))
             else:
-                found.setdefault(renamed, []).append((name, pattern))
-        converted = []
-        for first, files in found.items():
-            place = StoredWeight(tuple(files), (first,), by_pattern[files[0][1]])
+                converted.setdefault(renamed, []).append((name, pattern))
+        for first, files in converted.items():
+            group = StoredWeight(tuple(files), (first,), by_pattern[files[0][1]])
             empty = {name: torch.empty(tuple(shapes[name]), device="meta") for name, _ in files}
-            converted.append(
-                StoredWeight(place.files, tuple(self.weights_of(place, empty.__getitem__)), place.converter)
-            )
-        return plain + converted
+            groups.append(replace(group, weights=tuple(self.weights_of(group, empty.__getitem__))))
+        return groups
 
-    def weights_of(self, place: StoredWeight, get: Callable[[str], Any]) -> dict[str, Any]:
-        """The weights of a place, out of the files' tensors that `get` returns by name."""
-        if place.converter is None:
-            return {weight: get(place.files[0][0]) for weight in place.weights}
-        rule = deepcopy(place.converter)
-        for name, pattern in place.files:
-            rule.add_tensor(place.weights[0], name, pattern, get(name))
-        made = rule.convert(place.weights[0], model=self.model, config=self.model.config)
-        return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+    def weights_of(self, group: StoredWeight, get: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Convert the tensors of a group, which `get` returns by name, to weights in memory."""
+        if group.converter is None:
+            return {weight: get(group.files[0][0]) for weight in group.weights}
+        rule = deepcopy(group.converter)
+        for name, pattern in group.files:
+            rule.add_tensor(group.weights[0], name, pattern, get(name))
+        weights = rule.convert(group.weights[0], model=self.model, config=self.model.config)
+        return {name: weight[0] if isinstance(weight, list) else weight for name, weight in weights.items()}
 
-    def as_stored(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """Weights by their names in memory -> as files hold them; give all of a place, or of a layer, at once."""
+    def as_stored(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Convert weights in memory to tensors of files; all weights of a group or layer at once."""
         from transformers.core_model_loading import revert_weight_conversion
 
         return revert_weight_conversion(self.model, dict(weights))
@@ -102,13 +100,9 @@ class WeightNames:
 
 
 def by_layer(names: Iterable[str]) -> Iterator[list[str]]:
-    """Names in groups: those of a layer together, each other one alone."""
-
-    def key(name: str) -> str:
+    """Yield the names grouped by layer; a name outside a layer is a group of its own."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
         match = LAYER.match(name)
-        return match[1] if match else name
-
-    ordered = list(names)
-    place = {one: number for number, one in reversed(list(enumerate(map(key, ordered))))}
-    for _, group in groupby(sorted(ordered, key=lambda name: place[key(name)]), key):
-        yield list(group)
+        layers.setdefault(match[1] if match else name, []).append(name)
+    yield from layers.values()

@@ -69,7 +69,7 @@ def test_a_checkpoint_of_any_stage_and_ranks_becomes_a_model(train, elsewhere, s
     assert not torch.equal(logits(model, IDS), logits(last, IDS)), "it is the first checkpoint"
     assert set(StoredTensors(tmp_path / "merged")) == set(masters.shapes)
     as_saved = export.plan_merge(read_result(first), tmp_path / "other", base_name=None, dtype=None)
-    assert {piece.name for piece in as_saved.pieces} == set(masters.shapes), "a tied head is stored once"
+    assert {tensor.name for tensor in as_saved.tensors} == set(masters.shapes), "a tied head is stored once"
 
 
 def test_a_part_that_is_missing_or_damaged_is_told(train, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from finetune import export
-from finetune.export import merge_plan as pieces_of
+from finetune.export import merge_plan
 from finetune.export.stored_tensors import StoredTensors
 from finetune.inference.run_result import read_result
 from finetune.models.loader import weights_fingerprint
@@ -52,14 +52,14 @@ import resource, sys
 from pathlib import Path
 import torch
 from finetune.inference.run_result import read_result
-from finetune import merging
+from finetune import export
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def plan(folder):
-    return merging.plan_merge(read_result(folder), folder / "merged", base_name=None, dtype=None)
-merging.merge(plan(Path(sys.argv[2])), shard_bytes=10**6, proves=False)
+    return export.plan_merge(read_result(folder), folder / "merged", base_name=None, dtype=None)
+export.merge_weights(plan(Path(sys.argv[2])), shard_bytes=10**6, verify=False)
 before = peak()
-merged = merging.merge(plan(Path(sys.argv[1])), shard_bytes=16 * 2**20, proves=False)
+merged = export.merge_weights(plan(Path(sys.argv[1])), shard_bytes=16 * 2**20, verify=False)
 print(peak() - before, merged.size)
 """
 
@@ -214,7 +214,7 @@ def test_adapters_that_are_no_weights_are_refused_with_the_reason(kind, tmp_path
     base = made.save_base(build("llama"), tmp_path / "base")
     result = made.save_adapter(attach_virtual_tokens(build("llama"), kind, 4), base, tmp_path / "output")
 
-    with pytest.raises(ConfigError, match=f"a {kind} adapter is .* not weights of a layer; it is used as it is"):
+    with pytest.raises(ConfigError, match=f"a {kind} adapter is .* not weights of a layer"):
         merged(result, tmp_path / "merged")
 
 
@@ -274,15 +274,15 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(lora, tmp_p
 
 
 def test_a_merge_that_goes_wrong_leaves_nothing(lora, tmp_path, monkeypatch):
-    real = pieces_of.MergedTensors._merged
+    real = merge_plan.MergedTensors._merged
 
     def one_layer_left_out(self, name, module):
         if "layers.1.mlp.up_proj" not in name:
             return real(self, name, module)
         return {"weight": self._base_value(f"{name}.weight").float()}
 
-    monkeypatch.setattr(pieces_of.MergedTensors, "_merged", one_layer_left_out)
-    with pytest.raises(CheckpointError, match="the merged model is not the trained one: their logits are .*% apart"):
+    monkeypatch.setattr(merge_plan.MergedTensors, "_merged", one_layer_left_out)
+    with pytest.raises(CheckpointError, match="the merged model is not the trained one: their logits differ by .*%"):
         merged(lora, tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))
 

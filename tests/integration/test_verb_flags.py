@@ -116,7 +116,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
         "merge": {
             f"{at}.read_result": result, "finetune.inference.load_result.load_tokenizer": None,
             "finetune.export.check_gguf": None,
-            "finetune.export.plan_merge": SimpleNamespace(origin="x", pieces=[], size=0, source=None, tokenizer=None),
+            "finetune.export.plan_merge": SimpleNamespace(origin="x", tensors=[], size=0, source=None, tokenizer=None),
             "finetune.export.merge_weights": SimpleNamespace(notes=[], size=0, checked="checked"),
             "finetune.export.write_gguf": Path(__file__),
         },

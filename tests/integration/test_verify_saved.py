@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune.export import verify_saved
+from finetune.inference import load_result
 from finetune.utils.errors import CheckpointError
 
 IDS = [5, 6, 7, 8, 9, 10]
@@ -58,7 +59,7 @@ def rewrite(folder, change) -> None:
 
 def test_a_whole_result_opens_with_the_loss_it_had(saved):
     folder, loss = saved
-    assert f"its loss is that of the trained one: {loss:.4f}" in verify(folder, loss)
+    assert f"the trained one: {loss:.4f}" in verify(folder, loss)
 
 
 def scaled(tensors):
@@ -80,7 +81,7 @@ def added(tensors):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (scaled, "it is not what was trained"),
+        (scaled, "differs from the trained one"),
         (dropped, "1 missing keys, the first model.layers.1.mlp.down_proj.weight"),
         (emptied, "model.layers.1.mlp.down_proj.weight is empty"),
         (added, "1 unexpected keys"),
@@ -95,7 +96,7 @@ def test_a_result_that_is_not_what_was_trained_is_refused(saved, change, said):
 
 def test_a_loss_that_is_no_number_is_never_the_same(saved):
     folder, _ = saved
-    with pytest.raises(CheckpointError, match="it is not what was trained"):
+    with pytest.raises(CheckpointError, match="differs from the trained one"):
         verify(folder, float("nan"))
 
 
@@ -107,7 +108,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 def test_where_a_second_copy_does_not_fit_the_weights_are_looked_at_all_the_same(saved, monkeypatch):
     folder, _ = saved
-    monkeypatch.setattr(verify_saved, "free_memory", lambda: 1000)
+    monkeypatch.setattr(load_result, "free_memory", lambda: 1000)
     assert "its loss was not compared" in verify(folder, 99.0)
     rewrite(folder, emptied)
     with pytest.raises(CheckpointError, match="is empty"):
@@ -116,7 +117,7 @@ def test_where_a_second_copy_does_not_fit_the_weights_are_looked_at_all_the_same
 
 def test_the_copy_computes_in_the_precision_of_the_run(tiny_model, tmp_path, monkeypatch):
     """Weights that lie on the disk in bf16 were trained in float32: their loss in bf16 would be another."""
-    monkeypatch.setitem(verify_saved.TOLERANCES, "float32", 1e-5)  # a model so small differs by little
+    monkeypatch.setitem(verify_saved.LOSS_TOLERANCES, "float32", 1e-5)  # a model so small differs by little
     base, folder = tmp_path / "base", tmp_path / "adapter"
     sharp = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     sharp.get_input_embeddings().weight.data *= 40  # it is the head too
@@ -125,8 +126,8 @@ def test_the_copy_computes_in_the_precision_of_the_run(tiny_model, tmp_path, mon
     model.save_pretrained(folder)
     exact, coarse = loss_of(model), loss_of(model.to(torch.bfloat16))
     assert abs(exact - coarse) > 1e-4 * exact
-    assert "the saved adapter opens" in verify(folder, exact, base=str(base))
-    with pytest.raises(CheckpointError, match="it is not what was trained"):
+    assert "the saved adapter loads" in verify(folder, exact, base=str(base))
+    with pytest.raises(CheckpointError, match="differs from the trained one"):
         verify(folder, coarse, base=str(base))
 
 
@@ -134,8 +135,8 @@ def test_an_adapter_is_compared_on_its_base(tiny_model, tmp_path):
     model = with_lora(AutoModelForCausalLM.from_pretrained(tiny_model))
     model.save_pretrained(tmp_path)
     loss = loss_of(model)
-    assert "the saved adapter opens" in verify(tmp_path, loss, base=str(tiny_model))
+    assert "the saved adapter loads" in verify(tmp_path, loss, base=str(tiny_model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
-    with pytest.raises(CheckpointError, match="it is not what was trained"):
+    with pytest.raises(CheckpointError, match="differs from the trained one"):
         verify(tmp_path, loss, base=str(tiny_model))

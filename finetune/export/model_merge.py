@@ -1,0 +1,214 @@
+"""Merge a result into a plain model: plan the tensors, write them beside the target, verify, rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import checkpoint
+from finetune.checkpoint import MasterWeights, step_of
+from finetune.config.hardware import Precision
+from finetune.export import model_files, verify_saved
+from finetune.export.merge_plan import MergedTensors, OutputTensor, check_mergeable, master_tensors, plain_tensors
+from finetune.export.shard_writer import output_dtype, write_shards
+from finetune.export.stored_tensors import StoredTensors
+from finetune.export.weight_names import WeightNames
+from finetune.inference.load_result import (
+    base_folder,
+    chat_format_of,
+    load_for_inference,
+    load_saved_adapter,
+    load_strict,
+    load_tokenizer,
+    memory_shortage,
+)
+from finetune.inference.run_result import RunResult
+from finetune.models.adapters import check_saved_adapter
+from finetune.models.loader import precision_of, stored_bytes, torch_dtype
+from finetune.run_dir.run_json import update_run_json
+from finetune.utils.errors import CheckpointError, ConfigError, StorageError, format_faults
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.chat_templates import ChatFormat
+
+SPARE_DISK_BYTES = 64 << 20
+VERIFY_MEMORY_FACTOR = 2.4  # float32 copy of 16-bit weights, and some more
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What will be merged.
+
+    Attributes:
+        target: Folder of the merged model.
+        source: Folder whose config and code are used: the base of an adapter, else the result itself.
+        dtypes: Type in which each tensor is written; `dtype` for most.
+        unties: Embeddings and head were one tensor and become two.
+        origin: Where the weights come from, for the user.
+    """
+
+    result: RunResult
+    target: Path
+    source: Path
+    tokenizer: PreTrainedTokenizerBase
+    tensors: list[OutputTensor]
+    dtypes: list[torch.dtype]
+    dtype: torch.dtype
+    unties: bool
+    origin: str
+
+    @property
+    def size(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(tensor.count * dtype.itemsize for tensor, dtype in zip(self.tensors, self.dtypes, strict=True))
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The folder of the merged model, the size of its tensors in bytes, and lines for the user."""
+
+    folder: Path
+    size: int
+    checked: str
+    notes: tuple[str, ...]
+
+
+def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype: Precision | None) -> MergePlan:
+    """Plan a merge into the folder `target` and check that it is possible, without reading weights.
+
+    Args:
+        base_name: Path of the base model if it was moved.
+        dtype: Type of the merged weights; None: the precision of the training.
+
+    Raises:
+        ConfigError: The target is not empty, the adapter cannot be merged, the base is missing, or the model is stored
+            quantized.
+        CheckpointError: The checkpoint is incomplete, the base is another model, or the adapter does not fit.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: exists and is not replaced: choose another folder, or remove it")
+    check_mergeable(result.adapter)
+    if step_of(result.folder.absolute()) is not None:
+        faults = checkpoint.verify_checkpoint(result.folder)
+        if faults:
+            raise CheckpointError(format_faults(faults, "fault"))
+    source = result.folder if result.adapter is None else base_folder(result, base_name)
+    tokenizer = load_tokenizer(result)
+    model = _model_without_memory(source, model_files.vocab_size_of(source, tokenizer), trusts_code=result.trusts_code)
+    unties = False
+    if result.adapter is not None:
+        check_saved_adapter(result.folder)
+        merged = MergedTensors(StoredTensors(source), model, result.folder, load_saved_adapter)
+        tensors, unties, origin = merged.outputs(), merged.unties, f"{result.folder} and its base {source}"
+    elif (result.folder / "latest").is_file() and (dtype == "float32" or not stored_bytes(result.folder)):
+        masters = MasterWeights(result.folder)
+        tensors = master_tensors(masters, WeightNames(model))
+        origin = f"the float32 weights of {masters.world_size} ranks in {result.folder} (ZeRO stage {masters.stage})"
+    else:
+        tensors, origin = plain_tensors(StoredTensors(result.folder), model), str(result.folder)
+    target_dtype = torch_dtype(dtype or result.precision)
+    usual_dtype = _usual_dtype(tensors)
+    dtypes = [output_dtype(tensor, target_dtype, usual_dtype) for tensor in tensors]
+    return MergePlan(result, target, source, tokenizer, tensors, dtypes, target_dtype, unties, origin)
+
+
+def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> MergeResult:
+    """Write the merged model; after an error nothing is left behind.
+
+    Args:
+        shard_bytes: Maximum size of a file, and about the memory that is needed.
+        verify: Load the merged model and compare its logits with those of what was trained, if memory allows.
+
+    Raises:
+        CheckpointError: The merged model differs from what was trained.
+        StorageError: The disk is too small, or a file cannot be written.
+    """
+    result, target, tokenizer = plan.result, plan.target, plan.tokenizer
+    _check_disk_space(target, plan.size)
+    chat_format = chat_format_of(result, tokenizer)
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        size = write_shards(part, plan.tensors, plan.dtypes, shard_bytes)
+        model_files.write_config(
+            part,
+            plan.source,
+            dtype=str(plan.dtype).removeprefix("torch."),
+            vocab_size=model_files.vocab_size_of(plan.source, tokenizer),
+            unties=plan.unties,
+        )
+        model_files.write_generation_config(part, plan.source, result.chat["stop_token_id"])
+        note = model_files.write_tokenizer(part, tokenizer, chat_format)
+        model_files.copy_other_files(part, plan.source)
+        model_files.write_model_card(part, result)
+        update_run_json(part, {**result.run, "merged": {"from": str(result.folder.absolute()), "origin": plan.origin}})
+        checked = _verify(plan, part, chat_format) if verify else "not verified: --no_check"
+        part.rename(target)
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return MergeResult(target, size, checked, () if note is None else (note,))
+
+
+def _verify(plan: MergePlan, part: Path, chat_format: ChatFormat) -> str:
+    """Load what was written and compare it with what was trained; return a line for the user."""
+    import torch
+
+    shortage = memory_shortage(plan.size * VERIFY_MEMORY_FACTOR)
+    if shortage:
+        return f"not verified: {shortage}"
+    result = plan.result
+    if result.adapter is None and not stored_bytes(result.folder):
+        load_strict(part, torch.float32, trusts_code=result.trusts_code)
+        return "it loads with plain transformers, and no weight is missing"
+    loaded = load_for_inference(result, base_name=str(plan.source) if result.adapter else None)
+    max_length = getattr(loaded.tuned.config.get_text_config(), "max_position_embeddings", None)
+    rows = verify_saved.verification_rows(chat_format, max_length)
+    expected = verify_saved.logits_of(loaded.tuned, rows)
+    del loaded
+    precisions = {precision_of(plan.dtype), result.precision}
+    return verify_saved.compare_logits(part, expected, rows, precisions, trusts_code=result.trusts_code)
+
+
+def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -> Any:
+    """Build the model; each weight is one zero, expanded to its shape."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"{source}: is stored quantized: merge into the model that it was made from")
+    config.get_text_config().vocab_size = vocab_size
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=torch.float32).expand(weight.shape)
+            setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
+    return model
+
+
+def _check_disk_space(target: Path, size: int) -> None:
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size + SPARE_DISK_BYTES:
+        raise StorageError(f"{target}: the merged model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+
+
+def _usual_dtype(tensors: list[OutputTensor]) -> torch.dtype:
+    """Return the type of most stored elements."""
+    import torch
+
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point and not tensor.computed:
+            counts[tensor.dtype] += tensor.count
+    return max(counts, key=counts.__getitem__, default=torch.float32)
