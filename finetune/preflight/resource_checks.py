@@ -166,7 +166,7 @@ def _facts(
     kept = "" if found.kept is None or not job.keep_checkpoints else f"; at most {size(found.kept)} in all"
     lines = {
         "trained": f"{shape.trainable:,} of {shape.parameters:,} parameters",
-        "largest": f"{job.tokens:,} tokens in a rank's largest micro-batch, {job.learned:,} of them get logits",
+        "largest": f"{job.tokens:,} tokens in a rank's largest micro-batch, {job.logits:,} of them get logits",
         "each rank" if job.use_cpu else "each GPU": f"{grows}{size(found.device_total)}{of}, most in the {found.phase}",
         "": parts,
         " ": f"{size(first.device_total)} in the first three steps; {size(other.device_total)} {how} checkpointing",
