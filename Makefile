@@ -21,13 +21,13 @@ quickstart: install ## fine-tune a small model and ask it before and after (QUIC
 	$(VENV)/bin/python -m finetune quickstart $(QUICKSTART_FLAGS)
 
 test: install-dev model tokenizers ## run all tests but the slow tiers below (JOBS=2 at a time)
-	$(PYTEST) -n $(JOBS) --dist loadfile
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-unit: install-dev model tokenizers ## run the tests that start no process
 	$(PYTEST) -n $(JOBS) tests/unit
 
-test-faults: install-dev model tokenizers ## inject faults into real runs (SHARE=K/N: one share of N, K from 0)
-	$(PYTEST) -m faults --share $(SHARE)
+test-faults: install-dev model tokenizers ## inject faults into real runs, and whole matrices (SHARE=K/N: one share of N, K from 0)
+	$(PYTEST) -m "faults or slow" --share $(SHARE)
 
 test-hosts: install-dev model tokenizers ## run on several real hosts over ssh, as root (SHARE=K/N)
 	$(PYTEST) -m "hosts and not faults" --share $(SHARE)

@@ -27,11 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of other shares."""
-    number, of = map(int, config.getoption("--share").split("/"))
-    mine = [item for item in items if zlib.crc32(item.nodeid.encode()) % of == number]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
-    items[:] = mine
+    """Drop the tests of other shares."""
+    index, count = map(int, config.getoption("--share").split("/"))
+    chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == index]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
 
 
 @pytest.fixture(autouse=True)

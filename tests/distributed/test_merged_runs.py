@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import warnings
 
 import pytest
@@ -16,16 +15,14 @@ from finetune.export.stored_tensors import StoredTensors
 from finetune.inference.run_result import read_result
 from finetune.utils.errors import CheckpointError
 from tests.helpers.made_results import logits
-from tests.helpers.paths import ROOT
+from tests.helpers.verbs import finetune_text
 
 SAVING = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "0")
 IDS = (1, 4093, 198, 28120, 346, 47, 2)
 
 
 def merge(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "finetune", "merge", *map(str, words)], cwd=ROOT, capture_output=True, text=True
-    )
+    return finetune_text("merge", *words)
 
 
 @pytest.fixture

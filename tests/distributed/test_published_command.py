@@ -13,6 +13,8 @@ import pytest
 from tests.helpers.paths import ROOT
 from tests.helpers.published_command import LIMIT_SECONDS, launch
 from tests.helpers.rows import ROWS, write_rows
+from tests.helpers.tiers import mostly_slow
+from tests.helpers.verbs import finetune_text
 
 # DESIGN: the main command line as it was published; only names and paths are filled in.
 PUBLISHED = (
@@ -50,6 +52,7 @@ def test_the_published_command_runs_verbatim_on_two_ranks(tiny_model, conversati
     assert [line for line in ours if "Warning" in line or "deprecated" in line or "Traceback" in line] == []
 
 
+@pytest.mark.slow
 def test_a_hostfile_of_this_host_and_a_module_launch_from_another_folder(tiny_model, conversation_file, tmp_path):
     hostfile = tmp_path / "hosts"
     hostfile.write_text("localhost slots=2\n")
@@ -73,7 +76,7 @@ def test_a_hostfile_of_this_host_and_a_module_launch_from_another_folder(tiny_mo
     assert (tmp_path / "output/adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("launcher", mostly_slow(["python", "torchrun"], ["python"]))
 def test_plain_python_and_torchrun_work_too(launcher, tiny_model, conversation_file, tmp_path):
     named = ["--data_path", conversation_file, "--model_name_or_path", tiny_model, "--output_dir", tmp_path / "output"]
     flags = "--deepspeed zero3 --max_steps 1 --save_strategy no".split()
@@ -115,18 +118,19 @@ def test_the_launcher_passes_the_exit_status_on_and_the_error_is_said_once(
 
 class TestPreview:
     def preview(self, *flags: str | Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "finetune", "preview", *map(str, flags)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+        return finetune_text("preview", *flags)
 
     def test_json_lines_hold_the_golden_labels(self, golden_tokenizer, tmp_path):
         golden_tokenizer.save_pretrained(tmp_path / "tokenizer")
         golden = [json.loads(line) for line in (ROOT / "tests/golden/lingowhale_labels.jsonl").read_text().splitlines()]
         rows = [[(turn["from"], turn["value"]) for turn in row["conversations"]] for row in golden]
 
-        done = self.preview(
-            "--model_name_or_path", tmp_path / "tokenizer", "--data_path", write_rows(tmp_path / "rows.json", rows),
-            "--chat_template", "lingowhale", "--human_token_ids", "3", "--model_token_ids", "4", "--json",
-        )  # fmt: skip
+        command = [
+            sys.executable, "-m", "finetune", "preview", "--model_name_or_path", tmp_path / "tokenizer",
+            "--data_path", write_rows(tmp_path / "rows.json", rows), "--chat_template", "lingowhale",
+            "--human_token_ids", "3", "--model_token_ids", "4", "--json",
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS)
 
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in done.stdout.splitlines()]

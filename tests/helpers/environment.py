@@ -22,3 +22,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path(os.environ.get("XDG_CACHE_HOME", "")).name.startswith("finetune-tests-"):
     _CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")
     os.environ["XDG_CACHE_HOME"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -19,8 +19,8 @@ from typing import Any
 from finetune.distributed.host_probe import free_port
 
 LIMIT_SECONDS = 300  # a run may have to compile an operator first
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.helpers.preload"])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.helpers.preload"])
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def run(folder: Path, function: Callable[..., Any], arguments: tuple, world_size
     port = str(free_port())
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     ranks = [
-        _context.Process(target=_rank, args=(rank, world_size, port, str(logs[rank]), function, arguments))
+        FORKSERVER.Process(target=_rank, args=(rank, world_size, port, str(logs[rank]), function, arguments))
         for rank in range(world_size)
     ]
     for one in ranks:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from finetune.inference.terminal_chat import Command, read_message
 from finetune.utils.errors import ConfigError, FinetuneError
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS
+from tests.helpers.verbs import finetune
 
 LIMIT_SECONDS = 240
 
@@ -209,10 +208,7 @@ def test_a_run_names_a_command_that_works_as_typed(monkeypatch):
 
 
 def chat_from_pipe(question, *words):
-    command = [sys.executable, "-m", "finetune", "chat", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    asked = question if isinstance(question, bytes) else question.encode()
-    return subprocess.run(command, input=asked, capture_output=True, timeout=LIMIT_SECONDS, env=environment)
+    return finetune("chat", *words, stdin=question if isinstance(question, bytes) else question.encode())
 
 
 class TestPipe:

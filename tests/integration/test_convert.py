@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,8 @@ from hypothesis import strategies as st
 from finetune.cli import convert, preview
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.utils.errors import ConfigError, DataError, StorageError
-from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS, write_rows
+from tests.helpers.verbs import finetune_text
 
 ALPACA = {"instruction": "Translate.", "input": "Hello", "output": "你好"}
 MESSAGES = {
@@ -224,12 +222,11 @@ def test_a_disk_that_refuses(tmp_path, monkeypatch):
 
 def test_the_verb_and_its_exit_status(tmp_path):
     written(tmp_path / "in.jsonl", [ALPACA, BAD])
-    command = [sys.executable, "-m", "finetune", "convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.json")]
     statuses = []
     for flags in ([], ["--bad_rows", "drop"], ["--bad_rows", "drop"]):
-        done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = finetune_text("convert", tmp_path / "in.jsonl", tmp_path / "out.json", *flags)
         statuses.append(done.returncode)
         assert "Traceback" not in done.stderr
     assert statuses == [3, 0, 2]
-    done = subprocess.run([*command[:4], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = finetune_text("convert", "--help")
     assert (done.returncode, done.stderr) == (0, "") and "--repairs" in done.stdout

@@ -16,6 +16,7 @@ import pytest
 from tests.helpers import ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS
+from tests.helpers.verbs import finetune_text
 
 FLAGS = (
     "--gradient_checkpointing True --num_train_epochs 2 --per_device_train_batch_size 2 --learning_rate 1e-2 "
@@ -109,8 +110,7 @@ def test_it_trains_saves_its_code_and_loads(stand_in, conversation_file, tmp_pat
         assert (output / "modeling_qkv.py").is_file()
     ids = load(output, bool(adapter))
     assert "[[3, 20, 30, 4" in ids
-    command = [sys.executable, "-m", "finetune", "merge", str(output)]
-    merged = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    merged = finetune_text("merge", output)
     assert merged.returncode == 0, merged.stderr
     assert (output / "merged/modeling_qkv.py").is_file() and "the first choice is the same" in merged.stdout
     assert load(output / "merged", False) == ids

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from finetune.cli.doctor import parse_options
 from finetune.preflight import SECTIONS, DoctorReport
 from finetune.utils.errors import ConfigError, DataError, StorageError
 from tests.helpers import ranks
-from tests.helpers.paths import ROOT
 from tests.helpers.short_runs import SHORT
+from tests.helpers.verbs import finetune_text
 
 LIMIT_SECONDS = 240
 TRAINING = "--model_name_or_path M --data_path D --output_dir O".split()
@@ -81,9 +80,7 @@ class TestStatus:
 
 
 def doctor(*words: object, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-m", "finetune", "doctor", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    return finetune_text("doctor", *words, OMP_NUM_THREADS="1", **variables)
 
 
 def found_by(done: subprocess.CompletedProcess) -> dict[str, Any]:

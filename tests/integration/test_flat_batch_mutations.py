@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.equality import CONVERSATIONS, FORMS, QUIET_PEFT, TOLERANCE, prepared, trained
+from tests.helpers.tiers import mostly_slow
 from tests.helpers.tiny_models import InFloat64
 
 # ---- the comparison sees mistakes
@@ -78,7 +79,7 @@ MISTAKES = [
     [(family, one) for family in ("llama", "mistral", "gpt2") for one in MISTAKES] + [("gpt2", positions_go_on)],
     ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", mostly_slow(["full", "lora"], ["full"]))
 def test_mistakes_are_seen(family, mistake, adapter):
     model, wanted = prepared(family, adapter)
     with InFloat64():
