@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ def _newest_complete(output_dir: Path, storage: StorageGroup, *, may_lack_random
         inspected = _inspect(folder, storage.ranks)
         if may_lack_random_state and all(map(_is_missing_random_state, inspected.faults)) or not inspected.faults:
             return inspected
-        renamed = run_on_all_ranks(lambda folder=folder: _quarantine(folder, "damaged") if storage.is_writer else None)
+        damaged = partial(_quarantine, folder, "damaged")
+        renamed = run_on_all_ranks(damaged if storage.is_writer else lambda: None)
         logger.warning(
             f"{format_faults(inspected.faults, 'fault')}: {folder.name} is quarantined as "
             f"{next(filter(None, renamed)).name}"
@@ -259,7 +261,8 @@ def _quarantine_later(output_dir: Path, chosen: Path, step: int, storage: Storag
         if not storage.is_writer:
             return []
         later = [saved for saved in checkpoint.steps_in(output_dir) if saved > step]
-        return [_quarantine(checkpoint.checkpoint_folder(output_dir, saved), "later") for saved in later]
+        folders = [_quarantine(checkpoint.checkpoint_folder(output_dir, saved), "later") for saved in later]
+        return [folder for folder in folders if folder is not None]
 
     for renamed in set().union(*run_on_all_ranks(rename)):
         logger.warning(f"a later checkpoint than {chosen.name} is quarantined as {renamed.name}")

@@ -78,7 +78,7 @@ def detect_hardware(use_cpu: bool = False) -> DetectedHardware:
     """Ask torch what this machine has. `use_cpu` leaves its GPUs out."""
     import torch
 
-    gpus = ()
+    gpus: tuple[Gpu, ...] = ()
     if not use_cpu and torch.cuda.is_available():
         found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         gpus = tuple(Gpu(one.name, (one.major, one.minor)) for one in found)

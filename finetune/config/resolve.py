@@ -268,7 +268,7 @@ def _resolve_deepspeed(
     if not name:
         return None
     requested = "bf16" if arguments.given("bf16") else "fp16" if arguments.given("fp16") else "float32"
-    derived = {
+    derived: dict[str, Any] = {
         "per_device_train_batch_size": batch.deepspeed_batch,
         "gradient_accumulation_steps": batch.accumulation,
         "precision": hardware.precision,

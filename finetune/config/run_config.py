@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.config.arguments import AdapterArguments, DataArguments, ModelArguments
 from finetune.config.deepspeed_config import (
@@ -45,8 +45,8 @@ class BatchConfig:
         full_logits_reason: why logits are needed at all positions whatever the model supports, or None.
     """
 
-    batching: str
-    loss_weighting: str
+    batching: Literal["flat", "padded", "packed"]
+    loss_weighting: Literal["token", "conversation"]
     per_device_batch: int
     per_device_eval_batch: int
     accumulation: int

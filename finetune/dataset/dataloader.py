@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from finetune.dataset.collator import Collator
 from finetune.dataset.loss_cells import LossCells
 from finetune.dataset.sampler import Batching, Order
 from finetune.dataset.sampler import Sampler as RowSampler
@@ -112,7 +113,7 @@ class MicroBatchDataset(Dataset):
 
     Args:
         examples: a `datasets.Dataset` with `input_ids`, `labels` and `num_supervised`; `sampler` knows their lengths.
-        collate: examples -> a batch of tensors.
+        collate: makes a batch of tensors of examples.
         rank: data-parallel rank.
         counts_conversations: the loss is a mean over conversations, not over tokens.
         is_skipped: bool [examples], examples that are in no micro-batch and no count, though they keep their position
@@ -124,7 +125,7 @@ class MicroBatchDataset(Dataset):
         self,
         examples: Any,
         sampler: RowSampler,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        collate: Collator,
         *,
         rank: int,
         counts_conversations: bool = False,

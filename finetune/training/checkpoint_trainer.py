@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
-from transformers import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from finetune.checkpoint import Manifest, steps_in
 from finetune.checkpoint.saver import RunIdentity, Saver, checkpoint_bytes, checkpoint_engine, trained_shapes
+from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.models.adapters import InitialLora, gather_virtual_tokens
 from finetune.run_dir.run_json import update_run_json
 from finetune.training.compat import write_no_recovery_script
@@ -32,6 +33,13 @@ class CheckpointTrainer(Trainer):
         zero_stage: 0 to 3; None without DeepSpeed.
     """
 
+    # Optional or wider in `Trainer`; never None here once training starts.
+    model: PreTrainedModel
+    model_wrapped: Any
+    lr_scheduler: Any
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: MicroBatchDataset
+
     def init_saver(
         self, identity: RunIdentity, keep: int | None, initial_lora: InitialLora | None, zero_stage: int | None
     ) -> None:
@@ -41,13 +49,14 @@ class CheckpointTrainer(Trainer):
             CheckpointError: the checkpoint has other trained parameters.
         """
         self.identity, self.initial_lora = identity, initial_lora
+        self.output_dir = Path(str(self.args.output_dir))
         self.trained = trained_shapes(self.model)
         identity.check_trained(self.trained)
         share = len(identity.storage.ranks) / self.args.world_size
         size = checkpoint_bytes(
             self.model, self.trained, stage=zero_stage, share=share, only_model=self.args.save_only_model
         )
-        self.saver = Saver(Path(self.args.output_dir), identity.storage, keep, size, self.describe_step)
+        self.saver = Saver(self.output_dir, identity.storage, keep, size, self.describe_step)
 
     @abstractmethod
     def describe_step(self, step: int) -> Manifest:
@@ -79,7 +88,7 @@ class CheckpointTrainer(Trainer):
         best = self.best()
         self.saver.commit(folder, step, keep_also=() if best is None else (best[0],))
         if is_rank_0():
-            update_run_json(Path(self.args.output_dir), {"last_checkpoint": step})
+            update_run_json(self.output_dir, {"last_checkpoint": step})
         self.after_pause(time.perf_counter() - began)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -106,7 +115,7 @@ class CheckpointTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model and its tokenizer; no `training_args.bin`: it is a pickle, and run.json says what ran."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self.output_dir
         with gather_virtual_tokens(self.model, saves=self.args.should_save), self.saver.collect_errors(folder):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +134,7 @@ class CheckpointTrainer(Trainer):
         check_weights(self.model, "the result", self.resume_advice())
         with self.saver.saving_result():
             self.save_model()
-            with self.saver.collect_errors(Path(self.args.output_dir)):
+            with self.saver.collect_errors(self.output_dir):
                 self.save_state()
 
     def best(self) -> tuple[int, float] | None:

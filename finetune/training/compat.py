@@ -61,11 +61,12 @@ def current_loss_scale(accelerator: Accelerator, engine: Any) -> LossScale | Non
     if scaler is not None and scaler.is_enabled():
         return LossScale(scaler.get_scale(), 1.0)
     optimizer = getattr(engine, "optimizer", None)
-    config = getattr(optimizer, "loss_scale_config", None)  # without ZeRO
+    config: Any = getattr(optimizer, "loss_scale_config", None)  # without ZeRO
     if getattr(config, "dynamic_loss_scale", False):
         return LossScale(config.cur_scale, config.min_loss_scale)
-    scaler = getattr(optimizer, "loss_scaler", None)
-    return LossScale(scaler.cur_scale, scaler.min_scale) if getattr(scaler, "dynamic", False) else None
+    zero_scaler: Any = getattr(optimizer, "loss_scaler", None)
+    dynamic = getattr(zero_scaler, "dynamic", False)
+    return LossScale(zero_scaler.cur_scale, zero_scaler.min_scale) if dynamic else None
 
 
 def skip_nonfinite_steps(wrapped: Any, engine: Any, on_norm: Callable[[bool], None]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.run_config import BatchConfig
 from finetune.dataset.collator import Collator, pad_token_id
 from finetune.dataset.prepare import PreparedData
-from finetune.dataset.sampler import BatchShape, Sampler
+from finetune.dataset.sampler import Batching, BatchShape, Sampler
 from finetune.distributed.collectives import first_not_none, get_rank
 from finetune.distributed.startup_timer import timed
 from finetune.utils.errors import ConfigError
@@ -156,7 +156,7 @@ def train_sampler(batch: BatchConfig, layout: BatchLayout, lengths: np.ndarray) 
 def evaluation_sampler(batch: BatchConfig, layout: BatchLayout, lengths: np.ndarray) -> Sampler:
     """Build the sampler of held-out examples: in the order of the data."""
     shape = BatchShape(batch.per_device_eval_batch, 1, batch.data_ranks)
-    batching = "padded" if layout.batching == "padded" else "flat"
+    batching: Batching = "padded" if layout.batching == "padded" else "flat"
     return Sampler(lengths, shape, seed=0, batching=batching, order="sequential")
 
 

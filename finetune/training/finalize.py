@@ -38,7 +38,7 @@ def finalize_run(trainer: SupervisedTrainer, *, model: ModelArguments, is_adapte
 
     def conclude() -> None:
         checked = verify_result(
-            Path(trainer.args.output_dir),
+            trainer.output_dir,
             base=model.model_name_or_path,
             input_ids=example["input_ids"].tolist(),
             labels=example["labels"].tolist(),
@@ -54,7 +54,7 @@ def finalize_run(trainer: SupervisedTrainer, *, model: ModelArguments, is_adapte
 def finalize_stopped(trainer: SupervisedTrainer) -> None:
     """Record and show that the run was asked to stop: its last checkpoint is what this start leaves. All ranks."""
     stop_requests.ignore_signals()
-    output_dir, by, step = Path(trainer.args.output_dir), trainer.stopped_by, trainer.state.global_step
+    output_dir, by, step = trainer.output_dir, trainer.stopped_by, trainer.state.global_step
     logger.info(
         f"Stopped by {by} after step {step}. Saved checkpoint-{step}. To resume, rerun the same command with "
         "--resume_from_checkpoint auto."
@@ -69,7 +69,7 @@ def finalize_stopped(trainer: SupervisedTrainer) -> None:
 
 def _record(trainer: SupervisedTrainer, checked: str, kind: str) -> None:
     """Write the outcome to run.json and show the summary; `checked` is a line, `kind` adapter or full model."""
-    output_dir, history = Path(trainer.args.output_dir), trainer.state.log_history
+    output_dir, history = trainer.output_dir, trainer.state.log_history
     logged = [entry for entry in history if entry.get("loss") is not None]
     losses = [entry["loss"] for entry in logged]
     result: dict[str, Any] = {"steps": trainer.state.global_step}
@@ -89,7 +89,7 @@ def _record(trainer: SupervisedTrainer, checked: str, kind: str) -> None:
     ending = {"completed": True, "starts": run_json.ended(output_dir, "complete")}
     run_json.update_run_json(output_dir, {"deepspeed": deepspeed_config, "result": result, **ending})
     console.say_summary(
-        loss_curve([entry["step"] for entry in logged], losses, console.width()),
+        loss_curve([int(entry["step"]) for entry in logged], losses, console.width()),
         {
             "saved": f"{output_dir} ({kind})",
             "checked": checked,

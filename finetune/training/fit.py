@@ -75,7 +75,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
             steps=steps,
         )
         console.say_plan(plan.lines())
-        run_on_rank_0(lambda: update_run_json(Path(inputs.arguments.output_dir), {"plan": asdict(plan)}))
+        run_on_rank_0(lambda: update_run_json(Path(str(inputs.arguments.output_dir)), {"plan": asdict(plan)}))
 
     try:
         trainer = SupervisedTrainer(

@@ -39,7 +39,8 @@ class ComputeTimer:
 
     def restart(self) -> None:
         """Start the next step."""
-        self.start, self.stop = self._now(), None
+        self.start: tuple[float, Any] = self._now()
+        self.stop: tuple[float, Any] | None = None
 
     def before_forward(self) -> None:
         if self.waits_in_forward and self.stop is None:
@@ -140,7 +141,7 @@ class StepMonitor:
             decision = StepDecision(is_clean=False)
             logger.warning(
                 f"step {report.step} was skipped: its gradients are too large for fp16 though each loss is finite; the "
-                f"loss scale is {report.next_scale.value:g} now"
+                f"loss scale is {report.next_scale.value if report.next_scale else 1:g} now"
             )
         elif not nonfinite.all_finite(all_flags):
             decision = self._not_finite(report, all_flags)
@@ -183,7 +184,7 @@ class StepMonitor:
             is_lost = not math.isfinite(loss)
             if only_lost and not is_lost:
                 continue
-            fields = {"step": report.step, "rank": self.rank, "micro_batch": micro_batch}
+            fields: dict[str, Any] = {"step": report.step, "rank": self.rank, "micro_batch": micro_batch}
             fields |= {"found": str(loss), "loss": None} if is_lost else {"found": None, "loss": loss / self.world_size}
             records += [{**row, **fields} for row in report.describe_rows(report.step, micro_batch)]
         gathered = [record for of_rank in all_gather_object(records) for record in of_rank]

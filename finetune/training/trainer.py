@@ -73,9 +73,8 @@ class SupervisedTrainer(CheckpointTrainer):
         **kwargs: Any,
     ) -> None:
         batches, held_out = loaders.train, loaders.held_out
-        data = {"train_dataset": batches, "eval_dataset": held_out, "data_collator": batches.collate}
-        super().__init__(**data, **kwargs)
-        output_dir = Path(self.args.output_dir)
+        super().__init__(train_dataset=batches, eval_dataset=held_out, data_collator=batches.collate, **kwargs)
+        output_dir = Path(str(self.args.output_dir))
         self.held_out = None if held_out is None else HeldOutEvaluator(held_out, self.args.device)
         self.flops, self.peak_flops = model_flops(self.model), peak_flops
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
@@ -103,7 +102,7 @@ class SupervisedTrainer(CheckpointTrainer):
             waits_in_forward=self.zero_stage == 3 or sends_buffers or self.sharing_ranks > 1,
             waits_in_each_backward=self.zero_stage == 2,
         )
-        self.on_plan = on_plan
+        self.on_plan, self.logged_at = on_plan, 0
         self._micro_losses: list[torch.Tensor] = []
         self._grad_norm: Any = None
         self._is_skipped = self._save_is_due = self._watches_stop_file = False
@@ -150,7 +149,7 @@ class SupervisedTrainer(CheckpointTrainer):
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
         except ImportError as error:
-            raise ConfigError(f"--optim {self.args.optim.value}: {error}") from None
+            raise ConfigError(f"--optim {getattr(self.args.optim, 'value', self.args.optim)}: {error}") from None
         self.group_settings = [
             {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in getattr(optimizer, "param_groups", ())  # DeepSpeed makes its own where its JSON names one
@@ -202,15 +201,16 @@ class SupervisedTrainer(CheckpointTrainer):
             self.breakdown.add(targets.cells, each)
         balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is told to keep its load even
         if balance is not None:
+            text_config: Any = self.model.config.get_text_config()
             share = ranks * counts.tokens / self.sharing_ranks / max(counts.step.tokens, 1)
-            loss = loss + balance.to(loss) * self.model.config.get_text_config().router_aux_loss_coef * share
+            loss = loss + balance.to(loss) * text_config.router_aux_loss_coef * share
         self.timer.after_forward()
         return (loss, outputs) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of one micro-batch, forward and backward; transformers' own count is 0 under ZeRO-3."""
         counts = inputs["counts"]
-        return self._flops_of(counts.step) * counts.tokens / max(counts.step.tokens, 1)
+        return round(self._flops_of(counts.step) * counts.tokens / max(counts.step.tokens, 1))
 
     def _flops_of(self, step: StepTotals) -> float:
         logits = step.supervised_tokens if self.train_dataset.collate.selects_logits else step.tokens
@@ -249,6 +249,7 @@ class SupervisedTrainer(CheckpointTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss on the held-out conversations, logged; all ranks."""
+        assert self.held_out is not None  # the Trainer calls this with an eval_dataset only
         metrics = self.held_out.loss(self.model_wrapped, self._prepare_inputs, self.state.global_step)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -285,7 +286,7 @@ class SupervisedTrainer(CheckpointTrainer):
 
     def _before_step(self) -> None:
         if not self._watches_stop_file:
-            stop_requests.watch_stop_file(Path(self.args.output_dir) / stop_requests.STOP_FILE)
+            stop_requests.watch_stop_file(self.output_dir / stop_requests.STOP_FILE)
             self._watches_stop_file = True
         self._micro_losses, self._grad_norm, self._is_skipped = [], None, False
         self._loss_before = self._tr_loss.clone()
@@ -334,7 +335,7 @@ class SupervisedTrainer(CheckpointTrainer):
     def _describe_rows(self, step: int, micro_batch: int) -> list[dict[str, Any]]:
         batches = self.train_dataset
         epoch, step_of_epoch = batches.sampler.position(step - 1)
-        return batches.describe(batches.rows(epoch, step_of_epoch, micro_batch), self.processing_class.decode)
+        return batches.describe(batches.rows(epoch, step_of_epoch, micro_batch), self._decode)
 
     def describe_step(self, step: int) -> Manifest:
         epoch, place = self.train_dataset.sampler.position(step)
@@ -355,6 +356,9 @@ class SupervisedTrainer(CheckpointTrainer):
             is_resumable=not self.args.save_only_model,
             non_finite=asdict(self.monitor.count),
         )
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self.processing_class.decode(token_ids))
 
     def resume_advice(self) -> str:
         """Where the run can resume, and how."""

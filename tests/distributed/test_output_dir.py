@@ -133,7 +133,7 @@ BAD_INPUT = {
     "no evaluation data": (2, "--eval_strategy: needs held-out conversations", {"--eval_strategy": "epoch"}),
     "bad value": (2, "training flags contradict each other", {"--lr_scheduler_type": "wavy"}),
     "liger on a CPU": (2, "--use_liger_kernel True: its kernels need a GPU", {"--use_liger_kernel": "True"}),
-    "a step that changes": (2, "a step must stay what it is", {"--auto_find_batch_size": "True"}),
+    "a step that changes": (2, "--auto_find_batch_size True", {"--auto_find_batch_size": "True"}),
     "unknown order": (2, "expected random, sequential", {"--train_sampling_strategy": "backwards"}),
     "two sizes of a batch": (2, "exclude each other", {"--tokens_per_device_batch": "500"}),
     "checkpointing": (

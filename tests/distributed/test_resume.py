@@ -211,7 +211,7 @@ def test_an_inexact_resume_is_allowed_by_flag_and_recorded_but_not_into_another_
     assert any("--seed: 42, now 7" in change for change in resumed["changes"])
     assert any("rng_state_0.pth is missing" in change for change in resumed["changes"])
     said = train("shape", *allowed, "--lora_r", "4", fails=4)
-    assert "--lora_r: 8, now 4" in said and "cannot be taken by this run" in said
+    assert "--lora_r: 8, now 4" in said and "checkpoint-3" in said
 
 
 @FAULTS
@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_run_and_one_without_optimizer_are_refused(train
     assert ids[0] != ids[1] and all(one in said for one in ids)
     train("bare", *flags, "--save_only_model", "True")
     said = train("bare", *flags, "--save_only_model", "True", "--resume_from_checkpoint", "auto", fails=4)
-    assert "without optimizer state no run can go on from it" in said
+    assert "--save_only_model" in said
     said = train("three", *flags, "--resume_from_checkpoint", tmp_path / "nowhere", fails=2)
     assert "there is no such folder" in said
 

@@ -218,7 +218,7 @@ OLD, NEW = "0" * 39 + "1", "f" * 40
 LOAD = """
 import json, sys
 from pathlib import Path
-from finetune import model
+from finetune.models import loader
 from finetune.config import ModelArguments
 from finetune.errors import ConfigError
 marker = Path(sys.argv[1])
@@ -226,14 +226,14 @@ def load(name, revision, **flags):
     marker.unlink(missing_ok=True)
     chosen = ModelArguments(name, model_revision=revision, **flags)
     try:
-        found = model.check(name, revision=revision, trust_remote_code=chosen.trusts_code(), attention="sdpa")
-        model.load_tokenizer(name, revision=revision, trust_remote_code=chosen.trusts_code())
-        weights = model.load_model(
-            found, model.load_tokenizer(name, trust_remote_code=False), precision="float32",
+        found = loader.inspect_model(name, revision=revision, trust_remote_code=chosen.trusts_code(), attention="sdpa")
+        loader.load_tokenizer(name, revision=revision, trust_remote_code=chosen.trusts_code())
+        weights = loader.load_model(
+            found, loader.load_tokenizer(name, trust_remote_code=False), precision="float32",
             trust_remote_code=True, stop_token_id=None)
     except ConfigError as error:
         return [str(error), marker.exists()]
-    return [list(found.notes), marker.read_text(), type(weights).__name__, model.fingerprint(name, revision)]
+    return [list(found.notes), marker.read_text(), type(weights).__name__, loader.model_fingerprint(name, revision)]
 print(json.dumps([load(*one, **flags) for one, flags in json.loads(sys.argv[2])]))
 """
 

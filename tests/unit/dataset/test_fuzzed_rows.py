@@ -194,7 +194,7 @@ def test_a_thousand_conversations_at_random(name, smol_tokenizer, golden_tokeniz
         assert not (is_fault and kind == "fine"), one.reason
         if one.status == "dropped":
             assert one.examples == () and one.reason
-            assert is_fault or one.reason.endswith((f"alone fills {LIMIT}", f"learned fits into {LIMIT}")), one.reason
+            assert is_fault or one.reason.endswith((f"alone fills {LIMIT}", f"fits into {LIMIT}")), one.reason
         else:
             harmless = control_ids_of(renderer, row, control)
             check_accepted(one, row, tokenizer, end, [control, harmless])
