@@ -91,7 +91,7 @@ def set_up_process(arguments: Arguments) -> None:
     console.quiet_libraries()
     run = arguments.run
     watchdog.set_timeouts(
-        meeting=run.meeting_timeout, start=run.start_timeout, step=run.step_timeout, save=run.save_timeout
+        rendezvous=run.meeting_timeout, start=run.start_timeout, step=run.step_timeout, save=run.save_timeout
     )
     watchdog.report_phase("data")
 

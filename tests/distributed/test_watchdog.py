@@ -1,4 +1,4 @@
-"""Guards: what a hub concludes from what it hears, and ranks that die, leave early or never come."""
+"""The watchdog: what the coordinator concludes from messages, and ranks that die, exit early or never arrive."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from pathlib import Path
 import pytest
 
 from finetune.diagnostics import Failure
-from finetune.distributed.watchdog import coordinator as hub_room
+from finetune.distributed.watchdog import coordinator as coordinator_module
 from finetune.distributed.watchdog import watchdog_process
-from finetune.distributed.watchdog.coordinator import Coordinator, Peer, PhaseTimeouts, RankPhase
+from finetune.distributed.watchdog.coordinator import Coordinator, Peer, PhaseTimeouts, RankProgress
 from finetune.distributed.watchdog.transport import Connection, candidate_ports, listen
 from tests.helpers import ranks
 
 
-def order(world_size: int, port: str | None = None) -> dict:
+def run_of(world_size: int, port: str | None = None) -> dict:
     port = port or str(ranks.free_port())
-    return {"world_size": world_size, "hosts": ["a", "b", "c"][:world_size], "address": "127.0.0.1", "port": port}
+    hosts = ["a", "b", "c"][:world_size]
+    return {"world_size": world_size, "hosts": hosts, "address": "127.0.0.1", "port": port, "key": "key"}
 
 
 @pytest.fixture
-def hub():
-    """Of three ranks, two of them connected by a real socket; rank 2 is of host c."""
-    made = Coordinator(order(3), "key")
+def coordinator():
+    """One of three ranks, two of them connected by a real socket; rank 2 is on host c."""
+    made = Coordinator(**run_of(3))
     ends = []
     for rank in range(3):
-        mine, theirs = socket.socketpair()
-        ends += [theirs] if rank else [theirs, mine]
-        made.members[rank] = Peer(rank, "abc"[rank], Connection(mine) if rank else None, RankPhase("step", 7))
-    made._close_door()
+        near, far = socket.socketpair()
+        ends += [far] if rank else [far, near]
+        made.peers[rank] = Peer(rank, "abc"[rank], Connection(near) if rank else None, RankProgress("step", 7))
+    made.stop_accepting()
     yield made
     for end in ends:
         end.close()
-    for member in made.members.values():
-        if member.wire:
-            member.wire.close()
+    for peer in made.peers.values():
+        if peer.connection:
+            peer.connection.close()
 
 
-def settled(hub: Coordinator, monkeypatch) -> Failure | None:
-    monkeypatch.setattr(hub_room, "SECONDS_TO_SETTLE", 0.0)
-    hub.tick(PhaseTimeouts())
-    hub.tick(PhaseTimeouts())
-    return hub.verdict
+def first_failure(coordinator: Coordinator, monkeypatch) -> Failure | None:
+    monkeypatch.setattr(coordinator_module, "SECONDS_TO_SETTLE", 0.0)
+    coordinator.check(PhaseTimeouts())
+    coordinator.check(PhaseTimeouts())
+    return coordinator.first_failure
 
 
-def test_a_run_in_which_all_make_progress_is_left_alone(hub, monkeypatch):
-    for member in hub.members.values():
-        member.limit = 5.0
-    assert settled(hub, monkeypatch) is None
+def test_a_run_in_which_all_make_progress_has_no_failure(coordinator, monkeypatch):
+    for peer in coordinator.peers.values():
+        peer.timeout = 5.0
+    assert first_failure(coordinator, monkeypatch) is None
 
 
 @pytest.mark.parametrize(
@@ -60,132 +61,130 @@ def test_a_run_in_which_all_make_progress_is_left_alone(hub, monkeypatch):
     [
         (None, {1: "T"}, 1, "rank 1 on b is stopped"),
         (None, {0: "T"}, 0, "rank 0 on a is stopped"),
-        (2, {}, 2, "the others have gone on"),
+        (2, {}, 2, "the other ranks have continued"),
         (None, {}, None, "on all ranks"),
     ],
 )
-def test_the_one_that_holds_up_the_others_is_named(hub, monkeypatch, behind, states, blamed, words):
-    for rank, member in hub.members.items():
-        member.limit = 5.0
-        member.place.since -= 6
-        member.place.state = states.get(rank, "S")
-        member.place.step = 6 if rank == behind else 7
-    verdict = settled(hub, monkeypatch)
-    assert (verdict.kind, verdict.rank) == ("stuck", blamed)
-    assert words in verdict.error and "limit 5 s" in verdict.error
+def test_the_rank_that_holds_up_the_others_is_named(coordinator, monkeypatch, behind, states, blamed, words):
+    for rank, peer in coordinator.peers.items():
+        peer.timeout = 5.0
+        peer.progress.since -= 6
+        peer.progress.state = states.get(rank, "S")
+        peer.progress.step = 6 if rank == behind else 7
+    failure = first_failure(coordinator, monkeypatch)
+    assert (failure.kind, failure.rank) == ("stuck", blamed)
+    assert words in failure.error and "limit 5 s" in failure.error
 
 
-def test_who_waits_for_a_slower_one_without_a_limit_is_not_stuck(hub, monkeypatch):
-    for rank, member in hub.members.items():
-        member.place.phase, member.place.step = ("data", -1) if rank == 1 else ("rendezvous", -1)
-        member.limit = None if rank == 1 else 5.0
-        member.place.since -= 3600
-    assert settled(hub, monkeypatch) is None
+def test_a_rank_that_waits_for_one_without_a_timeout_is_not_stuck(coordinator, monkeypatch):
+    for rank, peer in coordinator.peers.items():
+        peer.progress.phase, peer.progress.step = ("data", -1) if rank == 1 else ("rendezvous", -1)
+        peer.timeout = None if rank == 1 else 5.0
+        peer.progress.since -= 3600
+    assert first_failure(coordinator, monkeypatch) is None
 
 
-def test_a_host_that_falls_silent_or_hangs_up_is_lost(hub, monkeypatch):
-    hub.members[2].heard -= 31
-    verdict = settled(hub, monkeypatch)
-    assert (verdict.kind, verdict.host) == ("lost", "c")
+def test_a_host_without_heartbeat_or_connection_is_lost(coordinator, monkeypatch):
+    coordinator.peers[2].last_heard -= 31
+    failure = first_failure(coordinator, monkeypatch)
+    assert (failure.kind, failure.host) == ("lost", "c")
 
-    hub.verdict = hub.first_sign = None
-    hub.reported.clear()
-    hub.members[2].heard = time.monotonic()
-    hub.members[1].wire.close()
-    hub.tick(PhaseTimeouts())
-    assert hub.first_sign is None  # a moment for its own words
-    hub.members[1].closed_at -= 4
-    assert settled(hub, monkeypatch).rank == 1
-
-
-def test_after_a_goodbye_nobody_is_missed(hub, monkeypatch):
-    hub.members[1].bye = 0
-    hub.members[1].wire.close()
-    hub.tick(PhaseTimeouts())
-    hub.members[1].closed_at -= 60
-    assert settled(hub, monkeypatch) is None
+    coordinator.first_failure = coordinator.first_report_at = None
+    coordinator.reports.clear()
+    coordinator.peers[2].last_heard = time.monotonic()
+    coordinator.peers[1].connection.close()
+    coordinator.check(PhaseTimeouts())
+    assert coordinator.first_report_at is None  # a moment for its own words
+    coordinator.peers[1].closed_at -= 4
+    assert first_failure(coordinator, monkeypatch).rank == 1
 
 
-def test_time_in_which_the_guard_itself_did_not_run_is_nobodys_fault(hub, monkeypatch):
-    for member in hub.members.values():
-        member.limit = 5.0
-        member.place.since -= 100
-        member.heard -= 100
-    hub.postpone(100)
-    assert settled(hub, monkeypatch) is None
+def test_a_rank_that_has_exited_is_not_lost(coordinator, monkeypatch):
+    coordinator.peers[1].exit_status = 0
+    coordinator.peers[1].connection.close()
+    coordinator.check(PhaseTimeouts())
+    coordinator.peers[1].closed_at -= 60
+    assert first_failure(coordinator, monkeypatch) is None
 
 
-def test_the_cause_is_told_from_its_echo(hub, monkeypatch):
+def test_a_pause_of_the_watchdog_itself_is_no_rank_s_fault(coordinator, monkeypatch):
+    for peer in coordinator.peers.values():
+        peer.timeout = 5.0
+        peer.progress.since -= 100
+        peer.last_heard -= 100
+    coordinator.postpone(100)
+    assert first_failure(coordinator, monkeypatch) is None
+
+
+def test_a_secondary_failure_is_not_the_first(coordinator, monkeypatch):
     echo = "RuntimeError: Read error [127.0.0.1]:9: Connection reset by peer"
-    hub.report(Failure(kind="exception", rank=0, host="a", error=echo))
-    hub.report(Failure(kind="died", rank=1, host="b", error="rank 1 on b ended without a message"))
-    verdict = settled(hub, monkeypatch)
-    assert verdict.rank == 1 and verdict.when and len(verdict.also) == 1
-    assert "rank 0 on a" in verdict.also[0] and "Connection reset by peer" in verdict.also[0]
+    coordinator.report(Failure(kind="exception", rank=0, host="a", error=echo))
+    coordinator.report(Failure(kind="died", rank=1, host="b", error="rank 1 on b ended without a message"))
+    failure = first_failure(coordinator, monkeypatch)
+    assert failure.rank == 1 and failure.when and len(failure.also) == 1
+    assert "rank 0 on a" in failure.also[0] and "Connection reset by peer" in failure.also[0]
 
 
-def test_a_host_that_vanished_is_blamed_where_the_others_only_heard_of_it(hub, monkeypatch):
+def test_a_host_that_vanished_is_named_if_the_others_only_report_secondary_failures(coordinator, monkeypatch):
     echo = "RuntimeError: Read error [127.0.0.1]:9: Connection reset by peer"
     for rank in (0, 1):
-        hub.report(Failure(kind="exception", rank=rank, host="ab"[rank], error=echo))
-    hub.members[2].wire.close()
-    verdict = settled(hub, monkeypatch)
-    assert (verdict.kind, verdict.host) == ("lost", "c") and "its connection ended" in verdict.error
-    assert len(verdict.also) == 2
+        coordinator.report(Failure(kind="exception", rank=rank, host="ab"[rank], error=echo))
+    coordinator.peers[2].connection.close()
+    failure = first_failure(coordinator, monkeypatch)
+    assert (failure.kind, failure.host) == ("lost", "c") and "its connection ended" in failure.error
+    assert len(failure.also) == 2
 
 
-def test_a_rank_that_a_launcher_ended_is_not_blamed_for_one_that_vanished(hub, monkeypatch):
-    hub.report(Failure(kind="died", rank=1, host="b", signal=15, error="rank 1 on b ended: signal 15"))
-    hub.members[2].wire.close()
-    assert (settled(hub, monkeypatch).kind, hub.verdict.host) == ("lost", "c")
+def test_a_rank_that_a_launcher_ended_is_not_the_cause(coordinator, monkeypatch):
+    coordinator.report(Failure(kind="died", rank=1, host="b", signal=15, error="rank 1 on b ended: signal 15"))
+    coordinator.peers[2].connection.close()
+    assert (first_failure(coordinator, monkeypatch).kind, coordinator.first_failure.host) == ("lost", "c")
 
 
-def test_a_rank_with_a_reason_of_its_own_is_blamed_whoever_vanished_after_it(hub, monkeypatch):
-    hub.report(Failure(kind="exception", rank=1, host="b", error="ValueError: out of range"))
-    hub.members[2].wire.close()
-    assert settled(hub, monkeypatch).rank == 1
+def test_a_primary_failure_is_named_whoever_vanishes_after_it(coordinator, monkeypatch):
+    coordinator.report(Failure(kind="exception", rank=1, host="b", error="ValueError: out of range"))
+    coordinator.peers[2].connection.close()
+    assert first_failure(coordinator, monkeypatch).rank == 1
 
 
-def test_only_those_with_the_key_are_let_in():
+def test_only_connections_with_the_key_become_peers():
     port = str(ranks.free_port())
-    hub = Coordinator(order(3, port), "key")
-    place = ("127.0.0.1", hub.listening.getsockname()[1])
+    coordinator = Coordinator(**run_of(3, port))
+    place = ("127.0.0.1", coordinator.server.getsockname()[1])
     assert place[1] in candidate_ports("127.0.0.1", port)
     stranger, friend, twin = (socket.create_connection(place) for _ in range(3))
     for connection, key in ((stranger, "other"), (friend, "key"), (twin, "key")):
         connection.sendall(json.dumps({"hello": {"key": key, "rank": 1, "host": "b"}}).encode() + b"\n")
         time.sleep(0.05)
-        hub.hear()
-        hub.hear()
+        coordinator.receive()
+        coordinator.receive()
     assert friend.recv(100) and stranger.recv(100) == b"" and twin.recv(100) == b""
-    assert set(hub.members) == {1} and hub.members[1].host == "b"
-    for one in (stranger, friend, twin, hub.members[1].wire.connection, hub.listening):
+    assert set(coordinator.peers) == {1} and coordinator.peers[1].host == "b"
+    for one in (stranger, friend, twin, coordinator.peers[1].connection.connection, coordinator.server):
         one.close()
 
 
 @pytest.mark.parametrize(
     "said", [b"{}\n{}\n", b'{"hello": "x"}\n', b"[" * 100_000 + b"\n", b'{"hello": {"key": "key"}}\n']
 )
-def test_a_stranger_that_talks_nonsense_is_sent_away(said):
-    hub = Coordinator(order(3), "key")
-    with socket.create_connection(("127.0.0.1", hub.listening.getsockname()[1])) as stranger:
+def test_a_connection_that_sends_anything_else_is_closed(said):
+    coordinator = Coordinator(**run_of(3))
+    with socket.create_connection(("127.0.0.1", coordinator.server.getsockname()[1])) as stranger:
         stranger.sendall(said)
         stranger.settimeout(0.02)
         for _ in range(200):
-            hub.hear()
+            coordinator.receive()
             with contextlib.suppress(TimeoutError):
                 assert stranger.recv(100) == b""
                 break
-        assert hub.members == {} and hub.strangers == []
-    hub.listening.close()
+        assert coordinator.peers == {} and coordinator.pending == []
+    coordinator.server.close()
 
 
 @pytest.fixture
-def guard(monkeypatch):
+def watchdog(monkeypatch):
     """That of rank 1, which has this process for its rank; nothing is written, nothing is ended."""
-    made = watchdog_process.Watchdog(
-        {**order(2), "rank": 1, "local_rank": 1, "process": os.getpid(), "key": "key"}, b""
-    )
+    made = watchdog_process.Watchdog({**run_of(2), "rank": 1, "local_rank": 1, "pid": os.getpid()}, b"")
     yield made
     os.close(made.pidfd)
 
@@ -194,16 +193,16 @@ def guard(monkeypatch):
     ("error", "blamed"),
     [("RuntimeError: Connection reset by peer", ("lost", 0, "a")), ("ValueError: out of range", ("exception", 1))],
 )
-def test_a_guard_whose_hub_is_gone_blames_no_echo_but_what_its_own_rank_did(guard, error, blamed):
+def test_without_a_coordinator_only_a_primary_failure_of_the_own_rank_counts(watchdog, error, blamed):
     near, far = socket.socketpair()
-    guard.wire = Connection(near)
+    watchdog.connection = Connection(near)
     far.close()
-    guard.wire.receive()
-    guard._take({"failure": Failure("exception", error, rank=1).to_json()})
-    assert (guard.verdict.kind, guard.verdict.rank, guard.verdict.host)[: len(blamed)] == blamed
+    watchdog.connection.receive()
+    watchdog._handle({"failure": Failure("exception", error, rank=1).to_json()})
+    assert (watchdog.failure.kind, watchdog.failure.rank, watchdog.failure.host)[: len(blamed)] == blamed
 
 
-def test_a_rank_0_that_never_answers_is_missed_in_time(guard, monkeypatch):
+def test_a_rank_0_that_never_answers_is_reported_missing(watchdog, monkeypatch):
     """A firewall that drops packets: each try takes its second, eight of them longer than a suspension would."""
     clock = [time.monotonic()]
 
@@ -214,11 +213,11 @@ def test_a_rank_0_that_never_answers_is_missed_in_time(guard, monkeypatch):
     monkeypatch.setattr(watchdog_process.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watchdog_process.socket, "create_connection", drop)
     began = clock[0]
-    while guard.verdict is None and clock[0] < began + 200:
+    while watchdog.failure is None and clock[0] < began + 200:
         clock[0] += 0.25
-        guard._excuse_suspension()
-        guard._hear_hub()
-    assert guard.verdict.kind == "missing" and clock[0] - began < 100
+        watchdog._skip_suspension()
+        watchdog._read_coordinator()
+    assert watchdog.failure.kind == "missing" and clock[0] - began < 100
 
 
 def test_the_newest_checkpoint_is_none_that_was_set_aside(tmp_path):
@@ -243,32 +242,32 @@ def test_a_port_that_is_taken_is_passed_over():
     second.close()
 
 
-def test_a_wire_hands_out_whole_messages_and_closes_on_nonsense():
+def test_a_connection_returns_whole_messages_and_closes_on_anything_else():
     near, far = socket.socketpair()
-    wire = Connection(near)
+    connection = Connection(near)
     far.sendall(b'{"a": 1}\n{"b"')
-    assert wire.receive() == [{"a": 1}]
+    assert connection.receive() == [{"a": 1}]
     far.sendall(b": 2}\n[3]\n")
-    assert wire.receive() == [{"b": 2}] and wire.is_open
+    assert connection.receive() == [{"b": 2}] and connection.is_open
     far.sendall(b"GET / HTTP/1.1\n")
-    assert wire.receive() == [] and not wire.is_open
+    assert connection.receive() == [] and not connection.is_open
     far.close()
 
 
-def test_a_step_may_take_ten_times_the_usual_and_no_less_than_five_minutes():
-    place, limits = RankPhase("step", 1), PhaseTimeouts()
-    assert limits.of(place) == 1800  # the first step of all
+def test_a_step_may_take_ten_medians_and_no_less_than_five_minutes():
+    progress, timeouts = RankProgress("step", 1), PhaseTimeouts()
+    assert timeouts.of(progress) == 1800  # the first step of all
     for step in range(2, 8):
-        place.since -= 60
-        place.move("step", step)
-    assert limits.of(place) == pytest.approx(600, rel=0.01)
-    place.durations.clear()
-    place.move("step", 9)
-    assert limits.of(place) == 300
-    assert PhaseTimeouts(step=20).of(place) == 20 and PhaseTimeouts(step=0).of(place) is None
-    place.move("save", 9)
-    assert PhaseTimeouts(save=0).of(place) is None and limits.of(place) == 1800
-    assert limits.of(RankPhase("data")) is None
+        progress.since -= 60
+        progress.move("step", step)
+    assert timeouts.of(progress) == pytest.approx(600, rel=0.01)
+    progress.step_seconds.clear()
+    progress.move("step", 9)
+    assert timeouts.of(progress) == 300
+    assert PhaseTimeouts(step=20).of(progress) == 20 and PhaseTimeouts(step=0).of(progress) is None
+    progress.move("save", 9)
+    assert PhaseTimeouts(save=0).of(progress) is None and timeouts.of(progress) == 1800
+    assert timeouts.of(RankProgress("data")) is None
 
 
 @pytest.fixture
@@ -279,7 +278,7 @@ def argv(tiny_model, conversation_file, tmp_path):
 
 
 def page_of(log: Path) -> str:
-    """The summary, which a guard says after its rank is gone."""
+    """The summary, which a watchdog says after its rank is gone."""
     deadline = time.monotonic() + 10
     while "The run failed" not in (said := log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)

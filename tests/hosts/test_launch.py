@@ -72,7 +72,7 @@ def test_two_hosts_train_with_arguments_as_they_are_and_no_secret_is_seen(start,
     ran = json.loads((tmp_path / "output/run.json").read_text())
     assert (ran["world_size"], ran["arguments"]["run_name"]) == (2, odd)
     assert (tmp_path / "output/RUN_COMPLETE").is_file() and not (tmp_path / "X").exists()
-    assert "node0: " in said and "launch: 2 hosts, 2 ranks, meeting at 10.77.0.10:" in said
+    assert "node0: " in said and "launch: 2 hosts, 2 ranks, rendezvous at 10.77.0.10:" in said
     assert any("deepspeed.launcher.launch" in line for line in lines)
     seen = "\n".join([said, *lines, *(path.read_text(errors="replace") for path in tmp_path.rglob("output/*.json*"))])
     assert SECRET not in seen

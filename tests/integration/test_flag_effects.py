@@ -20,7 +20,7 @@ from finetune.config.arguments import GROUPS, AdapterArguments
 from finetune.config.deepspeed_config import DeepSpeedFlags
 from finetune.config.hardware import DetectedHardware
 from finetune.config.run_config import RankCounts
-from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankPhase
+from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankProgress
 from finetune.models.adapters import attach_adapter
 from finetune.training.data_setup import prepare_run_data
 from finetune.training.dataloaders import build_dataloaders
@@ -140,12 +140,12 @@ def attached(words: Words, _: Any) -> Any:
 
 
 def limited(words: Words, monkeypatch: Any) -> Any:
-    """How long the guard of rank 0 lets a rank stay in each phase."""
+    """How long the watchdog of rank 0 lets a rank stay in each phase."""
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr("finetune.distributed.watchdog.watchdog_client._tell", told.append)
+    monkeypatch.setattr("finetune.distributed.watchdog.watchdog_client._send", told.append)
     train.set_up_process(parse(words))
-    limits = PhaseTimeouts(**next(one["limits"] for one in told if "limits" in one))
-    return limits.meeting, [limits.of(RankPhase(phase)) for phase in ("model", "step", "save")]
+    timeouts = PhaseTimeouts(**next(message["timeouts"] for message in told if "timeouts" in message))
+    return timeouts.rendezvous, [timeouts.of(RankProgress(phase)) for phase in ("model", "step", "save")]
 
 
 def stopped(words: Words, monkeypatch: Any) -> Any:

@@ -1,9 +1,6 @@
-"""Ranks that watch themselves and each other: deaths, hangs, hosts that never arrive, requests to stop."""
+"""A watchdog process beside each rank: it finds dead, stuck and missing ranks, and names the first failure."""
 
-from finetune.distributed.watchdog.launcher_processes import (
-    runner_arguments,
-    world_info_of,
-)
+from finetune.distributed.watchdog.launcher_processes import runner_arguments
 from finetune.distributed.watchdog.watchdog_client import (
     launcher_pid,
     report_phase,
@@ -19,5 +16,4 @@ __all__ = [
     "set_timeouts",
     "report_phase",
     "runner_arguments",
-    "world_info_of",
 ]

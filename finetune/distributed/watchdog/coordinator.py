@@ -1,12 +1,12 @@
-"""What the guard of rank 0 knows of all ranks, and when it calls the run failed."""
+"""What the watchdog of rank 0 knows of all ranks, and how it decides that the run has failed."""
 
 from __future__ import annotations
 
-import json
 import socket
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -15,64 +15,42 @@ from typing import Any
 from finetune.diagnostics import PHASES, Failure, find_first_failure, is_secondary, summarize_failure
 from finetune.distributed.watchdog.transport import Connection, candidate_ports, listen
 
-SECONDS_OF_SILENCE = 30.0  # behind which a host counts as lost
-SECONDS_TO_SETTLE = 1.0  # between the first sign of a failure and the choice of what came first
-SECONDS_FOR_A_GOODBYE = 3.0  # between the end of a connection and calling its host lost
-LEAST_STEP_LIMIT, STEP_LIMIT_IN_MEDIANS = 300.0, 10.0
+HEARTBEAT_TIMEOUT = 30.0  # seconds after which a host counts as lost
+SECONDS_TO_SETTLE = 1.0  # between the first report of a failure and the choice of the first failure
+SECONDS_TO_SAY_WHY = 3.0  # between the end of a connection and the loss of its host
+MIN_STEP_TIMEOUT, STEP_TIMEOUT_IN_MEDIANS = 300.0, 10.0
+MAX_NAMED_RANKS = 8
 
 
 @dataclass
-class PhaseTimeouts:
-    """Seconds that a rank may stay in a phase; 0: for ever; None for a step: by the median of earlier ones."""
-
-    meeting: float | None = 60.0
-    start: float | None = 1800.0
-    step: float | None = None
-    save: float | None = 1800.0
-
-    def of(self, place: RankPhase) -> float | None:
-        """The limit of where a rank is now."""
-        if place.phase == "data":
-            return None  # large data takes hours to prepare
-        if place.phase == "step":
-            if self.step is not None:
-                return self.step or None
-            if place.median is not None:
-                return max(LEAST_STEP_LIMIT, STEP_LIMIT_IN_MEDIANS * place.median)
-        return (self.save if place.phase in ("evaluation", "save", "end") else self.start) or None
-
-
-@dataclass
-class RankPhase:
-    """Where a rank is: its phase, its step, since when."""
+class RankProgress:
+    """Where a rank is: its phase, its step (-1 before the first), since when, and the state of its process."""
 
     phase: str = "start"
     step: int = -1
     since: float = field(default_factory=time.monotonic)
-    durations: deque[float] = field(default_factory=lambda: deque(maxlen=50))
-    median: float | None = None
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     state: str = "?"
 
     def move(self, phase: str, step: int | None) -> None:
-        """The rank has gone on."""
+        """Enter a phase or a step."""
         now = time.monotonic()
         if self.phase == "step" and phase in ("step", "evaluation", "save", "end"):
-            self.durations.append(now - self.since)
-            self.median = statistics.median(self.durations)
+            self.step_seconds.append(now - self.since)
         self.phase, self.step, self.since = phase, self.step if step is None else step, now
 
     @property
     def order(self) -> tuple[int, int]:
-        """What can be compared between ranks: who is behind."""
+        """A key that compares ranks: the smallest is behind the others."""
         number = PHASES.index(self.phase) if self.phase in PHASES else 0
         return (0, number) if number < PHASES.index("step") else (self.step + 1, number)
 
     def seconds(self) -> float:
-        """Since the last sign of progress."""
+        """Return the seconds since the last progress."""
         return time.monotonic() - self.since
 
-    def words(self) -> str:
-        """For a message."""
+    def describe(self) -> str:
+        """Return what the rank is doing, in words."""
         names = {
             "start": "starting", "data": "preparing data", "rendezvous": "joining the others", "model": "loading",
             "step": f"in step {self.step}", "save": f"saving in step {self.step}",
@@ -82,216 +60,239 @@ class RankPhase:
 
 
 @dataclass
+class PhaseTimeouts:
+    """Seconds that a rank may stay in a phase; 0: no limit; None for a step: a multiple of the median step."""
+
+    rendezvous: float | None = 60.0
+    start: float | None = 1800.0
+    step: float | None = None
+    save: float | None = 1800.0
+
+    def of(self, progress: RankProgress) -> float | None:
+        """Return the timeout of the phase in which a rank is; None: no limit."""
+        if progress.phase == "data":
+            return None  # large data takes hours to prepare
+        if progress.phase == "step":
+            if self.step is not None:
+                return self.step or None
+            if progress.step_seconds:
+                return max(MIN_STEP_TIMEOUT, STEP_TIMEOUT_IN_MEDIANS * statistics.median(progress.step_seconds))
+        return (self.save if progress.phase in ("evaluation", "save", "end") else self.start) or None
+
+
+@dataclass
 class Peer:
-    """A rank as the hub knows it. `wire` is None for rank 0 itself."""
+    """A rank as the coordinator knows it; `connection` is None for rank 0 itself."""
 
     rank: int
     host: str
-    wire: Connection | None
-    place: RankPhase = field(default_factory=RankPhase)
-    heard: float = field(default_factory=time.monotonic)
-    limit: float | None = None
-    bye: int | None = None
+    connection: Connection | None
+    progress: RankProgress = field(default_factory=RankProgress)
+    last_heard: float = field(default_factory=time.monotonic)
+    timeout: float | None = None
+    exit_status: int | None = None  # of a rank that has ended as it should
     closed_at: float | None = None
+
+    def is_connected(self) -> bool:
+        """Return whether messages can still come."""
+        return self.connection is not None and self.connection.is_open
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message if the peer is connected."""
+        if self.connection is not None and self.connection.is_open:
+            self.connection.send(message)
+
+    def failure(self, kind: str, error: str, ranks: Sequence[int]) -> Failure:
+        """Return a failure of this rank at its present phase."""
+        progress = self.progress
+        return Failure(
+            kind=kind, rank=self.rank, host=self.host, ranks=tuple(ranks), error=error, phase=progress.phase,
+            step=progress.step if progress.step >= 0 else None, seconds=round(progress.seconds(), 1),
+            hints=("State: T (stopped)",) if progress.state == "T" else (),
+        )  # fmt: skip
 
 
 class Coordinator:
-    """All ranks of the run, and the first failure among them."""
+    """All ranks of the run, and the first failure among them.
 
-    def __init__(self, order: dict[str, Any], key: str) -> None:
-        self.world_size, self.key = order["world_size"], key
-        self.hosts: list[str] = order["hosts"]  # by rank, as the hostfile names them; may be empty
+    Args:
+        hosts: by rank, as the hostfile names them; may be empty.
+        key: what every watchdog of the run knows.
+    """
+
+    def __init__(self, *, world_size: int, hosts: list[str], address: str, port: str, key: str) -> None:
+        self.world_size, self.hosts, self.key = world_size, hosts, key
         self.started = time.monotonic()
-        self.members: dict[int, Peer] = {}
-        self.strangers: list[Connection] = []
-        self.reported: list[Failure] = []
-        self.first_sign: float | None = None
-        self.verdict: Failure | None = None
-        self.listening = None
-        if self.world_size > 1:
-            address = order["address"]
-            self.listening = listen(address, candidate_ports(address, order["port"]))
-            if self.listening is None:
-                self.report(Failure(kind="launcher", error="no port is free on which the guards of the ranks can meet"))
+        self.peers: dict[int, Peer] = {}
+        self.pending: list[Connection] = []  # connections that have not shown the key yet
+        self.reports: list[Failure] = []
+        self.first_report_at: float | None = None
+        self.first_failure: Failure | None = None
+        self.server: socket.socket | None = None
+        if world_size > 1:
+            self.server = listen(address, candidate_ports(address, port))
+            if self.server is None:
+                self.report(Failure(kind="launcher", error="no port is free for the watchdogs of the ranks"))
 
-    def wires(self) -> list[Any]:
-        """All that may have something to read."""
-        connected = [member.wire for member in self.members.values() if member.wire and member.wire.is_open]
-        return [*connected, *self.strangers, *([self.listening] if self.listening else [])]
+    def readable(self) -> list[Any]:
+        """Return all sockets and connections on which something may arrive."""
+        connections = [peer.connection for peer in self.peers.values() if peer.is_connected()]
+        return [*connections, *self.pending, *([self.server] if self.server else [])]
 
-    def hear(self) -> None:
-        """Take in what has arrived."""
+    def receive(self) -> None:
+        """Handle all messages that have arrived."""
         self._accept()
-        for stranger in list(self.strangers):
-            for message in stranger.receive()[:1]:  # whoever says more before the answer is no guard
-                self._welcome(stranger, message)
-            if not stranger.is_open and stranger in self.strangers:
-                self.strangers.remove(stranger)
-        for member in list(self.members.values()):
-            for message in member.wire.receive() if member.wire and member.wire.is_open else ():
-                self.take(member, message)
+        for connection in list(self.pending):
+            for message in connection.receive()[:1]:  # a watchdog sends no more before the answer
+                self._admit(connection, message)
+            if not connection.is_open and connection in self.pending:
+                self.pending.remove(connection)
+        for peer in list(self.peers.values()):
+            for message in peer.connection.receive() if peer.connection and peer.is_connected() else ():
+                self.handle(peer, message)
 
     def _accept(self) -> None:
-        while self.listening is not None:
+        while self.server is not None:
             try:
-                connection, _ = self.listening.accept()
+                connection, _ = self.server.accept()
             except OSError:
                 return
-            self.strangers.append(Connection(connection))
+            self.pending.append(Connection(connection))
 
-    def _welcome(self, wire: Connection, message: dict[str, Any]) -> None:
+    def _admit(self, connection: Connection, message: dict[str, Any]) -> None:
+        """Make a connection that shows the key and a free rank a peer, close any other."""
+        self.pending.remove(connection)
         hello = message.get("hello")
-        self.strangers.remove(wire)
-        is_guard = isinstance(hello, dict) and hello.get("key") == self.key
-        rank = hello.get("rank") if is_guard else None
-        if rank is None or rank in self.members or not 0 < rank < self.world_size:
-            wire.close()
+        hello = hello if isinstance(hello, dict) and hello.get("key") == self.key else {}
+        rank = hello.get("rank")
+        if rank is None or rank in self.peers or not 0 < rank < self.world_size:
+            connection.close()
             return
-        self.members[rank] = Peer(rank, str(hello.get("host")), wire)
-        wire.send({"welcome": self.key})
-        if len(self.members) == self.world_size:
-            self._close_door()
+        self.peers[rank] = Peer(rank, str(hello.get("host")), connection)
+        connection.send({"welcome": self.key})
+        if len(self.peers) == self.world_size:
+            self.stop_accepting()
 
-    def _close_door(self) -> None:
-        if self.listening is not None:
+    def stop_accepting(self) -> None:
+        """Close the port."""
+        if self.server is not None:
             with suppress(OSError):
-                self.listening.shutdown(socket.SHUT_RDWR)
-            self.listening.close()
-            self.listening = None
+                self.server.shutdown(socket.SHUT_RDWR)
+            self.server.close()
+            self.server = None
 
-    def take(self, member: Peer, message: dict[str, Any]) -> None:
-        """What a guard says about its rank."""
-        member.heard = time.monotonic()
-        if "beat" in message:
-            beat = message["beat"]
-            member.limit = beat["limit"]
-            place = member.place
-            place.phase, place.step, place.state = beat["phase"], beat["step"], beat["state"]
-            place.since = time.monotonic() - beat["seconds"]
+    def handle(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Handle one message of a rank's watchdog."""
+        peer.last_heard = time.monotonic()
+        if "heartbeat" in message:
+            heartbeat, progress = message["heartbeat"], peer.progress
+            peer.timeout = heartbeat["timeout"]
+            progress.phase, progress.step, progress.state = (heartbeat[name] for name in ("phase", "step", "state"))
+            progress.since = time.monotonic() - heartbeat["seconds"]
         if "failure" in message:
             self.report(Failure.from_json(message["failure"]))
-        if "bye" in message:
-            member.bye = message["bye"]
+        if "exit" in message:
+            peer.exit_status = message["exit"]
 
     def report(self, failure: Failure) -> None:
-        """A sign that the run has failed, stamped on arrival: the clocks of hosts differ."""
-        self.reported.append(replace(failure, when=datetime.now().astimezone().isoformat(timespec="milliseconds")))
-        self.first_sign = self.first_sign or time.monotonic()
+        """Record a failure with the time of its arrival: the clocks of hosts differ."""
+        self.reports.append(replace(failure, when=datetime.now().astimezone().isoformat(timespec="milliseconds")))
+        self.first_report_at = self.first_report_at or time.monotonic()
 
-    def tick(self, limits: PhaseTimeouts) -> None:
-        """Look at the clock; choose what came first once the first sign has had time to be followed by its cause."""
+    def check(self, timeouts: PhaseTimeouts) -> None:
+        """Look for lost, missing and stuck ranks; some time after the first report, choose the first failure."""
         now = time.monotonic()
-        for member in self.members.values():
-            if member.wire is not None:
-                member.wire.flush()
-                if not member.wire.is_open and member.closed_at is None:
-                    member.closed_at = now
-        if self.verdict is None and self.first_sign is None:
-            self._look_for_silence(now)
-            self._look_for_missing(now, limits)
-            self._look_for_the_stuck()
-        if self.verdict is None and self.first_sign is not None and now - self.first_sign >= SECONDS_TO_SETTLE:
-            first = find_first_failure(self.reported)
-            if is_secondary(first) and (gone := self._vanished()) is not None:
-                self._lose(gone, "its connection ended")  # what the others only heard of
-                first = self.reported[-1]
-            others = [summarize_failure(one) for one in self.reported if one.error != first.error]
-            self.verdict = replace(first, also=[*first.also, *others])
-            self._close_door()
-            self.send({"end": self.verdict.to_json()})
+        for peer in self.peers.values():
+            if peer.connection is not None:
+                peer.connection.flush()
+                if not peer.connection.is_open and peer.closed_at is None:
+                    peer.closed_at = now
+        if self.first_failure is not None:
+            return
+        if self.first_report_at is None:
+            self._find_lost(now)
+            self._find_missing(now, timeouts)
+            self._find_stuck()
+        if self.first_report_at is not None and now - self.first_report_at >= SECONDS_TO_SETTLE:
+            first = find_first_failure(self.reports)
+            if is_secondary(first) and (vanished := self._vanished()) is not None:
+                first = self._report_lost(vanished, "its connection ended")  # what the others only noticed
+            others = [summarize_failure(report) for report in self.reports if report.error != first.error]
+            self.first_failure = replace(first, also=(*first.also, *others))
+            self.stop_accepting()
+            self.send_all({"end": self.first_failure.to_json()})
 
-    def send(self, message: dict[str, Any]) -> None:
-        """To all guards."""
-        for member in self.members.values():
-            if member.wire is not None and member.wire.is_open:
-                member.wire.send(message)
+    def send_all(self, message: dict[str, Any]) -> None:
+        """Send a message to all peers."""
+        for peer in self.peers.values():
+            peer.send(message)
 
     def postpone(self, seconds: float) -> None:
-        """This process itself did not run for so long: nobody is to be blamed."""
+        """Move all clocks: this process itself did not run for so long, which is no rank's fault."""
         self.started += seconds
-        for member in self.members.values():
-            member.heard += seconds
-            member.place.since += seconds
+        for peer in self.peers.values():
+            peer.last_heard += seconds
+            peer.progress.since += seconds
 
     def is_alone(self) -> bool:
-        """Whether all other guards have left."""
-        return not any(member.wire is not None and member.wire.is_open for member in self.members.values())
+        """Return whether all other watchdogs have left."""
+        return not any(peer.is_connected() for peer in self.peers.values())
 
-    def _look_for_silence(self, now: float) -> None:
-        for member in self.members.values():
-            if member.bye is not None or member.wire is None:
+    def _find_lost(self, now: float) -> None:
+        for peer in self.peers.values():
+            if peer.exit_status is not None or peer.connection is None:
                 continue
-            gone = member.closed_at is not None and now - member.closed_at > SECONDS_FOR_A_GOODBYE
-            if gone or now - member.heard > SECONDS_OF_SILENCE:
-                how = "its connection ended" if gone else f"nothing was heard of it for {SECONDS_OF_SILENCE:.0f} s"
-                self._lose(member, how)
+            if peer.closed_at is not None and now - peer.closed_at > SECONDS_TO_SAY_WHY:
+                self._report_lost(peer, "its connection ended")
+                return
+            if now - peer.last_heard > HEARTBEAT_TIMEOUT:
+                self._report_lost(peer, f"no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s")
                 return
 
-    def _lose(self, member: Peer, how: str) -> None:
-        ranks = [one.rank for one in self.members.values() if one.host == member.host]
-        text = f"the guard of rank {member.rank} on {member.host} is gone: {how}"
-        self.report(self._failure(member, "lost", text, ranks=ranks))
+    def _report_lost(self, peer: Peer, reason: str) -> Failure:
+        ranks = [other.rank for other in self.peers.values() if other.host == peer.host]
+        error = f"the watchdog of rank {peer.rank} on {peer.host} is gone: {reason}"
+        self.report(peer.failure("lost", error, ranks))
+        return self.reports[-1]
 
     def _vanished(self) -> Peer | None:
-        """One whose connection ended without a goodbye and without a word of what went wrong."""
-        heard = {one.rank for one in self.reported}
-        silent = (one for one in self.members.values() if one.bye is None and one.rank not in heard)
-        return next((one for one in silent if one.closed_at is not None), None)
+        """A peer whose connection ended without an exit status or a failure."""
+        reporting = {report.rank for report in self.reports}
+        silent = (peer for peer in self.peers.values() if peer.exit_status is None and peer.rank not in reporting)
+        return next((peer for peer in silent if peer.closed_at is not None), None)
 
-    def _look_for_missing(self, now: float, limits: PhaseTimeouts) -> None:
-        if self.listening is None or not limits.meeting or now - self.started < limits.meeting:
+    def _find_missing(self, now: float, timeouts: PhaseTimeouts) -> None:
+        timeout = timeouts.rendezvous
+        if self.server is None or not timeout or now - self.started < timeout:
             return
-        ranks = [rank for rank in range(self.world_size) if rank not in self.members]
-        hosts = sorted({self.host_of(rank) for rank in ranks} - {""})
+        ranks = [rank for rank in range(self.world_size) if rank not in self.peers]
+        hosts = sorted({self.hosts[rank] for rank in ranks if rank < len(self.hosts)})
         names = f" of {', '.join(hosts)}" if hosts else ""
-        self.report(
-            Failure(
-                kind="missing", ranks=ranks, hosts=hosts, phase="rendezvous",
-                error=f"{len(ranks)} of {self.world_size} ranks{names} have not arrived within {limits.meeting:.0f} s",
-            )
-        )  # fmt: skip
+        error = f"{len(ranks)} of {self.world_size} ranks{names} have not arrived within {timeout:.0f} s"
+        self.report(Failure("missing", error, ranks=tuple(ranks), hosts=tuple(hosts), phase="rendezvous"))
 
-    def host_of(self, rank: int) -> str:
-        """As the hostfile names it, "" where that is unknown."""
-        return self.hosts[rank] if rank < len(self.hosts) else ""
-
-    def _look_for_the_stuck(self) -> None:
-        here = [member for member in self.members.values() if member.bye is None]
-        if not here or (len(self.members) < self.world_size):
+    def _find_stuck(self) -> None:
+        """Report ranks that are behind all others for longer than their timeout; a stopped process is named first."""
+        running = [peer for peer in self.peers.values() if peer.exit_status is None]
+        if not running or len(self.peers) < self.world_size:
             return
-        last = min(member.place.order for member in here)
-        behind = [member for member in here if member.place.order == last]
-        late = [one for one in behind if one.limit is not None and one.place.seconds() > one.limit]
-        if not late:
+        last = min(peer.progress.order for peer in running)
+        behind = [peer for peer in running if peer.progress.order == last]
+        late = next((peer for peer in behind if peer.timeout and peer.progress.seconds() > peer.timeout), None)
+        if late is None:
             return
-        halted = [one for one in behind if one.place.state == "T"]
-        culprits = halted or (behind if len(behind) < len(here) else [])
-        named = culprits[0] if culprits else late[0]
-        seconds, limit = late[0].place.seconds(), late[0].limit
-        why = f"no progress for {seconds:.0f} s {named.place.words()} (limit {limit:.0f} s)"
-        if halted:
-            text = f"rank {named.rank} on {named.host} is stopped (SIGSTOP, or a debugger): {why}"
+        stopped = [peer for peer in behind if peer.progress.state == "T"]
+        culprits = stopped or (behind if len(behind) < len(running) else [])
+        named = culprits[0] if culprits else late
+        why = (
+            f"no progress for {late.progress.seconds():.0f} s {named.progress.describe()} (limit {late.timeout:.0f} s)"
+        )
+        if stopped:
+            error = f"rank {named.rank} on {named.host} is stopped (SIGSTOP, or a debugger): {why}"
         elif culprits:
-            names = ", ".join(f"{one.rank} on {one.host}" for one in culprits[:8])
-            text = f"rank {names}: {why}; the others have gone on"
+            names = ", ".join(f"{peer.rank} on {peer.host}" for peer in culprits[:MAX_NAMED_RANKS])
+            error = f"rank {names}: {why}; the other ranks have continued"
         else:
-            text = f"{why} on all ranks: they wait for each other, or for a device or a disk"
-        ranks = [one.rank for one in culprits or here]
-        self.report(self._failure(named if culprits else None, "stuck", text, ranks=ranks, place=named.place))
-
-    def _failure(
-        self, member: Peer | None, kind: str, text: str, *, ranks: list[int], place: RankPhase | None = None
-    ) -> Failure:
-        place = place or member.place
-        return Failure(
-            kind=kind, rank=member.rank if member else None, host=member.host if member else None, ranks=ranks,
-            error=text, phase=place.phase, step=place.step if place.step >= 0 else None,
-            seconds=round(place.seconds(), 1), hints=["State: T (stopped)"] if place.state == "T" else [],
-        )  # fmt: skip
-
-
-def key_of(order: dict[str, Any]) -> str:
-    """What the guards of one run know: the launch's own secret where there is one, else what all were started with."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(order["key"]).encode()).hexdigest()
+            error = f"{why} on all ranks: they wait for each other, or for a device or a disk"
+        failure = named.failure("stuck", error, [peer.rank for peer in culprits or running])
+        self.report(failure if culprits else replace(failure, rank=None, host=None))
