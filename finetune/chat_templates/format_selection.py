@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetune.chat_templates.example import ChatFormat, tokenize_conversation
 from finetune.chat_templates.jinja_format import JinjaFormat
@@ -12,6 +12,9 @@ from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
 from finetune.chat_templates.plain_text import add_control_tokens
 from finetune.conversation import Turn
 from finetune.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -21,7 +24,7 @@ CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
 
 
 def select_chat_format(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None = None,
     *,
     human_token_ids: Sequence[int],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError
 
@@ -28,8 +29,14 @@ from finetune.chat_templates.template_skeleton import (
 )
 from finetune.conversation import Turn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 TEMPLATE_ROLES = {"human": "user", "model": "assistant", "system": "system"}
+
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False, slots=True)
@@ -88,7 +95,9 @@ class JinjaFormat:
     pieces must then give the ids of the whole.
     """
 
-    def __init__(self, tokenizer: Any, template: str, name: str, content_tokens: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, name: str, content_tokens: Sequence[str] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.name = name
@@ -148,19 +157,15 @@ class JinjaFormat:
             for turns, encoded in zip(rows, skeletons, strict=True)
             if isinstance(encoded, _EncodedSkeleton)
         ]
-        texts = iter(self._texts([turns for turns, _ in rendered_rows]))
-        rendered = iter([self._match(turns, encoded, next(texts)) for turns, encoded in rendered_rows])
+        texts = self._texts([turns for turns, _ in rendered_rows])
+        rendered = iter(
+            text if isinstance(text, UnrenderableError) else _error_as_value(self._match, *row, text)
+            for row, text in zip(rendered_rows, texts, strict=True)
+        )
         return [next(rendered) if isinstance(encoded, _EncodedSkeleton) else encoded for encoded in skeletons]
 
-    def _match(
-        self, turns: Sequence[Turn], encoded: _EncodedSkeleton, text: str | UnrenderableError
-    ) -> _Rendered | UnrenderableError:
-        if isinstance(text, UnrenderableError):
-            return text
-        try:
-            contents = find_contents(text, encoded.skeleton, turns)
-        except UnrenderableError as error:
-            return error
+    def _match(self, turns: Sequence[Turn], encoded: _EncodedSkeleton, text: str) -> _Rendered:
+        contents = find_contents(text, encoded.skeleton, turns)
         spelled = sum(map(self.plain.spells_control_token, contents))
         return _Rendered(turns, encoded, text, contents, spelled)
 
@@ -190,32 +195,18 @@ class JinjaFormat:
         return ids
 
     def _texts(self, rows: Sequence[Sequence[Turn]]) -> Sequence[str | UnrenderableError]:
-        texts = self._texts_in_one_call(rows)
-        if texts is not None:
-            return texts
-        results: list[str | UnrenderableError] = []
-        for turns in rows:
-            try:
-                results.append(self._text(turns))
-            except UnrenderableError as error:
-                results.append(error)
-        return results
-
-    def _texts_in_one_call(self, rows: Sequence[Sequence[Turn]]) -> list[str] | None:
-        """The texts of all rows; None if the tokenizer has its own method, or a row is at fault."""
+        """The text of each row; all rows in one call unless one is at fault or the tokenizer has its own method."""
         from transformers import PreTrainedTokenizerBase
 
-        if not rows or type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-            return None
-        try:
-            return self._apply([_messages(turns) for turns in rows])
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
-            return None
+        if rows and type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+            with suppress(*TEMPLATE_ERRORS):
+                return self._apply([_messages(turns) for turns in rows])
+        return [_error_as_value(self._text, turns) for turns in rows]
 
     def _text(self, turns: Sequence[Turn]) -> str:
         try:
             return self._apply(_messages(turns))
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except TEMPLATE_ERRORS as error:
             raise UnrenderableError(f"the chat template refuses it: {error}") from None
 
     def _apply(self, messages: list[Any]) -> Any:
@@ -249,16 +240,14 @@ class JinjaFormat:
         return tokenized
 
     def _tokenize(self, rendered: _Rendered, encoding: Any) -> TokenizedConversation | UnrenderableError:
+        if encoding is None:
+            return _error_as_value(self._piece_by_piece, rendered)
+        if not self._is_verified(rendered, encoding.ids):
+            return UnrenderableError("this tokenizer encodes a chat in another way than it encodes the chat's text")
         try:
-            if encoding is None:
-                return self._piece_by_piece(rendered)
-            if not self._is_verified(rendered, encoding.ids):
-                return UnrenderableError("this tokenizer encodes a chat in another way than it encodes the chat's text")
-            return self._by_offsets(rendered, encoding)
+            return _error_as_value(self._by_offsets, rendered, encoding)
         except _SpecialTokenLeak:
             return self._tokenize(rendered, None)
-        except UnrenderableError as error:
-            return error
 
     def _is_verified(self, rendered: _Rendered, ids: list[int]) -> bool:
         """Whether the ids are those of the tokenizer's own method; compared once per skeleton."""
@@ -309,9 +298,8 @@ class JinjaFormat:
                 if content:
                     raise _SpecialTokenLeak
             elif outside and content and supervised_turn is not None:
-                raise UnrenderableError(
-                    f"one token holds the template's {outside!r} and {content!r} of turn {supervised_turn}"
-                )
+                place = f"the template's {outside!r} and {content!r} of turn {supervised_turn}"
+                raise UnrenderableError(f"one token holds {place}")
             elif content or not outside:  # white space that is part of a token of the template is context
                 inside.append(index)
         if not inside:
@@ -366,7 +354,7 @@ class JinjaFormat:
 
     def _is_blank(self, token_id: int) -> bool:
         if token_id not in self._blank:
-            self._blank[token_id] = not self.tokenizer.decode([token_id]).strip()
+            self._blank[token_id] = not str(self.tokenizer.decode([token_id])).strip()
         return self._blank[token_id]
 
     def _check_ends(self, end_tokens: Sequence[int], pieces: Sequence[str]) -> None:
@@ -389,6 +377,13 @@ class JinjaFormat:
 
 class _SpecialTokenLeak(Exception):
     """Normalization turned a content into a control token that it does not spell."""
+
+
+def _error_as_value(function: Callable[..., Result], *arguments: Any) -> Result | UnrenderableError:
+    try:
+        return function(*arguments)
+    except UnrenderableError as error:
+        return error
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

@@ -16,22 +16,18 @@ SHOWN_CHARACTERS = 24
 
 def check_labels(chat_format: ChatFormat, conversations: Sequence[TokenizedConversation]) -> list[str | None]:
     """For each conversation, None or what is wrong with its labels."""
-    labels_of_spans = [
-        tokenized.labels[span.start : span.stop] for tokenized in conversations for span in tokenized.supervised_spans
-    ]
-    ended = [span.ended for tokenized in conversations for span in tokenized.supervised_spans]
-    texts = iter(
-        chat_format.plain.decode_all(
-            [
-                [] if IGNORE_INDEX in labels else labels[: len(labels) - has_end]
-                for labels, has_end in zip(labels_of_spans, ended, strict=True)
-            ]
-        )
-    )
+    ids = [_ids_of_text(tokenized, span) for tokenized in conversations for span in tokenized.supervised_spans]
+    texts = iter(chat_format.plain.decode_all(ids))
     control_ids = chat_format.plain.control_ids
     return [
         _fault(tokenized, [next(texts) for _ in tokenized.supervised_spans], control_ids) for tokenized in conversations
     ]
+
+
+def _ids_of_text(tokenized: TokenizedConversation, span: SupervisedSpan) -> list[int]:
+    """The labels of a span without its end token; none if they have a gap."""
+    labels = tokenized.labels[span.start : span.stop]
+    return [] if IGNORE_INDEX in labels else labels[: len(labels) - span.ended]
 
 
 def _fault(tokenized: TokenizedConversation, texts: Sequence[str], control_ids: Collection[int]) -> str | None:

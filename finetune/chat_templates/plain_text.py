@@ -9,9 +9,12 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class UnrenderableError(Exception):
@@ -30,7 +33,7 @@ class PlainTextTokenizer:
         ConfigError: a content token that the tokenizer does not have, or that is a special token.
     """
 
-    def __init__(self, tokenizer: Any, content_tokens: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, content_tokens: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.content_tokens = tuple(content_tokens)
         allowed = {_content_token_id(tokenizer, token) for token in content_tokens}
@@ -128,10 +131,11 @@ class PlainTextTokenizer:
             return [b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", "replace") for ids in sequences]
         if self.tokenizer.is_fast:
             return self.tokenizer.backend_tokenizer.decode_batch(sequences, skip_special_tokens=False)
-        return [
-            self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            for ids in sequences
-        ]
+        return [self.decode(ids) for ids in sequences]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode one sequence of ids with the tokenizer's own method, without any cleaning up."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class _TokenBytes(dict[int, bytes]):
@@ -140,7 +144,7 @@ class _TokenBytes(dict[int, bytes]):
     A printable byte of Latin-1 is its own letter; the others follow in order from U+0100.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in printable]
@@ -173,7 +177,7 @@ def _copy(backend: Any, added_tokens: Sequence[str] | None = None) -> Any:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _content_token_id(tokenizer: Any, token: str) -> int:
+def _content_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     for token_id, added in tokenizer.added_tokens_decoder.items():
         if str(added) == token:
             if added.special or token_id in tokenizer.all_special_ids:
@@ -182,7 +186,7 @@ def _content_token_id(tokenizer: Any, token: str) -> int:
     raise ConfigError(f"--content_tokens {token}: is no added token of this tokenizer, so it is plain text already")
 
 
-def add_control_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+def add_control_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     """Add tokens that no text is encoded to; their ids follow all others.
 
     Raises:
@@ -191,7 +195,7 @@ def add_control_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     taken = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     tokenizer.add_tokens([token for token in tokens if token not in taken.values()], special_tokens=True)
     for token in tokens:
-        token_id = tokenizer.convert_tokens_to_ids(token)
+        token_id: Any = tokenizer.convert_tokens_to_ids(token)
         if taken.get(token_id, token) != token:
             raise ConfigError(
                 f"the token {token!r} cannot be added: this tokenizer gives it the id of {taken[token_id]!r}"

@@ -121,12 +121,12 @@ class _RunDecoder:
     """Decodes runs of tokens in their context."""
 
     def __init__(self, plain: PlainTextTokenizer, input_ids: Sequence[int]) -> None:
-        self.tokenizer, self.added, self.input_ids = plain.tokenizer, plain.added, input_ids
+        self.plain, self.input_ids = plain, input_ids
 
     def name(self, token_id: int) -> str:
         """The spelling of a control token."""
-        name = self.added.get(token_id) or self._decode([token_id])
-        return name or str(self.tokenizer.convert_ids_to_tokens(token_id))
+        name = self.plain.added.get(token_id) or self.plain.decode([token_id])
+        return name or str(self.plain.tokenizer.convert_ids_to_tokens(token_id))
 
     def text(self, run: Sequence[_Token]) -> str:
         """Decode a run as a whole, so that characters of several tokens are complete.
@@ -134,13 +134,10 @@ class _RunDecoder:
         Some decoders drop the space at the beginning of a text; decoding with the token before the run keeps it.
         """
         ids, begin = [token.id for token in run], run[0].position
-        text = self._decode(ids)
+        text = self.plain.decode(ids)
         if begin and run[0].read:
-            before = self._decode(self.input_ids[begin - 1 : begin])
-            both = self._decode([self.input_ids[begin - 1], *ids])
+            before = self.plain.decode(self.input_ids[begin - 1 : begin])
+            both = self.plain.decode([self.input_ids[begin - 1], *ids])
             if both.startswith(before) and len(both) - len(before) > len(text):
                 text = both[len(before) :]
-        return text or "".join(map(str, self.tokenizer.convert_ids_to_tokens(ids)))
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text or "".join(map(str, self.plain.tokenizer.convert_ids_to_tokens(ids)))

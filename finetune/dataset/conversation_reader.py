@@ -34,6 +34,7 @@ class ConversationReader:
     def __init__(self, sources: Sequence[Source], *, repairs: Collection[str] = ()) -> None:
         self.sources = tuple(sources)
         self.repairs = tuple(repairs)
+        self._bytes_of_source: Callable[[], int] = int
         self._begin()
 
     def __iter__(self) -> Iterator[Conversation | BadRow]:
@@ -83,7 +84,7 @@ class ConversationReader:
         self._ids, self._turns = DuplicateIndex(), DuplicateIndex()
         self._all_bytes = sum(source.num_bytes for source in self.sources)
         self._bytes_before = 0
-        self._bytes_of_source: Callable[[], int] = int
+        self._bytes_of_source = int
 
     def _raw_rows(self, source: Source) -> Iterator[RawRow]:
         def progress(share: float) -> None:
@@ -157,7 +158,8 @@ def read_conversations(
     Raises:
         DataError: a source that cannot be found; all faults, the first 20 shown; or no conversation at all.
     """
-    conversations, faults = [], []
+    conversations: list[Conversation] = []
+    faults: list[str] = []
     for row in ConversationReader(find_sources(paths), repairs=repairs):
         if isinstance(row, BadRow):
             faults += row.faults

@@ -38,7 +38,7 @@ class DuplicateIndex:
 
 def digest_of_turns(turns: Sequence[Turn]) -> bytes:
     """A digest of the turns: roles, texts, and whether they are supervised."""
-    parts = []
+    parts: list[bytes] = []
     for turn in turns:
         text = turn.text.encode()
         parts += (_ROLE_BYTES[turn.role, turn.train], b"%d:" % len(text), text)

@@ -84,7 +84,7 @@ def modelscope_folder(given: str, name: str) -> str:
 
     try:
         return dataset_snapshot_download(name)
-    except (OSError, ValueError, RuntimeError, *_modelscope_errors()) as error:
+    except _modelscope_errors() as error:
         raise DataError(
             f"{given}: the data set cannot be loaded from ModelScope: {first_line(error)}: check the name and the "
             "connection, or download it elsewhere and name the local copy"
@@ -92,10 +92,11 @@ def modelscope_folder(given: str, name: str) -> str:
 
 
 def _modelscope_errors() -> tuple[type[Exception], ...]:
-    """The package's own errors; not every version has a common base class for them."""
+    """What a download raises; not every version of the package has a common base class for its errors."""
     from modelscope.hub import errors
 
-    return tuple(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    own = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return OSError, ValueError, RuntimeError, *own
 
 
 def _single_split(loaded: Any, given: str, remedy: str) -> Any:

@@ -241,13 +241,14 @@ def _open(folder: Path, sources: Sequence[Source], facts: dict[str, Any], data: 
 
 def _with_bar(batches: Iterator[Any], reader: ConversationReader, tally: DataTally) -> Iterator[Any]:
     """Show a progress bar of the share of the data that has been read, with the rate in rows."""
-    bar_options: dict[str, Any] = {"bar_format": BAR_FORMAT, "delay": BAR_DELAY_SECONDS, "postfix": ["0 rows"]}
+    postfix = ["0 rows"]
+    bar_options: dict[str, Any] = {"bar_format": BAR_FORMAT, "delay": BAR_DELAY_SECONDS, "postfix": postfix}
     with tqdm(total=BAR_STEPS, mininterval=0.5, **bar_options) as bar:
         for batch in batches:
             yield batch
             rows = tally.statuses.total()
             rate = rows / max(bar.format_dict["elapsed"], 1e-3)
-            bar.postfix[0] = f"{rows:,} rows, {rate:,.0f} rows/s"
+            postfix[0] = f"{rows:,} rows, {rate:,.0f} rows/s"
             bar.update(int(BAR_STEPS * reader.share_read()) - bar.n)
 
 

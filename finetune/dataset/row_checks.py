@@ -49,7 +49,8 @@ def is_blank(text: str) -> bool:
 
 def repair_turns(turns: Sequence[Turn], repairs: Collection[str]) -> tuple[list[tuple[int, Turn]], tuple[str, ...]]:
     """Apply the named repairs; the turns with their numbers in the row, and a description of each repair made."""
-    numbered, done = list(enumerate(turns)), []
+    numbered = list(enumerate(turns))
+    done: list[str] = []
     if "merge_turns" in repairs:
         numbered, done = _merge_turns(numbered)
     if "drop_last_human" in repairs and len(numbered) > 1 and numbered[-1][1].role == "human":

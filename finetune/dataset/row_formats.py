@@ -177,7 +177,8 @@ class RowReading:
         if type(turn) is not dict or len(turn) != 2:
             return None
         role_key = "from" if "from" in turn else "role"
-        name, text = turn.get(role_key), turn.get(TURN_KEYS[role_key])
+        name: Any = turn.get(role_key)
+        text: Any = turn.get(TURN_KEYS[role_key])
         if type(name) is not str or name not in ROLES or text_fault(text, role_key) is not None:
             return None
         self.turns.append(Turn(ROLES[name], text))
@@ -195,7 +196,8 @@ class RowReading:
             if turn.get("from") is not None or turn.get("value") is not None:
                 self._add_fatal(f'{place}: has keys of both "from", "value" and "role", "content": leave two out')
                 return role_key
-        name, field = turn.get(role_key), TURN_KEYS[role_key]
+        name: Any = turn.get(role_key)
+        field = TURN_KEYS[role_key]
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             self._add_fatal(
@@ -264,7 +266,7 @@ class RowReading:
     def _add_joined(self, role: Role, row: dict[str, Any], keys: tuple[str, ...], needs: tuple[str, ...]) -> None:
         texts, faults = [], []
         for key in keys:
-            value = row.get(key)
+            value: Any = row.get(key)
             if (isinstance(value, str) and is_blank(value)) or (value is None and key not in needs):
                 continue
             texts.append(value)
