@@ -14,8 +14,8 @@ SHARED = ("--sequence_parallel_size", "2")
     ("config", "more"),
     [
         ("zero1", ()),
-        ("zero2", LORA),
-        ("zero3", ()),
+        pytest.param("zero2", LORA, marks=pytest.mark.slow),
+        pytest.param("zero3", (), marks=pytest.mark.slow),
         ("zero3", (*LORA, "--gradient_checkpointing", "True")),
         ("zero2", ("--loss_weighting", "conversation")),
     ],

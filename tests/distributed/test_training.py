@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.helpers import ranks
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.short_runs import LORA, SHORT, losses
+from tests.helpers.tiers import mostly_slow
 
 SAVING = ("--save_strategy", "steps", "--save_steps", "2")  # between steps that all ranks must go on to make
 
@@ -36,7 +38,9 @@ def test_every_zero_stage_gives_the_same_losses(train, adapter):
     assert by_stage["zero3"] == pytest.approx(by_stage["zero1"], abs=1e-5)
 
 
-@pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload", "zeropp"])
+@pytest.mark.parametrize(
+    "config", mostly_slow(["zero2_offload", "zero3_offload", "zeropp"], ["zero3_offload", "zeropp"])
+)
 def test_offload_and_zeropp_give_the_losses_of_their_stage(train, config, tmp_path):
     plain = losses(train("plain", "--deepspeed", "zero3"))
     assert losses(train(config, "--deepspeed", config)) == pytest.approx(plain, abs=1e-4)
@@ -70,12 +74,24 @@ def test_a_full_model_loads_with_plain_transformers(train, tiny_model):
     ("kind", "flags"),
     [
         ("lora", ("--use_lora", "True", "--deepspeed", "zero3", "--gradient_checkpointing", "True")),
-        ("named", ("--adapter", "lora", "--lora_target_modules", "q_proj", "v_proj", "--deepspeed", "zero2")),
+        pytest.param(
+            "named",
+            ("--adapter", "lora", "--lora_target_modules", "q_proj", "v_proj", "--deepspeed", "zero2"),
+            marks=pytest.mark.slow,
+        ),
         ("dora", (*LORA, "--use_dora", "True", "--deepspeed", "zero3")),
-        ("rslora", (*LORA, "--use_rslora", "True", "--lora_r", "4", "--lora_alpha", "8", "--deepspeed", "zero2")),
+        pytest.param(
+            "rslora",
+            (*LORA, "--use_rslora", "True", "--lora_r", "4", "--lora_alpha", "8", "--deepspeed", "zero2"),
+            marks=pytest.mark.slow,
+        ),
         ("head", (*LORA, "--modules_to_save", "lm_head", "--deepspeed", "zero3")),
         ("prefix", ("--adapter", "prefix", "--num_virtual_tokens", "3", "--deepspeed", "zero3", *SAVING)),
-        ("prompt", ("--adapter", "prompt", "--num_virtual_tokens", "3", "--deepspeed", "zero3", *SAVING)),
+        pytest.param(
+            "prompt",
+            ("--adapter", "prompt", "--num_virtual_tokens", "3", "--deepspeed", "zero3", *SAVING),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -98,8 +114,10 @@ def test_prefix_tuning_switches_checkpointing_off_with_a_line(train, tmp_path):
     assert "--gradient_checkpointing is off: prefix tuning" in (tmp_path / "with-logs/rank-0.log").read_text()
 
 
-@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize(
+    ("start", "rslora"),
+    mostly_slow(product(["pissa", "pissa_niter_4", "olora"], [False, True]), [("pissa", False), ("olora", True)]),
+)
 def test_moved_base_weights_are_saved_as_a_plain_lora_for_the_original_base(tmp_path, tiny_model, start, rslora):
     import torch
     from transformers import AutoModelForCausalLM
