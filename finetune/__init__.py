@@ -7,6 +7,7 @@ this package is instant: each function imports what it needs when it is called.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,34 @@ if TYPE_CHECKING:
     from finetune.conversation import Conversation
     from finetune.inference.load_result import LoadedModel
 
+    def train(**flags: Any) -> Path:
+        """Train in this process, and return the output_dir.
+
+        >>> output_dir = train(
+        ...     model_name_or_path=".models/SmolLM2-135M-Instruct",
+        ...     data_path="data/identity.json",
+        ...     output_dir="output",
+        ...     use_lora=True,
+        ... )  # doctest: +SKIP
+
+        A process trains once. Several GPUs or machines need the launcher: `finetune launch`.
+
+        Args:
+            flags: those of the command line, by name; lists for flags that take several values.
+
+        Raises:
+            FinetuneError: as the command line, without exiting.
+        """
+
+
 __version__ = "0.1.0"
-__all__ = ["load_for_inference", "read_conversations", "render"]
+__all__ = ["load_for_inference", "read_conversations", "render", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("finetune.train")  # can be called
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def read_conversations(

@@ -7,16 +7,20 @@
     deepspeed --hostfile=hostfiles/two_hosts finetune/finetune.py --model_name_or_path M --use_lora True \
         --data_path data/identity.json --output_dir output --deepspeed ds_configs/zero2.json --bf16 True
 
-`main` has one line per stage: config -> data -> processes -> checkpoint -> model -> dataloaders -> fit -> finalize.
+`run_training` has one line per stage: config -> data -> processes -> checkpoint -> model -> dataloaders -> fit ->
+finalize.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates import ChatFormat, stop_token_id
@@ -51,6 +55,8 @@ from finetune.training.trackers import check_trackers
 from finetune.utils import console
 from finetune.utils.errors import exit_on_error, process_exit_guard
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from finetune.training.trainer import SupervisedTrainer
 
@@ -64,26 +70,43 @@ def run() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; exit statuses are those of `utils.errors`."""
     with exit_on_error():
-        prepare_environment()
         console.configure_logging()
-        with start_watchdog():
-            arguments = parse(sys.argv[1:] if argv is None else argv)
-            set_up_process(arguments)
-            hardware = detect_hardware(use_cpu=bool(arguments.given("use_cpu")))
-            config, model_info = resolve(arguments, hardware, process_start.count_ranks())
-            console.say_notes(config.notes)
-            tokenizer, chat_format, data = load_data(config)
-            storage = start_processes(arguments, config, model_info, data)
-            data = skip_rows(arguments, data)
-            training_arguments = process_start.build_training_arguments(
-                config.training_values(), storage, config.batch.sequence_parallel_size
-            )
-            identity = start_run(arguments, config, model_info, storage, chat_format, data)
-            model = load_model(config, model_info, tokenizer, chat_format)
-            loaders = build_loaders(config, model, tokenizer, data, training_arguments.device)
-            inputs = TrainingInputs(model, tokenizer, chat_format, data, loaders, training_arguments)
-            trainer = fit(inputs, identity, fit_options(arguments, config))
-            finish(arguments, config, trainer)
+        run_training(sys.argv[1:] if argv is None else argv)
+
+
+def run_training(argv: Sequence[str]) -> Path:
+    """Train, and return the output_dir.
+
+    Raises:
+        FinetuneError: why the run cannot start or continue.
+        SystemExit: status 75 after a request to stop, once a checkpoint is saved.
+    """
+    prepare_environment()
+    with start_watchdog():
+        arguments = parse(argv)
+        set_up_process(arguments)
+        hardware = detect_hardware(use_cpu=bool(arguments.given("use_cpu")))
+        config, model_info = resolve(arguments, hardware, process_start.count_ranks())
+        log_notes(config.notes)
+        tokenizer, chat_format, data = load_data(config)
+        storage = start_processes(arguments, config, model_info, data)
+        data = skip_rows(arguments, data)
+        training_arguments = process_start.build_training_arguments(
+            config.training_values(), storage, config.batch.sequence_parallel_size
+        )
+        identity = start_run(arguments, config, model_info, storage, chat_format, data)
+        model = load_model(config, model_info, tokenizer, chat_format)
+        loaders = build_loaders(config, model, tokenizer, data, training_arguments.device)
+        inputs = TrainingInputs(model, tokenizer, chat_format, data, loaders, training_arguments)
+        trainer = fit(inputs, identity, fit_options(arguments, config))
+        finish(arguments, config, trainer)
+    return config.checkpoint.output_dir
+
+
+def log_notes(notes: Sequence[str]) -> None:
+    """Show decisions that differ from the flags."""
+    for note in notes:
+        logger.warning(note)
 
 
 def set_up_process(arguments: Arguments) -> None:
@@ -132,7 +155,7 @@ def load_data(config: RunConfig) -> tuple[Any, ChatFormat, PreparedData]:
     tokenizer, chat_format, data = prepare_run_data(config.model, config.data)
     for part, title in ((data, "Data"), (data.evaluation, "Held-out data")):
         if part is not None:
-            console.say_data(part.summary.lines(), title)
+            logger.info(console.section(title, part.summary.lines()))
             check_dropped_share(part, config.data.max_dropped_rows)
     return tokenizer, chat_format, data
 
@@ -154,7 +177,7 @@ def skip_rows(arguments: Arguments, data: PreparedData) -> PreparedData:
     """Mark the rows that `--skip_rows` names; rank 0 reads the files for all."""
     rows = run_on_rank_0(lambda: rows_to_skip(arguments.run.skip_rows, data.summary.rows_by_source))
     if rows:
-        console.say_note(f"--skip_rows: {len(rows):,} rows are skipped from now on")
+        logger.warning(f"--skip_rows: {len(rows):,} rows are skipped from now on")
     return replace(data, skipped_rows=rows)
 
 
@@ -225,7 +248,7 @@ def build_loaders(config: RunConfig, model: Any, tokenizer: Any, data: PreparedD
     """Build the micro-batches of this rank, and record their layout in run.json."""
     loaders = build_dataloaders(config.batch, model, tokenizer, data, device, config.zero_stage)
     layout = loaders.layout
-    console.say_notes(layout.notes)
+    log_notes(layout.notes)
     notes = [*config.notes, *layout.notes]
     facts = {"batching": layout.batching, "selects_logits": layout.selects_logits, "notes": notes}
     run_on_rank_0(lambda: run_json.update_run_json(config.checkpoint.output_dir, facts))
@@ -271,8 +294,24 @@ def write_report(arguments: Arguments, output_dir: Path, *, answers: int) -> Non
     from finetune.report import write_at_the_end
 
     line = write_at_the_end(output_dir, answers=answers, seconds=arguments.run.report_seconds)
-    console.say(f"Report:\n  {line}\n")
+    logger.info(f"Report:\n  {line}\n")
 
+
+class _TrainModule(ModuleType):
+    """This module can be called: `finetune.train(...)` is public, and the launcher needs a module of the same name."""
+
+    def __call__(self, **flags: Any) -> Path:
+        """Train in this process with flags as keyword arguments; see `finetune.train`."""
+        words = []
+        for name, value in flags.items():
+            if isinstance(value, list | tuple):
+                words += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        return run_training(words)
+
+
+sys.modules[__name__].__class__ = _TrainModule
 
 if __name__ == "__main__":
     run()

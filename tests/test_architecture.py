@@ -160,6 +160,6 @@ def test_files_and_functions_stay_small(path):
 
 def test_the_entry_reads_as_a_table_of_contents():
     tree = ast.parse((PACKAGE / "train.py").read_text(encoding="utf-8"))
-    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run_training")
     assert main.end_lineno - main.lineno <= 40
     assert not [node for node in ast.walk(main) if isinstance(node, ast.If)]

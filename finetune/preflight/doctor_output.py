@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.preflight.findings import DoctorReport
+from finetune.utils.console import labelled
 
-LABEL_WIDTH = 12
 WIDTH_OF_A_FILE = 120
 GIB = 2**30
 COLUMNS = ("host", "slots", "GPUs", "memory", "disk", "shm", "code", "files", "network", "status")
@@ -41,11 +41,6 @@ def print_report(report: DoctorReport, command: str) -> None:
         console.print(Text("\nHosts", style="bold"))
         console.print(_table(facts, report))
     _print_findings(console, report, command)
-
-
-def labelled(facts: Mapping[str, str]) -> list[str]:
-    """Return one line for each fact, its label in front."""
-    return [f"{label:<{LABEL_WIDTH}}{text}" for label, text in facts.items()]
 
 
 def size(number: float) -> str:

@@ -17,13 +17,13 @@ from finetune.distributed.op_builder import operators_of
 from finetune.launcher import ssh, staging
 from finetune.models.loader import ModelInfo
 from finetune.preflight import dry_run
-from finetune.preflight.doctor_output import labelled
 from finetune.preflight.findings import DoctorReport
 from finetune.preflight.host_checks import Answers, check_host, check_hosts, check_network, hardware_of
 from finetune.preflight.machine_checks import check_machine, check_operators
 from finetune.preflight.planned_run import PlannedRun, shared, world_of
 from finetune.preflight.resource_checks import examine_resources
 from finetune.training.data_setup import prepare_run_data
+from finetune.utils.console import labelled
 from finetune.utils.proc import ROOT
 
 logger = logging.getLogger(__name__)

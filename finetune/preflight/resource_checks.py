@@ -15,11 +15,12 @@ from finetune.models.attention import forward_takes_logits_to_keep, unsupported_
 from finetune.models.loader import ModelInfo
 from finetune.preflight import memory
 from finetune.preflight.batch_forecast import BatchForecast, forecast_batches
-from finetune.preflight.doctor_output import labelled, size
+from finetune.preflight.doctor_output import size
 from finetune.preflight.findings import DoctorReport
 from finetune.preflight.host_checks import Answers
 from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
 from finetune.preflight.spec_from_config import spec_from_config
+from finetune.utils.console import labelled
 from finetune.utils.errors import FinetuneError, StorageError
 
 STATUS_OF_NO_MEMORY = 1  # what a run that runs out of it ends with

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.utils.console import LABEL_WIDTH
+from finetune.utils.console import labelled
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TrainingPlan:
             "start-up": f"{sum(self.start_up.values()):.1f} s: "
             + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.start_up.items() if seconds >= 0.05),
         }
-        return [f"  {label:<{LABEL_WIDTH}}{text}" for label, text in facts.items()]
+        return labelled(facts)
 
     def _batches(self) -> str:
         form = {

@@ -18,7 +18,7 @@ from finetune.export.verify_saved import verify_result
 from finetune.run_dir import run_json
 from finetune.training.metrics import loss_curve
 from finetune.training.trainer import SupervisedTrainer
-from finetune.utils import console
+from finetune.utils.console import labelled, section, width
 
 logger = logging.getLogger(__name__)
 
@@ -88,18 +88,19 @@ def _record(trainer: SupervisedTrainer, checked: str, kind: str) -> None:
     deepspeed_config = trainer.args.hf_deepspeed_config.config if trainer.args.deepspeed else None
     ending = {"completed": True, "starts": run_json.ended(output_dir, "complete")}
     run_json.update_run_json(output_dir, {"deepspeed": deepspeed_config, "result": result, **ending})
-    console.say_summary(
-        loss_curve([int(entry["step"]) for entry in logged], losses, console.width()),
-        {
-            "saved": f"{output_dir} ({kind})",
-            "checked": checked,
-            "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
-            **held_out,
-            "steps": f"{trainer.state.global_step:,}, each in {output_dir / run_json.METRICS_FILE}",
-            "run": str(output_dir / run_json.RUN_FILE),
-        },
-        next_command(output_dir),
-    )
+    curve = loss_curve([int(entry["step"]) for entry in logged], losses, width())
+    facts = {
+        "saved": f"{output_dir} ({kind})",
+        "checked": checked,
+        "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
+        **held_out,
+        "steps": f"{trainer.state.global_step:,}, each in {output_dir / run_json.METRICS_FILE}",
+        "run": str(output_dir / run_json.RUN_FILE),
+    }
+    if curve:
+        logger.info(f"\n{curve}")
+    logger.info(section("Done", labelled(facts)))
+    logger.info(section("Next:", [next_command(output_dir)]) + "\n")
 
 
 def next_command(output_dir: Path) -> str:

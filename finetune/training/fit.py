@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from finetune.models.adapters import InitialLora
 from finetune.run_dir.run_json import update_run_json
 from finetune.training.dataloaders import Dataloaders
 from finetune.training.plan import summarize_plan
-from finetune.utils import console
+from finetune.utils.console import section
 from finetune.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -74,7 +77,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
             chat_format=inputs.chat_format.name,
             steps=steps,
         )
-        console.say_plan(plan.lines())
+        logger.info(section("Plan", plan.lines()) + "\n")
         run_on_rank_0(lambda: update_run_json(Path(str(inputs.arguments.output_dir)), {"plan": asdict(plan)}))
 
     try:

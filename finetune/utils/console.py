@@ -1,6 +1,7 @@
-"""What the terminal shows: the plan before the first step, progress during the run, a summary after it.
+"""Output of the command line: what this package logs, and how much other libraries log.
 
-Rank 0 speaks; the libraries keep to warnings, and the other ranks to errors.
+Modules log with `logging.getLogger(__name__)`: progress as INFO, notes for the user as WARNING. `configure_logging`
+prints both on rank 0.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 LABEL_WIDTH = 12
-# Nothing a user can do about these; torch and DeepSpeed print them once per rank.
+# Warnings that users cannot act on; torch and DeepSpeed print them once per rank.
 KNOWN_WARNINGS = (
     r".*all_gather_into_tensor.*",
     r".*reduce_scatter_tensor.*",
@@ -29,7 +30,7 @@ KNOWN_WARNINGS = (
 
 
 def is_rank_0() -> bool:
-    """Whether this process speaks for the run."""
+    """Whether this process prints for the run."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -65,14 +66,8 @@ def configure_logging(*, to_stderr: bool = False, prefix: str | None = None) -> 
     logger.setLevel(logging.INFO)
 
 
-def say(line: str = "") -> None:
-    """One line on stdout, from rank 0 only."""
-    if is_rank_0():
-        print(line, flush=True)
-
-
 def quiet_libraries() -> None:
-    """Library chatter down to what a user can act on, once and not once per rank."""
+    """Set the log levels of libraries: warnings on rank 0, errors on the others; hide warnings without a remedy."""
     for pattern in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     if not is_rank_0():
@@ -90,12 +85,12 @@ def quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
     for name in ("accelerate", "peft", "torch.distributed", "torch.nn.parallel.distributed"):
         logging.getLogger(name).setLevel(level)
-    # DeepSpeed sets its level when it is imported, and not every verb needs it: a filter stays
+    # DeepSpeed sets its own level when it is imported, later: a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= level)
 
 
 def quiet_serving() -> None:
-    """The same for a model that only answers: no bars, and nothing below an error."""
+    """Silence transformers below errors, progress bars included, for commands that only generate."""
     for pattern in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     import transformers
@@ -110,58 +105,21 @@ def encode_output(*, utf8: bool) -> None:
         sys.stdout.reconfigure(encoding="utf-8" if utf8 else None, errors="backslashreplace")
 
 
-def say_aside(line: str) -> None:
-    """One line on stderr, from rank 0 only, where stdout is for something else."""
-    if is_rank_0():
-        print(line, file=sys.stderr, flush=True)
+def labelled(facts: Mapping[str, str]) -> list[str]:
+    """Return one line per fact, behind its label."""
+    return [f"{label:<{LABEL_WIDTH}}{text}" for label, text in facts.items()]
 
 
-def say_plan(lines: Sequence[str]) -> None:
-    """Print the plan of a run."""
-    say("\nPlan")
-    for line in lines:
-        say(line)
-    say()
-
-
-def say_note(note: str) -> None:
-    """One decision that differs from what was asked, or that nobody asked for."""
-    say(f"note: {note}")
-
-
-def say_note_aside(note: str) -> None:
-    """The same on stderr."""
-    say_aside(f"note: {note}")
-
-
-def say_notes(notes: Sequence[str]) -> None:
-    """One line a decision."""
-    for note in notes:
-        say_note(note)
-
-
-def say_data(lines: Sequence[str], title: str = "Data") -> None:
-    """Print what the data comes to."""
-    say(f"\n{title}")
-    for line in lines:
-        say(f"  {line}")
-
-
-def say_summary(curve: str, facts: dict[str, str], next_command: str) -> None:
-    """The loss curve, what came out, and the next command to type."""
-    if curve:
-        say(f"\n{curve}")
-    say("\nDone")
-    for label, text in facts.items():
-        say(f"  {label:<{LABEL_WIDTH}}{text}")
-    say(f"\nNext:\n  {next_command}\n")
+def section(title: str, lines: Iterable[str]) -> str:
+    """Return indented lines under a title, with a blank line in front."""
+    return "\n".join(["", title, *(f"  {line}" for line in lines)])
 
 
 def width() -> int:
-    """Columns for a drawing: the terminal's, within reason."""
+    """Return the columns for a plot: those of the terminal, from 40 to 100."""
     return max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
 
 
 def is_terminal() -> bool:
-    """Whether a progress bar can be redrawn in place."""
+    """Whether stderr is a terminal, where a progress bar can be redrawn in place."""
     return sys.stderr.isatty()
