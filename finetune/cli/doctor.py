@@ -14,13 +14,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.config import DoctorArguments, known_flags
+from finetune.config import Arguments, DoctorArguments, known_flags, parse
 from finetune.distributed.process_setup import prepare_environment
 from finetune.launcher import LauncherArgs, launcher_options, parse_launcher_args, redact
 from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.options import CommandParser, fill
+
+if TYPE_CHECKING:
+    from finetune.preflight import DoctorReport, TrainingCommand
 
 SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
 BOOLEAN_WORDS = (["True"], ["False"], ["true"], ["false"])
@@ -87,25 +90,38 @@ def main(argv: Sequence[str]) -> None:
     configure_logging(to_stderr=True, prefix="doctor: ")
     prepare_environment()
     from finetune.preflight import DoctorReport, examine_run, plan_run, print_report  # they need torch; --help does not
+    from finetune.train import resolve
 
-    examination = DoctorReport()
-    run = examination.attempt("command", lambda: plan_run(choice, flags, words))
-    if run is not None:
+    report = DoctorReport()
+    arguments = report.attempt("command", lambda: parse(words))
+    run = arguments and report.attempt("command", lambda: plan_run(choice, flags, _training_command(words, arguments)))
+    if run:
         quiet_libraries()
-        from finetune.train import resolve
-
-        examine_run(examination, run, partial(resolve, run.arguments))
+        examine_run(report, run, partial(resolve, arguments))
     if choice.json:
-        print(json.dumps(as_json(examination), ensure_ascii=False, indent=1))
+        print(json.dumps(as_json(report), ensure_ascii=False, indent=1))
     else:
-        print_report(examination, shlex.join(redact(run.command())) if run else "")
-    sys.exit(examination.status)
+        print_report(report, shlex.join(redact(run.command())) if run else "")
+    sys.exit(report.status)
 
 
-def as_json(examination: Any) -> dict[str, Any]:
+def _training_command(words: list[str], arguments: Arguments) -> TrainingCommand:
+    from finetune.preflight import TrainingCommand
+
+    return TrainingCommand(
+        words=words,
+        model=arguments.model,
+        data=arguments.data,
+        output_dir=arguments.training["output_dir"],
+        use_cpu=bool(arguments.given("use_cpu")),
+        sequence_parallel_size=arguments.batch.sequence_parallel_size,
+    )
+
+
+def as_json(report: DoctorReport) -> dict[str, Any]:
     """For scripts: `status`, `findings`, and the facts of each section."""
     sections = {
         name.replace(" ", "_"): {key: value for key, value in facts.items() if key != "lines"}
-        for name, facts in examination.facts.items()
+        for name, facts in report.facts.items()
     }
-    return {"status": examination.status, "findings": [one.facts() for one in examination.findings], **sections}
+    return {"status": report.status, "findings": [finding.facts() for finding in report.findings], **sections}

@@ -1,8 +1,17 @@
-"""What would go wrong with a run, found before it: `finetune doctor` is made of this."""
+"""Preflight checks: the errors and warnings of a run before it starts, for `finetune doctor`."""
 
 from finetune.preflight.doctor_output import print_report
 from finetune.preflight.examination import examine_run
 from finetune.preflight.findings import SECTIONS, DoctorReport, Finding
-from finetune.preflight.planned_run import PlannedRun, plan_run
+from finetune.preflight.planned_run import PlannedRun, TrainingCommand, plan_run
 
-__all__ = ["SECTIONS", "DoctorReport", "Finding", "PlannedRun", "examine_run", "plan_run", "print_report"]
+__all__ = [
+    "SECTIONS",
+    "DoctorReport",
+    "Finding",
+    "PlannedRun",
+    "TrainingCommand",
+    "examine_run",
+    "plan_run",
+    "print_report",
+]

@@ -1,4 +1,4 @@
-"""What a run will do, told without a model: its batches, its steps, its tokens, what each step holds at most."""
+"""Forecast of a run without its model: batches, steps, tokens, and the largest micro-batch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any
 import numpy as np
 
 from finetune.config.run_config import BatchConfig, ScheduleConfig
+from finetune.dataset.dataloader import BatchLayout
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.sampler import Sampler
 from finetune.training.dataloaders import batch_layout, train_sampler
 
-# Of a longer epoch the micro-batches of its first steps are looked at, and the largest rows.
-STEPS_LOOKED_AT, FIRST_STEPS = 400, 3
+# In a longer epoch only the micro-batches of its first steps are looked at.
+MAX_STEPS, FIRST_STEPS = 400, 3
 
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """Of the micro-batches that a rank gets, padding counted: most rows, most tokens, most positions with logits."""
+    """The most rows, tokens (padding included) and positions with logits of any micro-batch of a rank."""
 
     rows: int = 0
     tokens: int = 0
     logits: int = 0
 
     def with_another(self, rows: int, tokens: int, logits: int) -> LargestBatch:
-        """The largest of these and one more."""
+        """Return the largest of this and one more micro-batch."""
         return LargestBatch(max(self.rows, rows), max(self.tokens, tokens), max(self.logits, logits))
 
 
@@ -34,12 +35,12 @@ class BatchForecast:
     """How conversations become micro-batches.
 
     Attributes:
-        largest: micro-batch of an epoch. first: of its first three steps, which a short trial sees.
+        largest: micro-batch of an epoch. first: of its first three steps, which a short trial run sees.
         longest: tokens of the longest example.
         steps: of the whole run.
     """
 
-    form: Any
+    layout: BatchLayout
     sampler: Sampler
     largest: LargestBatch
     first: LargestBatch
@@ -65,44 +66,41 @@ class BatchForecast:
             "largest_micro_batch": asdict(self.largest),
             "largest_of_the_first_steps": asdict(self.first),
             "longest_example": self.longest,
-            "selects_logits": self.form.selects_logits,
+            "selects_logits": self.layout.selects_logits,
         }
 
 
 def forecast_batches(
     batch: BatchConfig, schedule: ScheduleConfig, data: PreparedData, *, selects_logits: bool, obstacle: str | None
 ) -> BatchForecast:
-    """The micro-batches of the first epoch.
+    """Form the micro-batches of the first epoch.
 
     Args:
-        selects_logits: whether the model's code can compute logits at given positions alone.
-        obstacle: why its config says that it cannot run flat rows.
+        selects_logits: the model's code can compute logits at selected positions.
+        obstacle: why the model cannot run padding-free batches, by its config; None: it can.
 
     Raises:
-        ConfigError: as the run's own plan.
+        ConfigError: as in the run itself.
     """
     from finetune.dataset.dataloader import int_column
 
     examples = data.epoch(batch.seed).examples
-    lengths, learned = int_column(examples, "length"), int_column(examples, "num_supervised")
-    form = batch_layout(batch, int(lengths.max()), batch.padding_reason or obstacle, selects_logits)
-    sampler = train_sampler(batch, form, lengths)
+    lengths, supervised = int_column(examples, "length"), int_column(examples, "num_supervised")
+    longest = int(lengths.max())
+    layout = batch_layout(batch, longest, batch.padding_reason or obstacle, selects_logits)
+    sampler = train_sampler(batch, layout, lengths)
     largest = first = LargestBatch()
-    for step in range(min(sampler.steps_per_epoch, STEPS_LOOKED_AT)):
+    for step in range(min(sampler.steps_per_epoch, MAX_STEPS)):
         for number in range(sampler.micro_batches(step)):
             for rank in range(sampler.shape.world_size):
-                mine = sampler.micro_batch(0, step, rank, number)
-                if mine:
-                    here = lengths[mine]
-                    tokens = int(here.max()) * len(mine) if sampler.batching == "padded" else int(here.sum())
-                    seen = int(learned[mine].sum()) if form.selects_logits else tokens
-                    largest = largest.with_another(len(mine), tokens, seen)
+                rows = sampler.micro_batch(0, step, rank, number)
+                if rows:
+                    is_padded = sampler.batching == "padded"
+                    tokens = lengths[rows].max() * len(rows) if is_padded else lengths[rows].sum()
+                    logits = supervised[rows].sum() if layout.selects_logits else tokens
+                    largest = largest.with_another(len(rows), int(tokens), int(logits))
         first = largest if step < FIRST_STEPS else first
-    return BatchForecast(form, sampler, largest, first, int(lengths.max()), _steps(schedule, sampler))
-
-
-def _steps(schedule: ScheduleConfig, sampler: Sampler) -> int:
-    """Return the optimizer steps of the whole run, as the Trainer counts them."""
-    if schedule.max_steps > 0:
-        return schedule.max_steps
-    return int(np.ceil(schedule.num_train_epochs * sampler.steps_per_epoch))
+    steps = schedule.max_steps
+    if steps <= 0:  # as the Trainer counts
+        steps = int(np.ceil(schedule.num_train_epochs * sampler.steps_per_epoch))
+    return BatchForecast(layout, sampler, largest, first, longest, steps)

@@ -1,4 +1,4 @@
-"""The examination from its first question to its last: hosts, flags, data, memory, the ways between, a rehearsal."""
+"""All checks of the doctor in order: hosts, flags, data, memory, operators, network, rehearsal."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from finetune.preflight import dry_run
 from finetune.preflight.findings import DoctorReport
 from finetune.preflight.host_checks import Answers, check_host, check_hosts, check_network, hardware_of
 from finetune.preflight.machine_checks import check_machine, check_operators
-from finetune.preflight.planned_run import PlannedRun, shared, world_of
-from finetune.preflight.resource_checks import examine_resources
+from finetune.preflight.planned_run import PlannedRun, TrainingCommand, rank_counts
+from finetune.preflight.resource_checks import check_resources
 from finetune.training.data_setup import prepare_run_data
 from finetune.utils.console import labelled
 from finetune.utils.proc import ROOT
@@ -32,91 +32,89 @@ logger = logging.getLogger(__name__)
 Resolve = Callable[[DetectedHardware, RankCounts], tuple[RunConfig, ModelInfo]]
 
 
-def examine_run(examination: DoctorReport, run: PlannedRun, resolve: Resolve) -> None:
-    """All sections, in an order in which each has what it needs; what fails leaves out only what depends on it."""
-    here = host_probe.collect_host_facts(_order(run))
+def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None:
+    """Run all checks. A check that fails leaves out only those that need its result."""
+    here = host_probe.collect_host_facts(_local_order(run))
     here["asked"] = [here["time"], here["time"]]
-    remote = run.hosts_to_ask()
+    remote = run.hosts_over_ssh()
     if remote is not None and run.choice.stage:
-        examination.attempt("hosts", lambda: _stage(run, here))
+        report.attempt("hosts", lambda: _stage(run, list(remote), here))
     slots = run.slots_by_host(here["gpus"])
+    hardware = detect_hardware(use_cpu=run.training.use_cpu)
     if remote is None:
         name = list(slots)[max(run.flags.node_rank, 0)]  # the same command is typed on every host
         answers: Answers = {name: here}
-        check_host(examination, name, here, len(slots[name]))
-        found = detect_hardware(use_cpu=bool(run.arguments.given("use_cpu")))
+        check_host(report, name, here, len(slots[name]))
     else:
         logger.info(f"asking {len(slots)} hosts")
-        answers = check_hosts(examination, slots, run.shell, shared(run), run.places)
-        use_cpu = bool(run.arguments.given("use_cpu"))
-        found = hardware_of(answers, use_cpu=use_cpu) if answers else detect_hardware(use_cpu=use_cpu)
-    logger.info("examining flags and model")
-    setup = examination.attempt("configuration", lambda: resolve(found, world_of(slots)))
+        answers = check_hosts(report, slots, run.shell, run.training.shared_words, run.probe)
+        hardware = hardware_of(answers, use_cpu=run.training.use_cpu) if answers else hardware
+    logger.info("checking flags and model")
+    resolved = report.attempt("configuration", lambda: resolve(hardware, rank_counts(slots)))
     logger.info("reading the data")
-    read = examination.attempt("data", lambda: _read(examination, run))
-    check_machine(examination, here)
-    if setup is not None:
-        config, info = setup
-        _note_configuration(examination, config, info, slots)
+    read = report.attempt("data", lambda: _read(report, run.training))
+    check_machine(report, here)
+    if resolved is not None:
+        config, info = resolved
+        _note_configuration(report, config, info, slots)
         if read is not None:
             logger.info("computing memory and disk")
-            examine_resources(examination, config, info, *read, slots, answers)
+            check_resources(report, config, info, *read, slots, answers)
         names = operators_of(config.deepspeed.config if config.deepspeed else None, use_cpu=config.hardware.use_cpu)
         with_code = [host for host in answers if answers[host]["code"]]
         if names and with_code:
             logger.info(f"building {', '.join(names)} where it is not built yet")
-            check_operators(examination, names, with_code, run.shell, over_ssh=remote is not None)
-    if remote is not None or (found.gpus and not run.flags.no_ssh):
+            check_operators(report, names, with_code, run.shell, over_ssh=remote is not None)
+    if remote is not None or (hardware.gpus and not run.flags.no_ssh):
         logger.info("connecting the ranks")
-        check_network(
-            examination, slots, run.shell, answers,
-            flags=run.flags, backend="nccl" if found.gpus else "gloo", writes_environment=run.choice.write_env,
-        )  # fmt: skip
-    if run.choice.rehearse and not examination.status:
-        examination.attempt("rehearsal", lambda: _rehearse(examination, run))
+        backend = "nccl" if hardware.gpus else "gloo"
+        writes = run.choice.write_env
+        check_network(report, slots, run.shell, answers, flags=run.flags, backend=backend, writes_environment=writes)
+    if run.choice.rehearse and not report.status:
+        report.attempt("rehearsal", lambda: _rehearse(report, run))
 
 
-def _order(run: PlannedRun) -> dict[str, Any]:
-    # What this machine has of the files is asked for only where others are to get it.
-    words = shared(run) if run.choice.stage else []
-    return {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": words, **run.places.order()}
+def _local_order(run: PlannedRun, words: list[str] | None = None) -> dict[str, Any]:
+    """Return what this machine is asked for; about files only where others are to get them."""
+    words = words or (run.training.shared_words if run.choice.stage else [])
+    return {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": words, **run.probe.order()}
 
 
-def _read(examination: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
-    tokenizer, chat_format, data = prepare_run_data(run.arguments.model, run.arguments.data)
+def _read(report: DoctorReport, training: TrainingCommand) -> tuple[Any, PreparedData]:
+    tokenizer, chat_format, data = prepare_run_data(training.model, training.data)
     summary = data.summary
     lines = [*summary.lines(), f"format    {chat_format.name}"]
-    examination.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
-    check_dropped_share(data, run.arguments.data.max_dropped_rows)
+    report.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
+    check_dropped_share(data, training.data.max_dropped_rows)
     return tokenizer, data
 
 
-def _note_configuration(
-    examination: DoctorReport, config: RunConfig, info: ModelInfo, slots: dict[str, list[int]]
-) -> None:
-    zero = config.deepspeed
-    stage = "none (plain data parallel)" if zero is None else f"stage {zero.stage}" + (", offloaded" * zero.offloads)
+def _note_configuration(report: DoctorReport, config: RunConfig, info: ModelInfo, slots: dict[str, list[int]]) -> None:
+    zero, hardware, ranks = config.deepspeed, config.hardware, config.batch.world_size
+    hosts = f"{len(slots)} host{'s' * (len(slots) > 1)}"
+    by_host = ", ".join(f"{host}: {len(ids)}" for host, ids in slots.items())
+    checkpointing = "on" if config.activation_checkpointing.enabled else "off"
     lines = {
-        "ranks": f"{config.batch.world_size} on {len(slots)} host{'s' * (len(slots) > 1)} ("
-        + ", ".join(f"{host}: {len(ids)}" for host, ids in slots.items())
-        + f"), {'CPU, gloo' if config.hardware.use_cpu else 'GPU, nccl'}",
+        "ranks": f"{ranks} on {hosts} ({by_host}), {'CPU, gloo' if hardware.use_cpu else 'GPU, nccl'}",
         "model": f"{info.name} ({info.config.model_type})",
-        "ZeRO": stage,
-        "precision": config.hardware.precision,
-        "attention": f"{info.attention}, activation checkpointing "
-        + ("on" if config.activation_checkpointing.enabled else "off"),
+        "ZeRO": f"stage {zero.stage}" + (", offloaded" * zero.offloads) if zero else "none (plain data parallel)",
+        "precision": hardware.precision,
+        "attention": f"{info.attention}, activation checkpointing {checkpointing}",
     }
-    examination.facts["configuration"] = {
-        "world_size": config.batch.world_size, "slots": slots, "backend": config.hardware.backend,
+    report.facts["configuration"] = {
+        "world_size": ranks,
+        "slots": slots,
+        "backend": hardware.backend,
         "notes": list(config.notes),
-        "precision": config.hardware.precision, "attention": info.attention,
+        "precision": hardware.precision,
+        "attention": info.attention,
         "deepspeed": zero.config if zero else None,
         "lines": [*labelled(lines), *(f"note: {note}" for note in config.notes)],
-    }  # fmt: skip
+    }
 
 
-def _stage(run: PlannedRun, here: dict[str, Any]) -> None:
-    answers = ssh.probe_hosts(list(run.slots), run.shell, shared(run), run.places.order())
+def _stage(run: PlannedRun, hosts: list[str], here: dict[str, Any]) -> None:
+    answers = ssh.probe_hosts(hosts, run.shell, run.training.shared_words, run.probe.order())
     wanted = staging.folders_to_stage(answers, here)
     if wanted:
         staging.send_folders(wanted, run.shell, Path.cwd())
@@ -127,28 +125,28 @@ def _stage(run: PlannedRun, here: dict[str, Any]) -> None:
 # ---- the rehearsal
 
 
-def _rehearse(examination: DoctorReport, run: PlannedRun) -> None:
-    chosen = run.arguments
-    output = Path(chosen.training["output_dir"]).expanduser().absolute()
+def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
+    training = run.training
+    output = Path(training.output_dir).expanduser().absolute()
     folder = output.with_name(f".{output.name}.rehearsal-{secrets.token_hex(4)}")
     model = folder / "model"
     folder.mkdir(parents=True)
-    remote = [host for host in run.hosts_to_ask() or () if not ssh.is_here(host)]
+    remote = [host for host in run.hosts_over_ssh() or () if not ssh.is_here(host)]
     try:
-        heads = max(dry_run.HEADS, chosen.batch.sequence_parallel_size)
         parameters = dry_run.make_random_model(
-            chosen.model.model_name_or_path, model,
-            revision=chosen.model.model_revision, trust_remote_code=chosen.model.trusts_code(), heads=heads,
-        )  # fmt: skip
+            training.model.model_name_or_path,
+            model,
+            revision=training.model.model_revision,
+            trust_remote_code=training.model.trusts_code(),
+            heads=max(dry_run.HEADS, training.sequence_parallel_size),
+        )
         logger.info(f"rehearsing with a random model of {parameters:,} parameters")
         if remote:
-            words = {"words": [str(model)]}
-            answers = ssh.probe_hosts(remote, run.shell, words["words"])
-            here = host_probe.collect_host_facts({**_order(run), **words})
-            staging.send_folders(
-                [one for one in staging.folders_to_stage(answers, here) if one.path == model], run.shell, folder
-            )
-        words = without_flags(run.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
+            answers = ssh.probe_hosts(remote, run.shell, [str(model)])
+            here = host_probe.collect_host_facts(_local_order(run, [str(model)]))
+            wanted = [staged for staged in staging.folders_to_stage(answers, here) if staged.path == model]
+            staging.send_folders(wanted, run.shell, folder)
+        words = without_flags(training.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
         facts = dry_run.run_dry_run(run.rehearsal(words), model, folder / "output")
         lines = {
             "model": f"{parameters:,} random parameters of the same architecture",
@@ -156,16 +154,16 @@ def _rehearse(examination: DoctorReport, run: PlannedRun) -> None:
             "resumed": f"from the first checkpoint, same second step: {facts['resume_seconds']:.0f} s",
             "loaded": f"{facts['load_seconds']:.0f} s",
         }
-        examination.facts["rehearsal"] = {**facts, "parameters": parameters, "lines": labelled(lines)}
+        report.facts["rehearsal"] = {**facts, "parameters": parameters, "lines": labelled(lines)}
     finally:
-        host_probe.remove({"path": str(folder)})
+        order = {"path": str(folder)}
+        host_probe.remove(order)
         if remote:
-            orders = {host: {"path": str(folder)} for host in remote}
-            ssh.run_on_all_hosts(orders, run.shell, host_probe.remove, ssh.SECONDS_TO_PROBE)
+            ssh.run_on_all_hosts(dict.fromkeys(remote, order), run.shell, host_probe.remove, ssh.SECONDS_TO_PROBE)
 
 
 def without_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
-    """The words without these flags and their values."""
+    """Return the words without these flags and their values."""
     kept, skips = [], False
     for word in words:
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""The run that is examined: its command in parts, and where its ranks would be."""
+"""The run that the doctor checks: its command in parts, and the hosts of its ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune.config import Arguments, DoctorArguments, parse
+from finetune.config import DataArguments, DoctorArguments, ModelArguments
 from finetune.config.run_config import RankCounts
 from finetune.launcher import LauncherArgs, local_slots, resolve_resources, ssh
 from finetune.launcher.ssh import SshShell
@@ -18,64 +18,90 @@ SCRIPT = ROOT / "finetune" / "finetune.py"
 
 
 @dataclass(frozen=True)
+class TrainingCommand:
+    """The part of a training command that is needed before it is resolved.
+
+    Attributes:
+        words: as they were typed.
+    """
+
+    words: list[str]
+    model: ModelArguments
+    data: DataArguments
+    output_dir: str
+    use_cpu: bool
+    sequence_parallel_size: int
+
+    @property
+    def shared_words(self) -> list[str]:
+        """Words that may name files which every host needs."""
+        return ssh.shared_words(self.words)
+
+
+@dataclass(frozen=True)
 class PlannedRun:
-    """`slots` are those of the hostfile, None for this machine alone; `words` are the training's own."""
+    """A run to check.
+
+    Attributes:
+        flags: of the launcher.
+        slots: of the hostfile; None: this machine only.
+    """
 
     choice: DoctorArguments
     flags: LauncherArgs
-    words: list[str]
-    arguments: Arguments
+    training: TrainingCommand
     slots: dict[str, list[int]] | None
-    shell: SshShell
-    places: ProbeOrder
+
+    @property
+    def shell(self) -> SshShell:
+        """How hosts are reached."""
+        return SshShell(self.flags.ssh_port, self.flags.venv_script)
+
+    @property
+    def probe(self) -> ProbeOrder:
+        """What hosts are asked for."""
+        return ProbeOrder(
+            output=self.training.output_dir,
+            port=self.flags.master_port,
+            port_was_given="master_port" in self.flags.given,
+            full=self.choice.full,
+        )
 
     def slots_by_host(self, gpus_here: int) -> dict[str, list[int]]:
-        """Host -> slots, of this machine where there is no hostfile."""
+        """Return host -> slots; without a hostfile those of this machine."""
         return self.slots or {os.uname().nodename: local_slots(self.flags, gpus_here)}
 
-    def hosts_to_ask(self) -> dict[str, list[int]] | None:
-        """Those that are reached over ssh; None where the command is typed on each host, or there is one only."""
-        return None if self.slots is None or self.flags.no_ssh else self.slots
+    def hosts_over_ssh(self) -> dict[str, list[int]] | None:
+        """Return the hosts reached over ssh; None if the command is typed on each host, or there is only one."""
+        return None if self.flags.no_ssh else self.slots
 
     def launch(self, script: str, words: Sequence[str]) -> list[str]:
-        """The arguments of `finetune launch` that start the training on these hosts."""
+        """Return the arguments of `finetune launch` that start a training on these hosts."""
         return [*self.flags.typed(without=("module",)), script, *words]
 
     def command(self) -> list[str]:
-        """What a user types to start the run."""
+        """Return what a user types to start the run."""
         script = os.path.relpath(SCRIPT)
-        return ["finetune", "launch", *self.launch(str(SCRIPT) if script.startswith("..") else script, self.words)]
+        script = str(SCRIPT) if script.startswith("..") else script
+        return ["finetune", "launch", *self.launch(script, self.training.words)]
 
     def rehearsal(self, words: Sequence[str]) -> list[str]:
-        """The same, as a program and its arguments, with other words for the training."""
+        """Return the same as a program and its arguments, with other words for the training."""
         start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.__main__ import main; main()"
         return [sys.executable, "-c", start, "launch", *self.launch(str(SCRIPT), words)]
 
 
-def plan_run(choice: DoctorArguments, flags: LauncherArgs, words: Sequence[str]) -> PlannedRun:
-    """Read the command as the run would.
+def plan_run(choice: DoctorArguments, flags: LauncherArgs, training: TrainingCommand) -> PlannedRun:
+    """Find the hosts of a run.
 
     Raises:
-        ConfigError: a flag of the training, the hostfile, a filter of it.
+        ConfigError: a fault of the hostfile, or of a filter of it.
     """
-    arguments = parse(words)
     resources = resolve_resources(flags)
-    places = ProbeOrder(
-        output=arguments.training["output_dir"],
-        port=flags.master_port,
-        port_was_given="master_port" in flags.given,
-        full=choice.full,
-    )
-    shell = SshShell(flags.ssh_port, flags.venv_script)
-    return PlannedRun(choice, flags, list(words), arguments, resources.slots if resources else None, shell, places)
+    return PlannedRun(choice, flags, training, resources.slots if resources else None)
 
 
-def world_of(slots: dict[str, list[int]]) -> RankCounts:
-    """How many ranks there are, and how many on the fullest host."""
+def rank_counts(slots: dict[str, list[int]]) -> RankCounts:
+    """Return the number of ranks, and of those on the fullest host."""
     counts = [len(ids) for ids in slots.values()]
     return RankCounts(sum(counts), max(counts))
-
-
-def shared(run: PlannedRun) -> list[str]:
-    """Words of the training that may name what every host must have alike."""
-    return ssh.shared_words(run.words)

@@ -1,4 +1,4 @@
-"""What a run needs of memory and disk, beside what its hosts have."""
+"""Checks of memory and disk: what the run needs against what its hosts have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.config import AdapterArguments
 from finetune.config.run_config import BatchConfig, RunConfig, ScheduleConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.models import loader
@@ -18,25 +19,29 @@ from finetune.preflight.batch_forecast import BatchForecast, forecast_batches
 from finetune.preflight.doctor_output import size
 from finetune.preflight.findings import DoctorReport
 from finetune.preflight.host_checks import Answers
-from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
+from finetune.preflight.memory import MemoryEstimate, ModelSpec, RunSpec, Suggestion
 from finetune.preflight.spec_from_config import spec_from_config
 from finetune.utils.console import labelled
 from finetune.utils.errors import FinetuneError, StorageError
 
-STATUS_OF_NO_MEMORY = 1  # what a run that runs out of it ends with
+OUT_OF_MEMORY_STATUS = 1  # exit status of a run that runs out of memory
 
 
 @dataclass(frozen=True)
-class Room:
-    """Bytes that the hosts have: each device (None: not known), the memory of the fullest host, the output's disk."""
+class FreeSpace:
+    """Bytes on the hosts: of each device (None: unknown), memory of the fullest host, disk of --output_dir by host."""
 
     device: float | None
     host: float
     disks: dict[str, float]
 
+    def holds(self, estimate: MemoryEstimate) -> bool:
+        """Return whether device and host memory suffice."""
+        return estimate.fits(math.inf if self.device is None else self.device, self.host)
 
-def examine_resources(
-    examination: DoctorReport,
+
+def check_resources(
+    report: DoctorReport,
     config: RunConfig,
     info: ModelInfo,
     tokenizer: Any,
@@ -44,69 +49,81 @@ def examine_resources(
     slots: dict[str, list[int]],
     answers: Answers,
 ) -> None:
-    """Batches and steps, then bytes: of each device, each host's memory, each disk."""
+    """Note batches and steps, then check memory of devices and hosts, and disks."""
     obstacle = unsupported_config_reason(info.config, data.longest)
     selects = forward_takes_logits_to_keep(info.model_class)
-    batches = examination.attempt(
+    batches = report.attempt(
         "configuration",
         lambda: forecast_batches(config.batch, config.schedule, data, selects_logits=selects, obstacle=obstacle),
     )
     if batches is None:
         return
-    _note_batches(examination, config.batch, batches)
-    room = _room(config.hardware.use_cpu, slots, answers)
+    _note_batches(report, config.batch, batches)
+    free = _free_space(config.hardware.use_cpu, slots, answers)
     try:
-        shape = _shape(config, info, tokenizer)
+        model = _model_spec(config, info, tokenizer, config.adapter)
     except FinetuneError as error:
-        examination.add_error("configuration", str(error), status=error.status)
+        report.add_error("configuration", str(error), status=error.status)
         return
     except ValueError as error:
-        examination.warn("memory", f"not foreseen: {error}")
+        report.warn("memory", f"not estimated: {error}")
         return
-    job = job_of(config, batches, ranks_on_host=max(map(len, slots.values())))
-    found = memory.estimate_memory(shape, job)
-    other = memory.estimate_memory(shape, replace(job, checkpoint_every=0 if job.checkpoint_every else 1))
-    first = memory.estimate_memory(shape, replace(job, **asdict(batches.first)))
-    facts = _facts(shape, job, found, room, other=other, first=first)
-    examination.facts["memory"] = facts
+    run = run_spec(config, batches, ranks_on_host=max(map(len, slots.values())))
+    estimate = memory.estimate_memory(model, run)
+    other = memory.estimate_memory(model, replace(run, checkpoint_every=0 if run.checkpoint_every else 1))
+    first = memory.estimate_memory(model, replace(run, **asdict(batches.first)))
+    facts = {
+        "fits": free.holds(estimate),
+        **_facts(estimate, free),
+        "parameters": model.parameters,
+        "trainable": model.trainable,
+        "lines": labelled(_lines(model, run, estimate, free, other=other, first=first)),
+    }
+    facts["device"] |= {
+        "total_in_the_first_steps": round(first.device_total),
+        "checkpointing": bool(run.checkpoint_every),
+        "total_with_the_other_checkpointing": round(other.device_total),
+    }
+    report.facts["memory"] = facts
     if not facts["fits"]:
-        _mend_memory(examination, config, info, tokenizer, shape, job, found, room)
-    _examine_disks(examination, found, room, saves=job.keep_checkpoints != 0)
+        with_adapter = None
+        if config.adapter.kind() is None:
+            with_adapter = _model_spec(config, info, tokenizer, replace(config.adapter, use_lora=True))
+        device = math.inf if free.device is None else free.device
+        changes = memory.suggest_changes(model, run, device, free.host, with_adapter=with_adapter)
+        _add_memory_error(report, estimate, free, changes)
+    _check_disks(report, estimate, free, saves=run.keep_checkpoints != 0)
 
 
-def _note_batches(examination: DoctorReport, batch: BatchConfig, batches: BatchForecast) -> None:
-    facts: dict[str, Any] = batches.facts(batch)
-    configuration = examination.facts["configuration"]
-    configuration["batches"] = facts
+def _note_batches(report: DoctorReport, batch: BatchConfig, batches: BatchForecast) -> None:
+    facts = batches.facts(batch)
     lines = {
         "step": f"{facts['arithmetic']}, about {facts['tokens_per_step']:,} tokens",
-        "length": f"{facts['steps']:,} steps, {facts['steps_per_epoch']:,} an epoch",
+        "length": f"{facts['steps']:,} steps, {facts['steps_per_epoch']:,} per epoch",
     }
-    configuration["lines"] += [*labelled(lines), *(f"note: {note}" for note in batches.form.notes)]
+    configuration = report.facts["configuration"]
+    configuration["batches"] = facts
+    configuration["lines"] += [*labelled(lines), *(f"note: {note}" for note in batches.layout.notes)]
 
 
-def _shape(config: RunConfig, info: ModelInfo, tokenizer: Any, *, adapter: bool | None = None) -> ModelSpec:
-    """The model that is trained; `adapter`: with one, whatever the flags say."""
+def _model_spec(config: RunConfig, info: ModelInfo, tokenizer: Any, adapter: AdapterArguments) -> ModelSpec:
     grows = loader.needs_new_embeddings(info, tokenizer)
-    attach = None
-    if config.adapter.kind() is not None or adapter:
-        given = config.adapter if config.adapter.kind() is not None else replace(config.adapter, use_lora=True)
 
-        def attach(base: Any) -> Any:
-            return attach_adapter(base, given, base_revision=info.revision, grows=grows, computes_initial=False)
+    def attach(base: Any) -> Any:
+        return attach_adapter(base, adapter, base_revision=info.revision, grows=grows, computes_initial=False)
 
     return spec_from_config(
         info.config,
         precision=config.hardware.precision,
-        attach=attach,
+        attach=attach if adapter.kind() is not None else None,
         vocabulary=loader.embedding_rows(tokenizer) if grows else None,
         stored_bytes=loader.stored_bytes(Path(info.name).expanduser()),
         trust_remote_code=config.model.trusts_code(),
     )
 
 
-def job_of(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -> RunSpec:
-    """The run in the planner's numbers; its sizes are those that DeepSpeed gets."""
+def run_spec(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -> RunSpec:
+    """Return the run as the numbers of the estimate, with the sizes that DeepSpeed gets."""
     recompute = config.activation_checkpointing
     return RunSpec(
         **memory.from_deepspeed(config.deepspeed.config if config.deepspeed else None),
@@ -114,138 +131,130 @@ def job_of(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -> 
         ranks_on_host=ranks_on_host,
         **asdict(batches.largest),
         longest=batches.longest,
-        padded=batches.form.batching == "padded",
+        padded=batches.layout.batching == "padded",
         precision=config.hardware.precision,
         use_cpu=config.hardware.use_cpu,
         checkpoint_every=recompute.every_n_layers if recompute.enabled else 0,
         checkpoints_to_host=recompute.enabled and recompute.offload,
         accumulation=config.batch.accumulation,
-        keep_checkpoints=_checkpoints(config.schedule, batches),
+        keep_checkpoints=_kept_checkpoints(config.schedule, batches),
         only_model=config.schedule.save_only_model,
     )
 
 
-def _checkpoints(schedule: ScheduleConfig, batches: BatchForecast) -> int:
-    """How many lie there at the end: those that are made, and of them at most --save_total_limit."""
-    strategy, every = schedule.save_strategy, schedule.save_steps
-    if strategy == "no":
+def _kept_checkpoints(schedule: ScheduleConfig, batches: BatchForecast) -> int:
+    """Return how many checkpoints there are at the end: those saved, at most --save_total_limit."""
+    if schedule.save_strategy == "no":
         return 0
-    made = math.ceil(batches.steps / max(batches.sampler.steps_per_epoch, 1))
-    if strategy == "steps":
-        made = math.ceil(batches.steps / (every if every >= 1 else max(1, round(every * batches.steps))))
-    limit = schedule.save_total_limit
-    return min(made, limit) if limit and limit > 0 else made
+    every: float = max(batches.sampler.steps_per_epoch, 1)
+    if schedule.save_strategy == "steps":
+        every = schedule.save_steps
+        every = every if every >= 1 else max(1, round(every * batches.steps))
+    saved, limit = math.ceil(batches.steps / every), schedule.save_total_limit
+    return min(saved, limit) if limit and limit > 0 else saved
 
 
-def _room(use_cpu: bool, slots: dict[str, list[int]], answers: Answers) -> Room:
+def _free_space(use_cpu: bool, slots: dict[str, list[int]], answers: Answers) -> FreeSpace:
     disks = {host: facts["space"]["output"]["free"] for host, facts in answers.items()}
-    free = min((facts["memory"]["available"] for facts in answers.values()), default=math.inf)
-    if use_cpu:
-        return Room(None, free, disks)
-    gpus = [one["memory"] for host, facts in answers.items() for one in facts["gpu_facts"][: len(slots[host])]]
-    return Room(min(gpus) if gpus else None, free, disks)
+    host = min((facts["memory"]["available"] for facts in answers.values()), default=math.inf)
+    gpus = [gpu["memory"] for name, facts in answers.items() for gpu in facts["gpu_facts"][: len(slots[name])]]
+    return FreeSpace(min(gpus) if gpus and not use_cpu else None, host, disks)
 
 
-def _facts(
-    shape: ModelSpec,
-    job: RunSpec,
-    found: memory.MemoryEstimate,
-    room: Room,
+def _lines(
+    model: ModelSpec,
+    run: RunSpec,
+    estimate: MemoryEstimate,
+    free: FreeSpace,
     *,
-    other: memory.MemoryEstimate,
-    first: memory.MemoryEstimate,
-) -> dict[str, Any]:
-    """As JSON, and as lines.
+    other: MemoryEstimate,
+    first: MemoryEstimate,
+) -> dict[str, str]:
+    """Return the estimate as text by label.
 
-    `other` has activation checkpointing where the run has none, and none where it has; `first` is of its first steps.
+    Args:
+        other: with activation checkpointing if the run has none, and without if it has.
+        first: of the first steps.
     """
-    fits = found.host_total <= room.host and (room.device is None or found.device_total <= room.device)
-    biggest = sorted(found.device.items(), key=lambda one: -one[1])
-    grows, how = "grows by " if job.use_cpu else "", "without" if job.checkpoint_every else "with"
-    of = "" if room.device is None else f" of {size(room.device)}"
-    parts = ", ".join(f"{name} {size(value)}" for name, value in biggest if value >= 0.01 * found.device_total)
-    kept = "" if found.kept is None or not job.keep_checkpoints else f"; at most {size(found.kept)} in all"
-    lines = {
-        "trained": f"{shape.trainable:,} of {shape.parameters:,} parameters",
-        "largest": f"{job.tokens:,} tokens in a rank's largest micro-batch, {job.logits:,} of them get logits",
-        "each rank" if job.use_cpu else "each GPU": f"{grows}{size(found.device_total)}{of}, most in the {found.phase}",
-        "": parts,
-        " ": f"{size(first.device_total)} in the first three steps; {size(other.device_total)} {how} checkpointing",
-        "each host": f"{size(found.host_loading)} while loading, {size(found.host_training)} while training, "
-        f"{size(found.host_saving)} while saving" + (f"; {size(room.host)} are free" if room.disks else ""),
-        "disk": f"{size(found.checkpoint_total)} a checkpoint, {size(found.result)} the result{kept}; "
-        f"{size(min(room.disks.values(), default=0))} are free",
-    }
+    largest_first = sorted(estimate.device.items(), key=lambda part: -part[1])
+    parts = [f"{name} {size(value)}" for name, value in largest_first if value >= 0.01 * estimate.device_total]
+    of = "" if free.device is None else f" of {size(free.device)}"
+    kept = "" if estimate.kept is None or not run.keep_checkpoints else f"; at most {size(estimate.kept)} in total"
     return {
-        "fits": fits,
+        "trained": f"{model.trainable:,} of {model.parameters:,} parameters",
+        "largest": f"{run.tokens:,} tokens in a rank's largest micro-batch, {run.logits:,} of them with logits",
+        "each rank" if run.use_cpu else "each GPU": ("grows by " if run.use_cpu else "")
+        + f"{size(estimate.device_total)}{of}, peak in the {estimate.phase}",
+        "": ", ".join(parts),
+        " ": f"{size(first.device_total)} in the first three steps; {size(other.device_total)} "
+        + f"{'without' if run.checkpoint_every else 'with'} activation checkpointing",
+        "each host": f"{size(estimate.host_loading)} while loading, {size(estimate.host_training)} while training, "
+        f"{size(estimate.host_saving)} while saving" + (f"; {size(free.host)} free" if free.disks else ""),
+        "disk": f"{size(estimate.checkpoint_total)} per checkpoint, {size(estimate.result)} for the result{kept}; "
+        f"{size(min(free.disks.values(), default=0))} free",
+    }
+
+
+def _facts(estimate: MemoryEstimate, free: FreeSpace) -> dict[str, Any]:
+    """Return the estimate as JSON values, in bytes."""
+    return {
         "device": {
-            "parts": {name: round(value) for name, value in found.device.items()},
-            "total": round(found.device_total), "phase": found.phase, "capacity": room.device,
-            "total_in_the_first_steps": round(first.device_total),
-            "checkpointing": bool(job.checkpoint_every),
-            "total_with_the_other_checkpointing": round(other.device_total),
-            "by_phase": {name: round(value) for name, value in found.by_phase.items()},
+            "parts": {name: round(value) for name, value in estimate.device.items()},
+            "total": round(estimate.device_total),
+            "phase": estimate.phase,
+            "capacity": free.device,
+            "by_phase": {name: round(value) for name, value in estimate.by_phase.items()},
         },
         "host": {
-            "loading": round(found.host_loading), "training": round(found.host_training),
-            "saving": round(found.host_saving), "free": room.host if room.disks else None,
+            "loading": round(estimate.host_loading),
+            "training": round(estimate.host_training),
+            "saving": round(estimate.host_saving),
+            "free": free.host if free.disks else None,
         },
         "disk": {
-            "checkpoint": {name: round(value) for name, value in found.checkpoint.items()},
-            "result": round(found.result), "kept": None if found.kept is None else round(found.kept),
-            "free": room.disks,
+            "checkpoint": {name: round(value) for name, value in estimate.checkpoint.items()},
+            "result": round(estimate.result),
+            "kept": None if estimate.kept is None else round(estimate.kept),
+            "free": free.disks,
         },
-        "parameters": shape.parameters,
-        "trainable": shape.trainable,
-        "lines": labelled(lines),
-    }  # fmt: skip
+    }
 
 
-def _mend_memory(
-    examination: DoctorReport,
-    config: RunConfig,
-    info: ModelInfo,
-    tokenizer: Any,
-    shape: ModelSpec,
-    job: RunSpec,
-    found: memory.MemoryEstimate,
-    room: Room,
+def _add_memory_error(
+    report: DoctorReport, estimate: MemoryEstimate, free: FreeSpace, changes: tuple[Suggestion, ...]
 ) -> None:
-    """Say by how much it does not fit, and the cheapest changes that make it fit."""
-    adapter = None
-    if config.adapter.kind() is None:
-        adapter = _shape(config, info, tokenizer, adapter=True)
-    device = math.inf if room.device is None else room.device
-    changes = memory.suggest_changes(shape, job, device, room.host, with_adapter=adapter)
-    if room.device is not None and found.device_total > room.device:
-        text = f"each GPU needs {size(found.device_total)} and has {size(room.device)}"
+    """Report what is missing, and the changes that make the run fit."""
+    if free.device is not None and estimate.device_total > free.device:
+        text = f"each GPU needs {size(estimate.device_total)} and has {size(free.device)}"
     else:
-        text = f"a host needs {size(found.host_total)} of memory and has {size(room.host)} free"
-    facts = [
-        {"flags": list(one.flags), "words": one.words, "slower": one.slower, "device": round(one.estimate.device_total),
-         "host": round(one.estimate.host_total)}
-        for one in changes
-    ]  # fmt: skip
-    examination.facts["memory"]["changes"] = facts
-    shown = [
-        f"\n     {' '.join(one.flags)}: {one.words}, {size(one.estimate.device_total)} each, "
-        f"about {one.slower:.2f} times as long a step"
-        for one in changes
+        text = f"a host needs {size(estimate.host_total)} of memory and has {size(free.host)} free"
+    report.facts["memory"]["changes"] = [
+        {
+            "flags": list(change.flags),
+            "words": change.words,
+            "slower": change.slower,
+            "device": round(change.estimate.device_total),
+            "host": round(change.estimate.host_total),
+        }
+        for change in changes
     ]
-    advice = "; the cheapest changes that make it fit:" + "".join(shown) if shown else "; nothing that was tried fits"
-    examination.add_error("memory", text + advice, status=STATUS_OF_NO_MEMORY)
+    text += "; the fastest changes that make it fit:" if changes else "; no change that was tried makes it fit"
+    for change in changes:
+        text += f"\n     {' '.join(change.flags)}: {change.words}, {size(change.estimate.device_total)} each, "
+        text += f"a step takes about {change.slower:.2f} times as long"
+    report.add_error("memory", text, status=OUT_OF_MEMORY_STATUS)
 
 
-def _examine_disks(examination: DoctorReport, found: memory.MemoryEstimate, room: Room, *, saves: bool) -> None:
-    needed = found.result if not saves else found.kept
+def _check_disks(report: DoctorReport, estimate: MemoryEstimate, free: FreeSpace, *, saves: bool) -> None:
+    needed = estimate.kept if saves else estimate.result
     if needed is None:
-        needed = found.result + found.checkpoint_total
-        text = "every checkpoint is kept: give --save_total_limit, or see that the disk is large enough"
-        examination.warn("disk", f"{size(found.checkpoint_total)} each, {text}")
-    for host, free in room.disks.items():
-        if free < needed:
+        needed = estimate.result + estimate.checkpoint_total
+        text = "every checkpoint is kept: set --save_total_limit, or make sure that the disk is large enough"
+        report.warn("disk", f"{size(estimate.checkpoint_total)} per checkpoint, {text}")
+    for host, disk in free.disks.items():
+        if disk < needed:
             text = (
-                f"the disk of --output_dir has {size(free)} free, a run writes up to {size(needed)}: make room, lower "
-                "--save_total_limit, or take --save_only_model True"
+                f"the disk of --output_dir has {size(disk)} free, a run writes up to {size(needed)}: free some space, "
+                "--save_total_limit, or set --save_only_model True"
             )
-            examination.add_error("disk", text, status=StorageError.status, host=host)
+            report.add_error("disk", text, status=StorageError.status, host=host)
