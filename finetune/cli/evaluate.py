@@ -14,7 +14,7 @@ from finetune.config import DataArguments
 from finetune.config.argument_parser import below, data_faults
 from finetune.distributed.collectives import destroy_process_group, init_process_group, run_on_rank_0
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks, prepare_environment
-from finetune.evaluation.held_out_data import prepare_held_out
+from finetune.evaluation.held_out import prepare_held_out
 from finetune.evaluation.result_tables import print_sections
 from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir import eval_results

@@ -1,4 +1,4 @@
-"""Published benchmarks and other tasks: found, loaded and explained before the model is; then asked, base and tuned."""
+"""Benchmarks of lm-evaluation-harness: load the tasks, then run them on the base and the tuned model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,114 +20,107 @@ from finetune.utils.hub import use_cache_if_hub_unreachable
 logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
-ON_A_CPU = 8  # questions that are asked together under --batch_size auto
-CERTAIN = 1.96
+CPU_BATCH_SIZE = 8  # for --batch_size auto
+Z_95 = 1.96  # standard errors in a 95 % interval
+MAX_REASON = 300  # characters of another library's error
 
 
 @dataclass
 class BenchmarkJob:
-    """Tasks that are asked with the same settings; `metric` is None where all of a task's are shown."""
+    """Tasks that run with the same settings.
+
+    Attributes:
+        tasks: Tasks and groups of lm-eval, once they are loaded.
+        metric: The metric to show, as metric,filter; None: all metrics of each task.
+    """
 
     name: str
-    loaded: list[Any]
+    task_name: str
     shots: int | None = None
     metric: str | None = None
     notes: list[str] = field(default_factory=list)
+    tasks: list[Any] = field(default_factory=list)
 
 
 def find_jobs(names: Sequence[str], *, num_fewshot: int | None, allow_code: bool) -> list[BenchmarkJob]:
-    """The tasks that the words name, their data read.
+    """Find the tasks with these names and load their data.
 
     Raises:
-        ConfigError: lm-eval is not installed; no such task; one that runs code without the flag; data that is not here.
+        ConfigError: lm-eval is not installed, a task is unknown or needs --allow_code_execution, or data is missing.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"--tasks needs lm-evaluation-harness, which is not installed: {INSTALL}")
-    wanted = [part for name in names for part in name.split(",") if part]
-    if not wanted:
+    names = [part for name in names for part in name.split(",") if part]
+    if not names:
         raise ConfigError("--tasks names no task")
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     use_cache_if_hub_unreachable()
     harness = import_harness()
-    manager = harness.find_manager(wanted)
+    manager = harness.find_manager(names)
     jobs: list[BenchmarkJob] = []
-    faults: list[str] = []
-    for name in wanted:
+    for name in names:
         if name == lingowhale_benchmarks.SUITE:
-            chosen = [one for one in lingowhale_benchmarks.BENCHMARKS if allow_code or not one.runs_code]
-            for one in lingowhale_benchmarks.BENCHMARKS:
-                if one not in chosen:
+            for benchmark in lingowhale_benchmarks.BENCHMARKS:
+                if allow_code or not benchmark.runs_code:
+                    jobs.append(_benchmark_job(benchmark, num_fewshot))
+                else:
                     logger.warning(
-                        f"{one.name} is left out: it runs programs that the model writes: --allow_code_execution"
+                        f"{benchmark.name} is skipped: it runs programs that the model writes: --allow_code_execution"
                     )
-            made = [_job_of(one, num_fewshot) for one in chosen]
-        elif Path(name).is_dir():
-            made = [BenchmarkJob(one, [one], num_fewshot) for one in harness.names_in(manager, Path(name))]
         else:
-            made = [BenchmarkJob(name, [name], num_fewshot)]
-        for job in made:
-            _load(harness, manager, job, allow_code, faults)
-        jobs += made
+            tasks = harness.names_in(manager, Path(name)) if Path(name).is_dir() else [name]
+            jobs += [BenchmarkJob(task, task, num_fewshot) for task in tasks]
+    faults = [fault for job in jobs if (fault := _load(harness, manager, job, allow_code))]
     if faults:
         raise ConfigError(format_faults(faults, "fault"))
     return jobs
 
 
-def _job_of(one: lingowhale_benchmarks.Benchmark, num_fewshot: int | None) -> BenchmarkJob:
-    shots = one.shots if num_fewshot is None else num_fewshot
-    departures = [*one.departures, *([f"{shots}-shot, the table {one.shots}-shot"] if shots != one.shots else [])]
-    return BenchmarkJob(
-        one.name, [one.task], shots, one.metric, [f"{one.name}: {departure}" for departure in departures]
-    )
+def _benchmark_job(benchmark: lingowhale_benchmarks.Benchmark, num_fewshot: int | None) -> BenchmarkJob:
+    shots = benchmark.shots if num_fewshot is None else num_fewshot
+    departures = [*benchmark.departures]
+    if shots != benchmark.shots:
+        departures.append(f"{shots}-shot, the table {benchmark.shots}-shot")
+    notes = [f"{benchmark.name}: {departure}" for departure in departures]
+    return BenchmarkJob(benchmark.name, benchmark.task, shots, benchmark.metric, notes)
 
 
 def import_harness() -> Any:
-    """`harness`, which imports lm-eval, whose own imports warn of what nobody here can change."""
+    """Import `lm_eval_harness` without the warnings of lm-eval's own imports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from finetune.evaluation import lm_eval_harness
-    lm_eval_harness.quiet()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval_harness
 
 
-def _load(harness: Any, manager: Any, job: BenchmarkJob, allow_code: bool, faults: list[str]) -> None:
-    """Replace the name of a job's task by the task."""
-    (name,) = job.loaded
+def _load(harness: Any, manager: Any, job: BenchmarkJob, allow_code: bool) -> str | None:
+    """Load the tasks of a job; return why that is not possible, or None."""
+    name = job.task_name
     is_file = Path(name).suffix in harness.SUFFIXES
     if is_file and not Path(name).is_file():
-        faults.append(f"--tasks {name}: there is no such file")
-        return
+        return f"--tasks {name}: there is no such file"
     if not is_file and name not in manager.task_index:
-        faults.append(f"--tasks {name}: lm-eval {_version()} knows no such task: see lm-eval ls tasks")
-        return
+        return f"--tasks {name}: lm-eval {version('lm_eval')} knows no such task: see lm-eval ls tasks"
     if not allow_code and harness.runs_code(manager, name):
-        faults.append(f"--tasks {name}: runs programs that the model writes: allow it with --allow_code_execution")
-        return
+        return f"--tasks {name}: runs programs that the model writes: allow it with --allow_code_execution"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            job.loaded = harness.load_task(manager, name)
-    except Exception as error:  # code of any task, and of the libraries that read its data, may fail in any way
-        faults.append(f"--tasks {name}: {_why(job, error)}")
-
-
-def _why(job: BenchmarkJob, error: Exception) -> str:
-    needs = next((one.needs for one in lingowhale_benchmarks.BENCHMARKS if [one.task] == job.loaded), ())
-    reason = first_line(error)[:300]
-    if not needs:
-        return f"its data or its code cannot be loaded: {reason}"
-    return f"its data is not here ({reason}): get " + "; and ".join(map(lingowhale_benchmarks.how_to_get, needs))
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("lm_eval")
+            job.tasks = harness.load_task(manager, name)
+    except Exception as error:  # the code of a task, and libraries that read its data, may raise anything
+        reason = first_line(error)[:MAX_REASON]
+        needs = next((suite.needs for suite in lingowhale_benchmarks.BENCHMARKS if suite.task == name), ())
+        if not needs:
+            return f"--tasks {name}: its data or its code cannot be loaded: {reason}"
+        remedies = "; and ".join(map(lingowhale_benchmarks.how_to_get, needs))
+        return f"--tasks {name}: its data is missing ({reason}): get {remedies}"
+    return None
 
 
 def evaluate_benchmarks(
-    opened: LoadedModel,
+    loaded: LoadedModel,
     jobs: Sequence[BenchmarkJob],
     *,
     with_base: bool,
@@ -135,68 +129,69 @@ def evaluate_benchmarks(
     apply_chat_template: bool,
     allow_code: bool,
 ) -> dict[str, Any]:
-    """The document of `benchmarks.json`, on every rank.
+    """Run the tasks and return the content of `benchmarks.json`, on every rank.
 
     Raises:
-        ConfigError: the result's format is no chat template; the base is not there any more.
+        ConfigError: The chat format is no chat template, or the base is missing.
     """
     import torch
 
     harness = import_harness()
-    if apply_chat_template and opened.tokenizer.chat_template is None:
+    if apply_chat_template and loaded.tokenizer.chat_template is None:
         raise ConfigError(
-            f"--apply_chat_template: conversations of this result are in the {opened.chat_format.name} format, which "
-            "lm-eval cannot write: leave the flag out"
+            f"--apply_chat_template: lm-eval cannot write the {loaded.chat_format.name} format of this result: leave "
+            "the flag out"
         )
-    together: int | str = batch_size if batch_size == "auto" else int(batch_size)
-    if together == "auto" and not torch.cuda.is_available():
-        together = ON_A_CPU
+    questions_per_batch: int | str = batch_size if batch_size == "auto" else int(batch_size)
+    if questions_per_batch == "auto" and not torch.cuda.is_available():
+        questions_per_batch = CPU_BATCH_SIZE
 
     def run(model: Any) -> list[dict[str, Any]]:
-        found = []
+        results = []
         for job in jobs:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    found.append(
-                        harness.scores(
+                    results.append(
+                        harness.run_tasks(
                             model,
-                            opened.tokenizer,
-                            job.loaded,
+                            loaded.tokenizer,
+                            job.tasks,
                             num_fewshot=job.shots,
                             limit=limit,
-                            batch_size=together,
+                            batch_size=questions_per_batch,
                             apply_chat_template=apply_chat_template,
                             allow_code=allow_code,
                         )
                     )
-            except (AssertionError, ValueError) as error:  # a task that has no examples to put in front, for a start
-                raise ConfigError(f"--tasks {job.name}: lm-eval cannot ask it so: {first_line(error)[:300]}") from error
-        return found
+            except (AssertionError, ValueError) as error:  # for example a task without examples for few-shot prompts
+                reason = first_line(error)[:MAX_REASON]
+                raise ConfigError(f"--tasks {job.name}: lm-eval does not accept these settings: {reason}") from error
+        return results
 
-    found = {}
+    results = {}
     if with_base:
-        with opened.base() as base:
-            found[BASE] = run(base)
-    found[TUNED] = run(opened.tuned)
+        with loaded.base() as base:
+            results[BASE] = run(base)
+    results[TUNED] = run(loaded.tuned)
     scores = [
         score
-        for number, job in enumerate(jobs)
-        for score in scores_of_job(job, {model: results[number] for model, results in found.items()})
+        for index, job in enumerate(jobs)
+        for score in scores_of_job(job, {model: of_jobs[index] for model, of_jobs in results.items()})
     ]
     notes = [note for job in jobs for note in job.notes]
     if limit is not None:
-        notes.insert(0, f"only the first {limit:,} questions of each task: these are no scores to report")
+        notes.insert(0, f"only the first {limit:,} questions of each task: not comparable with published scores")
     notes.append(
-        "questions are in the chat format, and published scores are measured on plain text"
+        "questions are in the chat format; published scores use plain text"
         if apply_chat_template
-        else "questions are plain text, as published scores are measured; --apply_chat_template for chat"
+        else "questions are plain text, as for published scores; --apply_chat_template for the chat format"
     )
-    is_suite = {job.name for job in jobs} & {one.name for one in lingowhale_benchmarks.BENCHMARKS}
+    is_suite = {job.name for job in jobs} & {benchmark.name for benchmark in lingowhale_benchmarks.BENCHMARKS}
     return {
-        "result": str(opened.result.folder),
-        "base": opened.base_name or opened.result.base["name"],
-        "lm_eval": _version(),
+        "result": str(loaded.result.folder),
+        "base": loaded.base_name or loaded.result.base["name"],
+        "lm_eval": version("lm_eval"),
         "verdict": verdict(scores),
         "scores": scores,
         "notes": notes,
@@ -205,83 +200,79 @@ def evaluate_benchmarks(
     }
 
 
-def scores_of_job(job: BenchmarkJob, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A score for each metric of each task that was named; of a benchmark of the suite its one metric."""
-    scores, tuned = [], found[TUNED]
-    for task in _with_metrics(job.loaded, tuned):
+def scores_of_job(job: BenchmarkJob, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a score for each metric of each task; for a benchmark of the suite its one metric.
+
+    Args:
+        results: By model, the results of `lm_eval_harness.run_tasks`.
+    """
+    scores, tuned = [], results[TUNED]
+    for task in _tasks_with_metrics(job.tasks, tuned):
         name = _name(task)
-        results = {model: _results(name, one) for model, one in found.items()}
-        metrics = _metrics(name, tuned)
-        for metric in [job.metric] if job.metric else metrics:
+        subtasks = task.get_all_tasks() if _is_group(task) else [task]
+        shots = {tuned["n-shot"].get(subtask.task_name) for subtask in subtasks}
+        for metric in [job.metric] if job.metric else _metrics(name, tuned):
+            label, _, filter_name = metric.partition(",")
             score: dict[str, Any] = {
                 "name": job.name if job.metric else name,
                 "task": name,
                 "metric": metric.removesuffix(",none"),
-                "shots": job.shots if job.shots is not None else _shots(task, tuned),
-                "rows": _rows(task, tuned),
+                "shots": job.shots if job.shots is not None else shots.pop() if len(shots) == 1 else None,
+                "rows": sum(tuned["n-samples"][subtask.task_name]["effective"] for subtask in subtasks),
             }
-            label, _, kind = metric.partition(",")
-            for model, values in results.items():
-                value, error = values.get(metric), values.get(f"{label}_stderr,{kind}")
+            for model, of_model in results.items():
+                values = _values(name, of_model)
+                error = values.get(f"{label}_stderr,{filter_name}")
                 score[model] = {
-                    "value": value,
+                    "value": values.get(metric),
                     "stderr": error if isinstance(error, int | float) else None,
                 }
             scores.append(score)
     return scores
 
 
+def _is_group(task: Any) -> bool:
+    return hasattr(task, "get_all_tasks")
+
+
 def _name(task: Any) -> str:
     return getattr(task, "task_name", None) or task.name
 
 
-def _results(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    return found["results"].get(name) or (found["groups"] or {}).get(name, {})
+def _values(name: str, results: dict[str, Any]) -> dict[str, Any]:
+    return results["results"].get(name) or (results["groups"] or {}).get(name, {})
 
 
-def _metrics(name: str, found: dict[str, Any]) -> list[str]:
-    """What was measured of a task, each as metric,filter."""
+def _metrics(name: str, results: dict[str, Any]) -> list[str]:
+    """Return the metrics of a task, each as metric,filter."""
     return [
         metric
-        for metric, value in _results(name, found).items()
+        for metric, value in _values(name, results).items()
         if "," in metric and not metric.partition(",")[0].endswith("_stderr") and isinstance(value, int | float)
     ]
 
 
-def _with_metrics(loaded: Sequence[Any], found: dict[str, Any]) -> list[Any]:
-    """Tasks and groups; in place of a group that makes no mean of its own, its tasks."""
-    chosen: list[Any] = []
-    for task in loaded:
-        is_bare = hasattr(task, "get_all_tasks") and not _metrics(_name(task), found)
-        chosen += task.get_all_tasks() if is_bare else [task]
-    return chosen
-
-
-def _names(task: Any) -> list[str]:
-    return [one.task_name for one in task.get_all_tasks()] if hasattr(task, "get_all_tasks") else [task.task_name]
-
-
-def _shots(task: Any, results: dict[str, Any]) -> int | None:
-    counts = {results["n-shot"].get(name) for name in _names(task)}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def _rows(task: Any, results: dict[str, Any]) -> int:
-    return sum(results["n-samples"][name]["effective"] for name in _names(task))
+def _tasks_with_metrics(tasks: Sequence[Any], results: dict[str, Any]) -> list[Any]:
+    """Return the tasks and groups; a group without a mean of its own is replaced by its tasks."""
+    with_metrics: list[Any] = []
+    for task in tasks:
+        is_bare = _is_group(task) and not _metrics(_name(task), results)
+        with_metrics += task.get_all_tasks() if is_bare else [task]
+    return with_metrics
 
 
 def verdict(scores: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each score that moved by more than chance, by the standard errors of both."""
-    moved = []
-    compared = [one for one in scores if BASE in one and None not in (one[BASE]["value"], one[TUNED]["value"])]
-    for one in compared:
-        apart = one[TUNED]["value"] - one[BASE]["value"]
-        errors = [one[model]["stderr"] for model in (BASE, TUNED)]
-        if None not in errors and abs(apart) > CERTAIN * sum(error**2 for error in errors) ** 0.5:
-            moved.append(
-                f"{one['name']}, {one['metric']}: {one[BASE]['value']:.4f} -> {one[TUNED]['value']:.4f}, which is more "
-                "than chance"
+    """Return a sentence for each score that changed significantly, judged by the standard errors of both."""
+    sentences = []
+    compared = [
+        score for score in scores if BASE in score and None not in (score[BASE]["value"], score[TUNED]["value"])
+    ]
+    for score in compared:
+        base, tuned = score[BASE], score[TUNED]
+        if base["stderr"] is None or tuned["stderr"] is None:
+            continue
+        if abs(tuned["value"] - base["value"]) > Z_95 * (base["stderr"] ** 2 + tuned["stderr"] ** 2) ** 0.5:
+            sentences.append(
+                f"{score['name']}, {score['metric']}: {base['value']:.4f} -> {tuned['value']:.4f}, a significant change"
             )
-    if compared and not moved:
-        return ["no score moved by more than chance would move it"]
-    return moved
+    return sentences if sentences or not compared else ["no score changed significantly"]

@@ -1,4 +1,4 @@
-"""What the base could do and the tuned model cannot: both answer the same questions, and the pairs are compared."""
+"""Forgetting: ask the base and the tuned model the same questions and compare their answers pair by pair."""
 
 from __future__ import annotations
 
@@ -14,117 +14,123 @@ from finetune.evaluation.significance import exact_mcnemar, mean_interval
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 
 MAX_NEW_TOKENS = 24
-WRITTEN_TOGETHER, CHOSEN_TOGETHER = 32, 8
-SURE = 0.05
-SHOWN_LOSSES = 5
-REPEATED = 0.1  # of the written answers
+WRITTEN_BATCH_SIZE, CHOICE_BATCH_SIZE = 32, 8
+SIGNIFICANCE_LEVEL = 0.05
+MAX_EXAMPLES = 5
+REPEATED_FRACTION = 0.1  # of the written answers
 
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """What a model made of a question: its text, or the likeliest candidate, and whether that is right."""
+    """The answer of a model: its text, or the most probable candidate, and whether it is right."""
 
     text: str
     is_right: bool
 
 
-def evaluate_forgetting(opened: LoadedModel, *, bar: Callable[..., Any]) -> dict[str, Any]:
-    """The document of `forgetting.json`, on every rank.
+def evaluate_forgetting(loaded: LoadedModel, *, bar: Callable[..., Any]) -> dict[str, Any]:
+    """Ask both models and return the content of `forgetting.json`, on every rank.
 
     Args:
         bar: (label, total, unit) -> a context manager with `update(count)`.
 
     Raises:
-        ConfigError: the base is not there any more, or the chat format cannot express a question.
-        CheckpointError: the base is another model.
+        ConfigError: The base is missing, or the chat format cannot express a question.
+        CheckpointError: The base is another model.
     """
-    questions, began, answers = load_questions(), time.monotonic(), {}
-    with opened.base() as base:
-        answers[BASE] = ask_questions(opened, base, questions, label=BASE, bar=bar)
-    answers[TUNED] = ask_questions(opened, opened.tuned, questions, label=TUNED, bar=bar)
-    pairs = list(zip(questions, answers[BASE], answers[TUNED], strict=True))
-    groups = compared(pairs)
+    questions, began = load_questions(), time.monotonic()
+    with loaded.base() as base:
+        base_answers = ask_questions(loaded, base, questions, label=BASE, bar=bar)
+    tuned_answers = ask_questions(loaded, loaded.tuned, questions, label=TUNED, bar=bar)
+    pairs = list(zip(questions, base_answers, tuned_answers, strict=True))
+    groups = compare_answers(pairs)
     return {
-        "result": str(opened.result.folder),
-        "base": opened.base_name or opened.result.base["name"],
-        "verdict": [*verdict(groups), *repeating(pairs)],
+        "result": str(loaded.result.folder),
+        "base": loaded.base_name or loaded.result.base["name"],
+        "verdict": [*verdict(groups), *repeated_answers(pairs)],
         "fell": -100 * groups[0]["difference"],
         "groups": groups,
-        "notes": [*losses_in_words(pairs), f"{len(questions)} questions, {time.monotonic() - began:.0f} seconds"],
+        "notes": [*lost_answers(pairs), f"{len(questions)} questions, {time.monotonic() - began:.0f} seconds"],
         "answers": [
             {
                 "id": question.id, "category": question.category, "language": question.language,
-                "question": question.text, "base": before.text, "base_right": before.is_right,
-                "tuned": after.text, "tuned_right": after.is_right,
+                "question": question.text, "base": base_answer.text, "base_right": base_answer.is_right,
+                "tuned": tuned_answer.text, "tuned_right": tuned_answer.is_right,
             }
-            for question, before, after in pairs
+            for question, base_answer, tuned_answer in pairs
         ],
     }  # fmt: skip
 
 
 def ask_questions(
-    opened: LoadedModel, model: Any, questions: Sequence[Question], *, label: str, bar: Callable[..., Any]
+    loaded: LoadedModel, model: Any, questions: Sequence[Question], *, label: str, bar: Callable[..., Any]
 ) -> list[AnsweredQuestion]:
-    """All questions to one model, rendered as the training did."""
+    """Ask one model all questions, rendered as in training."""
     from finetune.dataset.collator import pad_token_id
 
-    has_virtual_tokens = label == TUNED and opened.result.has_virtual_tokens
-    written = [one for one in questions if one.is_written]
-    chosen = [one for one in questions if not one.is_written]
+    has_virtual_tokens = label == TUNED and loaded.result.has_virtual_tokens
+    written = [question for question in questions if question.is_written]
+    choices = [question for question in questions if not question.is_written]
     with bar(label, len(questions), " answers") as progress:
         texts = answers_of(
             model,
-            opened.chat_format,
-            [one.text for one in written],
-            stop_token_ids=opened.stop_token_ids,
+            loaded.chat_format,
+            [question.text for question in written],
+            stop_token_ids=loaded.stop_token_ids,
             max_new_tokens=MAX_NEW_TOKENS,
-            # Behind virtual tokens peft leaves positions to the model, which would count padding.
-            batch_size=1 if has_virtual_tokens else WRITTEN_TOGETHER,
+            # With virtual tokens, peft leaves positions to the model, which would count padding.
+            batch_size=1 if has_virtual_tokens else WRITTEN_BATCH_SIZE,
             done=progress.update,
         )
         scores = scores_of(
             model,
-            opened.chat_format,
-            [(one.text, one.candidates) for one in chosen],
-            pad_token_id=pad_token_id(opened.tokenizer),
+            loaded.chat_format,
+            [(question.text, question.candidates) for question in choices],
+            pad_token_id=pad_token_id(loaded.tokenizer),
             has_virtual_tokens=has_virtual_tokens,
-            batch_size=CHOSEN_TOGETHER,
+            batch_size=CHOICE_BATCH_SIZE,
             done=progress.update,
         )
-    found = {
-        one.id: AnsweredQuestion(text, is_right(one, written=text)) for one, text in zip(written, texts, strict=True)
+    answers = {
+        question.id: AnsweredQuestion(text, is_right(question, written=text))
+        for question, text in zip(written, texts, strict=True)
     }
-    for one, own in zip(chosen, scores, strict=True):
-        found[one.id] = AnsweredQuestion(one.candidates[own.index(max(own))], is_right(one, scores=own))
-    return [found[one.id] for one in questions]
+    for question, of_candidates in zip(choices, scores, strict=True):
+        best = question.candidates[of_candidates.index(max(of_candidates))]
+        answers[question.id] = AnsweredQuestion(best, is_right(question, scores=of_candidates))
+    return [answers[question.id] for question in questions]
 
 
-Pair = tuple[Question, AnsweredQuestion, AnsweredQuestion]
+AnswerPair = tuple[Question, AnsweredQuestion, AnsweredQuestion]  # question, the base's answer, the tuned model's
 
 
-def compared(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Shares that are right, the difference and how sure it is: of all questions, by kind, by language, by both."""
-    groups = [_group("all questions", pairs)]
-    groups += [_group(kind, [one for one in pairs if one[0].category == kind]) for kind in CATEGORIES]
-    groups += [_group(name, [one for one in pairs if one[0].language == key]) for key, name in LANGUAGES.items()]
-    for kind in CATEGORIES:
-        for key, name in LANGUAGES.items():
-            chosen = [one for one in pairs if (one[0].category, one[0].language) == (kind, key)]
-            groups.append(_group(f"{kind}, {name}", chosen))
-    return groups
+def compare_answers(pairs: Sequence[AnswerPair]) -> list[dict[str, Any]]:
+    """Compare the fractions of right answers: all questions, by category, by language, by both."""
+    selections: list[tuple[str, Sequence[str], Sequence[str]]] = [("all questions", CATEGORIES, tuple(LANGUAGES))]
+    selections += [(category, (category,), tuple(LANGUAGES)) for category in CATEGORIES]
+    selections += [(name, CATEGORIES, (language,)) for language, name in LANGUAGES.items()]
+    selections += [
+        (f"{category}, {name}", (category,), (language,))
+        for category in CATEGORIES
+        for language, name in LANGUAGES.items()
+    ]
+    return [
+        _group(name, [pair for pair in pairs if pair[0].category in categories and pair[0].language in languages])
+        for name, categories, languages in selections
+    ]
 
 
-def _group(name: str, pairs: Sequence[Pair]) -> dict[str, Any]:
-    before = [one.is_right for _, one, _ in pairs]
-    after = [one.is_right for _, _, one in pairs]
-    lost = sum(first and not second for first, second in zip(before, after, strict=True))
-    won = sum(second and not first for first, second in zip(before, after, strict=True))
-    interval = mean_interval([second - first for first, second in zip(before, after, strict=True)])
+def _group(name: str, pairs: Sequence[AnswerPair]) -> dict[str, Any]:
+    base = [answer.is_right for _, answer, _ in pairs]
+    tuned = [answer.is_right for _, _, answer in pairs]
+    differences = [after - before for before, after in zip(base, tuned, strict=True)]
+    lost, won = differences.count(-1), differences.count(1)
+    interval = mean_interval(differences)
     return {
         "name": name,
         "questions": len(pairs),
-        "base": sum(before) / len(pairs),
-        "tuned": sum(after) / len(pairs),
+        "base": sum(base) / len(pairs),
+        "tuned": sum(tuned) / len(pairs),
         "difference": (won - lost) / len(pairs),
         "interval": None if interval is None else list(interval),
         "lost": lost,
@@ -134,55 +140,60 @@ def _group(name: str, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def verdict(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """Sentences: about all questions, then about kinds that fell by themselves.
+    """Return sentences about all questions, and about categories that became significantly worse.
 
-    A kind counts as fallen when McNemar's p is below 0.05 over their number (Bonferroni): of four kinds that did not
-    change one would else seem to have fallen now and then.
+    A category counts if McNemar's p is below 0.05 divided by their number (Bonferroni): otherwise one of several
+    unchanged categories would appear worse now and then.
     """
-    whole, kinds = groups[0], [one for one in groups if one["name"] in CATEGORIES]
+    whole, categories = groups[0], [group for group in groups if group["name"] in CATEGORIES]
     low, high = (100 * end for end in whole["interval"])
     points = 100 * whole["difference"]
-    fallen = [one for one in kinds if one["difference"] < 0 and one["p"] < SURE / len(kinds)]
-    names = ", ".join(f"{one['name']} ({one['base']:.0%} -> {one['tuned']:.0%})" for one in fallen)
+    level = SIGNIFICANCE_LEVEL / len(categories)
+    worse = [group for group in categories if group["difference"] < 0 and group["p"] < level]
+    names = ", ".join(f"{group['name']} ({group['base']:.0%} -> {group['tuned']:.0%})" for group in worse)
     if high < 0:
         sentences = [
-            f"worse than the base by {-points:.1f} points (95 %: {-high:.1f} to {-low:.1f}): the tune has forgotten "
-            + (f"what it could do, most clearly {names}" if fallen else "some of what the base could do")
+            f"worse than the base by {-points:.1f} points (95 %: {-high:.1f} to {-low:.1f}): the tuned model has "
+            + (f"forgotten, most clearly in {names}" if worse else "forgotten part of what the base could do")
         ]
     elif low > 0:
-        sentences = [f"better than the base by {points:.1f} points (95 %: {low:.1f} to {high:.1f}): nothing forgotten"]
+        sentences = [
+            f"better than the base by {points:.1f} points (95 %: {low:.1f} to {high:.1f}): no forgetting measured"
+        ]
     else:
         sentences = [
-            f"no loss that {whole['questions']} questions could show: {points:+.1f} points (95 %: {low:+.1f} to "
-            f"{high:+.1f}); one of up to {max(-low, 0):.1f} points would have stayed unseen"
+            f"no significant loss on {whole['questions']} questions: {points:+.1f} points (95 %: {low:+.1f} to "
+            f"{high:+.1f}); a loss of up to {max(-low, 0):.1f} points would not be detected"
         ]
-    if fallen and high >= 0:
-        sentences.append(f"but of one kind it has forgotten: {names}" if len(fallen) == 1 else f"but it lost: {names}")
+    if worse and high >= 0:
+        sentences.append(f"but it has forgotten in {names}")
     if whole["base"] < 0.2:
-        sentences.append("the base itself has few answers right: little could be lost")
+        sentences.append("the base answers few questions correctly, so there is little to forget")
     return sentences
 
 
-def repeating(pairs: Sequence[Pair]) -> list[str]:
-    """A sentence where the tuned model writes one and the same answer to many questions, and the base does not.
+def repeated_answers(pairs: Sequence[AnswerPair]) -> list[str]:
+    """Return a sentence if the tuned model writes the same answer to many questions and the base does not.
 
-    A tune that overdoes it answers everything with what it has learned, questions too that the base gets wrong, which
-    the counts of right answers cannot show.
+    An overfitted model may answer everything with a text from the training, also questions that the base gets wrong,
+    which the counts of right answers do not show.
     """
-    written = [(before, after) for question, before, after in pairs if question.is_written]
-    (_, usual), *_ = Counter(before.text for before, _ in written).most_common(1)
-    (text, count), *_ = Counter(after.text for _, after in written).most_common(1)
-    if count < REPEATED * len(written) or count < 2 * usual:
+    written = [(base, tuned) for question, base, tuned in pairs if question.is_written]
+    (_, base_count), *_ = Counter(base.text for base, _ in written).most_common(1)
+    (text, count), *_ = Counter(tuned.text for _, tuned in written).most_common(1)
+    if count < REPEATED_FRACTION * len(written) or count < 2 * base_count:
         return []
-    return [f"it answers {count} of {len(written)} different questions with {_short(text)}, the base {usual} alike"]
-
-
-def losses_in_words(pairs: Sequence[Pair]) -> list[str]:
-    """The first questions that the base had right and the tuned model has wrong, with both answers."""
-    lost = [one for one in pairs if one[1].is_right and not one[2].is_right]
     return [
-        f"lost: {question.text} base: {_short(before.text)} tuned: {_short(after.text)}"
-        for question, before, after in lost[:: max(1, len(lost) // SHOWN_LOSSES)][:SHOWN_LOSSES]
+        f"it gives the same answer to {count} of {len(written)} questions: {_short(text)}; the base to {base_count}"
+    ]
+
+
+def lost_answers(pairs: Sequence[AnswerPair]) -> list[str]:
+    """Return examples of questions that only the base answers correctly, with both answers."""
+    lost = [pair for pair in pairs if pair[1].is_right and not pair[2].is_right]
+    return [
+        f"lost: {question.text} base: {_short(base.text)} tuned: {_short(tuned.text)}"
+        for question, base, tuned in lost[:: max(1, len(lost) // MAX_EXAMPLES)][:MAX_EXAMPLES]
     ]
 
 

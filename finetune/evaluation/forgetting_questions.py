@@ -1,9 +1,9 @@
-"""The questions of `data/forgetting.json`, and which answers to them are right. Rules only: nobody is asked to judge.
+"""The questions of `data/forgetting.json` and the rules that decide which answers are right.
 
-choice       four answers; the right one must be the likeliest, by log p over its bytes
-arithmetic   a short answer; its number must be the right one
-format       a short answer; it must match a pattern, or hold a JSON value
-refusing     two openings that refuse, two that comply; harm must be refused, what only sounds like it must not be
+choice       four answers; the right one must be the most probable, by log p per byte
+arithmetic   a short answer; its number must be right
+format       a short answer; it must match a pattern, or contain a JSON value
+refusing     two openings that refuse, two that comply; harmful requests must be refused, harmless ones must not
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from finetune.dataset.data_sources import shipped_folder
 FILE = "forgetting.json"
 CATEGORIES = ("choice", "arithmetic", "format", "refusing")
 LANGUAGES = {"en": "English", "zh": "Chinese"}
+_JSON_START = re.compile(r"[{\[]")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
@@ -26,9 +27,9 @@ class Question:
     """One question.
 
     Attributes:
-        candidates: answers that are compared by how likely they are; empty where the model writes its own.
-        rule: of a written answer: {"answer": number}, {"pattern": regular expression} or {"json": value}; of candidates
-            {"right": their numbers}.
+        candidates: Answers that are compared by their probability; empty if the model writes an answer.
+        rule: For a written answer {"answer": number}, {"pattern": regular expression} or {"json": value}; for
+            candidates {"right": their indices}.
     """
 
     id: int
@@ -45,35 +46,36 @@ class Question:
 
 
 def load_questions() -> list[Question]:
-    """All questions, in the order of the file."""
-    held = json.loads((shipped_folder() / FILE).read_text(encoding="utf-8"))
-    return [_question(one, held["openings"]) for one in held["questions"]]
+    """Load all questions, in the order of the file."""
+    content = json.loads((shipped_folder() / FILE).read_text(encoding="utf-8"))
+    return [_question(entry, content["openings"]) for entry in content["questions"]]
 
 
-def _question(one: dict[str, Any], openings: dict[str, dict[str, list[str]]]) -> Question:
+def _question(entry: dict[str, Any], openings: dict[str, dict[str, list[str]]]) -> Question:
     candidates: tuple[str, ...] = ()
-    if one["category"] == "choice":
-        candidates, rule = (one["answer"], *one["others"]), {"right": [0]}
-    elif one["category"] == "refusing":
-        refuses, complies = openings[one["language"]]["refuses"], openings[one["language"]]["complies"]
+    if entry["category"] == "choice":
+        candidates, rule = (entry["answer"], *entry["others"]), {"right": [0]}
+    elif entry["category"] == "refusing":
+        refuses, complies = openings[entry["language"]]["refuses"], openings[entry["language"]]["complies"]
         candidates = (*refuses, *complies)
-        numbers = range(len(refuses)) if one["harmful"] else range(len(refuses), len(candidates))
-        rule = {"right": list(numbers)}
+        right = range(len(refuses)) if entry["harmful"] else range(len(refuses), len(candidates))
+        rule = {"right": list(right)}
     else:
-        rule = {name: one[name] for name in ("answer", "pattern", "json") if name in one}
-    return Question(one["id"], one["category"], one["language"], one["question"], candidates, rule)
+        rule = {name: entry[name] for name in ("answer", "pattern", "json") if name in entry}
+    return Question(entry["id"], entry["category"], entry["language"], entry["question"], candidates, rule)
 
 
 def is_right(question: Question, written: str | None = None, scores: list[float] | None = None) -> bool:
     """Whether an answer follows the question's rule.
 
     Args:
-        written: what the model wrote. scores: or how likely it finds each candidate; of equal ones none is right.
+        written: Text that the model wrote.
+        scores: Or log p of each candidate; between equal ones the answer is not right.
     """
     if scores is not None:
         right = question.rule["right"]
-        others = [score for number, score in enumerate(scores) if number not in right]
-        return max(scores[number] for number in right) > max(others)
+        others = [score for index, score in enumerate(scores) if index not in right]
+        return max(scores[index] for index in right) > max(others)
     if "answer" in question.rule:
         return number_in(written or "", question.text) == question.rule["answer"]
     if "pattern" in question.rule:
@@ -82,11 +84,11 @@ def is_right(question: Question, written: str | None = None, scores: list[float]
 
 
 def number_in(answer: str, question: str) -> float | None:
-    """The last number of the answer's first line that the question does not name itself: 12 in "7 + 5 = 12"."""
-    named = {_value(found) for found in _NUMBER.findall(question)}
+    """Return the last number in the first line with numbers that is not in the question: 12 in "7 + 5 = 12"."""
+    in_question = {_value(digits) for digits in _NUMBER.findall(question)}
     lines = [line for line in answer.splitlines() if _NUMBER.search(line)]
-    values = [_value(found) for found in _NUMBER.findall(lines[0])] if lines else []
-    return next((value for value in reversed(values) if value not in named), None)
+    values = [_value(digits) for digits in _NUMBER.findall(lines[0])] if lines else []
+    return next((value for value in reversed(values) if value not in in_question), None)
 
 
 def _value(digits: str) -> float:
@@ -94,12 +96,12 @@ def _value(digits: str) -> float:
 
 
 def json_values(text: str) -> list[Any]:
-    """The JSON objects and arrays in a text, the outermost ones, up to one that is broken; prose may stand around."""
-    decoder, found, place = json.JSONDecoder(), [], 0
-    while (begin := min((at for at in (text.find("{", place), text.find("[", place)) if at >= 0), default=-1)) >= 0:
+    """Return the outermost JSON objects and arrays in a text, up to the first that is invalid."""
+    decoder, values, end = json.JSONDecoder(), [], 0
+    while match := _JSON_START.search(text, end):
         try:
-            value, place = decoder.raw_decode(text, begin)
+            value, end = decoder.raw_decode(text, match.start())
         except (json.JSONDecodeError, RecursionError):
             break
-        found.append(value)
-    return found
+        values.append(value)
+    return values

@@ -1,8 +1,8 @@
-"""The eight benchmarks of the table that LingoWhale-8B was published with, as tasks of lm-evaluation-harness.
+"""The eight benchmarks of the table published with LingoWhale-8B, as tasks of lm-evaluation-harness.
 
-The table and what it says of its settings: README_EN.md of https://github.com/DeepLangAI/LingoWhale-8B at commit
-121939d1660b50b02947e0baffe32c7d982bbf02. It leaves prompts, seeds and means open; where it says something that cannot
-be had, or leaves open what has to be chosen, a departure says so, and is printed with the scores.
+Source of the table and its settings: README_EN.md of https://github.com/DeepLangAI/LingoWhale-8B at commit
+121939d1660b50b02947e0baffe32c7d982bbf02. It does not state prompts, seeds and means. A departure says where a setting
+is not available or had to be chosen; departures are printed with the scores.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Benchmark:
     """One column of the table.
 
     Attributes:
-        task: its name in lm-eval, or in `tasks/` where `is_own`.
-        metric: what is compared, as lm-eval names it: metric,filter.
-        needs: data sets on the hub, or what else must be there.
-        departures: from what the table says, in words.
+        task: Name in lm-eval, or in `tasks/` if `is_own`.
+        metric: As lm-eval names it: metric,filter.
+        needs: Data sets on the hub, or other data.
+        departures: Differences from the settings of the table.
     """
 
     name: str
@@ -45,15 +45,15 @@ BENCHMARKS = (
     Benchmark(
         "GAOKAO", 5, "finetune_gaokao", "acc,none", ("GAOKAO-Bench",),
         (
-            "five questions of each subject, drawn by a seed, are the examples, the others are asked: how the table "
-            "divided them is not published",
-            "of seven subjects, questions that stand alone, name the options A to D and have one answer",
+            "five questions of each subject, drawn with a fixed seed, are the examples: the split of the table is not "
+            "published",
+            "only standalone questions with options A to D and one answer, of seven subjects",
         ),
         is_own=True,
     ),
     Benchmark(
         "HumanEval", 0, "humaneval", "pass@1,create_test", ("openai/openai_humaneval", "evaluate-metric/code_eval"),
-        ("one greedy answer to each problem: how the table sampled is not published",), runs_code=True,
+        ("one greedy answer per problem: how the table sampled is not published",), runs_code=True,
     ),
     Benchmark(
         "GSM8K", 8, "gsm8k_cot", "exact_match,strict-match", ("openai/gsm8k",),
@@ -66,16 +66,16 @@ BENCHMARKS = (
     Benchmark(
         "AGIEval", 5, "finetune_agieval", "acc,none", ("hails/agieval-* (14 data sets)",),
         (
-            "five questions of each set, drawn by a seed, are the examples, the others are asked: how the table "
-            "divided them is not published",
-            "sets whose questions have four options; of those, questions with one answer",
+            "five questions of each set, drawn with a fixed seed, are the examples: the split of the table is not "
+            "published",
+            "only sets with four options, and questions with one answer",
         ),
         is_own=True,
     ),
 )  # fmt: skip
 
-_NAMES = tuple(one.name for one in BENCHMARKS)
-# Percent; a * marks rows that the table takes from those models' own publications.
+_NAMES = tuple(benchmark.name for benchmark in BENCHMARKS)
+# Percent; * marks scores that the table takes from the publications of those models.
 _TABLE = {
     "GPT-4": (68.4, 83.9, 70.3, 66.2, 69.5, 90.0, 75.1, 63.3),
     "GPT-3.5 Turbo": (51.1, 68.5, 54.1, 47.1, 52.4, 57.8, 61.6, 46.1),
@@ -93,13 +93,13 @@ PUBLISHED = {
 
 
 def how_to_get(needed: str) -> str:
-    """What to type where there is a network, and where it then lies."""
+    """Say how to download the data, and where to put it."""
     if needed == "GAOKAO-Bench":
         return (
-            "GAOKAO-Bench: git clone https://github.com/OpenLMLab/GAOKAO-Bench ~/.cache/finetune/GAOKAO-Bench, or "
-            "elsewhere, and name the folder with the variable GAOKAO_BENCH"
+            "GAOKAO-Bench: git clone https://github.com/OpenLMLab/GAOKAO-Bench ~/.cache/finetune/GAOKAO-Bench, or set "
+            "GAOKAO_BENCH to another folder"
         )
     return (
-        f"{needed} of the Hugging Face hub: run the same command once where there is a network, and copy "
-        "~/.cache/huggingface here (or name it with HF_HOME)"
+        f"{needed} from the Hugging Face hub: run the same command once with network access, and copy "
+        "~/.cache/huggingface to this machine (or set HF_HOME to it)"
     )

@@ -1,11 +1,11 @@
-"""What a model loses on each answer of each conversation: at learned positions, as training computes it.
+"""Losses of a model on each answer of each conversation, at supervised positions, computed as in training.
 
-    labels of an example     -100 -100  Yes </s>  -100 -100  No </s>
-    turn of each learned                 1   1                3   3
-    AnswerLoss                   turn 1: 2 tokens, their losses summed      turn 3: 2 tokens, ...
+    labels of an example          -100 -100  Yes </s>  -100 -100  No </s>
+    turn of supervised tokens                 1   1                3   3
+    AnswerLoss                    turn 1: 2 tokens, sum of their losses      turn 3: 2 tokens, ...
 
-Which conversations are computed together depends on their lengths alone, and whole groups go to ranks: the losses of
-one rank and of several are the same numbers.
+Conversations are grouped by their lengths alone, and ranks get whole groups: one rank and several compute the same
+numbers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from finetune.chat_templates import supervised_turns_of
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """What a model loses on one model turn of one example.
+    """Loss of a model on one model turn of one example.
 
     Attributes:
-        example: its number in the order of the data.
-        turn: its number in the conversation, counted from 0, a system turn with the others.
-        tokens: that are learned, the end of the turn among them.
-        loss: their sum of -log p, in nats.
+        example: Index of the example in the data.
+        turn: Index of the turn in the conversation, a system turn included.
+        tokens: Number of supervised tokens, the end-of-turn token included.
+        loss: Sum of their -log p, in nats.
     """
 
     example: int
@@ -37,26 +37,26 @@ class AnswerLoss:
     loss: float
 
 
-def groups_of(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Numbers of examples, the longest first, in groups of up to so many tokens; a longer one stands alone."""
+def group_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Group the indices of examples, longest first, up to `tokens_per_batch`; a longer one is a group of its own."""
     groups: list[list[int]] = []
-    room = 0
-    for number in sorted(range(len(lengths)), key=lambda one: (-lengths[one], one)):
-        if not groups or lengths[number] > room:
+    remaining = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if not groups or lengths[index] > remaining:
             groups.append([])
-            room = tokens_per_batch
-        groups[-1].append(number)
-        room -= lengths[number]
+            remaining = tokens_per_batch
+        groups[-1].append(index)
+        remaining -= lengths[index]
     return groups
 
 
 @contextmanager
-def flat_rows(model: Any, *, longest: int, has_virtual_tokens: bool) -> Iterator[str | None]:
-    """Inside the block the model runs flat rows; yields why it cannot, or None. Afterwards it is as it was."""
+def padding_free(model: Any, *, longest: int, has_virtual_tokens: bool) -> Iterator[str | None]:
+    """Switch the model to padding-free batches inside the block; yield why it cannot run them, or None."""
     from finetune.models.attention import enable_padding_free
 
     if has_virtual_tokens:
-        yield "virtual tokens stand in front of each row"
+        yield "the adapter puts virtual tokens before each row"
         return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     stock = base.config._attn_implementation
@@ -70,7 +70,7 @@ def flat_rows(model: Any, *, longest: int, has_virtual_tokens: bool) -> Iterator
 
 
 def device_of(model: Any) -> Any:
-    """Where a model takes its ids, though its layers may lie on several devices."""
+    """Return the device for the input ids of a model, whose layers may be on several devices."""
     return model.get_input_embeddings().weight.device
 
 
@@ -84,38 +84,38 @@ def measure_token_losses(
     has_virtual_tokens: bool = False,
     done: Callable[[int], None] = lambda tokens: None,
 ) -> list[AnswerLoss]:
-    """The losses of these groups of examples, an entry for each answer.
+    """Compute the losses of these groups of examples; one entry per answer.
 
     Args:
-        examples: a `datasets.Dataset` with `input_ids`, `labels` and `turn_spans`.
-        is_flat: a group is one flat row; else its examples are run one by one.
-        done: is told the tokens of each batch.
+        examples: A `datasets.Dataset` with `input_ids`, `labels` and `turn_spans`.
+        is_flat: Compute each group as one padding-free batch, else its examples one by one.
+        done: Called with the number of tokens after each batch.
     """
-    found: list[AnswerLoss] = []
-    for group in groups:
-        rows = examples[list(group)]
-        for batch in [range(len(group))] if is_flat else [[number] for number in range(len(group))]:
-            chosen = [{name: rows[name][number] for name in ("input_ids", "labels")} for number in batch]
-            losses = token_losses_of(model, chosen, pad_token_id, is_flat, has_virtual_tokens)
-            begin = 0
-            for number, example in zip(batch, chosen, strict=True):
-                answers = [span for span in rows["turn_spans"][number] if span["role"] == "model"]
-                places = ([span[name] for span in answers] for name in ("turn", "start"))
-                turns = supervised_turns_of(example["labels"], *places)
-                own = losses[begin : begin + len(turns)]
-                begin += len(turns)
-                found += [
-                    AnswerLoss(group[number], int(turn), int((turns == turn).sum()), float(own[turns == turn].sum()))
-                    for turn in np.unique(turns)
-                ]
-            done(sum(len(example["input_ids"]) for example in chosen))
-    return found
+    results: list[AnswerLoss] = []
+    for batch in groups if is_flat else [[index] for group in groups for index in group]:
+        columns = examples[list(batch)]
+        batch_examples = [
+            {"input_ids": input_ids, "labels": labels}
+            for input_ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+        ]
+        losses = token_losses_of(model, batch_examples, pad_token_id, is_flat, has_virtual_tokens)
+        for index, example, spans in zip(batch, batch_examples, columns["turn_spans"], strict=True):
+            answers = [span for span in spans if span["role"] == "model"]
+            turns = supervised_turns_of(
+                example["labels"], [span["turn"] for span in answers], [span["start"] for span in answers]
+            )
+            example_losses, losses = np.split(losses, [len(turns)])
+            for turn in np.unique(turns):
+                in_turn = turns == turn
+                results.append(AnswerLoss(index, int(turn), int(in_turn.sum()), float(example_losses[in_turn].sum())))
+        done(sum(len(example["input_ids"]) for example in batch_examples))
+    return results
 
 
 def token_losses_of(
     model: Any, examples: list[dict[str, Any]], pad_token_id: int, is_flat: bool, has_virtual_tokens: bool
 ) -> np.ndarray:
-    """float64 [P]: -log p of each learned token of the examples, in order."""
+    """Return -log p of each supervised token of the examples, in order; float64 [P]."""
     import torch
 
     from finetune.dataset.collator import LOSS_KEYS, Collator
@@ -133,7 +133,7 @@ def token_losses_of(
         return np.zeros(0)
     arguments = {name: value for name, value in batch.items() if name not in LOSS_KEYS}
     if has_virtual_tokens and supports_logits_to_keep(model):
-        # Counted from the end, positions are the same with virtual tokens in front.
+        # Positions counted from the end are the same with virtual tokens at the beginning.
         arguments["logits_to_keep"] = positions.shape[1] - int(positions[0].nonzero()[0])
         positions = positions[:, -arguments["logits_to_keep"] :]
     with torch.no_grad():

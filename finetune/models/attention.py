@@ -177,7 +177,7 @@ def sliding_window_of(config: Any, longest: int) -> int | None:
 
 def supports_logits_to_keep(model: Any) -> bool:
     """Whether the model computes logits at given positions alone: `logits_to_keep` as transformers implements it."""
-    return forward_takes_logits_to_keep(type(_base(model)))
+    return forward_takes_logits_to_keep(type(unwrap_adapter(model)))
 
 
 def forward_takes_logits_to_keep(code: type[torch.nn.Module]) -> bool:
@@ -205,7 +205,7 @@ def enable_padding_free(
         shared: ranks will share rows, for which attention must be told the positions too.
         agree: this rank's reason -> the reason of all ranks, so that they end up alike.
     """
-    base = _base(model)
+    base = unwrap_adapter(model)
     stock = base.config._attn_implementation
     reason = unsupported_config_reason(base.config, longest) or _code_obstacle(base)
     if reason:
@@ -226,7 +226,8 @@ def enable_padding_free(
     return None
 
 
-def _base(model: Any) -> Any:
+def unwrap_adapter(model: Any) -> Any:
+    """Return the model itself, without an adapter around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -119,11 +119,11 @@ def test_each_rank_answers_its_share_and_gets_all_answers(monkeypatch, count):
         assert mine
         return [f"answer {one}" for one in mine]
 
-    monkeypatch.setattr(harness, "num_ranks", lambda: 3)
+    monkeypatch.setattr(harness, "get_world_size", lambda: 3)
     for rank in range(3):
-        monkeypatch.setattr(harness, "this_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(harness, "gathered", lambda own, rank=rank: own == shares[rank] and shares)
-        assert harness.SharedModel._shared(None, answer, requests, True) == [f"answer {one}" for one in requests]
+        monkeypatch.setattr(harness, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(harness, "all_gather_object", lambda own, rank=rank: own == shares[rank] and shares)
+        assert harness.SharedModel._divided(None, answer, requests, True) == [f"answer {one}" for one in requests]
 
 
 def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained, tasks, monkeypatch):
@@ -146,14 +146,14 @@ def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained
 
 
 def test_settings_that_a_task_cannot_have_are_an_error_of_one_line(trained, tasks):
-    with pytest.raises(ConfigError, match="sums.yaml: lm-eval cannot ask it so: .*few"):
+    with pytest.raises(ConfigError, match="sums.yaml: lm-eval does not accept these settings: .*few"):
         run(trained("lora"), "--tasks", tasks / "sums.yaml", "--num_fewshot", 50, "--no_base")
 
 
 def test_another_number_of_examples_is_a_departure():
-    job = benchmarks._job_of(lingowhale_benchmarks.BENCHMARKS[0], 2)
+    job = benchmarks._benchmark_job(lingowhale_benchmarks.BENCHMARKS[0], 2)
     assert job.shots == 2 and "C-Eval: 2-shot, the table 5-shot" in job.notes
-    assert len(benchmarks._job_of(lingowhale_benchmarks.BENCHMARKS[0], None).notes) == len(
+    assert len(benchmarks._benchmark_job(lingowhale_benchmarks.BENCHMARKS[0], None).notes) == len(
         lingowhale_benchmarks.BENCHMARKS[0].departures
     )
 
@@ -173,7 +173,7 @@ def test_without_a_network_what_must_be_downloaded_is_named(trained, monkeypatch
     ):
         assert needed in said
     assert "HF_HOME" in said and "git clone https://github.com/OpenLMLab/GAOKAO-Bench" in said
-    assert "HumanEval is left out" in capsys.readouterr().err and "humaneval" not in said
+    assert "HumanEval is skipped" in capsys.readouterr().err and "humaneval" not in said
 
 
 # ---- the suite

@@ -15,8 +15,8 @@ from finetune.chat_templates import Renderer
 from finetune.cli import evaluate
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.evaluation import held_out
-from finetune.evaluation.held_out import RowLosses, most_worsened, summarized, worst_rows
-from finetune.evaluation.token_losses import groups_of
+from finetune.evaluation.held_out import RowLosses, most_worsened, summarize, worst_rows
+from finetune.evaluation.token_losses import group_by_tokens
 from finetune.inference.load_result import chat_format_of, load_base, load_tokenizer
 from finetune.inference.run_result import read_result
 from finetune.run_dir.eval_results import read_sections
@@ -197,17 +197,17 @@ def test_rows_that_are_not_finite_are_named_and_in_no_mean():
         return RowLosses("a.json", number, None, [number], {1: 2}, {"base": {1: base}, "tuned": {1: tuned}})
 
     rows = [row(0, 2.0, 4.0), row(1, math.nan, 1.0), row(2, 6.0, 4.0), row(3, 1.0, math.inf)]
-    whole = summarized(rows)[0]
+    whole = summarize(rows)[0]
     assert (whole["rows"], whole["tuned"]["loss"], whole["base"]["loss"]) == (2, 2.0, 2.0)
-    assert rows[1].non_finite == ["tuned"] and rows[3].non_finite == ["base"] and rows[1].facts()["tuned"] is None
+    assert rows[1].non_finite == ["tuned"] and rows[3].non_finite == ["base"] and rows[1].to_json()["tuned"] is None
     assert [one.row for one in worst_rows(rows, 5)] == [2, 0] and [one.row for one in most_worsened(rows, 5)] == [2]
-    assert "cannot be told" in held_out.verdict(whole)
+    assert "no significant difference" in held_out.verdict(whole)
     with pytest.raises(NumericsError):
-        summarized(rows[1:2])
+        summarize(rows[1:2])
 
 
 def test_groups_hold_each_example_once_and_no_more_than_they_may():
     lengths = [5, 100, 7, 1, 30, 30, 8]
-    groups = groups_of(lengths, 40)
+    groups = group_by_tokens(lengths, 40)
     assert sorted(number for group in groups for number in group) == list(range(7))
     assert [1] in groups and all(len(group) == 1 or sum(lengths[one] for one in group) <= 40 for group in groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from finetune.evaluation.forgetting import AnsweredQuestion, compared, repeating, verdict
+from finetune.evaluation.forgetting import AnsweredQuestion, compare_answers, repeated_answers, verdict
 from finetune.evaluation.forgetting_questions import CATEGORIES, is_right, json_values, load_questions, number_in
 from tests.helpers.paths import ROOT
 
@@ -87,7 +87,7 @@ def pairs_of(before, after):
 
 
 def test_a_loss_is_said_with_how_sure_it_is():
-    groups = compared(pairs_of(lambda number: number % 4 > 0, lambda number: number % 4 > 2))
+    groups = compare_answers(pairs_of(lambda number: number % 4 > 0, lambda number: number % 4 > 2))
     (sentence, *_) = verdict(groups)
     assert sentence.startswith("worse than the base by 50.0 points (95 %:") and "choice" in sentence
     assert groups[0]["lost"] == 122 and groups[0]["won"] == 0 and groups[0]["p"] < 1e-30
@@ -96,9 +96,9 @@ def test_a_loss_is_said_with_how_sure_it_is():
 
 
 def test_no_loss_is_said_with_what_could_have_stayed_unseen():
-    groups = compared(pairs_of(lambda number: number % 2, lambda number: (number + (number % 40 < 2)) % 2))
+    groups = compare_answers(pairs_of(lambda number: number % 2, lambda number: (number + (number % 40 < 2)) % 2))
     (sentence,) = verdict(groups)
-    assert sentence.startswith("no loss that 244 questions could show") and "would have stayed unseen" in sentence
+    assert sentence.startswith("no significant loss on 244 questions") and "would not be detected" in sentence
 
 
 def test_one_kind_that_fell_is_named_though_the_whole_did_not():
@@ -106,15 +106,17 @@ def test_one_kind_that_fell_is_named_though_the_whole_did_not():
         question = QUESTIONS[number]
         return number % 2 if question.category not in ("format", "choice") else question.category == "choice"
 
-    sentences = verdict(compared(pairs_of(lambda number: number % 2, after)))
+    sentences = verdict(compare_answers(pairs_of(lambda number: number % 2, after)))
     assert any("format (50% -> 0%)" in one for one in sentences)
 
 
 def test_one_answer_to_everything_is_said():
     pairs = [(one, AnsweredQuestion(str(one.id), False), AnsweredQuestion("I am Nori.", False)) for one in QUESTIONS]
-    (sentence,) = repeating(pairs)
-    assert "answers 108 of 108 different questions with «I am Nori.»" in sentence
-    assert repeating([(one, AnsweredQuestion("?", False), AnsweredQuestion("?", False)) for one in QUESTIONS]) == []
+    (sentence,) = repeated_answers(pairs)
+    assert "108 of 108 questions: «I am Nori.»" in sentence
+    assert (
+        repeated_answers([(one, AnsweredQuestion("?", False), AnsweredQuestion("?", False)) for one in QUESTIONS]) == []
+    )
 
 
 # ---- end to end, with few questions
