@@ -31,8 +31,8 @@ class ModelArguments:
     )
     attn_implementation: str | None = option(
         None,
-        "attention of transformers; default: flash attention where it runs, else `sdpa`, else `eager`; a replacement "
-        "is said",
+        "attention backend of transformers; default: flash attention where it runs, else `sdpa`, else `eager`; a "
+        "fallback is logged",
     )
     new_tokens: list[str] = option([], "tokens to add to the vocabulary; their embeddings are trained, with LoRA too")
 
@@ -61,7 +61,7 @@ class DataArguments:
     too_long: Literal["turns", "windows", "drop", "error"] = option(
         "turns", "a longer conversation keeps its first turns, is split into windows, is dropped, or stops the run"
     )
-    train_on: Literal["model_turns", "last_model_turn"] = option("model_turns", "which turns are learned")
+    train_on: Literal["model_turns", "last_model_turn"] = option("model_turns", "which turns are supervised")
     bad_rows: Literal["error", "drop"] = option("error", "rows with a fault stop the run, or are dropped")
     max_dropped_rows: float = option(0.01, "share of the rows that `--bad_rows drop` may drop, 0 to 1")
     repairs: list[str] = option([], "rules that may change rows, each use recorded: `merge_turns`, `drop_last_human`")
@@ -82,13 +82,13 @@ class BatchArguments:
     """The batches."""
 
     batching: Literal["flat", "padded", "packed"] = option(
-        "flat", "conversations behind each other without padding, padded rows, or rows filled to `--model_max_length`"
+        "flat", "padding-free rows of whole conversations, padded rows, or rows packed up to `--model_max_length`"
     )
     tokens_per_device_batch: int | None = option(
         None, "a micro-batch holds up to this many tokens, instead of `--per_device_train_batch_size` rows"
     )
     loss_weighting: Literal["token", "conversation"] = option(
-        "token", "the loss is a mean over the learned tokens of a step, or over its conversations"
+        "token", "the loss is a mean over the supervised tokens of a step, or over its conversations"
     )
     sequence_parallel_size: int = option(1, "ranks that share each conversation (DeepSpeed Ulysses)")
 
@@ -101,14 +101,14 @@ class AdapterArguments:
     adapter: Literal["lora", "prefix", "prompt"] | None = option(None, "what is trained instead of all parameters")
     lora_r: int = option(8, "rank of the LoRA matrices")
     lora_alpha: float = option(16, "LoRA updates are scaled by `lora_alpha / lora_r`")
-    lora_dropout: float = option(0.1, "dropout in front of the LoRA matrices, 0 to 1")
-    lora_target_modules: list[str] = option(["all-linear"], "names of the layers that get LoRA, e.g. `qkv_proj`")
-    use_dora: bool = option(False, "DoRA: learn the magnitude of each weight column too")
+    lora_dropout: float = option(0.1, "dropout on the input of the LoRA matrices, 0 to 1")
+    lora_target_modules: list[str] = option(["all-linear"], "names of the layers with LoRA, e.g. `qkv_proj`")
+    use_dora: bool = option(False, "DoRA: train the magnitude of each weight column, too")
     use_rslora: bool = option(False, "rsLoRA: scale by `lora_alpha / sqrt(lora_r)`")
     init_lora_weights: str = option(
-        "default", "how LoRA starts: `default`, `gaussian`, `pissa`, `pissa_niter_16` (any number) or `olora`"
+        "default", "initialisation of LoRA: `default`, `gaussian`, `pissa`, `pissa_niter_16` (any number) or `olora`"
     )
-    modules_to_save: list[str] = option([], "layers trained whole and saved beside the adapter, e.g. `lm_head`")
+    modules_to_save: list[str] = option([], "layers trained in full and saved with the adapter, e.g. `lm_head`")
     num_virtual_tokens: int = option(20, "length of a prefix or prompt adapter")
 
     def kind(self) -> str | None:
@@ -124,21 +124,21 @@ class RunArguments:
         None, "YAML or JSON file with flags (a `run.json` repeats its run); the command line wins"
     )
     overwrite_output_dir: bool = option(False, "move an earlier run in `--output_dir` aside; nothing is deleted")
-    allow_inexact_resume: bool = option(False, "go on from a checkpoint although the numbers will differ; recorded")
+    allow_inexact_resume: bool = option(False, "resume from a checkpoint although the numbers will differ; recorded")
     skip_rows: list[str] = option(
-        [], "files that name rows to leave out from now on: `non_finite_rows.jsonl`, or lines like `data.json:17`"
+        [], "files that name rows to skip from now on: `non_finite_rows.jsonl`, or lines like `data.json:17`"
     )
     resume_world_size: Literal["same", "any"] = option(
-        "same", "ranks that go on from a checkpoint: the `same` number, or `any`, with the same global batch"
+        "same", "ranks that resume from a checkpoint: the `same` number, or `any`, with the same global batch"
     )
-    meeting_timeout: int = option(60, "seconds in which all ranks must have arrived; 0: for ever")
-    start_timeout: int = option(1800, "seconds that loading may take without progress, and the first step; 0: for ever")
+    meeting_timeout: int = option(60, "seconds until all ranks must have reached the rendezvous; 0: no limit")
+    start_timeout: int = option(1800, "seconds that loading may take without progress, and the first step; 0: no limit")
     step_timeout: int | None = option(
-        None, "seconds that a step may take; default: ten times the usual, at least 300; 0: for ever"
+        None, "seconds that a step may take; default: ten times the usual, at least 300; 0: no limit"
     )
-    save_timeout: int = option(1800, "seconds that a save may take; 0: for ever")
+    save_timeout: int = option(1800, "seconds that a save may take; 0: no limit")
     early_stopping_patience: int | None = option(
-        None, "stop when so many evaluations in a row have not lowered the held-out loss"
+        None, "stop after so many evaluations in a row without a lower held-out loss"
     )
     early_stopping_threshold: float = option(0.0, "by how much it has to be lower to count")
     write_report: bool = option(True, "write `report.html` at the end; `finetune report OUTPUT` writes it at any time")
@@ -236,16 +236,16 @@ TRAINING_HELP = {
     "that is",
     "deepspeed": "a DeepSpeed JSON, or the name of a shipped one: `zero1` `zero2` `zero3` `zero2_offload` "
     "`zero3_offload` `zero3_nvme` `zeropp`",
-    "bf16": "compute in bfloat16; where the hardware cannot, an error or a line says so",
+    "bf16": "compute in bfloat16; where the hardware cannot, an error or a note",
     "fp16": "compute in float16, with a loss scale",
-    "tf32": "multiply float32 matrices in TF32; off, with a line, where the hardware cannot",
+    "tf32": "multiply float32 matrices in TF32; off, with a note, where the hardware cannot",
     "logging_steps": "steps from one line of `metrics.jsonl` to the next",
-    "resume_from_checkpoint": "go on: `auto` from the newest whole checkpoint, if any, or from this folder",
+    "resume_from_checkpoint": "resume: `auto` from the newest complete checkpoint, if any, or from this folder",
     "save_total_limit": "checkpoints that are kept, and the best one; 0: all",
     "eval_strategy": "when held-out conversations are evaluated: `no`, `steps` or `epoch`; default: `epoch`",
     "per_device_eval_batch_size": "conversations of a micro-batch that is evaluated, on each rank; default: as "
     "`--per_device_train_batch_size`",
-    "report_to": "trackers, e.g. `tensorboard`, `wandb`, `mlflow`; one that is not installed is said before the start",
+    "report_to": "trackers, e.g. `tensorboard`, `wandb`, `mlflow`; one that is not installed is an error",
 }
 
 

@@ -92,7 +92,7 @@ class CheckpointTrainer(Trainer):
         self.after_pause(time.perf_counter() - began)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As transformers does, but that the tag DeepSpeed looks for is written on each disk."""
+        """Save as transformers does, with the tag that DeepSpeed looks for on each file system."""
         if not self.is_deepspeed_enabled:
             with self.saver.collect_errors(Path(output_dir)):
                 super()._save_optimizer_and_scheduler(output_dir)
@@ -114,7 +114,7 @@ class CheckpointTrainer(Trainer):
             super()._save_rng_state(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The model and its tokenizer; no `training_args.bin`: it is a pickle, and run.json says what ran."""
+        """Save the model and its tokenizer; no `training_args.bin`, a pickle: run.json has the arguments."""
         folder = Path(output_dir) if output_dir else self.output_dir
         with gather_virtual_tokens(self.model, saves=self.args.should_save), self.saver.collect_errors(folder):
             if self.args.should_save:
@@ -125,7 +125,7 @@ class CheckpointTrainer(Trainer):
                     self.initial_lora.rewrite(folder)
 
     def save_result(self) -> None:
-        """The trained model and the Trainer's state in `output_dir`; all ranks.
+        """Save the trained model and the Trainer's state in `output_dir`. All ranks.
 
         Raises:
             NumericsError: on every rank; the weights are not finite.
@@ -138,5 +138,5 @@ class CheckpointTrainer(Trainer):
                 self.save_state()
 
     def best(self) -> tuple[int, float] | None:
-        """The step of the checkpoint with the lowest held-out loss, and that loss."""
+        """Return the step of the checkpoint with the lowest held-out loss, and that loss."""
         return best_checkpoint(self.state.log_history, steps_in(self.saver.output_dir))

@@ -1,5 +1,4 @@
-"""The loss on conversations that are held out of the training: flat and selected like training, never all logits at
-once, a mean over all learned tokens whatever the number of ranks."""
+"""Held-out loss during training: padding-free like training, a mean over all supervised tokens on any ranks."""
 
 from __future__ import annotations
 
@@ -27,11 +26,11 @@ LOSS, BATCHES_LOST = "eval_loss", "eval_non_finite_batches"
 
 
 class HeldOutEvaluator:
-    """The held-out conversations of a run, dealt to its ranks.
+    """Evaluate held-out conversations on all ranks.
 
     Args:
         batches: of this rank, in the order of the data; every rank has as many, some may be empty.
-        device: that the model computes on.
+        device: of the model.
     """
 
     def __init__(self, batches: MicroBatchDataset, device: Any) -> None:
@@ -40,14 +39,13 @@ class HeldOutEvaluator:
         self._lost = torch.zeros((), dtype=torch.int64, device=device)
 
     def loss(self, model: Any, prepare: Any, step: int) -> dict[str, float]:
-        """The mean loss over all learned tokens, by all ranks together; what is in a source or answer is in `parts`.
+        """Return the mean loss over all supervised tokens of all ranks; `parts` has it by source and turn. All ranks.
 
-        Losses that are not finite are not left out of it in silence: the mean is then not finite either, and the
-        micro-batches that they were in are counted.
+        A non-finite loss makes the mean non-finite, and its micro-batch is counted.
 
         Args:
-            model: as the training calls it; it is in training mode again afterwards.
-            prepare: takes a batch to the device.
+            model: as the Trainer calls it; in training mode again afterwards.
+            prepare: moves a batch to the device.
         """
         began, total = time.perf_counter(), self.batches.sampler.micro_batches_per_epoch
         model.eval()
@@ -62,7 +60,7 @@ class HeldOutEvaluator:
         if dist.is_initialized():
             dist.all_reduce(counts)
         self._lost.zero_()
-        sums, tokens = (sum(one) for one in self.parts.total())
+        sums, tokens = (sum(values) for values in self.parts.total())
         self.parts.take()
         lost = int(counts)
         mean = sums / tokens if tokens and not lost else math.nan
@@ -72,7 +70,7 @@ class HeldOutEvaluator:
         batch.pop("counts")
         targets = pop_targets(batch)
         logits = model(**batch).logits
-        if targets.cells is None:  # a rank that has nothing left keeps step with the others
+        if targets.cells is None:  # a rank without data still takes part in collectives
             return
         each = torch.empty(len(targets.tokens), device=targets.tokens.device)
         supervised_loss(logits, targets.tokens, scale=1.0, target_positions=targets.positions, each=each)
@@ -85,9 +83,9 @@ class HeldOutEvaluator:
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends the training when so many evaluations in a row have not been better than the best before them.
+    """Stop training when so many evaluations in a row have not improved on the best before them.
 
-    It reads the history that a checkpoint keeps, so that a run that goes on stops where it would have.
+    It reads the log history, which checkpoints keep, so a resumed run stops at the same step.
 
     Args:
         patience: evaluations.
@@ -107,7 +105,7 @@ class EarlyStopping(TrainerCallback):
 
 
 def without_progress(losses: Sequence[float | None], threshold: float) -> int:
-    """How many of the last losses were not lower than the best before them; one that is not finite never is.
+    """Count the last losses that were not lower than the best before them; a non-finite one never is.
 
     >>> without_progress([2.0, 1.5, 1.6, None], 0.0)
     2
@@ -122,14 +120,14 @@ def without_progress(losses: Sequence[float | None], threshold: float) -> int:
 
 
 def best_checkpoint(history: Sequence[dict[str, Any]], steps: Sequence[int]) -> tuple[int, float] | None:
-    """The step, of those saved, with the lowest held-out loss, and that loss; None where none was evaluated.
+    """Return the saved step with the lowest held-out loss, and that loss; None where none was evaluated.
 
     Args:
         history: what was logged, lines with `step` and perhaps `eval_loss`.
     """
-    found = [
+    evaluated = [
         (entry[LOSS], entry["step"])
         for entry in history
         if entry.get(LOSS) is not None and math.isfinite(entry[LOSS]) and entry["step"] in set(steps)
     ]
-    return (min(found)[1], min(found)[0]) if found else None
+    return (min(evaluated)[1], min(evaluated)[0]) if evaluated else None

@@ -1,8 +1,8 @@
 """Cross-entropy at supervised positions only, in little memory.
 
-The stock loss keeps four float32 arrays of the size of the logits beside the logits themselves: a copy, its
-log-softmax, and the gradients of both. Here some rows at a time are turned into their own gradient, and written over
-the logits where their type can hold it; nothing of their size is allocated.
+The stock loss keeps four float32 arrays of the size of the logits in addition to the logits: a copy, its log-softmax,
+and the gradients of both. Here the gradient of some rows at a time is computed in the forward pass, and written over
+the logits where their dtype can hold it; nothing of their size is allocated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# float32 rows of logits that are worked on at a time: what stays in a CPU's cache; what keeps a GPU busy.
+# Bytes of float32 logits processed at a time: what fits a CPU's cache; what keeps a GPU busy.
 CHUNK_BYTES, GPU_CHUNK_BYTES = 2 << 20, 256 << 20
 
 
@@ -26,18 +26,18 @@ def supervised_loss(
     smoothing: float = 0.0,
     each: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`scale` x the sum over the targets of -log softmax(logits)[target] x weight; a scalar, float32 or wider.
+    """Return `scale` x the sum over the targets of -log softmax(logits)[target] x weight; a scalar, float32 or wider.
 
     Args:
-        logits: [..., V], any float type. Where a gradient is wanted their content is gone afterwards.
+        logits: [..., V], any float dtype. Overwritten where a gradient is required.
         targets: int64 [P].
-        scale: one over the number of what the loss is a mean of, for a start. It is part of the gradient before that
-            is rounded to the type of the logits.
+        scale: usually one over the denominator of the mean. It is applied to the gradient before rounding to the dtype
+            of the logits.
         target_positions: where in `logits` the targets are predicted: indices [P] into [1, T, V], or a bool mask
-            [rows, L] for [rows, L, V]; virtual tokens may stand in front. None when there are only these P.
+            [rows, L] for [rows, L, V], after any virtual tokens. None: the logits are those of the targets.
         weights: float32 [P], or None for 1 each.
         smoothing: share of each target that is spread evenly over the vocabulary (Szegedy et al., 2016).
-        each: [P], filled with the loss of each target: neither scaled nor weighted, and without a gradient.
+        each: [P], filled with the loss of each target: not scaled, not weighted, without a gradient.
     """
     if target_positions is not None:
         if target_positions.dtype == torch.bool:
@@ -48,7 +48,7 @@ def supervised_loss(
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[target] of each target, without a gradient: float32 or wider [P], from logits [P, V]."""
+    """Return -log softmax(logits)[target] of each target without a gradient: float32 or wider [P], of logits [P, V]."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     each = torch.empty(len(targets), dtype=wide, device=logits.device)
     supervised_loss(logits.detach(), targets, scale=1.0, each=each)
@@ -56,7 +56,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class _ScaledCrossEntropySum(torch.autograd.Function):
-    """d loss / d logits = scale x weight x (softmax - target) is all that backward needs: it is made on the way."""
+    """The gradient w.r.t. the logits is scale * weight * (softmax - onehot); the forward pass computes it."""
 
     @staticmethod
     def forward(

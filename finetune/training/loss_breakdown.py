@@ -1,7 +1,7 @@
-"""What the loss is made of: its mean by source of the data, and by answer of a conversation, as it is learned.
+"""Mean losses by source of the data and by model turn of a conversation.
 
-Every learned token has a cell, numbered on the host: its source x the answer that it belongs to. Losses are added up by
-cell on the device, without a sync, and over all ranks when a step is logged. Nothing is computed twice.
+Every supervised token has a cell, numbered on the host: its source x its model turn. Losses are summed by cell on the
+device, without a sync, and over all ranks when a step is logged.
 
     conversation   human  model  human  model        answers     1   1   2   2
                           y y e         z e          cells of    source 0: 0 0 0 1 1
@@ -18,7 +18,7 @@ from finetune.dataset.loss_cells import MAX_ANSWERS
 
 
 class LossBreakdown:
-    """Adds up losses by cell, float64 on the device."""
+    """Sum losses by cell, float64 on the device."""
 
     def __init__(self, sources: Sequence[str], device: Any) -> None:
         import torch
@@ -28,7 +28,7 @@ class LossBreakdown:
         self._sums = torch.zeros(2, len(self.sources) * MAX_ANSWERS, dtype=torch.float64, device=device)
 
     def add(self, cells: Any, losses: Any) -> None:
-        """Of one micro-batch: cells int64 [P], losses [P]; those that are not finite are left out."""
+        """Add one micro-batch: cells int64 [P], losses [P]; non-finite ones are skipped."""
         import torch
 
         counted = torch.isfinite(losses)
@@ -36,7 +36,7 @@ class LossBreakdown:
         self._sums.index_add_(1, cells, values)
 
     def total(self) -> list[list[float]]:
-        """Sums and counts by cell, over all ranks; every rank asks."""
+        """Return sums and counts by cell over all ranks. All ranks."""
         import torch.distributed as dist
 
         sums = self._sums.clone()
@@ -45,18 +45,18 @@ class LossBreakdown:
         return sums.tolist()
 
     def take(self) -> None:
-        """What was added up is what is `logged`, and begins anew; every rank."""
-        sums, counts = (np.array(one).reshape(-1, MAX_ANSWERS) for one in self.total())
+        """Move the means into `logged` and restart the sums. All ranks."""
+        sums, counts = (np.array(values).reshape(-1, MAX_ANSWERS) for values in self.total())
         by_source = _means(self.sources, sums.sum(1), counts.sum(1))
         by_answer = _means(_names(), sums.sum(0), counts.sum(0))
-        found = {"loss_by_source": by_source, "loss_by_turn": by_answer}
-        # One of a kind is the loss itself.
+        means_by_kind = {"loss_by_source": by_source, "loss_by_turn": by_answer}
+        # A single source, or turn, is the loss itself.
         kinds = {"loss_by_source": len(self.sources), "loss_by_turn": len(by_answer)}
-        self.logged = {name: means for name, means in found.items() if kinds[name] > 1 and means}
+        self.logged = {name: means for name, means in means_by_kind.items() if kinds[name] > 1 and means}
         self._sums.zero_()
 
     def restore(self, total: Sequence[Sequence[float]], *, is_first: bool) -> None:
-        """What a checkpoint had added up of all ranks, taken over by one of them."""
+        """Restore the sums of all ranks from a checkpoint, on one of them."""
         import torch
 
         if is_first and total:

@@ -1,4 +1,4 @@
-"""What a step logs, where it is written, and how it is shown at the end.
+"""Rates of training steps, `metrics.jsonl`, and the loss curve of the terminal.
 
 `metrics.jsonl` is standard JSON, one line per logged step; a value that is not finite is written as null.
 """
@@ -57,31 +57,31 @@ class ModelFlops:
     per_pair: float
 
     def of(self, *, tokens: int, logits: int, pairs: int) -> float:
-        """Of so many tokens, positions with logits, and pairs of a token and one that it sees."""
+        """Return the operations of so many tokens, positions with logits, and pairs of query and key."""
         return self.per_token * tokens + self.per_logit * logits + self.per_pair * pairs
 
 
 def model_flops(model: Any) -> ModelFlops:
-    """What a model costs, from its parameters as they stand: right with adapters, and under ZeRO-3.
+    """Count the operations of a model from its parameters; right with adapters and under ZeRO-3.
 
-    Of experts only those count that a token visits.
+    Only the experts that a token is routed to count.
     """
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    visited = (getattr(config, "num_experts_per_tok", None) or 1) / experts
-    looked_up, head = model.get_input_embeddings(), model.get_output_embeddings()
-    looked_up_ids = {id(one) for one in looked_up.parameters()} if looked_up is not None else set()
-    head_ids = {id(one) for one in head.parameters()} if head is not None else set()
+    active_share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding_ids = {id(weight) for weight in embedding.parameters()} if embedding is not None else set()
+    head_ids = {id(weight) for weight in head.parameters()} if head is not None else set()
     per_token = per_logit = 0.0
-    for name, one in model.named_parameters():
-        shape = getattr(one, "ds_shape", one.shape)
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
         if len(shape) < 2:
             continue
-        cost = (6 if one.requires_grad else 4) * math.prod(shape)
-        if id(one) in head_ids:
+        cost = (6 if parameter.requires_grad else 4) * math.prod(shape)
+        if id(parameter) in head_ids:
             per_logit += cost
-        elif id(one) not in looked_up_ids:
-            per_token += cost * (visited if ".experts." in name else 1)
+        elif id(parameter) not in embedding_ids:
+            per_token += cost * (active_share if ".experts." in name else 1)
     heads = getattr(config, "num_attention_heads", 0) or 0
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     return ModelFlops(per_token, per_logit, 12.0 * heads * width * config.num_hidden_layers)
@@ -89,7 +89,7 @@ def model_flops(model: Any) -> ModelFlops:
 
 @dataclass
 class StepMeter:
-    """Counts all ranks' tokens and the time since the last reading; counts are made on the host, without a sync."""
+    """Count the tokens of all ranks and the time since the last reading, on the host, without a device sync."""
 
     tokens: int = 0
     supervised_tokens: int = 0
@@ -98,20 +98,20 @@ class StepMeter:
     since: float = field(default_factory=time.perf_counter)
 
     def restart(self) -> None:
-        """Begin a new interval."""
+        """Start a new interval."""
         self.tokens = self.supervised_tokens = self.steps = 0
         self.flops = 0.0
         self.since = time.perf_counter()
 
     def add(self, tokens: int, supervised_tokens: int, flops: float) -> None:
-        """One optimizer step of all ranks, padding not counted."""
+        """Add one optimizer step of all ranks, padding not counted."""
         self.tokens += tokens
         self.supervised_tokens += supervised_tokens
         self.flops += flops
         self.steps += 1
 
     def rates(self, peak_flops: float | None) -> dict[str, float]:
-        """Seconds per step, tokens per second, and the share of `peak_flops` (per second, all ranks) that was used."""
+        """Return seconds per step, tokens per second, and the used share of `peak_flops` (per second, all ranks)."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
         rates = {
             "step_seconds": round(seconds / max(self.steps, 1), 4),
@@ -122,7 +122,7 @@ class StepMeter:
 
 
 def peak_memory_bytes() -> int:
-    """This rank's peak: memory allocated on its GPU, on a CPU its largest resident set."""
+    """Return the peak memory of this rank: allocated on its GPU, or on a CPU its largest resident set."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -133,7 +133,7 @@ def peak_memory_bytes() -> int:
 
 
 def append_metrics(path: Path, logs: Mapping[str, Any]) -> None:
-    """Add one line with the fields of `FIELDS` that were logged.
+    """Append one line with the fields of `FIELDS` that were logged.
 
     Raises:
         StorageError: the disk refused.
@@ -147,7 +147,7 @@ def append_metrics(path: Path, logs: Mapping[str, Any]) -> None:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Leave out the lines behind `step`, and one that was not finished: a run that goes on there writes them anew.
+    """Remove the lines after `step` and an unfinished one: a run that resumes there writes them again.
 
     Raises:
         StorageError: the disk refused.
@@ -169,7 +169,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 def loss_curve(steps: Sequence[int], losses: Sequence[float], width: int, height: int = 12) -> str:
-    """The loss over the steps, drawn with characters; empty with fewer than two points."""
+    """Draw the loss over the steps with characters; empty with fewer than two points."""
     points = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
     if len(points) < 2:
         return ""

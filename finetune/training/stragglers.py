@@ -1,4 +1,4 @@
-"""A rank that the others wait for: found from the seconds of each step that every rank works on its own."""
+"""Detect a rank that the others wait for, from the seconds that every rank computes in each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS_THAT_MATTER, SHARE_THAT_MATTERS = 0.05, 0.2
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that the others wait for: seconds of its own per step, the others', and those of the whole step."""
+    """A slow rank: its compute seconds per step, those of the others, and the seconds of the whole step."""
 
     rank: int
     seconds: float
@@ -22,36 +22,36 @@ class Straggler:
 
     @property
     def cost(self) -> float:
-        """Seconds that each step would be shorter by."""
+        """Seconds that each step would save."""
         return self.seconds - self.others
 
 
 def find_straggler(own: Sequence[Sequence[float]], step_seconds: Sequence[float]) -> Straggler | None:
-    """The rank that takes longest, if that costs 50 ms and a fifth of the step; medians over the steps.
+    """Return the slowest rank if it costs 50 ms and a fifth of the step; medians over the steps.
 
     Args:
-        own: [ranks][steps], each rank's own working seconds.
+        own: [ranks][steps], compute seconds of each rank.
         step_seconds: [steps], of whole steps.
     """
     if len(own) < 2 or not step_seconds:
         return None
-    by_rank = [median(one) for one in own]
+    by_rank = [median(seconds) for seconds in own]
     rank = max(range(len(by_rank)), key=by_rank.__getitem__)
-    others = median(one for number, one in enumerate(by_rank) if number != rank)
+    others = median(seconds for other, seconds in enumerate(by_rank) if other != rank)
     found = Straggler(rank, by_rank[rank], others, median(step_seconds))
     return found if found.cost > max(SECONDS_THAT_MATTER, SHARE_THAT_MATTERS * found.step_seconds) else None
 
 
 @dataclass
 class Stragglers:
-    """Looks for a slow rank now and then, and names the same one again only after many steps."""
+    """Look for a slow rank every few steps; report the same one again only after many steps."""
 
     steps: deque = field(default_factory=lambda: deque(maxlen=STEPS_COMPARED))
     seen: int = 0
     named: dict[int, int] = field(default_factory=dict)
 
     def add(self, own: Sequence[float], step_seconds: float) -> Straggler | None:
-        """One step: each rank's own seconds, and those of the whole; a rank to be named now."""
+        """Add the compute seconds of each rank and the seconds of the step; return a rank to report now, or None."""
         self.steps.append((tuple(own), step_seconds))
         self.seen += 1
         if len(self.steps) < STEPS_COMPARED or self.seen % STEPS_BETWEEN_LOOKS:

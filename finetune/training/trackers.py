@@ -1,4 +1,4 @@
-"""The trackers that `--report_to` names: each is there before the run starts, or the line that installs it is said."""
+"""Check that the trackers of `--report_to` are installed before the run starts; else name the install line."""
 
 from __future__ import annotations
 

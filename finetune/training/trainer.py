@@ -114,14 +114,14 @@ class SupervisedTrainer(CheckpointTrainer):
         self.add_callback(ProgressBar())
 
     def get_sp_size(self) -> int:
-        """1: an epoch has as many micro-batches as the loader says, whoever shares their rows."""
+        """Return 1: the loader counts the micro-batches of an epoch, whichever ranks share them."""
         return 1
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch forwards and backwards; what it returns is averaged over all ranks to be logged.
+        """Run one micro-batch forward and backward; return the loss that is averaged over all ranks for the log.
 
         Raises:
-            NumericsError: in fp16 the gradients overflow even at the least loss scale.
+            NumericsError: fp16 gradients overflow even at the minimum loss scale.
         """
         try:
             loss = super().training_step(*args, **kwargs) * (self.args.world_size / self._ranks_averaged_over())
@@ -129,19 +129,22 @@ class SupervisedTrainer(CheckpointTrainer):
             if not is_minimum_scale_error(error):
                 raise
             raise NumericsError(
-                f"step {self.state.global_step + 1}: the gradients overflow fp16 at the least loss scale too: give "
+                f"step {self.state.global_step + 1}: the gradients overflow fp16 even at the minimum loss scale: give "
                 f"--bf16 True, or lower --learning_rate; {self.resume_advice()}"
             ) from None
         self._micro_losses.append(loss)
         return loss
 
     def _ranks_averaged_over(self) -> int:
-        """By how many ranks the sum of their gradients is divided. Where ranks share rows, DeepSpeed divides by the
-        groups of them, but in stage 3's reduce-scatter (0.19.8) by all ranks."""
+        """Number of ranks that the sum of gradients is divided by.
+
+        Where ranks share rows, DeepSpeed divides by the number of groups, but in stage 3's reduce-scatter by all
+        ranks (0.19.8).
+        """
         return self.args.world_size // (1 if self.zero_stage == 3 else self.sharing_ranks)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does; what each group of parameters is to have is remembered for `_restore_counters`.
+        """Create the optimizer, and keep the settings of each parameter group for `_restore_counters`.
 
         Raises:
             ConfigError: its package is not installed.
@@ -157,7 +160,7 @@ class SupervisedTrainer(CheckpointTrainer):
         return optimizer
 
     def get_train_dataloader(self) -> MicroBatchDataLoader:
-        """This rank's micro-batches; nothing is left to shard, to repeat or to gather."""
+        """Return the micro-batches of this rank; nothing needs sharding, repeating or gathering."""
         args = self.args
         return MicroBatchDataLoader(
             self.train_dataset,
@@ -169,19 +172,19 @@ class SupervisedTrainer(CheckpointTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """The micro-batches of one optimizer step; what they count for is known without asking other ranks."""
+        """Return the micro-batches of one optimizer step; their totals are known without a collective."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if batches:
             step = batches[0]["counts"].step
             self.meter.add(step.tokens, step.supervised_tokens, self._flops_of(step))
-            if not step.supervised_tokens:  # --skip_rows left nothing of it: that is no loss of 0
+            if not step.supervised_tokens:  # --skip_rows skipped all of it: its loss of 0 does not count
                 self.monitor.count.lost_since_log += 1
         return batches, None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This rank's part of the mean over the whole step, times the ranks by which the gradients are divided."""
+        """Return this rank's part of the mean over the whole step, times the number that gradients are divided by."""
         counts = inputs.pop("counts")
         targets = pop_targets(inputs)
         each = None if targets.cells is None else torch.empty(len(targets.tokens), device=targets.tokens.device)
@@ -199,7 +202,7 @@ class SupervisedTrainer(CheckpointTrainer):
         )
         if each is not None:
             self.breakdown.add(targets.cells, each)
-        balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is told to keep its load even
+        balance = getattr(outputs, "aux_loss", None)  # load-balancing loss of a mixture of experts
         if balance is not None:
             text_config: Any = self.model.config.get_text_config()
             share = ranks * counts.tokens / self.sharing_ranks / max(counts.step.tokens, 1)
@@ -208,7 +211,7 @@ class SupervisedTrainer(CheckpointTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of one micro-batch, forward and backward; transformers' own count is 0 under ZeRO-3."""
+        """Return the operations of one micro-batch, forward and backward; transformers' own count is 0 under ZeRO-3."""
         counts = inputs["counts"]
         return round(self._flops_of(counts.step) * counts.tokens / max(counts.step.tokens, 1))
 
@@ -220,7 +223,7 @@ class SupervisedTrainer(CheckpointTrainer):
         """Add rates and peak memory of all ranks to what a training step logs.
 
         Raises:
-            NumericsError: the numbers are no longer finite, on every rank.
+            NumericsError: on every rank; too many steps were non-finite.
         """
         if "loss" in logs:
             count = self.monitor.count
@@ -235,7 +238,7 @@ class SupervisedTrainer(CheckpointTrainer):
         self.timer.restart()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """As transformers does; the end of the step looks at it."""
+        """Return the gradient norm, and keep it for the end of the step."""
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._grad_norm
 
@@ -248,7 +251,7 @@ class SupervisedTrainer(CheckpointTrainer):
         return {**rates, "peak_memory_bytes": peak.item()}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss on the held-out conversations, logged; all ranks."""
+        """Evaluate and log the loss on the held-out conversations. All ranks."""
         assert self.held_out is not None  # the Trainer calls this with an eval_dataset only
         metrics = self.held_out.loss(self.model_wrapped, self._prepare_inputs, self.state.global_step)
         self.log(dict(metrics))
@@ -377,9 +380,9 @@ class SupervisedTrainer(CheckpointTrainer):
         self.timer.restart()
 
     def loss_of(self, example: dict[str, Any]) -> float:
-        """The mean loss over the learned tokens of one example, without dropout; all ranks.
+        """Return the mean loss over the supervised tokens of one example, without dropout. All ranks.
 
-        Each rank computes the whole example: Ulysses shares rows among ranks in training only.
+        Each rank computes the whole example: Ulysses shares rows in training only.
         """
         collate = replace(self.train_dataset.collate, part=(0, 1))
         batch = self._prepare_inputs(collate([example]))
