@@ -50,7 +50,7 @@ class EvaluateOptions:
         False, "ask tasks in the chat format; without it as plain text, as published scores are measured"
     )
     allow_code_execution: bool = option(False, "run programs that the model has written (HumanEval), on this machine")
-    forgetting: bool = option(False, "ask what the base could do, about 260 questions that come with the project")
+    forgetting: bool = option(False, "ask what the base could do, 244 questions that come with the project")
     fail_below: float | None = option(
         None, "end with status 1 where `--forgetting` finds the tuned model more points below the base, e.g. 5"
     )
