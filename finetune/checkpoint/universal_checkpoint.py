@@ -1,4 +1,4 @@
-"""A checkpoint for another number of ranks: DeepSpeed's universal form, converted and looked at before it is used.
+"""Convert a checkpoint for another world size to DeepSpeed's universal form, and verify it before use.
 
 Universal form (https://www.deepspeed.ai/tutorials/universal-checkpointing/): for every parameter a folder
 `zero/<name>/` with its whole float32 value and its whole optimizer moments, which any number of ranks can divide.
@@ -23,12 +23,12 @@ OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
 
 
 def universal_folder(output_dir: Path, step: int) -> Path:
-    """Where the converted form lies while it is loaded."""
+    """Return the folder of the converted form while it is loaded."""
     return output_dir / f".universal-{step}"
 
 
 def remove_universal(output_dir: Path) -> None:
-    """Remove converted forms: they are made anew whenever they are needed."""
+    """Remove converted forms; they are created again when needed."""
     for folder in output_dir.glob(".universal-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -57,10 +57,9 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> None
     environment = {name: value for name, value in os.environ.items() if name not in OF_THE_LAUNCHER}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise CheckpointError(
-            f"{folder}: DeepSpeed could not convert it for another number of ranks: {said[-1] if said else 'no reason'}"
-        )
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        raise CheckpointError(f"{folder}: DeepSpeed could not convert it for another number of ranks: {reason}")
     try:
         for path in folder.iterdir():
             if path.is_file() and path.suffix != ".safetensors":
@@ -79,13 +78,13 @@ def _check(target: Path, converted: Path, manifest: Manifest) -> None:
         if fault:
             raise CheckpointError(fault)
     for name, shape in manifest.trained.items():
-        found = {path.stem: path for path in (converted / "zero" / name).glob("*.pt")}
-        if "fp32" not in found:
+        files = {path.stem: path for path in (converted / "zero" / name).glob("*.pt")}
+        if "fp32" not in files:
             raise CheckpointError(f"{converted}: the conversion has lost {name}")
         for kind in ("fp32", *MOMENTS):
-            if kind not in found:
+            if kind not in files:
                 continue
-            values = torch.load(found[kind], map_location="cpu", weights_only=True, mmap=True)
+            values = torch.load(files[kind], map_location="cpu", weights_only=True, mmap=True)
             values = values["param"] if isinstance(values, dict) else values
             if values.numel() != math.prod(shape):
-                raise CheckpointError(f"{found[kind]}: {list(values.shape)}, expected {shape}")
+                raise CheckpointError(f"{files[kind]}: {list(values.shape)}, expected {shape}")

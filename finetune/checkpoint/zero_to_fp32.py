@@ -1,4 +1,4 @@
-"""The float32 weights that ZeRO trains, read out of a checkpoint one parameter at a time.
+"""Read the float32 weights of a ZeRO checkpoint, one parameter at a time.
 
 Each rank keeps its share of every weight in `*_optim_states.pt`; which weights there are, in which order and shape,
 stands in the model states beside it (DeepSpeed 0.19, `deepspeed/utils/zero_to_fp32.py` reads the same). Files are
@@ -70,14 +70,14 @@ class MasterWeights:
 
     @property
     def buffers(self) -> dict[str, Any]:
-        """What a model stores beside its weights."""
+        """Return the buffers of the model."""
         return self._buffers
 
     def get(self, name: str) -> Any:
-        """A whole weight in float32, copied together from the ranks' parts."""
+        """Return a full weight in float32, concatenated from the parts of the ranks."""
         import torch
 
-        whole = torch.cat([one.vector.narrow(0, one.offset, one.count) for one in self._runs[name]])
+        whole = torch.cat([run.vector.narrow(0, run.offset, run.count) for run in self._runs[name]])
         return whole[: math.prod(self.shapes[name])].view(self.shapes[name])
 
     def _place_stages_1_and_2(
@@ -122,10 +122,10 @@ def _tag_folder(folder: Path) -> Path:
 
 
 def _of_all_ranks(states: Path) -> list[Path]:
-    found = {int(match[1]): path for path in states.glob("*_optim_states.pt") if (match := RANK.search(path.name))}
-    if not found or sorted(found) != list(range(len(found))):
-        raise CheckpointError(f"{states}: the optimizer states of ranks {sorted(found)} are there, some are missing")
-    return [found[rank] for rank in sorted(found)]
+    paths = {int(match[1]): path for path in states.glob("*_optim_states.pt") if (match := RANK.search(path.name))}
+    if not paths or sorted(paths) != list(range(len(paths))):
+        raise CheckpointError(f"{states}: the optimizer states of ranks {sorted(paths)} are there, some are missing")
+    return [paths[rank] for rank in sorted(paths)]
 
 
 def _model_states(states: Path) -> Path:

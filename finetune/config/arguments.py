@@ -14,7 +14,7 @@ from finetune.utils.options import default_of_field, option
 TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
     """The model."""
 
@@ -37,7 +37,8 @@ class ModelArguments:
     new_tokens: list[str] = option([], "tokens to add to the vocabulary; their embeddings are trained, with LoRA too")
 
     def __post_init__(self) -> None:
-        self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # a shell leaves `--flag=~/model` alone
+        # A shell does not expand `--flag=~/model`.
+        object.__setattr__(self, "model_name_or_path", os.path.expanduser(self.model_name_or_path))
 
     def trusts_code(self) -> bool:
         """Whether the model's own Python files may run."""
@@ -48,7 +49,7 @@ class ModelArguments:
         return "lingowhale" in self.model_name_or_path.lower()
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
     """The data."""
 
@@ -77,7 +78,7 @@ class DataArguments:
     model_token_ids: list[int] = option([4], "LingoWhale format: the marker before a model turn")
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchArguments:
     """The batches."""
 
@@ -93,7 +94,7 @@ class BatchArguments:
     sequence_parallel_size: int = option(1, "ranks that share each conversation (DeepSpeed Ulysses)")
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdapterArguments:
     """Adapters; without one all parameters are trained."""
 
@@ -116,7 +117,7 @@ class AdapterArguments:
         return self.adapter or ("lora" if self.use_lora else None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunArguments:
     """The run."""
 
@@ -149,11 +150,11 @@ class RunArguments:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class DoctorArguments:
     """How a run is examined."""
 
-    json: bool = option(False, "print what was found as one JSON object")
+    json: bool = option(False, "print the findings as one JSON object")
     full: bool = option(False, "compare every byte of data and model between the hosts, not samples of large files")
     write_env: bool = option(False, "write a `.deepspeed_env` that names the network interface which joins the hosts")
     stage: bool = option(False, "copy code, data and model to the hosts that lack them, with rsync")
@@ -162,7 +163,7 @@ class DoctorArguments:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arguments:
     """All of a command line. `training` holds only the `TrainingArguments` that were given, by their present names."""
 
@@ -187,33 +188,16 @@ class Arguments:
         """Whether the user gave this training flag, or it has another value than ours."""
         return name in self.training and self.training[name] != TRAINING_DEFAULTS.get(name)
 
-    def default(self, name: str) -> Any:
-        """What a flag is when it is not given."""
-        return default_of(name)
-
     def resumes_from(self) -> str | None:
         """`auto`, the folder of a checkpoint, or None."""
-        asked = self.given("resume_from_checkpoint")
-        if asked is None or str(asked).lower() in ("", "false", "no", "none"):
+        value = self.given("resume_from_checkpoint")
+        if value is None or str(value).lower() in ("", "false", "no", "none"):
             return None
-        return "auto" if str(asked).lower() in ("auto", "true", "yes") else str(asked)
+        return "auto" if str(value).lower() in ("auto", "true", "yes") else str(value)
 
     def evaluates(self) -> bool:
         """Whether conversations are held out."""
         return bool(self.data.eval_data_path) or self.data.validation_share > 0
-
-    def step_rows(self, world_size: int) -> int:
-        """Rows, or groups that fill a token budget, of a full optimizer step over all ranks."""
-        groups = world_size // self.batch.sequence_parallel_size
-        return self.per_device_batch() * self.given("gradient_accumulation_steps") * groups
-
-    def per_device_batch(self) -> int:
-        """Rows of a micro-batch; under a token budget 1, the one group of rows that fills it."""
-        return self.given("per_device_train_batch_size") if self.batch.tokens_per_device_batch is None else 1
-
-    def deepspeed_batch(self) -> int:
-        """The size of a micro-batch that DeepSpeed is told: one row where ranks share it."""
-        return self.per_device_batch() if self.batch.sequence_parallel_size == 1 else 1
 
 
 SECRETS = ("hub_token",)  # never written to run.json

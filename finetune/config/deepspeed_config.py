@@ -1,7 +1,7 @@
-"""A DeepSpeed JSON x command line x world size -> one checked config, before anything expensive happens.
+"""Resolve a DeepSpeed JSON with the command line and the world size, before anything expensive happens.
 
-`transformers` fills a config's `"auto"` values too, but finds mismatches only once the model is loaded, and DeepSpeed
-finds others later still. Here every value that the command line decides is compared first, and all faults are
+`transformers` fills `"auto"` values too, but reports mismatches only once the model is loaded, and DeepSpeed reports
+others later still. Here every value that the command line decides is compared first, and all faults are
 reported together, each with both values and the fix.
 
 Keys: https://www.deepspeed.ai/docs/config-json/ ; what transformers fills: transformers/integrations/deepspeed.py.
@@ -111,12 +111,12 @@ def load_config(path: Path) -> dict[str, Any]:
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
+            if key in values:
                 raise ConfigError(f'{path}: the key "{key}" is given twice in one object: keep one of them')
-            found[key] = value
-        return found
+            values[key] = value
+        return values
 
     def no_constant(name: str) -> None:
         raise ConfigError(f"{path}: {name} is not JSON: give a number")
@@ -165,13 +165,13 @@ def resolve_deepspeed_config(
     notes: list[str] = []
     stage = _stage(path, resolved, faults)
     if not faults:
-        _settle_precision(path, resolved, command, faults, notes)
-        _settle_batch_and_optimizer(path, resolved, command, world_size // sequence_parallel_size, faults)
-        _settle_zero(path, resolved, stage, world_size, local_world_size, use_cpu, faults, notes)
+        _resolve_precision(path, resolved, command, faults, notes)
+        _resolve_batch_and_optimizer(path, resolved, command, world_size // sequence_parallel_size, faults)
+        _resolve_zero(path, resolved, stage, world_size, local_world_size, use_cpu, faults, notes)
         _check_leftover_autos(path, resolved, faults)
         if sequence_parallel_size > 1:
             resolved["sequence_parallel_size"] = sequence_parallel_size
-            resolved.pop("train_batch_size", None)  # of which transformers and DeepSpeed then think differently
+            resolved.pop("train_batch_size", None)  # transformers and DeepSpeed disagree on its meaning here
             resolved["zero_optimization"]["reduce_scatter"] = True  # see SupervisedTrainer._ranks_averaged_over
     if faults:
         raise ConfigError(format_faults(faults, "fault"))
@@ -194,7 +194,7 @@ def _stage(path: Path, config: dict[str, Any], faults: list[str]) -> int:
     return stage
 
 
-def _settle_precision(
+def _resolve_precision(
     path: Path, config: dict[str, Any], command: DeepSpeedFlags, faults: list[str], notes: list[str]
 ) -> None:
     for precision in ("bf16", "fp16"):
@@ -219,7 +219,7 @@ def _settle_precision(
             faults.append(f'{path}: {precision}: expected an object such as {{"enabled": "auto"}}')
 
 
-def _settle_batch_and_optimizer(
+def _resolve_batch_and_optimizer(
     path: Path, config: dict[str, Any], command: DeepSpeedFlags, world_size: int, faults: list[str]
 ) -> None:
     micro, accumulation = command.per_device_train_batch_size, command.gradient_accumulation_steps
@@ -246,7 +246,7 @@ def _settle_batch_and_optimizer(
 
 
 def _fill_or_compare(
-    path: Path, config: dict[str, Any], key: str, value: Any, said: str, remedy: str, faults: list[str]
+    path: Path, config: dict[str, Any], key: str, value: Any, other: str, remedy: str, faults: list[str]
 ) -> None:
     node, last = _node(config, key)
     if node is None or (last not in node and "." in key):
@@ -254,12 +254,12 @@ def _fill_or_compare(
     if node.get(last, AUTO) == AUTO:
         node[last] = value
     elif _as_number(node[last]) != _as_number(value):
-        faults.append(f'{path}: {key} is {json.dumps(node[last])}, but {said}: write "auto" there, {remedy}')
+        faults.append(f'{path}: {key} is {json.dumps(node[last])}, but {other}: write "auto" there, {remedy}')
     else:
         node[last] = value  # "8" becomes 8: DeepSpeed compares without converting
 
 
-def _settle_zero(
+def _resolve_zero(
     path: Path,
     config: dict[str, Any],
     stage: int,
@@ -273,7 +273,7 @@ def _settle_zero(
     if stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         notes.append(f"{path}: stage3_gather_16bit_weights_on_model_save is switched on: without it no model is saved")
-    _settle_hpz(path, zero, world_size, local_world_size, faults)
+    _resolve_hpz(path, zero, world_size, local_world_size, faults)
     if use_cpu:
         for key in NEEDS_CUDA:
             node, last = _node(config, key)
@@ -297,7 +297,7 @@ def _settle_zero(
             )
 
 
-def _settle_hpz(path: Path, zero: dict[str, Any], world_size: int, local_world_size: int, faults: list[str]) -> None:
+def _resolve_hpz(path: Path, zero: dict[str, Any], world_size: int, local_world_size: int, faults: list[str]) -> None:
     """ZeRO++ keeps a second copy of the weights inside each group of `zero_hpz_partition_size` ranks, one host each."""
     size = zero.get("zero_hpz_partition_size")
     if size == AUTO:

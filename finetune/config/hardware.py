@@ -1,7 +1,7 @@
-"""What the machine can do, and what follows for precision, attention and communication.
+"""Hardware of this machine, and the precision, attention and communication backend that follow from it.
 
-`probe()` asks torch; everything else is a pure function of what it found, so that a laptop can test what an H100
-would be told. Each decision comes with the lines that a user should read; no line means that the wish was met.
+`detect_hardware` asks torch; everything else is a pure function of what it returns, so that a laptop can test the
+decisions for an H100. Each decision comes with notes for the user; none where the request is met.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class DetectedHardware:
-    """What was found: the visible GPUs (none on a CPU machine), bf16 units of the CPU, flash-attn importable."""
+    """Visible GPUs (none on a CPU machine), bf16 units of the CPU, whether flash-attn can be imported."""
 
     gpus: tuple[Gpu, ...] = ()
     cpu_bf16: bool = False
@@ -64,7 +64,7 @@ class DetectedHardware:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """What was decided, and the lines that say what differs from what was asked."""
+    """Resolved precision, attention and backend, with notes on what differs from the request."""
 
     precision: Precision
     tf32: bool | None
@@ -75,13 +75,13 @@ class HardwareConfig:
 
 
 def detect_hardware(use_cpu: bool = False) -> DetectedHardware:
-    """Ask torch what this machine has. `use_cpu` leaves its GPUs out."""
+    """Detect the hardware with torch; `use_cpu` ignores GPUs."""
     import torch
 
     gpus: tuple[Gpu, ...] = ()
     if not use_cpu and torch.cuda.is_available():
-        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        gpus = tuple(Gpu(one.name, (one.major, one.minor)) for one in found)
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        gpus = tuple(Gpu(device.name, (device.major, device.minor)) for device in devices)
     return DetectedHardware(
         gpus=gpus,
         cpu_bf16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
@@ -90,45 +90,47 @@ def detect_hardware(use_cpu: bool = False) -> DetectedHardware:
 
 
 def resolve_hardware(
-    found: DetectedHardware,
+    detected: DetectedHardware,
     *,
     bf16: bool = False,
     fp16: bool = False,
     tf32: bool | None = None,
     attn_implementation: str | None = None,
 ) -> HardwareConfig:
-    """Every decision that depends on the hardware.
+    """Resolve all that depends on the hardware.
 
     Raises:
         ConfigError: a precision that this hardware lacks and whose replacement would change the numbers.
     """
-    precision, precision_notes = decide_precision(found, bf16=bf16, fp16=fp16)
-    use_tf32, tf32_notes = decide_tf32(found, tf32)
-    attention, attention_notes = decide_attention(found, attn_implementation, precision)
+    precision, precision_notes = decide_precision(detected, bf16=bf16, fp16=fp16)
+    use_tf32, tf32_notes = decide_tf32(detected, tf32)
+    attention, attention_notes = decide_attention(detected, attn_implementation, precision)
     return HardwareConfig(
         precision=precision,
         tf32=use_tf32,
         attention=attention,
-        backend="nccl" if found.gpus else "gloo",
-        use_cpu=not found.gpus,
+        backend="nccl" if detected.gpus else "gloo",
+        use_cpu=not detected.gpus,
         notes=(*precision_notes, *tf32_notes, *attention_notes),
     )
 
 
-def decide_precision(found: DetectedHardware, *, bf16: bool, fp16: bool) -> tuple[Precision, list[str]]:
-    """The compute precision. On a GPU never another one than asked; a CPU may compute more precisely than asked.
+def decide_precision(detected: DetectedHardware, *, bf16: bool, fp16: bool) -> tuple[Precision, list[str]]:
+    """Return the compute precision: on a GPU as requested or an error; a CPU may compute in a higher one.
 
     Raises:
-        ConfigError: both asked for, or `--bf16` on a GPU older than Ampere.
+        ConfigError: both requested, or `--bf16` on a GPU older than Ampere.
     """
     if bf16 and fp16:
         raise ConfigError("--bf16 True and --fp16 True exclude each other: keep one of them")
-    weakest = found.weakest
+    weakest = detected.weakest
     if weakest is None:
         if bf16:
             # Ranks may sit on CPUs of both kinds, and all must compute alike; bf16 also hides what a rehearsal on a
             # CPU is for: in it the ZeRO stages drift apart within ten steps, in float32 they agree to 1e-5.
-            units = "is not needed on a CPU" if found.cpu_bf16 else "would be emulated by this CPU, many times slower"
+            units = (
+                "is not needed on a CPU" if detected.cpu_bf16 else "would be emulated by this CPU, many times slower"
+            )
             return "float32", [f"--bf16 is off: it {units}; computing in float32"]
         if fp16:
             return "float32", ["--fp16 is off: there is no GPU here; computing in float32"]
@@ -140,11 +142,11 @@ def decide_precision(found: DetectedHardware, *, bf16: bool, fp16: bool) -> tupl
     return ("bf16" if bf16 else "fp16" if fp16 else "float32"), []
 
 
-def decide_tf32(found: DetectedHardware, tf32: bool | None) -> tuple[bool | None, list[str]]:
-    """TF32 matrix products: only where every GPU has them; None leaves torch's setting alone."""
+def decide_tf32(detected: DetectedHardware, tf32: bool | None) -> tuple[bool | None, list[str]]:
+    """Return whether to use TF32, only where every GPU has it; None keeps torch's setting."""
     if not tf32:
-        return (tf32 if found.gpus else None), []
-    weakest = found.weakest
+        return (tf32 if detected.gpus else None), []
+    weakest = detected.weakest
     if weakest is None:
         return None, ["--tf32 is off: it is a mode of NVIDIA GPUs, and there is none here"]
     if weakest.capability < AMPERE:
@@ -152,25 +154,25 @@ def decide_tf32(found: DetectedHardware, tf32: bool | None) -> tuple[bool | None
     return True, []
 
 
-def decide_attention(found: DetectedHardware, asked: str | None, precision: Precision) -> tuple[str, list[str]]:
-    """The name given to `attn_implementation`: flash attention where it runs, else torch's own SDPA."""
-    obstacle = _flash_obstacle(found, precision)
-    if asked is None:
-        return ("sdpa" if obstacle else "flash_attention_2"), []
-    if asked == "flash_attention_2" and obstacle:
-        return "sdpa", [f"--attn_implementation flash_attention_2 is replaced by sdpa: {obstacle}"]
-    return asked, []
+def decide_attention(detected: DetectedHardware, requested: str | None, precision: Precision) -> tuple[str, list[str]]:
+    """Return the `attn_implementation`: flash attention where it runs, else torch's SDPA."""
+    reason = _flash_unsupported_reason(detected, precision)
+    if requested is None:
+        return ("sdpa" if reason else "flash_attention_2"), []
+    if requested == "flash_attention_2" and reason:
+        return "sdpa", [f"--attn_implementation flash_attention_2 falls back to sdpa: {reason}"]
+    return requested, []
 
 
 def peak_flops(name: str, precision: Precision, tf32: bool | None) -> float | None:
-    """Floating point operations per second that a GPU of this name can do at most, or None where it is not known."""
+    """Return the peak floating point operations per second of a GPU by its name; None if unknown."""
     half, tf32_rate, full = next((PEAK_TFLOPS[part] for part in PEAK_TFLOPS if part in name), (None, None, None))
     rate = half if precision != "float32" else tf32_rate if tf32 else full
     return None if rate is None else rate * 1e12
 
 
 def measured_matmul_rate(size: int = 768, repeats: int = 4) -> float:
-    """Floating point operations per second of this process's float32 matrix products on the CPU; the best of a few."""
+    """Measure the floating point operations per second of float32 matrix products on the CPU; the best of a few."""
     import torch
 
     left, right = torch.ones(size, size), torch.ones(size, size)
@@ -182,14 +184,14 @@ def measured_matmul_rate(size: int = 768, repeats: int = 4) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def _flash_obstacle(found: DetectedHardware, precision: Precision) -> str | None:
-    if found.weakest is None:
+def _flash_unsupported_reason(detected: DetectedHardware, precision: Precision) -> str | None:
+    if detected.weakest is None:
         return "it needs a GPU, and there is none here"
-    if found.weakest.capability < AMPERE:
-        return f"{found.weakest.name} (compute capability {_dotted(found.weakest)}) is older than Ampere"
+    if detected.weakest.capability < AMPERE:
+        return f"{detected.weakest.name} (compute capability {_dotted(detected.weakest)}) is older than Ampere"
     if precision == "float32":
         return "it computes in bf16 or fp16 only; add --bf16 True"
-    if not found.flash_attn:
+    if not detected.flash_attn:
         return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
     return None
 

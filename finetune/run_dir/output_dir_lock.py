@@ -1,4 +1,4 @@
-"""An output_dir before anything is written to it: free or taken, claimed, and kept by one run."""
+"""Check, prepare and lock an `output_dir` before anything is written to it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LOCK_FILE = ".in_use"
 SECONDS_FOR_A_DYING_RUN = 15.0
 # run.json alone is left by a run that never made a step: there is nothing in it to lose.
 MARKS_OF_A_RUN = (METRICS_FILE, *MODEL_CONFIGS, "trainer_state.json")
-_held: list[Any] = []
+_locks: list[Any] = []
 
 
 def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
-    """Whether `folder` holds an earlier run that must be moved aside; changes nothing.
+    """Return whether `folder` holds an earlier run that must be moved aside; change nothing.
 
     Raises:
         ConfigError: it holds a run and neither flag says what to do; or it is no folder.
@@ -40,12 +40,12 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
 
 
 def contains_run(folder: Path) -> bool:
-    """Whether a training run has left its marks here."""
+    """Whether a training run has written files here."""
     return any((folder / name).exists() for name in MARKS_OF_A_RUN) or any(folder.glob("checkpoint-*"))
 
 
 def prepare_output_dir(folder: Path, *, move_aside: bool) -> str | None:
-    """Make the folder, an earlier run in it renamed; returns the line that says so. One process may call this.
+    """Create the folder after renaming an earlier run in it; return a line for the user. One process may call this.
 
     Raises:
         StorageError: the folder cannot be made or renamed.
@@ -63,12 +63,13 @@ def prepare_output_dir(folder: Path, *, move_aside: bool) -> str | None:
 
 
 def acquire_lock(folder: Path) -> str | None:
-    """Keep `folder` for this process, until it ends however it may: two runs in one would remove each other's files.
+    """Lock `folder` for this process until it ends: two runs in it would remove each other's files.
 
-    Returns a line for the user where the file system has no locks, so that nothing can be kept.
+    Returns:
+        A line for the user where the file system has no locks.
 
     Raises:
-        ConfigError: another run has it.
+        ConfigError: another run holds the lock.
         StorageError: the folder cannot be written to.
     """
     from filelock import FileLock, Timeout
@@ -87,18 +88,18 @@ def acquire_lock(folder: Path) -> str | None:
             return f"{folder} is on a file system without locks: a second run there would not be refused"
     except OSError as error:
         raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
-    _held.append(lock)  # a lock that nobody refers to is let go
+    _locks.append(lock)  # a lock without a reference is released
     return None
 
 
 def release_lock() -> None:
-    """What this process holds may be another run's."""
-    while _held:
-        _held.pop().release()
+    """Release the lock of this process."""
+    while _locks:
+        _locks.pop().release()
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Whether a run keeps this folder at this moment; None where the file system cannot tell."""
+    """Whether a run holds the lock now; None where the file system cannot tell."""
     import fcntl
 
     try:

@@ -1,15 +1,15 @@
-"""What an output_dir holds: `run.json`, which says how it came about, beside the model or adapter.
+"""`run.json` and the other files of an `output_dir`.
 
 run.json            what ran: arguments, resolved DeepSpeed config, versions, world size, data, result
 data_ledger.jsonl   every row that was not kept whole, with the reason
 metrics.jsonl       one line per logged step
-samples.json        a few rows as the model read them; see `samples`
-answers.json        what base and result answer; see `answers`
-report.html         all of it on a page; see `report`
+samples.json        a few rows as the model read them
+answers.json        answers of base and result
+report.html         all of it on a page
 trainer_state.json  the Trainer's own record
-RUN_COMPLETE        the run's id, written last of all
-failure.json        how a run failed, instead; see `failures`
-checkpoint-N/       what a run can go on from; see `checkpoints`
+RUN_COMPLETE        the id of the run, written last
+failure.json        how a run failed, instead
+checkpoint-N/       what a run can resume from
 adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config.json
 """
 
@@ -37,7 +37,7 @@ MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a model or an adapter was saved here, by whomever."""
+    """Whether a folder holds a saved model or adapter."""
     return any((folder / name).is_file() for name in MODEL_CONFIGS)
 
 
@@ -48,8 +48,8 @@ def is_adapter(folder: Path) -> bool:
 
 def check_is_folder(folder: Path) -> None:
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "there is no such folder"
-        raise ConfigError(f"{folder}: {found}: expected the output_dir of a training run")
+        reason = "is a file" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"{folder}: {reason}: expected the output_dir of a training run")
 
 
 def update_run_json(folder: Path, facts: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def update_run_json(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _standard(value: Any) -> Any:
-    """The same value without what standard JSON lacks: infinities and NaN become null."""
+    """Return the value with null for infinities and NaN, which standard JSON lacks."""
     if isinstance(value, dict):
         return {key: _standard(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -95,27 +95,27 @@ def load_run_json(folder: Path) -> dict[str, Any]:
 
 
 def _known(folder: Path) -> dict[str, Any]:
-    """run.json; empty where the folder holds none yet."""
+    """Return run.json; empty where the folder holds none yet."""
     return load_run_json(folder) if (folder / RUN_FILE).is_file() else {}
 
 
 def run_id(folder: Path) -> str | None:
-    """The id of the run in this folder, None where there is none."""
+    """Return the id of the run in this folder, None where there is none."""
     return _known(folder).get("run_id")
 
 
 def last_checkpoint(folder: Path) -> int | None:
-    """The step of the last checkpoint that the run in this folder has finished; None where it has not finished one."""
+    """Return the step of the last complete checkpoint of the run in this folder, or None."""
     return _known(folder).get("last_checkpoint")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the run in this folder has come to its end."""
+    """Whether the run in this folder is complete."""
     return bool(_known(folder).get("completed"))
 
 
 def mark_complete(folder: Path, run: str) -> None:
-    """The last that a run writes: its id, in a file of its own.
+    """Write the id of the run to a file of its own, the last one of a run.
 
     Raises:
         StorageError: the disk refused.
@@ -124,7 +124,7 @@ def mark_complete(folder: Path, run: str) -> None:
 
 
 def clear_ending(folder: Path) -> None:
-    """A run begins or goes on here: how an earlier start ended is no longer true.
+    """Remove what says how an earlier start ended: a run starts or resumes here.
 
     Raises:
         StorageError: the disk refused.
@@ -137,34 +137,34 @@ def clear_ending(folder: Path) -> None:
 
 
 def resumptions(folder: Path) -> list[dict[str, Any]]:
-    """How often, and from where, the run in this folder has gone on."""
+    """Return how often, and from where, the run in this folder has resumed."""
     return _known(folder).get("resumed", [])
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """Each start of the run in this folder: when it `began`, `from_step` which step, when and how it `ended`.
+    """Return each start of the run in this folder: when it `began`, `from_step`, when it `ended`, and `how`.
 
-    `ended` and `how` (complete, or stopped by what) are None where nobody could write them: it is running, or failed.
+    `ended` and `how` (complete, or stopped by what) are None for a start that is running or failed.
     """
     return _known(folder).get("starts", [])
 
 
 def new_start(step: int) -> dict[str, Any]:
-    """The entry of a start that goes on from `step`, 0 for one that begins."""
+    """Return the entry of a start that resumes from `step`; 0: of a new run."""
     return {"began": now(), "from_step": step, "ended": None, "how": None}
 
 
 def ended(folder: Path, how: str) -> list[dict[str, Any]]:
-    """The starts of the run in this folder, the last of which ends now."""
+    """Return the starts of the run in this folder, the last of which ends now."""
     *earlier, last = starts(folder) or [new_start(0)]
     return [*earlier, {**last, "ended": now(), "how": how}]
 
 
 def now() -> str:
-    """The time as run.json has it: ISO 8601 to the second, with the offset from UTC."""
+    """Return the time as in run.json: ISO 8601 to the second, with the offset from UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of python and of every library that shapes a result; what is not installed is left out."""
+    """Return the versions of Python and of every installed library that influences a result."""
     return {"python": platform.python_version(), **versions()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.dataset.data_summary import DataSummary
-from finetune.utils.console import TrainingPlan
+from finetune.run_dir.training_plan import TrainingPlan
 
 PLAN = TrainingPlan(
     model="models/tiny", parameters=1000, trainable=250, adapter="lora", zero_stage=2, offloads=False, world_size=2,

@@ -24,7 +24,7 @@ SITUATIONS = [
         DetectedHardware((H100,)),
         {"bf16": True, "attn_implementation": FLASH},
         ("bf16", None, "sdpa"),
-        ["replaced by sdpa: flash-attn is not installed"],
+        ["falls back to sdpa: flash-attn is not installed"],
     ),
     ("H100-no-flags", DetectedHardware((H100,), flash_attn=True), {}, ("float32", None, "sdpa"), []),
     (
@@ -32,7 +32,7 @@ SITUATIONS = [
         DetectedHardware((H100,), flash_attn=True),
         {"attn_implementation": FLASH},
         ("float32", None, "sdpa"),
-        ["replaced by sdpa: it computes in bf16 or fp16 only; add --bf16 True"],
+        ["falls back to sdpa: it computes in bf16 or fp16 only; add --bf16 True"],
     ),
     (
         "H100-eager-asked",
@@ -58,7 +58,7 @@ SITUATIONS = [
         DetectedHardware((V100,), flash_attn=True),
         {"fp16": True, "attn_implementation": FLASH},
         ("fp16", None, "sdpa"),
-        ["replaced by sdpa: Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere"],
+        ["falls back to sdpa: Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere"],
     ),
     (
         "H100-and-A100",
@@ -72,7 +72,7 @@ SITUATIONS = [
         DetectedHardware((H100, V100, T4), flash_attn=True),
         {"fp16": True, "tf32": True, "attn_implementation": FLASH},
         ("fp16", None, "sdpa"),
-        ["--tf32 is off: Tesla V100", "replaced by sdpa: Tesla V100"],
+        ["--tf32 is off: Tesla V100", "falls back to sdpa: Tesla V100"],
     ),
     ("CPU-no-flags", CPU, {}, ("float32", None, "sdpa"), []),
     ("CPU-bf16-units", CPU_WITH_BF16, {"bf16": True}, ("float32", None, "sdpa"), ["--bf16 is off: it is not needed"]),
@@ -84,7 +84,7 @@ SITUATIONS = [
         CPU_WITH_BF16,
         {"bf16": True, "attn_implementation": FLASH},
         ("float32", None, "sdpa"),
-        ["--bf16 is off: it is not needed", "replaced by sdpa: it needs a GPU"],
+        ["--bf16 is off: it is not needed", "falls back to sdpa: it needs a GPU"],
     ),
     (
         "CPU-published-command",

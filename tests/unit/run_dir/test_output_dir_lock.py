@@ -61,7 +61,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     assert "a second run there would not be refused" in output_dir_lock.acquire_lock(tmp_path)
-    assert output_dir_lock._held == []
+    assert output_dir_lock._locks == []
 
 
 def test_how_an_earlier_start_ended_is_forgotten_and_nothing_else(tmp_path):
