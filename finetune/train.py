@@ -55,7 +55,7 @@ from finetune.training.trackers import check_trackers
 from finetune.utils import console
 from finetune.utils.errors import exit_on_error, process_exit_guard
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("finetune.train")  # the launcher may run this module as __main__
 
 if TYPE_CHECKING:
     from finetune.training.trainer import SupervisedTrainer
