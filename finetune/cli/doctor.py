@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config import Arguments, DoctorArguments, known_flags, parse
 from finetune.distributed.process_setup import prepare_environment
-from finetune.launcher import LauncherArgs, launcher_options, parse_launcher_args, redact
+from finetune.launcher import LauncherArgs, launcher_options, parse_launcher_args, redact, resolve_resources
 from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.options import CommandParser, fill
 
 if TYPE_CHECKING:
-    from finetune.preflight import DoctorReport, TrainingCommand
+    from finetune.preflight import DoctorReport, PlannedRun
 
 SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
 BOOLEAN_WORDS = (["True"], ["False"], ["true"], ["false"])
@@ -89,12 +89,12 @@ def main(argv: Sequence[str]) -> None:
     choice, flags, words = parse_options(argv)
     configure_logging(to_stderr=True, prefix="doctor: ")
     prepare_environment()
-    from finetune.preflight import DoctorReport, examine_run, plan_run, print_report  # they need torch; --help does not
+    from finetune.preflight import DoctorReport, examine_run, print_report  # they need torch; --help does not
     from finetune.train import resolve
 
     report = DoctorReport()
     arguments = report.attempt("command", lambda: parse(words))
-    run = arguments and report.attempt("command", lambda: plan_run(choice, flags, _training_command(words, arguments)))
+    run = arguments and report.attempt("command", lambda: _plan_run(choice, flags, words, arguments))
     if run:
         quiet_libraries()
         examine_run(report, run, partial(resolve, arguments))
@@ -105,10 +105,14 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(report.status)
 
 
-def _training_command(words: list[str], arguments: Arguments) -> TrainingCommand:
-    from finetune.preflight import TrainingCommand
+def _plan_run(choice: DoctorArguments, flags: LauncherArgs, words: list[str], arguments: Arguments) -> PlannedRun:
+    from finetune.preflight import PlannedRun
 
-    return TrainingCommand(
+    resources = resolve_resources(flags)
+    return PlannedRun(
+        choice=choice,
+        flags=flags,
+        slots=resources.slots if resources else None,
         words=words,
         model=arguments.model,
         data=arguments.data,

@@ -3,15 +3,13 @@
 from finetune.preflight.doctor_output import print_report
 from finetune.preflight.examination import examine_run
 from finetune.preflight.findings import SECTIONS, DoctorReport, Finding
-from finetune.preflight.planned_run import PlannedRun, TrainingCommand, plan_run
+from finetune.preflight.planned_run import PlannedRun
 
 __all__ = [
     "SECTIONS",
     "DoctorReport",
     "Finding",
     "PlannedRun",
-    "TrainingCommand",
     "examine_run",
-    "plan_run",
     "print_report",
 ]

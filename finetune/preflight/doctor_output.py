@@ -123,19 +123,10 @@ def _table(facts: Mapping[str, Any], report: DoctorReport) -> Table:
             table.add_row(name, str(host["slots"]), *["-"] * 7, status)
             continue
         gpus = f"{host['gpus']} x {host['gpu_facts'][0]['name']}" if host["gpu_facts"] else str(host["gpus"])
+        space = (host["memory"]["total"], host["space"]["output"]["free"], host["space"]["shm"]["free"])
+        same = ["same" if host[key] == first[key] else "differs" for key in ("code", "files")]
         seconds = network.get("round_trip_seconds", {}).get(name)
         interface = network.get("interfaces", {}).get(name) or ""
-        same = {key: "same" if host[key] == first[key] else "differs" for key in ("code", "files")}
-        table.add_row(
-            name,
-            str(host["slots"]),
-            gpus,
-            size(host["memory"]["total"]),
-            size(host["space"]["output"]["free"]),
-            size(host["space"]["shm"]["free"]),
-            same["code"],
-            same["files"],
-            f"{interface} {seconds * 1000:.1f} ms" if seconds is not None else "-",
-            status,
-        )
+        way = f"{interface} {seconds * 1000:.1f} ms" if seconds is not None else "-"
+        table.add_row(name, str(host["slots"]), gpus, *map(size, space), *same, way, status)
     return table

@@ -20,7 +20,7 @@ from finetune.preflight import dry_run
 from finetune.preflight.findings import DoctorReport
 from finetune.preflight.host_checks import Answers, check_host, check_hosts, check_network, hardware_of
 from finetune.preflight.machine_checks import check_machine, check_operators
-from finetune.preflight.planned_run import PlannedRun, TrainingCommand, rank_counts
+from finetune.preflight.planned_run import PlannedRun, rank_counts
 from finetune.preflight.resource_checks import check_resources
 from finetune.training.data_setup import prepare_run_data
 from finetune.utils.console import labelled
@@ -40,19 +40,19 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
     if remote is not None and run.choice.stage:
         report.attempt("hosts", lambda: _stage(run, list(remote), here))
     slots = run.slots_by_host(here["gpus"])
-    hardware = detect_hardware(use_cpu=run.training.use_cpu)
+    hardware = detect_hardware(use_cpu=run.use_cpu)
     if remote is None:
         name = list(slots)[max(run.flags.node_rank, 0)]  # the same command is typed on every host
         answers: Answers = {name: here}
         check_host(report, name, here, len(slots[name]))
     else:
         logger.info(f"asking {len(slots)} hosts")
-        answers = check_hosts(report, slots, run.shell, run.training.shared_words, run.probe)
-        hardware = hardware_of(answers, use_cpu=run.training.use_cpu) if answers else hardware
+        answers = check_hosts(report, slots, run.shell, run.shared_words, run.probe)
+        hardware = hardware_of(answers, use_cpu=run.use_cpu) if answers else hardware
     logger.info("checking flags and model")
     resolved = report.attempt("configuration", lambda: resolve(hardware, rank_counts(slots)))
     logger.info("reading the data")
-    read = report.attempt("data", lambda: _read(report, run.training))
+    read = report.attempt("data", lambda: _read(report, run))
     check_machine(report, here)
     if resolved is not None:
         config, info = resolved
@@ -76,16 +76,16 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
 
 def _local_order(run: PlannedRun, words: list[str] | None = None) -> dict[str, Any]:
     """Return what this machine is asked for; about files only where others are to get them."""
-    words = words or (run.training.shared_words if run.choice.stage else [])
+    words = words or (run.shared_words if run.choice.stage else [])
     return {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": words, **run.probe.order()}
 
 
-def _read(report: DoctorReport, training: TrainingCommand) -> tuple[Any, PreparedData]:
-    tokenizer, chat_format, data = prepare_run_data(training.model, training.data)
+def _read(report: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
+    tokenizer, chat_format, data = prepare_run_data(run.model, run.data)
     summary = data.summary
     lines = [*summary.lines(), f"format    {chat_format.name}"]
     report.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
-    check_dropped_share(data, training.data.max_dropped_rows)
+    check_dropped_share(data, run.data.max_dropped_rows)
     return tokenizer, data
 
 
@@ -114,7 +114,7 @@ def _note_configuration(report: DoctorReport, config: RunConfig, info: ModelInfo
 
 
 def _stage(run: PlannedRun, hosts: list[str], here: dict[str, Any]) -> None:
-    answers = ssh.probe_hosts(hosts, run.shell, run.training.shared_words, run.probe.order())
+    answers = ssh.probe_hosts(hosts, run.shell, run.shared_words, run.probe.order())
     wanted = staging.folders_to_stage(answers, here)
     if wanted:
         staging.send_folders(wanted, run.shell, Path.cwd())
@@ -126,19 +126,18 @@ def _stage(run: PlannedRun, hosts: list[str], here: dict[str, Any]) -> None:
 
 
 def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
-    training = run.training
-    output = Path(training.output_dir).expanduser().absolute()
+    output = Path(run.output_dir).expanduser().absolute()
     folder = output.with_name(f".{output.name}.rehearsal-{secrets.token_hex(4)}")
     model = folder / "model"
     folder.mkdir(parents=True)
     remote = [host for host in run.hosts_over_ssh() or () if not ssh.is_here(host)]
     try:
         parameters = dry_run.make_random_model(
-            training.model.model_name_or_path,
+            run.model.model_name_or_path,
             model,
-            revision=training.model.model_revision,
-            trust_remote_code=training.model.trusts_code(),
-            heads=max(dry_run.HEADS, training.sequence_parallel_size),
+            revision=run.model.model_revision,
+            trust_remote_code=run.model.trusts_code(),
+            heads=max(dry_run.HEADS, run.sequence_parallel_size),
         )
         logger.info(f"rehearsing with a random model of {parameters:,} parameters")
         if remote:
@@ -146,7 +145,7 @@ def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
             here = host_probe.collect_host_facts(_local_order(run, [str(model)]))
             wanted = [staged for staged in staging.folders_to_stage(answers, here) if staged.path == model]
             staging.send_folders(wanted, run.shell, folder)
-        words = without_flags(training.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
+        words = without_flags(run.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
         facts = dry_run.run_dry_run(run.rehearsal(words), model, folder / "output")
         lines = {
             "model": f"{parameters:,} random parameters of the same architecture",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from finetune.config import DataArguments, DoctorArguments, ModelArguments
 from finetune.config.run_config import RankCounts
-from finetune.launcher import LauncherArgs, local_slots, resolve_resources, ssh
+from finetune.launcher import LauncherArgs, local_slots, ssh
 from finetune.launcher.ssh import SshShell
 from finetune.preflight.host_checks import ProbeOrder
 from finetune.utils.proc import ROOT
@@ -18,13 +18,18 @@ SCRIPT = ROOT / "finetune" / "finetune.py"
 
 
 @dataclass(frozen=True)
-class TrainingCommand:
-    """The part of a training command that is needed before it is resolved.
+class PlannedRun:
+    """A run to check, before its flags are resolved.
 
     Attributes:
-        words: as they were typed.
+        flags: of the launcher.
+        slots: of the hostfile; None: this machine only.
+        words: of the training, as they were typed.
     """
 
+    choice: DoctorArguments
+    flags: LauncherArgs
+    slots: dict[str, list[int]] | None
     words: list[str]
     model: ModelArguments
     data: DataArguments
@@ -37,21 +42,6 @@ class TrainingCommand:
         """Words that may name files which every host needs."""
         return ssh.shared_words(self.words)
 
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run to check.
-
-    Attributes:
-        flags: of the launcher.
-        slots: of the hostfile; None: this machine only.
-    """
-
-    choice: DoctorArguments
-    flags: LauncherArgs
-    training: TrainingCommand
-    slots: dict[str, list[int]] | None
-
     @property
     def shell(self) -> SshShell:
         """How hosts are reached."""
@@ -61,7 +51,7 @@ class PlannedRun:
     def probe(self) -> ProbeOrder:
         """What hosts are asked for."""
         return ProbeOrder(
-            output=self.training.output_dir,
+            output=self.output_dir,
             port=self.flags.master_port,
             port_was_given="master_port" in self.flags.given,
             full=self.choice.full,
@@ -83,22 +73,12 @@ class PlannedRun:
         """Return what a user types to start the run."""
         script = os.path.relpath(SCRIPT)
         script = str(SCRIPT) if script.startswith("..") else script
-        return ["finetune", "launch", *self.launch(script, self.training.words)]
+        return ["finetune", "launch", *self.launch(script, self.words)]
 
     def rehearsal(self, words: Sequence[str]) -> list[str]:
         """Return the same as a program and its arguments, with other words for the training."""
         start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.__main__ import main; main()"
         return [sys.executable, "-c", start, "launch", *self.launch(str(SCRIPT), words)]
-
-
-def plan_run(choice: DoctorArguments, flags: LauncherArgs, training: TrainingCommand) -> PlannedRun:
-    """Find the hosts of a run.
-
-    Raises:
-        ConfigError: a fault of the hostfile, or of a filter of it.
-    """
-    resources = resolve_resources(flags)
-    return PlannedRun(choice, flags, training, resources.slots if resources else None)
 
 
 def rank_counts(slots: dict[str, list[int]]) -> RankCounts:

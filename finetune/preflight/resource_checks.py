@@ -72,18 +72,17 @@ def check_resources(
     estimate = memory.estimate_memory(model, run)
     other = memory.estimate_memory(model, replace(run, checkpoint_every=0 if run.checkpoint_every else 1))
     first = memory.estimate_memory(model, replace(run, **asdict(batches.first)))
-    facts = {
-        "fits": free.holds(estimate),
-        **_facts(estimate, free),
-        "parameters": model.parameters,
-        "trainable": model.trainable,
-        "lines": labelled(_lines(model, run, estimate, free, other=other, first=first)),
-    }
+    facts: dict[str, Any] = {"fits": free.holds(estimate), **estimate.facts()}
     facts["device"] |= {
+        "capacity": free.device,
         "total_in_the_first_steps": round(first.device_total),
         "checkpointing": bool(run.checkpoint_every),
         "total_with_the_other_checkpointing": round(other.device_total),
     }
+    facts["host"]["free"] = free.host if free.disks else None
+    facts["disk"]["free"] = free.disks
+    facts |= {"parameters": model.parameters, "trainable": model.trainable}
+    facts["lines"] = labelled(_lines(model, run, estimate, free, other=other.device_total, first=first.device_total))
     report.facts["memory"] = facts
     if not facts["fits"]:
         with_adapter = None
@@ -162,19 +161,13 @@ def _free_space(use_cpu: bool, slots: dict[str, list[int]], answers: Answers) ->
 
 
 def _lines(
-    model: ModelSpec,
-    run: RunSpec,
-    estimate: MemoryEstimate,
-    free: FreeSpace,
-    *,
-    other: MemoryEstimate,
-    first: MemoryEstimate,
+    model: ModelSpec, run: RunSpec, estimate: MemoryEstimate, free: FreeSpace, *, other: float, first: float
 ) -> dict[str, str]:
     """Return the estimate as text by label.
 
     Args:
-        other: with activation checkpointing if the run has none, and without if it has.
-        first: of the first steps.
+        other: bytes of a device with activation checkpointing if the run has none, and without if it has.
+        first: bytes of a device in the first steps.
     """
     largest_first = sorted(estimate.device.items(), key=lambda part: -part[1])
     parts = [f"{name} {size(value)}" for name, value in largest_first if value >= 0.01 * estimate.device_total]
@@ -186,37 +179,12 @@ def _lines(
         "each rank" if run.use_cpu else "each GPU": ("grows by " if run.use_cpu else "")
         + f"{size(estimate.device_total)}{of}, peak in the {estimate.phase}",
         "": ", ".join(parts),
-        " ": f"{size(first.device_total)} in the first three steps; {size(other.device_total)} "
+        " ": f"{size(first)} in the first three steps; {size(other)} "
         + f"{'without' if run.checkpoint_every else 'with'} activation checkpointing",
         "each host": f"{size(estimate.host_loading)} while loading, {size(estimate.host_training)} while training, "
         f"{size(estimate.host_saving)} while saving" + (f"; {size(free.host)} free" if free.disks else ""),
         "disk": f"{size(estimate.checkpoint_total)} per checkpoint, {size(estimate.result)} for the result{kept}; "
         f"{size(min(free.disks.values(), default=0))} free",
-    }
-
-
-def _facts(estimate: MemoryEstimate, free: FreeSpace) -> dict[str, Any]:
-    """Return the estimate as JSON values, in bytes."""
-    return {
-        "device": {
-            "parts": {name: round(value) for name, value in estimate.device.items()},
-            "total": round(estimate.device_total),
-            "phase": estimate.phase,
-            "capacity": free.device,
-            "by_phase": {name: round(value) for name, value in estimate.by_phase.items()},
-        },
-        "host": {
-            "loading": round(estimate.host_loading),
-            "training": round(estimate.host_training),
-            "saving": round(estimate.host_saving),
-            "free": free.host if free.disks else None,
-        },
-        "disk": {
-            "checkpoint": {name: round(value) for name, value in estimate.checkpoint.items()},
-            "result": round(estimate.result),
-            "kept": None if estimate.kept is None else round(estimate.kept),
-            "free": free.disks,
-        },
     }
 
 
@@ -229,13 +197,8 @@ def _add_memory_error(
     else:
         text = f"a host needs {size(estimate.host_total)} of memory and has {size(free.host)} free"
     report.facts["memory"]["changes"] = [
-        {
-            "flags": list(change.flags),
-            "words": change.words,
-            "slower": change.slower,
-            "device": round(change.estimate.device_total),
-            "host": round(change.estimate.host_total),
-        }
+        {"flags": list(change.flags), "words": change.words, "slower": change.slower}
+        | {"device": round(change.estimate.device_total), "host": round(change.estimate.host_total)}
         for change in changes
     ]
     text += "; the fastest changes that make it fit:" if changes else "; no change that was tried makes it fit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.preflight.memory import disk_space
 from finetune.preflight.memory.cpu_memory import cpu_phases
@@ -50,9 +51,28 @@ class MemoryEstimate:
         """Bytes of one checkpoint."""
         return sum(self.checkpoint.values())
 
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Return JSON values: bytes by place."""
+        hosts = {"loading": self.host_loading, "training": self.host_training, "saving": self.host_saving}
+        kept = None if self.kept is None else round(self.kept)
+        return {
+            "device": {
+                "parts": _rounded(self.device),
+                "total": round(self.device_total),
+                "phase": self.phase,
+                "by_phase": _rounded(self.by_phase),
+            },
+            "host": _rounded(hosts),
+            "disk": {"checkpoint": _rounded(self.checkpoint), "result": round(self.result), "kept": kept},
+        }
+
     def fits(self, device_bytes: float, host_bytes: float | None = None) -> bool:
         """Whether it fits into the device and, if given, into the host."""
         return self.device_total <= device_bytes and (host_bytes is None or self.host_total <= host_bytes)
+
+
+def _rounded(parts: Parts) -> dict[str, int]:
+    return {name: round(value) for name, value in parts.items()}
 
 
 def estimate_memory(model: ModelSpec, run: RunSpec) -> MemoryEstimate:
