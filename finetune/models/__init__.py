@@ -1,1 +1,1 @@
-"""Base model: loading, attention backends, adapters."""
+"""Load the base model and the tokenizer, attach adapters, run attention over padding-free batches."""

@@ -1,4 +1,4 @@
-"""Adapters: attach one to a model, say what is trained, write and check what was saved.
+"""Adapters: attach one to a model, count trainable parameters, save and check.
 
 Sources: LoRA https://arxiv.org/abs/2106.09685, DoRA 2402.09353, rsLoRA 2312.03732, PiSSA 2404.02948, OLoRA 2406.01775,
 prefix tuning 2101.00190, prompt tuning 2104.08691; all of them as implemented by peft.
@@ -67,44 +67,44 @@ def attach_lora(
     train_embeddings: bool = False,
     base_revision: str | None = None,
 ) -> Any:
-    """LoRA matrices on `target_modules`, everything else frozen; returns the `PeftModel`.
+    """Attach LoRA matrices to `target_modules` and freeze the rest; return the `PeftModel`.
 
     Args:
-        target_modules: names of layers, or `all-linear` for every linear layer but the head.
-        train_embeddings: also train and save the embeddings and the head (new tokens start untrained).
-        base_revision: the state of the base's repository that the saved adapter will load.
+        target_modules: Names of layers, or `all-linear` for every linear layer except the head.
+        train_embeddings: Also train and save the embeddings and the head, because new tokens start untrained.
+        base_revision: Revision of the base model's repository, stored in the adapter.
 
     Raises:
-        ConfigError: a name that matches no layer, or an option that peft refuses.
+        ConfigError: A name matches no layer, or peft rejects an option.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    whole = list(modules_to_save)
+    fully_trained = list(modules_to_save)
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     if train_embeddings:
-        whole += [name for name in embedding_names(model, tied) if name not in whole]
+        fully_trained += [name for name in embedding_names(model, tied) if name not in fully_trained]
     try:
         config = LoraConfig(
             r=r,
             lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides it by r
             lora_dropout=dropout,
             target_modules=ALL_LINEAR if list(target_modules) == [ALL_LINEAR] else list(target_modules),
-            modules_to_save=whole or None,
+            modules_to_save=fully_trained or None,
             use_dora=use_dora,
             use_rslora=use_rslora,
             init_lora_weights=True if init_lora_weights == "default" else init_lora_weights,  # type: ignore[arg-type]
-            ensure_weight_tying=tied and bool(whole),
+            ensure_weight_tying=tied and bool(fully_trained),
             task_type=TaskType.CAUSAL_LM,
         )
-        # In the base's precision, as DeepSpeed makes them under ZeRO-1 and 2 anyway; it keeps float32 masters itself.
-        # By default peft makes them float32, which ZeRO-3 leaves so: the stages would compute different numbers.
+        # In the precision of the base; DeepSpeed converts to it under ZeRO-1 and 2 and keeps float32 master weights.
+        # peft's default is float32, which ZeRO-3 would keep: the stages would compute different numbers.
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=base_revision)
     except ValueError as error:
         raise ConfigError(f"LoRA cannot be attached: {error}") from None
 
 
 def attach_virtual_tokens(model: Any, kind: str, num_virtual_tokens: int, *, base_revision: str | None = None) -> Any:
-    """Prefix tuning (`kind` prefix) or prompt tuning (`kind` prompt); returns the `PeftModel`."""
+    """Attach an adapter for prefix tuning (`kind` prefix) or prompt tuning (`kind` prompt); return the `PeftModel`."""
     from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
     config_class = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}[kind]
@@ -113,14 +113,14 @@ def attach_virtual_tokens(model: Any, kind: str, num_virtual_tokens: int, *, bas
 
 
 def embedding_names(model: Any, tied: bool) -> list[str]:
-    """The last part of the module names of the input embeddings and, unless tied to them, of the head."""
+    """Return the last part of the module names of the input embeddings and, unless tied, of the head."""
     wanted = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     return [names[id(module)] for module in wanted if module is not None]
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """(trainable, all) parameters; right under ZeRO-3 too, where a parameter's own size is that of a share."""
+    """Count (trainable, all) parameters, also under ZeRO-3, where the size of a parameter is that of a partition."""
     counts = [
         (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
     ]
@@ -128,46 +128,49 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def changes_base_weights(init_lora_weights: str) -> bool:
-    """Whether this initialisation takes the adapter's first product out of the base weights: PiSSA and OLoRA do."""
+    """Whether this initialisation subtracts the adapter's initial product from the base weights: PiSSA and OLoRA."""
     return init_lora_weights.startswith("pissa") or init_lora_weights == "olora"
 
 
 class InitialLora:
-    """The LoRA matrices as PiSSA or OLoRA set them, kept to save what was learned as a plain LoRA on the original base.
+    """The initial LoRA matrices of PiSSA or OLoRA, needed to save a plain LoRA for the original base.
 
-    Both move s·B0·A0 out of the base weight W into the adapter and trains from there, so the tuned layer computes
-    W - s·B0·A0 + s·B·A. On the untouched W that is a LoRA of rank 2r: [B, -B0]·[A; A0], with the same scale s.
+    Both move s·B0·A0 from the base weight W into the adapter, so the tuned layer computes W - s·B0·A0 + s·B·A. On the
+    original W that is a LoRA of rank 2r: [B, -B0]·[A; A0], with the same scale s.
     """
 
     def __init__(self, model: Any) -> None:
-        with _gathered(model):
-            state = {name: one.detach().cpu().clone() for name, one in model.named_parameters() if ".lora_" in name}
-        self.tensors = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
+        with _gather_trainable(model):
+            self.tensors = {
+                name.replace(".default.", "."): parameter.detach().cpu().clone()
+                for name, parameter in model.named_parameters()
+                if ".lora_" in name
+            }
 
     def rewrite(self, folder: Path) -> None:
-        """Replace a just saved adapter by its plain form of rank 2r."""
+        """Replace a saved adapter by its plain form of rank 2r."""
         import torch
         from safetensors.torch import load_file, save_file
 
         saved = load_file(folder / ADAPTER_FILE)
         for name in [name for name in saved if ".lora_A." in name or ".lora_B." in name]:
-            first = self.tensors[name].to(saved[name].dtype)
+            initial = self.tensors[name].to(saved[name].dtype)
             if ".lora_A." in name:
-                saved[name] = torch.cat([saved[name], first], dim=0).contiguous()
+                saved[name] = torch.cat([saved[name], initial], dim=0).contiguous()
             else:
-                saved[name] = torch.cat([saved[name], -first], dim=1).contiguous()
+                saved[name] = torch.cat([saved[name], -initial], dim=1).contiguous()
         save_file(saved, folder / ADAPTER_FILE, metadata={"format": "pt"})
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        # alpha / r must stay, or alpha / sqrt(r) with rsLoRA.
+        # Keep the scale alpha / r, with rsLoRA alpha / sqrt(r).
         config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
         config.update(r=config["r"] * 2, init_lora_weights=True)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 @contextmanager
-def _gathered(model: Any) -> Iterator[None]:
-    """Whole trainable parameters on every rank inside the block; does nothing unless they are partitioned (ZeRO-3)."""
-    parameters = [one for one in model.parameters() if one.requires_grad and hasattr(one, "ds_id")]
+def _gather_trainable(model: Any) -> Iterator[None]:
+    """Gather the trainable parameters on every rank inside the block if they are partitioned (ZeRO-3)."""
+    parameters = [weight for weight in model.parameters() if weight.requires_grad and hasattr(weight, "ds_id")]
     if not parameters:
         yield
         return
@@ -179,28 +182,28 @@ def _gathered(model: Any) -> Iterator[None]:
 
 @contextmanager
 def gather_virtual_tokens(model: Any, *, saves: bool) -> Iterator[None]:
-    """Inside the block a prefix or prompt adapter can be saved by those ranks that do (`saves`).
+    """Gather a prefix or prompt adapter inside the block, so that the ranks with `saves` can save it.
 
-    peft computes what it saves by running the prompt encoder. Under ZeRO-3 its weights are partitioned, and a rank
-    that runs it alone waits for ever for the shares of the others. The others run it too: DeepSpeed remembers in which
-    order modules run, and ranks that remember different orders wait for each other in the next step.
+    peft runs the prompt encoder to compute what it saves. Under ZeRO-3 its weights are partitioned: a rank that runs it
+    alone would wait forever for the others. So they run it, too: DeepSpeed records the order in which modules run, and
+    ranks with different orders would block each other in the next step.
     """
     config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning:
         yield
         return
-    with _gathered(model):
+    with _gather_trainable(model):
         if not saves:
             model.get_prompt_embedding_to_save(model.active_adapter)
         yield
 
 
 def check_saved_adapter(folder: Path) -> None:
-    """Open a saved adapter again and check that something was learned and all of it was written.
+    """Check that a saved adapter is complete and was trained.
 
     Raises:
-        CheckpointError: no file, an empty tensor (what ZeRO-3 leaves of a parameter that nobody gathered), a value
-            that is not finite, or LoRA B matrices that are all still zero.
+        CheckpointError: The file is missing, a tensor is empty (a ZeRO-3 parameter that was not gathered) or not
+            finite, or all LoRA B matrices are zero.
     """
     import torch
     from safetensors import safe_open
@@ -208,7 +211,7 @@ def check_saved_adapter(folder: Path) -> None:
     path = folder / ADAPTER_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} was not written")
-    b_matrices = moved = 0
+    num_b = num_trained = 0
     with safe_open(path, framework="pt") as file:
         if not list(file.keys()):
             raise CheckpointError(f"{path} holds no tensors")
@@ -219,7 +222,7 @@ def check_saved_adapter(folder: Path) -> None:
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{path}: {name} holds values that are not finite")
             if ".lora_B." in name or ".lora_embedding_B" in name:
-                b_matrices += 1
-                moved += bool(tensor.any())
-    if b_matrices and not moved:
-        raise CheckpointError(f"{path}: all {b_matrices} LoRA B matrices are still zero: the run learned nothing")
+                num_b += 1
+                num_trained += bool(tensor.any())
+    if num_b and not num_trained:
+        raise CheckpointError(f"{path}: all {num_b} LoRA B matrices are still zero: nothing was trained")

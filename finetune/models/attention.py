@@ -1,12 +1,12 @@
-"""Attention over flat rows: many conversations behind each other in one row, each seeing itself alone.
+"""Attention over padding-free batches: one flat row of many conversations, each attending to itself only.
 
     input_ids       5 6 7 8 9
     segment         a a a b b      8 is the first token of its conversation and attends to nothing before it
 
-With flash attention transformers does it (`cu_seq_lens_q`). Elsewhere models are switched to `FLAT_ATTENTION`, a
-function registered through transformers' `AttentionInterface`: torch's variable-length kernel where it runs, else one
+With flash attention, transformers implements it (`cu_seq_lens_q`). Otherwise models are switched to `FLAT_ATTENTION`,
+registered through transformers' `AttentionInterface`: torch's variable-length kernel where it is supported, else one
 `scaled_dot_product_attention` per conversation, which needs no mask and costs the sum of the squared lengths, not the
-square of their sum. Whether a model can be run so is found out, not believed: see `enable_padding_free`.
+square of their sum. `enable_padding_free` tests whether a model supports it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 FLAT_ATTENTION = "flat_attention"
-# Fields of a config that mean that a layer hands a state from token to token, across boundaries too.
+# Config fields of models whose layers carry a state from token to token, also across conversations.
 RECURRENT_FIELDS = (
     "ssm_cfg", "state_size", "ssm_state_size", "mamba_d_state", "mamba_d_conv", "conv_L_cache",
     "linear_conv_kernel_dim", "lru_width", "mlstm_round_up_to_multiple_of",
@@ -47,20 +47,22 @@ def padding_free_attention(
     max_length_q: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each segment.
+    """Compute causal attention inside each segment.
 
     Args:
-        query: [1, heads, T, width]; key and value [1, key heads, T, width], their heads dividing the query's.
-        segment_lengths: tokens of each conversation; they add up to T. `cu_seq_lens_q` and `max_length_q` say the same
+        query: [1, heads, T, head_dim].
+        key: [1, key_heads, T, head_dim], as is `value`; `heads` is a multiple of `key_heads`.
+        segment_lengths: Tokens of each conversation; their sum is T. `cu_seq_lens_q` and `max_length_q` are the same
             for kernels.
-        sliding_window: each token sees that many, itself counted. softcap: scores become cap x tanh(score / cap).
-            s_aux: [heads], a logit per head that takes part in the softmax and attends to nothing (a sink).
+        sliding_window: Number of tokens that each token attends to, itself included.
+        softcap: Scores become softcap * tanh(score / softcap).
+        s_aux: [heads], an additional logit per head in the softmax without a value (attention sink).
 
     Returns:
-        [1, T, heads, width], and no attention weights.
+        Output [1, T, heads, head_dim], and None in place of attention weights.
 
     Raises:
-        ValueError: anything but whole flat rows: a mask, a cache, a position bias, no or wrong lengths.
+        ValueError: The input is not one flat row: a mask, a cache, a position bias, missing or wrong lengths.
     """
     if attention_mask is not None or position_bias is not None:
         raise ValueError("flat rows take no attention mask and no position bias")
@@ -71,8 +73,14 @@ def padding_free_attention(
             f"conversations of {list(segment_lengths)} tokens are not a flat row of queries {list(query.shape)} "
             f"and keys {list(key.shape)}"
         )
-    plain = softcap is None and s_aux is None
-    if plain and not dropout and cu_seq_lens_q is not None and max_length_q and _kernel_takes(query, key, value):
+    is_standard = softcap is None and s_aux is None
+    if (
+        is_standard
+        and not dropout
+        and cu_seq_lens_q is not None
+        and max_length_q
+        and _kernel_supports(query, key, value)
+    ):
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -82,20 +90,20 @@ def padding_free_attention(
             scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return cast(torch.Tensor, output)[None], None  # with return_aux it would be a tuple
-    if plain:
+    if is_standard:
         attend = partial(_attend, dropout=dropout, scaling=scaling, window=sliding_window)
     else:
         attend = partial(
-            _attend_written_out,
+            _attend_unfused,
             dropout=dropout, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux,
         )  # fmt: skip
-    # `split` joins its gradients in one piece; slices would each allocate the whole.
-    segments = zip(*(one.split(list(segment_lengths), dim=2) for one in (query, key, value)), strict=True)
+    # The backward pass of `split` allocates one gradient; slices would each allocate one of full length.
+    segments = zip(*(states.split(list(segment_lengths), dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([attend(*segment) for segment in segments], dim=2).transpose(1, 2).contiguous(), None
 
 
-def _kernel_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch's variable-length kernel runs here: Ampere or newer, half precision, widths it knows."""
+def _kernel_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's variable-length kernel supports the input: Ampere or newer, 16 bits, certain head sizes."""
     return (
         query.is_cuda
         and torch.version.cuda is not None
@@ -118,7 +126,7 @@ def _attend(
     )  # fmt: skip
 
 
-def _attend_written_out(
+def _attend_unfused(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -129,9 +137,9 @@ def _attend_written_out(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention as a formula, for scores that no fused kernel knows."""
+    """Compute attention without a fused kernel, for scores that none supports."""
     heads, length, width = query.shape[1:]
-    key, value = (one.repeat_interleave(heads // one.shape[1], dim=1) for one in (key, value))
+    key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -143,17 +151,17 @@ def _attend_written_out(
 
 
 def _causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [length, length]: row i sees columns i - window + 1 .. i, or 0 .. i without a window."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen if window is None else seen.triu(1 - window)
+    """Return bool [length, length]: row i attends to columns i - window + 1 .. i, or 0 .. i without a window."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
 
 
 def unsupported_config_reason(config: Any, longest: int) -> str | None:
-    """Why a config says that the model cannot run flat rows with conversations of up to `longest` tokens, or None."""
+    """Return why a model with this config cannot run flat rows of conversations up to `longest` tokens, or None."""
     config = config.get_text_config()
-    found = [name for name in RECURRENT_FIELDS if getattr(config, name, None) is not None]
-    if found:
-        return f"its layers carry a state across conversations (config: {found[0]})"
+    recurrent = [name for name in RECURRENT_FIELDS if getattr(config, name, None) is not None]
+    if recurrent:
+        return f"its layers carry a state across conversations (config: {recurrent[0]})"
     others = {kind for kind in getattr(config, "layer_types", None) or () if kind not in ATTENTION_LAYERS}
     if others:
         return f"it has layers that are not attention (config: layer_types {', '.join(sorted(others))})"
@@ -163,12 +171,12 @@ def unsupported_config_reason(config: Any, longest: int) -> str | None:
     if chunk is not None and chunk < longest:
         return f"its attention works in chunks of {chunk} tokens (config: attention_chunk_size)"
     if getattr(config, "attn_temperature_tuning", False):
-        return "it scales queries by their place in the row (config: attn_temperature_tuning)"
+        return "it scales queries by their position in the row (config: attn_temperature_tuning)"
     return None
 
 
 def sliding_window_of(config: Any, longest: int) -> int | None:
-    """The sliding window that matters for conversations of up to `longest` tokens."""
+    """Return the sliding window, or None if it does not matter for conversations up to `longest` tokens."""
     config = config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     slides = window is not None and window < longest and (kinds is None or "sliding_attention" in kinds)
@@ -176,13 +184,13 @@ def sliding_window_of(config: Any, longest: int) -> int | None:
 
 
 def supports_logits_to_keep(model: Any) -> bool:
-    """Whether the model computes logits at given positions alone: `logits_to_keep` as transformers implements it."""
+    """Whether the model can compute logits at selected positions: transformers' `logits_to_keep`."""
     return forward_takes_logits_to_keep(type(unwrap_adapter(model)))
 
 
-def forward_takes_logits_to_keep(code: type[torch.nn.Module]) -> bool:
-    """The same of a model's class."""
-    forward = inspect.unwrap(code.forward)
+def forward_takes_logits_to_keep(model_class: type[torch.nn.Module]) -> bool:
+    """Whether models of this class can compute logits at selected positions."""
+    forward = inspect.unwrap(model_class.forward)
     return "logits_to_keep" in inspect.signature(forward).parameters and "slice_logits_to_keep" in forward.__globals__
 
 
@@ -195,28 +203,29 @@ def enable_padding_free(
     shared: bool = False,
     agree: Callable[[str | None], str | None] = lambda reason: reason,
 ) -> str | None:
-    """Switch a model to flat rows; where it cannot run them, leave it as it is and return the reason.
+    """Switch a model to flat rows; if it cannot run them, leave it unchanged and return the reason.
 
-    The config is asked first. Then random conversations are run: one in front of another, and alone with the stock
-    attention. Under ZeRO-3 all ranks call this together.
+    The config is checked first. Then random conversations are run: in one row, and alone with the stock attention.
+    Under ZeRO-3 all ranks must call this together.
 
     Args:
-        longest: tokens of the longest conversation. device: where the model's parameters are, or are gathered.
-        shared: ranks will share rows, for which attention must be told the positions too.
-        agree: this rank's reason -> the reason of all ranks, so that they end up alike.
+        longest: Tokens of the longest conversation.
+        device: Device of the model's parameters, also of gathered ones.
+        shared: Ranks will share rows (sequence parallelism), for which attention must receive the positions.
+        agree: Maps the reason of this rank to that of all ranks, so that all of them decide alike.
     """
     base = unwrap_adapter(model)
     stock = base.config._attn_implementation
-    reason = unsupported_config_reason(base.config, longest) or _code_obstacle(base)
+    reason = unsupported_config_reason(base.config, longest) or _unsupported_code_reason(base)
     if reason:
         return reason
     if "flash" not in stock:
         _register()
         base.set_attn_implementation(FLAT_ATTENTION)
     try:
-        with _gathered_module_by_module(model), _evaluating(model), torch.no_grad():
+        with _gather_per_module(model), _eval_mode(model), torch.no_grad():
             reason = _probe(base, stock, sliding_window_of(base.config, longest), vocab_size, device, shared)
-    except Exception as error:  # code of any model may fail in any way: it gets padded rows, and the user the reason
+    except Exception as error:  # the code of a model may raise anything: fall back to padded rows
         reason = f"a trial with random conversations failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
     reason = agree(reason)
     if reason:
@@ -231,19 +240,19 @@ def unwrap_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _code_obstacle(base: Any) -> str | None:
+def _unsupported_code_reason(base: Any) -> str | None:
     parameters = inspect.signature(type(base).forward).parameters
     if "position_ids" not in parameters:
         return "its code takes no position_ids"
-    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
-        return "its code hands no boundaries to its attention"
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return "its code passes no boundaries to its attention"
     if "flash" not in base.config._attn_implementation and not base._can_set_attn_implementation():
         return "its code does not take attention functions from transformers"
     return None
 
 
 def _register(function: Any = padding_free_attention) -> None:
-    """No mask function goes with it: transformers then builds no mask, and a given one is not used."""
+    """Register without a mask function: transformers then builds no mask and ignores a given one."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(FLAT_ATTENTION, function)
@@ -252,50 +261,52 @@ def _register(function: Any = padding_free_attention) -> None:
 def _probe(base: Any, stock: str, window: int | None, vocab_size: int, device: Any, shared: bool) -> str | None:
     """Compare the last of three conversations in a row, b a b, with b alone.
 
-    The first b has nothing in front, so what it differs by is rounding, or else another attention than the model's. All
-    three as one conversation show what a leak would look like.
+    The first b follows nothing, so its difference is rounding, unless the attention differs from the model's own. All
+    three as one conversation show the difference that a leak would make.
     """
-    drawn = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(vocab_size, (length,), generator=drawn).to(device) for length in (7, 5))
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(vocab_size, (length,), generator=generator).to(device) for length in (7, 5))
     windows: set[int | None] = set()
-    told_positions: set[bool] = set()
+    has_positions: set[bool] = set()
 
-    def watched(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
+    def recording_attention(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
         windows.add(sliding_window)
-        told_positions.add(kwargs.get("position_ids") is not None)
+        has_positions.add(kwargs.get("position_ids") is not None)
         return padding_free_attention(*args, sliding_window=sliding_window, **kwargs)
 
     if "flash" not in stock:
-        _register(watched)
+        _register(recording_attention)
     try:
         flat = _logits(base, [b, a, b])
-        one = _logits(base, [torch.cat([b, a, b])])[-len(b) :]
+        joined = _logits(base, [torch.cat([b, a, b])])[-len(b) :]
     finally:
         if "flash" not in stock:
             _register()
     if window is not None and "flash" not in stock and window not in windows:
         return f"its sliding window of {window} tokens does not reach the attention"
-    if shared and False in told_positions:
+    if shared and False in has_positions:
         return "its attention is not told the positions"
     base.set_attn_implementation(stock)
     alone = base(input_ids=b[None], use_cache=False).logits[0].float()
     if "flash" not in stock:
         base.set_attn_implementation(FLAT_ATTENTION)
-    rounding, found, leaked = ((part - alone).abs().max().item() for part in (flat[: len(b)], flat[-len(b) :], one))
-    half, size = next(base.parameters()).dtype in (torch.float16, torch.bfloat16), alone.abs().max().item()
-    if not rounding <= (5e-2 if half else 1e-4) * size:
+    rounding, difference, leaked = (
+        (logits - alone).abs().max().item() for logits in (flat[: len(b)], flat[-len(b) :], joined)
+    )
+    is_16_bit, scale = next(base.parameters()).dtype in (torch.float16, torch.bfloat16), alone.abs().max().item()
+    if not rounding <= (5e-2 if is_16_bit else 1e-4) * scale:
         return f"in a trial, its own attention computed something else (logits differ by {rounding:.1e})"
-    allowed = 8 * rounding + (1e-3 if half else 1e-5) * size
-    if not found <= allowed:
-        return f"in a trial, a conversation saw the one in front of it (logits differ by {found:.1e})"
+    allowed = 8 * rounding + (1e-3 if is_16_bit else 1e-5) * scale
+    if not difference <= allowed:
+        return f"in a trial, a conversation attended to the one before it (logits differ by {difference:.1e})"
     if not leaked > 2 * allowed:
-        return f"a trial could not tell whether conversations see each other (logits differ by {leaked:.1e} if they do)"
+        return f"a trial could not show whether conversations are separate (if not, logits differ by {leaked:.1e})"
     return None
 
 
 def _logits(base: Any, conversations: list[torch.Tensor]) -> torch.Tensor:
-    """float32 [T, V] of a flat row."""
-    lengths = [len(one) for one in conversations]
+    """Compute the logits of a flat row, float32 [T, V]."""
+    lengths = [len(conversation) for conversation in conversations]
     ids = torch.cat(conversations)
     boundaries = torch.tensor([0, *lengths], device=ids.device).cumsum(0).to(torch.int32)
     return base(
@@ -311,17 +322,17 @@ def _logits(base: Any, conversations: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _refuse_masks_and_caches(base: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A mask or a cache would make transformers mix the conversations of a flat row without a word."""
+    """Raise for a mask or a cache, with which transformers would silently mix the conversations of a flat row."""
     if "cu_seq_lens_q" not in kwargs and base.config._attn_implementation != FLAT_ATTENTION:
         return
     if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
-        raise ValueError("a flat row was given an attention mask or a cache: conversations would see each other")
+        raise ValueError("a flat row cannot have an attention mask or a cache: its conversations would be mixed")
     if kwargs.get("use_cache") is not False or kwargs.get("position_ids") is None:
-        raise ValueError("a flat row needs use_cache=False and position_ids: conversations would see each other")
+        raise ValueError("a flat row needs use_cache=False and position_ids: its conversations would be mixed")
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _eval_mode(model: Any) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -331,23 +342,22 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered_module_by_module(model: Any) -> Iterator[None]:
-    """A model that ZeRO-3 has partitioned can be run before DeepSpeed's engine exists: each module gathers its own
-    parameters while it runs. Does nothing for other models."""
+def _gather_per_module(model: Any) -> Iterator[None]:
+    """Let a model partitioned by ZeRO-3 run before DeepSpeed's engine exists: modules gather their own parameters."""
     partitioned = [
-        (module, own)
+        (module, parameters)
         for module in model.modules()
-        if (own := [one for one in module.parameters(recurse=False) if hasattr(one, "ds_id")])
+        if (parameters := [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")])
     ]
     with ExitStack() as hooks:
-        for module, own in partitioned:
+        for module, parameters in partitioned:
             import deepspeed
 
             gathered = ExitStack()
-            hooks.callback(gathered.close)  # what a failing module still holds
+            hooks.callback(gathered.close)  # after a module that failed
 
-            def gather(*_: Any, own: list = own, gathered: ExitStack = gathered) -> None:
-                gathered.enter_context(deepspeed.zero.GatheredParameters(own))
+            def gather(*_: Any, parameters: list = parameters, gathered: ExitStack = gathered) -> None:
+                gathered.enter_context(deepspeed.zero.GatheredParameters(parameters))
 
             def release(*_: Any, gathered: ExitStack = gathered) -> None:
                 gathered.close()

@@ -1,10 +1,10 @@
-"""What an evaluation leaves beside the result, and the same as plain tables, for a terminal or a page.
+"""Files that evaluations write to the output_dir, and their content as plain tables for a terminal or a page.
 
     evaluation.json    held-out conversations: losses by row, answer and source
     benchmarks.json    tasks of lm-evaluation-harness
-    forgetting.json    what the base could do and the tuned model cannot
+    forgetting.json    questions that the base answers and the tuned model does not
 
-Nothing here needs torch. `sections` is all that a report has to know.
+Reports use `read_sections` only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Cells as text; the first column names the row, the others are numbers."""
+    """A table with cells as text; the first column names the row, the others are numbers."""
 
     title: str
     head: list[str]
@@ -35,7 +35,7 @@ class ResultTable:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One conversation as text: `segments` have the keys of `chat_templates.text_segments.Segment`."""
+    """A conversation as text; `segments` have the keys of `chat_templates.text_segments.Segment`."""
 
     title: str
     segments: list[dict[str, Any]]
@@ -43,10 +43,11 @@ class TableRow:
 
 @dataclass(frozen=True)
 class ResultSection:
-    """One evaluation, ready to be shown.
+    """The results of one evaluation.
 
     Attributes:
-        verdict: sentences that stand above everything.
+        verdict: Sentences with the result.
+        rows: Titles with conversations.
     """
 
     title: str
@@ -57,12 +58,12 @@ class ResultSection:
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Found out before hours of work.
+    """Check that the file can be written, before hours of work.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: It cannot.
     """
-    probe = folder / f".{name}.probe-{os.getpid()}"  # each rank its own
+    probe = folder / f".{name}.probe-{os.getpid()}"  # one per rank
     try:
         probe.touch()
         probe.unlink()
@@ -71,24 +72,24 @@ def check_writable(folder: Path, name: str) -> None:
 
 
 def versioned(document: dict[str, Any]) -> dict[str, Any]:
-    """A document that later versions can tell from theirs."""
+    """Add the version of the format."""
     return {"version": VERSION, **document}
 
 
 def write_results(folder: Path, name: str, document: dict[str, Any]) -> None:
-    """Write a document beside the result, whole or not at all.
+    """Write a document to the output_dir, atomically.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: It cannot be written.
     """
     write_text_atomically(folder / name, json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def load_results(folder: Path, name: str) -> dict[str, Any] | None:
-    """A stored document, or None where there is none.
+    """Read a stored document, or return None if there is none.
 
     Raises:
-        ConfigError: it is not one of ours, or another version's.
+        ConfigError: The file is no such document, or of another version.
     """
     path = folder / name
     try:
@@ -98,35 +99,35 @@ def load_results(folder: Path, name: str) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(document, dict) or document.get("version") != VERSION:
-        raise ConfigError(f"{path}: was not written by this version: evaluate again")
+        raise ConfigError(f"{path}: written by another version: run finetune evaluate again")
     return document
 
 
 def read_sections(folder: Path, names: Sequence[str] = FILES) -> list[ResultSection]:
-    """All that was found out about the result in `folder`; empty where it was not evaluated.
+    """Read all evaluations of the result in `folder`.
 
     Raises:
-        ConfigError: a stored document cannot be read.
+        ConfigError: A document cannot be read.
     """
-    found = ((name, load_results(folder, name)) for name in names)
-    return [SECTIONS[name](document) for name, document in found if document is not None]
+    documents = ((name, load_results(folder, name)) for name in names)
+    return [SECTIONS[name](document) for name, document in documents if document is not None]
 
 
 # ---- held-out conversations
 
 
 def held_out_section(document: dict[str, Any]) -> ResultSection:
-    """`evaluation.json` as tables."""
-    data, lost = document["data"], document["non_finite"]
-    notes = [f"{data['rows']:,} rows, {data['tokens']:,} learned tokens; losses are means over tokens, in nats"]
+    """Return `evaluation.json` as tables."""
+    data, non_finite = document["data"], document["non_finite"]
+    notes = [f"{data['rows']:,} rows, {data['tokens']:,} supervised tokens; losses are means over tokens, in nats"]
     if data["not_measured"]:
-        notes.append(f"{data['not_measured']:,} rows were dropped before: see finetune preview")
-    for one in lost[:5]:
-        notes.append(f"not finite, and in no mean: {one['source']}, row {one['row']} ({', '.join(one['models'])})")
-    if len(lost) > 5:
-        notes.append(f"... and {len(lost) - 5:,} more rows that are not finite")
+        notes.append(f"{data['not_measured']:,} rows were dropped: see finetune preview")
+    for row in non_finite[:5]:
+        notes.append(f"not finite and in no mean: {row['source']}, row {row['row']} ({', '.join(row['models'])})")
+    if len(non_finite) > 5:
+        notes.append(f"... and {len(non_finite) - 5:,} more rows that are not finite")
     rows = [
-        (title, [_row(one) for one in document[key]])
+        (title, [_row(row) for row in document[key]])
         for title, key in (
             ("Rows with the largest loss", "worst"),
             ("Rows on which the tuned model is worse than the base", "worsened"),
@@ -144,13 +145,14 @@ def _held_out_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[
     head += ["difference", "95 %", "rows worse"] if has_base else []
     head += [f"{model} perplexity" for model in models]
     rows = []
-    for one in groups:
-        cells = [one["name"], f"{one['rows']:,}", f"{one['tokens']:,}"]
-        cells += [f"{one[model]['loss']:.4f}" for model in models]
+    for group in groups:
+        cells = [group["name"], f"{group['rows']:,}", f"{group['tokens']:,}"]
+        cells += [f"{group[model]['loss']:.4f}" for model in models]
         if has_base:
-            apart = one["difference"]
-            cells += [f"{apart['loss']:+.4f}", _between(apart["interval"], "+.3f"), f"{apart['rows_worse']:,}"]
-        cells += [_perplexity(one[model]["perplexity"]) for model in models]
+            difference = group["difference"]
+            interval = _interval(difference["interval"], "+.3f")
+            cells += [f"{difference['loss']:+.4f}", interval, f"{difference['rows_worse']:,}"]
+        cells += [_perplexity(group[model]["perplexity"]) for model in models]
         rows.append(cells)
     return head, rows
 
@@ -159,53 +161,53 @@ def _perplexity(value: float | None) -> str:
     return "over 1e300" if value is None else f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
 
 
-def _between(interval: list[float] | None, form: str) -> str:
-    return "-" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+def _interval(interval: list[float] | None, number_format: str) -> str:
+    return "-" if interval is None else f"{interval[0]:{number_format}} to {interval[1]:{number_format}}"
 
 
-def _row(one: dict[str, Any]) -> TableRow:
-    identity = "" if one["id"] is None else f", id {one['id']}"
-    losses = ", ".join(f"{model} {one[model]:.4f}" for model in ("base", "tuned") if one.get(model) is not None)
-    return TableRow(
-        f"{one['source']}, row {one['row']}{identity}: {one['tokens']:,} tokens, loss {losses}", one["segments"]
-    )
+def _row(row: dict[str, Any]) -> TableRow:
+    identity = "" if row["id"] is None else f", id {row['id']}"
+    losses = ", ".join(f"{model} {row[model]:.4f}" for model in ("base", "tuned") if row.get(model) is not None)
+    title = f"{row['source']}, row {row['row']}{identity}: {row['tokens']:,} tokens, loss {losses}"
+    return TableRow(title, row["segments"])
 
 
 # ---- benchmarks
 
 
 def benchmarks_section(document: dict[str, Any]) -> ResultSection:
-    """`benchmarks.json` as tables."""
-    models = [model for model in ("base", "tuned") if any(model in one for one in document["scores"])]
+    """Return `benchmarks.json` as tables."""
+    scores, published = document["scores"], document.get("published")
+    models = [model for model in ("base", "tuned") if any(model in score for score in scores)]
     head = ["task", "metric", "shots", "rows", *models]
     rows = []
-    for one in document["scores"]:
-        cells = [one["name"], one["metric"], "" if one["shots"] is None else str(one["shots"]), f"{one['rows']:,}"]
-        rows.append(cells + [_score(one.get(model)) for model in models])
+    for score in scores:
+        shots = "" if score["shots"] is None else str(score["shots"])
+        cells = [score["name"], score["metric"], shots, f"{score['rows']:,}"]
+        rows.append(cells + [_score(score.get(model)) for model in models])
     tables = [ResultTable("Benchmarks", head, rows)]
-    if document.get("published"):
-        names = [one["name"] for one in document["scores"] if one["name"] in document["published"]["names"]]
-        ours = {
-            model: {one["name"]: 100 * one[model]["value"] for one in document["scores"] if model in one}
+    if published:
+        names = [score["name"] for score in scores if score["name"] in published["names"]]
+        percents = {
+            f"this {model}": {score["name"]: 100 * score[model]["value"] for score in scores if model in score}
             for model in models
         }
-        lines = [[f"this {model}", *(_cell(values.get(name)) for name in names)] for model, values in ours.items()]
-        for label, values in document["published"]["rows"].items():
-            lines.append([label, *(_cell(values.get(name)) for name in names)])
-        tables.append(
-            ResultTable(f"Beside the published rows ({document['published']['source']})", ["", *names], lines)
-        )
+        rows = [
+            [label, *(_percent(values.get(name)) for name in names)]
+            for label, values in {**percents, **published["rows"]}.items()
+        ]
+        tables.append(ResultTable(f"Published scores ({published['source']})", ["", *names], rows))
     return ResultSection("Benchmarks", document["verdict"], tables, [], document["notes"])
 
 
-def _score(found: dict[str, Any] | None) -> str:
-    if found is None or found["value"] is None:
+def _score(score: dict[str, Any] | None) -> str:
+    if score is None or score["value"] is None:
         return "-"
-    error = found.get("stderr")
-    return f"{found['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    error = score.get("stderr")
+    return f"{score['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _cell(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
@@ -213,23 +215,22 @@ def _cell(value: float | None) -> str:
 
 
 def forgetting_section(document: dict[str, Any]) -> ResultSection:
-    """`forgetting.json` as tables."""
+    """Return `forgetting.json` as tables."""
     head = ["", "questions", "base", "tuned", "difference", "95 %", "lost", "won", "p"]
-    rows = []
-    for one in document["groups"]:
-        rows.append(
-            [
-                one["name"],
-                f"{one['questions']:,}",
-                f"{one['base']:.1%}",
-                f"{one['tuned']:.1%}",
-                f"{100 * one['difference']:+.1f}",
-                _between([100 * end for end in one["interval"]], "+.1f"),
-                f"{one['lost']:,}",
-                f"{one['won']:,}",
-                f"{one['p']:.2g}",
-            ]
-        )
+    rows = [
+        [
+            group["name"],
+            f"{group['questions']:,}",
+            f"{group['base']:.1%}",
+            f"{group['tuned']:.1%}",
+            f"{100 * group['difference']:+.1f}",
+            _interval([100 * end for end in group["interval"]], "+.1f"),
+            f"{group['lost']:,}",
+            f"{group['won']:,}",
+            f"{group['p']:.2g}",
+        ]
+        for group in document["groups"]
+    ]
     table = ResultTable("What the base could do", head, rows)
     return ResultSection("Forgetting", document["verdict"], [table], [], document["notes"])
 

@@ -106,7 +106,7 @@ def test_a_run_that_learned_nothing_does_not_report_success(tmp_path, tiny_model
     warming_up = ("--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "10", "--max_steps", "1")
     outcome = ranks.train(tmp_path / "logs", [*flags, *SHORT, *LORA, "--deepspeed", "zero2", *warming_up], world_size=1)
     assert outcome.statuses == [4]
-    assert "LoRA B matrices are still zero: the run learned nothing" in outcome.outputs[0]
+    assert "LoRA B matrices are still zero" in outcome.outputs[0]
     assert "Traceback" not in outcome.outputs[0]
 
 

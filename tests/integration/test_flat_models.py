@@ -158,7 +158,7 @@ def test_layers_that_ignore_boundaries_are_caught(spoil, layers):
         spoil(layer)
     with left_as_it_was(model):
         reason = flattened(model)
-    assert reason.startswith("in a trial, a conversation saw the one in front of it (logits differ by ")
+    assert reason.startswith("in a trial, a conversation attended to the one before it (logits differ by ")
 
 
 def test_a_trial_that_would_not_show_a_leak_is_no_proof():
@@ -166,7 +166,7 @@ def test_a_trial_that_would_not_show_a_leak_is_no_proof():
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     with left_as_it_was(model):
-        assert "could not tell whether conversations see each other" in flattened(model)
+        assert "could not show whether conversations are separate" in flattened(model)
 
 
 def test_a_window_that_is_not_handed_on_is_caught():
@@ -232,7 +232,7 @@ def test_flash_attention_is_kept_and_tried_too(monkeypatch, obeys):
     model = build("llama")
     model.set_attn_implementation("flash_stand_in")
     reason = flattened(model)
-    assert reason is None if obeys else "saw the one in front of it" in reason
+    assert reason is None if obeys else "attended to the one before it" in reason
     assert model.config._attn_implementation == "flash_stand_in"
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()  # as for an answer
@@ -290,7 +290,7 @@ def test_what_a_trial_gathers_it_releases(monkeypatch, fails):
     for number, parameter in enumerate(model.parameters()):
         parameter.ds_id = number
     if fails:
-        monkeypatch.setattr(attention, "_attend_written_out", None)
+        monkeypatch.setattr(attention, "_attend_unfused", None)
     reason = flattened(model)
     assert reason is None or (fails and "argument must be callable" in reason)
     assert 0 < most < 8 and not held

@@ -90,12 +90,12 @@ def test_a_sentencepiece_tokenizer_gets_scores_in_the_order_of_its_merges(tmp_pa
 
 def test_what_cannot_be_written_is_told_before_anything_is_merged(tmp_path, smol_tokenizer, real_tokenizers):
     folder = saved(tmp_path / "gemma", smol_tokenizer, "gemma")
-    with pytest.raises(ConfigError, match="--gguf: gemma cannot be written, only llama, mistral, qwen2, qwen3: "):
+    with pytest.raises(ConfigError, match="--gguf: gemma is not supported, only llama, mistral, qwen2, qwen3: "):
         check_gguf(folder, "f16", smol_tokenizer)
     llama = saved(tmp_path / "llama", smol_tokenizer)
     with pytest.raises(ConfigError, match="--gguf q9: expected one of f32, f16, bf16, q8_0"):
         check_gguf(llama, "q9", smol_tokenizer)
-    with pytest.raises(ConfigError, match="cuts text in a way that GGUF has no name for here"):
+    with pytest.raises(ConfigError, match="pre-tokenizer of this model is not supported"):
         check_gguf(llama, "f16", real_tokenizers["deepseek"])
 
 

@@ -181,7 +181,7 @@ def kernel_calls(monkeypatch) -> list:
         return stand_in_kernel(*args, **kwargs)
 
     monkeypatch.setattr(varlen, "varlen_attn", recorded)
-    monkeypatch.setattr(attention, "_kernel_takes", lambda *tensors: True)
+    monkeypatch.setattr(attention, "_kernel_supports", lambda *tensors: True)
     return calls
 
 
@@ -228,4 +228,4 @@ def test_where_the_kernel_runs(monkeypatch, takes, query, value, cuda, capabilit
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     first, other = (SimpleNamespace(**{**AMPERE, **changed}) for changed in (query, value))
-    assert attention._kernel_takes(first, other, other) is takes
+    assert attention._kernel_supports(first, other, other) is takes
