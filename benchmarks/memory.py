@@ -215,12 +215,12 @@ def make_model(name: str, folder: Path) -> Path:
 def measured_and_predicted(case: Case, folder: Path, work: Path) -> dict[str, Any]:
     """Bytes; of the measured ones those of the rank that grew most."""
     seen = run_ranks(case, folder, work)
-    tokens, learned = (max(one[name] for one in seen) for name in ("tokens", "learned"))
+    tokens, learned = (max(one[name] for one in seen) for name in ("tokens", "supervised"))
     found = predict(case, folder, tokens, learned)
     return {
         **vars(case),
         "tokens": tokens,
-        "learned": learned,
+        "supervised": learned,
         "before": max(one["before"] for one in seen),
         "measured": max(one["growth"] for one in seen),
         "least": min(one["growth"] for one in seen),
@@ -299,15 +299,15 @@ def be_a_rank(output: Path, flags: Sequence[str]) -> None:
     from finetune import train
 
     torch.set_num_threads(1)
-    seen = {"before": 0, "tokens": 0, "learned": 0}
-    plain_load = train.load
+    seen = {"before": 0, "tokens": 0, "supervised": 0}
+    plain_load = train.load_model
 
     def load(*args: Any, **kwargs: Any) -> Any:
         Path("/proc/self/clear_refs").write_text("5")
         seen["before"] = _status("VmRSS")
         return plain_load(*args, **kwargs)
 
-    train.load = load
+    train.load_model = load
     _watch_steps(output, seen)
     train.main(list(flags))
 
@@ -333,7 +333,7 @@ def _watch_steps(output: Path, seen: dict[str, int]) -> None:
 
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         seen["tokens"] = max(seen["tokens"], inputs["input_ids"].numel())
-        seen["learned"] = max(seen["learned"], len(inputs["targets"]))
+        seen["supervised"] = max(seen["supervised"], len(inputs["targets"]))
         return plain_loss(self, model, inputs, *args, **kwargs)
 
     SupervisedTrainer.__init__, SupervisedTrainer.compute_loss = initialised, compute_loss

@@ -1,10 +1,10 @@
-"""What a sealed checkpoint costs: against the Trainer's own save and a `sync`, in one run that takes turns.
+"""Cost of a checkpoint with manifest, against the Trainer's own save and a `sync`, alternating within one run.
 
     python benchmarks/saving.py                        four layers, all parameters, ZeRO-2, one rank
     python benchmarks/saving.py --layers 30 --rounds 3
 
-Both save the same state of the same engine. A sealed one is on the disk, hashed and in a manifest when it counts;
-the Trainer's own is on the disk once `sync` has come back.
+Both save the same state of the same engine. Ours is synced, hashed and in a manifest when it is complete; the Trainer's
+is on the disk once `sync` has returned.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="saving-", dir=given.work) as folder:
         make_model(Path(folder) / "model", given.layers)
         seconds = _train_and_save(given, Path(folder))
-    sealed, stock = (median(seconds[name]) for name in ("sealed", "stock"))
+    ours, stock = (median(seconds[name]) for name in ("ours", "stock"))
     print(f"{given.layers} layers, {given.deepspeed}; {machine()}, {time.strftime('%Y-%m-%d %H:%M')}")
     for name, taken in seconds.items():
         print(f"{name}: {', '.join(f'{one:.2f}' for one in taken)} s")
-    print(f"sealed {sealed:.2f} s, the Trainer's own and sync {stock:.2f} s: {sealed / stock:.2f}")
+    print(f"with manifest {ours:.2f} s, the Trainer's save and sync {stock:.2f} s: {ours / stock:.2f}")
 
 
 def _train_and_save(given: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
@@ -48,18 +48,18 @@ def _train_and_save(given: argparse.Namespace, folder: Path) -> dict[str, list[f
     from transformers import Trainer
 
     from finetune import train
-    from finetune.training import trainer
+    from finetune.training.checkpoint_trainer import CheckpointTrainer
 
-    ours, stock = trainer.SupervisedTrainer, {}
+    ours, stock = CheckpointTrainer, {}
     names = ("_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_save")
-    sealed = {name: ours.__dict__[name] for name in names}
+    own = {name: ours.__dict__[name] for name in names}
     stock = {name: Trainer.__dict__[name] for name in names}
-    seconds: dict[str, list[float]] = {"sealed": [], "stock": []}
+    seconds: dict[str, list[float]] = {"ours": [], "stock": []}
 
     def save(self: Any, model: Any, trial: Any) -> None:
-        kind = "sealed" if self.state.global_step % 2 else "stock"
+        kind = "ours" if self.state.global_step % 2 else "stock"
         os.sync()
-        for name, method in (sealed if kind == "sealed" else stock).items():
+        for name, method in (own if kind == "ours" else stock).items():
             setattr(ours, name, method)
         if kind == "stock" and hasattr(self.model_wrapped, "checkpoint_engine"):
             from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
