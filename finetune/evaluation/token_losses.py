@@ -53,12 +53,12 @@ def group_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
 @contextmanager
 def padding_free(model: Any, *, longest: int, has_virtual_tokens: bool) -> Iterator[str | None]:
     """Switch the model to padding-free batches inside the block; yield why it cannot run them, or None."""
-    from finetune.models.attention import enable_padding_free
+    from finetune.models.attention import enable_padding_free, unwrap_adapter
 
     if has_virtual_tokens:
         yield "the adapter puts virtual tokens before each row"
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap_adapter(model)
     stock = base.config._attn_implementation
     vocab_size = base.config.get_text_config().vocab_size
     reason = enable_padding_free(model, longest=longest, vocab_size=vocab_size, device=device_of(model))

@@ -56,10 +56,7 @@ STRINGS = {  # English, Chinese
     "temperature_info": ("0: greedy, always the most probable token", "0 为贪心解码，每次取最可能的 token"),
     "top_p": ("Top p", "Top p"),
     "seed": ("Seed", "随机种子"),
-    "seed_info": (
-        "Makes sampled answers repeatable; empty: random",
-        "固定后采样结果可复现；留空则每次不同",
-    ),
+    "seed_info": ("Makes sampled answers repeatable; empty: random", "固定后采样结果可复现；留空则每次不同"),
 }
 ENGLISH, CHINESE = ({name: texts[language] for name, texts in STRINGS.items()} for language in (0, 1))
 
