@@ -135,7 +135,7 @@ def _run(model: Any, tokens: int, logits: int, started: list[_LiveBytes] | None 
         "use_cache": False,
     }
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = {name for one in (model, base) for name in inspect.signature(type(one).forward).parameters}
+    parameters = {name for module in (model, base) for name in inspect.signature(type(module).forward).parameters}
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(tokens, device="meta")[None]
     if "logits_to_keep" in parameters:

@@ -54,7 +54,7 @@ def spec_from_config(
     own = [_size(module.parameters(recurse=False)) for module in model.modules()]
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     active = (getattr(text, "num_experts_per_tok", None) or 0) if experts else 0
-    in_experts = _size(one for name, one in model.named_parameters() if ".experts." in name and experts)
+    in_experts = _size(weight for name, weight in model.named_parameters() if ".experts." in name and experts)
     of_base = _size(base.parameters()) - (_size(_adapter_parameters(base)) if attach else 0)
     spec = ModelSpec(
         blocks=blocks,
@@ -98,7 +98,7 @@ def _on_meta(config: Any, precision: Precision, attach: Callable[[Any], Any] | N
 
 
 def _adapter_parameters(base: Any) -> Iterator[torch.nn.Parameter]:
-    return (one for name, one in base.named_parameters() if "lora_" in name or "modules_to_save" in name)
+    return (weight for name, weight in base.named_parameters() if "lora_" in name or "modules_to_save" in name)
 
 
 def _size(parameters: Iterable[torch.nn.Parameter]) -> int:
