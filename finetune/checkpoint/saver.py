@@ -91,9 +91,9 @@ def checkpoint_bytes(
     total = _size(model.parameters())
     sizes = ParameterSizes(
         total=total,
-        trained=_size(one for one in model.parameters() if one.requires_grad),
+        trained=_size(weight for weight in model.parameters() if weight.requires_grad),
         num_trained=sum(math.prod(shape) for shape in trained.values()),
-        tied=_size(one for _, one in model.named_parameters(remove_duplicate=False)) - total,
+        tied=_size(weight for _, weight in model.named_parameters(remove_duplicate=False)) - total,
         has_adapter=hasattr(model, "peft_config"),
     )
     parts = checkpoint_parts(sizes, stage, only_model=only_model)
@@ -102,7 +102,7 @@ def checkpoint_bytes(
 
 def _size(parameters: Iterable[Any]) -> int:
     """Bytes of whole parameters, partitioned ones (ZeRO-3) too."""
-    return sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in parameters)
+    return sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in parameters)
 
 
 @dataclass

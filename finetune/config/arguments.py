@@ -236,8 +236,8 @@ TRAINING_HELP = {
 def default_of(name: str) -> Any:
     """What a flag is when it is not given, by its name without dashes; None for an unknown one."""
     for group in GROUPS:
-        for one in fields(group):
-            if one.name == name:
-                return default_of_field(one)
+        for flag_field in fields(group):
+            if flag_field.name == name:
+                return default_of_field(flag_field)
     flag = training_flags().get(name)
     return TRAINING_DEFAULTS.get(name, flag.default if flag else None)

@@ -38,8 +38,9 @@ def find_straggler(own: Sequence[Sequence[float]], step_seconds: Sequence[float]
     by_rank = [median(seconds) for seconds in own]
     rank = max(range(len(by_rank)), key=by_rank.__getitem__)
     others = median(seconds for other, seconds in enumerate(by_rank) if other != rank)
-    found = Straggler(rank, by_rank[rank], others, median(step_seconds))
-    return found if found.cost > max(SECONDS_THAT_MATTER, SHARE_THAT_MATTERS * found.step_seconds) else None
+    straggler = Straggler(rank, by_rank[rank], others, median(step_seconds))
+    threshold = max(SECONDS_THAT_MATTER, SHARE_THAT_MATTERS * straggler.step_seconds)
+    return straggler if straggler.cost > threshold else None
 
 
 @dataclass
@@ -56,8 +57,9 @@ class Stragglers:
         self.seen += 1
         if len(self.steps) < STEPS_COMPARED or self.seen % STEPS_BETWEEN_LOOKS:
             return None
-        found = find_straggler(list(zip(*(one for one, _ in self.steps), strict=True)), [one for _, one in self.steps])
-        if found is None or self.seen - self.named.get(found.rank, -STEPS_OF_SILENCE) < STEPS_OF_SILENCE:
+        by_rank = list(zip(*(seconds for seconds, _ in self.steps), strict=True))
+        straggler = find_straggler(by_rank, [seconds for _, seconds in self.steps])
+        if straggler is None or self.seen - self.named.get(straggler.rank, -STEPS_OF_SILENCE) < STEPS_OF_SILENCE:
             return None
-        self.named[found.rank] = self.seen
-        return found
+        self.named[straggler.rank] = self.seen
+        return straggler
