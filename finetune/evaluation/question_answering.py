@@ -192,7 +192,7 @@ def answers_of(
                 eos_token_id=list(stop_token_ids),
                 pad_token_id=stop_token_ids[0],
             )
-        for index, answer_ids in zip(group, generated[:, ids.shape[1] :].tolist(), strict=True):
-            answers[index] = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        texts = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+        answers.update(zip(group, map(str.strip, texts), strict=True))
         done(len(group))
     return _gather(answers)
