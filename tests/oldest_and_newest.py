@@ -26,7 +26,7 @@ TESTS = (
     "tests/unit/config/test_deepspeed_config.py",
     "tests/unit/training/test_loss.py",
     "tests/unit/dataset/test_prepare.py",
-    "tests/unit/export/test_merge.py",
+    "tests/integration/test_merge.py",
 )
 TOLD = ("transformers", "deepspeed", "accelerate", "peft", "datasets", "tokenizers", "numpy", "pyarrow")
 
