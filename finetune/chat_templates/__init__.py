@@ -18,9 +18,6 @@ from finetune.chat_templates.example import (
     ChatFormat,
     Example,
     RenderedConversation,
-    Status,
-    SupervisedSpan,
-    TokenizedConversation,
     TurnSpan,
     UnrenderableError,
     supervised_turns_of,
@@ -37,24 +34,19 @@ from finetune.chat_templates.generation_prompt import (
 from finetune.chat_templates.jinja_format import JinjaFormat
 from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
 from finetune.chat_templates.plain_text import PlainTextTokenizer, add_control_tokens
-from finetune.chat_templates.renderer import Renderer, TooLong, TrainOn
+from finetune.chat_templates.renderer import Renderer
 
 __all__ = [
     "CHATML",
-    "SupervisedSpan",
     "IGNORE_INDEX",
     "ChatFormat",
     "Example",
-    "TokenizedConversation",
     "LingoWhaleFormat",
     "PlainTextTokenizer",
     "Renderer",
     "RenderedConversation",
     "AnswerDecoder",
-    "Status",
     "JinjaFormat",
-    "TooLong",
-    "TrainOn",
     "TurnSpan",
     "UnrenderableError",
     "add_control_tokens",

@@ -12,6 +12,7 @@ from finetune.chat_templates import RenderedConversation
 from finetune.conversation import BadRow
 from finetune.utils.errors import SHOWN_FAULTS
 
+STATUSES = ("kept", "cut", "split", "dropped")
 HISTOGRAM_BINS = 24
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_REASONS = 5
@@ -84,7 +85,7 @@ class DataSummary:
         return sorted(self.reasons.items(), key=lambda reason_and_count: -reason_and_count[1])
 
     def _rows(self) -> str:
-        counts = (f"{getattr(self, status):,} {status}" for status in ("kept", "cut", "split", "dropped"))
+        counts = (f"{getattr(self, status):,} {status}" for status in STATUSES)
         return f"{self.rows:,}: {', '.join(counts)}"
 
     def lines(self) -> list[str]:
@@ -168,10 +169,7 @@ class DataTally:
         longest = max(self.lengths, default=0)
         return DataSummary(
             rows=self.statuses.total(),
-            kept=self.statuses["kept"],
-            cut=self.statuses["cut"],
-            split=self.statuses["split"],
-            dropped=self.statuses["dropped"],
+            **{status: self.statuses[status] for status in STATUSES},
             bad=self.counts["bad"],
             faults=self.num_faults,
             spelled=self.counts["spelled"],
