@@ -189,6 +189,16 @@ def watchdog(monkeypatch):
     os.close(made.pidfd)
 
 
+def test_a_pause_of_the_machine_is_credited_once_to_rank_0():
+    made = watchdog_process.Watchdog({**run_of(2), "rank": 0, "local_rank": 0, "pid": os.getpid()}, b"")
+    now = time.monotonic()
+    made.last_poll = made.started = made.progress.since = now - 100
+    made._skip_suspension()
+    assert made.progress.seconds() == pytest.approx(0, abs=10) and made.started == pytest.approx(now, abs=10)
+    made.coordinator.stop_accepting()
+    os.close(made.pidfd)
+
+
 @pytest.mark.parametrize(
     ("error", "blamed"),
     [("RuntimeError: Connection reset by peer", ("lost", 0, "a")), ("ValueError: out of range", ("exception", 1))],
