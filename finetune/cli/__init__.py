@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
 def build_parser() -> CommandParser:
     """Build the parser of what stands in front of the verb, with a help text that lists the verbs."""
-    parser = CommandParser("finetune", "VERB ...", "Tools around fine-tuning with DeepSpeed.", epilog=EPILOG)
+    parser = CommandParser("finetune", "VERB ...", description="Fine-tune chat models with DeepSpeed.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"finetune {finetune.__version__}")
     parser.add_argument("--completion", action=_PrintCompletion, choices=("bash", "zsh"), help="print a script that "
                         "completes verbs and flags: source <(finetune --completion bash)")  # fmt: skip

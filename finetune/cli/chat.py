@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Who answers, and how."""
+    """Talk with a result: in a terminal, from a pipe, or in a browser (--web)."""
 
     output: str = positional("OUTPUT", "an output_dir, a checkpoint in one, a merged model, or any chat model")
     base: bool = option(False, "the base model answers, as it was before the training")
@@ -56,12 +56,7 @@ class ChatOptions:
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune chat`."""
-    return CommandParser(
-        "finetune chat",
-        "OUTPUT [--compare] [--web] ...",
-        "Talk with a result: in a terminal, from a pipe, or in a browser (--web).",
-        ChatOptions,
-    )
+    return CommandParser("finetune chat", "OUTPUT [--compare] [--web] ...", ChatOptions)
 
 
 def main(argv: Sequence[str]) -> None:

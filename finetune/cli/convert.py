@@ -34,20 +34,18 @@ BAR_UNITS, ROWS_PER_UPDATE = 1000, 256
 
 @dataclass(frozen=True)
 class ConvertPaths:
-    """What is read and written."""
+    """Write conversations in any supported layout as a JSON array, or as JSON lines where OUT ends in .jsonl.
+
+    An existing file is never replaced.
+    """
 
     paths: list[str] = positional("IN ... OUT", "files, folders, globs, data sets; the file to write")
 
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune convert`."""
-    parser = CommandParser(
-        "finetune convert",
-        "IN [IN ...] OUT [--repairs RULE ...] [--bad_rows error|drop]",
-        "Write conversations in any supported layout as a JSON array, or as JSON lines where OUT ends in .jsonl. "
-        "An existing file is never replaced.",
-        ConvertPaths,
-    )
+    usage = "IN [IN ...] OUT [--repairs RULE ...] [--bad_rows error|drop]"
+    parser = CommandParser("finetune convert", usage, ConvertPaths)
     parser.add_group(DataArguments, only=("bad_rows", "repairs"))
     return parser
 

@@ -34,14 +34,15 @@ def build_parser() -> CommandParser:
     return CommandParser(
         "finetune doctor",
         "[FLAGS OF deepspeed] FLAGS OF THE TRAINING [--json] [--full] [--write_env] [--stage] [--rehearse]",
-        "Check whether a run will start and fit, and what would go wrong. Takes the command line of the training, with "
-        "`finetune doctor` in place of `deepspeed finetune/finetune.py`. Ends with the status the run would end with.",
         DoctorArguments,
+        description="Check whether a run will start and fit, and what would go wrong. Takes the command line of the "
+        "training, with `finetune doctor` in place of `deepspeed finetune/finetune.py`. Ends with the status the run "
+        "would end with.",
     )
 
 
 def parse_options(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherArgs, list[str]]:
-    """Return what to examine how, the flags of the launcher, and the words of the training command.
+    """Return the own flags, those of the launcher, and the words of the training command.
 
     The script may stand between the last two, as it does for `deepspeed`, or be left out: a launcher's flag is then
     told from one of the training by its name, and a name that both know is the training's.
@@ -62,10 +63,7 @@ def parse_options(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherArgs, l
         is_own = name in ("-h", "--help") or name.removeprefix("--") in own_names
         is_launcher = name in options and (name.removeprefix("--") not in training_names if script is None else True)
         if is_own:
-            target, takes_value = (
-                ours,
-                not equals and words[place + 1 : place + 2] in BOOLEAN_WORDS,
-            )
+            target, takes_value = ours, not equals and words[place + 1 : place + 2] in BOOLEAN_WORDS
         elif script is not None:
             target, takes_value = (launcher if place <= script else rest), False
         else:
@@ -81,7 +79,7 @@ def _is_script(word: str) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Examine, show, leave with the status that the run would end with.
+    """Examine the run, print the findings, and exit with the status that the run would end with.
 
     Raises:
         ConfigError: flags of the doctor or of the launcher that cannot be read.

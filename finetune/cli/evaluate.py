@@ -32,7 +32,11 @@ FLAGS_OF_DATA = (
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is evaluated, and how; at least one of --data_path, --tasks and --forgetting."""
+    """Compare the result in OUTPUT with its base, on at least one of --data_path, --tasks and --forgetting.
+
+    These are held-out conversations, tasks of lm-evaluation-harness, and what the base could do before. Under torchrun
+    or `deepspeed --module finetune evaluate ...` the ranks divide the work.
+    """
 
     output: str = positional("OUTPUT", "the output_dir of a run, or a checkpoint in it")
     base_model: str | None = option(None, "where the base model is now; default: where it was")
@@ -58,14 +62,8 @@ class EvaluateOptions:
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune evaluate`."""
-    parser = CommandParser(
-        "finetune evaluate",
-        "OUTPUT [--data_path D [D ...]] [--tasks T [T ...]] [--forgetting]",
-        "Measure the result in OUTPUT beside the model it was trained from: on held-out conversations, on tasks of "
-        "lm-evaluation-harness, and on what the base could do before. Under torchrun or "
-        "`deepspeed --module finetune evaluate ...` the ranks divide the work.",
-        EvaluateOptions,
-    )
+    usage = "OUTPUT [--data_path D [D ...]] [--tasks T [T ...]] [--forgetting]"
+    parser = CommandParser("finetune evaluate", usage, EvaluateOptions)
     parser.add_group(DataArguments, only=FLAGS_OF_DATA)
     return parser
 

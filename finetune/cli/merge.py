@@ -27,7 +27,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What is merged, and how."""
+    """Merge an adapter into its base, or a ZeRO checkpoint into a plain model, on the CPU, shard by shard."""
 
     output: str = positional("OUTPUT", "the output_dir of a run, or a checkpoint in it")
     target: str | None = positional("DIR", "where the model goes; default: OUTPUT/merged", None)
@@ -40,12 +40,7 @@ class MergeOptions:
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune merge`."""
-    return CommandParser(
-        "finetune merge",
-        "OUTPUT [DIR] [--dtype TYPE] [--gguf TYPE] ...",
-        "Merge an adapter into its base, or a ZeRO checkpoint into a plain model, on the CPU, shard by shard.",
-        MergeOptions,
-    )
+    return CommandParser("finetune merge", "OUTPUT [DIR] [--dtype TYPE] [--gguf TYPE] ...", MergeOptions)
 
 
 def main(argv: Sequence[str]) -> None:

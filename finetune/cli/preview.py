@@ -34,7 +34,12 @@ NOT_OF_PREVIEW = {"attn_implementation", "validation_share"}
 
 @dataclass(frozen=True)
 class PreviewOptions:
-    """What is shown."""
+    """Show what the rows of data files render to, through the pipeline that trains.
+
+    Context is dim, supervised text is bold green, control tokens are in reverse; without colour (NO_COLOR, or not a
+    terminal) supervised text stands between ⟦ and ⟧ and control tokens between « and ». An arrow marks an end that is
+    supervised where another token is read.
+    """
 
     rows: list[int] | None = option(None, "the rows to show, counted from 0 in each file; default: the first 5")
     sample: int | None = option(None, "show this many rows, drawn at random; default with `--html`: 50")
@@ -45,15 +50,9 @@ class PreviewOptions:
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune preview`."""
-    parser = CommandParser(
-        "finetune preview",
-        "--model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]",
-        "Show what the rows of data files render to, through the pipeline that trains. Context is dim, supervised "
-        "text is bold green, control tokens are in reverse; without colour (NO_COLOR, or not a terminal) supervised "
-        "text stands between ⟦ and ⟧ and control tokens between « and ». An arrow marks an end that is supervised "
-        "where another token is read.",
-    )
-    for group in (ModelArguments, DataArguments, PreviewOptions):
+    usage = "--model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]"
+    parser = CommandParser("finetune preview", usage, PreviewOptions)
+    for group in (ModelArguments, DataArguments):
         parser.add_group(group, only={declared.name for declared in fields(group)} - NOT_OF_PREVIEW)
     return parser
 

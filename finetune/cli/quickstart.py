@@ -46,7 +46,7 @@ TRAINING_FLAGS = (
 
 @dataclass(frozen=True)
 class QuickstartOptions:
-    """Where the files go, and how much is done."""
+    """Obtain a small model, fine-tune it on data/identity.json, and ask it who it is, before and after."""
 
     output_dir: str = option("output/quickstart", "where the result goes")
     model_dir: str = option(".models/SmolLM2-135M-Instruct", "where the small model is kept")
@@ -56,12 +56,7 @@ class QuickstartOptions:
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune quickstart`."""
-    return CommandParser(
-        "finetune quickstart",
-        "[--output_dir DIR] [--short] ...",
-        "Obtain a small model, fine-tune it on data/identity.json, and ask it who it is, before and after.",
-        QuickstartOptions,
-    )
+    return CommandParser("finetune quickstart", "[--output_dir DIR] [--short] ...", QuickstartOptions)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ LEAST_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Which runs, and where the page goes."""
+    """Write what one or several runs did as one page, or watch a run in progress."""
 
     output_dirs: list[str] = positional("OUTPUT", "output folders of training runs")
     html: str | None = option(None, "the file to write; default: OUTPUT/report.html, of several runs report.html")
@@ -45,12 +45,7 @@ class ReportOptions:
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune report`."""
-    return CommandParser(
-        "finetune report",
-        "OUTPUT [OUTPUT ...] [--html FILE] [--watch] ...",
-        "Write what one or several runs did as one page, or watch a run in progress.",
-        ReportOptions,
-    )
+    return CommandParser("finetune report", "OUTPUT [OUTPUT ...] [--html FILE] [--watch] ...", ReportOptions)
 
 
 def main(argv: Sequence[str]) -> None:

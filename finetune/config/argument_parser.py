@@ -56,8 +56,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         "deepspeed",
         "[--hostfile=FILE] finetune/finetune.py --model_name_or_path M --data_path D --output_dir O",
-        "Fine-tune a chat model on conversations, with DeepSpeed.",
         *GROUPS,
+        description="Fine-tune a chat model on conversations, with DeepSpeed.",
         epilog="Flags of transformers.TrainingArguments are accepted under their own names and explained in its "
         "documentation. docs/reference/flags.md explains ours.",
     )

@@ -99,7 +99,7 @@ def build_parser() -> CommandParser:
     parser = _LauncherParser(
         "finetune launch",
         "[FLAGS OF deepspeed] finetune/finetune.py FLAGS OF THE TRAINING",
-        f"The flags of the deepspeed launcher; {PLACE}.",
+        description=f"The flags of the deepspeed launcher; {PLACE}.",
         kind="flag of the launcher",
         allow_abbrev=True,
     )

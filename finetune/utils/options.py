@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from finetune.utils.errors import ConfigError, format_faults
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-HELP_WIDTH = 80
+HELP_WIDTH, USAGE_WIDTH = 80, 72
 Options = TypeVar("Options")
 
 
@@ -101,14 +102,17 @@ def one_of(choices: Sequence[str]) -> str:
 class CommandParser(argparse.ArgumentParser):
     """The parser of a command; an option that is not given leaves no trace in the result.
 
-    A bare boolean option means True. `kind` says whose options they are, where a command has those of two programs.
+    A bare boolean option means True. Without a `description`, the docstring of the first group describes the command.
+    `kind` says whose options they are, where a command has those of two programs.
     """
 
-    def __init__(self, prog: str, usage: str, description: str, *groups: type, kind: str = "flag", **more: Any) -> None:
+    def __init__(
+        self, prog: str, usage: str, *groups: type, description: str | None = None, kind: str = "flag", **more: Any
+    ) -> None:
         super().__init__(
             prog=prog,
-            usage=f"{prog} {usage}",
-            description=description,
+            usage=textwrap.fill(f"{prog} {usage}", USAGE_WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False),
+            description=description or " ".join((groups[0].__doc__ or "").split()),
             argument_default=argparse.SUPPRESS,
             formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=HELP_WIDTH),
             **{"allow_abbrev": False, **more},
@@ -119,16 +123,16 @@ class CommandParser(argparse.ArgumentParser):
         self.types: dict[str, OptionType] = {}
         self.has_positionals = False
         self._faults: list[str] = []
-        for group in groups:
-            self.add_group(group)
+        for index, group in enumerate(groups):
+            self.add_group(group, is_titled=index > 0 or description is not None)
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise instead of exiting: a value is missing, or an abbreviation is ambiguous."""
         raise ConfigError(message.removeprefix("argument "))
 
-    def add_group(self, group: type, *, only: Iterable[str] | None = None) -> None:
+    def add_group(self, group: type, *, only: Iterable[str] | None = None, is_titled: bool = True) -> None:
         """Add the fields of a dataclass, or some of them, under its docstring as the title."""
-        section = self.add_argument_group((group.__doc__ or "").rstrip("."))
+        section = self.add_argument_group((group.__doc__ or "").rstrip(".")) if is_titled else self
         hints = typing.get_type_hints(group)
         for declared in _fields(group):
             if only is None or declared.name in only:
