@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         FinetuneError: as the verb; `ConfigError` for an unknown verb or flag.
     """
-    place = next((index for index, word in enumerate(argv) if not word.startswith("-")), len(argv))
+    is_value = [False, *(word == "--completion" for word in argv)]
+    place = next((i for i, word in enumerate(argv) if not word.startswith("-") and not is_value[i]), len(argv))
     # the `deepspeed` launcher puts it in front of the verb; RANK and LOCAL_RANK say the same
     words = [word for word in argv[:place] if not word.startswith("--local_rank=")]
     parser = build_parser()

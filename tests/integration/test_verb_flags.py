@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from finetune import cli
-from finetune.cli import completion, evaluate
+from finetune.cli import evaluate
 from finetune.cli.launch import NOT_PASSED_ON, passed_on
 from finetune.config import DataArguments, ModelArguments
 from finetune.launcher import build_parser, parse_launcher_args
@@ -205,11 +205,14 @@ def test_a_wrong_command_line_is_refused(words, said):
 
 
 @pytest.mark.parametrize("typed", ["finetune ch", "finetune merge x --dt", "finetune launch --too_long "])
-def test_the_shell_completes_verbs_flags_and_choices(typed, tmp_path):
+def test_the_shell_completes_verbs_flags_and_choices(typed, tmp_path, capsys):
     expected = {"ch": "chat", "--dt": "--dtype", "": "turns windows drop error"}
     words = typed.split(" ")
     script = tmp_path / "completion"
-    script.write_text(completion.script("bash"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--completion", "bash"])
+    assert not ended.value.code
+    script.write_text(capsys.readouterr().out)
     ask = 'source $0; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _finetune; echo "${COMPREPLY[@]}"'
     shown = subprocess.run(["bash", "-c", ask, script, *words], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == expected[words[-1]]
