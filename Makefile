@@ -41,9 +41,10 @@ test-gpu: install-dev model tokenizers ## run what needs a GPU
 test-all: install-dev model tokenizers ## run every test, slow tiers included
 	$(PYTEST) -m ""
 
-lint: install-dev ## check style
+lint: install-dev ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 format: install-dev ## fix style where a tool can
 	$(VENV)/bin/ruff check --fix .
