@@ -15,6 +15,7 @@ from finetune import diagnostics
 from finetune.diagnostics import Failure
 from finetune.report import live_server, read_run, render_report
 from tests.helpers.browsers import PAPER_DARK, PAPER_LIGHT, count, open_page, pixels
+from tests.helpers.logs import logged
 from tests.helpers.preview_pages import CHINESE, HOSTILE
 from tests.helpers.reported import answer, card, line, output_dir
 
@@ -209,14 +210,13 @@ def test_no_other_script_runs_and_nothing_is_sent(tmp_path):
 def test_a_page_that_is_watched_changes_in_place(tmp_path):
     folder = a_run(tmp_path / "one", complete=False)
     path = tmp_path / "report.html"
-    said: list[str] = []
-    arguments = {"every": 0.3, "port": 0, "say": said.append}
+    arguments = {"every": 0.3, "port": 0}
     watch = threading.Thread(target=live_server.watch, args=([(folder, "one")], path), kwargs=arguments, daemon=True)
-    watch.start()
-    while len(said) < 2:
-        watch.join(0.05)
-    with open_page() as page:
-        page.goto(next(word for word in said[1].split() if word.startswith("http")).rstrip(";"))
+    with logged() as messages, open_page() as page:
+        watch.start()
+        while len(messages) < 2 and watch.is_alive():
+            watch.join(0.05)
+        page.goto(next(word for word in messages[1].split() if word.startswith("http")).rstrip(";"))
         page.wait_for_selector("#plot-loss .main-svg")
         page.evaluate("Plotly.relayout(document.querySelector('#plot-loss .drawing'), {'xaxis.range': [5, 15]})")
         page.get_by_text("Arguments left at their defaults").click()
