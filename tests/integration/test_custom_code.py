@@ -220,7 +220,7 @@ import json, sys
 from pathlib import Path
 from finetune.models import loader
 from finetune.config import ModelArguments
-from finetune.errors import ConfigError
+from finetune.utils.errors import ConfigError
 marker = Path(sys.argv[1])
 def load(name, revision, **flags):
     marker.unlink(missing_ok=True)

@@ -7,30 +7,19 @@ import sys
 
 import finetune
 from tests.helpers.checkpoint_files import sealed
+from tests.helpers.flag_parsing import PUBLISHED
 from tests.helpers.paths import ROOT
 from tests.helpers.reported import output_dir
 
 
 def test_a_manifest_needs_no_torch(tmp_path):
-    import subprocess
-    import sys
-
     sealed(tmp_path, 4)
     code = (
-        "import sys; from pathlib import Path; from finetune import checkpoints\n"
-        f"print(checkpoints.latest_complete(Path({str(tmp_path)!r})).name, 'torch' in sys.modules)"
+        "import sys; from pathlib import Path; from finetune import checkpoint\n"
+        f"print(checkpoint.latest_complete(Path({str(tmp_path)!r})).name, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["checkpoint-4", "False"], done.stderr
-
-
-PUBLISHED = (
-    "--data_path data/identity.json --model_name_or_path deeplang-ai/LingoWhale-8B --output_dir output "
-    "--model_max_length 2048 --num_train_epochs 4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
-    "--save_strategy epoch --learning_rate 2e-5 --lr_scheduler_type constant --adam_beta1 0.9 --adam_beta2 0.98 "
-    "--adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 1e-4 --warmup_ratio 0.0 --logging_steps 1 "
-    "--gradient_checkpointing True --deepspeed ds_configs/zero3.json --bf16 True --tf32 True --report_to none"
-).split()
 
 
 def test_parsing_and_checking_start_without_torch():

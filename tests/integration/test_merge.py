@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -300,7 +301,7 @@ def test_weights_that_are_not_whole_are_refused(harm, lora, tmp_path):
     run = json.loads((tmp_path / "output/run.json").read_text())
     run["model"]["weights"] = weights_fingerprint(str(tmp_path / "base"))
     (tmp_path / "output/run.json").write_text(json.dumps(run))
-    with pytest.raises(CheckpointError, match="cannot be read|holds no weights"):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "base"))):
         merged(read_result(tmp_path / "output"), tmp_path / "merged")
 
 
