@@ -244,7 +244,7 @@ def test_a_run_without_checkpoints_is_never_overwritten_by_going_on(train, tmp_p
     train("run", *flags)
     before = runs.result_of(tmp_path / "run")
     said = train("run", *flags, "--resume_from_checkpoint", "auto", fails=2)
-    assert "holds a run that is complete" in said and runs.result_of(tmp_path / "run") == before
+    assert "holds a complete run" in said and runs.result_of(tmp_path / "run") == before
 
 
 def test_an_earlier_checkpoint_can_be_gone_on_from_and_later_ones_are_kept_aside(train, tmp_path):

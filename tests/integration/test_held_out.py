@@ -119,7 +119,7 @@ def test_two_ranks_find_what_one_finds(trained, files, tmp_path, kind):
     folder = trained(kind)
     alone = evaluated(folder, files, "--tokens_per_batch", 100)
     (folder / "evaluation.json").unlink()
-    argv = ["--local_rank=0", str(folder), "--data_path", *map(str, files), "--tokens_per_batch", "100"]
+    argv = [str(folder), "--data_path", *map(str, files), "--tokens_per_batch", "100"]
     outcome = ranks.run(tmp_path, evaluate.main, (argv,), world_size=2)
     assert outcome.succeeded, outcome.outputs
     together = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
