@@ -27,19 +27,19 @@ REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
 MAX_PENDING = 64  # tokens; no character has as many
 
 
-def prompt_ids(chat_format: ChatFormat, turns: Sequence[Turn], *, reasons: bool = False) -> list[int]:
+def prompt_ids(chat_format: ChatFormat, turns: Sequence[Turn], *, reasoning: bool = False) -> list[int]:
     """The ids before the answer to `turns`, which end with a human turn: exactly those of training.
 
     If a template ends in white space that a tokenizer may join with the first letter of the answer (`ASSISTANT: Yes`),
     the prompt ends before it: the model generates that space.
 
     Args:
-        reasons: the answer begins with reasoning; templates may write something else before it.
+        reasoning: the answer begins with reasoning; templates may write something else before it.
 
     Raises:
         UnrenderableError: the format cannot express the turns, or the text before an answer depends on the answer.
     """
-    probes = [Turn("model", (REASONING if reasons else "") + answer) for answer in PROBES]
+    probes = [Turn("model", (REASONING if reasoning else "") + answer) for answer in PROBES]
     results = chat_format.tokenize_all([[*turns, probe] for probe in probes])
     prefixes = [
         result.input_ids[: result.supervised_spans[-1].start]
@@ -60,7 +60,7 @@ def depends_on_reasoning(chat_format: ChatFormat) -> bool:
     """Whether the format writes something else before an answer that begins with reasoning."""
     turns = [Turn("human", "a")]
     try:
-        return prompt_ids(chat_format, turns) != prompt_ids(chat_format, turns, reasons=True)
+        return prompt_ids(chat_format, turns) != prompt_ids(chat_format, turns, reasoning=True)
     except UnrenderableError:
         return False
 

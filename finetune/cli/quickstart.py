@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from finetune.conversation import Turn
 from finetune.dataset.data_sources import shipped_files
+from finetune.distributed.host_probe import free_port
 from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import LoadedModel, load_for_inference
 from finetune.inference.run_result import read_result
@@ -136,7 +137,11 @@ def train(options: QuickstartOptions, data: Path) -> None:
         *TRAINING_FLAGS,
         *(("--max_steps", SHORT_STEPS) if options.short else ()),
     ]
-    command = [str(scripts / "deepspeed"), "--num_gpus", "1", "--module", "finetune.train", *flags]
+    port = str(free_port())  # DeepSpeed's default is one port for all runs of a machine
+    command = [
+        *(str(scripts / "deepspeed"), "--num_gpus", "1", "--master_port", port, "--module", "finetune.train"),
+        *flags,
+    ]
     print("\n" + " ".join(["deepspeed", *command[1:]]) + "\n", flush=True)
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
     status = subprocess.run(command, env=environment).returncode

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LossWeighting = Literal["token", "conversation"]
 # Entries of a batch for the loss; all others are arguments of the model.
-LOSS_KEYS = ("targets", "target_positions", "targets_beside", "target_cells")
+LOSS_KEYS = ("targets", "target_positions", "targets_per_example", "target_cells")
 
 
 class Targets(NamedTuple):
@@ -37,7 +37,7 @@ class Targets(NamedTuple):
 
     tokens: Any
     positions: Any
-    beside: Any
+    per_example: Any
     cells: Any
 
 
@@ -58,7 +58,7 @@ class Collator:
         flat: one row with boundaries instead of padded rows.
         pad_token_id: fills padded rows, and the batch of a rank without examples.
         selects_logits: ask the model for the logits at `target_positions` only.
-        weighting: `conversation` adds `targets_beside`, by which all examples can have the same weight.
+        weighting: `conversation` adds `targets_per_example`, by which all examples can have the same weight.
         part: (index, count) of the ranks that share a flat row (sequence parallelism). Each gets an equal share of the
             tokens and the targets that these predict, but all boundaries, because its attention sees the whole row.
     """
@@ -73,9 +73,9 @@ class Collator:
         """Collate; without examples, one pad token that predicts nothing, so that the rank takes part in the step.
 
         `targets` int64 [P] are the supervised tokens; `target_positions` are where they are predicted: int64 [P]
-        indices into a flat row, bool [rows, L] for padded rows. `targets_beside` int64 [P] is the number of targets in
-        the example of a target (not a weight: floats of a batch are cast to the precision of the run). `target_cells`
-        int64 [P], if examples have `cells`, are cells of the loss breakdown.
+        indices into a flat row, bool [rows, L] for padded rows. `targets_per_example` int64 [P] is the number of
+        targets in the example of a target (not a weight: floats of a batch are cast to the precision of the run).
+        `target_cells` int64 [P], if examples have `cells`, are cells of the loss breakdown.
         """
         import torch
 
@@ -91,7 +91,7 @@ class Collator:
         batch = self._flat(ids, labels) if self.flat else self._padded(ids, labels)
         if self.weighting == "conversation":
             counts = [int((example_labels != IGNORE_INDEX).sum()) for example_labels in labels]
-            batch["targets_beside"] = np.repeat(counts, counts)
+            batch["targets_per_example"] = np.repeat(counts, counts)
         if examples and "cells" in examples[0]:
             batch["target_cells"] = np.concatenate([example["cells"] for example in examples])
         if parts > 1:

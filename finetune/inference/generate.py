@@ -87,7 +87,7 @@ class AnswerGenerator:
             ConfigError: The format cannot express the turns, or they leave no room for an answer.
         """
         try:
-            ids = prompt_ids(self.chat_format, turns, reasons=self.reasoning)
+            ids = prompt_ids(self.chat_format, turns, reasoning=self.reasoning)
         except UnrenderableError as error:
             raise ConfigError(f"the conversation cannot be rendered: {error}") from None
         if self.window is not None and len(ids) >= self.window:

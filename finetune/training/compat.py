@@ -22,21 +22,30 @@ def zero_stage(accelerator: Accelerator) -> int | None:
     return None if plugin is None else plugin.zero_stage
 
 
-def use_gradient_views(model: Any, accelerator: Accelerator) -> None:
+def configure_ddp(model: Any, accelerator: Accelerator, find_unused: bool | None) -> None:
     """Hold gradients once without DeepSpeed: DDP averages them in place, a single rank has none to average.
 
+    DDP does not search for adapter weights without a gradient where a step uses all, unless `find_unused` asks for it.
     On a single CPU rank with a tied head, the embedding's gradient is sparse: a dense one would be as large as the
     vocabulary, and the head adds to it anyway. DDP does not support sparse gradients. (accelerate 1.15)
     """
     if zero_stage(accelerator) is not None:
         return
     accelerator.ddp_handler.gradient_as_bucket_view = True
+    if find_unused is None and hasattr(model, "peft_config") and not _may_skip_weights(model.config):
+        accelerator.ddp_handler.find_unused_parameters = False
     if accelerator.num_processes > 1:
         return
     accelerator.state.distributed_type = DistributedType.NO
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, torch.nn.Embedding) and accelerator.device.type == "cpu" and head is not None:
         embedding.sparse = embedding.weight is head.weight and embedding.weight.requires_grad
+
+
+def _may_skip_weights(config: Any) -> bool:
+    """Whether a step may use only some layers: experts, LayerDrop, or parts for images and sound."""
+    text, fields = config.get_text_config(), ("num_local_experts", "num_experts", "n_routed_experts", "layerdrop")
+    return text is not config or any(getattr(text, name, None) for name in fields)
 
 
 def enable_sequence_parallel(model: Any, accelerator: Accelerator) -> None:

@@ -26,11 +26,11 @@ from finetune.run_dir.run_json import METRICS_FILE, library_versions, now
 from finetune.training.callbacks import MetricsWriter, ProgressBar, StepHooks
 from finetune.training.checkpoint_trainer import CheckpointTrainer
 from finetune.training.compat import (
+    configure_ddp,
     current_loss_scale,
     enable_sequence_parallel,
     fix_universal_optimizer_state,
     skip_nonfinite_steps,
-    use_gradient_views,
     zero_stage,
 )
 from finetune.training.dataloaders import Dataloaders
@@ -79,7 +79,7 @@ class SupervisedTrainer(CheckpointTrainer):
         self.flops, self.peak_flops = model_flops(self.model), peak_flops
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
         self.zero_stage = zero_stage(self.accelerator)
-        use_gradient_views(self.model, self.accelerator)
+        configure_ddp(self.model, self.accelerator, self.args.ddp_find_unused_parameters)
         self.sharing_ranks = self.args.world_size // batches.sampler.shape.world_size
         if self.sharing_ranks > 1:
             enable_sequence_parallel(self.model, self.accelerator)
@@ -196,7 +196,7 @@ class SupervisedTrainer(CheckpointTrainer):
             targets.tokens,
             scale=ranks / counts.denominator,
             target_positions=targets.positions,
-            weights=None if targets.beside is None else 1 / targets.beside,
+            weights=None if targets.per_example is None else 1 / targets.per_example,
             smoothing=self.args.label_smoothing_factor,
             each=each,
         )

@@ -14,14 +14,14 @@ def gradients_of_a_lone_rank(tied: bool, told: bool) -> dict[str, torch.Tensor]:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    from finetune.training.compat import use_gradient_views
+    from finetune.training.compat import configure_ddp
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, tie_word_embeddings=tied))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs()])
     if told:
-        use_gradient_views(model, accelerator)
+        configure_ddp(model, accelerator, None)
     wrapped = accelerator.prepare(model)
     assert (type(wrapped).__name__ == "DistributedDataParallel") == (not told)
     assert model.get_input_embeddings().sparse == (tied and told)

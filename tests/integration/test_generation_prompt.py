@@ -110,8 +110,8 @@ def check(chat_format, turns):
             before, learned = trained(chat_format, turns[: number + 1])
         except DataError:
             continue
-        reasons = "</think>" in turn.text and turn.text.startswith("<think>")
-        prompt = prompt_ids(chat_format, turns[:number], reasons=reasons)
+        reasoning = "</think>" in turn.text and turn.text.startswith("<think>")
+        prompt = prompt_ids(chat_format, turns[:number], reasoning=reasoning)
         if turn.text[0].isspace() and prompt != before:
             # A tokenizer may join the white space that an answer begins with and the template's own.
             assert len({plain.decode_all([ids])[0].rstrip() for ids in (before, prompt)}) == 1
@@ -162,8 +162,8 @@ def test_the_prompt_is_what_training_rendered(served, kind, name):
             for number, turn in enumerate(turns):
                 if turn.role == "model":
                     before, _ = trained(chat_format, turns[: number + 1])
-                    reasons = turn.text.startswith("<think>")
-                    assert prompt_ids(chat_format, turns[:number], reasons=reasons) == before
+                    reasoning = turn.text.startswith("<think>")
+                    assert prompt_ids(chat_format, turns[:number], reasoning=reasoning) == before
     assert compared >= 8
 
 

@@ -69,7 +69,7 @@ def test_flat_rows_are_the_examples_behind_each_other(rows):
     assert batch["logits_to_keep"] is batch["target_positions"] or torch.equal(
         batch["logits_to_keep"], batch["target_positions"]
     )
-    assert not {"attention_mask", "targets_beside", "target_cells"} & {*batch} and batch["use_cache"] is False
+    assert not {"attention_mask", "targets_per_example", "target_cells"} & {*batch} and batch["use_cache"] is False
 
 
 @given(examples())
@@ -103,14 +103,14 @@ def test_a_leak_over_a_boundary_is_seen():
 def test_a_rank_without_examples_gets_a_token_that_predicts_nothing(flat):
     batch = Collator(flat=flat, pad_token_id=PAD, selects_logits=True, weighting="conversation")([])
     assert batch["input_ids"].tolist() == [[PAD]]
-    assert batch["targets"].shape == batch["targets_beside"].shape == (0,)
+    assert batch["targets"].shape == batch["targets_per_example"].shape == (0,)
     assert batch["target_positions"].sum() == 0 and batch["targets"].dtype == torch.int64
 
 
 @given(examples())
 def test_every_conversation_can_weigh_one(rows):
     batch = Collator(flat=True, pad_token_id=PAD, selects_logits=True, weighting="conversation")(rows)
-    weights = 1 / batch["targets_beside"].double()
+    weights = 1 / batch["targets_per_example"].double()
     assert weights.sum().item() == pytest.approx(sum(any(one != IGNORED for one in row["labels"]) for row in rows))
 
 
@@ -125,7 +125,7 @@ def test_ranks_that_share_a_row_have_it_between_them(rows, parts):
         assert torch.equal(value[:, : whole[name].shape[1]], whole[name])
     places = torch.cat([one["target_positions"] + number * size for number, one in enumerate(shared)])
     assert torch.equal(places, whole["target_positions"])
-    for name in ("targets", "targets_beside"):
+    for name in ("targets", "targets_per_example"):
         assert torch.equal(torch.cat([one[name] for one in shared]), whole[name])
     assert all(sum(one["segment_lengths"]) == size * parts for one in shared)
 

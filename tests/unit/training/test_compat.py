@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
+import pytest
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import MixtralConfig
 
 
 def test_deepspeed_copies_a_script_into_checkpoints():
@@ -43,6 +47,20 @@ def test_a_plain_optimizer_steps_on_gradients_that_are_not_finite():
     changed, _ = step(guarded=False)
     assert changed != changed, "torch skips the step itself: the workaround is no longer needed"
     assert step(guarded=True) == (1.0, [True])
+
+
+@pytest.mark.parametrize(
+    ("experts", "adapter", "asked", "searches"),
+    [(0, True, None, False), (4, True, None, True), (0, False, None, True), (0, True, True, True)],
+)
+def test_ddp_searches_for_unused_adapter_weights_only_where_there_may_be_some(experts, adapter, asked, searches):
+    from finetune.training.compat import configure_ddp
+
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = SimpleNamespace(state=SimpleNamespace(), ddp_handler=handler, num_processes=2)
+    config = MixtralConfig(num_local_experts=experts)
+    configure_ddp(SimpleNamespace(config=config, **({"peft_config": {}} if adapter else {})), accelerator, asked)
+    assert handler.find_unused_parameters is searches and handler.gradient_as_bucket_view
 
 
 class _Wrapped:
