@@ -35,27 +35,3 @@ from finetune.chat_templates.jinja_format import JinjaFormat
 from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
 from finetune.chat_templates.plain_text import PlainTextTokenizer, add_control_tokens
 from finetune.chat_templates.renderer import Renderer
-
-__all__ = [
-    "CHATML",
-    "IGNORE_INDEX",
-    "ChatFormat",
-    "Example",
-    "LingoWhaleFormat",
-    "PlainTextTokenizer",
-    "Renderer",
-    "RenderedConversation",
-    "AnswerDecoder",
-    "JinjaFormat",
-    "TurnSpan",
-    "UnrenderableError",
-    "add_control_tokens",
-    "answer_text",
-    "select_chat_format",
-    "depends_on_reasoning",
-    "end_token_ids",
-    "tokenize_conversation",
-    "supervised_turns_of",
-    "prompt_ids",
-    "stop_token_id",
-]

@@ -38,9 +38,6 @@ def select_chat_format(
         chat_template: `lingowhale`, `chatml` or a Jinja file; None: the tokenizer's own template, else LingoWhale's
             format for LingoWhale, else ChatML, whose markers are added to the tokenizer if it lacks them.
         content_tokens: added tokens that contents may use.
-
-    Raises:
-        ConfigError: a template file that cannot be read, or an invalid content token.
     """
     notes = []
     if chat_template is None and tokenizer.chat_template is None:

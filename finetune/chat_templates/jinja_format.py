@@ -277,11 +277,7 @@ class JinjaFormat:
     def _tokens_between(
         self, encoding: Any, begin: int, end: int, text: str, *, supervised_turn: int | None
     ) -> tuple[int, int]:
-        """The tokens that overlap the characters `begin` to `end`, never control tokens of the template.
-
-        Raises:
-            UnrenderableError: a token holds text of the template and of a supervised turn.
-        """
+        """The tokens that overlap the characters `begin` to `end`, never control tokens of the template."""
         start = encoding.char_to_token(begin)
         stop = encoding.char_to_token(end) if end < len(text) else len(encoding)
         if start is not None and stop is not None and encoding.token_to_chars(start)[0] == begin:

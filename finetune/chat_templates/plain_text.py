@@ -28,9 +28,6 @@ class PlainTextTokenizer:
     without its added tokens is used. A Python-backed one splits them. In all cases the result is checked: a control
     token among the ids raises `UnrenderableError`. The added tokens in `content_tokens` stay usable inside texts, such
     as the `<think>` of reasoning models.
-
-    Raises:
-        ConfigError: a content token that the tokenizer does not have, or that is a special token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, content_tokens: Sequence[str] = ()) -> None:
@@ -187,11 +184,7 @@ def _content_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def add_control_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    """Add tokens that no text is encoded to; their ids follow all others.
-
-    Raises:
-        ConfigError: the tokenizer's ids have gaps, so that a new token would get an id that is taken.
-    """
+    """Add tokens that no text is encoded to; their ids follow all others."""
     taken = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     tokenizer.add_tokens([token for token in tokens if token not in taken.values()], special_tokens=True)
     for token in tokens:

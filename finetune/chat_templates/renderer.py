@@ -56,11 +56,7 @@ class Renderer:
         self.train_on = train_on
 
     def render(self, conversation: Conversation) -> RenderedConversation:
-        """Render one conversation.
-
-        Raises:
-            DataError: the format cannot express it, or the label check fails; with file, row and reason.
-        """
+        """Render one conversation."""
         (row,) = self.render_all([conversation])
         if isinstance(row, BadRow):
             raise DataError("\n".join(row.faults))

@@ -55,11 +55,7 @@ class Source:
 
 
 def find_sources(paths: str | Path | Sequence[str | Path]) -> list[Source]:
-    """Resolve names to files and data sets, in that order; those of a folder or a glob are sorted by name.
-
-    Raises:
-        DataError: all sources that are missing, empty, named twice or not loadable, and all bad weights.
-    """
+    """Resolve names to files and data sets, in that order; those of a folder or a glob are sorted by name."""
     sources: list[Source] = []
     faults: list[str] = []
     seen: dict[Any, str] = {}
@@ -184,11 +180,7 @@ def shipped_folder() -> Path:
 
 
 def fingerprint_sources(sources: Sequence[Source]) -> str:
-    """A hex digest of the contents of the sources in their order, independent of their names.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """A hex digest of the contents of the sources in their order, independent of their names."""
     fingerprint = hashlib.blake2b(digest_size=16)
     for source in sources:
         if source.dataset is not None:

@@ -47,9 +47,6 @@ def decide_layout(
         obstacle: why rows cannot be padding-free, or None.
         full_logits_because: why logits cannot be computed at supervised positions only, or None.
         longest: tokens of the longest example.
-
-    Raises:
-        ConfigError: the token budget is smaller than the longest example.
     """
     notes = []
     if tokens_per_device is not None and tokens_per_device < longest:

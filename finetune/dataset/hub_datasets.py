@@ -21,11 +21,7 @@ def is_saved(folder: str) -> bool:
 
 
 def saved_dataset(folder: str) -> Any:
-    """Load the `datasets.Dataset` in a folder; of several splits, `train`.
-
-    Raises:
-        DataError: it cannot be loaded, or has several splits and none is called train.
-    """
+    """Load the `datasets.Dataset` in a folder; of several splits, `train`."""
     import datasets
     import pyarrow
 
@@ -37,11 +33,7 @@ def saved_dataset(folder: str) -> Any:
 
 
 def hub_dataset(given: str, name: str, config: str | None, split: str | None) -> Any:
-    """Load a `datasets.Dataset` from the Hugging Face hub (`HF_ENDPOINT` is honoured), or from its cache.
-
-    Raises:
-        DataError: the hub cannot be reached, has no such data set, split or configuration.
-    """
+    """Load a `datasets.Dataset` from the Hugging Face hub (`HF_ENDPOINT` is honoured), or from its cache."""
     import datasets
     import pyarrow
     from datasets.exceptions import DatasetsError
@@ -73,11 +65,7 @@ def hub_dataset(given: str, name: str, config: str | None, split: str | None) ->
 
 
 def modelscope_folder(given: str, name: str) -> str:
-    """Download a data set from ModelScope unless it is there already; the local folder with its files.
-
-    Raises:
-        DataError: the `modelscope` package is missing, or the data set cannot be loaded.
-    """
+    """Download a data set from ModelScope unless it is there already; the local folder with its files."""
     if importlib.util.find_spec("modelscope") is None:
         raise DataError(f"{given}: data sets on ModelScope need a package that is missing: {MODELSCOPE_INSTALL}")
     from modelscope.hub.snapshot_download import dataset_snapshot_download

@@ -54,11 +54,7 @@ def file_fault(fault: str) -> RawRow:
 
 
 def iter_json_rows(file: DataFile, name: str) -> Iterator[RawRow]:
-    """All rows in order; errors in the text become rows with faults.
-
-    Raises:
-        UnreadableFileError: the compressed stream is damaged.
-    """
+    """All rows in order; errors in the text become rows with faults."""
     chunks = file.chunks()
     head = next(chunks, b"")
     while not head.removeprefix(codecs.BOM_UTF8).strip(_BLANK_BYTES) and (more := next(chunks, b"")):

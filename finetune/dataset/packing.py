@@ -45,9 +45,6 @@ def rectangles(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Partition indices into groups of similar length: group size times longest length is at most `capacity`.
 
     This is a token budget for padded batches, where each row is as wide as the longest.
-
-    Raises:
-        ValueError: a length is above `capacity`, or below 1.
     """
     _check(lengths, capacity)
     groups: list[list[int]] = []

@@ -95,11 +95,7 @@ class PreparedData:
         return prepared_cache.read_some(self.folder, self.examples, count, seed)
 
     def epoch(self, seed: int) -> ExampleSet:
-        """The examples of an epoch: those of a source with weight 2 twice, with 0.5 half of them, drawn by `seed`.
-
-        Raises:
-            DataError: the weights leave no example.
-        """
+        """The examples of an epoch: those of a source with weight 2 twice, with 0.5 half of them, drawn by `seed`."""
         is_trained = np.ones(len(self.examples), dtype=bool)
         is_trained[self._held_out_indices(seed)] = False
         weights = {source.name: source.weight for source in self.sources}
@@ -135,11 +131,7 @@ class PreparedData:
         return ExampleSet(examples, mask, tuple(self.summary.examples_by_source))
 
     def _held_out_indices(self, seed: int) -> np.ndarray:
-        """Indices of the held-out examples, int64, ascending; drawn once per seed.
-
-        Raises:
-            DataError: no conversation would be held out, or all of them.
-        """
+        """Indices of the held-out examples, int64, ascending; drawn once per seed."""
         if seed not in self._drawn:
             self._drawn[seed] = self._draw(seed) if self.validation_share else np.zeros(0, dtype=np.int64)
         return self._drawn[seed]
@@ -160,11 +152,7 @@ class PreparedData:
         return np.concatenate([np.arange(begins[index], ends[index]) for index in sorted(drawn)])
 
     def write_ledger(self, path: Path) -> None:
-        """Write the ledger: one JSON line per row that was changed, cut, split or dropped, then the skipped rows.
-
-        Raises:
-            StorageError: the file cannot be written.
-        """
+        """Write the ledger: one JSON line per row that was changed, cut, split or dropped, then the skipped rows."""
         entries = []
         if self.skipped_rows:
             entries = skipped_entries(self.examples.select(np.flatnonzero(self.skip_mask)), self.skipped_rows)
@@ -283,11 +271,7 @@ def _code_version() -> str:
 
 
 def check_dropped_share(prepared: PreparedData, max_dropped_rows: float) -> None:
-    """Check that a run may start with this data.
-
-    Raises:
-        DataError: the share of rows dropped for a fault is above `max_dropped_rows`, or no example is left.
-    """
+    """Check that at most `max_dropped_rows` (0 to 1) of the rows are dropped for a fault, and that an example is left."""
     summary, names = prepared.summary, ", ".join(source.name for source in prepared.sources)
     if summary.bad > max_dropped_rows * summary.rows:
         raise DataError(

@@ -42,11 +42,7 @@ class StoredBatch:
 def stored_batches(
     rows: Iterable[Conversation | BadRow], renderer: Renderer, num_processes: int
 ) -> Iterator[StoredBatch]:
-    """Render all rows in order.
-
-    Raises:
-        FinetuneError: a process died (most often: out of memory).
-    """
+    """Render all rows in order."""
     global _renderer
     iterator = iter(rows)
     batches = iter(lambda: list(islice(iterator, BATCH_ROWS)), [])

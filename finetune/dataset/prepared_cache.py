@@ -214,11 +214,7 @@ def is_cached(folder: Path) -> bool:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[bool]:
-    """Wait until the folder exists or this process holds its lock; yields whether this process is the writer.
-
-    Raises:
-        StorageError: the cache cannot be written, or its file system has no locks.
-    """
+    """Wait until the folder exists or this process holds its lock; yields whether this process is the writer."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f"{folder.name}.lock"))

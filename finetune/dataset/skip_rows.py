@@ -20,11 +20,7 @@ REASON = "left out by --skip_rows"
 
 
 def rows_to_skip(paths: Sequence[str], rows_by_source: Mapping[str, int]) -> tuple[RowId, ...]:
-    """(source, row) of each row that the files name, by the source names of the data, sorted, without duplicates.
-
-    Raises:
-        ConfigError: a file or line that cannot be read, or all rows that the data does not have.
-    """
+    """(source, row) of each row that the files name, by the source names of the data, sorted, without duplicates."""
     named = [row for path in paths for row in _read_rows(Path(path).expanduser())]
     sources = {str(Path(name).resolve()): name for name in rows_by_source} | {name: name for name in rows_by_source}
     rows: set[RowId] = set()

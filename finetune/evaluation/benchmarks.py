@@ -27,27 +27,18 @@ MAX_REASON = 300  # characters of another library's error
 
 @dataclass
 class BenchmarkJob:
-    """Tasks that run with the same settings.
-
-    Attributes:
-        tasks: Tasks and groups of lm-eval, once they are loaded.
-        metric: The metric to show, as metric,filter; None: all metrics of each task.
-    """
+    """Tasks that run with the same settings."""
 
     name: str
     task_name: str
     shots: int | None = None
-    metric: str | None = None
+    metric: str | None = None  # the metric to show, as metric,filter; None: all metrics of each task
     notes: list[str] = field(default_factory=list)
-    tasks: list[Any] = field(default_factory=list)
+    tasks: list[Any] = field(default_factory=list)  # tasks and groups of lm-eval, once they are loaded
 
 
 def find_jobs(names: Sequence[str], *, num_fewshot: int | None, allow_code: bool) -> list[BenchmarkJob]:
-    """Find the tasks with these names and load their data.
-
-    Raises:
-        ConfigError: lm-eval is not installed, a task is unknown or needs --allow_code_execution, or data is missing.
-    """
+    """Find the tasks with these names and load their data."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"--tasks needs lm-evaluation-harness, which is not installed: {INSTALL}")
     names = [part for name in names for part in name.split(",") if part]
@@ -129,11 +120,7 @@ def evaluate_benchmarks(
     apply_chat_template: bool,
     allow_code: bool,
 ) -> dict[str, Any]:
-    """Run the tasks and return the content of `benchmarks.json`, on every rank.
-
-    Raises:
-        ConfigError: The chat format is no chat template, or the base is missing.
-    """
+    """Run the tasks and return the content of `benchmarks.json`, on every rank."""
     import torch
 
     harness = import_harness()

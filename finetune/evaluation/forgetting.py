@@ -33,10 +33,6 @@ def evaluate_forgetting(loaded: LoadedModel, *, bar: Callable[..., Any]) -> dict
 
     Args:
         bar: (label, total, unit) -> a context manager with `update(count)`.
-
-    Raises:
-        ConfigError: The base is missing, or the chat format cannot express a question.
-        CheckpointError: The base is another model.
     """
     questions, began = load_questions(), time.monotonic()
     with loaded.base() as base:

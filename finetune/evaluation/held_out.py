@@ -35,9 +35,6 @@ def prepare_held_out(result: RunResult, arguments: dict[str, Any]) -> PreparedDa
 
     Args:
         arguments: Fields of `DataArguments` that were given.
-
-    Raises:
-        DataError: Rows with faults, or no rows left.
     """
     trained = result.run.get("arguments", {})
     defaults = {name: trained[name] for name in TRAINING_ARGUMENTS if trained.get(name) is not None}
@@ -53,20 +50,14 @@ def prepare_held_out(result: RunResult, arguments: dict[str, Any]) -> PreparedDa
 
 @dataclass
 class RowLosses:
-    """Losses of one row of the data.
-
-    Attributes:
-        examples: Indices of the prepared examples, the windows of the row.
-        tokens: Supervised tokens by turn.
-        losses: Sum of the losses by model and turn, in nats.
-    """
+    """Losses of one row of the data."""
 
     source: str
     row: int
     id: Any
-    examples: list[int] = field(default_factory=list)
-    tokens: dict[int, int] = field(default_factory=dict)
-    losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    examples: list[int] = field(default_factory=list)  # indices of the prepared examples, the windows of the row
+    tokens: dict[int, int] = field(default_factory=dict)  # supervised tokens by turn
+    losses: dict[str, dict[int, float]] = field(default_factory=dict)  # sum of the losses by model and turn, in nats
 
     def mean(self, model: str) -> float:
         """Mean loss of all supervised tokens."""
@@ -106,11 +97,6 @@ def evaluate_held_out(
     Args:
         worst: Number of rows to list with their text.
         bar: (label, tokens) -> a context manager with `update(tokens)`.
-
-    Raises:
-        ConfigError: The base is missing.
-        CheckpointError: It is another model.
-        NumericsError: No row has a finite loss.
     """
     rows = measure_rows(loaded, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch, bar=bar)
     groups = summarize(rows)
@@ -214,9 +200,6 @@ def summarize(rows: Sequence[RowLosses]) -> list[dict[str, Any]]:
     """Compute token-mean losses of all rows, of each source if there are several, and of each answer number.
 
     Only rows with a finite loss under every model count, so that the models are compared on the same rows.
-
-    Raises:
-        NumericsError: There are none.
     """
     finite = [row for row in rows if not row.non_finite]
     if not finite:

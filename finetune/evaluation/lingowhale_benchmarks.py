@@ -15,21 +15,14 @@ SOURCE = "LingoWhale-8B's README, commit 121939d"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One column of the table.
-
-    Attributes:
-        task: Name in lm-eval, or in `tasks/` if `is_own`.
-        metric: As lm-eval names it: metric,filter.
-        needs: Data sets on the hub, or other data.
-        departures: Differences from the settings of the table.
-    """
+    """One column of the table."""
 
     name: str
     shots: int
-    task: str
-    metric: str
-    needs: tuple[str, ...]
-    departures: tuple[str, ...] = ()
+    task: str  # name in lm-eval, or in `tasks/` if `is_own`
+    metric: str  # as lm-eval names it: metric,filter
+    needs: tuple[str, ...]  # data sets on the hub, or other data
+    departures: tuple[str, ...] = ()  # differences from the settings of the table
     is_own: bool = False
     runs_code: bool = False
 

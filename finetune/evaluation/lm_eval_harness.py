@@ -78,11 +78,7 @@ def _children(config: dict[str, Any]) -> list[str]:
 
 
 def names_in(manager: TaskManager, folder: Path) -> list[str]:
-    """Return the tasks and groups of a folder that are not part of another group in it.
-
-    Raises:
-        ConfigError: There are none.
-    """
+    """Return the tasks and groups of a folder that are not part of another group in it."""
     names = [
         name
         for name, entry in manager.task_index.items()

@@ -22,15 +22,11 @@ Done = Callable[[int], None]
 
 @dataclass(frozen=True)
 class AnswerChoice:
-    """A tokenized question and its candidates, without the end of the turn.
-
-    Attributes:
-        num_bytes: Length of each candidate's text in UTF-8.
-    """
+    """A tokenized question and its candidates, without the end of the turn."""
 
     prompt: list[int]
     candidates: list[list[int]]
-    num_bytes: list[int]
+    num_bytes: list[int]  # length of each candidate's text in UTF-8
 
 
 def scores_of(
@@ -47,9 +43,6 @@ def scores_of(
 
     A question is computed once and its cache serves all candidates. Models without `position_ids` compute each
     conversation as a whole.
-
-    Raises:
-        ConfigError: The chat format cannot express a question.
     """
     from finetune.models.attention import unwrap_adapter
 
@@ -171,9 +164,6 @@ def answers_of(
     """Generate a greedy answer to each question, on every rank.
 
     Questions of similar length form a batch, padded on the left; the batches do not depend on the ranks.
-
-    Raises:
-        ConfigError: The chat format cannot express a question.
     """
     import torch
 

@@ -22,19 +22,12 @@ from finetune.chat_templates import supervised_turns_of
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """Loss of a model on one model turn of one example.
+    """Loss of a model on one model turn of one example."""
 
-    Attributes:
-        example: Index of the example in the data.
-        turn: Index of the turn in the conversation, a system turn included.
-        tokens: Number of supervised tokens, the end-of-turn token included.
-        loss: Sum of their -log p, in nats.
-    """
-
-    example: int
-    turn: int
-    tokens: int
-    loss: float
+    example: int  # index of the example in the data
+    turn: int  # index of the turn in the conversation, a system turn included
+    tokens: int  # number of supervised tokens, the end-of-turn token included
+    loss: float  # sum of their -log p, in nats
 
 
 def group_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

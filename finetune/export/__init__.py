@@ -4,5 +4,3 @@ from __future__ import annotations
 
 from finetune.export.gguf_writer import check_gguf, write_gguf
 from finetune.export.model_merge import MergePlan, MergeResult, merge_weights, plan_merge
-
-__all__ = ["MergePlan", "MergeResult", "check_gguf", "merge_weights", "plan_merge", "write_gguf"]

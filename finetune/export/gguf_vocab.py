@@ -26,19 +26,12 @@ SPACE = "\u2581"
 
 @dataclass
 class Vocabulary:
-    """What GGUF stores of a tokenizer.
+    """What GGUF stores of a tokenizer."""
 
-    Attributes:
-        model: Tokenizer model of llama.cpp, `gpt2` or `llama`.
-        pre_tokenizer: llama.cpp's name of the pre-tokenizer.
-        tokens: Tokens by id.
-        types: Their `gguf.TokenType`.
-    """
-
-    model: str
-    pre_tokenizer: str
-    tokens: list[str]
-    types: list[int]
+    model: str  # tokenizer model of llama.cpp, `gpt2` or `llama`
+    pre_tokenizer: str  # llama.cpp's name of the pre-tokenizer
+    tokens: list[str]  # tokens by id
+    types: list[int]  # their `gguf.TokenType`
     tokenizer: Any
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -70,11 +63,7 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
-    """Return the vocabulary of a tokenizer, padded to the number of embedding rows.
-
-    Raises:
-        ConfigError: GGUF cannot represent the tokenizer.
-    """
+    """Return the vocabulary of a tokenizer, padded to the number of embedding rows."""
     if not tokenizer.is_fast:
         raise ConfigError("--gguf: the tokenizer is Python code, and GGUF stores tables only")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())

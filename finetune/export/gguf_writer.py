@@ -50,11 +50,7 @@ class _Tensor:
 
 
 def check_gguf(source: Path, kind: str, tokenizer: Any) -> None:
-    """Check that a file of this type can be written, before anything is merged.
-
-    Raises:
-        ConfigError: Unknown type, unsupported architecture or tokenizer, or gguf is not installed.
-    """
+    """Check that a file of this type can be written, before anything is merged."""
     if kind not in TYPES:
         raise ConfigError(f"--gguf {kind}: expected one of {', '.join(TYPES)}")
     try:
@@ -72,11 +68,7 @@ def check_gguf(source: Path, kind: str, tokenizer: Any) -> None:
 
 
 def write_gguf(folder: Path, kind: str, *, stop_token_id: int) -> Path:
-    """Write `NAME-TYPE.gguf` into a plain model's folder, tensor by tensor; return its path.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
+    """Write `NAME-TYPE.gguf` into a plain model's folder, tensor by tensor; return its path."""
     import gguf
     from transformers import AutoTokenizer
 

@@ -33,16 +33,12 @@ NOT_MERGEABLE_REASONS = {
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of the merged model.
-
-    Attributes:
-        get: Computes the tensor: in float32 if it is `computed`, else as stored.
-    """
+    """A tensor of the merged model."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    get: Callable[[], torch.Tensor]
+    get: Callable[[], torch.Tensor]  # computes the tensor: in float32 if it is `computed`, else as stored
     computed: bool = False
 
     @property
@@ -52,11 +48,7 @@ class OutputTensor:
 
 
 def check_mergeable(adapter: str | None) -> None:
-    """Check that an adapter of this peft type can be merged.
-
-    Raises:
-        ConfigError: It cannot.
-    """
+    """Check that an adapter of this peft type can be merged."""
     if adapter is not None and adapter not in MERGEABLE:
         default = f"peft's {adapter} is not one of {', '.join(sorted(MERGEABLE))}"
         reason = NOT_MERGEABLE_REASONS.get(adapter, default)
@@ -119,16 +111,11 @@ class _ComputedTogether:
 
 @dataclass(frozen=True)
 class _ChangedWeight:
-    """A weight that the adapter changes.
-
-    Attributes:
-        take: Takes the weight out of its merged layer, once.
-        recompute: Merges the layer for this weight alone.
-    """
+    """A weight that the adapter changes."""
 
     shape: tuple[int, ...]
-    take: Callable[[], torch.Tensor]
-    recompute: Callable[[], torch.Tensor]
+    take: Callable[[], torch.Tensor]  # takes the weight out of its merged layer, once
+    recompute: Callable[[], torch.Tensor]  # merges the layer for this weight alone
 
 
 class MergedTensors:
@@ -142,9 +129,6 @@ class MergedTensors:
 
     Attributes:
         unties: Whether embeddings and head, one tensor in the base, become two.
-
-    Raises:
-        CheckpointError: The adapter has another size, or changes a weight that the base's files do not hold.
     """
 
     def __init__(self, stored: StoredTensors, model: Any, folder: Path, attach: Callable[[Any, Path], Any]) -> None:

@@ -44,25 +44,17 @@ VERIFY_MEMORY_FACTOR = 2.4  # float32 copy of 16-bit weights, and some more
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What will be merged.
-
-    Attributes:
-        target: Folder of the merged model.
-        source: Folder whose config and code are used: the base of an adapter, else the result itself.
-        dtypes: Type in which each tensor is written; `dtype` for most.
-        unties: Embeddings and head were one tensor and become two.
-        origin: Where the weights come from, for the user.
-    """
+    """What will be merged."""
 
     result: RunResult
-    target: Path
-    source: Path
+    target: Path  # folder of the merged model
+    source: Path  # folder whose config and code are used: the base of an adapter, else the result itself
     tokenizer: PreTrainedTokenizerBase
     tensors: list[OutputTensor]
-    dtypes: list[torch.dtype]
+    dtypes: list[torch.dtype]  # type in which each tensor is written; `dtype` for most
     dtype: torch.dtype
-    unties: bool
-    origin: str
+    unties: bool  # embeddings and head were one tensor and become two
+    origin: str  # where the weights come from, for the user
 
     @property
     def size(self) -> int:

@@ -52,9 +52,6 @@ def write_shards(folder: Path, tensors: Sequence[OutputTensor], dtypes: Sequence
     Args:
         dtypes: Type in which each is written.
         limit: Size of a file in bytes.
-
-    Raises:
-        StorageError: A file cannot be written.
     """
     sizes = [tensor.count * dtype.itemsize for tensor, dtype in zip(tensors, dtypes, strict=True)]
     shards = assign_shards(sizes, limit)

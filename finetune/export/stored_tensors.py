@@ -18,11 +18,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 class StoredTensors:
-    """Tensors of `model*.safetensors` or `pytorch_model*.bin` in a folder; each is read when it is needed.
-
-    Raises:
-        CheckpointError: No weights, a truncated file, or a file of the index that is missing.
-    """
+    """Tensors of `model*.safetensors` or `pytorch_model*.bin` in a folder; each is read when it is needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

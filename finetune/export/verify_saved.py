@@ -152,9 +152,6 @@ def compare_logits(
 
     Returns:
         A line for the user.
-
-    Raises:
-        CheckpointError: Weights are missing or unexpected, or the logits differ.
     """
     import torch
 

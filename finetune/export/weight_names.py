@@ -23,17 +23,11 @@ LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Weights in memory and the tensors in files that they are made from: one of each unless there is a converter.
+    """Weights in memory and the tensors in files that they are made from: one of each unless there is a converter."""
 
-    Attributes:
-        files: Names in the files, each with the pattern that it matched.
-        weights: Names in memory.
-        converter: Rule of transformers, or None for a tensor that is the same in both.
-    """
-
-    files: tuple[tuple[str, str], ...]
-    weights: tuple[str, ...]
-    converter: Any = None
+    files: tuple[tuple[str, str], ...]  # names in the files, each with the pattern that it matched
+    weights: tuple[str, ...]  # names in memory
+    converter: Any = None  # rule of transformers, or None for a tensor that is the same in both
 
 
 class WeightNames:

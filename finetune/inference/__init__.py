@@ -5,5 +5,3 @@ from finetune.inference.chat_session import ChatSession
 from finetune.inference.pipe_chat import answer_once, read_question
 from finetune.inference.terminal_chat import TerminalChat
 from finetune.inference.web_chat import check_gradio, serve
-
-__all__ = ["ChatSession", "TerminalChat", "ChatModels", "answer_once", "check_gradio", "read_question", "serve"]

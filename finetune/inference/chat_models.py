@@ -13,18 +13,13 @@ from finetune.inference.load_result import BASE, TUNED, LoadedModel
 
 @dataclass
 class ChatModels:
-    """A loaded result, and which of its two models answer.
-
-    Attributes:
-        names: Models that answer; the answers of the first are kept in the conversation.
-        reasoning: Whether answers begin with their reasoning; see `finetune.chat_templates.prompt_ids`.
-    """
+    """A loaded result, and which of its two models answer."""
 
     loaded: LoadedModel
-    names: tuple[str, ...] = (TUNED,)
+    names: tuple[str, ...] = (TUNED,)  # models that answer; the answers of the first are kept in the conversation
     max_new_tokens: int = 1
     sampling: SamplingParams = GREEDY
-    reasoning: bool = False
+    reasoning: bool = False  # whether answers begin with their reasoning; see `finetune.chat_templates.prompt_ids`
 
     @contextmanager
     def stream(
@@ -43,9 +38,6 @@ class ChatModels:
                 answer, and the same one in each session.
             max_new_tokens: For this answer; default: that of the chat.
             sampling: Likewise.
-
-        Raises:
-            ConfigError: The turns cannot be rendered or are too long; the base is missing.
         """
         sampling = sampling or self.sampling
         if sampling.seed is not None:

@@ -50,10 +50,6 @@ def save_conversation(path: Path, turns: Sequence[Turn]) -> int:
     """Append the conversation to a file of training rows; return the number of rows in the file.
 
     A new file is a JSON array, or JSON lines if its name ends in .jsonl. Existing rows are not changed.
-
-    Raises:
-        ConfigError: The file holds something other than such rows, or already holds this conversation.
-        StorageError: The file cannot be written.
     """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -34,15 +34,11 @@ TokenQueue = SimpleQueue[int | BaseException | None]  # ends with None; an excep
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Greedy decoding at temperature 0, else nucleus sampling.
-
-    Attributes:
-        seed: Makes sampled answers repeatable; None: a new seed each time.
-    """
+    """Greedy decoding at temperature 0, else nucleus sampling."""
 
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int | None = None
+    seed: int | None = None  # makes sampled answers repeatable; None: a new seed each time
 
     def generate_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `generate`."""
@@ -57,16 +53,12 @@ GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class AnswerGenerator:
-    """A loaded model with its chat format and the tokens that end an answer.
-
-    Attributes:
-        reasoning: Whether answers begin with their reasoning; see `finetune.chat_templates.prompt_ids`.
-    """
+    """A loaded model with its chat format and the tokens that end an answer."""
 
     model: Any
     chat_format: ChatFormat
     stop_token_ids: Sequence[int]
-    reasoning: bool = False
+    reasoning: bool = False  # whether answers begin with their reasoning; see `finetune.chat_templates.prompt_ids`
 
     @property
     def window(self) -> int | None:
@@ -81,11 +73,7 @@ class AnswerGenerator:
         return min(known) - virtual_tokens if known else None
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Return the ids before the answer to `turns`, which end with a human turn.
-
-        Raises:
-            ConfigError: The format cannot express the turns, or they leave no room for an answer.
-        """
+        """Return the ids before the answer to `turns`, which end with a human turn."""
         try:
             ids = prompt_ids(self.chat_format, turns, reasoning=self.reasoning)
         except UnrenderableError as error:
@@ -110,9 +98,6 @@ class AnswerGenerator:
 
         Args:
             options: Arguments of `generate`; they override those of `sampling`.
-
-        Raises:
-            ConfigError: The format cannot express the turns, or they leave no room for an answer.
         """
         prompt = self.prompt(turns)
         if self.window is not None:
@@ -131,10 +116,6 @@ class AnswerStream:
     """An answer being generated. Iterate to get its text in pieces, without leading and trailing white space.
 
     The model runs in a thread of its own; leaving the loop early, also by an exception, stops it.
-
-    Attributes:
-        ids: Generated tokens so far, without the token that ends the turn.
-        ended: Whether the model has ended the turn itself.
     """
 
     generator: AnswerGenerator
@@ -142,8 +123,8 @@ class AnswerStream:
     prompt: list[int]
     options: dict[str, Any]
     seed: int | None
-    ids: list[int] = field(default_factory=list)
-    ended: bool = False
+    ids: list[int] = field(default_factory=list)  # generated tokens so far, without the token that ends the turn
+    ended: bool = False  # whether the model has ended the turn itself
 
     @property
     def text(self) -> str:

@@ -32,19 +32,13 @@ OTHER_MODEL_FILES = ("*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.tx
 
 @dataclass
 class LoadedModel:
-    """A loaded result.
-
-    Attributes:
-        tuned: The trained model in evaluation mode; an adapter is on its base.
-        chat_format: The format of the training.
-        base_name: Path of the base model if it was moved.
-    """
+    """A loaded result."""
 
     result: RunResult
-    tuned: Any
+    tuned: Any  # the trained model in evaluation mode; an adapter is on its base
     tokenizer: PreTrainedTokenizerBase
-    chat_format: ChatFormat
-    base_name: str | None = None
+    chat_format: ChatFormat  # the format of the training
+    base_name: str | None = None  # path of the base model if it was moved
     _base: Any = None
 
     @property
@@ -59,10 +53,6 @@ class LoadedModel:
         """Yield the base model, to be used inside the block.
 
         An adapter is disabled; the base of a full model is loaded the first time and kept.
-
-        Raises:
-            ConfigError: The base is missing.
-            CheckpointError: It has other weights than those that were trained.
         """
         if self.result.adapter is not None and self._base is None:
             with self.tuned.disable_adapter():
@@ -101,9 +91,6 @@ def read_model(folder: Path, *, markers: dict[str, list[int]], trust_remote_code
 
     Args:
         markers: `human_token_ids` and `model_token_ids`, used if it is a LingoWhale model.
-
-    Raises:
-        ConfigError: The folder holds no model, or the chat format is unknown.
     """
     if is_adapter(folder):
         raise ConfigError(f"{folder}: an adapter without run.json: its base and chat format are unknown")
@@ -155,10 +142,6 @@ def base_folder(result: RunResult, name: str | None = None) -> Path:
 
     Args:
         name: Path of the base model if it was moved.
-
-    Raises:
-        ConfigError: There is no such folder.
-        CheckpointError: Weights are missing, or it is another model.
     """
     trained_from = result.base["folder"] or result.base["name"]
     folder = Path(name or trained_from).expanduser()
@@ -200,12 +183,7 @@ def _download_base(result: RunResult) -> Path:
 
 
 def load_base(result: RunResult, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> Any:
-    """Load the base model, its vocabulary large enough for the tokenizer of the result.
-
-    Raises:
-        ConfigError: The base is missing.
-        CheckpointError: It is another model, or its weights do not load.
-    """
+    """Load the base model, its vocabulary large enough for the tokenizer of the result."""
     base = _load(base_folder(result, name), result)
     if loader.embedding_rows(tokenizer) > base.config.get_text_config().vocab_size:
         base.resize_token_embeddings(loader.embedding_rows(tokenizer))
@@ -213,11 +191,7 @@ def load_base(result: RunResult, tokenizer: PreTrainedTokenizerBase, *, name: st
 
 
 def load_saved_adapter(base: Any, folder: Path) -> Any:
-    """Load a saved adapter on its base.
-
-    Raises:
-        CheckpointError: The adapter was made for a model of another shape.
-    """
+    """Load a saved adapter on its base."""
     from peft import PeftModel
 
     # The first concerns adapters on one side of tied embeddings, which work as they are; the second, names of experts
@@ -260,11 +234,7 @@ def _cpu_dtype(folder: Path) -> torch.dtype | str:
 
 
 def load_strict(folder: Path, dtype: torch.dtype, *, trusts_code: bool) -> Any:
-    """Load a model with plain transformers and require that every weight is there, and no other.
-
-    Raises:
-        CheckpointError: Weights are missing, unexpected or of another shape.
-    """
+    """Load a model with plain transformers and require that every weight is there, and no other."""
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(

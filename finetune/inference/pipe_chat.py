@@ -14,11 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_question(pipe: TextIO | None) -> str:
-    """Read everything from a pipe as one human turn.
-
-    Raises:
-        ConfigError: The input is empty or not UTF-8.
-    """
+    """Read everything from a pipe as one human turn."""
     try:
         question = (pipe.buffer.read() if pipe else b"").decode("utf-8").strip("\n")
     except UnicodeDecodeError as error:

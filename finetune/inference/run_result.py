@@ -17,19 +17,12 @@ VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")  # peft types of adapters th
 
 @dataclass(frozen=True)
 class RunResult:
-    """A trained model or adapter.
+    """A trained model or adapter."""
 
-    Attributes:
-        folder: Folder of the weights: an output_dir, or a checkpoint in one.
-        run: Content of run.json.
-        adapter: peft type of the adapter (LORA, PREFIX_TUNING, PROMPT_TUNING, ...), or None for a full model.
-        is_trained: False for any other model, which has no base to compare with.
-    """
-
-    folder: Path
-    run: dict[str, Any]
-    adapter: str | None
-    is_trained: bool = True
+    folder: Path  # folder of the weights: an output_dir, or a checkpoint in one
+    run: dict[str, Any]  # content of run.json
+    adapter: str | None  # peft type of the adapter (LORA, PREFIX_TUNING, PROMPT_TUNING, ...), or None for a full model
+    is_trained: bool = True  # false for any other model, which has no base to compare with
 
     @property
     def base(self) -> dict[str, Any]:

@@ -62,11 +62,7 @@ ENGLISH, CHINESE = ({name: texts[language] for name, texts in STRINGS.items()} f
 
 
 def check_gradio() -> None:
-    """Check that Gradio is installed, before a model is loaded.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
+    """Check that Gradio is installed, before a model is loaded."""
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError(
             "--web: Gradio is not installed; it is the extra `web`: pip install 'gradio>=6.31,<7', or, in a clone, "
@@ -191,11 +187,7 @@ def _sampling_params(temperature: float, top_p: float, seed: str | None) -> Samp
 
 
 def serve(models: ChatModels, chat: ChatSession, *, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C.
-
-    Raises:
-        ConfigError: The port is taken, or the host is not an address of this machine.
-    """
+    """Serve the page until Ctrl-C."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("no_proxy", "NO_PROXY"):  # Gradio sends a request to its own page at the start
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCALHOST]))

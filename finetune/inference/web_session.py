@@ -85,11 +85,7 @@ class WebAnswers:
     def stream(
         self, session: WebSession, question: str, *, compares: bool, max_new_tokens: int, sampling: SamplingParams
     ) -> Iterator[tuple[Messages, Messages]]:
-        """Yield both columns repeatedly while the answers are generated, then add them to the session.
-
-        Raises:
-            FinetuneError: The conversation is too long, the base is missing, or the model failed.
-        """
+        """Yield both columns repeatedly while the answers are generated, then add them to the session."""
         answers: dict[str, str] = {}
         session.stopped, resets = False, session.resets
         turns = session.chat.turns(question)

@@ -10,5 +10,3 @@ from __future__ import annotations
 from finetune.report.report_file import FILE, write_at_the_end, write_report
 from finetune.report.report_page import render_report
 from finetune.report.run_reader import RunRecord, has_ended, read_run
-
-__all__ = ["FILE", "RunRecord", "has_ended", "read_run", "render_report", "write_at_the_end", "write_report"]

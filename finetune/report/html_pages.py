@@ -138,11 +138,7 @@ def bars(counts: Sequence[int], longest: int) -> list[dict[str, Any]]:
 
 
 def check_replaceable(path: Path, generator: str = PREVIEW) -> None:
-    """Refuse to overwrite a file that `generator` did not write.
-
-    Raises:
-        ConfigError: such a file exists, or it is not a file.
-    """
+    """Refuse to overwrite a file that `generator` did not write."""
     try:
         with open(path, "rb") as file:
             is_ours = f'content="{generator}"'.encode() in file.read(HEAD_BYTES)
@@ -155,12 +151,7 @@ def check_replaceable(path: Path, generator: str = PREVIEW) -> None:
 
 
 def write_page(path: Path, html: str, generator: str = PREVIEW) -> None:
-    """Write a page atomically; missing parent folders are created.
-
-    Raises:
-        ConfigError: as `check_replaceable`.
-        StorageError: it cannot be written.
-    """
+    """Write a page atomically; missing parent folders are created."""
     check_replaceable(path, generator)
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:

@@ -115,10 +115,6 @@ def watch(folders: Folders, path: Path, *, every: float, port: int) -> None:
         folders: output folders, and the names of their runs; one that holds no run yet is waited for.
         every: seconds between two looks at the files.
         port: on this host; 0: any that is free.
-
-    Raises:
-        ConfigError: the port is taken, or a folder's run.json cannot be read.
-        StorageError: the report cannot be written.
     """
     missing = [folder for folder, _ in folders if not (folder / run_json.RUN_FILE).is_file()]
     if missing:

@@ -18,12 +18,7 @@ BYTES_TO_LEAVE = 64 << 20
 
 
 def write_report(runs: Sequence[RunRecord], path: Path, *, every: float | None = None) -> None:
-    """Write the page of these runs. An earlier report is replaced, no other file.
-
-    Raises:
-        ConfigError: another file is in its place.
-        StorageError: it cannot be written.
-    """
+    """Write the page of these runs. An earlier report is replaced, no other file."""
     write_page(path, render_report(runs, every=every), REPORT)
 
 

@@ -32,9 +32,6 @@ def render_report(runs: Sequence[RunRecord], *, every: float | None = None, serv
     Args:
         every: seconds after which the page looks for changes; None: never.
         served: by `live_server`, which the page may ask, instead of reloading itself from the disk.
-
-    Raises:
-        ConfigError: plotly is not installed.
     """
     scripts = (plotly_script(), asset("report.js"))
     policy = f"{REPORT_POLICY}; script-src {' '.join(map(_hash, scripts))}" + ("; connect-src 'self'" if served else "")
@@ -52,11 +49,7 @@ def render_report(runs: Sequence[RunRecord], *, every: float | None = None, serv
 
 
 def render_parts(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Return the HTML above and below the plots, which changes during a run, by name.
-
-    Raises:
-        ConfigError: run.json holds something that cannot be shown.
-    """
+    """Return the HTML above and below the plots, which changes during a run, by name."""
     from jinja2 import UndefinedError
 
     try:
@@ -89,11 +82,7 @@ def as_script_data(values: Any) -> str:
 
 @cache
 def plotly_script() -> str:
-    """Return plotly.js from the Python package, without importing the package.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Return plotly.js from the Python package, without importing the package."""
     spec = find_spec("plotly")
     places = spec.submodule_search_locations if spec else None
     path = Path(places[0]) / "package_data" / "plotly.min.js" if places else None

@@ -84,11 +84,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
-    """Read everything that a report needs.
-
-    Raises:
-        ConfigError: the folder holds no run.json, or it is not a JSON object.
-    """
+    """Read everything that a report needs."""
     facts = run_json.load_run_json(folder)
     lines, evaluations, unread = read_metrics(folder / run_json.METRICS_FILE)
     failure = diagnostics.read_failure(folder / diagnostics.FAILURE_FILE)

@@ -72,11 +72,7 @@ def prompts_of(samples: Sequence[RowSample], count: int) -> list[SamplePrompt]:
 
 
 def read_prompts(path: Path) -> list[SamplePrompt]:
-    """Read prompts from a file: one a line, or a JSON array of texts or of objects with a `question`.
-
-    Raises:
-        ConfigError: it cannot be read, or holds none.
-    """
+    """Read prompts from a file: one a line, or a JSON array of texts or of objects with a `question`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         values: Any = json.loads(text) if path.suffix == ".json" else text.split("\n")
@@ -121,11 +117,7 @@ def _identity(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_answers(folder: Path, run: dict[str, Any], answers: SampleAnswers) -> None:
-    """Store the answers beside the result.
-
-    Raises:
-        StorageError: they cannot be written.
-    """
+    """Store the answers beside the result."""
     values = {
         "of": _identity(run),
         "new_tokens": answers.new_tokens,
@@ -156,11 +148,7 @@ class _Clock:
     began: float = field(default_factory=time.monotonic)
 
     def next(self) -> float | None:
-        """Return the seconds for the next answer.
-
-        Raises:
-            FinetuneError: there is no time left.
-        """
+        """Return the seconds for the next answer; an error if none are left."""
         if self.seconds is None:
             return None
         rest = self.seconds - (time.monotonic() - self.began)

@@ -26,11 +26,7 @@ def split_examples(rows: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def gaokao(file: str, **_: Any) -> dict[str, Any]:
-    """Load the questions of a GAOKAO-Bench file with four options and one answer; splits `examples` and `asked`.
-
-    Raises:
-        FileNotFoundError: The repository is not on this machine.
-    """
+    """Load the questions of a GAOKAO-Bench file with four options and one answer; splits `examples` and `asked`."""
     import datasets
 
     path = Path(os.environ.get("GAOKAO_BENCH", FOLDER)).expanduser() / "Data" / "Objective_Questions" / file
