@@ -1,0 +1,108 @@
+"""Situations that users of this and of other tools have reported, one a line: what is run, and what a user must see.
+
+A line has what is run, its status, and a stable part of what it says. Words in capitals stand for what a test makes:
+MODEL a tiny model, DATA a file of the `rows` (by default of good ones), OUT a new output folder, DIR its parent with
+the `files`. `preview`, `doctor` and the other verbs run in this process; `train` is one rank that is forked from a
+server. Keep `train` for what only a run shows, and mark it SLOW if another line shows nearly the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import cli
+from finetune.utils.errors import exit_on_error
+from tests.helpers import ranks
+from tests.helpers.chat_rows import good_row, turns
+from tests.helpers.short_runs import SHORT
+
+GOOD = [good_row(0), good_row(1)]
+ONE_STEP = ("--max_steps 1 --per_device_train_batch_size 1 --save_strategy no").split()
+
+
+@dataclass(frozen=True)
+class Situation:
+    """One line of the table.
+
+    Attributes:
+        what: the situation, in words.
+        words: the command, without the flags that each command of its verb gets (see `_command`).
+        status: how it ends.
+        shows: regular expressions, all found in what it says.
+        rows: content of the data file.
+        files: further files, by name.
+        hides: a regular expression that is not found.
+        source: a public report, `owner/repository#number`.
+        slow: for the slow tier.
+    """
+
+    what: str
+    words: str
+    status: int
+    shows: tuple[str, ...] = ()
+    rows: Any = None
+    files: dict[str, str] = field(default_factory=dict)
+    hides: str = ""
+    source: str = ""
+    slow: bool = False
+
+
+def answered(answer: str = "Yes.", **keys: Any) -> dict[str, Any]:
+    """A row of one question with these keys beside it."""
+    return {**turns(("human", "Is tea a fruit?"), ("model", answer)), **keys}
+
+
+SITUATIONS = [
+    # ---- data
+    Situation("preference pairs without an answer that is called good", "preview", 3, ("rejected",),
+              rows=[{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+    Situation("all rows are fine", "preview", 0, ("2 kept",), hides="note: "),
+    # ---- flags
+    Situation("the output folder is below a file", "doctor --output_dir DIR/a/b", 6, ("a",), files={"a": ""}),
+    Situation("a model trains", "train", 0, ("step 1/1",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "situation",
+    [pytest.param(one, id=one.what, marks=[pytest.mark.slow] if one.slow else []) for one in SITUATIONS],
+)
+def test_a_user_sees_what_the_table_says(situation, tiny_model, tmp_path, monkeypatch, capfd):
+    made = {"MODEL": tiny_model, "DATA": tmp_path / "data.json", "OUT": tmp_path / "out", "DIR": tmp_path}
+    made["DATA"].write_text(json.dumps(GOOD if situation.rows is None else situation.rows), encoding="utf-8")
+    for name, content in situation.files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    verb, *words = situation.words.split()
+    words = [re.sub("|".join(made), lambda found: str(made[found[0]]), word) for word in words]
+    status, said = _run(verb, _command(verb, words, made), tmp_path, capfd.readouterr)
+    assert status == situation.status, said
+    assert [pattern for pattern in situation.shows if not re.search(pattern, said)] == [], said
+    assert not situation.hides or not re.search(situation.hides, said), said
+
+
+def _command(verb: str, words: list[str], made: dict[str, Path]) -> list[str]:
+    """Give `train`, `doctor` and `preview` the flags that they need; those of the line come later and win."""
+    common = ["--model_name_or_path", str(made["MODEL"]), "--data_path", str(made["DATA"])]
+    training = [*common, "--output_dir", str(made["OUT"]), *SHORT, *ONE_STEP]
+    return [*{"train": training, "doctor": training, "preview": common}.get(verb, []), *words]
+
+
+def _run(verb: str, argv: list[str], folder: Path, outputs: Callable[[], Any]) -> tuple[int, str]:
+    """Return the status and all that was written."""
+    if verb == "train":
+        outcome = ranks.train(folder / "logs", argv, world_size=1)
+        return outcome.statuses[0], outcome.outputs[0]
+    try:
+        with exit_on_error():
+            cli.main([verb, *argv])
+    except SystemExit as exit_:
+        return int(exit_.code or 0), "".join(outputs())
+    return 0, "".join(outputs())
