@@ -30,11 +30,7 @@ EPILOG = "Train with: finetune launch finetune/finetune.py --help. `finetune VER
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `finetune VERB ...`.
-
-    Raises:
-        FinetuneError: as the verb; `ConfigError` for an unknown verb or flag.
-    """
+    """Run `finetune VERB ...`; raises what the verb raises, and `ConfigError` for an unknown verb or flag."""
     is_value = [False, *(word == "--completion" for word in argv)]
     place = next((i for i, word in enumerate(argv) if not word.startswith("-") and not is_value[i]), len(argv))
     # the `deepspeed` launcher puts it in front of the verb; RANK and LOCAL_RANK say the same

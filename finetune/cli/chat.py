@@ -60,12 +60,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Load the result and start the conversation: in the terminal, from the pipe, or in the browser.
-
-    Raises:
-        ConfigError: flags that do not go together; a folder that holds no result; a question that cannot be rendered.
-        CheckpointError: the base is another model than the one that was trained.
-    """
+    """Load the result and start the conversation: in the terminal, from the pipe, or in the browser."""
     # Threads that wait for each other must not occupy the cores that other threads need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = fill(ChatOptions, build_parser().parse(argv))

@@ -51,11 +51,7 @@ def build_parser() -> CommandParser:
 
 
 def parse_options(argv: Sequence[str]) -> tuple[DataArguments, str]:
-    """Return what to read, and the file to write: the last positional argument.
-
-    Raises:
-        ConfigError: an unknown flag or rule, or fewer than two names.
-    """
+    """Return what to read, and the file to write: the last positional argument."""
     given = build_parser().parse(argv)
     paths = given["paths"]
     if len(paths) < 2:
@@ -66,13 +62,7 @@ def parse_options(argv: Sequence[str]) -> tuple[DataArguments, str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Take what to read, the file to write, and `--bad_rows` and `--repairs` as training does.
-
-    Raises:
-        ConfigError: a file that exists, a folder that does not, a weight.
-        DataError: every bad row (the first 20 shown), unless they are dropped; a file that cannot be read.
-        StorageError: the file cannot be written.
-    """
+    """Take what to read, the file to write, and `--bad_rows` and `--repairs` as training does."""
     data, name = parse_options(argv)
     configure_logging()
     out = Path(name)

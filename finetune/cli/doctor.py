@@ -42,13 +42,10 @@ def build_parser() -> CommandParser:
 
 
 def parse_options(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherArgs, list[str]]:
-    """Return the own flags, those of the launcher, and the words of the training command.
+    """Return the own flags, those of the launcher, and the words of the training command, which are not looked at.
 
     The script may stand between the last two, as it does for `deepspeed`, or be left out: a launcher's flag is then
     told from one of the training by its name, and a name that both know is the training's.
-
-    Raises:
-        ConfigError: a flag of the launcher without its value, or with a wrong one. The training's are not looked at.
     """
     own_names = {declared.name for declared in fields(DoctorArguments)}
     options, training_names = launcher_options(), set(known_flags())
@@ -79,11 +76,7 @@ def _is_script(word: str) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Examine the run, print the findings, and exit with the status that the run would end with.
-
-    Raises:
-        ConfigError: flags of the doctor or of the launcher that cannot be read.
-    """
+    """Examine the run, print the findings, and exit with the status that the run would end with."""
     choice, flags, words = parse_options(argv)
     configure_logging(to_stderr=True, prefix="doctor: ")
     prepare_environment()

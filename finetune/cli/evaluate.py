@@ -69,11 +69,7 @@ def build_parser() -> CommandParser:
 
 
 def parse_options(argv: Sequence[str]) -> tuple[EvaluateOptions, dict[str, Any]]:
-    """Return what to measure, and the flags of the data that were given; the others are those of the training.
-
-    Raises:
-        ConfigError: an unknown flag, nothing to evaluate, or flags that do not go together.
-    """
+    """Return what to measure, and the flags of the data that were given; the others are those of the training."""
     given = build_parser().parse(argv)
     options = fill(EvaluateOptions, given)
     data = {name: given[name] for name in FLAGS_OF_DATA if name in given}
@@ -97,13 +93,7 @@ def _faults(options: EvaluateOptions, data: dict[str, Any]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure what is requested, store it in the output_dir and print it.
-
-    Raises:
-        ConfigError: no result, no base, an unknown task, a missing package.
-        DataError: faults in held-out rows.
-        FinetuneError: the tuned model is further below the base than --fail_below allows.
-    """
+    """Measure what is requested, store it in the output_dir and print it."""
     options, data = parse_options(argv)
     configure_logging(to_stderr=True)
     prepare_environment()

@@ -45,11 +45,7 @@ NOT_PASSED_ON = ("hostfile", "master_addr", "master_port", "ssh_port", "venv_scr
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check the command and the hosts, run the training, exit with its status.
-
-    Raises:
-        ConfigError: a fault of a flag, the hostfile or a host; nothing was started.
-    """
+    """Check the command and the hosts, run the training, exit with its status."""
     flags = parse_launcher_args(argv)
     resources = resolve_resources(flags)
     arguments = parse(flags.script_args) if is_ours(flags) else None
@@ -91,11 +87,7 @@ def without_secrets(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def start(
     flags: LauncherArgs, resources: Resources | None, words: list[str], environment: dict[str, str]
 ) -> list[HostSession]:
-    """Start the `deepspeed` command on every host.
-
-    Raises:
-        ConfigError: hosts that cannot be reached, or differ.
-    """
+    """Start the `deepspeed` command on every host; a `ConfigError` names hosts that cannot be reached, or differ."""
     script = [*(["--module"] if flags.module else []), flags.script, *words]
     if resources is None or flags.no_ssh:
         port = flags.given.get("master_port") or host_probe.free_port()
@@ -140,11 +132,7 @@ def show(command: Sequence[str]) -> None:
 def check_hosts(
     flags: LauncherArgs, resources: Resources, shell: ssh.SshShell, words: list[str]
 ) -> tuple[str, int, dict[str, str]]:
-    """Probe and compare all hosts; return address and port of the rendezvous, and host -> interface where known.
-
-    Raises:
-        ConfigError: every fault, by host.
-    """
+    """Probe and compare all hosts; return address and port of the rendezvous, and host -> interface where known."""
     given_port = flags.given.get("master_port")
     if flags.no_ssh_check and flags.master_addr and given_port:
         return flags.master_addr, given_port, {}
@@ -194,13 +182,10 @@ def watch(sessions: Sequence[HostSession], signals: list[int]) -> None:
 def outcome(
     reports: Sequence[HostReport], expected: dict[str, int], *, ours: bool, signals: Sequence[int]
 ) -> tuple[int, Failure | None]:
-    """Return the run's exit status and its failure, if any, from the reports of its hosts.
+    """Return the run's exit status and its failure, if any, from the reports of its hosts; `expected`: host -> ranks.
 
     If the script is ours, a status of 0 counts only if every rank has reported its end: a `deepspeed` command whose
     launcher was killed exits with 0, too.
-
-    Args:
-        expected: host -> number of ranks.
     """
     if len(signals) > 1:
         return 128 + signals[1], None

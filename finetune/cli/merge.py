@@ -44,13 +44,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Merge, check the result, and print what was written.
-
-    Raises:
-        ConfigError: what cannot be merged, a target that holds something, a type or size that is none.
-        CheckpointError: files that are not whole, another base, an adapter of another size.
-        StorageError: the disk is too small, or refused.
-    """
+    """Merge, check the result, and print what was written."""
     began = time.monotonic()
     options = fill(MergeOptions, build_parser().parse(argv))
     configure_logging()
@@ -80,11 +74,7 @@ def default_target(output: Path) -> Path:
 
 
 def bytes_of(size: str) -> int:
-    """Parse a size like 5GB.
-
-    Raises:
-        ConfigError: not a size.
-    """
+    """Parse a size like 5GB."""
     number, unit = size[:-2], size[-2:].upper()
     if unit not in UNITS or not number.isdigit() or int(number) < 1:
         raise ConfigError(f"--max_shard_size {size}: expected a size like 5GB or 500MB")

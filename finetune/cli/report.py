@@ -49,11 +49,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the report of these output folders; that of one complete run has answers, which are made once.
-
-    Raises:
-        ConfigError: flags that exclude each other, a folder without a run, a file that is not replaced.
-    """
+    """Write the report of these output folders; that of one complete run has answers, which are made once."""
     options = fill(ReportOptions, build_parser().parse(argv))
     folders = [Path(folder).expanduser() for folder in options.output_dirs]
     raise_faults(_faults(options, folders))

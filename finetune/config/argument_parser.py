@@ -32,8 +32,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     """Parse the training command line, without the program's name, to checked plain values.
 
     Raises:
-        ConfigError: unknown flags (each with the nearest known one), values of the wrong type, missing flags, a
-            `--config` that cannot be read, flags that exclude each other.
+        ConfigError: all faults of flags and of the `--config` file.
     """
     given = build_parser().parse(argv)
     if given.get("config"):
@@ -142,11 +141,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _value_of(shape: OptionType, value: Any) -> Any:
-    """Check a value of a file as strictly as a word on the command line.
-
-    Raises:
-        ValueError: what was expected.
-    """
+    """Check a value of a file as strictly as a word on the command line; a ValueError says what was expected."""
     items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
     if not shape.is_list and len(items) != 1:
         raise ValueError("takes one value")

@@ -85,11 +85,7 @@ def shipped_names() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """A path as given, or a shipped config by its bare name (`zero3`).
-
-    Raises:
-        ConfigError: neither exists.
-    """
+    """Return a path as given, or that of a shipped config by its bare name (`zero3`)."""
     path = Path(name).expanduser()
     if os.path.isfile(path):  # unlike Path.is_file, False for a name longer than the file system allows
         return path
@@ -104,11 +100,7 @@ def find_config(name: str) -> Path:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON strictly.
-
-    Raises:
-        ConfigError: not UTF-8, not JSON (line and column), not an object, a key given twice, a NaN or Infinity.
-    """
+    """Read a DeepSpeed JSON strictly: a key given twice, a NaN or Infinity are errors, too."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -154,7 +146,7 @@ def resolve_deepspeed_config(
 
     Args:
         path: where `config` came from, for messages.
-        world_size: ranks of the run; `local_world_size`: ranks on this host (what ZeRO++ calls hpz).
+        local_world_size: ranks on this host (what ZeRO++ calls hpz).
         sequence_parallel_size: ranks that share each conversation, of which DeepSpeed must know from the start.
 
     Raises:

@@ -97,11 +97,7 @@ def resolve_hardware(
     tf32: bool | None = None,
     attn_implementation: str | None = None,
 ) -> HardwareConfig:
-    """Resolve all that depends on the hardware.
-
-    Raises:
-        ConfigError: a precision that this hardware lacks and whose replacement would change the numbers.
-    """
+    """Resolve all that depends on the hardware."""
     precision, precision_notes = decide_precision(detected, bf16=bf16, fp16=fp16)
     use_tf32, tf32_notes = decide_tf32(detected, tf32)
     attention, attention_notes = decide_attention(detected, attn_implementation, precision)
@@ -116,11 +112,7 @@ def resolve_hardware(
 
 
 def decide_precision(detected: DetectedHardware, *, bf16: bool, fp16: bool) -> tuple[Precision, list[str]]:
-    """Return the compute precision: on a GPU as requested or an error; a CPU may compute in a higher one.
-
-    Raises:
-        ConfigError: both requested, or `--bf16` on a GPU older than Ampere.
-    """
+    """Return the compute precision: on a GPU as requested or a `ConfigError`; a CPU may compute in a higher one."""
     if bf16 and fp16:
         raise ConfigError("--bf16 True and --fp16 True exclude each other: keep one of them")
     weakest = detected.weakest

@@ -103,11 +103,7 @@ def resolve_config(
 def resolve_batch(
     arguments: Arguments, world_size: int, saved: SavedStep | None = None
 ) -> tuple[BatchConfig, list[str]]:
-    """Resolve the batch flags; lines for the user where the step of a checkpoint is divided among other ranks.
-
-    Raises:
-        ConfigError: the step cannot be divided.
-    """
+    """Resolve the batch flags; lines for the user where the step of a checkpoint is divided among other ranks."""
     flags, budget = arguments.batch, arguments.batch.tokens_per_device_batch
     size = arguments.given("per_device_train_batch_size") if budget is None else 1
     accumulation, notes = arguments.given("gradient_accumulation_steps"), []
@@ -166,11 +162,7 @@ def _padding_reason(arguments: Arguments) -> str | None:
 
 
 def evaluation_options(arguments: Arguments) -> dict[str, Any]:
-    """Return what `TrainingArguments` is told about held-out conversations; nothing without any.
-
-    Raises:
-        ConfigError: flags that need held-out conversations where there are none; a metric that is not computed.
-    """
+    """Return what `TrainingArguments` is told about held-out conversations; nothing without any."""
     if not arguments.evaluates():
         needs = {
             "eval_strategy": arguments.given("eval_strategy") not in ("no", None),
@@ -288,11 +280,7 @@ def _resolve_deepspeed(
 
 
 def activation_checkpointing(arguments: Arguments) -> ActivationCheckpointing:
-    """Read `--gradient_checkpointing` and its options.
-
-    Raises:
-        ConfigError: the options are not a JSON object of numbers and booleans.
-    """
+    """Read `--gradient_checkpointing` and its options, a JSON object."""
     given = arguments.given("activation_checkpointing_kwargs") or "{}"
     try:
         options = json.loads(given)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.config.arguments import AdapterArguments, DataArguments, ModelArguments
-from finetune.config.deepspeed_config import (
-    ResolvedDeepSpeedConfig,
-)
+from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.hardware import HardwareConfig
 
 
@@ -32,34 +30,23 @@ class SavedStep:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How conversations become micro-batches and steps.
+    """How conversations become micro-batches and steps; two reasons hold whatever the model supports."""
 
-    Attributes:
-        batching: `flat`, `packed` or `padded`, as requested.
-        per_device_batch: rows of a micro-batch; 1 under a token budget, where a row is a group of conversations.
-        per_device_eval_batch: rows of a held-out micro-batch.
-        accumulation: micro-batches of a step on each rank.
-        tokens_per_device: token budget of a micro-batch, or None.
-        sampling: `train_sampling_strategy` of transformers.
-        padding_reason: why these flags need padded rows whatever the model supports, or None.
-        full_logits_reason: why logits are needed at all positions whatever the model supports, or None.
-    """
-
-    batching: Literal["flat", "padded", "packed"]
+    batching: Literal["flat", "padded", "packed"]  # as requested
     loss_weighting: Literal["token", "conversation"]
-    per_device_batch: int
-    per_device_eval_batch: int
-    accumulation: int
-    tokens_per_device: int | None
+    per_device_batch: int  # rows of a micro-batch; 1 under a token budget, where a row is a group of conversations
+    per_device_eval_batch: int  # rows of a held-out micro-batch
+    accumulation: int  # micro-batches of a step on each rank
+    tokens_per_device: int | None  # token budget of a micro-batch
     sequence_parallel_size: int
     world_size: int
     model_max_length: int
-    sampling: str
+    sampling: str  # `train_sampling_strategy` of transformers
     drop_last: bool
     seed: int
     data_seed: int
-    padding_reason: str | None
-    full_logits_reason: str | None
+    padding_reason: str | None  # why these flags need padded rows
+    full_logits_reason: str | None  # why they need logits at all positions
 
     @property
     def data_ranks(self) -> int:
@@ -79,24 +66,15 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where a run saves, what it keeps, and what it resumes from.
-
-    Attributes:
-        move_aside: `output_dir` holds an earlier run that is renamed first.
-        keep: complete checkpoints that stay; None or 0: all.
-        resume_from: "auto", the folder of a checkpoint, or None.
-        allow_inexact: resume although the numbers will differ.
-        any_world_size: resume on another number of ranks.
-        world_size_changes: the newest checkpoint is from another number of ranks.
-    """
+    """Where a run saves, what it keeps, and what it resumes from."""
 
     output_dir: Path
-    move_aside: bool
-    keep: int | None
-    resume_from: str | None
-    allow_inexact: bool
-    any_world_size: bool
-    world_size_changes: bool
+    move_aside: bool  # `output_dir` holds an earlier run that is renamed first
+    keep: int | None  # complete checkpoints that stay; None or 0: all
+    resume_from: str | None  # "auto", the folder of a checkpoint, or None
+    allow_inexact: bool  # resume although the numbers will differ
+    any_world_size: bool  # resume on another number of ranks
+    world_size_changes: bool  # the newest checkpoint is from another number of ranks
 
 
 @dataclass(frozen=True)
@@ -137,13 +115,7 @@ class ActivationCheckpointing:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that a run does, resolved before data or weights are read.
-
-    Attributes:
-        training: what `training_values` is made of.
-        resume_flags: the flags that a resumed run compares, by name.
-        held_out_schedule: when held-out conversations are evaluated, for the plan; None without any.
-    """
+    """All that a run does, resolved before data or weights are read."""
 
     model: ModelArguments
     data: DataArguments
@@ -154,10 +126,10 @@ class RunConfig:
     hardware: HardwareConfig
     deepspeed: ResolvedDeepSpeedConfig | None
     activation_checkpointing: ActivationCheckpointing
-    training: Mapping[str, Any]
+    training: Mapping[str, Any]  # what `training_values` is made of
     flags: Mapping[str, Any]
-    resume_flags: Mapping[str, Any]
-    held_out_schedule: str | None
+    resume_flags: Mapping[str, Any]  # the flags that a resumed run compares, by name
+    held_out_schedule: str | None  # when held-out conversations are evaluated, for the plan; None without any
     notes: tuple[str, ...]
 
     @property

@@ -22,44 +22,28 @@ FIELD_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "floa
 class Failure:
     """What is known about one failure. Long texts are cut, sequences become tuples.
 
-    Attributes:
-        kind: `error` (an error with a message of this project), `exception` (any other), `died` (a process that ended
-            without a message), `stuck` (no progress within the limit of its phase), `missing` (ranks that did not
-            reach the rendezvous), `lost` (the connection to a host ended), `launcher` (the `deepspeed` command or a
-            process that it started ended).
-        error: message, its first 40 lines.
-        run: id of the run, "" before it has one.
-        when: ISO 8601 with the offset from UTC.
-        rank, host: where it happened, None if that is not one rank or one host.
-        ranks, hosts: all that are involved, for instance those that are missing.
-        status: exit status that the failure stands for.
-        signal: signal that ended the process, None for no signal.
-        phase: one of `PHASES`, "" if unknown.
-        step: optimizer step, None before the first.
-        seconds: time since the phase or step began.
-        traceback: its last 60 lines.
-        hints: observations beside the failure, one line each: `oom_kill 0 -> 1`, `State: T (stopped)`.
-        checkpoint: newest complete checkpoint, "" if there is none.
-        also: later failures of other ranks, one line each.
+    Its kind is `error` (an error with a message of this project), `exception` (any other), `died` (a process that ended
+    without a message), `stuck` (no progress within the limit of its phase), `missing` (ranks that did not reach the
+    rendezvous), `lost` (the connection to a host ended) or `launcher` (a process that started ranks ended).
     """
 
     kind: str
-    error: str = ""
-    run: str = ""
-    when: str = ""
-    rank: int | None = None
+    error: str = ""  # the first 40 lines of the message
+    run: str = ""  # id of the run, "" before it has one
+    when: str = ""  # ISO 8601 with the offset from UTC
+    rank: int | None = None  # None if it is not one rank
     host: str | None = None
-    ranks: Sequence[int] = ()
+    ranks: Sequence[int] = ()  # all that are involved, for instance those that are missing
     hosts: Sequence[str] = ()
-    status: int = 1
-    signal: int | None = None
-    phase: str = ""
-    step: int | None = None
-    seconds: float | None = None
-    traceback: str = ""
-    hints: Sequence[str] = ()
-    checkpoint: str = ""
-    also: Sequence[str] = ()
+    status: int = 1  # exit status that the failure stands for
+    signal: int | None = None  # that ended the process
+    phase: str = ""  # one of `PHASES`, "" if unknown
+    step: int | None = None  # optimizer step, None before the first
+    seconds: float | None = None  # since the phase or step began
+    traceback: str = ""  # its last 60 lines
+    hints: Sequence[str] = ()  # observations beside the failure, a line each: `oom_kill 0 -> 1`, `State: T (stopped)`
+    checkpoint: str = ""  # newest complete one, "" if there is none
+    also: Sequence[str] = ()  # later failures of other ranks, one line each
 
     def __post_init__(self) -> None:
         values: dict[str, Any] = {
@@ -84,11 +68,7 @@ class Failure:
 
     @classmethod
     def from_json(cls, values: object) -> Failure:
-        """Invert `to_json`. Unknown keys, and values of another type than the field's, are left out.
-
-        Raises:
-            ValueError: `values` is not an object with a `kind`.
-        """
+        """Invert `to_json`. Unknown keys, and values of another type than the field's, are left out."""
         if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
             raise ValueError(f'expected an object with a "kind", got {str(values)[:80]!r}')
         types = {field.name: str(field.type) for field in fields(cls)}

@@ -52,8 +52,7 @@ def read_failure(path: str | os.PathLike[str]) -> Failure | None:
 def _link_or_keep(partial: Path, path: Path, failure: Failure) -> bool:
     """Give a finished file its name, if no other has it; of two processes at once the first succeeds.
 
-    Returns:
-        Whether `path` now holds a record of this run that is no later than `failure`.
+    Returns whether `path` now holds a record of this run that is no later than `failure`.
     """
     try:
         os.link(partial, path)  # fails if the name is taken, unlike a rename

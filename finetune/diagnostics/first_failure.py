@@ -41,9 +41,6 @@ def find_first_failure(failures: Sequence[Failure]) -> Failure:
 
     Of the failures within about a second of the earliest, it is the first that is not secondary, or the earliest if
     all are. A failure without a date counts as the latest.
-
-    Raises:
-        ValueError: `failures` is empty.
     """
     if not failures:
         raise ValueError("there are no failures to choose from")

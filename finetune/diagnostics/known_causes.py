@@ -17,14 +17,7 @@ DATA_STATUS = 3
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause as the user reads it.
-
-    Attributes:
-        code: stable name, such as `gpu-out-of-memory`.
-        title: the cause in a few words.
-        explanation: why it happens.
-        remedy: what to type or change.
-    """
+    """A cause as the user reads it; `code` is a stable name, such as `gpu-out-of-memory`."""
 
     code: str
     title: str
@@ -34,19 +27,12 @@ class Cause:
 
 @dataclass(frozen=True)
 class KnownCause:
-    """An entry of the table: a cause and its conditions, of which "" and () hold for every failure.
-
-    Attributes:
-        cause: the cause.
-        pattern: regular expression for the texts of the failure, case ignored.
-        stack: regular expression for the whole traceback.
-        kinds, phases, signals: allowed values of the failure.
-    """
+    """An entry of the table: a cause and its conditions, of which "" and () hold for every failure."""
 
     cause: Cause
-    pattern: str
-    stack: str
-    kinds: tuple[str, ...]
+    pattern: str  # regular expression for the texts of the failure, case ignored
+    stack: str  # regular expression for the whole traceback
+    kinds: tuple[str, ...]  # values that the failure may have; phases and signals as well
     phases: tuple[str, ...]
     signals: tuple[int, ...]
 

@@ -76,8 +76,7 @@ def all_gather_object(value: Any) -> list[Any]:
 def all_gather_ints(values: list[int], device: Any) -> list[list[int]]:
     """Return the integers of each rank, [ranks][values], on every rank; one small exchange that blocks the host.
 
-    Args:
-        device: the device on which the process group exchanges tensors.
+    `device` is the one on which the process group exchanges tensors.
     """
     if not _is_initialized():
         return [values]
@@ -90,11 +89,7 @@ def all_gather_ints(values: list[int], device: Any) -> list[list[int]]:
 
 
 def run_on_rank_0(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 while the others wait; every rank returns its result.
-
-    Raises:
-        FinetuneError: what `action` raised on rank 0, on every rank.
-    """
+    """Run `action` on rank 0 while the others wait; every rank returns its result, or raises its FinetuneError."""
     result: list[Any] = [None, None]
     if get_rank() == 0:
         try:
@@ -110,11 +105,7 @@ def run_on_rank_0(action: Callable[[], Any]) -> Any:
 
 
 def run_on_all_ranks(action: Callable[[], Any]) -> list[Any]:
-    """Run `action` on every rank and return all results, by rank; if one rank fails, all raise.
-
-    Raises:
-        FinetuneError: what `action` raised on the lowest rank on which it failed.
-    """
+    """Run `action` on every rank and return all results, by rank; if some fail, all raise the error of the lowest."""
     value, failure = None, None
     try:
         value = action()
@@ -140,17 +131,11 @@ def host_names() -> list[str]:
 
 @dataclass(frozen=True)
 class StorageGroup:
-    """The ranks that see the same files as this rank.
+    """The ranks that see the same files as this rank."""
 
-    Attributes:
-        writer: the lowest of them, which writes what all of them share.
-        ranks: all of them.
-        all_groups: the ranks of each group; one group if all ranks share a file system.
-    """
-
-    writer: int
+    writer: int  # the lowest of them, which writes what all of them share
     ranks: tuple[int, ...]
-    all_groups: list[list[int]]
+    all_groups: list[list[int]]  # the ranks of each group; one group if all ranks share a file system
 
     @property
     def is_shared(self) -> bool:
@@ -164,11 +149,7 @@ class StorageGroup:
 
 
 def find_storage_group(folder: Path) -> StorageGroup:
-    """Find out which ranks share `folder`: the first rank of each host writes a file there, and all look for each.
-
-    Raises:
-        StorageError: the folder cannot be written to on some host.
-    """
+    """Find out which ranks share `folder`: the first rank of each host writes a file there, and all look for each."""
     if get_world_size() == 1:
         return StorageGroup(0, (0,), [[0]])
     run_key = all_gather_object(secrets.token_hex(8))[0]

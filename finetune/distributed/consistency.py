@@ -49,8 +49,7 @@ def check_rank_consistency(facts: RankFacts, *, data_path: Sequence[str], model_
         data_path, model_name: as the user gave them, for the remedy.
 
     Raises:
-        DataError: the data differs, and nothing else does.
-        ConfigError: something else differs.
+        DataError: the data differs, and nothing else does; `ConfigError`: something else differs.
     """
     error = describe_mismatch(all_gather_object(facts), data_path=data_path, model_name=model_name)
     if error is not None:
@@ -58,11 +57,7 @@ def check_rank_consistency(facts: RankFacts, *, data_path: Sequence[str], model_
 
 
 def describe_mismatch(facts: Sequence[RankFacts], *, data_path: Sequence[str], model_name: str) -> FinetuneError | None:
-    """Return the error that names all differences with hosts and values; None if there are none.
-
-    Args:
-        facts: by rank.
-    """
+    """Return the error that names all differences, with hosts and values; None if there are none. `facts`: by rank."""
     remedies = {
         CODE: f"bring {ROOT} to the same commit on all hosts",
         MODEL: f"copy {model_name} from {{right}} to {{wrong}}",
@@ -84,11 +79,7 @@ def describe_mismatch(facts: Sequence[RankFacts], *, data_path: Sequence[str], m
 
 
 def _describe(name: str, values: Sequence[str], hosts: Sequence[str], remedy: str) -> str:
-    """`the data differs: node0, node1 have 0a1b, node2 has 2c3d: ...`; what most ranks have is right, rank 0 if even.
-
-    Args:
-        values, hosts: by rank.
-    """
+    """`the data differs: node0, node1 have 0a1b, node2 has 2c3d: ...`; most ranks are right, rank 0 if even."""
     needs_ranks = len(set(zip(hosts, values, strict=True))) > len(set(hosts))  # ranks of one host differ
 
     def names_of(ranks: Sequence[int]) -> list[str]:

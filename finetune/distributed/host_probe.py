@@ -126,8 +126,7 @@ def remove(order: dict) -> dict:
 def await_connections(order: dict) -> dict:
     """Listen at the rendezvous `port` until `clients` hosts have sent the `key`, or for `seconds`.
 
-    Returns:
-        `connected`, the names of those hosts; with `error` if the port cannot be opened.
+    Returns `connected`, the names of those hosts; with `error` if the port cannot be opened.
     """
     try:
         server = _listen(order["port"])
@@ -168,8 +167,7 @@ def _listen(port: int) -> socket.socket:
 def connect(order: dict) -> dict:
     """Connect to the rendezvous at `address` and `port`, trying for `seconds`; send `key` and this host's `name`.
 
-    Returns:
-        `seconds` of a round trip and the `interface` that leads there; or an `error`.
+    Returns `seconds` of a round trip and the `interface` that leads there; or an `error`.
     """
     deadline, error = time.monotonic() + order["seconds"], "not tried"
     while time.monotonic() < deadline:

@@ -42,9 +42,6 @@ def init_rank_env(environment: MutableMapping[str, str]) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT if RANK is not set.
 
     A process that nothing has started becomes rank 0 of 1.
-
-    Raises:
-        ConfigError: the ranks are on several hosts, and nothing says where the rendezvous is.
     """
     if "RANK" in environment:
         return

@@ -59,13 +59,7 @@ class LauncherArgs:
 
 
 def parse_launcher_args(argv: Sequence[str]) -> LauncherArgs:
-    """Parse the words behind `deepspeed` to its flags, the script, and the script's own words, untouched.
-
-    With -h or --help in front of the script, prints the flags and exits with status 0, as argparse does.
-
-    Raises:
-        ConfigError: unknown flags (with the nearest known ones), values of the wrong type, no script.
-    """
+    """Parse the words behind `deepspeed` to its flags, the script, and the script's own words, untouched."""
     try:
         given = build_parser().parse(argv)
     except ConfigError as error:

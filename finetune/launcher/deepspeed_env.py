@@ -30,11 +30,8 @@ SHOWN_OF_NAME, SHOWN_OF_LINE = 8, 4  # characters; the text before a missing "="
 def read_environment_file(path: str | PathLike[str]) -> dict[str, str]:
     """Return name -> value, in the order of the file; the last line of a name counts.
 
-    Quotes around a whole value and blanks at its end are removed; everything else is kept literally.
-
-    Raises:
-        ConfigError: no such file; a file that others can write or that belongs to another user; or bad lines, all in
-            one message, which shows no value.
+    Quotes around a whole value and blanks at its end are removed; everything else is kept literally. A file that others
+    can write, or of another user, is an error. No error shows a value.
     """
     path = Path(path)
     lines, status = read_small_file(path, "environment file")
@@ -54,11 +51,7 @@ def read_environment_file(path: str | PathLike[str]) -> dict[str, str]:
 def write_environment_file(path: Path, values: Mapping[str, str]) -> Path | None:
     """Write lines that the launcher can read, too (no comment, no blank line), and keep a copy of the former file.
 
-    Returns:
-        The path of the copy; None if there was no file.
-
-    Raises:
-        StorageError: the file cannot be written.
+    Returns the path of the copy; None if there was no file.
     """
     text = "".join(f"{name}={value}\n" for name, value in values.items())
     copy = None
@@ -92,11 +85,7 @@ def environment_files() -> list[Path]:
 
 
 def environment_of_ranks() -> dict[str, str]:
-    """Return what `finetune launch` sets for ranks on every host: exported variables of this process, then the files'.
-
-    Raises:
-        ConfigError: as `read_environment_file`; or DS_ENV_FILE names no file, which the launcher ignores.
-    """
+    """Return what `finetune launch` sets for ranks on every host: exported variables of this process, then of files."""
     files = environment_files()
     named = os.environ.get("DS_ENV_FILE")
     if named and not files:

@@ -31,11 +31,7 @@ _NUMBERS = re.compile(r"[0-9.]+")
 
 
 def read_hostfile(path: str | PathLike[str]) -> dict[str, int]:
-    """Return host -> slots, in the order of the file, which is the order of the ranks.
-
-    Raises:
-        ConfigError: no such file, not a text file, no host in it; or bad lines, all of them in one message.
-    """
+    """Return host -> slots, in the order of the file, which is that of the ranks; one error names all bad lines."""
     path = Path(path)
     lines, _ = read_small_file(path, "hostfile", ' (--hostfile="" is this machine alone)')
     slots_by_host: dict[str, int] = {}
@@ -136,14 +132,7 @@ def _abridge(raw: bytes) -> str:
 def read_small_file(path: Path, noun: str, hint: str = "") -> tuple[list[tuple[int, bytes]], os.stat_result]:
     """Return (line number from 1, bytes without the line end) of every line, and the stat of the open file.
 
-    LF, CRLF and CR end a line; a UTF-8 byte order mark is skipped.
-
-    Args:
-        noun: the kind of file, for errors.
-        hint: the end of the error for a file that does not exist.
-
-    Raises:
-        ConfigError: no such file (with similar names beside it), not a regular file, unreadable, too large.
+    LF, CRLF and CR end a line; a UTF-8 byte order mark is skipped. `noun` and `hint` are for errors.
     """
     try:
         # Not blocking: opening a pipe would wait for its writer.

@@ -38,18 +38,12 @@ HOSTFILE_PLACEHOLDER = "--hostfile=(a copy of it)"
 
 @dataclass(frozen=True)
 class HostReport:
-    """How the run on one host ended.
-
-    Attributes:
-        status: of the `deepspeed` command, as a shell gives it (128 + signal for a killed command).
-        statuses: rank -> exit status, of the ranks that ended by themselves.
-        failure: what the watchdogs found, if anything.
-    """
+    """How the run on one host ended."""
 
     host: str
-    status: int
-    statuses: dict[int, int] = field(default_factory=dict)
-    failure: Failure | None = None
+    status: int  # of the `deepspeed` command, as a shell gives it (128 + signal for a killed command)
+    statuses: dict[int, int] = field(default_factory=dict)  # by rank, of those that ended by themselves
+    failure: Failure | None = None  # what the watchdogs found, if anything
 
     def to_json(self) -> str:
         """Return one line of JSON."""
@@ -162,11 +156,7 @@ _printing = threading.Lock()
 def forward_output(
     host: str, process: subprocess.Popen[bytes], take: Callable[[str], bool] = lambda _: False
 ) -> list[threading.Thread]:
-    """Start threads that print each line of a process's pipes, whole and with the host's name.
-
-    Args:
-        take: returns whether it has handled a line, which is then not printed.
-    """
+    """Start threads that print each line of a process's pipes, with the host's name, unless `take` handles it."""
 
     def forward(source: IO[bytes], target: TextIO) -> None:
         for raw in source:

@@ -23,17 +23,11 @@ THIS_MACHINE = "localhost"
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run uses, read from its hostfile once.
+    """What a run uses, read from its hostfile once."""
 
-    Attributes:
-        path: of the hostfile.
-        pool: host -> slots, all lines of the hostfile.
-        slots: host -> the slot numbers that the run uses, in the order of the ranks.
-    """
-
-    path: str
-    pool: dict[str, int]
-    slots: dict[str, list[int]]
+    path: str  # of the hostfile
+    pool: dict[str, int]  # host -> slots, all lines of the hostfile
+    slots: dict[str, list[int]]  # host -> the slot numbers that the run uses, in the order of the ranks
 
     @property
     def first_host(self) -> str:
@@ -55,10 +49,6 @@ def resolve_resources(flags: LauncherArgs) -> Resources | None:
 
     An empty --hostfile, or none if there is no /job/hostfile, means this machine alone. Its number of slots is not
     known here, so that of its filters only the named hosts are checked.
-
-    Raises:
-        ConfigError: a hostfile that does not exist or has bad lines; filters that exclude each other, name an unknown
-            host or slot, ask for more than there is, or leave nothing.
     """
     _check_combination(flags)
     path = flags.hostfile
@@ -86,11 +76,7 @@ def resolve_resources(flags: LauncherArgs) -> Resources | None:
 
 
 def resources_of_command(words: Sequence[str]) -> Resources | None:
-    """What `deepspeed WORDS` was told to use; None for this machine alone, and for the autotuner, which decides itself.
-
-    Raises:
-        ConfigError: as `parse_launcher_args` and `resolve_resources`.
-    """
+    """What `deepspeed WORDS` was told to use; None for this machine alone, and for the autotuner, which decides."""
     flags = parse_launcher_args(words)
     return None if flags.autotuning else resolve_resources(flags)
 

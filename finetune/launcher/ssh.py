@@ -32,22 +32,13 @@ Answers = Mapping[str, Facts | str]  # host -> its facts, or why there are none
 
 
 class SshShell:
-    """How other hosts are reached.
-
-    Args:
-        port: of their sshd; None: as ssh's own configuration says.
-        venv_script: what a host sources before it runs a command.
-    """
+    """How other hosts are reached: at a port (None: ssh's own), and what is sourced there before a command."""
 
     def __init__(self, port: int | None, venv_script: str | None) -> None:
         self.port, self.venv_script = port, venv_script
 
     def options(self) -> list[str]:
-        """Return ssh's options: no prompts, a time limit, `PDSH_SSH_ARGS_APPEND`, the port.
-
-        Raises:
-            ConfigError: a shell could not read that variable.
-        """
+        """Return ssh's options: no prompts, a time limit, `PDSH_SSH_ARGS_APPEND`, the port."""
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_TO_CONNECT}"]
         options += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
         given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
@@ -87,9 +78,7 @@ def probe_hosts(
 ) -> dict[str, Facts | str]:
     """Collect the facts of each host, or the reason why it did not answer; all hosts at once, in seconds.
 
-    Args:
-        words: of the command line, some of which name files.
-        more: further entries of the order, see `distributed.host_probe.collect_host_facts`.
+    `words` of the command line may name files; `more` are entries for `distributed.host_probe.collect_host_facts`.
     """
     order = {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": list(words), **(more or {})}
     seconds = SECONDS_TO_PROBE_ALL_BYTES if order.get("full") else SECONDS_TO_PROBE
@@ -167,11 +156,7 @@ def shared_words(words: Sequence[str]) -> list[str]:
 
 
 def compare_hosts(answers: Answers, slots: Mapping[str, Sequence[int]]) -> None:
-    """Raise an error for hosts that cannot run together, or would silently differ.
-
-    Raises:
-        ConfigError: every fault, by host.
-    """
+    """Raise `ConfigError` for hosts that cannot run together, or would silently differ; it names every fault."""
     faults = [f"{host}: {fault}" for host, fault in faults_of(answers, slots)]
     if faults:
         raise ConfigError(format_faults(faults, "fault") + "\nnothing was started" if len(faults) > 1 else faults[0])
@@ -231,9 +216,6 @@ def rendezvous_address(answers: Answers, *, address: str = "", port: int | None 
 
     The route of the ssh connection shows an address that works between two machines. DeepSpeed takes the first word of
     `hostname -I`, which may be the bridge of a container.
-
-    Raises:
-        ConfigError: the first host did not answer, or has no address but its loopback.
     """
     host, first = next(iter(answers.items()))
     if isinstance(first, str):

@@ -64,10 +64,6 @@ def send_folders(folders: Sequence[StagedFolder], shell: SshShell, work_folder: 
     """Copy all to all hosts at once, one after the other for each; `work_folder` is made there.
 
     A file that differs there is kept in a folder `.replaced-TIME` beside the new one.
-
-    Raises:
-        ConfigError: there is no rsync on this machine.
-        StorageError: what could not be copied, by host.
     """
     if shutil.which("rsync") is None:
         raise ConfigError("--stage: rsync is not on this machine: apt-get install rsync (and on the hosts)")

@@ -52,8 +52,7 @@ def trace_activations(model: Any, base: Any, precision: Precision) -> Activation
         model: with its adapter, if any; `base` the same without.
         precision: of the run. In float32 the CPU's attention is assumed, which copies its result once more.
 
-    Returns:
-        None where the model cannot run there, or processes token by token.
+    Returns None where the model cannot run there, or processes token by token.
     """
     if unsupported_config_reason(base.config, 1):
         return None
@@ -122,10 +121,9 @@ def _kept_by_layer(model: Any, layers: Sequence[Any]) -> list[float]:
 
 
 def _run(model: Any, tokens: int, logits: int, started: list[_LiveBytes] | None = None) -> _Pass:
-    """Run a micro-batch of one row forwards and backwards. The gradient overwrites the logits, as in our loss.
+    """Run a micro-batch of one row forwards and backwards; `started` takes its counter, for hooks to read.
 
-    Args:
-        started: takes the counter of this pass, for hooks to read.
+    The gradient overwrites the logits, as in our loss.
     """
     live = _LiveBytes(model)
     if started is not None:

@@ -32,20 +32,14 @@ class LargestBatch:
 
 @dataclass(frozen=True)
 class BatchForecast:
-    """How conversations become micro-batches.
-
-    Attributes:
-        largest: micro-batch of an epoch. first: of its first three steps, which a short trial run sees.
-        longest: tokens of the longest example.
-        steps: of the whole run.
-    """
+    """How conversations become micro-batches."""
 
     layout: BatchLayout
     sampler: Sampler
-    largest: LargestBatch
-    first: LargestBatch
-    longest: int
-    steps: int
+    largest: LargestBatch  # of an epoch
+    first: LargestBatch  # of its first three steps, which a short trial run sees
+    longest: int  # tokens of the longest example
+    steps: int  # of the whole run
 
     def facts(self, batch: BatchConfig) -> dict[str, Any]:
         """Return JSON values: the arithmetic of a step, written out."""
@@ -78,9 +72,6 @@ def forecast_batches(
     Args:
         selects_logits: the model's code can compute logits at selected positions.
         obstacle: why the model cannot run padding-free batches, by its config; None: it can.
-
-    Raises:
-        ConfigError: as in the run itself.
     """
     from finetune.dataset.dataloader import int_column
 

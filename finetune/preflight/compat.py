@@ -53,12 +53,9 @@ def linear_of_zero3() -> Iterator[None]:
 
 @contextmanager
 def kernels_on_meta(*, fused_dropout: bool) -> Iterator[None]:
-    """Make the meta device behave as the device that trains.
+    """Make the meta device behave as the device that trains: it takes grouped products in bf16 only and no autocast.
 
-    It takes grouped products in bf16 only and no autocast.
-
-    Args:
-        fused_dropout: dropout keeps a mask of bytes, as a GPU does, instead of floats.
+    With `fused_dropout`, dropout keeps a mask of bytes, as a GPU does, instead of floats.
     """
     plain_autocast = torch.autocast
 

@@ -27,17 +27,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Finding:
-    """An error or a warning.
-
-    Attributes:
-        status: exit status of a run with this error; 0: a warning.
-        host: where it was found, if it concerns one host.
-    """
+    """An error or a warning."""
 
     section: str
     text: str
-    status: int = 0
-    host: str | None = None
+    status: int = 0  # exit status of a run with this error; 0: a warning
+    host: str | None = None  # where it was found, if it concerns one host
 
     def facts(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -24,11 +24,7 @@ SECTION = "this host"
 
 
 def check_machine(report: DoctorReport, facts: Mapping[str, Any]) -> None:
-    """Note versions, devices and space of this host; warn of abandoned build locks.
-
-    Args:
-        facts: of this host, from `host_probe.collect_host_facts`.
-    """
+    """Note versions, devices and space of this host, with the facts of `host_probe`; warn of abandoned build locks."""
     import torch
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -19,18 +19,12 @@ SCRIPT = ROOT / "finetune" / "finetune.py"
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run to check, before its flags are resolved.
-
-    Attributes:
-        flags: of the launcher.
-        slots: of the hostfile; None: this machine only.
-        words: of the training, as they were typed.
-    """
+    """A run to check, before its flags are resolved."""
 
     choice: DoctorArguments
-    flags: LauncherArgs
-    slots: dict[str, list[int]] | None
-    words: list[str]
+    flags: LauncherArgs  # of the launcher
+    slots: dict[str, list[int]] | None  # of the hostfile; None: this machine only
+    words: list[str]  # of the training, as they were typed
     model: ModelArguments
     data: DataArguments
     output_dir: str

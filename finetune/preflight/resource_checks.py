@@ -165,9 +165,7 @@ def _lines(
 ) -> dict[str, str]:
     """Return the estimate as text by label.
 
-    Args:
-        other: bytes of a device with activation checkpointing if the run has none, and without if it has.
-        first: bytes of a device in the first steps.
+    `other` and `first` are bytes of a device: with checkpointing switched over, and in the first steps.
     """
     largest_first = sorted(estimate.device.items(), key=lambda part: -part[1])
     parts = [f"{name} {size(value)}" for name, value in largest_first if value >= 0.01 * estimate.device_total]

@@ -33,24 +33,17 @@ class TurnSample:
 
 @dataclass(frozen=True)
 class RowSample:
-    """One row of the data.
-
-    Attributes:
-        status: kept, cut, split or dropped.
-        tokens: of all examples of the row; `supervised`: of them.
-        examples: a list of turns each; none where the row was dropped.
-        unshown: characters at the end that are left out.
-    """
+    """One row of the data."""
 
     source: str
     row: int
     id: str | None
-    status: str
-    tokens: int
-    supervised: int
+    status: str  # kept, cut, split or dropped
+    tokens: int  # of all examples of the row
+    supervised: int  # of these tokens
     reason: str | None
-    examples: Sequence[Sequence[TurnSample]]
-    unshown: int = 0
+    examples: Sequence[Sequence[TurnSample]]  # none where the row was dropped
+    unshown: int = 0  # characters at the end that are left out
 
 
 def sample_of(rendering: RenderedConversation, in_segments: Segmenter) -> RowSample:
@@ -96,11 +89,7 @@ def id_of(rendering: RenderedConversation) -> str:
 
 
 def write_samples(folder: Path, renderings: Iterable[RenderedConversation], in_segments: Segmenter) -> None:
-    """Keep these rows in an output folder, a long one up to its first characters.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Keep these rows in an output folder, a long one up to its first characters."""
     samples = [asdict(_shortened(sample_of(rendering, in_segments))) for rendering in renderings]
     path = folder / SAMPLES_FILE
     try:

@@ -43,26 +43,17 @@ class TableRow:
 
 @dataclass(frozen=True)
 class ResultSection:
-    """The results of one evaluation.
-
-    Attributes:
-        verdict: Sentences with the result.
-        rows: Titles with conversations.
-    """
+    """The results of one evaluation."""
 
     title: str
-    verdict: list[str]
+    verdict: list[str]  # sentences with the result
     tables: list[ResultTable]
-    rows: list[tuple[str, list[TableRow]]] = field(default_factory=list)
+    rows: list[tuple[str, list[TableRow]]] = field(default_factory=list)  # titles with conversations
     notes: list[str] = field(default_factory=list)
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Check that the file can be written, before hours of work.
-
-    Raises:
-        StorageError: It cannot.
-    """
+    """Raise `StorageError` if the file cannot be written, before hours of work."""
     probe = folder / f".{name}.probe-{os.getpid()}"  # one per rank
     try:
         probe.touch()
@@ -77,20 +68,12 @@ def versioned(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_results(folder: Path, name: str, document: dict[str, Any]) -> None:
-    """Write a document to the output_dir, atomically.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
+    """Write a document to the output_dir, atomically."""
     write_text_atomically(folder / name, json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def load_results(folder: Path, name: str) -> dict[str, Any] | None:
-    """Read a stored document, or return None if there is none.
-
-    Raises:
-        ConfigError: The file is no such document, or of another version.
-    """
+    """Read a stored document, or return None if there is none."""
     path = folder / name
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -104,11 +87,7 @@ def load_results(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def read_sections(folder: Path, names: Sequence[str] = FILES) -> list[ResultSection]:
-    """Read all evaluations of the result in `folder`.
-
-    Raises:
-        ConfigError: A document cannot be read.
-    """
+    """Read all evaluations of the result in `folder`."""
     documents = ((name, load_results(folder, name)) for name in names)
     return [SECTIONS[name](document) for name, document in documents if document is not None]
 

@@ -18,12 +18,7 @@ _locks: list[Any] = []
 
 
 def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
-    """Return whether `folder` holds an earlier run that must be moved aside; change nothing.
-
-    Raises:
-        ConfigError: it holds a run and neither flag says what to do; or it is no folder.
-        StorageError: it cannot be written to.
-    """
+    """Return whether `folder` holds an earlier run that must be moved aside; change nothing."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_dir {folder}: is a file")
     existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
@@ -45,11 +40,7 @@ def contains_run(folder: Path) -> bool:
 
 
 def prepare_output_dir(folder: Path, *, move_aside: bool) -> str | None:
-    """Create the folder after renaming an earlier run in it; return a line for the user. One process may call this.
-
-    Raises:
-        StorageError: the folder cannot be made or renamed.
-    """
+    """Create the folder after renaming an earlier run in it; return a line for the user. One process may call this."""
     note = None
     try:
         if move_aside:
@@ -65,12 +56,7 @@ def prepare_output_dir(folder: Path, *, move_aside: bool) -> str | None:
 def acquire_lock(folder: Path) -> str | None:
     """Lock `folder` for this process until it ends: two runs in it would remove each other's files.
 
-    Returns:
-        A line for the user where the file system has no locks.
-
-    Raises:
-        ConfigError: another run holds the lock.
-        StorageError: the folder cannot be written to.
+    Returns a line for the user where the file system has no locks.
     """
     from filelock import FileLock, Timeout
 

@@ -53,11 +53,7 @@ def check_is_folder(folder: Path) -> None:
 
 
 def update_run_json(folder: Path, facts: dict[str, Any]) -> None:
-    """Write or update `run.json`: keys given replace those there. The file is replaced whole.
-
-    Raises:
-        StorageError: the disk refused.
-    """
+    """Write or update `run.json`: keys given replace those there. The file is replaced whole."""
     text = json.dumps(_standard({**_known(folder), **facts}), ensure_ascii=False, indent=2, allow_nan=False)
     write_text_atomically(folder / RUN_FILE, text + "\n")
 
@@ -72,11 +68,7 @@ def _standard(value: Any) -> Any:
 
 
 def load_run_json(folder: Path) -> dict[str, Any]:
-    """Read `run.json`.
-
-    Raises:
-        ConfigError: there is no such folder, it holds no run.json, or that is not a JSON object.
-    """
+    """Read `run.json`; a `ConfigError` says that there is none, or that it is not a JSON object."""
     check_is_folder(folder)
     path = folder / RUN_FILE
     try:
@@ -115,20 +107,12 @@ def is_complete(folder: Path) -> bool:
 
 
 def mark_complete(folder: Path, run: str) -> None:
-    """Write the id of the run to a file of its own, the last one of a run.
-
-    Raises:
-        StorageError: the disk refused.
-    """
+    """Write the id of the run to a file of its own, the last one of a run."""
     write_text_atomically(folder / COMPLETE_FILE, run + "\n")
 
 
 def clear_ending(folder: Path) -> None:
-    """Remove what says how an earlier start ended: a run starts or resumes here.
-
-    Raises:
-        StorageError: the disk refused.
-    """
+    """Remove what says how an earlier start ended: a run starts or resumes here."""
     for name in (COMPLETE_FILE, FAILURE_FILE, STOP_FILE):
         try:
             (folder / name).unlink(missing_ok=True)

@@ -13,11 +13,7 @@ FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the text of a file: after a crash it holds the old text or the new, never a part.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Replace the text of a file: after a crash it holds the old text or the new, never a part."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -28,11 +24,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """`replace_text` of a file whose path the user knows.
-
-    Raises:
-        StorageError: it cannot be written; names the path and the reason.
-    """
+    """`replace_text` of a file whose path the user knows: a `StorageError` names it and the reason."""
     try:
         replace_text(path, text)
     except OSError as error:
@@ -40,11 +32,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make the names in a folder durable.
-
-    Raises:
-        OSError: the folder cannot be synced.
-    """
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

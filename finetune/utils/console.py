@@ -55,9 +55,7 @@ class _ConsoleHandler(logging.Handler):
 def configure_logging(*, to_stderr: bool = False, prefix: str | None = None) -> None:
     """Print what the package logs; each entry point of the command line calls this once.
 
-    Args:
-        to_stderr: for commands whose stdout is their result.
-        prefix: stands in front of every line, in place of `note: ` in front of notes.
+    With `to_stderr` stdout stays free for a result. `prefix` stands in front of every line, instead of `note: `.
     """
     logger = logging.getLogger("finetune")
     for handler in [handler for handler in logger.handlers if isinstance(handler, _ConsoleHandler)]:

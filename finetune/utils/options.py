@@ -74,11 +74,7 @@ class OptionType:
         return cls(hint)
 
     def read(self, text: str) -> Any:
-        """Return the value of one word.
-
-        Raises:
-            ValueError: what was expected.
-        """
+        """Return the value of one word; a ValueError says what was expected."""
         if self.choices and text not in self.choices:
             raise ValueError(f"expected {one_of(self.choices)}")
         if self.kind is bool:
@@ -173,11 +169,7 @@ class CommandParser(argparse.ArgumentParser):
         return read
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return the values that were given, by name.
-
-        Raises:
-            ConfigError: every unknown option with the nearest known name, every wrong value, every missing argument.
-        """
+        """Return the values that were given, by name; a `ConfigError` names every fault, with near known options."""
         self._faults.clear()
         if self.has_positionals:
             parsed, unknown = self.parse_known_intermixed_args(self._with_values(argv))

@@ -113,12 +113,7 @@ class Peer:
 
 
 class Coordinator:
-    """All ranks of the run, and the first failure among them.
-
-    Args:
-        hosts: by rank, as the hostfile names them; may be empty.
-        key: what every watchdog of the run knows.
-    """
+    """All ranks of the run, whose `hosts` may be unknown, and the first failure; all watchdogs know the `key`."""
 
     def __init__(self, *, world_size: int, hosts: list[str], address: str, port: str, key: str) -> None:
         self.world_size, self.hosts, self.key = world_size, hosts, key

@@ -24,11 +24,8 @@ LAUNCHERS = {DEEPSPEED, "torch.distributed.run", "torchrun"}
 def die_with_launcher(end: Callable[[str], None]) -> int | None:
     """End this process when its launcher ends and, under `deepspeed`, when the launcher's parent ends.
 
-    Args:
-        end: receives what has died, and must not return.
-
-    Returns:
-        The launcher's process id; None for a process that no launcher has started, or without /proc.
+    `end` receives what has died, and must not return. Returns the launcher's process id; None for a process that no
+    launcher has started, or without /proc.
     """
     launcher = os.getppid()
     words = command_of(launcher)

@@ -9,11 +9,9 @@ AUTO = "auto"
 
 
 def from_deepspeed(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the fields of a `RunSpec` that a DeepSpeed config decides: stage, buckets, offload, sharing ranks.
+    """Return the fields of a `RunSpec` that a resolved DeepSpeed config decides; None: a run without DeepSpeed.
 
-    Args:
-        config: as `resolve_deepspeed_config` returns it; None: a run without DeepSpeed. An absent key has
-            DeepSpeed's own default (runtime/zero/config.py), "auto" is filled by transformers.
+    An absent key has DeepSpeed's own default (runtime/zero/config.py), "auto" is filled by transformers.
     """
     if config is None:
         return {"stage": None}

@@ -17,8 +17,7 @@ PINNED = 1.5
 def cpu_hosts(model: ModelSpec, run: RunSpec, totals: Mapping[str, float]) -> tuple[float, float, float]:
     """Return the bytes while loading, training and saving, of ranks that train on the CPU.
 
-    Args:
-        totals: growth of a rank's process in each phase.
+    `totals` is the growth of a rank's process in each phase.
     """
     loading = PROCESS_ON_CPU + max(totals["loading"], totals["building"])
     training = PROCESS_ON_CPU + max(total for name, total in totals.items() if name not in ("loading", "building"))

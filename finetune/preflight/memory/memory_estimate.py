@@ -14,27 +14,17 @@ from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes.
+    """Bytes of a device, of the fullest host with all its ranks (on a CPU their whole processes), and on disk."""
 
-    Attributes:
-        device: of one rank by part at its peak, in `phase`. On a CPU: the growth of its process.
-        by_phase: the total in every phase.
-        host_loading, host_training, host_saving: of the fullest host, all its ranks together; on a CPU their whole
-            processes.
-        checkpoint: of one checkpoint by part, all ranks together.
-        result: of the trained model or adapter.
-        kept: of the output folder at most, with `save_total_limit`; None: it grows with each checkpoint.
-    """
-
-    device: Parts
+    device: Parts  # of one rank by part at its peak, in `phase`; on a CPU: the growth of its process
     phase: str
-    by_phase: dict[str, float]
+    by_phase: dict[str, float]  # the total in every phase
     host_loading: float
     host_training: float
     host_saving: float
-    checkpoint: Parts
-    result: float
-    kept: float | None
+    checkpoint: Parts  # of one checkpoint by part, all ranks together
+    result: float  # of the trained model or adapter
+    kept: float | None  # of the output folder at most; None: it grows with each checkpoint
 
     @property
     def device_total(self) -> float:
@@ -76,11 +66,7 @@ def _rounded(parts: Parts) -> dict[str, int]:
 
 
 def estimate_memory(model: ModelSpec, run: RunSpec) -> MemoryEstimate:
-    """Estimate what a run takes of memory and disk.
-
-    Raises:
-        ValueError: DeepSpeed would refuse the run: offloaded parameters without stage 3, an unknown stage.
-    """
+    """Estimate what a run takes of memory and disk; a ValueError names what DeepSpeed would refuse."""
     if run.stage not in (None, 0, 1, 2, 3):
         raise ValueError(f"stage {run.stage}: expected None, 0, 1, 2 or 3")
     if run.offload_parameters != "none" and run.stage != 3:

@@ -25,61 +25,38 @@ class Block:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward pass keeps for the backward pass, in the precision of the run.
+    """Bytes per token that a forward pass keeps for the backward pass, in the precision of the run."""
 
-    Attributes:
-        layer: per token, in one layer (the mean of all).
-        outside: per token, outside the layers.
-        layer_input: per token, the input of a checkpointed layer.
-        working: per token, peak inside one layer beyond what the layer keeps.
-        recomputing: per token, peak of recomputing one checkpointed layer and its backward pass.
-        logit: per position with logits: these, and what the head keeps. logit_working: peak beyond it.
-        passing: per token, in one layer; allocated in the forward pass and freed again.
-        fixed: in one layer, independent of the tokens: copies of weights that an adapter on experts makes.
-        frozen_inputs: per token, in one layer; inputs that ZeRO-3's linear layers keep even if the weight is frozen.
-        is_traced: measured on the model; else from the formula for a plain decoder.
-    """
-
-    layer: float
-    outside: float
-    layer_input: float
-    working: float
-    recomputing: float
-    logit: float
-    logit_working: float
-    passing: float
-    fixed: float = 0.0
-    frozen_inputs: float = 0.0
-    is_traced: bool = True
+    layer: float  # in one layer (the mean of all)
+    outside: float  # outside the layers
+    layer_input: float  # the input of a checkpointed layer
+    working: float  # peak inside one layer beyond what the layer keeps
+    recomputing: float  # peak of recomputing one checkpointed layer and its backward pass
+    logit: float  # per position with logits: these, and what the head keeps
+    logit_working: float  # peak beyond it
+    passing: float  # in one layer; allocated in the forward pass and freed again
+    fixed: float = 0.0  # in one layer, independent of the tokens: copies of weights that an adapter on experts makes
+    frozen_inputs: float = 0.0  # in one layer; inputs that ZeRO-3's linear layers keep even if the weight is frozen
+    is_traced: bool = True  # measured on the model; else from the formula for a plain decoder
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model.
+    """A model."""
 
-    Attributes:
-        blocks: all parameters, adapters included, a tied one once.
-        active: parameters that process one token; fewer than all in a mixture of experts.
-        embedding: parameters of the input embeddings. tied: the head is the same parameter.
-        stored_bytes: of the files that it is loaded from.
-        largest_module: parameters that one module holds itself; ZeRO-3 gathers at least that many.
-        experts: per layer; 0 in a dense model.
-        adapter: it has an adapter, so checkpoints and result hold only the trained parameters.
-    """
-
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...]  # all parameters, adapters included, a tied one once
     activations: Activations
     layers: int
     hidden: int
     vocabulary: int
-    embedding: int
-    tied: bool
-    stored_bytes: int
-    largest_module: int
-    active: int
-    experts: int = 0
+    embedding: int  # parameters of the input embeddings
+    tied: bool  # the head is the same parameter
+    stored_bytes: int  # of the files that it is loaded from
+    largest_module: int  # parameters that one module holds itself; ZeRO-3 gathers at least that many
+    active: int  # parameters that process one token; fewer than all in a mixture of experts
+    experts: int = 0  # per layer; 0 in a dense model
     experts_per_token: int = 0
-    adapter: bool = False
+    adapter: bool = False  # it has an adapter, so checkpoints and result hold only the trained parameters
 
     @property
     def parameters(self) -> int:
@@ -141,56 +118,34 @@ def plain_activations(
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run.
+    """A run: its ranks, the largest micro-batch of a rank, and the settings of DeepSpeed in elements."""
 
-    Attributes:
-        stage: of ZeRO; None: without DeepSpeed.
-        ranks: of the run. ranks_on_host: on the host that has most.
-        tokens: positions of the largest micro-batch of a rank, padding included.
-        logits: those of them that get logits; all, if the model's code cannot select.
-        rows: of that micro-batch. longest: tokens of its longest row.
-        padded: rows are padded to the longest one, so attention gets a mask.
-        checkpoint_every: activations of each n-th layer are recomputed; 0: of none. checkpoints_to_host: the inputs
-            that these layers keep are in host memory.
-        offload_optimizer, offload_parameters: where they live instead of on the device.
-        reduce_bucket: elements; None: transformers' "auto" (hidden x hidden).
-        prefetch_bucket, persistence_threshold: elements; None: "auto" (0.9 x hidden x hidden; 10 x hidden).
-        max_live: elements that ZeRO-3 keeps gathered for their next use.
-        max_in_cpu: elements of parameters that stay in memory when they are offloaded to NVMe.
-        sub_group: elements that ZeRO-3's optimizer updates at a time.
-        overlap_comm: two buckets instead of one, under stages 1 and 2.
-        sequence_parallel: ranks that share each row.
-        hpz: ranks that share a second copy of the weights (ZeRO++); 1: none.
-        keep_checkpoints: how many are kept; None: all.
-        only_model: checkpoints without the state of the optimizer.
-    """
-
-    stage: int | None
+    stage: int | None  # of ZeRO; None: without DeepSpeed
     ranks: int
-    tokens: int
-    logits: int
+    tokens: int  # positions of the largest micro-batch, padding included
+    logits: int  # those of them that get logits; all, if the model's code cannot select
     precision: Precision = "bf16"
     use_cpu: bool = False
-    ranks_on_host: int | None = None
-    rows: int = 1
-    longest: int = 0
-    padded: bool = False
-    checkpoint_every: int = 0
-    checkpoints_to_host: bool = False
+    ranks_on_host: int | None = None  # on the host that has most
+    rows: int = 1  # of the largest micro-batch
+    longest: int = 0  # tokens of its longest row
+    padded: bool = False  # rows are padded to the longest one, so attention gets a mask
+    checkpoint_every: int = 0  # activations of each n-th layer are recomputed; 0: of none
+    checkpoints_to_host: bool = False  # the inputs that these layers keep are in host memory
     accumulation: int = 1
     offload_optimizer: OffloadDevice = "none"
     offload_parameters: OffloadDevice = "none"
-    reduce_bucket: int | None = 500_000_000
-    prefetch_bucket: int | None = None
-    persistence_threshold: int | None = None
-    max_live: int = 1_000_000_000
-    max_in_cpu: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
-    overlap_comm: bool = False
-    sequence_parallel: int = 1
-    hpz: int = 1
-    keep_checkpoints: int | None = 2
-    only_model: bool = False
+    reduce_bucket: int | None = 500_000_000  # None: transformers' "auto" (hidden x hidden)
+    prefetch_bucket: int | None = None  # None: "auto" (0.9 x hidden x hidden)
+    persistence_threshold: int | None = None  # None: "auto" (10 x hidden)
+    max_live: int = 1_000_000_000  # what ZeRO-3 keeps gathered for its next use
+    max_in_cpu: int = 1_000_000_000  # parameters that stay in memory when they are offloaded to NVMe
+    sub_group: int = 1_000_000_000  # what ZeRO-3's optimizer updates at a time
+    overlap_comm: bool = False  # two buckets instead of one, under stages 1 and 2
+    sequence_parallel: int = 1  # ranks that share each row
+    hpz: int = 1  # ranks that share a second copy of the weights (ZeRO++); 1: none
+    keep_checkpoints: int | None = 2  # how many are kept; None: all
+    only_model: bool = False  # checkpoints without the state of the optimizer
 
     @property
     def on_host(self) -> int:

@@ -23,16 +23,11 @@ BUCKET = 500_000_000  # elements, of the shipped configs for stages 1 and 2
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Flags to change, and the run that comes of it.
+    """Flags to change, and the run that comes of it."""
 
-    Attributes:
-        changes: value by flag name; words: the same for a reader.
-        slower: rough factor on the time of a step.
-    """
-
-    changes: dict[str, str]
-    words: str
-    slower: float
+    changes: dict[str, str]  # value by flag name
+    words: str  # the same for a reader
+    slower: float  # rough factor on the time of a step
     model: ModelSpec
     run: RunSpec
 
@@ -66,7 +61,6 @@ def suggest_changes(
     host_bytes: float | None = None,
     *,
     with_adapter: ModelSpec | None = None,
-    max_ranks: int | None = None,
 ) -> tuple[Suggestion, ...]:
     """Return up to three changes after which the run fits, the fastest first, then pairs of changes.
 
@@ -74,9 +68,8 @@ def suggest_changes(
         device_bytes: of a GPU; on a CPU what the process of a rank may grow by.
         host_bytes: of a host; None: not checked.
         with_adapter: the same model with LoRA; None: LoRA is not suggested.
-        max_ranks: that there may be; None: up to eight times as many.
     """
-    ranks = 8 * run.ranks if max_ranks is None else max_ranks
+    ranks = 8 * run.ranks
     single = list(_single_changes(Suggestion({}, "", 1.0, model, run), with_adapter, ranks))
     found = _fitting(single, device_bytes, host_bytes)
     if len(found) < MAX_SUGGESTIONS:

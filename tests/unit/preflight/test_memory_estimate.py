@@ -258,10 +258,10 @@ def test_what_is_offered_for_eight_billion_parameters():
 
 def test_two_changes_where_one_is_not_enough_and_none_where_nothing_is():
     job = RunSpec(stage=3, ranks=8, tokens=16_384, logits=8_192, rows=8, longest=2_048)
-    found = suggest_changes(llama_8b(), job, 32 * GB, max_ranks=8)
+    found = suggest_changes(llama_8b(), job, 32 * GB)
     assert found
     assert all(", " in change.words for change in found)
-    assert suggest_changes(llama_8b(), job, 1 * GB, max_ranks=8) == ()
+    assert suggest_changes(llama_8b(), job, 1 * GB) == ()
 
 
 def test_a_cpu_lends_what_is_written_to_only():
