@@ -271,7 +271,7 @@ def _code_version() -> str:
 
 
 def check_dropped_share(prepared: PreparedData, max_dropped_rows: float) -> None:
-    """Check that at most `max_dropped_rows` (0 to 1) of the rows are dropped for a fault, and that an example is left."""
+    """Check that at most `max_dropped_rows` (0 to 1) of the rows are bad, and that an example is left."""
     summary, names = prepared.summary, ", ".join(source.name for source in prepared.sources)
     if summary.bad > max_dropped_rows * summary.rows:
         raise DataError(

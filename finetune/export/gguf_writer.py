@@ -17,12 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from finetune.export.gguf_vocab import vocabulary_of
 from finetune.export.stored_tensors import StoredTensors
 from finetune.models.loader import embedding_rows
 from finetune.utils.errors import ConfigError, StorageError
+
+try:
+    import gguf
+except ImportError:  # an extra; `check_gguf` asks for it
+    gguf = None  # type: ignore[assignment]
 
 # By `model_type`: name of the architecture in gguf, and whether it rotates adjacent elements.
 ARCHITECTURES = {"llama": ("LLAMA", True), "mistral": ("LLAMA", True), "qwen2": ("QWEN2", False),
@@ -53,10 +60,8 @@ def check_gguf(source: Path, kind: str, tokenizer: Any) -> None:
     """Check that a file of this type can be written, before anything is merged."""
     if kind not in TYPES:
         raise ConfigError(f"--gguf {kind}: expected one of {', '.join(TYPES)}")
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ConfigError(f"--gguf needs the package gguf: {INSTALL}") from None
+    if gguf is None:
+        raise ConfigError(f"--gguf needs the package gguf: {INSTALL}")
     config = _config(source)
     if config["model_type"] not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -69,9 +74,6 @@ def check_gguf(source: Path, kind: str, tokenizer: Any) -> None:
 
 def write_gguf(folder: Path, kind: str, *, stop_token_id: int) -> Path:
     """Write `NAME-TYPE.gguf` into a plain model's folder, tensor by tensor; return its path."""
-    import gguf
-    from transformers import AutoTokenizer
-
     config, stored = _config(folder), StoredTensors(folder)
     path = folder / f"{folder.absolute().name}-{kind}.gguf"
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
@@ -114,15 +116,13 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(config: dict[str, Any], stored: StoredTensors, arch: Any, kind: str) -> Iterator[_Tensor]:
-    import gguf
-
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     default_type, end_type, _ = TYPES[kind]
     for source in stored:
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ConfigError(f"--gguf: {source} has no name in the architecture {arch.name.lower()} of GGUF")
-        shape = tuple(stored.shape(source))
+        shape = tuple(stored[source].shape)
         type_name = end_type if name in ("token_embd.weight", "output.weight") else default_type
         if len(shape) == 1:
             type_name = "F32"
@@ -133,9 +133,6 @@ def _tensors(config: dict[str, Any], stored: StoredTensors, arch: Any, kind: str
 
 def _tensor_info(tensor: _Tensor) -> tuple[Any, ...]:
     """Return the arguments of `add_tensor_info`: shape, numpy type, size in bytes, type in the file."""
-    import gguf
-    import numpy as np
-
     plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
     if tensor.type in plain:
         dtype = np.dtype(plain[tensor.type])
@@ -145,9 +142,7 @@ def _tensor_info(tensor: _Tensor) -> tuple[Any, ...]:
 
 
 def _quantized(tensor: _Tensor, stored: StoredTensors, config: dict[str, Any], rotates_adjacent: bool) -> Any:
-    import gguf
-
-    value = stored.get(tensor.source).float().numpy()
+    value = stored[tensor.source].float().numpy()
     heads = config["num_attention_heads"]
     if rotates_adjacent and ".attn_q." in tensor.name:
         value = _interleave_halves(value, heads)
@@ -164,8 +159,6 @@ def _interleave_halves(value: Any, heads: int) -> Any:
 
 
 def _add_config(writer: Any, config: dict[str, Any], vocab_size: int, kind: str, name: str) -> None:
-    import gguf
-
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or hidden // heads
     writer.add_name(f"{config['model_type']} {name}")
@@ -200,8 +193,6 @@ def _rope_factors(config: dict[str, Any]) -> Any:
     Wavelengths below `original / high` are unchanged, those above `original / low` are multiplied by `factor`, those in
     between are interpolated (`rope_scaling` in the config of Llama 3.1).
     """
-    import numpy as np
-
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 
 from finetune.checkpoint import MasterWeights
 from finetune.export.stored_tensors import StoredTensors
 from finetune.export.weight_names import StoredWeight, WeightNames, by_layer
 from finetune.utils.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 # Parts of module names in a PeftModel.
 PREFIX, TOKEN_ADAPTER, BASE_LAYER = "base_model.model.", ".token_adapter", ".base_layer"
@@ -67,13 +68,12 @@ def _tied_weights(model: Any) -> dict[str, str]:
 
 
 def _unchanged(stored: StoredTensors, name: str, output_name: str | None = None) -> OutputTensor:
-    return OutputTensor(output_name or name, tuple(stored.shape(name)), stored.dtype(name), partial(stored.get, name))
+    tensor = stored[name]
+    return OutputTensor(output_name or name, tuple(tensor.shape), tensor.dtype, partial(stored.__getitem__, name))
 
 
 def master_tensors(masters: MasterWeights, names: WeightNames) -> list[OutputTensor]:
     """Return the tensors of a full model from the float32 weights in its optimizer states."""
-    import torch
-
     outputs = []
     for group in by_layer(masters.shapes):
         shapes = names.as_stored({name: torch.empty(masters.shapes[name], device="meta") for name in group})
@@ -134,7 +134,7 @@ class MergedTensors:
     def __init__(self, stored: StoredTensors, model: Any, folder: Path, attach: Callable[[Any, Path], Any]) -> None:
         self.stored, self.names = stored, WeightNames(model)
         self.tied = _tied_weights(model)
-        self.groups = self.names.group_files({name: stored.shape(name) for name in stored})
+        self.groups = self.names.group_files({name: tensor.shape for name, tensor in stored.items()})
         self.group_of = {weight: group for group in self.groups for weight in group.weights}
         self.changed = dict(self._changed_weights(attach(model, folder)))
         for name in self.changed:
@@ -157,34 +157,27 @@ class MergedTensors:
         return outputs
 
     def _outputs_of(self, group: StoredWeight) -> list[OutputTensor]:
-        import torch
-
         if not self.changed.keys() & set(group.weights):
             return [_unchanged(self.stored, name) for name, _ in group.files]
         if group.converter is None:
             return [self._computed(group.files[0][0], group.weights[0])]
         tensors = _ComputedTogether(partial(self._stored_group, group), len(group.files))
         return [
-            OutputTensor(name, tuple(self.stored.shape(name)), torch.float32, partial(tensors.take, name), True)
+            OutputTensor(name, tuple(self.stored[name].shape), torch.float32, partial(tensors.take, name), True)
             for name, _ in group.files
         ]
 
     def _computed(self, name: str, weight: str) -> OutputTensor:
-        import torch
-
         changed = self.changed[weight]
         return OutputTensor(name, changed.shape, torch.float32, changed.take, computed=True)
 
     def _stored_group(self, group: StoredWeight) -> dict[str, torch.Tensor]:
-        weights = self.names.weights_of(group, self.stored.get)
+        weights = self.names.weights_of(group, self.stored.__getitem__)
         return self.names.as_stored(
             {name: self.changed[name].take() if name in self.changed else weights[name] for name in weights}
         )
 
     def _changed_weights(self, adapted: Any) -> Iterator[tuple[str, _ChangedWeight]]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import ModulesToSaveWrapper
-
         for path, module in adapted.named_modules():
             name = path.removeprefix(PREFIX).removesuffix(TOKEN_ADAPTER).replace(BASE_LAYER, "")
             if isinstance(module, ModulesToSaveWrapper):
@@ -204,8 +197,6 @@ class MergedTensors:
 
     def _merged(self, name: str, module: Any) -> dict[str, torch.Tensor]:
         """Return the parameters of one layer with the adapter merged, in float32."""
-        import torch
-
         layer, parameters = module.get_base_layer(), _adapted_parameters(module)
         for parameter, empty in parameters.items():
             value = self._base_value(f"{name}.{parameter}").to(torch.float32)
@@ -224,12 +215,10 @@ class MergedTensors:
 
     def _base_value(self, name: str) -> torch.Tensor:
         name = name if name in self.group_of else self.tied[name]
-        return self.names.weights_of(self.group_of[name], self.stored.get)[name]
+        return self.names.weights_of(self.group_of[name], self.stored.__getitem__)[name]
 
     def _unties(self) -> bool:
         """Whether the two weights of a tied pair differ after merging."""
-        import torch
-
         for pair in self.tied.items():
             changed = [self.changed[name] for name in pair if name in self.changed]
             if len(changed) == 1 or (changed and not torch.equal(*(weight.recompute() for weight in changed))):

@@ -1,18 +1,25 @@
-"""Write the files of a merged model except its weights: config, tokenizer, generation config, code, model card."""
+"""Write the files of a merged model: weights, config, tokenizer, generation config, code, model card."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.chat_templates import ChatFormat, LingoWhaleFormat
+from finetune.export.merge_plan import OutputTensor
 from finetune.inference.run_result import RunResult
 from finetune.models.loader import add_eos_token, embedding_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from finetune.utils.errors import StorageError
 
 # Files copied from the source: what the model needs to run, and licenses.
 COPIED_FILES = ("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.tiktoken", "preprocessor_config.json")
@@ -25,6 +32,33 @@ LINGOWHALE_TEMPLATE = (
     "{%% if add_generation_prompt %%}{{ '%(model)s' }}{%% endif %%}"
 )
 PROBE_ROLES = ("system", "user", "assistant", "user")
+
+
+def write_weights(folder: Path, tensors: Sequence[OutputTensor], dtypes: Sequence[torch.dtype], limit: int) -> None:
+    """Write all tensors, file by file, with a progress bar.
+
+    Args:
+        dtypes: Type in which each is written.
+        limit: Size of a file in bytes; only a tensor that is larger exceeds it.
+    """
+    outputs = {tensor.name: (tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)}
+    empty = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, (tensor, dtype) in outputs.items()}
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=limit)
+    total = shards.metadata["total_size"]
+    with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for file_name, names in shards.filename_to_tensors.items():
+            values = {}
+            for name in names:
+                tensor, dtype = outputs[name]
+                values[name] = tensor.get().to(dtype).contiguous()
+                bar.update(empty[name].nbytes)
+            try:
+                save_file(values, folder / file_name, metadata={"format": "pt"})
+            except (SafetensorError, OSError) as error:
+                raise StorageError(f"{folder / file_name}: cannot be written: {error}") from None
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_config(folder: Path, source: Path, *, dtype: str, vocab_size: int, unties: bool) -> None:
@@ -43,8 +77,6 @@ def write_config(folder: Path, source: Path, *, dtype: str, vocab_size: int, unt
 
 def write_generation_config(folder: Path, source: Path, stop_token_id: int) -> None:
     """Write the source's generation config, with the stop token of the training added."""
-    from transformers import GenerationConfig
-
     if (source / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(source)
     else:

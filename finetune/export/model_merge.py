@@ -7,14 +7,17 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetune import checkpoint
+from finetune.chat_templates import ChatFormat
 from finetune.checkpoint import MasterWeights, step_of
 from finetune.config.hardware import Precision
 from finetune.export import model_files, verify_saved
 from finetune.export.merge_plan import MergedTensors, OutputTensor, check_mergeable, master_tensors, plain_tensors
-from finetune.export.shard_writer import output_dtype, write_shards
 from finetune.export.stored_tensors import StoredTensors
 from finetune.export.weight_names import WeightNames
 from finetune.inference.load_result import (
@@ -31,12 +34,6 @@ from finetune.models.adapters import check_saved_adapter
 from finetune.models.loader import precision_of, stored_bytes, torch_dtype
 from finetune.run_dir.run_json import update_run_json
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError, format_faults
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from finetune.chat_templates import ChatFormat
 
 SPARE_DISK_BYTES = 64 << 20
 VERIFY_MEMORY_FACTOR = 2.4  # float32 copy of 16-bit weights, and some more
@@ -107,7 +104,7 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
         tensors, origin = plain_tensors(StoredTensors(result.folder), model), str(result.folder)
     target_dtype = torch_dtype(dtype or result.precision)
     usual_dtype = _usual_dtype(tensors)
-    dtypes = [output_dtype(tensor, target_dtype, usual_dtype) for tensor in tensors]
+    dtypes = [_output_dtype(tensor, target_dtype, usual_dtype) for tensor in tensors]
     return MergePlan(result, target, source, tokenizer, tensors, dtypes, target_dtype, unties, origin)
 
 
@@ -128,7 +125,7 @@ def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> 
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
-        size = write_shards(part, plan.tensors, plan.dtypes, shard_bytes)
+        model_files.write_weights(part, plan.tensors, plan.dtypes, shard_bytes)
         model_files.write_config(
             part,
             plan.source,
@@ -147,13 +144,11 @@ def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> 
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return MergeResult(target, size, checked, () if note is None else (note,))
+    return MergeResult(target, plan.size, checked, () if note is None else (note,))
 
 
 def _verify(plan: MergePlan, part: Path, chat_format: ChatFormat) -> str:
     """Load what was written and compare it with what was trained; return a line for the user."""
-    import torch
-
     shortage = memory_shortage(plan.size * VERIFY_MEMORY_FACTOR)
     if shortage:
         return f"not verified: {shortage}"
@@ -172,9 +167,6 @@ def _verify(plan: MergePlan, part: Path, chat_format: ChatFormat) -> str:
 
 def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -> Any:
     """Build the model; each weight is one zero, expanded to its shape."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
     if getattr(config, "quantization_config", None):
         raise ConfigError(f"{source}: is stored quantized: merge into the model that it was made from")
@@ -195,10 +187,17 @@ def _check_disk_space(target: Path, size: int) -> None:
         raise StorageError(f"{target}: the merged model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
 
 
+def _output_dtype(tensor: OutputTensor, dtype: torch.dtype, usual: torch.dtype) -> torch.dtype:
+    """Return `dtype`, unless the tensor is not floating point or stored in a wider type than most (`usual`).
+
+    Models store some small tensors in a wider type (the bias of a router), which they keep.
+    """
+    is_wider = tensor.dtype.itemsize > usual.itemsize and not tensor.computed
+    return tensor.dtype if is_wider or not tensor.dtype.is_floating_point else dtype
+
+
 def _usual_dtype(tensors: list[OutputTensor]) -> torch.dtype:
     """Return the type of most stored elements."""
-    import torch
-
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         if tensor.dtype.is_floating_point and not tensor.computed:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from finetune.chat_templates import ChatFormat, UnrenderableError, tokenize_conversation
 from finetune.config.hardware import Precision
@@ -17,9 +20,6 @@ from finetune.models.adapters import check_saved_adapter
 from finetune.models.loader import torch_dtype
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 # Relative difference of losses. With 16-bit weights, sums depend on the device and the order of summation.
 LOSS_TOLERANCES: dict[Precision, float] = {"float32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
@@ -81,8 +81,6 @@ def verify_result(
 
 
 def _check_no_empty_tensors(folder: Path) -> None:
-    from safetensors import safe_open
-
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: no model*.safetensors was written")
@@ -102,7 +100,6 @@ def _loss_of_saved(
     dtype: torch.dtype,
     trusts_code: bool,
 ) -> float:
-    import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 this copy would be partitioned, too
@@ -130,8 +127,6 @@ def verification_rows(chat_format: ChatFormat, max_length: int | None) -> list[l
 
 def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Compute float32 logits [T, V] of each row, on the CPU."""
-    import torch
-
     with torch.inference_mode():
         return [model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu() for ids in rows]
 
@@ -153,8 +148,6 @@ def compare_logits(
     Returns:
         A line for the user.
     """
-    import torch
-
     merged = load_strict(folder, torch.float32, trusts_code=trusts_code)
     distance, same_choices, positions = 0.0, 0, 0
     for logits, target in zip(logits_of(merged, rows), expected, strict=True):

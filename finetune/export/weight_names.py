@@ -13,10 +13,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -38,9 +45,6 @@ class WeightNames:
     """
 
     def __init__(self, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
         rules = get_model_conversion_mapping(model) or []
         self.model = model
         self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -49,9 +53,6 @@ class WeightNames:
 
     def group_files(self, shapes: Mapping[str, Iterable[int]]) -> list[StoredWeight]:
         """Group the tensors of the files (name -> shape) by the weights that they form; unused tensors form none."""
-        import torch
-        from transformers.core_model_loading import dot_natural_key
-
         by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}
         converted: dict[str, list[tuple[str, str]]] = {}
         groups = []
@@ -79,13 +80,9 @@ class WeightNames:
 
     def as_stored(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Convert weights in memory to tensors of files; all weights of a group or layer at once."""
-        from transformers.core_model_loading import revert_weight_conversion
-
         return revert_weight_conversion(self.model, dict(weights))
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
-        from transformers.core_model_loading import rename_source_key
-
         prefix = self.model.base_model_prefix
         renamed, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.state)
         if renamed not in self.state and name in self.state:

@@ -185,7 +185,7 @@ def test_the_precision_of_the_training_is_that_of_the_merged_model_unless_anothe
 
     dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[wanted]
     tensors = StoredTensors(tmp_path / "merged")
-    assert {tensors.dtype(name) for name in tensors} == {dtype}
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
     seen = logits(opened(tmp_path / "merged"))
     assert (seen - expected).norm() < tolerance * (expected - expected.mean()).norm()
@@ -204,7 +204,7 @@ def test_what_a_model_keeps_finer_than_the_rest_stays_so(tmp_path):
     merged(result, tmp_path / "merged")
 
     kept = StoredTensors(tmp_path / "merged")
-    finer = [name for name in kept if kept.dtype(name) == torch.float32]
+    finer = [name for name in kept if kept[name].dtype == torch.float32]
     assert finer and all("e_score_correction_bias" in name for name in finer)
 
 
