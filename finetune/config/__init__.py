@@ -11,28 +11,9 @@ from finetune.config.argument_parser import build_parser, known_flags, parse
 from finetune.config.arguments import (
     AdapterArguments,
     Arguments,
-    BatchArguments,
     DataArguments,
     DoctorArguments,
     ModelArguments,
-    RunArguments,
     default_of,
 )
-from finetune.config.training_flags import TRANSLATED, TrainingFlag, training_flags
-
-__all__ = [
-    "TRANSLATED",
-    "AdapterArguments",
-    "Arguments",
-    "BatchArguments",
-    "DataArguments",
-    "DoctorArguments",
-    "ModelArguments",
-    "RunArguments",
-    "TrainingFlag",
-    "build_parser",
-    "default_of",
-    "known_flags",
-    "parse",
-    "training_flags",
-]
+from finetune.config.training_flags import training_flags

@@ -11,20 +11,4 @@ from finetune.diagnostics.failure_record import KINDS, PHASES, Failure
 from finetune.diagnostics.failure_store import FAILURE_FILE, read_failure, write_failure
 from finetune.diagnostics.failure_text import summarize_failure
 from finetune.diagnostics.first_failure import find_first_failure, is_secondary
-from finetune.diagnostics.known_causes import Cause, likely_cause, load_known_causes
-
-__all__ = [
-    "FAILURE_FILE",
-    "KINDS",
-    "PHASES",
-    "Cause",
-    "Failure",
-    "format_failure_page",
-    "find_first_failure",
-    "is_secondary",
-    "load_known_causes",
-    "likely_cause",
-    "summarize_failure",
-    "read_failure",
-    "write_failure",
-]
+from finetune.diagnostics.known_causes import likely_cause, load_known_causes

@@ -15,31 +15,4 @@ from finetune.launcher.deepspeed_env import (
 )
 from finetune.launcher.env_variables import is_exported, is_secret, redact
 from finetune.launcher.hostfile import read_hostfile
-from finetune.launcher.resource_filter import (
-    JOB_HOSTFILE,
-    Resources,
-    local_slots,
-    resolve_resources,
-    resources_of_command,
-)
-
-__all__ = [
-    "ENVIRONMENT_FILE",
-    "JOB_HOSTFILE",
-    "LauncherArgs",
-    "build_parser",
-    "environment_files",
-    "environment_of_ranks",
-    "is_secret",
-    "launcher_options",
-    "parse_launcher_args",
-    "read_environment_file",
-    "read_hostfile",
-    "redact",
-    "resolve_resources",
-    "resources_of_command",
-    "Resources",
-    "local_slots",
-    "is_exported",
-    "write_environment_file",
-]
+from finetune.launcher.resource_filter import Resources, local_slots, resolve_resources, resources_of_command

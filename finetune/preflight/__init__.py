@@ -2,14 +2,5 @@
 
 from finetune.preflight.doctor_output import print_report
 from finetune.preflight.examination import examine_run
-from finetune.preflight.findings import SECTIONS, DoctorReport, Finding
+from finetune.preflight.findings import SECTIONS, DoctorReport
 from finetune.preflight.planned_run import PlannedRun
-
-__all__ = [
-    "SECTIONS",
-    "DoctorReport",
-    "Finding",
-    "PlannedRun",
-    "examine_run",
-    "print_report",
-]

@@ -8,12 +8,3 @@ from finetune.distributed.watchdog.watchdog_client import (
     set_timeouts,
     start_watchdog,
 )
-
-__all__ = [
-    "set_output_dir",
-    "start_watchdog",
-    "launcher_pid",
-    "set_timeouts",
-    "report_phase",
-    "runner_arguments",
-]

@@ -14,16 +14,3 @@ from finetune.preflight.memory.deepspeed_sizes import from_deepspeed
 from finetune.preflight.memory.memory_estimate import MemoryEstimate, estimate_memory
 from finetune.preflight.memory.model_spec import Activations, Block, ModelSpec, RunSpec, plain_activations
 from finetune.preflight.memory.suggestions import Suggestion, suggest_changes
-
-__all__ = [
-    "Activations",
-    "Block",
-    "MemoryEstimate",
-    "ModelSpec",
-    "RunSpec",
-    "Suggestion",
-    "estimate_memory",
-    "from_deepspeed",
-    "plain_activations",
-    "suggest_changes",
-]
