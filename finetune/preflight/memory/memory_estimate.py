@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.preflight.memory import disk_space
-from finetune.preflight.memory.cpu_memory import cpu_phases
-from finetune.preflight.memory.device_memory import NAMES, Parts, gpu_phases
-from finetune.preflight.memory.host_memory import cpu_hosts, gpu_hosts
+from finetune.preflight.memory import host_and_disk
+from finetune.preflight.memory.device_memory import NAMES, Parts, cpu_phases, gpu_phases
+from finetune.preflight.memory.host_and_disk import cpu_hosts, gpu_hosts
 from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
 
 
@@ -84,7 +83,7 @@ def estimate_memory(model: ModelSpec, run: RunSpec) -> MemoryEstimate:
         host_loading=loading,
         host_training=training,
         host_saving=saving,
-        checkpoint=disk_space.checkpoint(model, run),
-        result=disk_space.result(model, run),
-        kept=disk_space.kept(model, run),
+        checkpoint=host_and_disk.checkpoint(model, run),
+        result=host_and_disk.result(model, run),
+        kept=host_and_disk.kept(model, run),
     )

@@ -1,17 +1,48 @@
-"""Host memory of all ranks on the fullest host together, while loading, training and saving."""
+"""Memory of the fullest host with all its ranks, while loading, training and saving; bytes on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune.preflight.memory.disk_space import result
+from finetune.checkpoint.checkpoint_size import ParameterSizes, checkpoint_parts, saved_model_bytes
 from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
 
+SMALL_FILES = 20_000_000  # tokenizer, Trainer state, random number state: an allowance
 # A process with torch, DeepSpeed and transformers. On a CPU: 525 to 535 MB before the model is built, measured with
 # benchmarks/memory.py. With CUDA's libraries: an allowance.
 PROCESS_ON_CPU, PROCESS_WITH_GPU = 550_000_000, 3_000_000_000
 # As in DeepSpeed's estimators: pinned blocks are rounded up to powers of two.
 PINNED = 1.5
+
+
+def result(model: ModelSpec, run: RunSpec) -> float:
+    """Bytes of the trained model or adapter in the output folder."""
+    return saved_model_bytes(_sizes(model, run), run.stage)
+
+
+def checkpoint(model: ModelSpec, run: RunSpec) -> dict[str, float]:
+    """Bytes of one checkpoint by part, of all ranks together."""
+    return checkpoint_parts(_sizes(model, run), run.stage, only_model=run.only_model)
+
+
+def kept(model: ModelSpec, run: RunSpec) -> float | None:
+    """Bytes that the output folder takes at most: the result, the checkpoints that are kept, and one more, because the
+    oldest is removed only after the newest is complete. None: every checkpoint is kept."""
+    if not run.keep_checkpoints:
+        return None
+    each = sum(checkpoint(model, run).values()) + SMALL_FILES
+    return result(model, run) + (run.keep_checkpoints + 1) * each
+
+
+def _sizes(model: ModelSpec, run: RunSpec) -> ParameterSizes:
+    weight_size = 4 if run.stage is None else run.size
+    return ParameterSizes(
+        total=weight_size * model.parameters,
+        trained=weight_size * model.trainable,
+        num_trained=model.trainable,
+        tied=weight_size * model.embedding if model.tied else 0,
+        has_adapter=model.adapter,
+    )
 
 
 def cpu_hosts(model: ModelSpec, run: RunSpec, totals: Mapping[str, float]) -> tuple[float, float, float]:
