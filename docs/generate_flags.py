@@ -12,8 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.cli import chat, evaluate, merge, preview, quickstart, report  # noqa: E402
 from finetune.config.argument_parser import meaning  # noqa: E402
-from finetune.config.arguments import GROUPS, TRAINING_HELP, DoctorArguments  # noqa: E402
-from finetune.config.training_flags import TRANSLATED  # noqa: E402
+from finetune.config.arguments import GROUPS, TRAINING_HELP, TRANSLATED, DoctorArguments  # noqa: E402
 from finetune.utils.options import default_of_field, describe  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "flags.md"

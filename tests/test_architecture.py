@@ -42,7 +42,7 @@ WITHOUT_TORCH = {
     "run_dir",
     "utils",
 }
-NEEDS_TORCH = {"dataset.collator", "dataset.dataloader", "launcher.allreduce_benchmark"}
+NEEDS_TORCH = {"dataset.collator", "dataset.dataloader"}
 # The launcher puts `finetune/` itself on sys.path: no module there may have the name of a library.
 TAKEN_NAMES = {"datasets", "evaluate", "tokenizers", "peft", "accelerate", "deepspeed", "types", "logging", "inspect"}
 TORCH_STACK = {"torch", "transformers", "deepspeed", "peft", "accelerate", "datasets"}

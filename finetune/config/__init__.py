@@ -15,5 +15,5 @@ from finetune.config.arguments import (
     DoctorArguments,
     ModelArguments,
     default_of,
+    training_flags,
 )
-from finetune.config.training_flags import training_flags

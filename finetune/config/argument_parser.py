@@ -14,12 +14,13 @@ from finetune.config.arguments import (
     GROUPS,
     TRAINING_DEFAULTS,
     TRAINING_HELP,
+    TRANSLATED,
     AdapterArguments,
     Arguments,
     DataArguments,
     default_of,
+    training_flags,
 )
-from finetune.config.training_flags import TRANSLATED, training_flags
 from finetune.dataset.row_checks import REPAIRS
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, OptionType, describe, fill, one_of, raise_faults, unknown_options

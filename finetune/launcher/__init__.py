@@ -6,13 +6,14 @@ remedy, found before anything starts. Whatever the launcher reads correctly mean
 """
 
 from finetune.launcher.deepspeed_args import LauncherArgs, build_parser, launcher_options, parse_launcher_args
-from finetune.launcher.deepspeed_env import (
+from finetune.launcher.env_variables import (
     ENVIRONMENT_FILE,
     environment_files,
     environment_of_ranks,
+    is_exported,
+    is_secret,
     read_environment_file,
+    redact,
     write_environment_file,
 )
-from finetune.launcher.env_variables import is_exported, is_secret, redact
-from finetune.launcher.hostfile import read_hostfile
-from finetune.launcher.resource_filter import Resources, local_slots, resolve_resources, resources_of_command
+from finetune.launcher.hostfile import Resources, local_slots, read_hostfile, resolve_resources, resources_of_command

@@ -17,9 +17,16 @@ from finetune.distributed.op_builder import operators_of
 from finetune.launcher import ssh, staging
 from finetune.models.loader import ModelInfo
 from finetune.preflight import dry_run
-from finetune.preflight.findings import DoctorReport
-from finetune.preflight.host_checks import Answers, check_host, check_hosts, check_network, hardware_of
-from finetune.preflight.machine_checks import check_machine, check_operators
+from finetune.preflight.doctor_report import DoctorReport
+from finetune.preflight.host_checks import (
+    Answers,
+    check_host,
+    check_hosts,
+    check_machine,
+    check_network,
+    check_operators,
+    hardware_of,
+)
 from finetune.preflight.planned_run import PlannedRun, rank_counts
 from finetune.preflight.resource_checks import check_resources
 from finetune.training.data_setup import prepare_run_data

@@ -16,8 +16,7 @@ from finetune.models.attention import forward_takes_logits_to_keep, unsupported_
 from finetune.models.loader import ModelInfo
 from finetune.preflight import memory
 from finetune.preflight.batch_forecast import BatchForecast, forecast_batches
-from finetune.preflight.doctor_output import size
-from finetune.preflight.findings import DoctorReport
+from finetune.preflight.doctor_report import DoctorReport, size
 from finetune.preflight.host_checks import Answers
 from finetune.preflight.memory import MemoryEstimate, ModelSpec, RunSpec, Suggestion
 from finetune.preflight.spec_from_config import spec_from_config

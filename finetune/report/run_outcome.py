@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from finetune.diagnostics import Failure
-from finetune.diagnostics.failure_text import what_happened, where_in_run, who_failed
+from finetune.diagnostics.failure_page import what_happened, where_in_run, who_failed
 from finetune.report.curves import GIB, seconds_of, tokens_of
 from finetune.report.run_reader import RunRecord
 from finetune.run_dir.training_plan import TrainingPlan

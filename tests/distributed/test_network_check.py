@@ -10,7 +10,7 @@ import time
 import pytest
 
 from finetune.distributed.host_probe import free_port
-from finetune.launcher import allreduce_benchmark, network_check
+from finetune.launcher import network_check
 from finetune.launcher.network_check import check_rendezvous
 from finetune.launcher.ssh import SshShell
 
@@ -41,12 +41,12 @@ def test_a_port_in_use_is_a_fault_of_the_first_host(monkeypatch):
 
 
 def result_of(program: str, monkeypatch: pytest.MonkeyPatch) -> dict:
-    monkeypatch.setattr(allreduce_benchmark, "command_calling", lambda _: [sys.executable, "-c", program])
-    return allreduce_benchmark._run_rank({"rank": 3}, {**os.environ}, time.monotonic() + 30)
+    monkeypatch.setattr(network_check, "command_calling", lambda _: [sys.executable, "-c", program])
+    return network_check._run_rank({"rank": 3}, {**os.environ}, time.monotonic() + 30)
 
 
 def test_the_result_of_a_rank_is_found_among_the_output_of_its_libraries(monkeypatch):
-    result = f"print({allreduce_benchmark.RESULT_PREFIX!r} + '{{\"rank\": 3}}')"
+    result = f"print({network_check.RESULT_PREFIX!r} + '{{\"rank\": 3}}')"
     noisy = f"print('NCCL INFO Channel 00'); {result}; print('NCCL INFO Destroy')"
     assert result_of(noisy, monkeypatch) == {"rank": 3}
     assert result_of("print('NCCL INFO Destroy')", monkeypatch) == {"rank": 3, "error": "it printed nothing"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.distributed.rank_env import first_host, init_rank_env
+from finetune.distributed.process_setup import first_host, init_rank_env
 from finetune.utils.errors import ConfigError
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",

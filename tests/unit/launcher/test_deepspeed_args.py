@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from finetune import launcher
 from finetune.launcher import deepspeed_args as launcher_flags
-from finetune.launcher import resource_filter
+from finetune.launcher import hostfile
 from finetune.utils.errors import ConfigError
 from tests.helpers.launcher_tests import REFUSED, property_test
 
@@ -42,7 +42,7 @@ def test_the_flags_are_those_of_the_launcher(real_parser):
     for declared in fields(launcher.LauncherArgs):
         if declared.default is not MISSING and declared.name != "hostfile":
             assert declared.default == real_parser.get_default(declared.name), declared.name
-    assert real_parser.get_default("hostfile") == str(resource_filter.JOB_HOSTFILE)
+    assert real_parser.get_default("hostfile") == str(hostfile.JOB_HOSTFILE)
 
 
 WORDS = st.one_of(
@@ -73,7 +73,7 @@ def test_words_are_read_as_the_launcher_reads_them(real_parser, parts, tail, scr
     if real:
         expected = {**real, "script": real.pop("user_script"), "script_args": real.pop("user_args")}
         got = {one.name: getattr(ours, one.name) for one in fields(ours) if one.name != "given"}
-        got["hostfile"] = str(resource_filter.JOB_HOSTFILE) if got["hostfile"] is None else got["hostfile"]
+        got["hostfile"] = str(hostfile.JOB_HOSTFILE) if got["hostfile"] is None else got["hostfile"]
         assert got == {name: expected[name] for name in got}
         assert ours.given.items() <= real.items()
 
@@ -199,7 +199,7 @@ def test_a_host_that_include_cannot_name(tmp_path):
 
 
 def test_this_machine_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(resource_filter, "JOB_HOSTFILE", tmp_path / "job")
+    monkeypatch.setattr(hostfile, "JOB_HOSTFILE", tmp_path / "job")
 
     def alone(words: str) -> dict[str, list[int]] | None:
         return slots_of(*words.split())
