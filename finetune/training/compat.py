@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,17 +107,11 @@ def skip_nonfinite_steps(wrapped: Any, engine: Any, on_norm: Callable[[bool], No
     optimizer.register_step_pre_hook(drop)
 
 
-def fix_universal_optimizer_state(optimizer: Any, group_settings: Iterable[Mapping[str, Any]]) -> None:
-    """Restore per-group optimizer state after stage 3 has loaded a universal checkpoint. (DeepSpeed 0.19.8)
+def separate_step_counters(optimizer: Any) -> None:
+    """Give each parameter a step counter of its own after a universal checkpoint is loaded. (DeepSpeed 0.19.8)
 
-    All groups share one step counter there, which each of them advances, and get the first group's weight decay.
-
-    Args:
-        group_settings: what each parameter group is to have.
+    Under stage 3 all groups share one there, which each of them advances.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    for state in optimizer.state.values():
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
-    for group, settings in zip(optimizer.param_groups, group_settings, strict=False):
-        group.update(settings)

@@ -33,11 +33,18 @@ FREE = frozenset(
     "enable_jit_checkpoint remove_unused_columns restore_callback_states_from_checkpoint".split()
 )
 STEP_FLAGS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# Differences that no run can resume over: a model of another shape cannot load the checkpoint.
+# Differences that no run can resume over: a model of another shape cannot load the checkpoint, nor can another
+# optimizer its states.
 NEVER = frozenset(
     "--use_lora --adapter --lora_r --lora_target_modules --use_dora --modules_to_save --num_virtual_tokens "
-    "--new_tokens".split()
+    "--new_tokens --optim --optim_args --optim_target_modules".split()
 ) | {"ZeRO stage"}
+SAME_STATES = {"adamw_torch", "adamw_torch_fused"}  # values of --optim
+# Schedules that move the learning rate by what they have seen: their state fits no other rate or factor.
+ADAPTIVE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+SCHEDULE_FLAGS = ("--learning_rate", "--lr_scheduler_type", "--lr_scheduler_kwargs")
+OF_FLAGS = "of the command line"
+SINCE_0_2 = ("scheduler", "loss scaling")  # facts that older manifests lack
 STAGES_DIFFER = (
     "stages 1 and 2 partition optimizer states, stage 3 each parameter, and DeepSpeed converts neither into the other"
 )
@@ -62,13 +69,16 @@ def resume_facts(
     facts = {f"--{name}": value for name, value in sorted(flags.items()) if name not in FREE}
     examples = len(data.epoch(seed).examples)
     skipped = {SKIPPED_ROWS: [f"{source}:{row}" for source, row in data.skipped_rows]} if data.skipped_rows else {}
+    sections = zero.config if zero else {}
     facts |= {
         **skipped,
         "data": f"{data.fingerprint}, {data.summary.tokens:,} tokens in {examples:,} examples",
         "base model": model_fingerprint,
         "precision": precision,
         "ZeRO stage": zero.stage if zero else "none",
-        "optimizer": (zero.config if zero else {}).get("optimizer", "of the command line"),
+        "optimizer": sections.get("optimizer", OF_FLAGS),
+        "scheduler": sections.get("scheduler", OF_FLAGS),
+        **({"loss scaling": sections.get("fp16")} if precision == "fp16" else {}),
     }
     return json.loads(json.dumps(facts))  # as a manifest gives it back
 
@@ -77,6 +87,8 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
     """Return what differs, by name: (old value, new value). A flag that one side lacks has its default there."""
     differences = {}
     for name in dict.fromkeys((*old, *new)):
+        if name in SINCE_0_2 and name not in old:
+            continue
         default = None
         if name.startswith("--") and (name not in old or name not in new):
             default = default_of(name[2:])
@@ -121,7 +133,8 @@ def compare_with_checkpoint(
     if set(differences.get("ZeRO stage", ())) == {1, 2}:  # both partition the same optimizer states
         harmless.append("ZeRO stage: {}, now {}".format(*differences.pop("ZeRO stage")))
     lines = [f"{name}: {_shortened(old)}, now {_shortened(new)}" for name, (old, new) in differences.items()]
-    never = [line for line, name in zip(lines, differences, strict=True) if name in NEVER]
+    refused = {name for name, values in differences.items() if _is_refused(name, *values, flags=facts)}
+    never = [line for line, name in zip(lines, differences, strict=True) if name in refused]
     if never:
         why = f" ({STAGES_DIFFER})" if any(line.startswith("ZeRO stage") for line in never) else ""
         raise CheckpointError(
@@ -134,6 +147,20 @@ def compare_with_checkpoint(
             "flags, or give --allow_inexact_resume True, which resumes and records it"
         )
     return [*lines, *harmless]
+
+
+def _is_refused(name: str, old: Any, new: Any, *, flags: Mapping[str, Any]) -> bool:
+    """Whether no run can resume over this difference, whatever the user allows."""
+    if name == "--optim":
+        return not {old, new} <= SAME_STATES
+    if name in ("optimizer", "scheduler"):  # sections of the DeepSpeed JSON; those of one type take the same states
+        types = [section.get("type") if isinstance(section, Mapping) else section for section in (old, new)]
+        return (
+            OF_FLAGS in types if name == "scheduler" else len(set(types) - {"Adam", "AdamW"}) > 1 or OF_FLAGS in types
+        )
+    if name in SCHEDULE_FLAGS:
+        return any(value in ADAPTIVE_SCHEDULES for value in (flags["--lr_scheduler_type"], old, new))
+    return name in NEVER
 
 
 def _shortened(value: Any) -> str:

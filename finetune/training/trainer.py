@@ -29,12 +29,13 @@ from finetune.training.compat import (
     configure_ddp,
     current_loss_scale,
     enable_sequence_parallel,
-    fix_universal_optimizer_state,
+    separate_step_counters,
     skip_nonfinite_steps,
     zero_stage,
 )
 from finetune.training.dataloaders import Dataloaders
 from finetune.training.evaluator import HeldOutEvaluator
+from finetune.training.hyperparameters import Hyperparameters
 from finetune.training.loss import supervised_loss
 from finetune.training.loss_breakdown import LossBreakdown
 from finetune.training.metrics import StepMeter, model_flops, peak_memory_bytes
@@ -83,7 +84,6 @@ class SupervisedTrainer(CheckpointTrainer):
         self.sharing_ranks = self.args.world_size // batches.sampler.shape.world_size
         if self.sharing_ranks > 1:
             enable_sequence_parallel(self.model, self.accelerator)
-        self.group_settings: list[dict[str, Any]] = []
         self.init_saver(identity, keep, initial_lora, self.zero_stage)
         self.meter = StepMeter()
         self.breakdown = LossBreakdown(batches.cells.sources, self.args.device)
@@ -144,20 +144,22 @@ class SupervisedTrainer(CheckpointTrainer):
         return self.args.world_size // (1 if self.zero_stage == 3 else self.sharing_ranks)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer, and keep the settings of each parameter group for `_restore_counters`.
+        """Create the optimizer.
 
         Raises:
             ConfigError: its package is not installed.
         """
         try:
-            optimizer = super().create_optimizer(*args, **kwargs)
+            return super().create_optimizer(*args, **kwargs)
         except ImportError as error:
             raise ConfigError(f"--optim {getattr(self.args.optim, 'value', self.args.optim)}: {error}") from None
-        self.group_settings = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in getattr(optimizer, "param_groups", ())  # DeepSpeed makes its own where its JSON names one
-        ]
-        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule, and note the hyperparameters of this run before a checkpoint is loaded over them."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if optimizer is None:  # else DeepSpeed is still building its own optimizer
+            self._hyperparameters = Hyperparameters.read(self.optimizer, scheduler)
+        return scheduler
 
     def get_train_dataloader(self) -> MicroBatchDataLoader:
         """Return the micro-batches of this rank; nothing needs sharding, repeating or gathering."""
@@ -259,8 +261,8 @@ class SupervisedTrainer(CheckpointTrainer):
         self.after_pause(metrics["eval_seconds"])
         return metrics
 
-    def _restore_counters(self) -> None:
-        """Restore the sums since the last logged step of the checkpoint: they belong to the next logged line."""
+    def _restore_state(self) -> None:
+        """Restore the sums since the last logged step, which belong to the next line, and the hyperparameters."""
         if self.saver.storage.is_writer:
             remove_universal(self.saver.output_dir)
         manifest = self.identity.manifest
@@ -270,8 +272,10 @@ class SupervisedTrainer(CheckpointTrainer):
             self._globalstep_last_logged = manifest.last_logged
             self.monitor.count = NonFiniteCounter(**manifest.non_finite)
         elif manifest is not None and self.is_deepspeed_enabled:
-            fix_universal_optimizer_state(self.model_wrapped.optimizer, self.group_settings)
+            separate_step_counters(self.model_wrapped.optimizer)
             self.monitor.count = NonFiniteCounter(**{**manifest.non_finite, "lost_since_log": 0})
+        if manifest is not None:
+            self._hyperparameters.apply(self.optimizer, self.lr_scheduler)
         self.logged_at = self._globalstep_last_logged
         self.meter.restart()
 
@@ -279,7 +283,7 @@ class SupervisedTrainer(CheckpointTrainer):
         self.on_plan(steps)
         enable_gc()
         keep_freed_blocks()
-        self._restore_counters()
+        self._restore_state()
         self.monitor.begin()
         self._loss_scale = current_loss_scale(self.accelerator, self.model_wrapped)
         skip_nonfinite_steps(self.optimizer, self.model_wrapped, self._note_skipped)

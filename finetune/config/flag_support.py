@@ -1,0 +1,116 @@
+"""How each flag of `transformers.TrainingArguments` is served.
+
+Every flag of the installed version is in exactly one of four classes, which a test checks: honoured by transformers as
+it documents them, served by this project in a way of its own, without effect here (said, when it is given), refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from finetune.config.arguments import Arguments
+
+HONOURED = frozenset(
+    "num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+    "optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+    "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel use_cache neftune_noise_alpha "
+    "torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node log_level "
+    "log_level_replica include_num_input_tokens_seen run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id eval_steps eval_delay eval_on_start save_strategy save_steps push_to_hub hub_token "
+    "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end full_determinism "
+    "seed use_cpu dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_timeout debug "
+    "skip_memory_metrics do_train".split()
+)
+# By our batches, loss, evaluation, checkpoints, hardware decisions and launcher, or renamed by transformers itself.
+SERVED_HERE = frozenset(
+    "output_dir per_device_train_batch_size gradient_accumulation_steps label_smoothing_factor data_seed "
+    "train_sampling_strategy dataloader_drop_last activation_checkpointing activation_checkpointing_kwargs "
+    "gradient_checkpointing gradient_checkpointing_kwargs liger_kernel_config bf16 fp16 tf32 eval_strategy "
+    "per_device_eval_batch_size metric_for_best_model auto_find_batch_size save_only_model save_total_limit "
+    "resume_from_checkpoint deepspeed report_to ddp_find_unused_parameters local_rank".split()
+)
+WITHOUT_EFFECT = {
+    "logging_nan_inf_filter": "a non-finite loss is always logged as that",
+    "disable_tqdm": "the progress bar is drawn on terminals only",
+    "prediction_loss_only": "only the loss is computed on held-out conversations",
+    "eval_do_concat_batches": "only the loss is computed on held-out conversations",
+    "eval_use_gather_object": "only the loss is computed on held-out conversations",
+    "eval_accumulation_steps": "only the loss is computed on held-out conversations",
+    "include_for_metrics": "only the loss is computed on held-out conversations",
+    "batch_eval_metrics": "only the loss is computed on held-out conversations",
+    "bf16_full_eval": "held-out conversations are evaluated in the precision of training",
+    "fp16_full_eval": "held-out conversations are evaluated in the precision of training",
+    "greater_is_better": "the best checkpoint is that with the lowest held-out loss",
+    "save_on_each_node": "it is found out which hosts share --output_dir",
+    "restore_callback_states_from_checkpoint": "checkpoints hold no states of callbacks",
+    "dataloader_multiprocessing_context": "workers are forked",
+    "remove_unused_columns": "batches hold exactly what the model needs",
+    "label_names": "batches hold exactly what the model needs",
+    "length_column_name": "lengths are those of the prepared examples",
+    "ddp_backend": "NCCL connects GPUs, gloo CPUs",
+    "do_eval": "--eval_data_path or --validation_share hold conversations out",
+    "do_predict": "`finetune evaluate` evaluates a result",
+}
+REFUSED = {
+    "average_tokens_across_devices": "the loss is a mean over all supervised tokens of a step, whichever rank has them",
+    "enable_jit_checkpoint": "a run that receives SIGTERM saves a checkpoint anyway",
+    "ignore_data_skip": "a resumed run would train on rows of the first part again",
+    "accelerator_config": "batches are not divided by accelerate",
+    "parallelism_config": "--sequence_parallel_size and --deepspeed say how ranks share the work",
+    "dataloader_in_order": "rows must be seen in the order that a resumed run repeats",
+    "fsdp": "parameters are partitioned by DeepSpeed: give --deepspeed zero3",
+    "fsdp_config": "parameters are partitioned by DeepSpeed: give --deepspeed zero3",
+}
+ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+ADAM_OPTIMIZERS = ("adam", "lion", "galore", "apollo")  # parts of the names of optimizers that take them
+HUB_FLAGS = ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
+EVALUATION_FLAGS = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size")
+DDP_FLAGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
+
+
+def refused_flags(arguments: Arguments) -> Iterator[str]:
+    """Yield a fault for each flag that was given and cannot be served."""
+    for name in _given(arguments, REFUSED):
+        yield f"--{name} {arguments.given(name)}: {REFUSED[name]}: omit the flag"
+
+
+def flags_without_effect(arguments: Arguments) -> Iterator[str]:
+    """Yield a line for each flag that was given and changes nothing in this run."""
+    for name in _given(arguments, WITHOUT_EFFECT):
+        yield f"--{name} {arguments.given(name)} has no effect: {WITHOUT_EFFECT[name]}"
+    get = arguments.given
+    steps = get("max_steps")
+    adam = any(part in str(get("optim") or "adamw") for part in ADAM_OPTIMIZERS)
+    dependent: tuple[tuple[tuple[str, ...], bool, str], ...] = (
+        (("num_train_epochs",), steps > 0, f"--max_steps {steps} decides"),
+        (("save_steps",), get("save_strategy") != "steps", f"--save_strategy is {get('save_strategy')}"),
+        (("save_total_limit", "save_only_model"), get("save_strategy") == "no", "--save_strategy is no"),
+        (("logging_steps",), get("logging_strategy") != "steps", f"--logging_strategy is {get('logging_strategy')}"),
+        (EVALUATION_FLAGS, not arguments.evaluates(), "no conversations are held out"),
+        (("eval_steps",), arguments.evaluates() and _eval_strategy(arguments) != "steps",
+         f"--eval_strategy is {_eval_strategy(arguments)}"),
+        (HUB_FLAGS, not get("push_to_hub"), "--push_to_hub is False"),
+        (ADAM_FLAGS, not adam, f"--optim is {get('optim')}"),
+        (("liger_kernel_config",), not get("use_liger_kernel"), "--use_liger_kernel is False"),
+        (("activation_checkpointing_kwargs",), not get("activation_checkpointing"),
+         "--gradient_checkpointing is False"),
+        (("dataloader_prefetch_factor", "dataloader_persistent_workers"), not get("dataloader_num_workers"),
+         "--dataloader_num_workers is 0"),
+        (DDP_FLAGS, bool(get("deepspeed")), "DeepSpeed averages the gradients"),
+        (("per_device_train_batch_size",), arguments.batch.tokens_per_device_batch is not None,
+         "--tokens_per_device_batch decides"),
+    )  # fmt: skip
+    for names, applies, reason in dependent:
+        for name in _given(arguments, names) if applies else ():
+            yield f"--{name} {'***' if name == 'hub_token' else get(name)} has no effect: {reason}"
+
+
+def _eval_strategy(arguments: Arguments) -> str:
+    return str(arguments.training.get("eval_strategy", "epoch"))
+
+
+def _given(arguments: Arguments, names: Any) -> list[str]:
+    """Return the flags among `names` that were given with another value than the default."""
+    return [name for name in names if arguments.was_given(name)]
