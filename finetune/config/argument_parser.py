@@ -21,6 +21,7 @@ from finetune.config.arguments import (
     default_of,
     training_flags,
 )
+from finetune.config.flag_support import flags_without_effect, refused_flags
 from finetune.dataset.row_checks import REPAIRS
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, OptionType, describe, fill, one_of, raise_faults, unknown_options
@@ -48,6 +49,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     model, data, batch, adapter, run = groups
     arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
     raise_faults(_faults(arguments, adapter_refused=given.get("use_lora") is False))
+    arguments.notes.extend(flags_without_effect(arguments))
     return arguments
 
 
@@ -173,6 +175,7 @@ def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
     yield from data_faults(arguments.data)
     yield from _batch_faults(arguments)
     yield from _training_faults(arguments)
+    yield from refused_flags(arguments)
     yield from _adapter_faults(arguments.adapter)
     if not adapter_refused:  # --use_lora False: the settings of a file do not count
         yield from _unused_adapter_flags(arguments.adapter)

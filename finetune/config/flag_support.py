@@ -6,10 +6,9 @@ it documents them, served by this project in a way of its own, without effect he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-from finetune.config.arguments import Arguments
+from finetune.config.arguments import Arguments, default_of
 
 HONOURED = frozenset(
     "num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
@@ -72,13 +71,13 @@ DDP_FLAGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_b
 
 def refused_flags(arguments: Arguments) -> Iterator[str]:
     """Yield a fault for each flag that was given and cannot be served."""
-    for name in _given(arguments, REFUSED):
+    for name in _changed(arguments, REFUSED):
         yield f"--{name} {arguments.given(name)}: {REFUSED[name]}: omit the flag"
 
 
 def flags_without_effect(arguments: Arguments) -> Iterator[str]:
     """Yield a line for each flag that was given and changes nothing in this run."""
-    for name in _given(arguments, WITHOUT_EFFECT):
+    for name in _changed(arguments, WITHOUT_EFFECT):
         yield f"--{name} {arguments.given(name)} has no effect: {WITHOUT_EFFECT[name]}"
     get = arguments.given
     steps = get("max_steps")
@@ -99,11 +98,9 @@ def flags_without_effect(arguments: Arguments) -> Iterator[str]:
         (("dataloader_prefetch_factor", "dataloader_persistent_workers"), not get("dataloader_num_workers"),
          "--dataloader_num_workers is 0"),
         (DDP_FLAGS, bool(get("deepspeed")), "DeepSpeed averages the gradients"),
-        (("per_device_train_batch_size",), arguments.batch.tokens_per_device_batch is not None,
-         "--tokens_per_device_batch decides"),
     )  # fmt: skip
     for names, applies, reason in dependent:
-        for name in _given(arguments, names) if applies else ():
+        for name in filter(arguments.was_given, names if applies else ()):
             yield f"--{name} {'***' if name == 'hub_token' else get(name)} has no effect: {reason}"
 
 
@@ -111,6 +108,7 @@ def _eval_strategy(arguments: Arguments) -> str:
     return str(arguments.training.get("eval_strategy", "epoch"))
 
 
-def _given(arguments: Arguments, names: Any) -> list[str]:
+def _changed(arguments: Arguments, names: Iterable[str]) -> list[str]:
     """Return the flags among `names` that were given with another value than the default."""
-    return [name for name in names if arguments.was_given(name)]
+    given = arguments.training
+    return [name for name in names if name in given and given[name] not in (default_of(name), None, "")]

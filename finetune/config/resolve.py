@@ -214,6 +214,7 @@ def _training_values(
         "deepspeed": deepspeed.config if deepspeed else None,
         "save_total_limit": None,  # transformers would remove by name, before the new one is complete: see `Saver`
         "resume_from_checkpoint": None,
+        "logging_nan_inf_filter": False,
     }
     if hardware.use_cpu:
         values["dataloader_pin_memory"] = False
@@ -225,12 +226,12 @@ def _training_values(
 def _saving_notes(arguments: Arguments) -> list[str]:
     if arguments.given("save_strategy") == "no":
         return []
+    notes, keep = [], arguments.given("save_total_limit")
     if arguments.given("save_only_model"):
-        return ["--save_only_model True: checkpoints hold no optimizer state, and no run can resume from them"]
-    keep = arguments.given("save_total_limit")
+        notes.append("--save_only_model True: checkpoints hold no optimizer state, and no run can resume from them")
     if keep and keep > 0 and not arguments.was_given("save_total_limit"):
-        return [f"the newest {keep} checkpoints are kept, older ones are removed: --save_total_limit 0 keeps all"]
-    return []
+        notes.append(f"the newest {keep} checkpoints are kept, older ones are removed: --save_total_limit 0 keeps all")
+    return notes
 
 
 def _check_sampling(arguments: Arguments) -> None:

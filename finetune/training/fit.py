@@ -78,6 +78,9 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
             steps=steps,
         )
         logger.info(section("Plan", plan.lines()) + "\n")
+        warmup = inputs.arguments.get_warmup_steps(steps)
+        if warmup >= steps:
+            logger.warning(f"--warmup_steps {warmup}: the run has {steps} steps: --learning_rate is never reached")
         run_on_rank_0(lambda: update_run_json(Path(str(inputs.arguments.output_dir)), {"plan": asdict(plan)}))
 
     try:

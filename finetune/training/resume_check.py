@@ -14,6 +14,7 @@ from typing import Any
 from finetune.checkpoint import Manifest
 from finetune.config.arguments import default_of
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
+from finetune.config.flag_support import WITHOUT_EFFECT
 from finetune.config.run_config import BatchConfig, CheckpointConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.utils.errors import CheckpointError
@@ -23,15 +24,17 @@ from finetune.utils.errors import CheckpointError
 FREE = frozenset(
     "output_dir data_path model_name_or_path model_revision trust_remote_code data_cache_dir preprocessing_num_workers "
     "max_dropped_rows deepspeed bf16 fp16 tf32 use_cpu report_to run_name project trackio_space_id "
-    "resume_from_checkpoint logging_steps save_strategy save_steps save_total_limit save_on_each_node save_only_model "
-    "logging_strategy logging_first_step logging_dir logging_nan_inf_filter log_level log_level_replica "
-    "log_on_each_node disable_tqdm dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "resume_from_checkpoint logging_steps save_strategy save_steps save_total_limit save_only_model "
+    "logging_strategy logging_first_step logging_dir log_level log_level_replica "
+    "log_on_each_node dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor activation_checkpointing activation_checkpointing_kwargs ddp_timeout local_rank "
     "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
     "torch_empty_cache_steps skip_memory_metrics eval_strategy eval_steps eval_delay eval_on_start eval_data_path "
-    "per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only "
-    "enable_jit_checkpoint remove_unused_columns restore_callback_states_from_checkpoint".split()
-)
+    "per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
+    "trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen auto_find_batch_size "
+    "gradient_checkpointing gradient_checkpointing_kwargs ddp_find_unused_parameters ddp_bucket_cap_mb "
+    "ddp_broadcast_buffers ddp_static_graph debug do_train".split()
+) | frozenset(WITHOUT_EFFECT)
 STEP_FLAGS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Differences that no run can resume over: a model of another shape cannot load the checkpoint, nor can another
 # optimizer its states.
@@ -153,11 +156,9 @@ def _is_refused(name: str, old: Any, new: Any, *, flags: Mapping[str, Any]) -> b
     """Whether no run can resume over this difference, whatever the user allows."""
     if name == "--optim":
         return not {old, new} <= SAME_STATES
-    if name in ("optimizer", "scheduler"):  # sections of the DeepSpeed JSON; those of one type take the same states
-        types = [section.get("type") if isinstance(section, Mapping) else section for section in (old, new)]
-        return (
-            OF_FLAGS in types if name == "scheduler" else len(set(types) - {"Adam", "AdamW"}) > 1 or OF_FLAGS in types
-        )
+    if name in ("optimizer", "scheduler"):  # sections of the DeepSpeed JSON
+        types = {section.get("type") if isinstance(section, Mapping) else section for section in (old, new)}
+        return OF_FLAGS in types or (name == "optimizer" and len(types) > 1 and types != {"Adam", "AdamW"})
     if name in SCHEDULE_FLAGS:
         return any(value in ADAPTIVE_SCHEDULES for value in (flags["--lr_scheduler_type"], old, new))
     return name in NEVER

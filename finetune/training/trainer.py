@@ -12,10 +12,7 @@ import torch.distributed as dist
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl
 
 from finetune.checkpoint import Manifest, remove_universal
-from finetune.checkpoint.saver import (
-    RunIdentity,
-    resume_point,
-)
+from finetune.checkpoint.saver import RunIdentity, resume_point
 from finetune.dataset.collator import pop_targets
 from finetune.dataset.dataloader import MicroBatchDataLoader, StepTotals
 from finetune.distributed import stop_requests

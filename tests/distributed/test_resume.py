@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -212,6 +213,51 @@ def test_an_inexact_resume_is_allowed_by_flag_and_recorded_but_not_into_another_
     assert any("rng_state_0.pth is missing" in change for change in resumed["changes"])
     said = train("shape", *allowed, "--lora_r", "4", fails=4)
     assert "--lora_r: 8, now 4" in said and "checkpoint-3" in said
+
+
+SECTIONS = {  # of a DeepSpeed JSON that says what the flags leave open
+    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto",
+                                                 "warmup_type": "linear"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config", ["", "zero3", "sections", *(pytest.param(name, marks=FAULTS) for name in ("zero1", "zero2"))]
+)
+def test_an_inexact_resume_trains_with_its_own_hyperparameters(tmp_path, dropping_model, rows_file, config):
+    if config == "sections":
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, **SECTIONS}))
+    base = [
+        "--model_name_or_path", dropping_model, "--data_path", rows_file, "--use_cpu", "True", "--save_strategy",
+        "steps", "--save_steps", "3", "--logging_steps", "1", "--write_report", "False",
+        *("--warmup_steps 10" if config == "sections" else "--warmup_steps 2 --lr_scheduler_type cosine").split(),
+        *(("--deepspeed", tmp_path / "ds.json" if config == "sections" else config) if config else ()),
+    ]  # fmt: skip
+
+    def run(name: str, *flags: str) -> dict:
+        notes = tmp_path / f"{name}.json"
+        argv = [*map(str, base), "--output_dir", str(tmp_path / name), *flags]
+        outcome = ranks.run(tmp_path / f"{name}-logs", runs.train_noting_hyperparameters, (argv, str(notes)), 1)
+        assert outcome.succeeded, outcome.outputs[0]
+        return json.loads(notes.read_text())
+
+    run("old", "--max_steps", "3", "--learning_rate", "1e-2", "--weight_decay", "0.1")
+    asked = "--learning_rate 2e-3 --weight_decay 0.4 --adam_beta1 0.5 --adam_epsilon 1e-4 --max_grad_norm 0.125"
+    found = run(
+        "new", *asked.split(), "--max_steps", "6", "--allow_inexact_resume", "True",
+        "--resume_from_checkpoint", str(tmp_path / "old/checkpoint-3"),
+    )  # fmt: skip
+    factor = 2 / 10 if config == "sections" else 0.5 * (1 + math.cos(math.pi * (3 - 2) / (6 - 2)))
+    assert [group["lr"] for group in found["groups"]] == [pytest.approx(2e-3 * factor)] * len(found["groups"])
+    assert len(found["groups"]) == (1 if config == "sections" else 2)
+    assert found["groups"][0]["weight_decay"] == 0.4
+    assert all(group["betas"] == [0.5, 0.999] and group["eps"] == 1e-4 for group in found["groups"])
+    assert found["clip_grad"] == (0.125 if config else None)
+    first = json.loads((tmp_path / "new/metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 4
+    if config != "sections":  # DeepSpeed steps a schedule of its own before the Trainer logs the rate
+        assert first["learning_rate"] == pytest.approx(2e-3 * factor)
 
 
 @FAULTS

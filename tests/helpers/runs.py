@@ -48,6 +48,28 @@ def train_noting_rows(argv: Sequence[str], notes: str) -> None:
     main(argv)
 
 
+def train_noting_hyperparameters(argv: Sequence[str], notes: str) -> None:
+    """Train, and note what the optimizer holds before the first step of this run in the file `notes`."""
+    from finetune.train import main
+    from finetune.training.hyperparameters import innermost
+    from finetune.training.trainer import SupervisedTrainer
+
+    plain = SupervisedTrainer._before_step
+
+    def noted(self: Any) -> None:
+        if not Path(notes).exists():
+            groups = [
+                {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+                for group in innermost(self.optimizer).param_groups
+            ]
+            clip = getattr(self.optimizer.optimizer, "clip_grad", None)
+            Path(notes).write_text(json.dumps({"groups": groups, "clip_grad": clip}))
+        plain(self)
+
+    SupervisedTrainer._before_step = noted  # type: ignore[method-assign]
+    main(argv)
+
+
 def train_and_die_writing(argv: Sequence[str], rank: str, sign: str, share: float) -> None:
     """Train; `rank` is killed once `share` of a file whose path holds `sign` is written, of the second checkpoint.
 
