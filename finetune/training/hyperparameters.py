@@ -35,7 +35,7 @@ class Hyperparameters:
     """
 
     groups: list[dict[str, Any]]
-    base_rates: list[float] | None
+    base_rates: list[Any] | None
     clip_grad: float | None
     scaler: Any
 
