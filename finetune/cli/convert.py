@@ -20,8 +20,9 @@ from finetune.config.argument_parser import data_faults
 from finetune.conversation import BadRow, Conversation, to_row
 from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import find_sources
+from finetune.dataset.row_faults import RowFaults
 from finetune.utils.console import configure_logging
-from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError, StorageError, format_faults
+from finetune.utils.errors import ConfigError, DataError, StorageError
 from finetune.utils.options import CommandParser, fill, positional, raise_faults
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     for line in reader.notes():
         logger.info(line)
     if bad.count:
-        print(format_faults(bad.rows, "dropped row", count=bad.count), file=sys.stderr)
+        print(bad.rows.message("dropped row"), file=sys.stderr)
     for change, rows in changes.counts.items():
         logger.warning(f"{rows:,} rows {change}")
     logger.info(f"{out}: {written:,} rows" + (f", {bad.count:,} dropped" if bad.count else ""))
@@ -92,26 +93,24 @@ class _BadRows:
 
     def __init__(self, *, stops: bool) -> None:
         self.stops, self.unreadable = stops, False
-        self.rows: list[str] = []
-        self.faults: list[str] = []
-        self.count = self.num_faults = 0
+        self.rows, self.faults = RowFaults(), RowFaults()
+        self.count = 0
 
     def without_bad_rows(self, rows: Iterable[Conversation | BadRow]) -> Iterator[Conversation]:
         """Yield the conversations; none after a bad row that stops the conversion."""
         for row in rows:
             if isinstance(row, BadRow):
                 self.count += 1
-                self.num_faults += len(row.faults)
                 self.unreadable |= row.row is None
-                self.rows += ["; ".join(row.faults)][: SHOWN_FAULTS - len(self.rows)]
-                self.faults += row.faults[: SHOWN_FAULTS - len(self.faults)]
+                self.rows.add("; ".join(row.faults))
+                self.faults.add(*row.faults)
             elif not (self.unreadable or (self.stops and self.count)):
                 yield row
 
     def check(self) -> None:
         """Raise `DataError` if nothing may be written."""
         if self.unreadable or (self.stops and self.count):
-            raise DataError(format_faults(self.faults, "fault", count=self.num_faults))
+            raise DataError(self.faults.message())
 
 
 class _Changes:

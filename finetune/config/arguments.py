@@ -136,7 +136,9 @@ class DataArguments:
     train_on: Literal["model_turns", "last_model_turn"] = option("model_turns", "which turns are supervised")
     bad_rows: Literal["error", "drop"] = option("error", "rows with a fault stop the run, or are dropped")
     max_dropped_rows: float = option(0.01, "share of the rows that `--bad_rows drop` may drop, 0 to 1")
-    repairs: list[str] = option([], "rules that may change rows, each use recorded: `merge_turns`, `drop_last_human`")
+    repairs: list[str] = option(
+        [], "rules for rows: `merge_turns`, `drop_last_human`, `ignore_verdicts` (labels, scores)"
+    )
     data_cache_dir: str | None = option(None, "where prepared data is kept; default: `~/.cache/finetune/data`")
     preprocessing_num_workers: int | None = option(
         None, "processes that prepare data; default: 1 for small data, else one per core, at most 8"

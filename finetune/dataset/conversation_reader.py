@@ -17,8 +17,9 @@ from finetune.dataset.json_reader import RawRow, file_fault, iter_json_rows
 from finetune.dataset.mojibake import MojibakeCounter
 from finetune.dataset.parquet_reader import iter_dataset_rows, iter_parquet_rows
 from finetune.dataset.row_checks import order_faults, repair_turns, surrogate_fault
+from finetune.dataset.row_faults import RowFaults
 from finetune.dataset.row_formats import OWN_FORMAT, ROLES, RowReading
-from finetune.utils.errors import DataError, format_faults
+from finetune.utils.errors import DataError
 
 
 class ConversationReader:
@@ -108,7 +109,7 @@ class ConversationReader:
         if not raw.is_read or raw.row is None:
             return BadRow(raw.row, source.name, None, tuple(raw.faults))
         place = f"{source.name}, row {raw.row}"
-        reading = RowReading(raw.value, place)
+        reading = RowReading(raw.value, place, ignores_verdicts="ignore_verdicts" in self.repairs)
         faults = raw.faults + reading.faults
         turns: tuple[Turn, ...] = ()
         repairs: tuple[str, ...] = ()
@@ -159,12 +160,12 @@ def read_conversations(
         DataError: a source that cannot be found; all faults, the first 20 shown; or no conversation at all.
     """
     conversations: list[Conversation] = []
-    faults: list[str] = []
+    faults = RowFaults()
     for row in ConversationReader(find_sources(paths), repairs=repairs):
         if isinstance(row, BadRow):
-            faults += row.faults
+            faults.add(*row.faults)
         else:
             conversations.append(row)
-    if faults:
-        raise DataError(format_faults(faults, "fault"))
+    if faults.count:
+        raise DataError(faults.message())
     return conversations

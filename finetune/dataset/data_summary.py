@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.chat_templates import RenderedConversation
 from finetune.conversation import BadRow
-from finetune.utils.errors import SHOWN_FAULTS
+from finetune.dataset.row_faults import RowFaults
 
 STATUSES = ("kept", "cut", "split", "dropped")
 HISTOGRAM_BINS = 24
@@ -117,7 +117,7 @@ class DataSummary:
 
 @dataclass
 class DataTally:
-    """Accumulates a summary; `faults` keeps the first faults of bad rows, `num_faults` counts all."""
+    """Accumulates a summary."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -125,8 +125,7 @@ class DataTally:
     lengths: Counter[int] = field(default_factory=Counter)
     rows_by_source: Counter[str] = field(default_factory=Counter)
     examples_by_source: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-    num_faults: int = 0
+    faults: RowFaults = field(default_factory=RowFaults)
     unreadable: bool = False
 
     def add(self, rows: Iterable[RenderedConversation | BadRow]) -> None:
@@ -146,8 +145,7 @@ class DataTally:
                 self.counts["supervised"] += example.num_supervised
 
     def _add_bad(self, row: BadRow) -> None:
-        self.num_faults += len(row.faults)
-        self.faults += row.faults[: SHOWN_FAULTS - len(self.faults)]
+        self.faults.add(*row.faults)
         if row.row is None:
             self.unreadable = True
             return
@@ -160,8 +158,7 @@ class DataTally:
         """Add another tally to this one."""
         for name in ("statuses", "counts", "reasons", "lengths", "rows_by_source", "examples_by_source"):
             getattr(self, name).update(getattr(other, name))
-        self.faults += other.faults[: SHOWN_FAULTS - len(self.faults)]
-        self.num_faults += other.num_faults
+        self.faults.merge(other.faults)
         self.unreadable |= other.unreadable
 
     def summary(self) -> DataSummary:
@@ -171,7 +168,7 @@ class DataTally:
             rows=self.statuses.total(),
             **{status: self.statuses[status] for status in STATUSES},
             bad=self.counts["bad"],
-            faults=self.num_faults,
+            faults=self.faults.count,
             spelled=self.counts["spelled"],
             examples=self.lengths.total(),
             tokens=sum(length * count for length, count in self.lengths.items()),

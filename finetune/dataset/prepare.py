@@ -26,7 +26,7 @@ from finetune.dataset.data_sources import Source, fingerprint_sources
 from finetune.dataset.data_summary import DataSummary, DataTally
 from finetune.dataset.prepare_workers import stored_batches
 from finetune.dataset.skip_rows import RowId, skip_mask, skipped_entries
-from finetune.utils.errors import DataError, StorageError, format_faults
+from finetune.utils.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class PreparedData:
     sources: tuple[Source, ...]
     summary: DataSummary
     notes: tuple[str, ...]
-    faults: tuple[str, ...]
+    faults: str
     fingerprint: str
     skipped_rows: tuple[RowId, ...] = ()  # those that --skip_rows names
     validation_share: float = 0.0  # share of the conversations that is held out
@@ -209,10 +209,10 @@ def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_row
             for batch in _with_bar(stored_batches(reader, renderer, processes), reader, tally):
                 tally.merge(batch.tally)
                 writer.add(batch.examples, batch.ledger)
-            if tally.unreadable or (bad_rows == "error" and tally.num_faults):
-                raise DataError(format_faults(tally.faults, "fault", count=tally.num_faults))
+            if tally.unreadable or (bad_rows == "error" and tally.faults.count):
+                raise DataError(tally.faults.message())
             summary = tally.summary()
-            writer.commit({"summary": summary.facts(), "notes": reader.notes(), "faults": tally.faults})
+            writer.commit({"summary": summary.facts(), "notes": reader.notes(), "faults": tally.faults.message()})
     except OSError as error:
         raise StorageError(
             f"the prepared data cannot be written to {folder.parent}: {error.strerror or error}: make room, or name "
@@ -223,7 +223,7 @@ def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_row
 def _open(folder: Path, sources: Sequence[Source], facts: dict[str, Any], data: str) -> PreparedData:
     os.utime(folder)  # marks the folder as in use
     return PreparedData(
-        folder, tuple(sources), DataSummary.of(facts["summary"]), tuple(facts["notes"]), tuple(facts["faults"]), data
+        folder, tuple(sources), DataSummary.of(facts["summary"]), tuple(facts["notes"]), facts["faults"], data
     )
 
 
@@ -276,13 +276,10 @@ def check_dropped_share(prepared: PreparedData, max_dropped_rows: float) -> None
     if summary.bad > max_dropped_rows * summary.rows:
         raise DataError(
             f"{names}: {summary.bad:,} of {summary.rows:,} rows ({summary.bad / summary.rows:.1%}) are bad, more than "
-            f"--max_dropped_rows {max_dropped_rows:g} allows to be dropped\n"
-            + format_faults(prepared.faults, "fault", count=summary.faults)
+            f"--max_dropped_rows {max_dropped_rows:g} allows to be dropped\n" + prepared.faults
         )
     if not summary.examples:
         reason = ": raise --model_max_length, or shorten them"
         if summary.bad:
-            reason = f", {summary.bad:,} of them for a fault: " + format_faults(
-                prepared.faults, "fault", count=summary.faults
-            )
+            reason = f", {summary.bad:,} of them for a fault: {prepared.faults}"
         raise DataError(f"{names}: all {summary.rows:,} rows are dropped{reason}")

@@ -10,6 +10,7 @@ from finetune.conversation import Turn
 from finetune.dataset.json_decoder import shown
 
 REPAIRS = {
+    "ignore_verdicts": "keys that say how good an answer is (row_verdicts.py) are not read",
     "merge_turns": "neighbouring turns of one role become one, with a blank line between their texts",
     "drop_last_human": "a human turn at the end, which nobody answers, is left out",
 }

@@ -10,6 +10,7 @@ from typing import Any
 from finetune.conversation import Role, Turn
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_checks import is_blank, text_fault
+from finetune.dataset.row_verdicts import VERDICT_KEYS, VERDICTS_OF_TURNS, verdict_faults
 
 ROLES: dict[str, Role] = {
     "human": "human", "user": "human",
@@ -72,10 +73,12 @@ REFUSED_ROWS = REFUSED | {
     **dict.fromkeys(("chosen", "rejected"), "preferences are not for supervised fine-tuning"),
     **dict.fromkeys(("round_0", "round_1"), "COIG's rounds are not read: write them as conversations"),
 }
+# These values say that there is none.
+NOTHING = (None, "", [], {}, "[]", "{}", "null")
 WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale")
 # Keys with a meaning in some format; any other key is ignored.
-WATCHED = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *REFUSED_ROWS, "history"})
-WATCHED_IN_TURNS = frozenset({*REFUSED, *WEIGHTS, "train"})
+WATCHED = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *REFUSED_ROWS, *VERDICT_KEYS, "history"})
+WATCHED_IN_TURNS = frozenset({*REFUSED, *WEIGHTS, *VERDICTS_OF_TURNS, "train"})
 EXPECTED = (
     'an object with "conversations" (or another format that is read: "messages", Alpaca, Dolly, prompt and response, '
     "question and answer)"
@@ -83,12 +86,15 @@ EXPECTED = (
 
 
 class RowReading:
-    """A parsed row: its turns (all of them if `is_complete`), its format, and the role names as written in it."""
+    """A parsed row: its turns (all of them if `is_complete`), its format, and the role names as written in it.
 
-    __slots__ = ("place", "turns", "format", "role_names", "faults", "is_complete")
+    With `ignores_verdicts`, keys that say how good the answer is are not read.
+    """
 
-    def __init__(self, row: Any, place: str) -> None:
-        self.place = place
+    __slots__ = ("place", "ignores_verdicts", "turns", "format", "role_names", "faults", "is_complete")
+
+    def __init__(self, row: Any, place: str, *, ignores_verdicts: bool = False) -> None:
+        self.place, self.ignores_verdicts = place, ignores_verdicts
         self.turns: list[Turn] = []
         self.format = ""
         self.role_names: list[str] = []
@@ -109,6 +115,7 @@ class RowReading:
         lists = [key for key in TURN_LISTS if key in keys]
         if len(keys) > 1:
             self._refuse(row, keys & REFUSED_ROWS.keys(), self.place, REFUSED_ROWS)
+            self._judge(row, keys & VERDICT_KEYS, self.place)
             self._system(row)
         if len(lists) > 1:
             names = " and ".join(f'"{key}"' for key in lists)
@@ -120,11 +127,17 @@ class RowReading:
 
     def _refuse(self, holder: dict[str, Any], keys: set[str], place: str, reasons: dict[str, str]) -> None:
         for key in sorted(keys):
-            if holder[key] not in (None, "", [], {}, False):
+            value = holder[key].strip() if isinstance(holder[key], str) else holder[key]
+            is_verdict = key in VERDICT_KEYS and isinstance(value, int | float)
+            if value not in NOTHING and value is not False and not is_verdict:
                 self.faults.append(
                     f'{place}: has "{key}": {shown(holder[key])}: {reasons[key]}: leave the row out, or write what it '
                     "says as text"
                 )
+
+    def _judge(self, holder: dict[str, Any], keys: set[str], place: str) -> None:
+        if keys and not self.ignores_verdicts:
+            self.faults += verdict_faults(holder, keys, place)
 
     def _system(self, row: dict[str, Any]) -> None:
         given = [key for key in SYSTEM_KEYS if row.get(key) not in (None, "")]
@@ -214,6 +227,8 @@ class RowReading:
     def _train(self, turn: dict[str, Any], role: Role | None, place: str) -> bool:
         keys = {key for key in turn.keys() & WATCHED_IN_TURNS if turn[key] is not None}
         self._refuse(turn, keys & REFUSED.keys(), place, REFUSED)
+        if role == "model":
+            self._judge(turn, keys & VERDICTS_OF_TURNS, place)
         for key in WEIGHTS:
             if key in keys:
                 self.faults.append(
@@ -244,6 +259,7 @@ class RowReading:
             if number == 0 and isinstance(question, str) and not is_blank(question):
                 question = prefix + question
             self._refuse(pair, pair.keys() & REFUSED.keys(), place, REFUSED)
+            self._judge(pair, pair.keys() & VERDICTS_OF_TURNS, place)
             self._add("human", question, place, "question")
             self._add("model", pair.get("answer"), place, "answer")
         self._check_other_texts(row, row_keys & (PAIR_KEYS | {"history"}) - {"instruction"}, "conversations")

@@ -63,6 +63,18 @@ SITUATIONS = [
     # ---- data
     Situation("preference pairs without an answer that is called good", "preview", 3, ("rejected",),
               rows=[{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+    Situation("rows with label false are not imitated", "preview", 3, ('row 1: "label": false',),
+              rows=[answered("No.", label=True), answered("Yes.", label=False)]),
+    Situation("many rows of one kind are one line with the count", "preview", 3, ("30 faults:", "and 20 more: .kto_tag"),
+              rows=[answered(f"Yes {n}.", kto_tag=False) for n in range(30)]),
+    Situation("rejected rows can be dropped", "preview --bad_rows drop --max_dropped_rows 1", 0, ("1 kept.*1 dropped",),
+              rows=[answered("No."), answered(rejected=True)]),
+    Situation("a score beside an answer", "preview", 3, ('"score" grades the answer',), rows=[answered(score=0.1)]),
+    Situation("a score that the user ignores", "preview --repairs ignore_verdicts", 0, ("1 kept",),
+              rows=[answered(score=0.1)]),
+    Situation("a class name under label", "preview", 0, ("1 kept",), rows=[answered(label="food")]),
+    Situation("a tools column without tools", "preview", 0, ("2 kept",),
+              rows=[answered("No.", tools="[]"), answered("Yes.", tools=None)]),
     Situation("all rows are fine", "preview", 0, ("2 kept",), hides="note: "),
     # ---- flags
     Situation("the output folder is below a file", "doctor --output_dir DIR/a/b", 6, ("a",), files={"a": ""}),

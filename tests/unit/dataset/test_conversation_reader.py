@@ -184,7 +184,7 @@ def test_every_fault_of_a_file_is_collected(tmp_path):
 
 
 def test_the_first_20_faults_are_shown_and_all_are_counted(tmp_path):
-    bad = [turns(("human", f"a{number}")) for number in range(1_250)]
+    bad = [{"conversations": f"a{number}"} for number in range(1_250)]
     path = written(tmp_path / "a.json", [good_row(0), *bad])
 
     lines = refusal(path).splitlines()
@@ -192,6 +192,18 @@ def test_the_first_20_faults_are_shown_and_all_are_counted(tmp_path):
     assert lines[0].startswith("1,250 fault")
     assert [line.partition(", ")[2].partition(":")[0] for line in lines[1:21]] == [f"row {row}" for row in range(1, 21)]
     assert lines[21:] == ["  ... and 1,230 more"]
+
+
+def test_what_many_rows_share_is_shown_once_with_its_count_and_first_places(tmp_path):
+    bad = [{**good_row(number), "label": False} for number in range(1, 60)]
+    path = written(tmp_path / "a.json", [good_row(0), *bad, {}])
+
+    lines = refusal(path).splitlines()
+
+    places = ", ".join(f"row {number}" for number in range(1, 11))
+    assert lines[0] == "60 faults:" and len(lines) == 3
+    assert lines[1].startswith(f'  {path}, {places} and 49 more: "label": false')
+    assert lines[2].startswith(f"  {path}, row 60: ")
 
 
 def test_one_row_with_three_faults_is_not_three_faulty_rows(tmp_path):
@@ -206,11 +218,11 @@ def test_one_row_with_three_faults_is_not_three_faulty_rows(tmp_path):
 @pytest.mark.parametrize(
     ("literal", "said"),
     [
-        ('"score": NaN', 'row 1, "score": holds NaN, which is not JSON: write null, or leave it out'),
+        ('"points": NaN', 'row 1, "points": holds NaN, which is not JSON: write null, or leave it out'),
         ('"a": {"b": [1, -Infinity]}', 'row 1, "a", "b", 1: holds -Infinity, which is not JSON'),
-        ('"score": Infinity', 'row 1, "score": holds Infinity, which is not JSON'),
-        (f'"score": {"7" * 5_000}', 'row 1, "score": holds a number of more than 4,300 digits'),
-        ('"score": 1, "score": 1', 'row 1: has "score" twice: only one of them could be read, take one out'),
+        ('"points": Infinity', 'row 1, "points": holds Infinity, which is not JSON'),
+        (f'"points": {"7" * 5_000}', 'row 1, "points": holds a number of more than 4,300 digits'),
+        ('"points": 1, "points": 1', 'row 1: has "points" twice: only one of them could be read, take one out'),
         ('"a": [{"b": 1, "b": 2}]', 'row 1, "a", 0: has "b" twice'),
     ],
     ids=["nan", "minus-infinity", "infinity", "digits", "twice", "twice-deep"],

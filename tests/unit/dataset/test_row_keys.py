@@ -14,6 +14,7 @@ from finetune.dataset.row_formats import (
     WATCHED_IN_TURNS,
     RowReading,
 )
+from finetune.dataset.row_verdicts import BAD_KEYS, GOOD_KEYS, GRADES, VERDICT_KEYS
 from finetune.dataset.skip_rows import rows_to_skip
 
 
@@ -28,7 +29,8 @@ def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
     beside = {key for layout in PAIRS for key in layout.ignored}
     for key in sorted(WATCHED - set(TURN_LISTS)):
         row = {"conversations": turns}
-        assert read({**row, key: "something"}) != read(row), key
+        value = key in BAD_KEYS if key in VERDICT_KEYS - {"chosen", "rejected"} - {*GRADES} else "something"
+        assert read({**row, key: 5 if key in GRADES else value}) != read(row), key
     for layout in PAIRS:
         whole = {key: f"text of {key}" for key in layout.keys}
         assert read(whole)[1] == [] and len(read(whole)[0]) == 2, layout
@@ -44,7 +46,7 @@ def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
 def test_every_key_of_a_turn_that_is_watched_is_read_or_refused():
     plain = {"from": "model", "value": "b"}
     for key in sorted(WATCHED_IN_TURNS):
-        value = False if key == "train" else 0.5
+        value = key in BAD_KEYS if key in {"train", *GOOD_KEYS, *BAD_KEYS} else 0.5
         found = read({"conversations": [{"from": "human", "value": "a"}, {**plain, key: value}]})
         assert found != read({"conversations": [{"from": "human", "value": "a"}, plain]}), key
         assert bool(found[1]) is (key != "train"), key
