@@ -151,7 +151,6 @@ def test_bad_rows_can_be_dropped(tmp_path, capsys):
     assert turns(tmp_path / "out.json") == turns(written(tmp_path / "good.jsonl", [ALPACA, MESSAGES]))
     assert said.out.endswith("out.json: 2 rows, 25 dropped\n")
     assert said.err.startswith("25 dropped rows:\n") and " and 15 more: has no model turn" in said.err
-    assert "... and 5 more" in said.err
 
 
 @pytest.mark.parametrize("mode", ["error", "drop"])

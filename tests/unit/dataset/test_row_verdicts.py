@@ -1,4 +1,4 @@
-"""Rows and turns that say how good their answer is: bad answers are refused, other meanings of the same keys are not."""
+"""Rows and turns that say how good their answer is: bad answers are refused, other meanings of the keys are not."""
 
 from __future__ import annotations
 
