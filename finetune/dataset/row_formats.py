@@ -74,7 +74,7 @@ REFUSED_ROWS = REFUSED | {
     **dict.fromkeys(("round_0", "round_1"), "COIG's rounds are not read: write them as conversations"),
 }
 # These values say that there is none.
-NOTHING = (None, "", [], {}, "[]", "{}", "null")
+NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null")
 WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale")
 # Keys with a meaning in some format; any other key is ignored.
 WATCHED = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *REFUSED_ROWS, *VERDICT_KEYS, "history"})
