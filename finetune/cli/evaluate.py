@@ -14,7 +14,6 @@ from finetune.config import DataArguments
 from finetune.config.argument_parser import below, data_faults
 from finetune.distributed.collectives import destroy_process_group, init_process_group, run_on_rank_0
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks, prepare_environment
-from finetune.evaluation.held_out import prepare_held_out
 from finetune.evaluation.result_tables import print_sections
 from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir import eval_results
@@ -118,27 +117,24 @@ def main(argv: Sequence[str]) -> None:
 def _measure(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the documents by the names of their files; data and tasks are checked before the model loads."""
     quiet_libraries()
-    prepared = prepare_held_out(result, data) if data.get("data_path") else None
+    import torch
+
+    from finetune.evaluation import benchmarks, forgetting, held_out
+    from finetune.inference.load_result import load_for_inference
+
+    prepared = held_out.prepare_held_out(result, data) if data.get("data_path") else None
     jobs: list[Any] = []
     if options.tasks:
-        from finetune.evaluation import benchmarks
-
         jobs = benchmarks.find_jobs(
             options.tasks, num_fewshot=options.num_fewshot, allow_code=options.allow_code_execution
         )
-    import torch
-
-    from finetune.inference.load_result import load_for_inference
-
     init_process_group("nccl" if torch.cuda.is_available() else "gloo", uses_deepspeed=False, timeout=SECONDS_TO_WAIT)
     enable_gc()
     keep_freed_blocks()
     loaded = load_for_inference(result, base_name=options.base_model)
     documents: dict[str, Any] = {}
     if prepared is not None:
-        from finetune.evaluation.held_out import evaluate_held_out
-
-        documents[HELD_OUT_FILE] = evaluate_held_out(
+        documents[HELD_OUT_FILE] = held_out.evaluate_held_out(
             loaded,
             prepared,
             with_base=not options.no_base,
@@ -157,9 +153,7 @@ def _measure(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) 
             allow_code=options.allow_code_execution,
         )
     if options.forgetting:
-        from finetune.evaluation.forgetting import evaluate_forgetting
-
-        documents[FORGETTING_FILE] = evaluate_forgetting(loaded, bar=_bar)
+        documents[FORGETTING_FILE] = forgetting.evaluate_forgetting(loaded, bar=_bar)
     return {name: eval_results.versioned(document) for name, document in documents.items()}
 
 

@@ -66,53 +66,34 @@ class DataSummary:
         return {**asdict(self), "supervised_share": round(self.supervised_share, 4)}
 
     def described(self) -> list[tuple[str, str]]:
-        """The summary for a page: (label, text)."""
-        share = f"{self.supervised_share:.1%}"
-        rows = [
-            ("Rows", self._rows()),
-            ("Examples", f"{self.examples:,}, the longest {self.longest:,} tokens"),
-            ("Tokens", f"{self.tokens:,}, {self.supervised_tokens:,} of them supervised ({share})"),
-        ]
+        """The summary as (label, text)."""
+        counts = ", ".join(f"{getattr(self, status):,} {status}" for status in STATUSES)
+        examples = f"{self.tokens:,} in {self.examples:,} examples, {self.supervised_share:.1%} of them supervised"
+        rows = [("Rows", f"{self.rows:,}: {counts}"), ("Tokens", examples)]
         if self.examples:
             half, most, nearly_all = self.length_percentiles
-            rows.append(("Lengths", f"half have at most {half:,} tokens, 90 % {most:,}, 99 % {nearly_all:,}"))
+            longest = f"up to {self.longest:,} tokens"
+            rows.append(("Lengths", f"{longest}; half have at most {half:,}, 90 % {most:,}, 99 % {nearly_all:,}"))
         if self.spelled:
-            rows.append(("Spelled", f"{self.spelled:,} rows spell a control token, which is read as plain text"))
+            rows.append(("Spelled", f"{self.spelled:,} rows spell a control token; it is read as plain text"))
         return rows
 
     def most_reasons(self) -> list[tuple[str, int]]:
         """Kinds of reasons with their counts, the most frequent first."""
         return sorted(self.reasons.items(), key=lambda reason_and_count: -reason_and_count[1])
 
-    def _rows(self) -> str:
-        counts = (f"{getattr(self, status):,} {status}" for status in STATUSES)
-        return f"{self.rows:,}: {', '.join(counts)}"
-
     def lines(self) -> list[str]:
-        """The summary for a terminal, one fact a line."""
-        lines = [
-            f"rows      {self._rows()}",
-            f"tokens    {self.tokens:,} in {self.examples:,} examples, {self.supervised_share:.1%} of them supervised",
-        ]
-        if self.examples:
-            lines.append(self._lengths())
-        if self.spelled:
-            lines.append(f"spelled   {self.spelled:,} rows spell a control token; it is read as plain text")
+        """The summary for a terminal, one fact a line, with a histogram of the lengths."""
+        highest = max(self.length_histogram)
+        bars = "".join(BARS[-(-count * (len(BARS) - 1) // max(highest, 1))] for count in self.length_histogram)
+        starts = {"Lengths": f"0 {bars} "}
+        lines = [f"{label.lower():<10}{starts.get(label, '')}{text}" for label, text in self.described()]
         most = self.most_reasons()
         lines += [f"  {count:>7,}  {reason}" for reason, count in most[:SHOWN_REASONS]]
         if len(most) > SHOWN_REASONS:
             rest = sum(count for _, count in most[SHOWN_REASONS:])
             lines.append(f"  {rest:>7,}  for {len(most) - SHOWN_REASONS} other reasons")
         return lines
-
-    def _lengths(self) -> str:
-        highest = max(self.length_histogram)
-        bars = "".join(BARS[-(-count * (len(BARS) - 1) // highest)] for count in self.length_histogram)
-        half, most, nearly_all = self.length_percentiles
-        return (
-            f"lengths   0 {bars} {self.longest:,} tokens; half have at most {half:,}, "
-            f"90 % {most:,}, 99 % {nearly_all:,}"
-        )
 
 
 @dataclass

@@ -134,10 +134,7 @@ class CacheWriter:
         for stale in self.folder.parent.glob(f"{self.folder.name}.part-*"):  # this process holds the lock
             shutil.rmtree(stale, ignore_errors=True)
         self.part.mkdir(parents=True)
-        self._examples, self._ledger = (
-            _ChecksummedFile(self.part / EXAMPLES_FILE),
-            _ChecksummedFile(self.part / LEDGER_FILE),
-        )
+        self._examples, self._ledger = ((self.part / name).open("wb") for name in (EXAMPLES_FILE, LEDGER_FILE))
         return self
 
     def add(self, batch: pa.RecordBatch, ledger: Sequence[str]) -> None:
@@ -152,7 +149,9 @@ class CacheWriter:
         """Close the files, write the facts, and rename the folder into place."""
         if self._stream is not None:
             self._stream.close()
-        files = {file.path.name: file.close() for file in (self._examples, self._ledger)}
+        self._examples.close()
+        self._ledger.close()
+        files = {name: _checksum(self.part / name) for name in (EXAMPLES_FILE, LEDGER_FILE)}
         (self.part / FACTS_FILE).write_text(json.dumps({**facts, "files": files}, ensure_ascii=False), "utf-8")
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self.part, self.folder)
@@ -161,50 +160,26 @@ class CacheWriter:
         shutil.rmtree(self.part, ignore_errors=True)
         for file in (self._examples, self._ledger):
             with suppress(OSError):  # buffered bytes need not reach a full disk
-                file.file.close()
-
-
-class _ChecksummedFile:
-    """A file that computes its size and CRC-32 while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.file = path, open(path, "wb")
-        self.size = self.crc = 0
-        self.closed = False  # pyarrow asks
-
-    def write(self, data: Any) -> int:
-        written = memoryview(data).nbytes
-        self.crc = zlib.crc32(data, self.crc)
-        self.size += written
-        self.file.write(data)
-        return written
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> dict[str, int]:
-        self.file.close()  # not synced: the checksum detects what a crash of the machine loses
-        return {"size": self.size, "crc32": self.crc}
+                file.close()
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
     """The facts of a folder; None if there is none, or if its files are not what was written."""
     try:
         facts = json.loads((folder / FACTS_FILE).read_text("utf-8"))
-        is_intact = all(_is_intact(folder / name, **checks) for name, checks in facts["files"].items())
+        is_intact = all(_checksum(folder / name) == checks for name, checks in facts["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return facts if is_intact else None
 
 
-def _is_intact(path: Path, *, size: int, crc32: int) -> bool:
-    if path.stat().st_size != size:
-        return False
-    computed = 0
+def _checksum(path: Path) -> dict[str, int]:
+    """Size and CRC-32, which detect what a crash of the machine loses: the files are not synced."""
+    size = crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
-            computed = zlib.crc32(block, computed)
-    return computed == crc32
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return {"size": size, "crc32": crc}
 
 
 def is_cached(folder: Path) -> bool:
@@ -250,20 +225,21 @@ def clear_damaged(folder: Path) -> None:
 def read_renderings(folder: Path, sources: Sequence[str]) -> Iterator[RenderedConversation]:
     """Every row of the data in order, from the examples and the ledger; `sources` in the order they were read."""
     order = {source: index for index, source in enumerate(sources)}
-    ledger = _ledger_entries(folder / LEDGER_FILE)
-    entry = next(ledger, None)
-    for source, row, examples, row_id in _examples_by_row(folder / EXAMPLES_FILE):
-        while entry is not None and (order[entry["source"]], entry["row"]) < (order[source], row):
+    with open(folder / LEDGER_FILE, encoding="utf-8") as lines:
+        ledger = map(json.loads, lines)
+        entry = next(ledger, None)
+        for source, row, examples, row_id in _examples_by_row(folder / EXAMPLES_FILE):
+            while entry is not None and (order[entry["source"]], entry["row"]) < (order[source], row):
+                yield _from_entry(entry)
+                entry = next(ledger, None)
+            if entry is not None and _key_of(entry) == (source, row):
+                yield _from_entry(entry, examples)
+                entry = next(ledger, None)
+            else:
+                yield RenderedConversation(row, row_id, "kept", examples, None, source)
+        while entry is not None:
             yield _from_entry(entry)
             entry = next(ledger, None)
-        if entry is not None and (entry["source"], entry["row"]) == (source, row):
-            yield _from_entry(entry, examples)
-            entry = next(ledger, None)
-        else:
-            yield RenderedConversation(row, row_id, "kept", examples, None, source)
-    while entry is not None:
-        yield _from_entry(entry)
-        entry = next(ledger, None)
 
 
 def read_some(folder: Path, examples: Any, count: int, seed: int) -> list[RenderedConversation]:
@@ -279,7 +255,7 @@ def read_some(folder: Path, examples: Any, count: int, seed: int) -> list[Render
                 begin -= 1
             while stop < len(examples) and _key_of(examples[stop]) == key:
                 stop += 1
-            windows = tuple(map(_example, examples.select(range(begin, stop))))
+            windows = tuple(map(example_of, examples.select(range(begin, stop))))
             sampled[key] = RenderedConversation(key[1], json.loads(first["id"]), "kept", windows, None, key[0])
     row_numbers = re.compile("|".join(f'"row": {row},' for _, row in sampled) or "$^")
     with open(folder / LEDGER_FILE, encoding="utf-8") as lines:
@@ -294,7 +270,8 @@ def _key_of(values: dict[str, Any]) -> tuple[str, int]:
     return values["source"], values["row"]
 
 
-def _example(values: dict[str, Any]) -> Example:
+def example_of(values: dict[str, Any]) -> Example:
+    """The example in a row of the stored table."""
     spans = tuple(TurnSpan(**span) for span in values["turn_spans"])
     return Example(values["input_ids"], values["labels"], values["row"], values["source"], values["window"], spans)
 
@@ -303,33 +280,11 @@ def _from_entry(entry: dict[str, Any], examples: tuple[Example, ...] = ()) -> Re
     return RenderedConversation(entry["row"], entry["id"], entry["status"], examples, entry["reason"], entry["source"])
 
 
-def _ledger_entries(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
-
-
 def _examples_by_row(path: Path) -> Iterator[tuple[str, int, tuple[Example, ...], Any]]:
     if not path.stat().st_size:
         return
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
-        stored = (pair for batch in batches for pair in _examples_of(batch))
-        for (source, row), pairs in groupby(stored, lambda pair: (pair[0].source, pair[0].row)):
-            examples, ids = zip(*pairs, strict=True)
-            yield source, row, examples, json.loads(ids[0])
-
-
-def _examples_of(batch: pa.RecordBatch) -> Iterator[tuple[Example, str]]:
-    """A record batch's examples, each with its row's id as JSON."""
-
-    def lists(name: str) -> list[list[int]]:
-        # Not `to_numpy`, which imports pandas.
-        values, bounds = np.from_dlpack(batch[name].values), np.from_dlpack(batch[name].offsets)
-        return [values[start:stop].tolist() for start, stop in zip(bounds, bounds[1:], strict=False)]
-
-    fields = [batch["turn_spans"].values.field(name).to_pylist() for name in ("turn", "role", "start", "stop")]
-    spans, bounds = [TurnSpan(*values) for values in zip(*fields, strict=True)], batch["turn_spans"].offsets.to_pylist()
-    columns = [batch[name].to_pylist() for name in ("row", "source", "window", "id")]
-    input_ids, labels = lists("input_ids"), lists("labels")
-    for index, (row, source, window, row_id) in enumerate(zip(*columns, strict=True)):
-        turn_spans = tuple(spans[bounds[index] : bounds[index + 1]])
-        yield Example(input_ids[index], labels[index], row, source, window, turn_spans), row_id
+        stored = (values for batch in batches for values in batch.to_pylist())
+        for (source, row), windows in groupby(stored, _key_of):
+            first, *others = windows
+            yield source, row, tuple(map(example_of, [first, *others])), json.loads(first["id"])

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.evaluation import lingowhale_benchmarks
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.utils.errors import ConfigError, first_line, format_faults
@@ -121,8 +123,6 @@ def evaluate_benchmarks(
     allow_code: bool,
 ) -> dict[str, Any]:
     """Run the tasks and return the content of `benchmarks.json`, on every rank."""
-    import torch
-
     harness = import_harness()
     if apply_chat_template and loaded.tokenizer.chat_template is None:
         raise ConfigError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.dataset.collator import pad_token_id
 from finetune.evaluation.forgetting_questions import CATEGORIES, LANGUAGES, Question, is_right, load_questions
 from finetune.evaluation.question_answering import answers_of, scores_of
 from finetune.evaluation.significance import exact_mcnemar, mean_interval
@@ -62,8 +63,6 @@ def ask_questions(
     loaded: LoadedModel, model: Any, questions: Sequence[Question], *, label: str, bar: Callable[..., Any]
 ) -> list[AnsweredQuestion]:
     """Ask one model all questions, rendered as in training."""
-    from finetune.dataset.collator import pad_token_id
-
     has_virtual_tokens = label == TUNED and loaded.result.has_virtual_tokens
     written = [question for question in questions if question.is_written]
     choices = [question for question in questions if not question.is_written]

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from finetune.chat_templates import Example, TurnSpan
 from finetune.chat_templates.text_segments import segmenter
 from finetune.config import DataArguments
 from finetune.conversation import answer_number
+from finetune.dataset.collator import pad_token_id
 from finetune.dataset.data_sources import find_sources
+from finetune.dataset.dataloader import int_column
 from finetune.dataset.prepare import PreparedData, check_dropped_share
+from finetune.dataset.prepared_cache import example_of
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
 from finetune.evaluation.significance import perplexity, ratio_interval
 from finetune.evaluation.token_losses import AnswerLoss, group_by_tokens, measure_token_losses, padding_free
@@ -103,7 +105,7 @@ def evaluate_held_out(
     segments_of = segmenter(loaded.chat_format)
 
     def with_text(row: RowLosses) -> dict[str, Any]:
-        examples = [_example_at(prepared, index) for index in row.examples]
+        examples = map(example_of, prepared.examples.with_format(None).select(row.examples))
         segments = [asdict(segment) for example in examples for segment in segments_of(example)]
         return {**row.to_json(), "segments": segments}
 
@@ -132,12 +134,6 @@ def evaluate_held_out(
     }
 
 
-def _example_at(prepared: PreparedData, index: int) -> Example:
-    row = prepared.examples.with_format(None)[index]
-    spans = tuple(TurnSpan(**span) for span in row["turn_spans"])
-    return Example(row["input_ids"], row["labels"], row["row"], row["source"], row["window"], spans)
-
-
 def measure_rows(
     loaded: LoadedModel,
     prepared: PreparedData,
@@ -147,9 +143,6 @@ def measure_rows(
     bar: Callable[[str, int], Any],
 ) -> list[RowLosses]:
     """Measure the models on all rows; ranks divide the work and all of them return all rows."""
-    from finetune.dataset.collator import pad_token_id
-    from finetune.dataset.dataloader import int_column
-
     examples = prepared.examples
     lengths = int_column(examples, "length").tolist()
     groups = group_by_tokens(lengths, tokens_per_batch)[get_rank() :: get_world_size()]

@@ -5,28 +5,30 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from finetune.chat_templates import IGNORE_INDEX, ChatFormat, UnrenderableError, prompt_ids, tokenize_conversation
 from finetune.conversation import Turn
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
 from finetune.evaluation.token_losses import device_of, token_losses_of
+from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
 from finetune.utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 Done = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class AnswerChoice:
-    """A tokenized question and its candidates, without the end of the turn."""
+class Candidate(NamedTuple):
+    """A tokenized question and one of its answers, without the end of the turn."""
 
     prompt: list[int]
-    candidates: list[list[int]]
-    num_bytes: list[int]  # length of each candidate's text in UTF-8
+    answer: list[int]
+    num_bytes: int  # of the answer's text in UTF-8
+
+
+Choice = list[Candidate]  # all of one question
 
 
 def scores_of(
@@ -41,23 +43,23 @@ def scores_of(
 ) -> list[list[float]]:
     """Compute log p per byte of each candidate of each (question, candidates), on every rank.
 
-    A question is computed once and its cache serves all candidates. Models without `position_ids` compute each
-    conversation as a whole.
+    A question is computed once and its cache serves all candidates, of which each question has the same number. Models
+    without `position_ids` compute each conversation as a whole.
     """
-    from finetune.models.attention import unwrap_adapter
-
-    choices = [_tokenize_choice(chat_format, question, candidates) for question, candidates in questions]
+    choices = [[_tokenize(chat_format, question, text) for text in candidates] for question, candidates in questions]
     forward = type(unwrap_adapter(model)).forward
     uses_cache = not has_virtual_tokens and "position_ids" in inspect.signature(forward).parameters
     scores: dict[int, list[float]] = {}
-    for group in _groups_of_rank([len(choice.prompt) for choice in choices], batch_size):
+    for group in _groups_of_rank([len(choice[0].prompt) for choice in choices], batch_size):
         batch = [choices[index] for index in group]
         if uses_cache:
             sums = _sums_with_cache(model, batch, pad_token_id)
         else:
-            sums = [_sums_one_by_one(model, choice, pad_token_id, has_virtual_tokens) for choice in batch]
-        for index, choice, choice_sums in zip(group, batch, sums, strict=True):
-            scores[index] = [total / size for total, size in zip(choice_sums, choice.num_bytes, strict=True)]
+            sums = [_sums_of_whole(model, choice, pad_token_id, has_virtual_tokens) for choice in batch]
+        for index, choice_sums in zip(group, sums, strict=True):
+            scores[index] = [
+                total / candidate.num_bytes for total, candidate in zip(choice_sums, choices[index], strict=True)
+            ]
         done(len(group))
     return _gather(scores)
 
@@ -75,40 +77,37 @@ def _gather(results: dict[int, Any]) -> list[Any]:
     return [gathered[index] for index in range(len(gathered))]
 
 
-def _tokenize_choice(chat_format: ChatFormat, question: str, candidates: Sequence[str]) -> AnswerChoice:
-    prompt, ids = _tokenize_prompt(chat_format, question), []
-    for candidate in candidates:
-        conversation = tokenize_conversation(chat_format, [Turn("human", question), Turn("model", candidate)])
-        answer = conversation.supervised_spans[-1]
-        ids.append(conversation.input_ids[answer.start : answer.stop - answer.ended])
-    return AnswerChoice(prompt, ids, [len(candidate.encode()) for candidate in candidates])
-
-
-def _tokenize_prompt(chat_format: ChatFormat, question: str) -> list[int]:
+def _tokenize(chat_format: ChatFormat, question: str, text: str) -> Candidate:
     try:
-        return prompt_ids(chat_format, [Turn("human", question)])
+        tokenized = tokenize_conversation(chat_format, [Turn("human", question), Turn("model", text)])
     except UnrenderableError as error:
         raise ConfigError(f"the chat format cannot express a question: {error}") from None
+    answer = tokenized.supervised_spans[-1]
+    stop = answer.stop - answer.ended
+    return Candidate(tokenized.input_ids[: answer.start], tokenized.input_ids[answer.start : stop], len(text.encode()))
 
 
-def _sums_with_cache(model: Any, choices: Sequence[AnswerChoice], pad_token_id: int) -> list[list[float]]:
+def _sums_of_whole(model: Any, choice: Choice, pad_token_id: int, has_virtual_tokens: bool) -> list[float]:
+    """Compute log p of each candidate from whole conversations."""
+    examples = [
+        {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer} for prompt, answer, _ in choice
+    ]
+    losses = token_losses_of(model, examples, pad_token_id, False, has_virtual_tokens)
+    ends = np.cumsum([len(candidate.answer) for candidate in choice])
+    return [-float(part.sum()) for part in np.split(losses, ends[:-1])]
+
+
+def _sums_with_cache(model: Any, choices: Sequence[Choice], pad_token_id: int) -> list[list[float]]:
     """Compute log p of the candidates of a batch of questions.
 
     prompts      p p 1 2 3     candidates, a row each       7 8 9     positions  3 4 5
                  1 2 3 4 5     after the cached prompt      7 8 p                5 6 -
     """
-    import torch
-
-    from finetune.models.attention import supports_logits_to_keep
-
     device = device_of(model)
-    counts = {len(choice.candidates) for choice in choices}
-    if len(counts) != 1:
-        raise ValueError(f"questions of a batch need the same number of candidates, they have {sorted(counts)}")
-    (count,) = counts
-    prompts, mask = _pad([choice.prompt for choice in choices], pad_token_id, device, left=True)
+    count = len(choices[0])
+    prompts, mask = _pad([choice[0].prompt for choice in choices], pad_token_id, device, left=True)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    ids, ids_mask = _pad([ids for choice in choices for ids in choice.candidates], pad_token_id, device)
+    ids, ids_mask = _pad([candidate.answer for choice in choices for candidate in choice], pad_token_id, device)
     last_only = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
     with torch.no_grad():
         output = model(input_ids=prompts, attention_mask=mask, position_ids=positions, use_cache=True, **last_only)
@@ -130,8 +129,6 @@ def _pad(
     rows: Sequence[list[int]], pad_token_id: int, device: Any, *, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return padded ids and their attention mask, int64 [rows, longest]."""
-    import torch
-
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_token_id)
     mask = torch.zeros((len(rows), longest), dtype=torch.int64)
@@ -139,16 +136,6 @@ def _pad(
         columns = slice(longest - len(row), None) if left else slice(0, len(row))
         ids[index, columns], mask[index, columns] = torch.tensor(row), 1
     return ids.to(device), mask.to(device)
-
-
-def _sums_one_by_one(model: Any, choice: AnswerChoice, pad_token_id: int, has_virtual_tokens: bool) -> list[float]:
-    """Compute log p of each candidate from its whole conversation."""
-    sums = []
-    for ids in choice.candidates:
-        labels = [IGNORE_INDEX] * len(choice.prompt) + ids
-        example = {"input_ids": choice.prompt + ids, "labels": labels}
-        sums.append(-float(token_losses_of(model, [example], pad_token_id, False, has_virtual_tokens).sum()))
-    return sums
 
 
 def answers_of(
@@ -165,9 +152,10 @@ def answers_of(
 
     Questions of similar length form a batch, padded on the left; the batches do not depend on the ranks.
     """
-    import torch
-
-    prompts = [_tokenize_prompt(chat_format, question) for question in questions]
+    try:
+        prompts = [prompt_ids(chat_format, [Turn("human", question)]) for question in questions]
+    except UnrenderableError as error:
+        raise ConfigError(f"the chat format cannot express a question: {error}") from None
     tokenizer, device = chat_format.plain.tokenizer, device_of(model)
     answers: dict[int, str] = {}
     for group in _groups_of_rank([len(prompt) for prompt in prompts], batch_size):

@@ -16,8 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune.chat_templates import supervised_turns_of
+from finetune.dataset.collator import LOSS_KEYS, Collator
+from finetune.models.attention import enable_padding_free, supports_logits_to_keep, unwrap_adapter
+from finetune.training.loss import token_losses
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,6 @@ def group_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
 @contextmanager
 def padding_free(model: Any, *, longest: int, has_virtual_tokens: bool) -> Iterator[str | None]:
     """Switch the model to padding-free batches inside the block; yield why it cannot run them, or None."""
-    from finetune.models.attention import enable_padding_free, unwrap_adapter
-
     if has_virtual_tokens:
         yield "the adapter puts virtual tokens before each row"
         return
@@ -109,12 +111,6 @@ def token_losses_of(
     model: Any, examples: list[dict[str, Any]], pad_token_id: int, is_flat: bool, has_virtual_tokens: bool
 ) -> np.ndarray:
     """Return -log p of each supervised token of the examples, in order; float64 [P]."""
-    import torch
-
-    from finetune.dataset.collator import LOSS_KEYS, Collator
-    from finetune.models.attention import supports_logits_to_keep
-    from finetune.training.loss import token_losses
-
     selects = supports_logits_to_keep(model) and not has_virtual_tokens
     device = device_of(model)
     batch = {
@@ -127,7 +123,7 @@ def token_losses_of(
     arguments = {name: value for name, value in batch.items() if name not in LOSS_KEYS}
     if has_virtual_tokens and supports_logits_to_keep(model):
         # Positions counted from the end are the same with virtual tokens at the beginning.
-        arguments["logits_to_keep"] = positions.shape[1] - int(positions[0].nonzero()[0])
+        arguments["logits_to_keep"] = positions.shape[1] - int(positions.any(dim=0).nonzero()[0])
         positions = positions[:, -arguments["logits_to_keep"] :]
     with torch.no_grad():
         logits = model(**{"use_cache": has_virtual_tokens, **arguments}).logits

@@ -106,7 +106,8 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     at = f"finetune.cli.{verb}"
     found = {
         "evaluate": {
-            f"{at}.read_result": result, f"{at}.eval_results.check_writable": None, f"{at}.prepare_held_out": object(),
+            f"{at}.read_result": result, f"{at}.eval_results.check_writable": None,
+            "finetune.evaluation.held_out.prepare_held_out": object(),
             f"{at}.eval_results.versioned": {}, f"{at}.eval_results.write_results": None,
             f"{at}.print_sections": None, f"{at}.init_process_group": None,
             "finetune.inference.load_result.load_for_inference": None,
