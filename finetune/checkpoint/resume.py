@@ -60,12 +60,12 @@ class ResumePoint:
         }
 
 
-def saved_step(output_dir: Path, resume_from: str | None, *, any_world_size: bool, world_size: int) -> SavedStep | None:
-    """Return the step of the checkpoint to resume from, where it is from another number of ranks, which is allowed.
+def saved_step(output_dir: Path, resume_from: str | None, world_size: int) -> SavedStep | None:
+    """Return the step of the checkpoint to resume from, where it is from another number of ranks.
 
     It is read before ranks can ask each other, because DeepSpeed's config holds the size of a batch.
     """
-    if resume_from is None or not any_world_size:
+    if resume_from is None:
         return None
     folders = [Path(resume_from).expanduser()]
     if resume_from == "auto":

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     report = DoctorReport()
     arguments = report.attempt("command", lambda: parse(words))
     run = arguments and report.attempt("command", lambda: _plan_run(choice, flags, words, arguments))
-    if run:
+    if arguments and run:
         quiet_libraries()
         examine_run(report, run, partial(resolve, arguments))
     if choice.json:

@@ -7,13 +7,14 @@ seconds and building it touches the devices. Flags that transformers has renamed
 
 from __future__ import annotations
 
-from finetune.config.argument_parser import build_parser, known_flags, parse
+from finetune.config.argument_parser import build_parser, flag_words, known_flags, parse
 from finetune.config.arguments import (
     AdapterArguments,
     Arguments,
     DataArguments,
     DoctorArguments,
     ModelArguments,
+    RunArguments,
     default_of,
     training_flags,
 )

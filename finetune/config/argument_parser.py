@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,21 @@ def data_faults(data: DataArguments) -> Iterator[str]:
     for rule in data.repairs:
         if rule not in REPAIRS:
             yield f"--repairs {rule}: expected {one_of(tuple(REPAIRS))}"
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags by name as the words of a command line; None is left out.
+
+    >>> flag_words({"use_lora": True, "data_path": ["a.json", "b.json"], "seed": None})
+    ['--use_lora=True', '--data_path', 'a.json', 'b.json']
+    """
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def below(least: int, name: str, value: float | None) -> Iterator[str]:

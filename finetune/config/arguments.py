@@ -253,6 +253,11 @@ class Arguments:
         ours = {**asdict(self.model), **asdict(self.data), **asdict(self.batch), **asdict(self.adapter)}
         return {**ours, **{name: value for name, value in self.training.items() if name not in SECRETS}}
 
+    @property
+    def output_dir(self) -> Path:
+        """Where the result goes."""
+        return Path(self.training["output_dir"]).expanduser()
+
     def given(self, name: str) -> Any:
         """A training flag as given, else transformers' default."""
         return self.training.get(name, training_flags()[name].default)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,15 @@ RECORDED_FLAGS = (
 )  # fmt: skip
 
 
+# The trackers of transformers; the package and the modules of one where these have another name.
+TRACKERS = (
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
+    "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+TRACKER_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+TRACKER_MODULES = {"azure_ml": ["azureml"], "flyte": ["flytekit"], "tensorboard": ["tensorboard", "tensorboardX"]}
+
+
 def resolve_config(
     arguments: Arguments, detected: DetectedHardware, ranks: RankCounts, saved: SavedStep | None = None
 ) -> RunConfig:
@@ -50,11 +59,13 @@ def resolve_config(
         ConfigError: flags that exclude each other, or that the hardware or the ranks cannot do.
         StorageError: `--output_dir` cannot be written to.
     """
-    output_dir = Path(arguments.training["output_dir"]).expanduser()
+    output_dir = arguments.output_dir
     if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
         raise ConfigError(f"--output_dir {output_dir} is the directory of the model itself: choose another one")
     evaluation = evaluation_options(arguments)
     _check_sampling(arguments)
+    report_to = arguments.given("report_to")
+    check_trackers([report_to] if isinstance(report_to, str) else report_to or [])
     move_aside = output_dir_lock.check_output_dir(
         output_dir, overwrite=arguments.run.overwrite_output_dir, resume=arguments.resumes_from() is not None
     )
@@ -86,6 +97,7 @@ def resolve_config(
         model=arguments.model,
         data=arguments.data,
         adapter=arguments.adapter,
+        run=arguments.run,
         batch=batch,
         checkpoint=checkpoint,
         schedule=ScheduleConfig(**{name: arguments.given(name) for name in ScheduleConfig.__dataclass_fields__}),
@@ -203,7 +215,7 @@ def _training_values(
     """Keyword arguments of `TrainingArguments`."""
     values = {
         **arguments.training,
-        "output_dir": str(Path(arguments.training["output_dir"]).expanduser()),
+        "output_dir": str(arguments.output_dir),
         "bf16": hardware.precision == "bf16",
         "fp16": hardware.precision == "fp16",
         "tf32": hardware.tf32,
@@ -243,6 +255,22 @@ def _check_sampling(arguments: Arguments) -> None:
     strategy = arguments.given("train_sampling_strategy")
     if strategy not in SAMPLING_STRATEGIES:
         raise ConfigError(f"--train_sampling_strategy {strategy}: expected {', '.join(SAMPLING_STRATEGIES)}")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that each tracker of `--report_to` is one, and installed, without importing it.
+
+    Raises:
+        ConfigError: the line that installs it, or all names.
+    """
+    for name in names:
+        if name in ("all", "none"):
+            continue
+        if name not in TRACKERS:
+            raise ConfigError(f"--report_to {name}: expected none, all or some of {', '.join(TRACKERS)}")
+        if not any(find_spec(module) for module in TRACKER_MODULES.get(name, [name])):
+            package = TRACKER_PACKAGES.get(name, name)
+            raise ConfigError(f"--report_to {name}: it is not installed: pip install {package}")
 
 
 def _check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.config.arguments import AdapterArguments, DataArguments, ModelArguments
+from finetune.config.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
-from finetune.config.hardware import HardwareConfig
+from finetune.config.hardware import HardwareConfig, Precision
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class RunConfig:
     model: ModelArguments
     data: DataArguments
     adapter: AdapterArguments
+    run: RunArguments
     batch: BatchConfig
     checkpoint: CheckpointConfig
     schedule: ScheduleConfig
@@ -136,6 +137,26 @@ class RunConfig:
     def zero_stage(self) -> int | None:
         """0 to 3; None without DeepSpeed."""
         return self.deepspeed.stage if self.deepspeed else None
+
+    @property
+    def weights_precision(self) -> Precision:
+        """The precision to load weights in; without DeepSpeed autocast computes with float32 weights."""
+        return self.hardware.precision if self.deepspeed else "float32"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json records of it; `chat` and `data` are the flags alone."""
+        data = self.data
+        return {
+            "arguments": dict(self.flags),
+            "run_arguments": asdict(self.run),
+            "notes": list(self.notes),
+            "deepspeed": self.deepspeed.config if self.deepspeed else None,
+            "world_size": self.batch.world_size,
+            "precision": self.hardware.precision,
+            "attention": self.hardware.attention,
+            "chat": {name: getattr(data, name) for name in ("human_token_ids", "model_token_ids", "content_tokens")},
+            "data": {"path": data.data_path},
+        }
 
     def training_values(self) -> dict[str, Any]:
         """Return the keyword arguments of `transformers.TrainingArguments`."""

@@ -10,30 +10,49 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.config.arguments import AdapterArguments
+from finetune.distributed.startup_timer import timed
+from finetune.models.loader import ModelInfo, needs_new_embeddings
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ALL_LINEAR = "all-linear"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
+@timed("model")
 def attach_adapter(
-    base: Any, adapter: AdapterArguments, *, base_revision: str | None, grows: bool, computes_initial: bool = True
+    base: Any,
+    adapter: AdapterArguments,
+    info: ModelInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int | None = None,
+    computes_initial: bool = True,
 ) -> Any:
-    """Return the base model with the adapter that the flags describe.
+    """Return the base model with the adapter that the flags describe, if any.
 
     Args:
-        base_revision: the state of the base's repository that the saved adapter will load.
-        grows: the embeddings get rows for new tokens, which must be trained too.
+        info: of the base. Its embeddings are trained too where the tokenizer has tokens without one.
+        seed: of the drawn matrices; the Trainer sets it only later, and loading draws numbers under ZeRO-3.
         computes_initial: start as --init_lora_weights says; else plain, for a model without weights.
 
     Raises:
         ConfigError: no such module, or an adapter that cannot train new embeddings.
     """
     kind = adapter.kind()
+    if kind is None:
+        return base
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    grows, base_revision = needs_new_embeddings(info, tokenizer), info.revision
     if kind in ("prefix", "prompt"):
         if grows:
             raise ConfigError(f"--adapter {kind} cannot train the embeddings of new tokens: use --use_lora True")

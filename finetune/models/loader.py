@@ -16,7 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.config.arguments import ModelArguments
 from finetune.config.hardware import Precision
+from finetune.distributed.startup_timer import timed
 from finetune.utils.errors import ConfigError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
 
@@ -42,6 +44,7 @@ class ModelInfo:
 
     name: str
     revision: str | None
+    trusts_code: bool
     config: Any
     attention: str
     can_checkpoint: bool
@@ -63,10 +66,11 @@ class ModelInfo:
             "revision": revision,
             "fingerprint": self.fingerprint,
             "weights": weights_fingerprint(self.name, revision),
+            "trusts_code": self.trusts_code,
         }
 
 
-def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: bool, attention: str) -> ModelInfo:
+def inspect_model(model: ModelArguments, attention: str) -> ModelInfo:
     """Check whether the model can be loaded as requested, without reading its weights.
 
     Raises:
@@ -76,20 +80,19 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    name, revision, trusts_code = model.model_name_or_path, model.model_revision, model.trusts_code()
     if not Path(name).exists():
         use_cache_if_hub_unreachable()
-    code = code_note(name, revision) if trust_remote_code else None
+    code = code_note(name, revision) if trusts_code else None
     with _model_errors(name):
-        config = AutoConfig.from_pretrained(
-            name, **_revision_options(name, revision), trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(name, **_revision_options(name, revision), trust_remote_code=trusts_code)
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
             with _model_errors(name), torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(
                     config,
                     attn_implementation=candidate,
-                    trust_remote_code=trust_remote_code,
+                    trust_remote_code=trusts_code,
                     **_code_revision_option(revision),
                 )
         except (ImportError, ValueError) as error:
@@ -100,7 +103,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         if candidate != attention:
             notes.append(f"fallback to {candidate} attention because the model does not support {attention}")
         can_checkpoint = bool(empty.supports_gradient_checkpointing)
-        return ModelInfo(name, revision, config, candidate, can_checkpoint, type(empty), tuple(notes))
+        return ModelInfo(name, revision, trusts_code, config, candidate, can_checkpoint, type(empty), tuple(notes))
     raise AssertionError("the last candidate either returned or raised")
 
 
@@ -126,15 +129,13 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
             ) from None
 
 
+@timed("model")
 def load_model(
-    info: ModelInfo,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    precision: Precision,
-    trust_remote_code: bool,
-    stop_token_id: int | None,
+    info: ModelInfo, tokenizer: PreTrainedTokenizerBase, precision: Precision, stop_token_id: int | None
 ) -> Any:
     """Load the base model in its training precision, its vocabulary large enough for the tokenizer.
+
+    Under ZeRO-3 each rank receives its share while rank 0 reads.
 
     Args:
         stop_token_id: Token that ends a turn in training; generation stops there too.
@@ -148,7 +149,7 @@ def load_model(
             config=info.config,
             dtype=torch_dtype(precision),
             attn_implementation=info.attention,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=info.trusts_code,
         )
     if needs_new_embeddings(info, tokenizer):
         model.resize_token_embeddings(embedding_rows(tokenizer))

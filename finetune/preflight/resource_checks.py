@@ -108,7 +108,7 @@ def _model_spec(config: RunConfig, info: ModelInfo, tokenizer: Any, adapter: Ada
     grows = loader.needs_new_embeddings(info, tokenizer)
 
     def attach(base: Any) -> Any:
-        return attach_adapter(base, adapter, base_revision=info.revision, grows=grows, computes_initial=False)
+        return attach_adapter(base, adapter, info, tokenizer, computes_initial=False)
 
     return spec_from_config(
         info.config,

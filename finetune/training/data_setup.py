@@ -1,7 +1,6 @@
 """Prepare the data of a run as the command line describes it: tokenizer, chat format, examples. Needs no torch.
 
-`prepare_run_data` prepares training and held-out data with `prepare_sources`, which applies the flags to
-`dataset.prepare.prepare_dataset`.
+`load_data` checks and shows what `prepare_run_data` prepares: training and held-out data, each by `prepare_sources`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING
 from finetune.chat_templates import ChatFormat, Renderer, add_control_tokens, select_chat_format
 from finetune.config import DataArguments, ModelArguments
 from finetune.dataset.data_sources import Source, find_sources
-from finetune.dataset.prepare import PreparedData, prepare_dataset
+from finetune.dataset.prepare import PreparedData, check_dropped_share, prepare_dataset
 from finetune.distributed.startup_timer import timed
 from finetune.models import loader
+from finetune.utils.console import log_notes, section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,16 @@ def load_chat_format(
     return tokenizer, chat_format, notes
 
 
+def load_data(model: ModelArguments, data: DataArguments) -> tuple[PreTrainedTokenizerBase, ChatFormat, PreparedData]:
+    """Prepare the data, show its summary, and refuse data that the run should not start with."""
+    tokenizer, chat_format, prepared = prepare_run_data(model, data)
+    for part, title in ((prepared, "Data"), (prepared.evaluation, "Held-out data")):
+        if part is not None:
+            logger.info(section(title, part.summary.lines()))
+            check_dropped_share(part, data.max_dropped_rows)
+    return tokenizer, chat_format, prepared
+
+
 @timed("data")
 def prepare_run_data(
     model: ModelArguments, data: DataArguments
@@ -51,8 +61,7 @@ def prepare_run_data(
     sources = find_sources(data.data_path)
     held_out_sources = find_sources(data.eval_data_path) if data.eval_data_path else None
     tokenizer, chat_format, notes = load_chat_format(model, data)
-    for note in notes:
-        logger.warning(note)
+    log_notes(notes)
     evaluation = prepare_sources(held_out_sources, chat_format, data) if held_out_sources else None
     prepared = prepare_sources(sources, chat_format, data)
     return tokenizer, chat_format, replace(prepared, validation_share=data.validation_share, evaluation=evaluation)
@@ -68,6 +77,5 @@ def prepare_sources(sources: Sequence[Source], chat_format: ChatFormat, data: Da
         cache_dir=data.data_cache_dir,
         num_processes=data.preprocessing_num_workers,
     )
-    for note in prepared.notes:
-        logger.warning(note)
+    log_notes(prepared.notes)
     return prepared

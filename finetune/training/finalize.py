@@ -7,15 +7,16 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.config.arguments import ModelArguments
 from finetune.config.hardware import Precision
-from finetune.distributed import stop_requests
-from finetune.distributed.collectives import run_on_rank_0
+from finetune.distributed import stop_requests, watchdog
+from finetune.distributed.collectives import destroy_process_group, run_on_rank_0
 from finetune.export.verify_saved import verify_result
-from finetune.run_dir import run_json
+from finetune.models.loader import ModelInfo
+from finetune.run_dir import output_dir_lock, run_json
 from finetune.training.metrics import loss_curve
 from finetune.training.trainer import SupervisedTrainer
 from finetune.utils.console import labelled, section, width
@@ -23,15 +24,16 @@ from finetune.utils.console import labelled, section, width
 logger = logging.getLogger(__name__)
 
 
-def finalize_run(trainer: SupervisedTrainer, *, model: ModelArguments, is_adapter: bool, precision: Precision) -> None:
-    """Save the result, verify it, record how the run ended, and show it. All ranks.
-
-    Args:
-        model: the base model, as on the command line.
+def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, precision: Precision) -> None:
+    """Save the result, verify it, record how the run ended, and show it; or record that it was stopped. All ranks.
 
     Raises:
         CheckpointError: the saved result is not what was trained.
     """
+    if trainer.stopped_by is not None:
+        _finalize_stopped(trainer)
+        return
+    watchdog.report_phase("end", trainer.state.global_step)
     trainer.save_result()
     example = trainer.train_dataset.shortest_example()
     loss = trainer.loss_of(example)
@@ -39,20 +41,20 @@ def finalize_run(trainer: SupervisedTrainer, *, model: ModelArguments, is_adapte
     def conclude() -> None:
         checked = verify_result(
             trainer.output_dir,
-            base=model.model_name_or_path,
+            base=base.name,
             input_ids=example["input_ids"].tolist(),
             labels=example["labels"].tolist(),
             loss=loss,
             precision=precision,
-            trust_remote_code=model.trusts_code(),
+            trust_remote_code=base.trusts_code,
         )
         _record(trainer, checked, "adapter" if is_adapter else "full model")
 
     run_on_rank_0(conclude)
 
 
-def finalize_stopped(trainer: SupervisedTrainer) -> None:
-    """Record and show that the run was asked to stop: its last checkpoint is what this start leaves. All ranks."""
+def _finalize_stopped(trainer: SupervisedTrainer) -> None:
+    """Record and show that the run was asked to stop: its last checkpoint is what this start leaves."""
     stop_requests.ignore_signals()
     output_dir, by, step = trainer.output_dir, trainer.stopped_by, trainer.state.global_step
     logger.info(
@@ -65,6 +67,23 @@ def finalize_stopped(trainer: SupervisedTrainer) -> None:
         run_json.update_run_json(output_dir, {"stopped": {"by": by, "step": step}, "starts": starts})
 
     run_on_rank_0(record)
+
+
+def end_run(trainer: SupervisedTrainer, write_report: Callable[[Path, bool], None]) -> None:
+    """Leave the process group, write the report and mark the run complete, or exit with 75 where it was stopped.
+
+    Args:
+        write_report: (output_dir, whether the run was stopped).
+    """
+    output_dir, was_stopped = trainer.output_dir, trainer.stopped_by is not None
+    is_writer = trainer.saver.storage.is_writer  # ranks are known to a process group only
+    destroy_process_group()
+    write_report(output_dir, was_stopped)
+    if is_writer and not was_stopped:
+        run_json.mark_complete(output_dir, trainer.identity.run_id)
+    output_dir_lock.release_lock()
+    if was_stopped:
+        sys.exit(stop_requests.EXIT_STOPPED)
 
 
 def _record(trainer: SupervisedTrainer, checked: str, kind: str) -> None:

@@ -1,65 +1,52 @@
-"""Train: build the Trainer from what is loaded, and run it."""
+"""Train: build the Trainer from what is loaded, show the plan, and run it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from finetune.chat_templates import ChatFormat
 from finetune.checkpoint.saver import RunIdentity
+from finetune.config import AdapterArguments, RunArguments
 from finetune.config.hardware import HardwareConfig, measured_matmul_rate, peak_flops
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import run_on_rank_0
-from finetune.models.adapters import InitialLora
+from finetune.distributed.startup_timer import start_up_seconds
+from finetune.models.adapters import InitialLora, changes_base_weights, count_parameters
 from finetune.run_dir.run_json import update_run_json
+from finetune.run_dir.training_plan import TrainingPlan
 from finetune.training.dataloaders import Dataloaders
-from finetune.training.plan import summarize_plan
 from finetune.utils.console import section
 from finetune.utils.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
     from finetune.training.trainer import SupervisedTrainer
 
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """What is loaded before the first step."""
-
-    model: Any
-    tokenizer: Any
-    chat_format: ChatFormat
-    data: PreparedData
-    loaders: Dataloaders
-    arguments: TrainingArguments
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """What the Trainer needs of the configuration beyond `TrainingArguments`.
-
-    Attributes:
-        keep_checkpoints: complete checkpoints that stay; None or 0: all.
-        keeps_initial_lora: the adapter's initialisation changes base weights, and is saved relative to them.
-        plan_settings: `RunConfig.plan_settings()`.
-    """
-
-    hardware: HardwareConfig
-    keep_checkpoints: int | None
-    keeps_initial_lora: bool
-    early_stopping_patience: int | None
-    early_stopping_threshold: float
-    plan_settings: Mapping[str, Any]
-
-
-def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> SupervisedTrainer:
+def fit(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    loaders: Dataloaders,
+    args: TrainingArguments,
+    identity: RunIdentity,
+    *,
+    adapter: AdapterArguments,
+    hardware: HardwareConfig,
+    run: RunArguments,
+    keep: int | None,
+    plan_settings: Mapping[str, Any],
+) -> SupervisedTrainer:
     """Train to the end, or to a stop that was requested; the plan is shown once the number of steps is known.
+
+    Args:
+        keep: complete checkpoints that stay; None or 0: all.
+        plan_settings: `RunConfig.plan_settings()` and the name of the chat format.
 
     Raises:
         ConfigError: the Trainer refuses the flags: a tracker that is not installed, evaluation without data.
@@ -69,39 +56,69 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
     from finetune.training.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
-        plan = summarize_plan(
-            options.plan_settings,
-            inputs.model,
-            inputs.data,
-            inputs.loaders,
-            chat_format=inputs.chat_format.name,
-            steps=steps,
-        )
+        plan = summarize_plan(plan_settings, model, data, loaders, steps)
         logger.info(section("Plan", plan.lines()) + "\n")
-        warmup = inputs.arguments.get_warmup_steps(steps)
+        warmup = args.get_warmup_steps(steps)
         if warmup >= steps:
             logger.warning(f"--warmup_steps {warmup}: the run has {steps} steps: --learning_rate is never reached")
-        run_on_rank_0(lambda: update_run_json(Path(str(inputs.arguments.output_dir)), {"plan": asdict(plan)}))
+        run_on_rank_0(lambda: update_run_json(trainer.output_dir, {"plan": asdict(plan)}))
 
+    # PiSSA and OLoRA change base weights; the adapter is saved relative to the original ones.
+    moves_weights = adapter.kind() == "lora" and changes_base_weights(adapter.init_lora_weights)
     try:
         trainer = SupervisedTrainer(
-            model=inputs.model,
-            args=inputs.arguments,
-            loaders=inputs.loaders,
+            model=model,
+            args=args,
+            loaders=loaders,
             identity=identity,
-            peak_flops=_peak_flops(options.hardware),
-            keep=options.keep_checkpoints,
-            processing_class=inputs.tokenizer,
-            initial_lora=InitialLora(inputs.model) if options.keeps_initial_lora else None,
+            peak_flops=_peak_flops(hardware),
+            keep=keep,
+            processing_class=tokenizer,
+            initial_lora=InitialLora(model) if moves_weights else None,
             on_plan=announce,
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
-    if options.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStopping(options.early_stopping_patience, options.early_stopping_threshold))
+    if run.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(run.early_stopping_patience, run.early_stopping_threshold))
     trainer.add_callback(PhaseReporter())
     trainer.train(resume_from_checkpoint=str(identity.folder) if identity.folder else None)
     return trainer
+
+
+def summarize_plan(
+    settings: Mapping[str, Any], model: Any, data: PreparedData, loaders: Dataloaders, steps: int
+) -> TrainingPlan:
+    """Build the plan of a run of so many optimizer steps; `settings` are its fields that the flags decide."""
+    from finetune.dataset.dataloader import padding_share
+
+    trainable, parameters = count_parameters(model)
+    sampler, collator, held_out = loaders.train.sampler, loaders.train.collate, loaders.held_out
+    known = {name: value for name, value in settings.items() if name != "held_out_schedule"}
+    if held_out is not None:
+        tokens, schedule = int(held_out.lengths.sum()), settings["held_out_schedule"]
+        known["held_out"] = f"{len(held_out):,} examples, {tokens:,} tokens, evaluated {schedule}"
+    return TrainingPlan(
+        **known,
+        parameters=parameters,
+        trainable=trainable,
+        per_device_batch=sampler.shape.per_device_batch,
+        accumulation=sampler.shape.accumulation,
+        data_ranks=sampler.shape.world_size,
+        examples=len(loaders.train),
+        groups=None if sampler.capacity is None else sampler.num_units,
+        group_tokens=sampler.capacity,
+        tokens=int(sampler.lengths.sum()),
+        supervised_share=data.summary.supervised_share,
+        batching=sampler.batching,
+        padding=padding_share(sampler) if sampler.batching == "padded" else 0.0,
+        selects_logits=collator.selects_logits,
+        loss_weighting=collator.weighting,
+        attention=model.config._attn_implementation + (", per conversation" if sampler.batching != "padded" else ""),
+        epochs=steps / sampler.steps_per_epoch,
+        steps=steps,
+        start_up=start_up_seconds(),
+    )
 
 
 def _peak_flops(hardware: HardwareConfig) -> float | None:

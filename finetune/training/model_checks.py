@@ -1,12 +1,40 @@
-"""Checks of a run against its model that need no weights: sequence parallelism, activation checkpointing."""
+"""Check a run against its model, without weights: attention, sequence parallelism, activation checkpointing."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from finetune.config.run_config import ActivationCheckpointing, BatchConfig
+from finetune.config.run_config import ActivationCheckpointing, BatchConfig, RunConfig
+from finetune.distributed.op_builder import build_notes
+from finetune.distributed.startup_timer import timed
+from finetune.models.loader import ModelInfo, inspect_model
 from finetune.utils.errors import ConfigError
+
+
+@timed("checks")
+def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
+    """Inspect the model, and adapt the config to what its code can do.
+
+    Raises:
+        ConfigError: what the model cannot do.
+    """
+    info = inspect_model(config.model, config.hardware.attention)
+    check_sequence_parallel(config.batch, info.config, config.zero_stage)
+    checkpointing, notes = resolve_activation_checkpointing(
+        config.activation_checkpointing, config.adapter.kind(), info.can_checkpoint
+    )
+    if config.deepspeed is not None:
+        notes += build_notes(Path(os.environ["TORCH_EXTENSIONS_DIR"]), use_cpu=config.hardware.use_cpu)
+    adapted = replace(
+        config,
+        hardware=replace(config.hardware, attention=info.attention),
+        activation_checkpointing=checkpointing,
+        notes=(*config.notes, *info.notes, *notes),
+    )
+    return adapted, info
 
 
 def check_sequence_parallel(batch: BatchConfig, model_config: Any, zero_stage: int | None) -> None:

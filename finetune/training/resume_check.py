@@ -57,9 +57,7 @@ SHOWN_CHARACTERS = 60
 
 def resume_facts(
     flags: Mapping[str, Any],
-    seed: int,
     data: PreparedData,
-    *,
     model_fingerprint: str,
     precision: str,
     zero: ResolvedDeepSpeedConfig | None,
@@ -70,7 +68,7 @@ def resume_facts(
         flags: of the run by name, `RunConfig.resume_flags`; those that do not decide numbers are left out here.
     """
     facts = {f"--{name}": value for name, value in sorted(flags.items()) if name not in FREE}
-    examples = len(data.epoch(seed).examples)
+    examples = len(data.epoch(flags["seed"]).examples)
     skipped = {SKIPPED_ROWS: [f"{source}:{row}" for source, row in data.skipped_rows]} if data.skipped_rows else {}
     sections = zero.config if zero else {}
     facts |= {

@@ -29,6 +29,12 @@ KNOWN_WARNINGS = (
 )
 
 
+def log_notes(notes: Iterable[str]) -> None:
+    """Show what the user should know: decisions that differ from the flags, and the like."""
+    for note in notes:
+        logging.getLogger(__name__).warning(note)
+
+
 def is_rank_0() -> bool:
     """Whether this process prints for the run."""
     return os.environ.get("RANK", "0") == "0"

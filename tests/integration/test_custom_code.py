@@ -226,11 +226,10 @@ def load(name, revision, **flags):
     marker.unlink(missing_ok=True)
     chosen = ModelArguments(name, model_revision=revision, **flags)
     try:
-        found = loader.inspect_model(name, revision=revision, trust_remote_code=chosen.trusts_code(), attention="sdpa")
+        found = loader.inspect_model(chosen, "sdpa")
         loader.load_tokenizer(name, revision=revision, trust_remote_code=chosen.trusts_code())
         weights = loader.load_model(
-            found, loader.load_tokenizer(name, trust_remote_code=False), precision="float32",
-            trust_remote_code=True, stop_token_id=None)
+            found, loader.load_tokenizer(name, trust_remote_code=False), "float32", stop_token_id=None)
     except ConfigError as error:
         return [str(error), marker.exists()]
     return [list(found.notes), marker.read_text(), type(weights).__name__, loader.model_fingerprint(name, revision)]

@@ -22,9 +22,11 @@ from finetune.config.hardware import DetectedHardware
 from finetune.config.run_config import RankCounts
 from finetune.distributed.watchdog.coordinator import PhaseTimeouts, RankProgress
 from finetune.models.adapters import attach_adapter
-from finetune.training.data_setup import prepare_run_data
+from finetune.models.loader import inspect_model, load_tokenizer
+from finetune.training.data_setup import load_data, prepare_run_data
 from finetune.training.dataloaders import build_dataloaders
-from finetune.training.fit import TrainingInputs, fit
+from finetune.training.fit import fit
+from finetune.training.run_start import set_timeouts, skip_rows
 from finetune.utils.errors import FinetuneError
 from tests.helpers.logs import logged
 from tests.helpers.rows import ROWS, write_rows
@@ -82,10 +84,10 @@ def approved(words: Words, _: Any) -> Any:
     """Whether a run starts with this data, and what it holds out."""
     arguments = parse(words)
     try:
-        _, _, data = train.load_data(arguments)
+        _, _, data = load_data(arguments.model, arguments.data)
     except FinetuneError as error:
         return str(error)
-    return data.held_out(42) and len(data.held_out(42).examples), train.skip_rows(arguments, data).skipped_rows
+    return data.held_out(42) and len(data.held_out(42).examples), skip_rows(data, arguments.run.skip_rows).skipped_rows
 
 
 def processes(words: Words, monkeypatch: Any) -> Any:
@@ -134,7 +136,8 @@ def attached(words: Words, _: Any) -> Any:
     base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
     if arguments.adapter.kind() is None:
         return None
-    adapted = attach_adapter(base, arguments.adapter, base_revision=None, grows=False)
+    info = inspect_model(arguments.model, "sdpa")
+    adapted = attach_adapter(base, arguments.adapter, info, load_tokenizer(info.name, trust_remote_code=False))
     weights = [(name, one.shape, float(one.detach().double().sum())) for name, one in adapted.named_parameters()]
     return weights, str(adapted.peft_config["default"]), str(adapted)
 
@@ -143,22 +146,28 @@ def limited(words: Words, monkeypatch: Any) -> Any:
     """How long the watchdog of rank 0 lets a rank stay in each phase."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr("finetune.distributed.watchdog.watchdog_client._send", told.append)
-    train.set_up_process(parse(words))
+    set_timeouts(parse(words).run)
     timeouts = PhaseTimeouts(**next(message["timeouts"] for message in told if "timeouts" in message))
     return timeouts.rendezvous, [timeouts.of(RankProgress(phase)) for phase in ("model", "step", "save")]
 
 
 def stopped(words: Words, monkeypatch: Any) -> Any:
     """Whether a run ends at these held-out losses."""
-    arguments, control = parse(words), SimpleNamespace(should_training_stop=False)
+    control = SimpleNamespace(should_training_stop=False)
     callbacks: list[Any] = []
     trainer = SimpleNamespace(add_callback=callbacks.append, train=lambda **_: None)
     monkeypatch.setattr("finetune.training.trainer.SupervisedTrainer", lambda **_: trainer)
     monkeypatch.setattr("finetune.training.fit._peak_flops", lambda _: None)
     held_out = parse([*words, "--validation_share", "0.5"])
     config, _ = train.resolve(held_out, DetectedHardware(), RankCounts(1, 1))
-    inputs = TrainingInputs(None, None, None, None, None, None)
-    fit(inputs, SimpleNamespace(folder=None), train.fit_options(arguments, config))
+    fit(
+        *(None, None, None, None, None, SimpleNamespace(folder=None)),
+        adapter=config.adapter,
+        hardware=config.hardware,
+        run=config.run,
+        keep=None,
+        plan_settings={},
+    )
     history = [{"eval_loss": loss} for loss in (2.0, 1.9, 1.8, 1.79)]
     for one in callbacks:
         if hasattr(one, "patience"):
@@ -170,7 +179,7 @@ def reported(words: Words, monkeypatch: Any) -> Any:
     """What is asked of the page about the run."""
     asked: list[Any] = []
     monkeypatch.setattr("finetune.report.write_at_the_end", lambda folder, **how: asked.append(how) or "")
-    train.write_report(parse(words), Path("output"), answers=0)
+    train.write_report(parse(words).run, Path("output"), was_stopped=False)
     return asked
 
 

@@ -6,19 +6,20 @@ import importlib.util
 
 import pytest
 
-from finetune.training.trackers import PACKAGES, check_trackers
+from finetune.config import resolve
+from finetune.config.resolve import TRACKERS, check_trackers
 from finetune.utils.errors import ConfigError
 
 
 def test_the_names_are_transformers():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    assert set(PACKAGES) == set(INTEGRATION_TO_CALLBACK)
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
 
 
 def test_one_that_is_missing_is_told_with_the_line_that_installs_it(monkeypatch):
     there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "comet_ml" else there(name))
+    monkeypatch.setattr(resolve, "find_spec", lambda name: None if name == "comet_ml" else there(name))
     check_trackers(["none"])
     check_trackers(["tensorboard", "all"])
     with pytest.raises(ConfigError, match="--report_to comet_ml: it is not installed: pip install comet-ml"):
