@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.models.attention import unsupported_config_reason
+from finetune.models.attention import unsupported_config_reason, unwrap_adapter
 from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
 from finetune.preflight.memory.model_spec import Activations, Precision
 
@@ -132,8 +132,9 @@ def _run(model: Any, tokens: int, logits: int, started: list[_LiveBytes] | None 
         "input_ids": torch.zeros((1, tokens), dtype=torch.long, device="meta"),
         "use_cache": False,
     }
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = {name for module in (model, base) for name in inspect.signature(type(module).forward).parameters}
+    parameters = {
+        name for module in (model, unwrap_adapter(model)) for name in inspect.signature(type(module).forward).parameters
+    }
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(tokens, device="meta")[None]
     if "logits_to_keep" in parameters:

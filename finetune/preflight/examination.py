@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.config.hardware import DetectedHardware, detect_hardware
+from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
+from finetune.config.hardware import DetectedHardware, HardwareConfig, detect_hardware
 from finetune.config.run_config import RankCounts, RunConfig
 from finetune.dataset.prepare import PreparedData, check_dropped_share
 from finetune.distributed import host_probe
 from finetune.distributed.op_builder import operators_of
 from finetune.launcher import ssh, staging
+from finetune.models.attention import forward_takes_logits_to_keep, unsupported_config_reason
 from finetune.models.loader import ModelInfo
 from finetune.preflight import dry_run
+from finetune.preflight.batch_forecast import forecast_batches
 from finetune.preflight.doctor_report import DoctorReport
 from finetune.preflight.host_checks import (
     Answers,
@@ -28,7 +32,7 @@ from finetune.preflight.host_checks import (
     hardware_of,
 )
 from finetune.preflight.planned_run import PlannedRun, rank_counts
-from finetune.preflight.resource_checks import check_resources
+from finetune.preflight.resource_checks import check_resources, free_space, note_batches, run_spec
 from finetune.training.data_setup import prepare_run_data
 from finetune.utils.console import labelled
 from finetune.utils.proc import ROOT
@@ -63,10 +67,30 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
     check_machine(report, here)
     if resolved is not None:
         config, info = resolved
-        _note_configuration(report, config, info, slots)
+        checkpointing = config.activation_checkpointing.enabled
+        _note_configuration(report, slots, info, config.hardware, config.deepspeed, checkpointing, config.notes)
         if read is not None:
             logger.info("computing memory and disk")
-            check_resources(report, config, info, *read, slots, answers)
+            tokenizer, data = read
+            selects = forward_takes_logits_to_keep(info.model_class)
+            obstacle = unsupported_config_reason(info.config, data.longest)
+            forecast = partial(forecast_batches, config.batch, config.schedule, data)
+            batches = report.attempt("configuration", lambda: forecast(selects_logits=selects, obstacle=obstacle))
+            if batches is not None:
+                note_batches(report, config.batch, batches)
+                planned = run_spec(
+                    *(
+                        config.deepspeed,
+                        config.hardware,
+                        config.activation_checkpointing,
+                        config.batch,
+                        config.schedule,
+                    ),
+                    batches,
+                    ranks_on_host=max(map(len, slots.values())),
+                )
+                free = free_space(config.hardware.use_cpu, slots, answers)
+                check_resources(report, planned, batches.first, free, info, tokenizer, config.adapter)
         names = operators_of(config.deepspeed.config if config.deepspeed else None, use_cpu=config.hardware.use_cpu)
         with_code = [host for host in answers if answers[host]["code"]]
         if names and with_code:
@@ -96,27 +120,33 @@ def _read(report: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
     return tokenizer, data
 
 
-def _note_configuration(report: DoctorReport, config: RunConfig, info: ModelInfo, slots: dict[str, list[int]]) -> None:
-    zero, hardware, ranks = config.deepspeed, config.hardware, config.batch.world_size
-    hosts = f"{len(slots)} host{'s' * (len(slots) > 1)}"
+def _note_configuration(
+    report: DoctorReport,
+    slots: dict[str, list[int]],
+    info: ModelInfo,
+    hardware: HardwareConfig,
+    zero: ResolvedDeepSpeedConfig | None,
+    checkpointing: bool,
+    notes: Sequence[str],
+) -> None:
+    ranks, hosts = sum(map(len, slots.values())), f"{len(slots)} host{'s' * (len(slots) > 1)}"
     by_host = ", ".join(f"{host}: {len(ids)}" for host, ids in slots.items())
-    checkpointing = "on" if config.activation_checkpointing.enabled else "off"
     lines = {
         "ranks": f"{ranks} on {hosts} ({by_host}), {'CPU, gloo' if hardware.use_cpu else 'GPU, nccl'}",
         "model": f"{info.name} ({info.config.model_type})",
         "ZeRO": f"stage {zero.stage}" + (", offloaded" * zero.offloads) if zero else "none (plain data parallel)",
         "precision": hardware.precision,
-        "attention": f"{info.attention}, activation checkpointing {checkpointing}",
+        "attention": f"{info.attention}, activation checkpointing {'on' if checkpointing else 'off'}",
     }
     report.facts["configuration"] = {
         "world_size": ranks,
         "slots": slots,
         "backend": hardware.backend,
-        "notes": list(config.notes),
+        "notes": list(notes),
         "precision": hardware.precision,
         "attention": info.attention,
         "deepspeed": zero.config if zero else None,
-        "lines": [*labelled(lines), *(f"note: {note}" for note in config.notes)],
+        "lines": [*labelled(lines), *(f"note: {note}" for note in notes)],
     }
 
 

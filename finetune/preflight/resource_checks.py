@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import AdapterArguments
-from finetune.config.run_config import BatchConfig, RunConfig, ScheduleConfig
-from finetune.dataset.prepare import PreparedData
+from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
+from finetune.config.hardware import HardwareConfig, Precision
+from finetune.config.run_config import ActivationCheckpointing, BatchConfig, ScheduleConfig
 from finetune.models import loader
 from finetune.models.adapters import attach_adapter
-from finetune.models.attention import forward_takes_logits_to_keep, unsupported_config_reason
 from finetune.models.loader import ModelInfo
 from finetune.preflight import memory
-from finetune.preflight.batch_forecast import BatchForecast, forecast_batches
+from finetune.preflight.batch_forecast import BatchForecast, LargestBatch
 from finetune.preflight.doctor_report import DoctorReport, size
 from finetune.preflight.host_checks import Answers
 from finetune.preflight.memory import MemoryEstimate, ModelSpec, RunSpec, Suggestion
@@ -41,36 +41,29 @@ class FreeSpace:
 
 def check_resources(
     report: DoctorReport,
-    config: RunConfig,
+    run: RunSpec,
+    first_batch: LargestBatch,
+    free: FreeSpace,
     info: ModelInfo,
     tokenizer: Any,
-    data: PreparedData,
-    slots: dict[str, list[int]],
-    answers: Answers,
+    adapter: AdapterArguments,
 ) -> None:
-    """Note batches and steps, then check memory of devices and hosts, and disks."""
-    obstacle = unsupported_config_reason(info.config, data.longest)
-    selects = forward_takes_logits_to_keep(info.model_class)
-    batches = report.attempt(
-        "configuration",
-        lambda: forecast_batches(config.batch, config.schedule, data, selects_logits=selects, obstacle=obstacle),
-    )
-    if batches is None:
-        return
-    _note_batches(report, config.batch, batches)
-    free = _free_space(config.hardware.use_cpu, slots, answers)
+    """Check memory of devices and hosts, and disks.
+
+    Args:
+        first_batch: the largest micro-batch of the first steps.
+    """
     try:
-        model = _model_spec(config, info, tokenizer, config.adapter)
+        model = _model_spec(info, tokenizer, run.precision, adapter)
     except FinetuneError as error:
         report.add_error("configuration", str(error), status=error.status)
         return
     except ValueError as error:
         report.warn("memory", f"not estimated: {error}")
         return
-    run = run_spec(config, batches, ranks_on_host=max(map(len, slots.values())))
     estimate = memory.estimate_memory(model, run)
     other = memory.estimate_memory(model, replace(run, checkpoint_every=0 if run.checkpoint_every else 1))
-    first = memory.estimate_memory(model, replace(run, **asdict(batches.first)))
+    first = memory.estimate_memory(model, replace(run, **asdict(first_batch)))
     facts: dict[str, Any] = {"fits": free.holds(estimate), **estimate.facts()}
     facts["device"] |= {
         "capacity": free.device,
@@ -85,15 +78,16 @@ def check_resources(
     report.facts["memory"] = facts
     if not facts["fits"]:
         with_adapter = None
-        if config.adapter.kind() is None:
-            with_adapter = _model_spec(config, info, tokenizer, replace(config.adapter, use_lora=True))
+        if adapter.kind() is None:
+            with_adapter = _model_spec(info, tokenizer, run.precision, replace(adapter, use_lora=True))
         device = math.inf if free.device is None else free.device
         changes = memory.suggest_changes(model, run, device, free.host, with_adapter=with_adapter)
         _add_memory_error(report, estimate, free, changes)
     _check_disks(report, estimate, free, saves=run.keep_checkpoints != 0)
 
 
-def _note_batches(report: DoctorReport, batch: BatchConfig, batches: BatchForecast) -> None:
+def note_batches(report: DoctorReport, batch: BatchConfig, batches: BatchForecast) -> None:
+    """Add the batches to the facts about the configuration."""
     facts = batches.facts(batch)
     lines = {
         "step": f"{facts['arithmetic']}, about {facts['tokens_per_step']:,} tokens",
@@ -104,7 +98,7 @@ def _note_batches(report: DoctorReport, batch: BatchConfig, batches: BatchForeca
     configuration["lines"] += [*labelled(lines), *(f"note: {note}" for note in batches.layout.notes)]
 
 
-def _model_spec(config: RunConfig, info: ModelInfo, tokenizer: Any, adapter: AdapterArguments) -> ModelSpec:
+def _model_spec(info: ModelInfo, tokenizer: Any, precision: Precision, adapter: AdapterArguments) -> ModelSpec:
     grows = loader.needs_new_embeddings(info, tokenizer)
 
     def attach(base: Any) -> Any:
@@ -112,31 +106,39 @@ def _model_spec(config: RunConfig, info: ModelInfo, tokenizer: Any, adapter: Ada
 
     return spec_from_config(
         info.config,
-        precision=config.hardware.precision,
+        precision=precision,
         attach=attach if adapter.kind() is not None else None,
         vocabulary=loader.embedding_rows(tokenizer) if grows else None,
         stored_bytes=loader.stored_bytes(Path(info.name).expanduser()),
-        trust_remote_code=config.model.trusts_code(),
+        trust_remote_code=info.trusts_code,
     )
 
 
-def run_spec(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -> RunSpec:
+def run_spec(
+    zero: ResolvedDeepSpeedConfig | None,
+    hardware: HardwareConfig,
+    recompute: ActivationCheckpointing,
+    batch: BatchConfig,
+    schedule: ScheduleConfig,
+    batches: BatchForecast,
+    *,
+    ranks_on_host: int,
+) -> RunSpec:
     """Return the run as the numbers of the estimate, with the sizes that DeepSpeed gets."""
-    recompute = config.activation_checkpointing
     return RunSpec(
-        **memory.from_deepspeed(config.deepspeed.config if config.deepspeed else None),
-        ranks=config.batch.world_size,
+        **memory.from_deepspeed(zero.config if zero else None),
+        ranks=batch.world_size,
         ranks_on_host=ranks_on_host,
         **asdict(batches.largest),
         longest=batches.longest,
         padded=batches.layout.batching == "padded",
-        precision=config.hardware.precision,
-        use_cpu=config.hardware.use_cpu,
+        precision=hardware.precision,
+        use_cpu=hardware.use_cpu,
         checkpoint_every=recompute.every_n_layers if recompute.enabled else 0,
         checkpoints_to_host=recompute.enabled and recompute.offload,
-        accumulation=config.batch.accumulation,
-        keep_checkpoints=_kept_checkpoints(config.schedule, batches),
-        only_model=config.schedule.save_only_model,
+        accumulation=batch.accumulation,
+        keep_checkpoints=_kept_checkpoints(schedule, batches),
+        only_model=schedule.save_only_model,
     )
 
 
@@ -152,7 +154,8 @@ def _kept_checkpoints(schedule: ScheduleConfig, batches: BatchForecast) -> int:
     return min(saved, limit) if limit and limit > 0 else saved
 
 
-def _free_space(use_cpu: bool, slots: dict[str, list[int]], answers: Answers) -> FreeSpace:
+def free_space(use_cpu: bool, slots: dict[str, list[int]], answers: Answers) -> FreeSpace:
+    """Collect what the hosts said of their memory and disks."""
     disks = {host: facts["space"]["output"]["free"] for host, facts in answers.items()}
     host = min((facts["memory"]["available"] for facts in answers.values()), default=math.inf)
     gpus = [gpu["memory"] for name, facts in answers.items() for gpu in facts["gpu_facts"][: len(slots[name])]]

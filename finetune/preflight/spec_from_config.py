@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from finetune.models.attention import unwrap_adapter
 from finetune.models.loader import torch_dtype
 from finetune.preflight.activation_trace import layers_of, trace_activations
 from finetune.preflight.memory.model_spec import BYTES, Activations, Block, ModelSpec, Precision, plain_activations
@@ -79,7 +80,7 @@ def _built(config: Any, precision: Precision, attach: Callable[[Any], Any] | Non
     """Return the model, its base, the weight of its input embeddings, and its head or None; all without content."""
     try:
         model = _on_meta(config, precision, attach, trusts_code)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = unwrap_adapter(model)
         return model, base, base.get_input_embeddings().weight, base.get_output_embeddings()
     except FinetuneError:
         raise

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from finetune.models.attention import unwrap_adapter
 from finetune.training.nonfinite import LossScale
 
 
@@ -54,8 +55,8 @@ def enable_sequence_parallel(model: Any, accelerator: Accelerator) -> None:
     Each rank's collator cuts its part out of the row that all ranks of a group load, so accelerate's dataloader
     adapter, which broadcasts the rows of one rank to the others in turn, is disabled. (accelerate 1.15)
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    accelerator.parallelism_config.sp_handler.sp_attn_implementation = base.config._attn_implementation
+    attention = unwrap_adapter(model).config._attn_implementation
+    accelerator.parallelism_config.sp_handler.sp_attn_implementation = attention
     accelerator.deepspeed_ulysses_dl_adapter = lambda loader, model: loader
 
 
