@@ -159,11 +159,7 @@ class ChatFormat(Protocol):
 
 
 def tokenize_conversation(chat_format: ChatFormat, turns: Sequence[Turn]) -> TokenizedConversation:
-    """Tokenize one conversation.
-
-    Raises:
-        UnrenderableError: the format cannot express it.
-    """
+    """Tokenize one conversation, or raise `UnrenderableError`."""
     (tokenized,) = chat_format.tokenize_all([turns])
     if isinstance(tokenized, UnrenderableError):
         raise tokenized

@@ -96,10 +96,9 @@ def _mark(number: int, part: str) -> str:
 
 
 def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) -> list[str]:
-    """The content of each turn as it is in the rendered text, in the skeleton's order: unchanged or stripped.
+    """The content of each turn as the text has it, unchanged or stripped, in the skeleton's order.
 
-    Raises:
-        UnrenderableError: the text is not the skeleton's pieces around these contents.
+    Raises `UnrenderableError` if the text is not the skeleton's pieces around these contents.
     """
     if not text.startswith(skeleton.pieces[0]):
         raise UnrenderableError("the chat template begins otherwise with these contents than with plain ones")

@@ -58,12 +58,7 @@ class _Token(NamedTuple):
 
 
 def segments(example: Example, plain: PlainTextTokenizer, markers: Collection[int] = ()) -> list[Segment]:
-    """Split an example into segments.
-
-    Args:
-        plain: decides what is a control token and what is text, as in training.
-        markers: ids that open a turn although they are ordinary tokens of the tokenizer.
-    """
+    """Split an example into segments; `markers` are ids that open a turn although they are ordinary tokens."""
     control = plain.control_ids.union(markers)
     decoder = _RunDecoder(plain, example.input_ids)
     return [

@@ -23,14 +23,7 @@ from finetune.utils.errors import DataError
 
 
 class ConversationReader:
-    """Iterates over all rows of all sources, each a `Conversation` or a `BadRow`.
-
-    Args:
-        repairs: names of `REPAIRS`.
-
-    Attributes:
-        rows_by_format: conversations read so far, by (source, row format).
-    """
+    """Iterates over all rows of all sources, each a `Conversation` or a `BadRow`; `repairs` are names of `REPAIRS`."""
 
     def __init__(self, sources: Sequence[Source], *, repairs: Collection[str] = ()) -> None:
         self.sources = tuple(sources)

@@ -36,12 +36,7 @@ class UnreadableFileError(Exception):
 
 
 class DataFile:
-    """A file open for reading, decompressed on the fly.
-
-    Attributes:
-        packed: whether the file is compressed.
-        head: the first chunk of decompressed bytes; `chunks` yields it again.
-    """
+    """A file open for reading, decompressed on the fly; `head` is the first chunk, which `chunks` yields again."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -59,11 +54,7 @@ class DataFile:
         return 0 if self._raw.closed else self._raw.tell()
 
     def chunks(self) -> Iterator[bytes]:
-        """The decompressed bytes from the beginning.
-
-        Raises:
-            UnreadableFileError: the compressed stream is cut short or damaged.
-        """
+        """The decompressed bytes from the beginning; `UnreadableFileError` if they are cut short or damaged."""
         chunk = self.head
         while chunk:
             yield chunk
@@ -105,11 +96,7 @@ def _decompressor(raw: BinaryIO, magic: bytes) -> Any:
 
 @contextmanager
 def open_data_file(path: str) -> Iterator[DataFile]:
-    """Open a file.
-
-    Raises:
-        UnreadableFileError: the kind of file is not supported, or the file cannot be opened.
-    """
+    """Open a file, or raise `UnreadableFileError` with the reason."""
     try:
         with open(path, "rb") as raw:
             yield DataFile(raw)

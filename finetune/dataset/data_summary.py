@@ -49,11 +49,7 @@ class DataSummary:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> DataSummary:
-        """Restore a summary from its `facts`.
-
-        Raises:
-            TypeError: the facts were written by another version.
-        """
+        """Restore a summary from its `facts`; a `TypeError` if another version wrote them."""
         return cls(**{name: value for name, value in facts.items() if name != "supervised_share"})
 
     @property

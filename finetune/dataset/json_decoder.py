@@ -38,12 +38,7 @@ class Decoder:
         self._scan_once = decoder.scan_once
 
     def value(self, text: str, begin: int = 0) -> tuple[Any, int]:
-        """Decode the value that begins at `begin`; the value and where it ends.
-
-        Raises:
-            json.JSONDecodeError: its `pos` counts in `text`.
-            RecursionError: nested too deeply.
-        """
+        """Decode the value at `begin`, and where it ends; raises `JSONDecodeError` or `RecursionError`."""
         self.markers = 0
         try:
             return self._scan_once(text, begin)

@@ -14,11 +14,7 @@ MAX_SOURCES = 32
 
 
 class LossCells:
-    """Numbers the cells of the supervised tokens.
-
-    Args:
-        sources: all that the data comes from, in order; more than `MAX_SOURCES` are counted as one.
-    """
+    """Numbers the cells of the supervised tokens; more than `MAX_SOURCES` sources are counted as one."""
 
     def __init__(self, sources: Sequence[str]) -> None:
         is_separate = len(sources) <= MAX_SOURCES

@@ -188,11 +188,7 @@ def evaluate_benchmarks(
 
 
 def scores_of_job(job: BenchmarkJob, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a score for each metric of each task; for a benchmark of the suite its one metric.
-
-    Args:
-        results: By model, the results of `lm_eval_harness.run_tasks`.
-    """
+    """Return a score for each metric of each task; for a benchmark of the suite its one metric."""
     scores, tuned = [], results[TUNED]
     for task in _tasks_with_metrics(job.tasks, tuned):
         name = _name(task)

@@ -30,11 +30,7 @@ class AnsweredQuestion:
 
 
 def evaluate_forgetting(loaded: LoadedModel, *, bar: Callable[..., Any]) -> dict[str, Any]:
-    """Ask both models and return the content of `forgetting.json`, on every rank.
-
-    Args:
-        bar: (label, total, unit) -> a context manager with `update(count)`.
-    """
+    """Ask both models and return the content of `forgetting.json`, on every rank."""
     questions, began = load_questions(), time.monotonic()
     with loaded.base() as base:
         base_answers = ask_questions(loaded, base, questions, label=BASE, bar=bar)

@@ -66,12 +66,7 @@ def _question(entry: dict[str, Any], openings: dict[str, dict[str, list[str]]]) 
 
 
 def is_right(question: Question, written: str | None = None, scores: list[float] | None = None) -> bool:
-    """Whether an answer follows the question's rule.
-
-    Args:
-        written: Text that the model wrote.
-        scores: Or log p of each candidate; between equal ones the answer is not right.
-    """
+    """Whether a written answer, or the most probable of the candidates alone, follows the question's rule."""
     if scores is not None:
         right = question.rule["right"]
         others = [score for index, score in enumerate(scores) if index not in right]

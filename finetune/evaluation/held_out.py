@@ -33,11 +33,7 @@ TRAINING_ARGUMENTS = ("model_max_length", "too_long", "train_on", "repairs")
 
 
 def prepare_held_out(result: RunResult, arguments: dict[str, Any]) -> PreparedData:
-    """Read, render and check all rows, with the pipeline of the training.
-
-    Args:
-        arguments: Fields of `DataArguments` that were given.
-    """
+    """Read, render and check all rows as in training, except for the given fields of `DataArguments`."""
     trained = result.run.get("arguments", {})
     defaults = {name: trained[name] for name in TRAINING_ARGUMENTS if trained.get(name) is not None}
     data = DataArguments(**{**defaults, **arguments})
@@ -94,12 +90,7 @@ def evaluate_held_out(
     worst: int,
     bar: Callable[[str, int], Any],
 ) -> dict[str, Any]:
-    """Measure the rows and return the content of `evaluation.json`, on every rank.
-
-    Args:
-        worst: Number of rows to list with their text.
-        bar: (label, tokens) -> a context manager with `update(tokens)`.
-    """
+    """Measure the rows and return the content of `evaluation.json`, with the text of the `worst`, on every rank."""
     rows = measure_rows(loaded, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch, bar=bar)
     groups = summarize(rows)
     segments_of = segmenter(loaded.chat_format)

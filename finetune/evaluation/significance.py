@@ -15,8 +15,7 @@ Interval = tuple[float, float] | None
 def ratio_interval(sums: Sequence[float], weights: Sequence[float]) -> Interval:
     """Compute the 95 % percentile bootstrap interval of sum(sums) / sum(weights), resampling rows (Efron, 1979).
 
-    Returns:
-        (low, high), always the same for the same rows; None for fewer than two rows.
+    It is always the same for the same rows; None for fewer than two.
     """
     numerators, denominators = np.asarray(sums, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if len(numerators) < 2:
@@ -36,12 +35,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def exact_mcnemar(only_first: int, only_second: int) -> float:
-    """Compute the two-sided exact p-value of McNemar's test (McNemar, 1947).
-
-    Args:
-        only_first: Number of pairs in which only the first is right.
-        only_second: Number of pairs in which only the second is right.
-    """
+    """Compute the two-sided exact p-value of McNemar's test (1947) from the pairs of which only one is right."""
     pairs, fewer = only_first + only_second, min(only_first, only_second)
     if pairs == 0:
         return 1.0

@@ -119,16 +119,10 @@ class _ChangedWeight:
 
 
 class MergedTensors:
-    """The tensors of a base model with an adapter merged into it; those that the adapter does not change are copied.
+    """The tensors of a base with the adapter in `folder` merged into it; those that it does not change are copied.
 
-    Args:
-        stored: Tensors of the base.
-        model: The base without memory for its weights, its vocabulary as large as that of the training.
-        folder: Folder of the adapter.
-        attach: Loads the adapter on the model.
-
-    Attributes:
-        unties: Whether embeddings and head, one tensor in the base, become two.
+    `model` is the base without memory for its weights, its vocabulary as large as that of the training;
+    `attach` loads the adapter on it. `unties`: embeddings and head, one tensor in the base, become two.
     """
 
     def __init__(self, stored: StoredTensors, model: Any, folder: Path, attach: Callable[[Any, Path], Any]) -> None:

@@ -75,11 +75,6 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
     Args:
         base_name: Path of the base model if it was moved.
         dtype: Type of the merged weights; None: the precision of the training.
-
-    Raises:
-        ConfigError: The target is not empty, the adapter cannot be merged, the base is missing, or the model is stored
-            quantized.
-        CheckpointError: The checkpoint is incomplete, the base is another model, or the adapter does not fit.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is not replaced: choose another folder, or remove it")
@@ -114,10 +109,6 @@ def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> 
     Args:
         shard_bytes: Maximum size of a file, and about the memory that is needed.
         verify: Load the merged model and compare its logits with those of what was trained, if memory allows.
-
-    Raises:
-        CheckpointError: The merged model differs from what was trained.
-        StorageError: The disk is too small, or a file cannot be written.
     """
     result, target, tokenizer = plan.result, plan.target, plan.tokenizer
     _check_disk_space(target, plan.size)

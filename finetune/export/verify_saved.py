@@ -49,17 +49,12 @@ def verify_result(
 ) -> str:
     """Load a saved result and compare its loss on one conversation with that of the model in memory.
 
+    Returns a line for the user; a `CheckpointError` if a weight is missing, empty or unexpected, or the loss differs.
+
     Args:
         base: Base model of an adapter.
-        input_ids: Tokens of the conversation, unpadded.
-        labels: Its labels, unshifted.
+        labels: Those of the unpadded conversation, unshifted.
         loss: Loss of the model in memory, a mean over supervised tokens.
-
-    Returns:
-        A line for the user.
-
-    Raises:
-        CheckpointError: A weight is missing, empty or unexpected, or the loss differs.
     """
     has_adapter = is_adapter(folder)
     kind, weights_folder = ("adapter", Path(base)) if has_adapter else ("model", folder)
@@ -139,14 +134,9 @@ def compare_logits(
     *,
     trusts_code: bool,
 ) -> str:
-    """Load a merged model and compare its logits with those of what was trained.
+    """Compare the logits of a merged model with `expected`, those of what was trained; return a line for the user.
 
-    Args:
-        expected: Logits of what was trained.
-        precisions: Of the merged model and of the training.
-
-    Returns:
-        A line for the user.
+    The tolerance is that of the coarser of the two precisions.
     """
     merged = load_strict(folder, torch.float32, trusts_code=trusts_code)
     distance, same_choices, positions = 0.0, 0, 0

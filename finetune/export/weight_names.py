@@ -38,11 +38,7 @@ class StoredWeight:
 
 
 class WeightNames:
-    """Maps the names of one model.
-
-    Args:
-        model: Model without an adapter; the values of its weights are not used.
-    """
+    """Maps the names of one model without an adapter; the values of its weights are not used."""
 
     def __init__(self, model: Any) -> None:
         rules = get_model_conversion_mapping(model) or []

@@ -17,14 +17,10 @@ ROLES = {"human", "model", "system"}
 
 @dataclass
 class ChatSession:
-    """Questions with their answers, and an optional system turn.
-
-    Attributes:
-        pairs: (question, answer); a question without an answer is not kept.
-    """
+    """Questions with their answers, and an optional system turn."""
 
     system: str | None = None
-    pairs: list[tuple[str, str]] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)  # (question, answer)
 
     def turns(self, question: str | None = None) -> list[Turn]:
         """Return the conversation, with `question` as its last turn if one is given."""

@@ -96,8 +96,7 @@ class AnswerGenerator:
     ) -> AnswerStream:
         """Prepare the answer to `turns`, which end with a human turn; iterate over it to generate.
 
-        Args:
-            options: Arguments of `generate`; they override those of `sampling`.
+        `options` are arguments of `generate`, which override those of `sampling`.
         """
         prompt = self.prompt(turns)
         if self.window is not None:

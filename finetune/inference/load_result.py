@@ -87,11 +87,7 @@ def load_for_inference(result: RunResult, *, base_name: str | None = None, only_
 
 
 def read_model(folder: Path, *, markers: dict[str, list[int]], trust_remote_code: bool) -> RunResult:
-    """Describe a model without run.json as a result without a base.
-
-    Args:
-        markers: `human_token_ids` and `model_token_ids`, used if it is a LingoWhale model.
-    """
+    """Describe a model without run.json as a result without a base; `markers` are those of a LingoWhale model."""
     if is_adapter(folder):
         raise ConfigError(f"{folder}: an adapter without run.json: its base and chat format are unknown")
     from transformers import AutoConfig
@@ -136,12 +132,9 @@ def chat_format_of(result: RunResult, tokenizer: PreTrainedTokenizerBase) -> Cha
 
 
 def base_folder(result: RunResult, name: str | None = None) -> Path:
-    """Return the folder of the base model after checking that its weights are those the training started from.
+    """Return the folder of the base, `name` if it was moved, after checking that the training started from its weights.
 
     A base on the hub is taken from the cache; missing files are downloaded.
-
-    Args:
-        name: Path of the base model if it was moved.
     """
     trained_from = result.base["folder"] or result.base["name"]
     folder = Path(name or trained_from).expanduser()

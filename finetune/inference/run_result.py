@@ -51,12 +51,7 @@ class RunResult:
 
 
 def read_result(folder: Path) -> RunResult:
-    """Read what an output_dir, or a checkpoint in one, holds.
-
-    Raises:
-        ConfigError: No such folder, no run.json, or no model yet.
-        CheckpointError: The adapter's config cannot be read.
-    """
+    """Read what an output_dir, or a checkpoint in one, holds."""
     check_is_folder(folder)
     output_dir = folder.absolute().parent if step_of(folder.absolute()) is not None else folder
     run = load_run_json(output_dir)

@@ -46,16 +46,10 @@ class Command:
 
 
 def read_message(read: Callable[[str], str]) -> str | Command:
-    """Read the next message or command.
+    """Read the next message or command; `read` shows a prompt and returns a line without its line end.
 
     A line that ends with a backslash continues in the next one; lines in triple quotes are one message, unchanged.
     A terminal with bracketed paste delivers a paste of several lines as one line, which is kept whole.
-
-    Args:
-        read: Shows a prompt and returns a line without its line end.
-
-    Raises:
-        EOFError: The input has ended.
     """
     line = read(PROMPT)
     if line.lstrip().startswith(BLOCK):

@@ -23,20 +23,13 @@ Messages = list[dict[str, str]]
 
 @dataclass
 class WebSession:
-    """State of one browser tab.
-
-    Attributes:
-        base_answers: The base's answer to each question of `chat`, or None if it was not asked.
-        attempt: Answers so far, including those that were undone.
-        stopped: The answer that is being generated should end.
-        resets: Times the conversation was reset; an answer to an earlier conversation is not kept.
-    """
+    """State of one browser tab."""
 
     chat: ChatSession = field(default_factory=ChatSession)
-    base_answers: list[str | None] = field(default_factory=list)
-    attempt: int = 0
-    stopped: bool = False
-    resets: int = 0
+    base_answers: list[str | None] = field(default_factory=list)  # for each question of `chat`; None: it was not asked
+    attempt: int = 0  # answers so far, including those that were undone
+    stopped: bool = False  # the answer that is being generated should end
+    resets: int = 0  # of the conversation; an answer to an earlier one is not kept
 
     def add(self, question: str, answer: str, base_answer: str | None) -> None:
         """Append a question with its answers."""
@@ -58,8 +51,7 @@ class WebSession:
     def columns(self, question: str | None = None, answers: dict[str, str] | None = None) -> tuple[Messages, Messages]:
         """Return the messages of both columns, including a question that is being answered.
 
-        Args:
-            answers: By model, its answer so far; the model whose answers are kept comes first.
+        `answers` has the answer so far of each model; the model whose answers are kept comes first.
         """
         kept = list(self.chat.pairs)
         base = [

@@ -33,21 +33,15 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class PreviewPage:
-    """A data set and some of its rows.
-
-    Attributes:
-        facts: (label, value) pairs.
-        lengths: examples in equal bins from 0 to `longest` tokens.
-        not_kept: (source, row, status, reason) of the first of `num_not_kept` rows that were not kept whole.
-    """
+    """A data set and some of its rows."""
 
     title: str
-    facts: Sequence[tuple[str, str]]
-    lengths: Sequence[int]
+    facts: Sequence[tuple[str, str]]  # (label, value)
+    lengths: Sequence[int]  # examples in equal bins from 0 to `longest` tokens
     longest: int
     shown: str
     cards: Sequence[RowSample]
-    not_kept: Sequence[tuple[str, int, str, str]]
+    not_kept: Sequence[tuple[str, int, str, str]]  # (source, row, status, reason) of the first rows not kept whole
     num_not_kept: int
 
 
@@ -90,11 +84,7 @@ def _environment() -> Any:
 
 
 def name_of(character: str) -> str:
-    """Return what is shown for a character that has no shape.
-
-    >>> name_of("\\x1b")
-    'U+001B'
-    """
+    """Return what is shown for a character that has no shape, such as U+001B."""
     return f"U+{ord(character):04X}"
 
 

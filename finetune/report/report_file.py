@@ -23,11 +23,9 @@ def write_report(runs: Sequence[RunRecord], path: Path, *, every: float | None =
 
 
 def write_at_the_end(folder: Path, *, answers: int, seconds: float) -> str:
-    """Write a run's report into its folder, with answers where memory and time allow; return a line for the user.
+    """Write a run's report into its folder; return a line for the user.
 
-    Args:
-        answers: prompts to answer; 0: none.
-        seconds: that the answers may take.
+    Up to `answers` prompts are answered in it, where memory and the given time allow.
     """
     path, note = folder / FILE, ""
     try:

@@ -36,30 +36,21 @@ class LedgerSummary:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as its folder shows it now.
-
-    Attributes:
-        name: of the run among others.
-        facts: run.json.
-        lines: of metrics.jsonl, those with a `loss`, by rising step; a value is a finite number or None.
-        evaluations: those with an `eval_loss`.
-        unread: lines that are no JSON object with a step.
-        evaluated: what `finetune evaluate` has stored.
-    """
+    """One run as its folder shows it now."""
 
     folder: Path
-    name: str
-    facts: dict[str, Any]
-    lines: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    unread: int
+    name: str  # of the run among others
+    facts: dict[str, Any]  # run.json
+    lines: list[dict[str, Any]]  # of metrics.jsonl with a `loss`, by rising step; a value is finite or None
+    evaluations: list[dict[str, Any]]  # those with an `eval_loss`
+    unread: int  # lines that are no JSON object with a step
     failure: diagnostics.Failure | None
     state: State
     ledger: LedgerSummary
     cards: list[RowSample]
     answers: SampleAnswers | None
     lost_rows: int
-    evaluated: list[ResultSection] = field(default_factory=list)
+    evaluated: list[ResultSection] = field(default_factory=list)  # what `finetune evaluate` has stored
 
     def part(self, *names: str) -> dict[str, Any]:
         """An object inside run.json; empty where there is none."""

@@ -191,12 +191,8 @@ def generate_answers(
     """Load base and result, and let both answer.
 
     Args:
-        base_name: of the base model, where it has moved.
         seconds: for everything, loading included; None: no limit.
         each: called after each of the two answers to each prompt.
-
-    Raises:
-        FinetuneError: the base is missing, there is no time left, or the libraries fail (out of memory among others).
     """
     clock = _Clock(seconds, 2 * len(prompts))
     try:
