@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200
 # How the model computes, and which rows it is evaluated on, change nothing of what is shown.
-NOT_OF_PREVIEW = {"attn_implementation", "validation_share"}
+NOT_OF_PREVIEW = {"attn_implementation", "allow_missing_weights", "validation_share"}
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,11 @@ class ModelArguments:
         "run the Python files that come with the model; without it such a model is refused, and nothing of it runs "
         f"(`{TRUSTED_WITHOUT_FLAG[0]}` needs no flag)",
     )
+    allow_missing_weights: bool = option(
+        False,
+        "weights that the files lack, such as those of a new head, start at random instead of being an error; with an "
+        "adapter only those of layers in `--modules_to_save`: others would not be saved",
+    )
     attn_implementation: str | None = option(
         None,
         "attention backend of transformers; default: flash attention where it runs, else `sdpa`, else `eager`; a "
@@ -176,7 +181,9 @@ class AdapterArguments:
     lora_r: int = option(8, "rank of the LoRA matrices")
     lora_alpha: float = option(16, "LoRA updates are scaled by `lora_alpha / lora_r`")
     lora_dropout: float = option(0.1, "dropout on the input of the LoRA matrices, 0 to 1")
-    lora_target_modules: list[str] = option(["all-linear"], "names of the layers with LoRA, e.g. `qkv_proj`")
+    lora_target_modules: list[str] = option(
+        ["all-linear"], "names of the layers with LoRA, e.g. `q_proj v_proj`, or one regular expression over full names"
+    )
     use_dora: bool = option(False, "DoRA: train the magnitude of each weight column, too")
     use_rslora: bool = option(False, "rsLoRA: scale by `lora_alpha / sqrt(lora_r)`")
     init_lora_weights: str = option(
@@ -184,6 +191,10 @@ class AdapterArguments:
     )
     modules_to_save: list[str] = option([], "layers trained in full and saved with the adapter, e.g. `lm_head`")
     num_virtual_tokens: int = option(20, "length of a prefix or prompt adapter")
+
+    def saved_modules(self) -> tuple[str, ...] | None:
+        """Names of the layers of the base that are saved with the result; None: all."""
+        return None if self.kind() is None else tuple(self.modules_to_save) if self.kind() == "lora" else ()
 
     def kind(self) -> str | None:
         """lora, prefix, prompt, or None for full-parameter training."""

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from finetune.export.gguf_vocab import vocabulary_of
-from finetune.export.stored_tensors import StoredTensors
 from finetune.models.loader import embedding_rows
+from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import ConfigError, StorageError
 
 try:
@@ -122,7 +122,7 @@ def _tensors(config: dict[str, Any], stored: StoredTensors, arch: Any, kind: str
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ConfigError(f"--gguf: {source} has no name in the architecture {arch.name.lower()} of GGUF")
-        shape = tuple(stored[source].shape)
+        shape = stored.shape(source)
         type_name = end_type if name in ("token_embd.weight", "output.weight") else default_type
         if len(shape) == 1:
             type_name = "F32"

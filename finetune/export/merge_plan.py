@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 
 from finetune.checkpoint import MasterWeights
-from finetune.export.stored_tensors import StoredTensors
 from finetune.export.weight_names import StoredWeight, WeightNames, by_layer
+from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError, ConfigError
 
 # Parts of module names in a PeftModel.
@@ -128,7 +128,7 @@ class MergedTensors:
     def __init__(self, stored: StoredTensors, model: Any, folder: Path, attach: Callable[[Any, Path], Any]) -> None:
         self.stored, self.names = stored, WeightNames(model)
         self.tied = _tied_weights(model)
-        self.groups = self.names.group_files({name: tensor.shape for name, tensor in stored.items()})
+        self.groups = self.names.group_files({name: stored.shape(name) for name in stored})
         self.group_of = {weight: group for group in self.groups for weight in group.weights}
         self.changed = dict(self._changed_weights(attach(model, folder)))
         for name in self.changed:
@@ -157,7 +157,7 @@ class MergedTensors:
             return [self._computed(group.files[0][0], group.weights[0])]
         tensors = _ComputedTogether(partial(self._stored_group, group), len(group.files))
         return [
-            OutputTensor(name, tuple(self.stored[name].shape), torch.float32, partial(tensors.take, name), True)
+            OutputTensor(name, self.stored.shape(name), torch.float32, partial(tensors.take, name), True)
             for name, _ in group.files
         ]
 

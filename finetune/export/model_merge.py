@@ -18,7 +18,6 @@ from finetune.checkpoint import MasterWeights, step_of
 from finetune.config.hardware import Precision
 from finetune.export import model_files, verify_saved
 from finetune.export.merge_plan import MergedTensors, OutputTensor, check_mergeable, master_tensors, plain_tensors
-from finetune.export.stored_tensors import StoredTensors
 from finetune.export.weight_names import WeightNames
 from finetune.inference.load_result import (
     base_folder,
@@ -31,7 +30,9 @@ from finetune.inference.load_result import (
 )
 from finetune.inference.run_result import RunResult
 from finetune.models.adapters import check_saved_adapter
-from finetune.models.loader import precision_of, stored_bytes, torch_dtype
+from finetune.models.loader import precision_of, torch_dtype
+from finetune.models.model_folder import stored_bytes
+from finetune.models.stored_tensors import StoredTensors
 from finetune.run_dir.run_json import update_run_json
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError, format_faults
 

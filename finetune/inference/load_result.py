@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from finetune.chat_templates import ChatFormat, end_token_ids, select_chat_format
 from finetune.inference.run_result import RunResult
 from finetune.models import loader
+from finetune.models.base_checks import check_weights
+from finetune.models.model_folder import WEIGHTS_FILES, stored_bytes
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.errors import CheckpointError, ConfigError, first_line
 
@@ -162,7 +164,7 @@ def _download_base(result: RunResult) -> Path:
 
     name, revision = result.base["name"], result.base["revision"]
     folder = loader.local_model_dir(name, revision)
-    for weights in loader.WEIGHTS_FILES:
+    for weights in WEIGHTS_FILES:
         if loader.weights_fingerprint(str(folder)) is None:
             stem, suffix = weights.split(".")
             patterns = [*OTHER_MODEL_FILES, f"{stem}*.{suffix}"]
@@ -202,6 +204,8 @@ def _load(folder: Path, result: RunResult) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    may_miss = None if result.run.get("arguments", {}).get("allow_missing_weights") else ()
+    check_saved_weights(folder, trusts_code=result.trusts_code, may_miss=may_miss)
     if torch.cuda.is_available():
         options = {"dtype": loader.torch_dtype(result.precision), "device_map": _device_map()}
     else:
@@ -222,26 +226,34 @@ def _cpu_dtype(folder: Path) -> torch.dtype | str:
     """Return float32, the fastest type on a CPU, or the stored type if float32 weights would not fit in memory."""
     import torch
 
-    stored = loader.stored_bytes(folder) or 0
+    stored = stored_bytes(folder) or 0
     return torch.float32 if 2 * stored <= MEMORY_FRACTION * free_memory() else "auto"
+
+
+def check_saved_weights(folder: Path, *, trusts_code: bool, may_miss: tuple[str, ...] | None = ()) -> None:
+    """Check that a saved model holds every weight, and no other; see `check_weights`.
+
+    Raises:
+        CheckpointError: Weights are missing, unexpected or of another shape.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its weights do not load: {first_line(error)}") from None
+    check_weights(folder, empty, config, label=str(folder), may_miss=may_miss, error=CheckpointError)
 
 
 def load_strict(folder: Path, dtype: torch.dtype, *, trusts_code: bool) -> Any:
     """Load a model with plain transformers and require that every weight is there, and no other."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trusts_code, output_loading_info=True
-    )
-    model, info = cast(tuple[Any, dict[str, Any]], loaded)
-    faults = []
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, info[kind]))
-        if keys:
-            faults.append(f"{len(keys)} {kind.replace('_', ' ')}, the first {keys[0]}")
-    if faults:
-        raise CheckpointError(f"{folder}: the saved model is incomplete: {'; '.join(faults)}")
-    return model.eval()
+    check_saved_weights(folder, trusts_code=trusts_code)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusts_code).eval()
 
 
 def free_memory() -> int:

@@ -7,8 +7,10 @@ prefix tuning 2101.00190, prompt tuning 2104.08691; all of them as implemented b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,7 @@ def attach_adapter(
     base: Any,
     adapter: AdapterArguments,
     info: ModelInfo,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     seed: int | None = None,
     computes_initial: bool = True,
@@ -38,12 +40,13 @@ def attach_adapter(
     """Return the base model with the adapter that the flags describe, if any.
 
     Args:
-        info: of the base. Its embeddings are trained too where the tokenizer has tokens without one.
+        info: of the base.
+        tokenizer: embeddings are trained too where it has tokens without one.
         seed: of the drawn matrices; the Trainer sets it only later, and loading draws numbers under ZeRO-3.
         computes_initial: start as --init_lora_weights says; else plain, for a model without weights.
 
     Raises:
-        ConfigError: no such module, or an adapter that cannot train new embeddings.
+        ConfigError: no such module, or peft rejects an option.
     """
     kind = adapter.kind()
     if kind is None:
@@ -52,10 +55,8 @@ def attach_adapter(
         from transformers import set_seed
 
         set_seed(seed)
-    grows, base_revision = needs_new_embeddings(info, tokenizer), info.revision
+    grows, base_revision = tokenizer is not None and needs_new_embeddings(info, tokenizer), info.revision
     if kind in ("prefix", "prompt"):
-        if grows:
-            raise ConfigError(f"--adapter {kind} cannot train the embeddings of new tokens: use --use_lora True")
         return attach_virtual_tokens(base, kind, adapter.num_virtual_tokens, base_revision=base_revision)
     return attach_lora(
         base,
@@ -89,7 +90,7 @@ def attach_lora(
     """Attach LoRA matrices to `target_modules` and freeze the rest; return the `PeftModel`.
 
     Args:
-        target_modules: Names of layers, or `all-linear` for every linear layer except the head.
+        target_modules: As `parse_target_modules` takes them.
         train_embeddings: Also train and save the embeddings and the head, because new tokens start untrained.
         base_revision: Revision of the base model's repository, stored in the adapter.
 
@@ -99,27 +100,71 @@ def attach_lora(
     from peft import LoraConfig, TaskType, get_peft_model
 
     fully_trained = list(modules_to_save)
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     if train_embeddings:
-        fully_trained += [name for name in embedding_names(model, tied) if name not in fully_trained]
+        fully_trained += [name for name in embedding_names(model) if name not in fully_trained]
+    targets, linear = parse_target_modules(target_modules), linear_names(model)
+    _check_names(model, [*([] if isinstance(targets, str) else targets), *modules_to_save])
     try:
         config = LoraConfig(
             r=r,
             lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides it by r
             lora_dropout=dropout,
-            target_modules=ALL_LINEAR if list(target_modules) == [ALL_LINEAR] else list(target_modules),
+            target_modules=targets,
             modules_to_save=fully_trained or None,
             use_dora=use_dora,
             use_rslora=use_rslora,
             init_lora_weights=True if init_lora_weights == "default" else init_lora_weights,  # type: ignore[arg-type]
-            ensure_weight_tying=tied and bool(fully_trained),
+            ensure_weight_tying=_is_tied(model) and bool(fully_trained),
             task_type=TaskType.CAUSAL_LM,
         )
         # In the precision of the base; DeepSpeed converts to it under ZeRO-1 and 2 and keeps float32 master weights.
         # peft's default is float32, which ZeRO-3 would keep: the stages would compute different numbers.
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=base_revision)
-    except ValueError as error:
-        raise ConfigError(f"LoRA cannot be attached: {error}") from None
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"LoRA cannot be attached: {error}; linear layers are {linear}") from None
+
+
+def parse_target_modules(given: Sequence[str]) -> str | list[str]:
+    """Return what peft takes: names, also where commas separate them, `all-linear`, or one regular expression.
+
+    >>> parse_target_modules(["q_proj,v_proj"])
+    ['q_proj', 'v_proj']
+    >>> parse_target_modules([r".*layers\\.[0-3]\\..*_proj"])
+    '.*layers\\\\.[0-3]\\\\..*_proj'
+    """
+    if len(given) == 1 and not re.fullmatch(r"[\w.,\s]*", given[0]):  # all-linear is such a string, too
+        return given[0]
+    return [name for value in given for name in re.split(r"[,\s]+", value) if name]
+
+
+def linear_names(model: Any) -> str:
+    """Return the last parts of the names of the linear layers."""
+    names = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
+def _check_names(model: Any, wanted: Sequence[str]) -> None:
+    """Check that each name is a layer's; peft takes a list in which one is."""
+    known = [f".{name}" for name, _ in model.named_modules()]
+    unknown = [name for name in wanted if not any(full.endswith(f".{name}") for full in known)]
+    if unknown:
+        raise ConfigError(
+            f"LoRA cannot be attached: the model has no layer {', '.join(unknown)} (--lora_target_modules, "
+            f"--modules_to_save): its linear layers are {linear_names(model)}"
+        )
+
+
+def check_attachable(info: ModelInfo, adapter: AdapterArguments) -> None:
+    """Attach the adapter to the model on the meta device.
+
+    Raises:
+        ConfigError: No such module, or peft rejects an option.
+    """
+    import torch
+
+    if adapter.kind() is not None:
+        with torch.device("meta"):
+            attach_adapter(deepcopy(info.empty), adapter, info, None, computes_initial=False)
 
 
 def attach_virtual_tokens(model: Any, kind: str, num_virtual_tokens: int, *, base_revision: str | None = None) -> Any:
@@ -131,11 +176,15 @@ def attach_virtual_tokens(model: Any, kind: str, num_virtual_tokens: int, *, bas
     return get_peft_model(model, config, revision=base_revision)
 
 
-def embedding_names(model: Any, tied: bool) -> list[str]:
+def embedding_names(model: Any) -> list[str]:
     """Return the last part of the module names of the input embeddings and, unless tied, of the head."""
-    wanted = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
+    wanted = [model.get_input_embeddings()] + ([] if _is_tied(model) else [model.get_output_embeddings()])
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     return [names[id(module)] for module in wanted if module is not None]
+
+
+def _is_tied(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -1,24 +1,27 @@
 """Load the tokenizer and the base model for training.
 
 `inspect_model` first checks what can be known without reading weights: the model exists, is a causal language model,
-may run its own code, and supports the requested attention. Under ZeRO-3, transformers partitions the model while it
-loads: rank 0 reads the files and the other ranks receive their shares.
+may run its own code, supports the requested attention, and its files hold what its code expects. Under ZeRO-3,
+transformers partitions the model while it loads: rank 0 reads the files and the other ranks receive their shares.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.arguments import ModelArguments
 from finetune.config.hardware import Precision
+from finetune.distributed.collectives import run_on_all_ranks
 from finetune.distributed.startup_timer import timed
+from finetune.models.base_checks import check_finite, check_not_quantized, check_weights
+from finetune.models.model_folder import check_folder, weight_files
+from finetune.utils.console import log_notes
 from finetune.utils.errors import ConfigError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".tiktoken", ".txt", ".jinja", ".py", ".gguf")
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
 BLOCK_BYTES, BLOCKS_READ = 1 << 18, 64
 
 
@@ -37,8 +39,8 @@ class ModelInfo:
 
     Attributes:
         attention: Attention implementation that will be used.
-        can_checkpoint: Whether the model supports activation checkpointing.
-        model_class: Class that transformers loads it with.
+        empty: The model on the meta device: modules and shapes, no values.
+        may_miss: Modules whose weights the files may lack, by the last part of their names; None: all.
         notes: Lines for the user.
     """
 
@@ -47,9 +49,37 @@ class ModelInfo:
     trusts_code: bool
     config: Any
     attention: str
-    can_checkpoint: bool
-    model_class: type
+    empty: Any
+    may_miss: Collection[str] | None
     notes: tuple[str, ...]
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the model supports activation checkpointing."""
+        return bool(self.empty.supports_gradient_checkpointing)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.empty.parameters())
+
+    @property
+    def flag(self) -> str:
+        """The flag that names the model, for messages."""
+        return f"--model_name_or_path {self.name}"
+
+    @property
+    def files(self) -> Path:
+        """Folder of the model's files; of a hub model in the cache, which may be empty."""
+        return local_model_dir(self.name, self.revision)
+
+    def check_weights(self) -> list[str]:
+        """Check the files against the model's code, if they are here; return notes for the user.
+
+        Raises:
+            ConfigError: Tensors are missing, unexpected or misshapen.
+        """
+        return check_weights(self.files, self.empty, self.config, label=self.flag, may_miss=self.may_miss)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,12 +100,15 @@ class ModelInfo:
         }
 
 
-def inspect_model(model: ModelArguments, attention: str) -> ModelInfo:
+def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[str] | None = ()) -> ModelInfo:
     """Check whether the model can be loaded as requested, without reading its weights.
 
+    Args:
+        may_miss: Modules whose weights the files may lack, by the last part of their names; None: all.
+
     Raises:
-        ConfigError: No such model; not a causal language model; Python code without `--trust_remote_code True`; a
-            revision of a local folder.
+        ConfigError: No such model, or no model; not a causal language model; quantized; Python code without
+            `--trust_remote_code True`; a revision of a local folder; weights that do not fit the config.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -83,9 +116,11 @@ def inspect_model(model: ModelArguments, attention: str) -> ModelInfo:
     name, revision, trusts_code = model.model_name_or_path, model.model_revision, model.trusts_code()
     if not Path(name).exists():
         use_cache_if_hub_unreachable()
+    check_folder(name)
     code = code_note(name, revision) if trusts_code else None
     with _model_errors(name):
         config = AutoConfig.from_pretrained(name, **_revision_options(name, revision), trust_remote_code=trusts_code)
+    check_not_quantized(name, config)
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
             with _model_errors(name), torch.device("meta"):
@@ -102,8 +137,8 @@ def inspect_model(model: ModelArguments, attention: str) -> ModelInfo:
         notes = [code] if code else []
         if candidate != attention:
             notes.append(f"fallback to {candidate} attention because the model does not support {attention}")
-        can_checkpoint = bool(empty.supports_gradient_checkpointing)
-        return ModelInfo(name, revision, trusts_code, config, candidate, can_checkpoint, type(empty), tuple(notes))
+        info = ModelInfo(name, revision, trusts_code, config, candidate, empty, may_miss, ())
+        return replace(info, notes=(*notes, *info.check_weights()))
     raise AssertionError("the last candidate either returned or raised")
 
 
@@ -139,9 +174,13 @@ def load_model(
 
     Args:
         stop_token_id: Token that ends a turn in training; generation stops there too.
+
+    Raises:
+        ConfigError: The weights do not load, do not fit the config or are not finite.
     """
     from transformers import AutoModelForCausalLM
 
+    was_checked = bool(weight_files(info.files))
     with _model_errors(info.name):
         model = AutoModelForCausalLM.from_pretrained(
             info.name,
@@ -151,6 +190,9 @@ def load_model(
             attn_implementation=info.attention,
             trust_remote_code=info.trusts_code,
         )
+    if not was_checked:  # they have just come from the hub
+        log_notes(info.check_weights())
+    run_on_all_ranks(lambda: check_finite(model, info.files, label=info.flag))
     if needs_new_embeddings(info, tokenizer):
         model.resize_token_embeddings(embedding_rows(tokenizer))
     if stop_token_id is not None and model.generation_config is not None:
@@ -276,21 +318,6 @@ def local_model_dir(name: str, revision: str | None = None) -> Path:
     return Path(config).parent if isinstance(config, str) else folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files from which transformers would read the weights; empty if there are none.
-
-    Files named by an index are listed whether they exist or not. Weights in other formats and adapters do not count.
-    """
-    for single in WEIGHTS_FILES:
-        index = folder / f"{single}.index.json"
-        if (folder / single).is_file():
-            return [folder / single]
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [folder / name for name in sorted(names)]
-    return []
-
-
 def _digest(files: Iterable[Path]) -> str:
     """Compute an xxh3-128 digest: of small files completely, of large ones the size, both ends and sampled blocks.
 
@@ -308,11 +335,6 @@ def _digest(files: Iterable[Path]) -> str:
                 file.seek(block * (size - BLOCK_BYTES) // max(count - 1, 1) if size > BLOCK_BYTES else 0)
                 digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
-
-
-def stored_bytes(folder: Path) -> int | None:
-    """Return the size of the weights in a model's folder; None if there are none."""
-    return sum(path.stat().st_size for path in weight_files(folder) if path.is_file()) or None
 
 
 @contextmanager

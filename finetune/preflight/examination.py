@@ -34,6 +34,7 @@ from finetune.preflight.host_checks import (
 from finetune.preflight.planned_run import PlannedRun, rank_counts
 from finetune.preflight.resource_checks import check_resources, free_space, note_batches, run_spec
 from finetune.training.data_setup import prepare_run_data
+from finetune.training.model_checks import check_against_data
 from finetune.utils.console import labelled
 from finetune.utils.proc import ROOT
 
@@ -67,12 +68,14 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
     check_machine(report, here)
     if resolved is not None:
         config, info = resolved
+        fitted = read and report.attempt("configuration", lambda: check_against_data(config, info, *read))
+        config = fitted or config
         checkpointing = config.activation_checkpointing.enabled
         _note_configuration(report, slots, info, config.hardware, config.deepspeed, checkpointing, config.notes)
-        if read is not None:
+        if fitted and read:
             logger.info("computing memory and disk")
             tokenizer, data = read
-            selects = forward_takes_logits_to_keep(info.model_class)
+            selects = forward_takes_logits_to_keep(type(info.empty))
             obstacle = unsupported_config_reason(info.config, data.longest)
             forecast = partial(forecast_batches, config.batch, config.schedule, data)
             batches = report.attempt("configuration", lambda: forecast(selects_logits=selects, obstacle=obstacle))

@@ -14,6 +14,7 @@ from finetune.config.run_config import ActivationCheckpointing, BatchConfig, Sch
 from finetune.models import loader
 from finetune.models.adapters import attach_adapter
 from finetune.models.loader import ModelInfo
+from finetune.models.model_folder import stored_bytes
 from finetune.preflight import memory
 from finetune.preflight.batch_forecast import BatchForecast, LargestBatch
 from finetune.preflight.doctor_report import DoctorReport, size
@@ -109,7 +110,7 @@ def _model_spec(info: ModelInfo, tokenizer: Any, precision: Precision, adapter: 
         precision=precision,
         attach=attach if adapter.kind() is not None else None,
         vocabulary=loader.embedding_rows(tokenizer) if grows else None,
-        stored_bytes=loader.stored_bytes(Path(info.name).expanduser()),
+        stored_bytes=stored_bytes(Path(info.name).expanduser()),
         trust_remote_code=info.trusts_code,
     )
 

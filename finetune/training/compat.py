@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 
 from finetune.models.attention import unwrap_adapter
 from finetune.training.nonfinite import LossScale
@@ -28,7 +28,8 @@ def configure_ddp(model: Any, accelerator: Accelerator, find_unused: bool | None
 
     DDP does not search for adapter weights without a gradient where a step uses all, unless `find_unused` asks for it.
     On a single CPU rank with a tied head, the embedding's gradient is sparse: a dense one would be as large as the
-    vocabulary, and the head adds to it anyway. DDP does not support sparse gradients. (accelerate 1.15)
+    vocabulary, and the head adds to it anyway. DDP and compiled models do not support sparse gradients.
+    (accelerate 1.15)
     """
     if zero_stage(accelerator) is not None:
         return
@@ -39,7 +40,9 @@ def configure_ddp(model: Any, accelerator: Accelerator, find_unused: bool | None
         return
     accelerator.state.distributed_type = DistributedType.NO
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, torch.nn.Embedding) and accelerator.device.type == "cpu" and head is not None:
+    if accelerator.device.type != "cpu" or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        return
+    if isinstance(embedding, torch.nn.Embedding) and head is not None:
         embedding.sparse = embedding.weight is head.weight and embedding.weight.requires_grad
 
 

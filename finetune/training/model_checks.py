@@ -1,17 +1,27 @@
-"""Check a run against its model, without weights: attention, sequence parallelism, activation checkpointing."""
+"""Check a run against its model, without weights: attention, adapter, vocabulary, positions, sequence parallelism."""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from finetune.config.arguments import AdapterArguments
 from finetune.config.run_config import ActivationCheckpointing, BatchConfig, RunConfig
+from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
 from finetune.distributed.startup_timer import timed
-from finetune.models.loader import ModelInfo, inspect_model
-from finetune.utils.errors import ConfigError
+from finetune.models.adapters import check_attachable, embedding_names
+from finetune.models.loader import ModelInfo, embedding_rows, inspect_model, needs_new_embeddings
+from finetune.utils.console import log_notes
+from finetune.utils.errors import SHOWN_NAMES, ConfigError, format_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 
 
 @timed("checks")
@@ -21,7 +31,9 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     Raises:
         ConfigError: what the model cannot do.
     """
-    info = inspect_model(config.model, config.hardware.attention)
+    saved = config.adapter.saved_modules()
+    info = inspect_model(config.model, config.hardware.attention, saved if config.model.allow_missing_weights else ())
+    check_attachable(info, config.adapter)
     check_sequence_parallel(config.batch, info.config, config.zero_stage)
     checkpointing, notes = resolve_activation_checkpointing(
         config.activation_checkpointing, config.adapter.kind(), info.can_checkpoint
@@ -81,3 +93,97 @@ def resolve_activation_checkpointing(
     if requested.enabled and reason:
         return replace(requested, enabled=False), [f"--gradient_checkpointing is off: {reason}"]
     return requested, requested.notes()
+
+
+def check_against_data(
+    config: RunConfig, info: ModelInfo, tokenizer: PreTrainedTokenizerBase, data: PreparedData
+) -> RunConfig:
+    """Check vocabulary and positions of the model against the prepared data; return the config with notes about them.
+
+    Raises:
+        ConfigError: of `check_vocabulary` or `check_positions`.
+    """
+    adds_tokens = bool(config.model.new_tokens)
+    notes = check_vocabulary(info, tokenizer, config.adapter, adds_tokens=adds_tokens)
+    notes += check_positions(info, data.longest, config.adapter)
+    log_notes(notes)
+    return replace(config, notes=(*config.notes, *notes))
+
+
+def check_vocabulary(
+    info: ModelInfo, tokenizer: PreTrainedTokenizerBase, adapter: AdapterArguments, *, adds_tokens: bool
+) -> list[str]:
+    """Check that embeddings which grow for tokens of the tokenizer are meant to be trained; return notes for the user.
+
+    Args:
+        adds_tokens: `--new_tokens` is given.
+
+    Raises:
+        ConfigError: an adapter that cannot train embeddings, or one whose user has not asked for it.
+    """
+    if not needs_new_embeddings(info, tokenizer):
+        return []
+    rows, known = embedding_rows(tokenizer), info.config.get_text_config().vocab_size
+    names, kind = embedding_names(info.empty), adapter.kind()
+    tokens = tokenizer.convert_ids_to_tokens(list(range(known, min(rows, known + SHOWN_NAMES))))
+    grows = f"the tokenizer has {rows:,} tokens, the model embeddings for {known:,}: none for {format_names(tokens)}"
+    if kind in ("prefix", "prompt"):
+        raise ConfigError(f"{grows}: --adapter {kind} cannot train embeddings: use --use_lora True")
+    size = len(names) * rows * info.empty.get_input_embeddings().weight.shape[1]
+    if kind == "lora" and not adds_tokens and not set(names) <= set(adapter.modules_to_save):
+        raise ConfigError(
+            f"{grows}. With LoRA all of {' and '.join(names)} would be trained and saved in full, {size:,} of the "
+            f"model's {info.parameters:,} parameters: ask for it with --modules_to_save {' '.join(names)}, or use the "
+            "model's own tokenizer"
+        )
+    how = f"{' and '.join(names)} ({size:,} parameters) are trained in full" if kind else "all rows are trained"
+    return [f"{grows}; the embeddings grow, new rows start near the mean of the others, and {how}"]
+
+
+def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) -> list[str]:
+    """Check the longest example against the positions of the model; return notes for the user.
+
+    Args:
+        longest: tokens of the longest example.
+
+    Raises:
+        ConfigError: it is longer than the table of learned positions.
+    """
+    config = info.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    virtual = adapter.num_virtual_tokens if adapter.kind() in ("prefix", "prompt") else 0
+    length = longest + virtual
+    text = f"the longest example has {longest:,} tokens" + (f" and {virtual:,} virtual ones" if virtual else "")
+    if not isinstance(limit, int) or length <= limit:
+        return []
+    if any(POSITION_TABLE.search(name) and hasattr(module, "num_embeddings")
+           for name, module in info.empty.named_modules()):  # fmt: skip
+        raise ConfigError(
+            f"{text}, the model {info.name} has {limit:,} learned positions: give --model_max_length {limit - virtual}"
+        )
+    rules = getattr(config, "rope_parameters", None)
+    if not rules:
+        return []
+    trained, scaling = _trained_positions(rules, limit)
+    if length <= trained:
+        return []
+    return [
+        f"{text}, but the model was made for {trained:,} positions ({scaling}): --model_max_length {trained - virtual} "
+        "stays within them"
+    ]
+
+
+def _trained_positions(rules: dict[str, Any], limit: int) -> tuple[int, str]:
+    """Return the positions that rotary embeddings are made for, RoPE scaling included, and how they are computed.
+
+    https://huggingface.co/docs/transformers/main/en/internal/rope_utils: `factor` multiplies
+    `original_max_position_embeddings`, or `max_position_embeddings` where that is not given.
+    """
+    layers = [rule for rule in rules.values() if isinstance(rule, dict)] or [rules]
+    trained, text = limit, f"max_position_embeddings {limit:,}"
+    for rule in layers:
+        kind, factor = rule.get("rope_type", "default"), rule.get("factor")
+        original = rule.get("original_max_position_embeddings") or limit
+        if kind != "default" and factor and round(original * factor) > trained:
+            trained, text = round(original * factor), f"RoPE scaling {kind}, {original:,} x {factor:g}"
+    return trained, text

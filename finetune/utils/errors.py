@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-SHOWN_FAULTS = 20
+SHOWN_FAULTS, SHOWN_NAMES = 20, 8
 EXIT_UNFLUSHED = 120  # as Python itself, when the last output cannot be written
 SECONDS_FOR_RANK_0, SECONDS_FOR_A_LINE = 8.0, 2.0
 
@@ -83,6 +83,16 @@ def format_faults(faults: Sequence[str], noun: str, *, count: int | None = None)
     if count > SHOWN_FAULTS:
         lines.append(f"  ... and {count - SHOWN_FAULTS:,} more")
     return "\n".join(lines)
+
+
+def format_names(names: Sequence[str]) -> str:
+    """Join names: the first 8, then how many more there are.
+
+    >>> format_names(["a.weight", "b.weight"])
+    'a.weight, b.weight'
+    """
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def first_line(error: BaseException) -> str:

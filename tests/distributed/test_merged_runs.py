@@ -11,8 +11,8 @@ import torch
 
 from finetune import export
 from finetune.checkpoint import MasterWeights
-from finetune.export.stored_tensors import StoredTensors
 from finetune.inference.run_result import read_result
+from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError
 from tests.helpers.made_results import logits
 from tests.helpers.verbs import finetune_text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+import safetensors.torch
 
 from finetune import train
 from finetune.cli.preview import NOT_OF_PREVIEW, parse_options
@@ -42,6 +44,12 @@ def named(tiny_model, conversation_file, tmp_path_factory) -> Callable[..., Word
     write_rows(folder / "bad.json", bad)
     write_rows(folder / "held_out.json", [[("human", "1+1?"), ("model", "2")]])
     (folder / "skip").write_text(f"{conversation_file}:1\n")
+    shutil.copytree(tiny_model, folder / "lacking")
+    weights = folder / "lacking/model.safetensors"
+    safetensors.torch.save_file(
+        {name: one for name, one in safetensors.torch.load_file(weights).items() if name != "model.norm.weight"},
+        weights,
+    )
     (folder / "flags.yaml").write_text("seed: 7\n")
     (folder / "held").mkdir()
     (folder / "held/checkpoint-1").mkdir()
@@ -191,6 +199,7 @@ def parsed(words: Words, _: Any) -> Any:
 SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
     "model_name_or_path": (prepared, "", "--model_name_or_path DIR/nowhere"),
     "new_tokens": (prepared, "", "--new_tokens <new>"),
+    "allow_missing_weights": (examined, "--model_name_or_path DIR/lacking", "--allow_missing_weights True"),
     "attn_implementation": (examined, "", "--attn_implementation eager"),
     "data_path": (prepared, "", "--data_path DIR/held_out.json"),
     "eval_data_path": (prepared, "", "--eval_data_path DIR/held_out.json"),

@@ -16,9 +16,9 @@ import torch
 
 from finetune import export
 from finetune.export import merge_plan
-from finetune.export.stored_tensors import StoredTensors
 from finetune.inference.run_result import read_result
 from finetune.models.loader import weights_fingerprint
+from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError
 from tests.helpers import made_results as made
 from tests.helpers import tiny_models

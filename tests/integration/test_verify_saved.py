@@ -82,9 +82,9 @@ def added(tensors):
     ("change", "said"),
     [
         (scaled, "differs from the trained one"),
-        (dropped, "1 missing keys, the first model.layers.1.mlp.down_proj.weight"),
+        (dropped, "the files lack model.layers.1.mlp.down_proj.weight"),
         (emptied, "model.layers.1.mlp.down_proj.weight is empty"),
-        (added, "1 unexpected keys"),
+        (added, "does not use model.layers.7.mlp.down_proj.weight"),
     ],
 )
 def test_a_result_that_is_not_what_was_trained_is_refused(saved, change, said):

@@ -68,3 +68,19 @@ class _Wrapped:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer, self._is_overflow = optimizer, False
+
+
+def test_a_tied_embedding_has_sparse_gradients_unless_the_model_is_compiled():
+    from accelerate.utils import DynamoBackend
+
+    from finetune.training.compat import configure_ddp
+    from tests.helpers import tiny_models
+
+    for backend, sparse in ((DynamoBackend.NO, True), (DynamoBackend.INDUCTOR, False)):
+        model = tiny_models.build("llama", tie_word_embeddings=True)
+        state = SimpleNamespace(deepspeed_plugin=None, dynamo_plugin=SimpleNamespace(backend=backend))
+        accelerator = SimpleNamespace(
+            state=state, ddp_handler=SimpleNamespace(), num_processes=1, device=torch.device("cpu")
+        )
+        configure_ddp(model, accelerator, None)
+        assert model.get_input_embeddings().sparse is sparse

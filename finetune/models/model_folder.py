@@ -1,0 +1,84 @@
+"""The files of a model's folder: which hold the weights, and whether the folder holds a base model at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from finetune.run_dir.run_json import ADAPTER_CONFIG
+from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, format_names
+
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
+
+
+def weight_map(folder: Path, *, error: type[FinetuneError] = CheckpointError) -> dict[str, list[str]]:
+    """Return the files from which transformers would read the weights, each with the tensors that an index says.
+
+    Files named by an index are listed whether they exist or not. Weights in other formats and adapters do not count.
+
+    Raises:
+        FinetuneError: Of the class `error`: the index cannot be read.
+    """
+    for single in WEIGHTS_FILES:
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return {single: []}
+        if index.is_file():
+            files: dict[str, list[str]] = {}
+            try:
+                for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+                    files.setdefault(name, []).append(tensor)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+                reason = f"{type(problem).__name__}: {problem}"
+                raise error(f"{index}: not an index of weights ({reason}): copy the file again") from None
+            return dict(sorted(files.items()))
+    return {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the paths of `weight_map`; empty if the folder holds no weights."""
+    return [folder / name for name in weight_map(folder)]
+
+
+def stored_bytes(folder: Path) -> int | None:
+    """Return the size of the weights in a model's folder; None if there are none."""
+    return sum(path.stat().st_size for path in weight_files(folder) if path.is_file()) or None
+
+
+def check_folder(name: str) -> None:
+    """Check that a path, if it is one, is the folder of a model with its config and weights.
+
+    Raises:
+        ConfigError: A file, an adapter, a checkpoint without model files, or a folder without config or weights.
+    """
+    folder, flag = Path(name).expanduser(), f"--model_name_or_path {name}"
+    if folder.is_file():
+        raise ConfigError(f"{flag}: is a file: give the folder that holds config.json and the weights")
+    if not folder.is_dir() or ((folder / "config.json").is_file() and weight_map(folder, error=ConfigError)):
+        return
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{flag}: is an adapter{_base_of(folder)}, not a model: give its base, or a model with the adapter merged "
+            f"into it (`finetune merge {name} DIR`)"
+        )
+    if (folder / "latest").is_file():
+        raise ConfigError(
+            f"{flag}: is a checkpoint of DeepSpeed without the files of a model: make one of it with `finetune merge "
+            f"{name} DIR`, or resume its run with --resume_from_checkpoint {name}"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{flag}: holds no config.json: give the folder of a model")
+    others = sorted(path.name for suffix in ("gguf", "safetensors", "bin", "pt") for path in folder.glob(f"*.{suffix}"))
+    found = f"; {format_names(others)} cannot be read as such" if others else ""
+    raise ConfigError(
+        f"{flag}: holds no weights: expected {' or '.join(WEIGHTS_FILES)}, or their index and shards{found}: copy the "
+        "whole model"
+    )
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f" of {base}" if base else ""

@@ -1,0 +1,91 @@
+"""Read the tensors of a model's folder by name, one at a time."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.models.model_folder import weight_map
+from finetune.utils.errors import CheckpointError, FinetuneError, first_line, format_names
+
+
+class _Place(NamedTuple):
+    path: Path
+    shape: tuple[int, ...]
+
+
+class StoredTensors(Mapping[str, Any]):
+    """Tensors of `model*.safetensors` or `pytorch_model*.bin` in a folder, in their stored types.
+
+    The files are mapped into memory: only the values that are used are read.
+
+    Raises:
+        FinetuneError: Of the class `error`: no weights, truncated files, files of the index that are missing, or
+            tensors that are not in the file that the index names.
+    """
+
+    def __init__(self, folder: Path, *, error: type[FinetuneError] = CheckpointError) -> None:
+        self._error = error
+        files = weight_map(folder, error=error)
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise error(f"{folder}: the index of the weights names files that are missing: {format_names(missing)}")
+        self._places: dict[str, _Place] = {}
+        misplaced = []
+        for name, indexed in files.items():
+            places = dict(self._read_headers(folder / name))
+            self._places |= places
+            misplaced += [f"{tensor} in {name}" for tensor in indexed if tensor not in places]
+        if misplaced:
+            raise error(
+                f"{folder}: the index of the weights names tensors that its files do not hold: "
+                f"{format_names(misplaced)}: copy the index and the files again, from the same place"
+            )
+        if not self._places:
+            raise error(f"{folder}: holds no weights")
+
+    def __getitem__(self, name: str) -> Any:
+        path = self._places[name].path
+        file = self._open(path)
+        tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+            raise self._error(f"{path}: {name} is stored as {tensor.dtype}: quantized weights cannot be merged")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def path(self, name: str) -> Path:
+        """Return the file of a tensor."""
+        return self._places[name].path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor; its values are not read."""
+        return self._places[name].shape
+
+    def _read_headers(self, path: Path) -> Iterator[tuple[str, _Place]]:
+        file = self._open(path)
+        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            shape = file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape()
+            yield name, _Place(path, tuple(shape))
+
+    def _open(self, path: Path) -> Any:
+        """Map a file: a dictionary of tensors, or a safetensors file with `keys` and `get_tensor`."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            if path.suffix == ".safetensors":
+                return safe_open(path, framework="pt")
+            loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
+        except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise self._error(
+                f"{path}: cannot be read: {first_line(error)}: copy the file again, it may be truncated"
+            ) from None
