@@ -60,11 +60,10 @@ class _Token(NamedTuple):
 def segments(example: Example, plain: PlainTextTokenizer, markers: Collection[int] = ()) -> list[Segment]:
     """Split an example into segments; `markers` are ids that open a turn although they are ordinary tokens."""
     control = plain.control_ids.union(markers)
-    decoder = _RunDecoder(plain, example.input_ids)
     return [
         Segment(
             run[0].kind,
-            decoder.name(run[0].id) if run[0].kind.endswith("control") else decoder.text(run),
+            _name(plain, run[0].id) if run[0].kind.endswith("control") else _text(plain, example.input_ids, run),
             run[0].turn,
             run[0].read,
         )
@@ -80,7 +79,9 @@ def segmenter(chat_format: ChatFormat) -> Segmenter:
 
 
 def _tokens(example: Example, control: Collection[int]) -> Iterator[_Token]:
-    turns = _turn_of_each_position(example)
+    turns: list[int | None] = [None] * len(example.input_ids)
+    for span in example.turn_spans:
+        turns[span.start : span.stop] = [span.turn] * (span.stop - span.start)
     for position, (token_id, label) in enumerate(zip(example.input_ids, example.labels, strict=True)):
         turn = turns[position]
         if label not in (IGNORE_INDEX, token_id):  # the input is another token: the label belongs to the turn before
@@ -95,13 +96,6 @@ def _tokens(example: Example, control: Collection[int]) -> Iterator[_Token]:
         yield _Token(kind, token_id, turn, True, position)
 
 
-def _turn_of_each_position(example: Example) -> list[int | None]:
-    turns: list[int | None] = [None] * len(example.input_ids)
-    for span in example.turn_spans:
-        turns[span.start : span.stop] = [span.turn] * (span.stop - span.start)
-    return turns
-
-
 def _runs(tokens: Iterator[_Token]) -> Iterator[list[_Token]]:
     """Adjacent tokens of one kind and turn; control tokens one by one."""
 
@@ -112,27 +106,22 @@ def _runs(tokens: Iterator[_Token]) -> Iterator[list[_Token]]:
         yield list(run)
 
 
-class _RunDecoder:
-    """Decodes runs of tokens in their context."""
+def _name(plain: PlainTextTokenizer, token_id: int) -> str:
+    """The spelling of a control token."""
+    name = plain.added.get(token_id) or plain.decode([token_id])
+    return name or str(plain.tokenizer.convert_ids_to_tokens(token_id))
 
-    def __init__(self, plain: PlainTextTokenizer, input_ids: Sequence[int]) -> None:
-        self.plain, self.input_ids = plain, input_ids
 
-    def name(self, token_id: int) -> str:
-        """The spelling of a control token."""
-        name = self.plain.added.get(token_id) or self.plain.decode([token_id])
-        return name or str(self.plain.tokenizer.convert_ids_to_tokens(token_id))
+def _text(plain: PlainTextTokenizer, input_ids: Sequence[int], run: Sequence[_Token]) -> str:
+    """Decode a run as a whole, so that characters of several tokens are complete.
 
-    def text(self, run: Sequence[_Token]) -> str:
-        """Decode a run as a whole, so that characters of several tokens are complete.
-
-        Some decoders drop the space at the beginning of a text; decoding with the token before the run keeps it.
-        """
-        ids, begin = [token.id for token in run], run[0].position
-        text = self.plain.decode(ids)
-        if begin and run[0].read:
-            before = self.plain.decode(self.input_ids[begin - 1 : begin])
-            both = self.plain.decode([self.input_ids[begin - 1], *ids])
-            if both.startswith(before) and len(both) - len(before) > len(text):
-                text = both[len(before) :]
-        return text or "".join(map(str, self.plain.tokenizer.convert_ids_to_tokens(ids)))
+    Some decoders drop the space at the beginning of a text; decoding with the token before the run keeps it.
+    """
+    ids, begin = [token.id for token in run], run[0].position
+    text = plain.decode(ids)
+    if begin and run[0].read:
+        before = plain.decode(input_ids[begin - 1 : begin])
+        both = plain.decode([input_ids[begin - 1], *ids])
+        if both.startswith(before) and len(both) - len(before) > len(text):
+            text = both[len(before) :]
+    return text or "".join(map(str, plain.tokenizer.convert_ids_to_tokens(ids)))

@@ -149,7 +149,23 @@ def _part(batch: dict[str, Any], part: int, parts: int) -> dict[str, Any]:
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's pad id, else its end token, else 0; padding is masked by length, so any id will do."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return candidate
-    return 0
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+# ---- the loss breakdown: a cell is source index x `MAX_ANSWERS` + answer number
+
+MAX_ANSWERS = 16  # the last one stands for all later ones, too
+MAX_SOURCES = 32
+
+
+class LossCells:
+    """Numbers the cells of the supervised tokens; more than `MAX_SOURCES` sources are counted as one."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        is_separate = len(sources) <= MAX_SOURCES
+        self.sources = tuple(sources) if is_separate else ("all",)
+        self._index = {name: index if is_separate else 0 for index, name in enumerate(sources)}
+
+    def of(self, source: str, answer_numbers: np.ndarray) -> np.ndarray:
+        """Cells of an example's supervised tokens, int64 [supervised]; `answer_numbers` ints [supervised]."""
+        return self._index[source] * MAX_ANSWERS + answer_numbers.astype(np.int64)

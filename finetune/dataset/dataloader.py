@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from finetune.dataset.collator import Collator
-from finetune.dataset.loss_cells import LossCells
+from finetune.dataset.collator import Collator, LossCells
 from finetune.dataset.sampler import Batching, Order
 from finetune.dataset.sampler import Sampler as RowSampler
 from finetune.utils.errors import ConfigError

@@ -71,30 +71,17 @@ def iter_json_rows(file: DataFile, name: str) -> Iterator[RawRow]:
         yield from _array_rows(_Window(whole, name, file.packed))
     elif begin == b"{":
         error = _first_line_error(head)
-        rows = _object_or_line_rows if error is not None and error.is_at_end else _line_rows
+        is_cut = error is not None and is_blank(error.doc[error.pos :])
+        rows = _object_or_line_rows if is_cut else _line_rows
         yield from rows(whole, name, file.packed)
     elif b"\n{" in head or (error := _first_line_error(head)) is None:
         yield from _line_rows(whole, name, file.packed)
     else:
-        yield file_fault(error.message(name))
+        place = f"{name}, line {error.lineno}, column {error.colno}"
+        yield file_fault(f"{place}: {EXPECTED}: {explain_error(error, error.doc)}")
 
 
-class _LineError(NamedTuple):
-    """A syntax error in the first line of a file."""
-
-    error: json.JSONDecodeError
-    text: str
-
-    @property
-    def is_at_end(self) -> bool:
-        return is_blank(self.text[self.error.pos :])
-
-    def message(self, name: str) -> str:
-        line, column = line_and_column(self.text, self.error.pos)
-        return f"{name}, line {line}, column {column}: {EXPECTED}: {explain_error(self.error, self.text)}"
-
-
-def _first_line_error(head: bytes) -> _LineError | None:
+def _first_line_error(head: bytes) -> json.JSONDecodeError | None:
     """The syntax error of the first line that is not blank; None if it has none, or is longer than the head."""
     text = head.removeprefix(codecs.BOM_UTF8).decode(errors="replace")
     begin = _skip_spaces(text)
@@ -105,7 +92,7 @@ def _first_line_error(head: bytes) -> _LineError | None:
     try:
         _only_value(Decoder(), text, begin)
     except json.JSONDecodeError as error:
-        return _LineError(error, text)
+        return error
     except RecursionError:
         return None  # nested too deeply: a fault of its own, reported where rows are read
     return None

@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 
 from finetune.chat_templates import Example, RenderedConversation, TurnSpan, supervised_turns_of
 from finetune.conversation import BadRow, answer_number
-from finetune.dataset.loss_cells import MAX_ANSWERS
+from finetune.dataset.collator import MAX_ANSWERS
 from finetune.utils.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
 
     Columns: `input_ids`, `labels` (lists of int32), `length`, `num_supervised`, `row`, `window` (int32), `source` and
     `id` (strings; the id as JSON), `turn_spans` (a list of {turn, role, start, stop}), `answer_numbers` (a list of
-    uint8, one per supervised token: which answer of its conversation it belongs to, from 0; see `loss_cells`).
+    uint8, one per supervised token: which answer of its conversation it belongs to, from 0; see `LossCells`).
     """
     rendered = [(rendering, example) for rendering in renderings for example in rendering.examples]
     examples = [example for _, example in rendered]

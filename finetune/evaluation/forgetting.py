@@ -11,7 +11,7 @@ from typing import Any
 from finetune.dataset.collator import pad_token_id
 from finetune.evaluation.forgetting_questions import CATEGORIES, LANGUAGES, Question, is_right, load_questions
 from finetune.evaluation.question_answering import answers_of, scores_of
-from finetune.evaluation.significance import exact_mcnemar, mean_interval
+from finetune.evaluation.significance import exact_mcnemar, ratio_interval
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 
 MAX_NEW_TOKENS = 24
@@ -116,14 +116,13 @@ def _group(name: str, pairs: Sequence[AnswerPair]) -> dict[str, Any]:
     tuned = [answer.is_right for _, _, answer in pairs]
     differences = [after - before for before, after in zip(base, tuned, strict=True)]
     lost, won = differences.count(-1), differences.count(1)
-    interval = mean_interval(differences)
     return {
         "name": name,
         "questions": len(pairs),
         "base": sum(base) / len(pairs),
         "tuned": sum(tuned) / len(pairs),
         "difference": (won - lost) / len(pairs),
-        "interval": None if interval is None else list(interval),
+        "interval": ratio_interval(differences, [1.0] * len(pairs)),
         "lost": lost,
         "won": won,
         "p": exact_mcnemar(lost, won),

@@ -214,10 +214,9 @@ def _group(kind: str, name: str, parts: Iterable[tuple[RowLosses, set[int]]]) ->
         group[model] = {"loss": loss, "perplexity": finite_or_none(perplexity(loss))}
     if BASE in sums:
         differences = [tuned - base for tuned, base in zip(sums[TUNED], sums[BASE], strict=True)]
-        interval = ratio_interval(differences, tokens)
         group["difference"] = {
             "loss": sum(differences) / sum(tokens),
-            "interval": None if interval is None else list(interval),
+            "interval": ratio_interval(differences, tokens),
             "rows_worse": sum(difference > 0 for difference in differences),
         }
     return group

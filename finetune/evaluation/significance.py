@@ -9,10 +9,9 @@ import numpy as np
 
 RESAMPLES, SEED = 1000, 0
 CONFIDENCE = 0.95
-Interval = tuple[float, float] | None
 
 
-def ratio_interval(sums: Sequence[float], weights: Sequence[float]) -> Interval:
+def ratio_interval(sums: Sequence[float], weights: Sequence[float]) -> list[float] | None:
     """Compute the 95 % percentile bootstrap interval of sum(sums) / sum(weights), resampling rows (Efron, 1979).
 
     It is always the same for the same rows; None for fewer than two.
@@ -25,13 +24,7 @@ def ratio_interval(sums: Sequence[float], weights: Sequence[float]) -> Interval:
     for sample in range(RESAMPLES):
         rows = generator.integers(len(numerators), size=len(numerators))
         ratios[sample] = numerators[rows].sum() / denominators[rows].sum()
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Compute the same interval of a mean."""
-    return ratio_interval(values, [1.0] * len(values))
+    return np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
 
 
 def exact_mcnemar(only_first: int, only_second: int) -> float:

@@ -21,8 +21,7 @@ from urllib.parse import urlsplit
 
 from finetune.diagnostics import FAILURE_FILE
 from finetune.report.curves import plot_data
-from finetune.report.report_file import write_report
-from finetune.report.report_page import render_parts, render_report
+from finetune.report.report_page import render_parts, render_report, write_report
 from finetune.report.run_reader import RunRecord, has_ended, read_run
 from finetune.report.sample_answers import ANSWERS_FILE
 from finetune.run_dir import output_dir_lock, run_json

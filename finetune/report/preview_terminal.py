@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from operator import attrgetter
 
 from finetune.chat_templates.text_segments import Segment
 from finetune.report.html_pages import SHAPELESS, name_of
@@ -41,18 +42,14 @@ class PreviewTerminal:
             self.say([(_shown(segment), _style(segment)) for segment in segments])
             return
         parts = []
-        for supervised, run in groupby(segments, _is_supervised):
+        for supervised, run in groupby(segments, attrgetter("is_supervised")):
             text = "".join(f"«{_shown(segment)}»" if segment.is_control else _shown(segment) for segment in run)
             parts.append(f"⟦{text}⟧" if supervised else text)
         self.say(parts)
 
 
-def _is_supervised(segment: Segment) -> bool:
-    return segment.kind not in ("context", "control")
-
-
 def _style(segment: Segment) -> str:
-    if _is_supervised(segment):
+    if segment.is_supervised:
         return END if segment.is_control else SUPERVISED
     return CONTROL if segment.is_control else CONTEXT
 

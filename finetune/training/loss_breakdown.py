@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.dataset.loss_cells import MAX_ANSWERS
+from finetune.dataset.collator import MAX_ANSWERS
 
 
 class LossBreakdown:

@@ -78,7 +78,7 @@ def test_time_and_memory_that_do_not_suffice(train, monkeypatch):
     assert "TB" not in sample_answers.reason_not_answered(
         result, 30
     ) and "40000.0 GB of memory" in sample_answers.reason_not_answered(result, 30)
-    monkeypatch.setattr("finetune.report.report_file.reason_not_answered", lambda *_: "it is too large")
+    monkeypatch.setattr("finetune.report.report_page.reason_not_answered", lambda *_: "it is too large")
     line = write_at_the_end(output, answers=1, seconds=30)
     assert line.endswith(f"it is too large: finetune report {output} makes them")
     assert not (output / sample_answers.ANSWERS_FILE).exists() and (output / "report.html").is_file()

@@ -195,7 +195,7 @@ def test_durations(seconds, said):
 
 def test_a_disk_that_is_almost_full_is_left_to_the_run(tmp_path, monkeypatch):
     folder = output_dir(tmp_path / "one")
-    monkeypatch.setattr("finetune.report.report_file.BYTES_TO_LEAVE", 1 << 60)
+    monkeypatch.setattr("finetune.report.report_page.BYTES_TO_LEAVE", 1 << 60)
     assert "no report was written: " in write_at_the_end(folder, answers=0, seconds=1.0)
     assert not (folder / "report.html").exists()
 

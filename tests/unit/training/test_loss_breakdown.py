@@ -11,8 +11,8 @@ import torch
 
 from finetune.chat_templates import LingoWhaleFormat, Renderer, select_chat_format
 from finetune.conversation import Turn
+from finetune.dataset.collator import MAX_ANSWERS, LossCells
 from finetune.dataset.data_sources import Source
-from finetune.dataset.loss_cells import MAX_ANSWERS, LossCells
 from finetune.dataset.prepare import prepare_dataset
 from finetune.training.loss import supervised_loss
 from finetune.training.loss_breakdown import LossBreakdown
