@@ -36,7 +36,7 @@ from finetune.training.dataloaders import build_dataloaders
 from finetune.training.finalize import end_run, finalize
 from finetune.training.fit import fit
 from finetune.training.model_checks import check_against_data, check_model
-from finetune.training.resume_check import resume_facts
+from finetune.training.resume_check import resume_facts, saved_day
 from finetune.utils import console
 from finetune.utils.errors import exit_on_error, process_exit_guard
 
@@ -72,7 +72,7 @@ def run_training(argv: Sequence[str]) -> Path:
         config, info = resolve(arguments, detected, run_start.count_ranks())
         run, batch, hardware = config.run, config.batch, config.hardware
         console.log_notes(config.notes)
-        tokenizer, chat_format, data = load_data(config.model, config.data)
+        tokenizer, chat_format, data = load_data(config.model, config.data, saved_day(config.checkpoint))
         config = check_against_data(config, info, tokenizer, data)
         run_start.start_processes(data, info, config.data.data_path, hardware.backend, config.zero_stage, timeout)
         storage = run_start.find_storage(config.checkpoint.output_dir)

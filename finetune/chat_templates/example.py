@@ -16,6 +16,7 @@ Status = Literal["kept", "cut", "split", "dropped"]
 
 # Rules by which a format may change a conversation; each use is written to the ledger.
 SYSTEM_RULE = "system turn put in front of the first human turn"
+STRIPPED_RULE = "the chat template strips white space around answers"
 REASONING_RULE = "the chat template leaves out the reasoning of turn {turn}"
 SYSTEM_SEPARATOR = "\n\n"
 REASONING_END = "</think>"

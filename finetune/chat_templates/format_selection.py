@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ def select_chat_format(
     model_token_ids: Sequence[int],
     is_lingowhale: bool = False,
     content_tokens: Sequence[str] = (),
+    day: date | None = None,
 ) -> tuple[ChatFormat, list[str]]:
     """Select the chat format of a run; also return notes about choices that the user did not make.
 
@@ -38,6 +40,7 @@ def select_chat_format(
         chat_template: `lingowhale`, `chatml` or a Jinja file; None: the tokenizer's own template, else LingoWhale's
             format for LingoWhale, else ChatML, whose markers are added to the tokenizer if it lacks them.
         content_tokens: added tokens that contents may use.
+        day: for a template that writes today's date; default: today's in UTC.
     """
     notes = []
     if chat_template is None and tokenizer.chat_template is None:
@@ -55,7 +58,13 @@ def select_chat_format(
         tokenizer.chat_template = _template_file(chat_template)
     # The result is saved with this tokenizer, so that serving renders as training did.
     name = chat_template or "the tokenizer's own chat template"
-    return JinjaFormat(tokenizer, tokenizer.get_chat_template(), name, content_tokens), notes
+    chat_format = JinjaFormat(tokenizer, tokenizer.get_chat_template(), name, content_tokens, day)
+    if chat_format.day is not None:
+        notes.append(
+            f"the chat template writes today's date into every conversation: {chat_format.day} (UTC), which a resumed "
+            "run keeps"
+        )
+    return chat_format, notes
 
 
 def _template_file(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 
 from finetune.chat_templates.example import (
     IGNORE_INDEX,
+    STRIPPED_RULE,
     SupervisedSpan,
     TokenizedConversation,
     TurnSpan,
@@ -26,6 +27,7 @@ from finetune.chat_templates.template_skeleton import (
     build_skeleton,
     find_contents,
     shape_of,
+    with_date,
 )
 from finetune.conversation import Turn
 
@@ -60,13 +62,20 @@ class _Rendered:
     spelled: int
 
     @property
+    def rules(self) -> list[str]:
+        """The rules by which the template changes this conversation."""
+        whole = [index for index, number in enumerate(self.skeleton.order) if number not in self.skeleton.tails]
+        strips = any(self.turn(at).is_supervised and self.contents[at] != self.turn(at).text for at in whole)
+        return [*self.encoded.rules, STRIPPED_RULE] if strips else self.encoded.rules
+
+    @property
     def skeleton(self) -> TemplateSkeleton:
         return self.encoded.skeleton
 
     def with_ids(self, ids: list[int]) -> TokenizedConversation:
         """The tokenized conversation with these ids, none of them supervised yet."""
         labels = [IGNORE_INDEX] * len(ids)
-        return TokenizedConversation(ids, labels, rules=self.encoded.rules, spelled=self.spelled)
+        return TokenizedConversation(ids, labels, rules=self.rules, spelled=self.spelled)
 
     def number_of(self, index: int) -> int:
         """The number in the row of the turn with the content `index`."""
@@ -92,15 +101,20 @@ class JinjaFormat:
     `template_skeleton`). One tokenization of the whole then gives exactly the ids of `apply_chat_template`, and its
     offsets tell which tokens belong to a model turn. A conversation that spells an added token is instead encoded piece
     by piece, its contents as plain text; so is any other if the tokenizer has no offsets where they are needed, and its
-    pieces must then give the ids of the whole.
+    pieces must then give the ids of the whole. A date that it writes is `day`, by default today in UTC.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, name: str, content_tokens: Sequence[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        name: str,
+        content_tokens: Sequence[str] = (),
+        day: date | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.template = template
-        self.name = name
+        self.day = (day or datetime.now(UTC).date()) if "strftime_now" in template else None
+        self.template = with_date(template, self.day) if self.day else template
+        self.tokenizer, self.name = tokenizer, name
         self.plain = PlainTextTokenizer(tokenizer, content_tokens)
         self._skeletons: dict[ConversationShape, _EncodedSkeleton | UnrenderableError] = {}
         self._encoded_pieces: dict[str, list[int]] = {}
@@ -133,9 +147,8 @@ class JinjaFormat:
         return [encoding.ids for encoding in encodings]
 
     def identity(self) -> dict[str, Any]:
-        """The template, and today's date if it writes the date."""
-        day = date.today().isoformat() if "strftime_now" in self.template else None
-        return {"template": self.template, "day": day}
+        """The template, and the date that it writes."""
+        return {"template": self.template, "day": self.day and self.day.isoformat()}
 
     @cached_property
     def _normalizes_tokens(self) -> bool:

@@ -10,8 +10,10 @@ each must be its pieces around its contents, so a template that writes something
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 
 from finetune.chat_templates.example import (
     REASONING_END,
@@ -42,6 +44,16 @@ class TemplateSkeleton:
         """The rules by which this skeleton changes a conversation."""
         rules = [SYSTEM_RULE] if self.system_in_front else []
         return rules + [REASONING_RULE.format(turn=turn + self.system_in_front) for turn in sorted(self.tails)]
+
+
+def with_date(template: str, day: date) -> str:
+    """The template with this day in place of its calls of `strftime_now`, which would read the clock again each time.
+
+    >>> with_date("{{ strftime_now('%d %b %Y') }}", date(2026, 11, 29))
+    "{{ '29 Nov 2026' }}"
+    """
+    calls = r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)"""
+    return re.sub(calls, lambda call: repr(day.strftime(call[2])), template)
 
 
 def shape_of(turns: Sequence[Turn]) -> ConversationShape:

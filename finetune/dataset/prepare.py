@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,6 +63,7 @@ class PreparedData:
     skipped_rows: tuple[RowId, ...] = ()  # those that --skip_rows names
     validation_share: float = 0.0  # share of the conversations that is held out
     evaluation: PreparedData | None = None  # separate held-out data
+    day: str | None = None  # the date that the chat template wrote
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -93,6 +95,13 @@ class PreparedData:
     def sample(self, count: int, seed: int) -> list[RenderedConversation]:
         """Up to `count` rows with examples, drawn by `seed`, in the order of the data; only those are read."""
         return prepared_cache.read_some(self.folder, self.examples, count, seed)
+
+    def count_seen_held_out(self) -> int:
+        """Count the separate held-out examples that equal a training example."""
+        if self.evaluation is None:
+            return 0
+        held_out = Counter(prepared_cache.example_digests(self.evaluation.folder))
+        return sum(held_out[digest] for digest in held_out.keys() & {*prepared_cache.example_digests(self.folder)})
 
     def epoch(self, seed: int) -> ExampleSet:
         """The examples of an epoch: those of a source with weight 2 twice, with 0.5 half of them, drawn by `seed`."""

@@ -24,13 +24,14 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
+from xxhash import xxh3_64_digest
 
 from finetune.chat_templates import Example, RenderedConversation, TurnSpan, supervised_turns_of
 from finetune.conversation import BadRow, answer_number
@@ -288,3 +289,15 @@ def _examples_by_row(path: Path) -> Iterator[tuple[str, int, tuple[Example, ...]
         for (source, row), windows in groupby(stored, _key_of):
             first, *others = windows
             yield source, row, tuple(map(example_of, [first, *others])), json.loads(first["id"])
+
+
+def example_digests(folder: Path) -> Iterator[bytes]:
+    """A digest of the token ids and labels of each example, in order."""
+    if not (folder / EXAMPLES_FILE).stat().st_size:
+        return
+    with pa.memory_map(str(folder / EXAMPLES_FILE)) as file, pa.ipc.open_stream(file) as batches:
+        for batch in batches:
+            bounds = batch["input_ids"].offsets.to_pylist()
+            columns = [np.from_dlpack(batch[name].values) for name in ("input_ids", "labels")]
+            for start, stop in pairwise(bounds):
+                yield b"".join(xxh3_64_digest(column[start:stop].tobytes()) for column in columns)

@@ -19,6 +19,7 @@ from finetune.utils.proc import ROOT
 
 SHOWN_CHARACTERS, SHOWN_NAMES = 12, 4  # of a digest, and of hosts or ranks
 DATA, CODE, MODEL, PYTHON = "the data", "the code of finetune", "the base model", "Python"
+DAY = "the date that the chat template writes"
 NONE = "none"
 
 
@@ -30,14 +31,18 @@ class RankFacts:
     values: dict[str, str]
 
     @classmethod
-    def here(cls, *, data: str, model: str) -> RankFacts:
-        """Collect those of this process; `data` and `model` are fingerprints, which are expensive to compute twice."""
+    def here(cls, *, data: str, model: str, day: str | None = None) -> RankFacts:
+        """Collect those of this process; `data` and `model` are fingerprints, which are expensive to compute twice.
+
+        `day` is the date that the chat template writes, None if it writes none.
+        """
         own = {
             PYTHON: platform.python_version(),
             **host_probe.versions(),
             CODE: host_probe.code_digest(ROOT / "finetune") or NONE,
             MODEL: model,
             DATA: data,
+            DAY: day or NONE,
         }
         return cls(os.uname().nodename, own)
 
@@ -62,6 +67,7 @@ def describe_mismatch(facts: Sequence[RankFacts], *, data_path: Sequence[str], m
         CODE: f"bring {ROOT} to the same commit on all hosts",
         MODEL: f"copy {model_name} from {{right}} to {{wrong}}",
         DATA: f"copy {', '.join(data_path)} from {{right}} to {{wrong}}",
+        DAY: "start again; the hosts began on two sides of midnight (UTC), or the clock of {wrong} is wrong",
         PYTHON: "install the same Python on all hosts",
     }
     hosts = [rank.host for rank in facts]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from typing import TYPE_CHECKING
 
 from finetune.chat_templates import ChatFormat, Renderer, add_control_tokens, select_chat_format
@@ -16,7 +17,7 @@ from finetune.dataset.data_sources import Source, find_sources
 from finetune.dataset.prepare import PreparedData, check_dropped_share, prepare_dataset
 from finetune.distributed.startup_timer import timed
 from finetune.models import loader
-from finetune.utils.console import log_notes, section
+from finetune.utils.console import is_rank_0, log_notes, section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_chat_format(
-    model: ModelArguments, data: DataArguments
+    model: ModelArguments, data: DataArguments, day: date | None = None
 ) -> tuple[PreTrainedTokenizerBase, ChatFormat, list[str]]:
     """Load the tokenizer, add its new tokens and select the chat format; also return notes for the user."""
     tokenizer = loader.load_tokenizer(
@@ -39,13 +40,16 @@ def load_chat_format(
         model_token_ids=data.model_token_ids,
         is_lingowhale=model.is_lingowhale(),
         content_tokens=data.content_tokens,
+        day=day,
     )
     return tokenizer, chat_format, notes
 
 
-def load_data(model: ModelArguments, data: DataArguments) -> tuple[PreTrainedTokenizerBase, ChatFormat, PreparedData]:
+def load_data(
+    model: ModelArguments, data: DataArguments, day: date | None = None
+) -> tuple[PreTrainedTokenizerBase, ChatFormat, PreparedData]:
     """Prepare the data, show its summary, and refuse data that the run should not start with."""
-    tokenizer, chat_format, prepared = prepare_run_data(model, data)
+    tokenizer, chat_format, prepared = prepare_run_data(model, data, day)
     for part, title in ((prepared, "Data"), (prepared.evaluation, "Held-out data")):
         if part is not None:
             logger.info(section(title, part.summary.lines()))
@@ -55,16 +59,31 @@ def load_data(model: ModelArguments, data: DataArguments) -> tuple[PreTrainedTok
 
 @timed("data")
 def prepare_run_data(
-    model: ModelArguments, data: DataArguments
+    model: ModelArguments, data: DataArguments, day: date | None = None
 ) -> tuple[PreTrainedTokenizerBase, ChatFormat, PreparedData]:
-    """Return the tokenizer, the chat format, and the prepared training and held-out data."""
+    """Return the tokenizer, the chat format, and the prepared training and held-out data.
+
+    Args:
+        day: for a chat template that writes today's date; default: today's.
+    """
     sources = find_sources(data.data_path)
     held_out_sources = find_sources(data.eval_data_path) if data.eval_data_path else None
-    tokenizer, chat_format, notes = load_chat_format(model, data)
+    tokenizer, chat_format, notes = load_chat_format(model, data, day)
     log_notes(notes)
     evaluation = prepare_sources(held_out_sources, chat_format, data) if held_out_sources else None
     prepared = prepare_sources(sources, chat_format, data)
-    return tokenizer, chat_format, replace(prepared, validation_share=data.validation_share, evaluation=evaluation)
+    prepared = replace(
+        prepared,
+        validation_share=data.validation_share,
+        evaluation=evaluation,
+        day=chat_format.identity().get("day"),
+    )
+    if evaluation is not None and is_rank_0() and (seen := prepared.count_seen_held_out()):
+        logger.warning(
+            f"{seen:,} of {evaluation.summary.examples:,} examples of --eval_data_path are training examples, too: "
+            "the held-out loss says less about new conversations"
+        )
+    return tokenizer, chat_format, prepared
 
 
 def prepare_sources(sources: Sequence[Source], chat_format: ChatFormat, data: DataArguments) -> PreparedData:

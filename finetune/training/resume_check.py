@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import Manifest
+from finetune.checkpoint.resume import saved_manifest
 from finetune.config.arguments import default_of
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.flag_support import WITHOUT_EFFECT
@@ -47,7 +49,8 @@ SAME_STATES = {"adamw_torch", "adamw_torch_fused"}  # values of --optim
 ADAPTIVE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 SCHEDULE_FLAGS = ("--learning_rate", "--lr_scheduler_type", "--lr_scheduler_kwargs")
 OF_FLAGS = "of the command line"
-SINCE_0_2 = ("scheduler", "loss scaling")  # facts that older manifests lack
+DAY = "date that the chat template writes"  # a key of manifests
+SINCE_0_2 = ("scheduler", "loss scaling", DAY)  # facts that older manifests lack
 STAGES_DIFFER = (
     "stages 1 and 2 partition optimizer states, stage 3 each parameter, and DeepSpeed converts neither into the other"
 )
@@ -74,6 +77,7 @@ def resume_facts(
     facts |= {
         **skipped,
         "data": f"{data.fingerprint}, {data.summary.tokens:,} tokens in {examples:,} examples",
+        **({DAY: data.day} if data.day else {}),
         "base model": model_fingerprint,
         "precision": precision,
         "ZeRO stage": zero.stage if zero else "none",
@@ -82,6 +86,13 @@ def resume_facts(
         **({"loss scaling": sections.get("fp16")} if precision == "fp16" else {}),
     }
     return json.loads(json.dumps(facts))  # as a manifest gives it back
+
+
+def saved_day(config: CheckpointConfig) -> date | None:
+    """Return the date that the chat template wrote in the run to resume; None if it wrote none."""
+    manifest = saved_manifest(config.output_dir, config.resume_from)
+    day = manifest.facts.get(DAY) if manifest else None
+    return date.fromisoformat(day) if day else None
 
 
 def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

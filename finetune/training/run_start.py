@@ -86,7 +86,7 @@ def start_processes(
         data_path: as on the command line, for the message.
         timeout: of collectives, seconds.
     """
-    facts = RankFacts.here(data=data.fingerprints, model=info.fingerprint)
+    facts = RankFacts.here(data=data.fingerprints, model=info.fingerprint, day=data.day)
     watchdog.report_phase("rendezvous")
     patch_build_lock()
     init_process_group(backend, uses_deepspeed=zero_stage is not None, timeout=timeout)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tests.helpers.chat_rows import good_row, turns
 from tests.helpers.short_runs import SHORT
 
 GOOD = [good_row(0), good_row(1)]
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+DATED, STRIPPING = "{{ strftime_now('%d %b %Y') }}" + CHATML, CHATML.replace("m.content", "m.content | trim")
 ONE_STEP = ("--max_steps 1 --per_device_train_batch_size 1 --save_strategy no").split()
 
 
@@ -76,6 +79,14 @@ SITUATIONS = [
     Situation("a tools column without tools", "preview", 0, ("2 kept",),
               rows=[answered("No.", tools="[]"), answered("Yes.", tools=None)]),
     Situation("all rows are fine", "preview", 0, ("2 kept",), hides="note: "),
+    Situation("held-out rows that are training rows", "preview --eval_data_path DATA", 0,
+              ("2 of 2 examples of --eval_data_path are training examples",)),
+    Situation("held-out rows of their own", "preview --eval_data_path DIR/other.json", 0, hides="training examples",
+              files={"other.json": json.dumps([good_row(7)])}),
+    Situation("a template that writes today's date", "preview --chat_template DIR/t.jinja", 0,
+              (f"today's date .*: {datetime.now(UTC).date()} .UTC.",), files={"t.jinja": DATED}),
+    Situation("white space that a template strips from an answer", "preview --chat_template DIR/t.jinja", 0,
+              ("strips white space around answers",), rows=[answered("Yes. ")], files={"t.jinja": STRIPPING}),
     # ---- flags
     Situation("the output folder is below a file", "doctor --output_dir DIR/a/b", 6, ("a",), files={"a": ""}),
     Situation("a model trains", "train", 0, ("step 1/1",)),

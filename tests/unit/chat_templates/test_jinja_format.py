@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from datetime import date
+from datetime import UTC, date, datetime
 
 import pytest
 
@@ -46,16 +46,20 @@ def test_a_spelling_that_only_normalization_makes_a_control_token_stays_text(ope
     assert tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]) == "c<end>"
 
 
-def test_data_with_the_date_in_it_is_of_its_day(golden_tokenizer, monkeypatch):
-    class Day(date):
-        @classmethod
-        def today(cls) -> date:
-            return date(2026, 1, 2)
-
-    monkeypatch.setattr("finetune.chat_templates.jinja_format.date", Day)
-    dated = JinjaFormat(golden_tokenizer, "{{ strftime_now('%d %b %Y') }}" + PLAIN, "x")
+def test_a_template_that_writes_the_date_writes_one_for_all_conversations(golden_tokenizer):
+    dated = JinjaFormat(golden_tokenizer, "{{ strftime_now('%d %b %Y') }}" + PLAIN, "x", day=date(2026, 1, 2))
+    (example,) = rendered(dated, [("human", "a"), ("model", "b")]).examples
+    assert golden_tokenizer.decode(example.input_ids).startswith("02 Jan 2026")
     assert dated.identity()["day"] == "2026-01-02"
+    assert JinjaFormat(golden_tokenizer, "{{ strftime_now('%d') }}" + PLAIN, "x").day == datetime.now(UTC).date()
     assert JinjaFormat(golden_tokenizer, PLAIN, "x").identity()["day"] is None
+
+
+def test_white_space_that_the_template_strips_from_an_answer_is_in_the_ledger(golden_tokenizer):
+    stripping = JinjaFormat(golden_tokenizer, PLAIN.replace("m.content", "(m.content | trim)"), "x")
+    assert rendered(stripping, [("human", " a"), ("model", "b")]).reason is None
+    assert "strips white space around answers" in rendered(stripping, [("human", "a"), ("model", "b\n")]).reason
+    assert rendered(JinjaFormat(golden_tokenizer, PLAIN, "x"), [("human", "a"), ("model", "b\n")]).reason is None
 
 
 def test_white_space_that_control_tokens_swallow_is_no_part_of_a_turn(smol_tokenizer):

@@ -56,6 +56,12 @@ def test_ranks_of_one_host_that_differ_are_named_by_number():
     assert "rank 0 on node0 has 2.13.0, rank 1 on node0 has 2.12.0" in str(error)
 
 
+def test_hosts_on_two_sides_of_midnight_are_told_so():
+    day = "the date that the chat template writes"
+    error = compared(("node0", {day: "2026-11-29"}), ("node1", {day: "2026-11-30"}))
+    assert error.status == 2 and "node0 has 2026-11-29, node1 has 2026-11-30: start again" in str(error)
+
+
 def test_many_hosts_are_counted():
     hosts = [(f"node{number}", {"torch": "2.12.0"} if number < 40 else {}) for number in range(100)]
     assert "node0, node1, node2, node3 and 36 more have 2.12.0" in str(compared(*hosts))
