@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,14 +30,11 @@ UNSET: tuple[Any, ...] = (None, "", [], [""])
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Parse the training command line, without the program's name, to checked plain values.
-
-    Raises:
-        ConfigError: all faults of flags and of the `--config` file.
-    """
-    given = build_parser().parse(argv)
+    """Parse the training command line, without the program's name, to checked plain values."""
+    parser = build_parser()
+    given = parser.parse(argv)
     if given.get("config"):
-        stored = _from_file(Path(given["config"]))
+        stored = _from_file(Path(given["config"]), parser.types)
         given = {**{name: value for name, value in stored.items() if not _is_given(name, given)}, **given}
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
     raise_faults(missing(given, REQUIRED))
@@ -46,8 +42,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     ours = {declared.name for group in GROUPS for declared in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = _translate(given, training)
-    model, data, batch, adapter, run = groups
-    arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
+    arguments = Arguments(*groups, training={**TRAINING_DEFAULTS, **training}, notes=notes)
     raise_faults(_faults(arguments, adapter_refused=given.get("use_lora") is False))
     arguments.notes.extend(flags_without_effect(arguments))
     return arguments
@@ -65,7 +60,7 @@ def build_parser() -> CommandParser:
     )
     section = parser.add_argument_group("Training (transformers.TrainingArguments)")
     for flag in training_flags().values():
-        parser.add_option(section, flag.name, OptionType(flag.kind, flag.is_list), meaning(flag.name))
+        parser.add_option(section, flag.name, flag.shape, meaning(flag.name))
     section = parser.add_argument_group("Flags that transformers has renamed")
     for name, translated in TRANSLATED.items():
         if name not in training_flags():
@@ -75,7 +70,7 @@ def build_parser() -> CommandParser:
 
 def known_flags() -> list[str]:
     """Return every accepted flag name, without dashes."""
-    return sorted(_types())
+    return sorted(build_parser().types)
 
 
 def meaning(training_flag: str) -> str:
@@ -90,26 +85,16 @@ def missing(given: dict[str, Any], required: Sequence[str]) -> list[str]:
     return [f"missing: {', '.join(names)}"] if names else []
 
 
-def _types() -> dict[str, OptionType]:
-    hints = {name: hint for group in GROUPS for name, hint in typing.get_type_hints(group).items()}
-    return {
-        **{name: OptionType(translated.type) for name, translated in TRANSLATED.items()},
-        **{name: OptionType(flag.kind, flag.is_list) for name, flag in training_flags().items()},
-        **{name: OptionType.of(hint) for name, hint in hints.items()},
-    }
-
-
 def _is_given(name: str, given: dict[str, Any]) -> bool:
     """Whether the command line gives this flag, under its present or an old name."""
     present = {old: translated.to for old, translated in TRANSLATED.items()}
     return present.get(name, name) in {present.get(other, other) for other in given}
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def _from_file(path: Path, types: dict[str, OptionType]) -> dict[str, Any]:
     """Return the flags of a YAML or JSON mapping, or those in the `arguments` of a run.json."""
     values = _read_mapping(path)
-    types = _types()
-    faults = unknown_options([f"--{name}" for name, value in values.items() if name not in types], list(types))
+    faults = unknown_options([f"--{name}" for name in values if name not in types], list(types))
     given = {}
     for name, value in values.items():
         if value is not None and name in types:
@@ -245,14 +230,6 @@ def _unused_adapter_flags(adapter: AdapterArguments) -> Iterator[str]:
             remedy = "--use_lora True" if kinds == ("lora",) else "--adapter prefix or prompt"
             trained = f"a {kind} adapter" if kind else "all parameters"
             yield f"--{name} is given, but {trained} would be trained: add {remedy}, or leave it out"
-
-
-def _training_faults(arguments: Arguments) -> Iterator[str]:
-    rate, epochs, steps = (arguments.given(name) for name in ("learning_rate", "num_train_epochs", "max_steps"))
-    if not rate > 0:
-        yield f"--learning_rate {rate:g}: nothing would be learned: give one above 0, such as 2e-5"
-    if not epochs > 0 and steps <= 0:
-        yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
 
 
 def _batch_faults(arguments: Arguments) -> Iterator[str]:

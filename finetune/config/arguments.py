@@ -10,12 +10,9 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
-from finetune.utils.errors import ConfigError
-from finetune.utils.options import default_of_field, option
+from finetune.utils.options import OptionType, declaration, default_of_field, option
 
 # The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
 # Its newest commit is used and named, unless --model_revision pins one.
@@ -47,8 +44,7 @@ class TrainingFlag:
     """A field of `TrainingArguments` as its source declares it; `default` is None where it is computed there."""
 
     name: str
-    kind: type
-    is_list: bool
+    shape: OptionType
     default: Any
     help: str
 
@@ -56,12 +52,7 @@ class TrainingFlag:
 @cache
 def training_flags() -> dict[str, TrainingFlag]:
     """The fields of the installed `transformers.TrainingArguments`, read from its source with `ast`."""
-    spec = find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("transformers is not installed: pip install -r requirements.txt")
-    source = Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    body = declaration("transformers", "training_args.py", "TrainingArguments").body
     declared = [node for node in body if isinstance(node, ast.AnnAssign)]
     flags = [_training_flag(node, node.value) for node in declared if isinstance(node.value, ast.Call)]
     return {flag.name: flag for flag in flags}
@@ -75,7 +66,7 @@ def _training_flag(node: ast.AnnAssign, field_call: ast.Call) -> TrainingFlag:
     if "str" in kinds and kind is bool:
         kind = str
     name, default = ast.unparse(node.target), _literal(keywords.get("default"))
-    return TrainingFlag(name, kind, "list[str]" in kinds, default, metadata.get("help", ""))
+    return TrainingFlag(name, OptionType(kind, "list[str]" in kinds), default, metadata.get("help", ""))
 
 
 def _literal(node: ast.AST | None) -> Any:

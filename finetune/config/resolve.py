@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,7 @@ def resolve_config(
 ) -> RunConfig:
     """Resolve flags that depend on the hardware, the ranks, the DeepSpeed JSON and the checkpoint to resume from.
 
-    Args:
-        saved: of the checkpoint to resume from, where it is from another number of ranks: the step keeps its rows.
-
-    Raises:
-        ConfigError: flags that exclude each other, or that the hardware or the ranks cannot do.
-        StorageError: `--output_dir` cannot be written to.
+    `saved` is given where that checkpoint is from another number of ranks: the step keeps its rows.
     """
     output_dir = arguments.output_dir
     if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
@@ -91,7 +86,11 @@ def resolve_config(
         world_size_changes=saved is not None,
     )
     notes = (*arguments.notes, *_saving_notes(arguments), *batch_notes, *hardware.notes)
-    flags = {**arguments.flat(), **_resolved_step(arguments, batch, saved)}
+    flags = arguments.flat()
+    if saved is not None:
+        flags["gradient_accumulation_steps"] = batch.accumulation
+        if batch.tokens_per_device is None:
+            flags["per_device_train_batch_size"] = batch.per_device_batch
     recorded = {**{name: arguments.given(name) for name in RECORDED_FLAGS}, **flags}
     return RunConfig(
         model=arguments.model,
@@ -104,7 +103,7 @@ def resolve_config(
         hardware=hardware,
         deepspeed=deepspeed,
         activation_checkpointing=activation_checkpointing(arguments),
-        training=_training_values(arguments, hardware, batch, deepspeed, evaluation),
+        training={**_training_values(arguments, hardware, batch, deepspeed), **evaluation},
         flags=flags,
         resume_flags=recorded,
         held_out_schedule=_held_out_schedule(arguments),
@@ -156,14 +155,6 @@ def resolve_batch(
     return batch, notes
 
 
-def _resolved_step(arguments: Arguments, batch: BatchConfig, saved: SavedStep | None) -> dict[str, Any]:
-    """The flags of a step that was divided among another number of ranks."""
-    if saved is None:
-        return {}
-    rows = {"per_device_train_batch_size": batch.per_device_batch} if batch.tokens_per_device is None else {}
-    return {"gradient_accumulation_steps": batch.accumulation, **rows}
-
-
 def _padding_reason(arguments: Arguments) -> str | None:
     attention = arguments.model.attn_implementation
     if arguments.given("neftune_noise_alpha") is not None:
@@ -206,11 +197,7 @@ def _held_out_schedule(arguments: Arguments) -> str | None:
 
 
 def _training_values(
-    arguments: Arguments,
-    hardware: HardwareConfig,
-    batch: BatchConfig,
-    deepspeed: ResolvedDeepSpeedConfig | None,
-    evaluation: Mapping[str, Any],
+    arguments: Arguments, hardware: HardwareConfig, batch: BatchConfig, deepspeed: ResolvedDeepSpeedConfig | None
 ) -> dict[str, Any]:
     """Keyword arguments of `TrainingArguments`."""
     values = {
@@ -222,7 +209,6 @@ def _training_values(
         "use_cpu": hardware.use_cpu,
         "gradient_accumulation_steps": batch.accumulation,
         "per_device_train_batch_size": batch.deepspeed_batch,
-        **evaluation,
         "deepspeed": deepspeed.config if deepspeed else None,
         "save_total_limit": None,  # transformers would remove by name, before the new one is complete: see `Saver`
         "resume_from_checkpoint": None,

@@ -12,12 +12,10 @@ import ast
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.utils.errors import ConfigError
-from finetune.utils.options import CommandParser, OptionType, one_of, raise_faults
+from finetune.utils.options import CommandParser, OptionType, declaration, one_of, raise_faults
 
 LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
 PLACE = "flags of the launcher stand in front of the script, those of the training behind it"
@@ -116,14 +114,8 @@ def build_parser() -> CommandParser:
 @cache
 def _declared_flags() -> list[tuple[list[str], dict[str, Any]]]:
     """Return names and keywords of each `parser.add_argument(...)` of the installed DeepSpeed."""
-    spec = find_spec("deepspeed")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("deepspeed is not installed: pip install -r requirements.txt")
-    source = Path(spec.submodule_search_locations[0], "launcher", "runner.py").read_text(encoding="utf-8")
-    functions = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
-    declaring = next(function for function in functions if function.name == "parse_args")
     declared = []
-    for call in ast.walk(declaring):
+    for call in ast.walk(declaration("deepspeed", "launcher/runner.py", "parse_args")):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "parser.add_argument":
             keywords = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
             keywords["help"] = " ".join(str(keywords.get("help", "")).split()).replace("%", "%%")

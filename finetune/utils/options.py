@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import textwrap
 import types
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from finetune.utils.errors import ConfigError, format_faults
@@ -47,11 +50,17 @@ def describe(text: str, default: Any) -> str:
 
 def fill(group: type[Options], given: dict[str, Any]) -> Options:
     """Build an options dataclass from the values that were given; the others have their defaults."""
-    return group(**{declared.name: given[declared.name] for declared in _fields(group) if declared.name in given})
+    names = [declared.name for declared in fields(group)]  # type: ignore[arg-type]
+    return group(**{name: given[name] for name in names if name in given})
 
 
-def _fields(group: type) -> tuple[Field[Any], ...]:
-    return fields(group)
+def declaration(library: str, file: str, name: str) -> ast.ClassDef | ast.FunctionDef:
+    """Return a class or function of a library's source, for what it declares; importing it would take seconds."""
+    spec = find_spec(library)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{library} is not installed: pip install -r requirements.txt")
+    tree = ast.parse(Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8"))
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name)
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ class CommandParser(argparse.ArgumentParser):
         """Add the fields of a dataclass, or some of them, under its docstring as the title."""
         section = self.add_argument_group((group.__doc__ or "").rstrip(".")) if is_titled else self
         hints = typing.get_type_hints(group)
-        for declared in _fields(group):
+        for declared in fields(group):
             if only is None or declared.name in only:
                 text = describe(declared.metadata["help"], default_of_field(declared))
                 metavar = declared.metadata.get("metavar")

@@ -63,13 +63,15 @@ def test_every_flag_of_transformers_that_is_not_refused_is_accepted():
     left_out = {"local_rank", "output_dir", *REFUSED}
     flags = [flag for flag in training_flags().values() if flag.name not in left_out]
 
-    training = parsed(*(word for flag in flags for word in (f"--{flag.name}", samples[flag.kind]))).training
+    training = parsed(*(word for flag in flags for word in (f"--{flag.name}", samples[flag.shape.kind]))).training
 
     assert len(flags) > 95
     old = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
     for flag in flags:
         if flag.name not in old:
-            assert training[flag.name] == ([values[flag.kind]] if flag.is_list else values[flag.kind]), flag.name
+            assert training[flag.name] == (
+                [values[flag.shape.kind]] if flag.shape.is_list else values[flag.shape.kind]
+            ), flag.name
 
 
 def test_a_training_flag_that_is_not_given_has_the_default_of_transformers():
