@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from finetune.checkpoint import step_of
 from finetune.config import DataArguments
 from finetune.inference import ChatModels, ChatSession, TerminalChat, answer_once, check_gradio, read_question, serve
 from finetune.inference.generate import SamplingParams
-from finetune.inference.load_result import BASE, TUNED, LoadedModel, load_for_inference, read_model
+from finetune.inference.load_result import BASE, TUNED, load_for_inference, read_model
 from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir.run_json import RUN_FILE, holds_model
 from finetune.utils.console import configure_logging, quiet_serving
@@ -54,9 +55,7 @@ class ChatOptions:
         return (BASE,) if self.base else (TUNED, BASE) if self.compare else (TUNED,)
 
 
-def build_parser() -> CommandParser:
-    """Build the parser of `finetune chat`."""
-    return CommandParser("finetune chat", "OUTPUT [--compare] [--web] ...", ChatOptions)
+build_parser = partial(CommandParser, "finetune chat", "OUTPUT [--compare] [--web] ...", ChatOptions)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,7 +72,10 @@ def main(argv: Sequence[str]) -> None:
         result = _read(options)
         quiet_serving()
         loaded = load_for_inference(result, base_name=options.base_model, only_base=options.base)
-        models = _chat_models(options, loaded)
+    if not options.reasoning and depends_on_reasoning(loaded.chat_format):
+        logger.info("this format has two forms of answers: give --reasoning for those that begin with their reasoning")
+    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
+    models = ChatModels(loaded, options.names, options.max_new_tokens, sampling, options.reasoning)
     chat = ChatSession(options.system)
     if options.web:
         serve(models, chat, host=options.host, port=options.port)
@@ -112,13 +114,6 @@ def _read(options: ChatOptions) -> RunResult:
         raise ConfigError(f"{folder}: has no {RUN_FILE}: which base it was trained from is not known: leave --base out")
     markers = {name: list(getattr(DataArguments(), name)) for name in ("human_token_ids", "model_token_ids")}
     return read_model(folder, markers=markers, trust_remote_code=options.trust_remote_code)
-
-
-def _chat_models(options: ChatOptions, loaded: LoadedModel) -> ChatModels:
-    if not options.reasoning and depends_on_reasoning(loaded.chat_format):
-        logger.info("this format has two forms of answers: give --reasoning for those that begin with their reasoning")
-    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
-    return ChatModels(loaded, options.names, options.max_new_tokens, sampling, options.reasoning)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
@@ -21,8 +20,9 @@ from finetune.conversation import BadRow, Conversation, to_row
 from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import find_sources
 from finetune.dataset.row_faults import RowFaults
+from finetune.utils.atomic_io import replacing
 from finetune.utils.console import configure_logging
-from finetune.utils.errors import ConfigError, DataError, StorageError
+from finetune.utils.errors import ConfigError, DataError
 from finetune.utils.options import CommandParser, fill, positional, raise_faults
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{weighted.name}:{weighted.weight:g}: a weight is for training: leave it out")
     reader = ConversationReader(sources, repairs=data.repairs)
     bad, changes = _BadRows(stops=data.bad_rows == "error"), _Changes(several=len(sources) > 1)
-    with _new_file(out) as file:
+    # A lone surrogate, which only an id can hold, becomes its JSON escape.
+    with replacing(out) as part, part.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         written = _write(file, changes.applied(bad.without_bad_rows(_with_bar(reader))), lines=out.suffix == ".jsonl")
         bad.check()
         if not written:
@@ -134,17 +135,13 @@ class _Changes:
             yield row
 
 
-def _as_json(conversation: Conversation) -> str:
-    """Return a row as one line of JSON."""
-    return json.dumps(to_row(conversation.turns, conversation.id), ensure_ascii=False)
-
-
 def _write(file: TextIO, conversations: Iterable[Conversation], *, lines: bool) -> int:
     """Write an array with one row per line, or JSON lines; return the number of rows."""
     start, separator, end = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
     count = 0
     for conversation in conversations:
-        file.write((separator if count else start) + _as_json(conversation))
+        row = json.dumps(to_row(conversation.turns, conversation.id), ensure_ascii=False)
+        file.write((separator if count else start) + row)
         count += 1
     file.write(end if count else "")
     return count
@@ -169,20 +166,3 @@ def _check_new(out: Path) -> None:
         raise ConfigError(f"{out}: expected a name that ends in .json or .jsonl, found {out.suffix}")
     if not out.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {out.parent}: make it first")
-
-
-@contextmanager
-def _new_file(out: Path) -> Iterator[TextIO]:
-    """Open a file that appears under its name if the block succeeds, and leaves nothing otherwise."""
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        # A lone surrogate, which only an id can hold, becomes its JSON escape.
-        with open(part, "x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, out)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

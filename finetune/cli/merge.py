@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,9 +39,7 @@ class MergeOptions:
     no_check: bool = option(False, "do not load the result and compare its logits")
 
 
-def build_parser() -> CommandParser:
-    """Build the parser of `finetune merge`."""
-    return CommandParser("finetune merge", "OUTPUT [DIR] [--dtype TYPE] [--gguf TYPE] ...", MergeOptions)
+build_parser = partial(CommandParser, "finetune merge", "OUTPUT [DIR] [--dtype TYPE] [--gguf TYPE] ...", MergeOptions)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +48,9 @@ def main(argv: Sequence[str]) -> None:
     options = fill(MergeOptions, build_parser().parse(argv))
     configure_logging()
     result = read_result(Path(options.output))
-    folder = Path(options.target) if options.target else default_target(Path(options.output))
+    output, step = Path(options.output), step_of(Path(options.output).absolute())
+    default = output / "merged" if step is None else output.parent / f"merged-{step}"
+    folder = Path(options.target) if options.target else default
     shard_bytes = bytes_of(options.max_shard_size)
     from finetune.export import check_gguf, merge_weights, plan_merge, write_gguf  # they need torch; --help does not
 
@@ -65,12 +66,6 @@ def main(argv: Sequence[str]) -> None:
     if options.gguf is not None:
         path = write_gguf(folder, options.gguf, stop_token_id=result.chat["stop_token_id"])
         logger.info(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
-
-
-def default_target(output: Path) -> Path:
-    """Return output/merged, or output/merged-200 for output/checkpoint-200."""
-    step = step_of(output.absolute())
-    return output / "merged" if step is None else output.parent / f"merged-{step}"
 
 
 def bytes_of(size: str) -> int:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,7 @@ class QuickstartOptions:
     short: bool = option(False, "a few steps and questions: shows that it runs, not that the model learns")
 
 
-def build_parser() -> CommandParser:
-    """Build the parser of `finetune quickstart`."""
-    return CommandParser("finetune quickstart", "[--output_dir DIR] [--short] ...", QuickstartOptions)
+build_parser = partial(CommandParser, "finetune quickstart", "[--output_dir DIR] [--short] ...", QuickstartOptions)
 
 
 def main(argv: Sequence[str]) -> None:

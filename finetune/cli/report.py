@@ -5,20 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from finetune.inference.run_result import read_result
 from finetune.report import FILE, RunRecord, read_run, write_report
 from finetune.report.html_pages import REPORT, check_replaceable
 from finetune.report.live_server import watch as keep_watching
-from finetune.report.sample_answers import (
-    SampleAnswers,
-    SamplePrompt,
-    generate_answers,
-    prompts_of,
-    read_prompts,
-    write_answers,
-)
+from finetune.report.sample_answers import SamplePrompt, generate_answers, prompts_of, read_prompts, write_answers
 from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.errors import FinetuneError
 from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
@@ -43,9 +37,9 @@ class ReportOptions:
     port: int = option(8642, "port of the page on this host, with `--watch`; 0: any")
 
 
-def build_parser() -> CommandParser:
-    """Build the parser of `finetune report`."""
-    return CommandParser("finetune report", "OUTPUT [OUTPUT ...] [--html FILE] [--watch] ...", ReportOptions)
+build_parser = partial(
+    CommandParser, "finetune report", "OUTPUT [OUTPUT ...] [--html FILE] [--watch] ...", ReportOptions
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -99,7 +93,7 @@ def names(folders: Sequence[Path]) -> list[str]:
 def _needs_answers(run: RunRecord, prompts: Sequence[SamplePrompt]) -> bool:
     if run.state != "complete":
         return False
-    stored: SampleAnswers | None = run.answers
+    stored = run.answers
     if stored is None or any(answer.hurried for answer in stored.answered):
         return True
     return bool(prompts) and [answer.prompt.turns for answer in stored.answered] != [one.turns for one in prompts]
@@ -117,8 +111,7 @@ def _answer(run: RunRecord, prompts: Sequence[SamplePrompt], base_model: str | N
     try:
         with tqdm(total=2 * len(prompts), desc="base and result answer", unit=" answers") as bar:
             result = read_result(run.folder)
-            write_answers(
-                run.folder, result.run, generate_answers(result, prompts, base_name=base_model, each=bar.update)
-            )
+            answers = generate_answers(result, prompts, base_name=base_model, each=bar.update)
+            write_answers(run.folder, result.run, answers)
     except (FinetuneError, OSError) as error:
         logger.warning(f"no answers before and after: {error}")

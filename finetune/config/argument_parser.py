@@ -42,7 +42,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     ours = {declared.name for group in GROUPS for declared in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = _translate(given, training)
-    arguments = Arguments(*groups, training={**TRAINING_DEFAULTS, **training}, notes=notes)
+    model, data, batch, adapter, run = groups
+    arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
     raise_faults(_faults(arguments, adapter_refused=given.get("use_lora") is False))
     arguments.notes.extend(flags_without_effect(arguments))
     return arguments

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,8 @@ from transformers import AutoTokenizer
 
 from finetune.models.loader import embedding_rows
 from finetune.models.stored_tensors import StoredTensors
-from finetune.utils.errors import ConfigError, StorageError
+from finetune.utils.atomic_io import replacing
+from finetune.utils.errors import ConfigError
 
 try:
     import gguf
@@ -75,13 +75,12 @@ def write_gguf(folder: Path, kind: str, *, stop_token_id: int) -> Path:
     """Write `NAME-TYPE.gguf` into a plain model's folder, tensor by tensor; return its path."""
     config, stored = _config(folder), StoredTensors(folder)
     path = folder / f"{folder.absolute().name}-{kind}.gguf"
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
     arch_name, rotates_adjacent = ARCHITECTURES[config["model_type"]]
     arch = gguf.MODEL_ARCH[arch_name]
-    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch])
     tensors = list(_tensors(config, stored, arch, kind))
     vocab_size = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
-    try:
+    with replacing(path) as part:
+        writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch])
         _add_config(writer, config, vocab_size, kind, folder.absolute().name)
         vocabulary_of(AutoTokenizer.from_pretrained(folder), vocab_size).add_to(writer, stop_token_id)
         factors = _rope_factors(config)
@@ -97,11 +96,6 @@ def write_gguf(folder: Path, kind: str, *, stop_token_id: int) -> Path:
         for tensor in tqdm(tensors, "gguf", unit=" tensors", disable=None, leave=False):
             writer.write_tensor_data(_quantized(tensor, stored, config, rotates_adjacent))
         writer.close()
-        os.replace(part, path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -6,7 +6,6 @@ code, each turn keeps its own writing direction, and the page's policy forbids r
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.run_dir.data_samples import RowSample, TurnSample
-from finetune.utils.errors import ConfigError, StorageError
+from finetune.utils.atomic_io import replacing
+from finetune.utils.errors import ConfigError
 
 PREVIEW, REPORT = "finetune preview", "finetune report"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -143,13 +143,6 @@ def check_replaceable(path: Path, generator: str = PREVIEW) -> None:
 def write_page(path: Path, html: str, generator: str = PREVIEW) -> None:
     """Write a page atomically; missing parent folders are created."""
     check_replaceable(path, generator)
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
+    with replacing(path, f"--html {path}") as part:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(html, encoding="utf-8", errors="backslashreplace", newline="\n")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"--html {path}: cannot be written: {error.strerror}") from error
+        part.write_text(html, encoding="utf-8", errors="backslashreplace", newline="\n")

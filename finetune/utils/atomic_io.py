@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune.utils.errors import StorageError
@@ -29,6 +31,25 @@ def write_text_atomically(path: Path, text: str) -> None:
         replace_text(path, text)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
+
+
+@contextmanager
+def replacing(path: Path, shown: str | None = None) -> Iterator[Path]:
+    """Yield the path of a file to write, which takes the place of `path` if the block succeeds; else nothing is left.
+
+    A `StorageError` names the path, or what is `shown` for it.
+    """
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise StorageError(f"{shown or path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # it is in place, or was never made
+            part.unlink()
 
 
 def fsync_dir(folder: Path) -> None:
