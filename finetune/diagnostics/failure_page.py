@@ -90,12 +90,7 @@ def format_failure_page(failure: Failure, *, width: int = 100, colour: bool = Fa
     """Show what happened, where, the likely cause and the remedy, in at most 25 lines.
 
     The page contains neither the `error: ` of an exit status nor a Python traceback: tools search logs for both.
-
-    Args:
-        failure: the first failure of the run.
-        width: columns of a line, at least 60.
-        colour: whether the headline is bold and red.
-        record: path of `failure.json`, "" if it could not be written.
+    `record` is the path of `failure.json`, "" if it could not be written.
     """
     width = max(width, MIN_WIDTH)
     place = "" if failure.kind == "missing" else where_in_run(failure)

@@ -19,9 +19,7 @@ def write_failure(folder: str | os.PathLike[str], failure: Failure, *, replace: 
 
     An earlier record of the same run is kept unless `replace` is set, because later failures mostly follow from it.
     Runs without an id are never the same run. A resumed run keeps its id: whoever starts it deletes the old record.
-
-    Returns:
-        The path of the record of this run; None if the folder does not exist or the disk refused.
+    Returns the path of the record of this run; None if the folder does not exist or the disk refused.
     """
     path = Path(folder, FAILURE_FILE)
     cause = likely_cause(failure)

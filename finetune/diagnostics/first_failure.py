@@ -52,8 +52,7 @@ def find_first_failure(failures: Sequence[Failure]) -> Failure:
 def is_secondary(failure: Failure) -> bool:
     """Return whether a failure follows from that of another rank.
 
-    Its message says that a peer is gone, the launcher ended it by SIGTERM after another rank, or it waits in a
-    collective operation.
+    Its message says that a peer is gone, SIGTERM of the launcher ended it, or it waits in a collective operation.
     """
     if failure.kind in ("died", "launcher"):
         return failure.killed_by() == signal.SIGTERM

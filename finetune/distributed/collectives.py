@@ -74,10 +74,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def all_gather_ints(values: list[int], device: Any) -> list[list[int]]:
-    """Return the integers of each rank, [ranks][values], on every rank; one small exchange that blocks the host.
-
-    `device` is the one on which the process group exchanges tensors.
-    """
+    """Return the integers of each rank, [ranks][values], on every rank; `device` is that of the process group."""
     if not _is_initialized():
         return [values]
     import torch

@@ -50,11 +50,7 @@ class RankFacts:
 def check_rank_consistency(facts: RankFacts, *, data_path: Sequence[str], model_name: str) -> None:
     """Compare the facts of all ranks in one exchange; every rank calls this, and if it fails it fails on all.
 
-    Args:
-        data_path, model_name: as the user gave them, for the remedy.
-
-    Raises:
-        DataError: the data differs, and nothing else does; `ConfigError`: something else differs.
+    The error is a `DataError` if nothing but the data differs. `data_path` and `model_name` are for the remedy.
     """
     error = describe_mismatch(all_gather_object(facts), data_path=data_path, model_name=model_name)
     if error is not None:

@@ -75,7 +75,6 @@ def _resource_facts(order: dict) -> dict:
         "space": {name: disk_space(Path(folder).expanduser()) for name, folder in order["places"].items()},
         "programs": {name: shutil.which(name) is not None for name in ("c++", "g++", "nvcc", "pdsh", "rsync", "ninja")},
         "deepspeed": Path(sys.executable).with_name("deepspeed").exists(),
-        "locks": locks(Path(order["extensions"])),
     }
 
 
@@ -106,15 +105,6 @@ def interfaces() -> dict:
             if flags & 1:
                 addresses[name] = address
     return addresses
-
-
-def locks(folder: Path) -> list:
-    """Lock files of operator builds, for which torch waits: (path, age in seconds)."""
-    ages = []
-    for path in folder.glob("**/lock"):
-        with suppress(FileNotFoundError):  # the build is done
-            ages.append((str(path), time.time() - path.stat().st_mtime))
-    return ages
 
 
 def remove(order: dict) -> dict:

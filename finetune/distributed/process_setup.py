@@ -26,11 +26,9 @@ DEFAULT_PORT = "29500"
 def prepare_environment() -> None:
     """Make the settings that torch must find when it is imported; what the user has set is never changed.
 
-    * Rank variables are set from those of srun or mpirun; a process that nothing has started becomes rank 0 of 1.
-    * Large blocks are allocated outside the heap (`allocate_outside_heap`).
-    * Garbage is not collected while libraries are loaded, which saves a fifth of that time (`enable_gc`).
-    * Compiled DeepSpeed operators live beside the interpreter that built them (environments that share the default
-      folder rebuild each other's operators), and `ninja` of this environment is found without activating it.
+    Garbage is not collected while libraries are loaded, which saves a fifth of that time. Compiled DeepSpeed operators
+    live beside the interpreter that built them (environments that share the default folder rebuild each other's
+    operators), and `ninja` of this environment is found without activating it.
     """
     gc.disable()
     allocate_outside_heap()

@@ -61,10 +61,8 @@ class HostReport:
 class LocalSession:
     """The `deepspeed` command on this host, with all processes that it starts.
 
-    Args:
-        environment: variables to set beside this process's own; they are never part of a command line.
-        hostfile: its text, if there is one: a copy is written here and named in place of `HOSTFILE_PLACEHOLDER`.
-        prefix_lines: whether each line of output is printed with the host's name.
+    `environment` is never part of a command line. A copy of the text `hostfile` takes the place of
+    `HOSTFILE_PLACEHOLDER`. With `prefix_lines`, each line of output begins with the host's name.
     """
 
     def __init__(

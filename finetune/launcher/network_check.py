@@ -124,11 +124,7 @@ def all_reduce(
 
 
 def reduce_on_host() -> None:
-    """Read an order as JSON from stdin, start this host's ranks, print their measurements as one line of JSON.
-
-    The order: `first_rank`, `ranks` (of this host), `world_size`, `address`, `port`, `backend`, `devices` (a GPU for
-    each rank), `environment`, and `seconds`, the time limit.
-    """
+    """Read an order as JSON from stdin, start this host's ranks, print their measurements as one line of JSON."""
     order = json.loads(sys.stdin.read())
     environment = {**os.environ, **order["environment"]}
     environment.setdefault("OMP_NUM_THREADS", "1")

@@ -90,35 +90,34 @@ def run_on_all_hosts(
 ) -> dict[str, Facts | str]:
     """Run a function of `host_probe` on each host with its order; return its results, or why there is none.
 
-    Nothing of ours has to be installed there: the text of that file is sent to the host's Python. A result gets
-    `asked`, the times before and after.
+    Nothing of ours has to be installed there: the text of that file is sent to the host's Python.
     """
     source = Path(host_probe.__file__).read_text(encoding="utf-8")
     call = "\nimport json\nprint(json.dumps({}(json.loads({!r}))))\n"
     texts = {host: source + call.format(function.__name__, json.dumps(dict(order))) for host, order in orders.items()}
-
-    def run(host: str) -> Facts | str:
-        began = time.time()
-        answer = run_on_host(host, shell, [sys.executable, "-"], texts[host], seconds)
-        return answer if isinstance(answer, str) else {**answer, "asked": [began, time.time()]}
-
-    with ThreadPoolExecutor(len(orders)) as pool:
-        return dict(zip(orders, pool.map(run, orders), strict=True))
+    return run_program_on_hosts(texts, shell, [sys.executable, "-"], seconds, timed=True)
 
 
 def run_program_on_hosts(
-    inputs: Mapping[str, str], shell: SshShell, command: Sequence[str], seconds: float
+    inputs: Mapping[str, str], shell: SshShell | None, command: Sequence[str], seconds: float, *, timed: bool = False
 ) -> dict[str, Any]:
-    """Run a Python program on all hosts at once, with an input for each, as `run_on_host`."""
+    """Run a Python program on all hosts at once, with an input for each on stdin; without a shell, on this machine.
+
+    Returns the JSON of its last line by host, or why there is none; if `timed` with `asked`, the times around the call.
+    """
+
+    def run(host: str) -> Any:
+        began = time.time()
+        answer = _run_on_host(host, shell, command, inputs[host], seconds)
+        return {**answer, "asked": [began, time.time()]} if timed and not isinstance(answer, str) else answer
+
     with ThreadPoolExecutor(len(inputs)) as pool:
-        answers = pool.map(lambda host: run_on_host(host, shell, command, inputs[host], seconds), inputs)
-        return dict(zip(inputs, answers, strict=True))
+        return dict(zip(inputs, pool.map(run, inputs), strict=True))
 
 
-def run_on_host(host: str, shell: SshShell, command: Sequence[str], text: str, seconds: float) -> Any | str:
-    """Run a Python program on a host with `text` as stdin; return the JSON of its last line, or why there is none."""
-    here = is_here(host)
-    words = list(command) if here else shell.command(host, command)
+def _run_on_host(host: str, shell: SshShell | None, command: Sequence[str], text: str, seconds: float) -> Any | str:
+    here = shell is None or is_here(host)
+    words = list(command) if shell is None or here else shell.command(host, command)
     environment = {**os.environ}
     if here:  # how the user came to this machine is no route between hosts
         environment.pop("SSH_CONNECTION", None)

@@ -121,10 +121,7 @@ def _kept_by_layer(model: Any, layers: Sequence[Any]) -> list[float]:
 
 
 def _run(model: Any, tokens: int, logits: int, started: list[_LiveBytes] | None = None) -> _Pass:
-    """Run a micro-batch of one row forwards and backwards; `started` takes its counter, for hooks to read.
-
-    The gradient overwrites the logits, as in our loss.
-    """
+    """Run a micro-batch of one row forwards and backwards; the gradient overwrites the logits, as in our loss."""
     live = _LiveBytes(model)
     if started is not None:
         started.append(live)

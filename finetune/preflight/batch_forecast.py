@@ -25,10 +25,6 @@ class LargestBatch:
     tokens: int = 0
     logits: int = 0
 
-    def with_another(self, rows: int, tokens: int, logits: int) -> LargestBatch:
-        """Return the largest of this and one more micro-batch."""
-        return LargestBatch(max(self.rows, rows), max(self.tokens, tokens), max(self.logits, logits))
-
 
 @dataclass(frozen=True)
 class BatchForecast:
@@ -67,12 +63,7 @@ class BatchForecast:
 def forecast_batches(
     batch: BatchConfig, schedule: ScheduleConfig, data: PreparedData, *, selects_logits: bool, obstacle: str | None
 ) -> BatchForecast:
-    """Form the micro-batches of the first epoch.
-
-    Args:
-        selects_logits: the model's code can compute logits at selected positions.
-        obstacle: why the model cannot run padding-free batches, by its config; None: it can.
-    """
+    """Form the micro-batches of the first epoch; `obstacle` says why the model cannot run padding-free batches."""
     from finetune.dataset.dataloader import int_column
 
     examples = data.epoch(batch.seed).examples
@@ -80,7 +71,7 @@ def forecast_batches(
     longest = int(lengths.max())
     layout = batch_layout(batch, longest, batch.padding_reason or obstacle, selects_logits)
     sampler = train_sampler(batch, layout, lengths)
-    largest = first = LargestBatch()
+    largest = first = np.zeros(3, dtype=int)
     for step in range(min(sampler.steps_per_epoch, MAX_STEPS)):
         for number in range(sampler.micro_batches(step)):
             for rank in range(sampler.shape.world_size):
@@ -89,9 +80,10 @@ def forecast_batches(
                     is_padded = sampler.batching == "padded"
                     tokens = lengths[rows].max() * len(rows) if is_padded else lengths[rows].sum()
                     logits = supervised[rows].sum() if layout.selects_logits else tokens
-                    largest = largest.with_another(len(rows), int(tokens), int(logits))
+                    largest = np.maximum(largest, (len(rows), tokens, logits))
         first = largest if step < FIRST_STEPS else first
     steps = schedule.max_steps
     if steps <= 0:  # as the Trainer counts
         steps = int(np.ceil(schedule.num_train_epochs * sampler.steps_per_epoch))
-    return BatchForecast(layout, sampler, largest, first, longest, steps)
+    of_epoch, of_first_steps = LargestBatch(*largest.tolist()), LargestBatch(*first.tolist())
+    return BatchForecast(layout, sampler, of_epoch, of_first_steps, longest, steps)

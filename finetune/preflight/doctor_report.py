@@ -15,18 +15,8 @@ from finetune.utils.console import labelled
 from finetune.utils.errors import FinetuneError
 
 # In the order in which a run comes to them: it would end with the first that fails.
-SECTIONS = (
-    "command",
-    "hosts",
-    "configuration",
-    "network",
-    "data",
-    "memory",
-    "disk",
-    "operators",
-    "this host",
-    "rehearsal",
-)
+SECTIONS = ("command", "hosts", "configuration", "network", "data", "memory", "disk", "operators", "this host",
+            "rehearsal")  # fmt: skip
 
 Value = TypeVar("Value")
 WIDTH_OF_A_FILE = 120

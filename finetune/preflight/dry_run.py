@@ -91,10 +91,7 @@ def make_random_model(
 
 
 def run_dry_run(command: Sequence[str], model: Path, output: Path) -> dict[str, Any]:
-    """Train, resume and load with the small model in `model`, a folder on every host.
-
-    `command` starts the training, up to the user's last flag. Returns the seconds of each stage and the two losses.
-    """
+    """Train, resume and load with the small model in `model`, a folder on every host; `command` starts the training."""
     facts: dict[str, Any] = {}
     own = [
         "--model_name_or_path", str(model), "--output_dir", str(output), "--max_steps", str(STEPS), "--save_strategy",

@@ -59,7 +59,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
         check_host(report, name, here, len(slots[name]))
     else:
         logger.info(f"asking {len(slots)} hosts")
-        answers = check_hosts(report, slots, run.shell, run.shared_words, run.probe)
+        answers = check_hosts(report, run, slots)
         hardware = hardware_of(answers, use_cpu=run.use_cpu) if answers else hardware
     logger.info("checking flags and model")
     resolved = report.attempt("configuration", lambda: resolve(hardware, rank_counts(slots)))
@@ -98,12 +98,10 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
         with_code = [host for host in answers if answers[host]["code"]]
         if names and with_code:
             logger.info(f"building {', '.join(names)} where it is not built yet")
-            check_operators(report, names, with_code, run.shell, over_ssh=remote is not None)
+            check_operators(report, names, with_code, None if remote is None else run.shell)
     if remote is not None or (hardware.gpus and not run.flags.no_ssh):
         logger.info("connecting the ranks")
-        backend = "nccl" if hardware.gpus else "gloo"
-        writes = run.choice.write_env
-        check_network(report, slots, run.shell, answers, flags=run.flags, backend=backend, writes_environment=writes)
+        check_network(report, run, slots, answers, "nccl" if hardware.gpus else "gloo")
     if run.choice.rehearse and not report.status:
         report.attempt("rehearsal", lambda: _rehearse(report, run))
 
@@ -111,7 +109,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
 def _local_order(run: PlannedRun, words: list[str] | None = None) -> dict[str, Any]:
     """Return what this machine is asked for; about files only where others are to get them."""
     words = words or (run.shared_words if run.choice.stage else [])
-    return {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": words, **run.probe.order()}
+    return {"folder": os.getcwd(), "code": str(ROOT / "finetune"), "words": words, **run.probe_order()}
 
 
 def _read(report: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
@@ -154,7 +152,7 @@ def _note_configuration(
 
 
 def _stage(run: PlannedRun, hosts: list[str], here: dict[str, Any]) -> None:
-    answers = ssh.probe_hosts(hosts, run.shell, run.shared_words, run.probe.order())
+    answers = ssh.probe_hosts(hosts, run.shell, run.shared_words, run.probe_order())
     wanted = staging.folders_to_stage(answers, here)
     if wanted:
         staging.send_folders(wanted, run.shell, Path.cwd())

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from finetune.config.hardware import AMPERE, DetectedHardware, Gpu
-from finetune.distributed import host_probe
 from finetune.distributed.compat import is_file_open
 from finetune.distributed.op_builder import build_operators
 from finetune.distributed.process_setup import prepare_environment
 from finetune.launcher import (
     ENVIRONMENT_FILE,
-    LauncherArgs,
     environment_of_ranks,
     network_check,
     read_environment_file,
@@ -27,47 +25,32 @@ from finetune.launcher import (
 )
 from finetune.launcher.ssh import SshShell
 from finetune.preflight.doctor_report import DoctorReport
+from finetune.preflight.planned_run import PlannedRun
 from finetune.utils.errors import StorageError
 from finetune.utils.proc import command_calling
 
 MAX_CLOCK_SKEW = 2.0
 MIN_SHARED_MEMORY = 256 << 20  # for the buffers of NCCL and of DeepSpeed on CPUs
 INTERFACES = ("NCCL_SOCKET_IFNAME", ssh.GLOO_INTERFACE)
+SHOWN_FACTS = ("name", "python", "versions", "cores", "memory", "gpus", "gpu_facts", "space", "interfaces", "programs",
+               "code", "files")  # fmt: skip
 Answers = Mapping[str, dict[str, Any]]
 SECONDS_TO_BUILD = 400
 OLD_LOCK_SECONDS = 30
 SECTION = "this host"
 
 
-@dataclass(frozen=True)
-class ProbeOrder:
-    """What hosts are asked for: space for `output`, whether `port` is free; with `full` a hash of whole files."""
-
-    output: str
-    port: int
-    port_was_given: bool
-    full: bool = False
-
-    def order(self) -> dict[str, Any]:
-        """Return it as `distributed.host_probe.collect_host_facts` takes it."""
-        places = {"output": self.output, "shm": "/dev/shm", "temporary": os.environ.get("TMPDIR", "/tmp")}
-        extensions = os.environ["TORCH_EXTENSIONS_DIR"]
-        return {"places": places, "wanted": self.port, "extensions": extensions, "full": self.full}
-
-
-def check_hosts(
-    report: DoctorReport, slots: Mapping[str, list[int]], shell: SshShell, words: Sequence[str], probe: ProbeOrder
-) -> Answers:
+def check_hosts(report: DoctorReport, run: PlannedRun, slots: Mapping[str, list[int]]) -> Answers:
     """Probe all hosts, note their facts and findings, and return the answers of those that gave one."""
-    answers = ssh.probe_hosts(list(slots), shell, ssh.shared_words(words), probe.order())
+    answers = ssh.probe_hosts(list(slots), run.shell, run.shared_words, run.probe_order())
     report.add_errors("hosts", ssh.faults_of(answers, slots))
     answered = {host: answer for host, answer in answers.items() if not isinstance(answer, str) and "space" in answer}
     for host, facts in answered.items():
         check_host(report, host, facts, len(slots[host]))
     first = next(iter(slots))
     if first in answered and answered[first]["wanted_is_taken"]:
-        text = f"port {probe.port} is taken: "
-        if probe.port_was_given:
+        text = f"port {run.flags.master_port} is taken: "
+        if "master_port" in run.flags.given:
             report.add_error("network", text + "give another --master_port, or leave the flag out", host=first)
         else:
             text += "`deepspeed` needs another --master_port; `finetune launch` finds one"
@@ -76,7 +59,8 @@ def check_hosts(
         text = "pdsh is not on this machine: `deepspeed` needs it for several hosts; `finetune launch` does not"
         report.warn("hosts", text)
     report.facts["hosts"] = {
-        host: {"slots": len(ids), **(_shown(answered[host]) if host in answered else {"error": answers[host]})}
+        host: {"slots": len(ids)}
+        | ({name: answered[host][name] for name in SHOWN_FACTS} if host in answered else {"error": answers[host]})
         for host, ids in slots.items()
     }
     return answered
@@ -107,12 +91,6 @@ def check_host(report: DoctorReport, host: str, facts: Mapping[str, Any], slots:
         report.warn("hosts", text, host=host)
 
 
-def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a host's answer that is reported."""
-    kept = ("name", "python", "versions", "cores", "memory", "gpus", "gpu_facts", "space", "interfaces", "programs")
-    return {name: facts[name] for name in kept} | {"code": facts["code"], "files": facts["files"]}
-
-
 def hardware_of(answers: Answers, *, use_cpu: bool) -> DetectedHardware:
     """Return the hardware of these hosts, as their own tools report it; this machine may have no GPU."""
     gpus = []
@@ -130,14 +108,7 @@ def hardware_of(answers: Answers, *, use_cpu: bool) -> DetectedHardware:
 
 
 def check_network(
-    report: DoctorReport,
-    slots: Mapping[str, list[int]],
-    shell: SshShell,
-    answers: Answers,
-    *,
-    flags: LauncherArgs,
-    backend: str,
-    writes_environment: bool,
+    report: DoctorReport, run: PlannedRun, slots: Mapping[str, list[int]], answers: Answers, backend: str
 ) -> None:
     """Check the way to the rendezvous and the interface, then run an all-reduce over all ranks.
 
@@ -148,31 +119,29 @@ def check_network(
     if sum(map(len, slots.values())) < 2:
         return
     first = next(iter(slots))
-    port = flags.given.get("master_port")
-    rendezvous = report.attempt(
-        "network", lambda: ssh.rendezvous_address(answers, address=flags.master_addr, port=port)
-    )
+    given: dict[str, Any] = {"address": run.flags.master_addr, "port": run.flags.given.get("master_port")}
+    rendezvous = report.attempt("network", lambda: ssh.rendezvous_address(answers, **given))
     environment = report.attempt("network", environment_of_ranks)
     if rendezvous is None or environment is None:
         return
     address, port = rendezvous
     facts: dict[str, Any] = {"address": address, "port": port, "backend": backend}
     report.facts["network"] = facts
-    ways = network_check.check_rendezvous(list(slots), shell, address, port)
+    ways = network_check.check_rendezvous(list(slots), run.shell, address, port)
     facts |= {"interfaces": ways.interfaces, "round_trip_seconds": ways.seconds}
     report.add_errors("network", ways.faults)
     if ways.faults:
         return
     others = {host: name for host, name in ways.interfaces.items() if host != first}
-    name_of_first = _interface_of(address, answers[first]["interfaces"])
+    name_of_first = next((name for name, own in answers[first]["interfaces"].items() if own == address), None)
     facts["interfaces"] = {first: name_of_first, **others}
-    if writes_environment:
+    if run.choice.write_env:
         environment |= _write_environment(report, facts, backend, slots, answers)
     _check_interfaces(report, environment, answers)
     if report.failed("network") or missing:
         return
     reduction = network_check.all_reduce(
-        slots, shell, address=address, port=port, backend=backend, environment=environment,
+        slots, run.shell, address=address, port=port, backend=backend, environment=environment,
         interfaces=facts["interfaces"],
     )  # fmt: skip
     report.add_errors("network", reduction.faults)
@@ -180,10 +149,6 @@ def check_network(
         text = f"{ssh.GLOO_INTERFACE} is not set: `deepspeed` may need it (--write_env); `finetune launch` sets it"
         report.warn("network", text)
     facts["all_reduce"] = {"bytes_per_second": reduction.bytes_per_second, "ranks": reduction.ranks}
-
-
-def _interface_of(address: str, interfaces: Mapping[str, str]) -> str | None:
-    return next((name for name, own in interfaces.items() if own == address), None)
 
 
 def _check_interfaces(report: DoctorReport, environment: Mapping[str, str], answers: Answers) -> None:
@@ -253,27 +218,21 @@ def check_machine(report: DoctorReport, facts: Mapping[str, Any]) -> None:
         report.warn(SECTION, f"nvidia-smi sees {facts['gpus']} GPUs, torch {torch.__version__} sees none: {reason}")
     if facts["programs"]["c++"] is False and facts["programs"]["g++"] is False:
         report.warn(SECTION, "DeepSpeed needs a C++ compiler, and there is none: apt-get install g++")
-    for path, age in host_probe.locks(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
-        if age > OLD_LOCK_SECONDS and not is_file_open(Path(path)):
-            text = f"{path} was left by a build that was interrupted {age / 60:,.0f} min ago: other tools wait for it"
-            report.warn(SECTION, f"{text} forever; a run of this toolkit removes it")
+    for path in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/lock"):
+        with suppress(FileNotFoundError):  # the build is done
+            age = time.time() - path.stat().st_mtime
+            if age > OLD_LOCK_SECONDS and not is_file_open(path):
+                text = f"{path} was left by a build that was interrupted {age / 60:,.0f} min ago: other tools wait for"
+                report.warn(SECTION, f"{text} it forever; a run of this toolkit removes it")
 
 
-def check_operators(
-    report: DoctorReport, names: Sequence[str], hosts: Sequence[str], shell: SshShell, *, over_ssh: bool
-) -> None:
-    """Build the operators on all hosts at once: about a minute each the first time, then seconds.
+def check_operators(report: DoctorReport, names: Sequence[str], hosts: Sequence[str], shell: SshShell | None) -> None:
+    """Build the operators on all hosts at once; without a `shell` on this machine alone, whatever its name.
 
-    Args:
-        over_ssh: False: `hosts` is this machine alone, whatever its name.
+    It takes about a minute the first time, then seconds.
     """
     command, order = command_calling(prepare_environment, build_operators), json.dumps(list(names))
-
-    def build(host: str) -> Any:
-        return ssh.run_on_host(host, shell, command, order, SECONDS_TO_BUILD)
-
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        answers = dict(zip(hosts, pool.map(build, hosts if over_ssh else ["localhost"]), strict=True))
+    answers = ssh.run_program_on_hosts(dict.fromkeys(hosts, order), shell, command, SECONDS_TO_BUILD)
     for host, answer in answers.items():
         errors = {"operators": answer} if isinstance(answer, str) else answer
         for name, text in errors.items():

@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.config import DataArguments, DoctorArguments, ModelArguments
 from finetune.config.run_config import RankCounts
 from finetune.launcher import LauncherArgs, local_slots, ssh
 from finetune.launcher.ssh import SshShell
-from finetune.preflight.host_checks import ProbeOrder
 from finetune.utils.proc import ROOT
 
 SCRIPT = ROOT / "finetune" / "finetune.py"
@@ -41,15 +41,10 @@ class PlannedRun:
         """How hosts are reached."""
         return SshShell(self.flags.ssh_port, self.flags.venv_script)
 
-    @property
-    def probe(self) -> ProbeOrder:
-        """What hosts are asked for."""
-        return ProbeOrder(
-            output=self.output_dir,
-            port=self.flags.master_port,
-            port_was_given="master_port" in self.flags.given,
-            full=self.choice.full,
-        )
+    def probe_order(self) -> dict[str, Any]:
+        """Return what hosts are asked for, as `distributed.host_probe.collect_host_facts` takes it."""
+        places = {"output": self.output_dir, "shm": "/dev/shm", "temporary": os.environ.get("TMPDIR", "/tmp")}
+        return {"places": places, "wanted": self.flags.master_port, "full": self.choice.full}
 
     def slots_by_host(self, gpus_here: int) -> dict[str, list[int]]:
         """Return host -> slots; without a hostfile those of this machine."""
@@ -59,20 +54,16 @@ class PlannedRun:
         """Return the hosts reached over ssh; None if the command is typed on each host, or there is only one."""
         return None if self.flags.no_ssh else self.slots
 
-    def launch(self, script: str, words: Sequence[str]) -> list[str]:
-        """Return the arguments of `finetune launch` that start a training on these hosts."""
-        return [*self.flags.typed(without=("module",)), script, *words]
-
     def command(self) -> list[str]:
         """Return what a user types to start the run."""
         script = os.path.relpath(SCRIPT)
         script = str(SCRIPT) if script.startswith("..") else script
-        return ["finetune", "launch", *self.launch(script, self.words)]
+        return ["finetune", "launch", *self.flags.typed(without=("module",)), script, *self.words]
 
     def rehearsal(self, words: Sequence[str]) -> list[str]:
         """Return the same as a program and its arguments, with other words for the training."""
         start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.__main__ import main; main()"
-        return [sys.executable, "-c", start, "launch", *self.launch(str(SCRIPT), words)]
+        return [sys.executable, "-c", start, "launch", *self.flags.typed(without=("module",)), str(SCRIPT), *words]
 
 
 def rank_counts(slots: dict[str, list[int]]) -> RankCounts:

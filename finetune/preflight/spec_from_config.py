@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +48,14 @@ def spec_from_config(
     text = config.get_text_config()
     if vocabulary is not None and vocabulary > text.vocab_size:
         text.vocab_size = vocabulary
-    model, base, embedding, head = _built(config, precision, attach, trust_remote_code)
+    try:
+        model = _on_meta(config, precision, attach, trust_remote_code)
+        base = unwrap_adapter(model)
+        embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
+    except FinetuneError:
+        raise
+    except Exception as error:  # any model's code may need what tensors without content lack
+        raise ValueError(f"this model's code cannot be built without weights: {error}") from error
     counts = Counter((parameter.numel(), parameter.requires_grad) for parameter in model.parameters())
     blocks = tuple(Block(size, count, trained) for (size, trained), count in sorted(counts.items()))
     layers = layers_of(base)
@@ -56,7 +63,10 @@ def spec_from_config(
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     active = (getattr(text, "num_experts_per_tok", None) or 0) if experts else 0
     in_experts = _size(weight for name, weight in model.named_parameters() if ".experts." in name and experts)
-    of_base = _size(base.parameters()) - (_size(_adapter_parameters(base)) if attach else 0)
+    added = ("lora_", "modules_to_save") if attach else ()
+    of_base = _size(weight for name, weight in base.named_parameters() if not any(part in name for part in added))
+    dtype = getattr(config, "dtype", None)
+    stored_size = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
     spec = ModelSpec(
         blocks=blocks,
         activations=_formula(text, precision),
@@ -65,7 +75,7 @@ def spec_from_config(
         vocabulary=text.vocab_size,
         embedding=embedding.numel(),
         tied=head is not None and head.weight is embedding,
-        stored_bytes=of_base * _stored_size(config) if stored_bytes is None else stored_bytes,
+        stored_bytes=of_base * stored_size if stored_bytes is None else stored_bytes,
         largest_module=max(own),
         active=sum(block.elements for block in blocks) - round(in_experts * (1 - active / max(experts, 1))),
         experts=experts,
@@ -74,18 +84,6 @@ def spec_from_config(
     )
     traced = trace_activations(model, base, precision)
     return spec if traced is None else replace(spec, activations=traced)
-
-
-def _built(config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool) -> tuple:
-    """Return the model, its base, the weight of its input embeddings, and its head or None; all without content."""
-    try:
-        model = _on_meta(config, precision, attach, trusts_code)
-        base = unwrap_adapter(model)
-        return model, base, base.get_input_embeddings().weight, base.get_output_embeddings()
-    except FinetuneError:
-        raise
-    except Exception as error:  # any model's code may need what tensors without content lack
-        raise ValueError(f"this model's code cannot be built without weights: {error}") from error
 
 
 def _on_meta(config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool) -> Any:
@@ -98,17 +96,8 @@ def _on_meta(config: Any, precision: Precision, attach: Callable[[Any], Any] | N
     return model.to(dtype).train()  # peft leaves adapters on the meta device in float32
 
 
-def _adapter_parameters(base: Any) -> Iterator[torch.nn.Parameter]:
-    return (weight for name, weight in base.named_parameters() if "lora_" in name or "modules_to_save" in name)
-
-
 def _size(parameters: Iterable[torch.nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _stored_size(config: Any) -> int:
-    dtype = getattr(config, "dtype", None)
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
 
 
 def _formula(text: Any, precision: Precision) -> Activations:

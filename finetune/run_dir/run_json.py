@@ -126,10 +126,7 @@ def resumptions(folder: Path) -> list[dict[str, Any]]:
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """Return each start of the run in this folder: when it `began`, `from_step`, when it `ended`, and `how`.
-
-    `ended` and `how` (complete, or stopped by what) are None for a start that is running or failed.
-    """
+    """Return each start of the run in this folder; `ended` and `how` are None for one that is running or failed."""
     return _known(folder).get("starts", [])
 
 
