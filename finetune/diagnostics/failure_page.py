@@ -38,12 +38,12 @@ def who_failed(failure: Failure) -> str:
     """Return `rank 3 on node1`, `ranks 4-7 on node1`, `host node1` or `the launcher`."""
     ranks = failure.ranks if failure.rank is None else (failure.rank,)
     hosts = failure.hosts if failure.host is None else (failure.host,)
-    on_hosts = f" on {_first_of(hosts)}" if hosts else ""
+    on_hosts = f" on {first_of(hosts)}" if hosts else ""
     if failure.kind == "launcher":
         return f"the launcher{on_hosts}"
     if ranks and failure.kind != "lost":
         return f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)}{on_hosts}"
-    return f"host{'s' * (len(hosts) > 1)} {_first_of(hosts)}" if hosts else "a rank"
+    return f"host{'s' * (len(hosts) > 1)} {first_of(hosts)}" if hosts else "a rank"
 
 
 def what_happened(failure: Failure) -> str:
@@ -77,10 +77,10 @@ def _ranges(ranks: Sequence[int]) -> str:
     for rank in sorted(set(ranks)):
         start = ranges.pop()[0] if ranges and ranges[-1][1] == rank - 1 else rank
         ranges.append((start, rank))
-    return _first_of([str(start) if start == end else f"{start}-{end}" for start, end in ranges])
+    return first_of([str(start) if start == end else f"{start}-{end}" for start, end in ranges])
 
 
-def _first_of(names: Sequence[str], count: int = 4) -> str:
+def first_of(names: Sequence[str], count: int = 4) -> str:
     """Join the first names, with the number of the others."""
     more = len(names) - count
     return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")

@@ -167,7 +167,7 @@ def find_storage_group(folder: Path) -> StorageGroup:
         return rank
 
     first_ranks = [first for first in run_on_all_ranks(write_marker) if first is not None]
-    visible = [first for first in first_ranks if _contains(marker(first), run_key)]
+    visible = [first for first in first_ranks if os.path.exists(marker(first))]  # the key makes their names unique
     writers = all_gather_object(min(visible, default=rank))
     if is_first_of_host:
         with suppress(OSError):  # a leftover is harmless: the next run has another key
@@ -175,10 +175,3 @@ def find_storage_group(folder: Path) -> StorageGroup:
     all_gather_object(None)  # a barrier: no rank continues before the markers are gone
     groups = [[other for other, writer in enumerate(writers) if writer == first] for first in sorted(set(writers))]
     return StorageGroup(writers[rank], tuple(next(ranks for ranks in groups if rank in ranks)), groups)
-
-
-def _contains(path: Path, text: str) -> bool:
-    try:
-        return path.read_text(encoding="utf-8") == text
-    except OSError:
-        return False

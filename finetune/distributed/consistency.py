@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.diagnostics.failure_page import first_of
 from finetune.distributed import host_probe
 from finetune.distributed.collectives import all_gather_object
 from finetune.utils.errors import ConfigError, DataError, FinetuneError, format_faults
 from finetune.utils.proc import ROOT
 
-SHOWN_CHARACTERS, SHOWN_NAMES = 12, 4  # of a digest, and of hosts or ranks
+SHOWN_CHARACTERS = 12  # of a digest
 DATA, CODE, MODEL, PYTHON = "the data", "the code of finetune", "the base model", "Python"
 DAY = "the date that the chat template writes"
 NONE = "none"
@@ -94,12 +95,7 @@ def _describe(name: str, values: Sequence[str], hosts: Sequence[str], remedy: st
     clauses = []
     for value, ranks in ranks_by_value.items():
         names = names_of(ranks)
-        clauses.append(f"{_abridge(names)} {'have' if len(names) > 1 else 'has'} {value[:SHOWN_CHARACTERS]}")
+        clauses.append(f"{first_of(names)} {'have' if len(names) > 1 else 'has'} {value[:SHOWN_CHARACTERS]}")
     wrong = [rank for rank, value in enumerate(values) if value != right]
-    remedy = remedy.format(right=names_of(ranks_by_value[right])[0], wrong=_abridge(names_of(wrong)))
+    remedy = remedy.format(right=names_of(ranks_by_value[right])[0], wrong=first_of(names_of(wrong)))
     return f"{name} differs: {', '.join(clauses)}: {remedy}"
-
-
-def _abridge(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

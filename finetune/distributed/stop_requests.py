@@ -95,5 +95,4 @@ def _handle(number: int, _: Any) -> None:
 
 
 def _write(line: str) -> None:
-    # The signal may have interrupted a print, which is not reentrant.
-    os.write(2, f"{line}\n".encode())
+    os.write(2, f"{line}\n".encode())  # the signal may have interrupted a print, which is not reentrant

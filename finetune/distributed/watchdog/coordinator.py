@@ -99,7 +99,7 @@ class Peer:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message if the peer is connected."""
-        if self.connection is not None and self.connection.is_open:
+        if self.connection is not None and self.is_connected():
             self.connection.send(message)
 
     def failure(self, kind: str, error: str, ranks: Sequence[int]) -> Failure:
@@ -136,7 +136,9 @@ class Coordinator:
 
     def receive(self) -> None:
         """Handle all messages that have arrived."""
-        self._accept()
+        with suppress(OSError):  # nobody connects now
+            while self.server is not None:
+                self.pending.append(Connection(self.server.accept()[0]))
         for connection in list(self.pending):
             for message in connection.receive()[:1]:  # a watchdog sends no more before the answer
                 self._admit(connection, message)
@@ -145,14 +147,6 @@ class Coordinator:
         for peer in list(self.peers.values()):
             for message in peer.connection.receive() if peer.connection and peer.is_connected() else ():
                 self.handle(peer, message)
-
-    def _accept(self) -> None:
-        while self.server is not None:
-            try:
-                connection, _ = self.server.accept()
-            except OSError:
-                return
-            self.pending.append(Connection(connection))
 
     def _admit(self, connection: Connection, message: dict[str, Any]) -> None:
         """Make a connection that shows the key and a free rank a peer, close any other."""
@@ -210,8 +204,11 @@ class Coordinator:
             self._find_stuck()
         if self.first_report_at is not None and now - self.first_report_at >= SECONDS_TO_SETTLE:
             first = find_first_failure(self.reports)
-            if is_secondary(first) and (vanished := self._vanished()) is not None:
-                first = self._report_lost(vanished, "its connection ended")  # what the others only noticed
+            reporting = {report.rank for report in self.reports}
+            silent = (peer for peer in self.peers.values() if peer.exit_status is None and peer.rank not in reporting)
+            vanished = next((peer for peer in silent if peer.closed_at is not None), None)
+            if is_secondary(first) and vanished is not None:  # what the others only noticed
+                first = self._report_lost(vanished, "its connection ended")
             others = [summarize_failure(report) for report in self.reports if report.error != first.error]
             self.first_failure = replace(first, also=(*first.also, *others))
             self.stop_accepting()
@@ -249,12 +246,6 @@ class Coordinator:
         error = f"the watchdog of rank {peer.rank} on {peer.host} is gone: {reason}"
         self.report(peer.failure("lost", error, ranks))
         return self.reports[-1]
-
-    def _vanished(self) -> Peer | None:
-        """A peer whose connection ended without an exit status or a failure."""
-        reporting = {report.rank for report in self.reports}
-        silent = (peer for peer in self.peers.values() if peer.exit_status is None and peer.rank not in reporting)
-        return next((peer for peer in silent if peer.closed_at is not None), None)
 
     def _find_missing(self, now: float, timeouts: PhaseTimeouts) -> None:
         timeout = timeouts.rendezvous

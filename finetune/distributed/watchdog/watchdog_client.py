@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,10 @@ def start_watchdog() -> Iterator[None]:
     global _watchdog, _launcher
     _launcher = die_with_launcher(_end_with_launcher)
     _watchdog = _start()
-    former_handlers = _handle_signals()
+    former_handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other may install handlers
+        former_handlers = {number: signal.getsignal(number) for number in stop_requests.SIGNALS}
+        stop_requests.install_signal_handlers()
     faulthandler.enable()  # a crash in compiled code leaves its stack
     if hasattr(faulthandler, "register"):
         faulthandler.register(PRINT_STACKS, all_threads=True, chain=False)
@@ -110,21 +113,14 @@ def _start() -> subprocess.Popen[bytes]:
     return process
 
 
-def _handle_signals() -> dict[int, Any]:
-    """Install the handlers of requests to stop, which only the main thread may; return the former ones."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    former: dict[int, Any] = {number: signal.getsignal(number) for number in stop_requests.SIGNALS}
-    stop_requests.install_signal_handlers()
-    return former
-
-
 def _send(message: dict[str, Any]) -> None:
     if _watchdog is None or _watchdog.stdin is None:
         return
     try:
         _watchdog.stdin.write(json.dumps(message).encode() + b"\n")
     except OSError:
+        if "failure" in message:  # the rank ends anyway, with an error of its own
+            return
         _print_error(f"the watchdog of rank {os.environ['RANK']} has died: the rank ends")
         os._exit(1)
 
@@ -134,9 +130,7 @@ def _report_failure(kind: str, error: str, *, status: int = 1, stack: str = "") 
         kind=kind, error=error, status=status, traceback=stack,
         rank=None if kind == "launcher" else int(os.environ["RANK"]), host=os.uname().nodename, **_progress,
     )  # fmt: skip
-    with suppress(OSError):
-        if _watchdog is not None and _watchdog.stdin is not None:
-            _watchdog.stdin.write(json.dumps({"failure": failure.to_json()}).encode() + b"\n")
+    _send({"failure": failure.to_json()})
 
 
 def _report_exit(status: int) -> None:

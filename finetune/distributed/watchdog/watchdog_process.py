@@ -85,14 +85,18 @@ class Watchdog:
             self._skip_suspension()
             self._read_rank()
             if self.coordinator:
-                self._update_own_peer(self.coordinator)
+                own = self.coordinator.peers[0]
+                own.last_heard, own.exit_status = time.monotonic(), self.exit_status
+                own.timeout, own.progress.state = self.timeouts.of(self.progress), state_of(self.pid)
                 self.coordinator.receive()
                 self.coordinator.check(self.timeouts)
                 self._end_run(self.coordinator.first_failure)
             else:
                 self._read_coordinator()
             self._send_heartbeat()
-            self._kill_rank()
+            if self.kill_at is not None and self.gone_at is None and time.monotonic() >= self.kill_at:
+                with suppress(OSError):
+                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         self._print_page()
 
     def _poll(self) -> None:
@@ -163,7 +167,11 @@ class Watchdog:
         if launcher and parent_of(launcher) is None:
             error = f"deepspeed.launcher.launch (process {launcher}) has died, and its ranks with it"
             return self._failure("launcher", error, rank=None)
-        number, status = _how_ended(self.pid)
+        number = status = None
+        fields = stat_of(self.pid)
+        if fields and fields[0] == "Z":  # its parent has not waited for it yet: field 52 is the exit code, see proc(5)
+            code = int(fields[49])
+            number, status = (code & 0x7F, None) if code & 0x7F else (None, code >> 8)
         how = f"signal {number}" if number else "killed, or crashed" if status is None else f"status {status}"
         kills = _count_oom_kills()
         return self._failure(
@@ -179,14 +187,6 @@ class Watchdog:
         fields = {"rank": self.rank, "host": self.host, "phase": self.progress.phase, **fields}
         return Failure(kind=kind, error=error, step=step, **fields)
 
-    def _update_own_peer(self, coordinator: Coordinator) -> None:
-        peer = coordinator.peers[0]
-        peer.last_heard, peer.timeout, peer.exit_status = time.monotonic(), self._timeout(), self.exit_status
-        self.progress.state = state_of(self.pid)
-
-    def _timeout(self) -> float | None:
-        return self.timeouts.of(self.progress)
-
     def _send_heartbeat(self) -> None:
         now = time.monotonic()
         if now - self.last_heartbeat < HEARTBEAT_SECONDS:
@@ -197,7 +197,8 @@ class Watchdog:
         elif self.connection and self.connection.is_open:
             progress = self.progress
             values = {"phase": progress.phase, "step": progress.step, "seconds": progress.seconds()}
-            self.connection.send({"heartbeat": {**values, "timeout": self._timeout(), "state": state_of(self.pid)}})
+            values |= {"timeout": self.timeouts.of(progress), "state": state_of(self.pid)}
+            self.connection.send({"heartbeat": values})
 
     def _read_coordinator(self) -> None:
         if self.connection is None:
@@ -253,29 +254,17 @@ class Watchdog:
         newest = _newest_checkpoint(self.run.get("output_dir"))
         failure = self.failure = replace(failure, run=self.run.get("run_id", ""), checkpoint=newest)
         self._write_for_launch(failure.to_json(), FAILURE_FILE)
-        if self.run and (self.rank == 0 or (failure.kind == "lost" and self._is_first_of_host())):
+        if self.run and (self.rank == 0 or (failure.kind == "lost" and self.order["local_rank"] == 0)):
             write_failure(Path(self.run["output_dir"]), failure)
         if failure.kind in ("stuck", "missing", "lost"):
-            self._print_stacks()
             seconds = SECONDS_FOR_STACKS
+            if self.gone_at is None and self.progress.phase != "start":
+                print(f"stacks of rank {self.rank} on {self.host} (process {self.pid}):", file=sys.stderr, flush=True)
+                with suppress(OSError):
+                    signal.pidfd_send_signal(self.pidfd, PRINT_STACKS)
         else:
             seconds = SECONDS_TO_FAIL if self.has_reported or failure.kind == "error" else SECONDS_AFTER_A_DEATH
         self.kill_at = time.monotonic() + seconds
-
-    def _print_stacks(self) -> None:
-        if self.gone_at is not None or self.progress.phase == "start":
-            return
-        print(f"stacks of rank {self.rank} on {self.host} (process {self.pid}):", file=sys.stderr, flush=True)
-        with suppress(OSError):
-            signal.pidfd_send_signal(self.pidfd, PRINT_STACKS)
-
-    def _kill_rank(self) -> None:
-        if self.kill_at is not None and self.gone_at is None and time.monotonic() >= self.kill_at:
-            with suppress(OSError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def _is_first_of_host(self) -> bool:
-        return self.order["local_rank"] == 0
 
     def _is_done(self) -> bool:
         if self.gone_at is None:
@@ -292,7 +281,7 @@ class Watchdog:
         failure, supervisor = self.failure, self.order.get("supervisor")
         if failure is None or (supervisor and state_of(supervisor) not in "?Z"):
             return
-        speaks_for_host = self._is_first_of_host() and (failure.kind == "lost" or self.connection is None)
+        speaks_for_host = self.order["local_rank"] == 0 and (failure.kind == "lost" or self.connection is None)
         if (self.rank == 0 or speaks_for_host) and (failure.kind != "error" or self.run):
             record = str(Path(self.run["output_dir"], FAILURE_FILE)) if self.run else ""
             page = format_failure_page(failure, colour=sys.stderr.isatty(), record=record)
@@ -308,15 +297,6 @@ class Watchdog:
             scratch = path.with_suffix(f".{self.rank}")
             scratch.write_text(json.dumps(value), encoding="utf-8")
             scratch.replace(path)
-
-
-def _how_ended(pid: int) -> tuple[int | None, int | None]:
-    """(signal, exit status) of a process, one of them None, until its parent has waited for it (proc(5): exit_code)."""
-    fields = stat_of(pid)
-    if not fields or fields[0] != "Z":
-        return None, None
-    code = int(fields[49])
-    return (code & 0x7F, None) if code & 0x7F else (None, code >> 8)
 
 
 def _newest_checkpoint(output_dir: str | None) -> str:
