@@ -167,13 +167,13 @@ def _newest_complete(output_dir: Path, storage: StorageGroup, *, may_lack_random
             f"{format_faults(inspected.faults, 'fault')}: {folder.name} is quarantined as "
             f"{next(filter(None, renamed)).name}"
         )
-    finished_before = run_on_rank_0(lambda: run_json.last_checkpoint(output_dir))
+    finished_before = run_on_rank_0(lambda: run_json.known(output_dir).get("last_checkpoint"))
     if any(had_manifest) or finished_before is not None:
         raise CheckpointError(
             f"{output_dir}: no checkpoint is complete, and this run has saved some: to start again from step 0 choose "
             "another --output_dir, or give --overwrite_output_dir True without --resume_from_checkpoint"
         )
-    if run_on_rank_0(lambda: run_json.is_complete(output_dir)):
+    if run_on_rank_0(lambda: run_json.known(output_dir).get("completed")):
         raise ConfigError(
             f"--output_dir {output_dir}: holds a complete run, and no checkpoint to resume from: choose another "
             "folder, or give --overwrite_output_dir True without --resume_from_checkpoint to move it aside"
@@ -190,7 +190,7 @@ def _quarantine(folder: Path, reason: str) -> Path | None:
 
 
 def _check_run_id(output_dir: Path, folder: Path, manifest: Manifest) -> None:
-    known = run_json.run_id(output_dir)
+    known = run_json.known(output_dir).get("run_id")
     if known is not None and known != manifest.run_id:
         raise CheckpointError(
             f"{folder} is of run {manifest.run_id}, {output_dir / run_json.RUN_FILE} of run {known}: to resume from "

@@ -6,8 +6,7 @@ alone needs PyYAML, which is imported when the table is read.
 
 from __future__ import annotations
 
+from finetune.diagnostics.causes import find_first_failure, is_secondary, likely_cause, load_known_causes
 from finetune.diagnostics.failure_page import format_failure_page, summarize_failure
 from finetune.diagnostics.failure_record import KINDS, PHASES, Failure
 from finetune.diagnostics.failure_store import FAILURE_FILE, read_failure, write_failure
-from finetune.diagnostics.first_failure import find_first_failure, is_secondary
-from finetune.diagnostics.known_causes import likely_cause, load_known_causes

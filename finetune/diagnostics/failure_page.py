@@ -7,8 +7,8 @@ import signal
 from collections.abc import Sequence
 from unicodedata import east_asian_width
 
+from finetune.diagnostics.causes import likely_cause
 from finetune.diagnostics.failure_record import Failure
-from finetune.diagnostics.known_causes import likely_cause
 
 ASKED_TO_END = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
 PHASE_TEXTS = {

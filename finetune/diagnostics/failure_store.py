@@ -7,8 +7,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from finetune.diagnostics.causes import likely_cause
 from finetune.diagnostics.failure_record import Failure
-from finetune.diagnostics.known_causes import likely_cause
 from finetune.utils.atomic_io import fsync_dir
 
 FAILURE_FILE = "failure.json"

@@ -19,7 +19,8 @@ from os import PathLike
 from pathlib import Path
 
 from finetune.launcher.hostfile import decode_line, read_small_file
-from finetune.utils.errors import ConfigError, StorageError, format_faults
+from finetune.utils.atomic_io import replacing
+from finetune.utils.errors import ConfigError, format_faults
 
 HIDDEN = "***"
 
@@ -137,12 +138,8 @@ def _redacted_text(text: str) -> str:
             parts += [text[position : match.end()], HIDDEN if value else ""]
             position = value.end() if value else match.end()
     text = "".join([*parts, text[position:]])
-    text = _PAIR_OF_JSON.sub(lambda match: _redacted_pair(match) if is_secret(match[1]) else match[0], text)
+    text = _PAIR_OF_JSON.sub(lambda pair: f'"{pair[1]}"{pair[2]}"{HIDDEN}"' if is_secret(pair[1]) else pair[0], text)
     return _USER_OF_URL.sub(HIDDEN, text)
-
-
-def _redacted_pair(match: re.Match) -> str:
-    return f'"{match[1]}"{match[2]}"{HIDDEN}"'
 
 
 def read_environment_file(path: str | PathLike[str]) -> dict[str, str]:
@@ -173,17 +170,13 @@ def write_environment_file(path: Path, values: Mapping[str, str]) -> Path | None
     """
     text = "".join(f"{name}={value}\n" for name, value in values.items())
     copy = None
-    try:
+    with replacing(path) as fresh:
         if path.exists():
             copies = (path.with_name(f"{path.name}.before-{number}") for number in range(1, 1000))
             copy = next(free for free in copies if not free.exists())
             os.link(path, copy)
-        fresh = path.with_name(f"{path.name}.new")
+        fresh.touch(0o600)
         fresh.write_text(text, encoding="utf-8")
-        fresh.chmod(0o600)
-        os.replace(fresh, path)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
     return copy
 
 

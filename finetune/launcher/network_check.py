@@ -74,20 +74,6 @@ def check_rendezvous(hosts: Sequence[str], shell: SshShell, address: str, port: 
     return routes
 
 
-@dataclass
-class AllReduceResult:
-    """What each rank measured, in bus bandwidth (bytes per second), and (host, fault)."""
-
-    ranks: list[dict[str, Any]] = field(default_factory=list)
-    faults: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def bytes_per_second(self) -> float | None:
-        """The rate of the slowest rank; None if the all-reduce failed."""
-        rates = [rank["bytes_per_second"] for rank in self.ranks if "bytes_per_second" in rank]
-        return min(rates) if rates and not self.faults else None
-
-
 def all_reduce(
     slots: Mapping[str, Sequence[int]],
     shell: SshShell,
@@ -97,8 +83,11 @@ def all_reduce(
     backend: str,
     environment: Mapping[str, str],
     interfaces: Mapping[str, str],
-) -> AllReduceResult:
-    """Start all ranks on all hosts, as `finetune launch` does, and all-reduce a few megabytes."""
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Start all ranks on all hosts, as `finetune launch` does, and all-reduce a few megabytes.
+
+    Returns what each rank measured, in bus bandwidth (bytes per second), and (host, fault).
+    """
     world_size = sum(map(len, slots.values()))
     common = {
         "world_size": world_size, "address": in_brackets(address), "port": port, "backend": backend,
@@ -111,16 +100,17 @@ def all_reduce(
         orders[host] = json.dumps({**common, **own, "environment": variables})
         first_rank += len(ids)
     command = command_calling(reduce_on_host)
-    result = AllReduceResult()
+    ranks: list[dict[str, Any]] = []
+    faults = []
     for host, answer in run_program_on_hosts(orders, shell, command, SECONDS_TO_REDUCE + 20).items():
         if isinstance(answer, str):
-            result.faults.append((host, answer))
+            faults.append((host, answer))
             continue
-        result.ranks += answer
+        ranks += answer
         errors = [rank["error"] for rank in answer if "error" in rank]
         if errors:
-            result.faults.append((host, f"all-reduce among the {world_size} ranks fails: {errors[0]}"))
-    return result
+            faults.append((host, f"all-reduce among the {world_size} ranks fails: {errors[0]}"))
+    return ranks, faults
 
 
 def reduce_on_host() -> None:

@@ -140,15 +140,16 @@ def check_network(
     _check_interfaces(report, environment, answers)
     if report.failed("network") or missing:
         return
-    reduction = network_check.all_reduce(
+    ranks, faults = network_check.all_reduce(
         slots, run.shell, address=address, port=port, backend=backend, environment=environment,
         interfaces=facts["interfaces"],
     )  # fmt: skip
-    report.add_errors("network", reduction.faults)
+    report.add_errors("network", faults)
     if backend == "gloo" and len(slots) > 1 and ssh.GLOO_INTERFACE not in environment:
         text = f"{ssh.GLOO_INTERFACE} is not set: `deepspeed` may need it (--write_env); `finetune launch` sets it"
         report.warn("network", text)
-    facts["all_reduce"] = {"bytes_per_second": reduction.bytes_per_second, "ranks": reduction.ranks}
+    slowest = None if faults else min(rank["bytes_per_second"] for rank in ranks)
+    facts["all_reduce"] = {"bytes_per_second": slowest, "ranks": ranks}
 
 
 def _check_interfaces(report: DoctorReport, environment: Mapping[str, str], answers: Answers) -> None:

@@ -54,7 +54,7 @@ def check_is_folder(folder: Path) -> None:
 
 def update_run_json(folder: Path, facts: dict[str, Any]) -> None:
     """Write or update `run.json`: keys given replace those there. The file is replaced whole."""
-    text = json.dumps(_standard({**_known(folder), **facts}), ensure_ascii=False, indent=2, allow_nan=False)
+    text = json.dumps(_standard({**known(folder), **facts}), ensure_ascii=False, indent=2, allow_nan=False)
     write_text_atomically(folder / RUN_FILE, text + "\n")
 
 
@@ -86,24 +86,9 @@ def load_run_json(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _known(folder: Path) -> dict[str, Any]:
+def known(folder: Path) -> dict[str, Any]:
     """Return run.json; empty where the folder holds none yet."""
     return load_run_json(folder) if (folder / RUN_FILE).is_file() else {}
-
-
-def run_id(folder: Path) -> str | None:
-    """Return the id of the run in this folder, None where there is none."""
-    return _known(folder).get("run_id")
-
-
-def last_checkpoint(folder: Path) -> int | None:
-    """Return the step of the last complete checkpoint of the run in this folder, or None."""
-    return _known(folder).get("last_checkpoint")
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the run in this folder is complete."""
-    return bool(_known(folder).get("completed"))
 
 
 def mark_complete(folder: Path, run: str) -> None:
@@ -120,14 +105,9 @@ def clear_ending(folder: Path) -> None:
             raise StorageError(f"{folder / name}: {error.strerror}") from None
 
 
-def resumptions(folder: Path) -> list[dict[str, Any]]:
-    """Return how often, and from where, the run in this folder has resumed."""
-    return _known(folder).get("resumed", [])
-
-
 def starts(folder: Path) -> list[dict[str, Any]]:
     """Return each start of the run in this folder; `ended` and `how` are None for one that is running or failed."""
-    return _known(folder).get("starts", [])
+    return known(folder).get("starts", [])
 
 
 def new_start(step: int) -> dict[str, Any]:

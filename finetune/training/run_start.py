@@ -193,7 +193,7 @@ def _record_start(config: CheckpointConfig, facts: dict[str, Any], resumed: Resu
         cut_metrics(output_dir / run_json.METRICS_FILE, step)
     facts["starts"] = [*(run_json.starts(output_dir) if resumed else []), run_json.new_start(step)]
     if resumed:
-        facts["resumed"] = [*run_json.resumptions(output_dir), resumed.facts()]
+        facts["resumed"] = [*run_json.known(output_dir).get("resumed", []), resumed.facts()]
     run_json.update_run_json(output_dir, {**facts, "versions": run_json.library_versions(), "completed": False})
     run_json.clear_ending(output_dir)
 

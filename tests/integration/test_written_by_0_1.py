@@ -23,7 +23,7 @@ def test_a_result_and_its_report():
     for name, adapter in (("full", None), ("lora", "LORA")):
         result = read_result(OLD / name)
         assert result.adapter == adapter and result.precision == "float32" and result.chat["format"] == "lingowhale"
-        assert run_json.is_complete(OLD / name)
+        assert run_json.known(OLD / name)["completed"]
     run = read_run(OLD / "full", "full")
     page = render_report([run])
     assert run.state == "complete" and run.steps == 6 and "lingowhale" in page

@@ -3,11 +3,10 @@
 model_spec        a model and a run as numbers: `spec_from_config` builds the first, `from_deepspeed` part of the other
 device_memory     bytes of a GPU, phase by phase; for a rank on a CPU, its resident set
 host_and_disk     host memory while loading, training and saving; checkpoints and the result
-memory_estimate   all of it: `estimate_memory(model, run)`
-suggestions       changes that make a run fit: `suggest_changes(model, run, bytes)`
+memory_estimate   all of it: `estimate_memory(model, run)`, and changes that make it fit: `suggest_changes`
 """
 
-from finetune.preflight.memory.memory_estimate import MemoryEstimate, estimate_memory
+from finetune.preflight.memory.memory_estimate import MemoryEstimate, Suggestion, estimate_memory, suggest_changes
 from finetune.preflight.memory.model_spec import (
     Activations,
     Block,
@@ -16,4 +15,3 @@ from finetune.preflight.memory.model_spec import (
     from_deepspeed,
     plain_activations,
 )
-from finetune.preflight.memory.suggestions import Suggestion, suggest_changes

@@ -11,7 +11,7 @@ import yaml
 from finetune.config import DoctorArguments, known_flags
 from finetune.config.deepspeed_config import shipped_names
 from finetune.diagnostics import KINDS, PHASES, Failure, format_failure_page, likely_cause, load_known_causes
-from finetune.diagnostics.known_causes import KNOWN_CAUSES_FILE
+from finetune.diagnostics.causes import KNOWN_CAUSES_FILE
 from finetune.launcher.deepspeed_args import LauncherArgs
 from tests.helpers.failure_samples import SAMPLES, raised
 
