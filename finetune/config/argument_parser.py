@@ -24,6 +24,7 @@ from finetune.config.flag_support import flags_without_effect, refused_flags
 from finetune.dataset.row_checks import REPAIRS
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, OptionType, describe, fill, one_of, raise_faults, unknown_options
+from finetune.utils.user_files import read_json, read_text
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 UNSET: tuple[Any, ...] = (None, "", [], [""])
@@ -108,20 +109,16 @@ def _from_file(path: Path, types: dict[str, OptionType]) -> dict[str, Any]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    import yaml
+    shown = f"--config {path}"
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
 
-    try:
-        values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+        try:
+            values = yaml.safe_load(read_text(path, shown))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{shown}: not YAML: {error}") from None
+    else:
+        values = read_json(path, shown)
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
         values = values["arguments"]
     if not isinstance(values, dict):

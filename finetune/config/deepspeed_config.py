@@ -20,6 +20,7 @@ from typing import Any
 
 from finetune.config.hardware import Precision
 from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.user_files import json_kind, read_json_object
 
 AUTO = "auto"
 STAGES = (0, 1, 2, 3)
@@ -108,20 +109,7 @@ def load_config(path: Path) -> dict[str, Any]:
     def no_constant(name: str) -> None:
         raise ConfigError(f"{path}: {name} is not JSON: give a number")
 
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        config = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=no_constant)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a DeepSpeed config: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {_json_kind(config)}")
-    return config
+    return read_json_object(path, object_pairs_hook=without_duplicates, parse_constant=no_constant)
 
 
 def resolve_deepspeed_config(
@@ -171,7 +159,7 @@ class _Resolver:
     def stage(self) -> int:
         zero = self.config.get("zero_optimization", {})
         if not isinstance(zero, dict):
-            self.faults.append(f"zero_optimization: expected an object, found {_json_kind(zero)}")
+            self.faults.append(f"zero_optimization: expected an object, found {json_kind(zero)}")
             return 0
         stage = zero.get("stage", 0)
         if isinstance(stage, bool) or stage not in STAGES:
@@ -302,8 +290,3 @@ def _as_number(value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return value
-
-
-def _json_kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

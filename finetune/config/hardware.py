@@ -47,6 +47,9 @@ class Gpu:
     name: str
     capability: tuple[int, int]
 
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {'.'.join(map(str, self.capability))})"
+
 
 @dataclass(frozen=True)
 class DetectedHardware:
@@ -127,10 +130,7 @@ def decide_precision(detected: DetectedHardware, *, bf16: bool, fp16: bool) -> t
         if fp16:
             return "float32", ["--fp16 is off: there is no GPU here; computing in float32"]
     elif bf16 and weakest.capability < AMPERE:
-        raise ConfigError(
-            f"--bf16 True: {weakest.name} (compute capability {_dotted(weakest)}) has no bf16, that needs 8.0; "
-            "use --fp16 True on this GPU instead"
-        )
+        raise ConfigError(f"--bf16 True: {weakest} has no bf16, that needs 8.0; use --fp16 True on this GPU instead")
     return ("bf16" if bf16 else "fp16" if fp16 else "float32"), []
 
 
@@ -142,7 +142,7 @@ def decide_tf32(detected: DetectedHardware, tf32: bool | None) -> tuple[bool | N
     if weakest is None:
         return None, ["--tf32 is off: it is a mode of NVIDIA GPUs, and there is none here"]
     if weakest.capability < AMPERE:
-        return None, [f"--tf32 is off: {weakest.name} (compute capability {_dotted(weakest)}) is older than Ampere"]
+        return None, [f"--tf32 is off: {weakest} is older than Ampere"]
     return True, []
 
 
@@ -180,13 +180,9 @@ def _flash_unsupported_reason(detected: DetectedHardware, precision: Precision) 
     if detected.weakest is None:
         return "it needs a GPU, and there is none here"
     if detected.weakest.capability < AMPERE:
-        return f"{detected.weakest.name} (compute capability {_dotted(detected.weakest)}) is older than Ampere"
+        return f"{detected.weakest} is older than Ampere"
     if precision == "float32":
         return "it computes in bf16 or fp16 only; add --bf16 True"
     if not detected.flash_attn:
         return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
     return None
-
-
-def _dotted(gpu: Gpu) -> str:
-    return ".".join(map(str, gpu.capability))

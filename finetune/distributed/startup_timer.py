@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from finetune.utils.proc import command_of, parent_of, stat_of
 
@@ -15,23 +14,16 @@ _stage_seconds: dict[str, float] = {}
 _first_stage_began: list[float] = []  # empty, or one time
 
 
-def timed(stage: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function so that its seconds count as a stage of `start_up_seconds`."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            if not _first_stage_began:
-                _first_stage_began.append(time.monotonic())
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _stage_seconds[stage] = _stage_seconds.get(stage, 0.0) + time.perf_counter() - began
-
-        return measured
-
-    return decorate
+@contextmanager
+def timed(stage: str) -> Iterator[None]:
+    """Count the seconds of the function that this decorates as a stage of `start_up_seconds`."""
+    began = time.perf_counter()
+    if not _first_stage_began:
+        _first_stage_began.append(time.monotonic())
+    try:
+        yield
+    finally:
+        _stage_seconds[stage] = _stage_seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 def start_up_seconds() -> dict[str, float]:

@@ -20,6 +20,7 @@ from finetune.inference.run_result import RunResult
 from finetune.run_dir.data_samples import RowSample
 from finetune.utils.atomic_io import write_text_atomically
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
+from finetune.utils.user_files import read_json, read_text
 
 ANSWERS_FILE = "answers.json"
 NEW_TOKENS = 96
@@ -73,15 +74,8 @@ def prompts_of(samples: Sequence[RowSample], count: int) -> list[SamplePrompt]:
 
 def read_prompts(path: Path) -> list[SamplePrompt]:
     """Read prompts from a file: one a line, or a JSON array of texts or of objects with a `question`."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        values: Any = json.loads(text) if path.suffix == ".json" else text.split("\n")
-    except OSError as error:
-        raise ConfigError(f"--prompts {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--prompts {path}, line {error.lineno}: not JSON: {error.msg}") from None
+    shown = f"--prompts {path}"
+    values: Any = read_json(path, shown) if path.suffix == ".json" else read_text(path, shown).split("\n")
     entries = values if isinstance(values, list) else [None]
     texts = [entry.get("question") if isinstance(entry, dict) else entry for entry in entries if entry != ""]
     questions = [text.strip() for text in texts if isinstance(text, str)]

@@ -18,6 +18,7 @@ from typing import Any
 
 from finetune.utils.atomic_io import write_text_atomically
 from finetune.utils.errors import ConfigError, StorageError
+from finetune.utils.user_files import read_json_object
 
 HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE = "evaluation.json", "benchmarks.json", "forgetting.json"
 FILES = (HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE)
@@ -75,13 +76,10 @@ def write_results(folder: Path, name: str, document: dict[str, Any]) -> None:
 def load_results(folder: Path, name: str) -> dict[str, Any] | None:
     """Read a stored document, or return None if there is none."""
     path = folder / name
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(document, dict) or document.get("version") != VERSION:
+    document = read_json_object(path)
+    if document.get("version") != VERSION:
         raise ConfigError(f"{path}: written by another version: run finetune evaluate again")
     return document
 

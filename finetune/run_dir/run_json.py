@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from finetune.distributed.host_probe import versions
 from finetune.distributed.stop_requests import STOP_FILE
 from finetune.utils.atomic_io import write_text_atomically
 from finetune.utils.errors import ConfigError, StorageError
+from finetune.utils.user_files import read_json_object
 
 RUN_FILE = "run.json"
 LEDGER_FILE = "data_ledger.jsonl"
@@ -70,20 +72,9 @@ def _standard(value: Any) -> Any:
 def load_run_json(folder: Path) -> dict[str, Any]:
     """Read `run.json`; a `ConfigError` says that there is none, or that it is not a JSON object."""
     check_is_folder(folder)
-    path = folder / RUN_FILE
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder}: holds no {RUN_FILE}: expected the output_dir of a training run") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
-    if not isinstance(run, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(run).__name__}")
-    return run
+    if not os.path.lexists(folder / RUN_FILE):
+        raise ConfigError(f"{folder}: holds no {RUN_FILE}: expected the output_dir of a training run")
+    return read_json_object(folder / RUN_FILE)
 
 
 def known(folder: Path) -> dict[str, Any]:

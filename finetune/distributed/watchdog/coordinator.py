@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune.diagnostics import PHASES, Failure, find_first_failure, is_secondary, summarize_failure
+from finetune.diagnostics.failure_page import where_in_run
 from finetune.distributed.watchdog.transport import Connection, candidate_ports, listen
 
 HEARTBEAT_TIMEOUT = 30.0  # seconds after which a host counts as lost
@@ -48,15 +49,6 @@ class RankProgress:
     def seconds(self) -> float:
         """Return the seconds since the last progress."""
         return time.monotonic() - self.since
-
-    def describe(self) -> str:
-        """Return what the rank is doing, in words."""
-        names = {
-            "start": "starting", "data": "preparing data", "rendezvous": "joining the others", "model": "loading",
-            "step": f"in step {self.step}", "save": f"saving in step {self.step}",
-            "evaluation": f"evaluating after step {self.step}",
-        }  # fmt: skip
-        return names.get(self.phase, "finishing")
 
 
 @dataclass
@@ -270,9 +262,8 @@ class Coordinator:
         stopped = [peer for peer in behind if peer.progress.state == "T"]
         culprits = stopped or (behind if len(behind) < len(running) else [])
         named = culprits[0] if culprits else late
-        why = (
-            f"no progress for {late.progress.seconds():.0f} s {named.progress.describe()} (limit {late.timeout:.0f} s)"
-        )
+        place = where_in_run(named.failure("stuck", "", ()))
+        why = f"no progress for {late.progress.seconds():.0f} s {place} (limit {late.timeout:.0f} s)"
         if stopped:
             error = f"rank {named.rank} on {named.host} is stopped (SIGSTOP, or a debugger): {why}"
         elif culprits:

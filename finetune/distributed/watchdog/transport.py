@@ -82,16 +82,6 @@ class Connection:
 
     def receive(self) -> list[dict[str, Any]]:
         """Return the messages that have arrived; close a connection that ended or sends anything else."""
-        self._read()
-        *lines, self._unread = self._unread.split(b"\n")
-        try:
-            return [message for message in map(json.loads, lines) if isinstance(message, dict)]
-        except (ValueError, RecursionError):
-            self.close()
-            return []
-
-    def _read(self) -> None:
-        """Read all that has arrived; close if nothing more can come."""
         has_ended = True
         try:
             while chunk := self.connection.recv(1 << 16):
@@ -100,6 +90,12 @@ class Connection:
             has_ended = not isinstance(error, BlockingIOError)
         if has_ended:
             self.close()
+        *lines, self._unread = self._unread.split(b"\n")
+        try:
+            return [message for message in map(json.loads, lines) if isinstance(message, dict)]
+        except (ValueError, RecursionError):
+            self.close()
+            return []
 
     def close(self) -> None:
         """Close the connection."""
