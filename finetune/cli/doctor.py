@@ -50,7 +50,8 @@ def parse_options(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherArgs, l
     own_names = {declared.name for declared in fields(DoctorArguments)}
     options, training_names = launcher_options(), set(known_flags())
     words = list(argv)
-    script = next((place for place, word in enumerate(words) if _is_script(word)), None)
+    is_script = [word in (MODULE, "finetune.py") or word.endswith("/finetune.py") for word in words]
+    script = is_script.index(True) if any(is_script) else None
     ours: list[str] = []
     launcher: list[str] = []
     rest: list[str] = []
@@ -69,10 +70,6 @@ def parse_options(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherArgs, l
         place += 1 + takes_value
     chosen = fill(DoctorArguments, build_parser().parse(ours))
     return chosen, parse_launcher_args(launcher if script is not None else [*launcher, SCRIPT]), rest
-
-
-def _is_script(word: str) -> bool:
-    return word in (MODULE, "finetune.py") or word.endswith("/finetune.py")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -205,7 +205,7 @@ def outcome(
     if stop_requests.EXIT_STOPPED in statuses:
         return stop_requests.EXIT_STOPPED, None
     for report in reports if ours else ():
-        if list(report.statuses.values()).count(0) < expected.get(report.host, 1):
+        if report.statuses.count(0) < expected.get(report.host, 1):
             text = f"the run on {report.host} is not complete, although the deepspeed command ended with status 0"
             return 1, Failure(kind="launcher", host=report.host, error=text)
     return 0, None

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -88,7 +88,11 @@ def main(argv: Sequence[str]) -> None:
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         logger.warning(code)
     _, chat_format, prepared = prepare_run_data(model, data)
-    _note_what_training_refuses(prepared, data.max_dropped_rows)
+    for part in filter(None, (prepared, prepared.evaluation)):
+        try:
+            check_dropped_share(part, data.max_dropped_rows)
+        except DataError as error:
+            logger.warning(f"training would refuse this data: {error}")
     in_segments = segmenter(chat_format)
     try:
         if options.json:
@@ -108,14 +112,6 @@ def main(argv: Sequence[str]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe; what is still buffered must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _note_what_training_refuses(prepared: PreparedData, max_dropped_rows: float) -> None:
-    for rows in filter(None, (prepared, prepared.evaluation)):
-        try:
-            check_dropped_share(rows, max_dropped_rows)
-        except DataError as error:
-            logger.warning(f"training would refuse this data: {error}")
 
 
 def _as_json(rendering: RenderedConversation) -> str:
@@ -165,7 +161,11 @@ def _selector(
     """Return (whether the n-th rendering is selected, how many are, a description)."""
     if options.rows is not None:
         rows = set(options.rows)
-        _check_rows(rows, rows_by_source)
+        most = max(rows_by_source.values(), default=0)
+        missing_rows = sorted(row for row in rows if not 0 <= row < most)
+        if missing_rows:
+            existing = "; ".join(f"{source} has rows 0 to {count - 1:,}" for source, count in rows_by_source.items())
+            raise ConfigError(f"--rows {' '.join(map(str, missing_rows))}: there is no such row: {existing}")
         wanted = sum(row < count for row in rows for count in rows_by_source.values())
         return lambda number, rendering: rendering.row in rows, wanted, f"Rows asked for: {wanted:,} of {total:,}"
     sample = SAMPLE_OF_A_PAGE if options.html is not None and options.sample is None else options.sample
@@ -176,14 +176,6 @@ def _selector(
     drawn = set(random.Random(options.seed).sample(range(total), sample))
     words = f"{sample:,} of {total:,} rows, drawn with seed {options.seed}"
     return lambda number, rendering: number in drawn, sample, words
-
-
-def _check_rows(rows: Iterable[int], rows_by_source: dict[str, int]) -> None:
-    most = max(rows_by_source.values(), default=0)
-    missing = sorted(row for row in rows if not 0 <= row < most)
-    if missing:
-        existing = "; ".join(f"{source} has rows 0 to {count - 1:,}" for source, count in rows_by_source.items())
-        raise ConfigError(f"--rows {' '.join(map(str, missing))}: there is no such row: {existing}")
 
 
 # ---- in the terminal

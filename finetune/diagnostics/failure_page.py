@@ -22,6 +22,7 @@ PHASE_TEXTS = {
 }
 HEADLINE_LINES, ERROR_LINES, CAUSE_LINES, REMEDY_LINES, ALSO_LINES = 2, 6, 4, 5, 3
 MIN_WIDTH = 60
+FRAME = re.compile(r"Traceback|\s*File \"|\s*[\^~]+\s*$|frame #\d|\s+raise |Exception raised from")
 
 
 def summarize_failure(failure: Failure) -> str:
@@ -115,13 +116,9 @@ def format_failure_page(failure: Failure, *, width: int = 100, colour: bool = Fa
 def _error_lines(failure: Failure, width: int) -> list[str]:
     """Return the first lines of the message, or the last lines of the traceback if there is no message."""
     text = failure.error or "\n".join(failure.traceback.splitlines()[-2:])
-    kept = [line for line in _plain(text).splitlines() if line.strip() and not _is_frame(line)]
+    kept = [line for line in _plain(text).splitlines() if line.strip() and not FRAME.match(line)]
     wrapped = [part for line in kept for part in _wrap(line, width, ERROR_LINES + 1)]
     return wrapped if len(wrapped) <= ERROR_LINES else [*wrapped[: ERROR_LINES - 1], "..."]
-
-
-def _is_frame(line: str) -> bool:
-    return re.match(r"Traceback|\s*File \"|\s*[\^~]+\s*$|frame #\d|\s+raise |Exception raised from", line) is not None
 
 
 def _place(failure: Failure) -> str:

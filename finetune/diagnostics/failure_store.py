@@ -28,7 +28,12 @@ def write_failure(folder: str | os.PathLike[str], failure: Failure, *, replace: 
     partial = Path(folder, f".{FAILURE_FILE}.{os.uname().nodename}.{os.getpid()}")
     try:
         try:
-            _write_and_sync(partial, text.encode())
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+            with open(descriptor, "wb") as file:
+                os.fchmod(descriptor, 0o644)  # whatever the umask: administrators of the cluster read it, too
+                file.write(text.encode())
+                file.flush()
+                os.fsync(descriptor)
             if replace or not _link_or_keep(partial, path, failure):
                 os.replace(partial, path)
                 fsync_dir(path.parent)
@@ -61,13 +66,3 @@ def _link_or_keep(partial: Path, path: Path, failure: Failure) -> bool:
         return earlier.timestamp() <= failure.timestamp()
     fsync_dir(path.parent)
     return True
-
-
-def _write_and_sync(path: Path, content: bytes) -> None:
-    """Raises: OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-    with open(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o644)  # whatever the umask: administrators of the cluster read it, too
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)

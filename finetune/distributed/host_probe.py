@@ -67,21 +67,16 @@ def collect_host_facts(order: dict) -> dict:
 
 def _resource_facts(order: dict) -> dict:
     """What decides whether a run fits on a host; sizes in bytes, the time in seconds."""
+    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
     return {
         "time": time.time(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory": _memory(),
+        "memory": {"total": int(memory["MemTotal"]) << 10, "available": int(memory["MemAvailable"]) << 10},
         "gpu_facts": gpu_facts(),
         "space": {name: disk_space(Path(folder).expanduser()) for name, folder in order["places"].items()},
         "programs": {name: shutil.which(name) is not None for name in ("c++", "g++", "nvcc", "pdsh", "rsync", "ninja")},
         "deepspeed": Path(sys.executable).with_name("deepspeed").exists(),
     }
-
-
-def _memory() -> dict:
-    """Bytes of the machine's memory: `total` and `available`."""
-    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    return {"total": int(sizes["MemTotal"]) << 10, "available": int(sizes["MemAvailable"]) << 10}
 
 
 def disk_space(folder: Path) -> dict:

@@ -150,7 +150,14 @@ def read_environment_file(path: str | PathLike[str]) -> dict[str, str]:
     """
     path = Path(path)
     lines, status = read_small_file(path, "environment file")
-    _check_owner(path, status)
+    if status.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(
+            f"{path} belongs to user {status.st_uid}, not to you ({os.geteuid()}): it would set variables on every "
+            "host; write a file of your own, or chown it"
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(status.st_mode)
+        raise ConfigError(f"{path} can be written by others (mode {mode:o}): chmod go-w {path}")
     values: dict[str, str] = {}
     faults = []
     for number, raw in lines:
@@ -205,17 +212,6 @@ def environment_of_ranks() -> dict[str, str]:
     for path in files:
         values |= read_environment_file(path)
     return values
-
-
-def _check_owner(path: Path, status: os.stat_result) -> None:
-    if status.st_uid not in (os.geteuid(), 0):
-        raise ConfigError(
-            f"{path} belongs to user {status.st_uid}, not to you ({os.geteuid()}): it would set variables on every "
-            "host; write a file of your own, or chown it"
-        )
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        mode = stat.S_IMODE(status.st_mode)
-        raise ConfigError(f"{path} can be written by others (mode {mode:o}): chmod go-w {path}")
 
 
 def _parse_line(raw: bytes) -> dict[str, str]:

@@ -42,20 +42,18 @@ class HostReport:
 
     host: str
     status: int  # of the `deepspeed` command, as a shell gives it (128 + signal for a killed command)
-    statuses: dict[int, int] = field(default_factory=dict)  # by rank, of those that ended by themselves
+    statuses: list[int] = field(default_factory=list)  # of the ranks that ended by themselves
     failure: Failure | None = None  # what the watchdogs found, if anything
 
     def to_json(self) -> str:
         """Return one line of JSON."""
-        return json.dumps({**asdict(self), "failure": self.failure.to_json() if self.failure else None})
+        return json.dumps({**asdict(self), "failure": self.failure and self.failure.to_json()})
 
     @classmethod
     def from_json(cls, line: str) -> HostReport:
         """Read what `to_json` wrote."""
         values = json.loads(line)
-        failure = Failure.from_json(values["failure"]) if values["failure"] else None
-        statuses = {int(rank): status for rank, status in values["statuses"].items()}
-        return cls(values["host"], values["status"], statuses, failure)
+        return cls(**{**values, "failure": values["failure"] and Failure.from_json(values["failure"])})
 
 
 class LocalSession:
@@ -123,9 +121,7 @@ class LocalSession:
         for forwarder in self.forwarders:
             forwarder.join(SECONDS_TO_FORWARD)
         status = 128 - code if code < 0 else code if code <= 192 else 384 - code  # launch.py's -N arrives as 256 - N
-        statuses = {}
-        for path in self.folder.glob("rank-*.json"):
-            statuses[int(path.stem.removeprefix("rank-"))] = json.loads(path.read_text())["status"]
+        statuses = [json.loads(path.read_text())["status"] for path in self.folder.glob("rank-*.json")]
         failure = read_failure(self.folder / FAILURE_FILE)
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.was_asked_to_stop and failure is None and (not statuses or status == 128 + signal.SIGUSR1):

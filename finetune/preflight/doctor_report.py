@@ -73,10 +73,6 @@ class DoctorReport:
         """Add a warning."""
         self.add_error(section, text, status=0, host=host)
 
-    def failed(self, *sections: str) -> bool:
-        """Return whether one of these sections has an error."""
-        return any(finding.status for finding in self.findings if finding.section in sections)
-
     @property
     def status(self) -> int:
         """Exit status that the run would have; 0 without errors."""

@@ -138,7 +138,7 @@ def check_network(
     if run.choice.write_env:
         environment |= _write_environment(report, facts, backend, slots, answers)
     _check_interfaces(report, environment, answers)
-    if report.failed("network") or missing:
+    if missing or any(finding.status for finding in report.findings if finding.section == "network"):
         return
     ranks, faults = network_check.all_reduce(
         slots, run.shell, address=address, port=port, backend=backend, environment=environment,

@@ -219,7 +219,9 @@ def _cpu_steps(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
     bucket, copy = buckets(model, run)
     kept, gathering = gathered(model, run)
     heap, logits = _heap(model, run, kept)
-    with_gradients = max(heap, _heap_of_gradients(model, run))
+    # All gradients of the heap are there in the place of activations.
+    in_heap = 4 * model.elements(trained=True, up_to=HEAP_BLOCK // 4)
+    with_gradients = max(heap, GRADIENTS_TAKE * in_heap + _lost(model, run))
     large = 4 * model.elements(trained=True, above=HEAP_BLOCK // 4)
     share = 4 * model.trainable / (run.ranks if run.stage else 1)
     waits = run.accumulation > 1
@@ -242,12 +244,6 @@ def _cpu_steps(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
         "reduction": {**whole, GRADIENTS: waiting, BUCKETS: bucket + copy},
         "update": {**whole, GRADIENTS: updating(model, run)},
     }
-
-
-def _heap_of_gradients(model: ModelSpec, run: RunSpec) -> float:
-    """Return the bytes of the heap when all its gradients are there, in the place of activations."""
-    in_heap = 4 * model.elements(trained=True, up_to=HEAP_BLOCK // 4)
-    return GRADIENTS_TAKE * in_heap + _lost(model, run)
 
 
 def _heap(model: ModelSpec, run: RunSpec, kept: float) -> tuple[float, float]:

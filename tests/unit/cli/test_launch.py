@@ -11,20 +11,20 @@ from finetune.launcher.ssh import shared_words
 from finetune.utils.errors import ConfigError
 
 
-def reports(*, status: int = 0, statuses: dict | None = None, failure: Failure | None = None) -> list[HostReport]:
-    return [HostReport("a", 0, {0: 0}), HostReport("b", status, {1: 0} if statuses is None else statuses, failure)]
+def reports(*, status: int = 0, statuses: list | None = None, failure: Failure | None = None) -> list[HostReport]:
+    return [HostReport("a", 0, [0]), HostReport("b", status, [0] if statuses is None else statuses, failure)]
 
 
 @pytest.mark.parametrize(
     ("given", "signals", "expected"),
     [
         ({}, [], 0),
-        ({"statuses": {}}, [], 1),  # deepspeed says 0 when its launcher was killed
-        ({"status": 247, "statuses": {}}, [], 247),
-        ({"status": 75, "statuses": {1: 75}}, [15], 75),
-        ({"status": 75, "statuses": {}}, [15, 15], 143),
-        ({"status": 3, "statuses": {}, "failure": Failure("error", "no row", status=3, rank=1, host="b")}, [], 3),
-        ({"status": 137, "statuses": {}, "failure": Failure("died", "gone", rank=1, host="b")}, [], 137),
+        ({"statuses": []}, [], 1),  # deepspeed says 0 when its launcher was killed
+        ({"status": 247, "statuses": []}, [], 247),
+        ({"status": 75, "statuses": [75]}, [15], 75),
+        ({"status": 75, "statuses": []}, [15, 15], 143),
+        ({"status": 3, "statuses": [], "failure": Failure("error", "no row", status=3, rank=1, host="b")}, [], 3),
+        ({"status": 137, "statuses": [], "failure": Failure("died", "gone", rank=1, host="b")}, [], 137),
         ({"failure": Failure("launcher", "launch.py has died", host="b")}, [], 1),
     ],
 )
@@ -35,7 +35,7 @@ def test_the_exit_status_is_that_of_what_failed_first(given, signals, expected):
 
 
 def test_a_script_that_is_not_ours_is_believed():
-    assert outcome(reports(statuses={}), {"a": 1, "b": 1}, ours=False, signals=[])[0] == 0
+    assert outcome(reports(statuses=[]), {"a": 1, "b": 1}, ours=False, signals=[])[0] == 0
 
 
 def test_a_token_leaves_the_command_line():
