@@ -90,7 +90,7 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
         ("a.yaml", "", "expected a mapping of flags to values"),
         ("a.yaml", "a: [", "not YAML"),
         ("a.yaml", "run_name: 2020-13-45", "month"),
-        ("a.json", "{,}", "line 1 column 2"),
+        ("a.json", "{,}", "line 1, column 2: not JSON"),
         ("a.yaml", b"run_name: \xe9", "UTF-8"),
         ("a.json", b'{"run_name": "\xe9"}', "UTF-8"),
         ("a.json", "[" * 100_000, ""),
@@ -114,7 +114,7 @@ def test_a_wrong_config_file_is_named_with_what_is_wrong(name, content, said, tm
 def test_a_missing_config_file_is_named(tmp_path):
     missing = tmp_path / "no.yaml"
 
-    assert refusal("--config", str(missing)) == f"--config {missing}: No such file or directory"
+    assert refusal("--config", str(missing)) == f"--config {missing}: cannot be read: No such file or directory"
     assert refusal("--config", str(tmp_path)).startswith(f"--config {tmp_path}: ")
 
 

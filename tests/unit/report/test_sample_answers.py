@@ -53,7 +53,7 @@ def test_prompts_of_a_file(tmp_path, name, text, found):
     [
         ("a.txt", b"\n \n", "holds no prompt"),
         ("a.txt", b"\xff\xfe", "not UTF-8 at byte 0"),
-        ("a.json", b"{\n", "line 2: not JSON"),
+        ("a.json", b"{\n", "line 2, column 1: not JSON"),
         ("a.json", b'{"question": "x"}', "expected an array of texts"),
         ("a.json", b"[1]", "expected an array of texts"),
         ("a.json", b"3", "expected an array of texts"),

@@ -13,9 +13,9 @@ from finetune.utils.errors import CheckpointError, ConfigError
     ("content", "complaint"),
     [
         (None, "holds no run.json: expected the output_dir"),
-        (b"{", "run.json, line 1: not JSON"),
+        (b"{", "run.json, line 1, column 2: not JSON"),
         (b"\xff", "run.json: not UTF-8 at byte 0"),
-        (b"[]", "run.json: expected a JSON object, found list"),
+        (b"[]", "run.json: expected a JSON object, found an array"),
         (b"{}", "run.json: lacks model and chat and precision"),
     ],
 )
