@@ -12,8 +12,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from finetune.distributed import host_probe
@@ -76,26 +75,16 @@ def _tune_malloc(settings: dict[int, int]) -> None:
         libc.malloc_trim(0)
 
 
-@dataclass(frozen=True)
-class ProcessStarter:
-    """A program that starts ranks, and the names of the variables that it sets."""
-
-    name: str
-    rank: str
-    world_size: str
-    local_rank: str
-    local_world_size: str
-
-
-STARTERS = (
+# Programs that start ranks, and their variables: rank, world size, local rank and local world size.
+STARTERS = {
     # https://docs.open-mpi.org/en/main/tuning-apps/environment-var.html
-    ProcessStarter("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-                   "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+                          "OMPI_COMM_WORLD_LOCAL_SIZE"),
     # https://www.mpich.org: Hydra's process manager
-    ProcessStarter("mpirun (MPICH)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     # https://slurm.schedmd.com/srun.html: variables of a step, which a batch script itself does not have
-    ProcessStarter("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-)  # fmt: skip
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}  # fmt: skip
 
 
 def init_rank_env(environment: MutableMapping[str, str]) -> None:
@@ -105,30 +94,30 @@ def init_rank_env(environment: MutableMapping[str, str]) -> None:
     """
     if "RANK" in environment:
         return
-    for starter in STARTERS:
-        if {starter.rank, starter.world_size, starter.local_rank} <= environment.keys():
-            environment.update(_variables_from(starter, environment))
+    for starter, names in STARTERS.items():
+        if environment.keys() >= set(names[:3]):
+            environment.update(_variables_from(starter, names, environment))
             return
     environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     environment.setdefault("MASTER_PORT", str(host_probe.free_port()))
 
 
-def _variables_from(starter: ProcessStarter, environment: Mapping[str, str]) -> dict[str, str]:
-    world_size = int(environment[starter.world_size])
+def _variables_from(starter: str, names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    rank, world_size, local_rank = (environment[name] for name in names[:3])
     # Slurm writes 4(x2),3 for two hosts of four tasks and one of three.
-    counts = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get(starter.local_world_size, "1"))
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get(names[3], "1"))
     local_world_size = max(map(int, counts))
     variables = {
-        "RANK": environment[starter.rank], "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": environment[starter.local_rank], "LOCAL_WORLD_SIZE": str(min(local_world_size, world_size)),
+        "RANK": rank, "WORLD_SIZE": world_size,
+        "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": str(min(local_world_size, int(world_size))),
         "MASTER_PORT": environment.get("MASTER_PORT", DEFAULT_PORT),
     }  # fmt: skip
     if "MASTER_ADDR" not in environment:
-        first = first_host(environment.get("SLURM_STEP_NODELIST", "")) if starter.name == "srun" else None
-        if first is None and local_world_size < world_size:
+        first = first_host(environment.get("SLURM_STEP_NODELIST", "")) if starter == "srun" else None
+        if first is None and local_world_size < int(world_size):
             raise ConfigError(
-                f"{starter.name} has started rank {variables['RANK']} of {world_size} on several hosts, and nothing "
+                f"{starter} has started rank {rank} of {world_size} on several hosts, and nothing "
                 "says where their rendezvous is: set MASTER_ADDR to the first host's name, as in "
                 '`deepspeed --launcher openmpi --launcher_args "-x MASTER_ADDR=node0" ...`'
             )

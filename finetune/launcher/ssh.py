@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from finetune.diagnostics import Failure
 from finetune.distributed import host_probe
 from finetune.distributed.watchdog.transport import is_loopback
@@ -57,20 +59,15 @@ class SshShell:
 def is_here(host: str) -> bool:
     """Return whether a name of the hostfile means this machine."""
     name = host.rpartition("@")[2]
-    if name in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()):
+    if name in ("localhost", socket.gethostname(), socket.getfqdn()):
         return True
     try:
-        addresses = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        addresses = {str(address[0]) for *_, address in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
     except OSError:
         return False
-    for family, *_, address in addresses:
-        with socket.socket(family, socket.SOCK_STREAM) as trial:
-            try:
-                trial.bind((address[0], 0))
-                return True
-            except OSError:
-                continue
-    return False
+    interfaces = psutil.net_if_addrs().values()
+    own = {address.address.partition("%")[0] for interface in interfaces for address in interface}
+    return any(is_loopback(address) or address in own for address in addresses)
 
 
 def probe_hosts(
