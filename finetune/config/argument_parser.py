@@ -157,7 +157,11 @@ def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
     """Yield what is wrong with values that have the right types."""
     yield from data_faults(arguments.data)
     yield from _batch_faults(arguments)
-    yield from _training_faults(arguments)
+    rate, epochs, steps = (arguments.given(name) for name in ("learning_rate", "num_train_epochs", "max_steps"))
+    if not rate > 0:
+        yield f"--learning_rate {rate:g}: nothing would be learned: give one above 0, such as 2e-5"
+    if not epochs > 0 and steps <= 0:
+        yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
     yield from refused_flags(arguments)
     yield from _adapter_faults(arguments.adapter)
     if not adapter_refused:  # --use_lora False: the settings of a file do not count

@@ -16,9 +16,9 @@ VALUES = {bool: "True", int: "3", float: "3", str: "some"}
 def other_value(name: str) -> str:
     """A value that is not the default."""
     flag = training_flags()[name]
-    if flag.kind is bool:
+    if flag.shape.kind is bool:
         return str(not TRAINING_DEFAULTS.get(name, flag.default))
-    return VALUES[flag.kind]
+    return VALUES[flag.shape.kind]
 
 
 def test_every_flag_is_in_exactly_one_class():
