@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 
 from finetune import cli
+from finetune.utils.console import accept_all_characters
 from finetune.utils.errors import exit_on_error, process_exit_guard
 
 
 def main() -> None:
     """Run the console script."""
+    accept_all_characters()
     with process_exit_guard(), exit_on_error():
         cli.main(sys.argv[1:])
 

@@ -52,6 +52,7 @@ def run() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; exit statuses are those of `utils.errors`."""
     with exit_on_error():
+        console.accept_all_characters()
         console.configure_logging()
         run_training(sys.argv[1:] if argv is None else argv)
 

@@ -55,7 +55,7 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> None
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--inject_missing_state"] if stage != 3 else []
     environment = {name: value for name, value in os.environ.items() if name not in OF_THE_LAUNCHER}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         reason = lines[-1] if lines else "no reason given"

@@ -22,7 +22,7 @@ from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE, TUNED, load_for_inference, read_model
 from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir.run_json import RUN_FILE, holds_model
-from finetune.utils.console import configure_logging, quiet_serving
+from finetune.utils.console import accept_all_characters, configure_logging, quiet_serving
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
 
@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
     options = fill(ChatOptions, build_parser().parse(argv))
     raise_faults(_faults(options))
     configure_logging(to_stderr=True)
+    accept_all_characters(utf8=options.json)
     question = None if options.web or _is_typed() else read_question(sys.stdin)
     if options.web:
         check_gradio()

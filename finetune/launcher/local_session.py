@@ -154,7 +154,7 @@ def forward_output(
 
     def forward(source: IO[bytes], target: TextIO) -> None:
         for raw in source:
-            line = raw.decode(errors="replace").rstrip("\n")
+            line = raw.decode(target.encoding or "utf-8", errors="replace").rstrip("\n")
             if take(line):
                 continue
             with _printing, suppress(OSError, ValueError):  # a terminal that is gone must not stop the run

@@ -120,7 +120,7 @@ def run_dry_run(command: Sequence[str], model: Path, output: Path) -> dict[str, 
 
 def _run(command: Sequence[str], what: str) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_A_RUN)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS_FOR_A_RUN)
     except subprocess.TimeoutExpired:
         raise FinetuneError(f"{what}: not done after {SECONDS_FOR_A_RUN} s") from None
     if done.returncode:

@@ -6,6 +6,7 @@ prints both on rank 0.
 
 from __future__ import annotations
 
+import codecs
 import io
 import logging
 import os
@@ -15,6 +16,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 LABEL_WIDTH = 12
+SIMILAR = {
+    "«": "<<", "»": ">>", "⟦": "[[", "⟧": "]]", "‹": "<", "›": ">", "→": "->", "…": "...", "±": "+-", "·": ".",
+    "×": "x", "‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "•": "*", "\u00a0": " ", "\ufffd": "?",
+}  # fmt: skip
 # Warnings that users cannot act on; torch and DeepSpeed print them once per rank.
 KNOWN_WARNINGS = (
     r".*all_gather_into_tensor.*",
@@ -103,10 +108,37 @@ def quiet_serving() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def encode_output(*, utf8: bool) -> None:
-    """Write characters that stdout cannot encode as escapes; `utf8` is for output that programs read."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8" if utf8 else None, errors="backslashreplace")
+def accept_all_characters(*, utf8: bool = False) -> None:
+    """Let stdout and stderr take any text: what their encoding lacks is written in ASCII.
+
+    Drawings and typographic signs become similar ASCII characters, others escapes such as `\\u4f60`. With `utf8` stdout
+    is UTF-8 whatever the environment says, for output that programs read.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = "utf-8" if utf8 and stream is sys.stdout else None
+            stream.reconfigure(encoding=encoding, errors="similar_ascii")
+
+
+def _similar_ascii(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of `codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_ascii_of, error.object[error.start : error.end])), error.end
+
+
+def _ascii_of(character: str) -> str:
+    code = ord(character)
+    if 0x2800 <= code < 0x2900:  # Braille, of which the first has no dot
+        return "*" if code > 0x2800 else " "
+    if 0x2500 <= code < 0x2580:  # box drawing
+        return {"\u2500": "-", "\u2501": "-", "\u2502": "|", "\u2503": "|"}.get(character, "+")
+    if 0x2580 <= code < 0x25A0:  # blocks, of which the first eight rise
+        return ".:-=+*##"[code - 0x2581] if 0x2581 <= code < 0x2589 else "#"
+    return SIMILAR.get(character) or character.encode("ascii", "backslashreplace").decode()
+
+
+codecs.register_error("similar_ascii", _similar_ascii)
 
 
 def labelled(facts: Mapping[str, str]) -> list[str]:

@@ -35,9 +35,12 @@ class Outcome:
         return all(status == 0 for status in self.statuses)
 
 
-def train(folder: Path, argv: Sequence[str], world_size: int = 2) -> Outcome:
-    """Run the training story with these arguments on `world_size` ranks; it writes no report unless they say so."""
-    return run(folder, _train, (["--write_report", "False", *map(str, argv)],), world_size)
+def train(folder: Path, argv: Sequence[str], world_size: int = 2, encoding: str = "utf-8") -> Outcome:
+    """Run the training story with these arguments on `world_size` ranks; it writes no report unless they say so.
+
+    `encoding` is that of stdout and stderr.
+    """
+    return run(folder, _train, (["--write_report", "False", *map(str, argv)], encoding), world_size)
 
 
 def run(folder: Path, function: Callable[..., Any], arguments: tuple, world_size: int = 2) -> Outcome:
@@ -84,7 +87,8 @@ def _rank(rank: int, world_size: int, port: str, log: str, function: Callable[..
     function(*arguments)
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str], encoding: str) -> None:
     from finetune.train import main
 
+    sys.stdout, sys.stderr = (open(number, "w", 1, encoding=encoding, closefd=False) for number in (1, 2))
     main(argv)

@@ -8,9 +8,10 @@ server. Keep `train` for what only a run shows, and mark it SLOW if another line
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from finetune import cli
+from finetune.utils import console
 from finetune.utils.errors import exit_on_error
 from tests.helpers import ranks
 from tests.helpers.chat_rows import good_row, turns
@@ -43,6 +45,7 @@ class Situation:
         files: further files, by name.
         hides: a regular expression that is not found.
         source: a public report, `owner/repository#number`.
+        encoding: of stdout and stderr; default: UTF-8.
         slow: for the slow tier.
     """
 
@@ -54,6 +57,7 @@ class Situation:
     files: dict[str, str] = field(default_factory=dict)
     hides: str = ""
     source: str = ""
+    encoding: str = "utf-8"
     slow: bool = False
 
 
@@ -90,6 +94,15 @@ SITUATIONS = [
     # ---- flags
     Situation("the output folder is below a file", "doctor --output_dir DIR/a/b", 6, ("a",), files={"a": ""}),
     Situation("a model trains", "train", 0, ("step 1/1",)),
+    # ---- consoles
+    *(
+        Situation(f"a run ends where the terminal writes {encoding}", "train --max_steps 2", 0,
+                  ("loss by step", "Saved|saved"), encoding=encoding, slow=encoding != "ascii")
+        for encoding in ("ascii", "gbk", "cp1252")
+    ),
+    Situation("a preview of Chinese rows in ASCII", "preview", 0, (r"\[\[.*\\u4f60", "#"), encoding="ascii",
+              rows=[answered("你好")]),
+    Situation("a message with Chinese in ASCII", "preview --data_path DIR/你.json", 3, (r"\\u4f60",), encoding="ascii"),
 ]  # fmt: skip
 
 
@@ -97,7 +110,7 @@ SITUATIONS = [
     "situation",
     [pytest.param(one, id=one.what, marks=[pytest.mark.slow] if one.slow else []) for one in SITUATIONS],
 )
-def test_a_user_sees_what_the_table_says(situation, tiny_model, tmp_path, monkeypatch, capfd):
+def test_a_user_sees_what_the_table_says(situation, tiny_model, tmp_path, monkeypatch):
     made = {"MODEL": tiny_model, "DATA": tmp_path / "data.json", "OUT": tmp_path / "out", "DIR": tmp_path}
     made["DATA"].write_text(json.dumps(GOOD if situation.rows is None else situation.rows), encoding="utf-8")
     for name, content in situation.files.items():
@@ -105,7 +118,12 @@ def test_a_user_sees_what_the_table_says(situation, tiny_model, tmp_path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     verb, *words = situation.words.split()
     words = [re.sub("|".join(made), lambda found: str(made[found[0]]), word) for word in words]
-    status, said = _run(verb, _command(verb, words, made), tmp_path, capfd.readouterr)
+    if verb == "train":
+        command = _command(verb, words, made)
+        outcome = ranks.train(tmp_path / "logs", command, world_size=1, encoding=situation.encoding)
+        status, said = outcome.statuses[0], outcome.outputs[0]
+    else:
+        status, said = _run([verb, *_command(verb, words, made)], situation.encoding)
     assert status == situation.status, said
     assert [pattern for pattern in situation.shows if not re.search(pattern, said)] == [], said
     assert not situation.hides or not re.search(situation.hides, said), said
@@ -118,14 +136,15 @@ def _command(verb: str, words: list[str], made: dict[str, Path]) -> list[str]:
     return [*{"train": training, "doctor": training, "preview": common}.get(verb, []), *words]
 
 
-def _run(verb: str, argv: list[str], folder: Path, outputs: Callable[[], Any]) -> tuple[int, str]:
-    """Return the status and all that was written."""
-    if verb == "train":
-        outcome = ranks.train(folder / "logs", argv, world_size=1)
-        return outcome.statuses[0], outcome.outputs[0]
-    try:
-        with exit_on_error():
-            cli.main([verb, *argv])
-    except SystemExit as exit_:
-        return int(exit_.code or 0), "".join(outputs())
-    return 0, "".join(outputs())
+def _run(argv: list[str], encoding: str) -> tuple[int, str]:
+    """Run a verb in this process; return the status and all that it wrote."""
+    written, status = io.BytesIO(), 0
+    stream = io.TextIOWrapper(written, encoding=encoding, write_through=True)
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        console.accept_all_characters()
+        try:
+            with exit_on_error():
+                cli.main(argv)
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+    return status, written.getvalue().decode(encoding)
