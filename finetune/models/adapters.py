@@ -121,7 +121,8 @@ def attach_lora(
         # peft's default is float32, which ZeRO-3 would keep: the stages would compute different numbers.
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=base_revision)
     except (ValueError, re.error) as error:
-        raise ConfigError(f"LoRA cannot be attached: {error}; linear layers are {linear}") from None
+        hint = "give --lora_dropout 0" if "lora_dropout" in str(error) else f"linear layers are {linear}"
+        raise ConfigError(f"LoRA cannot be attached: {error}; {hint}") from None
 
 
 def parse_target_modules(given: Sequence[str]) -> str | list[str]:
