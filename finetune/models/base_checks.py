@@ -80,7 +80,10 @@ def check_weights(
     if faults.misshapen:
         reasons.append(f"of another shape are {format_names(faults.misshapen)}")
     if reasons:
-        raise error(f"{label}: weights and config.json do not fit: {'; '.join(reasons)}: copy the complete model again")
+        remedy = "copy the complete model again"
+        if error is ConfigError and not faults.misshapen:
+            remedy += ", or start new weights at random with --allow_missing_weights True"
+        raise error(f"{label}: weights and config.json do not fit: {'; '.join(reasons)}: {remedy}")
     return notes
 
 
@@ -183,11 +186,11 @@ def check_finite(model: Any, folder: Path, *, label: str) -> None:
     damaged = [name for name in stored if not _is_finite(stored[name])]
     if not damaged:
         raise ConfigError(
-            f"{label}: {len(names):,} weights overflow in {str(model.dtype).removeprefix('torch.')}, though they are "
+            f"{label}: weights overflow in {str(model.dtype).removeprefix('torch.')}, though they are "
             f"finite in the files: {format_names(names)}: train in bf16 or float32"
         )
     raise ConfigError(
-        f"{label}: {len(damaged):,} tensors hold NaN or infinity: "
+        f"{label}: tensors hold NaN or infinity: "
         f"{format_names([f'{name} in {stored.path(name).name}' for name in damaged])}: copy the model again, or ask "
         "whoever made it"
     )
