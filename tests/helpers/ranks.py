@@ -90,5 +90,6 @@ def _rank(rank: int, world_size: int, port: str, log: str, function: Callable[..
 def _train(argv: list[str], encoding: str) -> None:
     from finetune.train import main
 
-    sys.stdout, sys.stderr = (open(number, "w", 1, encoding=encoding, closefd=False) for number in (1, 2))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=encoding)
     main(argv)
