@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection, Sequence
+from functools import partial
 
 from finetune.chat_templates.example import IGNORE_INDEX, ChatFormat, SupervisedSpan, TokenizedConversation
 
@@ -58,15 +59,11 @@ def _is_text_of(text: str, span: SupervisedSpan) -> bool:
     if text == span.text:
         return True
     decoded, expected = text.strip(), span.text.strip()
-    for form in (str, _normal_form):
+    # NFKC for tokenizers that normalize: width and composition variants of a character are equal.
+    for form in (str, partial(unicodedata.normalize, "NFKC")):
         if form(expected) == form(decoded) if span.ended else form(expected).startswith(form(decoded)):
             return True
     return False
-
-
-def _normal_form(text: str) -> str:
-    """NFKC, for tokenizers that normalize: width and composition variants of a character are equal."""
-    return unicodedata.normalize("NFKC", text)
 
 
 def _difference(text: str, span: SupervisedSpan) -> str:

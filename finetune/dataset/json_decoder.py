@@ -97,21 +97,18 @@ def _path(path: tuple[Any, ...]) -> str:
 def shown(value: Any) -> str:
     """Format a value for a message: as JSON, on one line, at most 60 characters."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=_type_name)
+        text = json.dumps(value, ensure_ascii=False, default=lambda other: f"({type(other).__name__})")
     except RecursionError:
         text = f"a {type(value).__name__} of many levels"
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
-def _type_name(value: Any) -> str:
-    return f"({type(value).__name__})"
-
-
 def explain_error(error: json.JSONDecodeError, text: str) -> str:
     """Explain a syntax error: what is wrong, the remedy, and a few characters of the text around it."""
     pos = error.pos
-    near = f"near {_around(text, pos)}"
+    around = text[max(0, pos - 16) : pos + 16].encode("utf-8", "backslashreplace").decode()
+    near = f"near {around!r}"
     here, before, after = text[pos : pos + 1], text[:pos].rstrip(SPACE)[-1:], text[pos + 1 :].lstrip(SPACE)[:1]
     if here and here in "]}" and before == "," or here == "," and after and after in "]}":
         return f"a comma before the closing bracket, {near}: take it out"
@@ -130,10 +127,6 @@ def explain_error(error: json.JSONDecodeError, text: str) -> str:
     return f"{error.msg}, {near}"
 
 
-def _around(text: str, pos: int) -> str:
-    return repr(text[max(0, pos - 16) : pos + 16].encode("utf-8", "backslashreplace").decode())
-
-
 def line_and_column(text: str, pos: int) -> tuple[int, int]:
     """Line and column of a position in a text, both from 1."""
     return text.count("\n", 0, pos) + 1, pos - text.rfind("\n", 0, pos)
@@ -142,14 +135,3 @@ def line_and_column(text: str, pos: int) -> tuple[int, int]:
 def is_blank(text: str) -> bool:
     """Whether the text is white space, as JSON has it."""
     return not text.strip(SPACE)
-
-
-def first_key(text: str) -> str | None:
-    """The first key of a truncated object; None if there is none."""
-    begin = text.find('"')
-    if begin < 0 or not is_blank(text[:begin].lstrip(SPACE).removeprefix("{")):
-        return None
-    try:
-        return json.JSONDecoder().raw_decode(text, begin)[0]
-    except json.JSONDecodeError:
-        return None

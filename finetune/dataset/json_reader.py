@@ -17,7 +17,6 @@ from finetune.dataset.json_decoder import (
     SPACE,
     Decoder,
     explain_error,
-    first_key,
     is_blank,
     line_and_column,
     mark_faults,
@@ -271,9 +270,8 @@ def _object_or_line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> It
     try:
         value = _next_value(window, decoder)
     except _TooLong as error:
-        key = first_key(window.text[:1000])
         yield file_fault(
-            f"{name}: one object {error}, which begins with the key {key!r}: {EXPECTED}: write the list in it alone"
+            f"{name}: one object {error}, beginning with {window.text[:40]!r}: {EXPECTED}: write the list in it alone"
         )
     except RecursionError:
         yield file_fault(f"{name}: one object over several lines, nested too deeply: {EXPECTED}")

@@ -268,7 +268,9 @@ class RowReading:
 
     def _pair(self, row: dict[str, Any], row_keys: set[str]) -> None:
         keys = row_keys & PAIR_KEYS
-        pair_format = _pair_format(keys) or (None if _matching(keys) else _pair_format(row.keys() & PAIR_KEYS))
+        pair_format = _pair_format(frozenset(keys))
+        if pair_format is None and not _matching(keys):
+            pair_format = _pair_format(PAIR_KEYS.intersection(row))
         if pair_format is None:
             self._add_fatal(f"{self.place}: {_why_no_format(row, keys)}")
             return
@@ -305,13 +307,9 @@ class RowReading:
             self._add("model", pair[1], place, "answer")
 
 
-def _pair_format(keys: Set[str]) -> PairFormat | None:
-    """The one format that accounts for all of the keys."""
-    return _pair_format_of(frozenset(keys))
-
-
 @cache
-def _pair_format_of(keys: frozenset[str]) -> PairFormat | None:
+def _pair_format(keys: frozenset[str]) -> PairFormat | None:
+    """The one format that accounts for all of the keys."""
     complete = [pair_format for pair_format in _matching(keys) if keys <= pair_format.keys]
     return complete[0] if len(complete) == 1 else None
 

@@ -133,7 +133,7 @@ def evaluate_benchmarks(
     if questions_per_batch == "auto" and not torch.cuda.is_available():
         questions_per_batch = CPU_BATCH_SIZE
 
-    def run(model: Any) -> list[dict[str, Any]]:
+    def run(model: Any, _: str) -> list[dict[str, Any]]:
         results = []
         for job in jobs:
             try:
@@ -143,12 +143,12 @@ def evaluate_benchmarks(
                         harness.run_tasks(
                             model,
                             loaded.tokenizer,
-                            job.tasks,
+                            questions_per_batch,
+                            tasks=job.tasks,
                             num_fewshot=job.shots,
                             limit=limit,
-                            batch_size=questions_per_batch,
                             apply_chat_template=apply_chat_template,
-                            allow_code=allow_code,
+                            confirm_run_unsafe_code=allow_code,
                         )
                     )
             except (AssertionError, ValueError) as error:  # for example a task without examples for few-shot prompts
@@ -156,11 +156,7 @@ def evaluate_benchmarks(
                 raise ConfigError(f"--tasks {job.name}: lm-eval does not accept these settings: {reason}") from error
         return results
 
-    results = {}
-    if with_base:
-        with loaded.base() as base:
-            results[BASE] = run(base)
-    results[TUNED] = run(loaded.tuned)
+    results = loaded.each(run, with_base=with_base)
     scores = [
         score
         for index, job in enumerate(jobs)

@@ -32,10 +32,8 @@ class AnsweredQuestion:
 def evaluate_forgetting(loaded: LoadedModel, *, bar: Callable[..., Any]) -> dict[str, Any]:
     """Ask both models and return the content of `forgetting.json`, on every rank."""
     questions, began = load_questions(), time.monotonic()
-    with loaded.base() as base:
-        base_answers = ask_questions(loaded, base, questions, label=BASE, bar=bar)
-    tuned_answers = ask_questions(loaded, loaded.tuned, questions, label=TUNED, bar=bar)
-    pairs = list(zip(questions, base_answers, tuned_answers, strict=True))
+    answers = loaded.each(lambda model, label: ask_questions(loaded, model, questions, label=label, bar=bar))
+    pairs = list(zip(questions, answers[BASE], answers[TUNED], strict=True))
     groups = compare_answers(pairs)
     return {
         "result": str(loaded.result.folder),

@@ -157,12 +157,7 @@ def measure_rows(
                 )
         return [loss for losses_of_rank in all_gather_object(losses) for loss in losses_of_rank]
 
-    losses = {}
-    if with_base:
-        with loaded.base() as base:
-            losses[BASE] = measure(base, BASE)
-    losses[TUNED] = measure(loaded.tuned, TUNED)
-    return collect_rows(examples, losses)
+    return collect_rows(examples, loaded.each(measure, with_base=with_base))
 
 
 def collect_rows(examples: Any, losses: dict[str, list[AnswerLoss]]) -> list[RowLosses]:

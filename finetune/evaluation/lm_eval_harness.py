@@ -140,27 +140,9 @@ def _strings(value: Any) -> list[str]:
     return [text for child in children for text in _strings(child)]
 
 
-def run_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[Any],
-    *,
-    num_fewshot: int | None,
-    limit: int | None,
-    batch_size: int | str,
-    apply_chat_template: bool,
-    allow_code: bool,
-) -> dict[str, Any]:
-    """Run `simple_evaluate`; return its results on every rank, without the answers."""
-    results = simple_evaluate(
-        model=SharedModel(model, tokenizer, batch_size),
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=BOOTSTRAP_ITERS,
-        log_samples=False,
-        apply_chat_template=apply_chat_template,
-        confirm_run_unsafe_code=allow_code,
-    )
+def run_tasks(model: Any, tokenizer: Any, batch_size: int | str, **settings: Any) -> dict[str, Any]:
+    """Run `simple_evaluate` with these settings; return its results on every rank, without the answers."""
+    shared_model = SharedModel(model, tokenizer, batch_size)
+    results = simple_evaluate(model=shared_model, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False, **settings)
     keys = ("results", "groups", "n-samples", "n-shot", "versions")
     return all_gather_object(None if results is None else {key: results.get(key) for key in keys})[0]

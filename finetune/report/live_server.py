@@ -131,7 +131,13 @@ def watch(folders: Folders, path: Path, *, every: float, port: int) -> None:
             logger.info(
                 f"on this host: http://{HOST}:{own}; from elsewhere the same after ssh -L {own}:{HOST}:{own} THIS_HOST"
             )
-            _follow(folders, path, server, every)
+            before = _state_of(folders)
+            while not server.snapshot.ended:
+                time.sleep(every)
+                ended, state = _have_ended(folders), _state_of(folders)
+                if ended or state != before:
+                    before = state
+                    server.snapshot = _write(folders, path, every=None if ended else every)
             time.sleep(every + SECONDS_FOR_LAST_REQUESTS)  # open pages ask once more
             server.shutdown()
     logger.info(f"{path}: the run has ended")
@@ -143,19 +149,6 @@ def _serving(port: int) -> _Server:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--port {port}: {reason}: name another, or 0 for any that is free") from None
-
-
-def _follow(folders: Folders, path: Path, server: _Server, every: float) -> None:
-    """Write again after each change; when the runs have ended, write the report as it stays."""
-    before = _state_of(folders)
-    ended = False
-    while not ended:
-        time.sleep(every)
-        ended = _have_ended(folders)
-        state = _state_of(folders)
-        if ended or state != before:
-            before = state
-            server.snapshot = _write(folders, path, every=None if ended else every)
 
 
 def _have_ended(folders: Folders) -> bool:

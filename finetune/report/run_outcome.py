@@ -15,13 +15,6 @@ from finetune.report.run_reader import RunRecord
 from finetune.run_dir.training_plan import TrainingPlan
 from finetune.training import nonfinite
 
-STATES = {
-    "complete": "complete",
-    "failed": "failed",
-    "stopped": "stopped",
-    "running": "running",
-    "unknown": "end unknown",
-}
 RECENT_LINES = 20
 Rows = list[tuple[str, str]]
 

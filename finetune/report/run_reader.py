@@ -52,6 +52,10 @@ class RunRecord:
     lost_rows: int
     evaluated: list[ResultSection] = field(default_factory=list)  # what `finetune evaluate` has stored
 
+    @property
+    def state_text(self) -> str:
+        return "end unknown" if self.state == "unknown" else self.state
+
     def part(self, *names: str) -> dict[str, Any]:
         """An object inside run.json; empty where there is none."""
         value: Any = self.facts
