@@ -105,10 +105,6 @@ class KnownCause:
             signals=tuple(entry.get("signals", ())),
         )
 
-    def needs_text(self) -> bool:
-        """Return whether the entry looks for a message or a stack."""
-        return bool(self.pattern or self.stack)
-
     def fits(self, failure: Failure, text: str) -> bool:
         """Return whether all conditions hold for a failure with this text."""
         return (
@@ -144,7 +140,7 @@ def likely_cause(failure: Failure) -> Cause | None:
     trace = f"{message}\n{_without_lines(failure.traceback, '  ', 'frame #', 'Traceback ')}"
     for text, needs_text in ((message, True), (trace, True), ("", False)):
         for known in load_known_causes():
-            if known.needs_text() == needs_text and known.fits(failure, text):
+            if bool(known.pattern or known.stack) == needs_text and known.fits(failure, text):
                 return known.cause
     return None
 

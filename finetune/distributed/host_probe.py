@@ -60,20 +60,19 @@ def collect_host_facts(order: dict) -> dict:
             fingerprint = _fingerprint(Path(word).expanduser(), whole_bytes)
             if fingerprint:
                 facts["files"][word] = fingerprint
-    if "places" in order:
-        facts.update(_resource_facts(order))
+    if "places" in order:  # what decides whether a run fits; sizes in bytes, the time in seconds
+        facts |= _resource_facts(order["places"])
     return facts
 
 
-def _resource_facts(order: dict) -> dict:
-    """What decides whether a run fits on a host; sizes in bytes, the time in seconds."""
+def _resource_facts(places: dict) -> dict:
     memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
     return {
         "time": time.time(),
         "cores": len(os.sched_getaffinity(0)),
         "memory": {"total": int(memory["MemTotal"]) << 10, "available": int(memory["MemAvailable"]) << 10},
         "gpu_facts": gpu_facts(),
-        "space": {name: disk_space(Path(folder).expanduser()) for name, folder in order["places"].items()},
+        "space": {name: disk_space(Path(folder).expanduser()) for name, folder in places.items()},
         "programs": {name: shutil.which(name) is not None for name in ("c++", "g++", "nvcc", "pdsh", "rsync", "ninja")},
         "deepspeed": Path(sys.executable).with_name("deepspeed").exists(),
     }

@@ -31,7 +31,7 @@ from finetune.preflight.host_checks import (
     check_operators,
     hardware_of,
 )
-from finetune.preflight.planned_run import PlannedRun, rank_counts
+from finetune.preflight.planned_run import PlannedRun
 from finetune.preflight.resource_checks import check_resources, free_space, note_batches, run_spec
 from finetune.training.data_setup import prepare_run_data
 from finetune.training.model_checks import check_against_data
@@ -62,7 +62,9 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
         answers = check_hosts(report, run, slots)
         hardware = hardware_of(answers, use_cpu=run.use_cpu) if answers else hardware
     logger.info("checking flags and model")
-    resolved = report.attempt("configuration", lambda: resolve(hardware, rank_counts(slots)))
+    counts = [len(ids) for ids in slots.values()]
+    ranks = RankCounts(sum(counts), max(counts))
+    resolved = report.attempt("configuration", lambda: resolve(hardware, ranks))
     logger.info("reading the data")
     read = report.attempt("data", lambda: _read(report, run))
     check_machine(report, here)

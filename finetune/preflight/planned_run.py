@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config import DataArguments, DoctorArguments, ModelArguments
-from finetune.config.run_config import RankCounts
 from finetune.launcher import LauncherArgs, local_slots, ssh
 from finetune.launcher.ssh import SshShell
 from finetune.utils.proc import ROOT
@@ -64,9 +63,3 @@ class PlannedRun:
         """Return the same as a program and its arguments, with other words for the training."""
         start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.__main__ import main; main()"
         return [sys.executable, "-c", start, "launch", *self.flags.typed(without=("module",)), str(SCRIPT), *words]
-
-
-def rank_counts(slots: dict[str, list[int]]) -> RankCounts:
-    """Return the number of ranks, and of those on the fullest host."""
-    counts = [len(ids) for ids in slots.values()]
-    return RankCounts(sum(counts), max(counts))

@@ -89,11 +89,6 @@ class Peer:
         """Return whether messages can still come."""
         return self.connection is not None and self.connection.is_open
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Send a message if the peer is connected."""
-        if self.connection is not None and self.is_connected():
-            self.connection.send(message)
-
     def failure(self, kind: str, error: str, ranks: Sequence[int]) -> Failure:
         """Return a failure of this rank at its present phase."""
         progress = self.progress
@@ -207,9 +202,10 @@ class Coordinator:
             self.send_all({"end": self.first_failure.to_json()})
 
     def send_all(self, message: dict[str, Any]) -> None:
-        """Send a message to all peers."""
+        """Send a message to all peers that are connected."""
         for peer in self.peers.values():
-            peer.send(message)
+            if peer.connection is not None and peer.is_connected():
+                peer.connection.send(message)
 
     def postpone(self, seconds: float) -> None:
         """Move all clocks: this process itself did not run for so long, which is no rank's fault."""
