@@ -20,6 +20,7 @@ from typing import Any
 
 from finetune.config.hardware import Precision
 from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.proc import shipped_folder
 from finetune.utils.user_files import json_kind, read_json_object
 
 AUTO = "auto"
@@ -69,15 +70,9 @@ class ResolvedDeepSpeedConfig:
         return any(place.get("device", "none") != "none" for place in places)
 
 
-def shipped_folder() -> Path:
-    """Where the configs of this project lie: beside the package in a clone, inside it once installed."""
-    here = Path(__file__).resolve().parent.parent
-    return here / "ds_configs" if (here / "ds_configs").is_dir() else here.parent / "ds_configs"
-
-
 def shipped_names() -> list[str]:
     """The names that `--deepspeed NAME` finds without a path."""
-    return sorted(path.stem for path in shipped_folder().glob("*.json"))
+    return sorted(path.stem for path in shipped_folder("ds_configs").glob("*.json"))
 
 
 def find_config(name: str) -> Path:
@@ -86,7 +81,7 @@ def find_config(name: str) -> Path:
     if os.path.isfile(path):  # unlike Path.is_file, False for a name longer than the file system allows
         return path
     if path.name == name and path.stem in shipped_names():
-        return shipped_folder() / f"{path.stem}.json"
+        return shipped_folder("ds_configs") / f"{path.stem}.json"
     close = get_close_matches(path.stem, shipped_names(), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any
 from finetune.dataset.data_files import REFUSED_SUFFIXES
 from finetune.dataset.hub_datasets import hub_dataset, is_saved, modelscope_folder, saved_dataset
 from finetune.utils.errors import DataError, format_faults
+from finetune.utils.proc import shipped_folder
 
 NOT_SHIPPED = {"coig_10k.json": "COIG's 10,000 conversations are not part of this project"}
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -168,15 +169,8 @@ def _why_missing(path: Path) -> str:
 
 def shipped_files() -> list[Path]:
     """The conversation files of this project."""
-    return [
-        path for path in (shipped_folder() / name for name in ("identity.json", "conversations.json")) if path.is_file()
-    ]
-
-
-def shipped_folder() -> Path:
-    """The data folder of this project: next to the package in a clone, inside it once installed."""
-    package = Path(__file__).resolve().parent.parent
-    return package / "data" if (package / "data").is_dir() else package.parent / "data"
+    paths = [shipped_folder("data") / name for name in ("identity.json", "conversations.json")]
+    return [path for path in paths if path.is_file()]
 
 
 def fingerprint_sources(sources: Sequence[Source]) -> str:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.dataset.data_sources import shipped_folder
+from finetune.utils.proc import shipped_folder
 
 FILE = "forgetting.json"
 CATEGORIES = ("choice", "arithmetic", "format", "refusing")
@@ -47,7 +47,7 @@ class Question:
 
 def load_questions() -> list[Question]:
     """Load all questions, in the order of the file."""
-    content = json.loads((shipped_folder() / FILE).read_text(encoding="utf-8"))
+    content = json.loads((shipped_folder("data") / FILE).read_text(encoding="utf-8"))
     return [_question(entry, content["openings"]) for entry in content["questions"]]
 
 

@@ -14,6 +14,12 @@ POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
+def shipped_folder(name: str) -> Path:
+    """A folder of data or configs of this project: beside the package in a clone, inside it once installed."""
+    installed = ROOT / "finetune" / name
+    return installed if installed.is_dir() else ROOT / name
+
+
 def command_calling(*functions: Callable[[], Any]) -> list[str]:
     """The command that calls module-level functions of this package in a new process, on any host with this clone."""
     imports = "; ".join(f"from {function.__module__} import {function.__name__}" for function in functions)
