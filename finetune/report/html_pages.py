@@ -13,6 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
 from finetune.run_dir.data_samples import RowSample, TurnSample
 from finetune.utils.atomic_io import replacing
 from finetune.utils.errors import ConfigError
@@ -68,8 +71,6 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -90,7 +91,6 @@ def name_of(character: str) -> str:
 
 def visible_text(text: str) -> Any:
     """Return escaped text with shapeless characters named; only this and `_between` make markup."""
-    from markupsafe import Markup, escape
 
     def named(match: re.Match[str]) -> str:
         return "".join(f'<i class="odd">{name_of(character)}</i>' for character in match.group())
@@ -100,8 +100,6 @@ def visible_text(text: str) -> Any:
 
 def _between(text: str) -> Any:
     """The same for what a template writes between turns, on one line: line feeds are marked."""
-    from markupsafe import Markup
-
     return Markup(str(visible_text(text)).replace("\n", '<span class="lf">\n</span>'))
 
 

@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
 from finetune.diagnostics import likely_cause
 from finetune.inference.run_result import read_result
 from finetune.report import report_tables, run_outcome
@@ -53,8 +55,6 @@ def render_report(runs: Sequence[RunRecord], *, every: float | None = None, serv
 
 def render_parts(runs: Sequence[RunRecord]) -> dict[str, str]:
     """Return the HTML above and below the plots, which changes during a run, by name."""
-    from jinja2 import UndefinedError
-
     try:
         values = {
             "runs": runs,
