@@ -73,12 +73,19 @@ class ModelInfo:
         """Folder of the model's files; of a hub model in the cache, which may be empty."""
         return local_model_dir(self.name, self.revision)
 
+    def is_downloaded(self) -> bool:
+        """Whether the weights are here: always those of a local folder."""
+        files = [path.is_file() for path in weight_files(self.files)]
+        return Path(self.name).expanduser().is_dir() or bool(files and all(files))
+
     def check_weights(self) -> list[str]:
         """Check the files against the model's code, if they are here; return notes for the user.
 
         Raises:
             ConfigError: Tensors are missing, unexpected or misshapen.
         """
+        if not self.is_downloaded():
+            return []
         return check_weights(self.files, self.empty, self.config, label=self.flag, may_miss=self.may_miss)
 
     @cached_property
@@ -180,7 +187,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    was_checked = bool(weight_files(info.files))
+    was_checked = info.is_downloaded()
     with _model_errors(info.name):
         model = AutoModelForCausalLM.from_pretrained(
             info.name,

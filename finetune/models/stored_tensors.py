@@ -86,6 +86,6 @@ class StoredTensors(Mapping[str, Any]):
             loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
             return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
         except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise self._error(
-                f"{path}: cannot be read: {first_line(error)}: copy the file again, it may be truncated"
-            ) from None
+            is_pointer = path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
+            remedy = "a pointer of Git LFS: run git lfs pull" if is_pointer else "it may be truncated: copy it again"
+            raise self._error(f"{path}: cannot be read: {first_line(error)}: {remedy}") from None

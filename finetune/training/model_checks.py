@@ -21,7 +21,7 @@ from finetune.utils.errors import SHOWN_NAMES, ConfigError, format_names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
+POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed\w*)$")
 
 
 @timed("checks")

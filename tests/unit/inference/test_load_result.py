@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.inference import load_result
 from finetune.inference.run_result import RunResult
@@ -124,3 +125,12 @@ def test_a_model_of_which_a_shard_is_missing_has_no_fingerprint_yet(tmp_path):
     whole = weights_fingerprint(str(tmp_path))
     (tmp_path / "consolidated.safetensors").write_text("the same in another format")
     assert whole is not None and weights_fingerprint(str(tmp_path)) == whole
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_a_model_whose_files_lack_a_weight_is_not_loaded_with_a_random_one(published, name):
+    tensors = load_file(published / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, published / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"the files lack {name}"):
+        load_result.load_for_inference(RunResult(published, made.run_of(published), None))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -61,7 +63,7 @@ def refused(folder: Path, **options: Any) -> str:
     with pytest.raises(ConfigError) as raised:
         inspect(folder, **options)
     message = str(raised.value)
-    assert message.count("\n") == 0 and str(folder) in message
+    assert message.count("\n") == 0 and folder.name in message
     return message
 
 
@@ -149,6 +151,28 @@ class TestFiles:
         for name in names[:2]:
             (folder / name).unlink()
         assert f"names files that are missing: {names[0]}, {names[1]}" in refused(folder)
+
+    def test_of_a_model_on_the_hub_shards_that_are_not_in_the_cache_yet_are_no_fault(
+        self, sharded, tmp_path, monkeypatch
+    ):
+        folder, names, _ = sharded
+        snapshot = tmp_path / "cache/models--someone--base/snapshots" / ("a" * 40)
+        shutil.copytree(folder, snapshot)
+        (tmp_path / "cache/models--someone--base/refs").mkdir()
+        (tmp_path / "cache/models--someone--base/refs/main").write_text("a" * 40)
+        for module in (huggingface_hub.constants, transformers.utils.hub.constants):
+            monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "cache"))
+            monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(loader, "use_cache_if_hub_unreachable", lambda: None)
+        os.truncate(snapshot / names[1], 9)
+        assert "cannot be read" in refused(Path("someone/base"))
+        (snapshot / names[1]).unlink()
+        assert inspect(Path("someone/base")).notes == ()
+
+    def test_a_pointer_of_git_lfs_is_named_as_such(self, save):
+        folder, _ = save()
+        (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+        assert "run git lfs pull" in refused(folder)
 
     def test_an_index_that_disagrees_with_its_files_is_refused(self, sharded):
         folder, names, places = sharded
