@@ -36,7 +36,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     given = parser.parse(argv)
     if given.get("config"):
         stored = _from_file(Path(given["config"]), parser.types)
-        given = {**{name: value for name, value in stored.items() if not _is_given(name, given)}, **given}
+        present = {old: translated.to for old, translated in TRANSLATED.items()}
+        typed = {present.get(name, name) for name in given}  # under an old name or the present one
+        given = {**{name: value for name, value in stored.items() if present.get(name, name) not in typed}, **given}
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
     raise_faults(missing(given, REQUIRED))
     groups: list[Any] = [fill(group, given) for group in GROUPS]
@@ -85,12 +87,6 @@ def missing(given: dict[str, Any], required: Sequence[str]) -> list[str]:
     """Return one fault that names the required flags that are not given, or are empty."""
     names = [f"--{name}" for name in required if given.get(name) in UNSET]
     return [f"missing: {', '.join(names)}"] if names else []
-
-
-def _is_given(name: str, given: dict[str, Any]) -> bool:
-    """Whether the command line gives this flag, under its present or an old name."""
-    present = {old: translated.to for old, translated in TRANSLATED.items()}
-    return present.get(name, name) in {present.get(other, other) for other in given}
 
 
 def _from_file(path: Path, types: dict[str, OptionType]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from finetune.launcher import ssh, staging
 from finetune.models.attention import forward_takes_logits_to_keep, unsupported_config_reason
 from finetune.models.loader import ModelInfo
 from finetune.preflight import dry_run
-from finetune.preflight.batch_forecast import forecast_batches
 from finetune.preflight.doctor_report import DoctorReport
 from finetune.preflight.host_checks import (
     Answers,
@@ -32,7 +31,7 @@ from finetune.preflight.host_checks import (
     hardware_of,
 )
 from finetune.preflight.planned_run import PlannedRun
-from finetune.preflight.resource_checks import check_resources, free_space, note_batches, run_spec
+from finetune.preflight.resource_checks import check_resources, forecast_batches, free_space, note_batches, run_spec
 from finetune.training.data_setup import prepare_run_data
 from finetune.training.model_checks import check_against_data
 from finetune.utils.console import labelled

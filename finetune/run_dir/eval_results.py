@@ -170,7 +170,7 @@ def benchmarks_section(document: dict[str, Any]) -> ResultSection:
             for model in models
         }
         rows = [
-            [label, *(_percent(values.get(name)) for name in names)]
+            [label, *("-" if values.get(name) is None else f"{values[name]:.1f}" for name in names)]
             for label, values in {**percents, **published["rows"]}.items()
         ]
         tables.append(ResultTable(f"Published scores ({published['source']})", ["", *names], rows))
@@ -182,10 +182,6 @@ def _score(score: dict[str, Any] | None) -> str:
         return "-"
     error = score.get("stderr")
     return f"{score['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 # ---- forgetting
