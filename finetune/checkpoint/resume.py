@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune import checkpoint
 from finetune.checkpoint.manifest import Manifest
@@ -19,7 +19,6 @@ from finetune.distributed.collectives import (
     all_gather_object,
     get_rank,
     host_names,
-    run_on_all_ranks,
     run_on_rank_0,
 )
 from finetune.run_dir import run_json
@@ -106,7 +105,7 @@ def find_checkpoint(
         inspected = _inspect(folder, _ranks_that_see(folder, output_dir, storage))
     if inspected is None:
         return None
-    folder, manifest, faults = inspected.folder, inspected.manifest, inspected.faults
+    folder, manifest, faults = inspected
     waived = [fault for fault in faults if config.allow_inexact and _is_missing_random_state(fault)]
     if manifest is None or len(waived) < len(faults):
         raise CheckpointError(f"--resume_from_checkpoint {folder}: {format_faults(faults, 'fault')}")
@@ -131,8 +130,7 @@ def find_checkpoint(
     return ResumePoint(folder, manifest, tuple(changes), is_reshaped)
 
 
-@dataclass(frozen=True)
-class _Inspected:
+class _Inspected(NamedTuple):
     """A checkpoint as all ranks see it: its manifest, None where that cannot be read, and all faults."""
 
     folder: Path
@@ -144,8 +142,6 @@ def _newest_complete(output_dir: Path, storage: StorageGroup, *, may_lack_random
     """Return the newest checkpoint that is complete on every file system; damaged ones are quarantined."""
 
     def list_steps() -> list[int]:
-        if not storage.is_writer:
-            return []
         try:
             for folder in checkpoint.remove_unfinished(output_dir):
                 logger.warning(f"{folder}: its save was not finished: removed")
@@ -153,7 +149,7 @@ def _newest_complete(output_dir: Path, storage: StorageGroup, *, may_lack_random
             raise StorageError(f"{output_dir}: {error}") from None
         return checkpoint.steps_in(output_dir)
 
-    steps = sorted(set().union(*run_on_all_ranks(list_steps)), reverse=True)
+    steps = sorted(set().union(*filter(None, storage.run_on_writers(list_steps))), reverse=True)
     had_manifest = []
     for step in steps:
         folder = checkpoint.checkpoint_folder(output_dir, step)
@@ -161,8 +157,7 @@ def _newest_complete(output_dir: Path, storage: StorageGroup, *, may_lack_random
         inspected = _inspect(folder, storage.ranks)
         if may_lack_random_state and all(map(_is_missing_random_state, inspected.faults)) or not inspected.faults:
             return inspected
-        damaged = partial(_quarantine, folder, "damaged")
-        renamed = run_on_all_ranks(damaged if storage.is_writer else lambda: None)
+        renamed = storage.run_on_writers(partial(_quarantine, folder, "damaged"))
         logger.warning(
             f"{format_faults(inspected.faults, 'fault')}: {folder.name} is quarantined as "
             f"{next(filter(None, renamed)).name}"
@@ -263,11 +258,9 @@ def _quarantine_later(output_dir: Path, chosen: Path, step: int, storage: Storag
         return
 
     def rename() -> list[Path]:
-        if not storage.is_writer:
-            return []
         later = [saved for saved in checkpoint.steps_in(output_dir) if saved > step]
         folders = [_quarantine(checkpoint.checkpoint_folder(output_dir, saved), "later") for saved in later]
         return [folder for folder in folders if folder is not None]
 
-    for renamed in set().union(*run_on_all_ranks(rename)):
+    for renamed in set().union(*filter(None, storage.run_on_writers(rename))):
         logger.warning(f"a later checkpoint than {chosen.name} is quarantined as {renamed.name}")

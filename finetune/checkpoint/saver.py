@@ -22,7 +22,7 @@ from typing import Any
 from finetune import checkpoint
 from finetune.checkpoint.checkpoint_size import MODEL, ParameterSizes, checkpoint_parts
 from finetune.checkpoint.manifest import FileRecord, Manifest
-from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank, run_on_all_ranks
+from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank
 from finetune.utils.errors import CheckpointError, FinetuneError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -142,8 +142,6 @@ class Saver:
         self.failures, self.written = [], set()
 
         def create() -> None:
-            if not self.storage.is_writer:
-                return
             self._remove_older(checkpoint.remove_unfinished)
             try:
                 if folder.exists() or folder.is_symlink():
@@ -156,7 +154,7 @@ class Saver:
             except OSError as error:
                 raise StorageError(f"{folder}{self._where()}: {error.strerror}") from None
 
-        run_on_all_ranks(create)
+        self.storage.run_on_writers(create)
         return folder
 
     @contextmanager
@@ -201,7 +199,7 @@ class Saver:
         for _, of_rank, _ in outcomes:
             files |= of_rank
         manifest = replace(self.describe(step), files=dict(sorted(files.items())))
-        run_on_all_ranks(lambda: self._finish(folder, manifest))
+        self.storage.run_on_writers(lambda: self._finish(folder, manifest))
         self.last_size = sum(files[name].size for name in manifest.names_for(self.storage.ranks))
         self.newest = folder
         if self.storage.is_writer:
@@ -247,8 +245,6 @@ class Saver:
         )
 
     def _finish(self, folder: Path, manifest: Manifest) -> None:
-        if not self.storage.is_writer:
-            return
         try:
             checkpoint.write_manifest(folder, manifest)
         except OSError as error:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,12 @@ STAGE, PARTS, SHAPES, BUFFERS = "zero_stage", "partition_count", "param_shapes",
 FLAT = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 
 
-@dataclass(frozen=True)
-class _Run:
-    """So many numbers of a weight, from `offset` of a vector on."""
-
-    vector: Any
-    offset: int
-    count: int
-
-
 class MasterWeights:
     """The trained weights of a ZeRO checkpoint, of any stage and any number of ranks.
 
     Attributes:
         shapes: whole shapes by name, in the order of the checkpoint.
-        stage: of ZeRO.
-        world_size: ranks that wrote it.
+        buffers: of the model, by name.
 
     Raises:
         CheckpointError: a rank's file is missing, brings code, or the parts do not add up to the weights.
@@ -62,56 +51,50 @@ class MasterWeights:
         model = _load(_model_states(states))
         groups = [{name: list(shape) for name, shape in group.items()} for group in model[SHAPES]]
         self.shapes = {name: shape for group in groups for name, shape in group.items()}
-        self._buffers = {name: model["module"][name] for name in model[BUFFERS] if name in model["module"]}
+        self.buffers = {name: model["module"][name] for name in model[BUFFERS] if name in model["module"]}
         vectors = [part[FLAT[self.stage]] for part in parts]
         paddings = parts[0].get("param_alignment_paddings")
         place = self._place_stage_3 if self.stage == 3 else self._place_stages_1_and_2
-        self._runs: dict[str, list[_Run]] = dict(place(groups, vectors, paddings))
-
-    @property
-    def buffers(self) -> dict[str, Any]:
-        """Return the buffers of the model."""
-        return self._buffers
+        self._parts: dict[str, list[Any]] = dict(place(groups, vectors, paddings))
 
     def get(self, name: str) -> Any:
         """Return a full weight in float32, concatenated from the parts of the ranks."""
         import torch
 
-        whole = torch.cat([run.vector.narrow(0, run.offset, run.count) for run in self._runs[name]])
-        return whole[: math.prod(self.shapes[name])].view(self.shapes[name])
+        return torch.cat(self._parts[name])[: math.prod(self.shapes[name])].view(self.shapes[name])
 
     def _place_stages_1_and_2(
         self, groups: Sequence[dict[str, list[int]]], vectors: Sequence[Sequence[Any]], paddings: Any
-    ) -> Iterator[tuple[str, list[_Run]]]:
+    ) -> Iterator[tuple[str, list[Any]]]:
         for number, group in enumerate(groups):
             parts = [rank[number] for rank in vectors]
             offset = 0
             for place, (name, shape) in enumerate(group.items()):
                 count = math.prod(shape)
-                yield name, self._found(name, parts, offset, count)
+                yield name, self._slices(name, parts, offset, count)
                 offset += count + (paddings[number][place] if paddings else 0)
 
     def _place_stage_3(
         self, groups: Sequence[dict[str, list[int]]], vectors: Sequence[Sequence[Any]], paddings: Any
-    ) -> Iterator[tuple[str, list[_Run]]]:
+    ) -> Iterator[tuple[str, list[Any]]]:
         offset = 0
         for group in groups:
             for name, shape in group.items():
                 share = -(-math.prod(shape) // self.world_size)
-                yield name, [run for rank in vectors for run in self._found(name, rank, offset, share)]
+                yield name, [part for rank in vectors for part in self._slices(name, rank, offset, share)]
                 offset += share
 
-    def _found(self, name: str, vectors: Sequence[Any], offset: int, count: int) -> list[_Run]:
-        """Where the numbers `offset` to `offset + count` of vectors laid behind each other are."""
-        runs, ends = [], list(accumulate(vector.numel() for vector in vectors))
+    def _slices(self, name: str, vectors: Sequence[Any], offset: int, count: int) -> list[Any]:
+        """Return the numbers `offset` to `offset + count` of vectors laid behind each other, as views into these."""
+        slices, ends = [], list(accumulate(vector.numel() for vector in vectors))
         for vector, end in zip(vectors, ends, strict=True):
             begin = end - vector.numel()
             first, last = max(offset, begin), min(offset + count, end)
             if first < last:
-                runs.append(_Run(vector, first - begin, last - first))
-        if sum(run.count for run in runs) != count:
+                slices.append(vector.narrow(0, first - begin, last - first))
+        if sum(part.numel() for part in slices) != count:
             raise CheckpointError(f"{self.folder}: the parts of {name} do not add up: the checkpoint is not whole")
-        return runs
+        return slices
 
 
 def _tag_folder(folder: Path) -> Path:

@@ -144,6 +144,10 @@ class StorageGroup:
         """Whether this rank writes for its group."""
         return get_rank() == self.writer
 
+    def run_on_writers(self, action: Callable[[], Any]) -> list[Any]:
+        """Run `action` on the writer of each group, as `run_on_all_ranks` does; None for the other ranks."""
+        return run_on_all_ranks(action if self.is_writer else lambda: None)
+
 
 def find_storage_group(folder: Path) -> StorageGroup:
     """Find out which ranks share `folder`: the first rank of each host writes a file there, and all look for each."""

@@ -35,7 +35,7 @@ class HeldOutEvaluator:
 
     def __init__(self, batches: MicroBatchDataset, device: Any) -> None:
         self.batches = batches
-        self.parts = LossBreakdown(batches.cells.sources, device)
+        self.parts = LossBreakdown(batches.cells.sources, device, prefix="eval_")
         self._lost = torch.zeros((), dtype=torch.int64, device=device)
 
     def loss(self, model: Any, prepare: Any, step: int) -> dict[str, float]:
@@ -49,7 +49,9 @@ class HeldOutEvaluator:
         """
         began, total = time.perf_counter(), self.batches.sampler.micro_batches_per_epoch
         model.eval()
-        bar = tqdm(total=total, desc="evaluating", unit=" batches", leave=False, disable=not self._shows())
+        bar = tqdm(
+            total=total, desc="evaluating", unit=" batches", leave=False, disable=not (is_rank_0() and is_terminal())
+        )
         with torch.no_grad(), bar:
             for batch in MicroBatchDataLoader(self.batches):
                 watchdog.report_phase("evaluation", step)
@@ -76,10 +78,6 @@ class HeldOutEvaluator:
         supervised_loss(logits, targets.tokens, scale=1.0, target_positions=targets.positions, each=each)
         self.parts.add(targets.cells, each)
         self._lost += ~torch.isfinite(each).all()
-
-    @staticmethod
-    def _shows() -> bool:
-        return is_rank_0() and is_terminal()
 
 
 class EarlyStopping(TrainerCallback):

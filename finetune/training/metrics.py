@@ -7,37 +7,23 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.training.nonfinite import finite_or_none
-from finetune.utils.atomic_io import replace_text
-from finetune.utils.errors import StorageError
+from finetune.utils.atomic_io import append_json_lines, write_text_atomically
 
 FIELDS = (
-    "step",
-    "epoch",
-    "loss",
-    "grad_norm",
-    "non_finite_steps",
-    "learning_rate",
-    "step_seconds",
-    "tokens_per_second",
-    "supervised_tokens_per_second",
-    "mfu",
-    "peak_memory_bytes",
-    "loss_by_source",
-    "loss_by_turn",
-    "eval_loss",
-    "eval_tokens",
-    "eval_non_finite_batches",
-    "eval_seconds",
-    "eval_loss_by_source",
-    "eval_loss_by_turn",
-)
+    "step", "epoch", "loss", "grad_norm", "non_finite_steps", "learning_rate", "step_seconds", "tokens_per_second",
+    "supervised_tokens_per_second", "mfu", "peak_memory_bytes", "loss_by_source", "loss_by_turn", "eval_loss",
+    "eval_tokens", "eval_non_finite_batches", "eval_seconds", "eval_loss_by_source", "eval_loss_by_turn",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,19 +75,13 @@ def model_flops(model: Any) -> ModelFlops:
 
 @dataclass
 class StepMeter:
-    """Count the tokens of all ranks and the time since the last reading, on the host, without a device sync."""
+    """Count the tokens of all ranks and the time since it was made, on the host, without a device sync."""
 
     tokens: int = 0
     supervised_tokens: int = 0
     flops: float = 0.0
     steps: int = 0
     since: float = field(default_factory=time.perf_counter)
-
-    def restart(self) -> None:
-        """Start a new interval."""
-        self.tokens = self.supervised_tokens = self.steps = 0
-        self.flops = 0.0
-        self.since = time.perf_counter()
 
     def add(self, tokens: int, supervised_tokens: int, flops: float) -> None:
         """Add one optimizer step of all ranks, padding not counted."""
@@ -123,35 +103,18 @@ class StepMeter:
 
 def peak_memory_bytes() -> int:
     """Return the peak memory of this rank: allocated on its GPU, or on a CPU its largest resident set."""
-    import torch
-
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def append_metrics(path: Path, logs: Mapping[str, Any]) -> None:
-    """Append one line with the fields of `FIELDS` that were logged.
-
-    Raises:
-        StorageError: the disk refused.
-    """
-    line = {name: finite_or_none(logs[name]) for name in FIELDS if name in logs}
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    """Append one line with the fields of `FIELDS` that were logged."""
+    append_json_lines(path, [{name: finite_or_none(logs[name]) for name in FIELDS if name in logs}])
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Remove the lines after `step` and an unfinished one: a run that resumes there writes them again.
-
-    Raises:
-        StorageError: the disk refused.
-    """
+    """Remove the lines after `step` and an unfinished one: a run that resumes there writes them again."""
     if not path.is_file():
         return
     kept = []
@@ -162,10 +125,7 @@ def cut_metrics(path: Path, step: int) -> None:
             continue
         if logged <= step:
             kept.append(line + "\n")
-    try:
-        replace_text(path, "".join(kept))
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    write_text_atomically(path, "".join(kept))
 
 
 def loss_curve(steps: Sequence[int], losses: Sequence[float], width: int, height: int = 12) -> str:

@@ -5,16 +5,17 @@ Every rank contributes flags at the end of a step; all ranks decide alike from t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from finetune.distributed.collectives import run_on_all_ranks
-from finetune.utils.errors import NumericsError, StorageError
+from finetune.utils.errors import NumericsError
 
+# One line for each row of a non-finite micro-batch: `source`, `row` (counted from 0 there), `id`, `text`, `step`,
+# `rank`, `micro_batch`, `found` ("nan", "inf", "-inf"; null where only the gradient was not finite), and `loss`: what
+# the micro-batch adds to that of the step, null where it is not finite.
 NONFINITE_ROWS_FILE = "non_finite_rows.jsonl"
 # Flags of a rank: a micro-batch's loss or the gradient norm is non-finite; the step was skipped; fp16's loss scale can
 # still be lowered.
@@ -51,16 +52,6 @@ def is_loss_scale_search(bits: Sequence[int]) -> bool:
     """Whether the step was skipped because fp16 searches its loss scale: gradients overflow while the scale can be
     lowered, and the losses of all ranks are finite."""
     return any(flags & SEARCH for flags in bits) and not any(flags & LOSS for flags in bits)
-
-
-def all_finite(bits: Sequence[int]) -> bool:
-    """Whether no rank has a flag."""
-    return not any(bits)
-
-
-def is_minimum_scale_error(error: Exception) -> bool:
-    """Whether DeepSpeed stopped because gradients overflow fp16 at the minimum loss scale."""
-    return MINIMUM_SCALE_ERROR in str(error)
 
 
 @dataclass
@@ -110,23 +101,6 @@ def describe_rows(records: Sequence[Mapping[str, Any]]) -> str:
 def finite_or_none(value: Any) -> Any:
     """Return None for a non-finite number, which standard JSON lacks; other values as they are."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Append one line of standard JSON per row of a non-finite micro-batch.
-
-    Fields: `source`, `row` (counted from 0 in that file), `id`, `text` (decoded tokens), `step`, `rank`, `micro_batch`,
-    `found` ("nan", "inf", "-inf"; null where this loss was finite and the gradient was not), and `loss`: what the
-    micro-batch adds to that of the step, null where it is not finite.
-
-    Raises:
-        StorageError: the disk refused.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
 
 
 def check_weights(model: Any, place: str, advice: str) -> None:

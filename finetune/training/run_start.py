@@ -23,7 +23,6 @@ from finetune.distributed.collectives import (
     StorageGroup,
     find_storage_group,
     init_process_group,
-    run_on_all_ranks,
     run_on_rank_0,
 )
 from finetune.distributed.compat import patch_build_lock
@@ -151,11 +150,11 @@ def start_run(
     """
     output_dir = config.output_dir
     watchdog.report_phase("model")
-    notes = run_on_all_ranks(lambda: output_dir_lock.acquire_lock(output_dir) if storage.is_writer else None)
+    notes = storage.run_on_writers(lambda: output_dir_lock.acquire_lock(output_dir))
     log_notes(filter(None, notes))
     compare = partial(compare_with_checkpoint, facts, batch, config)
     resumed = find_checkpoint(config, batch.world_size, storage, compare)
-    run_on_all_ranks(lambda: _prepare(config) if storage.is_writer else None)
+    storage.run_on_writers(lambda: _prepare(config))
     identity = RunIdentity(
         run_id=resumed.manifest.run_id if resumed else run_on_rank_0(new_run_id),
         facts=facts,

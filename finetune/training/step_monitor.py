@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,11 +18,66 @@ from finetune.distributed import stop_requests
 from finetune.distributed.collectives import all_gather_ints, all_gather_object, host_names, run_on_all_ranks
 from finetune.training import nonfinite
 from finetune.training.nonfinite import LossScale, NonFiniteCounter
-from finetune.training.stragglers import Straggler, Stragglers
+from finetune.utils.atomic_io import append_json_lines
 
 logger = logging.getLogger(__name__)
 
 DescribeRows = Callable[[int, int], list[dict[str, Any]]]
+STEPS_COMPARED, STEPS_BETWEEN_LOOKS, STEPS_OF_SILENCE = 10, 5, 500
+SECONDS_THAT_MATTER, SHARE_THAT_MATTERS = 0.05, 0.2
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A slow rank: its compute seconds per step, those of the others, and the seconds of the whole step."""
+
+    rank: int
+    seconds: float
+    others: float
+    step_seconds: float
+
+    @property
+    def cost(self) -> float:
+        return self.seconds - self.others
+
+
+def find_straggler(own: Sequence[Sequence[float]], step_seconds: Sequence[float]) -> Straggler | None:
+    """Return the slowest rank if it costs 50 ms and a fifth of the step; medians over the steps.
+
+    Args:
+        own: [ranks][steps], compute seconds of each rank.
+        step_seconds: [steps], of whole steps.
+    """
+    if len(own) < 2 or not step_seconds:
+        return None
+    by_rank = [median(seconds) for seconds in own]
+    rank = max(range(len(by_rank)), key=by_rank.__getitem__)
+    others = median(seconds for other, seconds in enumerate(by_rank) if other != rank)
+    straggler = Straggler(rank, by_rank[rank], others, median(step_seconds))
+    threshold = max(SECONDS_THAT_MATTER, SHARE_THAT_MATTERS * straggler.step_seconds)
+    return straggler if straggler.cost > threshold else None
+
+
+@dataclass
+class Stragglers:
+    """Look for a slow rank every few steps; report the same one again only after many steps."""
+
+    steps: deque = field(default_factory=lambda: deque(maxlen=STEPS_COMPARED))
+    seen: int = 0
+    named: dict[int, int] = field(default_factory=dict)
+
+    def add(self, own: Sequence[float], step_seconds: float) -> Straggler | None:
+        """Add the compute seconds of each rank and the seconds of the step; return a rank to report now, or None."""
+        self.steps.append((tuple(own), step_seconds))
+        self.seen += 1
+        if len(self.steps) < STEPS_COMPARED or self.seen % STEPS_BETWEEN_LOOKS:
+            return None
+        by_rank = list(zip(*(seconds for seconds, _ in self.steps), strict=True))
+        straggler = find_straggler(by_rank, [seconds for _, seconds in self.steps])
+        if straggler is None or self.seen - self.named.get(straggler.rank, -STEPS_OF_SILENCE) < STEPS_OF_SILENCE:
+            return None
+        self.named[straggler.rank] = self.seen
+        return straggler
 
 
 class ComputeTimer:
@@ -110,7 +167,7 @@ class StepDecision:
 
 
 class StepMonitor:
-    """Exchange three integers between all ranks at the end of each step, and decide alike on each.
+    """Exchange three integers between all ranks at the end of each step, and decide alike on each. All ranks.
 
     The host reads losses here and nowhere else: DeepSpeed waits for the device at the end of a step anyway.
 
@@ -122,20 +179,20 @@ class StepMonitor:
         self.device, self.rank, self.world_size = device, rank, world_size
         self.rows_file, self.writes = rows_file, writes
         self.count, self.stragglers = NonFiniteCounter(), Stragglers()
-        self._hosts: list[str] = []
-
-    def begin(self) -> None:
-        """Learn the host names of all ranks; all ranks, before the first step."""
         self._hosts = host_names()
 
     def end_step(self, report: StepReport, timer: ComputeTimer) -> StepDecision:
-        """Compare a step over all ranks. All ranks."""
+        """Compare a step over all ranks."""
         flags = nonfinite.finite_flags(report.losses, report.grad_norm, left_out=report.skipped, scale=report.scale)
         values = [int(stop_requests.stop_requested()), flags, int(timer.compute_seconds() * 1e6)]
         requests, all_flags, microseconds = zip(*all_gather_ints(values, self.device), strict=True)
         straggler = self.stragglers.add([value / 1e6 for value in microseconds], timer.step_seconds())
         if straggler is not None:
-            self._report_straggler(straggler)
+            logger.warning(
+                f"rank {straggler.rank} on {self._hosts[straggler.rank]} is slow: it computes "
+                f"{straggler.seconds:.2f} s of each step, the others {straggler.others:.2f} s, and all wait for it: "
+                f"{straggler.cost:.2f} of {straggler.step_seconds:.2f} s a step"
+            )
         decision = StepDecision()
         if nonfinite.is_loss_scale_search(all_flags):
             decision = StepDecision(is_clean=False)
@@ -143,7 +200,7 @@ class StepMonitor:
                 f"step {report.step} was skipped: its gradients are too large for fp16 though each loss is finite; the "
                 f"loss scale is {report.next_scale.value if report.next_scale else 1:g} now"
             )
-        elif not nonfinite.all_finite(all_flags):
+        elif any(all_flags):
             decision = self._not_finite(report, all_flags)
         else:
             self.count.in_a_row = 0
@@ -157,7 +214,7 @@ class StepMonitor:
         """Count the step and report the rows in it; an error where there are too many."""
         any_loss = any(value & nonfinite.LOSS for value in flags)
         records = self._records(report, only_lost=any_loss)
-        run_on_all_ranks(lambda: nonfinite.append_records(self.rows_file, records) if self.writes else None)
+        run_on_all_ranks(lambda: append_json_lines(self.rows_file, records) if self.writes else None)
         if any_loss:
             self.count.lost_since_log += 1
         reason = self.count.add(report.step, report.max_steps)
@@ -191,9 +248,3 @@ class StepMonitor:
         # Ranks that share conversations report the same rows.
         unique = {(row["source"], row["row"], row["micro_batch"], row["text"]): row for row in gathered}
         return list(unique.values())
-
-    def _report_straggler(self, slow: Straggler) -> None:
-        logger.warning(
-            f"rank {slow.rank} on {self._hosts[slow.rank]} is slow: it computes {slow.seconds:.2f} s of each step, the "
-            f"others {slow.others:.2f} s, and all wait for it: {slow.cost:.2f} of {slow.step_seconds:.2f} s a step"
-        )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl
 
 from finetune.checkpoint import Manifest, remove_universal
@@ -20,7 +21,7 @@ from finetune.distributed.collectives import all_gather_object
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks
 from finetune.models.adapters import InitialLora
 from finetune.run_dir.run_json import METRICS_FILE, library_versions, now
-from finetune.training.callbacks import MetricsWriter, ProgressBar, StepHooks
+from finetune.training.callbacks import ProgressBar, ProgressLines
 from finetune.training.checkpoint_trainer import CheckpointTrainer
 from finetune.training.compat import (
     configure_ddp,
@@ -35,20 +36,23 @@ from finetune.training.evaluator import HeldOutEvaluator
 from finetune.training.hyperparameters import Hyperparameters
 from finetune.training.loss import supervised_loss
 from finetune.training.loss_breakdown import LossBreakdown
-from finetune.training.metrics import StepMeter, model_flops, peak_memory_bytes
+from finetune.training.metrics import StepMeter, append_metrics, model_flops, peak_memory_bytes
 from finetune.training.nonfinite import (
+    MINIMUM_SCALE_ERROR,
     NONFINITE_ROWS_FILE,
     LossScale,
     NonFiniteCounter,
     finite_or_none,
-    is_minimum_scale_error,
 )
 from finetune.training.step_monitor import ComputeTimer, StepMonitor, StepReport
+from finetune.utils.console import is_terminal
 from finetune.utils.errors import ConfigError, NumericsError
 
 
-class SupervisedTrainer(CheckpointTrainer):
+class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
     """The Trainer with micro-batches of our sampler and a loss that is exact over the whole step on any ranks.
+
+    It is a callback of its own, for what happens around its steps.
 
     Args:
         loaders: micro-batches of this rank, and held-out ones.
@@ -72,7 +76,6 @@ class SupervisedTrainer(CheckpointTrainer):
     ) -> None:
         batches, held_out = loaders.train, loaders.held_out
         super().__init__(train_dataset=batches, eval_dataset=held_out, data_collator=batches.collate, **kwargs)
-        output_dir = Path(str(self.args.output_dir))
         self.held_out = None if held_out is None else HeldOutEvaluator(held_out, self.args.device)
         self.flops, self.peak_flops = model_flops(self.model), peak_flops
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
@@ -90,7 +93,7 @@ class SupervisedTrainer(CheckpointTrainer):
             self.args.device,
             self.args.process_index,
             self.args.world_size,
-            output_dir / NONFINITE_ROWS_FILE,
+            self.output_dir / NONFINITE_ROWS_FILE,
             writes=identity.storage.is_writer,
         )
         sends_buffers = not (self.is_deepspeed_enabled or self.args.world_size == 1)
@@ -102,13 +105,12 @@ class SupervisedTrainer(CheckpointTrainer):
         self.on_plan, self.logged_at = on_plan, 0
         self._micro_losses: list[torch.Tensor] = []
         self._grad_norm: Any = None
-        self._is_skipped = self._save_is_due = self._watches_stop_file = False
+        self._is_skipped = self._save_is_due = False
         self._loss_scale: LossScale | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(StepHooks(self._before_training, self._before_step, self._after_step, self._after_epoch))
-        self.add_callback(MetricsWriter(output_dir / METRICS_FILE, self.breakdown, self.held_out))
-        self.add_callback(ProgressBar())
+        self.add_callback(self)
+        self.add_callback(ProgressBar() if is_terminal() else ProgressLines())
 
     def get_sp_size(self) -> int:
         """Return 1: the loader counts the micro-batches of an epoch, whichever ranks share them."""
@@ -123,7 +125,7 @@ class SupervisedTrainer(CheckpointTrainer):
         try:
             loss = super().training_step(*args, **kwargs) * (self.args.world_size / self._ranks_averaged_over())
         except Exception as error:
-            if not is_minimum_scale_error(error):
+            if MINIMUM_SCALE_ERROR not in str(error):
                 raise
             raise NumericsError(
                 f"step {self.state.global_step + 1}: the gradients overflow fp16 even at the minimum loss scale: give "
@@ -231,6 +233,9 @@ class SupervisedTrainer(CheckpointTrainer):
             self.logged_at, count.lost_since_log = self.state.global_step, 0
             self.breakdown.take()
         super().log(logs, start_time)
+        if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
+            parts = self.held_out.parts if self.held_out and "eval_loss" in logs else self.breakdown
+            append_metrics(self.output_dir / METRICS_FILE, {"step": self.state.global_step, **logs, **parts.logged})
         self.state.log_history[-1] = {name: finite_or_none(value) for name, value in self.state.log_history[-1].items()}
         if self.error is not None:
             raise NumericsError(self.error)
@@ -246,7 +251,7 @@ class SupervisedTrainer(CheckpointTrainer):
         if dist.is_initialized():
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         rates = self.meter.rates(self.peak_flops and self.peak_flops * self.args.world_size)
-        self.meter.restart()
+        self.meter = StepMeter()
         return {**rates, "peak_memory_bytes": peak.item()}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -274,28 +279,25 @@ class SupervisedTrainer(CheckpointTrainer):
         if manifest is not None:
             self._hyperparameters.apply(self.optimizer, self.lr_scheduler)
         self.logged_at = self._globalstep_last_logged
-        self.meter.restart()
+        self.meter = StepMeter()
 
-    def _before_training(self, steps: int) -> None:
-        self.on_plan(steps)
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the plan, restore the state of a checkpoint, and watch for non-finite steps."""
+        self.on_plan(state.max_steps)
+        if self.is_world_process_zero():
+            (self.output_dir / METRICS_FILE).touch()  # also for a run that resumes from its last step and logs none
         enable_gc()
         keep_freed_blocks()
         self._restore_state()
-        self.monitor.begin()
         self._loss_scale = current_loss_scale(self.accelerator, self.model_wrapped)
-        skip_nonfinite_steps(self.optimizer, self.model_wrapped, self._note_skipped)
+        skip_nonfinite_steps(self.optimizer, self.model_wrapped, partial(setattr, self, "_is_skipped"))
 
-    def _note_skipped(self, skipped: bool) -> None:
-        self._is_skipped = skipped
-
-    def _before_step(self) -> None:
-        if not self._watches_stop_file:
-            stop_requests.watch_stop_file(self.output_dir / stop_requests.STOP_FILE)
-            self._watches_stop_file = True
+    def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        stop_requests.watch_stop_file(self.output_dir / stop_requests.STOP_FILE)  # a stop can wait for the step's end
         self._micro_losses, self._grad_norm, self._is_skipped = [], None, False
         self._loss_before = self._tr_loss.clone()
 
-    def _after_step(self, control: TrainerControl) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Compare the step over all ranks, and apply what they decide."""
         scale = current_loss_scale(self.accelerator, self.model_wrapped)
         report = StepReport(
@@ -325,7 +327,7 @@ class SupervisedTrainer(CheckpointTrainer):
             self.stopped_by = decision.stopped_by
         self.timer.restart()
 
-    def _after_epoch(self, control: TrainerControl) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped_by is not None:
             control.should_save = False  # it was saved when the step ended
         elif self.monitor.count.in_a_row:
@@ -339,7 +341,9 @@ class SupervisedTrainer(CheckpointTrainer):
     def _describe_rows(self, step: int, micro_batch: int) -> list[dict[str, Any]]:
         batches = self.train_dataset
         epoch, step_of_epoch = batches.sampler.position(step - 1)
-        return batches.describe(batches.rows(epoch, step_of_epoch, micro_batch), self._decode)
+        return batches.describe(
+            batches.rows(epoch, step_of_epoch, micro_batch), lambda ids: str(self.processing_class.decode(ids))
+        )
 
     def describe_step(self, step: int) -> Manifest:
         epoch, place = self.train_dataset.sampler.position(step)
@@ -360,9 +364,6 @@ class SupervisedTrainer(CheckpointTrainer):
             is_resumable=not self.args.save_only_model,
             non_finite=asdict(self.monitor.count),
         )
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self.processing_class.decode(token_ids))
 
     def resume_advice(self) -> str:
         """Where the run can resume, and how."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from finetune.utils.errors import StorageError
 
@@ -50,6 +52,15 @@ def replacing(path: Path, shown: str | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it is in place, or was never made
             part.unlink()
+
+
+def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records as lines of standard JSON; a `StorageError` names the path and the reason."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
 
 
 def fsync_dir(folder: Path) -> None:

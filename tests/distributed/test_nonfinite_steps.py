@@ -317,16 +317,16 @@ def _train_with_a_broken_weight(argv: list[str]) -> None:
     from finetune.train import main
     from finetune.training.trainer import SupervisedTrainer
 
-    plain = SupervisedTrainer._after_step
+    plain = SupervisedTrainer.on_step_end
 
-    def breaking(self, control):
-        plain(self, control)
+    def breaking(self, *event, **more):
+        plain(self, *event, **more)
         if self.state.global_step == 2 and self.args.process_index == self.args.world_size - 1:
             for parameter in self.model.parameters():
                 with torch.no_grad():
                     getattr(parameter, "ds_tensor", parameter).data.view(-1)[0] = float("inf")
 
-    SupervisedTrainer._after_step = breaking
+    SupervisedTrainer.on_step_end = breaking
     main(argv)
 
 

@@ -54,9 +54,9 @@ def train_noting_hyperparameters(argv: Sequence[str], notes: str) -> None:
     from finetune.training.hyperparameters import innermost
     from finetune.training.trainer import SupervisedTrainer
 
-    plain = SupervisedTrainer._before_step
+    plain = SupervisedTrainer.on_step_begin
 
-    def noted(self: Any) -> None:
+    def noted(self: Any, *event: Any, **more: Any) -> None:
         if not Path(notes).exists():
             groups = [
                 {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
@@ -64,9 +64,9 @@ def train_noting_hyperparameters(argv: Sequence[str], notes: str) -> None:
             ]
             clip = getattr(self.optimizer.optimizer, "clip_grad", None)
             Path(notes).write_text(json.dumps({"groups": groups, "clip_grad": clip}))
-        plain(self)
+        plain(self, *event, **more)
 
-    SupervisedTrainer._before_step = noted  # type: ignore[method-assign]
+    SupervisedTrainer.on_step_begin = noted  # type: ignore[method-assign]
     main(argv)
 
 

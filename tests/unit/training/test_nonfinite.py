@@ -18,7 +18,6 @@ def test_what_was_found_is_told_apart():
     assert finite_flags([-inf], inf, left_out=True, scale=None) == LOSS | GRADIENT | LEFT_OUT
     assert finite_flags([1.0], None, left_out=True, scale=LossScale(65536, 1)) == LEFT_OUT | SEARCH
     assert finite_flags([1.0], inf, left_out=True, scale=LossScale(1, 1)) == GRADIENT | LEFT_OUT
-    assert nonfinite.all_finite([0, 0]) and not nonfinite.all_finite([0, LEFT_OUT])
     search = LEFT_OUT | SEARCH | GRADIENT
     assert nonfinite.is_loss_scale_search([search, search])
     assert not nonfinite.is_loss_scale_search([search, search | LOSS]) and not nonfinite.is_loss_scale_search(
@@ -39,9 +38,7 @@ def test_deepspeeds_own_scaler_searches_and_then_gives_up(monkeypatch):
             scaler.update_scale(True)
             found.append(finite_flags([2.0], math.inf, left_out=True, scale=before))
     assert [nonfinite.is_loss_scale_search([one]) for one in found] == [True, True, True]
-    assert nonfinite.is_minimum_scale_error(raised.value) and not nonfinite.is_minimum_scale_error(
-        RuntimeError("other")
-    )
+    assert nonfinite.MINIMUM_SCALE_ERROR in str(raised.value)
 
 
 def test_three_in_a_row_or_more_than_one_percent_end_a_run():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.training.stragglers import Stragglers, find_straggler
+from finetune.training.step_monitor import Stragglers, find_straggler
 
 
 @pytest.mark.parametrize(
