@@ -9,7 +9,6 @@ from finetune.checkpoint.checkpoint_dirs import (
     checkpoint_folder,
     is_complete,
     is_unfinished,
-    latest_complete,
     mark_as_unfinished,
     quarantine,
     remove_checkpoint,

@@ -56,12 +56,6 @@ def verify_checkpoint(folder: Path) -> list[str]:
     return min(([faults[name] for name in manifest.names_for(ranks) if name in faults] for ranks in parts), key=len)
 
 
-def latest_complete(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint whose every byte is as it was written."""
-    folders = (checkpoint_folder(output_dir, step) for step in steps_in(output_dir))
-    return next((folder for folder in folders if not verify_checkpoint(folder)), None)
-
-
 def mark_as_unfinished(folder: Path, run_id: str, step: int) -> None:
     """Create the folder with the mark that a save is in progress."""
     temporary = folder.with_name(f".{folder.name}.coming")

@@ -9,20 +9,13 @@ MODEL, MODEL_STATES, OPTIMIZER = "saved model", "DeepSpeed's copy of it", "optim
 
 @dataclass(frozen=True)
 class ParameterSizes:
-    """Sizes of a model's parameters, each whole, whatever the partitioning.
+    """Bytes of a model's parameters, each whole, whatever the partitioning."""
 
-    Attributes:
-        total: bytes of all weights, a tied head counted once.
-        trained: bytes of the trained weights; `num_trained`: how many parameters these are.
-        tied: bytes of the weight that head and embeddings share; 0 where they share none.
-        has_adapter: the trained weights are those of an adapter, and only these are saved.
-    """
-
-    total: float
+    total: float  # of all weights, a tied head counted once
     trained: float
-    num_trained: int
-    tied: float = 0
-    has_adapter: bool = False
+    num_trained: int  # how many parameters these are
+    tied: float = 0  # of the weight that head and embeddings share
+    has_adapter: bool = False  # the trained weights are those of an adapter, and only these are saved
 
 
 def saved_model_bytes(sizes: ParameterSizes, stage: int | None) -> float:

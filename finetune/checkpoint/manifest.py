@@ -36,38 +36,24 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint: the run, the step, where the data continues, and its files.
+    """A checkpoint: the run, the step, where the data continues, and its files."""
 
-    Attributes:
-        run_id: of the run and of every run that resumed from it.
-        step: optimizer steps done.
-        world_size: ranks that wrote it. step_rows: rows or groups of a full step over all of them.
-        position: of the sampler: {"epoch": e, "step": s}, both counted from 0.
-        loss_since_log: [ranks], what each rank has summed since step `last_logged`.
-        parts_since_log: the same by cell of the loss breakdown, over all ranks.
-        facts: what a resumed run must have in common to equal the uninterrupted one.
-        trained: names and whole shapes of all trained parameters.
-        disks: the ranks of each file system: a list of lists, a single one where all share it.
-        non_finite: counts of non-finite steps; see `training.nonfinite.NonFiniteCounter`.
-        files: of all ranks, by path relative to the folder.
-    """
-
-    run_id: str
-    step: int
-    world_size: int
-    step_rows: int
-    position: dict[str, int]
+    run_id: str  # of the run and of every run that resumed from it
+    step: int  # optimizer steps done
+    world_size: int  # ranks that wrote it
+    step_rows: int  # rows or groups of a full step over all ranks
+    position: dict[str, int]  # of the sampler: {"epoch": e, "step": s}, both counted from 0
     last_logged: int
-    loss_since_log: list[float]
-    facts: dict[str, Any]
-    trained: dict[str, list[int]]
+    loss_since_log: list[float]  # [ranks], what each rank has summed since step `last_logged`
+    facts: dict[str, Any]  # what a resumed run must have in common to equal the uninterrupted one
+    trained: dict[str, list[int]]  # names and whole shapes of all trained parameters
     versions: dict[str, str]
-    disks: list[list[int]]
+    disks: list[list[int]]  # the ranks of each file system, a single list where all share it
     written: str
     is_resumable: bool = True
-    non_finite: dict[str, int] = field(default_factory=dict)
-    parts_since_log: list[list[float]] = field(default_factory=list)
-    files: dict[str, FileRecord] = field(default_factory=dict)
+    non_finite: dict[str, int] = field(default_factory=dict)  # see `training.nonfinite.NonFiniteCounter`
+    parts_since_log: list[list[float]] = field(default_factory=list)  # `loss_since_log` by cell of the breakdown
+    files: dict[str, FileRecord] = field(default_factory=dict)  # of all ranks, by path relative to the folder
 
     @property
     def size(self) -> int:

@@ -35,22 +35,14 @@ DISK_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter", "No sp
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Which run this is.
+    """Which run this is."""
 
-    Attributes:
-        run_id: drawn at its start; a resumed run keeps that of its checkpoint.
-        facts: what a resumed run must have in common to equal the uninterrupted one.
-        step_rows: rows or groups of a full step, over all ranks.
-        storage: which ranks share a file system with this one.
-        manifest: of the checkpoint to resume from. folder: the checkpoint, or its universal form.
-    """
-
-    run_id: str
-    facts: dict[str, Any]
-    step_rows: int
-    storage: StorageGroup
-    manifest: Manifest | None = None
-    folder: Path | None = None
+    run_id: str  # drawn at its start; a resumed run keeps that of its checkpoint
+    facts: dict[str, Any]  # what a resumed run must have in common to equal the uninterrupted one
+    step_rows: int  # rows or groups of a full step, over all ranks
+    storage: StorageGroup  # which ranks share a file system with this one
+    manifest: Manifest | None = None  # of the checkpoint to resume from
+    folder: Path | None = None  # that checkpoint, or its universal form
 
     def check_trained(self, shapes: dict[str, list[int]]) -> None:
         """Compare the trained parameters with those of the checkpoint.
@@ -69,7 +61,7 @@ class RunIdentity:
 
 
 def trained_shapes(model: Any) -> dict[str, list[int]]:
-    """Return names and full shapes of all trained parameters, partitioned ones (ZeRO-3) too."""
+    """Return names and whole shapes of all trained parameters, partitioned ones (ZeRO-3) too."""
     return {
         name: list(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
@@ -107,20 +99,13 @@ def _size(parameters: Iterable[Any]) -> int:
 
 @dataclass
 class Saver:
-    """Write the checkpoints of a run.
-
-    Args:
-        storage: which ranks share a file system with this one.
-        keep: how many complete checkpoints stay; None: all.
-        first_size: estimated bytes of a checkpoint on this file system.
-        describe: (step) -> the manifest without its files; called by every rank, may use collectives.
-    """
+    """Write the checkpoints of a run."""
 
     output_dir: Path
     storage: StorageGroup
-    keep: int | None
-    first_size: int
-    describe: Callable[[int], Manifest]
+    keep: int | None  # how many complete checkpoints stay; None: all
+    first_size: int  # estimated bytes of a checkpoint on this file system
+    describe: Callable[[int], Manifest]  # (step) -> the manifest without its files; all ranks
     last_size: int | None = None
     newest: Path | None = None
     failures: list[str] = field(default_factory=list)
@@ -133,11 +118,7 @@ class Saver:
         return size + BYTES_MARGIN
 
     def begin(self, step: int, run_id: str) -> Path:
-        """Check the space and create the folder. All ranks.
-
-        Raises:
-            StorageError: too little space, or the folder cannot be created.
-        """
+        """Check the space and create the folder; a `StorageError` where one of both fails. All ranks."""
         folder = checkpoint.checkpoint_folder(self.output_dir, step)
         self.failures, self.written = [], set()
 
@@ -199,7 +180,14 @@ class Saver:
         for _, of_rank, _ in outcomes:
             files |= of_rank
         manifest = replace(self.describe(step), files=dict(sorted(files.items())))
-        self.storage.run_on_writers(lambda: self._finish(folder, manifest))
+
+        def write_manifest() -> None:
+            try:
+                checkpoint.write_manifest(folder, manifest)
+            except OSError as error:
+                raise StorageError(f"{folder}{self._where()}: {error.strerror}: it is not a checkpoint") from None
+
+        self.storage.run_on_writers(write_manifest)
         self.last_size = sum(files[name].size for name in manifest.names_for(self.storage.ranks))
         self.newest = folder
         if self.storage.is_writer:
@@ -243,12 +231,6 @@ class Saver:
         return (
             sorted(path.name for path in self.output_dir.iterdir() if path.is_file()) if self.storage.is_writer else []
         )
-
-    def _finish(self, folder: Path, manifest: Manifest) -> None:
-        try:
-            checkpoint.write_manifest(folder, manifest)
-        except OSError as error:
-            raise StorageError(f"{folder}{self._where()}: {error.strerror}: it is not a checkpoint") from None
 
     def _remove_older(self, remove: Callable[..., Any], **options: Any) -> None:
         """Report what cannot be removed now, because somebody reads it over NFS: the next save tries again."""

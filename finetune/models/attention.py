@@ -222,11 +222,14 @@ def enable_padding_free(
     if "flash" not in stock:
         _register()
         base.set_attn_implementation(FLAT_ATTENTION)
+    was_training = model.training
+    model.eval()
     try:
-        with _gather_per_module(model), _eval_mode(model), torch.no_grad():
+        with _gather_per_module(model), torch.no_grad():
             reason = _probe(base, stock, sliding_window_of(base.config, longest), vocab_size, device, shared)
     except Exception as error:  # the code of a model may raise anything: fall back to padded rows
         reason = f"a trial with random conversations failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
+    model.train(was_training)
     reason = agree(reason)
     if reason:
         base.set_attn_implementation(stock)
@@ -329,16 +332,6 @@ def _refuse_masks_and_caches(base: Any, args: tuple, kwargs: dict[str, Any]) -> 
         raise ValueError("a flat row cannot have an attention mask or a cache: its conversations would be mixed")
     if kwargs.get("use_cache") is not False or kwargs.get("position_ids") is None:
         raise ValueError("a flat row needs use_cache=False and position_ids: its conversations would be mixed")
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.run_config import BatchConfig
-from finetune.dataset.collator import Collator, pad_token_id
-from finetune.dataset.prepare import PreparedData
+from finetune.dataset.collator import Collator, LossWeighting, pad_token_id
+from finetune.dataset.prepare import ExampleSet, PreparedData
 from finetune.dataset.sampler import Batching, BatchShape, Sampler
 from finetune.distributed.collectives import first_not_none, get_rank
 from finetune.distributed.startup_timer import timed
@@ -57,29 +57,25 @@ def build_dataloaders(
         weighting=batch.loss_weighting,
         part=(part, batch.sequence_parallel_size),
     )
+
+    def micro_batches(rows: ExampleSet, sampler: Sampler, weighting: LossWeighting) -> MicroBatchDataset:
+        return MicroBatchDataset(
+            rows.examples,
+            sampler,
+            collator,
+            rank=data_rank,
+            counts_conversations=weighting == "conversation",
+            is_skipped=rows.is_skipped,
+            sources=rows.sources,
+        )
+
     sampler = train_sampler(batch, layout, lengths)
     _check_steps(sampler, epoch.is_skipped)
-    train = MicroBatchDataset(
-        epoch.examples,
-        sampler,
-        collator,
-        rank=data_rank,
-        counts_conversations=batch.loss_weighting == "conversation",
-        is_skipped=epoch.is_skipped,
-        sources=epoch.sources,
-    )
+    train = micro_batches(epoch, sampler, batch.loss_weighting)
     if held_out is None:
         return Dataloaders(train, None, layout)
     sampler = evaluation_sampler(batch, layout, int_column(held_out.examples, "length"))
-    evaluation = MicroBatchDataset(
-        held_out.examples,
-        sampler,
-        collator,
-        rank=data_rank,
-        is_skipped=held_out.is_skipped,
-        sources=held_out.sources,
-    )
-    return Dataloaders(train, evaluation, layout)
+    return Dataloaders(train, micro_batches(held_out, sampler, "token"), layout)
 
 
 def _padding_reason(

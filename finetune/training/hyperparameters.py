@@ -25,19 +25,12 @@ SCALER_SETTINGS = (
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What optimizer, schedule and loss scaler were built with.
+    """What optimizer, schedule and loss scaler were built with."""
 
-    Attributes:
-        groups: options of each parameter group, its current learning rate excepted.
-        base_rates: learning rate of each group that the schedule multiplies; None for schedules that do not.
-        clip_grad: gradient norm at which DeepSpeed clips; None without DeepSpeed.
-        scaler: loss scaler of DeepSpeed as built; None without.
-    """
-
-    groups: list[dict[str, Any]]
-    base_rates: list[Any] | None
-    clip_grad: float | None
-    scaler: Any
+    groups: list[dict[str, Any]]  # options of each parameter group, its current learning rate excepted
+    base_rates: list[Any] | None  # learning rates that the schedule multiplies; None for schedules that do not
+    clip_grad: float | None  # gradient norm at which DeepSpeed clips; None without DeepSpeed
+    scaler: Any  # loss scaler of DeepSpeed as built; None without
 
     @classmethod
     def read(cls, optimizer: Any, scheduler: Any) -> Hyperparameters:

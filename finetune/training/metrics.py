@@ -33,14 +33,11 @@ class ModelFlops:
     A weight costs 2 operations a token forwards, 2 for the gradient of what came in and 2 for its own: 6, or 4 where
     it is frozen. A query and a key that it sees cost 4 x width forwards and twice that backwards, in each layer.
     (Kaplan et al., Scaling laws for neural language models, 2020, section 2.1.)
-
-    Attributes:
-        per_token: of all weights but the head's. per_logit: of the head, a position. per_pair: of attention.
     """
 
-    per_token: float
-    per_logit: float
-    per_pair: float
+    per_token: float  # of all weights but the head's
+    per_logit: float  # of the head, a position
+    per_pair: float  # of attention
 
     def of(self, *, tokens: int, logits: int, pairs: int) -> float:
         """Return the operations of so many tokens, positions with logits, and pairs of query and key."""

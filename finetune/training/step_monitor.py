@@ -127,43 +127,27 @@ class ComputeTimer:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step as this rank saw it.
-
-    Attributes:
-        losses: of its micro-batches, summed over tokens and divided by the denominator of the whole step.
-        grad_norm: over all ranks; None where nobody computes it.
-        skipped: the optimizer made no step.
-        scale: fp16's loss scale before the step, and `next_scale` after it; None without one that moves.
-        describe_rows: (step, micro-batch) -> source, row, id and text of the rows in it.
-    """
+    """One optimizer step as this rank saw it."""
 
     step: int
     max_steps: int
-    losses: list[float]
-    grad_norm: float | None
-    skipped: bool
-    scale: LossScale | None
-    next_scale: LossScale | None
-    describe_rows: DescribeRows
+    losses: list[float]  # of its micro-batches, summed over tokens, divided by the denominator of the whole step
+    grad_norm: float | None  # over all ranks; None where nobody computes it
+    skipped: bool  # the optimizer made no step
+    scale: LossScale | None  # of fp16 before the step; None without one that moves
+    next_scale: LossScale | None  # after it
+    describe_rows: DescribeRows  # (step, micro-batch) -> source, row, id and text of the rows in it
 
 
 @dataclass(frozen=True)
 class StepDecision:
-    """What follows from a step, the same on every rank.
+    """What follows from a step, the same on every rank."""
 
-    Attributes:
-        stopped_by: the request that ends the run after this step, or None.
-        loss_is_lost: the step's loss does not count in the logged mean.
-        is_finite: nothing was non-finite on any rank, a search for the loss scale aside.
-        is_clean: the step was applied and finite on all ranks.
-        error: why the run cannot continue, without advice; None: it does.
-    """
-
-    stopped_by: str | None = None
-    loss_is_lost: bool = False
-    is_finite: bool = True
-    is_clean: bool = True
-    error: str | None = None
+    stopped_by: str | None = None  # the request that ends the run after this step
+    loss_is_lost: bool = False  # the step's loss does not count in the logged mean
+    is_finite: bool = True  # nothing was non-finite on any rank, a search for the loss scale aside
+    is_clean: bool = True  # the step was applied and finite on all ranks
+    error: str | None = None  # why the run cannot continue, without advice
 
 
 class StepMonitor:

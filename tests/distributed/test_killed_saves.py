@@ -20,6 +20,7 @@ import pytest
 
 from finetune import checkpoint
 from tests.helpers import ranks, runs
+from tests.helpers.checkpoint_files import newest_verified
 from tests.helpers.rows import write_rows
 
 pytestmark = pytest.mark.faults
@@ -82,7 +83,7 @@ def test_killed_inside_every_file_of_a_save_the_next_start_ends_in_the_same_bits
             continue
         died.append(sign)
         assert outcome.statuses[int(rank)] == -signal.SIGKILL, "\n".join(outcome.outputs)
-        assert checkpoint.latest_complete(output) is not None, sign
+        assert newest_verified(output) is not None, sign
         outcome = ranks.train(tmp_path / "logs", words)
         assert outcome.succeeded, "\n".join(outcome.outputs)
         assert "resuming from" in outcome.outputs[0]

@@ -41,3 +41,9 @@ def sealed(output_dir: Path, step: int, run_id: str = MANIFEST.run_id) -> Path:
     files = checkpoint.fsync_and_hash(folder, checkpoint.file_names(folder), None)
     checkpoint.write_manifest(folder, replace(MANIFEST, step=step, run_id=run_id, files=files))
     return folder
+
+
+def newest_verified(output_dir: Path) -> Path | None:
+    """The newest checkpoint whose every byte is as it was written."""
+    folders = (checkpoint.checkpoint_folder(output_dir, step) for step in checkpoint.steps_in(output_dir))
+    return next((folder for folder in folders if not checkpoint.verify_checkpoint(folder)), None)

@@ -16,10 +16,10 @@ def test_a_manifest_needs_no_torch(tmp_path):
     sealed(tmp_path, 4)
     code = (
         "import sys; from pathlib import Path; from finetune import checkpoint\n"
-        f"print(checkpoint.latest_complete(Path({str(tmp_path)!r})).name, 'torch' in sys.modules)"
+        f"print(checkpoint.verify_checkpoint(Path({str(tmp_path)!r}) / 'checkpoint-4'), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["checkpoint-4", "False"], done.stderr
+    assert done.stdout.split() == ["[]", "False"], done.stderr
 
 
 def test_parsing_and_checking_start_without_torch():

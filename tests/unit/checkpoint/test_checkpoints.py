@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from finetune import checkpoint
 from finetune.utils.errors import CheckpointError
-from tests.helpers.checkpoint_files import MANIFEST, sealed
+from tests.helpers.checkpoint_files import MANIFEST, newest_verified, sealed
 
 
 def test_a_manifest_names_every_file_and_comes_back_as_it_was(tmp_path):
@@ -38,7 +38,7 @@ def test_a_manifest_names_every_file_and_comes_back_as_it_was(tmp_path):
         == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         - (folder / "manifest.json").stat().st_size
     )
-    assert checkpoint.verify_checkpoint(folder) == [] and checkpoint.latest_complete(tmp_path) == folder
+    assert checkpoint.verify_checkpoint(folder) == [] and newest_verified(tmp_path) == folder
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,7 +99,7 @@ def test_each_damage_is_one_fault_that_names_its_file_and_the_older_checkpoint_i
     damage(newer)
     (fault,) = checkpoint.verify_checkpoint(newer)
     assert said in fault and str(newer) in fault
-    assert checkpoint.latest_complete(tmp_path) == older
+    assert newest_verified(tmp_path) == older
 
 
 def test_what_the_disk_has_not_taken_has_no_record(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_an_interrupted_removal_is_no_checkpoint_and_is_finished_later(tmp_path,
         checkpoint.remove_checkpoint(folder)
     monkeypatch.undo()
     assert len(list(folder.rglob("*"))) == before  # nothing is gone yet, and it is none any more
-    assert checkpoint.is_unfinished(folder) and checkpoint.latest_complete(tmp_path) is None
+    assert checkpoint.is_unfinished(folder) and newest_verified(tmp_path) is None
     assert checkpoint.remove_unfinished(tmp_path) == [folder] and not folder.exists()
 
 

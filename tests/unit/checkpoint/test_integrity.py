@@ -13,7 +13,7 @@ import pytest
 from finetune import checkpoint
 from finetune.checkpoint import checkpoint_dirs
 from finetune.utils.errors import CheckpointError
-from tests.helpers.checkpoint_files import MANIFEST, sealed
+from tests.helpers.checkpoint_files import MANIFEST, newest_verified, sealed
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_checkpoint_whose_mark_outlived_its_seal_is_whole(tmp_path):
     folder = sealed(tmp_path, 4)
     (folder / "saving.json").write_text("{}")
     assert not checkpoint.is_unfinished(folder) and checkpoint.remove_unfinished(tmp_path) == []
-    assert checkpoint.latest_complete(tmp_path) == folder
+    assert newest_verified(tmp_path) == folder
 
 
 def test_a_removal_that_stops_halfway_can_be_told_from_a_folder_of_the_user_s(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_the_oldest_goes_first(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
     assert checkpoint.steps_in(tmp_path / "none") == checkpoint.remove_unfinished(tmp_path / "none") == []
-    assert checkpoint.latest_complete(tmp_path / "none") is None
+    assert newest_verified(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_manifest_of_other_kinds_of_values_is_none(tmp_path, change, said):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=said):
         checkpoint.read_manifest(path.parent)
-    assert checkpoint.latest_complete(tmp_path) is None
+    assert newest_verified(tmp_path) is None
 
 
 def test_ranks_have_about_as_many_bytes_to_read():

@@ -13,7 +13,7 @@ from finetune import checkpoint
 from finetune.checkpoint.saver import Saver, checkpoint_bytes
 from finetune.distributed.collectives import StorageGroup
 from finetune.utils.errors import StorageError
-from tests.helpers.checkpoint_files import MANIFEST, sealed
+from tests.helpers.checkpoint_files import MANIFEST, newest_verified, sealed
 from tests.helpers.logs import logged
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_under_the_name_of_a_later_step_is_none(tmp_path):
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-4.kept")
     assert "it is of step 4" in checkpoint.verify_checkpoint(tmp_path / "checkpoint-9")[0]
     assert checkpoint.verify_checkpoint(tmp_path / "checkpoint-4.kept") == []
-    assert checkpoint.latest_complete(tmp_path) == tmp_path / "checkpoint-4"
+    assert newest_verified(tmp_path) == tmp_path / "checkpoint-4"
 
 
 class Tied(torch.nn.Module):
