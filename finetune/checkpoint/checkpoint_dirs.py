@@ -71,11 +71,7 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def remove_unfinished(output_dir: Path) -> list[Path]:
-    """Remove the folders of interrupted saves and removals; return those that were named like a checkpoint.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Remove the folders of interrupted saves and removals; return those that were named like a checkpoint."""
     for entry in output_dir.iterdir() if output_dir.is_dir() else ():
         if TEMPORARY_NAME.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -87,11 +83,7 @@ def remove_unfinished(output_dir: Path) -> list[Path]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint: its manifest becomes the mark in one step, then its files are removed.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Remove a checkpoint: its manifest becomes the mark in one step, then its files are removed."""
     if is_complete(folder):
         (folder / MANIFEST_FILE).replace(folder / SAVING_FILE)
         fsync_dir(folder)

@@ -21,11 +21,7 @@ FILES_AT_ONCE = 4
 
 
 def checksum(path: Path) -> tuple[int, str]:
-    """Return the size in bytes and the XXH3-128 in hexadecimal of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the size in bytes and the XXH3-128 in hexadecimal of a file."""
     state, size, buffer = xxhash.xxh3_128(), 0, bytearray(CHUNK_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
@@ -44,11 +40,7 @@ def file_names(folder: Path) -> list[str]:
 
 
 def fsync_and_hash(folder: Path, names: Iterable[str], rank: int | None) -> dict[str, FileRecord]:
-    """Sync and hash the files of a rank; hashing runs while the disk still writes.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Sync and hash the files of a rank; hashing runs while the disk still writes."""
 
     def sync_and_hash(name: str) -> tuple[str, FileRecord]:
         path = folder / name

@@ -45,11 +45,7 @@ class RunIdentity:
     folder: Path | None = None  # that checkpoint, or its universal form
 
     def check_trained(self, shapes: dict[str, list[int]]) -> None:
-        """Compare the trained parameters with those of the checkpoint.
-
-        Raises:
-            CheckpointError: they have other names or shapes.
-        """
+        """Check that the trained parameters have the names and shapes of those in the checkpoint."""
         if self.manifest is None or self.manifest.trained == shapes:
             return
         old = self.manifest.trained
@@ -72,14 +68,7 @@ def trained_shapes(model: Any) -> dict[str, list[int]]:
 def checkpoint_bytes(
     model: Any, trained: Mapping[str, list[int]], *, stage: int | None, share: float, only_model: bool
 ) -> int:
-    """Estimate the bytes that a checkpoint takes on this disk.
-
-    Args:
-        trained: whole shapes by name.
-        stage: of ZeRO, None without DeepSpeed.
-        share: of the ranks whose files lie on this disk.
-        only_model: without the state of the optimizer.
-    """
+    """Estimate the bytes that a checkpoint takes on this disk, where the files of a `share` of the ranks lie."""
     total = _size(model.parameters())
     sizes = ParameterSizes(
         total=total,
@@ -149,7 +138,7 @@ class Saver:
         except FinetuneError as error:
             self.failures.append(str(error))
         except Exception as error:  # torch and safetensors have error types of their own for a full disk
-            if not _is_disk_error(error):
+            if not (isinstance(error, OSError) or any(sign in str(error) for sign in DISK_ERRORS)):
                 raise
             self.failures.append(f"{path}: {str(error).splitlines()[0]}")
 
@@ -228,9 +217,7 @@ class Saver:
         return next(((failures[0], host, free) for failures, host, free in of_ranks if failures), None)
 
     def _files_of_result(self) -> list[str]:
-        return (
-            sorted(path.name for path in self.output_dir.iterdir() if path.is_file()) if self.storage.is_writer else []
-        )
+        return sorted(path.name for path in self.output_dir.iterdir() if self.storage.is_writer and path.is_file())
 
     def _remove_older(self, remove: Callable[..., Any], **options: Any) -> None:
         """Report what cannot be removed now, because somebody reads it over NFS: the next save tries again."""
@@ -267,12 +254,6 @@ class Saver:
 
     def _where(self) -> str:
         return f" on {os.uname().nodename}" if not self.storage.is_shared else ""
-
-
-def _is_disk_error(error: Exception) -> bool:
-    """Whether a disk refused to write: an error of the system, of torch's zip writer, or of safetensors."""
-    text = str(error)
-    return isinstance(error, OSError) or any(sign in text for sign in DISK_ERRORS)
 
 
 def resume_point(newest: Path | None, identity: RunIdentity, output_dir: Path) -> tuple[str, str]:

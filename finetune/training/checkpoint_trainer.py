@@ -24,14 +24,7 @@ from finetune.utils.console import is_rank_0
 
 
 class CheckpointTrainer(Trainer):
-    """The stock Trainer whose checkpoints are complete or none, on every rank's file system.
-
-    Args:
-        identity: which run this is, and from which checkpoint it resumes.
-        keep: how many checkpoints stay; None or 0: all.
-        initial_lora: the LoRA matrices as PiSSA or OLoRA initialised them.
-        zero_stage: 0 to 3; None without DeepSpeed.
-    """
+    """The stock Trainer whose checkpoints are complete or none, on every rank's file system."""
 
     # Optional or wider in `Trainer`; never None here once training starts.
     model: PreTrainedModel
@@ -43,11 +36,7 @@ class CheckpointTrainer(Trainer):
     def init_saver(
         self, identity: RunIdentity, keep: int | None, initial_lora: InitialLora | None, zero_stage: int | None
     ) -> None:
-        """Check the parameters against the checkpoint to resume from, and prepare the saver. All ranks.
-
-        Raises:
-            CheckpointError: the checkpoint has other trained parameters.
-        """
+        """Check the parameters against the checkpoint to resume from, and prepare the saver. All ranks."""
         self.identity, self.initial_lora = identity, initial_lora
         self.output_dir = Path(str(self.args.output_dir))
         self.trained = trained_shapes(self.model)
@@ -71,12 +60,7 @@ class CheckpointTrainer(Trainer):
         """Called after a save or an evaluation that took so long: it is not part of a step's seconds."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, write the manifest, and only then remove an older checkpoint.
-
-        Raises:
-            NumericsError: on every rank; the weights are not finite.
-            StorageError: on every rank; what was written is removed, older checkpoints are untouched.
-        """
+        """Save, write the manifest, and only then remove an older checkpoint; an error is that of every rank."""
         began, step = time.perf_counter(), self.state.global_step
         check_weights(self.model, f"step {step}", self.resume_advice())
         folder = self.saver.begin(step, self.identity.run_id)
@@ -125,12 +109,7 @@ class CheckpointTrainer(Trainer):
                     self.initial_lora.rewrite(folder)
 
     def save_result(self) -> None:
-        """Save the trained model and the Trainer's state in `output_dir`. All ranks.
-
-        Raises:
-            NumericsError: on every rank; the weights are not finite.
-            StorageError: on every rank; what was written is removed.
-        """
+        """Save the trained model and the Trainer's state in `output_dir`; an error is that of every rank."""
         check_weights(self.model, "the result", self.resume_advice())
         with self.saver.saving_result():
             self.save_model()

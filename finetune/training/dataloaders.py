@@ -81,11 +81,7 @@ def build_dataloaders(
 def _padding_reason(
     batch: BatchConfig, model: Any, longest: int, device: torch.device, zero_stage: int | None
 ) -> str | None:
-    """Switch the model to padding-free attention where it is wanted; why it cannot, or None. All ranks.
-
-    Raises:
-        ConfigError: it cannot, and ranks are to share conversations.
-    """
+    """Switch the model to padding-free attention where it is wanted; why it cannot, or None. All ranks."""
     from finetune.models.attention import enable_padding_free
 
     reason = batch.padding_reason
@@ -109,10 +105,9 @@ def _padding_reason(
 
 
 def batch_layout(batch: BatchConfig, longest: int, padding_reason: str | None, selects_logits: bool) -> BatchLayout:
-    """Decide the layout of micro-batches (`dataloader.decide_layout`) for this model.
+    """Decide the layout of micro-batches of examples up to `longest` tokens (`dataloader.decide_layout`).
 
     Args:
-        longest: tokens of the longest example.
         padding_reason: why rows must be padded, or None.
         selects_logits: whether the model's code computes logits at selected positions (`logits_to_keep`).
     """

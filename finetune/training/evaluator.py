@@ -26,12 +26,7 @@ LOSS, BATCHES_LOST = "eval_loss", "eval_non_finite_batches"
 
 
 class HeldOutEvaluator:
-    """Evaluate held-out conversations on all ranks.
-
-    Args:
-        batches: of this rank, in the order of the data; every rank has as many, some may be empty.
-        device: of the model.
-    """
+    """Evaluate held-out conversations: `batches` of this rank, every rank has as many, some may be empty."""
 
     def __init__(self, batches: MicroBatchDataset, device: Any) -> None:
         self.batches = batches
@@ -41,11 +36,8 @@ class HeldOutEvaluator:
     def loss(self, model: Any, prepare: Any, step: int) -> dict[str, float]:
         """Return the mean loss over all supervised tokens of all ranks; `parts` has it by source and turn. All ranks.
 
-        A non-finite loss makes the mean non-finite, and its micro-batch is counted.
-
-        Args:
-            model: as the Trainer calls it; in training mode again afterwards.
-            prepare: moves a batch to the device.
+        A non-finite loss makes the mean non-finite, and its micro-batch is counted. `prepare` moves a batch to the
+        device; the model is in training mode again afterwards.
         """
         began, total = time.perf_counter(), self.batches.sampler.micro_batches_per_epoch
         model.eval()
@@ -83,11 +75,8 @@ class HeldOutEvaluator:
 class EarlyStopping(TrainerCallback):
     """Stop training when so many evaluations in a row have not improved on the best before them.
 
-    It reads the log history, which checkpoints keep, so a resumed run stops at the same step.
-
-    Args:
-        patience: evaluations.
-        threshold: by how much the loss has to be lower to count as better.
+    It reads the log history, which checkpoints keep, so a resumed run stops at the same step. A loss counts as better
+    if it is lower by `threshold`.
     """
 
     def __init__(self, patience: int, threshold: float) -> None:
@@ -118,11 +107,7 @@ def without_progress(losses: Sequence[float | None], threshold: float) -> int:
 
 
 def best_checkpoint(history: Sequence[dict[str, Any]], steps: Sequence[int]) -> tuple[int, float] | None:
-    """Return the saved step with the lowest held-out loss, and that loss; None where none was evaluated.
-
-    Args:
-        history: what was logged, lines with `step` and perhaps `eval_loss`.
-    """
+    """Return the saved step with the lowest held-out loss in the log history, and that loss; None: none is there."""
     evaluated = [
         (entry[LOSS], entry["step"])
         for entry in history

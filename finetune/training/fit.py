@@ -49,7 +49,7 @@ def fit(
         plan_settings: `RunConfig.plan_settings()` and the name of the chat format.
 
     Raises:
-        ConfigError: the Trainer refuses the flags: a tracker that is not installed, evaluation without data.
+        ConfigError: the Trainer refuses the flags.
     """
     from finetune.training.callbacks import PhaseReporter
     from finetune.training.evaluator import EarlyStopping

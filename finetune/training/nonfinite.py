@@ -34,13 +34,7 @@ class LossScale:
 
 
 def finite_flags(losses: Sequence[float], grad_norm: float | None, *, left_out: bool, scale: LossScale | None) -> int:
-    """Return the flags of a step of this rank.
-
-    Args:
-        losses: of its micro-batches. grad_norm: None where nobody computes it.
-        left_out: the optimizer made no step.
-        scale: fp16's loss scale before this step; None without one that moves.
-    """
+    """Return the flags of a step of this rank; see `step_monitor.StepReport`. `left_out`: the optimizer made none."""
     bits = 0 if all(map(math.isfinite, losses)) else LOSS
     bits |= 0 if grad_norm is None or math.isfinite(grad_norm) else GRADIENT
     if left_out:
@@ -104,11 +98,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def check_weights(model: Any, place: str, advice: str) -> None:
-    """Check that all trained weights are finite, each rank its share, without extra memory. All ranks.
-
-    Raises:
-        NumericsError: on every rank; `place` says what is not written.
-    """
+    """Check that all trained weights are finite, each rank its share; `place` says what is not written. All ranks."""
 
     def check() -> None:
         for name, parameter in model.named_parameters():

@@ -55,8 +55,6 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
     It is a callback of its own, for what happens around its steps.
 
     Args:
-        loaders: micro-batches of this rank, and held-out ones.
-        identity: which run this is, and from which checkpoint it resumes.
         peak_flops: of one device per second; None: unknown.
         keep: how many checkpoints stay; None or 0: all.
         initial_lora: the LoRA matrices as PiSSA or OLoRA initialised them.
@@ -117,11 +115,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         return 1
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run one micro-batch forward and backward; return the loss that is averaged over all ranks for the log.
-
-        Raises:
-            NumericsError: fp16 gradients overflow even at the minimum loss scale.
-        """
+        """Run one micro-batch forward and backward; return the loss that is averaged over all ranks for the log."""
         try:
             loss = super().training_step(*args, **kwargs) * (self.args.world_size / self._ranks_averaged_over())
         except Exception as error:
@@ -143,11 +137,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         return self.args.world_size // (1 if self.zero_stage == 3 else self.sharing_ranks)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer.
-
-        Raises:
-            ConfigError: its package is not installed.
-        """
+        """Create the optimizer; a `ConfigError` where its package is not installed."""
         try:
             return super().create_optimizer(*args, **kwargs)
         except ImportError as error:
@@ -221,11 +211,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         return self.flops.of(tokens=step.tokens, logits=logits, pairs=step.pairs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add rates and peak memory of all ranks to what a training step logs.
-
-        Raises:
-            NumericsError: on every rank; too many steps were non-finite.
-        """
+        """Add rates and peak memory of all ranks to what a step logs; end the run on all where it cannot continue."""
         if "loss" in logs:
             count = self.monitor.count
             logs["loss"] = count.mean_without(logs["loss"], self.state.global_step - self.logged_at)
