@@ -164,13 +164,14 @@ def print_published() -> None:
     """Predictions for what others have measured or found to fit, logits at all positions, in decimal GB and GiB."""
     import transformers
 
+    from finetune.config import AdapterArguments
     from finetune.models.adapters import attach_lora
     from finetune.preflight.memory import RunSpec, estimate_memory
     from finetune.preflight.memory.device_memory import FRAMEWORK
     from finetune.preflight.spec_from_config import spec_from_config
 
     def attach(base: Any) -> Any:
-        return attach_lora(base, r=8, alpha=16, dropout=0.0, target_modules=["all-linear"])
+        return attach_lora(base, AdapterArguments(lora_dropout=0.0), base_revision=None, train_embeddings=False)
 
     for what, prefix, sizes, adapter, job, figure, source in PUBLISHED:
         config = getattr(transformers, f"{prefix}Config")(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -234,6 +235,7 @@ def predict(case: Case, folder: Path, tokens: int, logits: int) -> Any:
     """The planner's `MemoryEstimate` of a case."""
     from transformers import AutoConfig
 
+    from finetune.config import AdapterArguments
     from finetune.models.adapters import attach_lora
     from finetune.models.loader import stored_bytes
     from finetune.preflight.memory import RunSpec, estimate_memory
@@ -242,7 +244,7 @@ def predict(case: Case, folder: Path, tokens: int, logits: int) -> Any:
     dropout = 0.0 if case.model == "mixtral" else 0.1
 
     def attach(base: Any) -> Any:
-        return attach_lora(base, r=8, alpha=16, dropout=dropout, target_modules=["all-linear"])
+        return attach_lora(base, AdapterArguments(lora_dropout=dropout), base_revision=None, train_embeddings=False)
 
     shape = spec_from_config(
         AutoConfig.from_pretrained(folder),

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,39 +59,14 @@ def attach_adapter(
     grows, base_revision = tokenizer is not None and needs_new_embeddings(info, tokenizer), info.revision
     if kind in ("prefix", "prompt"):
         return attach_virtual_tokens(base, kind, adapter.num_virtual_tokens, base_revision=base_revision)
-    return attach_lora(
-        base,
-        r=adapter.lora_r,
-        alpha=adapter.lora_alpha,
-        dropout=adapter.lora_dropout,
-        target_modules=adapter.lora_target_modules,
-        modules_to_save=adapter.modules_to_save,
-        use_dora=adapter.use_dora,
-        use_rslora=adapter.use_rslora,
-        init_lora_weights=adapter.init_lora_weights if computes_initial else "default",
-        train_embeddings=grows,
-        base_revision=base_revision,
-    )
+    adapter = adapter if computes_initial else replace(adapter, init_lora_weights="default")
+    return attach_lora(base, adapter, base_revision=base_revision, train_embeddings=grows)
 
 
-def attach_lora(
-    model: Any,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float,
-    target_modules: Sequence[str],
-    modules_to_save: Sequence[str] = (),
-    use_dora: bool = False,
-    use_rslora: bool = False,
-    init_lora_weights: str = "default",
-    train_embeddings: bool = False,
-    base_revision: str | None = None,
-) -> Any:
-    """Attach LoRA matrices to `target_modules` and freeze the rest; return the `PeftModel`.
+def attach_lora(model: Any, adapter: AdapterArguments, *, base_revision: str | None, train_embeddings: bool) -> Any:
+    """Attach LoRA matrices as the flags describe them and freeze the rest; return the `PeftModel`.
 
     Args:
-        target_modules: As `parse_target_modules` takes them.
         train_embeddings: Also train and save the embeddings and the head, because new tokens start untrained.
         base_revision: Revision of the base model's repository, stored in the adapter.
 
@@ -99,21 +75,21 @@ def attach_lora(
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    fully_trained = list(modules_to_save)
+    fully_trained, init = list(adapter.modules_to_save), adapter.init_lora_weights
     if train_embeddings:
         fully_trained += [name for name in embedding_names(model) if name not in fully_trained]
-    targets, linear = parse_target_modules(target_modules), linear_names(model)
-    _check_names(model, [*([] if isinstance(targets, str) else targets), *modules_to_save])
+    targets, linear = parse_target_modules(adapter.lora_target_modules), linear_names(model)
+    _check_names(model, [*([] if isinstance(targets, str) else targets), *adapter.modules_to_save])
     try:
         config = LoraConfig(
-            r=r,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides it by r
-            lora_dropout=dropout,
+            r=adapter.lora_r,
+            lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # peft only divides it by r
+            lora_dropout=adapter.lora_dropout,
             target_modules=targets,
             modules_to_save=fully_trained or None,
-            use_dora=use_dora,
-            use_rslora=use_rslora,
-            init_lora_weights=True if init_lora_weights == "default" else init_lora_weights,  # type: ignore[arg-type]
+            use_dora=adapter.use_dora,
+            use_rslora=adapter.use_rslora,
+            init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
             ensure_weight_tying=_is_tied(model) and bool(fully_trained),
             task_type=TaskType.CAUSAL_LM,
         )

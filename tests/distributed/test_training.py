@@ -122,7 +122,8 @@ def test_moved_base_weights_are_saved_as_a_plain_lora_for_the_original_base(tmp_
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.models.adapters import InitialLora, attach_lora
+    from finetune.models.adapters import InitialLora
+    from tests.helpers.lora import attach_lora
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     untouched = logits(base)
@@ -256,7 +257,7 @@ def test_adapters_have_the_precision_of_their_base(tiny_model):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.models.adapters import attach_lora
+    from tests.helpers.lora import attach_lora
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = attach_lora(base, r=2, alpha=4, dropout=0.0, target_modules=["all-linear"])

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from finetune.dataset.collator import Collator
 from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.dataset.sampler import BatchShape, Sampler
-from finetune.models.adapters import attach_lora
 from finetune.models.attention import enable_padding_free
 from finetune.training.step_monitor import ComputeTimer
 from finetune.training.trainer import SupervisedTrainer
+from tests.helpers.lora import attach_lora
 from tests.helpers.tiny_models import LONGEST, VOCAB_SIZE, InFloat64, build, conversation
 
 QUIET_PEFT = [  # peft says what it sets by itself for GPT-2 and for Mixtral

@@ -276,7 +276,8 @@ def test_a_revision_pins_the_code_and_the_one_exception_names_its_commit(tiny_mo
 def test_an_adapter_remembers_the_revision_of_its_base(tiny_model):
     from transformers import AutoModelForCausalLM
 
-    from finetune.models.adapters import attach_lora, attach_virtual_tokens
+    from finetune.models.adapters import attach_virtual_tokens
+    from tests.helpers.lora import attach_lora
 
     for attach in (
         lambda base: attach_lora(base, r=2, alpha=4, dropout=0.0, target_modules=["q_proj"], base_revision=OLD),

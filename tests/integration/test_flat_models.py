@@ -17,7 +17,6 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
 from finetune.models import attention
-from finetune.models.adapters import attach_lora
 from finetune.models.attention import (
     FLAT_ATTENTION,
     enable_padding_free,
@@ -25,6 +24,7 @@ from finetune.models.attention import (
     supports_logits_to_keep,
 )
 from tests.helpers.flat_rows import LENGTHS, boundaries, kernel_row
+from tests.helpers.lora import attach_lora
 from tests.helpers.tiers import mostly_slow
 from tests.helpers.tiny_models import CHUNK, LONGEST, VOCAB_SIZE, WINDOW, build
 

@@ -16,11 +16,12 @@ import transformers
 
 from finetune.checkpoint.checkpoint_size import MODEL, MODEL_STATES, OPTIMIZER
 from finetune.models import attention
-from finetune.models.adapters import attach_lora, count_parameters
+from finetune.models.adapters import count_parameters
 from finetune.preflight.memory import ModelSpec, RunSpec, estimate_memory
 from finetune.preflight.spec_from_config import spec_from_config
 from finetune.utils.errors import ConfigError
 from tests.helpers import tiny_models
+from tests.helpers.lora import attach_lora
 from tests.helpers.paths import ROOT
 from tests.helpers.short_runs import LORA
 from tests.helpers.tiers import mostly_slow

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from finetune.config.hardware import PEAK_TFLOPS, measured_matmul_rate, peak_flops
-from finetune.models.adapters import attach_lora
 from finetune.training import metrics
 from finetune.training.metrics import StepMeter, model_flops
+from tests.helpers.lora import attach_lora
 from tests.helpers.tiers import mostly_slow
 
 LENGTH = 24
