@@ -6,7 +6,7 @@ import functools
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -40,7 +40,7 @@ DOWNLOAD = r"HTTPS?Connection|huggingface|urllib3?\b|requests\.exceptions"
 # The stack of a rank that waits for the others ends in one of these.
 COLLECTIVE = r"distributed_c10d\.py|deepspeed/comm/"
 KNOWN_CAUSES_FILE = Path(__file__).with_name("known_causes.yaml")
-DATA_STATUS = 3
+EXPLAINED_STATUSES = (2, 3, 4)
 
 
 def find_first_failure(failures: Sequence[Failure]) -> Failure:
@@ -73,12 +73,21 @@ def is_secondary(failure: Failure) -> bool:
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause as the user reads it; `code` is a stable name, such as `gpu-out-of-memory`."""
+    """A cause as the user reads it; `code` is a stable name, such as `gpu-out-of-memory`.
+
+    A cause is only possible where other failures have the same message.
+    """
 
     code: str
     title: str
     explanation: str
     remedy: str
+    is_possible: bool = False
+
+    @property
+    def label(self) -> str:
+        """How it is introduced."""
+        return "Possible cause" if self.is_possible else "Likely cause"
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,8 @@ class KnownCause:
 
     cause: Cause
     pattern: str  # regular expression for the texts of the failure, case ignored
+    possible: str  # the same, for messages that other failures have, too
+    unless: str  # the same, for texts that the cause does not fit
     stack: str  # regular expression for the whole traceback
     kinds: tuple[str, ...]  # values that the failure may have; phases and signals as well
     phases: tuple[str, ...]
@@ -98,22 +109,35 @@ class KnownCause:
         texts = {name: Template(entry[name]).substitute(phrases) for name in ("explanation", "remedy")}
         return cls(
             cause=Cause(entry["code"], entry["title"], **texts),
-            pattern="|".join(entry.get("patterns", ())),
+            **{
+                field: "|".join(entry.get(key, ()))
+                for field, key in (("pattern", "patterns"), ("possible", "possible_patterns"), ("unless", "unless"))
+            },
             stack="|".join(entry.get("stack", ())),
             kinds=tuple(entry.get("kinds", ())),
             phases=tuple(entry.get("phases", ())),
             signals=tuple(entry.get("signals", ())),
         )
 
-    def fits(self, failure: Failure, text: str) -> bool:
-        """Return whether all conditions hold for a failure with this text."""
-        return (
+    @property
+    def needs_text(self) -> bool:
+        """Whether the entry looks for a message or a stack."""
+        return bool(self.pattern or self.possible or self.stack)
+
+    def find(self, failure: Failure, text: str) -> Cause | None:
+        """Return the cause if all conditions hold for a failure with this text."""
+        if not (
             (not self.kinds or failure.kind in self.kinds)
             and (not self.phases or failure.phase in self.phases)
             and (not self.signals or failure.killed_by() in self.signals)
-            and (not self.pattern or re.search(self.pattern, text, re.IGNORECASE | re.MULTILINE) is not None)
             and (not self.stack or re.search(self.stack, failure.traceback) is not None)
-        )
+        ):
+            return None
+        if self.unless and _matches(self.unless, text):
+            return None
+        if _matches(self.pattern, text) if self.pattern else not self.possible:
+            return self.cause
+        return replace(self.cause, is_possible=True) if self.possible and _matches(self.possible, text) else None
 
 
 @functools.cache
@@ -129,20 +153,25 @@ def load_known_causes() -> tuple[KnownCause, ...]:
 def likely_cause(failure: Failure) -> Cause | None:
     """Return the first known cause that fits, None if none does.
 
-    Errors of the data have none: they name place and remedy themselves, and quote rows, which may contain any text.
-    The message counts more than its traceback, which may contain errors that were handled. Causes that need no
-    message come last.
+    Errors of the configuration, the data and checkpoints have none: they name place and remedy themselves, and quote
+    rows and messages of libraries, which may contain any text. The message counts more than its traceback, which may
+    contain errors that were handled: what only they say is possible. Causes that need no message come last.
     """
-    if failure.kind == "error" and failure.status == DATA_STATUS:
+    if failure.kind == "error" and failure.status in EXPLAINED_STATUSES:
         return None
     message = "\n".join((_without_lines(failure.error, "frame #"), *failure.hints))
     # Frames and source lines contain arbitrary names.
     trace = f"{message}\n{_without_lines(failure.traceback, '  ', 'frame #', 'Traceback ')}"
     for text, needs_text in ((message, True), (trace, True), ("", False)):
         for known in load_known_causes():
-            if bool(known.pattern or known.stack) == needs_text and known.fits(failure, text):
-                return known.cause
+            cause = known.find(failure, text) if known.needs_text == needs_text else None
+            if cause is not None:
+                return replace(cause, is_possible=True) if text is trace and failure.error else cause
     return None
+
+
+def _matches(pattern: str, text: str) -> bool:
+    return re.search(pattern, text, re.IGNORECASE | re.MULTILINE) is not None
 
 
 def _without_lines(text: str, *beginnings: str) -> str:

@@ -103,7 +103,7 @@ def format_failure_page(failure: Failure, *, width: int = 100, colour: bool = Fa
     lines += _labelled("Where", _place(failure), width, 2)
     cause = likely_cause(failure)
     if cause is not None:
-        lines += _labelled("Likely cause", f"{cause.title}. {cause.explanation}", width, CAUSE_LINES)
+        lines += _labelled(cause.label, f"{cause.title}. {cause.explanation}", width, CAUSE_LINES)
         lines += _labelled("What to do", cause.remedy, width, REMEDY_LINES)
     lines += _secondary_lines(failure, width)
     if record:

@@ -147,6 +147,12 @@ SAMPLES = {
         raised("huggingface_hub.errors.HfHubHTTPError: 403 Client Error: Forbidden for url: https://huggingface.co/api"),
         raised("huggingface_hub.errors.RepositoryNotFoundError: 404 Client Error. Repository Not Found for url"),
     ],
+    "hub-push-failed": [
+        raised("huggingface_hub.errors.HfHubHTTPError: 403 Client Error: Forbidden for url: https://huggingface.co/api/repos/"
+               "create", phase="model", traceback='  File "/x/hf_api.py", line 9, in create_repo'),
+        raised("requests.exceptions.ConnectionError: HTTPSConnectionPool(host='huggingface.co', port=443): Max retries "
+               "exceeded", phase="end", traceback='  File "/x/hub.py", line 9, in push_to_hub'),
+    ],
     "hub-unreachable": [
         raised("OSError: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in "
                "the cached files."),
@@ -242,6 +248,9 @@ SAMPLES = {
     "model-type-unknown": [
         raised("ValueError: The checkpoint you are trying to load has model type `nosuch` but Transformers does not "
                "recognize this architecture."),
+    ],
+    "model-not-causal": [
+        raised("ValueError: Unrecognized configuration class <class 'T5Config'> for this kind of AutoModel: AutoModelFor", phase="model"),
     ],
     "package-missing": [
         raised("ModuleNotFoundError: No module named 'deepspeed'"),
