@@ -106,9 +106,9 @@ class KnownCause:
     @classmethod
     def from_entry(cls, entry: dict[str, Any], phrases: dict[str, str]) -> KnownCause:
         """Build an entry from its YAML, with the phrases filled in."""
-        texts = {name: Template(entry[name]).substitute(phrases) for name in ("explanation", "remedy")}
+        explanation, remedy = (Template(entry[name]).substitute(phrases) for name in ("explanation", "remedy"))
         return cls(
-            cause=Cause(entry["code"], entry["title"], **texts),
+            cause=Cause(entry["code"], entry["title"], explanation, remedy),
             **{
                 field: "|".join(entry.get(key, ()))
                 for field, key in (("pattern", "patterns"), ("possible", "possible_patterns"), ("unless", "unless"))

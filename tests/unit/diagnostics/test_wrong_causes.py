@@ -73,7 +73,7 @@ IN_PHASE = [
     ("model-files-missing", "model", "ValueError: Unrecognized model in out. Should have a `model_type` key in its"),
     ("weights-damaged", "model", "_pickle.UnpicklingError: invalid load key, 'v'."),
     ("weights-damaged", "model", "Weights only load failed. WeightsUnpickler error: Unsupported operand 118"),
-    ("package-versions", "model", "ImportError: x>=2 is required for a normal functioning of this module, but found x==1"),
+    ("package-versions", "model", "x>=2 is required for a normal functioning of this module, but found x==1"),
     (None, "model", "RuntimeError: unable to mmap 512 bytes from file </data/model.bin>: Invalid argument (22)"),
 ]  # fmt: skip
 POSSIBLE = [
