@@ -34,7 +34,7 @@ from finetune.training import run_start
 from finetune.training.data_setup import load_data
 from finetune.training.dataloaders import build_dataloaders
 from finetune.training.finalize import end_run, finalize
-from finetune.training.fit import fit
+from finetune.training.fit import TrainingInputs, fit
 from finetune.training.model_checks import check_against_data, check_model
 from finetune.training.resume_check import resume_facts, saved_day
 from finetune.utils import console
@@ -87,14 +87,8 @@ def run_training(argv: Sequence[str]) -> Path:
         model = attach_adapter(model, config.adapter, info, tokenizer, seed=batch.seed)
         loaders = build_dataloaders(batch, model, tokenizer, data, args.device, config.zero_stage)
         run_start.record_model(config.checkpoint.output_dir, info, loaders.layout, config.notes)
-        trainer = fit(
-            *(model, tokenizer, data, loaders, args, identity),
-            adapter=config.adapter,
-            hardware=hardware,
-            keep=config.checkpoint.keep,
-            run=run,
-            plan_settings={**config.plan_settings(), "chat_format": chat_format.name},
-        )
+        inputs = TrainingInputs(model, tokenizer, data, loaders, args)
+        trainer = fit(inputs, identity, config.fit_options(chat_format.name))
         finalize(trainer, info, is_adapter=config.adapter.kind() is not None, precision=hardware.precision)
         end_run(trainer, partial(write_report, run))
     return config.checkpoint.output_dir

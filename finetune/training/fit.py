@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.checkpoint.saver import RunIdentity
-from finetune.config import AdapterArguments, RunArguments
 from finetune.config.hardware import HardwareConfig, measured_matmul_rate, peak_flops
+from finetune.config.run_config import FitOptions
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import run_on_rank_0
 from finetune.distributed.startup_timer import start_up_seconds
@@ -28,25 +28,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def fit(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    loaders: Dataloaders,
-    args: TrainingArguments,
-    identity: RunIdentity,
-    *,
-    adapter: AdapterArguments,
-    hardware: HardwareConfig,
-    run: RunArguments,
-    keep: int | None,
-    plan_settings: Mapping[str, Any],
-) -> SupervisedTrainer:
-    """Train to the end, or to a stop that was requested; the plan is shown once the number of steps is known.
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What is loaded before the first step."""
 
-    Args:
-        keep: complete checkpoints that stay; None or 0: all.
-        plan_settings: `RunConfig.plan_settings()` and the name of the chat format.
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    loaders: Dataloaders
+    args: TrainingArguments
+
+
+def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> SupervisedTrainer:
+    """Train to the end, or to a stop that was requested; the plan is shown once the number of steps is known.
 
     Raises:
         ConfigError: the Trainer refuses the flags.
@@ -56,44 +50,44 @@ def fit(
     from finetune.training.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
-        plan = summarize_plan(plan_settings, model, data, loaders, steps)
+        plan = summarize_plan(options.plan_settings, inputs, steps)
         logger.info(section("Plan", plan.lines()) + "\n")
-        warmup = args.get_warmup_steps(steps)
+        warmup = inputs.args.get_warmup_steps(steps)
         if warmup >= steps:
             logger.warning(f"--warmup_steps {warmup}: the run has {steps} steps: --learning_rate is never reached")
         run_on_rank_0(lambda: update_run_json(trainer.output_dir, {"plan": asdict(plan)}))
 
     # PiSSA and OLoRA change base weights; the adapter is saved relative to the original ones.
+    adapter = options.adapter
     moves_weights = adapter.kind() == "lora" and changes_base_weights(adapter.init_lora_weights)
     try:
         trainer = SupervisedTrainer(
-            model=model,
-            args=args,
-            loaders=loaders,
+            model=inputs.model,
+            args=inputs.args,
+            loaders=inputs.loaders,
             identity=identity,
-            peak_flops=_peak_flops(hardware),
-            keep=keep,
-            processing_class=tokenizer,
-            initial_lora=InitialLora(model) if moves_weights else None,
+            peak_flops=_peak_flops(options.hardware),
+            keep=options.keep_checkpoints,
+            processing_class=inputs.tokenizer,
+            initial_lora=InitialLora(inputs.model) if moves_weights else None,
             on_plan=announce,
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
-    if run.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStopping(run.early_stopping_patience, run.early_stopping_threshold))
+    if options.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(options.early_stopping_patience, options.early_stopping_threshold))
     trainer.add_callback(PhaseReporter())
     trainer.train(resume_from_checkpoint=str(identity.folder) if identity.folder else None)
     return trainer
 
 
-def summarize_plan(
-    settings: Mapping[str, Any], model: Any, data: PreparedData, loaders: Dataloaders, steps: int
-) -> TrainingPlan:
+def summarize_plan(settings: Mapping[str, Any], inputs: TrainingInputs, steps: int) -> TrainingPlan:
     """Build the plan of a run of so many optimizer steps; `settings` are its fields that the flags decide."""
     from finetune.dataset.dataloader import padding_share
 
-    trainable, parameters = count_parameters(model)
-    sampler, collator, held_out = loaders.train.sampler, loaders.train.collate, loaders.held_out
+    trainable, parameters = count_parameters(inputs.model)
+    batches, held_out = inputs.loaders.train, inputs.loaders.held_out
+    sampler, collator = batches.sampler, batches.collate
     known = {name: value for name, value in settings.items() if name != "held_out_schedule"}
     if held_out is not None:
         tokens, schedule = int(held_out.lengths.sum()), settings["held_out_schedule"]
@@ -105,16 +99,17 @@ def summarize_plan(
         per_device_batch=sampler.shape.per_device_batch,
         accumulation=sampler.shape.accumulation,
         data_ranks=sampler.shape.world_size,
-        examples=len(loaders.train),
+        examples=len(batches),
         groups=None if sampler.capacity is None else sampler.num_units,
         group_tokens=sampler.capacity,
         tokens=int(sampler.lengths.sum()),
-        supervised_share=data.summary.supervised_share,
+        supervised_share=inputs.data.summary.supervised_share,
         batching=sampler.batching,
         padding=padding_share(sampler) if sampler.batching == "padded" else 0.0,
         selects_logits=collator.selects_logits,
         loss_weighting=collator.weighting,
-        attention=model.config._attn_implementation + (", per conversation" if sampler.batching != "padded" else ""),
+        attention=inputs.model.config._attn_implementation
+        + (", per conversation" if sampler.batching != "padded" else ""),
         epochs=steps / sampler.steps_per_epoch,
         steps=steps,
         start_up=start_up_seconds(),

@@ -27,7 +27,7 @@ from finetune.models.adapters import attach_adapter
 from finetune.models.loader import inspect_model, load_tokenizer
 from finetune.training.data_setup import load_data, prepare_run_data
 from finetune.training.dataloaders import build_dataloaders
-from finetune.training.fit import fit
+from finetune.training.fit import TrainingInputs, fit
 from finetune.training.run_start import set_timeouts, skip_rows
 from finetune.utils.errors import FinetuneError
 from tests.helpers.logs import logged
@@ -168,14 +168,8 @@ def stopped(words: Words, monkeypatch: Any) -> Any:
     monkeypatch.setattr("finetune.training.fit._peak_flops", lambda _: None)
     held_out = parse([*words, "--validation_share", "0.5"])
     config, _ = train.resolve(held_out, DetectedHardware(), RankCounts(1, 1))
-    fit(
-        *(None, None, None, None, None, SimpleNamespace(folder=None)),
-        adapter=config.adapter,
-        hardware=config.hardware,
-        run=config.run,
-        keep=None,
-        plan_settings={},
-    )
+    inputs = TrainingInputs(*[None] * 5)  # type: ignore[arg-type]
+    fit(inputs, SimpleNamespace(folder=None), config.fit_options("chatml"))
     history = [{"eval_loss": loss} for loss in (2.0, 1.9, 1.8, 1.79)]
     for one in callbacks:
         if hasattr(one, "patience"):
