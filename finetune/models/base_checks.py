@@ -76,7 +76,7 @@ def check_weights(
         notes.append(f"not loaded, because only the text model is trained: {format_names(faults.unexpected)}")
     elif faults.unexpected:
         text = f"{type(empty).__name__} does not use {format_names(faults.unexpected)}"
-        (reasons if may_miss == () else notes).append(text)
+        (reasons if may_miss == () and not empty.is_custom_code() else notes).append(text)
     if faults.misshapen:
         reasons.append(f"of another shape are {format_names(faults.misshapen)}")
     if reasons:
@@ -115,6 +115,8 @@ def find_faults(empty: Any, stored: StoredTensors) -> WeightFaults:
         logging.set_verbosity(verbosity)
         if has_bar:
             logging.enable_progress_bar()
+    if empty.is_custom_code():  # it may have buffers that nobody saves
+        info.missing_keys = {name for name in info.missing_keys if not COMPUTED_BUFFERS.search(name)}
     missing, misshapen = [], []
     shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info.mismatched_keys}
     for name in sorted({*info.missing_keys, *shapes, *info.conversion_errors}):

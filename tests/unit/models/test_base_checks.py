@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config.arguments import ModelArguments
 from finetune.models import loader
-from finetune.models.base_checks import _is_finite, check_finite
+from finetune.models.base_checks import _is_finite, check_finite, check_weights
 from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers import tiny_models
@@ -116,6 +116,30 @@ def test_what_transformers_ties_ignores_or_computes_is_no_fault(save):
     masks = {f"h.{layer}.attn.{name}": torch.ones(1) for layer in (0, 1) for name in ("bias", "masked_bias")}
     write(folder, {**bare, **masks})
     assert inspect(folder).notes == ()
+
+
+class OwnCode(transformers.LlamaForCausalLM):
+    """A model with code of its own, which saves no heads that it does not use, and no frequencies that it computes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("inv_freq", torch.ones(3))
+
+
+def test_a_model_with_code_of_its_own_may_compute_a_buffer_and_leave_tensors_unused(save):
+    folder, tensors = save()
+    write(folder, {**tensors, "mtp.weight": torch.ones(1)})
+
+    def notes() -> list[str]:
+        with torch.device("meta"):
+            empty = OwnCode(config)
+        return check_weights(folder, empty, empty.config, label="M")
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert notes() == ["OwnCode does not use mtp.weight"]
+    write(folder, {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"})
+    with pytest.raises(ConfigError, match=r"the files lack lm_head\.weight"):
+        notes()
 
 
 def test_a_vision_tower_beside_a_text_model_is_a_note(save):
