@@ -35,6 +35,7 @@ from finetune.training.data_setup import load_data
 from finetune.training.dataloaders import build_dataloaders
 from finetune.training.finalize import end_run, finalize
 from finetune.training.fit import TrainingInputs, fit
+from finetune.training.flag_checks import check_training_flags
 from finetune.training.model_checks import check_against_data, check_model
 from finetune.training.resume_check import resume_facts, saved_day
 from finetune.utils import console
@@ -102,7 +103,13 @@ def resolve(arguments: Arguments, hardware: DetectedHardware, ranks: RankCounts)
     """
     may_reshape = arguments.run.resume_world_size == "any"
     saved = saved_step(arguments.output_dir, arguments.resumes_from(), ranks.size) if may_reshape else None
-    return check_model(resolve_config(arguments, hardware, ranks, saved))
+    config = resolve_config(arguments, hardware, ranks, saved)
+    check_training_flags(
+        config.training_values(),
+        arguments.given_flags(),
+        builds_optimizer=config.deepspeed is None or "optimizer" not in config.deepspeed.config,
+    )
+    return check_model(config)
 
 
 def write_report(run: RunArguments, output_dir: Path, was_stopped: bool) -> None:

@@ -28,6 +28,24 @@ from finetune.utils.user_files import read_json, read_text
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 UNSET: tuple[Any, ...] = (None, "", [], [""])
+# The lowest value of each number that makes sense.
+LOWEST = {
+    **dict.fromkeys(
+        "model_max_length preprocessing_num_workers sequence_parallel_size tokens_per_device_batch lora_r "
+        "num_virtual_tokens early_stopping_patience per_device_train_batch_size per_device_eval_batch_size "
+        "gradient_accumulation_steps eval_accumulation_steps dataloader_prefetch_factor torch_empty_cache_steps "
+        "ddp_timeout".split(),
+        1,
+    ),
+    **dict.fromkeys(
+        "report_answers report_seconds report_samples meeting_timeout start_timeout step_timeout save_timeout "
+        "early_stopping_threshold save_total_limit dataloader_num_workers eval_delay warmup_steps weight_decay "
+        "adam_beta1 adam_beta2 max_grad_norm label_smoothing_factor seed data_seed".split(),
+        0,
+    ),
+}
+ABOVE_0 = ("logging_steps", "save_steps", "eval_steps", "adam_epsilon")
+HIGHEST_SEED = 2**32 - 1  # of numpy
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -152,6 +170,7 @@ def _translate(given: dict[str, Any], training: dict[str, Any]) -> list[str]:
 def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
     """Yield what is wrong with values that have the right types."""
     yield from data_faults(arguments.data)
+    yield from _number_faults(arguments)
     yield from _batch_faults(arguments)
     rate, epochs, steps = (arguments.given(name) for name in ("learning_rate", "num_train_epochs", "max_steps"))
     if not rate > 0:
@@ -162,14 +181,29 @@ def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
     yield from _adapter_faults(arguments.adapter)
     if not adapter_refused:  # --use_lora False: the settings of a file do not count
         yield from _unused_adapter_flags(arguments.adapter)
-    for name in ("report_answers", "report_seconds", "report_samples"):
-        yield from below(0, name, getattr(arguments.run, name))
+
+
+def _number_faults(arguments: Arguments) -> Iterator[str]:
+    """Yield numbers below the lowest that makes sense; those of the data are looked at with the data."""
+    groups = (arguments.batch, arguments.adapter, arguments.run)
+    numbers = {name: value for group in groups for name, value in vars(group).items()} | arguments.training
+    for name, value in numbers.items():
+        if name in LOWEST:
+            yield from below(LOWEST[name], name, value)
+        if name in ABOVE_0 and value is not None and value <= 0:
+            yield f"--{name} {value:g}: expected more than 0"
+        if name in ("seed", "data_seed") and value is not None and value > HIGHEST_SEED:
+            yield f"--{name} {value}: expected at most {HIGHEST_SEED}"
+    steps = arguments.training.get("max_steps", -1)
+    if steps < -1 or steps == 0:
+        yield f"--max_steps {steps}: no step would be made: expected at least 1, or -1 to train by epochs"
 
 
 def data_faults(data: DataArguments) -> Iterator[str]:
     """Yield what is wrong with the flags of the data."""
-    yield from below(1, "model_max_length", data.model_max_length)
-    yield from below(1, "preprocessing_num_workers", data.preprocessing_num_workers)
+    for name, number in vars(data).items():
+        if name in LOWEST:
+            yield from below(LOWEST[name], name, number)
     if not 0 <= data.max_dropped_rows <= 1:
         yield f"--max_dropped_rows {data.max_dropped_rows}: expected a share from 0 to 1"
     if not 0 <= data.validation_share < 1:
@@ -210,8 +244,6 @@ def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:
         yield f"--init_lora_weights {start}: expected default, gaussian, pissa, pissa_niter_16 (any number) or olora"
     elif adapter.use_dora and start not in ("default", "gaussian"):
         yield f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them"
-    yield from below(1, "lora_r", adapter.lora_r)
-    yield from below(1, "num_virtual_tokens", adapter.num_virtual_tokens)
     if not 0 <= adapter.lora_dropout < 1:
         yield f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1"
 
@@ -232,8 +264,6 @@ def _unused_adapter_flags(adapter: AdapterArguments) -> Iterator[str]:
 
 def _batch_faults(arguments: Arguments) -> Iterator[str]:
     batch, budget = arguments.batch, arguments.batch.tokens_per_device_batch
-    yield from below(1, "sequence_parallel_size", batch.sequence_parallel_size)
-    yield from below(1, "tokens_per_device_batch", budget)
     if budget is not None and "per_device_train_batch_size" in arguments.training:
         yield "--tokens_per_device_batch and --per_device_train_batch_size exclude each other: keep one of them"
     if budget is not None and batch.batching == "packed":

@@ -269,6 +269,10 @@ class Arguments:
         """Whether the user gave this training flag, or it has another value than ours."""
         return name in self.training and self.training[name] != TRAINING_DEFAULTS.get(name)
 
+    def given_flags(self) -> dict[str, Any]:
+        """Return the training flags that the user gave, without secrets."""
+        return {name: value for name, value in self.training.items() if self.was_given(name) and name not in SECRETS}
+
     def resumes_from(self) -> str | None:
         """`auto`, the folder of a checkpoint, or None."""
         value = self.given("resume_from_checkpoint")

@@ -9,7 +9,6 @@ Keys: https://www.deepspeed.ai/docs/config-json/ ; what transformers fills: tran
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -18,39 +17,27 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from finetune.config.hardware import Precision
+from finetune.config.deepspeed_flags import (
+    AUTO,
+    DeepSpeedFlags,
+    resolve_optimizer,
+    resolve_precision,
+    resolve_schedule,
+    resolve_values,
+)
+from finetune.config.deepspeed_schema import remove_key, schema_faults, without_comments
 from finetune.utils.errors import ConfigError, format_faults
 from finetune.utils.proc import shipped_folder
 from finetune.utils.user_files import json_kind, read_json_object
 
-AUTO = "auto"
 STAGES = (0, 1, 2, 3)
-# Filled by transformers once the model's hidden size, or the number of steps, is known.
+# Filled by transformers once the model's hidden size is known.
 LEFT_TO_TRANSFORMERS = {
     "zero_optimization.reduce_bucket_size",
     "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_param_persistence_threshold",
-    "scheduler.params.total_num_steps",
-    "scheduler.params.warmup_num_steps",
-    "scheduler.params.warmup_min_lr",
 }
 NEEDS_CUDA = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
-
-
-@dataclass(frozen=True)
-class DeepSpeedFlags:
-    """The plain values a config is checked against, under their flag names."""
-
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    max_grad_norm: float
-    learning_rate: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
-    weight_decay: float
-    precision: Precision
-    precision_was_replaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,13 +114,21 @@ def resolve_deepspeed_config(
     Raises:
         ConfigError: all faults at once, each naming both values and the fix.
     """
-    resolver = _Resolver(copy.deepcopy(dict(config)))
-    resolved, stage = resolver.config, resolver.stage()
-    if not resolver.faults:
-        resolver.resolve_precision(command)
-        resolver.resolve_batch_and_optimizer(command, world_size // sequence_parallel_size)
+    resolver = _Resolver(without_comments(config))
+    resolved, stage, faults, notes = resolver.config, resolver.stage(), resolver.faults, resolver.notes
+    if not faults:
+        resolver.compare_sharing(sequence_parallel_size)
+        for key, text in schema_faults(resolved):
+            faults.append(text)
+            remove_key(resolved, key)
+        resolve_precision(resolved, command, faults, notes)
+        resolve_schedule(resolved, command, faults, notes)
+        resolve_optimizer(resolved, command, stage, use_cpu=use_cpu, faults=faults, notes=notes)
+        resolve_values(resolved, command, world_size // sequence_parallel_size, faults)
         resolver.resolve_zero(stage, world_size, local_world_size, use_cpu)
         resolver.check_leftover_autos(resolved)
+        if any((resolved.get("activation_checkpointing") or {}).values()):
+            notes.append("activation_checkpointing has no effect: --gradient_checkpointing True decides")
         if sequence_parallel_size > 1:
             resolved["sequence_parallel_size"] = sequence_parallel_size
             resolved.pop("train_batch_size", None)  # transformers and DeepSpeed disagree on its meaning here
@@ -160,60 +155,15 @@ class _Resolver:
         if isinstance(stage, bool) or stage not in STAGES:
             self.faults.append(f"zero_optimization.stage is {json.dumps(stage)}: expected 0, 1, 2 or 3")
             return 0
-        if "zero_optimization" not in self.config:
-            close = get_close_matches("zero_optimization", self.config, n=1, cutoff=0.7)
-            if close:
-                self.faults.append(f'"{close[0]}" is not a DeepSpeed key: did you mean "zero_optimization"?')
         return stage
 
-    def resolve_precision(self, command: DeepSpeedFlags) -> None:
-        for precision in ("bf16", "fp16"):
-            wanted = command.precision == precision
-            section = self.config.get(precision)
-            if section is None and wanted:
-                self.config[precision] = {"enabled": True}
-            elif isinstance(section, dict):
-                value = section.get("enabled", False)
-                if value in (AUTO, wanted):
-                    section["enabled"] = wanted
-                elif value is True and command.precision_was_replaced:
-                    section["enabled"] = False
-                    self.notes.append(f"{precision}.enabled is off for the same reason as the flag")
-                else:
-                    fix = f"--{precision} True" if value else f'"{precision}": {{"enabled": "auto"}} there'
-                    computes = f"but this run computes in {command.precision}: give {fix}"
-                    self.faults.append(f"{precision}.enabled is {json.dumps(value)}, {computes}")
-            elif section is not None:
-                self.faults.append(f'{precision}: expected an object such as {{"enabled": "auto"}}')
-
-    def resolve_batch_and_optimizer(self, command: DeepSpeedFlags, world_size: int) -> None:
-        micro, accumulation = command.per_device_train_batch_size, command.gradient_accumulation_steps
-        decided = [
-            ("train_micro_batch_size_per_gpu", micro, "--per_device_train_batch_size"),
-            ("gradient_accumulation_steps", accumulation, "--gradient_accumulation_steps"),
-            ("gradient_clipping", command.max_grad_norm, "--max_grad_norm"),
-            ("optimizer.params.lr", command.learning_rate, "--learning_rate"),
-            ("optimizer.params.betas", [command.adam_beta1, command.adam_beta2], "--adam_beta1, --adam_beta2"),
-            ("optimizer.params.eps", command.adam_epsilon, "--adam_epsilon"),
-            ("optimizer.params.weight_decay", command.weight_decay, "--weight_decay"),
-            ("scheduler.params.warmup_max_lr", command.learning_rate, "--learning_rate"),
-        ]
-        for key, value, flag in decided:
-            self.fill_or_compare(key, value, f"{flag} is {json.dumps(value)}", f"or give {flag} its value")
-        product = micro * accumulation * world_size
-        factors = f"{micro} per device x {accumulation} accumulated x {world_size} ranks is {product}"
-        self.fill_or_compare("train_batch_size", product, factors, "or change one of them")
-
-    def fill_or_compare(self, key: str, value: Any, other: str, remedy: str) -> None:
-        node, last = _node(self.config, key)
-        if node is None or (last not in node and "." in key):
-            return
-        if node.get(last, AUTO) == AUTO:
-            node[last] = value
-        elif _as_number(node[last]) != _as_number(value):
-            self.faults.append(f'{key} is {json.dumps(node[last])}, but {other}: write "auto" there, {remedy}')
-        else:
-            node[last] = value  # "8" becomes 8: DeepSpeed compares without converting
+    def compare_sharing(self, size: int) -> None:
+        value = self.config.pop("sequence_parallel_size", AUTO)
+        if value not in (AUTO, size):
+            self.faults.append(
+                f"sequence_parallel_size is {json.dumps(value)}, but --sequence_parallel_size is {size}: leave the key "
+                "out"
+            )
 
     def resolve_zero(self, stage: int, world_size: int, local_world_size: int, use_cpu: bool) -> None:
         zero = self.config.setdefault("zero_optimization", {"stage": stage})
@@ -229,9 +179,6 @@ class _Resolver:
         for key in ("offload_optimizer", "offload_param"):
             offload = zero.get(key)
             if offload is None:
-                continue
-            if not isinstance(offload, dict) or offload.get("device", "none") not in ("none", "cpu", "nvme"):
-                self.faults.append(f'{key} is {json.dumps(offload)}: expected {{"device": "cpu"}} or "nvme" or "none"')
                 continue
             if key == "offload_param" and stage != 3 and offload.get("device", "none") != "none":
                 self.faults.append(f"offload_param needs ZeRO stage 3, but zero_optimization.stage is {stage}")
@@ -265,23 +212,3 @@ class _Resolver:
                 self.check_leftover_autos(value, f"{name}.")
             elif value == AUTO and name not in LEFT_TO_TRANSFORMERS:
                 self.faults.append(f'{name} is "auto", but nothing on the command line decides it: give a value')
-
-
-def _node(config: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
-    *parents, last = key.split(".")
-    node: Any = config
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    return (node if isinstance(node, dict) else None), last
-
-
-def _as_number(value: Any) -> Any:
-    """`"8"`, 8 and 8.0 are one value; lists are compared element by element."""
-    if isinstance(value, list):
-        return [_as_number(item) for item in value]
-    if isinstance(value, bool):
-        return value
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return value

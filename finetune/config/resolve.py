@@ -176,9 +176,7 @@ def evaluation_options(arguments: Arguments) -> dict[str, Any]:
         for name in (name for name, given in needs.items() if given):
             raise ConfigError(f"--{name}: needs held-out conversations: give --eval_data_path or --validation_share")
         return {}
-    patience, metric = arguments.run.early_stopping_patience, arguments.given("metric_for_best_model")
-    if patience is not None and patience < 1:
-        raise ConfigError(f"--early_stopping_patience {patience}: expected at least 1")
+    metric = arguments.given("metric_for_best_model")
     if metric not in (None, "loss", "eval_loss"):
         raise ConfigError(f"--metric_for_best_model {metric}: expected eval_loss, the only one that is computed")
     return {
@@ -280,6 +278,7 @@ def _resolve_deepspeed(
         "gradient_accumulation_steps": batch.accumulation,
         "precision": hardware.precision,
         "precision_was_replaced": requested != hardware.precision,
+        "given": arguments.given_flags(),
     }
     given = {flag: arguments.given(flag) for flag in DeepSpeedFlags.__dataclass_fields__ if flag not in derived}
     path = find_config(name)

@@ -46,7 +46,7 @@ from finetune.training.nonfinite import (
 )
 from finetune.training.step_monitor import ComputeTimer, StepMonitor, StepReport
 from finetune.utils.console import is_terminal
-from finetune.utils.errors import ConfigError, NumericsError
+from finetune.utils.errors import NumericsError
 
 
 class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
@@ -103,6 +103,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         self.on_plan, self.logged_at = on_plan, 0
         self._micro_losses: list[torch.Tensor] = []
         self._grad_norm: Any = None
+        self._step_rate = 0.0
         self._is_skipped = self._save_is_due = False
         self._loss_scale: LossScale | None = None
         self.remove_callback(PrinterCallback)
@@ -135,13 +136,6 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         ranks (0.19.8).
         """
         return self.args.world_size // (1 if self.zero_stage == 3 else self.sharing_ranks)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer; a `ConfigError` where its package is not installed."""
-        try:
-            return super().create_optimizer(*args, **kwargs)
-        except ImportError as error:
-            raise ConfigError(f"--optim {getattr(self.args.optim, 'value', self.args.optim)}: {error}") from None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule, and note the hyperparameters of this run before a checkpoint is loaded over them."""
@@ -227,6 +221,10 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
             raise NumericsError(self.error)
         self.timer.restart()
 
+    def _get_learning_rate(self) -> float:
+        """Return the rate of this step: a schedule that DeepSpeed steps is past it when transformers asks."""
+        return self._step_rate
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the gradient norm, and keep it for the end of the step."""
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -281,6 +279,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         stop_requests.watch_stop_file(self.output_dir / stop_requests.STOP_FILE)  # a stop can wait for the step's end
         self._micro_losses, self._grad_norm, self._is_skipped = [], None, False
+        self._step_rate = super()._get_learning_rate()
         self._loss_before = self._tr_loss.clone()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:

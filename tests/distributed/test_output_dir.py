@@ -131,7 +131,7 @@ BAD_INPUT = {
     ),
     "too short": (3, "all 6 rows are dropped", {"--model_max_length": "3"}),
     "no evaluation data": (2, "--eval_strategy: needs held-out conversations", {"--eval_strategy": "epoch"}),
-    "bad value": (2, "training flags contradict each other", {"--lr_scheduler_type": "wavy"}),
+    "bad value": (2, "--lr_scheduler_type wavy: ", {"--lr_scheduler_type": "wavy"}),
     "liger on a CPU": (2, "--use_liger_kernel True: its kernels need a GPU", {"--use_liger_kernel": "True"}),
     "a step that changes": (2, "--auto_find_batch_size True", {"--auto_find_batch_size": "True"}),
     "unknown order": (2, "expected random, sequential", {"--train_sampling_strategy": "backwards"}),

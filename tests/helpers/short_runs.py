@@ -14,8 +14,9 @@ SHORT = (
 LORA = ("--use_lora", "True", "--lora_dropout", "0")
 
 
-def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+def losses(output: Path, name: str = "loss") -> list[float]:
+    """What metrics.jsonl says of each logged step under this name."""
+    return [json.loads(line)[name] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 KINDS_OF_RESULTS = {

@@ -1,0 +1,132 @@
+"""Build what the flags of transformers name, before data and weights are read: arguments, optimizer, schedule.
+
+Whatever transformers or torch refuses is reported with the flags that cause it: those without which it is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.utils.options import raise_faults
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# What the constructors raise for values that they do not take.
+REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+MAY_BE_FILES = ("deepspeed", "fsdp_config", "accelerator_config")  # the others take JSON only
+IGNORES_OPTIONS = ("constant", "constant_with_warmup")  # schedules that drop --lr_scheduler_kwargs
+NEEDS_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that look for layers by name
+STEPS = 1000  # of the schedule that is built where the data decide the number
+
+
+def check_training_flags(values: Mapping[str, Any], given: Mapping[str, Any], *, builds_optimizer: bool) -> None:
+    """Build `TrainingArguments`, the optimizer for one small parameter, and its schedule.
+
+    Args:
+        values: keyword arguments of `TrainingArguments`. Devices and process groups are not touched, and what depends
+            on them is left out: the hardware may be that of another host.
+        given: the training flags that the user gave, by name.
+        builds_optimizer: False where DeepSpeed builds it.
+
+    Raises:
+        ConfigError: every fault, each beginning with the flags and their values.
+    """
+    values = {**values, "use_cpu": True, "tf32": None, "deepspeed": None, "save_on_each_node": False}
+    faults = []
+    for name, value in given.items():
+        if name in _dict_flags() and isinstance(value, str) and not _is_object(name, value):
+            faults.append(f'--{name} {value}: expected a JSON object such as {{"name": 1}}')
+            values.pop(name, None)
+    while (refusal := _refusal(values, builds_optimizer)) is not None:
+        causes = [name for name in given if name in values and _is_cause(name, values, refusal, builds_optimizer)]
+        shown = " ".join(f"--{name} {given[name]}" for name in causes) or "the training flags"
+        faults.append(f"{shown}: {refusal}")
+        if not causes:
+            break
+        for name in causes:
+            del values[name]
+    raise_faults(faults)
+
+
+def _is_cause(name: str, values: Mapping[str, Any], refusal: str, builds_optimizer: bool) -> bool:
+    rest = {other: value for other, value in values.items() if other != name}
+    return _refusal(rest, builds_optimizer) != refusal
+
+
+def _refusal(values: Mapping[str, Any], builds_optimizer: bool) -> str | None:
+    """Return why these values are refused, in one line, or None."""
+    try:
+        arguments = _arguments_class()(**values)
+        optimizer = _build_optimizer(arguments) if builds_optimizer else None
+        _build_schedule(arguments, optimizer)
+    except REFUSALS as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def _build_optimizer(arguments: TrainingArguments) -> Any:
+    from torch import nn
+    from transformers import Trainer
+
+    model: Any = nn.Linear(2, 2)
+    name: str = getattr(arguments.optim, "value", arguments.optim)
+    try:
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (TypeError, ValueError):
+        if name.startswith(NEEDS_THE_MODEL):
+            return None
+        raise
+    return cls([{"params": list(model.parameters()), "weight_decay": arguments.weight_decay}], **options)
+
+
+def _build_schedule(arguments: TrainingArguments, optimizer: Any) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    options: Any = arguments.lr_scheduler_kwargs
+    name: str = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+    if options and name in IGNORES_OPTIONS:
+        raise ValueError(f"the schedule {name} takes no options")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    steps = arguments.max_steps if arguments.max_steps > 0 else STEPS
+    get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=options,
+    )
+
+
+@cache
+def _arguments_class() -> Any:
+    """`TrainingArguments` without devices."""
+    import torch
+    from transformers import TrainingArguments
+
+    class DevicelessArguments(TrainingArguments):
+        _setup_devices = property(lambda self: torch.device("cpu"))
+        _n_gpu, distributed_state = 0, None
+
+    return DevicelessArguments
+
+
+def _dict_flags() -> list[str]:
+    from transformers import TrainingArguments
+
+    return TrainingArguments._VALID_DICT_FIELDS
+
+
+def _is_object(name: str, text: str) -> bool:
+    if name in MAY_BE_FILES and not text.startswith("{"):
+        return Path(text).is_file() or name == "deepspeed"
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False

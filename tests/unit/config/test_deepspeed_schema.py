@@ -1,0 +1,186 @@
+"""What the installed DeepSpeed reads of a config, and what both it and the command line decide."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from finetune.config.deepspeed_config import DeepSpeedFlags, load_config, resolve_deepspeed_config
+from finetune.config.deepspeed_flags import SCHEDULES
+from finetune.config.deepspeed_schema import UNSERVED, optimizer_options, schema_faults, without_comments
+from finetune.utils.errors import ConfigError
+from tests.helpers.paths import ROOT
+
+FILES = [*sorted((ROOT / "ds_configs").glob("*.json")), ROOT / "finetune" / "ds_config.json"]
+FLAGS = DeepSpeedFlags(
+    per_device_train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=1.0, learning_rate=2e-5,
+    adam_beta1=0.9, adam_beta2=0.98, adam_epsilon=1e-8, weight_decay=1e-4, precision="float32",
+)  # fmt: skip
+STAGE_2 = {"zero_optimization": {"stage": 2}}
+
+
+def resolved(config: dict, flags: DeepSpeedFlags = FLAGS, ranks: int = 1, *, use_cpu: bool = False) -> Any:
+    return resolve_deepspeed_config(
+        Path("mine.json"), config, flags, world_size=ranks, local_world_size=ranks, use_cpu=use_cpu
+    )
+
+
+def refusal(config: dict, flags: DeepSpeedFlags = FLAGS, **options: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        resolved(config, flags, **options)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 16])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_shipped_config_is_served(file, ranks, use_cpu, tmp_path):
+    config = json.loads(json.dumps(load_config(file)).replace("/local_nvme", str(tmp_path)))
+    assert resolved(config, ranks=ranks, use_cpu=use_cpu).config["train_batch_size"] == 8 * ranks
+
+
+def test_every_key_that_is_not_served_is_one_of_deepspeeds():
+    """Else it would be refused as unknown, with the wrong reason."""
+    for key in UNSERVED:
+        config: dict = {"zero_optimization": {}}
+        *sections, last = key.split(".")
+        node = config
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = {"enabled": 5}
+        first, *others = [text for _, text in schema_faults(config)]
+        assert first.startswith(f"{key} is") and "is not a DeepSpeed key" not in first
+        del node[last]
+        node[f"{last}_"] = {}
+        assert "is not a DeepSpeed key" in schema_faults(config)[0][1] or others == []
+
+
+def test_a_misspelt_key_at_any_depth_is_named_with_the_nearest():
+    config = {
+        "gradient_cliping": 1.0,
+        "zero_optimization": {"stage": 3, "overlap_com": True, "offload_param": {"devise": "cpu"}},
+        "activation_checkpointing": {"partition_activation": True},
+        "optimizer": {"typ": "AdamW"},
+        "aio": {"thread_count": 1},
+        "stage": 2,
+    }
+    faults = dict(schema_faults(config))
+    assert {key[-1]: text.rpartition(": ")[2] for key, text in faults.items()} == {
+        "gradient_cliping": 'did you mean "gradient_clipping"?',
+        "overlap_com": 'did you mean "overlap_comm"?',
+        "devise": 'did you mean "device"?',
+        "partition_activation": 'did you mean "partition_activations"?',
+        "typ": 'did you mean "type"?',
+        "thread_count": "leave it out",
+        "stage": "it belongs to another section",
+    }
+
+
+def test_a_refusal_that_comes_after_all_keys_are_read_names_the_section_that_causes_it():
+    [(key, text)] = schema_faults({"bf16": {"enabled": True, "bf16_optimizer_states": True}, "aio": {}})
+    assert key == ("bf16",) and "bf16_optimizer_states" in text
+
+
+def test_comments_are_left_out_at_any_depth():
+    config = {"_comment": 1, "//": 2, "#note": 3, "fp16": {"_why": 4, "enabled": False}}
+    assert without_comments(config) == {"fp16": {"enabled": False}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpu", "cpu", "takes"),
+    [
+        ("Adam", True, True, {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam"}),
+        ("AdamW", True, True, {"lr", "betas", "eps", "weight_decay", "bias_correction"}),
+        ("Lamb", True, False, {"lr", "betas", "max_coeff"}),
+        ("Lion", True, False, {"lr", "betas", "weight_decay"}),
+        ("Adagrad", True, True, {"lr", "eps", "weight_decay"}),
+        ("Muon", True, True, {"lr", "momentum", "muon_lr", "adam_lr"}),
+        ("SGD", True, True, {"lr", "momentum", "nesterov"}),
+        ("OneBitAdam", False, False, set()),
+        ("ZeroOneAdam", False, False, set()),
+        ("OneBitLamb", False, False, set()),
+        ("MuAdam", False, False, set()),
+        ("Optimizers", False, False, set()),
+    ],
+)
+def test_an_optimizer_takes_what_its_class_takes(kind, gpu, cpu, takes):
+    for use_cpu, can in ((False, gpu), (True, cpu)):
+        if can:
+            assert takes <= optimizer_options(kind, {}, offloads=False, use_cpu=use_cpu)
+        else:
+            with pytest.raises(ValueError, match=r"GPU|can build it"):
+                optimizer_options(kind, {}, offloads=False, use_cpu=use_cpu)
+
+
+def test_what_an_optimizer_section_leaves_out_comes_from_the_flags():
+    """DeepSpeed's own defaults differ: a learning rate of 1e-3, no weight decay."""
+    config = {**STAGE_2, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    params = resolved(config).config["optimizer"]["params"]
+    assert params == {"lr": 2e-5, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "agrees"),
+    [
+        ({"type": "AdamW"}, {"optim": "adamw_torch"}, True),
+        ({"type": "Adam"}, {"optim": "adamw_torch_fused"}, True),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, {"optim": "adamw_torch"}, False),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, {}, True),
+        ({"type": "Lion"}, {"optim": "lion_8bit"}, False),
+        ({"type": "Lion"}, {}, True),
+        ({"type": "Lion"}, {"adam_epsilon": 1e-6}, False),
+        ({"type": "Lamb"}, {}, False),
+    ],
+)
+def test_an_optimizer_and_the_flags_agree_or_are_both_named(section, given, agrees):
+    flags, config = replace(FLAGS, given=given), {**STAGE_2, "optimizer": section}
+    if agrees:
+        assert resolved(config, flags).config["optimizer"]["type"] == section["type"]
+        return
+    message = refusal(config, flags)
+    assert f'optimizer.type is "{section["type"]}"' in message
+    assert all(f"--{name} is {value}" in message for name, value in given.items())
+
+
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
+@pytest.mark.parametrize("flag", ["linear", "cosine", "constant_with_warmup", "polynomial"])
+def test_a_schedule_says_what_the_flag_says_or_both_are_named(kind, flag):
+    config = {"scheduler": {"type": kind, "params": {"warmup_num_steps": "auto"}}}
+    flags = replace(FLAGS, lr_scheduler_type=flag)
+    if SCHEDULES.get(kind) == flag:
+        found = resolved(config, flags)
+        assert "scheduler" not in found.config and f"scheduler {kind} is --lr_scheduler_type {flag}" in found.notes[0]
+    else:
+        message = refusal(config, flags)
+        assert f'scheduler.type is "{kind}"' in message and f"is {flag}" in message
+
+
+@pytest.mark.parametrize(("kind", "flag"), SCHEDULES.items())
+def test_the_schedules_that_count_as_the_same_have_the_same_rates(kind, flag):
+    """With a linear warm-up. DeepSpeed's cosine is one step ahead once the warm-up is over."""
+    from deepspeed.runtime import lr_schedules
+
+    def rates(build: Any) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        schedule = build(optimizer)
+        found = []
+        for _ in range(20):
+            optimizer.step()
+            schedule.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    options: dict[str, Any] = {"warmup_num_steps": 5, "warmup_type": "linear"}
+    options |= {"total_num_steps": 20} if kind != "WarmupLR" else {}
+    options |= {"cos_min_ratio": 0.0} if kind == "WarmupCosineLR" else {"warmup_max_lr": 0.1}
+    ours = rates(lambda optimizer: get_scheduler(flag, optimizer, 5, 20))
+    theirs = rates(lambda optimizer: getattr(lr_schedules, kind)(optimizer, **options))
+    assert ours[:4] == pytest.approx(theirs[1:5], abs=1e-9)
+    rest = theirs[5:] if kind == "WarmupCosineLR" else theirs[6:]
+    assert ours[5 : 5 + len(rest)] == pytest.approx(rest, abs=1e-9) and len(rest) >= 14
