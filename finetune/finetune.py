@@ -12,7 +12,10 @@ gc.disable()  # until the first step: loading libraries makes objects by the mil
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from finetune.train import run  # noqa: E402
+from finetune.distributed.launcher_processes import die_with_launcher  # noqa: E402
 
 if __name__ == "__main__":
+    die_with_launcher()  # before the imports, which take seconds
+    from finetune.train import run
+
     run()

@@ -12,6 +12,11 @@
 
 from __future__ import annotations
 
+from finetune.distributed.launcher_processes import die_with_launcher
+
+if __name__ == "__main__":
+    die_with_launcher()  # before the imports, which take seconds
+
 import logging
 import sys
 from collections.abc import Sequence

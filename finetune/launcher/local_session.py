@@ -22,13 +22,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, TextIO
 
 from finetune.diagnostics import FAILURE_FILE, Failure, read_failure
+from finetune.distributed.launcher_processes import DEEPSPEED, PARENT
 from finetune.distributed.stop_requests import EXIT_STOPPED
-from finetune.distributed.watchdog.launcher_processes import DEEPSPEED
-from finetune.utils.proc import POLL_SECONDS, command_of, die_with_parent, parent_of, stat_of
+from finetune.utils.proc import POLL_SECONDS, command_of, die_with_parent, parent_of, started_at, stat_of
 
 SECONDS_TO_FINISH = 10.0  # for processes that outlive the command
 SECONDS_TO_FORWARD = 5.0
@@ -81,7 +82,7 @@ class LocalSession:
             # The first such word is ours: it stands before the script.
             command[command.index(HOSTFILE_PLACEHOLDER)] = f"--hostfile={copy}"
         self.was_asked_to_stop = False
-        own = {"FINETUNE_LAUNCH_DIR": str(self.folder), "FINETUNE_SUPERVISOR": str(os.getpid())}
+        own = {"FINETUNE_LAUNCH_DIR": str(self.folder), PARENT: f"{os.getpid()}:{started_at(os.getpid())}"}
         self.process = subprocess.Popen(
             command,
             env={**os.environ, **environment, **own},
@@ -89,7 +90,7 @@ class LocalSession:
             stdout=subprocess.PIPE if prefix_lines else None,
             stderr=subprocess.PIPE if prefix_lines else None,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
         self.forwarders = forward_output(host, self.process)
 

@@ -27,6 +27,7 @@ from finetune.distributed.collectives import (
 )
 from finetune.distributed.compat import patch_build_lock
 from finetune.distributed.consistency import RankFacts, check_rank_consistency
+from finetune.distributed.launcher_processes import runner_arguments
 from finetune.distributed.startup_timer import timed
 from finetune.launcher import resources_of_command
 from finetune.models.loader import ModelInfo
@@ -64,7 +65,7 @@ def count_ranks() -> RankCounts:
         ConfigError: the hostfile names another number of ranks than were started.
     """
     size = int(os.environ["WORLD_SIZE"])
-    stated, words = os.environ.get("FINETUNE_WORLD_SIZE"), watchdog.runner_arguments(watchdog.launcher_pid())
+    stated, words = os.environ.get("FINETUNE_WORLD_SIZE"), runner_arguments(watchdog.launcher_pid())
     expected, where = int(stated or size), "the hostfile"
     if stated is None and words is not None:
         resources = resources_of_command(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -27,9 +28,11 @@ def command_calling(*functions: Callable[[], Any]) -> list[str]:
     return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {imports}; {calls}"]
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when the thread that started it ends; at once if `parent` has ended."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def stat_of(pid: int) -> list[str] | None:
@@ -50,6 +53,19 @@ def parent_of(pid: int) -> int | None:
     """The parent's process id; None if there is no such process."""
     fields = stat_of(pid)
     return int(fields[1]) if fields else None
+
+
+def started_at(pid: int) -> str | None:
+    """When a process was started, in clock ticks since boot: with its id, a name that is never used again."""
+    fields = stat_of(pid)
+    return fields[19] if fields else None
+
+
+def was_adopted(pid: int) -> bool:
+    """Return whether a process has lost its parent: the present one is of a session that it cannot have left."""
+    fields = stat_of(pid)
+    parent = stat_of(int(fields[1])) if fields else None
+    return bool(fields and parent and fields[3] != str(pid) and fields[3] != parent[3])
 
 
 def command_of(pid: int) -> list[str]:

@@ -1,6 +1,5 @@
 """A watchdog process beside each rank: it finds dead, stuck and missing ranks, and names the first failure."""
 
-from finetune.distributed.watchdog.launcher_processes import runner_arguments
 from finetune.distributed.watchdog.watchdog_client import (
     launcher_pid,
     report_phase,

@@ -19,7 +19,7 @@ import yaml
 
 from finetune.diagnostics import Failure
 from finetune.distributed import stop_requests
-from finetune.distributed.watchdog.launcher_processes import die_with_launcher, world_info_of
+from finetune.distributed.launcher_processes import PARENT, die_with_launcher, world_info_of
 from finetune.distributed.watchdog.transport import PRINT_STACKS
 from finetune.utils.errors import FinetuneError
 
@@ -36,7 +36,7 @@ def start_watchdog() -> Iterator[None]:
     Only three ends are good: the end of the block, status 75, and status 0 before the rendezvous (`--help`).
     """
     global _watchdog, _launcher
-    _launcher = die_with_launcher(_end_with_launcher)
+    _launcher = die_with_launcher(_report_launcher)
     _watchdog = _start()
     former_handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # no other may install handlers
@@ -104,7 +104,7 @@ def _start() -> subprocess.Popen[bytes]:
         "pid": os.getpid(),
         "launcher": _launcher,
         "launch_dir": environment.get("FINETUNE_LAUNCH_DIR"),
-        "supervisor": int(environment.get("FINETUNE_SUPERVISOR", "0")),
+        "supervisor": int(environment.get(PARENT, "0:").partition(":")[0]),
     }
     command = [sys.executable, "-S", "-I", str(Path(__file__).with_name("watchdog_process.py")), str(PYYAML)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
@@ -142,11 +142,8 @@ def _report_exit(status: int) -> None:
         _watchdog = None
 
 
-def _end_with_launcher(process: str) -> None:
+def _report_launcher(process: str) -> None:
     _report_failure("launcher", f"{process} has died, and its ranks with it")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        _print_error(f"{process} has died: the ranks of this host end")
-    os._exit(1)
 
 
 def _print_error(text: str) -> None:
