@@ -101,7 +101,8 @@ def find_checkpoint(
     elif config.resume_from is not None:
         folder = Path(config.resume_from).expanduser()
         if not any(all_gather_object(folder.is_dir())):
-            raise ConfigError(f"--resume_from_checkpoint {folder}: there is no such folder")
+            reason = "is a file: name the folder of a checkpoint" if folder.is_file() else "there is no such folder"
+            raise ConfigError(f"--resume_from_checkpoint {folder}: {reason}")
         inspected = _inspect(folder, _ranks_that_see(folder, output_dir, storage))
     if inspected is None:
         return None

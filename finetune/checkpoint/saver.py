@@ -23,7 +23,7 @@ from finetune import checkpoint
 from finetune.checkpoint.checkpoint_size import MODEL, ParameterSizes, checkpoint_parts
 from finetune.checkpoint.manifest import FileRecord, Manifest
 from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank
-from finetune.utils.errors import CheckpointError, FinetuneError, StorageError
+from finetune.utils.errors import CheckpointError, FinetuneError, StorageError, os_reason
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,8 @@ class Saver:
         self.failures, self.written = [], set()
 
         def create() -> None:
+            if not self.output_dir.is_dir():
+                raise StorageError(f"{folder}{self._where()}: {os_reason(FileNotFoundError(), folder)}")
             self._remove_older(checkpoint.remove_unfinished)
             try:
                 if folder.exists() or folder.is_symlink():
@@ -122,7 +124,7 @@ class Saver:
                     raise StorageError(self._no_space(step, free))
                 checkpoint.mark_as_unfinished(folder, run_id, step)
             except OSError as error:
-                raise StorageError(f"{folder}{self._where()}: {error.strerror}") from None
+                raise StorageError(f"{folder}{self._where()}: {os_reason(error, folder)}") from None
 
         self.storage.run_on_writers(create)
         return folder
@@ -140,7 +142,8 @@ class Saver:
         except Exception as error:  # torch and safetensors have error types of their own for a full disk
             if not (isinstance(error, OSError) or any(sign in str(error) for sign in DISK_ERRORS)):
                 raise
-            self.failures.append(f"{path}: {str(error).splitlines()[0]}")
+            reason = os_reason(error, path) if isinstance(error, OSError) else str(error).splitlines()[0]
+            self.failures.append(f"{path}: {reason}")
 
     def record_written(self, path: Path) -> None:
         """Record that this rank has written `path`; files that no rank records are the writer's."""
@@ -174,7 +177,9 @@ class Saver:
             try:
                 checkpoint.write_manifest(folder, manifest)
             except OSError as error:
-                raise StorageError(f"{folder}{self._where()}: {error.strerror}: it is not a checkpoint") from None
+                raise StorageError(
+                    f"{folder}{self._where()}: {os_reason(error, folder)}: it is not a checkpoint"
+                ) from None
 
         self.storage.run_on_writers(write_manifest)
         self.last_size = sum(files[name].size for name in manifest.names_for(self.storage.ranks))

@@ -69,6 +69,8 @@ def find_config(name: str) -> Path:
         return path
     if path.name == name and path.stem in shipped_names():
         return shipped_folder("ds_configs") / f"{path.stem}.json"
+    if os.path.isdir(path):
+        raise ConfigError(f"--deepspeed {name}: is a folder: name the JSON file in it")
     close = get_close_matches(path.stem, shipped_names(), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(

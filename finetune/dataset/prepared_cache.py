@@ -36,7 +36,7 @@ from xxhash import xxh3_64_digest
 from finetune.chat_templates import Example, RenderedConversation, TurnSpan, supervised_turns_of
 from finetune.conversation import BadRow, answer_number
 from finetune.dataset.collator import MAX_ANSWERS
-from finetune.utils.errors import StorageError
+from finetune.utils.errors import StorageError, os_reason
 
 logger = logging.getLogger(__name__)
 
@@ -207,8 +207,9 @@ def only_writer(folder: Path) -> Iterator[bool]:
                     has_told = True
                 time.sleep(POLL_SECONDS)
     except (OSError, NotImplementedError) as error:
+        reason = os_reason(error, folder.parent) if isinstance(error, OSError) else error
         raise StorageError(
-            f"the folder of prepared data {folder.parent}: {error}: name another with --data_cache_dir"
+            f"the folder of prepared data {folder.parent}: {reason}: name another with --data_cache_dir"
         ) from error
     try:
         yield lock.is_locked and not is_cached(folder)

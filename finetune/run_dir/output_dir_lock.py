@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.run_dir.run_json import METRICS_FILE, MODEL_CONFIGS
-from finetune.utils.errors import ConfigError, StorageError
+from finetune.utils.errors import ConfigError, StorageError, os_reason
 
 LOCK_FILE = ".in_use"
 SECONDS_FOR_A_DYING_RUN = 15.0
@@ -22,6 +22,8 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_dir {folder}: is a file")
     existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+    if not existing.is_dir():
+        raise ConfigError(f"--output_dir {folder}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"--output_dir {folder}: no permission to write in {existing}")
     if not contains_run(folder) or resume:
@@ -49,7 +51,7 @@ def prepare_output_dir(folder: Path, *, move_aside: bool) -> str | None:
             note = f"the earlier run was moved to {aside}"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
+        raise StorageError(f"--output_dir {folder}: {os_reason(error, folder)}") from None
     return note
 
 
@@ -73,7 +75,7 @@ def acquire_lock(folder: Path) -> str | None:
         except NotImplementedError:
             return f"{folder} is on a file system without locks: a second run there would not be refused"
     except OSError as error:
-        raise StorageError(f"--output_dir {folder}: {error.strerror}") from None
+        raise StorageError(f"--output_dir {folder}: {os_reason(error, folder)}") from None
     _locks.append(lock)  # a lock without a reference is released
     return None
 

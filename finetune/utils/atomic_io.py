@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.utils.errors import StorageError
+from finetune.utils.errors import StorageError, os_reason
 
 # What network file systems answer that cannot sync a folder; the file itself is on the disk.
 FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -32,7 +32,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     try:
         replace_text(path, text)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+        raise StorageError(f"{path}: {os_reason(error, path)}") from None
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def replacing(path: Path, shown: str | None = None) -> Iterator[Path]:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise StorageError(f"{shown or path}: cannot be written: {error.strerror or error}") from error
+        raise StorageError(f"{shown or path}: cannot be written: {os_reason(error, path)}") from error
     finally:
         with suppress(OSError):  # it is in place, or was never made
             part.unlink()
@@ -60,7 +60,7 @@ def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+        raise StorageError(f"{path}: {os_reason(error, path)}") from None
 
 
 def fsync_dir(folder: Path) -> None:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 SHOWN_FAULTS, SHOWN_NAMES = 20, 8
 EXIT_UNFLUSHED = 120  # as Python itself, when the last output cannot be written
@@ -102,6 +103,18 @@ def first_line(error: BaseException) -> str:
     'no such layer'
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def os_reason(error: OSError, path: Path) -> str:
+    """Say why `path` could not be written: a file is in the way, its folder is gone, or what the system says."""
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        in_the_way = next((parent for parent in (path, *path.absolute().parents) if parent.is_file()), None)
+        if in_the_way is not None:
+            return f"{in_the_way} is a file, not a folder"
+    gone = [parent for parent in path.absolute().parents if not parent.exists()]
+    if isinstance(error, FileNotFoundError) and gone:
+        return f"the folder {gone[-1]} is gone: it was moved, renamed or deleted"
+    return error.strerror or str(error)
 
 
 @contextmanager

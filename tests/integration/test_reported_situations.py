@@ -92,7 +92,17 @@ SITUATIONS = [
     Situation("white space that a template strips from an answer", "preview --chat_template DIR/t.jinja", 0,
               ("strips white space around answers",), rows=[answered("Yes. ")], files={"t.jinja": STRIPPING}),
     # ---- flags
-    Situation("the output folder is below a file", "doctor --output_dir DIR/a/b", 6, ("a",), files={"a": ""}),
+    Situation("the output folder is a file", "doctor --output_dir DIR/a", 2, ("a: is a file",), files={"a": ""}),
+    Situation("the output folder is below a file", "doctor --output_dir DIR/a/b/c", 2, ("/a is a file",),
+              files={"a": ""}),
+    Situation("the folder of prepared data is a file", "preview --data_cache_dir DIR/a", 6, ("/a is a file",),
+              files={"a": ""}),
+    Situation("the DeepSpeed JSON is a folder", "doctor --deepspeed DIR", 2, ("--deepspeed .*: is a folder",)),
+    Situation("the model is a file", "doctor --model_name_or_path DIR/a", 2, ("a: is a file",), files={"a": ""}),
+    Situation("the model folder holds no model", "doctor --model_name_or_path DIR", 2, ("holds no config.json",)),
+    Situation("the data folder holds no data", "preview --data_path DIR/cache", 3, ("there is no such file",)),
+    Situation("the checkpoint is a file", "train --resume_from_checkpoint DIR/a", 2, ("a: is a file",),
+              files={"a": ""}, slow=True),
     Situation("a model trains", "train", 0, ("step 1/1",)),
     # ---- consoles
     *(

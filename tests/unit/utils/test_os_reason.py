@@ -1,0 +1,38 @@
+"""Why a file cannot be written, in words: a file in the way of a folder, a folder that is gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.utils.atomic_io import append_json_lines, replacing, write_text_atomically
+from finetune.utils.errors import StorageError
+
+
+def _replace(path):
+    with replacing(path) as part:
+        part.write_text("x")
+
+
+WRITES = [lambda path: append_json_lines(path, [{}]), lambda path: write_text_atomically(path, "x"), _replace]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_folder_that_was_moved_is_gone(write, tmp_path):
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+    write(output_dir / "metrics.jsonl")
+    output_dir.rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=f"the folder {output_dir} is gone: it was moved, renamed or deleted"):
+        write(output_dir / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_file_in_the_way_is_a_file(write, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(StorageError, match=f"{tmp_path}/out is a file"):
+        write(tmp_path / "out" / "run" / "metrics.jsonl")
+
+
+def test_other_reasons_are_those_of_the_system(tmp_path):
+    with pytest.raises(StorageError, match="Is a directory"):
+        append_json_lines(tmp_path, [{}])
