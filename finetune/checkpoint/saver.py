@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 SIZE_MARGIN = 1.05  # of what the last checkpoint took
 BYTES_MARGIN = 8 << 20
+GONE = "Parent directory"
 # In errors of torch's zip writer and of safetensors, which have types of their own.
-DISK_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter", "No space left", "I/O error")
+DISK_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter", "No space left", "I/O error", GONE)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ class Saver:
         except Exception as error:  # torch and safetensors have error types of their own for a full disk
             if not (isinstance(error, OSError) or any(sign in str(error) for sign in DISK_ERRORS)):
                 raise
+            if GONE in str(error):
+                error = FileNotFoundError()
             reason = os_reason(error, path) if isinstance(error, OSError) else str(error).splitlines()[0]
             self.failures.append(f"{path}: {reason}")
 
@@ -252,10 +255,10 @@ class Saver:
         kept = f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
         missing = max(self.needed - free, 0)
         short = f", {missing / 1e6:,.0f} MB are missing" if missing else ""
-        return (
-            f"checkpoint-{step} was not saved in {self.output_dir}{self._where()}: it needs about "
-            f"{self.needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free{short}; {kept}"
-        )
+        space = f": it needs about {self.needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free{short}"
+        if not self.output_dir.is_dir():
+            space = ""
+        return f"checkpoint-{step} was not saved in {self.output_dir}{self._where()}{space}; {kept}"
 
     def _where(self) -> str:
         return f" on {os.uname().nodename}" if not self.storage.is_shared else ""
