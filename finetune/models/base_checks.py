@@ -82,7 +82,10 @@ def check_weights(
     if reasons:
         remedy = "copy the complete model again"
         if error is ConfigError and not faults.misshapen:
-            remedy += ", or start new weights at random with --allow_missing_weights True"
+            remedy += (
+                ", or start new weights at random with --allow_missing_weights True (under an adapter only layers in "
+                "--modules_to_save)"
+            )
         raise error(f"{label}: weights and config.json do not fit: {'; '.join(reasons)}: {remedy}")
     return notes
 

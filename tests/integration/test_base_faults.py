@@ -87,6 +87,7 @@ def whole(folder: Path) -> None:
         (lacking, "--deepspeed zero3", "the files lack model.layers.1.mlp.up_proj.weight"),
         (lacking, "--use_lora True --allow_missing_weights True", "the files lack model.layers.1.mlp.up_proj.weight"),
         (without_head, "", "the files lack lm_head.weight"),
+        (without_head, "--use_lora True --allow_missing_weights True", "only layers in --modules_to_save"),
         (misshapen, "--allow_missing_weights True", "model.norm.weight [3] instead of [64]"),
         (unused, "", "LlamaForCausalLM does not use score.weight"),
         (truncated, "", "model.safetensors: cannot be read"),
