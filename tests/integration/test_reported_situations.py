@@ -71,6 +71,7 @@ SITUATIONS = [
     Situation("preference pairs without an answer that is called good", "preview", 3, ("rejected",),
               rows=[{"prompt": "a", "chosen": "b", "rejected": "c"}]),
     Situation("rows with label false are not imitated", "preview", 3, ('row 1: "label": false',),
+              source="hiyouga/LlamaFactory#3803",
               rows=[answered("No.", label=True), answered("Yes.", label=False)]),
     Situation("many rows of a kind are one line with the count", "preview", 3, ("30 faults:", "and 20 more: .kto_tag"),
               rows=[answered(f"Yes {n}.", kto_tag=False) for n in range(30)]),
@@ -88,10 +89,31 @@ SITUATIONS = [
     Situation("held-out rows of their own", "preview --eval_data_path DIR/other.json", 0, hides="training examples",
               files={"other.json": json.dumps([good_row(7)])}),
     Situation("a template that writes today's date", "preview --chat_template DIR/t.jinja", 0,
-              (f"today's date .*: {datetime.now(UTC).date()} .UTC.",), files={"t.jinja": DATED}),
+              (f"today's date .*: {datetime.now(UTC).date()} .UTC.",), files={"t.jinja": DATED},
+              source="sgl-project/sglang#3296"),
     Situation("white space that a template strips from an answer", "preview --chat_template DIR/t.jinja", 0,
               ("strips white space around answers",), rows=[answered("Yes. ")], files={"t.jinja": STRIPPING}),
     # ---- flags
+    *(
+        Situation(f"refused before data and model are read: {flags}", f"doctor {flags}", 2, (shows,))
+        for flags, shows in {
+            "--per_device_train_batch_size 0": "--per_device_train_batch_size 0",
+            "--gradient_accumulation_steps 0": "--gradient_accumulation_steps 0",
+            "--max_steps 0": "--max_steps 0",
+            "--save_strategy steps --save_steps 0": "--save_steps 0",
+            "--fsdp full_shard": "fsdp",
+            "--average_tokens_across_devices False": "--average_tokens_across_devices",
+            "--lr_scheduler_type cosin": "cosin",
+            "--lr_scheduler_kwargs nojson": "nojson",
+        }.items()
+    ),
+    Situation("a scheduler in the DeepSpeed JSON beside another by flag",
+              "doctor --deepspeed DIR/ds.json --lr_scheduler_type cosine", 2, ("--lr_scheduler_type",),
+              files={"ds.json": json.dumps({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}})}),
+    Situation("a misspelt key in the DeepSpeed JSON", "doctor --deepspeed DIR/ds.json", 2, ("stge", "stage"),
+              files={"ds.json": json.dumps({"zero_optimization": {"stge": 2}})}),
+    Situation("--lora_target_modules with commas", "train --use_lora True --lora_target_modules q_proj,v_proj", 0,
+              ("lora",), slow=True),
     Situation("the output folder is a file", "doctor --output_dir DIR/a", 2, ("a: is a file",), files={"a": ""}),
     Situation("the output folder is below a file", "doctor --output_dir DIR/a/b/c", 2, ("/a is a file",),
               files={"a": ""}),
@@ -103,11 +125,11 @@ SITUATIONS = [
     Situation("the data folder holds no data", "preview --data_path DIR/cache", 3, ("there is no such file",)),
     Situation("the checkpoint is a file", "train --resume_from_checkpoint DIR/a", 2, ("a: is a file",),
               files={"a": ""}, slow=True),
-    Situation("a model trains", "train", 0, ("step 1/1",)),
     # ---- consoles
     *(
         Situation(f"a run ends where the terminal writes {encoding}", "train --max_steps 2", 0,
-                  ("loss by step", "Saved|saved"), encoding=encoding, slow=encoding != "ascii")
+                  ("loss by step", "Saved|saved"), encoding=encoding, slow=encoding != "ascii",
+                  source="AnswerDotAI/fastprogress#37")
         for encoding in ("ascii", "gbk", "cp1252")
     ),
     Situation("a preview of Chinese rows in ASCII", "preview", 0, (r"\[\[.*\\u4f60", "#"), encoding="ascii",
