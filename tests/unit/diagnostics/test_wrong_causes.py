@@ -70,6 +70,7 @@ IN_PHASE = [
     ("loss-not-finite", "step", "RuntimeError: The total norm of order 2.0 for gradients is non-finite"),
     (None, "step", "ConnectTimeout: HTTPSConnectionPool(host='huggingface.co', port=443)"),
     ("hub-unreachable", "model", "ConnectTimeout: HTTPSConnectionPool(host='huggingface.co', port=443)"),
+    (None, "end", "HfHubHTTPError: 403 Client Error: Forbidden for url: https://huggingface.co/api/models/a/b"),
     ("model-files-missing", "model", "ValueError: Unrecognized model in out. Should have a `model_type` key in its"),
     ("weights-damaged", "model", "_pickle.UnpicklingError: invalid load key, 'v'."),
     ("weights-damaged", "model", "Weights only load failed. WeightsUnpickler error: Unsupported operand 118"),
