@@ -17,8 +17,9 @@ from finetune.config.hardware import Precision
 AUTO = "auto"
 # DeepSpeed's schedules -> `--lr_scheduler_type`. Its others have rates of their own, which no flag decides.
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-# Optimizers that both can name, by their type in lower case -> how the values of `--optim` begin.
-OPTIM = {"adam": "adamw_torch", "adamw": "adamw_torch", "adagrad": "adagrad", "sgd": "sgd", "rmsprop": "rmsprop"}
+# Optimizers that both can name, by their type in lower case -> the values of `--optim`.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+OPTIM = {"adam": ADAMW, "adamw": ADAMW, "adagrad": ("adagrad",), "sgd": ("sgd",), "rmsprop": ("rmsprop",)}
 # `optimizer.params` -> the flags that decide it.
 HYPERPARAMETERS = {
     "lr": ("learning_rate",),
@@ -124,15 +125,21 @@ def resolve_optimizer(
     notes: list[str],
 ) -> None:
     """Check the `optimizer` section, and leave to `resolve_values` what it does not say of the hyperparameters."""
-    section = config.get("optimizer")
+    section, optim = config.get("optimizer"), command.given.get("optim")
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offloads = offload.get("device", "none") != "none"
     if section is None:
+        replaces = offloads and config.get("zero_force_ds_cpu_optimizer") is not False  # in accelerate
+        if replaces and optim not in (None, *ADAMW, "adagrad"):
+            faults.append(
+                f"zero_optimization.offload_optimizer is {json.dumps(offload)}, for which accelerate takes DeepSpeed's "
+                f"CPU Adam, but --optim is {optim}: leave one of them out"
+            )
         return
     kind, params = section.get("type"), section.get("params") or {}
     section["params"] = params
     where = f"optimizer.type is {json.dumps(kind)}"
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     try:
-        offloads = offload.get("device", "none") != "none"
         options = optimizer_options(kind, params, offloads=offloads, use_cpu=use_cpu)
     except ValueError as error:
         faults.append(f"{where}: {error}")
@@ -147,9 +154,9 @@ def resolve_optimizer(
                 for flag in flags
                 if flag in command.given
             ]
-    optim, name = command.given.get("optim"), kind.lower()
+    name = kind.lower()
     is_plain_adam = name == "adam" and params.get("adam_w_mode") is False
-    if optim is not None and (is_plain_adam or not optim.startswith(OPTIM.get(name, "none"))):
+    if optim is not None and (is_plain_adam or optim not in OPTIM.get(name, ())):
         faults.append(f"{where}, but --optim is {optim}: leave one of them out")
     if stage > 0 and not is_tested_with_zero(name) and config.get("zero_allow_untested_optimizer") is not True:
         faults.append(f'{where}: DeepSpeed partitions it only with "zero_allow_untested_optimizer": true')

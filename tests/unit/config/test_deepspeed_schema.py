@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from finetune.config import deepspeed_schema
 from finetune.config.deepspeed_config import DeepSpeedFlags, load_config, resolve_deepspeed_config
 from finetune.config.deepspeed_flags import SCHEDULES
 from finetune.config.deepspeed_schema import UNSERVED, optimizer_options, schema_faults, without_comments
@@ -45,20 +46,22 @@ def test_a_shipped_config_is_served(file, ranks, use_cpu, tmp_path):
     assert resolved(config, ranks=ranks, use_cpu=use_cpu).config["train_batch_size"] == 8 * ranks
 
 
-def test_every_key_that_is_not_served_is_one_of_deepspeeds():
-    """Else it would be refused as unknown, with the wrong reason."""
-    for key in UNSERVED:
-        config: dict = {"zero_optimization": {}}
-        *sections, last = key.split(".")
-        node = config
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = {"enabled": 5}
-        first, *others = [text for _, text in schema_faults(config)]
-        assert first.startswith(f"{key} is") and "is not a DeepSpeed key" not in first
-        del node[last]
-        node[f"{last}_"] = {}
-        assert "is not a DeepSpeed key" in schema_faults(config)[0][1] or others == []
+def config_with(key: str, value: Any) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize("key", UNSERVED)
+def test_a_key_that_is_not_served_is_one_of_deepspeeds(key, monkeypatch):
+    refused = {"enabled": 5}
+    assert [path for path, _ in schema_faults(config_with(key, refused))] == [tuple(key.split("."))]
+    allowed, _ = UNSERVED[key]
+    served = config_with(key, allowed[0] if allowed else {})
+    assert allowed == () or schema_faults(served) == []
+    monkeypatch.setattr(deepspeed_schema, "UNSERVED", {})
+    assert [text for _, text in schema_faults(served) if "is not a DeepSpeed key" in text] == []
+    assert "is not a DeepSpeed key" in schema_faults(config_with(f"{key}_", 1))[0][1]
 
 
 def test_a_misspelt_key_at_any_depth_is_named_with_the_nearest():
@@ -132,6 +135,7 @@ def test_what_an_optimizer_section_leaves_out_comes_from_the_flags():
         ({"type": "Adam"}, {"optim": "adamw_torch_fused"}, True),
         ({"type": "Adam", "params": {"adam_w_mode": False}}, {"optim": "adamw_torch"}, False),
         ({"type": "Adam", "params": {"adam_w_mode": False}}, {}, True),
+        ({"type": "AdamW"}, {"optim": "adamw_torch_8bit"}, False),
         ({"type": "Lion"}, {"optim": "lion_8bit"}, False),
         ({"type": "Lion"}, {}, True),
         ({"type": "Lion"}, {"adam_epsilon": 1e-6}, False),
@@ -146,6 +150,19 @@ def test_an_optimizer_and_the_flags_agree_or_are_both_named(section, given, agre
     message = refusal(config, flags)
     assert f'optimizer.type is "{section["type"]}"' in message
     assert all(f"--{name} is {value}" in message for name, value in given.items())
+
+
+@pytest.mark.parametrize(("optim", "agrees"), [("adamw_torch", True), ("sgd", False), ("adamw_torch_8bit", False)])
+def test_offloading_keeps_the_optimizer_of_the_flag_or_both_are_named(optim, agrees):
+    """accelerate puts DeepSpeed's CPU Adam in the place of any other."""
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    flags = replace(FLAGS, given={"optim": optim})
+    if agrees:
+        assert resolved(config, flags).offloads
+        assert resolved({**config, "zero_force_ds_cpu_optimizer": False}, replace(FLAGS, given={"optim": "sgd"}))
+    else:
+        message = refusal(config, flags)
+        assert "offload_optimizer" in message and f"--optim is {optim}" in message
 
 
 @pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
