@@ -115,7 +115,9 @@ def render(
     return [row for row in rows if not isinstance(row, BadRow)]
 
 
-def load_for_inference(output_dir: str | Path, *, base_model: str | None = None) -> LoadedModel:
+def load_for_inference(
+    output_dir: str | Path, *, base_model: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load what a training run has left: the trained model, its tokenizer and chat template.
 
     >>> loaded = load_for_inference("output")  # doctest: +SKIP
@@ -128,6 +130,7 @@ def load_for_inference(output_dir: str | Path, *, base_model: str | None = None)
     Args:
         output_dir: of a run, or a checkpoint in one.
         base_model: where the base model of an adapter is now; default: where it was during training.
+        trust_remote_code: whether Python files of the model or its base may run.
 
     Raises:
         ConfigError: the folder holds no result, or the base is not there any more.
@@ -136,4 +139,4 @@ def load_for_inference(output_dir: str | Path, *, base_model: str | None = None)
     from finetune.inference.load_result import load_for_inference as load
     from finetune.inference.run_result import read_result
 
-    return load(read_result(Path(output_dir)), base_name=base_model)
+    return load(read_result(Path(output_dir), trust_remote_code=trust_remote_code), base_name=base_model)

@@ -96,7 +96,7 @@ def run_training(argv: Sequence[str]) -> Path:
         inputs = TrainingInputs(model, tokenizer, data, loaders, args)
         trainer = fit(inputs, identity, config.fit_options(chat_format.name))
         finalize(trainer, info, is_adapter=config.adapter.kind() is not None, precision=hardware.precision)
-        end_run(trainer, partial(write_report, run))
+        end_run(trainer, partial(write_report, run, config.model.trusts_code()))
     return config.checkpoint.output_dir
 
 
@@ -117,13 +117,13 @@ def resolve(arguments: Arguments, hardware: DetectedHardware, ranks: RankCounts)
     return check_model(config)
 
 
-def write_report(run: RunArguments, output_dir: Path, was_stopped: bool) -> None:
+def write_report(run: RunArguments, trusts_code: bool, output_dir: Path, was_stopped: bool) -> None:
     """Write report.html on rank 0 once the other ranks are gone; the result does not depend on it."""
     if console.is_rank_0() and run.write_report:
         from finetune.report import write_at_the_end
 
         answers = 0 if was_stopped else run.report_answers
-        line = write_at_the_end(output_dir, answers=answers, seconds=run.report_seconds)
+        line = write_at_the_end(output_dir, answers=answers, seconds=run.report_seconds, trusts_code=trusts_code)
         logger.info(f"Report:\n  {line}\n")
 
 

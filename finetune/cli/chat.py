@@ -20,7 +20,7 @@ from finetune.config import DataArguments
 from finetune.inference import ChatModels, ChatSession, TerminalChat, answer_once, check_gradio, read_question, serve
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE, TUNED, load_for_inference, read_model
-from finetune.inference.run_result import RunResult, read_result
+from finetune.inference.run_result import TRUST_HELP, RunResult, read_result
 from finetune.run_dir.run_json import RUN_FILE, holds_model
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_serving
 from finetune.utils.errors import ConfigError
@@ -43,7 +43,7 @@ class ChatOptions:
     top_p: float = option(1.0, "sample from the most probable tokens that make up this share")
     seed: int | None = option(None, "makes sampled answers repeatable")
     reasoning: bool = option(False, "answers begin with their reasoning; for formats that announce it")
-    trust_remote_code: bool = option(False, "run the Python files of a model that has no run.json")
+    trust_remote_code: bool = option(False, TRUST_HELP)
     json: bool = option(False, "from a pipe: print the answer as JSON")
     web: bool = option(False, "open a page for the browser instead (the extra `web`: Gradio)")
     host: str = option("127.0.0.1", "address that the page listens on; only this machine sees the default")
@@ -110,7 +110,7 @@ def _read(options: ChatOptions) -> RunResult:
     folder = Path(options.output).expanduser()
     of_a_run = step_of(folder.absolute()) is not None and (folder.absolute().parent / RUN_FILE).is_file()
     if of_a_run or (folder / RUN_FILE).is_file() or not holds_model(folder):
-        return read_result(folder)
+        return read_result(folder, trust_remote_code=options.trust_remote_code)
     if options.base or options.compare or options.base_model:
         raise ConfigError(f"{folder}: has no {RUN_FILE}: which base it was trained from is not known: leave --base out")
     markers = {name: list(getattr(DataArguments(), name)) for name in ("human_token_ids", "model_token_ids")}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from finetune.inference.run_result import read_result
+from finetune.inference.run_result import TRUST_HELP, read_result
 from finetune.report import FILE, RunRecord, read_run, write_report
 from finetune.report.html_pages import REPORT, check_replaceable
 from finetune.report.live_server import watch as keep_watching
@@ -32,6 +32,7 @@ class ReportOptions:
     prompts: str | None = option(None, "what base and result answer: a text file, one prompt a line")
     no_answers: bool = option(False, "load no model: show only answers that are there already")
     base_model: str | None = option(None, "where the base model is now; default: where it was")
+    trust_remote_code: bool = option(False, TRUST_HELP)
     watch: bool = option(False, "keep the page up to date, and serve it, until the run ends")
     every: float = option(5.0, "seconds between two updates, with `--watch`")
     port: int = option(8642, "port of the page on this host, with `--watch`; 0: any")
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         return
     runs = [read_run(folder, name) for folder, name in named]
     if len(runs) == 1 and not options.no_answers and _needs_answers(runs[0], prompts):
-        _answer(runs[0], prompts, options.base_model)
+        _answer(runs[0], prompts, options.base_model, trust_remote_code=options.trust_remote_code)
         runs = [read_run(*named[0])]
     write_report(runs, path)
     print(f"{path}: {', '.join(f'{run.name} ({run.state})' for run in runs)}")
@@ -99,7 +100,9 @@ def _needs_answers(run: RunRecord, prompts: Sequence[SamplePrompt]) -> bool:
     return bool(prompts) and [answer.prompt.turns for answer in stored.answered] != [one.turns for one in prompts]
 
 
-def _answer(run: RunRecord, prompts: Sequence[SamplePrompt], base_model: str | None) -> None:
+def _answer(
+    run: RunRecord, prompts: Sequence[SamplePrompt], base_model: str | None, *, trust_remote_code: bool
+) -> None:
     """Store the answers of base and result; a failure is only noted, because the report works without them."""
     prompts = prompts or prompts_of(run.cards, PROMPTS)
     if not prompts:
@@ -110,7 +113,7 @@ def _answer(run: RunRecord, prompts: Sequence[SamplePrompt], base_model: str | N
     quiet_libraries()
     try:
         with tqdm(total=2 * len(prompts), desc="base and result answer", unit=" answers") as bar:
-            result = read_result(run.folder)
+            result = read_result(run.folder, trust_remote_code=trust_remote_code)
             answers = generate_answers(result, prompts, base_name=base_model, each=bar.update)
             write_answers(run.folder, result.run, answers)
     except (FinetuneError, OSError) as error:

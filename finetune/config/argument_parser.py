@@ -27,6 +27,7 @@ from finetune.utils.options import CommandParser, OptionType, describe, fill, on
 from finetune.utils.user_files import read_json, read_text
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
+NEVER_FROM_A_RUN = ("trust_remote_code",)  # a run.json may come from anyone
 UNSET: tuple[Any, ...] = (None, "", [], [""])
 # The lowest value of each number that makes sense.
 LOWEST = {
@@ -134,7 +135,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     else:
         values = read_json(path, shown)
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
-        values = values["arguments"]
+        values = {name: value for name, value in values["arguments"].items() if name not in NEVER_FROM_A_RUN}
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected a mapping of flags to values")
     return values

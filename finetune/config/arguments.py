@@ -20,6 +20,11 @@ from finetune.utils.options import OptionType, declaration, default_of_field, op
 TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
 
 
+def needs_no_trust(name: str) -> bool:
+    """Whether a model's Python files run without the flag; never those of a folder that is called like it."""
+    return name in TRUSTED_WITHOUT_FLAG and not Path(name).exists()
+
+
 @dataclass(frozen=True)
 class Translated:
     """A flag that transformers had once: its new name, and the new value where it is not the old one."""
@@ -110,7 +115,7 @@ class ModelArguments:
 
     def trusts_code(self) -> bool:
         """Whether the model's own Python files may run."""
-        return self.trust_remote_code or self.model_name_or_path in TRUSTED_WITHOUT_FLAG
+        return self.trust_remote_code or needs_no_trust(self.model_name_or_path)
 
     def is_lingowhale(self) -> bool:
         """Whether the name says that this is LingoWhale, or a copy of it."""

@@ -27,10 +27,11 @@ from finetune.inference.load_result import (
     load_strict,
     load_tokenizer,
     memory_shortage,
+    trusts_code_in,
 )
 from finetune.inference.run_result import RunResult
 from finetune.models.adapters import check_saved_adapter
-from finetune.models.loader import precision_of, torch_dtype
+from finetune.models.loader import damage_named, precision_of, torch_dtype
 from finetune.models.model_folder import stored_bytes
 from finetune.models.stored_tensors import StoredTensors
 from finetune.run_dir.run_json import update_run_json
@@ -53,6 +54,7 @@ class MergePlan:
     dtype: torch.dtype
     unties: bool  # embeddings and head were one tensor and become two
     origin: str  # where the weights come from, for the user
+    trusts_code: bool  # Python files in `source` may run
 
     @property
     def size(self) -> int:
@@ -86,7 +88,8 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
             raise CheckpointError(format_faults(faults, "fault"))
     source = result.folder if result.adapter is None else base_folder(result, base_name)
     tokenizer = load_tokenizer(result)
-    model = _model_without_memory(source, model_files.vocab_size_of(source, tokenizer), trusts_code=result.trusts_code)
+    trusts_code = trusts_code_in(source, result)
+    model = _model_without_memory(source, model_files.vocab_size_of(source, tokenizer), trusts_code=trusts_code)
     unties = False
     if result.adapter is not None:
         check_saved_adapter(result.folder)
@@ -101,7 +104,7 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
     target_dtype = torch_dtype(dtype or result.precision)
     usual_dtype = _usual_dtype(tensors)
     dtypes = [_output_dtype(tensor, target_dtype, usual_dtype) for tensor in tensors]
-    return MergePlan(result, target, source, tokenizer, tensors, dtypes, target_dtype, unties, origin)
+    return MergePlan(result, target, source, tokenizer, tensors, dtypes, target_dtype, unties, origin, trusts_code)
 
 
 def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> MergeResult:
@@ -146,7 +149,7 @@ def _verify(plan: MergePlan, part: Path, chat_format: ChatFormat) -> str:
         return f"not verified: {shortage}"
     result = plan.result
     if result.adapter is None and not stored_bytes(result.folder):
-        load_strict(part, torch.float32, trusts_code=result.trusts_code)
+        load_strict(part, torch.float32, trusts_code=plan.trusts_code)
         return "it loads with plain transformers, and no weight is missing"
     loaded = load_for_inference(result, base_name=str(plan.source) if result.adapter else None)
     max_length = getattr(loaded.tuned.config.get_text_config(), "max_position_embeddings", None)
@@ -154,12 +157,13 @@ def _verify(plan: MergePlan, part: Path, chat_format: ChatFormat) -> str:
     expected = verify_saved.logits_of(loaded.tuned, rows)
     del loaded
     precisions = {precision_of(plan.dtype), result.precision}
-    return verify_saved.compare_logits(part, expected, rows, precisions, trusts_code=result.trusts_code)
+    return verify_saved.compare_logits(part, expected, rows, precisions, trusts_code=plan.trusts_code)
 
 
 def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -> Any:
     """Build the model; each weight is one zero, expanded to its shape."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
+    with damage_named(str(source)):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
     if getattr(config, "quantization_config", None):
         raise ConfigError(f"{source}: is stored quantized: merge into the model that it was made from")
     config.get_text_config().vocab_size = vocab_size

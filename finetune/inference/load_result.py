@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError
 
 from finetune.chat_templates import ChatFormat, end_token_ids, select_chat_format
+from finetune.config.arguments import needs_no_trust
 from finetune.inference.run_result import RunResult
 from finetune.models import loader
 from finetune.models.base_checks import check_weights
 from finetune.models.model_folder import WEIGHTS_FILES, stored_bytes
 from finetune.run_dir.run_json import is_adapter
+from finetune.utils.console import log_notes
 from finetune.utils.errors import CheckpointError, ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -104,25 +106,19 @@ def read_model(folder: Path, *, markers: dict[str, list[int]], trust_remote_code
         raise ConfigError(f"{folder}: an adapter without run.json: its base and chat format are unknown")
     from transformers import AutoConfig
 
-    try:
+    with loader.damage_named(f"{folder}: holds neither run.json nor a model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = loader.load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"{folder}: the model has Python files of its own; if you trust them, give --trust_remote_code"
-            ) from None
-        raise ConfigError(f"{folder}: holds neither run.json nor a model: {first_line(error)}") from None
     is_lingowhale = "lingowhale" in (config.model_type or "").lower()
     if tokenizer.chat_template is None and not is_lingowhale:
         raise ConfigError(f"{folder}: the chat format is unknown: no run.json, and no chat template in the tokenizer")
     format_name = "the tokenizer's own chat template" if tokenizer.chat_template else "lingowhale"
     run = {
-        "model": {"name": str(folder), "folder": str(folder.absolute()), "trusts_code": trust_remote_code},
+        "model": {"name": str(folder), "folder": str(folder.absolute())},
         "chat": {"format": format_name, **markers, "content_tokens": [], "stop_token_id": None},
         "precision": loader.precision_of(config.dtype),
     }
-    return RunResult(folder, run, None, is_trained=False)
+    return RunResult(folder, run, None, is_trained=False, trusts_code=trust_remote_code)
 
 
 def load_tokenizer(result: RunResult) -> PreTrainedTokenizerBase:
@@ -187,6 +183,20 @@ def _download_base(result: RunResult) -> Path:
     return folder
 
 
+def trusts_code_in(folder: Path, result: RunResult) -> bool:
+    """Whether the Python files in a result's folder, or in that of its base, may run; say whose do.
+
+    Without the flag only those of the one repository that needs none, at the newest commit of its main branch.
+    """
+    name = result.base["name"]
+    if not result.trusts_code and needs_no_trust(name) and folder == loader.local_model_dir(name):
+        log_notes(filter(None, [loader.code_note(name)]))
+        return True
+    if result.trusts_code:
+        log_notes(filter(None, [loader.code_note(str(folder))]))
+    return result.trusts_code
+
+
 def load_base(result: RunResult, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> Any:
     """Load the base model, its vocabulary large enough for the tokenizer of the result."""
     base = _load(base_folder(result, name), result)
@@ -215,13 +225,14 @@ def _load(folder: Path, result: RunResult) -> Any:
     from transformers import AutoModelForCausalLM
 
     may_miss = None if result.run.get("arguments", {}).get("allow_missing_weights") else ()
-    check_saved_weights(folder, trusts_code=result.trusts_code, may_miss=may_miss)
+    trusts_code = trusts_code_in(folder, result)
+    check_saved_weights(folder, trusts_code=trusts_code, may_miss=may_miss)
     if torch.cuda.is_available():
         options = {"dtype": loader.torch_dtype(result.precision), "device_map": _device_map()}
     else:
         options = {"dtype": _cpu_dtype(folder)}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=result.trusts_code, **options)
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusts_code, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: its weights do not load: {first_line(error)}") from None
 
@@ -249,12 +260,9 @@ def check_saved_weights(folder: Path, *, trusts_code: bool, may_miss: tuple[str,
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with loader.damage_named(f"{folder}: its weights do not load", CheckpointError), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its weights do not load: {first_line(error)}") from None
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code)
     check_weights(folder, empty, config, label=str(folder), may_miss=may_miss, error=CheckpointError)
 
 

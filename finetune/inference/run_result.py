@@ -12,6 +12,7 @@ from finetune.config.hardware import Precision
 from finetune.run_dir.run_json import ADAPTER_CONFIG, RUN_FILE, check_is_folder, holds_model, load_run_json
 from finetune.utils.errors import CheckpointError, ConfigError, first_line
 
+TRUST_HELP = "run the Python files of the model or of its base; what run.json says of the training is no permission"
 VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")  # peft types of adapters that are embeddings
 
 
@@ -23,6 +24,9 @@ class RunResult:
     run: dict[str, Any]  # content of run.json
     adapter: str | None  # peft type of the adapter (LORA, PREFIX_TUNING, PROMPT_TUNING, ...), or None for a full model
     is_trained: bool = True  # false for any other model, which has no base to compare with
+    trusts_code: bool = (
+        False  # --trust_remote_code of this command; what run.json says of the training is no permission
+    )
 
     @property
     def base(self) -> dict[str, Any]:
@@ -35,11 +39,6 @@ class RunResult:
         return self.run["chat"]
 
     @property
-    def trusts_code(self) -> bool:
-        """Whether the training had --trust_remote_code: Python files of the model may run."""
-        return bool(self.base["trusts_code"])
-
-    @property
     def has_virtual_tokens(self) -> bool:
         """Whether the adapter puts virtual tokens before each conversation, which shifts token positions."""
         return self.adapter in VIRTUAL_TOKENS
@@ -50,8 +49,8 @@ class RunResult:
         return self.run["precision"]
 
 
-def read_result(folder: Path) -> RunResult:
-    """Read what an output_dir, or a checkpoint in one, holds."""
+def read_result(folder: Path, *, trust_remote_code: bool = False) -> RunResult:
+    """Read what an output_dir, or a checkpoint in one, holds; `trust_remote_code`: its Python files may run."""
     check_is_folder(folder)
     output_dir = folder.absolute().parent if step_of(folder.absolute()) is not None else folder
     run = load_run_json(output_dir)
@@ -62,15 +61,18 @@ def read_result(folder: Path) -> RunResult:
         steps = steps_in(output_dir)
         remedy = f"use a checkpoint, the last is {output_dir}/checkpoint-{steps[0]}" if steps else "train first"
         raise ConfigError(f"{folder}: holds no model, because the run has not finished: {remedy}")
-    return RunResult(folder, run, _adapter_type(folder))
+    return RunResult(folder, run, _adapter_type(folder), trusts_code=trust_remote_code)
 
 
 def _adapter_type(folder: Path) -> str | None:
     """Return the peft type of the adapter in a folder, or None if it holds none."""
     path = folder / ADAPTER_CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("megatron_config"):  # peft would import the module that the file names
+            raise ValueError("an adapter of Megatron")
+        return config["peft_type"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the config of an adapter: {first_line(error)}") from None

@@ -22,7 +22,7 @@ from finetune.distributed.startup_timer import timed
 from finetune.models.base_checks import check_finite, check_not_quantized, check_weights
 from finetune.models.model_folder import check_folder, weight_files
 from finetune.utils.console import log_notes
-from finetune.utils.errors import ConfigError, first_line
+from finetune.utils.errors import ConfigError, FinetuneError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".tiktoken", ".txt", ".jinja", ".py", ".gguf")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+MAX_REASON = 300  # characters of an error of transformers
 BLOCK_BYTES, BLOCKS_READ = 1 << 18, 64
 
 
@@ -125,21 +127,22 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
         use_cache_if_hub_unreachable()
     check_folder(name)
     code = code_note(name, revision) if trusts_code else None
-    with _model_errors(name):
+    config_file = f"--model_name_or_path {name}: config.json"
+    with damage_named(config_file), _model_errors(name):
         config = AutoConfig.from_pretrained(name, **_revision_options(name, revision), trust_remote_code=trusts_code)
-    check_not_quantized(name, config)
+        check_not_quantized(name, config)
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
-            with _model_errors(name), torch.device("meta"):
+            with damage_named(config_file), _model_errors(name), torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(
                     config,
                     attn_implementation=candidate,
                     trust_remote_code=trusts_code,
                     **_code_revision_option(revision),
                 )
-        except (ImportError, ValueError) as error:
+        except ConfigError:
             if candidate == "eager":
-                raise ConfigError(f"--model_name_or_path {name}: {first_line(error)}") from None
+                raise
             continue
         notes = [code] if code else []
         if candidate != attention:
@@ -158,17 +161,14 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     """
     from transformers import AutoTokenizer
 
-    with _model_errors(name):
-        try:
-            return AutoTokenizer.from_pretrained(
-                name, **_revision_options(name, revision), trust_remote_code=trust_remote_code
-            )
-        except (ImportError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise
-            raise ConfigError(
-                f"--model_name_or_path {name}: the tokenizer could not be loaded: {first_line(error)}"
-            ) from None
+    files = [file for file in TOKENIZER_FILES if (Path(name).expanduser() / file).is_file()]
+    fault = f"--model_name_or_path {name}: the tokenizer could not be loaded" + (
+        f" ({', '.join(files)})" if files else ""
+    )
+    with damage_named(fault), _model_errors(name):
+        return AutoTokenizer.from_pretrained(
+            name, **_revision_options(name, revision), trust_remote_code=trust_remote_code
+        )
 
 
 @timed("model")
@@ -353,13 +353,29 @@ def _model_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"{flag}: the model has Python files of its own; if you trust them, give --trust_remote_code True"
-            ) from None
         if "Unrecognized configuration class" in str(error):
             raise ConfigError(f"{flag}: not a causal language model") from None
         if isinstance(error, OSError):
             where = "the folder exists, but" if path.exists() else "no such folder, and the model hub did not answer:"
             raise ConfigError(f"{flag}: {where} {first_line(error)}") from None
         raise
+
+
+@contextmanager
+def damage_named(label: str, error: type[FinetuneError] = ConfigError) -> Iterator[None]:
+    """Turn whatever transformers raises while it reads a config or a tokenizer into an error of the class `error`.
+
+    Raises:
+        ConfigError: The model has Python files of its own that are not trusted.
+    """
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as problem:  # damaged files fail in any way
+        if isinstance(problem, ValueError) and "trust_remote_code" in str(problem):
+            raise ConfigError(
+                f"{label}: the model has Python files of its own; if you trust them, give --trust_remote_code True"
+            ) from None
+        kind = "" if isinstance(problem, OSError | ValueError | ImportError) else f"{type(problem).__name__}: "
+        raise error(f"{label}: {kind}{' '.join(str(problem).split())[:MAX_REASON]}") from problem

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, format_names
+from finetune.utils.user_files import read_json_object
 
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+PARTS, MOST_PARTS = re.compile(r"(layers?|experts?|per_tok)$"), 4096
+SIZES = re.compile(r"(size|heads?|layers?|experts?|dim|rank|embd|inner|positions|embeddings|per_tok)$")
+NEVER_ZERO = re.compile(
+    r"(hidden_size|vocab_size|hidden_layers|heads|n_(head|embd|layer|positions)|embeddings|per_tok)$"
+)
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
 
 
@@ -27,8 +36,10 @@ def weight_map(folder: Path, *, error: type[FinetuneError] = CheckpointError) ->
             files: dict[str, list[str]] = {}
             try:
                 for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+                    if not re.fullmatch(r"[\w. +=@-]{1,200}", name) or not name.endswith((".safetensors", ".bin")):
+                        raise ValueError(f"{name[:99]!r} is not the name of a file of weights beside it")
                     files.setdefault(name, []).append(tensor)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
                 reason = f"{type(problem).__name__}: {problem}"
                 raise error(f"{index}: not an index of weights ({reason}): copy the file again") from None
             return dict(sorted(files.items()))
@@ -49,12 +60,21 @@ def check_folder(name: str) -> None:
     """Check that a path, if it is one, is the folder of a model with its config and weights.
 
     Raises:
-        ConfigError: A file, an adapter, a checkpoint without model files, or a folder without config or weights.
+        ConfigError: A file, an adapter, a checkpoint without model files, a folder without config or weights, or one
+            whose JSON files are damaged.
     """
     folder, flag = Path(name).expanduser(), f"--model_name_or_path {name}"
     if folder.is_file():
         raise ConfigError(f"{flag}: is a file: give the folder that holds config.json and the weights")
-    if not folder.is_dir() or ((folder / "config.json").is_file() and weight_map(folder, error=ConfigError)):
+    if not folder.is_dir():
+        return
+    for path in filter(Path.is_file, (folder / file for file in JSON_FILES)):
+        values = read_json_object(path)
+        nested = values.get("text_config")
+        for key, value in [*values.items(), *(nested.items() if isinstance(nested, dict) else ())]:
+            if not _is_possible(key, value):
+                raise ConfigError(f"{path}: {key} {value!r:.99}: no model has this: copy the file again")
+    if (folder / "config.json").is_file() and weight_map(folder, error=ConfigError):
         return
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
@@ -74,6 +94,17 @@ def check_folder(name: str) -> None:
         f"{flag}: holds no weights: expected {' or '.join(WEIGHTS_FILES)}, or their index and shards{found}: copy the "
         "whole model"
     )
+
+
+def _is_possible(key: str, value: Any) -> bool:
+    """Whether a value of a model's JSON files can be meant; others make transformers fail late, or build for hours."""
+    if key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = value if isinstance(value, list) else [value or 0]
+        return all(type(number) is int for number in ids)
+    if type(value) is not int:
+        return True
+    too_many = value > MOST_PARTS and PARTS.search(key)
+    return not (too_many or (value < 0 and SIZES.search(key)) or (value == 0 and NEVER_ZERO.search(key)))
 
 
 def _base_of(folder: Path) -> str:

@@ -90,13 +90,13 @@ def make_random_model(
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def run_dry_run(command: Sequence[str], model: Path, output: Path) -> dict[str, Any]:
+def run_dry_run(command: Sequence[str], model: Path, output: Path, *, trusts_code: bool) -> dict[str, Any]:
     """Train, resume and load with the small model in `model`, a folder on every host; `command` starts the training."""
     facts: dict[str, Any] = {}
     own = [
         "--model_name_or_path", str(model), "--output_dir", str(output), "--max_steps", str(STEPS), "--save_strategy",
         "steps", "--save_steps", "1", "--save_total_limit", "0", "--save_only_model", "False", "--logging_steps", "1",
-        "--report_to", "none",
+        "--report_to", "none", "--trust_remote_code", str(trusts_code),
     ]  # fmt: skip
     began = time.monotonic()
     _run([*command, *own, "--resume_from_checkpoint", "none"], "two steps, saved and verified")
@@ -112,7 +112,7 @@ def run_dry_run(command: Sequence[str], model: Path, output: Path) -> dict[str, 
     logger.info(f"resumed from the first checkpoint: the same second step after {facts['resume_seconds']:.0f} s")
     began = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):
-        load_for_inference(read_result(output))
+        load_for_inference(read_result(output, trust_remote_code=trusts_code))
     facts["load_seconds"] = time.monotonic() - began
     logger.info(f"the result is loaded after {facts['load_seconds']:.0f} s")
     return {**facts, "losses": losses}

@@ -171,11 +171,12 @@ def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
     folder.mkdir(parents=True)
     remote = [host for host in run.hosts_over_ssh() or () if not ssh.is_here(host)]
     try:
+        trusts_code = run.model.trusts_code()
         parameters = dry_run.make_random_model(
             run.model.model_name_or_path,
             model,
             revision=run.model.model_revision,
-            trust_remote_code=run.model.trusts_code(),
+            trust_remote_code=trusts_code,
             heads=max(dry_run.HEADS, run.sequence_parallel_size),
         )
         logger.info(f"rehearsing with a random model of {parameters:,} parameters")
@@ -185,7 +186,7 @@ def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
             wanted = [staged for staged in staging.folders_to_stage(answers, here) if staged.path == model]
             staging.send_folders(wanted, run.shell, folder)
         words = without_flags(run.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
-        facts = dry_run.run_dry_run(run.rehearsal(words), model, folder / "output")
+        facts = dry_run.run_dry_run(run.rehearsal(words), model, folder / "output", trusts_code=trusts_code)
         lines = {
             "model": f"{parameters:,} random parameters of the same architecture",
             "trained": f"two steps, saved, verified: {facts['train_seconds']:.0f} s",

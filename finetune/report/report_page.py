@@ -108,7 +108,7 @@ def write_report(runs: Sequence[RunRecord], path: Path, *, every: float | None =
     write_page(path, render_report(runs, every=every), REPORT)
 
 
-def write_at_the_end(folder: Path, *, answers: int, seconds: float) -> str:
+def write_at_the_end(folder: Path, *, answers: int, seconds: float, trusts_code: bool) -> str:
     """Write a run's report into its folder; return a line for the user.
 
     Up to `answers` prompts are answered in it, where memory and the given time allow.
@@ -120,7 +120,7 @@ def write_at_the_end(folder: Path, *, answers: int, seconds: float) -> str:
             return f"no report was written: {free / 1e6:.0f} MB of disk are left: finetune report {folder} writes it"
         check_replaceable(path, REPORT)
         try:
-            note = _answer(folder, answers, seconds) if answers else ""
+            note = _answer(folder, answers, seconds, trusts_code) if answers else ""
         except (FinetuneError, OSError) as error:
             note = f"; no answers before and after: {error}"
         write_report([read_run(folder)], path)
@@ -129,8 +129,8 @@ def write_at_the_end(folder: Path, *, answers: int, seconds: float) -> str:
     return f"{path}{note}"
 
 
-def _answer(folder: Path, count: int, seconds: float) -> str:
-    result = read_result(folder)
+def _answer(folder: Path, count: int, seconds: float, trusts_code: bool) -> str:
+    result = read_result(folder, trust_remote_code=trusts_code)
     prompts = prompts_of(read_run(folder).cards, count)
     if not prompts:
         return ""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ranks
+from tests.helpers import made_results, ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS
 from tests.helpers.verbs import finetune_text
@@ -110,7 +110,7 @@ def test_it_trains_saves_its_code_and_loads(stand_in, conversation_file, tmp_pat
         assert (output / "modeling_qkv.py").is_file()
     ids = load(output, bool(adapter))
     assert "[[3, 20, 30, 4" in ids
-    merged = finetune_text("merge", output)
+    merged = finetune_text("merge", output, "--trust_remote_code")
     assert merged.returncode == 0, merged.stderr
     assert (output / "merged/modeling_qkv.py").is_file() and "the first choice is the same" in merged.stdout
     assert load(output / "merged", False) == ids
@@ -199,6 +199,33 @@ def _waiting_bytes(keyboard: int) -> bytes:
         return b""
     finally:
         os.close(keyboard)
+
+
+@pytest.fixture(params=["model", "tokenizer", "base of an adapter"])
+def result_with_code(request, tiny_model, tmp_path) -> Path:
+    """An output folder whose run.json says that its code is trusted, and whose code leaves `tmp_path / "marker"`."""
+    kind = "tokenizer" if request.param == "tokenizer" else "model"
+    output = write_marked(tmp_path / "marked", tiny_model, tmp_path / "marker", "ran", kind=kind)
+    run = made_results.run_of(output)
+    if request.param == "base of an adapter":
+        output = shutil.copytree(tiny_model, tmp_path / "adapter", ignore=lambda *_: ["config.json"])
+        (output / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    run["model"]["trusts_code"] = run["arguments"]["trust_remote_code"] = True
+    (output / "run.json").write_text(json.dumps(run))
+    return output
+
+
+def test_a_result_that_calls_itself_trusted_runs_nothing(result_with_code, conversation_file, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Who?")
+    verbs = ("chat", "merge", f"evaluate --data_path {conversation_file}", f"report --prompts {tmp_path}/prompts.txt")
+    for verb, *words in map(str.split, verbs):
+        done = finetune_text(verb, result_with_code, *words, stdin=b"Hi\n")
+        assert done.returncode == 2 or verb == "report", done.stderr
+        assert "give --trust_remote_code True" in done.stderr, done.stderr
+        assert not (tmp_path / "marker").exists(), verb
+    modules = str(tmp_path / "modules")
+    done = finetune_text("chat", result_with_code, "--trust_remote_code", stdin=b"Hi\n", HF_MODULES_CACHE=modules)
+    assert (tmp_path / "marker").exists(), done.stderr
 
 
 def test_the_hash_of_trusted_files_is_that_of_what_they_hold(tiny_model, tmp_path):

@@ -44,11 +44,12 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "num_fewshot": ("--tasks t", "--num_fewshot 2"), "limit": ("--tasks t", "--limit 2"),
         "batch_size": ("--tasks t", "--batch_size 2"), "apply_chat_template": ("--tasks t", "--apply_chat_template"),
         "allow_code_execution": ("--tasks t", "--allow_code_execution"), "forgetting": ("--tasks t", "--forgetting"),
-        "fail_below": ("--forgetting", "--fail_below 2"),
+        "fail_below": ("--forgetting", "--fail_below 2"), "trust_remote_code": ("--tasks t", "--trust_remote_code"),
     },
     "merge": {
         "target": ("", "elsewhere"), "base_model": ("", "--base_model other"), "dtype": ("", "--dtype fp16"),
         "max_shard_size": ("", "--max_shard_size 7MB"), "gguf": ("", "--gguf q8_0"), "no_check": ("", "--no_check"),
+        "trust_remote_code": ("", "--trust_remote_code"),
     },
     "quickstart": {
         "output_dir": ("", "--output_dir other"), "model_dir": ("", "--model_dir other"),
@@ -58,12 +59,13 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "output_dirs": ("", "other"), "html": ("", "--html DIR/r.html"), "prompts": ("", "--prompts DIR/prompts.txt"),
         "no_answers": ("", "--no_answers"), "base_model": ("", "--base_model other"), "watch": ("", "--watch"),
         "every": ("--watch", "--every 2"), "port": ("--watch", "--port 9"),
+        "trust_remote_code": ("", "--trust_remote_code"),
     },
     "chat": {
         "base": ("", "--base"), "compare": ("", "--compare"), "base_model": ("", "--base_model other"),
         "system": ("", "--system Hello"), "max_new_tokens": ("", "--max_new_tokens 3"),
         "temperature": ("", "--temperature 0.5"), "top_p": ("", "--top_p 0.5"), "seed": ("", "--seed 3"),
-        "reasoning": ("", "--reasoning"), "trust_remote_code": ("DIR/plain", "--trust_remote_code"),
+        "reasoning": ("", "--reasoning"), "trust_remote_code": ("", "--trust_remote_code"),
         "json": ("", "--json"), "web": ("", "--web"), "host": ("--web", "--host 0.0.0.0"),
         "port": ("--web", "--port 9"),
     },

@@ -40,6 +40,13 @@ def test_only_the_published_model_runs_its_own_code_without_the_flag(name, trust
     assert parse([*words, "--trust_remote_code", "True"]).model.trusts_code()
 
 
+def test_a_folder_that_is_called_like_the_published_model_is_not_trusted(tmp_path, monkeypatch):
+    (tmp_path / "deeplang-ai/LingoWhale-8B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    assert not parse([*REQUIRED, "--model_name_or_path", "deeplang-ai/LingoWhale-8B"]).model.trusts_code()
+
+
 # ---- the flags of transformers
 
 

@@ -118,6 +118,14 @@ def test_a_missing_config_file_is_named(tmp_path):
     assert refusal("--config", str(tmp_path)).startswith(f"--config {tmp_path}: ")
 
 
+def test_a_run_json_of_anyone_does_not_decide_whose_code_runs(tmp_path):
+    values = {"trust_remote_code": True, "model_name_or_path": "m"}
+    recipe, run = written(tmp_path / "recipe.json", values), written(tmp_path / "run.json", {"arguments": values})
+
+    assert parsed("--config", str(recipe)).model.trusts_code()
+    assert not parsed("--config", str(run)).model.trusts_code()
+
+
 @pytest.mark.parametrize("name", ["run.json", "run.yaml"])
 @pytest.mark.parametrize(
     "words",
