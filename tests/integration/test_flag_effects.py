@@ -317,7 +317,7 @@ def test_every_flag_that_fills_an_auto_does_so(named, tmp_path):
         "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"},
         "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto"}},
         "zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"},
     }  # fmt: skip
     (tmp_path / "all.json").write_text(json.dumps(config))
@@ -327,7 +327,8 @@ def test_every_flag_that_fills_an_auto_does_so(named, tmp_path):
     changes = {"per_device_train_batch_size": "3", "gradient_accumulation_steps": "5", "max_grad_norm": "0.5",
                "learning_rate": "0.25", "adam_beta1": "0.5", "adam_beta2": "0.5", "adam_epsilon": "0.5",
                "weight_decay": "0.75"}  # fmt: skip
-    assert {*changes, "precision", "precision_was_replaced"} == set(DeepSpeedFlags.__dataclass_fields__)
+    compared = {"precision", "precision_was_replaced", "lr_scheduler_type", "warmup_steps", "max_steps", "given"}
+    assert {*changes, *compared} == set(DeepSpeedFlags.__dataclass_fields__)
     for flag, value in changes.items():
         assert examined([*words, f"--{flag}", value], None)[1] != before, flag
 
