@@ -112,7 +112,8 @@ def resolve_schedule(config: dict[str, Any], command: DeepSpeedFlags, faults: li
                 f"scheduler.params.{key} is {json.dumps(value)}, but {decided[key][1]}: "
                 'write "auto" there, or leave the section out'
             )
-    notes.append(f"scheduler {kind} is --lr_scheduler_type {same}: transformers computes it")
+    warmup = "" if "warmup_type" in params else ", with a linear warm-up where DeepSpeed's default is logarithmic"
+    notes.append(f"scheduler {kind} is --lr_scheduler_type {same}: transformers computes it{warmup}")
 
 
 def resolve_optimizer(

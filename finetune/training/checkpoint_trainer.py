@@ -59,6 +59,13 @@ class CheckpointTrainer(Trainer):
     def after_pause(self, seconds: float) -> None:
         """Called after a save or an evaluation that took so long: it is not part of a step's seconds."""
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load as transformers does; a checkpoint of 0.1 with a schedule of DeepSpeed's has only its step."""
+        if checkpoint is None or not self.is_deepspeed_enabled or Path(checkpoint, SCHEDULER_NAME).is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            self.lr_scheduler.last_epoch = self.identity.manifest.step  # type: ignore[union-attr]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, write the manifest, and only then remove an older checkpoint; an error is that of every rank."""
         began, step = time.perf_counter(), self.state.global_step

@@ -38,7 +38,7 @@ class Hyperparameters:
 
         Args:
             optimizer: as accelerate wraps it; inside may be DeepSpeed's wrapper of the optimizer.
-            scheduler: of transformers or DeepSpeed.
+            scheduler: of transformers, or in accelerate's wrapper.
         """
         inner, states = innermost(optimizer), _states_in_groups(innermost(optimizer))
         schedule = _unwrapped(scheduler)
@@ -76,8 +76,6 @@ class Hyperparameters:
                 else:
                     group["lr"] = rate
             schedule._last_lr = rates
-        elif hasattr(schedule, "last_batch_iteration"):  # DeepSpeed's: computed from this number alone
-            schedule.step(schedule.last_batch_iteration)
 
     def _apply_to_scaler(self, engine_optimizer: Any) -> None:
         if self.scaler is None:

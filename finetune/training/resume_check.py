@@ -50,7 +50,7 @@ ADAPTIVE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 SCHEDULE_FLAGS = ("--learning_rate", "--lr_scheduler_type", "--lr_scheduler_kwargs")
 OF_FLAGS = "of the command line"
 DAY = "date that the chat template writes"  # a key of manifests
-SINCE_0_2 = ("scheduler", "loss scaling", DAY)  # facts that older manifests lack
+SINCE_0_2 = ("loss scaling", DAY)  # facts that older manifests lack
 STAGES_DIFFER = (
     "stages 1 and 2 partition optimizer states, stage 3 each parameter, and DeepSpeed converts neither into the other"
 )
@@ -82,7 +82,6 @@ def resume_facts(
         "precision": precision,
         "ZeRO stage": zero.stage if zero else "none",
         "optimizer": sections.get("optimizer", OF_FLAGS),
-        "scheduler": sections.get("scheduler", OF_FLAGS),
         **({"loss scaling": sections.get("fp16")} if precision == "fp16" else {}),
     }
     return json.loads(json.dumps(facts))  # as a manifest gives it back
@@ -165,9 +164,9 @@ def _is_refused(name: str, old: Any, new: Any, *, flags: Mapping[str, Any]) -> b
     """Whether no run can resume over this difference, whatever the user allows."""
     if name == "--optim":
         return not {old, new} <= SAME_STATES
-    if name in ("optimizer", "scheduler"):  # sections of the DeepSpeed JSON
+    if name == "optimizer":  # section of the DeepSpeed JSON
         types = {section.get("type") if isinstance(section, Mapping) else section for section in (old, new)}
-        return OF_FLAGS in types or (name == "optimizer" and len(types) > 1 and types != {"Adam", "AdamW"})
+        return OF_FLAGS in types or (len(types) > 1 and types != {"Adam", "AdamW"})
     if name in SCHEDULE_FLAGS:
         return any(value in ADAPTIVE_SCHEDULES for value in (flags["--lr_scheduler_type"], old, new))
     return name in NEVER
