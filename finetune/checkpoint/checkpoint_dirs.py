@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune.checkpoint.integrity import find_damage
+from finetune.checkpoint.integrity import find_damage, find_strangers
 from finetune.checkpoint.manifest import MANIFEST_FILE, NAME, SAVING_FILE, read_manifest
 from finetune.utils.atomic_io import fsync_dir, replace_text
 from finetune.utils.errors import CheckpointError
@@ -53,7 +53,8 @@ def verify_checkpoint(folder: Path) -> list[str]:
     faults = {name: fault for name in manifest.files if (fault := "".join(find_damage(folder, manifest, [name])))}
     all_ranks = [rank for ranks in manifest.disks for rank in ranks]
     parts = [all_ranks, *(manifest.disks if len(manifest.disks) > 1 else [])]
-    return min(([faults[name] for name in manifest.names_for(ranks) if name in faults] for ranks in parts), key=len)
+    damage = min(([faults[name] for name in manifest.names_for(ranks) if name in faults] for ranks in parts), key=len)
+    return damage + find_strangers(folder, manifest)
 
 
 def mark_as_unfinished(folder: Path, run_id: str, step: int) -> None:

@@ -5,16 +5,26 @@
     checkpoint-N/manifest.json   written and synced last, once the files of every rank are
 
 A folder with only the first may be removed. Nothing is renamed over a folder: ranks on other hosts may have it open.
+
+A manifest carries a checksum of itself, its canonical JSON (sorted keys, no spaces). It finds accidents. With a key it
+also carries an HMAC-SHA256 (RFC 2104) of the same bytes, and a SHA-256 of each file.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from reprlib import repr as shortened
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from xxhash import xxh3_128_hexdigest
 
 from finetune.utils.atomic_io import fsync_dir, replace_text
 from finetune.utils.errors import CheckpointError
@@ -22,7 +32,11 @@ from finetune.utils.errors import CheckpointError
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 SAVING_FILE = "saving.json"
+LATEST_FILE = "latest"  # names the folder of DeepSpeed's files
 NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
+TAG = re.compile(r"(global_step\d+)/")
+MAX_DEPTH, MAX_INT, MAX_REASON = 20, 2**63, 300
+POSITION, COUNTS = {"epoch", "step"}, {"steps", "in_a_row", "lost_since_log"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class FileRecord:
     size: int
     xxh3_128: str
     rank: int | None
+    sha256: str | None = None  # with --verify_key
 
 
 @dataclass(frozen=True)
@@ -65,29 +80,58 @@ class Manifest:
         return [name for name, record in self.files.items() if record.rank is None or record.rank in ranks]
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, key: bytes | None = None) -> Manifest:
     """Read the manifest of a checkpoint.
 
+    Args:
+        key: of its HMAC; None: that is not checked.
+
     Raises:
-        CheckpointError: there is none, or this version cannot read it.
+        CheckpointError: there is none, it is damaged or of another key, or this version cannot read it.
     """
     path = folder / MANIFEST_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: its save was not finished, or it was made by another tool") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    file_format = values.pop("format", None) if isinstance(values, dict) else None
-    if file_format != FORMAT:
-        raise CheckpointError(f"{path}: format {file_format}, this version reads {FORMAT}")
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: its save was not finished, or it was made by another tool")
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("it is a link or no file")
+        values = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, dict) else None
+            raise CheckpointError(f"{path}: format {shortened(found)}, this version reads {FORMAT}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {str(error)[:MAX_REASON]}") from None
     try:
+        sums = {name: values.pop(name, None) for name in ("checksum", "hmac_sha256")}
+        text = _canonical(values)
+        del values["format"]
         files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
         manifest = Manifest(**values, files=files)
         _check(manifest, folder)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a manifest: {error}") from None
+        if sums["checksum"] not in (None, xxh3_128_hexdigest(text)):  # manifests of 0.1 have none
+            raise ValueError("it has been changed since it was written: its checksum is of another text")
+        if key is not None and not hmac.compare_digest(str(sums["hmac_sha256"]).encode(), _hmac(key, text).encode()):
+            raise ValueError("its HMAC is missing, or is not that of the key in --verify_key")
+        if key is not None and None in {record.sha256 for record in files.values()}:
+            raise ValueError("it has no SHA-256 of its files")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a manifest: {str(error)[:MAX_REASON]}") from None
     return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands twice")
+    return values
+
+
+def _canonical(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _hmac(key: bytes, text: bytes) -> str:
+    return hmac.digest(key, text, "sha256").hex()
 
 
 def _check(manifest: Manifest, folder: Path) -> None:
@@ -97,26 +141,55 @@ def _check(manifest: Manifest, folder: Path) -> None:
         ValueError: with what does not fit.
     """
     for name, hint in get_type_hints(Manifest).items():
-        if not isinstance(getattr(manifest, name), get_origin(hint) or hint):
-            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
-    if len(manifest.loss_since_log) != manifest.world_size or not all(
-        isinstance(ranks, list) for ranks in manifest.disks
-    ):
+        if name != "files" and not _has_type(getattr(manifest, name), hint):
+            raise ValueError(f"{name} is {shortened(getattr(manifest, name))}")
+    ranks = sorted(rank for group in manifest.disks for rank in group)
+    if not len(manifest.loss_since_log) == manifest.world_size > 0 or ranks != list(range(manifest.world_size)):
         raise ValueError("its ranks and world size do not match")
+    if set(manifest.position) != POSITION or not set(manifest.non_finite) <= COUNTS:
+        raise ValueError("its position or its counts of non-finite steps lack a name, or have another")
     match = NAME.fullmatch(folder.name)
     if match and int(match[1]) != manifest.step:
         raise ValueError(f"it is of step {manifest.step}: give the folder its name, or none of a checkpoint's")
+    hints = get_type_hints(FileRecord)
+    folded = {unicodedata.normalize("NFC", name).casefold() for name in manifest.files}
+    if len(folded) != len(manifest.files) or folded & {MANIFEST_FILE, SAVING_FILE}:
+        raise ValueError("its names of files differ only in case, or one is the manifest's own")
     for name, record in manifest.files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{name} lies outside")
-        if not isinstance(record.size, int) or not isinstance(record.xxh3_128, str):
-            raise ValueError(f"{name} has no size or checksum")
-        if not isinstance(record.rank, int | None):
-            raise ValueError(f"{name} is of rank {record.rank!r}")
+        if not _is_plain(name):
+            raise ValueError(f"{repr(name)[1:-1]} lies outside, or is no plain relative path")
+        if not all(_has_type(getattr(record, part), hint) for part, hint in hints.items()) or record.size < 0:
+            raise ValueError(f"{name} has no size or checksum, or an unknown rank: {shortened(record)}")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def _has_type(value: Any, hint: Any, depth: int = 0) -> bool:
+    """Whether a value from JSON has the type of a field, and numbers are finite."""
+    if get_origin(hint) is UnionType:
+        return any(_has_type(value, part, depth) for part in get_args(hint))
+    if isinstance(value, list | dict):
+        kind, parts = get_origin(hint) or hint, get_args(hint) or (Any,)
+        inner = value.values() if isinstance(value, dict) else value
+        fits = kind in (Any, type(value)) and depth < MAX_DEPTH
+        return fits and all(_has_type(part, parts[-1], depth + 1) for part in inner)
+    if hint is float:
+        return type(value) in (int, float) and -math.inf < value < math.inf
+    return hint is Any or (type(value) is hint and (hint is not int or abs(value) < MAX_INT))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is a normalised relative path that every file system can hold."""
+    is_text = name.isprintable() and "\\" not in name
+    return is_text and all(part and part[-1] not in ". " for part in name.split("/"))
+
+
+def write_manifest(folder: Path, manifest: Manifest, key: bytes | None = None) -> None:
     """Write the manifest atomically, then remove the mark of the save: from now on the folder is a checkpoint."""
-    replace_text(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
+    values = {"format": FORMAT, **asdict(manifest)}
+    for record in values["files"].values():
+        if record["sha256"] is None:
+            del record["sha256"]
+    text = _canonical(values)
+    sums = {"checksum": xxh3_128_hexdigest(text)} | ({} if key is None else {"hmac_sha256": _hmac(key, text)})
+    replace_text(folder / MANIFEST_FILE, json.dumps({**values, **sums}, indent=1) + "\n")
     (folder / SAVING_FILE).unlink(missing_ok=True)
     fsync_dir(folder)

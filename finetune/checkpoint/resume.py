@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,18 +36,20 @@ class ResumePoint:
     changes: tuple[str, ...]
     is_reshaped: bool
 
-    def folder_to_load(self, output_dir: Path) -> Path:
+    def to_load(self, output_dir: Path) -> tuple[Path, Manifest]:
         """Return the folder to load: the checkpoint's, or its universal form for another world size. All ranks.
+
+        Its files are those of the manifest.
 
         Raises:
             CheckpointError: it cannot be converted.
             StorageError: there is too little space for it.
         """
         if not self.is_reshaped or self.manifest.facts["ZeRO stage"] == "none":
-            return self.folder
+            return self.folder, self.manifest
         target = checkpoint.universal_folder(output_dir, self.manifest.step)
-        run_on_rank_0(lambda: checkpoint.convert_to_universal(self.folder, self.manifest, target))
-        return target
+        files = run_on_rank_0(lambda: checkpoint.convert_to_universal(self.folder, self.manifest, target))
+        return target, replace(self.manifest, files=files)
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json records of it."""
@@ -214,20 +216,10 @@ def _inspect_here(folder: Path, ranks: tuple[int, ...], *, all_files: bool) -> t
     names = checkpoint.partition_files(manifest, needed, part, len(ranks))
     faults = checkpoint.find_damage(folder, manifest, names)
     if part == 0:
-        unlisted = set(checkpoint.file_names(folder)) - set(manifest.files)
-        faults += [
-            f"{folder / name} is not in {checkpoint.MANIFEST_FILE}"
-            for name in sorted(unlisted)
-            if checkpoint.is_pickled(Path(name))
-        ]
-    for path in (folder / name for name in names):
-        if checkpoint.is_pickled(path) and path.is_file():
-            try:
-                fault = checkpoint.pickle_fault(path)
-            except OSError as error:
-                fault = f"{path} cannot be read: {error.strerror}"
-            faults += [fault] if fault else []
-    return manifest, faults
+        faults += checkpoint.find_strangers(folder, manifest)
+    paths = [folder / name for name in names]
+    pickled = [path for path in paths if checkpoint.is_pickled(path) and path.is_file()]
+    return manifest, faults + [fault for path in pickled if (fault := checkpoint.pickle_fault(path))]
 
 
 def _is_missing_random_state(fault: str) -> bool:

@@ -13,11 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finetune.checkpoint.integrity import file_names
-from finetune.checkpoint.manifest import Manifest
-from finetune.checkpoint.safe_pickle import is_pickled, pickle_fault
+from finetune.checkpoint.integrity import file_names, fsync_and_hash, zero_tag
+from finetune.checkpoint.manifest import FileRecord, Manifest, read_manifest
+from finetune.checkpoint.torch_files import load_data, verified_loads
 from finetune.utils.errors import CheckpointError, StorageError
 
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -33,8 +34,11 @@ def remove_universal(output_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> None:
+def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> dict[str, FileRecord]:
     """Write the universal form of a verified ZeRO checkpoint to `target`, beside the files the Trainer reads.
+
+    Returns:
+        Its files, as the loader must find them.
 
     Raises:
         CheckpointError: DeepSpeed cannot convert it, or what came out lacks a parameter or has another shape.
@@ -46,37 +50,46 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> None
         raise StorageError(
             f"{target}: converting {folder.name} takes {manifest.size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
         )
-    tag = (folder / "latest").read_text(encoding="utf-8").strip()
+    tag = zero_tag(folder, manifest)
+    if tag is None:
+        raise CheckpointError(f"{folder}: holds no ZeRO checkpoint: there is no file `latest`")
     converted = target / f"{tag}_universal"
     converted.mkdir(parents=True)
     stage = manifest.facts["ZeRO stage"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    code = "from finetune.checkpoint.universal_checkpoint import run_converter; run_converter()"
+    command = [sys.executable, "-c", code]
     command += ["--input_folder", str(folder / tag), "--output_folder", str(converted)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--inject_missing_state"] if stage != 3 else []
     environment = {name: value for name, value in os.environ.items() if name not in OF_THE_LAUNCHER}
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         reason = lines[-1] if lines else "no reason given"
         raise CheckpointError(f"{folder}: DeepSpeed could not convert it for another number of ranks: {reason}")
     try:
-        for path in folder.iterdir():
-            if path.is_file() and path.suffix != ".safetensors":
-                shutil.copyfile(path, target / path.name)
+        for name in manifest.files:
+            if "/" not in name and not name.endswith(".safetensors"):
+                shutil.copyfile(folder / name, target / name, follow_symlinks=False)
     except OSError as error:
         why = f"it was to hold {folder.name} for another number of ranks"
         raise StorageError(f"{target}: {error.strerror}: {why}") from None
-    _check(target, converted, manifest)
+    _check(converted, manifest)
+    return fsync_and_hash(target, file_names(target), None)
 
 
-def _check(target: Path, converted: Path, manifest: Manifest) -> None:
-    import torch
+def run_converter() -> None:
+    """Run DeepSpeed's converter, which may load files of the checkpoint and what it writes itself. (DeepSpeed 0.19)"""
+    from deepspeed.checkpoint import ds_to_universal
 
-    for name in file_names(target):
-        fault = pickle_fault(target / name) if is_pickled(Path(name)) else None
-        if fault:
-            raise CheckpointError(fault)
+    args = ds_to_universal.parse_arguments()
+    folder, target = Path(args.input_folder).parent, Path(args.output_folder)
+    with verified_loads(folder, read_manifest(folder).files, own=target.absolute()):
+        ds_to_universal.main(args)
+
+
+def _check(converted: Path, manifest: Manifest) -> None:
     for name, shape in manifest.trained.items():
         files = {path.stem: path for path in (converted / "zero" / name).glob("*.pt")}
         if "fp32" not in files:
@@ -84,7 +97,7 @@ def _check(target: Path, converted: Path, manifest: Manifest) -> None:
         for kind in ("fp32", *MOMENTS):
             if kind not in files:
                 continue
-            values = torch.load(files[kind], map_location="cpu", weights_only=True, mmap=True)
+            values = load_data(files[kind], mmap=True)
             values = values["param"] if isinstance(values, dict) else values
             if values.numel() != math.prod(shape):
                 raise CheckpointError(f"{files[kind]}: {list(values.shape)}, expected {shape}")

@@ -20,7 +20,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint.safe_pickle import pickle_fault
+from finetune.checkpoint.integrity import zero_tag
+from finetune.checkpoint.manifest import read_manifest
+from finetune.checkpoint.torch_files import load_data, pickle_fault, verified_loads
 from finetune.utils.errors import CheckpointError
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_")
@@ -40,15 +42,19 @@ class MasterWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        states = _tag_folder(folder)
-        parts = [_load(path)["optimizer_state_dict"] for path in _of_all_ranks(states)]
+        self.folder, manifest = folder, read_manifest(folder)
+        tag = zero_tag(folder, manifest)
+        if tag is None:
+            raise CheckpointError(f"{folder}: holds no ZeRO checkpoint: there is no file `latest`")
+        states, names = folder / tag, [name for name in manifest.files if name.startswith(f"{tag}/")]
+        with verified_loads(folder, manifest.files):
+            parts = [_load(folder / name)["optimizer_state_dict"] for name in _of_all_ranks(states, names)]
+            model = _load(folder / _model_states(states, names))
         self.stage, self.world_size = int(parts[0][STAGE]), len(parts)
         expected = parts[0][PARTS]
         expected = max(expected) if isinstance(expected, list) else expected
         if expected != self.world_size:
             raise CheckpointError(f"{states}: {expected} ranks wrote it, and files of {self.world_size} are there")
-        model = _load(_model_states(states))
         groups = [{name: list(shape) for name, shape in group.items()} for group in model[SHAPES]]
         self.shapes = {name: shape for group in groups for name, shape in group.items()}
         self.buffers = {name: model["module"][name] for name in model[BUFFERS] if name in model["module"]}
@@ -97,32 +103,25 @@ class MasterWeights:
         return slices
 
 
-def _tag_folder(folder: Path) -> Path:
-    try:
-        return folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
-        raise CheckpointError(f"{folder}: holds no ZeRO checkpoint: there is no file `latest`") from None
+def _of_all_ranks(states: Path, names: Sequence[str]) -> list[str]:
+    ranks = {
+        int(match[1]): name for name in names if name.endswith("_optim_states.pt") and (match := RANK.search(name))
+    }
+    if not ranks or sorted(ranks) != list(range(len(ranks))):
+        raise CheckpointError(f"{states}: the optimizer states of ranks {sorted(ranks)} are there, some are missing")
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _of_all_ranks(states: Path) -> list[Path]:
-    paths = {int(match[1]): path for path in states.glob("*_optim_states.pt") if (match := RANK.search(path.name))}
-    if not paths or sorted(paths) != list(range(len(paths))):
-        raise CheckpointError(f"{states}: the optimizer states of ranks {sorted(paths)} are there, some are missing")
-    return [paths[rank] for rank in sorted(paths)]
-
-
-def _model_states(states: Path) -> Path:
+def _model_states(states: Path, names: Sequence[str]) -> str:
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        if (states / name).is_file():
-            return states / name
+        if f"{states.name}/{name}" in names:
+            return f"{states.name}/{name}"
     raise CheckpointError(f"{states}: holds no model states")
 
 
 def _load(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed's, mapped into memory, known to hold nothing but numbers."""
-    import torch
-
     fault = pickle_fault(path)
     if fault:
         raise CheckpointError(fault)
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return load_data(path, mmap=True)

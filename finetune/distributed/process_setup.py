@@ -30,6 +30,7 @@ def prepare_environment() -> None:
     operators), and `ninja` of this environment is found without activating it.
     """
     gc.disable()
+    force_data_only()
     allocate_outside_heap()
     init_rank_env(os.environ)
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
@@ -37,6 +38,12 @@ def prepare_environment() -> None:
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def force_data_only() -> None:
+    """Let no `torch.load` of this process or of its children run code from a file, whatever a library asks for."""
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def enable_gc() -> None:

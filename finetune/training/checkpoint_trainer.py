@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.utils import DeepSpeedSchedulerWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from finetune.checkpoint import Manifest, steps_in
+from finetune.checkpoint import Manifest, steps_in, verified_loads
 from finetune.checkpoint.saver import RunIdentity, Saver, checkpoint_bytes, checkpoint_engine, trained_shapes
 from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.models.adapters import InitialLora, gather_virtual_tokens
@@ -37,7 +38,7 @@ class CheckpointTrainer(Trainer):
         self, identity: RunIdentity, keep: int | None, initial_lora: InitialLora | None, zero_stage: int | None
     ) -> None:
         """Check the parameters against the checkpoint to resume from, and prepare the saver. All ranks."""
-        self.identity, self.initial_lora = identity, initial_lora
+        self.identity, self.initial_lora, self.loading = identity, initial_lora, ExitStack()
         self.output_dir = Path(str(self.args.output_dir))
         self.trained = trained_shapes(self.model)
         identity.check_trained(self.trained)
@@ -46,6 +47,14 @@ class CheckpointTrainer(Trainer):
             self.model, self.trained, stage=zero_stage, share=share, only_model=self.args.save_only_model
         )
         self.saver = Saver(self.output_dir, identity.storage, keep, size, self.describe_step)
+
+    def train_from_checkpoint(self) -> None:
+        """Train from the verified checkpoint, if there is one; until the first step no other file is loaded."""
+        folder, manifest = self.identity.folder, self.identity.manifest
+        with self.loading:
+            if folder is not None and manifest is not None:
+                self.loading.enter_context(verified_loads(folder, manifest.files))
+            self.train(resume_from_checkpoint=str(folder) if folder else None)
 
     @abstractmethod
     def describe_step(self, step: int) -> Manifest:

@@ -77,7 +77,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
     if options.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(options.early_stopping_patience, options.early_stopping_threshold))
     trainer.add_callback(PhaseReporter())
-    trainer.train(resume_from_checkpoint=str(identity.folder) if identity.folder else None)
+    trainer.train_from_checkpoint()
     return trainer
 
 

@@ -156,13 +156,14 @@ def start_run(
     compare = partial(compare_with_checkpoint, facts, batch, config)
     resumed = find_checkpoint(config, batch.world_size, storage, compare)
     storage.run_on_writers(lambda: _prepare(config))
+    folder, manifest = resumed.to_load(output_dir) if resumed else (None, None)
     identity = RunIdentity(
         run_id=resumed.manifest.run_id if resumed else run_on_rank_0(new_run_id),
         facts=facts,
         step_rows=batch.step_rows,
         storage=storage,
-        manifest=resumed.manifest if resumed else None,
-        folder=resumed.folder_to_load(output_dir) if resumed else None,
+        manifest=manifest,
+        folder=folder,
     )
     watchdog.set_output_dir(output_dir, identity.run_id)
 

@@ -277,6 +277,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         skip_nonfinite_steps(self.optimizer, self.model_wrapped, partial(setattr, self, "_is_skipped"))
 
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.loading.close()
         stop_requests.watch_stop_file(self.output_dir / stop_requests.STOP_FILE)  # a stop can wait for the step's end
         self._micro_losses, self._grad_norm, self._is_skipped = [], None, False
         self._step_rate = super()._get_learning_rate()

@@ -3,7 +3,6 @@ from, and what is not whole is never loaded."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import random
@@ -14,6 +13,7 @@ import subprocess
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,7 +258,6 @@ def test_a_doctored_pickle_of_each_kind_is_named_and_never_loaded(tmp_path, argv
 
 
 def _seal_again(folder: Path, name: str) -> None:
-    size, digest = checkpoint.checksum(folder / name)
-    values = json.loads((folder / "manifest.json").read_text())
-    values["files"][name] = {"size": size, "xxh3_128": digest, "rank": 0}
-    (folder / "manifest.json").write_text(json.dumps(values))
+    manifest = checkpoint.read_manifest(folder)
+    files = {**manifest.files, **checkpoint.fsync_and_hash(folder, [name], 0)}
+    checkpoint.write_manifest(folder, replace(manifest, files=files))

@@ -82,7 +82,7 @@ def test_a_part_that_is_missing_or_damaged_is_told(train, tmp_path):
     assert path.name in done.stderr and not (tmp_path / "merged").exists()
 
     (whole / path.name).unlink()
-    with pytest.raises(CheckpointError, match="2 ranks wrote it, and files of 1 are there"):
+    with pytest.raises(CheckpointError, match=f"{path.name} cannot be read: No such file"):
         MasterWeights(whole.parent)
     (folder / "manifest.json").unlink()
     done = merge(folder, tmp_path / "merged")
