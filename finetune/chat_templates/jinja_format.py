@@ -21,6 +21,7 @@ from finetune.chat_templates.example import (
     system_in_front,
 )
 from finetune.chat_templates.plain_text import PlainTextTokenizer, with_plain_offsets
+from finetune.chat_templates.template_limits import apply_template
 from finetune.chat_templates.template_skeleton import (
     ConversationShape,
     TemplateSkeleton,
@@ -223,7 +224,7 @@ class JinjaFormat:
             raise UnrenderableError(f"the chat template refuses it: {error}") from None
 
     def _apply(self, messages: list[Any]) -> Any:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template)
+        return apply_template(self.tokenizer, messages, self.template, tokenize=False)
 
     # ---- tokens
 
@@ -265,9 +266,7 @@ class JinjaFormat:
     def _is_verified(self, rendered: _Rendered, ids: list[int]) -> bool:
         """Whether the ids are those of the tokenizer's own method; compared once per skeleton."""
         if not rendered.encoded.is_verified:
-            expected = self.tokenizer.apply_chat_template(
-                _messages(rendered.turns), chat_template=self.template, return_dict=False
-            )
+            expected = apply_template(self.tokenizer, _messages(rendered.turns), self.template, return_dict=False)
             rendered.encoded.is_verified = list(expected) == ids
         return rendered.encoded.is_verified
 

@@ -91,6 +91,9 @@ SITUATIONS = [
     Situation("a template that writes today's date", "preview --chat_template DIR/t.jinja", 0,
               (f"today's date .*: {datetime.now(UTC).date()} .UTC.",), files={"t.jinja": DATED},
               source="sgl-project/sglang#3296"),
+    Situation("a template that would fill the memory is one error", "preview --chat_template DIR/t.jinja", 2,
+              ("the chat template was stopped",), hides="(?s)stopped.*stopped",
+              files={"t.jinja": "{{ 'a' * 10000000000 }}" + CHATML}),
     Situation("white space that a template strips from an answer", "preview --chat_template DIR/t.jinja", 0,
               ("strips white space around answers",), rows=[answered("Yes. ")], files={"t.jinja": STRIPPING}),
     # ---- flags

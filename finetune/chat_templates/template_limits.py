@@ -1,0 +1,103 @@
+"""Apply a chat template within limits of time, memory and length: it may come with a model of anyone.
+
+transformers' sandbox keeps a template from the machine, but not from looping or growing without end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, TemplateError
+
+from finetune.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS, SECONDS_PER_ROW = 10.0, 0.02
+MEMORY_BYTES = 1 << 30  # beside what the process holds
+CHARACTERS, GROWTH = 1_000_000, 100  # of a rendered conversation: so many, and so many for each that it is made of
+_one_at_a_time = threading.RLock()  # the limit of memory is the process's
+
+
+class _TimeIsUp(BaseException):
+    """Raised in the thread that renders; no template or library catches it."""
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Any], template: str | None, **options: Any
+) -> Any:
+    """Return what `apply_chat_template` does for one conversation or a list of them.
+
+    Raises:
+        ConfigError: The template does not end, or needs too much memory, or writes too much.
+    """
+    chats = messages if isinstance(messages[0], list) else [messages]
+    if _raises_to_a_power(template or tokenizer.get_chat_template()):
+        raise _refusal("it uses the operator **, which nothing can interrupt")
+    with _limits(SECONDS + SECONDS_PER_ROW * len(chats), memory=options.get("tokenize") is False):
+        result = tokenizer.apply_chat_template(messages, chat_template=template, **options)
+    for text, chat in zip([result] if isinstance(result, str) else result, chats, strict=False):
+        most = CHARACTERS + GROWTH * sum(len(message["content"]) for message in chat)
+        if isinstance(text, str) and len(text) > most:
+            raise _refusal(f"it writes {len(text):,} characters for one conversation")
+    return result
+
+
+@contextmanager
+def _limits(seconds: float, *, memory: bool) -> Iterator[None]:
+    """Interrupt this thread after `seconds`; under `memory`, an allocation beyond `MEMORY_BYTES` fails."""
+    thread, ended = threading.get_ident(), threading.Event()
+
+    def interrupt() -> None:
+        wait = seconds
+        while not ended.wait(wait):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TimeIsUp))
+            wait = 1.0
+
+    with _one_at_a_time:
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        allowed = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+        threading.Thread(target=interrupt, daemon=True).start()
+        try:
+            if memory:
+                most = min(
+                    [
+                        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES,
+                        *allowed,
+                    ]
+                )
+                resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+            yield
+        except _TimeIsUp:
+            raise _refusal(f"it has not ended after {seconds:.0f} s") from None
+        except (MemoryError, RecursionError, OverflowError) as error:
+            raise _refusal(
+                f"{type(error).__name__}: {str(error)[:200] or f'it needs more than {MEMORY_BYTES >> 20} MB'}"
+            ) from None
+        finally:
+            ended.set()
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _refusal(reason: str) -> ConfigError:
+    return ConfigError(f"the chat template was stopped: {reason}: give another with --chat_template")
+
+
+@cache
+def _raises_to_a_power(template: str) -> bool:
+    """Whether `**` is used as an operator; after "(" or "," it unpacks arguments."""
+    try:
+        tokens = [(kind, text) for _, kind, text in Environment().lex(template) if kind != "whitespace"]
+    except TemplateError:
+        return False  # the rendering says why
+    return any(
+        token == ("operator", "**") and before[1] not in "(," for before, token in zip(tokens, tokens[1:], strict=False)
+    )
