@@ -13,9 +13,12 @@
 from __future__ import annotations
 
 from finetune.distributed.launcher_processes import die_with_launcher
+from finetune.utils import console
 
 if __name__ == "__main__":
     die_with_launcher()  # before the imports, which take seconds
+    console.open_standard_streams()
+    console.use_utf8()
 
 import logging
 import sys
@@ -43,7 +46,6 @@ from finetune.training.fit import TrainingInputs, fit
 from finetune.training.flag_checks import check_training_flags
 from finetune.training.model_checks import check_against_data, check_model
 from finetune.training.resume_check import resume_facts, saved_day
-from finetune.utils import console
 from finetune.utils.errors import exit_on_error, process_exit_guard
 
 logger = logging.getLogger("finetune.train")  # the launcher may run this module as __main__

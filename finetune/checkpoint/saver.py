@@ -23,7 +23,7 @@ from finetune import checkpoint
 from finetune.checkpoint.checkpoint_size import MODEL, ParameterSizes, checkpoint_parts
 from finetune.checkpoint.manifest import FileRecord, Manifest
 from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank
-from finetune.utils.errors import CheckpointError, FinetuneError, StorageError, os_reason
+from finetune.utils.errors import CheckpointError, FinetuneError, StorageError, first_line, os_reason
 
 logger = logging.getLogger(__name__)
 
@@ -255,13 +255,26 @@ class Saver:
         kept = f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
         missing = max(self.needed - free, 0)
         short = f", {missing / 1e6:,.0f} MB are missing" if missing else ""
-        space = f": it needs about {self.needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free{short}"
+        space = f": it needs about {self.needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free{short}" if short else ""
         if not self.output_dir.is_dir():
             space = ""
         return f"checkpoint-{step} was not saved in {self.output_dir}{self._where()}{space}; {kept}"
 
     def _where(self) -> str:
         return f" on {os.uname().nodename}" if not self.storage.is_shared else ""
+
+
+def _disk_reason(error: Exception, path: Path) -> str | None:
+    """Say why the disk refused `path`; None where it did not: torch and safetensors have error types of their own."""
+    if isinstance(error, OSError):
+        return os_reason(error, path)
+    probe = next(parent for parent in path.parents if parent.is_dir()) / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(1 << 16))
+        probe.unlink()
+    except OSError as refusal:
+        return os_reason(refusal, probe)
+    return first_line(error) if any(sign in str(error) for sign in DISK_ERRORS) else None
 
 
 def resume_point(newest: Path | None, identity: RunIdentity, output_dir: Path) -> tuple[str, str]:

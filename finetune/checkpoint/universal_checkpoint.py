@@ -16,7 +16,7 @@ from pathlib import Path
 from finetune.checkpoint.integrity import file_names, fsync_and_hash, zero_tag
 from finetune.checkpoint.manifest import FileRecord, Manifest, read_manifest
 from finetune.checkpoint.torch_files import load_data, verified_loads
-from finetune.utils.errors import CheckpointError, StorageError
+from finetune.utils.errors import CheckpointError, StorageError, os_reason
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,7 +74,7 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> dict
                 shutil.copyfile(folder / name, target / name, follow_symlinks=False)
     except OSError as error:
         why = f"it was to hold {folder.name} for another number of ranks"
-        raise StorageError(f"{target}: {error.strerror}: {why}") from None
+        raise StorageError(f"{target}: {os_reason(error, target)}: {why}") from None
     _check(converted, manifest)
     return fsync_and_hash(target, file_names(target), None)
 

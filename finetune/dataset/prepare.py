@@ -27,7 +27,7 @@ from finetune.dataset.data_sources import Source, fingerprint_sources
 from finetune.dataset.data_summary import DataSummary, DataTally
 from finetune.dataset.prepare_workers import stored_batches
 from finetune.dataset.skip_rows import RowId, skip_mask, skipped_entries
-from finetune.utils.errors import DataError, StorageError
+from finetune.utils.errors import DataError, StorageError, os_reason
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class PreparedData:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         except OSError as error:
-            raise StorageError(f"{path}: {error.strerror}") from None
+            raise StorageError(f"{path}: {os_reason(error, path)}") from None
 
 
 def prepare_dataset(

@@ -12,7 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from finetune.utils.errors import FinetuneError, StorageError
+from finetune.distributed.compat import check_shared_memory, remove_shared_buffer
+from finetune.utils.errors import FinetuneError, StorageError, os_reason
 
 
 def _dist() -> Any:
@@ -42,7 +43,12 @@ def init_process_group(backend: str, *, uses_deepspeed: bool, timeout: int) -> N
     if uses_deepspeed:
         import deepspeed
 
+        if backend == "gloo":
+            check_shared_memory()
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout), verbose=False)
+        if backend == "gloo":
+            all_gather_object(None)
+            remove_shared_buffer()
     else:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
@@ -167,7 +173,7 @@ def find_storage_group(folder: Path) -> StorageGroup:
             folder.mkdir(parents=True, exist_ok=True)
             marker(rank).write_text(run_key, encoding="utf-8")
         except OSError as error:
-            raise StorageError(f"{folder} on {os.uname().nodename}: {error.strerror}") from None
+            raise StorageError(f"{folder} on {os.uname().nodename}: {os_reason(error, folder)}") from None
         return rank
 
     first_ranks = [first for first in run_on_all_ranks(write_marker) if first is not None]

@@ -12,7 +12,7 @@ from typing import Any
 from finetune.chat_templates import Example, RenderedConversation
 from finetune.chat_templates.text_segments import Segment, Segmenter
 from finetune.utils.atomic_io import replace_text
-from finetune.utils.errors import StorageError
+from finetune.utils.errors import StorageError, os_reason
 
 SAMPLES_FILE = "samples.json"
 MAX_CHARACTERS = 6_000  # of a row that is kept
@@ -98,7 +98,7 @@ def write_samples(folder: Path, renderings: Iterable[RenderedConversation], in_s
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+        raise StorageError(f"{path}: {os_reason(error, path)}") from None
 
 
 def read_samples(folder: Path) -> list[RowSample]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.utils.atomic_io import write_text_atomically
-from finetune.utils.errors import ConfigError, StorageError
+from finetune.utils.errors import ConfigError, StorageError, os_reason
 from finetune.utils.user_files import read_json_object
 
 HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE = "evaluation.json", "benchmarks.json", "forgetting.json"
@@ -60,7 +60,7 @@ def check_writable(folder: Path, name: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise StorageError(f"{folder / name}: cannot be written: {error.strerror}") from None
+        raise StorageError(f"{folder / name}: cannot be written: {os_reason(error, folder / name)}") from None
 
 
 def versioned(document: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from finetune.diagnostics import FAILURE_FILE
 from finetune.distributed.host_probe import versions
 from finetune.distributed.stop_requests import STOP_FILE
 from finetune.utils.atomic_io import write_text_atomically
-from finetune.utils.errors import ConfigError, StorageError
+from finetune.utils.errors import ConfigError, StorageError, os_reason
 from finetune.utils.user_files import read_json_object
 
 RUN_FILE = "run.json"
@@ -93,7 +93,7 @@ def clear_ending(folder: Path) -> None:
         try:
             (folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise StorageError(f"{folder / name}: {error.strerror}") from None
+            raise StorageError(f"{folder / name}: {os_reason(error, folder / name)}") from None
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import codecs
 import io
+import locale
 import logging
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import TextIO
 
 LABEL_WIDTH = 12
 SIMILAR = {
@@ -60,7 +62,36 @@ class _ConsoleHandler(logging.Handler):
         if is_rank_0() or getattr(record, "all_ranks", False):
             default = "note: " if record.levelno >= logging.WARNING else ""
             line = (default if self.prefix is None else self.prefix) + record.getMessage()
-            print(line, file=sys.stderr if self.to_stderr else sys.stdout, flush=True)
+            write_line(line, sys.stderr if self.to_stderr else sys.stdout)
+
+
+def write_line(line: str, stream: TextIO) -> None:
+    """Print a line; once the reader of a pipe is gone, its lines are dropped, and the run continues."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for all that write there, libraries too
+        if stream is not sys.stderr:
+            write_line("note: nobody reads stdout any more (broken pipe): its lines are dropped", sys.stderr)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null for stdin, stdout and stderr where they are closed: other files would get their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
+def use_utf8() -> None:
+    """Start this process again in UTF-8 mode if files would be read in another encoding; the streams keep theirs.
+
+    Libraries read files of their own in the encoding of the locale, and fail in one like ASCII or GBK.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def configure_logging(*, to_stderr: bool = False, prefix: str | None = None) -> None:

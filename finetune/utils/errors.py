@@ -13,6 +13,7 @@ A new error inherits from the class whose exit status it shares. Any other excep
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import sys
 import time
@@ -106,7 +107,7 @@ def first_line(error: BaseException) -> str:
 
 
 def os_reason(error: OSError, path: Path) -> str:
-    """Say why `path` could not be written: a file is in the way, its folder is gone, or what the system says."""
+    """Say why `path` could not be written: a file in the way, a folder that is gone, no inodes, or the error itself."""
     if isinstance(error, NotADirectoryError | FileExistsError):
         in_the_way = next((parent for parent in (path, *path.absolute().parents) if parent.is_file()), None)
         if in_the_way is not None:
@@ -114,6 +115,10 @@ def os_reason(error: OSError, path: Path) -> str:
     gone = [parent for parent in path.absolute().parents if not parent.exists()]
     if isinstance(error, FileNotFoundError) and gone:
         return f"the folder {gone[-1]} is gone: it was moved, renamed or deleted"
+    if error.errno == errno.ENOSPC:
+        folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+        if os.statvfs(folder).f_files and not os.statvfs(folder).f_favail:
+            return f"no inode is left on the file system of {folder} (`df -i`): remove files there that are not needed"
     return error.strerror or str(error)
 
 
@@ -168,6 +173,6 @@ def _exit_now(statuses: list[int]) -> None:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except (OSError, ValueError):
+            except (OSError, ValueError, AttributeError):  # None is a stream that was closed before the start
                 status = status or EXIT_UNFLUSHED
         os._exit(status)

@@ -97,6 +97,9 @@ SAMPLES = {
         raised("RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
                "memory: you tried to allocate 40000000000000 bytes. Error code 12 (Cannot allocate memory)"),
     ],
+    "no-inodes": [
+        raised("checkpoint-4: no inode is left on the file system of output (`df -i`)", "error", status=6),
+    ],
     "disk-full": [
         raised("OSError: [Errno 122] Disk quota exceeded"),
         raised("OSError: [Errno 28] No space left on device: '/data/output/checkpoint-4/model.safetensors'"),

@@ -15,10 +15,13 @@ for name in (
     "deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer", "finetune.inference.load_result", "finetune.models.attention",
     "finetune.report.report_page", "finetune.train", "finetune.training.trainer",
-    "finetune.training.training_arguments", "networkx", "peft.utils.transformers_weight_conversion", "plotext",
+    "networkx", "peft.utils.transformers_weight_conversion", "plotext",
     "setuptools", "torch.utils.cpp_extension", "transformers.models.llama.modeling_llama",
 ):  # fmt: skip
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:  # which the server would ignore, with all that follows here
+        raise RuntimeError(f"{name} is not there to preload") from error
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 

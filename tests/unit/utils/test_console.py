@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -63,3 +64,35 @@ def test_a_stream_that_is_replaced_by_another_kind_is_left_alone(monkeypatch):
         console.accept_all_characters()
         print("你", end="")
         assert sys.stdout.getvalue() == "你"
+
+
+def test_a_pipe_that_nobody_reads_is_dropped_with_one_note(capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        console.write_line("step 1", stream)
+        console.write_line("step 2", stream)
+    assert capfd.readouterr().err.count("broken pipe") == 1
+
+
+def test_a_closed_stream_becomes_dev_null(monkeypatch):
+    kept = os.dup(0)
+    try:
+        os.close(0)
+        monkeypatch.setattr(sys, "stdin", None)
+        console.open_standard_streams()
+        assert os.readlink("/proc/self/fd/0") == os.devnull and sys.stdin.read() == ""
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+@pytest.mark.parametrize(("locale_encoding", "restarts"), [("UTF-8", False), ("ANSI_X3.4-1968", True), ("GBK", True)])
+def test_a_process_of_another_encoding_starts_again_in_utf8_mode(monkeypatch, locale_encoding, restarts):
+    started = []
+    monkeypatch.setattr(console.locale, "getpreferredencoding", lambda _: locale_encoding)
+    monkeypatch.setattr(console.os, "execv", lambda *words: started.append(os.environ["PYTHONUTF8"]))
+    monkeypatch.delenv("PYTHONUTF8", raising=False)
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    console.use_utf8()
+    assert started == ["1"] * restarts and ("PYTHONIOENCODING" in os.environ) is restarts
