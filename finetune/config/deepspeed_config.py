@@ -48,6 +48,7 @@ class ResolvedDeepSpeedConfig:
     config: dict[str, Any]
     stage: int
     notes: tuple[str, ...] = ()
+    lr_scheduler_type: str | None = None  # that its `scheduler` section means
 
     @property
     def offloads(self) -> bool:
@@ -118,13 +119,14 @@ def resolve_deepspeed_config(
     """
     resolver = _Resolver(without_comments(config))
     resolved, stage, faults, notes = resolver.config, resolver.stage(), resolver.faults, resolver.notes
+    schedule = None
     if not faults:
         resolver.compare_sharing(sequence_parallel_size)
         for key, text in schema_faults(resolved):
             faults.append(text)
             remove_key(resolved, key)
         resolve_precision(resolved, command, faults, notes)
-        resolve_schedule(resolved, command, faults, notes)
+        schedule = resolve_schedule(resolved, command, faults, notes)
         resolve_optimizer(resolved, command, stage, use_cpu=use_cpu, faults=faults, notes=notes)
         resolve_values(resolved, command, world_size // sequence_parallel_size, faults)
         resolver.resolve_zero(stage, world_size, local_world_size, use_cpu)
@@ -137,7 +139,8 @@ def resolve_deepspeed_config(
             resolved["zero_optimization"]["reduce_scatter"] = True  # see SupervisedTrainer._ranks_averaged_over
     if resolver.faults:
         raise ConfigError(format_faults([f"{path}: {fault}" for fault in resolver.faults], "fault"))
-    return ResolvedDeepSpeedConfig(str(path), resolved, stage, tuple(f"{path}: {note}" for note in resolver.notes))
+    notes = [f"{path}: {note}" for note in notes]
+    return ResolvedDeepSpeedConfig(str(path), resolved, stage, tuple(notes), schedule)
 
 
 class _Resolver:

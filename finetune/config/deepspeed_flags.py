@@ -71,11 +71,17 @@ def resolve_precision(config: dict[str, Any], command: DeepSpeedFlags, faults: l
                 )
 
 
-def resolve_schedule(config: dict[str, Any], command: DeepSpeedFlags, faults: list[str], notes: list[str]) -> None:
-    """Take the `scheduler` section out, where it says what the flags say: transformers computes the schedule."""
+def resolve_schedule(
+    config: dict[str, Any], command: DeepSpeedFlags, faults: list[str], notes: list[str]
+) -> str | None:
+    """Take the `scheduler` section out: transformers computes the schedule, and no flag may say another.
+
+    Returns:
+        The `--lr_scheduler_type` that the section means; None without a section.
+    """
     section = config.pop("scheduler", None)
     if section is None:
-        return
+        return None
     kind, params = section.get("type"), section.get("params") or {}
     same = SCHEDULES.get(kind) if isinstance(kind, str) else None
     if same is None:
@@ -83,8 +89,8 @@ def resolve_schedule(config: dict[str, Any], command: DeepSpeedFlags, faults: li
             f"scheduler.type is {json.dumps(kind)}, which no --lr_scheduler_type means, and that is "
             f"{command.lr_scheduler_type}: leave the section out, or write one of {', '.join(SCHEDULES)}"
         )
-        return
-    if command.lr_scheduler_type != same:
+        return None
+    if command.lr_scheduler_type != same and "lr_scheduler_type" in command.given:
         faults.append(
             f'scheduler.type is "{kind}", which is --lr_scheduler_type {same}, but --lr_scheduler_type is '
             f"{command.lr_scheduler_type}: leave the section out, or give --lr_scheduler_type {same}"
@@ -103,7 +109,7 @@ def resolve_schedule(config: dict[str, Any], command: DeepSpeedFlags, faults: li
     }
     if not isinstance(params, dict):
         faults.append(f"scheduler.params is {json.dumps(params)}: expected an object")
-        return
+        return None
     for key, value in params.items():
         if key not in decided:
             faults.append(f"{unknown_key(('scheduler', 'params', key), set(decided))}")
@@ -114,6 +120,7 @@ def resolve_schedule(config: dict[str, Any], command: DeepSpeedFlags, faults: li
             )
     warmup = "" if "warmup_type" in params else ", with a linear warm-up where DeepSpeed's default is logarithmic"
     notes.append(f"scheduler {kind} is --lr_scheduler_type {same}: transformers computes it{warmup}")
+    return same
 
 
 def resolve_optimizer(

@@ -91,6 +91,8 @@ def resolve_config(
         flags["gradient_accumulation_steps"] = batch.accumulation
         if batch.tokens_per_device is None:
             flags["per_device_train_batch_size"] = batch.per_device_batch
+    if deepspeed is not None and deepspeed.lr_scheduler_type:
+        flags["lr_scheduler_type"] = deepspeed.lr_scheduler_type
     recorded = {**{name: arguments.given(name) for name in RECORDED_FLAGS}, **flags}
     return RunConfig(
         model=arguments.model,
@@ -208,6 +210,7 @@ def _training_values(
         "gradient_accumulation_steps": batch.accumulation,
         "per_device_train_batch_size": batch.deepspeed_batch,
         "deepspeed": deepspeed.config if deepspeed else None,
+        **({"lr_scheduler_type": deepspeed.lr_scheduler_type} if deepspeed and deepspeed.lr_scheduler_type else {}),
         "save_total_limit": None,  # transformers would remove by name, before the new one is complete: see `Saver`
         "resume_from_checkpoint": None,
         "logging_nan_inf_filter": False,

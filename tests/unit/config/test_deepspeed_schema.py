@@ -169,13 +169,20 @@ def test_offloading_keeps_the_optimizer_of_the_flag_or_both_are_named(optim, agr
 @pytest.mark.parametrize("flag", ["linear", "cosine", "constant_with_warmup", "polynomial"])
 def test_a_schedule_says_what_the_flag_says_or_both_are_named(kind, flag):
     config = {"scheduler": {"type": kind, "params": {"warmup_num_steps": "auto"}}}
-    flags = replace(FLAGS, lr_scheduler_type=flag)
+    flags = replace(FLAGS, lr_scheduler_type=flag, given={"lr_scheduler_type": flag})
     if SCHEDULES.get(kind) == flag:
         found = resolved(config, flags)
         assert "scheduler" not in found.config and f"scheduler {kind} is --lr_scheduler_type {flag}" in found.notes[0]
     else:
         message = refusal(config, flags)
         assert f'scheduler.type is "{kind}"' in message and f"is {flag}" in message
+
+
+@pytest.mark.parametrize(("kind", "flag"), SCHEDULES.items())
+def test_a_schedule_without_the_flag_is_that_of_the_section(kind, flag):
+    found = resolved({"scheduler": {"type": kind}}, replace(FLAGS, given={}))
+    assert found.lr_scheduler_type == flag and "scheduler" not in found.config
+    assert "where DeepSpeed's default is logarithmic" in found.notes[0]
 
 
 @pytest.mark.parametrize(("kind", "flag"), SCHEDULES.items())
