@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from finetune.chat_templates import stop_token_id
+from finetune.checkpoint import key_of
 from finetune.checkpoint.resume import saved_step
 from finetune.config import Arguments, RunArguments, flag_words, parse
 from finetune.config.hardware import DetectedHardware, detect_hardware
@@ -109,7 +110,8 @@ def resolve(arguments: Arguments, hardware: DetectedHardware, ranks: RankCounts)
         ConfigError: flags that exclude each other, or that the model, the hardware or the ranks cannot do.
     """
     may_reshape = arguments.run.resume_world_size == "any"
-    saved = saved_step(arguments.output_dir, arguments.resumes_from(), ranks.size) if may_reshape else None
+    key = key_of(arguments.run.verify_key)
+    saved = saved_step(arguments.output_dir, arguments.resumes_from(), ranks.size, key) if may_reshape else None
     config = resolve_config(arguments, hardware, ranks, saved)
     check_training_flags(
         config.training_values(),

@@ -19,7 +19,15 @@ from finetune.checkpoint.checkpoint_dirs import (
     verify_checkpoint,
 )
 from finetune.checkpoint.integrity import file_names, find_damage, find_strangers, fsync_and_hash, partition_files
-from finetune.checkpoint.manifest import MANIFEST_FILE, SAVING_FILE, FileRecord, Manifest, read_manifest, write_manifest
+from finetune.checkpoint.manifest import (
+    MANIFEST_FILE,
+    SAVING_FILE,
+    FileRecord,
+    Manifest,
+    key_of,
+    read_manifest,
+    write_manifest,
+)
 from finetune.checkpoint.torch_files import is_pickled, pickle_fault, verified_loads
 from finetune.checkpoint.universal_checkpoint import convert_to_universal, remove_universal, universal_folder
 from finetune.checkpoint.zero_to_fp32 import MasterWeights

@@ -41,13 +41,13 @@ def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
-def verify_checkpoint(folder: Path) -> list[str]:
+def verify_checkpoint(folder: Path, key: bytes | None = None) -> list[str]:
     """Return every fault of a checkpoint, each naming its file; empty for a complete one.
 
     Where hosts kept files of their own, a folder is complete with those of any one of them, or of all.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, key)
     except CheckpointError as error:
         return [str(error)]
     faults = {name: fault for name in manifest.files if (fault := "".join(find_damage(folder, manifest, [name])))}

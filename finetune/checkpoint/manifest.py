@@ -15,6 +15,7 @@ from __future__ import annotations
 import hmac
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Collection
@@ -27,7 +28,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from xxhash import xxh3_128_hexdigest
 
 from finetune.utils.atomic_io import fsync_dir, replace_text
-from finetune.utils.errors import CheckpointError
+from finetune.utils.errors import CheckpointError, ConfigError
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -36,6 +37,7 @@ LATEST_FILE = "latest"  # names the folder of DeepSpeed's files
 NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 TAG = re.compile(r"(global_step\d+)/")
 MAX_DEPTH, MAX_INT, MAX_REASON = 20, 2**63, 300
+MIN_KEY = 16  # characters
 POSITION, COUNTS = {"epoch", "step"}, {"steps", "in_a_row", "lost_since_log"}
 
 
@@ -117,6 +119,23 @@ def read_manifest(folder: Path, key: bytes | None = None) -> Manifest:
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a manifest: {str(error)[:MAX_REASON]}") from None
     return manifest
+
+
+def key_of(variable: str | None) -> bytes | None:
+    """Return the key that the environment variable of --verify_key holds; None without the flag.
+
+    Raises:
+        ConfigError: there is no such variable here, or what it holds can be guessed.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").encode()
+    if len(key) < MIN_KEY:  # the name is not repeated: it may be the key itself
+        raise ConfigError(
+            f"--verify_key: expected the name of an environment variable with a key of at least {MIN_KEY} characters, "
+            "set on every host"
+        )
+    return key
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -61,25 +61,25 @@ class ResumePoint:
         }
 
 
-def saved_step(output_dir: Path, resume_from: str | None, world_size: int) -> SavedStep | None:
+def saved_step(output_dir: Path, resume_from: str | None, world_size: int, key: bytes | None) -> SavedStep | None:
     """Return the step of the checkpoint to resume from, where it is from another number of ranks.
 
     It is read before ranks can ask each other, because DeepSpeed's config holds the size of a batch.
     """
-    manifest = saved_manifest(output_dir, resume_from)
+    manifest = saved_manifest(output_dir, resume_from, key)
     if manifest is None or manifest.world_size == world_size:
         return None
     return SavedStep(manifest.world_size, manifest.step_rows)
 
 
-def saved_manifest(output_dir: Path, resume_from: str | None) -> Manifest | None:
+def saved_manifest(output_dir: Path, resume_from: str | None, key: bytes | None) -> Manifest | None:
     """Return the manifest of the checkpoint to resume from, before it is verified; None if there is none to read."""
     folders = [Path(resume_from).expanduser()] if resume_from is not None else []
     if resume_from == "auto":
         folders = [checkpoint.checkpoint_folder(output_dir, step) for step in checkpoint.steps_in(output_dir)]
     for folder in filter(checkpoint.is_complete, folders):
         with suppress(CheckpointError):  # a damaged manifest is reported when all ranks look at it
-            return checkpoint.read_manifest(folder)
+            return checkpoint.read_manifest(folder, key)
     return None
 
 
@@ -97,15 +97,15 @@ def find_checkpoint(
         CheckpointError: the requested checkpoint is damaged, or all are; it belongs to another run or world size.
         ConfigError: there is no such folder.
     """
-    output_dir, inspected = config.output_dir, None
+    output_dir, inspected, key = config.output_dir, None, checkpoint.key_of(config.verify_key)
     if config.resume_from == "auto":
-        inspected = _newest_complete(output_dir, storage, may_lack_random_state=config.allow_inexact)
+        inspected = _newest_complete(output_dir, storage, key, may_lack_random_state=config.allow_inexact)
     elif config.resume_from is not None:
         folder = Path(config.resume_from).expanduser()
         if not any(all_gather_object(folder.is_dir())):
             reason = "is a file: name the folder of a checkpoint" if folder.is_file() else "there is no such folder"
             raise ConfigError(f"--resume_from_checkpoint {folder}: {reason}")
-        inspected = _inspect(folder, _ranks_that_see(folder, output_dir, storage))
+        inspected = _inspect(folder, _ranks_that_see(folder, output_dir, storage), key)
     if inspected is None:
         return None
     folder, manifest, faults = inspected
@@ -141,7 +141,9 @@ class _Inspected(NamedTuple):
     faults: list[str]
 
 
-def _newest_complete(output_dir: Path, storage: StorageGroup, *, may_lack_random_state: bool) -> _Inspected | None:
+def _newest_complete(
+    output_dir: Path, storage: StorageGroup, key: bytes | None, *, may_lack_random_state: bool
+) -> _Inspected | None:
     """Return the newest checkpoint that is complete on every file system; damaged ones are quarantined."""
 
     def list_steps() -> list[int]:
@@ -157,7 +159,7 @@ def _newest_complete(output_dir: Path, storage: StorageGroup, *, may_lack_random
     for step in steps:
         folder = checkpoint.checkpoint_folder(output_dir, step)
         had_manifest.append(any(all_gather_object(checkpoint.is_complete(folder))))
-        inspected = _inspect(folder, storage.ranks)
+        inspected = _inspect(folder, storage.ranks, key)
         if may_lack_random_state and all(map(_is_missing_random_state, inspected.faults)) or not inspected.faults:
             return inspected
         renamed = storage.run_on_writers(partial(_quarantine, folder, "damaged"))
@@ -196,19 +198,21 @@ def _check_run_id(output_dir: Path, folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _inspect(folder: Path, ranks: tuple[int, ...]) -> _Inspected:
+def _inspect(folder: Path, ranks: tuple[int, ...], key: bytes | None) -> _Inspected:
     """Collect the faults that any rank finds; `ranks`, which see the same files, share the work. All ranks."""
     names = host_names()
-    manifest, faults = _inspect_here(folder, ranks, all_files=len(ranks) == len(names))
+    manifest, faults = _inspect_here(folder, ranks, key, all_files=len(ranks) == len(names))
     by_host = len(set(names)) > 1 and len(ranks) < len(names)
     of_all = all_gather_object([f"{fault} (on {names[get_rank()]})" if by_host else fault for fault in faults])
     return _Inspected(folder, manifest, list(dict.fromkeys(fault for of_rank in of_all for fault in of_rank)))
 
 
-def _inspect_here(folder: Path, ranks: tuple[int, ...], *, all_files: bool) -> tuple[Manifest | None, list[str]]:
+def _inspect_here(
+    folder: Path, ranks: tuple[int, ...], key: bytes | None, *, all_files: bool
+) -> tuple[Manifest | None, list[str]]:
     """Read the manifest, and verify this rank's part of the files."""
     try:
-        manifest = checkpoint.read_manifest(folder)
+        manifest = checkpoint.read_manifest(folder, key)
     except CheckpointError as error:
         return None, [str(error)]
     needed = manifest.files if all_files else manifest.names_for(ranks)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class RunIdentity:
     storage: StorageGroup  # which ranks share a file system with this one
     manifest: Manifest | None = None  # of the checkpoint to resume from
     folder: Path | None = None  # that checkpoint, or its universal form
+    verify_key: str | None = None  # the environment variable with the key of the manifests
 
     def check_trained(self, shapes: dict[str, list[int]]) -> None:
         """Check that the trained parameters have the names and shapes of those in the checkpoint."""
@@ -96,6 +98,7 @@ class Saver:
     keep: int | None  # how many complete checkpoints stay; None: all
     first_size: int  # estimated bytes of a checkpoint on this file system
     describe: Callable[[int], Manifest]  # (step) -> the manifest without its files; all ranks
+    key: bytes | None = field(default=None, repr=False)  # of the manifests' HMAC
     last_size: int | None = None
     newest: Path | None = None
     failures: list[str] = field(default_factory=list)
@@ -162,12 +165,11 @@ class Saver:
         written = all_gather_object({str(Path(path).relative_to(folder)) for path in self.written})
         if not self.failures:
             with self.collect_errors(folder):
-                own = checkpoint.fsync_and_hash(folder, sorted(written[get_rank()]), get_rank())
+                hash_files = partial(checkpoint.fsync_and_hash, folder, with_sha256=self.key is not None)
+                own = hash_files(sorted(written[get_rank()]), get_rank())
                 if self.storage.is_writer:
                     of_ranks = set().union(*(written[rank] for rank in self.storage.ranks))
-                    common = checkpoint.fsync_and_hash(
-                        folder, sorted({*checkpoint.file_names(folder)} - of_ranks), None
-                    )
+                    common = hash_files(sorted({*checkpoint.file_names(folder)} - of_ranks), None)
         outcomes = all_gather_object((self.failures, own, common))
         if any(failures for failures, _, _ in outcomes):
             self._abort(folder, step)
@@ -178,7 +180,7 @@ class Saver:
 
         def write_manifest() -> None:
             try:
-                checkpoint.write_manifest(folder, manifest)
+                checkpoint.write_manifest(folder, manifest, self.key)
             except OSError as error:
                 raise StorageError(
                     f"{folder}{self._where()}: {os_reason(error, folder)}: it is not a checkpoint"

@@ -17,6 +17,7 @@ from rich.markup import escape
 from finetune.chat_templates import depends_on_reasoning
 from finetune.checkpoint import step_of
 from finetune.config import DataArguments
+from finetune.config.arguments import VERIFY_KEY_HELP
 from finetune.inference import ChatModels, ChatSession, TerminalChat, answer_once, check_gradio, read_question, serve
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE, TUNED, load_for_inference, read_model
@@ -44,6 +45,7 @@ class ChatOptions:
     seed: int | None = option(None, "makes sampled answers repeatable")
     reasoning: bool = option(False, "answers begin with their reasoning; for formats that announce it")
     trust_remote_code: bool = option(False, TRUST_HELP)
+    verify_key: str | None = option(None, VERIFY_KEY_HELP)
     json: bool = option(False, "from a pipe: print the answer as JSON")
     web: bool = option(False, "open a page for the browser instead (the extra `web`: Gradio)")
     host: str = option("127.0.0.1", "address that the page listens on; only this machine sees the default")
@@ -109,8 +111,8 @@ def _read(options: ChatOptions) -> RunResult:
     """Return what the folder holds; a model without run.json uses its own chat template."""
     folder = Path(options.output).expanduser()
     of_a_run = step_of(folder.absolute()) is not None and (folder.absolute().parent / RUN_FILE).is_file()
-    if of_a_run or (folder / RUN_FILE).is_file() or not holds_model(folder):
-        return read_result(folder, trust_remote_code=options.trust_remote_code)
+    if of_a_run or options.verify_key or (folder / RUN_FILE).is_file() or not holds_model(folder):
+        return read_result(folder, trust_remote_code=options.trust_remote_code, verify_key=options.verify_key)
     if options.base or options.compare or options.base_model:
         raise ConfigError(f"{folder}: has no {RUN_FILE}: which base it was trained from is not known: leave --base out")
     markers = {name: list(getattr(DataArguments(), name)) for name in ("human_token_ids", "model_token_ids")}

@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune.config import DataArguments
 from finetune.config.argument_parser import below, data_faults
+from finetune.config.arguments import VERIFY_KEY_HELP
 from finetune.distributed.collectives import destroy_process_group, init_process_group, run_on_rank_0
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks, prepare_environment
 from finetune.evaluation.result_tables import print_sections
@@ -40,6 +41,7 @@ class EvaluateOptions:
     output: str = positional("OUTPUT", "the output_dir of a run, or a checkpoint in it")
     base_model: str | None = option(None, "where the base model is now; default: where it was")
     trust_remote_code: bool = option(False, TRUST_HELP)
+    verify_key: str | None = option(None, VERIFY_KEY_HELP)
     no_base: bool = option(False, "do not measure the base beside the tuned model")
     json: bool = option(False, "print what is stored as one JSON object, instead of tables")
     tokens_per_batch: int = option(2048, "conversations are measured together up to so many tokens")
@@ -98,7 +100,9 @@ def main(argv: Sequence[str]) -> None:
     configure_logging(to_stderr=True)
     prepare_environment()
     accept_all_characters(utf8=options.json)
-    result = read_result(Path(options.output), trust_remote_code=options.trust_remote_code)
+    result = read_result(
+        Path(options.output), trust_remote_code=options.trust_remote_code, verify_key=options.verify_key
+    )
     requested = {
         HELD_OUT_FILE: bool(data.get("data_path")),
         BENCHMARKS_FILE: bool(options.tasks),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.checkpoint import step_of
+from finetune.config.arguments import VERIFY_KEY_HELP
 from finetune.inference.run_result import TRUST_HELP, read_result
 from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.errors import ConfigError
@@ -37,6 +38,7 @@ class MergeOptions:
     max_shard_size: str = option("5GB", "size of a file; about the memory that is needed")
     gguf: str | None = option(None, "also write a GGUF file of this type: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`, ...")
     trust_remote_code: bool = option(False, TRUST_HELP)
+    verify_key: str | None = option(None, VERIFY_KEY_HELP)
     no_check: bool = option(False, "do not load the result and compare its logits")
 
 
@@ -48,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
     options = fill(MergeOptions, build_parser().parse(argv))
     configure_logging()
-    result = read_result(Path(options.output), trust_remote_code=options.trust_remote_code)
+    result = read_result(
+        Path(options.output), trust_remote_code=options.trust_remote_code, verify_key=options.verify_key
+    )
     output, step = Path(options.output), step_of(Path(options.output).absolute())
     default = output / "merged" if step is None else output.parent / f"merged-{step}"
     folder = Path(options.target) if options.target else default

@@ -25,6 +25,9 @@ def needs_no_trust(name: str) -> bool:
     return name in TRUSTED_WITHOUT_FLAG and not Path(name).exists()
 
 
+VERIFY_KEY_HELP = "name of an environment variable with a key: a checkpoint needs a manifest signed with it (HMAC)"
+
+
 @dataclass(frozen=True)
 class Translated:
     """A flag that transformers had once: its new name, and the new value where it is not the old one."""
@@ -213,6 +216,7 @@ class RunArguments:
     resume_world_size: Literal["same", "any"] = option(
         "same", "ranks that resume from a checkpoint: the `same` number, or `any`, with the same global batch"
     )
+    verify_key: str | None = option(None, VERIFY_KEY_HELP)
     meeting_timeout: int = option(60, "seconds until all ranks must have reached the rendezvous; 0: no limit")
     start_timeout: int = option(1800, "seconds that loading may take without progress, and the first step; 0: no limit")
     step_timeout: int | None = option(

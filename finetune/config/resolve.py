@@ -83,6 +83,7 @@ def resolve_config(
         resume_from=arguments.resumes_from(),
         allow_inexact=arguments.run.allow_inexact_resume,
         any_world_size=arguments.run.resume_world_size == "any",
+        verify_key=arguments.run.verify_key,
         world_size_changes=saved is not None,
     )
     notes = (*arguments.notes, *_saving_notes(arguments), *batch_notes, *hardware.notes)

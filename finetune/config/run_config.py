@@ -74,6 +74,7 @@ class CheckpointConfig:
     resume_from: str | None  # "auto", the folder of a checkpoint, or None
     allow_inexact: bool  # resume although the numbers will differ
     any_world_size: bool  # resume on another number of ranks
+    verify_key: str | None  # the environment variable with the key of the manifests
     world_size_changes: bool  # the newest checkpoint is from another number of ranks
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint import step_of, steps_in
+from finetune.checkpoint import key_of, step_of, steps_in, verify_checkpoint
 from finetune.config.hardware import Precision
 from finetune.run_dir.run_json import ADAPTER_CONFIG, RUN_FILE, check_is_folder, holds_model, load_run_json
-from finetune.utils.errors import CheckpointError, ConfigError, first_line
+from finetune.utils.errors import CheckpointError, ConfigError, first_line, format_faults
 
 TRUST_HELP = "run the Python files of the model or of its base; what run.json says of the training is no permission"
 VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")  # peft types of adapters that are embeddings
@@ -49,9 +49,17 @@ class RunResult:
         return self.run["precision"]
 
 
-def read_result(folder: Path, *, trust_remote_code: bool = False) -> RunResult:
-    """Read what an output_dir, or a checkpoint in one, holds; `trust_remote_code`: its Python files may run."""
+def read_result(folder: Path, *, trust_remote_code: bool = False, verify_key: str | None = None) -> RunResult:
+    """Read what an output_dir, or a checkpoint in one, holds.
+
+    Args:
+        trust_remote_code: its Python files may run.
+        verify_key: the environment variable with the key that the manifest of the checkpoint must be of.
+    """
     check_is_folder(folder)
+    faults = [] if verify_key is None else verify_checkpoint(folder, key_of(verify_key))
+    if faults:
+        raise CheckpointError(format_faults(faults, "fault"))
     output_dir = folder.absolute().parent if step_of(folder.absolute()) is not None else folder
     run = load_run_json(output_dir)
     missing = [key for key in ("model", "chat", "precision") if key not in run]

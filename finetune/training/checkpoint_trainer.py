@@ -13,7 +13,7 @@ from accelerate.utils import DeepSpeedSchedulerWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from finetune.checkpoint import Manifest, steps_in, verified_loads
+from finetune.checkpoint import Manifest, key_of, steps_in, verified_loads
 from finetune.checkpoint.saver import RunIdentity, Saver, checkpoint_bytes, checkpoint_engine, trained_shapes
 from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.models.adapters import InitialLora, gather_virtual_tokens
@@ -46,7 +46,8 @@ class CheckpointTrainer(Trainer):
         size = checkpoint_bytes(
             self.model, self.trained, stage=zero_stage, share=share, only_model=self.args.save_only_model
         )
-        self.saver = Saver(self.output_dir, identity.storage, keep, size, self.describe_step)
+        key = key_of(identity.verify_key)
+        self.saver = Saver(self.output_dir, identity.storage, keep, size, self.describe_step, key)
 
     def train_from_checkpoint(self) -> None:
         """Train from the verified checkpoint, if there is one; until the first step no other file is loaded."""

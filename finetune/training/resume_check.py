@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint import Manifest
+from finetune.checkpoint import Manifest, key_of
 from finetune.checkpoint.resume import saved_manifest
 from finetune.config.arguments import default_of
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
@@ -89,7 +89,7 @@ def resume_facts(
 
 def saved_day(config: CheckpointConfig) -> date | None:
     """Return the date that the chat template wrote in the run to resume; None if it wrote none."""
-    manifest = saved_manifest(config.output_dir, config.resume_from)
+    manifest = saved_manifest(config.output_dir, config.resume_from, key_of(config.verify_key))
     day = manifest.facts.get(DAY) if manifest else None
     return date.fromisoformat(day) if day else None
 

@@ -164,6 +164,7 @@ def start_run(
         storage=storage,
         manifest=manifest,
         folder=folder,
+        verify_key=config.verify_key,
     )
     watchdog.set_output_dir(output_dir, identity.run_id)
 

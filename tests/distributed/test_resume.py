@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,10 @@ def test_auto_starts_anew_goes_on_after_a_kill_and_can_be_repeated(train, tmp_pa
     assert runs.result_of(tmp_path / "killed") == expected
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_goes_on(train, tmp_path):
-    flags = ("--deepspeed", "zero2", "--resume_from_checkpoint", "auto")
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_goes_on(train, tmp_path, monkeypatch):
+    secret = "a key that is nowhere on the disk"
+    monkeypatch.setenv("OUR_KEY", secret)
+    flags = ("--deepspeed", "zero2", "--resume_from_checkpoint", "auto", "--verify_key", "OUR_KEY")
     train("run", *flags)
     expected = runs.result_of(tmp_path / "run")
     shard = next((tmp_path / "run/checkpoint-9").glob("global_step*/*optim_states.pt"))
@@ -149,13 +152,24 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_goes_on(train, 
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     (tmp_path / "run/checkpoint-8/rng_state_1.pth").unlink()
+    forged = tmp_path / "run/checkpoint-7"
+    checkpoint.write_manifest(forged, replace(checkpoint.read_manifest(forged), last_logged=0))
+    elsewhere = shutil.copytree(tmp_path / "run/checkpoint-6/global_step6", tmp_path / "evil")
+    (tmp_path / "run/checkpoint-6/latest").write_text(str(elsewhere))
+    (tmp_path / "run/checkpoint-5/scaler.pt").touch()
+    (tmp_path / "run/checkpoint-4/manifest.json").write_text("[" * 100_000)
     said = train("run", *flags)
+    assert (
+        "checkpoint-7/manifest.json: not a manifest: its HMAC" in said and "scaler.pt is not in manifest.json" in said
+    )
     assert f"{shard} has been changed" in said and "rng_state_1.pth is missing" in said
-    assert "resuming from" in said and "checkpoint-7" in said
+    assert f"resuming from {tmp_path / 'run/checkpoint-3'}," in said
     assert runs.result_of(tmp_path / "run") == expected
     asides = sorted(one.name for one in (tmp_path / "run").glob("checkpoint-*damaged*"))
-    assert [one.split(".")[0] for one in asides] == ["checkpoint-8", "checkpoint-9"]
-    assert checkpoint.verify_checkpoint(tmp_path / "run/checkpoint-9") == []
+    assert [one.split(".")[0] for one in asides] == [f"checkpoint-{step}" for step in range(4, 10)]
+    assert checkpoint.verify_checkpoint(tmp_path / "run/checkpoint-9", secret.encode()) == []
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
 
 
 def test_when_no_checkpoint_is_whole_the_run_stops_and_stops_again(train, tmp_path):

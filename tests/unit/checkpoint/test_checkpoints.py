@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import errno
+import hashlib
+import hmac
 import io
 import json
 import os
@@ -21,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import checkpoint
-from finetune.utils.errors import CheckpointError
+from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers.checkpoint_files import MANIFEST, newest_verified, sealed
 
 
@@ -420,6 +422,40 @@ def test_a_manifest_that_is_changed_in_any_way_is_damaged(tmp_path):
     path.write_bytes(text.replace(b'"torch": "2.13.0"', b'"torch": "2.13.1"'))
     with pytest.raises(CheckpointError, match="its checksum is of another text"):
         checkpoint.read_manifest(folder)
+
+
+def test_with_a_key_a_manifest_that_another_has_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUR_KEY", "k" * 16)
+    key = checkpoint.key_of("OUR_KEY")
+    folder = sealed(tmp_path, 4)
+    assert checkpoint.verify_checkpoint(folder) == []
+    (fault,) = checkpoint.verify_checkpoint(folder, key)
+    assert "its HMAC is missing" in fault
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.write_manifest(folder, manifest, key)
+    assert "no SHA-256" in checkpoint.verify_checkpoint(folder, key)[0]
+    files = checkpoint.fsync_and_hash(folder, manifest.files, None, with_sha256=True)
+    checkpoint.write_manifest(folder, replace(manifest, files=files), key)
+    assert checkpoint.verify_checkpoint(folder, key) == checkpoint.verify_checkpoint(folder) == []
+    assert "its HMAC" in checkpoint.verify_checkpoint(folder, b"another key, which is long enough")[0]
+    assert files["latest"].sha256 == hashlib.sha256(b"global_step4").hexdigest()
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    body = {name: value for name, value in values.items() if name not in ("checksum", "hmac_sha256")}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    assert values["hmac_sha256"] == hmac.new(key, text, "sha256").hexdigest()
+    assert values["checksum"] == xxhash.xxh3_128_hexdigest(text)
+    path.write_text(json.dumps({**values, "last_logged": 2, "checksum": None}))
+    assert checkpoint.verify_checkpoint(folder) == [] and len(checkpoint.verify_checkpoint(folder, key)) == 1
+
+
+@pytest.mark.parametrize("value", [None, "", "k" * 15])
+def test_a_key_that_is_missing_or_short_is_refused_and_not_repeated(monkeypatch, value):
+    monkeypatch.delenv("OUR_KEY", raising=False) if value is None else monkeypatch.setenv("OUR_KEY", value)
+    with pytest.raises(ConfigError, match="--verify_key: expected the name") as raised:
+        checkpoint.key_of("OUR_KEY")
+    assert "OUR_KEY" not in str(raised.value) and "kkk" not in str(raised.value)
+    assert checkpoint.key_of(None) is None
 
 
 def test_a_pickle_outside_an_archive_is_refused(tmp_path):
