@@ -28,6 +28,11 @@ SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 GPU_FACTS = ("name", "memory.total", "memory.used", "compute_cap", "driver_version")
 SECONDS_FOR_A_PROGRAM = 8
 SECONDS_BETWEEN_TRIES = 0.3
+LARGE_BYTES = 32 << 10  # many full packets
+LOST_LARGE_PACKETS = (
+    "small packets arrive, large ones are lost: the MTU of an interface is larger than that of the way (`ip link`; "
+    "`ping -M do -s 1472 HOST`)"
+)
 PORTS, TRIES = range(10_000, 20_000), 50  # the watchdogs' ports lie above
 
 
@@ -86,8 +91,8 @@ def disk_space(folder: Path) -> dict:
 
 
 def interfaces() -> dict:
-    """Name -> IPv4 address of every network interface that has one and is up."""
-    addresses = {}
+    """Name -> addresses of every network interface that is up: its IPv4 one, and the IPv6 ones beyond the link."""
+    addresses: dict = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             packed = struct.pack("256s", name.encode()[:15])
@@ -97,7 +102,13 @@ def interfaces() -> dict:
             except OSError:  # it has no address
                 continue
             if flags & 1:
-                addresses[name] = address
+                addresses[name] = [address]
+    with suppress(OSError):  # IPv6 is switched off
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            packed_address, _, _, scope, _, name = line.split()
+            if scope in ("00", "10"):  # global, loopback
+                text = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(packed_address))
+                addresses.setdefault(name, []).append(text)
     return addresses
 
 
@@ -131,6 +142,10 @@ def await_connections(order: dict) -> dict:
                     key, _, name = client.recv(1024).decode(errors="replace").partition(" ")
                     if key == order["key"]:
                         client.sendall(key.encode())
+                        left_bytes = LARGE_BYTES
+                        while left_bytes and (chunk := client.recv(left_bytes)):
+                            left_bytes -= len(chunk)
+                        client.sendall(b"." * (not left_bytes))
                         connected.append(name)
                 except OSError:  # some other program's connection
                     continue
@@ -162,11 +177,15 @@ def connect(order: dict) -> dict:
                 if connection.recv(64).decode() != order["key"]:
                     raise OSError("another program answers there")
                 own_address = connection.getsockname()[0]
+                error = LOST_LARGE_PACKETS
+                connection.sendall(bytes(LARGE_BYTES))
+                connection.recv(1)
+                error = "not tried"
         except OSError as failure:
-            error = failure.strerror or str(failure)
+            error = error if error == LOST_LARGE_PACKETS else failure.strerror or str(failure)
             time.sleep(SECONDS_BETWEEN_TRIES)
             continue
-        names = [name for name, address in interfaces().items() if address == own_address]
+        names = [name for name, addresses in interfaces().items() if own_address in addresses]
         return {"seconds": time.monotonic() - began, "interface": names[0] if names else None}
     return {"error": error}
 

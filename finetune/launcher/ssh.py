@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -40,15 +41,20 @@ class SshShell:
         self.port, self.venv_script = port, venv_script
 
     def options(self) -> list[str]:
-        """Return ssh's options: no prompts, a time limit, `PDSH_SSH_ARGS_APPEND`, the port."""
-        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_TO_CONNECT}"]
-        options += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
+        """Return ssh's options: `PDSH_SSH_ARGS_APPEND` first, which ssh prefers; no prompts, time limits, the port."""
         given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
         try:
-            options += shlex.split(given)
+            options = shlex.split(given)
         except ValueError as error:
             raise ConfigError(f"PDSH_SSH_ARGS_APPEND={given}: {error}: write it as a shell would read it") from None
+        options += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS_TO_CONNECT}"]
+        options += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
         return options + (["-p", str(self.port)] if self.port is not None else [])
+
+    def extra_seconds(self) -> float:
+        """Return by how much the user's own `ConnectTimeout` is longer."""
+        timeout = re.search(r"ConnectTimeout[ =](\d+)", " ".join(self.options()), re.IGNORECASE)
+        return max(0, int(timeout[1]) - SECONDS_TO_CONNECT) if timeout else 0
 
     def command(self, host: str, words: Sequence[str], *, with_venv: bool = True) -> list[str]:
         """Return the ssh command that runs `words` on a host, each word unchanged, after the venv's script."""
@@ -116,6 +122,8 @@ def _run_on_host(host: str, shell: SshShell | None, command: Sequence[str], text
     here = shell is None or is_here(host)
     words = list(command) if shell is None or here else shell.command(host, command)
     environment = {**os.environ}
+    if shell is not None and not here:
+        seconds += shell.extra_seconds()
     if here:  # how the user came to this machine is no route between hosts
         environment.pop("SSH_CONNECTION", None)
     try:
@@ -124,7 +132,11 @@ def _run_on_host(host: str, shell: SshShell | None, command: Sequence[str], text
             encoding="utf-8", errors="replace",
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"did not answer within {seconds:g} s: does `ssh {host} true` come back?"
+        return (
+            f"did not answer within {seconds:g} s: does `ssh {host} true` come back? If it is slow, give it more time "
+            "(PDSH_SSH_ARGS_APPEND='-o ConnectTimeout=60'); if it stands still, the MTU of an interface may be larger "
+            f"than that of the way (`ping -M do -s 1472 {host}`)"
+        )
     except OSError as error:
         return f"{words[0]}: {error.strerror}: install it on this machine"
     if done.returncode:
@@ -238,8 +250,8 @@ def interfaces_between(answers: Answers) -> dict[str, str]:
     names: dict[str, str] = {}
     for host, own in facts.items():
         known = {own["route"][1]} if len(own["route"]) == 2 else of_this_machine
-        for name, address in own["interfaces"].items():
-            if address in known and not is_loopback(address):
+        for name, addresses in own["interfaces"].items():
+            if any(address in known and not is_loopback(address) for address in addresses):
                 names.setdefault(host, name)
     return names
 

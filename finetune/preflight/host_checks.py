@@ -133,7 +133,7 @@ def check_network(
     if ways.faults:
         return
     others = {host: name for host, name in ways.interfaces.items() if host != first}
-    name_of_first = next((name for name, own in answers[first]["interfaces"].items() if own == address), None)
+    name_of_first = next((name for name, own in answers[first]["interfaces"].items() if address in own), None)
     facts["interfaces"] = {first: name_of_first, **others}
     if run.choice.write_env:
         environment |= _write_environment(report, facts, backend, slots, answers)

@@ -17,6 +17,7 @@ from finetune.diagnostics.failure_page import where_in_run
 from finetune.distributed.watchdog.transport import Connection, candidate_ports, listen
 
 HEARTBEAT_TIMEOUT = 30.0  # seconds after which a host counts as lost
+SECONDS_SILENT = 5.0  # after which what a rank has last said of its progress is not believed
 SECONDS_TO_SETTLE = 1.0  # between the first report of a failure and the choice of the first failure
 SECONDS_TO_SAY_WHY = 3.0  # between the end of a connection and the loss of its host
 MIN_STEP_TIMEOUT, STEP_TIMEOUT_IN_MEDIANS = 300.0, 10.0
@@ -250,6 +251,8 @@ class Coordinator:
         running = [peer for peer in self.peers.values() if peer.exit_status is None]
         if not running or len(self.peers) < self.world_size:
             return
+        if any(time.monotonic() - peer.last_heard > SECONDS_SILENT for peer in running):
+            return  # nobody knows how far it is; if it stays silent, it is lost
         last = min(peer.progress.order for peer in running)
         behind = [peer for peer in running if peer.progress.order == last]
         late = next((peer for peer in behind if peer.timeout and peer.progress.seconds() > peer.timeout), None)

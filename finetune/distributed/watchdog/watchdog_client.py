@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from finetune.distributed import stop_requests
 from finetune.distributed.launcher_processes import PARENT, die_with_launcher, world_info_of
 from finetune.distributed.watchdog.transport import PRINT_STACKS
 from finetune.utils.errors import FinetuneError
+from finetune.utils.proc import state_of
 
+SECONDS_STOPPED = 20  # the others miss its heartbeat after 30
 PYYAML = Path(yaml.__file__).parent.parent
 _watchdog: subprocess.Popen[bytes] | None = None
 _launcher: int | None = None
@@ -63,6 +66,8 @@ def start_watchdog() -> Iterator[None]:
     else:
         _report_exit(0)
     finally:
+        if _watchdog is not None and state_of(_watchdog.pid) == "T":
+            _watchdog.kill()  # else the launcher waits for it
         for number, handler in former_handlers.items():
             signal.signal(number, handler)
         stop_requests.reset()
@@ -110,7 +115,20 @@ def _start() -> subprocess.Popen[bytes]:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
     assert process.stdin is not None
     process.stdin.write(json.dumps(order).encode() + b"\n")
+    threading.Thread(target=_end_if_stopped, args=(process,), daemon=True, name="watchdog's state").start()
     return process
+
+
+def _end_if_stopped(process: subprocess.Popen[bytes]) -> None:
+    """End this rank when its watchdog has been stopped for some seconds (SIGSTOP): nothing else would end it."""
+    seconds = 0
+    while process.returncode is None and seconds < SECONDS_STOPPED:  # counted: this process may have been stopped, too
+        time.sleep(1)
+        seconds = seconds + 1 if state_of(process.pid) == "T" else 0
+    if process.returncode is None:
+        process.kill()  # its connection ends, so that the other watchdogs know at once
+        _print_error(f"the watchdog of rank {os.environ['RANK']} (process {process.pid}) is stopped: the rank ends")
+        os._exit(1)
 
 
 def _send(message: dict[str, Any]) -> None:

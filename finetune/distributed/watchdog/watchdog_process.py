@@ -138,6 +138,8 @@ class Watchdog:
     def _handle(self, message: dict[str, Any]) -> None:
         """Handle one message of the rank."""
         if "phase" in message:
+            if message["phase"] != self.progress.phase:
+                self.last_heartbeat = 0.0  # the coordinator knows it at once, should this host be lost
             self.progress.move(message["phase"], message.get("step"))
         if "timeouts" in message:
             self.timeouts = PhaseTimeouts(**message["timeouts"])

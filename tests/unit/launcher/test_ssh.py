@@ -74,9 +74,17 @@ def test_ranks_meet_where_ssh_came_and_not_at_a_loopback():
 
 
 def test_gloo_is_told_the_interface_that_ssh_came_through_unless_the_user_has():
-    here = {**FACTS, "route": [], "interfaces": {"lo": "127.0.0.1", "docker0": "172.17.0.1", "ib0": "10.0.0.9"}}
-    there = {**FACTS, "route": ["10.0.0.9", "10.0.0.6"], "interfaces": {"lo": "127.0.0.1", "eth1": "10.0.0.6"}}
-    unknown = {**there, "interfaces": {"lo": "127.0.0.1"}}
+    here = {
+        **FACTS,
+        "route": [],
+        "interfaces": {"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "ib0": ["10.0.0.9", "fd00::9"]},
+    }
+    there = {
+        **FACTS,
+        "route": ["10.0.0.9", "10.0.0.6"],
+        "interfaces": {"lo": ["127.0.0.1"], "eth1": ["10.0.0.6", "fd00::6"]},
+    }
+    unknown = {**there, "interfaces": {"lo": ["127.0.0.1"]}}
     silent = "did not answer"
     found = ssh.interfaces_between({"a": here, "b": there, "c": unknown, "d": silent})
     assert found == {"a": "ib0", "b": "eth1"}
@@ -111,3 +119,11 @@ def test_large_files_are_told_apart_by_samples(tmp_path, monkeypatch):
         file.write(b"x")
     after = host_probe.collect_host_facts(order)["files"]
     assert json.dumps(before) != json.dumps(after) and before.keys() == after.keys()
+
+
+def test_options_of_the_user_come_first_and_a_longer_time_to_connect_is_given_to_probes(monkeypatch):
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F conf -o ConnectTimeout=40")
+    shell = ssh.SshShell(22, None)
+    assert shell.options()[:4] == ["-F", "conf", "-o", "ConnectTimeout=40"] and shell.extra_seconds() == 35
+    monkeypatch.delenv("PDSH_SSH_ARGS_APPEND")
+    assert shell.extra_seconds() == 0
