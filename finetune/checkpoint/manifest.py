@@ -167,6 +167,8 @@ def _check(manifest: Manifest, folder: Path) -> None:
         raise ValueError("its ranks and world size do not match")
     if set(manifest.position) != POSITION or not set(manifest.non_finite) <= COUNTS:
         raise ValueError("its position or its counts of non-finite steps lack a name, or have another")
+    if not all(_is_plain(name) and "/" not in name for name in manifest.trained):
+        raise ValueError("its trained parameters have names that are paths")
     match = NAME.fullmatch(folder.name)
     if match and int(match[1]) != manifest.step:
         raise ValueError(f"it is of step {manifest.step}: give the folder its name, or none of a checkpoint's")

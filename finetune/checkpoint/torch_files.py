@@ -95,7 +95,7 @@ def verified_loads(folder: Path, files: Mapping[str, FileRecord], own: Path | No
 
     def load(source: Any, *args: Any, **options: Any) -> Any:
         options |= {"weights_only": True}
-        if not isinstance(source, str | os.PathLike) or (own and Path(source).absolute().is_relative_to(own)):
+        if not isinstance(source, str | os.PathLike) or (own and Path(source).resolve().is_relative_to(own)):
             return plain(source, *args, **options)
         name = os.path.relpath(os.path.abspath(source), os.path.abspath(folder))
         if name not in files:

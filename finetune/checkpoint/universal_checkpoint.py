@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from finetune.checkpoint.integrity import file_names, fsync_and_hash, zero_tag
 from finetune.checkpoint.manifest import FileRecord, Manifest, read_manifest
@@ -81,11 +83,22 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> dict
 
 def run_converter() -> None:
     """Run DeepSpeed's converter, which may load files of the checkpoint and what it writes itself. (DeepSpeed 0.19)"""
+    import torch
     from deepspeed.checkpoint import ds_to_universal
 
     args = ds_to_universal.parse_arguments()
-    folder, target = Path(args.input_folder).parent, Path(args.output_folder)
-    with verified_loads(folder, read_manifest(folder).files, own=target.absolute()):
+    folder, target = Path(args.input_folder).parent, Path(args.output_folder).resolve()
+
+    def inside(write: Callable[..., None], place: int) -> Callable[..., None]:
+        def checked(*args: Any, **options: Any) -> None:
+            if not Path(args[place]).resolve().is_relative_to(target):  # names of parameters are parts of paths
+                raise CheckpointError(f"{args[place]} is not written: it lies outside of {target}")
+            write(*args, **options)
+
+        return checked
+
+    torch.save, os.makedirs = inside(torch.save, 1), inside(os.makedirs, 0)
+    with verified_loads(folder, read_manifest(folder).files, own=target):
         ds_to_universal.main(args)
 
 

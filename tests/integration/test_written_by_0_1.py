@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune import checkpoint
+from finetune.checkpoint.torch_files import load_data
 from finetune.dataset import prepared_cache
 from finetune.inference.run_result import read_result
 from finetune.report import read_run, render_report
 from finetune.run_dir import run_json
+from finetune.utils.errors import CheckpointError
 from tests.helpers import ranks
 from tests.helpers.paths import ROOT
 
@@ -34,6 +38,23 @@ def test_a_checkpoint_is_verified_byte_by_byte():
     assert checkpoint.verify_checkpoint(folder) == []
     manifest = checkpoint.read_manifest(folder)
     assert (manifest.step, manifest.world_size, manifest.position) == (3, 1, {"epoch": 1, "step": 0})
+
+
+def test_its_universal_form_is_written_and_nothing_outside_of_it(tmp_path):
+    folder = shutil.copytree(OLD / "full" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
+    manifest, target = checkpoint.read_manifest(folder), checkpoint.universal_folder(tmp_path / "run", 3)
+    files = checkpoint.convert_to_universal(folder, manifest, target)
+    assert {f"global_step3_universal/zero/{name}/fp32.pt" for name in manifest.trained} <= set(files)
+    path = next(folder.glob("global_step3/*optim_states.pt"))
+    state = load_data(path)
+    slices = state["optimizer_state_dict"]["param_slice_mappings"][0]
+    slices["../../../../outside"] = slices.pop(next(iter(slices)))
+    torch.save(state, path)
+    files = checkpoint.fsync_and_hash(folder, manifest.files, 0)
+    with pytest.raises(CheckpointError, match="outside.* is not written"):
+        checkpoint.write_manifest(folder, replace(manifest, files=files))
+        checkpoint.convert_to_universal(folder, checkpoint.read_manifest(folder), target)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
 def test_prepared_data_is_read():

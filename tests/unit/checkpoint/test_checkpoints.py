@@ -376,6 +376,9 @@ def test_what_the_manifest_does_not_name_is_a_fault(tmp_path, case, sealed_again
         files = checkpoint.fsync_and_hash(folder, names, None)
         checkpoint.write_manifest(folder, replace(manifest, files=files))
     assert newest_verified(tmp_path) == older
+    if "latest" in case or "linked" in case:
+        with pytest.raises(CheckpointError, match="latest|link"):
+            checkpoint.MasterWeights(folder)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
         ({"files": {"a": {"size": 1, "xxh3_128": None, "rank": None}}}, "a has no size or checksum"),
         ({"files": {"a": {"size": 1}}}, "not a manifest"),
         ({"unknown": 1}, "not a manifest"),
+        ({"trained": {"../../outside": [1]}}, "names that are paths"),
     ],
 )
 def test_a_manifest_of_other_kinds_of_values_is_none(tmp_path, change, said):
