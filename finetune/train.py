@@ -99,7 +99,7 @@ def run_training(argv: Sequence[str]) -> Path:
         inputs = TrainingInputs(model, tokenizer, data, loaders, args)
         trainer = fit(inputs, identity, config.fit_options(chat_format.name))
         finalize(trainer, info, is_adapter=config.adapter.kind() is not None, precision=hardware.precision)
-        end_run(trainer, partial(write_report, run, config.model.trusts_code()))
+        end_run(trainer, partial(write_report, run, trusts_code=config.model.trusts_code()))
     return config.checkpoint.output_dir
 
 
@@ -121,7 +121,7 @@ def resolve(arguments: Arguments, hardware: DetectedHardware, ranks: RankCounts)
     return check_model(config)
 
 
-def write_report(run: RunArguments, trusts_code: bool, output_dir: Path, was_stopped: bool) -> None:
+def write_report(run: RunArguments, output_dir: Path, was_stopped: bool, *, trusts_code: bool = False) -> None:
     """Write report.html on rank 0 once the other ranks are gone; the result does not depend on it."""
     if console.is_rank_0() and run.write_report:
         from finetune.report import write_at_the_end

@@ -95,10 +95,7 @@ def _faults(options: ChatOptions) -> Iterator[str]:
         yield "--json is for a question from a pipe: echo '...' | finetune chat OUTPUT --json"
     if options.max_new_tokens < 1:
         yield f"--max_new_tokens {options.max_new_tokens}: expected at least 1"
-    if options.temperature < 0:
-        yield f"--temperature {options.temperature:g}: expected 0 (greedy) or more"
-    if not 0 < options.top_p <= 1:
-        yield f"--top_p {options.top_p:g}: expected more than 0 and at most 1"
+    yield from SamplingParams(options.temperature, options.top_p).faults()
     if options.system is not None and not options.system.strip():
         yield "--system: is empty: leave the flag out"
 

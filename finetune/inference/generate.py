@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -39,6 +40,13 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None  # makes sampled answers repeatable; None: a new seed each time
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is wrong with the values."""
+        if not 0 <= self.temperature < math.inf:
+            yield f"--temperature {self.temperature:g}: expected 0 (greedy) or more"
+        if not 0 < self.top_p <= 1:
+            yield f"--top_p {self.top_p:g}: expected more than 0 and at most 1"
 
     def generate_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `generate`."""

@@ -11,6 +11,7 @@ from finetune.checkpoint import key_of, step_of, steps_in, verify_checkpoint
 from finetune.config.hardware import Precision
 from finetune.run_dir.run_json import ADAPTER_CONFIG, RUN_FILE, check_is_folder, holds_model, load_run_json
 from finetune.utils.errors import CheckpointError, ConfigError, first_line, format_faults
+from finetune.utils.user_files import UNREADABLE
 
 TRUST_HELP = "run the Python files of the model or of its base; what run.json says of the training is no permission"
 VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")  # peft types of adapters that are embeddings
@@ -82,5 +83,5 @@ def _adapter_type(folder: Path) -> str | None:
         return config["peft_type"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: not the config of an adapter: {first_line(error)}") from None

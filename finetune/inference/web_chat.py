@@ -6,6 +6,7 @@ import getpass
 import html
 import importlib.util
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -16,10 +17,19 @@ from finetune.inference.chat_models import ChatModels
 from finetune.inference.chat_session import ChatSession
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE
-from finetune.inference.web_session import WebAnswers, WebSession, as_markdown
+from finetune.inference.web_session import WebAnswers, WebSession, spelled
 from finetune.utils.errors import ConfigError, FinetuneError
+from finetune.utils.options import raise_faults
+from finetune.utils.web_requests import LOCAL_NAMES, is_own_request
 
-LOCALHOST = ("127.0.0.1", "localhost", "::1")
+MAX_CHARACTERS, MAX_REQUEST_BYTES = 200_000, 4_000_000
+REFUSED_PATHS = re.compile(r"/(upload|proxy=|file=|process_recording|deep_link|component_server)")
+POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "font-src 'self' data:; img-src 'self' data:; connect-src 'self'; manifest-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+POLICY_HEADERS = [(b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff")]
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Noto Sans Mono CJK SC", "monospace"]
 MAX_NEW_TOKENS = 4096  # of the slider
@@ -79,18 +89,19 @@ def build_app(models: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
     compares = len(models.names) > 1
     with gr.Blocks(title=str(folder), fill_height=True, analytics_enabled=False) as blocks:
         session = gr.State(WebSession(chat))
-        about = f"### {as_markdown(folder.absolute().name)}\n\n{as_markdown(models.model_description)}"
+        about = f"<h3>{spelled(folder.absolute().name)}</h3><p>{spelled(models.model_description)}</p>"
         gr.Markdown(about, elem_id="about")
         with gr.Row(elem_id="answers", equal_height=True):
             column: dict[str, Any] = {
-                "height": "56vh", "layout": "bubble", "buttons": ["copy"], "feedback_options": None, "min_width": 260,
+                "height": "56vh", "layout": "bubble", "buttons": [], "feedback_options": None, "min_width": 260,
+                "latex_delimiters": [],
             }  # fmt: skip
             kept = gr.Chatbot(label=strings(answers.kept), elem_id="kept", **column)
             base = gr.Chatbot(label=strings(BASE), elem_id="base", visible=compares, **column)
         with gr.Row(equal_height=True):
             message = gr.Textbox(
                 placeholder=strings("message"), show_label=False, container=False, lines=1, max_lines=8, scale=8,
-                min_width=200, elem_id="message", autofocus=True,
+                min_width=200, elem_id="message", autofocus=True, max_length=MAX_CHARACTERS,
             )  # fmt: skip
             send = gr.Button(strings("send"), variant="primary", scale=1, min_width=88, elem_id="send")
             stop = gr.Button(strings("stop"), variant="stop", scale=1, min_width=88, elem_id="stop", visible=False)
@@ -103,7 +114,9 @@ def build_app(models: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
             elem_id="compare",
         )  # fmt: skip
         with gr.Accordion(strings("settings"), open=False, elem_id="settings"):
-            system = gr.Textbox(chat.system or "", label=strings("system"), lines=2, elem_id="system")
+            system = gr.Textbox(
+                chat.system or "", label=strings("system"), lines=2, elem_id="system", max_length=MAX_CHARACTERS
+            )
             with gr.Row():
                 max_new_tokens = gr.Slider(
                     1, max(MAX_NEW_TOKENS, models.max_new_tokens), models.max_new_tokens, step=1,
@@ -146,12 +159,14 @@ class _EventHandlers:
 
         question, unsent = (question or "").strip("\n"), gr.skip()
         if question.strip():
-            compares, system, max_new_tokens, *decoding = settings
+            compares, system, new_tokens, *decoding = settings
+            max_new_tokens = int(new_tokens) if new_tokens == new_tokens else 1  # NaN passes the slider's limits
             session.chat.system = (system or "").strip() or None
             try:
                 sampling = _sampling_params(*decoding)
+                _check_lengths(question, session.chat.system)
                 for kept, base in self.answers.stream(
-                    session, question, compares=compares, max_new_tokens=int(max_new_tokens), sampling=sampling
+                    session, question, compares=compares, max_new_tokens=max_new_tokens, sampling=sampling
                 ):
                     yield ["", kept, base, session, gr.update(visible=False), gr.update(visible=True)]
                 unsent = ""
@@ -180,27 +195,37 @@ class _EventHandlers:
 
 def _sampling_params(temperature: float, top_p: float, seed: str | None) -> SamplingParams:
     seed = (seed or "").strip()
-    try:
-        return SamplingParams(temperature, top_p, int(seed) if seed else None)
-    except ValueError:
-        raise ConfigError(f"seed {seed}: expected an integer, or nothing") from None
+    if not re.fullmatch(r"\d{0,18}", seed):
+        raise ConfigError(f"seed {seed[:40]}: expected an integer of up to 18 digits, or nothing")
+    sampling = SamplingParams(temperature, top_p, int(seed) if seed else None)
+    raise_faults(sampling.faults())
+    return sampling
+
+
+def _check_lengths(*texts: str | None) -> None:
+    longest = max(len(text or "") for text in texts)
+    if longest > MAX_CHARACTERS:
+        raise ConfigError(f"{longest:,} characters: a message may have {MAX_CHARACTERS:,}")
 
 
 def serve(models: ChatModels, chat: ChatSession, *, host: str, port: int) -> None:
     """Serve the page until Ctrl-C."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("no_proxy", "NO_PROXY"):  # Gradio sends a request to its own page at the start
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCALHOST]))
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCAL_NAMES]))
     with tempfile.TemporaryDirectory(prefix="finetune-chat-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         import gradio as gr
+        from starlette.middleware import Middleware
 
         blocks, strings = build_app(models, chat)
+        guard = Middleware(_RequestGuard, listens_on=host)
         theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=CODE_FONTS)
         try:
             blocks.launch(
                 server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
                 footer_links=[], run_history=False, enable_monitoring=False, i18n=strings, theme=theme, css=CSS,
+                app_kwargs={"middleware": [guard]}, max_file_size=1,
             )  # fmt: skip
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port}: {error}") from None
@@ -212,9 +237,38 @@ def serve(models: ChatModels, chat: ChatSession, *, host: str, port: int) -> Non
         blocks.close(verbose=False)
 
 
+class _RequestGuard:
+    """Answer requests to this page from this page alone: no other name or site, no upload, nothing large."""
+
+    def __init__(self, app: Any, listens_on: str) -> None:
+        self.app, self.listens_on = app, listens_on
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import Response
+
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        is_own = is_own_request(headers.get("host", ""), headers.get("origin"), self.listens_on)
+        size = headers.get("content-length", "0")
+        if not is_own or scope["type"] != "http" or REFUSED_PATHS.search(scope["path"]):
+            await Response(status_code=403)(scope, receive, send)
+        elif "transfer-encoding" in headers or not size.isdigit() or int(size) > MAX_REQUEST_BYTES:
+            await Response(status_code=413)(scope, receive, send)
+        else:
+
+            async def send_with_policy(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message["headers"], *POLICY_HEADERS]
+                await send(message)
+
+            await self.app(scope, receive, send_with_policy)
+
+
 def server_url(host: str, port: int) -> list[str]:
     """Return lines that say how to open the page."""
-    if host not in LOCALHOST:
+    if host not in LOCAL_NAMES:
         return [
             f"the page is at http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}",
             "anyone who can reach this machine can use it: there is no password. Press Ctrl-C to stop",

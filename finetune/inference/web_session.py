@@ -7,6 +7,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from html import unescape
+from typing import Any
 
 from finetune.conversation import Turn
 from finetune.inference.chat_models import ChatModels
@@ -16,8 +19,8 @@ from finetune.inference.load_result import BASE, TUNED
 
 SECONDS_BETWEEN_UPDATES = 0.05
 PENDING, EMPTY = "…", "∅"  # an answer that has not begun, and one without text
-FENCE = re.compile(r"\s{0,3}(```+|~~~+)")
-CODE = re.compile(r"(`+)(?:(?!\1).)+?\1")
+MARKDOWN_RULES = ("heading", "list", "fence", "code", "blockquote", "hr", "table", "emphasis", "strikethrough",
+                  "backticks", "newline", "escape", "entity")  # fmt: skip
 Messages = list[dict[str, str]]
 
 
@@ -117,35 +120,34 @@ class WebAnswers:
 
 def _messages(pairs: list[tuple[str, str]]) -> Messages:
     return [
-        {"role": role, "content": as_markdown(text)}
+        {"role": role, "content": as_html(text)}
         for question, answer in pairs
         for role, text in (("user", question), ("assistant", answer or EMPTY))
     ]
 
 
-def as_markdown(text: str) -> str:
-    """Keep Markdown, but escape HTML and images: a page must not run or fetch what a model writes."""
-    lines, fence = [], None
-    for line in text.split("\n"):
-        marker = FENCE.match(line)
-        if fence is None:
-            lines.append(line if marker else _escape_outside_code(line))
-            fence = marker.group(1) if marker else None
-        else:
-            lines.append(line)
-            if marker and marker.group(1).startswith(fence):
-                fence = None
-    return "\n".join(lines)
+@lru_cache(maxsize=512)
+def as_html(text: str) -> str:
+    """Render Markdown to one line of HTML that can neither run nor fetch anything, whatever reads it again.
+
+    Only the rules in `MARKDOWN_RULES` act: no link, no image, no HTML. Each character that could mean something to
+    another parser of Markdown, formulas or HTML is a numeric reference.
+    """
+    parts = re.split(r"(<[^>]*>)", _markdown().render(text))
+    return f"<div>{''.join(part if part.startswith('<') else spelled(unescape(part)) for part in parts)}</div>"
 
 
-def _escape_outside_code(line: str) -> str:
-    """Escape a line except its code spans, in which Markdown itself escapes."""
-    parts, begin = [], 0
-    for code in CODE.finditer(line):
-        parts += [_escape(line[begin : code.start()]), code.group()]
-        begin = code.end()
-    return "".join([*parts, _escape(line[begin:])])
+def spelled(text: str) -> str:
+    """Write text with a numeric reference for each character that is not a letter, a digit or a space."""
+    text = text.removeprefix("\n")  # after a tag
+    return "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in text)
 
 
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("![", "!&#91;")
+@cache
+def _markdown() -> Any:
+    from markdown_it import MarkdownIt
+    from markdown_it.renderer import RendererHTML
+
+    markdown = MarkdownIt("zero", {"html": False, "breaks": True}).enable(list(MARKDOWN_RULES))
+    markdown.add_render_rule("fence", RendererHTML.code_block)  # without the language, which may start a script
+    return markdown

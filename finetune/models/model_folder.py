@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, format_names
-from finetune.utils.user_files import read_json_object
+from finetune.utils.user_files import UNREADABLE, read_json_object
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 PARTS, MOST_PARTS = re.compile(r"(layers?|experts?|per_tok)$"), 4096
@@ -39,7 +39,7 @@ def weight_map(folder: Path, *, error: type[FinetuneError] = CheckpointError) ->
                     if not re.fullmatch(r"[\w. +=@-]{1,200}", name) or not name.endswith((".safetensors", ".bin")):
                         raise ValueError(f"{name[:99]!r} is not the name of a file of weights beside it")
                     files.setdefault(name, []).append(tensor)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+            except UNREADABLE as problem:
                 reason = f"{type(problem).__name__}: {problem}"
                 raise error(f"{index}: not an index of weights ({reason}): copy the file again") from None
             return dict(sorted(files.items()))
@@ -110,6 +110,6 @@ def _is_possible(key: str, value: Any) -> bool:
 def _base_of(folder: Path) -> str:
     try:
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+    except UNREADABLE:
         return ""
     return f" of {base}" if base else ""

@@ -26,16 +26,18 @@ from finetune.report.run_reader import RunRecord, has_ended, read_run
 from finetune.report.sample_answers import ANSWERS_FILE
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.utils.errors import ConfigError
+from finetune.utils.web_requests import is_own_request
 
 logger = logging.getLogger(__name__)
 
-HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
+HOST = "127.0.0.1"
 WATCHED = (run_json.RUN_FILE, run_json.METRICS_FILE, run_json.COMPLETE_FILE, FAILURE_FILE, ANSWERS_FILE)
 SECONDS_FOR_LAST_REQUESTS = 2.0
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "frame-ancestors 'none'",
 }
 Folders = Sequence[tuple[Path, str]]
 
@@ -72,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, snapshot = urlsplit(self.path).path, self.server.snapshot
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in NAMES:  # DNS rebinding
+        if not is_own_request(self.headers.get("Host", ""), self.headers.get("Origin")):
             self._answer(403, b"", {})
         elif path == "/":
             self._answer(200, snapshot.page, {"Content-Type": "text/html; charset=utf-8"})

@@ -108,7 +108,7 @@ def write_report(runs: Sequence[RunRecord], path: Path, *, every: float | None =
     write_page(path, render_report(runs, every=every), REPORT)
 
 
-def write_at_the_end(folder: Path, *, answers: int, seconds: float, trusts_code: bool) -> str:
+def write_at_the_end(folder: Path, *, answers: int, seconds: float, trusts_code: bool = False) -> str:
     """Write a run's report into its folder; return a line for the user.
 
     Up to `answers` prompts are answered in it, where memory and the given time allow.

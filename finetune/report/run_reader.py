@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from finetune.run_dir.data_samples import RowSample, read_samples, without_place
 from finetune.run_dir.eval_results import FILES, ResultSection, read_sections
 from finetune.training import nonfinite
 from finetune.utils.errors import ConfigError
+from finetune.utils.user_files import UNREADABLE
 
 State = Literal["complete", "failed", "stopped", "running", "unknown"]
 MAX_LEDGER_ROWS = 100
@@ -173,7 +173,7 @@ def _append(lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
 
 
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return value if is_number else None
 
 
@@ -193,7 +193,7 @@ def _read_ledger(path: Path) -> LedgerSummary:
         try:
             entry = json.loads(text)
             source, row, status = str(entry["source"]), int(entry["row"]), str(entry["status"])
-        except (ValueError, KeyError, TypeError):
+        except UNREADABLE:
             continue
         counts[status] += 1
         if len(first) < MAX_LEDGER_ROWS:

@@ -20,7 +20,7 @@ from finetune.inference.run_result import RunResult
 from finetune.run_dir.data_samples import RowSample
 from finetune.utils.atomic_io import write_text_atomically
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
-from finetune.utils.user_files import read_json, read_text
+from finetune.utils.user_files import UNREADABLE, read_json, read_text
 
 ANSWERS_FILE = "answers.json"
 NEW_TOKENS = 96
@@ -95,7 +95,7 @@ def read_answers(folder: Path, run: dict[str, Any]) -> SampleAnswers | None:
             return None
         answered = tuple(map(_answers_from_json, values["answers"]))
         return SampleAnswers(int(values["new_tokens"]), answered, values.get("prompts_file"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
 
 

@@ -13,6 +13,7 @@ from finetune.chat_templates import Example, RenderedConversation
 from finetune.chat_templates.text_segments import Segment, Segmenter
 from finetune.utils.atomic_io import replace_text
 from finetune.utils.errors import StorageError, os_reason
+from finetune.utils.user_files import UNREADABLE
 
 SAMPLES_FILE = "samples.json"
 MAX_CHARACTERS = 6_000  # of a row that is kept
@@ -105,7 +106,7 @@ def read_samples(folder: Path) -> list[RowSample]:
     """Return the rows that were kept; none where the file is missing or broken."""
     try:
         return [_from_json(values) for values in json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return []
 
 

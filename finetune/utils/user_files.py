@@ -8,6 +8,8 @@ from typing import Any
 
 from finetune.utils.errors import ConfigError
 
+# What reading a JSON file and its values raises where they are not as their writer made them.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 

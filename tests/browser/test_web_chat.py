@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
+import http.client
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,8 +19,8 @@ import pytest
 
 from finetune.inference import check_gradio
 from finetune.inference.chat_session import ChatSession
-from finetune.inference.web_chat import CHINESE, ENGLISH, server_url
-from finetune.inference.web_session import WebSession, as_markdown
+from finetune.inference.web_chat import CHINESE, ENGLISH, MAX_CHARACTERS, _check_lengths, _sampling_params, server_url
+from finetune.inference.web_session import WebSession, as_html
 from finetune.utils.errors import ConfigError
 from tests.helpers.browsers import open_page
 from tests.helpers.paths import ROOT
@@ -29,17 +34,20 @@ class TestWords:
     @pytest.mark.parametrize(
         ("text", "shown"),
         [
-            ("a < b & c", "a &lt; b &amp; c"),
-            ("<think>\nx\n</think>", "&lt;think>\nx\n&lt;/think>"),
-            ("use `<b>` and ``a`<b>`` <b>", "use `<b>` and ``a`<b>`` &lt;b>"),
-            ("```html\n<b>&\n```\n<b>", "```html\n<b>&\n```\n&lt;b>"),
-            ("~~~\n<b>\n```\n~~~\n<b>", "~~~\n<b>\n```\n~~~\n&lt;b>"),
-            ("![x](http://example.com/x.png)", "!&#91;x](http://example.com/x.png)"),
-            ("**粗** 好", "**粗** 好"),
+            ("a < b & c", "<p>a < b & c</p>"),
+            ("<think>\nx\n</think>", "<p><think><br>x<br></think></p>"),
+            ("use `<b>` and ``a`<b>`` <b>", "<p>use <code><b></code> and <code>a`<b></code> <b></p>"),
+            ("```html\n<b>&\n```\n<b>", "<pre><code><b>&\n</code></pre><p><b></p>"),
+            ("![x](http://a.b/x.png) [y](http://a.b)", "<p>![x](http://a.b/x.png) [y](http://a.b)</p>"),
+            ("**粗** 好", "<p><strong>粗</strong> 好</p>"),
+            ("1. a\n2. b", "<ol><li>a</li><li>b</li></ol>"),
         ],
     )
     def test_markdown_acts_and_html_does_not(self, text, shown):
-        assert as_markdown(text) == shown
+        rendered = as_html(text)
+        assert html.unescape(rendered) == f"<div>{shown}</div>"
+        tags = re.findall(r"</?(\w+)[^>]*>", rendered)  # of HTML: what the text spells is in numeric references
+        assert set(tags) <= set("div p br code pre strong ol li".split()) and not re.search(r"[`*\[\]$\n]", rendered)
 
     def test_both_languages_have_all_words(self):
         assert ENGLISH.keys() == CHINESE.keys()
@@ -50,8 +58,8 @@ def test_both_columns_are_undone_together():
     session.add("a", "1", None)
     session.add("b", "2", "3")
     kept, compared = session.columns("c", {"tuned": "4", "base": ""})
-    assert [one["content"] for one in kept] == ["a", "1", "b", "2", "c", "4"]
-    assert [one["content"] for one in compared] == ["b", "3", "c", "…"]
+    assert [one["content"] for one in kept] == [as_html(text) for text in ("a", "1", "b", "2", "c", "4")]
+    assert [one["content"] for one in compared] == [as_html(text) for text in ("b", "3", "c", "…")]
     assert session.undo() == "b"
     assert session.columns() == (kept[:2], [])
     session.reset()
@@ -158,6 +166,70 @@ def test_a_message_is_answered_in_both_languages(address, language, words):
         send(page, "Show <b>this</b> & ![x](http://example.com/x.png)")
         wait_until_answered(page)
         assert texts(page, by="user") == ["Show <b>this</b> & ![x](http://example.com/x.png)"]
+
+
+HOSTILE = [
+    r"\`<img src=http://evil.test/a.png>\`", "![x](http://evil.test/b.png)", "<svg onload=fetch('http://evil.test/c')>",
+    "```x\n```` <img src=http://evil.test/d.png>\n```", "```mermaid\ngraph TD; A[<img src=http://evil.test/e>]\n```",
+    "[x](javascript:fetch('http://evil.test/f')) <javascript:alert(1)>", "![x](data:image/svg+xml;base64,PHN2Zz4=)",
+    "<!-- --!><img src=http://evil.test/g> -->", "$$\\href{http://evil.test/h}{x} \\includegraphics{http://evil.test/i}$$",
+    "<style>@import 'http://evil.test/j'</style>", "&lt;img src=http://evil.test/k&gt; &#60;img src=http://evil.test/l&#62;",
+    "[r]: http://evil.test/m\n![x][r]", "<table><td background=http://evil.test/n>", "a\n\n    <img src=http://evil.test/o>",
+    "| <img src=http://evil.test/p> |\n|-|\n| `<img src=http://evil.test/q>` |", "<math><mi xlink:href=http://evil.test/r>",
+]  # fmt: skip
+ACTIVE = "img, svg, a, iframe, script, style, object, form, input, link, video, math, td[background], .mermaid, .katex"
+
+
+@pytest.mark.browser
+def test_hostile_text_builds_and_fetches_nothing(address):
+    with visiting(address) as page:
+        for number, text in enumerate([*HOSTILE, "\n\n".join(HOSTILE), "**bold** `code`"]):
+            send(page, text)
+            wait_until_answered(page)
+            shown = page.locator("#kept [data-testid=user]").last
+            assert shown.locator(ACTIVE).count() == 0, text
+            assert number >= len(HOSTILE) or "evil" in shown.inner_text() or "data:" in shown.inner_text()
+            last = (shown.locator("strong").count(), shown.locator("code").count())
+            page.click("#reset")
+            page.wait_for_function("!document.querySelector('#kept [data-testid=bot]')")
+        assert last == (1, 1)
+
+
+@pytest.mark.browser
+def test_only_the_page_itself_is_answered(address):
+    def status(path: str = "/", method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.headers.get("content-security-policy", "")
+
+    code, policy = status()
+    assert code == 200 and "default-src 'none'" in policy and "http" not in policy
+    own = address.removeprefix("http://")
+    for host, origin, expected in [
+        ("localhost:1", None, 200), ("[::1]:7860", None, 200), (own, address, 200), ("evil.test", None, 403),
+        ("127.0.0.1.evil.test", None, 403), (own, "http://evil.test", 403), (own, "null", 403), ("[", None, 403),
+        ("", None, 403),
+    ]:  # fmt: skip
+        assert status(Host=host, **({"Origin": origin} if origin else {}))[0] == expected, (host, origin)
+    assert status("/gradio_api/upload", "POST", b"x")[0] == 403
+    assert status("/gradio_api/queue/join", "POST", b"x" * 5_000_000)[0] == 413
+    assert status("/gradio_api/file=/etc/passwd")[0] == 403
+
+
+def test_what_the_sliders_do_not_allow_is_refused():
+    for temperature, top_p, seed in [
+        (math.nan, 1, ""),
+        (math.inf, 1, ""),
+        (1, math.nan, ""),
+        (1, 0, ""),
+        (1, 1, "9" * 30),
+    ]:
+        with pytest.raises(ConfigError):
+            _sampling_params(temperature, top_p, seed)
+    with pytest.raises(ConfigError, match="characters"):
+        _check_lengths("a" * (MAX_CHARACTERS + 1), None)
 
 
 @pytest.mark.browser

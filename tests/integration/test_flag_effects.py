@@ -181,7 +181,7 @@ def reported(words: Words, monkeypatch: Any) -> Any:
     """What is asked of the page about the run."""
     asked: list[Any] = []
     monkeypatch.setattr("finetune.report.write_at_the_end", lambda folder, **how: asked.append(how) or "")
-    train.write_report(parse(words).run, False, Path("output"), was_stopped=False)
+    train.write_report(parse(words).run, Path("output"), was_stopped=False)
     return asked
 
 

@@ -54,6 +54,17 @@ def test_only_our_two_scripts_may_run_and_nothing_is_fetched(tmp_path):
     assert not {tag for tag, _ in page.elements} & {"img", "link", "iframe", "form", "a", "object"}
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "data_ledger.jsonl", "samples.json", "answers.json", "failure.json"])
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"step": 1, "loss": ' + "9" * 400 + "}", '{"source": "a", "row": Infinity, "status": 1}'],
+)
+def test_files_of_anyone_break_no_page(name, content, tmp_path):
+    folder = output_dir(tmp_path / "one")
+    (folder / name).write_text(content + "\n")
+    assert page_of(folder).text
+
+
 def test_hostile_text_is_text(tmp_path):
     folder = output_dir(
         tmp_path / "<b>&name",
