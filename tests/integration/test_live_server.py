@@ -99,7 +99,12 @@ def test_only_this_host_under_its_own_name_and_only_the_page(watching_run):
     folder, watch = watching_run
     assert watch.wait_for(lambda: watch.get("/"))[0] == 200
     assert watch.get("/", Host="localhost:9000")[0] == 200
-    for path, headers in (("/", {"Host": "evil.example"}), ("/now", {"Host": "evil.example:1"}), ("/", {"Host": ""})):
+    for path, headers in (
+        ("/", {"Host": "evil.example"}),
+        ("/now", {"Host": "evil.example:1"}),
+        ("/", {"Host": ""}),
+        ("/now", {"Origin": "http://evil.example"}),
+    ):
         status, _, content = watch.get(path, **headers)
         assert (status, content) == (403, b""), (path, headers)
     for path in ("/run.json", "/../run.json", "/report.html"):
