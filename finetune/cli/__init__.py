@@ -107,4 +107,8 @@ def _parsers(verb: str) -> list[CommandParser]:
     from finetune import config, launcher
 
     own = [import_module(f"finetune.cli.{verb}").build_parser()] if verb != "launch" else []
-    return [*own, config.build_parser(), launcher.build_parser()] if verb in ("launch", "doctor") else own
+    return (
+        [*own, config.build_parser(), launcher.build_parser(supervised=verb == "launch")]
+        if verb in ("launch", "doctor")
+        else own
+    )

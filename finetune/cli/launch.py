@@ -29,6 +29,7 @@ from finetune.launcher import (
     parse_launcher_args,
     redact,
     resolve_resources,
+    restarts,
     ssh,
 )
 from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, HostReport, LocalSession
@@ -41,29 +42,78 @@ HostSession = LocalSession | ssh.RemoteSession
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / "finetune.py"
 # Flags that `finetune launch` itself acts on; all others are passed to `deepspeed`.
 NOT_PASSED_ON = ("hostfile", "master_addr", "master_port", "ssh_port", "venv_script", "no_ssh_check", "launcher",
-                 "launcher_args", "force_multi")  # fmt: skip
+                 "launcher_args", "force_multi", "max_restarts", "num_nodes")  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
     """Check the command and the hosts, run the training, exit with its status."""
-    flags = parse_launcher_args(argv)
+    flags = parse_launcher_args(argv, supervised=True)
     resources = resolve_resources(flags)
+    if resources is not None and not (flags.include or flags.exclude):
+        resources = restarts.without_spares(resources)
+    elif resources is not None and resources.spares:
+        raise ConfigError("--include and --exclude choose among hosts without spares: leave them out")
     arguments = parse(flags.script_args) if is_ours(flags) else None
     words, environment = without_secrets(flags.script_args)
-    environment["FINETUNE_LAUNCH_KEY"] = secrets.token_hex(16)
-    if resources is not None:
-        environment["FINETUNE_WORLD_SIZE"] = str(resources.world_size)
     signals: list[int] = []
     for number in stop_requests.SIGNALS:
         signal.signal(number, lambda received, _: signals.append(received))
-    sessions = start(flags, resources, words, environment)
+    max_restarts = flags.given.get("max_restarts", 0)
+    for restart in range(max_restarts + 1):
+        status, failure = run_once(flags, resources, words, environment, signals, arguments, restart)
+        output_dir = Path(arguments.training["output_dir"]).expanduser() if arguments else Path("/")
+        cause = None if signals else restarts.cause_of(status, failure, output_dir)
+        if failure is not None:
+            report_failure(failure, arguments)
+        if cause is None or arguments is None or restart == max_restarts:
+            break
+        resources = choose_hosts(resources, failure, may_shrink=arguments.run.resume_world_size == "any")
+        words, environment = restarts.resuming(words), {**environment, **restarts.variables(cause)}
+        wait(restarts.seconds_to_wait(restart), f"restart {restart + 1} of {max_restarts}: {cause}", signals)
+        if signals:
+            sys.exit(stop_requests.EXIT_STOPPED)
+    sys.exit(status)
+
+
+def run_once(
+    flags: LauncherArgs, resources: Resources | None, words: list[str], environment: dict[str, str],
+    signals: list[int], arguments: Arguments | None, restart: int,
+) -> tuple[int, Failure | None]:  # fmt: skip
+    """Start the run, supervise it to its end, and return its status and its failure, if any."""
+    environment = {**environment, "FINETUNE_LAUNCH_KEY": secrets.token_hex(16)}
+    if resources is not None:
+        environment["FINETUNE_WORLD_SIZE"] = str(resources.world_size)
+    try:
+        sessions = start(flags, resources, words, environment)
+    except ConfigError as error:
+        if not restart:
+            raise
+        hosts = tuple(resources.slots) if resources else ()
+        return 1, Failure("missing", f"hosts are not ready: {error}", hosts=hosts)
     watch(sessions, signals)
     reports = [session.finish() for session in sessions]
     expected = {host: len(ids) for host, ids in resources.slots.items()} if resources else {}
-    status, failure = outcome(reports, expected, ours=arguments is not None, signals=signals)
-    if failure is not None:
-        report_failure(failure, arguments)
-    sys.exit(status)
+    return outcome(reports, expected, ours=arguments is not None, signals=signals)
+
+
+def choose_hosts(resources: Resources | None, failure: Failure | None, *, may_shrink: bool) -> Resources | None:
+    """Return the resources of the next start: without the host that failed, if it can be replaced or left out."""
+    host = restarts.failed_host(failure, resources) if resources else None
+    if resources is None or host is None:
+        return resources
+    chosen = restarts.without_host(resources, host, may_shrink=may_shrink)
+    added = [name for name in chosen.slots if name not in resources.slots]
+    if chosen is not resources:
+        print(f"launch: without {host}" + (f", with the spare {added[0]}" if added else ""), flush=True)
+    return chosen
+
+
+def wait(seconds: float, why: str, signals: list[int]) -> None:
+    """Wait before a restart; a signal ends the wait."""
+    print(f"launch: {why}: starting from the newest checkpoint in {seconds:.0f} s", flush=True)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not signals:
+        time.sleep(POLL_SECONDS)
 
 
 def is_ours(flags: LauncherArgs) -> bool:

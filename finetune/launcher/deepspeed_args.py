@@ -20,6 +20,11 @@ from finetune.utils.options import CommandParser, OptionType, declaration, one_o
 LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
 PLACE = "flags of the launcher stand in front of the script, those of the training behind it"
 MAX_PORT = 65535
+MAX_RESTARTS_HELP = (
+    "start again from the newest checkpoint, up to so often: after a lost host, a killed or stuck rank, a preemption, "
+    "or a fault of a device or the network"
+)
+MAX_RESTARTS = (["--max_restarts"], {"type": int, "help": MAX_RESTARTS_HELP})
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,10 @@ class LauncherArgs:
         return [f"--{name}" if value is True else f"--{name}={value}" for name, value in kept.items()]
 
 
-def parse_launcher_args(argv: Sequence[str]) -> LauncherArgs:
-    """Parse the words behind `deepspeed` to its flags, the script, and the script's own words, untouched."""
+def parse_launcher_args(argv: Sequence[str], *, supervised: bool = False) -> LauncherArgs:
+    """Parse the words behind `deepspeed`, or `finetune launch`, to flags, script, and the script's words, untouched."""
     try:
-        given = build_parser().parse(argv)
+        given = build_parser(supervised=supervised).parse(argv)
     except ConfigError as error:
         raise ConfigError(f"{error} ({PLACE})") from None
     script, script_args = given.pop("user_script"), given.pop("user_args", [])
@@ -75,6 +80,8 @@ def _faults(flags: LauncherArgs) -> Iterator[str]:
         port = flags.given.get(name)
         if port is not None and not 1 <= port <= MAX_PORT:
             yield f"--{name} {port}: expected 1 to {MAX_PORT}"
+    if flags.given.get("max_restarts", 0) < 0:
+        yield f"--max_restarts {flags.given['max_restarts']}: expected at least 0"
     if flags.launcher.lower() not in LAUNCHERS:
         yield f"--launcher {flags.launcher}: expected {one_of(LAUNCHERS)}"
 
@@ -86,8 +93,8 @@ class _LauncherParser(CommandParser):
         super().error(message)
 
 
-def build_parser() -> CommandParser:
-    """Build the launcher's parser; a flag that is not given leaves no trace in its result."""
+def build_parser(*, supervised: bool = False) -> CommandParser:
+    """Build the launcher's parser, with the flags of `finetune launch`, too; what is not given leaves no trace."""
     parser = _LauncherParser(
         "finetune launch",
         "[FLAGS OF deepspeed] finetune/finetune.py FLAGS OF THE TRAINING",
@@ -95,7 +102,7 @@ def build_parser() -> CommandParser:
         kind="flag of the launcher",
         allow_abbrev=True,
     )
-    for names, keywords in _declared_flags():
+    for names, keywords in [*_declared_flags(), *([MAX_RESTARTS] if supervised else [])]:
         if not names[0].startswith("-"):
             continue
         shape = OptionType(keywords.get("type", bool), choices=tuple(keywords.get("choices", ())))

@@ -3,6 +3,7 @@
     # comment
     node0 slots=8
     user@node1 slots=8  # comment
+    node2 slots=8 spare  # `finetune launch --max_restarts` starts there in place of a host that fails
 
 The grammar is that of `_parse_hostfile` in deepspeed/launcher/runner.py (0.19.8), without what it reads only in part:
 it ignores anything after the first digits (`slots=2.5` is 2) and takes any word for a host. The flags mean what
@@ -17,7 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from ipaddress import ip_address
 from os import PathLike
@@ -29,7 +30,7 @@ from finetune.utils.errors import ConfigError, format_faults
 MAX_SLOTS = 1024  # more than any host has; it catches typing errors
 MAX_BYTES = 1 << 20  # four times a hostfile of 10,000 hosts
 SHOWN_CHARACTERS, SHOWN_NAMES = 80, 3
-_ENTRY = re.compile(r"(\S+)[ \t]+slots=([0-9]{1,9})")
+_ENTRY = re.compile(r"(\S+)[ \t]+slots=([0-9]{1,9})(?:[ \t]+(spare))?")
 _COMMENT = re.compile(r"[ \t]+#.*$", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*")
@@ -40,9 +41,13 @@ THIS_MACHINE = "localhost"
 
 def read_hostfile(path: str | PathLike[str]) -> dict[str, int]:
     """Return host -> slots, in the order of the file, which is that of the ranks; one error names all bad lines."""
-    path = Path(path)
+    return {host: slots for host, (slots, _) in _read_entries(Path(path)).items()}
+
+
+def _read_entries(path: Path) -> dict[str, tuple[int, bool]]:
+    """Host -> (slots, whether it is a spare)."""
     lines, _ = read_small_file(path, "hostfile", ' (--hostfile="" is this machine alone)')
-    slots_by_host: dict[str, int] = {}
+    entries: dict[str, tuple[int, bool]] = {}
     first_lines: dict[str, int] = {}
     faults = []
     for number, raw in lines:
@@ -57,16 +62,19 @@ def read_hostfile(path: str | PathLike[str]) -> dict[str, int]:
             faults.append(f"{path}, line {number}: {_abridge(raw)}: {error}")
         else:
             first_lines[identity] = number
-            slots_by_host[entry[0]] = entry[1]
+            entries[entry[0]] = entry[1:]
     if faults:
         raise ConfigError(format_faults(faults, "bad hostfile line"))
-    if not slots_by_host:
+    if not entries:
         raise ConfigError(f'hostfile {path} names no host: write lines "HOST slots=N", or --hostfile="" to stay here')
-    return slots_by_host
+    return entries
 
 
-def _parse_line(raw: bytes) -> tuple[str, int] | None:
-    """(host, slots) of a line; None for a comment or an empty line. Raises ValueError with the fault and its remedy."""
+def _parse_line(raw: bytes) -> tuple[str, int, bool] | None:
+    """(host, slots, whether it is a spare) of a line; None for a comment or an empty line.
+
+    Raises ValueError with the fault and its remedy.
+    """
     line = decode_line(raw)
     if line is None:
         return None
@@ -79,7 +87,7 @@ def _parse_line(raw: bytes) -> tuple[str, int] | None:
         raise ValueError(fault)
     if not 1 <= slots <= MAX_SLOTS:
         raise ValueError(f"slots={match[2]}: expected 1 to {MAX_SLOTS}, one per GPU or CPU rank of the host")
-    return host, slots
+    return host, slots, match[3] is not None
 
 
 def _format_fault(entry: str) -> str:
@@ -95,7 +103,7 @@ def _format_fault(entry: str) -> str:
     if not re.fullmatch(r"[0-9]{1,9}", value):
         return f"slots={value}: expected a whole number from 1 to {MAX_SLOTS}"
     if len(rest) > 1:
-        return f"{' '.join(rest[1:])!r} after the slots: only a comment with # may stand there"
+        return f"{' '.join(rest[1:])!r} after the slots: only `spare` or a comment with # may stand there"
     return f"separate host and slots by spaces or tabs: write {host} slots=N"
 
 
@@ -193,6 +201,7 @@ class Resources:
     path: str  # of the hostfile
     pool: dict[str, int]  # host -> slots, all lines of the hostfile
     slots: dict[str, list[int]]  # host -> the slot numbers that the run uses, in the order of the ranks
+    spares: dict[str, int] = field(default_factory=dict)  # host -> slots: those of `slots` that are marked as spares
 
     @property
     def first_host(self) -> str:
@@ -222,7 +231,8 @@ def resolve_resources(flags: LauncherArgs) -> Resources | None:
     if not path:
         _check_this_machine(flags)
         return None
-    pool = read_hostfile(path)
+    entries = _read_entries(Path(path))
+    pool = {host: count for host, (count, _) in entries.items()}
     if flags.include:
         named = _named_slots("include", flags.include, pool, path)
         slots = {host: named[host] for host in pool if host in named}
@@ -237,7 +247,7 @@ def resolve_resources(flags: LauncherArgs) -> Resources | None:
     else:
         slots = _first_slots(flags, pool, path)
     _check_node_rank(flags, len(slots))
-    return Resources(path, pool, slots)
+    return Resources(path, pool, slots, {host: len(slots[host]) for host in slots if entries[host][1]})
 
 
 def resources_of_command(words: Sequence[str]) -> Resources | None:

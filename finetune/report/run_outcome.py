@@ -157,6 +157,8 @@ def _wall_clock(run: RunRecord) -> list[str]:
         text = f"began {began:%Y-%m-%d %H:%M:%S}"
         if isinstance(step := start.get("from_step"), int) and step:
             text += f", from step {step:,}"
+        if isinstance(lost := start.get("seconds_lost"), int | float):
+            text += f", restarted after: {start.get('restarted_after')} ({duration(lost)} lost)"
         if ended is not None:
             text += f", {start.get('how') or 'ended'} after {duration((ended - began).total_seconds())}"
         texts.append(text)

@@ -106,6 +106,19 @@ def new_start(step: int) -> dict[str, Any]:
     return {"began": now(), "from_step": step, "ended": None, "how": None}
 
 
+def restarted(earlier: list[dict[str, Any]], start: dict[str, Any], saved_at: float | None) -> list[dict[str, Any]]:
+    """Return all starts; one by `--max_restarts` says why, and the seconds lost since the checkpoint (or the start)."""
+    restart = json.loads(os.environ.get("FINETUNE_RESTART", "null"))
+    if restart is None:
+        return [*earlier, start]
+    if earlier and earlier[-1]["ended"] is None:
+        earlier = [*earlier[:-1], {**earlier[-1], "ended": restart["ended"], "how": f"failed: {restart['cause']}"}]
+    if saved_at is None and earlier:
+        saved_at = time.mktime(time.strptime(earlier[-1]["began"][:19], "%Y-%m-%dT%H:%M:%S"))
+    lost = None if saved_at is None else round(time.time() - saved_at, 1)
+    return [*earlier, {**start, "restarted_after": restart["cause"], "seconds_lost": lost}]
+
+
 def ended(folder: Path, how: str) -> list[dict[str, Any]]:
     """Return the starts of the run in this folder, the last of which ends now."""
     *earlier, last = starts(folder) or [new_start(0)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates import ChatFormat, stop_token_id
 from finetune.chat_templates.text_segments import segmenter
+from finetune.checkpoint import MANIFEST_FILE
 from finetune.checkpoint.resume import ResumePoint, find_checkpoint
 from finetune.checkpoint.saver import RunIdentity, new_run_id
 from finetune.config import RunArguments
@@ -193,7 +194,9 @@ def _record_start(config: CheckpointConfig, facts: dict[str, Any], resumed: Resu
     output_dir, step = config.output_dir, resumed.manifest.step if resumed else 0
     if config.resume_from is not None:  # whether or not there was a checkpoint
         cut_metrics(output_dir / run_json.METRICS_FILE, step)
-    facts["starts"] = [*(run_json.starts(output_dir) if resumed else []), run_json.new_start(step)]
+    earlier = run_json.starts(output_dir) if resumed or config.resume_from is not None else []
+    saved_at = resumed.folder.joinpath(MANIFEST_FILE).stat().st_mtime if resumed else None
+    facts["starts"] = run_json.restarted(earlier, run_json.new_start(step), saved_at)
     if resumed:
         facts["resumed"] = [*run_json.known(output_dir).get("resumed", []), resumed.facts()]
     run_json.update_run_json(output_dir, {**facts, "versions": run_json.library_versions(), "completed": False})

@@ -93,10 +93,10 @@ class Cluster:
         assert left_behind([node for node in self.nodes if node not in without]) == [], said
         return said
 
-    def completed(self, run: subprocess.Popen) -> str:
+    def completed(self, run: subprocess.Popen, output: Path | None = None) -> str:
         """What a run said that came to its end."""
         said = self.ended(run, within=LIMIT_SECONDS)
-        assert run.returncode == 0 and (self.output / "RUN_COMPLETE").is_file(), said
+        assert run.returncode == 0 and ((output or self.output) / "RUN_COMPLETE").is_file(), said
         return said
 
     def failed(
