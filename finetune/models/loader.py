@@ -20,7 +20,7 @@ from finetune.config.hardware import Precision
 from finetune.distributed.collectives import run_on_all_ranks
 from finetune.distributed.startup_timer import timed
 from finetune.models.base_checks import check_finite, check_not_quantized, check_weights
-from finetune.models.model_folder import check_folder, weight_files
+from finetune.models.model_folder import check_folder, check_json_files, weight_files
 from finetune.utils.console import log_notes
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
@@ -161,6 +161,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     """
     from transformers import AutoTokenizer
 
+    check_json_files(Path(name).expanduser())
     files = [file for file in TOKENIZER_FILES if (Path(name).expanduser() / file).is_file()]
     fault = f"--model_name_or_path {name}: the tokenizer could not be loaded" + (
         f" ({', '.join(files)})" if files else ""

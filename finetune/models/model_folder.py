@@ -68,12 +68,7 @@ def check_folder(name: str) -> None:
         raise ConfigError(f"{flag}: is a file: give the folder that holds config.json and the weights")
     if not folder.is_dir():
         return
-    for path in filter(Path.is_file, (folder / file for file in JSON_FILES)):
-        values = read_json_object(path)
-        nested = values.get("text_config")
-        for key, value in [*values.items(), *(nested.items() if isinstance(nested, dict) else ())]:
-            if not _is_possible(key, value):
-                raise ConfigError(f"{path}: {key} {value!r:.99}: no model has this: copy the file again")
+    check_json_files(folder)
     if (folder / "config.json").is_file() and weight_map(folder, error=ConfigError):
         return
     if (folder / ADAPTER_CONFIG).is_file():
@@ -94,6 +89,20 @@ def check_folder(name: str) -> None:
         f"{flag}: holds no weights: expected {' or '.join(WEIGHTS_FILES)}, or their index and shards{found}: copy the "
         "whole model"
     )
+
+
+def check_json_files(folder: Path) -> None:
+    """Check that the JSON files of a model or tokenizer are objects, with values that a model may have.
+
+    Raises:
+        ConfigError: Naming the file.
+    """
+    for path in filter(Path.is_file, (folder / file for file in JSON_FILES)):
+        values = read_json_object(path)
+        nested = values.get("text_config")
+        for key, value in [*values.items(), *(nested.items() if isinstance(nested, dict) else ())]:
+            if not _is_possible(key, value):
+                raise ConfigError(f"{path}: {key} {value!r:.99}: no model has this: copy the file again")
 
 
 def _is_possible(key: str, value: Any) -> bool:
