@@ -43,7 +43,8 @@ def allow_known_classes() -> None:
     from numpy._core.multiarray import _reconstruct
 
     known: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, np.ndarray, np.dtype]
-    known += [type(np.dtype(np.uint32)), (_reconstruct, "numpy.core.multiarray._reconstruct"), _reconstruct]
+    known += {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}  # booleans, integers, floats
+    known += [(_reconstruct, "numpy.core.multiarray._reconstruct"), _reconstruct]
     torch.serialization.add_safe_globals(known)
 
 

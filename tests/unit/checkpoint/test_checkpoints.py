@@ -472,9 +472,10 @@ def test_what_training_saves_is_let_through(tmp_path):
     layer(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    import random
-
     import numpy as np
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     states = {
         "optimizer": optimizer.state_dict(),
@@ -484,6 +485,13 @@ def test_what_training_saves_is_let_through(tmp_path):
         "rng": {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()},
         "shapes": [collections.OrderedDict(weight=torch.Size([3, 3]))],
         "types": (torch.float32, torch.device("cpu")),
+        "arrays": [np.arange(3.0), np.array([True])],
+        "fp16": (
+            DynamicLossScaler(2**16, 2.0, 1000, 1.0, 1),
+            LossScaler(1.0),
+            ZeroStageEnum(2),
+            fragment_address(3, 4),
+        ),
     }
     for name, state in states.items():
         torch.save(state, tmp_path / f"{name}.pt")
