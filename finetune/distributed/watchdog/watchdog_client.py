@@ -66,8 +66,7 @@ def start_watchdog() -> Iterator[None]:
     else:
         _report_exit(0)
     finally:
-        if _watchdog is not None and state_of(_watchdog.pid) == "T":
-            _watchdog.kill()  # else the launcher waits for it
+        _kill_if_stopped(_watchdog)
         for number, handler in former_handlers.items():
             signal.signal(number, handler)
         stop_requests.reset()
@@ -119,6 +118,12 @@ def _start() -> subprocess.Popen[bytes]:
     return process
 
 
+def _kill_if_stopped(process: subprocess.Popen[bytes] | None) -> None:
+    """Kill a stopped watchdog at the end of its rank: the launcher would wait for it, and it would stay."""
+    if process is not None and state_of(process.pid) == "T":
+        process.kill()
+
+
 def _end_if_stopped(process: subprocess.Popen[bytes]) -> None:
     """End this rank when its watchdog has been stopped for some seconds (SIGSTOP): nothing else would end it."""
     seconds = 0
@@ -156,6 +161,7 @@ def _report_exit(status: int) -> None:
     _send({"exit": status})
     if _watchdog is not None and _watchdog.stdin is not None:
         _watchdog.stdin.close()
+        _kill_if_stopped(_watchdog)
         _watchdog.returncode = 0  # it ends by itself, later than this process
         _watchdog = None
 
