@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.helpers import hosts
 from tests.helpers.host_runs import Cluster, another_version, cluster
@@ -136,15 +140,28 @@ def test_a_rehearsal_runs_the_whole_chain_on_hosts_without_a_shared_disk(job, tm
             assert node.run("ls", "-A", scratch) == ""
 
 
-def test_what_gpus_must_hold_is_told_from_a_machine_without_one(job, tmp_path, three_nodes, smol_tokenizer):
-    """`nvidia-smi` alone is a stand-in, of GPUs of 8 GiB; the model is a config, without a weight."""
-    from transformers import LlamaConfig
+def write_hollow_weights(path: Path, config: LlamaConfig) -> None:
+    """A safetensors file in bf16 that takes no disk: behind its header nothing was written."""
+    with torch.device("meta"):
+        tensors = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
 
+
+def test_what_gpus_must_hold_is_told_from_a_machine_without_one(job, tmp_path, three_nodes, smol_tokenizer):
+    """`nvidia-smi` alone is a stand-in, of GPUs of 8 GiB; the weights are a header and a hole."""
     model = tmp_path / "1b"
-    LlamaConfig(
+    config = LlamaConfig(
         vocab_size=49_152, hidden_size=2_048, intermediate_size=5_632, num_hidden_layers=22, num_attention_heads=32,
         num_key_value_heads=4, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(model)  # fmt: skip
+    )  # fmt: skip
+    config.save_pretrained(model)
+    write_hollow_weights(model / "model.safetensors", config)
     smol_tokenizer.save_pretrained(model)
     program = tmp_path / "bin/nvidia-smi"
     program.parent.mkdir()
