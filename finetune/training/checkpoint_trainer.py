@@ -13,7 +13,7 @@ from accelerate.utils import DeepSpeedSchedulerWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from finetune.checkpoint import Manifest, key_of, steps_in, verified_loads
+from finetune.checkpoint import Manifest, is_complete, key_of, read_manifest, steps_in, verified_loads
 from finetune.checkpoint.saver import RunIdentity, Saver, checkpoint_bytes, checkpoint_engine, trained_shapes
 from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.models.adapters import InitialLora, gather_virtual_tokens
@@ -75,6 +75,15 @@ class CheckpointTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         elif not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             self.lr_scheduler.last_epoch = self.identity.manifest.step  # type: ignore[union-attr]
+
+    def _load_best_model(self) -> None:
+        """Load the checkpoint with the lowest held-out loss, verified as one to resume from."""
+        folder = Path(str(self.state.best_model_checkpoint))
+        with ExitStack() as loading:
+            if is_complete(folder):
+                manifest = read_manifest(folder, self.saver.key)
+                loading.enter_context(verified_loads(folder, manifest.files))
+            super()._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, write the manifest, and only then remove an older checkpoint; an error is that of every rank."""

@@ -52,12 +52,14 @@ def dropping_model(tmp_path_factory, smol_tokenizer) -> Path:
 def train(tmp_path, dropping_model, rows_file):
     """Run into tmp_path/NAME with the usual flags, and more; several calls on one name are several starts."""
 
-    def run(name: str, *flags, world_size: int = 2, fails: int | None = None, model=dropping_model, data=rows_file):
+    def run(
+        name: str, *flags, world_size: int = 2, fails: int | None = None, model=dropping_model, data=rows_file, **env
+    ):
         named = ["--model_name_or_path", model, "--data_path", data, "--output_dir", tmp_path / name]
         notes = str(tmp_path / f"{name}-rows")
         usual = FLAGS[:-2] if BUDGET[0] in flags else FLAGS  # which end with the rows of a micro-batch
         argv = [*map(str, [*named, *usual, *flags])]
-        outcome = ranks.run(tmp_path / f"{name}-logs", runs.train_noting_rows, (argv, notes), world_size)
+        outcome = ranks.run(tmp_path / f"{name}-logs", runs.train_noting_rows, (argv, notes), world_size, **env)
         if fails is None:
             assert outcome.succeeded, "\n".join(outcome.outputs)
         else:
@@ -141,11 +143,10 @@ def test_auto_starts_anew_goes_on_after_a_kill_and_can_be_repeated(train, tmp_pa
     assert runs.result_of(tmp_path / "killed") == expected
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_goes_on(train, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_goes_on(train, tmp_path):
     secret = "a key that is nowhere on the disk"
-    monkeypatch.setenv("OUR_KEY", secret)
     flags = ("--deepspeed", "zero2", "--resume_from_checkpoint", "auto", "--verify_key", "OUR_KEY")
-    train("run", *flags)
+    train("run", *flags, OUR_KEY=secret)
     expected = runs.result_of(tmp_path / "run")
     shard = next((tmp_path / "run/checkpoint-9").glob("global_step*/*optim_states.pt"))
     content = bytearray(shard.read_bytes())
@@ -158,7 +159,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_goes_on(train, 
     (tmp_path / "run/checkpoint-6/latest").write_text(str(elsewhere))
     (tmp_path / "run/checkpoint-5/scaler.pt").touch()
     (tmp_path / "run/checkpoint-4/manifest.json").write_text("[" * 100_000)
-    said = train("run", *flags)
+    said = train("run", *flags, OUR_KEY=secret)
     assert (
         "checkpoint-7/manifest.json: not a manifest: its HMAC" in said and "scaler.pt is not in manifest.json" in said
     )

@@ -43,13 +43,15 @@ def train(folder: Path, argv: Sequence[str], world_size: int = 2, encoding: str 
     return run(folder, _train, (["--write_report", "False", *map(str, argv)], encoding), world_size)
 
 
-def run(folder: Path, function: Callable[..., Any], arguments: tuple, world_size: int = 2) -> Outcome:
-    """Run `function(*arguments)` on every rank; output goes to `folder`/rank-N.log."""
+def run(
+    folder: Path, function: Callable[..., Any], arguments: tuple, world_size: int = 2, **environment: str
+) -> Outcome:
+    """Run `function(*arguments)` on every rank, with these variables; output goes to `folder`/rank-N.log."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = str(free_port())
+    environment["MASTER_PORT"] = str(free_port())
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     ranks = [
-        FORKSERVER.Process(target=_rank, args=(rank, world_size, port, str(logs[rank]), function, arguments))
+        FORKSERVER.Process(target=_rank, args=(rank, world_size, environment, str(logs[rank]), function, arguments))
         for rank in range(world_size)
     ]
     for one in ranks:
@@ -71,7 +73,9 @@ def _end_together(ranks: list) -> None:
         one.join(10)
 
 
-def _rank(rank: int, world_size: int, port: str, log: str, function: Callable[..., Any], arguments: tuple) -> None:
+def _rank(
+    rank: int, world_size: int, environment: dict, log: str, function: Callable[..., Any], arguments: tuple
+) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -79,7 +83,7 @@ def _rank(rank: int, world_size: int, port: str, log: str, function: Callable[..
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", **environment,
     )  # fmt: skip
     import torch
 

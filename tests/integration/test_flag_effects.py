@@ -163,7 +163,7 @@ def stopped(words: Words, monkeypatch: Any) -> Any:
     """Whether a run ends at these held-out losses."""
     control = SimpleNamespace(should_training_stop=False)
     callbacks: list[Any] = []
-    trainer = SimpleNamespace(add_callback=callbacks.append, train=lambda **_: None)
+    trainer = SimpleNamespace(add_callback=callbacks.append, train_from_checkpoint=lambda: None)
     monkeypatch.setattr("finetune.training.trainer.SupervisedTrainer", lambda **_: trainer)
     monkeypatch.setattr("finetune.training.fit._peak_flops", lambda _: None)
     held_out = parse([*words, "--validation_share", "0.5"])
@@ -239,7 +239,7 @@ SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
 }
 # Those whose effect needs real ranks, a launcher, other hosts or a trained model have tests of their own.
 ELSEWHERE = {
-    "model_revision", "trust_remote_code", "allow_inexact_resume", "resume_world_size", "report_answers",
+    "model_revision", "trust_remote_code", "verify_key", "allow_inexact_resume", "resume_world_size", "report_answers",
     "report_samples",
 }  # fmt: skip
 

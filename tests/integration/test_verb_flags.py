@@ -45,11 +45,12 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "batch_size": ("--tasks t", "--batch_size 2"), "apply_chat_template": ("--tasks t", "--apply_chat_template"),
         "allow_code_execution": ("--tasks t", "--allow_code_execution"), "forgetting": ("--tasks t", "--forgetting"),
         "fail_below": ("--forgetting", "--fail_below 2"), "trust_remote_code": ("--tasks t", "--trust_remote_code"),
+        "verify_key": ("--tasks t", "--verify_key K"),
     },
     "merge": {
         "target": ("", "elsewhere"), "base_model": ("", "--base_model other"), "dtype": ("", "--dtype fp16"),
         "max_shard_size": ("", "--max_shard_size 7MB"), "gguf": ("", "--gguf q8_0"), "no_check": ("", "--no_check"),
-        "trust_remote_code": ("", "--trust_remote_code"),
+        "trust_remote_code": ("", "--trust_remote_code"), "verify_key": ("", "--verify_key K"),
     },
     "quickstart": {
         "output_dir": ("", "--output_dir other"), "model_dir": ("", "--model_dir other"),
@@ -66,7 +67,8 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "system": ("", "--system Hello"), "max_new_tokens": ("", "--max_new_tokens 3"),
         "temperature": ("", "--temperature 0.5"), "top_p": ("", "--top_p 0.5"), "seed": ("", "--seed 3"),
         "reasoning": ("", "--reasoning"), "trust_remote_code": ("", "--trust_remote_code"),
-        "json": ("", "--json"), "web": ("", "--web"), "host": ("--web", "--host 0.0.0.0"),
+        "verify_key": ("", "--verify_key K"), "json": ("", "--json"), "web": ("", "--web"),
+        "host": ("--web", "--host 0.0.0.0"),
         "port": ("--web", "--port 9"),
     },
 }  # fmt: skip

@@ -175,7 +175,7 @@ def test_damaged_data_is_prepared_again(tmp_path, renderer, file, damage):
 
 def test_a_folder_that_cannot_be_made_is_one_error_that_names_the_flag(tmp_path, renderer, conversation_file):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="Not a directory: .*: name another with --data_cache_dir"):
+    with pytest.raises(StorageError, match="file is a file, not a folder: name another with --data_cache_dir"):
         prepared(conversation_file, renderer, tmp_path / "file" / "cache")
 
 

@@ -40,7 +40,7 @@ def test_the_environment_of_a_launcher_and_of_the_user_is_kept(monkeypatch):
 
     prepare_environment()
 
-    assert os.environ == given
+    assert os.environ == {**given, "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 
 
 def test_malloc_is_told_once_before_loading_and_once_before_the_steps(monkeypatch: pytest.MonkeyPatch):
