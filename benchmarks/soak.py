@@ -86,7 +86,7 @@ class Soak:
         flags = (
             f"--deepspeed zero2 --use_lora True --max_steps {STEPS} --logging_steps 1 --save_strategy steps "
             "--save_steps 5 --per_device_train_batch_size 1 --save_total_limit 0 --write_report False "
-            "--step_timeout 15 --resume_from_checkpoint auto"
+            "--start_timeout 30 --step_timeout 15 --save_timeout 15 --resume_from_checkpoint auto"
         ).split()
         named = ["--model_name_or_path", self.model, "--data_path", self.data, "--output_dir", output]
         words = [*COMMANDS[command], "--num_gpus", "2", ROOT / "finetune/finetune.py", *named, *flags]
