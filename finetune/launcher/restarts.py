@@ -15,6 +15,7 @@ from pathlib import Path
 from finetune.diagnostics import Failure, likely_cause
 from finetune.distributed.stop_requests import EXIT_STOPPED, STOP_FILE
 from finetune.launcher.hostfile import Resources
+from finetune.utils.options import without_flags
 
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds; each wait is twice the one before
 KINDS = ("died", "stuck", "missing", "lost", "launcher")
@@ -75,13 +76,7 @@ def seconds_to_wait(restarts: int) -> float:
 
 def resuming(words: Sequence[str]) -> list[str]:
     """Return the training's words, with --resume_from_checkpoint auto in place of what the first start was told."""
-    kept, skips = [], False
-    for word in words:
-        if word.startswith("--"):
-            skips = word.partition("=")[0] in REPLACED_FLAGS
-        if not skips:
-            kept.append(word)
-    return [*kept, "--resume_from_checkpoint", "auto"]
+    return [*without_flags(words, REPLACED_FLAGS), "--resume_from_checkpoint", "auto"]
 
 
 def variables(cause: str) -> dict[str, str]:

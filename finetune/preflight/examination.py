@@ -35,6 +35,7 @@ from finetune.preflight.resource_checks import check_resources, forecast_batches
 from finetune.training.data_setup import prepare_run_data
 from finetune.training.model_checks import check_against_data
 from finetune.utils.console import labelled
+from finetune.utils.options import without_flags
 from finetune.utils.proc import ROOT
 
 logger = logging.getLogger(__name__)
@@ -199,14 +200,3 @@ def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
         host_probe.remove(order)
         if remote:
             ssh.run_on_all_hosts(dict.fromkeys(remote, order), run.shell, host_probe.remove, ssh.SECONDS_TO_PROBE)
-
-
-def without_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
-    """Return the words without these flags and their values."""
-    kept, skips = [], False
-    for word in words:
-        if word.startswith("--"):
-            skips = word.partition("=")[0] in names
-        if not skips:
-            kept.append(word)
-    return kept

@@ -215,3 +215,14 @@ def raise_faults(faults: Iterable[str]) -> None:
     found = list(dict.fromkeys(faults))
     if found:
         raise ConfigError(format_faults(found, "fault"))
+
+
+def without_flags(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the words of a command without these flags and their values."""
+    kept, skips = [], False
+    for word in words:
+        if word.startswith("--"):
+            skips = word.partition("=")[0] in names
+        if not skips:
+            kept.append(word)
+    return kept
