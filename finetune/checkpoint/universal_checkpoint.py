@@ -44,7 +44,7 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> dict
 
     Raises:
         CheckpointError: DeepSpeed cannot convert it, or what came out lacks a parameter or has another shape.
-        StorageError: there is no room for it.
+        StorageError: there is no space for it.
     """
     shutil.rmtree(target, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free

@@ -175,7 +175,7 @@ def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
     yield from _batch_faults(arguments)
     rate, epochs, steps = (arguments.given(name) for name in ("learning_rate", "num_train_epochs", "max_steps"))
     if not rate > 0:
-        yield f"--learning_rate {rate:g}: nothing would be learned: give one above 0, such as 2e-5"
+        yield f"--learning_rate {rate:g}: no weight would change: give one above 0, such as 2e-5"
     if not epochs > 0 and steps <= 0:
         yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
     yield from refused_flags(arguments)

@@ -6,7 +6,7 @@ forever. A lock of the operating system, which ends with its process, now decide
 written, for tools that know only that.
 
 `deepspeed_shm_comm`: DeepSpeed (0.19.8; ops/csrc/cpu/comm/shm.cpp) writes a buffer for each CPU rank to /dev/shm,
-crashes where there is no room for it, and never removes it.
+crashes where there is no space for it, and never removes it.
 """
 
 from __future__ import annotations

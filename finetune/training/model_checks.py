@@ -147,7 +147,7 @@ def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) ->
         longest: tokens of the longest example.
 
     Raises:
-        ConfigError: it is longer than the table of learned positions.
+        ConfigError: it is longer than the table of position embeddings.
     """
     config = info.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -159,7 +159,8 @@ def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) ->
     if any(POSITION_TABLE.search(name) and hasattr(module, "num_embeddings")
            for name, module in info.empty.named_modules()):  # fmt: skip
         raise ConfigError(
-            f"{text}, the model {info.name} has {limit:,} learned positions: give --model_max_length {limit - virtual}"
+            f"{text}, the model {info.name} has {limit:,} position embeddings: give --model_max_length "
+            f"{limit - virtual}"
         )
     rules = getattr(config, "rope_parameters", None)
     if not rules:

@@ -378,14 +378,9 @@ def test_a_stop_at_an_epochs_end_is_saved_once(start, tmp_path):
 @FAULTS
 @pytest.mark.parametrize(
     ("config", "where", "rank"),
-    [
-        ("zero1", "forward", 1),
-        ("zero2", "forward", 1),
-        ("zero3", "data", 1),
-        ("zero2", "data", 0),
-        ("plain", "data", 1),
-    ],
-)
+    [("zero1", "forward", 1), ("zero2", "forward", 1), ("zero3", "data", 1), ("zero2", "data", 0),
+     ("plain", "data", 1)],
+)  # fmt: skip
 def test_a_slow_rank_is_named_within_twenty_steps(start, tmp_path, config, where, rank):
     flags = [*CONFIGS[config], "--num_train_epochs", "4", "--save_strategy", "no"]
     outcome = start("run", flags, runs.train_slowly, (rank, 0.2, where))

@@ -95,7 +95,7 @@ def whole(folder: Path) -> None:
         (adapter, "", "is an adapter"),
         (only_config, "", "holds no weights"),
         (small_vocabulary, "--use_lora True", "--modules_to_save embed_tokens"),
-        (few_positions, "", "has 16 learned positions"),
+        (few_positions, "", "has 16 position embeddings"),
         (whole, "--use_lora True --lora_target_modules qkv_proj", "the model has no layer qkv_proj"),
     ],
 )

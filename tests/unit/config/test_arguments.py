@@ -247,9 +247,9 @@ def test_preview_refuses_as_training_does(words, said):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--learning_rate", "0"), "--learning_rate 0: nothing would be learned"),
-        (("--learning_rate", "-0.001"), "--learning_rate -0.001: nothing would be learned"),
-        (("--learning_rate", "nan"), "--learning_rate nan: nothing would be learned"),
+        (("--learning_rate", "0"), "--learning_rate 0: no weight would change"),
+        (("--learning_rate", "-0.001"), "--learning_rate -0.001: no weight would change"),
+        (("--learning_rate", "nan"), "--learning_rate nan: no weight would change"),
         (("--num_train_epochs", "0"), "--num_train_epochs 0: no step would be made"),
     ],
 )
