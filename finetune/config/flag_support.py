@@ -59,8 +59,8 @@ REFUSED = {
     "accelerator_config": "batches are not divided by accelerate",
     "parallelism_config": "--sequence_parallel_size and --deepspeed say how ranks share the work",
     "dataloader_in_order": "rows must be seen in the order that a resumed run repeats",
-    "fsdp": "parameters are partitioned by DeepSpeed: give --deepspeed zero3",
-    "fsdp_config": "parameters are partitioned by DeepSpeed: give --deepspeed zero3",
+    "fsdp": "--deepspeed zero3 partitions the parameters",
+    "fsdp_config": "--deepspeed zero3 partitions the parameters",
 }
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 ADAM_OPTIMIZERS = ("adam", "lion", "galore", "apollo")  # parts of the names of optimizers that take them
