@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-Role = Literal["human", "model", "system"]
+Role = Literal["human", "model", "system", "tool", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a declared function; `arguments` is a JSON object, its keys in the order of the data."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation; `text` is never blank. A model turn with `train` False is context."""
+    """One message of a conversation; a model turn with `train` False is context.
+
+    `text` is blank only in a model turn with `tool_calls`. `reasoning` is what was written beside the text; reasoning
+    inside the text (`<think>...</think>`) stays there. A `tool` turn is the result of the call `tool_call_id`, of the
+    function `tool_name`, where the data name them. A `text` turn, alone in its conversation, is plain text for
+    continued pretraining. The loss of a supervised turn's tokens is multiplied by `weight`.
+    """
 
     role: Role
     text: str
     train: bool = True
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    tool_name: str | None = None
+    weight: float = 1.0
 
     @property
     def is_supervised(self) -> bool:
         """Whether the labels hold this turn."""
-        return self.role == "model" and self.train
+        return self.role in ("model", "text") and self.train
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row: `row` counts from 0 in its source, bad rows included; `repairs` describes the repairs made."""
+    """One row: `row` counts from 0 in its source, bad rows included; `repairs` describes the repairs made.
+
+    `tools` are the declarations as chat templates take them: `{"type": "function", "function": {"name": ...,
+    "description": ..., "parameters": <JSON Schema>}}`. `template_kwargs` are variables for the chat template that the
+    row sets itself, such as `enable_thinking`.
+    """
 
     turns: tuple[Turn, ...]
-    row: int
-    source: str
+    row: int = 0
+    source: str = ""
     id: Any = None
     repairs: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +88,32 @@ def answer_number(turn: int) -> int:
     return max(1, (turn + 1) // 2)
 
 
-def to_row(turns: Sequence[Turn], id: Any = None) -> dict[str, Any]:
-    """The turns in this project's own row format; without the key "id" if it is None."""
-    row: dict[str, Any] = {} if id is None else {"id": id}
-    row["conversations"] = [
-        {"from": turn.role, "value": turn.text} | ({} if turn.train else {"train": False}) for turn in turns
+def to_row(
+    turns: Sequence[Turn],
+    id: Any = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The turns in this project's own row format; keys that say nothing are left out.
+
+    >>> to_row([Turn("model", "", tool_calls=(ToolCall("f", {"x": 1}),))])
+    {'conversations': [{'from': 'model', 'value': '', 'tool_calls': [{'name': 'f', 'arguments': {'x': 1}}]}]}
+    """
+    given = {"id": id, "tools": [*tools] or None, "chat_template_kwargs": template_kwargs or None}
+    row = {key: value for key, value in given.items() if value is not None}
+    if [turn.role for turn in turns] == ["text"]:
+        return row | {"text": turns[0].text}
+    return row | {"conversations": [_turn_values(turn) for turn in turns]}
+
+
+def _turn_values(turn: Turn) -> dict[str, Any]:
+    calls = [
+        {"name": call.name, "arguments": call.arguments} | ({} if call.id is None else {"id": call.id})
+        for call in turn.tool_calls
     ]
-    return row
+    weight = turn.weight if turn.weight != 1 else None
+    others = {
+        "reasoning": turn.reasoning or None, "tool_calls": calls or None, "tool_call_id": turn.tool_call_id,
+        "name": turn.tool_name, "weight": weight, "train": None if turn.train else False,
+    }  # fmt: skip
+    return {"from": turn.role, "value": turn.text} | {key: value for key, value in others.items() if value is not None}
