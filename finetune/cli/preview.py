@@ -15,12 +15,12 @@ from finetune.chat_templates import RenderedConversation
 from finetune.chat_templates.text_segments import Segmenter, segmenter
 from finetune.config import DataArguments, ModelArguments
 from finetune.config.argument_parser import below, data_faults, missing
-from finetune.dataset.prepare import PreparedData, check_dropped_share
+from finetune.dataset.prepare import PreparedData
 from finetune.models.loader import code_note
 from finetune.report.html_pages import PreviewPage, check_replaceable, render_preview, write_page
 from finetune.report.preview_terminal import PreviewTerminal, harmless
 from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
-from finetune.training.data_setup import prepare_run_data
+from finetune.training.data_setup import check_data, prepare_run_data
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError
 from finetune.utils.options import CommandParser, fill, option, raise_faults
@@ -88,11 +88,10 @@ def main(argv: Sequence[str]) -> None:
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         logger.warning(code)
     _, chat_format, prepared = prepare_run_data(model, data)
-    for part in filter(None, (prepared, prepared.evaluation)):
-        try:
-            check_dropped_share(part, data.max_dropped_rows)
-        except DataError as error:
-            logger.warning(f"training would refuse this data: {error}")
+    try:
+        check_data(prepared, data)
+    except DataError as error:
+        logger.warning(f"training would refuse this data: {error}")
     in_segments = segmenter(chat_format)
     try:
         if options.json:

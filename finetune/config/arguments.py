@@ -141,6 +141,9 @@ class DataArguments:
     train_on: Literal["model_turns", "last_model_turn"] = option("model_turns", "which turns are supervised")
     bad_rows: Literal["error", "drop"] = option("error", "rows with a fault stop the run, or are dropped")
     max_dropped_rows: float = option(0.01, "share of the rows that `--bad_rows drop` may drop, 0 to 1")
+    allow_seen_held_out: bool = option(
+        False, "held-out examples that equal a training example are a note instead of an error"
+    )
     repairs: list[str] = option(
         [], "rules for rows: `merge_turns`, `drop_last_human`, `ignore_verdicts` (labels, scores)"
     )

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -96,12 +95,20 @@ class PreparedData:
         """Up to `count` rows with examples, drawn by `seed`, in the order of the data; only those are read."""
         return prepared_cache.read_some(self.folder, self.examples, count, seed)
 
-    def count_seen_held_out(self) -> int:
-        """Count the separate held-out examples that equal a training example."""
-        if self.evaluation is None:
-            return 0
-        held_out = Counter(prepared_cache.example_digests(self.evaluation.folder))
-        return sum(held_out[digest] for digest in held_out.keys() & {*prepared_cache.example_digests(self.folder)})
+    def seen_held_out(self) -> list[tuple[int, int]]:
+        """The separate held-out examples that equal a training example, each with the first of those, by index."""
+        held_out = [] if self.evaluation is None else [*prepared_cache.example_digests(self.evaluation.folder)]
+        first = dict.fromkeys(held_out, -1)
+        if held_out:
+            for index, digest in enumerate(prepared_cache.example_digests(self.folder)):
+                if first.get(digest, 0) < 0:
+                    first[digest] = index
+        return [(index, first[digest]) for index, digest in enumerate(held_out) if first[digest] >= 0]
+
+    def place(self, index: int) -> str:
+        """The source and the row of an example."""
+        example = self.examples.select_columns(["source", "row"])[index]
+        return f"{example['source']}, row {example['row']}"
 
     def epoch(self, seed: int) -> ExampleSet:
         """The examples of an epoch: those of a source with weight 2 twice, with 0.5 half of them, drawn by `seed`."""

@@ -13,7 +13,7 @@ from typing import Any
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.hardware import DetectedHardware, HardwareConfig, detect_hardware
 from finetune.config.run_config import RankCounts, RunConfig
-from finetune.dataset.prepare import PreparedData, check_dropped_share
+from finetune.dataset.prepare import PreparedData
 from finetune.distributed import host_probe
 from finetune.distributed.op_builder import operators_of
 from finetune.launcher import ssh, staging
@@ -32,7 +32,7 @@ from finetune.preflight.host_checks import (
 )
 from finetune.preflight.planned_run import PlannedRun
 from finetune.preflight.resource_checks import check_resources, forecast_batches, free_space, note_batches, run_spec
-from finetune.training.data_setup import prepare_run_data
+from finetune.training.data_setup import check_data, prepare_run_data
 from finetune.training.model_checks import check_against_data
 from finetune.utils.console import labelled
 from finetune.utils.options import without_flags
@@ -119,7 +119,7 @@ def _read(report: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
     summary = data.summary
     lines = [*summary.lines(), f"format    {chat_format.name}"]
     report.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
-    check_dropped_share(data, run.data.max_dropped_rows)
+    check_data(data, run.data)
     return tokenizer, data
 
 

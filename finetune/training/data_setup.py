@@ -17,7 +17,8 @@ from finetune.dataset.data_sources import Source, find_sources
 from finetune.dataset.prepare import PreparedData, check_dropped_share, prepare_dataset
 from finetune.distributed.startup_timer import timed
 from finetune.models import loader
-from finetune.utils.console import is_rank_0, log_notes, section
+from finetune.utils.console import log_notes, section
+from finetune.utils.errors import SHOWN_FAULTS, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,8 +54,29 @@ def load_data(
     for part, title in ((prepared, "Data"), (prepared.evaluation, "Held-out data")):
         if part is not None:
             logger.info(section(title, part.summary.lines()))
-            check_dropped_share(part, data.max_dropped_rows)
+    check_data(prepared, data)
     return tokenizer, chat_format, prepared
+
+
+def check_data(prepared: PreparedData, data: DataArguments) -> None:
+    """Check the shares of bad rows, and that no held-out example is a training example.
+
+    Raises:
+        DataError: a run should not start with this data.
+    """
+    for part in filter(None, (prepared, prepared.evaluation)):
+        check_dropped_share(part, data.max_dropped_rows)
+    seen = prepared.seen_held_out()
+    if seen and prepared.evaluation is not None:
+        count = f"{len(seen):,} of {prepared.evaluation.summary.examples:,} examples of --eval_data_path are training "
+        if data.allow_seen_held_out:
+            logger.warning(f"{count}examples, too: the held-out loss says less about new conversations")
+            return
+        places = [f"{prepared.evaluation.place(held)} = {prepared.place(index)}" for held, index in seen[:SHOWN_FAULTS]]
+        raise DataError(
+            f"{count}examples: take them out of one of the two, or allow them with --allow_seen_held_out True\n"
+            + "\n".join(f"  {place}" for place in [*places, *["..."] * (len(seen) > SHOWN_FAULTS)])
+        )
 
 
 @timed("data")
@@ -78,11 +100,6 @@ def prepare_run_data(
         evaluation=evaluation,
         day=chat_format.identity().get("day"),
     )
-    if evaluation is not None and is_rank_0() and (seen := prepared.count_seen_held_out()):
-        logger.warning(
-            f"{seen:,} of {evaluation.summary.examples:,} examples of --eval_data_path are training examples, too: "
-            "the held-out loss says less about new conversations"
-        )
     return tokenizer, chat_format, prepared
 
 

@@ -56,7 +56,8 @@ def named(tiny_model, conversation_file, tmp_path_factory) -> Callable[..., Word
     required = ["--model_name_or_path", str(tiny_model), "--data_path", str(conversation_file)]
 
     def words(text: str) -> Words:
-        return [*required, "--output_dir", str(folder / "output"), *text.replace("DIR", str(folder)).split()]
+        text = text.replace("DIR", str(folder)).replace("DATA", str(conversation_file))
+        return [*required, "--output_dir", str(folder / "output"), *text.split()]
 
     return words
 
@@ -203,6 +204,7 @@ SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
     "train_on": (prepared, "", "--train_on last_model_turn"),
     "bad_rows": (prepared, "--data_path DIR/bad.json", "--bad_rows drop"),
     "max_dropped_rows": (approved, "--data_path DIR/bad.json --bad_rows drop", "--max_dropped_rows 0.9"),
+    "allow_seen_held_out": (approved, "--eval_data_path DATA", "--allow_seen_held_out True"),
     "repairs": (prepared, "--data_path DIR/bad.json", "--repairs merge_turns"),
     "data_cache_dir": (prepared, "", "--data_cache_dir DIR/cache"),
     "preprocessing_num_workers": (processes, "", "--preprocessing_num_workers 3"),
