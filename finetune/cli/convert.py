@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
         bad.check()
         if not written:
             raise DataError(f"{', '.join(source.name for source in sources)}: no conversation is left to write")
-    for line in reader.notes():
+    for line in reader.counts.notes():
         logger.info(line)
     if bad.count:
         print(bad.rows.message("dropped row"), file=sys.stderr)

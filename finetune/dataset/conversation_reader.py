@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.conversation import BadRow, Conversation, Turn
 from finetune.dataset.data_files import UnreadableFileError, open_data_file
@@ -14,16 +13,42 @@ from finetune.dataset.data_sources import Source, find_sources
 from finetune.dataset.dedup import DuplicateIndex, digest_of_turns, key_of_id
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.json_reader import RawRow, file_fault, iter_json_rows
-from finetune.dataset.mojibake import MojibakeCounter
 from finetune.dataset.parquet_reader import iter_dataset_rows, iter_parquet_rows
+from finetune.dataset.read_counts import ReadCounts
 from finetune.dataset.row_checks import order_faults, repair_turns, surrogate_fault
 from finetune.dataset.row_faults import RowFaults
-from finetune.dataset.row_formats import OWN_FORMAT, ROLES, RowReading
+from finetune.dataset.row_formats import RowReading
 from finetune.utils.errors import DataError
+
+ROW_BITS = 40
+ROW_MASK = (1 << ROW_BITS) - 1
+
+
+class RowKeys(NamedTuple):
+    """What decides whether a row duplicates an earlier one; None for what it does not have."""
+
+    source_index: int
+    row: int
+    id: Any = None
+    turns: bytes | None = None
+    has_faults: bool = False
+
+
+class CheckedRow(NamedTuple):
+    """A row that has been read and checked by itself, its duplicates not yet known."""
+
+    row: Conversation | BadRow
+    reading: RowReading | None
+    faults: list[str]
+    keys: RowKeys | None
 
 
 class ConversationReader:
-    """Iterates over all rows of all sources, each a `Conversation` or a `BadRow`; `repairs` are names of `REPAIRS`."""
+    """Iterates over all rows of all sources, each a `Conversation` or a `BadRow`; `repairs` are names of `REPAIRS`.
+
+    An iteration is `finish(check(raw), first_rows(keys))` of each raw row. `check` and `finish` may run in another
+    process, `raw_rows` and `first_rows` run in one, in order.
+    """
 
     def __init__(self, sources: Sequence[Source], *, repairs: Collection[str] = ()) -> None:
         self.sources = tuple(sources)
@@ -32,26 +57,19 @@ class ConversationReader:
         self._begin()
 
     def __iter__(self) -> Iterator[Conversation | BadRow]:
+        for numbered in self.raw_rows():
+            checked = self.check(*numbered)
+            yield self.finish(checked, self.first_rows(checked.keys), self.counts)
+
+    def raw_rows(self) -> Iterator[tuple[int, RawRow]]:
+        """Every row in order, with the index of its source."""
         self._begin()
         for source_index, source in enumerate(self.sources):
-            self._ids = DuplicateIndex()
             self._bytes_of_source = int
             for raw in self._raw_rows(source):
-                yield self._check(raw, source, source_index)
+                yield source_index, raw
             self._bytes_before += source.num_bytes
         self._bytes_of_source = int
-
-    @property
-    def roles(self) -> Counter[tuple[str, str, str]]:
-        """Number of turns read, by source, the role name in the row, and the role it was read as."""
-        return Counter(
-            {
-                (source, name, ROLES[name]): count
-                for source, counts in self._role_names.items()
-                for name, count in counts.items()
-                if count
-            }
-        )
 
     def share_read(self) -> float:
         """Share that has been read, 0 to 1: of the bytes of files as they are on disk, of the rows of data sets."""
@@ -59,23 +77,9 @@ class ConversationReader:
             return 1.0
         return min(1.0, (self._bytes_before + self._bytes_of_source()) / self._all_bytes)
 
-    def notes(self) -> list[str]:
-        """Lines for the user: other formats than this project's that were read, and sources with mojibake."""
-        lines = []
-        for (source, row_format), rows in self.rows_by_format.items():
-            renamed = [
-                f"{name} as {role}" for (owner, name, role) in self.roles if owner == source and name != role
-            ] if " of " in row_format and "COIG" not in row_format else []  # fmt: skip
-            if row_format != OWN_FORMAT or renamed:
-                names = f" ({', '.join(renamed)})" if renamed else ""
-                lines.append(f"{source}: {rows:,} row{'s' * (rows != 1)} read as {row_format}{names}")
-        return lines + [note for name, counter in self._mojibake.items() if (note := counter.note(name)) is not None]
-
     def _begin(self) -> None:
-        self.rows_by_format: Counter[tuple[str, str]] = Counter()
-        self._role_names = {source.name: dict.fromkeys(ROLES, 0) for source in self.sources}
-        self._mojibake = {source.name: MojibakeCounter() for source in self.sources}
-        self._ids, self._turns = DuplicateIndex(), DuplicateIndex()
+        self.counts = ReadCounts()
+        self._ids, self._turns, self._source_of_ids = DuplicateIndex(), DuplicateIndex(), 0
         self._all_bytes = sum(source.num_bytes for source in self.sources)
         self._bytes_before = 0
         self._bytes_of_source = int
@@ -98,10 +102,12 @@ class ConversationReader:
         except UnreadableFileError as error:
             yield file_fault(f"{source.name}: {error}")
 
-    def _check(self, raw: RawRow, source: Source, source_index: int) -> Conversation | BadRow:
+    def check(self, source_index: int, raw: RawRow) -> CheckedRow:
+        """Read and check one row by itself."""
+        name = self.sources[source_index].name
         if not raw.is_read or raw.row is None:
-            return BadRow(raw.row, source.name, None, tuple(raw.faults))
-        place = f"{source.name}, row {raw.row}"
+            return CheckedRow(BadRow(raw.row, name, None, tuple(raw.faults)), None, [], None)
+        place = f"{name}, row {raw.row}"
         reading = RowReading(raw.value, place, ignores_verdicts="ignore_verdicts" in self.repairs)
         faults = raw.faults + reading.faults
         turns: tuple[Turn, ...] = ()
@@ -113,35 +119,54 @@ class ConversationReader:
             faults += order_faults(numbered, place)
             turns = tuple(turn for _, turn in numbered)
         own_id = raw.value.get("id") if isinstance(raw.value, dict) else None
-        if own_id is not None:
-            own_id = self._check_id(own_id, raw.row, place, source, faults)
-        if turns:
-            first = self._turns.first(digest_of_turns(turns), raw.row | source_index << 40, bool(faults))
-            if first is not None:
-                other, row = self.sources[first >> 40].name, first & (1 << 40) - 1
-                faults.append(f"{place}: says the same as {other}, row {row}: take one of them out")
-        if faults:
-            return BadRow(raw.row, source.name, own_id, tuple(faults))
-        self.rows_by_format[source.name, reading.format] += 1
-        role_counts = self._role_names[source.name]
-        for name in reading.role_names:
-            role_counts[name] += 1
-        self._mojibake[source.name].add([turn.text for turn in turns], raw.row)
-        return Conversation(turns, raw.row, source.name, own_id, repairs)
-
-    def _check_id(self, value: Any, row: int, place: str, source: Source, faults: list[str]) -> Any:
-        """Return the id if it is a valid one; append its faults."""
-        if not isinstance(value, str | int) and not (isinstance(value, float) and math.isfinite(value)):
-            faults.append(f'{place}: expected "id" to be a string or a number, found {shown(value)}')
-            return None
-        fault = surrogate_fault(value, "id") if isinstance(value, str) else None
-        if fault is not None:
+        if own_id is not None and (fault := _id_fault(own_id)) is not None:
             faults.append(f"{place}: {fault}")
-            return None
-        first = self._ids.first(key_of_id(value), row, bool(faults))
-        if first is not None:
-            faults.append(f"{place}: has the id {shown(value)} of row {first} in the same data: give each row its own")
-        return value
+            own_id = None
+        keys = RowKeys(
+            source_index,
+            raw.row,
+            None if own_id is None else key_of_id(own_id),
+            digest_of_turns(turns) if turns else None,
+            bool(faults),
+        )
+        return CheckedRow(Conversation(turns, raw.row, name, own_id, repairs), reading, faults, keys)
+
+    def first_rows(self, keys: RowKeys | None) -> tuple[int | None, int | None]:
+        """The earlier rows with the same id and with the same turns, each `row | source_index << ROW_BITS`."""
+        if keys is None:
+            return None, None
+        if keys.source_index != self._source_of_ids:
+            self._ids, self._source_of_ids = DuplicateIndex(), keys.source_index
+        position = keys.row | keys.source_index << ROW_BITS
+        same_id = None if keys.id is None else self._ids.first(keys.id, position, keys.has_faults)
+        is_bad = keys.has_faults or same_id is not None
+        return same_id, None if keys.turns is None else self._turns.first(keys.turns, position, is_bad)
+
+    def finish(
+        self, checked: CheckedRow, first_rows: tuple[int | None, int | None], counts: ReadCounts
+    ) -> Conversation | BadRow:
+        """The conversation, counted in `counts`, or its faults; `first_rows` as the method of that name returns it."""
+        row, faults = checked.row, [*checked.faults]
+        if isinstance(row, BadRow) or checked.reading is None:
+            return row
+        place = f"{row.source}, row {row.row}"
+        same_id, same_turns = first_rows
+        if same_id is not None:
+            first = same_id & ROW_MASK
+            faults.append(f"{place}: has the id {shown(row.id)} of row {first} in the same data: give each row its own")
+        if same_turns is not None:
+            other = self.sources[same_turns >> ROW_BITS].name
+            faults.append(f"{place}: says the same as {other}, row {same_turns & ROW_MASK}: take one of them out")
+        if faults:
+            return BadRow(row.row, row.source, row.id, tuple(faults))
+        counts.add(row, checked.reading)
+        return row
+
+
+def _id_fault(value: Any) -> str | None:
+    if not isinstance(value, str | int) and not (isinstance(value, float) and math.isfinite(value)):
+        return f'expected "id" to be a string or a number, found {shown(value)}'
+    return surrogate_fault(value, "id") if isinstance(value, str) else None
 
 
 def read_conversations(

@@ -48,6 +48,12 @@ class MojibakeCounter:
             text, intended = (side[start : start + SHOWN_CHARACTERS] for side in pair)
             self._first = f"row {row}: {text!r} was {intended!r}"
 
+    def merge(self, other: MojibakeCounter) -> None:
+        """Add the counts of later rows."""
+        self.rows += other.rows
+        self.non_ascii_rows += other.non_ascii_rows
+        self._first = self._first or other._first
+
     def note(self, name: str) -> str | None:
         """A line for the user if more than a few rows are affected."""
         if not self.rows or self.rows < MIN_REPORTED_SHARE * self.non_ascii_rows:

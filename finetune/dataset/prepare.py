@@ -228,7 +228,9 @@ def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_row
             if tally.unreadable or (bad_rows == "error" and tally.faults.count):
                 raise DataError(tally.faults.message())
             summary = tally.summary()
-            writer.commit({"summary": summary.facts(), "notes": reader.notes(), "faults": tally.faults.message()})
+            writer.commit(
+                {"summary": summary.facts(), "notes": reader.counts.notes(), "faults": tally.faults.message()}
+            )
     except OSError as error:
         raise StorageError(
             f"the prepared data cannot be written to {folder.parent}: {error.strerror or error}: make room, or name "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -141,9 +142,32 @@ def _in_a_process(function) -> None:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_give_the_same_data_in_the_same_order(tmp_path, renderer, processes):
-    path = write_rows(tmp_path / "a.json", many(3 * BATCH_ROWS + 5))
-    alone = prepared(path, renderer, tmp_path / "one", num_processes=1)
-    together = prepared(path, renderer, tmp_path / "many", num_processes=processes)
-    for name in (prepared_cache.EXAMPLES_FILE, prepared_cache.LEDGER_FILE):
+    rows = many(3 * BATCH_ROWS + 5)
+    first = write_rows(tmp_path / "a.json", [*rows, rows[0], *[[("human", f"{n}"), ("human", "x")] for n in range(30)]])
+    lines = [
+        {"messages": [{"role": "user", "content": f"Café {n}?"}, {"role": "gpt", "content": "cafÃ©"}], "id": n}
+        for n in range(600)
+    ]
+    lines[300]["messages"][0]["content"] = lines[0]["messages"][0]["content"]  # the same turns, in another batch
+    lines[400]["id"], lines[5]["messages"] = 7, []
+    deep = '{"id": "deep", "prompt": "a", "response": "b", "unread": ' + "[" * 900 + "]" * 900 + "}"
+    second = tmp_path / "b.jsonl"
+    second.write_text("\n".join([*map(json.dumps, lines), deep, "{", json.dumps(lines[9])]), "utf-8")
+    given = {"sources": find_sources([str(first), str(second)]), "renderer": renderer, "bad_rows": "drop"}
+
+    alone = prepare_dataset(**given, cache_dir=tmp_path / "one", num_processes=1)
+    together = prepare_dataset(**given, cache_dir=tmp_path / "many", num_processes=processes)
+
+    for name in (prepared_cache.EXAMPLES_FILE, prepared_cache.LEDGER_FILE, prepared_cache.FACTS_FILE):
         assert (alone.folder / name).read_bytes() == (together.folder / name).read_bytes()
-    assert together.summary == alone.summary
+    assert together.summary.bad == 1 + 30 + 5 and together.notes
+    assert (together.summary, together.notes, together.faults) == (alone.summary, alone.notes, alone.faults)
+
+
+def test_an_error_in_a_worker_is_raised_with_its_place(tmp_path, renderer, monkeypatch):
+    path = write_rows(tmp_path / "a.json", many(1000))
+    monkeypatch.setattr(renderer, "render_all", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as failed:
+        prepared(path, renderer, tmp_path / "cache", num_processes=2)
+    assert "in _work" in failed.value.__notes__[0]
+    assert not children(os.getpid())

@@ -78,7 +78,7 @@ def test_a_row_is_read_as_what_its_keys_say_and_that_is_said(row, expected, said
 
     assert isinstance(one, Conversation), one
     assert spoken(one) == expected
-    (line,) = reader.notes()
+    (line,) = reader.counts.notes()
     assert line.startswith(f"{path}: 1 row read as {said}")
 
 
@@ -88,9 +88,9 @@ def test_nothing_is_said_of_rows_in_the_own_layout(tmp_path):
     reader = ConversationReader(find_sources([str(path)]))
 
     assert len(list(reader)) == 3
-    assert reader.notes() == []
-    assert reader.roles == {
-        (str(path), role, role): count for role, count in (("human", 3), ("model", 3), ("system", 1))
+    assert reader.counts.notes() == []
+    assert reader.counts.role_names == {
+        (str(path), role): count for role, count in (("human", 3), ("model", 3), ("system", 1))
     }
 
 
@@ -103,11 +103,11 @@ def test_each_reading_is_counted_by_file(tmp_path):
     kinds = [type(one) for one in reader]
 
     assert kinds == [Conversation] * 2_000 + [BadRow, Conversation]
-    assert reader.notes() == [
+    assert reader.counts.notes() == [
         f"{first}: 1,999 rows read as Alpaca (instruction, input, output)",
         f"{second}: 1 row read as messages of role and content (user as human, assistant as model)",
     ]
-    assert reader.rows_by_format[str(first), "conversations of from and value"] == 1
+    assert reader.counts.formats[str(first), "conversations of from and value"] == 1
 
 
 REFUSED = [

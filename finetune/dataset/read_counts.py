@@ -1,0 +1,48 @@
+"""Counts of what was read, by source, for the notes; counts of parts of the data add up."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from finetune.conversation import Conversation
+from finetune.dataset.mojibake import MojibakeCounter
+from finetune.dataset.row_formats import OWN_FORMAT, ROLES, RowReading
+
+
+@dataclass
+class ReadCounts:
+    """Good rows by (source, format), turns by (source, role name in the row), and mojibake by source."""
+
+    formats: Counter[tuple[str, str]] = field(default_factory=Counter)
+    role_names: Counter[tuple[str, str]] = field(default_factory=Counter)
+    mojibake: dict[str, MojibakeCounter] = field(default_factory=lambda: defaultdict(MojibakeCounter))
+
+    def add(self, conversation: Conversation, reading: RowReading) -> None:
+        """Count a good row."""
+        source = conversation.source
+        self.formats[source, reading.format] += 1
+        for name in reading.role_names:
+            self.role_names[source, name] += 1
+        self.mojibake[source].add([turn.text for turn in conversation.turns], conversation.row)
+
+    def merge(self, other: ReadCounts) -> None:
+        """Add the counts of later rows."""
+        self.formats.update(other.formats)
+        self.role_names.update(other.role_names)
+        for source, counter in other.mojibake.items():
+            self.mojibake[source].merge(counter)
+
+    def notes(self) -> list[str]:
+        """Lines for the user: other formats than this project's that were read, and sources with mojibake."""
+        lines = []
+        for (source, row_format), rows in self.formats.items():
+            renamed = [
+                f"{name} as {ROLES[name]}"
+                for name in ROLES
+                if name != ROLES[name] and self.role_names[source, name]
+            ] if " of " in row_format and "COIG" not in row_format else []  # fmt: skip
+            if row_format != OWN_FORMAT or renamed:
+                names = f" ({', '.join(renamed)})" if renamed else ""
+                lines.append(f"{source}: {rows:,} row{'s' * (rows != 1)} read as {row_format}{names}")
+        return lines + [note for name, counter in self.mojibake.items() if (note := counter.note(name)) is not None]
