@@ -8,10 +8,11 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
-from finetune.chat_templates import RenderedConversation
+from finetune.chat_templates import ChatFormat, RenderedConversation
 from finetune.chat_templates.text_segments import Segmenter, segmenter
 from finetune.config import DataArguments, ModelArguments
 from finetune.config.argument_parser import below, data_faults, missing
@@ -44,7 +45,8 @@ class PreviewOptions:
     rows: list[int] | None = option(None, "the rows to show, counted from 0 in each file; default: the first 5")
     sample: int | None = option(None, "show this many rows, drawn at random; default with `--html`: 50")
     seed: int = option(42, "the same seed draws the same sample")
-    json: bool = option(False, "one JSON line per row of the file, all rows, with token ids and labels")
+    limit: int | None = option(None, "read the first so many rows of the data only")
+    json: bool = option(False, "one JSON line per row, all rows, with token ids and labels, as soon as each is ready")
     html: str | None = option(None, "write the rows to this file as a page; it may replace such a page, no other file")
 
 
@@ -69,6 +71,7 @@ def parse_options(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, P
 def _faults(options: PreviewOptions) -> Iterator[str]:
     yield from below(1, "rows", None if options.rows is None else len(options.rows))
     yield from below(1, "sample", options.sample)
+    yield from below(1, "limit", options.limit)
     chosen = [f"--{name}" for name in ("rows", "sample") if getattr(options, name) is not None]
     if len(chosen) == 2:
         yield "--rows and --sample exclude each other: keep one of them"
@@ -87,71 +90,67 @@ def main(argv: Sequence[str]) -> None:
     accept_all_characters(utf8=options.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
         logger.warning(code)
-    _, chat_format, prepared = prepare_run_data(model, data)
+    terminal = PreviewTerminal()
+    is_first = not (options.json or page or options.rows or options.sample)
+    watch = _print_json if options.json else _FirstRows(terminal) if is_first else None
     try:
-        check_data(prepared, data)
-    except DataError as error:
-        logger.warning(f"training would refuse this data: {error}")
-    in_segments = segmenter(chat_format)
-    try:
-        if options.json:
-            for rendering in prepared.renderings():
-                print(_as_json(rendering))
-        elif page is None:
-            _show(_select(prepared, options, SHOWN_FAULTS), prepared, chat_format.name, in_segments)
-        else:
+        _, chat_format, prepared = prepare_run_data(model, data, limit=options.limit, watch=watch)
+        try:
+            check_data(prepared, data)
+        except DataError as error:
+            logger.warning(f"training would refuse this data: {error}")
+        in_segments = segmenter(chat_format)
+        if page is not None:
             facts = {
                 "Model": model.model_name_or_path,
                 "Format": chat_format.name,
                 "Limit": f"{data.model_max_length:,} tokens (--too_long {data.too_long})",
             }
-            selection = _select(prepared, options, LISTED_ON_A_PAGE)
-            write_page(page, render_preview(_page(selection, prepared, facts, in_segments)))
-            print(f"{page}: {len(selection.rows):,} of {prepared.summary.rows:,} rows")
+            description, rows = _select(prepared, options)
+            write_page(page, render_preview(_page(description, rows, prepared, facts, in_segments)))
+            print(f"{page}: {len(rows):,} of {prepared.summary.rows:,} rows")
+        elif not options.json:
+            if not is_first:
+                _show_rows(terminal, _select(prepared, options)[1], in_segments)
+            _show_counts(terminal, prepared, chat_format.name)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe; what is still buffered must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _as_json(rendering: RenderedConversation) -> str:
-    return json.dumps(
-        {
-            "row": rendering.row,
-            "id": rendering.id,
-            "status": rendering.status,
-            "reason": rendering.reason,
-            "examples": [{"input_ids": example.input_ids, "labels": example.labels} for example in rendering.examples],
-        },
-        ensure_ascii=False,
-    )
+# ---- while the rows are prepared
+
+
+def _print_json(_: ChatFormat, renderings: Iterator[RenderedConversation]) -> None:
+    for rendering in renderings:
+        examples = [{"input_ids": example.input_ids, "labels": example.labels} for example in rendering.examples]
+        facts = {name: getattr(rendering, name) for name in ("row", "id", "status", "reason")}
+        print(json.dumps({**facts, "examples": examples}, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+class _FirstRows:
+    """Shows the first rows as soon as they are there; all others are only counted."""
+
+    def __init__(self, terminal: PreviewTerminal) -> None:
+        self.terminal, self.left = terminal, FIRST_ROWS
+
+    def __call__(self, chat_format: ChatFormat, renderings: Iterator[RenderedConversation]) -> None:
+        rows = list(islice(renderings, self.left))
+        if rows:
+            _show_rows(self.terminal, rows, segmenter(chat_format), with_legend=self.left == FIRST_ROWS)
+            sys.stdout.flush()
+        self.left -= len(rows)
 
 
 # ---- which rows
 
 
-@dataclass
-class _Selection:
-    """The rows to show, a sentence that says which, and the first of those not kept whole."""
-
-    description: str
-    rows: list[RenderedConversation] = field(default_factory=list)
-    not_kept: list[RenderedConversation] = field(default_factory=list)
-
-
-def _select(prepared: PreparedData, options: PreviewOptions, listed: int) -> _Selection:
-    """Select rows in one pass, which ends as soon as all are found."""
-    summary = prepared.summary
-    is_selected, wanted, description = _selector(options, summary.rows, summary.rows_by_source)
-    listed = min(listed, _num_not_kept(prepared))
-    selection = _Selection(description)
-    for number, rendering in enumerate(prepared.renderings()):
-        if is_selected(number, rendering):
-            selection.rows.append(rendering)
-        if rendering.status != "kept" and len(selection.not_kept) < listed:
-            selection.not_kept.append(rendering)
-        if len(selection.rows) >= wanted and len(selection.not_kept) >= listed:
-            break
-    return selection
+def _select(prepared: PreparedData, options: PreviewOptions) -> tuple[str, list[RenderedConversation]]:
+    """Return a sentence that says which rows are shown, and the rows, read in one pass that ends with the last."""
+    is_selected, wanted, description = _selector(options, prepared.summary.rows, prepared.summary.rows_by_source)
+    selected = (row for number, row in enumerate(prepared.renderings()) if is_selected(number, row))
+    return description, list(islice(selected, wanted))
 
 
 def _selector(
@@ -180,20 +179,25 @@ def _selector(
 # ---- in the terminal
 
 
-def _show(selection: _Selection, prepared: PreparedData, format_name: str, in_segments: Segmenter) -> None:
-    """Print the legend, the rows, those not kept whole, and the summary."""
-    terminal = PreviewTerminal()
-    terminal.say_legend()
-    for rendering in selection.rows:
+def _show_rows(
+    terminal: PreviewTerminal, rows: Sequence[RenderedConversation], in_segments: Segmenter, *, with_legend: bool = True
+) -> None:
+    if with_legend:
+        terminal.say_legend()
+    for rendering in rows:
         terminal.say()
         _show_row(terminal, rendering, in_segments)
+
+
+def _show_counts(terminal: PreviewTerminal, prepared: PreparedData, format_name: str) -> None:
+    """Print the first rows that were not kept whole, and the summary."""
     count = _num_not_kept(prepared)
     if count:
         terminal.say(["\n", (f"Rows not kept whole: {count:,}", "bold")])
-        for row in selection.not_kept:
+        for row in islice(prepared.not_kept(), SHOWN_FAULTS):
             terminal.say([harmless(f"  {row.source}, row {row.row}: {row.status}: {reason_of(row)}")])
-        if count > len(selection.not_kept):
-            terminal.say([f"  ... and {count - len(selection.not_kept):,} more"])
+        if count > SHOWN_FAULTS:
+            terminal.say([f"  ... and {count - SHOWN_FAULTS:,} more"])
     terminal.say([harmless(f"\n{_names(prepared)} in {format_name}")])
     for line in prepared.summary.lines():
         terminal.say([harmless(f"  {line}")])
@@ -217,16 +221,23 @@ def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_seg
 # ---- as a page
 
 
-def _page(selection: _Selection, prepared: PreparedData, facts: dict[str, str], in_segments: Segmenter) -> PreviewPage:
+def _page(
+    description: str,
+    rows: Sequence[RenderedConversation],
+    prepared: PreparedData,
+    facts: dict[str, str],
+    in_segments: Segmenter,
+) -> PreviewPage:
     summary = prepared.summary
+    not_kept = islice(prepared.not_kept(), LISTED_ON_A_PAGE)
     return PreviewPage(
         title=_names(prepared),
         facts=[*facts.items(), *summary.described()],
         lengths=summary.length_histogram,
         longest=summary.longest,
-        shown=selection.description,
-        cards=[sample_of(rendering, in_segments) for rendering in selection.rows],
-        not_kept=[(row.source, row.row, row.status, reason_of(row)) for row in selection.not_kept],
+        shown=description,
+        cards=[sample_of(rendering, in_segments) for rendering in rows],
+        not_kept=[(row.source, row.row, row.status, reason_of(row)) for row in not_kept],
         num_not_kept=_num_not_kept(prepared),
     )
 

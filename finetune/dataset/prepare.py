@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from finetune.dataset import prepared_cache
 from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import Source, fingerprint_sources
 from finetune.dataset.data_summary import DataSummary, DataTally
-from finetune.dataset.prepare_workers import stored_batches
+from finetune.dataset.prepare_workers import StoredBatch, stored_batches
 from finetune.dataset.skip_rows import RowId, skip_mask, skipped_entries
 from finetune.utils.errors import DataError, StorageError, os_reason
 
@@ -38,6 +38,7 @@ MIN_BYTES_FOR_PROCESSES = 16 << 20
 MAX_PROCESSES = 8
 
 BadRows = Literal["error", "drop"]
+Watch = Callable[[Iterator[RenderedConversation]], None]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class PreparedData:
     def renderings(self) -> Iterator[RenderedConversation]:
         """Every row of the data in order, dropped ones included."""
         return prepared_cache.read_renderings(self.folder, list(self.summary.rows_by_source))
+
+    def not_kept(self) -> Iterator[RenderedConversation]:
+        """The rows that were cut, split or dropped, in order, without their examples."""
+        return prepared_cache.read_not_kept(self.folder)
 
     def sample(self, count: int, seed: int) -> list[RenderedConversation]:
         """Up to `count` rows with examples, drawn by `seed`, in the order of the data; only those are read."""
@@ -188,6 +193,8 @@ def prepare_dataset(
     repairs: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     num_processes: int | None = None,
+    limit: int | None = None,
+    watch: Watch | None = None,
 ) -> PreparedData:
     """Read, render and check all rows, or open the cache if the same data was prepared in the same way before.
 
@@ -195,19 +202,24 @@ def prepare_dataset(
         bad_rows: whether bad rows are an error or are dropped.
         repairs: names of `REPAIRS`.
         num_processes: by default 1 for small data, else one per core, at most `MAX_PROCESSES`.
+        limit: prepare the first so many rows only.
+        watch: is given the rows in order, batch by batch while they are prepared, or all at once from the cache.
 
     Raises:
         DataError: all bad rows under `bad_rows="error"` (the first 20 shown); a file that cannot be read.
         StorageError: the cache cannot be written.
     """
     data = fingerprint_sources(sources)
-    key = _key(data, sources, renderer, bad_rows, repairs)
+    key = _key(data, sources, renderer, bad_rows, repairs, limit)
     folder = Path(cache_dir or prepared_cache.default_folder()).expanduser() / key
     while True:
         if prepared_cache.is_cached(folder):
             facts = prepared_cache.read_facts(folder)
             if facts is not None:
-                return _open(folder, sources, facts, data)
+                prepared = _open(folder, sources, facts, data)
+                if watch is not None:
+                    watch(prepared.renderings())
+                return prepared
             logger.warning(f"the prepared data in {folder} is damaged: it is prepared again")
             prepared_cache.clear_damaged(folder)
         with prepared_cache.only_writer(folder) as is_writer:
@@ -215,14 +227,22 @@ def prepare_dataset(
                 processes = num_processes or _num_processes(sources)
                 gc.freeze()  # objects of the libraries need not be copied on a fork
                 gc.enable()
-                _write(folder, ConversationReader(sources, repairs=repairs), renderer, bad_rows, processes)
+                reader = ConversationReader(sources, repairs=repairs)
+                batches = stored_batches(reader, renderer, processes, limit)
+                _write(folder, reader, batches, bad_rows, watch)
+                watch = None  # it has seen all rows
 
 
-def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_rows: BadRows, processes: int) -> None:
+def _write(
+    folder: Path, reader: ConversationReader, batches: Iterator[StoredBatch], bad_rows: BadRows, watch: Watch | None
+) -> None:
     tally = DataTally()
+    names = [source.name for source in reader.sources]
     try:
         with prepared_cache.CacheWriter(folder) as writer:
-            for batch in _with_bar(stored_batches(reader, renderer, processes), reader, tally):
+            for batch in _with_bar(batches, reader, tally):
+                if watch is not None:
+                    watch(prepared_cache.renderings_of([batch.examples], batch.ledger, names))
                 tally.merge(batch.tally)
                 writer.add(batch.examples, batch.ledger)
             if tally.unreadable or (bad_rows == "error" and tally.faults.count):
@@ -231,6 +251,8 @@ def _write(folder: Path, reader: ConversationReader, renderer: Renderer, bad_row
             writer.commit(
                 {"summary": summary.facts(), "notes": reader.counts.notes(), "faults": tally.faults.message()}
             )
+    except BrokenPipeError:  # of what watches
+        raise
     except OSError as error:
         raise StorageError(
             f"the prepared data cannot be written to {folder.parent}: {error.strerror or error}: make room, or name "
@@ -264,12 +286,20 @@ def _num_processes(sources: Sequence[Source]) -> int:
     return max(1, min(MAX_PROCESSES, len(os.sched_getaffinity(0))))
 
 
-def _key(data: str, sources: Sequence[Source], renderer: Renderer, bad_rows: str, repairs: Sequence[str]) -> str:
+def _key(
+    data: str,
+    sources: Sequence[Source],
+    renderer: Renderer,
+    bad_rows: str,
+    repairs: Sequence[str],
+    limit: int | None,
+) -> str:
     """The cache key: a digest of the data, of how it is rendered, and of the code that does it."""
     parts = {
         "data": data,
         "sources": [source.name for source in sources],
         "bad_rows": bad_rows,
+        "limit": limit,
         "repairs": sorted(repairs),
         "renderer": renderer.identity(),
         "code": _code_version(),

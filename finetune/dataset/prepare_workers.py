@@ -44,9 +44,11 @@ class StoredBatch:
     counts: ReadCounts
 
 
-def stored_batches(reader: ConversationReader, renderer: Renderer, num_processes: int) -> Iterator[StoredBatch]:
-    """Check and render all rows in order; they are counted in `reader.counts`."""
-    rows = reader.raw_rows()
+def stored_batches(
+    reader: ConversationReader, renderer: Renderer, num_processes: int, limit: int | None = None
+) -> Iterator[StoredBatch]:
+    """Check and render all rows in order, or the first `limit`; they are counted in `reader.counts`."""
+    rows = islice(reader.raw_rows(), limit)
     batches = iter(lambda: list(islice(rows, BATCH_ROWS)), [])
     stored = (
         _store_here(batches, reader, renderer)

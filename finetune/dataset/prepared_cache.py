@@ -41,6 +41,7 @@ from finetune.utils.errors import StorageError, os_reason
 logger = logging.getLogger(__name__)
 
 EXAMPLES_FILE, LEDGER_FILE, FACTS_FILE = "examples.arrow", "ledger.jsonl", "facts.json"
+SPAN_FIELDS = ("turn", "role", "start", "stop")
 POLL_SECONDS = 0.2
 LOCAL_RANK_0_SECONDS = 1.0
 
@@ -94,7 +95,7 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
                     pa.array(first_tokens),
                     pa.array([span.stop for span in spans], pa.int32()),
                 ],
-                ["turn", "role", "start", "stop"],
+                SPAN_FIELDS,
             ),
         ),
         "answer_numbers": pa.ListArray.from_arrays(supervised_starts, answer_numbers),
@@ -119,7 +120,7 @@ def _token_values(examples: Sequence[Example], name: str) -> np.ndarray:
 def ledger_lines(rows: Iterable[RenderedConversation | BadRow]) -> list[str]:
     """One JSON line per row that was changed, cut, split or dropped."""
     names = ("source", "row", "id", "status", "reason")
-    entries = ({name: getattr(row, name) for name in names} for row in rows if row.reason is not None)
+    entries = ({name: getattr(row, name) for name in names} for row in rows if row.reason and row.row is not None)
     return [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
 
 
@@ -226,22 +227,38 @@ def clear_damaged(folder: Path) -> None:
 
 def read_renderings(folder: Path, sources: Sequence[str]) -> Iterator[RenderedConversation]:
     """Every row of the data in order, from the examples and the ledger; `sources` in the order they were read."""
-    order = {source: index for index, source in enumerate(sources)}
     with open(folder / LEDGER_FILE, encoding="utf-8") as lines:
-        ledger = map(json.loads, lines)
-        entry = next(ledger, None)
-        for source, row, examples, row_id in _examples_by_row(folder / EXAMPLES_FILE):
-            while entry is not None and (order[entry["source"]], entry["row"]) < (order[source], row):
-                yield _from_entry(entry)
-                entry = next(ledger, None)
-            if entry is not None and _key_of(entry) == (source, row):
-                yield _from_entry(entry, examples)
-                entry = next(ledger, None)
-            else:
-                yield RenderedConversation(row, row_id, "kept", examples, None, source)
-        while entry is not None:
+        yield from renderings_of(read_batches(folder), lines, sources)
+
+
+def renderings_of(
+    batches: Iterable[pa.RecordBatch], ledger_lines: Iterable[str], sources: Sequence[str]
+) -> Iterator[RenderedConversation]:
+    """The rows of these examples and these lines of the ledger, in the order of the data."""
+    order = {source: index for index, source in enumerate(sources)}
+    ledger = map(json.loads, ledger_lines)
+    entry = next(ledger, None)
+    stored = (values for batch in batches for values in _example_values(batch))
+    for (source, row), windows in groupby(stored, _key_of):
+        first, *others = windows
+        examples = tuple(map(example_of, [first, *others]))
+        while entry is not None and (order[entry["source"]], entry["row"]) < (order[source], row):
             yield _from_entry(entry)
             entry = next(ledger, None)
+        if entry is not None and _key_of(entry) == (source, row):
+            yield _from_entry(entry, examples)
+            entry = next(ledger, None)
+        else:
+            yield RenderedConversation(row, json.loads(first["id"]), "kept", examples, None, source)
+    while entry is not None:
+        yield _from_entry(entry)
+        entry = next(ledger, None)
+
+
+def read_not_kept(folder: Path) -> Iterator[RenderedConversation]:
+    """The rows that were cut, split or dropped, in order, without their examples."""
+    with open(folder / LEDGER_FILE, encoding="utf-8") as lines:
+        yield from (_from_entry(entry) for entry in map(json.loads, lines) if entry["status"] != "kept")
 
 
 def read_some(folder: Path, examples: Any, count: int, seed: int) -> list[RenderedConversation]:
@@ -282,23 +299,29 @@ def _from_entry(entry: dict[str, Any], examples: tuple[Example, ...] = ()) -> Re
     return RenderedConversation(entry["row"], entry["id"], entry["status"], examples, entry["reason"], entry["source"])
 
 
-def _examples_by_row(path: Path) -> Iterator[tuple[str, int, tuple[Example, ...], Any]]:
-    if not path.stat().st_size:
-        return
-    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
-        stored = (values for batch in batches for values in batch.to_pylist())
-        for (source, row), windows in groupby(stored, _key_of):
-            first, *others = windows
-            yield source, row, tuple(map(example_of, [first, *others])), json.loads(first["id"])
+def read_batches(folder: Path) -> Iterator[pa.RecordBatch]:
+    """The examples as memory-mapped record batches, in order."""
+    if (folder / EXAMPLES_FILE).stat().st_size:
+        with pa.memory_map(str(folder / EXAMPLES_FILE)) as file, pa.ipc.open_stream(file) as batches:
+            yield from batches
+
+
+def _example_values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """What `example_of` needs of each row of a batch, and its id; `to_pylist` takes ten times as long."""
+    columns = {name: batch[name].to_pylist() for name in ("row", "window", "source", "id")}
+    spans = batch["turn_spans"].values
+    flat = {name: np.from_dlpack(batch[name].values).tolist() for name in ("input_ids", "labels")}
+    parts = [spans.field(name).to_pylist() for name in SPAN_FIELDS]
+    flat["turn_spans"] = [dict(zip(SPAN_FIELDS, values, strict=True)) for values in zip(*parts, strict=True)]
+    for name, values in flat.items():
+        columns[name] = [values[start:stop] for start, stop in pairwise(batch[name].offsets.to_pylist())]
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
 
 
 def example_digests(folder: Path) -> Iterator[bytes]:
     """A digest of the token ids and labels of each example, in order."""
-    if not (folder / EXAMPLES_FILE).stat().st_size:
-        return
-    with pa.memory_map(str(folder / EXAMPLES_FILE)) as file, pa.ipc.open_stream(file) as batches:
-        for batch in batches:
-            bounds = batch["input_ids"].offsets.to_pylist()
-            columns = [np.from_dlpack(batch[name].values) for name in ("input_ids", "labels")]
-            for start, stop in pairwise(bounds):
-                yield b"".join(xxh3_64_digest(column[start:stop].tobytes()) for column in columns)
+    for batch in read_batches(folder):
+        columns = [np.from_dlpack(batch[name].values) for name in ("input_ids", "labels")]
+        for start, stop in pairwise(batch["input_ids"].offsets.to_pylist()):
+            yield b"".join(xxh3_64_digest(column[start:stop].tobytes()) for column in columns)

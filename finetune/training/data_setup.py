@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from finetune.chat_templates import ChatFormat, Renderer, add_control_tokens, select_chat_format
+from finetune.chat_templates import ChatFormat, RenderedConversation, Renderer, add_control_tokens, select_chat_format
 from finetune.config import DataArguments, ModelArguments
 from finetune.dataset.data_sources import Source, find_sources
 from finetune.dataset.prepare import PreparedData, check_dropped_share, prepare_dataset
@@ -81,19 +82,27 @@ def check_data(prepared: PreparedData, data: DataArguments) -> None:
 
 @timed("data")
 def prepare_run_data(
-    model: ModelArguments, data: DataArguments, day: date | None = None
+    model: ModelArguments,
+    data: DataArguments,
+    day: date | None = None,
+    *,
+    limit: int | None = None,
+    watch: Callable[[ChatFormat, Iterator[RenderedConversation]], None] | None = None,
 ) -> tuple[PreTrainedTokenizerBase, ChatFormat, PreparedData]:
     """Return the tokenizer, the chat format, and the prepared training and held-out data.
 
     Args:
         day: for a chat template that writes today's date; default: today's.
+        limit: prepare the first so many rows of each only.
+        watch: is given rows of the training data as `prepare_dataset` says.
     """
     sources = find_sources(data.data_path)
     held_out_sources = find_sources(data.eval_data_path) if data.eval_data_path else None
     tokenizer, chat_format, notes = load_chat_format(model, data, day)
     log_notes(notes)
-    evaluation = prepare_sources(held_out_sources, chat_format, data) if held_out_sources else None
-    prepared = prepare_sources(sources, chat_format, data)
+    shown = watch and partial(watch, chat_format)
+    prepared = prepare_sources(sources, chat_format, data, limit=limit, watch=shown)
+    evaluation = prepare_sources(held_out_sources, chat_format, data, limit=limit) if held_out_sources else None
     prepared = replace(
         prepared,
         validation_share=data.validation_share,
@@ -103,8 +112,10 @@ def prepare_run_data(
     return tokenizer, chat_format, prepared
 
 
-def prepare_sources(sources: Sequence[Source], chat_format: ChatFormat, data: DataArguments) -> PreparedData:
-    """Read, render and check all rows of these sources as the flags say."""
+def prepare_sources(
+    sources: Sequence[Source], chat_format: ChatFormat, data: DataArguments, **options: Any
+) -> PreparedData:
+    """Read, render and check the rows of these sources as the flags say; `options` are those of `prepare_dataset`."""
     prepared = prepare_dataset(
         sources,
         Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
@@ -112,6 +123,7 @@ def prepare_sources(sources: Sequence[Source], chat_format: ChatFormat, data: Da
         repairs=data.repairs,
         cache_dir=data.data_cache_dir,
         num_processes=data.preprocessing_num_workers,
+        **options,
     )
     log_notes(prepared.notes)
     return prepared

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import preview
-from finetune.utils.errors import ConfigError
+from finetune.dataset import prepare_workers
+from finetune.utils.errors import ConfigError, DataError
 from tests.helpers.logs import logged
 from tests.helpers.rows import write_rows
 
@@ -144,6 +145,31 @@ def test_json_is_one_line_a_row_and_nothing_else(show):
     assert set(example) == {"input_ids", "labels"} and example["input_ids"][:2] == [3, 10 + ord("H")]
     assert example["labels"][:3] == [-100] * 3 and example["labels"][7] == 2 and example["input_ids"][7] == 3
     assert set(second) == {"row", "id", "status", "reason", "examples"}
+    assert len(show(numbered(30), "--json").splitlines()) == 30
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), [0, 1, 2, 3, 4]), (("--json",), list(range(9)))])
+def test_rows_are_shown_before_the_last_is_prepared(show, tmp_path, capsys, monkeypatch, flags, expected):
+    monkeypatch.setattr(prepare_workers, "BATCH_ROWS", 2)
+    with pytest.raises(DataError, match="row 8: has no model turn"):
+        show([*numbered(8), [("human", "Nobody answers")]], *flags)
+    out = capsys.readouterr().out.replace(str(tmp_path / "rows.json"), "rows.json")
+    assert (shown_rows(out) or [json.loads(line)["row"] for line in out.splitlines()]) == expected
+    assert out.count("⟦supervised⟧") == (not flags) and "9 dropped" not in out
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_the_same_is_shown_from_the_cache(show, monkeypatch, flags):
+    monkeypatch.setattr(prepare_workers, "BATCH_ROWS", 2)
+    rows = [TALK, *numbered(3, "A long answer to this"), [("human", "x" * 30), ("model", "y")], *numbered(3)]
+    first, again = (show(rows, "--model_max_length", 20, *flags) for _ in range(2))
+    assert first == again and ("row 4" in first or '"row": 4' in first)
+
+
+def test_the_first_rows_of_the_data_alone(show):
+    assert len(show(numbered(30), "--json", "--limit", 12).splitlines()) == 12
+    out = show(numbered(30), "--limit", 2)
+    assert shown_rows(out) == [0, 1] and "2: 2 kept" in out
     assert len(show(numbered(30), "--json").splitlines()) == 30
 
 
