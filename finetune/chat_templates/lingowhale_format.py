@@ -67,6 +67,8 @@ class LingoWhaleFormat:
                 )
             turns, num_system = system_in_front(turns), 1
             tokenized.rules.append(SYSTEM_RULE)
+        if other := next((turn.role for turn in turns if turn.role not in self.markers), None):
+            return UnrenderableError(f"this format has no {other} turns behind the first turn")
         try:
             encoded = self.plain.encode_all([turn.text for turn in turns])
         except UnrenderableError as error:

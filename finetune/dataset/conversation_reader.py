@@ -7,17 +7,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.conversation import BadRow, Conversation, Turn
+from finetune.conversation import BadRow, Conversation, Turn, to_row
 from finetune.dataset.data_files import UnreadableFileError, open_data_file
 from finetune.dataset.data_sources import Source, find_sources
-from finetune.dataset.dedup import DuplicateIndex, digest_of_turns, key_of_id
+from finetune.dataset.dedup import DuplicateIndex, digest_of_row, digest_of_turns, key_of_id
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.json_reader import RawRow, file_fault, iter_json_rows
 from finetune.dataset.parquet_reader import iter_dataset_rows, iter_parquet_rows
 from finetune.dataset.read_counts import ReadCounts
 from finetune.dataset.row_checks import order_faults, repair_turns, surrogate_fault
 from finetune.dataset.row_faults import RowFaults
-from finetune.dataset.row_formats import RowReading
+from finetune.dataset.row_reading import RowReading
+from finetune.dataset.tool_checks import check_tools
 from finetune.utils.errors import DataError
 
 ROW_BITS = 40
@@ -113,23 +114,28 @@ class ConversationReader:
         turns: tuple[Turn, ...] = ()
         repairs: tuple[str, ...] = ()
         if reading.is_complete:
-            numbered = [*enumerate(reading.turns)]
+            numbered = [*zip(reading.numbers, reading.turns, strict=True)]
             if self.repairs:
-                numbered, repairs = repair_turns(reading.turns, self.repairs)
+                numbered, repairs = repair_turns(numbered, self.repairs)
             faults += order_faults(numbered, place)
+            if not reading.is_plain:
+                allows = "undeclared_tools" in self.repairs
+                numbered, tool_faults = check_tools(numbered, reading.declared, place, allows_undeclared=allows)
+                faults += tool_faults
             turns = tuple(turn for _, turn in numbered)
         own_id = raw.value.get("id") if isinstance(raw.value, dict) else None
         if own_id is not None and (fault := _id_fault(own_id)) is not None:
             faults.append(f"{place}: {fault}")
             own_id = None
-        keys = RowKeys(
-            source_index,
-            raw.row,
-            None if own_id is None else key_of_id(own_id),
-            digest_of_turns(turns) if turns else None,
-            bool(faults),
-        )
-        return CheckedRow(Conversation(turns, raw.row, name, own_id, repairs), reading, faults, keys)
+        if reading.is_plain:
+            digest = digest_of_turns(turns)
+            conversation = Conversation(turns, raw.row, name, own_id, repairs)
+        else:
+            digest = digest_of_row(to_row(turns, None, reading.tools, reading.template_kwargs))
+            conversation = Conversation(turns, raw.row, name, own_id, repairs, reading.tools, reading.template_kwargs)
+        id_key = None if own_id is None else key_of_id(own_id)
+        keys = RowKeys(source_index, raw.row, id_key, digest if turns else None, bool(faults))
+        return CheckedRow(conversation, reading, faults, keys)
 
     def first_rows(self, keys: RowKeys | None) -> tuple[int | None, int | None]:
         """The earlier rows with the same id and with the same turns, each `row | source_index << ROW_BITS`."""

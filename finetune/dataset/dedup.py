@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.conversation import Turn
@@ -34,6 +35,12 @@ class DuplicateIndex:
             return ~first if ~first != row else None
         self._rows[key] = row
         return None
+
+
+def digest_of_row(row: Mapping[str, Any]) -> bytes:
+    """A digest of a row in this project's format, for conversations of more than roles and texts."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
 def digest_of_turns(turns: Sequence[Turn]) -> bytes:

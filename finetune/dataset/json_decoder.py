@@ -67,6 +67,23 @@ class Decoder:
             return _LongNumber()
 
 
+def only_value(decoder: Decoder, text: str, begin: int) -> Any:
+    """Decode a text that holds one value, which starts at `begin`; raises as `Decoder.value`."""
+    value, end = decoder.value(text, begin)
+    if end != len(text) and not is_blank(text[end:]):
+        raise json.JSONDecodeError("content after the value", text, len(text) - len(text[end:].lstrip(SPACE)))
+    return value
+
+
+def decode_text(text: str) -> Any:
+    """Decode a JSON text that a row holds as a string; raises `ValueError` or `RecursionError`."""
+    decoder = Decoder()
+    value = only_value(decoder, text, len(text) - len(text.lstrip(SPACE)))
+    if decoder.markers:
+        raise ValueError("; ".join(fault.lstrip(", :") for fault in mark_faults(value, "")))
+    return value
+
+
 def mark_faults(value: Any, place: str) -> list[str]:
     """A complete message for each marker in the value of a row."""
     faults = []

@@ -20,6 +20,7 @@ from finetune.dataset.json_decoder import (
     is_blank,
     line_and_column,
     mark_faults,
+    only_value,
 )
 
 MOST_CHARACTERS = 64 << 20
@@ -89,19 +90,12 @@ def _first_line_error(head: bytes) -> json.JSONDecodeError | None:
         return None
     text = text if end < 0 else text[:end]
     try:
-        _only_value(Decoder(), text, begin)
+        only_value(Decoder(), text, begin)
     except json.JSONDecodeError as error:
         return error
     except RecursionError:
         return None  # nested too deeply: a fault of its own, reported where rows are read
     return None
-
-
-def _only_value(decoder: Decoder, text: str, begin: int) -> Any:
-    value, end = decoder.value(text, begin)
-    if end != len(text) and not is_blank(text[end:]):
-        raise json.JSONDecodeError("content after the value", text, _skip_spaces(text, end))
-    return value
 
 
 class _Window:
@@ -316,7 +310,7 @@ def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[Raw
             try:
                 text = line.decode()
                 is_utf_8 = is_utf_8 or not text.isascii()
-                value = _only_value(decoder, text, 0 if text[0] == "{" else _skip_spaces(text))
+                value = only_value(decoder, text, 0 if text[0] == "{" else _skip_spaces(text))
             except UnicodeDecodeError as error:
                 if not is_utf_8 and is_gb18030(line[error.start : error.start + 4096]):
                     yield file_fault(f"{name}: {conversion('GB18030', name, packed)}")

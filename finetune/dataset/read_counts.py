@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from finetune.conversation import Conversation
 from finetune.dataset.mojibake import MojibakeCounter
-from finetune.dataset.row_formats import OWN_FORMAT, ROLES, RowReading
+from finetune.dataset.row_formats import OWN_FORMAT
+from finetune.dataset.row_reading import RowReading
+from finetune.dataset.turn_reading import role_of
 
 
 @dataclass
@@ -38,9 +40,9 @@ class ReadCounts:
         lines = []
         for (source, row_format), rows in self.formats.items():
             renamed = [
-                f"{name} as {ROLES[name]}"
-                for name in ROLES
-                if name != ROLES[name] and self.role_names[source, name]
+                f"{name} as {role_of(name)}"
+                for owner, name in self.role_names
+                if owner == source and name != role_of(name)
             ] if " of " in row_format and "COIG" not in row_format else []  # fmt: skip
             if row_format != OWN_FORMAT or renamed:
                 names = f" ({', '.join(renamed)})" if renamed else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +13,8 @@ from finetune.dataset.json_decoder import shown
 REPAIRS = {
     "ignore_verdicts": "keys that say how good an answer is (row_verdicts.py) are not read",
     "merge_turns": "neighbouring turns of one role become one, with a blank line between their texts",
-    "drop_last_human": "a human turn at the end, which nobody answers, is left out",
+    "drop_last_human": "a human turn, or tool results, at the end, which nobody answers, are left out",
+    "undeclared_tools": "rows without declared tools may hold tool calls, which cannot be checked then",
 }
 # Characters that show nothing, in addition to what Python calls white space.
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
@@ -48,57 +50,68 @@ def is_blank(text: str) -> bool:
     return not text.strip(_BLANK)
 
 
-def repair_turns(turns: Sequence[Turn], repairs: Collection[str]) -> tuple[list[tuple[int, Turn]], tuple[str, ...]]:
-    """Apply the named repairs; the turns with their numbers in the row, and a description of each repair made."""
-    numbered = list(enumerate(turns))
+def repair_turns(
+    numbered: list[tuple[int, Turn]], repairs: Collection[str]
+) -> tuple[list[tuple[int, Turn]], tuple[str, ...]]:
+    """Apply the named repairs to turns with their numbers in the row; return a description of each repair made."""
     done: list[str] = []
     if "merge_turns" in repairs:
         numbered, done = _merge_turns(numbered)
-    if "drop_last_human" in repairs and len(numbered) > 1 and numbered[-1][1].role == "human":
+    while "drop_last_human" in repairs and len(numbered) > 1 and numbered[-1][1].role in ("human", "tool"):
         done.append(f"drop_last_human: turn {numbered[-1][0]}")
-        numbered.pop()
+        if numbered.pop()[1].role == "human":
+            break
     return numbered, tuple(done)
 
 
 def _merge_turns(numbered: list[tuple[int, Turn]]) -> tuple[list[tuple[int, Turn]], list[str]]:
     merged, done = [], []
-    for _, members in groupby(numbered, lambda pair: (pair[1].role, pair[1].train)):
+    for _, members in groupby(numbered, _mergeable):
         group = [*members]
         number, first = group[0]
         if len(group) > 1:
-            first = Turn(first.role, "\n\n".join(turn.text for _, turn in group), first.train)
+            first = replace(first, text="\n\n".join(turn.text for _, turn in group))
             numbers = [str(number) for number, _ in group]
             done.append(f"merge_turns: turns {', '.join(numbers[:-1])} and {numbers[-1]}")
         merged.append((number, first))
     return merged, done
 
 
+def _mergeable(pair: tuple[int, Turn]) -> Any:
+    """A key that neighbouring turns share which can be merged; calls, their results and reasoning cannot."""
+    number, turn = pair
+    if turn.role == "tool" or turn.tool_calls or turn.reasoning:
+        return number
+    return turn.role, turn.train, turn.weight
+
+
 def order_faults(numbered: Sequence[tuple[int, Turn]], place: str) -> list[str]:
-    """Faults in the order of a row's turns; a row may begin with either side, the chat format decides."""
+    """Faults in the order of a row's turns; where system turns stand and which side begins, the chat format decides."""
     if not numbered:
         return [f"{place}: has no turns: there is nothing to learn from it"]
     faults: list[str] = []
-    is_supervised = [turn.train for _, turn in numbered if turn.role == "model"]
+    is_supervised = [turn.train for _, turn in numbered if turn.role == "model" or turn.role == "text"]
     if not is_supervised:
         faults.append(f"{place}: has no model turn: there is nothing to learn from it")
     elif not any(is_supervised):
         faults.append(f'{place}: every model turn is "train": false: there is nothing to learn from it')
     before: Turn | None = None
     for number, turn in numbered:
-        if before is not None and turn.role == "system":
-            second = before.role == "system"
-            remedy = "merge the two" if second else "put its text first, or make it a human turn"
-            faults.append(f"{place}, turn {number}: a system turn can only be the first, and only one: {remedy}")
-        elif before is not None and before.role == turn.role:
+        if turn.role == "system":
+            continue
+        if before is not None and before.role == turn.role and turn.role != "tool" and not before.tool_calls:
             alike = before.train == turn.train
             faults.append(
                 f"{place}, turn {number}: a second {turn.role} turn in a row: "
                 + ("merge the two, or use --repairs merge_turns" if alike else 'merge the two (their "train" differs)')
             )
         before = turn
-    if is_supervised and before is not None and before.role == "human":
+    last, turn = numbered[-1]
+    if is_supervised and (turn.role == "human" or turn.role == "tool"):
         faults.append(
-            f"{place}, turn {numbered[-1][0]}: the last turn is human, nobody answers it: leave it out, "
+            f"{place}, turn {last}: the last turn is {turn.role}, nobody answers it: leave it out, "
             "or use --repairs drop_last_human"
         )
+    elif is_supervised and turn.role == "system" and len(numbered) > 1:
+        faults.append(f"{place}, turn {last}: the last turn is system, nobody answers it: leave it out")
     return faults

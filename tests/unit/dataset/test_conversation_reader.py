@@ -115,11 +115,11 @@ TURN_FAULTS = [
     (
         turns(("robot", "a"), ("model", "b")),
         0,
-        'expected "from" to be human, model or system, found "robot" (accepted as human: user; as model: ',
+        'expected "from" to be human, model, system or tool, found "robot" (accepted as human: user; as model: ',
     ),
-    (turns(("human", "a"), ("Model", "b")), 1, 'expected "from" to be human, model or system, found "Model"'),
-    (turns((["human"], "a"), ("model", "b")), 0, 'expected "from" to be human, model or system, found ["human"]'),
-    ({"conversations": [{"value": "a"}]}, 0, 'expected "from" to be human, model or system, found null'),
+    (turns(("human", "a"), ("Modell", "b")), 1, 'expected "from" to be human, model, system or tool, found "Modell"'),
+    (turns((["human"], "a"), ("model", "b")), 0, 'expected "from" to be human, model, system or tool, found ["human"]'),
+    ({"conversations": [{"value": "a"}]}, 0, 'expected "from" to be human, model, system or tool, found null'),
     (turns(("human", "a"), ("model", 5)), 1, 'expected "value" to be a string, found 5'),
     ({"conversations": [{"from": "human"}]}, 0, 'expected "value" to be a string, found null'),
     (turns(("human", "a"), ("model", "")), 1, '"value" is empty: say something or leave it out'),
@@ -128,14 +128,14 @@ TURN_FAULTS = [
     (turns(("human", "a\0b"), ("model", "b")), 0, '"value" holds a NUL character at position 1'),
     (turns(("human", "a"), ("model", ["b"])), 1, 'expected "value" to be a string, found ["b"]'),
     (turns(("human", "a"), ("model", {"b": 1})), 1, 'expected "value" to be a string, found {"b": 1}'),
-    (turns(("human ", "a"), ("model", "b")), 0, 'expected "from" to be human, model or system, found "human "'),
+    (turns(("human ", "a"), ("model", "b")), 0, 'expected "from" to be human, model, system or tool, found "human "'),
     (
         turns(("human", f"ab{LOST}c"), ("model", "b")),
         0,
         '"value" holds half a character (a lone surrogate) at position 2',
     ),
-    (turns(("human", "a"), ("system", "b"), ("model", "c")), 1, "a system turn can only be the first"),
-    (turns(("system", "a"), ("system", "b"), ("model", "c")), 1, "a system turn can only be the first"),
+    (turns(("human", "a"), ("model", "b"), ("system", "c")), 2, "the last turn is system, nobody answers it"),
+    (turns(("human", "a"), ("system", "b"), ("human", "c"), ("model", "d")), 2, "a second human turn in a row"),
     (turns(("human", "a"), ("human", "b"), ("model", "c")), 1, "a second human turn in a row: merge the two"),
     (turns(("human", "a"), ("model", "b"), ("gpt", "c")), 2, "a second model turn in a row: merge the two"),
     (turns(("human", "a"), ("model", "b"), ("human", "c")), 2, "the last turn is human, nobody answers it"),
@@ -293,14 +293,37 @@ def test_a_train_that_says_nothing_sensible_is_refused(row, said, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight", "loss", "loss_scale"])
-def test_weights_of_turns_are_refused(key, tmp_path):
-    row = turns(("human", "a"), ("model", "b"))
-    row["conversations"][1][key] = 0
-    path = written(tmp_path / "a.json", [row])
+@pytest.mark.parametrize(
+    ("value", "is_supervised", "weight"),
+    [(0, False, 1), (False, False, 1), (1, True, 1), (True, True, 1), (0.5, True, 0.5)],
+)
+def test_a_model_turn_has_a_weight(key, value, is_supervised, weight, tmp_path):
+    row = turns(("human", "a"), ("model", "b"), ("human", "c"), ("model", "d"))
+    row["conversations"][1][key] = value
+    row["conversations"][0][key] = 0
+    (one,) = read_conversations(written(tmp_path / "a.json", [row]))
 
-    (fault,) = faults(path)
-    assert fault.startswith(f'{path}, row 0, turn 1: has "{key}": 0: weights of turns are not supported')
-    assert '"train": false' in fault
+    assert (one.turns[1].train, one.turns[1].weight) == (is_supervised, weight)
+    assert all(turn.train and turn.weight == 1 for turn in (one.turns[0], *one.turns[2:]))
+
+
+@pytest.mark.parametrize(
+    ("turn", "values", "said"),
+    [
+        (1, {"weight": -1}, 'turn 1: expected "weight" to be a number of 0 or more'),
+        (1, {"loss": "no"}, 'turn 1: expected "loss" to be a number of 0 or more'),
+        (1, {"weight": 0, "train": True}, "say different things"),
+        (1, {"weight": 0.5, "loss_scale": 2}, "say different things"),
+        (0, {"weight": 0.5}, "only model turns are supervised"),
+        (0, {"loss": True}, "only model turns are supervised"),
+    ],
+)
+def test_weights_that_say_nothing_sensible_are_refused(turn, values, said, tmp_path):
+    row = turns(("human", "a"), ("model", "b"))
+    row["conversations"][turn] |= values
+
+    fault, *_ = faults(written(tmp_path / "a.json", [row]))
+    assert said in fault
 
 
 # ---- the same twice

@@ -109,8 +109,8 @@ def meant(row: object) -> list | None:
     try:
         # Without its last letter the key is one that is read too.
         turns = row["conversations" if "conversations" in row else "conversation"]
-        return [(ROLES[turn["from"]], turn["value"]) for turn in turns]
-    except (KeyError, TypeError):
+        return [(ROLES[turn["from"].lower()], turn["value"]) for turn in turns]
+    except (KeyError, TypeError, AttributeError):
         return None
 
 

@@ -99,12 +99,12 @@ def _unanswered(row: dict, random_: random.Random) -> None:
 
 
 FAULTS = [
-    *(_set(("from", "role"), value) for value in ("robot", "", None, 7, ["human"], "Human", "tool")),
+    *(_set(("from", "role"), value) for value in ("robot", "", None, 7, ["human"], "Humane", "tool")),
     *(_set(("value", "content"), value) for value in ("", " \n", None, 5, ["a"], {"a": 1}, float("nan"), "\ud83d")),
     _set(("value", "content"), "a\0b"),
     lambda row, random_: _turns(row).insert(random_.randrange(len(_turns(row))), 5),
     lambda row, random_: _turns(row).append({**_turns(row)[-1]}),
-    lambda row, random_: next(one for one in _turns(row) if isinstance(one, dict)).update(weight=random_.random()),
+    lambda row, random_: next(one for one in _turns(row) if isinstance(one, dict)).update(weight=-random_.random()),
     lambda row, random_: row.update(tools=["f"]),
     lambda row, random_: row.update(id={}),
     _unanswered,

@@ -34,7 +34,7 @@ READ = [
     ({"instruction": "q", "output": "a", "system": "s"}, WITH_SYSTEM, "Alpaca (instruction, input, output)"),
     ({"instruction": "q", "output": "a", "history": HISTORY}, AFTER_HISTORY, "Alpaca (instruction, input, output)"),
     ({"instruction": "q", "context": "c", "response": "a"}, [("human", "q\nc"), ("model", "a")], "Dolly (instruction"),
-    ({"instruction": "q", "context": "", "response": "a", "category": "x"}, PAIR, "Dolly (instruction, context, resp"),
+    ({"instruction": "q", "context": "", "response": "a", "category": "x"}, PAIR, "Dolly (instruction, context, inpu"),
     ({"prompt": "q", "response": "a"}, PAIR, "pairs (prompt, response)"),
     ({"prompt": "q", "completion": "a"}, PAIR, "pairs (prompt, completion)"),
     ({"question": "q", "answer": "a"}, PAIR, "pairs (question, answer)"),
@@ -122,25 +122,25 @@ REFUSED = [
     ({"conversations": [{"from": "human", "content": "q"}, SAID[1]]}, 'turn 0: has keys of both "from", "value" and'),
     (
         {"conversations": [{"from": "system", "value": "t"}, *SAID], "system": "s"},
-        'has a system turn and "system" beside the turns: leave one of them out',
+        'has a system turn and another system prompt beside the turns: leave one of them out',
     ),
     ({"conversations": SAID, "system": "s", "system_prompt": "t"}, 'has both "system" and "system_prompt"'),
     ({"conversations": SAID, "system": ["s"]}, 'expected "system" to be a string, found ["s"]'),
-    ({"messages": [{"role": "tool", "content": "q"}, CHAT[1]]}, 'turn 0: expected "role" to be human, model or system'),
+    ({"messages": [{"role": "tool", "content": "q"}, CHAT[1]]}, "turn 0: a tool result without a call right before it"),
     ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, 'turn 1: expected "content" to be a string'),
     (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, CHAT[1]]},
-        'turn 0: expected "content" to be a string, found [{"type": "text"',
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, CHAT[1]]},
+        'turn 0: "content", part 0: only text is read',
     ),
-    ({"messages": CHAT, "tools": [{"name": "f"}]}, 'has "tools": [{"name": "f"}]: tool calls are not read'),
-    ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [1]}]}, 'turn 1: has "tool_calls": [1]: tool calls are not read'),
+    ({"messages": CHAT, "tools": [{"title": "f"}]}, '"tools": expected declared functions with a "name", found'),
+    ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [1]}]}, 'turn 1: "tool_calls": expected calls with "name"'),
     (
-        {"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}]},
-        'turn 1: has "reasoning_content": "hm": reasoning beside the text is not read',
+        {"messages": [CHAT[0], {**CHAT[1], "content": "<think>x</think>a", "reasoning_content": "hm"}]},
+        "turn 1: has reasoning beside the text and in it",
     ),
-    ({"instruction": "q", "output": "a", "images": ["x.png"]}, 'has "images": ["x.png"]: only text is read'),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, 'has "chosen": "a": preferences are not for supervised'),
-    ({"round_0": {"response": "{}"}, "round_1": {}}, 'has "round_0": {"response": "{}"}: COIG\'s rounds are not read'),
+    ({"instruction": "q", "output": "a", "images": ["x.png"]}, 'has "images": only text is read'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, 'has "chosen" and "rejected": preferences are not for'),
+    ({"round_0": {"response": "{}"}, "round_1": {}}, 'has "round_0": COIG\'s rounds are not read'),
     ({"instruction": "q", "output": "a", "response": "b"}, "can be read in more than one way (instruction/input/outpu"),
     ({"question": "q", "answer": "a", "response": "b"}, "can be read in more than one way (question/answer or questio"),
     ({"question": "q", "answer": "a", "context": "c"}, "can be read in more than one way (question/answer): it has"),
@@ -153,12 +153,12 @@ REFUSED = [
     ({"query": "q", "response": "a", "history": [["x"]]}, '"history", pair 0: expected a question and its answer'),
     ({"query": "q", "response": "a", "history": [["x", 1]]}, '"history", pair 0: expected "answer" to be a string'),
     ({"instruction": "q"}, "expected an object with"),
-    ({"text": "once upon a time"}, 'found "text": it does not say who speaks'),
+    ({"text": ["once upon a time"]}, 'expected "text" to be a string'),
     ({"conversations": [{"question": "q", "answer": ""}]}, 'pair 0: "answer" is empty'),
     ({"conversations": [{"question": "q", "answer": "a"}, 5]}, 'pair 1: expected an object with "question"'),
     ({"instruction": 5, "conversations": [{"question": "q", "answer": "a"}]}, 'expected "instruction" to be a string'),
     ({"textbox_question": "q", "textbox_answer": ["a"]}, 'expected "textbox_answer" to be a string, found ["a"]'),
-    ({"data": [good_row(0), good_row(1)]}, 'an object whose "data" holds a list of 2 objects: is that the data?'),
+    ({"data": [good_row(0), good_row(1)]}, 'an object whose "data" holds a list of 2 rows: write them one a line'),
 ]  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def test_a_row_that_says_more_or_less_than_can_be_read_is_refused(row, said, tmp
 def test_no_fault_of_a_row_hides_another(tmp_path):
     bad = turns(("human", "a"), ("human", "b"))
     bad |= {"tools": ["x"], "prompt": "c", "id": []}
-    bad["conversations"][0]["weight"] = 2
+    bad["conversations"][0]["weight"] = -2
     path = written(tmp_path / "a.json", [bad])
 
     said = "\n".join(faults(path))

@@ -11,11 +11,11 @@ from finetune.dataset.row_formats import (
     SYSTEM_KEYS,
     TURN_LISTS,
     WATCHED,
-    WATCHED_IN_TURNS,
-    RowReading,
 )
+from finetune.dataset.row_reading import RowReading
 from finetune.dataset.row_verdicts import BAD_KEYS, GOOD_KEYS, GRADES, VERDICT_KEYS
 from finetune.dataset.skip_rows import rows_to_skip
+from finetune.dataset.turn_reading import READ_IN_TURNS
 
 
 def read(row: dict[str, Any]) -> Any:
@@ -33,6 +33,7 @@ def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
         assert read({**row, key: 5 if key in GRADES else value}) != read(row), key
     for layout in PAIRS:
         whole = {key: f"text of {key}" for key in layout.keys}
+        whole |= {"answers": '{"name": "f"}'} if layout.name == "xLAM" else {}
         assert read(whole)[1] == [] and len(read(whole)[0]) == 2, layout
         for key in layout.keys - beside:
             assert read({name: text for name, text in whole.items() if name != key}) != read(whole), key
@@ -43,13 +44,15 @@ def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
     assert PAIR_KEYS <= WATCHED
 
 
-def test_every_key_of_a_turn_that_is_watched_is_read_or_refused():
-    plain = {"from": "model", "value": "b"}
-    for key in sorted(WATCHED_IN_TURNS):
+def test_every_key_of_a_turn_that_is_read_changes_what_is_read_or_is_refused():
+    plain = {"role": "assistant", "content": "b"}
+    before = [{"role": "user", "content": "a"}]
+    for key in sorted(READ_IN_TURNS - {"role", "content", "name"}):
         value = key in BAD_KEYS if key in {"train", *GOOD_KEYS, *BAD_KEYS} else 0.5
-        found = read({"conversations": [{"from": "human", "value": "a"}, {**plain, key: value}]})
-        assert found != read({"conversations": [{"from": "human", "value": "a"}, plain]}), key
-        assert bool(found[1]) is (key != "train"), key
+        assert read({"messages": [*before, {**plain, key: value}]}) != read({"messages": [*before, plain]}), key
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    result = {"role": "tool", "content": "c"}
+    assert read({"messages": [call, {**result, "name": "f"}]}) != read({"messages": [call, result]})
 
 
 def test_both_keys_of_a_line_of_skip_rows_are_read(tmp_path):

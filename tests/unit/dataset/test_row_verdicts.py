@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.dataset.row_formats import RowReading
+from finetune.dataset.row_reading import RowReading
 from tests.helpers.chat_rows import good_row
 
 BAD = [

@@ -1,0 +1,399 @@
+"""A parsed row -> its turns, tools and template variables, and its faults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from finetune.conversation import Role, Turn
+from finetune.dataset.json_decoder import decode_text, shown
+from finetune.dataset.row_checks import is_blank, text_fault
+from finetune.dataset.row_formats import (
+    COIG_FORMAT,
+    EXCHANGES,
+    NAMES_OF_ROWS,
+    PAIR_KEYS,
+    REFUSED_ROWS,
+    ROW_WEIGHTS,
+    SYSTEM_KEYS,
+    TURN_LISTS,
+    WATCHED,
+    matching,
+    pair_format_of,
+    why_no_format,
+)
+from finetune.dataset.row_verdicts import VERDICT_KEYS, VERDICTS_OF_TURNS, verdict_faults
+from finetune.dataset.tool_reading import (
+    TOOL_KEYS,
+    declared_tools,
+    is_nothing,
+    read_calls,
+    tools_in_text,
+    written_calls,
+)
+from finetune.dataset.turn_reading import (
+    PLAIN_ROLES,
+    REASONING_KEYS,
+    REFUSED,
+    TurnReading,
+    read_reasoning,
+    refusals,
+    text_of_parts,
+    weight_fault,
+)
+
+# Texts that may stand beside a list of turns if they repeat one of them.
+OTHER_TEXTS = PAIR_KEYS | {"history", *REASONING_KEYS}
+
+
+class RowReading:
+    """A parsed row: its turns (all of them if `is_complete`), its format, and the role names as written in it.
+
+    `numbers` are the numbers of the turns in the row. `declared` are the tools that calls may name; `tools` are those
+    for the chat template: none where the system turn's text has them. `unread` are keys with values that are not read.
+    With `ignores_verdicts`, keys that say how good the answer is are not read.
+    """
+
+    is_complete = is_plain = True
+    format = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    declared: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = {}
+    unread: Sequence[str] = ()
+
+    def __init__(self, row: Any, place: str, *, ignores_verdicts: bool = False) -> None:
+        self.place, self.ignores_verdicts = place, ignores_verdicts
+        self.turns: list[Turn] = []
+        self.numbers: list[int] = []
+        self.role_names: list[str] = []
+        self.faults: list[str] = []
+        if isinstance(row, dict):
+            self._read(row)
+        else:
+            self._add_fatal(f'{place}: expected an object with "conversations", found {shown(row)}')
+
+    def _add_fatal(self, fault: str) -> None:
+        """Add a fault that leaves some turn unread, so that the order of turns cannot be checked."""
+        self.faults.append(fault)
+        self.is_complete = False
+
+    def _read(self, row: dict[str, Any]) -> None:
+        keys = {key for key in row.keys() & WATCHED if row[key] is not None}
+        lists = [key for key in TURN_LISTS if key in keys] if len(keys) > 1 else [*keys & {*TURN_LISTS}]
+        if len(lists) > 1 or lists and lists[0] not in TURN_LISTS[:4]:
+            lists = [key for key in lists if isinstance(row[key], list) or key in TURN_LISTS[:4]]
+        if len(row) > 1 + ("id" in row):
+            self._beside(row, keys)
+        if len(lists) > 1:
+            names = " and ".join(f'"{key}"' for key in lists)
+            self._add_fatal(f"{self.place}: has both {names}: leave one of them out")
+        elif lists and not (lists[0] == "data" and _advice(row)):
+            self._turn_list(row, lists[0], keys)
+        elif row.get("text") is not None and not keys & PAIR_KEYS:
+            self._text(row)
+        else:
+            self._pair(row, keys)
+        if self.declared or (self.turns and self.turns[0].role == "system" and "<tools>" in self.turns[0].text):
+            self._written_calls()
+        if len(keys) > 1:
+            self._apply_to_all(row, keys)
+
+    def _beside(self, row: dict[str, Any], keys: set[str]) -> None:
+        """Read what stands beside the turns or texts."""
+        self.unread = [key for key in row.keys() - WATCHED - NAMES_OF_ROWS if not is_nothing(row[key])]
+        is_verdict = {key for key in keys & VERDICT_KEYS if isinstance(row[key], int | float)}
+        self.faults += refusals(row, [*(keys & REFUSED_ROWS.keys()) - is_verdict], REFUSED_ROWS, self.place)
+        if not self.ignores_verdicts and keys & VERDICT_KEYS:
+            self.faults += verdict_faults(row, keys & VERDICT_KEYS, self.place)
+        if keys & {*TOOL_KEYS}:
+            self.tools, faults = declared_tools(row)
+            self.faults += [f"{self.place}: {fault}" for fault in faults]
+            self.declared, self.is_plain = self.tools, not self.tools
+        if "chat_template_kwargs" in keys:
+            self._template_kwargs(row["chat_template_kwargs"])
+        self._system(row)
+
+    def _template_kwargs(self, value: Any) -> None:
+        try:
+            value = decode_text(value) if isinstance(value, str) and value.strip() else value
+        except (ValueError, RecursionError):
+            pass
+        if is_nothing(value):
+            return
+        if not isinstance(value, dict):
+            fault = f'expected "chat_template_kwargs" to be an object, found {shown(value)}'
+            self.faults.append(f"{self.place}: {fault}")
+            return
+        self.template_kwargs, self.is_plain = value, False
+
+    def _system(self, row: dict[str, Any]) -> None:
+        given = {key: text_of_parts(row[key]) for key in SYSTEM_KEYS if row.get(key) not in (None, "", [])}
+        given = {key: text for key, text in given.items() if not (isinstance(text, str) and is_blank(text))}
+        if len({str(text) for text in given.values()}) > 1:
+            names = " and ".join(f'"{key}"' for key in given)
+            self.faults.append(f"{self.place}: has both {names}: leave one of them out")
+        for key in [*given][:1]:
+            self._add("system", given[key], self.place, key)
+            self.numbers[-1:] = [-1] * bool(self.numbers)
+
+    def _add(self, role: Role, text: Any, place: str, field: str, **values: Any) -> None:
+        fault = text_fault(text, field)
+        if fault is None:
+            self.numbers.append(len(self.turns))
+            self.turns.append(Turn(role, text, **values))
+        else:
+            self._add_fatal(f"{place}: {fault}")
+
+    def _text(self, row: dict[str, Any]) -> None:
+        self.format, self.is_plain = "text, for continued pretraining", False
+        if self.turns or self.tools:
+            self.faults.append(f'{self.place}: has a system prompt or tools beside "text", which is learned as it is')
+            self.turns = []
+        self.unread = [key for key in self.unread if key != "text"]
+        self._add("text", row["text"], self.place, "text")
+
+    # ---- a list of turns
+
+    def _turn_list(self, row: dict[str, Any], key: str, row_keys: set[str]) -> None:
+        turns = row[key]
+        if isinstance(turns, str) and turns.lstrip().startswith("["):
+            try:
+                turns = decode_text(turns)
+            except (ValueError, RecursionError) as error:
+                self._add_fatal(f'{self.place}: "{key}" cannot be read as JSON ({error}): {shown(turns)}')
+                return
+        if not isinstance(turns, list):
+            self._add_fatal(f'{self.place}: expected "{key}" to be a list of turns, found {shown(turns)}')
+            return
+        first = turns[0] if turns else None
+        num_system = len(self.turns)
+        if isinstance(first, dict) and not ("from" in first or "role" in first):
+            ask = next((ask for ask, answer in EXCHANGES.items() if {ask, answer} <= first.keys()), None)
+            ask = "question" if ask is None and first.get("question") is not None else ask
+            if ask is not None:
+                self._exchanges(row, turns, ask, key, row_keys)
+                self._check_system(num_system)
+                return
+        if isinstance(first, str):
+            self.format = f"{key}, texts in turn"
+            for number, text in enumerate(turns):
+                self._add("model" if number % 2 else "human", text, f"{self.place}, turn {number}", "text")
+        else:
+            role_key = "from"
+            for number, turn in enumerate(turns):
+                role_key = self._plain_turn(turn, number) or self._turn(turn, number) or role_key
+            self.format = f"{key} of {role_key} and {'value' if role_key == 'from' else 'content'}"
+        self._check_system(num_system)
+        if len(row_keys) > 1:
+            self._check_other_texts(row, row_keys & OTHER_TEXTS, key)
+
+    def _check_system(self, num_system: int) -> None:
+        """A system turn that says the same as the system prompt beside the turns is one."""
+        others = [turn for turn in self.turns[num_system:] if turn.role == "system"]
+        if not num_system or not others:
+            return
+        if self.turns[num_system] == self.turns[0] and len(others) == 1:
+            del self.turns[0], self.numbers[0]
+        else:
+            self._add_fatal(
+                f"{self.place}: has a system turn and another system prompt beside the turns: leave one of them out"
+            )
+
+    def _check_other_texts(self, row: dict[str, Any], keys: set[str], key: str) -> None:
+        """Other texts of a row with a list of turns must repeat one of the turns."""
+        texts = {turn.text for turn in self.turns}
+        for other in sorted(keys):
+            value = row[other]
+            if value not in ("", []) and not (isinstance(value, str) and value in texts):
+                self.faults.append(
+                    f'{self.place}: has "{other}" beside "{key}", and no turn says the same: which one is the '
+                    "conversation? Leave the other one out"
+                )
+
+    def _plain_turn(self, turn: Any, number: int) -> str | None:
+        """Read a turn of the most frequent form, faster than `_turn`; None, and nothing done, for any other."""
+        if type(turn) is not dict or len(turn) != 2:
+            return None
+        role_key, field = ("from", "value") if "from" in turn else ("role", "content")
+        name: Any = turn.get(role_key)
+        text: Any = turn.get(field)
+        if type(name) is not str or name not in PLAIN_ROLES or text_fault(text, role_key) is not None:
+            return None
+        self.turns.append(Turn(PLAIN_ROLES[name], text))
+        self.numbers.append(number)
+        self.role_names.append(name)
+        return role_key
+
+    def _turn(self, turn: Any, number: int) -> str | None:
+        """Read one turn; return the key under which it has its role."""
+        place = f"{self.place}, turn {number}"
+        reading = TurnReading(turn, place, ignores_verdicts=self.ignores_verdicts)
+        self.faults += reading.faults
+        self.is_complete &= reading.is_complete
+        self.is_plain &= all(
+            turn.role != "tool" and turn == Turn(turn.role, turn.text, turn.train) for turn in reading.turns
+        )
+        self.unread = [*self.unread, *(f"{key} of turns" for key in reading.unread)]
+        if reading.role_name is not None:
+            self.role_names.append(reading.role_name)
+        if reading.calls_only and reading.turns and self.turns and self.turns[-1].role == "model":
+            before, added = self.turns[-1], reading.turns[0]
+            if (before.train, before.weight) == (added.train, added.weight) and not (
+                before.reasoning and added.reasoning
+            ):
+                calls = before.tool_calls + added.tool_calls
+                self.turns[-1] = replace(
+                    before,
+                    text=before.text + added.text,
+                    tool_calls=calls,
+                    reasoning=before.reasoning or added.reasoning,
+                )
+                return reading.role_key
+        self.turns += reading.turns
+        self.numbers += [number] * len(reading.turns)
+        return reading.role_key
+
+    def _exchanges(self, row: dict[str, Any], pairs: list[Any], ask: str, key: str, row_keys: set[str]) -> None:
+        """Read question and answer pairs; COIG's instruction comes before the first question, as its script has it."""
+        answer = EXCHANGES[ask]
+        instruction = row.get("instruction") if ask == "question" else None
+        self.format = COIG_FORMAT if ask == "question" else f"{key} of {ask} and {answer}"
+        if instruction is not None and not isinstance(instruction, str):
+            self._add_fatal(f'{self.place}: expected "instruction" to be a string, found {shown(instruction)}')
+        prefix = f"{instruction}\n" if isinstance(instruction, str) and not is_blank(instruction) else ""
+        for number, pair in enumerate(pairs):
+            place = f"{self.place}, pair {number}"
+            if not isinstance(pair, dict):
+                self._add_fatal(f'{place}: expected an object with "{ask}" and "{answer}", found {shown(pair)}')
+                continue
+            question = pair.get(ask)
+            if number == 0 and isinstance(question, str) and not is_blank(question):
+                question = prefix + question
+            self.faults += refusals(pair, [*pair.keys() & REFUSED.keys()], REFUSED, place)
+            if not self.ignores_verdicts:
+                self.faults += verdict_faults(pair, pair.keys() & VERDICTS_OF_TURNS, place)
+            read = {ask, answer, *REFUSED, *VERDICTS_OF_TURNS} | ({"system"} if number == 0 else set())
+            unread = [f"{name} of turns" for name in pair.keys() - read if not is_nothing(pair[name])]
+            self.unread = [*self.unread, *unread]
+            if number == 0 and not is_nothing(pair.get("system")):
+                self._add("system", pair["system"], place, "system")
+            self._add("human", question, place, ask)
+            self._add("model", pair.get(answer), place, answer)
+        self._check_other_texts(row, row_keys & OTHER_TEXTS - {"instruction" if ask == "question" else ""}, key)
+
+    # ---- one question, one answer
+
+    def _pair(self, row: dict[str, Any], row_keys: set[str]) -> None:
+        keys = row_keys & PAIR_KEYS
+        pair_format = pair_format_of(frozenset(keys))
+        if pair_format is None and not matching(keys):
+            pair_format = pair_format_of(PAIR_KEYS.intersection(row))
+        if pair_format is None:
+            self._add_fatal(f"{self.place}: {_advice(row) or why_no_format(row, keys)}")
+            return
+        names = ", ".join((*pair_format.asks, *pair_format.answers))
+        self.format = f"{pair_format.name} ({names})"
+        if row.get("history") is not None:
+            self._history(row["history"])
+        if isinstance(row[pair_format.needs[0]], list) and isinstance(row[pair_format.needs[1]], list):
+            self.format = f"{pair_format.name} of turns ({names})"
+            turns = [*row[pair_format.needs[0]], *row[pair_format.needs[1]]]
+            for number, turn in enumerate(turns):
+                if not self._plain_turn(turn, number):
+                    self._turn(turn, number)
+            num_asked = len(row[pair_format.needs[0]])
+            self.turns = [
+                replace(turn, train=False) if turn.role == "model" and number < num_asked else turn
+                for turn, number in zip(self.turns, self.numbers, strict=True)
+            ]
+            return
+        self._add_joined("human", row, pair_format.asks, pair_format.needs)
+        if pair_format.name == "xLAM":
+            self._answer_calls(row["answers"])
+            return
+        reasoning, fault = read_reasoning({key: row.get(key) for key in REASONING_KEYS})
+        self.faults += [f"{self.place}: {fault}"] if fault else []
+        self.is_plain &= not reasoning
+        self._add_joined("model", row, pair_format.answers, pair_format.needs, reasoning=reasoning)
+
+    def _answer_calls(self, answers: Any) -> None:
+        calls, faults = read_calls(answers)
+        self.is_plain = False
+        for fault in faults:
+            self._add_fatal(f'{self.place}: "answers": {fault}')
+        self.numbers.append(len(self.turns))
+        self.turns.append(Turn("model", "", tool_calls=tuple(calls)))
+
+    def _add_joined(self, role: Role, row: Any, keys: tuple[str, ...], needs: tuple[str, ...], **values: Any) -> None:
+        texts, faults = [], []
+        for key in keys:
+            value: Any = text_of_parts(row.get(key))
+            if (isinstance(value, str) and is_blank(value)) or (value is None and key not in needs):
+                continue
+            texts.append(value)
+            if (fault := text_fault(value, key)) is not None:
+                faults.append(fault)
+                self._add_fatal(f"{self.place}: {fault}")
+        if not faults:
+            self._add(role, "\n".join(texts), self.place, next(key for key in keys if key in needs), **values)
+
+    def _history(self, history: Any) -> None:
+        if not isinstance(history, list):
+            self._add_fatal(f'{self.place}: expected "history" to be a list of pairs, found {shown(history)}')
+            return
+        for number, pair in enumerate(history):
+            place = f'{self.place}, "history", pair {number}'
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                self._add_fatal(f"{place}: expected a question and its answer, found {shown(pair)}")
+                continue
+            self._add("human", pair[0], place, "question")
+            self._add("model", pair[1], place, "answer")
+
+    # ---- of all formats
+
+    def _written_calls(self) -> None:
+        """Read calls and results that stand in the texts of a row which declares tools, also in its system turn."""
+        system = self.turns[0].text if self.turns and self.turns[0].role == "system" else ""
+        if in_text := tools_in_text(system):
+            if self.tools and self.tools != in_text:
+                self.faults.append(f"{self.place}: declares tools in its system turn (<tools>) and others beside it")
+            self.declared, self.tools = in_text, ()
+        if not self.declared:
+            return
+        turns, numbers, faults = written_calls(self.turns, self.numbers, self.declared)
+        self.faults += [f"{self.place}, {fault}" for fault in faults]
+        self.is_plain &= turns == self.turns
+        self.turns, self.numbers = turns, numbers
+
+    def _apply_to_all(self, row: dict[str, Any], keys: set[str]) -> None:
+        """Apply the weight of the row, and the rule that its last answer alone is supervised."""
+        weight = 1.0
+        for key in ROW_WEIGHTS:
+            if key in keys and row[key] != 0:
+                fault = weight_fault(row[key], key)
+                self.faults += [f"{self.place}: {fault}"] if fault else []
+                weight *= 1.0 if fault else float(row[key])
+        last_only = row.get("only_last_turn_loss")
+        if last_only is not None and not isinstance(last_only, bool):
+            self.faults.append(f'{self.place}: expected "only_last_turn_loss" to be true or false')
+        if weight == 1 and last_only is not True:
+            return
+        self.is_plain = False
+        last = max((index for index, turn in enumerate(self.turns) if turn.role == "model"), default=0)
+        for index, turn in enumerate(self.turns):
+            if turn.role in ("model", "text"):
+                train = turn.train and (last_only is not True or index == last)
+                self.turns[index] = replace(turn, train=train, weight=turn.weight * weight)
+
+
+def _advice(row: dict[str, Any]) -> str | None:
+    """What to do with a row that holds a list of rows."""
+    for key, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value[:3]):
+            if all(RowReading(item, "").is_complete for item in value[:3]):
+                return (
+                    f"an object whose {shown(key)} holds a list of {len(value):,} rows: write them one a line, for "
+                    f"example with jq -c '.[{shown(key)}][]'"
+                )
+    return None

@@ -1,0 +1,218 @@
+"""Check tool calls against the declared functions, and their results against the calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from finetune.conversation import ToolCall, Turn
+from finetune.dataset.json_decoder import shown
+from finetune.dataset.row_checks import surrogate_fault
+from finetune.dataset.tool_reading import UNREADABLE, strings_in
+
+Numbered = Sequence[tuple[int, Turn]]
+SHOWN_ERRORS = 3
+# Names of types that published declarations have in place of those of JSON Schema; None: any value.
+_TYPES = {
+    "str": "string", "int": "integer", "float": "number", "double": "number", "bool": "boolean", "dict": "object",
+    "list": "array", "tuple": "array", "set": "array", "any": None, "union": None, "optional": None, "callable": None,
+    **{name: name for name in ("string", "integer", "number", "boolean", "object", "array", "null")},
+}  # fmt: skip
+_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+
+
+def check_tools(
+    numbered: Numbered, tools: Sequence[Mapping[str, Any]], place: str, *, allows_undeclared: bool = False
+) -> tuple[list[tuple[int, Turn]], list[str]]:
+    """Check the calls of a row.
+
+    Args:
+        tools: the declarations that calls may name.
+        allows_undeclared: whether a row without declarations may hold calls, which cannot be checked then.
+
+    Returns:
+        The turns, without null arguments that no declaration knows (tables put them there), and the faults.
+    """
+    declared, faults = _declared(tools, place)
+    turns = []
+    for number, turn in numbered:
+        calls = []
+        for call in turn.tool_calls:
+            fault = None
+            if call.name in declared:
+                call, fault = _checked(call, declared[call.name])
+            elif tools or not allows_undeclared:
+                fault = _undeclared(call, declared)
+            fault = fault or next(
+                filter(None, (surrogate_fault(text, "arguments") for text in strings_in(call.arguments))), None
+            )
+            faults += [f"{place}, turn {number}: {fault}"] if fault else []
+            calls.append(call)
+        turns.append((number, replace(turn, tool_calls=tuple(calls)) if calls else turn))
+    repeated = Counter(call.id for _, turn in numbered for call in turn.tool_calls if call.id is not None)
+    for own_id, count in repeated.items():
+        if count > 1:
+            faults.append(f"{place}: has {count} calls with the id {shown(own_id)}: give each call its own")
+    return turns, [*faults, *_result_faults(numbered, place)]
+
+
+def _undeclared(call: ToolCall, declared: Mapping[str, Any]) -> str:
+    if declared:
+        return (
+            f"calls {shown(call.name)}, which is not declared ({', '.join(declared)}): declare it, or correct the name"
+        )
+    return (
+        f'calls {shown(call.name)}, and the row declares no tools: declare them under "tools", or use '
+        "--repairs undeclared_tools"
+    )
+
+
+def _declared(tools: Sequence[Mapping[str, Any]], place: str) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """The schema of each declared function, with its validator (None without or with a bad one); and faults."""
+    declared: dict[str, tuple[Any, Any]] = {}
+    faults = []
+    for tool in tools:
+        function = tool["function"]
+        name, schema = function["name"], function.get("parameters")
+        if name in declared:
+            faults.append(f"{place}: declares {shown(name)} twice: leave one of them out")
+        validator = fault = None
+        if schema:
+            validator, fault = _validator(json.dumps(schema))
+        texts = (surrogate_fault(text, f"declaration of {name}") for text in strings_in(tool))
+        for reason in filter(None, (fault, next(filter(None, texts), None))):
+            faults.append(f"{place}: the declaration of {shown(name)} is no valid JSON Schema: {reason}")
+        declared[name] = schema or {}, validator
+    return declared, faults
+
+
+@lru_cache(4096)
+def _validator(schema: str) -> tuple[Any, str | None]:
+    """A validator for a schema in JSON, or why it is none. References into the web are not followed."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+    from referencing.jsonschema import EMPTY_REGISTRY
+
+    checked = _in_names_of_json_schema(json.loads(schema))
+    kind = validator_for(checked, default=Draft202012Validator)
+    try:
+        kind.check_schema(checked)
+    except SchemaError as error:
+        path = ", ".join(map(str, error.absolute_path))
+        return None, f"{path}: {error.message}".lstrip(": ")
+    except RecursionError:
+        return None, "nested too deeply"
+    return kind(checked, registry=EMPTY_REGISTRY), None
+
+
+def _in_names_of_json_schema(schema: Any) -> Any:
+    """The schema with the types named as JSON Schema does, for checks; what templates show keeps its own names."""
+    if not isinstance(schema, dict):
+        return schema
+    checked = dict(schema)
+    if isinstance(own := schema.get("type"), str):
+        head = re.match(r"\w*", own.strip())
+        name = _TYPES.get(head[0].lower(), own) if head else own
+        checked["type"] = name
+        if name is None:
+            del checked["type"]
+    if isinstance(schema.get("required"), bool):
+        del checked["required"]
+    for key in _OF_SCHEMAS:
+        if isinstance(schema.get(key), dict):
+            checked[key] = {name: _in_names_of_json_schema(child) for name, child in schema[key].items()}
+    for key in _LISTS_OF_SCHEMAS:
+        if isinstance(schema.get(key), list):
+            checked[key] = [_in_names_of_json_schema(child) for child in schema[key]]
+    for key in ("items", "additionalProperties", "not"):
+        if isinstance(schema.get(key), dict):
+            checked[key] = _in_names_of_json_schema(schema[key])
+    return checked
+
+
+def _checked(call: ToolCall, declaration: tuple[Any, Any]) -> tuple[ToolCall, str | None]:
+    """The call without null arguments that its schema does not know; and why the others do not fit."""
+    schema, validator = declaration
+    if call.arguments is UNREADABLE or validator is None:
+        return call, None
+    try:
+        if None in call.arguments.values():
+            properties = validator.schema.get("properties", {})
+            allowed = {name for name, child in properties.items() if validator.evolve(schema=child).is_valid(None)}
+            kept = {name: value for name, value in call.arguments.items() if value is not None or name in allowed}
+            call = replace(call, arguments=kept)
+        errors = [*validator.iter_errors(call.arguments)]
+    except RecursionError:
+        return call, f"the declaration of {shown(call.name)} refers to itself without end: correct it"
+    except Exception as error:  # a reference that leads nowhere, a broken pattern: each library has its own error
+        return call, f"the declaration of {shown(call.name)} cannot be applied ({error}): correct it"
+    if not errors:
+        return call, None
+    reasons = [": ".join([*map(str, error.absolute_path), shown_reason(error.message)]) for error in errors]
+    more = [f"and {len(errors) - SHOWN_ERRORS} more"] if len(errors) > SHOWN_ERRORS else []
+    return call, (
+        f"calls {shown(call.name)} with arguments that do not fit its declaration: "
+        f"{'; '.join([*reasons[:SHOWN_ERRORS], *more])}: correct the arguments or the declaration"
+    )
+
+
+def shown_reason(text: str) -> str:
+    """A reason of another library on one line, of a length that fits a message."""
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _result_faults(numbered: Numbered, place: str) -> list[str]:
+    """Faults in how results follow calls: each call of a turn has its result in the tool turns right after it."""
+    faults: list[str] = []
+    calls: tuple[ToolCall, ...] = ()
+    waiting: list[ToolCall] = []
+    called_at = num_results = 0
+
+    def close() -> None:
+        # One result without an id may hold those of several calls without ids.
+        if waiting and not (num_results == 1 and all(call.id is None for call in calls)):
+            names = ", ".join(shown(call.name if call.id is None else f"{call.name} ({call.id})") for call in waiting)
+            faults.append(
+                f"{place}, turn {called_at}: calls {names} without a result: add a tool turn with it right after the "
+                "call, or leave the call out"
+            )
+
+    for number, turn in numbered:
+        if turn.role == "tool":
+            fault = _misplaced(turn, calls, waiting)
+            faults += [f"{place}, turn {number}: {fault}"] if fault else []
+            num_results += 1
+        else:
+            close()
+            calls, waiting = turn.tool_calls, [*turn.tool_calls]
+            called_at, num_results = number, 0
+    if numbered and numbered[-1][1].role == "tool":
+        close()
+    return faults
+
+
+def _misplaced(turn: Turn, calls: Sequence[ToolCall], waiting: list[ToolCall]) -> str | None:
+    """Why a tool turn is no result of the calls; takes the call that it answers out of those that wait."""
+    if not calls:
+        return "a tool result without a call right before it: add the call to the model turn, or leave the result out"
+    if turn.tool_call_id is not None:
+        call = next((call for call in calls if call.id == turn.tool_call_id), None)
+        if call is None:
+            return f"the result of the call {shown(turn.tool_call_id)}, and no call before it has that id"
+        if call not in waiting:
+            return f"a second result of the call {shown(turn.tool_call_id)}: leave one of them out"
+    elif not waiting:
+        return "a tool result more than there are calls before it: leave it out"
+    else:
+        call = next((call for call in waiting if turn.tool_name in (None, call.name)), waiting[0])
+    waiting.remove(call)
+    if turn.tool_name not in (None, call.name):
+        return f"the result of {shown(turn.tool_name)}, and the call before it is of {shown(call.name)}"
+    return None

@@ -1,0 +1,269 @@
+"""One turn of a row -> `Turn`: its role, its text or parts, reasoning, tool calls and weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.conversation import Role, ToolCall, Turn
+from finetune.dataset.json_decoder import shown
+from finetune.dataset.row_checks import is_blank, text_fault
+from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, verdict_faults
+from finetune.dataset.tool_reading import is_nothing, read_calls, tagged_results
+
+ROLES: dict[str, Role] = {
+    "human": "human", "user": "human", "prompter": "human",
+    "model": "model", "gpt": "model", "assistant": "model", "bot": "model", "chatbot": "model", "chatgpt": "model",
+    "bing": "model", "system": "system", "developer": "system",
+    "function_call": "model", "tool_call": "model",
+    "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "text": "text",
+}  # fmt: skip
+ACCEPTED_ROLES = "accepted as human: user; as model: gpt, assistant, bot, chatgpt; as tool: function, observation"
+# The text of a turn of these roles is a call, or a list of calls, as JSON.
+CALL_ROLES = ("function_call", "tool_call")
+PLAIN_ROLES = {
+    name: role for name, role in ROLES.items() if role in ("human", "model", "system") and name not in CALL_ROLES
+}
+# The key of the role -> the keys of the text.
+TURN_KEYS = {"from": ("value",), "role": ("content", "parts", "text")}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+CALL_KEYS = ("tool_calls", "function_call")
+WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale", "train")
+ONLY_TEXT, ONLY_WHOLE_TURNS = "only text is read", "a turn is supervised as a whole"
+# What a text chat cannot hold: a value under one of these keys is a fault, never dropped silently.
+REFUSED = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "image_url"), ONLY_TEXT),
+    **dict.fromkeys(("train_detail", "prefix"), ONLY_WHOLE_TURNS),
+}
+REMEDY = "leave the row out, or write what it says as text"
+_READ = frozenset({*TURN_KEYS, "value", "content", "parts", "text", *REASONING_KEYS, *CALL_KEYS, *WEIGHTS})
+READ_IN_TURNS = _READ | {"tool_call_id", "name", *REFUSED, *VERDICTS_OF_TURNS}
+
+
+def role_of(name: Any) -> Role | None:
+    """The role that a name in the data stands for, upper and lower case alike."""
+    return (ROLES.get(name) or ROLES.get(name.lower())) if isinstance(name, str) else None
+
+
+class TurnReading:
+    """One turn of a row: what it says as turns, several where it holds several tool results, and its faults.
+
+    `role_key` is the key under which it has its role, `role_name` the role as written; `calls_only` tells a turn of
+    `CALL_ROLES`, which continues a model turn before it; `unread` are keys with values that are not read.
+    """
+
+    def __init__(self, turn: Any, place: str, *, ignores_verdicts: bool = False) -> None:
+        self.place = place
+        self.turns: list[Turn] = []
+        self.faults: list[str] = []
+        self.is_complete, self.calls_only = True, False
+        self.role_key: str | None = None
+        self.role_name: str | None = None
+        self.unread: list[str] = []
+        if not isinstance(turn, dict):
+            self._add_fatal(f'expected an object with "from" and "value", found {shown(turn)}')
+            return
+        role_key, field = self._keys(turn)
+        self.role_key = role_key
+        if field is None:
+            return
+        role = self._role(turn.get(role_key))
+        if role == "model" and not ignores_verdicts:
+            self.faults += verdict_faults(turn, _present(turn, VERDICTS_OF_TURNS), place)
+        self.faults += refusals(turn, _present(turn, REFUSED), REFUSED, place)
+        self.unread = [key for key in turn.keys() - READ_IN_TURNS if not is_nothing(turn[key])]
+        self._read(turn, role, field)
+
+    def _add(self, fault: str) -> None:
+        self.faults.append(f"{self.place}: {fault}")
+
+    def _add_fatal(self, fault: str) -> None:
+        self._add(fault)
+        self.is_complete = False
+
+    def _keys(self, turn: dict[str, Any]) -> tuple[str, str | None]:
+        """The keys of the role and of the text; no key of the text if they contradict each other."""
+        texts = [key for key in TURN_KEYS["role"] if turn.get(key) is not None]
+        if turn.get("role") is None and (not texts or texts == ["text"]):
+            return "from", "value"
+        if turn.get("from") is not None or turn.get("value") is not None:
+            self._add_fatal('has keys of both "from", "value" and "role", "content": leave two out')
+            return "role", None
+        if len(texts) > 1 and any(turn[key] != turn[texts[0]] for key in texts):
+            self._add_fatal(f"has both {' and '.join(map(shown, texts))}: leave one of them out")
+            return "role", None
+        return "role", texts[0] if texts else "content"
+
+    def _role(self, name: Any) -> Role | None:
+        role = role_of(name)
+        if role is None or role == "text":
+            self._add_fatal(
+                f'expected "{self.role_key}" to be human, model, system or tool, found {shown(name)} ({ACCEPTED_ROLES})'
+            )
+            return None
+        self.role_name = name
+        self.calls_only = name.lower() in CALL_ROLES
+        return role
+
+    def _read(self, turn: dict[str, Any], role: Role | None, field: str) -> None:
+        """Read what the turn says, and add it."""
+        value, thought, calls = self._content(turn[field] if field in turn else None, field)
+        calls += self._calls(turn)
+        if self.calls_only and isinstance(value, str):
+            head, end, rest = value.partition("</think>") if value.lstrip().startswith("<think>") else ("", "", value)
+            read, faults = read_calls(rest)
+            calls, value = [*calls, *read], head + end
+            for wrong in faults:
+                self._add(wrong)
+        if calls and role not in ("model", None):
+            self._add(f"has tool calls, but only a model turn calls: {REMEDY}")
+        reasoning = self._reasoning(turn, thought, value, role)
+        is_supervised, weight = self._weight(turn, role)
+        result_of = self._result_of(turn, role)
+        if role == "model" and (calls or self.calls_only) and (value is None or value == ""):
+            self.turns.append(Turn("model", "", is_supervised, reasoning, tuple(calls), weight=weight))
+            return
+        may_be_blank = role == "model" and bool(calls) and isinstance(value, str)
+        if not (may_be_blank and is_blank(value)) and (fault := text_fault(value, field)) is not None:
+            self._add_fatal(fault)
+            return
+        for text in (tagged_results(value) if role == "tool" else []) or [value]:
+            self.turns.append(Turn(role or "human", text, is_supervised, reasoning, tuple(calls), *result_of, weight))
+
+    def _content(self, value: Any, field: str) -> tuple[Any, str, list[ToolCall]]:
+        """The text (texts of parts joined), the reasoning, and the calls of a turn's value."""
+        if not isinstance(value, list) or not all(isinstance(part, dict) for part in value) or not value:
+            return value, "", []
+        texts: list[str] = []
+        thoughts: list[str] = []
+        calls: list[ToolCall] = []
+        for number, part in enumerate(value):
+            kind = part.get("type", "text")
+            given = next((part[key] for key in ("text", kind, "content") if isinstance(part.get(key), str)), None)
+            call = next((part[key] for key in ("toolUse", "functionCall") if isinstance(part.get(key), dict)), None)
+            if call is not None or kind in ("tool_use", "toolUse"):
+                call = part if call is None else call
+                own_id = call.get("toolUseId", call.get("id"))
+                read, faults = read_calls({"arguments": call.get("args", call.get("input")), **_of(call, own_id)})
+                calls += read
+                for fault in faults:
+                    self._add(fault)
+            elif given is not None and kind in ("thinking", "reasoning"):
+                thoughts.append(given)
+            elif given is not None and (kind in ("text", "input_text", "output_text") or set(part) == {"text"}):
+                texts.append(given)
+            else:
+                self._add_fatal(f'"{field}", part {number}: {ONLY_TEXT}, found {shown(part)}: {REMEDY}')
+        return "".join(texts), "\n".join(thoughts), calls
+
+    def _calls(self, turn: dict[str, Any]) -> list[ToolCall]:
+        calls: list[ToolCall] = []
+        for key in CALL_KEYS:
+            if not is_nothing(turn.get(key)):
+                read, faults = read_calls(turn[key])
+                calls += read
+                for fault in faults:
+                    self._add(f'"{key}": {fault}')
+        return calls
+
+    def _reasoning(self, turn: dict[str, Any], thought: str, text: Any, role: Role | None) -> str:
+        reasoning, fault = read_reasoning({"parts": thought} | {key: turn.get(key) for key in REASONING_KEYS})
+        if reasoning and role not in ("model", None):
+            fault = f"has reasoning, but only a model turn reasons: {REMEDY}"
+        elif reasoning and isinstance(text, str) and "</think>" in text:
+            fault = "has reasoning beside the text and in it (</think>): leave one of them out"
+        if fault is not None:
+            self._add(fault)
+        return reasoning
+
+    def _result_of(self, turn: dict[str, Any], role: Role | None) -> tuple[str | None, str | None]:
+        """The id of the call and the name of the function whose result a tool turn is."""
+        own_id: Any = turn.get("tool_call_id")
+        name: Any = turn.get("name")
+        if isinstance(own_id, int) and not isinstance(own_id, bool):
+            own_id = str(own_id)
+        if role == "tool":
+            for key, value in (("tool_call_id", own_id), ("name", name)):
+                if value is not None and (not isinstance(value, str) or text_fault(value, key)):
+                    self._add(f'expected "{key}" to be a string, found {shown(value)}')
+                    return None, None
+            return own_id, name
+        if not is_nothing(own_id):
+            self._add(f'has "tool_call_id": {shown(own_id)}, but only a tool turn is a result: leave it out')
+        if not is_nothing(name):
+            self.unread.append("name")
+        return None, None
+
+    def _weight(self, turn: dict[str, Any], role: Role | None) -> tuple[bool, float]:
+        """Whether a turn is supervised, and its weight."""
+        if len(turn) == 2:
+            return True, 1.0
+        found = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
+        weights = []
+        for key, value in found.items():
+            if (fault := weight_fault(value, key)) is not None:
+                self._add(fault)
+            elif role not in ("model", None) and value is True:
+                self._add(f'has "{key}": true, but only model turns are supervised: leave it out')
+            else:
+                weights.append(float(value))
+        if role not in ("model", None):
+            if any(weight not in (0, 1) for weight in weights):
+                self._add("has a weight, but only model turns are supervised: leave it out")
+            return True, 1.0
+        if 0 in weights and any(weights) or len({weight for weight in weights if weight not in (0, 1)}) > 1:
+            self._add(f"{' and '.join(map(shown, found))} say different things: leave one of them out")
+        weight = next((weight for weight in weights if weight not in (0, 1)), 1.0)
+        return 0 not in weights, weight
+
+
+def read_reasoning(holder: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The reasoning under one key of the holder, or under several that say the same; and a fault without its place."""
+    found = {key: value for key, value in holder.items() if not is_nothing(value)}
+    for key, value in found.items():
+        if (fault := text_fault(value, key)) is not None:
+            return "", fault
+    if len({*found.values()}) > 1:
+        return "", f"has reasoning under {' and '.join(found)}, which differ: leave one of them out"
+    return next(iter(found.values()), ""), None
+
+
+def weight_fault(value: Any, key: str) -> str | None:
+    """Why a value is no weight of a loss; None if it is one."""
+    if isinstance(value, bool):
+        return None
+    if key == "train":
+        return f'expected "train" to be true or false, found {shown(value)}'
+    if isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1e6:
+        return None
+    return f'expected "{key}" to be a number of 0 or more, or true or false, found {shown(value)}'
+
+
+def refusals(holder: Mapping[str, Any], keys: list[str], reasons: Mapping[str, str], place: str) -> list[str]:
+    """A fault for each reason for which values of a row or a turn cannot be read; those of other rows read the same."""
+    by_reason: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        if not is_nothing(holder[key]):
+            by_reason.setdefault(reasons[key], []).append(f'"{key}"')
+    return [f"{place}: has {' and '.join(keys)}: {reason}: {REMEDY}" for reason, keys in by_reason.items()]
+
+
+def text_of_parts(value: Any) -> Any:
+    """The text of a value that may be a list of text parts, or an object with such a list; other values as they are."""
+    if isinstance(value, dict) and isinstance(value.get("parts"), list):
+        value = value["parts"]
+    if isinstance(value, list) and value and all(isinstance(part, dict) and set(part) <= _TEXT_PART for part in value):
+        return "".join(part["text"] for part in value if isinstance(part.get("text"), str))
+    return value
+
+
+_TEXT_PART = {"type", "text"}
+
+
+def _present(turn: Mapping[str, Any], keys: Any) -> list[str]:
+    return [key for key in turn if key in keys and turn[key] is not None]
+
+
+def _of(call: Mapping[str, Any], own_id: Any) -> dict[str, Any]:
+    return {"name": call.get("name")} | ({} if own_id is None else {"id": own_id})
