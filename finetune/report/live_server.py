@@ -20,8 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from finetune.diagnostics import FAILURE_FILE
-from finetune.report.curves import plot_data
-from finetune.report.report_page import render_parts, render_report, write_report
+from finetune.report.report_page import render_report, render_state, write_report
 from finetune.report.run_reader import RunRecord, has_ended, read_run
 from finetune.report.sample_answers import ANSWERS_FILE
 from finetune.run_dir import output_dir_lock, run_json
@@ -57,7 +56,8 @@ class Snapshot:
     @cached_property
     def now(self) -> bytes:
         """Parts and numbers as JSON, compressed."""
-        state = {"parts": render_parts(self.runs), "numbers": plot_data(self.runs), "ended": self.ended}
+        parts, numbers = render_state(self.runs)
+        state = {"parts": parts, "numbers": numbers, "ended": self.ended}
         return gzip.compress(json.dumps(state, allow_nan=False).encode(), 6, mtime=0)
 
     @cached_property

@@ -25,7 +25,9 @@ from finetune.report.curves import plot_data
 from finetune.report.html_pages import POLICY, REPORT, asset, check_replaceable, render, write_page
 from finetune.report.run_reader import RunRecord, read_run
 from finetune.report.sample_answers import generate_answers, prompts_of, reason_not_answered, write_answers
+from finetune.run_dir.run_json import RUN_FILE
 from finetune.utils.errors import ConfigError, FinetuneError
+from finetune.utils.user_files import MALFORMED
 
 REPORT_POLICY = f"{POLICY}; img-src data: blob:; base-uri 'none'; form-action 'none'"
 PARTS = ("head", "body")
@@ -38,23 +40,23 @@ def render_report(runs: Sequence[RunRecord], *, every: float | None = None, serv
         every: seconds after which the page looks for changes; None: never.
         served: by `live_server`, which the page may ask, instead of reloading itself from the disk.
     """
-    scripts = (plotly_script(), asset("report.js"))
+    scripts, (parts, numbers) = (plotly_script(), asset("report.js")), render_state(runs)
     policy = f"{REPORT_POLICY}; script-src {' '.join(map(_hash, scripts))}" + ("; connect-src 'self'" if served else "")
     return render(
         "report.html",
         title=title(runs),
-        parts=render_parts(runs),
+        parts=parts,
         generator=REPORT,
         policy=policy,
         style=asset("base.css") + asset("report.css"),
-        numbers=as_script_data(plot_data(runs)),
+        numbers=as_script_data(numbers),
         scripts=scripts,
         every=every,
     )
 
 
-def render_parts(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Return the HTML above and below the plots, which changes during a run, by name."""
+def render_state(runs: Sequence[RunRecord]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what changes during a run: the HTML above and below the plots by name, and the numbers of the plots."""
     try:
         values = {
             "runs": runs,
@@ -66,10 +68,11 @@ def render_parts(runs: Sequence[RunRecord]) -> dict[str, str]:
             "answers": report_tables.answers(runs),
             "differing": report_tables.differences(runs) if len(runs) > 1 else [],
         }
-        return {name: render(f"report_{name}.html", **values) for name in PARTS}
-    except (AttributeError, KeyError, TypeError, ValueError, UndefinedError) as error:
-        folders = ", ".join(str(run.folder) for run in runs)
-        raise ConfigError(f"{folders}: its run.json is not as this version writes it: {error!r}") from error
+        return {name: render(f"report_{name}.html", **values) for name in PARTS}, plot_data(runs)
+    except (*MALFORMED, UndefinedError) as error:
+        files = ", ".join(str(run.folder / RUN_FILE) for run in runs)
+        reason = repr(error)[:200]
+        raise ConfigError(f"{files}: is not as this version writes it: {reason}: restore the file") from error
 
 
 def title(runs: Sequence[RunRecord]) -> str:

@@ -15,10 +15,11 @@ from finetune.run_dir.data_samples import RowSample, read_samples, without_place
 from finetune.run_dir.eval_results import FILES, ResultSection, read_sections
 from finetune.training import nonfinite
 from finetune.utils.errors import ConfigError
-from finetune.utils.user_files import UNREADABLE
+from finetune.utils.user_files import MALFORMED, UNREADABLE
 
 State = Literal["complete", "failed", "stopped", "running", "unknown"]
 MAX_LEDGER_ROWS = 100
+MAX_NUMBER = 1e50  # sums of products of three are finite
 GROUPS = ("loss_by_source", "loss_by_turn")
 
 
@@ -108,7 +109,7 @@ def _evaluated(folder: Path) -> list[ResultSection]:
             sections += read_sections(folder, [name])
         except ConfigError as error:
             sections.append(ResultSection("Evaluation", [], [], notes=[str(error)]))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             note = f"{folder / name}: is not as this version writes it: {error!r}"
             sections.append(ResultSection("Evaluation", [], [], notes=[note]))
     return sections
@@ -147,7 +148,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
         except (ValueError, RecursionError):
             values = None
         step = values.get("step") if isinstance(values, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool):
+        if not isinstance(step, int) or _number(step) is None:
             unread += 1
             continue
         line: dict[str, Any] = {"step": step}
@@ -173,7 +174,7 @@ def _append(lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
 
 
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
     return value if is_number else None
 
 

@@ -134,7 +134,8 @@ def _from_json(values: dict[str, Any]) -> RowSample:
     def turn_of(turn: dict[str, Any]) -> TurnSample:
         pieces = turn["pieces"]
         return TurnSample(
-            turn["role"], [Segment(piece["kind"], str(piece["text"]), None, bool(piece["read"])) for piece in pieces]
+            None if turn["role"] is None else str(turn["role"]),
+            [Segment(str(piece["kind"]), str(piece["text"]), None, bool(piece["read"])) for piece in pieces],
         )
 
     return RowSample(

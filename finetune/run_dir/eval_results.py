@@ -146,7 +146,14 @@ def _row(row: dict[str, Any]) -> TableRow:
     identity = "" if row["id"] is None else f", id {row['id']}"
     losses = ", ".join(f"{model} {row[model]:.4f}" for model in ("base", "tuned") if row.get(model) is not None)
     title = f"{row['source']}, row {row['row']}{identity}: {row['tokens']:,} tokens, loss {losses}"
-    return TableRow(title, row["segments"])
+    segments = [
+        {"kind": str(one["kind"]), "text": str(one["text"]), "read": bool(one["read"])} for one in row["segments"]
+    ]
+    return TableRow(title, segments)
+
+
+def _texts(values: list[Any]) -> list[str]:
+    return [str(value) for value in values]
 
 
 # ---- benchmarks
@@ -174,7 +181,7 @@ def benchmarks_section(document: dict[str, Any]) -> ResultSection:
             for label, values in {**percents, **published["rows"]}.items()
         ]
         tables.append(ResultTable(f"Published scores ({published['source']})", ["", *names], rows))
-    return ResultSection("Benchmarks", document["verdict"], tables, [], document["notes"])
+    return ResultSection("Benchmarks", _texts(document["verdict"]), tables, [], _texts(document["notes"]))
 
 
 def _score(score: dict[str, Any] | None) -> str:
@@ -205,7 +212,7 @@ def forgetting_section(document: dict[str, Any]) -> ResultSection:
         for group in document["groups"]
     ]
     table = ResultTable("What the base could do", head, rows)
-    return ResultSection("Forgetting", document["verdict"], [table], [], document["notes"])
+    return ResultSection("Forgetting", _texts(document["verdict"]), [table], [], _texts(document["notes"]))
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], ResultSection]] = {

@@ -8,8 +8,9 @@ from typing import Any
 
 from finetune.utils.errors import ConfigError
 
-# What reading a JSON file and its values raises where they are not as their writer made them.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+# What reading JSON values raises where they are not as their writer made them, and reading their file as well.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+UNREADABLE = (OSError, *MALFORMED)
 KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 

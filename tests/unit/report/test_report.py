@@ -127,7 +127,7 @@ def test_no_run_no_report(tmp_path):
 
 def test_facts_of_another_shape_are_an_error_that_says_so(tmp_path):
     folder = output_dir(tmp_path / "one", data={"path": [], "summary": {"rows": "many"}})
-    with pytest.raises(ConfigError, match=f"{folder}: its run.json is not as this version writes it"):
+    with pytest.raises(ConfigError, match=f"{folder}/run.json: is not as this version writes it"):
         report_of(folder)
     assert "no report was written: " in write_at_the_end(folder, answers=0, seconds=1.0)
 
