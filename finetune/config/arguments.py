@@ -16,13 +16,13 @@ from typing import Any, Literal
 from finetune.utils.options import OptionType, declaration, default_of_field, option
 
 # The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
-# Its newest commit is used and named, unless --model_revision pins one.
+# Only at the newest commit of its main branch, which is named: a revision may be a pull request by anyone.
 TRUSTED_WITHOUT_FLAG = ("deeplang-ai/LingoWhale-8B",)
 
 
-def needs_no_trust(name: str) -> bool:
-    """Whether a model's Python files run without the flag; never those of a folder that is called like it."""
-    return name in TRUSTED_WITHOUT_FLAG and not Path(name).exists()
+def needs_no_trust(name: str, revision: str | None = None) -> bool:
+    """Whether a model's Python files run without the flag; never those of a folder called like it, or of a revision."""
+    return name in TRUSTED_WITHOUT_FLAG and revision is None and not Path(name).exists()
 
 
 VERIFY_KEY_HELP = "name of an environment variable with a key: a checkpoint needs a manifest signed with it (HMAC)"
@@ -98,7 +98,7 @@ class ModelArguments:
     trust_remote_code: bool = option(
         False,
         "run the Python files that come with the model; without it such a model is refused, and nothing of it runs "
-        f"(`{TRUSTED_WITHOUT_FLAG[0]}` needs no flag)",
+        f"(`{TRUSTED_WITHOUT_FLAG[0]}` needs no flag, except with `--model_revision`)",
     )
     allow_missing_weights: bool = option(
         False,
@@ -118,7 +118,7 @@ class ModelArguments:
 
     def trusts_code(self) -> bool:
         """Whether the model's own Python files may run."""
-        return self.trust_remote_code or needs_no_trust(self.model_name_or_path)
+        return self.trust_remote_code or needs_no_trust(self.model_name_or_path, self.model_revision)
 
     def is_lingowhale(self) -> bool:
         """Whether the name says that this is LingoWhale, or a copy of it."""

@@ -11,6 +11,7 @@ from typing import Any
 from finetune.chat_templates import RenderedConversation
 from finetune.conversation import BadRow
 from finetune.dataset.row_faults import RowFaults
+from finetune.utils.user_files import from_json
 
 STATUSES = ("kept", "cut", "split", "dropped")
 HISTOGRAM_BINS = 24
@@ -50,7 +51,9 @@ class DataSummary:
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> DataSummary:
         """Restore a summary from its `facts`; a `TypeError` if another version wrote them."""
-        return cls(**{name: value for name, value in facts.items() if name != "supervised_share"})
+        return from_json(
+            cls, {name: value for name, value in facts.items() if name != "supervised_share"}, "data.summary:"
+        )
 
     @property
     def supervised_share(self) -> float:

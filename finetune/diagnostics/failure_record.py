@@ -6,16 +6,17 @@ import math
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, get_type_hints
+
+from finetune.utils.user_files import has_type
 
 KINDS = ("error", "exception", "died", "stuck", "missing", "lost", "launcher")
 PHASES = ("start", "data", "rendezvous", "model", "step", "evaluation", "save", "end")
 RENAMED_PHASES = {"meeting": "rendezvous"}  # in records of version 0.1
 ERROR_LINES, TRACEBACK_LINES, LINE_LENGTH, ALSO_LENGTH = 40, 60, 2000, 64
 SIGNALS = frozenset(int(number) for number in signal.Signals if number < 32)
-FIELD_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Failure:
         """Invert `to_json`. Unknown keys, and values of another type than the field's, are left out."""
         if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
             raise ValueError(f'expected an object with a "kind", got {str(values)[:80]!r}')
-        types = {field.name: str(field.type) for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in types and _has_type(value, types[name])})
+        hints = get_type_hints(cls)
+        return cls(**{name: value for name, value in values.items() if name in hints and has_type(value, hints[name])})
 
     def killed_by(self) -> int | None:
         """Return the signal that ended the process, also as read from an exit status: -9, 137 and 247 are SIGKILL.
@@ -90,16 +91,6 @@ class Failure:
             return datetime.fromisoformat(self.when).timestamp()
         except (ValueError, OverflowError, OSError):
             return math.inf
-
-
-def _has_type(value: object, annotation: str) -> bool:
-    """Return whether a JSON value has the type of a field, such as `Sequence[int]` or `str | None`."""
-    if value is None:
-        return annotation.endswith("None")
-    if annotation.startswith("Sequence"):
-        item_type = int if "int" in annotation else str
-        return isinstance(value, list) and all(isinstance(item, item_type) for item in value)
-    return isinstance(value, FIELD_TYPES[annotation.partition(" ")[0]]) and not isinstance(value, bool)
 
 
 def _utf8_text(text: object) -> str:

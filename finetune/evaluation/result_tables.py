@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from finetune.chat_templates.text_segments import Segment
 from finetune.report.preview_terminal import PreviewTerminal, harmless
 from finetune.run_dir.eval_results import ResultSection, ResultTable
 
@@ -19,7 +18,7 @@ def print_sections(section: ResultSection) -> None:
         terminal.say([("\n" + title, "bold")])
         for row in rows:
             terminal.say([(harmless(row.title), "underline")])
-            terminal.say_segments([Segment(**segment) for segment in row.segments])
+            terminal.say_segments(row.segments)
     for note in section.notes:
         terminal.say([(harmless(f"  {note}"), "dim")])
     for line in section.verdict:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from finetune.checkpoint import key_of, step_of, steps_in, verify_checkpoint
 from finetune.config.hardware import Precision
 from finetune.run_dir.run_json import ADAPTER_CONFIG, RUN_FILE, check_is_folder, holds_model, load_run_json
 from finetune.utils.errors import CheckpointError, ConfigError, first_line, format_faults
-from finetune.utils.user_files import UNREADABLE
+from finetune.utils.user_files import UNREADABLE, has_type
 
 TRUST_HELP = "run the Python files of the model or of its base; what run.json says of the training is no permission"
+TYPES: dict[str, dict[str, Any]] = {  # of what is used of run.json
+    "model": {"name": str, "folder": str | None, "revision": str | None, "weights": str | None},
+    "chat": {"format": str, "human_token_ids": list[int], "model_token_ids": list[int], "content_tokens": list[str],
+             "stop_token_id": int | None},
+}  # fmt: skip
 VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")  # peft types of adapters that are embeddings
 
 
@@ -70,7 +76,18 @@ def read_result(folder: Path, *, trust_remote_code: bool = False, verify_key: st
         steps = steps_in(output_dir)
         remedy = f"use a checkpoint, the last is {output_dir}/checkpoint-{steps[0]}" if steps else "train first"
         raise ConfigError(f"{folder}: holds no model, because the run has not finished: {remedy}")
-    return RunResult(folder, run, _adapter_type(folder), trusts_code=trust_remote_code)
+    adapter = _adapter_type(folder)
+    found = [(f"{part}.{name}", _get(run[part], name), hint) for part in TYPES for name, hint in TYPES[part].items()]
+    found += [("precision", run["precision"], Precision), ("arguments", run.get("arguments", {}), dict[str, Any])]
+    wrong = [f"{output_dir / RUN_FILE}: {name} is {shortened(value)}" for name, value, hint in found
+             if not has_type(value, hint)]  # fmt: skip
+    if wrong:
+        raise ConfigError(format_faults(wrong, "wrong value"))
+    return RunResult(folder, run, adapter, trusts_code=trust_remote_code)
+
+
+def _get(values: Any, name: str) -> Any:
+    return values.get(name) if isinstance(values, dict) else values
 
 
 def _adapter_type(folder: Path) -> str | None:

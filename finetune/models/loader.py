@@ -253,7 +253,7 @@ def code_note(name: str, revision: str | None = None) -> str | None:
             return None
         commit = _commit_of(name, revision)
     others = [f"{owner} (its newest commit)" for owner in owners if owner != name]
-    advice = "" if revision else f"; pin it with --model_revision {commit}" if commit else ""
+    advice = "" if revision or not commit else f"; pin it with --model_revision {commit} --trust_remote_code True"
     whose = " and ".join([f"{name} at commit {commit or 'unknown'}", *others])
     return f"trusting the Python files of {whose}{advice}"
 

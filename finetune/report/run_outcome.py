@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from datetime import datetime
 from statistics import median
 from typing import Any
@@ -14,6 +13,7 @@ from finetune.report.curves import GIB, seconds_of, tokens_of
 from finetune.report.run_reader import RunRecord
 from finetune.run_dir.training_plan import TrainingPlan
 from finetune.training import nonfinite
+from finetune.utils.user_files import from_json
 
 RECENT_LINES = 20
 Rows = list[tuple[str, str]]
@@ -116,9 +116,10 @@ def duration(seconds: float) -> str:
 
 def stored_plan(run: RunRecord) -> TrainingPlan | None:
     """Return the plan that the run printed; None where run.json has none, or that of another version."""
-    known = {field.name for field in fields(TrainingPlan)}
-    values = run.part("plan")
-    return TrainingPlan(**values) if set(values) == known else None
+    try:
+        return from_json(TrainingPlan, run.part("plan"), "plan:")
+    except TypeError:
+        return None
 
 
 def against_the_plan(run: RunRecord) -> list[tuple[str, str, str]]:

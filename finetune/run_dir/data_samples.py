@@ -13,7 +13,7 @@ from finetune.chat_templates import Example, RenderedConversation
 from finetune.chat_templates.text_segments import Segment, Segmenter
 from finetune.utils.atomic_io import replace_text
 from finetune.utils.errors import StorageError, os_reason
-from finetune.utils.user_files import UNREADABLE
+from finetune.utils.user_files import UNREADABLE, from_json
 
 SAMPLES_FILE = "samples.json"
 MAX_CHARACTERS = 6_000  # of a row that is kept
@@ -132,11 +132,8 @@ def _shortened(sample: RowSample) -> RowSample:
 
 def _from_json(values: dict[str, Any]) -> RowSample:
     def turn_of(turn: dict[str, Any]) -> TurnSample:
-        pieces = turn["pieces"]
-        return TurnSample(
-            None if turn["role"] is None else str(turn["role"]),
-            [Segment(str(piece["kind"]), str(piece["text"]), None, bool(piece["read"])) for piece in pieces],
-        )
+        pieces = [from_json(Segment, {"turn": None, **piece}, "a piece:") for piece in turn["pieces"]]
+        return TurnSample(None if turn["role"] is None else str(turn["role"]), pieces)
 
     return RowSample(
         source=str(values["source"]),

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.chat_templates.text_segments import Segment
 from finetune.utils.atomic_io import write_text_atomically
 from finetune.utils.errors import ConfigError, StorageError, os_reason
-from finetune.utils.user_files import read_json_object
+from finetune.utils.user_files import from_json, read_json_object
 
 HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE = "evaluation.json", "benchmarks.json", "forgetting.json"
 FILES = (HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE)
@@ -36,10 +37,10 @@ class ResultTable:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A conversation as text; `segments` have the keys of `chat_templates.text_segments.Segment`."""
+    """A conversation as text."""
 
     title: str
-    segments: list[dict[str, Any]]
+    segments: list[Segment]
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,7 @@ def _row(row: dict[str, Any]) -> TableRow:
     identity = "" if row["id"] is None else f", id {row['id']}"
     losses = ", ".join(f"{model} {row[model]:.4f}" for model in ("base", "tuned") if row.get(model) is not None)
     title = f"{row['source']}, row {row['row']}{identity}: {row['tokens']:,} tokens, loss {losses}"
-    segments = [
-        {"kind": str(one["kind"]), "text": str(one["text"]), "read": bool(one["read"])} for one in row["segments"]
-    ]
-    return TableRow(title, segments)
+    return TableRow(title, [from_json(Segment, segment, "a segment:") for segment in row["segments"]])
 
 
 def _texts(values: list[Any]) -> list[str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from reprlib import repr as shortened
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from finetune.utils.errors import ConfigError
 
@@ -12,6 +16,8 @@ from finetune.utils.errors import ConfigError
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 UNREADABLE = (OSError, *MALFORMED)
 KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+MAX_DEPTH, MAX_INT = 20, 2**63
+Made = TypeVar("Made")
 
 
 def read_text(path: Path, shown: str | None = None) -> str:
@@ -47,3 +53,28 @@ def read_json_object(path: Path, **hooks: Any) -> dict[str, Any]:
 def json_kind(value: Any) -> str:
     """Return the name that JSON has for the type of a value."""
     return KINDS.get(type(value), "a number")
+
+
+def from_json(kind: type[Made], values: Mapping[str, Any], place: str) -> Made:
+    """Build a dataclass from JSON values; a `TypeError` names the one that is missing, unknown or of another type."""
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints or not has_type(value, hints[name]):
+            raise TypeError(f"{place} {shortened(name)[1:-1]} is {shortened(value)}")
+    return kind(**values)
+
+
+def has_type(value: Any, hint: Any, depth: int = 0) -> bool:
+    """Whether a value from JSON has the type of a field, and numbers are finite."""
+    if get_origin(hint) is UnionType:
+        return any(has_type(value, part, depth) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(value, list | dict):
+        kind, parts = get_origin(hint) or hint, get_args(hint) or (Any,)
+        inner = value.values() if isinstance(value, dict) else value
+        fits = (kind is Any or isinstance(value, kind)) and depth < MAX_DEPTH
+        return fits and all(has_type(part, parts[-1], depth + 1) for part in inner)
+    if hint is float:
+        return type(value) in (int, float) and -math.inf < value < math.inf
+    return hint is Any or (type(value) is hint and (hint is not int or abs(value) < MAX_INT))

@@ -50,7 +50,7 @@ FAILURES = st.builds(
     status=st.integers(-64, 255),
     signal=st.none() | st.integers(-1, 70),
     phase=st.sampled_from(["", *PHASES]),
-    step=st.none() | st.integers(0),
+    step=st.none() | st.integers(0, 2**62),
     seconds=st.none() | st.floats(),
     traceback=st.text(max_size=300),
     hints=st.lists(st.text(max_size=100), max_size=4),

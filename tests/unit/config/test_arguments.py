@@ -37,6 +37,7 @@ def test_only_the_published_model_runs_its_own_code_without_the_flag(name, trust
     words = [*REQUIRED, "--model_name_or_path", name]
 
     assert parse(words).model.trusts_code() is trusted
+    assert not parse([*words, "--model_revision", "refs/pr/1"]).model.trusts_code()
     assert parse([*words, "--trust_remote_code", "True"]).model.trusts_code()
 
 
