@@ -7,6 +7,7 @@ import html
 import importlib.util
 import os
 import re
+import signal
 import socket
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from finetune.inference.chat_session import ChatSession
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE
 from finetune.inference.web_session import WebAnswers, WebSession, spelled
-from finetune.utils.errors import ConfigError, FinetuneError
+from finetune.utils.errors import ConfigError, FinetuneError, exit_now
 from finetune.utils.options import raise_faults
 from finetune.utils.web_requests import LOCAL_NAMES, is_own_request
 
@@ -209,11 +210,11 @@ def _check_lengths(*texts: str | None) -> None:
 
 
 def serve(models: ChatModels, chat: ChatSession, *, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C, which ends the process."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("no_proxy", "NO_PROXY"):  # Gradio sends a request to its own page at the start
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), *LOCAL_NAMES]))
-    with tempfile.TemporaryDirectory(prefix="finetune-chat-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="finetune-chat-", ignore_cleanup_errors=True) as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         import gradio as gr
         from starlette.middleware import Middleware
@@ -229,12 +230,14 @@ def serve(models: ChatModels, chat: ChatSession, *, host: str, port: int) -> Non
             )  # fmt: skip
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port}: {error}") from None
-        print("\n".join(server_url(host, port)), flush=True)
         try:
+            print("\n".join(server_url(host, port)), flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
             print()
-        blocks.close(verbose=False)
+    # Uvicorn would wait for clients that hold a connection open, Python for threads that may read a prompt for minutes.
+    exit_now(0)
 
 
 class _RequestGuard:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 SHOWN_FAULTS, SHOWN_NAMES = 20, 8
 EXIT_UNFLUSHED = 120  # as Python itself, when the last output cannot be written
@@ -151,7 +152,7 @@ def process_exit_guard() -> Iterator[None]:
     thread that runs while it is destroyed aborts the process with status 134. Python's own exit handlers run before.
     """
     statuses: list[int] = []
-    atexit.register(_exit_now, statuses)  # runs after the handlers of libraries that are imported later
+    atexit.register(_exit_at_the_end, statuses)  # runs after the handlers of libraries that are imported later
     try:
         yield
     except SystemExit as error:
@@ -167,12 +168,16 @@ def process_exit_guard() -> Iterator[None]:
         statuses.append(0)
 
 
-def _exit_now(statuses: list[int]) -> None:
+def _exit_at_the_end(statuses: list[int]) -> None:
     if statuses:
-        status = statuses[0]
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):  # None is a stream that was closed before the start
-                status = status or EXIT_UNFLUSHED
-        os._exit(status)
+        exit_now(statuses[0])
+
+
+def exit_now(status: int) -> NoReturn:
+    """End the process without waiting for its threads; standard streams are flushed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # None is a stream that was closed before the start
+            status = status or EXIT_UNFLUSHED
+    os._exit(status)

@@ -8,6 +8,8 @@ import http.client
 import math
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ from tests.helpers.browsers import open_page
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import free_port
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS, SECONDS_TO_END = 120, 10
 LONG_MS = 60_000
 
 
@@ -97,11 +99,13 @@ def serving(folder, *flags) -> Iterator[str]:
             assert "Warning" not in said
             yield f"http://127.0.0.1:{port}"
         finally:
-            server.send_signal(2)
-            try:
-                rest, _ = server.communicate(timeout=LIMIT_SECONDS)
-            finally:
-                server.kill()
+            with socket.create_connection(("127.0.0.1", port)) as held:
+                held.sendall(b"GET / HTTP/1.1\r\nHost: 127")  # a client that sends no more
+                server.send_signal(signal.SIGINT)
+                try:
+                    rest, _ = server.communicate(timeout=SECONDS_TO_END)
+                finally:
+                    server.kill()
         assert "Traceback" not in rest and "Warning" not in rest, rest
         assert server.returncode == 0
 

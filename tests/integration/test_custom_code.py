@@ -292,7 +292,11 @@ def test_a_revision_pins_the_code_and_the_one_exception_names_its_commit(tiny_mo
     assert done.returncode == 0, done.stderr
     newest, untrusted, pinned, refused, trusted, unknown, local = json.loads(done.stdout.splitlines()[-1])
     note = f"trusting the Python files of {published} at commit "
-    assert newest[:3] == [[f"{note}{NEW}; pin it with --model_revision {NEW} --trust_remote_code True"], f"code of {NEW}", "MarkedForCausalLM"]
+    assert newest[:3] == [
+        [f"{note}{NEW}; pin it with --model_revision {NEW} --trust_remote_code True"],
+        f"code of {NEW}",
+        "MarkedForCausalLM",
+    ]
     assert "give --trust_remote_code True" in untrusted[0] and untrusted[1] is False
     assert pinned[:3] == [[f"{note}{OLD}"], f"code of {OLD}", "MarkedForCausalLM"]
     assert newest[3] != pinned[3]
