@@ -58,6 +58,7 @@ class Example:
 
     `input_ids` and `labels` are lists of the same length. `labels[i]` is -100 or the unshifted target: position i-1
     predicts it, so position 0 is always -100. `row` and `source` identify the conversation, `window` the part of it.
+    `weights` multiply the losses of the supervised tokens, one each; empty if all are 1.
     """
 
     input_ids: list[int]
@@ -66,6 +67,7 @@ class Example:
     source: str
     window: int = 0
     turn_spans: tuple[TurnSpan, ...] = ()
+    weights: tuple[float, ...] = ()
 
     @property
     def num_supervised(self) -> int:

@@ -163,7 +163,13 @@ class Renderer:
             return BadRow(conversation.row, conversation.source, conversation.id, (f"{place}: {fault}",))
         examples = tuple(
             Example(
-                window.input_ids, window.labels, conversation.row, conversation.source, index, tuple(window.turn_spans)
+                window.input_ids,
+                window.labels,
+                conversation.row,
+                conversation.source,
+                index,
+                tuple(window.turn_spans),
+                _weights(conversation.turns, window),
             )
             for index, window in enumerate(outcome.windows)
         )
@@ -174,6 +180,13 @@ class Renderer:
         return RenderedConversation(
             conversation.row, conversation.id, status, examples, reason, conversation.source, outcome.spelled
         )
+
+
+def _weights(turns: Sequence[Turn], window: TokenizedConversation) -> tuple[float, ...]:
+    spans = window.supervised_spans
+    if all(turns[span.turn].weight == 1 for span in spans):
+        return ()
+    return tuple(turns[span.turn].weight for span in spans for _ in range(span.start, span.stop))
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LossWeighting = Literal["token", "conversation"]
 # Entries of a batch for the loss; all others are arguments of the model.
-LOSS_KEYS = ("targets", "target_positions", "targets_per_example", "target_cells")
+LOSS_KEYS = ("targets", "target_positions", "targets_per_example", "target_weights", "target_cells")
 
 
 class Targets(NamedTuple):
@@ -38,7 +38,17 @@ class Targets(NamedTuple):
     tokens: Any
     positions: Any
     per_example: Any
+    weights: Any
     cells: Any
+
+    def loss_weights(self) -> Any:
+        """What the loss of each target is multiplied by, float32 [P]; None: 1 each."""
+        import torch
+
+        if self.weights is None:
+            return None if self.per_example is None else 1 / self.per_example
+        weights = self.weights.view(torch.float32)
+        return weights if self.per_example is None else weights / self.per_example
 
 
 def pop_targets(batch: dict[str, Any]) -> Targets:
@@ -75,6 +85,7 @@ class Collator:
         `targets` int64 [P] are the supervised tokens; `target_positions` are where they are predicted: int64 [P]
         indices into a flat row, bool [rows, L] for padded rows. `targets_per_example` int64 [P] is the number of
         targets in the example of a target (not a weight: floats of a batch are cast to the precision of the run).
+        `target_weights` int32 [P], if an example has `weights`, are the bits of float32 weights of the targets.
         `target_cells` int64 [P], if examples have `cells`, are cells of the loss breakdown.
         """
         import torch
@@ -92,6 +103,8 @@ class Collator:
         if self.weighting == "conversation":
             counts = [int((example_labels != IGNORE_INDEX).sum()) for example_labels in labels]
             batch["targets_per_example"] = np.repeat(counts, counts)
+        if any(len(example.get("weights", ())) for example in examples):
+            batch["target_weights"] = np.concatenate([_weights(example) for example in examples])
         if examples and "cells" in examples[0]:
             batch["target_cells"] = np.concatenate([example["cells"] for example in examples])
         if parts > 1:
@@ -135,6 +148,13 @@ class Collator:
             "target_positions": predicts,
             "targets": targets[predicts],
         }
+
+
+def _weights(example: dict[str, Any]) -> np.ndarray:
+    given = example.get("weights", ())
+    if not len(given):
+        given = np.ones(np.count_nonzero(np.asarray(example["labels"]) != IGNORE_INDEX))
+    return np.asarray(given, dtype=np.float32).view(np.int32)
 
 
 def _part(batch: dict[str, Any], part: int, parts: int) -> dict[str, Any]:

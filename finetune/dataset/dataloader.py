@@ -108,7 +108,8 @@ class MicroBatchDataset(Dataset):
     """Micro-batches of one rank by (epoch, micro-batch of the epoch); a pure function of the two.
 
     Args:
-        examples: a `datasets.Dataset` with `input_ids`, `labels` and `num_supervised`; `sampler` knows their lengths.
+        examples: a `datasets.Dataset` with `input_ids`, `labels`, `num_supervised` and perhaps `weights`; `sampler`
+            knows their lengths.
         collate: makes a batch of tensors of examples.
         rank: data-parallel rank.
         counts_conversations: the loss is a mean over conversations, not over tokens.
@@ -132,6 +133,10 @@ class MicroBatchDataset(Dataset):
         self.is_skipped = np.zeros(len(examples), dtype=bool) if is_skipped is None else is_skipped
         self.cells = LossCells(sources)
         columns = ["input_ids", "labels", *(("source", "answer_numbers") if sources else ())]
+        if "weights" in examples.column_names and any(
+            len(lists.flatten()) for lists in examples.data["weights"].chunks
+        ):
+            columns.append("weights")
         self.examples = examples.select_columns(columns).with_format("numpy")
         self.lengths, self.supervised = sampler.lengths, int_column(examples, "num_supervised")
         self.sampler, self.collate, self.rank = sampler, collate, rank
@@ -157,9 +162,9 @@ class MicroBatchDataset(Dataset):
         if not rows:
             return []
         columns = self.examples[rows]
+        names = [name for name in ("input_ids", "labels", "weights") if name in columns]
         examples = [
-            {"input_ids": ids, "labels": labels}
-            for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+            dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True)
         ]
         if self.cells.sources:
             for example, source, answers in zip(examples, columns["source"], columns["answer_numbers"], strict=True):

@@ -61,7 +61,8 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
 
     Columns: `input_ids`, `labels` (lists of int32), `length`, `num_supervised`, `row`, `window` (int32), `source` and
     `id` (strings; the id as JSON), `turn_spans` (a list of {turn, role, start, stop}), `answer_numbers` (a list of
-    uint8, one per supervised token: which answer of its conversation it belongs to, from 0; see `LossCells`).
+    uint8, one per supervised token: which answer of its conversation it belongs to, from 0; see `LossCells`), `weights`
+    (a list of doubles, one per supervised token; empty if all are 1).
     """
     rendered = [(rendering, example) for rendering in renderings for example in rendering.examples]
     examples = [example for _, example in rendered]
@@ -99,6 +100,7 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
             ),
         ),
         "answer_numbers": pa.ListArray.from_arrays(supervised_starts, answer_numbers),
+        "weights": pa.array([example.weights for example in examples], pa.list_(pa.float64())),
     }
     return pa.record_batch(columns)
 
@@ -292,7 +294,10 @@ def _key_of(values: dict[str, Any]) -> tuple[str, int]:
 def example_of(values: dict[str, Any]) -> Example:
     """The example in a row of the stored table."""
     spans = tuple(TurnSpan(**span) for span in values["turn_spans"])
-    return Example(values["input_ids"], values["labels"], values["row"], values["source"], values["window"], spans)
+    weights = tuple(values.get("weights", ()))  # version 0.1 had none
+    return Example(
+        values["input_ids"], values["labels"], values["row"], values["source"], values["window"], spans, weights
+    )
 
 
 def _from_entry(entry: dict[str, Any], examples: tuple[Example, ...] = ()) -> RenderedConversation:

@@ -181,7 +181,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
             targets.tokens,
             scale=ranks / counts.denominator,
             target_positions=targets.positions,
-            weights=None if targets.per_example is None else 1 / targets.per_example,
+            weights=targets.loss_weights(),
             smoothing=self.args.label_smoothing_factor,
             each=each,
         )

@@ -101,14 +101,18 @@ def stock(model: Any) -> Any:
 
 
 def one_by_one(model: Any, examples: Sequence[dict], by_conversation: bool = False) -> Outcome:
-    """The reference: the mean over learned tokens, or over conversations of their means over learned tokens."""
+    """The reference: the mean over learned tokens, or over conversations of their means; losses times `weights`."""
     model, sums = stock(model), []
     for example in examples:
         ids, labels = (torch.from_numpy(example[name]) for name in ("input_ids", "labels"))
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
         counted = (labels != -100).sum()
         if counted:
-            sums.append((F.cross_entropy(logits[:-1], labels[1:], reduction="sum"), counted))
+            losses = F.cross_entropy(logits[:-1], labels[1:], reduction="none")
+            weights = torch.ones_like(losses)
+            if example.get("weights"):
+                weights[labels[1:] != -100] = torch.tensor(example["weights"], dtype=losses.dtype)
+            sums.append(((losses * weights).sum(), counted))
     if by_conversation:
         return outcome(model, sum(total / counted for total, counted in sums) / len(sums))
     return outcome(model, sum(total for total, _ in sums) / sum(counted for _, counted in sums))

@@ -122,6 +122,8 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.Tensor.float:
             return args[0].double()
+        if function is torch.Tensor.view:  # as another dtype: the bits decide which
+            return function(*args, **(kwargs or {}))
         args = tuple(torch.float64 if one is torch.float32 else one for one in args)
         kwargs = {name: torch.float64 if one is torch.float32 else one for name, one in (kwargs or {}).items()}
         return function(*args, **kwargs)

@@ -246,3 +246,20 @@ def test_conversations_can_weigh_the_same(form):
         wanted = one_by_one(model, examples, by_conversation=True)
         assert trained(model, examples, FORMS[form], weighting="conversation").distance(wanted) < 1e-6
         assert trained(model, examples, FORMS[form]).distance(wanted) > 1e-3
+
+
+@pytest.mark.parametrize("weighting", ["token", "conversation"])
+@pytest.mark.parametrize("form", ["flat", "flat, all logits", "padded", "accumulated", "three ranks, one without work"])
+def test_losses_of_tokens_are_multiplied_by_their_weights(form, weighting):
+    """The weights are float32, in the batch, and their sum divides nothing."""
+    examples: list[dict] = [*CONVERSATIONS, *NOTHING_LEARNED]
+    weighted = [dict(example, weights=[]) for example in examples]
+    for number, values in ((0, [0.3, 2.0]), (2, [0.0] * 4 + [1.5] * 4), (4, [0.7])):
+        weighted[number]["weights"] = values
+    with InFloat64():
+        model = prepared("llama", "full")[0]
+        wanted = one_by_one(model, weighted, by_conversation=weighting == "conversation")
+        assert trained(model, weighted, FORMS[form], weighting=weighting).distance(wanted) < 1e-6
+        assert trained(model, examples, FORMS[form], weighting=weighting).distance(wanted) > 1e-3
+        ones = [dict(example, weights=[]) for example in examples]
+        assert "target_weights" not in micro_batches(ones, FORMS[form])[0, 0]

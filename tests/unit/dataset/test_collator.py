@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.dataset.collator import Collator, pad_token_id
+from finetune.dataset.collator import Collator, pad_token_id, pop_targets
 
 IGNORED = -100
 PAD = 2  # also what ends a turn
@@ -116,6 +116,7 @@ def test_every_conversation_can_weigh_one(rows):
 
 @given(examples(), st.integers(1, 4))
 def test_ranks_that_share_a_row_have_it_between_them(rows, parts):
+    rows[0]["weights"] = [0.1 + number for number in range(sum(one != IGNORED for one in rows[0]["labels"]))]
     collators = [Collator(True, PAD, True, "conversation", (number, parts)) for number in range(parts)]
     whole, shared = Collator(True, PAD, True, "conversation")(rows), [collate(rows) for collate in collators]
     size = shared[0]["input_ids"].shape[1]
@@ -125,9 +126,18 @@ def test_ranks_that_share_a_row_have_it_between_them(rows, parts):
         assert torch.equal(value[:, : whole[name].shape[1]], whole[name])
     places = torch.cat([one["target_positions"] + number * size for number, one in enumerate(shared)])
     assert torch.equal(places, whole["target_positions"])
-    for name in ("targets", "targets_per_example"):
+    for name in {"targets", "targets_per_example", "target_weights"} & {*whole}:
         assert torch.equal(torch.cat([one[name] for one in shared]), whole[name])
     assert all(sum(one["segment_lengths"]) == size * parts for one in shared)
+
+
+def test_weights_are_sent_as_bits_and_only_where_one_differs():
+    collate = Collator(True, PAD, True)
+    weighted = [*EXAMPLES[:-1], EXAMPLES[-1] | {"weights": [0.3]}]
+    targets = pop_targets(collate(weighted))
+    assert targets.weights.dtype == torch.int32 and targets.tokens.tolist() == [6, 2, 9, 2]
+    assert torch.equal(targets.loss_weights(), torch.tensor([1.0, 1.0, 1.0, 0.3]))
+    assert "target_weights" not in collate([example | {"weights": []} for example in EXAMPLES])
 
 
 def test_the_first_token_of_an_example_cannot_be_learned():

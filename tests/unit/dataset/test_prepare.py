@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 
 from finetune.chat_templates import CHATML, JinjaFormat, LingoWhaleFormat, Renderer
+from finetune.conversation import Conversation, Turn
 from finetune.dataset import prepared_cache
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import find_sources
@@ -64,6 +65,18 @@ def test_what_is_prepared_is_what_is_rendered(conversation_file, renderer, tmp_p
             (span.turn, span.role, span.start, span.stop) for span in example.turn_spans
         ]
     assert data.examples.with_format("numpy")[0]["input_ids"].dtype == "int64"
+
+
+def test_the_weight_of_a_turn_is_that_of_its_supervised_tokens(renderer, tmp_path):
+    turns = (Turn("human", "a"), Turn("model", "b", weight=0.5), Turn("human", "c"), Turn("model", "d"))
+    rows = [Conversation(turns, 0, "s", 0), Conversation(turns[2:], 1, "s", 1)]
+    rendered = renderer.render_all(rows)
+    batch = prepared_cache.record_batch(rendered)
+
+    (weighted,), (plain,) = (rendering.examples for rendering in rendered)
+    assert weighted.weights == (0.5, 0.5, 1.0, 1.0) and plain.weights == ()
+    assert batch["weights"].to_pylist() == [[0.5, 0.5, 1.0, 1.0], []]
+    assert [prepared_cache.example_of(values) for values in batch.to_pylist()] == [weighted, plain]
 
 
 def test_data_prepared_by_0_1_is_readable():
