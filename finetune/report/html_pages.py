@@ -31,6 +31,7 @@ SHAPELESS = re.compile(
 )
 SCRIPTS = (("ja", "[\u3040-\u30ff]"), ("ko", "[\uac00-\ud7af]"), ("zh", "[\u3400-\u9fff]"))
 BAR_WIDTH, CHART_HEIGHT = 20, 96
+MAX_TEXT = 200_000  # characters of one text; a browser needs a minute for millions
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -91,6 +92,9 @@ def name_of(character: str) -> str:
 
 def visible_text(text: str) -> Any:
     """Return escaped text with shapeless characters named; only this and `_between` make markup."""
+    text = str(text)
+    if len(text) > MAX_TEXT:
+        text = f"{text[:MAX_TEXT]} ... ({len(text) - MAX_TEXT:,} more characters)"
 
     def named(match: re.Match[str]) -> str:
         return "".join(f'<i class="odd">{name_of(character)}</i>' for character in match.group())

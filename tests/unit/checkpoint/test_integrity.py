@@ -7,6 +7,7 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -14,6 +15,7 @@ from finetune import checkpoint
 from finetune.checkpoint import checkpoint_dirs
 from finetune.utils.errors import CheckpointError
 from tests.helpers.checkpoint_files import MANIFEST, newest_verified, sealed
+from tests.helpers.hostile_json import mutated
 
 
 @pytest.fixture
@@ -180,3 +182,16 @@ def test_ranks_have_about_as_many_bytes_to_read():
         ["a", "d", "f"],
         ["b", "c", "e"],
     ]
+
+
+def test_changed_values_of_a_manifest_that_fits_itself_are_faults_or_no_matter(tmp_path):
+    folder, random = sealed(tmp_path, 4), Random(0)
+    original = json.loads((folder / "manifest.json").read_text())
+    del original["checksum"]
+    found = 0
+    for _ in range(150):
+        (folder / "manifest.json").write_text(json.dumps(mutated(original, random)))
+        faults = checkpoint.verify_checkpoint(folder)
+        assert all(str(folder) in fault for fault in faults)
+        found += bool(faults)
+    assert 100 < found < 150

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -15,10 +16,12 @@ from finetune.cli import report
 from finetune.diagnostics import Failure
 from finetune.report import read_run, render_report, write_at_the_end
 from finetune.report.curves import MAX_POINTS, plot_data, thinned
+from finetune.report.report_page import as_script_data, render_state
 from finetune.report.run_outcome import against_the_plan, duration
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.run_dir.eval_results import HELD_OUT_FILE, versioned, write_results
 from finetune.utils.errors import ConfigError
+from tests.helpers.hostile_json import mutated
 from tests.helpers.preview_pages import HOSTILE
 from tests.helpers.report_pages import Page
 from tests.helpers.reported import answer, card, line, output_dir
@@ -63,6 +66,28 @@ def test_files_of_anyone_break_no_page(name, content, tmp_path):
     folder = output_dir(tmp_path / "one")
     (folder / name).write_text(content + "\n")
     assert page_of(folder).text
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "data_ledger.jsonl", "samples.json", "answers.json"])
+def test_changed_values_are_one_error_with_the_file_or_a_page(name, tmp_path):
+    entry = {"source": "a.json", "row": 9, "id": 9, "status": "cut", "reason": "too long"}
+    folder = output_dir(
+        tmp_path / "one", [line(1, loss_by_source={"a": 1.0})], ledger=[entry], answers=[answer("a", "b", "c")]
+    )
+    random, original, read = Random(name), json.loads((folder / name).read_text()), 0
+    for _ in range(60):
+        (folder / name).write_text(json.dumps(mutated(original, random)) + "\n")
+        try:
+            parts, numbers = render_state([read_run(folder)])
+            read += bool(parts and as_script_data(numbers))
+        except ConfigError as error:
+            assert name == "run.json" and str(folder / name) in str(error)
+    assert read > 30
+
+
+def test_a_text_of_megabytes_is_cut(tmp_path):
+    page = page_of(output_dir(tmp_path / "one", notes=["x" * 3_000_000]))
+    assert len(page.text) < 300_000 and "2,800,000 more characters" in page.text
 
 
 def test_hostile_text_is_text(tmp_path):
