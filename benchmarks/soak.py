@@ -4,7 +4,9 @@
 
 One run of 40 steps is started again after each fault until it is complete; its weights and losses must equal those of
 the run that nobody disturbed. After each fault: the exit status is right, every process is gone within SECONDS_TO_END,
-and no complete checkpoint is lost. The table of faults is printed as Markdown.
+and no complete checkpoint is lost. The table of faults is printed as Markdown. As root the tool runs in a mount and
+network namespace of its own (`unshare`): the output folders lie on a small tmpfs that is filled, and `lo`, over which
+the ranks talk, is cut. Without root these faults are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -22,6 +25,9 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -30,17 +36,77 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STEPS, SECONDS_TO_END = 40, 45
 COMMANDS = {"launch": [BIN / "finetune", "launch"], "deepspeed": [BIN / "deepspeed"]}
-# Fault -> (word in the victim's command line, signal); None: the command itself.
-VICTIMS = {
-    "rank killed": ("--local_rank=1", signal.SIGKILL),
-    "rank 0 killed": ("--local_rank=0", signal.SIGKILL),
-    "rank stopped": ("--local_rank=1", signal.SIGSTOP),
-    "watchdog killed": ("watchdog_process.py", signal.SIGKILL),
-    "watchdog stopped": ("watchdog_process.py", signal.SIGSTOP),
-    "launcher killed": ("deepspeed.launcher.launch", signal.SIGKILL),
-    "command killed": (None, signal.SIGKILL),
-    "command asked to stop": (None, signal.SIGTERM),
+RANK, WATCHDOG, LAUNCHER = "--local_rank=1", "watchdog_process.py", "deepspeed.launcher.launch"
+IN_NAMESPACES = "FINETUNE_SOAK_IN_NAMESPACES"
+CUT_SECONDS = 4  # shorter than any limit of the run
+FULL_DISK, SHORT_CUT, ASKED = "no space", "network cut for 4 s", "command asked to stop"
+NO_INODES = "no inodes"
+
+
+@contextmanager
+def signalled(number: signal.Signals, victim: psutil.Process, _: Path) -> Iterator[None]:
+    """Send a signal."""
+    with suppress(psutil.NoSuchProcess):
+        victim.send_signal(number)
+    yield
+
+
+@contextmanager
+def no_space(_: psutil.Process, disk: Path) -> Iterator[None]:
+    """Fill the disk."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+    yield
+    filler.unlink()
+
+
+@contextmanager
+def no_inodes(_: psutil.Process, disk: Path) -> Iterator[None]:
+    """Use up the files that the disk may have."""
+    folder = disk / "files"
+    folder.mkdir()
+    with suppress(OSError):
+        for number in range(10**6):
+            (folder / str(number)).touch()
+    yield
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def network_cut(seconds: float | None, _: psutil.Process, __: Path) -> Iterator[None]:
+    """Cut the network, for some seconds or until all processes are gone."""
+    subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    if seconds is None:
+        yield
+    else:
+        time.sleep(seconds)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    if seconds is not None:
+        yield
+
+
+Fault = Callable[[psutil.Process, Path], AbstractContextManager[None]]
+# Fault -> (word in the command line of its victim, or None: the command itself; what is done to it).
+FAULTS: dict[str, tuple[str | None, Fault]] = {
+    "rank killed": (RANK, partial(signalled, signal.SIGKILL)),
+    "rank 0 killed": ("--local_rank=0", partial(signalled, signal.SIGKILL)),
+    "rank stopped": (RANK, partial(signalled, signal.SIGSTOP)),
+    "watchdog killed": (WATCHDOG, partial(signalled, signal.SIGKILL)),
+    "watchdog stopped": (WATCHDOG, partial(signalled, signal.SIGSTOP)),
+    "launcher killed": (LAUNCHER, partial(signalled, signal.SIGKILL)),
+    "command killed": (None, partial(signalled, signal.SIGKILL)),
+    ASKED: (None, partial(signalled, signal.SIGTERM)),
 }
+FAULTS_AS_ROOT: dict[str, tuple[str | None, Fault]] = {
+    FULL_DISK: (RANK, no_space),
+    NO_INODES: (RANK, no_inodes),
+    "network cut": (RANK, partial(network_cut, None)),
+    SHORT_CUT: (RANK, partial(network_cut, CUT_SECONDS)),
+}
+# Fault -> exit statuses of `finetune launch`; any other fault: what it is but 0, unless the run is complete.
+STATUSES = {ASKED: {0, 75}, FULL_DISK: {0, 6}, NO_INODES: {0, 6}}
 
 
 def main() -> None:
@@ -50,24 +116,35 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data/identity.json")
     parser.add_argument("--minutes", type=float, default=240)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="FAULT", help=f"of: {', '.join([*FAULTS, *FAULTS_AS_ROOT])}")
     given = parser.parse_args()
+    is_root = os.geteuid() == 0
+    if is_root and IN_NAMESPACES not in os.environ:
+        os.environ[IN_NAMESPACES] = "1"
+        os.execvp("unshare", ["unshare", "--mount", "--net", sys.executable, *sys.argv])
+    faults = {**FAULTS, **(FAULTS_AS_ROOT if is_root else {})}
+    faults = {name: faults[name] for name in given.only or faults}
     deadline, draw = time.monotonic() + 60 * given.minutes, random.Random(given.seed)
     seconds: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     violations: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="finetune-soak-") as folder:
-        soak = Soak(Path(folder), given.model, given.data)
+    with tempfile.TemporaryDirectory(prefix="finetune-soak-") as folder, small_disk(Path(folder), is_root) as disk:
+        soak = Soak(Path(folder), disk, given.model, given.data)
         whole = soak.until_complete(Path(folder) / "whole")
         for number in range(10**6):
-            output = Path(folder) / f"run{number}"
+            output = disk / f"run{number}"
             while time.monotonic() < deadline and not (output / "RUN_COMPLETE").exists():
-                command, fault = draw.choice(sorted(COMMANDS)), draw.choice(sorted(VICTIMS))
-                took, faults = soak.inject(output, command, fault, draw.uniform(0, 12))
-                seconds[fault, command].append(took)
-                violations += [f"run {number}, {fault} ({command}): {text}" for text in faults]
+                command, fault = draw.choice(sorted(COMMANDS)), draw.choice(sorted(faults))
+                took, broken = soak.inject(output, command, fault, faults[fault], draw.uniform(0, 12))
+                if took is not None:
+                    seconds[fault, command].append(took)
+                violations += [f"run {number}, {fault} ({command}): {text}" for text in broken]
+                if broken:
+                    print(broken, (Path(folder) / "log").read_text()[-6000:], sep="\n", file=sys.stderr)
             if time.monotonic() >= deadline:
                 break
             if result_of(output) != whole:
                 violations.append(f"run {number}: its result is not that of the undisturbed run")
+            shutil.rmtree(output)
     print("| fault | command | times | seconds to the last process gone, median | longest |\n|---|---|---|---|---|")
     for (fault, command), values in sorted(seconds.items()):
         print(f"| {fault} | {command} | {len(values)} | {statistics.median(values):.1f} | {max(values):.1f} |")
@@ -75,23 +152,36 @@ def main() -> None:
     sys.exit(bool(violations))
 
 
+@contextmanager
+def small_disk(folder: Path, is_root: bool) -> Iterator[Path]:
+    """A folder for the runs, which root can fill; with it, a network of this process and its children alone."""
+    disk = folder / "disk"
+    disk.mkdir()
+    if is_root:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m,nr_inodes=2000", "tmpfs", disk], check=True)
+    yield disk
+    if is_root:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 class Soak:
     """Runs with the same flags, each a family of processes that is known by a variable of its own."""
 
-    def __init__(self, folder: Path, model: Path, data: Path) -> None:
-        self.folder, self.model, self.data = folder, model, data
+    def __init__(self, folder: Path, disk: Path, model: Path, data: Path) -> None:
+        self.folder, self.disk, self.model, self.data = folder, disk, model.absolute(), data.absolute()
 
     def start(self, output: Path, command: str, mark: str) -> subprocess.Popen[bytes]:
         """Start, or resume, the run in `output`."""
         flags = (
             f"--deepspeed zero2 --use_lora True --max_steps {STEPS} --logging_steps 1 --save_strategy steps "
             "--save_steps 5 --per_device_train_batch_size 1 --save_total_limit 0 --write_report False "
-            "--start_timeout 30 --step_timeout 15 --save_timeout 15 --resume_from_checkpoint auto"
+            "--meeting_timeout 20 --start_timeout 30 --step_timeout 15 --save_timeout 15 --resume_from_checkpoint auto"
         ).split()
         named = ["--model_name_or_path", self.model, "--data_path", self.data, "--output_dir", output]
         words = [*COMMANDS[command], "--num_gpus", "2", ROOT / "finetune/finetune.py", *named, *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "FINETUNE_SOAK": mark}
-        log = (self.folder / "log").open("ab")
+        log = (self.folder / "log").open("wb")
         return subprocess.Popen(list(map(str, words)), cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def until_complete(self, output: Path) -> tuple[str, list[float]]:
@@ -99,24 +189,29 @@ class Soak:
         assert self.start(output, "launch", "").wait() == 0, (self.folder / "log").read_text()[-3000:]
         return result_of(output)
 
-    def inject(self, output: Path, command: str, fault: str, delay: float) -> tuple[float, list[str]]:
-        """Start the run and inject a fault; return the seconds to the last process gone, and what did not hold."""
+    def inject(
+        self, output: Path, command: str, name: str, fault: tuple[str | None, Fault], delay: float
+    ) -> tuple[float | None, list[str]]:
+        """Start the run and inject a fault; return the seconds to the last process gone, and what did not hold.
+
+        The seconds are None where the run ended before the fault.
+        """
         mark, violations = uuid.uuid4().hex, []
-        complete = checkpoints(output)
+        complete, steps = checkpoints(output), steps_logged(output)
         run = self.start(output, command, mark)
-        word, number = VICTIMS[fault]
+        word, disturb = fault
         while (victim := _find(mark, word) if word else psutil.Process(run.pid)) is None and run.poll() is None:
             time.sleep(0.05)
         began = time.monotonic()
         while run.poll() is None and time.monotonic() - began < delay:
             time.sleep(0.05)
+        was_running, was_in_steps = run.poll() is None, steps_logged(output) > steps
         began = time.monotonic()
-        was_running = run.poll() is None
-        if victim is not None and victim.is_running():
-            victim.send_signal(number)
-        while _family(mark) and time.monotonic() - began < 4 * SECONDS_TO_END:
-            run.poll()
-            time.sleep(0.05)
+        if victim is not None and was_running:
+            with disturb(victim, self.disk):
+                while _family(mark) and time.monotonic() - began < 4 * SECONDS_TO_END:
+                    run.poll()
+                    time.sleep(0.05)
         took = time.monotonic() - began
         if took > SECONDS_TO_END:
             violations.append(f"processes were left after {took:.0f} s: {[one.cmdline()[:6] for one in _family(mark)]}")
@@ -125,11 +220,13 @@ class Soak:
         status, is_complete = run.wait(), (output / "RUN_COMPLETE").exists()
         if was_running and command == "launch" and status == 0 and not is_complete:
             violations.append("status 0 of a run that is not complete")
-        if fault == "command asked to stop" and command == "launch" and status not in (0, 75):
-            violations.append(f"status {status} of a run that was asked to stop")
+        if status not in STATUSES.get(name, {status}) and command == "launch":
+            violations.append(f"status {status}")
+        if name == SHORT_CUT and was_in_steps and not is_complete:
+            violations.append(f"status {status}: the run did not continue")
         violations += [f"{name} was lost, or changed" for name, digest in complete.items()
                        if checkpoints(output).get(name) != digest]  # fmt: skip
-        return took, violations
+        return took if was_running else None, violations
 
 
 def checkpoints(output: Path) -> dict[str, str]:
@@ -142,6 +239,12 @@ def result_of(output: Path) -> tuple[str, list[float]]:
     """Return a digest of the saved weights, and the loss of each step."""
     digest = hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest()
     return digest, [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_logged(output: Path) -> int:
+    """Return how many steps metrics.jsonl has."""
+    path = output / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def _family(mark: str) -> list[psutil.Process]:

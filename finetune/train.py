@@ -35,7 +35,7 @@ from finetune.config import Arguments, RunArguments, flag_words, parse
 from finetune.config.hardware import DetectedHardware, detect_hardware
 from finetune.config.resolve import resolve_config
 from finetune.config.run_config import RankCounts, RunConfig
-from finetune.distributed.process_setup import prepare_environment
+from finetune.distributed.process_setup import prepare_environment, restore_settings
 from finetune.distributed.watchdog import start_watchdog
 from finetune.models.adapters import attach_adapter
 from finetune.models.loader import ModelInfo, load_model
@@ -136,7 +136,8 @@ class _TrainModule(ModuleType):
 
     def __call__(self, **flags: Any) -> Path:
         """Train in this process with flags as keyword arguments; see `finetune.train`."""
-        return run_training(flag_words(flags))
+        with restore_settings():
+            return run_training(flag_words(flags))
 
 
 sys.modules[__name__].__class__ = _TrainModule

@@ -24,7 +24,6 @@ settings.load_profile("tests")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", default="0/1", help="run the tests of one share only: K/N, K from 0")
-    parser.addoption("--soak_minutes", default="3", help="how long test_soak.py injects faults")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -19,6 +19,7 @@ import re
 import unicodedata
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -27,7 +28,7 @@ from xxhash import xxh3_128_hexdigest
 
 from finetune.utils.atomic_io import fsync_dir, replace_text
 from finetune.utils.errors import CheckpointError, ConfigError
-from finetune.utils.user_files import from_json
+from finetune.utils.user_files import from_json, has_type
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -37,6 +38,8 @@ NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 TAG = re.compile(r"(global_step\d+)/")
 MAX_REASON = 300
 MIN_KEY = 16  # characters
+DAY, STAGE = "date that the chat template writes", "ZeRO stage"  # names of facts
+SKIPPED_ROWS = "rows left out by --skip_rows"
 POSITION, COUNTS = {"epoch", "step"}, {"steps", "in_a_row", "lost_since_log"}
 
 
@@ -167,6 +170,11 @@ def _check(manifest: Manifest, folder: Path) -> None:
         raise ValueError("its position or its counts of non-finite steps lack a name, or have another")
     if not all(_is_plain(name) and "/" not in name for name in manifest.trained):
         raise ValueError("its trained parameters have names that are paths")
+    facts = manifest.facts
+    if not has_type(facts.get(SKIPPED_ROWS, []), list[str]) or facts.get(STAGE, "none") not in ("none", 0, 1, 2, 3):
+        raise ValueError("its facts hold an unknown ZeRO stage, or rows that are no names")
+    if DAY in facts:
+        date.fromisoformat(facts[DAY])
     match = NAME.fullmatch(folder.name)
     if match and int(match[1]) != manifest.step:
         raise ValueError(f"it is of step {manifest.step}: give the folder its name, or none of a checkpoint's")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune import checkpoint
-from finetune.checkpoint.manifest import Manifest
+from finetune.checkpoint.manifest import STAGE, Manifest
 from finetune.config.run_config import CheckpointConfig, SavedStep
 from finetune.distributed.collectives import (
     StorageGroup,
@@ -23,8 +24,15 @@ from finetune.distributed.collectives import (
 )
 from finetune.run_dir import run_json
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError, format_faults
+from finetune.utils.user_files import MALFORMED, has_type
 
 logger = logging.getLogger(__name__)
+TRAINER_STATE = "trainer_state.json"
+STATE_TYPES: dict[str, Any] = {
+    "global_step": int, "epoch": float | None, "total_flos": float, "num_input_tokens_seen": int,
+    "best_model_checkpoint": str | None, "best_metric": float | None, "log_history": list[dict[str, Any]],
+    "stateful_callbacks": dict[str, Any],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class ResumePoint:
             CheckpointError: it cannot be converted.
             StorageError: there is too little space for it.
         """
-        if not self.is_reshaped or self.manifest.facts["ZeRO stage"] == "none":
+        if not self.is_reshaped or self.manifest.facts[STAGE] == "none":
             return self.folder, self.manifest
         target = checkpoint.universal_folder(output_dir, self.manifest.step)
         files = run_on_rank_0(lambda: checkpoint.convert_to_universal(self.folder, self.manifest, target))
@@ -221,9 +229,25 @@ def _inspect_here(
     faults = checkpoint.find_damage(folder, manifest, names)
     if part == 0:
         faults += checkpoint.find_strangers(folder, manifest)
+    faults += _state_faults(folder / TRAINER_STATE, manifest) if TRAINER_STATE in names else []
     paths = [folder / name for name in names]
     pickled = [path for path in paths if checkpoint.is_pickled(path) and path.is_file()]
     return manifest, faults + [fault for path in pickled if (fault := checkpoint.pickle_fault(path))]
+
+
+def _state_faults(path: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the Trainer's record, which transformers reads as it is."""
+    try:
+        values = json.loads(path.read_bytes())
+        wrong = [name for name, hint in STATE_TYPES.items() if name in values and not has_type(values[name], hint)]
+        step = values.get("global_step")
+    except OSError:  # a fault that is named already
+        return []
+    except MALFORMED as error:
+        return [f"{path} is not the Trainer's record: {str(error)[:80]}"]
+    if wrong or step != manifest.step:
+        return [f"{path} is not the Trainer's record of step {manifest.step}: {', '.join(wrong) or 'global_step'}"]
+    return []
 
 
 def _is_missing_random_state(fault: str) -> bool:

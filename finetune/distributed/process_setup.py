@@ -12,7 +12,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from finetune.distributed import host_probe
@@ -38,6 +38,20 @@ def prepare_environment() -> None:
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@contextlib.contextmanager
+def restore_settings() -> Iterator[None]:
+    """Give a process that goes on after the training its environment and its garbage collection back."""
+    before, collected = dict(os.environ), gc.isenabled()
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        if collected:
+            gc.enable()
 
 
 def force_data_only() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import Manifest, key_of
+from finetune.checkpoint.manifest import DAY, SKIPPED_ROWS, STAGE
 from finetune.checkpoint.resume import saved_manifest
 from finetune.config.arguments import default_of
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
@@ -43,18 +44,16 @@ STEP_FLAGS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NEVER = frozenset(
     "--use_lora --adapter --lora_r --lora_target_modules --use_dora --modules_to_save --num_virtual_tokens "
     "--new_tokens --optim --optim_args --optim_target_modules".split()
-) | {"ZeRO stage"}
-SAME_STATES = {"adamw_torch", "adamw_torch_fused"}  # values of --optim
+) | {STAGE}
+SAME_STATES = ("adamw_torch", "adamw_torch_fused")  # values of --optim
 # Schedules that move the learning rate by what they have seen: their state fits no other rate or factor.
 ADAPTIVE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 SCHEDULE_FLAGS = ("--learning_rate", "--lr_scheduler_type", "--lr_scheduler_kwargs")
 OF_FLAGS = "of the command line"
-DAY = "date that the chat template writes"  # a key of manifests
 SINCE_0_2 = ("loss scaling", DAY)  # facts that older manifests lack
 STAGES_DIFFER = (
     "stages 1 and 2 partition optimizer states, stage 3 each parameter, and DeepSpeed converts neither into the other"
 )
-SKIPPED_ROWS = "rows left out by --skip_rows"  # a key of manifests
 SHOWN_CHARACTERS = 60
 
 
@@ -80,7 +79,7 @@ def resume_facts(
         **({DAY: data.day} if data.day else {}),
         "base model": model_fingerprint,
         "precision": precision,
-        "ZeRO stage": zero.stage if zero else "none",
+        STAGE: zero.stage if zero else "none",
         "optimizer": sections.get("optimizer", OF_FLAGS),
         **({"loss scaling": sections.get("fp16")} if precision == "fp16" else {}),
     }
@@ -141,13 +140,13 @@ def compare_with_checkpoint(
     if set(old) < set(new):  # the user asked for more by naming them
         del differences[SKIPPED_ROWS]
         harmless.append(f"{SKIPPED_ROWS}: {len(old)}, now {len(new)}")
-    if set(differences.get("ZeRO stage", ())) == {1, 2}:  # both partition the same optimizer states
-        harmless.append("ZeRO stage: {}, now {}".format(*differences.pop("ZeRO stage")))
+    if set(differences.get(STAGE, ())) == {1, 2}:  # both partition the same optimizer states
+        harmless.append("ZeRO stage: {}, now {}".format(*differences.pop(STAGE)))
     lines = [f"{name}: {_shortened(old)}, now {_shortened(new)}" for name, (old, new) in differences.items()]
     refused = {name for name, values in differences.items() if _is_refused(name, *values, flags=facts)}
     never = [line for line, name in zip(lines, differences, strict=True) if name in refused]
     if never:
-        why = f" ({STAGES_DIFFER})" if any(line.startswith("ZeRO stage") for line in never) else ""
+        why = f" ({STAGES_DIFFER})" if any(line.startswith(STAGE) for line in never) else ""
         raise CheckpointError(
             f"{folder}: this run cannot resume from it: {'; '.join(never)}{why}: start with the same flags, or a new "
             "run in another --output_dir"
@@ -163,10 +162,10 @@ def compare_with_checkpoint(
 def _is_refused(name: str, old: Any, new: Any, *, flags: Mapping[str, Any]) -> bool:
     """Whether no run can resume over this difference, whatever the user allows."""
     if name == "--optim":
-        return not {old, new} <= SAME_STATES
+        return old not in SAME_STATES or new not in SAME_STATES
     if name == "optimizer":  # section of the DeepSpeed JSON
-        types = {section.get("type") if isinstance(section, Mapping) else section for section in (old, new)}
-        return OF_FLAGS in types or (len(types) > 1 and types != {"Adam", "AdamW"})
+        types = [section.get("type") if isinstance(section, Mapping) else section for section in (old, new)]
+        return OF_FLAGS in types or (types[0] != types[1] and any(kind not in ("Adam", "AdamW") for kind in types))
     if name in SCHEDULE_FLAGS:
         return any(value in ADAPTIVE_SCHEDULES for value in (flags["--lr_scheduler_type"], old, new))
     return name in NEVER

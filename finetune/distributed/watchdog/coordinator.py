@@ -216,8 +216,9 @@ class Coordinator:
             peer.progress.since += seconds
 
     def is_alone(self) -> bool:
-        """Return whether all other watchdogs have left."""
-        return not any(peer.is_connected() for peer in self.peers.values())
+        """Return whether all other watchdogs have left, or are lost."""
+        oldest = time.monotonic() - HEARTBEAT_TIMEOUT
+        return not any(peer.is_connected() and peer.last_heard > oldest for peer in self.peers.values())
 
     def _find_lost(self, now: float) -> None:
         for peer in self.peers.values():

@@ -66,7 +66,6 @@ def start_watchdog() -> Iterator[None]:
     else:
         _report_exit(0)
     finally:
-        _kill_if_stopped(_watchdog)
         for number, handler in former_handlers.items():
             signal.signal(number, handler)
         stop_requests.reset()
@@ -118,12 +117,6 @@ def _start() -> subprocess.Popen[bytes]:
     return process
 
 
-def _kill_if_stopped(process: subprocess.Popen[bytes] | None) -> None:
-    """Kill a stopped watchdog at the end of its rank: the launcher would wait for it, and it would stay."""
-    if process is not None and state_of(process.pid) == "T":
-        process.kill()
-
-
 def _end_if_stopped(process: subprocess.Popen[bytes]) -> None:
     """End this rank when its watchdog has been stopped for some seconds (SIGSTOP): nothing else would end it."""
     seconds = 0
@@ -161,7 +154,6 @@ def _report_exit(status: int) -> None:
     _send({"exit": status})
     if _watchdog is not None and _watchdog.stdin is not None:
         _watchdog.stdin.close()
-        _kill_if_stopped(_watchdog)
         _watchdog.returncode = 0  # it ends by itself, later than this process
         _watchdog = None
 

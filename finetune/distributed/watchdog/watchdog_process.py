@@ -38,7 +38,7 @@ from finetune.diagnostics import (
 )
 from finetune.distributed.watchdog.coordinator import HEARTBEAT_TIMEOUT, Coordinator, Peer, PhaseTimeouts, RankProgress
 from finetune.distributed.watchdog.transport import PRINT_STACKS, Connection, candidate_ports
-from finetune.utils.proc import parent_of, stat_of, state_of
+from finetune.utils.proc import parent_of, receive_at_parents_end, stat_of, state_of
 
 POLL_MILLISECONDS, HEARTBEAT_SECONDS = 250, 1.0
 SECONDS_TO_FAIL = 12.0  # for a rank that prints its own error
@@ -233,6 +233,8 @@ class Watchdog:
         for port in candidate_ports(self.order["address"], self.order["port"]):
             try:
                 connection = socket.create_connection((self.order["address"], port), timeout=1.0)
+            except TimeoutError:  # packets are dropped, on all ports
+                return
             except OSError:
                 continue
             with suppress(OSError, ValueError):
@@ -320,6 +322,7 @@ def main() -> None:
     """Read the order of the rank from stdin, then watch the rank."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    receive_at_parents_end(signal.SIGCONT)  # if this process is stopped then, it would stay for ever
     unread = b""
     while b"\n" not in unread:
         chunk = os.read(0, 1 << 16)

@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import checkpoint
+from finetune.checkpoint import resume
+from finetune.checkpoint.manifest import DAY
 from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers.checkpoint_files import MANIFEST, newest_verified, sealed
 
@@ -81,6 +83,13 @@ def damaged_in_every_way() -> dict:
         "a rank too few": (lambda folder: wrong(folder, loss_since_log=[0.5]), "world size do not match"),
         "no ranks": (lambda folder: wrong(folder, disks=[[0]]), "world size do not match"),
         "ranks of one disk": (lambda folder: wrong(folder, disks=[[0], 1]), "disks is [[0], 1]"),
+        "a stage of no ZeRO": (lambda folder: wrong(folder, facts={"ZeRO stage": [2]}), "an unknown ZeRO stage"),
+        "rows that are none": (
+            lambda folder: wrong(folder, facts={"rows left out by --skip_rows": [[1]]}),
+            "rows that are no names",
+        ),
+        "a date of none": (lambda folder: wrong(folder, facts={DAY: "tomorrow"}), "tomorrow"),
+        "no date": (lambda folder: wrong(folder, facts={DAY: [1]}), "must be str"),
         "no weights": (lambda folder: wrong(folder, trained=None), "trained is None"),
         "a folder instead": (
             lambda folder: ((folder / "latest").unlink(), (folder / "latest").mkdir()),
@@ -340,3 +349,21 @@ def test_a_key_that_is_missing_or_short_is_refused_and_not_repeated(monkeypatch,
         checkpoint.key_of("OUR_KEY")
     assert "OUR_KEY" not in str(raised.value) and "kkk" not in str(raised.value)
     assert checkpoint.key_of(None) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000, "[]", "1", "", '{"global_step": 5}', '{"global_step": 4, "log_history": [1]}',
+        '{"global_step": "4"}', '{"global_step": 4, "total_flos": "x"}', '{"global_step": 4, "epoch": NaN}',
+    ],
+)  # fmt: skip
+def test_a_record_of_the_trainer_that_it_has_not_written_is_damage(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(resume, "get_rank", lambda: 0)
+    folder = sealed(tmp_path, 4)
+    assert resume._inspect_here(folder, (0,), None, all_files=True)[1] == []
+    (folder / "trainer_state.json").write_text(text)
+    files = checkpoint.fsync_and_hash(folder, checkpoint.file_names(folder), None)
+    checkpoint.write_manifest(folder, replace(MANIFEST, files=files))
+    (fault,) = resume._inspect_here(folder, (0,), None, all_files=True)[1]
+    assert "trainer_state.json is not the Trainer's record" in fault
