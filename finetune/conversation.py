@@ -65,13 +65,15 @@ class Conversation:
 class BadRow:
     """A row with faults, each a complete message with its place.
 
-    `row` None: the file, or the rest of it, cannot be read at all; such a fault can never be dropped.
+    `row` None: the file, or the rest of it, cannot be read at all; such a fault can never be dropped. A row that a
+    repair leaves out is no fault; its reason stands in `faults`.
     """
 
     row: int | None
     source: str
     id: Any
     faults: tuple[str, ...]
+    is_fault: bool = True
     status: ClassVar[Literal["dropped"]] = "dropped"
 
     @property
@@ -80,12 +82,21 @@ class BadRow:
         return "; ".join(self.faults)
 
 
-def answer_number(turn: int) -> int:
-    """The number of the answer that model turn `turn` is in its conversation, from 1.
+def answer_numbers(roles: Mapping[int, str]) -> dict[int, int]:
+    """The number of the answer that each model turn belongs to, from 1, by the number of the turn.
 
-    Turns alternate, after an optional system turn. A greeting that begins a conversation counts as part of answer 1.
+    All model turns behind a human turn are one answer: tool calls and what is said after their results. A greeting that
+    begins a conversation counts as part of answer 1.
+
+    Args:
+        roles: the role of each turn, by its number in the conversation.
     """
-    return max(1, (turn + 1) // 2)
+    humans, numbers = 0, {}
+    for turn in sorted(roles):
+        humans += roles[turn] == "human"
+        if roles[turn] in ("model", "text"):
+            numbers[turn] = max(1, humans)
+    return numbers
 
 
 def to_row(
@@ -102,7 +113,7 @@ def to_row(
     given = {"id": id, "tools": [*tools] or None, "chat_template_kwargs": template_kwargs or None}
     row = {key: value for key, value in given.items() if value is not None}
     if [turn.role for turn in turns] == ["text"]:
-        return row | {"text": turns[0].text}
+        return row | {"text": turns[0].text} | ({} if turns[0].weight == 1 else {"weight": turns[0].weight})
     return row | {"conversations": [_turn_values(turn) for turn in turns]}
 
 

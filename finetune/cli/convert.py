@@ -28,7 +28,7 @@ from finetune.utils.options import CommandParser, fill, positional, raise_faults
 logger = logging.getLogger(__name__)
 
 # Endings of formats that are not written.
-OTHER_KINDS = (".gz", ".zst", ".parquet", ".csv", ".zip")
+OTHER_KINDS = (".gz", ".zst", ".parquet", ".csv", ".tsv", ".zip")
 BAR = "converting {percentage:3.0f}% |{bar}|{postfix} [{elapsed}<{remaining}]"
 BAR_UNITS, ROWS_PER_UPDATE = 1000, 256
 
@@ -45,9 +45,9 @@ class ConvertPaths:
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune convert`."""
-    usage = "IN [IN ...] OUT [--repairs RULE ...] [--bad_rows error|drop]"
+    usage = "IN [IN ...] OUT [--repairs RULE ...] [--columns KEY=COLUMN ...] [--bad_rows error|drop]"
     parser = CommandParser("finetune convert", usage, ConvertPaths)
-    parser.add_group(DataArguments, only=("bad_rows", "repairs"))
+    parser.add_group(DataArguments, only=("bad_rows", "repairs", "columns"))
     return parser
 
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     configure_logging()
     out = Path(name)
     _check_new(out)
-    sources = find_sources(data.data_path)
+    sources = find_sources(data.data_path, data.columns)
     weighted = next((source for source in sources if source.weight != 1), None)
     if weighted is not None:
         raise ConfigError(f"{weighted.name}:{weighted.weight:g}: a weight is for training: leave it out")
@@ -84,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
         logger.info(line)
     if bad.count:
         print(bad.rows.message("dropped row"), file=sys.stderr)
+    if bad.duplicates:
+        changes.counts["left out by drop_duplicates"] = bad.duplicates
     for change, rows in changes.counts.items():
         logger.warning(f"{rows:,} rows {change}")
     logger.info(f"{out}: {written:,} rows" + (f", {bad.count:,} dropped" if bad.count else ""))
@@ -95,12 +97,16 @@ class _BadRows:
     def __init__(self, *, stops: bool) -> None:
         self.stops, self.unreadable = stops, False
         self.rows, self.faults = RowFaults(), RowFaults()
-        self.count = 0
+        self.count = self.duplicates = 0
+        self.rows_by_source: Counter[str] = Counter()
 
     def without_bad_rows(self, rows: Iterable[Conversation | BadRow]) -> Iterator[Conversation]:
         """Yield the conversations; none after a bad row that stops the conversion."""
         for row in rows:
-            if isinstance(row, BadRow):
+            self.rows_by_source[row.source] += 1
+            if isinstance(row, BadRow) and not row.is_fault:
+                self.duplicates += 1
+            elif isinstance(row, BadRow):
                 self.count += 1
                 self.unreadable |= row.row is None
                 self.rows.add("; ".join(row.faults))
@@ -111,7 +117,7 @@ class _BadRows:
     def check(self) -> None:
         """Raise `DataError` if nothing may be written."""
         if self.unreadable or (self.stops and self.count):
-            raise DataError(self.faults.message())
+            raise DataError(self.faults.message(rows=self.rows_by_source))
 
 
 class _Changes:
@@ -140,7 +146,8 @@ def _write(file: TextIO, conversations: Iterable[Conversation], *, lines: bool) 
     start, separator, end = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
     count = 0
     for conversation in conversations:
-        row = json.dumps(to_row(conversation.turns, conversation.id), ensure_ascii=False)
+        values = to_row(conversation.turns, conversation.id, conversation.tools, conversation.template_kwargs)
+        row = json.dumps(values, ensure_ascii=False)
         file.write((separator if count else start) + row)
         count += 1
     file.write(end if count else "")

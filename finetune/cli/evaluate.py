@@ -25,7 +25,7 @@ from finetune.utils.options import CommandParser, fill, option, positional, rais
 
 SECONDS_TO_WAIT = 24 * 3600  # one rank may run the programs of a benchmark while the others wait
 FLAGS_OF_DATA = (
-    "data_path", "model_max_length", "too_long", "train_on", "bad_rows", "max_dropped_rows", "repairs",
+    "data_path", "model_max_length", "too_long", "train_on", "bad_rows", "max_dropped_rows", "repairs", "columns",
     "data_cache_dir", "preprocessing_num_workers",
 )  # fmt: skip
 

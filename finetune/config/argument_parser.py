@@ -22,6 +22,7 @@ from finetune.config.arguments import (
 )
 from finetune.config.flag_support import flags_without_effect, refused_flags
 from finetune.dataset.row_checks import REPAIRS
+from finetune.dataset.row_formats import COLUMN_KEYS
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, OptionType, describe, fill, one_of, raise_faults, unknown_options
 from finetune.utils.user_files import read_json, read_text
@@ -214,6 +215,12 @@ def data_faults(data: DataArguments) -> Iterator[str]:
     for rule in data.repairs:
         if rule not in REPAIRS:
             yield f"--repairs {rule}: expected {one_of(tuple(REPAIRS))}"
+    keys = [pair.partition("=")[0] for pair in data.columns]
+    for pair, key in zip(data.columns, keys, strict=True):
+        if key not in COLUMN_KEYS or not pair.partition("=")[2]:
+            yield f"--columns {pair}: expected KEY=COLUMN with a key that is read, such as question, answer, system"
+        elif keys.count(key) > 1:
+            yield f"--columns {pair}: {key} is named twice: keep one of them"
 
 
 def flag_words(flags: Mapping[str, Any]) -> list[str]:

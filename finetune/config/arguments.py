@@ -145,7 +145,12 @@ class DataArguments:
         False, "held-out examples that equal a training example are a note instead of an error"
     )
     repairs: list[str] = option(
-        [], "rules for rows: `merge_turns`, `drop_last_human`, `ignore_verdicts` (labels, scores)"
+        [],
+        "rules for rows: `merge_turns`, `drop_last_human`, `drop_duplicates`, `undeclared_tools`, `ignore_verdicts` "
+        "(labels, scores)",
+    )
+    columns: list[str] = option(
+        [], "columns with other names than those that are read, e.g. `question=Q answer=A system=S`"
     )
     data_cache_dir: str | None = option(None, "where prepared data is kept; default: `~/.cache/finetune/data`")
     preprocessing_num_workers: int | None = option(

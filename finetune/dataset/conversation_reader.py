@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.conversation import BadRow, Conversation, Turn, to_row
+from finetune.dataset.csv_reader import iter_csv_rows
 from finetune.dataset.data_files import UnreadableFileError, open_data_file
 from finetune.dataset.data_sources import Source, find_sources
 from finetune.dataset.dedup import DuplicateIndex, digest_of_row, digest_of_turns, key_of_id
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.json_reader import RawRow, file_fault, iter_json_rows
+from finetune.dataset.message_trees import rows_of_trees
 from finetune.dataset.parquet_reader import iter_dataset_rows, iter_parquet_rows
 from finetune.dataset.read_counts import ReadCounts
 from finetune.dataset.row_checks import order_faults, repair_turns, surrogate_fault
 from finetune.dataset.row_faults import RowFaults
+from finetune.dataset.row_formats import with_columns
 from finetune.dataset.row_reading import RowReading
 from finetune.dataset.tool_checks import check_tools
 from finetune.utils.errors import DataError
@@ -67,7 +71,7 @@ class ConversationReader:
         self._begin()
         for source_index, source in enumerate(self.sources):
             self._bytes_of_source = int
-            for raw in self._raw_rows(source):
+            for raw in rows_of_trees(self._raw_rows(source)):
                 yield source_index, raw
             self._bytes_before += source.num_bytes
         self._bytes_of_source = int
@@ -98,7 +102,10 @@ class ConversationReader:
                     yield from iter_parquet_rows(source.location, source.name, progress)
                     return
                 self._bytes_of_source = file.position
-                yield from iter_json_rows(file, source.name)
+                if source.delimiter is not None:
+                    yield from iter_csv_rows(file, source.name, source.delimiter)
+                else:
+                    yield from iter_json_rows(file, source.name)
                 self._bytes_of_source = int
         except UnreadableFileError as error:
             yield file_fault(f"{source.name}: {error}")
@@ -109,7 +116,8 @@ class ConversationReader:
         if not raw.is_read or raw.row is None:
             return CheckedRow(BadRow(raw.row, name, None, tuple(raw.faults)), None, [], None)
         place = f"{name}, row {raw.row}"
-        reading = RowReading(raw.value, place, ignores_verdicts="ignore_verdicts" in self.repairs)
+        value = with_columns(raw.value, self.sources[source_index].columns)
+        reading = RowReading(value, place, ignores_verdicts="ignore_verdicts" in self.repairs)
         faults = raw.faults + reading.faults
         turns: tuple[Turn, ...] = ()
         repairs: tuple[str, ...] = ()
@@ -123,7 +131,7 @@ class ConversationReader:
                 numbered, tool_faults = check_tools(numbered, reading.declared, place, allows_undeclared=allows)
                 faults += tool_faults
             turns = tuple(turn for _, turn in numbered)
-        own_id = raw.value.get("id") if isinstance(raw.value, dict) else None
+        own_id = value.get("id") if isinstance(value, dict) else None
         if own_id is not None and (fault := _id_fault(own_id)) is not None:
             faults.append(f"{place}: {fault}")
             own_id = None
@@ -161,8 +169,10 @@ class ConversationReader:
             first = same_id & ROW_MASK
             faults.append(f"{place}: has the id {shown(row.id)} of row {first} in the same data: give each row its own")
         if same_turns is not None:
-            other = self.sources[same_turns >> ROW_BITS].name
-            faults.append(f"{place}: says the same as {other}, row {same_turns & ROW_MASK}: take one of them out")
+            same = f"says the same as {self.sources[same_turns >> ROW_BITS].name}, row {same_turns & ROW_MASK}"
+            if not checked.faults and "drop_duplicates" in self.repairs:
+                return BadRow(row.row, row.source, row.id, (f"{place}: drop_duplicates: {same}",), is_fault=False)
+            faults.append(f"{place}: {same}: take one of them out, or use --repairs drop_duplicates")
         if faults:
             return BadRow(row.row, row.source, row.id, tuple(faults))
         counts.add(row, checked.reading)
@@ -185,11 +195,13 @@ def read_conversations(
     """
     conversations: list[Conversation] = []
     faults = RowFaults()
+    rows: Counter[str] = Counter()
     for row in ConversationReader(find_sources(paths), repairs=repairs):
+        rows[row.source] += 1
         if isinstance(row, BadRow):
-            faults.add(*row.faults)
+            faults.add(*row.faults[: None if row.is_fault else 0])
         else:
             conversations.append(row)
     if faults.count:
-        raise DataError(faults.message())
+        raise DataError(faults.message(rows=rows))
     return conversations

@@ -22,9 +22,7 @@ REFUSED_KINDS = {
 }
 REFUSED_SUFFIXES = {
     ".zip": REFUSED_KINDS[b"PK\x03\x04"],
-    ".csv": "CSV does not say who speaks: write it as JSON lines, one object with the columns as keys a line",
-    ".tsv": "TSV does not say who speaks: write it as JSON lines, one object with the columns as keys a line",
-    ".xlsx": "a spreadsheet: write it as JSON lines, one object with the columns as keys a line",
+    ".xlsx": "a spreadsheet: write it as CSV, with the names of the columns in the first line",
     ".tar": "a tar archive: unpack it and name the files in it",
     ".tgz": "a tar archive: unpack it and name the files in it",
 }

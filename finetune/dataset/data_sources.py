@@ -8,18 +8,20 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune.dataset.csv_reader import DELIMITERS
 from finetune.dataset.data_files import REFUSED_SUFFIXES
 from finetune.dataset.hub_datasets import hub_dataset, is_saved, modelscope_folder, saved_dataset
+from finetune.dataset.remote_files import fetch
 from finetune.utils.errors import DataError, format_faults
 from finetune.utils.proc import shipped_folder
 
 NOT_SHIPPED = {"coig_10k.json": "COIG's 10,000 conversations are not part of this project"}
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 PACKED_SUFFIXES = (".gz", ".zst")
 MODELSCOPE = "modelscope:"
 # owner/name, then :split or :config/split
@@ -31,18 +33,28 @@ _BLOCK_BYTES = 4 << 20
 class Source:
     """One file or data set; `name` is for messages, `path` is the file if it differs from the name.
 
-    With weight 2 all rows come twice per epoch, with 0.5 half of them. `dataset` is a `datasets.Dataset`.
+    With weight 2 all rows come twice per epoch, with 0.5 half of them. `dataset` is a `datasets.Dataset`. `columns` are
+    pairs of a key of a format that is read and the column that stands for it.
     """
 
     name: str
     weight: float = 1.0
     path: str | None = None
     dataset: Any = field(default=None, repr=False, compare=False)
+    columns: tuple[tuple[str, str], ...] = ()
 
     @property
     def location(self) -> str:
         """The path of the file."""
         return self.path or self.name
+
+    @property
+    def delimiter(self) -> str | None:
+        """What separates the cells of a CSV or TSV file; None for other files."""
+        name = self.location.lower()
+        for suffix in PACKED_SUFFIXES:
+            name = name.removesuffix(suffix)
+        return DELIMITERS.get(os.path.splitext(name)[1])
 
     @cached_property
     def num_bytes(self) -> int:
@@ -55,8 +67,13 @@ class Source:
             return 0
 
 
-def find_sources(paths: str | Path | Sequence[str | Path]) -> list[Source]:
-    """Resolve names to files and data sets, in that order; those of a folder or a glob are sorted by name."""
+def find_sources(paths: str | Path | Sequence[str | Path], columns: Sequence[str] = ()) -> list[Source]:
+    """Resolve names to files and data sets, in that order; those of a folder or a glob are sorted by name.
+
+    Args:
+        columns: `KEY=COLUMN`, the column that stands for a key of a format that is read.
+    """
+    pairs = tuple((key, column) for key, _, column in (pair.partition("=") for pair in columns))
     sources: list[Source] = []
     faults: list[str] = []
     seen: dict[Any, str] = {}
@@ -74,7 +91,7 @@ def find_sources(paths: str | Path | Sequence[str | Path]) -> list[Source]:
                     f"{source.name}: is named twice{alias}: leave one out, or give it a weight, as in data.json:2"
                 )
             else:
-                sources.append(source)
+                sources.append(replace(source, columns=pairs))
     if faults:
         raise DataError(format_faults(faults, "fault"))
     return sources
@@ -91,6 +108,8 @@ def _resolve(given: str) -> list[Source]:
     name, weight = _split_weight(given)
     if name.startswith(MODELSCOPE):
         return _modelscope(name, weight)
+    if "://" in name:
+        return [replace(_file(url, weight), path=copy) for url, copy in fetch(name)]
     if os.path.isfile(name):
         return [_file(name, weight)]
     if os.path.isdir(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,14 +9,13 @@ from typing import Any
 
 from finetune.chat_templates import RenderedConversation
 from finetune.conversation import BadRow
-from finetune.dataset.row_faults import RowFaults
+from finetune.dataset.row_faults import RowFaults, kind_of
 from finetune.utils.user_files import from_json
 
 STATUSES = ("kept", "cut", "split", "dropped")
 HISTOGRAM_BINS = 24
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_REASONS = 5
-LONG_QUOTATION = 16
 
 
 @dataclass(frozen=True)
@@ -125,12 +123,13 @@ class DataTally:
                 self.counts["supervised"] += example.num_supervised
 
     def _add_bad(self, row: BadRow) -> None:
-        self.faults.add(*row.faults)
+        if row.is_fault:
+            self.faults.add(*row.faults)
         if row.row is None:
             self.unreadable = True
             return
         self.statuses["dropped"] += 1
-        self.counts["bad"] += 1
+        self.counts["bad"] += row.is_fault
         self.rows_by_source[row.source] += 1
         self.reasons[kind_of(row.faults[0])] += 1
 
@@ -160,13 +159,6 @@ class DataTally:
             rows_by_source=dict(self.rows_by_source),
             examples_by_source=dict(self.examples_by_source),
         )
-
-
-def kind_of(reason: str) -> str:
-    """Strip place, numbers and quotations from a reason, so that similar reasons count as one."""
-    reason = re.sub(r"^.*?, (?:row|line) \d+(?:, \w+ \d+)*: ", "", reason)
-    reason = re.sub(r"'[^']*'|\"[^\"]*\"", lambda match: "..." if len(match[0]) >= LONG_QUOTATION else match[0], reason)
-    return re.sub(r"\d[\d,]*", "N", reason).partition(", found ")[0]
 
 
 def _histogram(lengths: Counter[int], longest: int) -> list[int]:

@@ -18,7 +18,7 @@ def iter_parquet_rows(path: str, name: str, progress: Progress) -> Iterator[RawR
     import pyarrow.parquet
 
     def batches() -> Iterator[tuple[list[Any], int]]:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             columns = file.schema_arrow.names
             repeated = next((column for column in columns if columns.count(column) > 1), None)
             if repeated:

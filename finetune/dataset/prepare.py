@@ -246,10 +246,14 @@ def _write(
                 tally.merge(batch.tally)
                 writer.add(batch.examples, batch.ledger)
             if tally.unreadable or (bad_rows == "error" and tally.faults.count):
-                raise DataError(tally.faults.message())
+                raise DataError(tally.faults.message(rows=tally.rows_by_source))
             summary = tally.summary()
             writer.commit(
-                {"summary": summary.facts(), "notes": reader.counts.notes(), "faults": tally.faults.message()}
+                {
+                    "summary": summary.facts(),
+                    "notes": reader.counts.notes(),
+                    "faults": tally.faults.message(rows=tally.rows_by_source),
+                }
             )
     except BrokenPipeError:  # of what watches
         raise
@@ -297,7 +301,7 @@ def _key(
     """The cache key: a digest of the data, of how it is rendered, and of the code that does it."""
     parts = {
         "data": data,
-        "sources": [source.name for source in sources],
+        "sources": [(source.name, source.columns) for source in sources],
         "bad_rows": bad_rows,
         "limit": limit,
         "repairs": sorted(repairs),

@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 from xxhash import xxh3_64_digest
 
 from finetune.chat_templates import Example, RenderedConversation, TurnSpan, supervised_turns_of
-from finetune.conversation import BadRow, answer_number
+from finetune.conversation import BadRow, answer_numbers
 from finetune.dataset.collator import MAX_ANSWERS
 from finetune.utils.errors import StorageError, os_reason
 
@@ -66,16 +66,24 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
     """
     rendered = [(rendering, example) for rendering in renderings for example in rendering.examples]
     examples = [example for _, example in rendered]
+    answers: dict[int, dict[int, int]] = {}  # the number of each answer, by the id of its rendering
+    for rendering, _ in rendered:
+        if id(rendering) not in answers:
+            spans = [span for example in rendering.examples for span in example.turn_spans]
+            answers[id(rendering)] = answer_numbers({span.turn: span.role for span in spans})
     starts = _offsets([len(example.input_ids) for example in examples])
     input_ids, labels = (_token_values(examples, name) for name in ("input_ids", "labels"))
     supervised_starts = _offsets(labels >= 0)[starts]
     span_starts = _offsets([len(example.turn_spans) for example in examples])
     spans = [span for example in examples for span in example.turn_spans]
     first_tokens = np.array([span.start for span in spans], np.int32)
-    is_model = np.array([span.role == "model" for span in spans], bool)
-    answer_numbers = supervised_turns_of(
+    is_model = np.array([span.role in ("model", "text") for span in spans], bool)
+    numbers = [
+        answers[id(rendering)].get(span.turn, 1) for rendering, example in rendered for span in example.turn_spans
+    ]
+    answer_of_tokens = supervised_turns_of(
         labels,
-        np.array([min(answer_number(span.turn), MAX_ANSWERS) - 1 for span in spans], np.uint8)[is_model],
+        np.array([min(number, MAX_ANSWERS) - 1 for number in numbers], np.uint8)[is_model],
         (first_tokens + np.repeat(starts[:-1], np.diff(span_starts)))[is_model],
     )
     columns = {
@@ -99,7 +107,7 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
                 SPAN_FIELDS,
             ),
         ),
-        "answer_numbers": pa.ListArray.from_arrays(supervised_starts, answer_numbers),
+        "answer_numbers": pa.ListArray.from_arrays(supervised_starts, answer_of_tokens),
         "weights": pa.array([example.weights for example in examples], pa.list_(pa.float64())),
     }
     return pa.record_batch(columns)

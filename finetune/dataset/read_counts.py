@@ -11,13 +11,16 @@ from finetune.dataset.row_formats import OWN_FORMAT
 from finetune.dataset.row_reading import RowReading
 from finetune.dataset.turn_reading import role_of
 
+SHOWN_KEYS = 20
+
 
 @dataclass
 class ReadCounts:
-    """Good rows by (source, format), turns by (source, role name in the row), and mojibake by source."""
+    """Good rows by (source, format), turns by (source, role name), keys not read, and mojibake by source."""
 
     formats: Counter[tuple[str, str]] = field(default_factory=Counter)
     role_names: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter)
     mojibake: dict[str, MojibakeCounter] = field(default_factory=lambda: defaultdict(MojibakeCounter))
 
     def add(self, conversation: Conversation, reading: RowReading) -> None:
@@ -26,12 +29,15 @@ class ReadCounts:
         self.formats[source, reading.format] += 1
         for name in reading.role_names:
             self.role_names[source, name] += 1
+        for key in {*reading.unread}:
+            self.unread[source, key] += 1
         self.mojibake[source].add([turn.text for turn in conversation.turns], conversation.row)
 
     def merge(self, other: ReadCounts) -> None:
         """Add the counts of later rows."""
         self.formats.update(other.formats)
         self.role_names.update(other.role_names)
+        self.unread.update(other.unread)
         for source, counter in other.mojibake.items():
             self.mojibake[source].merge(counter)
 
@@ -47,4 +53,9 @@ class ReadCounts:
             if row_format != OWN_FORMAT or renamed:
                 names = f" ({', '.join(renamed)})" if renamed else ""
                 lines.append(f"{source}: {rows:,} row{'s' * (rows != 1)} read as {row_format}{names}")
+        for source in dict.fromkeys(source for source, _ in self.unread):
+            keys = sorted((key, rows) for (owner, key), rows in self.unread.items() if owner == source)
+            shown = [f"{key} ({rows:,} row{'s' * (rows != 1)})" for key, rows in keys[:SHOWN_KEYS]]
+            more = [f"{len(keys) - SHOWN_KEYS:,} more"] if len(keys) > SHOWN_KEYS else []
+            lines.append(f"{source}: keys not read: {', '.join([*shown, *more])}")
         return lines + [note for name, counter in self.mojibake.items() if (note := counter.note(name)) is not None]

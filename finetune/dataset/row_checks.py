@@ -14,6 +14,7 @@ REPAIRS = {
     "ignore_verdicts": "keys that say how good an answer is (row_verdicts.py) are not read",
     "merge_turns": "neighbouring turns of one role become one, with a blank line between their texts",
     "drop_last_human": "a human turn, or tool results, at the end, which nobody answers, are left out",
+    "drop_duplicates": "a row that says exactly the same as an earlier one is left out",
     "undeclared_tools": "rows without declared tools may hold tool calls, which cannot be checked then",
 }
 # Characters that show nothing, in addition to what Python calls white space.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -84,6 +84,21 @@ EXPECTED = (
     'an object with "conversations" (or another format that is read: "messages", Alpaca, Dolly, prompt and response, '
     'question and answer, "text"; --columns names other columns)'
 )
+
+
+# Keys that --columns can name a column for.
+COLUMN_KEYS = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *TOOL_KEYS, *REASONING_KEYS, *ROW_WEIGHTS})
+COLUMN_KEYS |= {"id", "text", "history"}
+
+
+def with_columns(row: Any, columns: Sequence[tuple[str, str]]) -> Any:
+    """The row with its columns under the keys that they stand for; other columns decide no format then."""
+    if not columns or not isinstance(row, dict) or not any(column in row for _, column in columns):
+        return row
+    taken = {column for _, column in columns}
+    decides = PAIR_KEYS.union(TURN_LISTS, ["text"])
+    others = {f"column {key}" if key in decides else key: value for key, value in row.items() if key not in taken}
+    return others | {key: row[column] for key, column in columns if column in row}
 
 
 @cache

@@ -96,7 +96,7 @@ class RowReading:
             self._pair(row, keys)
         if self.declared or (self.turns and self.turns[0].role == "system" and "<tools>" in self.turns[0].text):
             self._written_calls()
-        if len(keys) > 1:
+        if len(row) > 1 + ("id" in row):
             self._apply_to_all(row, keys)
 
     def _beside(self, row: dict[str, Any], keys: set[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.chat_templates.text_segments import segmenter
 from finetune.config import DataArguments
-from finetune.conversation import answer_number
+from finetune.conversation import answer_numbers
 from finetune.dataset.collator import pad_token_id
 from finetune.dataset.data_sources import find_sources
 from finetune.dataset.dataloader import int_column
@@ -29,7 +29,7 @@ from finetune.utils.errors import NumericsError
 logger = logging.getLogger(__name__)
 
 # Conversations are rendered with these arguments of the training, unless they are given.
-TRAINING_ARGUMENTS = ("model_max_length", "too_long", "train_on", "repairs")
+TRAINING_ARGUMENTS = ("model_max_length", "too_long", "train_on", "repairs", "columns")
 
 
 def prepare_held_out(result: RunResult, arguments: dict[str, Any]) -> PreparedData:
@@ -37,7 +37,7 @@ def prepare_held_out(result: RunResult, arguments: dict[str, Any]) -> PreparedDa
     trained = result.run.get("arguments", {})
     defaults = {name: trained[name] for name in TRAINING_ARGUMENTS if trained.get(name) is not None}
     data = DataArguments(**{**defaults, **arguments})
-    sources = find_sources(data.data_path)
+    sources = find_sources(data.data_path, data.columns)
     weighted = [source.name for source in sources if source.weight != 1]
     if weighted:
         logger.warning(f"the weight of {weighted[0]} is ignored: every row is measured once")
@@ -56,6 +56,7 @@ class RowLosses:
     examples: list[int] = field(default_factory=list)  # indices of the prepared examples, the windows of the row
     tokens: dict[int, int] = field(default_factory=dict)  # supervised tokens by turn
     losses: dict[str, dict[int, float]] = field(default_factory=dict)  # sum of the losses by model and turn, in nats
+    roles: dict[int, str] = field(default_factory=dict)  # by turn
 
     def mean(self, model: str) -> float:
         """Mean loss of all supervised tokens."""
@@ -72,10 +73,10 @@ class RowLosses:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; losses are means over tokens, null if they are not finite."""
-        turns = []
+        turns, numbers = [], answer_numbers(self.roles)
         for turn, tokens in sorted(self.tokens.items()):
             means = {model: finite_or_none(losses[turn] / tokens) for model, losses in self.losses.items()}
-            turns.append({"turn": turn, "answer": answer_number(turn), "tokens": tokens, **means})
+            turns.append({"turn": turn, "answer": numbers[turn], "tokens": tokens, **means})
         means = {model: finite_or_none(self.mean(model)) for model in self.losses}
         identity = {"source": self.source, "row": self.row, "id": self.id, "tokens": self.num_tokens}
         return {**identity, **means, "examples": self.examples, "turns": turns}
@@ -162,7 +163,7 @@ def measure_rows(
 
 def collect_rows(examples: Any, losses: dict[str, list[AnswerLoss]]) -> list[RowLosses]:
     """Collect the losses of examples, which are windows of rows, by row, in the order of the data."""
-    columns = examples.select_columns(["source", "row", "id"]).with_format(None)[:]
+    columns = examples.select_columns(["source", "row", "id", "turn_spans"]).with_format(None)[:]
     rows: dict[tuple[str, int], RowLosses] = {}
     for model, answers in losses.items():
         for answer in sorted(answers, key=lambda answer: (answer.example, answer.turn)):
@@ -170,6 +171,7 @@ def collect_rows(examples: Any, losses: dict[str, list[AnswerLoss]]) -> list[Row
             row = rows.setdefault(key, RowLosses(*key, json.loads(columns["id"][answer.example])))
             if answer.example not in row.examples:
                 row.examples.append(answer.example)
+                row.roles |= {span["turn"]: span["role"] for span in columns["turn_spans"][answer.example]}
             row.tokens[answer.turn] = answer.tokens
             row.losses.setdefault(model, {})[answer.turn] = answer.loss
     return sorted(rows.values(), key=lambda row: row.examples[0])
@@ -188,10 +190,11 @@ def summarize(rows: Sequence[RowLosses]) -> list[dict[str, Any]]:
     if len(sources) > 1:
         for source in sources:
             groups.append(_group("source", source, [(row, set(row.tokens)) for row in finite if row.source == source]))
-    numbers = sorted({answer_number(turn) for row in finite for turn in row.tokens})
+    answers = [(row, answer_numbers(row.roles)) for row in finite]
+    numbers = sorted({of[turn] for row, of in answers for turn in row.tokens})
     if len(numbers) > 1:
         for number in numbers:
-            parts = [(row, {turn for turn in row.tokens if answer_number(turn) == number}) for row in finite]
+            parts = [(row, {turn for turn in row.tokens if of[turn] == number}) for row, of in answers]
             groups.append(_group("answer", f"answer {number}", [(row, turns) for row, turns in parts if turns]))
     return groups
 

@@ -95,7 +95,7 @@ def measure_token_losses(
         ]
         losses = token_losses_of(model, batch_examples, pad_token_id, is_flat, has_virtual_tokens)
         for index, example, spans in zip(batch, batch_examples, columns["turn_spans"], strict=True):
-            answers = [span for span in spans if span["role"] == "model"]
+            answers = [span for span in spans if span["role"] in ("model", "text")]
             turns = supervised_turns_of(
                 example["labels"], [span["turn"] for span in answers], [span["start"] for span in answers]
             )

@@ -96,8 +96,8 @@ def prepare_run_data(
         limit: prepare the first so many rows of each only.
         watch: is given rows of the training data as `prepare_dataset` says.
     """
-    sources = find_sources(data.data_path)
-    held_out_sources = find_sources(data.eval_data_path) if data.eval_data_path else None
+    sources = find_sources(data.data_path, data.columns)
+    held_out_sources = find_sources(data.eval_data_path, data.columns) if data.eval_data_path else None
     tokenizer, chat_format, notes = load_chat_format(model, data, day)
     log_notes(notes)
     shown = watch and partial(watch, chat_format)

@@ -194,7 +194,9 @@ def test_faults_come_before_the_model(trained, files, tmp_path, monkeypatch):
 
 def test_rows_that_are_not_finite_are_named_and_in_no_mean():
     def row(number, tuned, base):
-        return RowLosses("a.json", number, None, [number], {1: 2}, {"base": {1: base}, "tuned": {1: tuned}})
+        return RowLosses(
+            "a.json", number, None, [number], {1: 2}, {"base": {1: base}, "tuned": {1: tuned}}, {1: "model"}
+        )
 
     rows = [row(0, 2.0, 4.0), row(1, math.nan, 1.0), row(2, 6.0, 4.0), row(3, 1.0, math.inf)]
     whole = summarize(rows)[0]

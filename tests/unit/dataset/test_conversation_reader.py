@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.conversation import BadRow, Conversation, Turn, answer_number
+from finetune.conversation import BadRow, Conversation, Turn, answer_numbers
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import shipped_files
 from tests.helpers.chat_rows import HELLO, LOST, faults, good_row, read, refusal, spoken, turns, written
@@ -183,15 +183,22 @@ def test_every_fault_of_a_file_is_collected(tmp_path):
     assert places == [*expected, "row 3, turn 3"]
 
 
-def test_the_first_20_faults_are_shown_and_all_are_counted(tmp_path):
+def test_faults_of_one_kind_are_one_line_with_an_example_and_the_count(tmp_path):
     bad = [{"conversations": f"a{number}"} for number in range(1_250)]
     path = written(tmp_path / "a.json", [good_row(0), *bad])
 
     lines = refusal(path).splitlines()
 
-    assert lines[0].startswith("1,250 fault")
-    assert [line.partition(", ")[2].partition(":")[0] for line in lines[1:21]] == [f"row {row}" for row in range(1, 21)]
-    assert lines[21:] == ["  ... and 1,230 more"]
+    said = 'expected "conversations" to be a list of turns, found "a0" (row 1, row 2'
+    assert lines[0] == "1,250 faults:" and len(lines) == 2
+    assert lines[1].startswith(f"  {path}, 1,250 of 1,251 rows: {said}") and lines[1].endswith("and 1,240 more)")
+
+
+def test_rows_are_counted_where_a_row_has_several_faults_of_a_kind(tmp_path):
+    bad = [turns(("human", 5), ("model", 5)) for _ in range(6)]
+    path = written(tmp_path / "a.json", [good_row(0), *bad])
+
+    assert f"{path}, 6 of 7 rows: " in refusal(path) and "row 1, turn 0, row 1, turn 1, row 2" in refusal(path)
 
 
 def test_what_many_rows_share_is_shown_once_with_its_count_and_first_places(tmp_path):
@@ -202,7 +209,8 @@ def test_what_many_rows_share_is_shown_once_with_its_count_and_first_places(tmp_
 
     places = ", ".join(f"row {number}" for number in range(1, 11))
     assert lines[0] == "60 faults:" and len(lines) == 3
-    assert lines[1].startswith(f'  {path}, {places} and 49 more: "label": false')
+    assert lines[1].startswith(f'  {path}, 59 of 61 rows: "label": false')
+    assert lines[1].endswith(f"({places} and 49 more)")
     assert lines[2].startswith(f"  {path}, row 60: ")
 
 
@@ -334,8 +342,8 @@ def test_a_row_that_says_the_same_as_another_is_refused_and_the_first_is_named(t
     second = written(tmp_path / "b.jsonl", json.dumps(good_row(2)) + "\n" + json.dumps({**good_row(1), "id": 9}))
 
     assert faults(first, second) == [
-        f"{first}, row 2: says the same as {first}, row 0: take one of them out",
-        f"{second}, row 1: says the same as {first}, row 1: take one of them out",
+        f"{first}, row 2: says the same as {first}, row 0: take one of them out, or use --repairs drop_duplicates",
+        f"{second}, row 1: says the same as {first}, row 1: take one of them out, or use --repairs drop_duplicates",
     ]
 
 
@@ -407,6 +415,12 @@ def test_turns_of_which_one_is_context_are_not_merged(tmp_path):
     )
 
 
-def test_answers_are_counted_behind_a_system_turn_and_behind_a_greeting_too():
-    assert [answer_number(turn) for turn in (1, 3, 5)] == [answer_number(turn) for turn in (2, 4, 6)] == [1, 2, 3]
-    assert [answer_number(turn) for turn in (0, 2, 4)] == [1, 1, 2], "a greeting answers nothing"
+def numbers_of(*roles: str) -> list[int]:
+    return [*answer_numbers(dict(enumerate(roles))).values()]
+
+
+def test_what_is_said_behind_a_human_turn_is_one_answer():
+    assert numbers_of(*["human", "model"] * 3) == numbers_of("system", *["human", "model"] * 3) == [1, 2, 3]
+    assert numbers_of("model", "human", "model", "human", "model") == [1, 1, 2], "a greeting answers nothing"
+    assert numbers_of("human", "model", "tool", "tool", "model", "human", "model") == [1, 1, 2]
+    assert numbers_of("text") == [1]

@@ -98,7 +98,8 @@ def test_a_folder_without_data_says_what_it_looked_for_and_found(folder):
     written(Path("nothing/notes.txt"), "hello")
 
     assert refused("nothing") == (
-        "nothing: the folder holds no data: expected files that end in .json, .jsonl, .ndjson, .parquet "
+        "nothing: the folder holds no data: expected files that end in .json, .jsonl, .ndjson, .parquet, .csv, "
+        ".tsv "
         "(or these with .gz or .zst), found notes.txt; folders in it are not looked into"
     )
 
@@ -106,10 +107,9 @@ def test_a_folder_without_data_says_what_it_looked_for_and_found(folder):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("a.csv", "CSV does not say who speaks: write it as JSON lines"),
         ("a.ZIP", "a zip archive: unpack it and name the files in it"),
         ("a.tar.gz", "a tar archive: unpack it"),
-        ("a.xlsx", "a spreadsheet: write it as JSON lines"),
+        ("a.xlsx", "a spreadsheet: write it as CSV"),
     ],
 )
 def test_kinds_of_files_that_are_not_read_are_refused_by_name(name, said, tmp_path):

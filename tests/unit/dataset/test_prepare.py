@@ -209,7 +209,8 @@ def test_bad_rows_stop_the_run_and_nothing_is_kept(tmp_path, renderer):
         prepared(path, renderer, tmp_path / "cache")
     lines = str(refusal.value).splitlines()
     assert lines[0] == "30 faults:"
-    assert len(lines) == 2 and "row 1, turn 1, row 3, turn 1" in lines[1] and " and 20 more: " in lines[1]
+    assert len(lines) == 2 and "row 1, turn 1, row 3, turn 1" in lines[1] and lines[1].endswith(" and 20 more)")
+    assert "30 of 100 rows: " in lines[1]
     assert not list((tmp_path / "cache").glob("*/"))
 
 

@@ -1,0 +1,71 @@
+"""Rows of CSV and TSV files: UTF-8, the names of the columns in the first line; streamed."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+from finetune.dataset.data_files import DataFile, conversion, is_gb18030, wide_encoding
+from finetune.dataset.json_decoder import shown
+from finetune.dataset.json_reader import MOST_CHARACTERS, RawRow, file_fault
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def iter_csv_rows(file: DataFile, name: str, delimiter: str) -> Iterator[RawRow]:
+    """All rows in order, cells as strings, empty ones as None; the faults have the line in which a row begins."""
+    if encoding := wide_encoding(file.head):
+        yield file_fault(f"{name}: {conversion(encoding, name, file.packed)}")
+        return
+    csv.field_size_limit(MOST_CHARACTERS)
+    reader = csv.reader(_lines(file.chunks()), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    row = line = 0
+    try:
+        for cells in reader:
+            begin, line = line + 1, reader.line_num
+            if not any(cells):
+                continue
+            if not header:
+                header = cells
+                if fault := _header_fault(header):
+                    yield file_fault(f"{name}, line {begin}: {fault}")
+                    return
+            elif len(cells) != len(header):
+                fault = f"has {len(cells)} cells, and the first line names {len(header)} columns"
+                remedy = "put text that holds the delimiter, a line break or a quote into double quotes"
+                yield RawRow(row, None, [f"{name}, row {row}, line {begin}: {fault}: {remedy}"], is_read=False)
+                row += 1
+            else:
+                yield RawRow(row, {key: cell or None for key, cell in zip(header, cells, strict=True)}, [])
+                row += 1
+    except csv.Error as error:
+        yield file_fault(f"{name}, line {line + 1}: no CSV: {error}; row {row} and what follows cannot be read")
+    except UnicodeDecodeError as error:
+        why = f"not UTF-8 ({error.reason}): convert it, for example with iconv"
+        if is_gb18030(error.object[error.start : error.start + 4096]):
+            why = conversion("GB18030", name, file.packed)
+        yield file_fault(f"{name}, line {reader.line_num + 1}: {why}; row {row} and what follows cannot be read")
+    else:
+        if not row:
+            yield file_fault(f"{name}: holds no conversations")
+
+
+def _header_fault(header: list[str]) -> str | None:
+    repeated = next((column for column in header if header.count(column) > 1), None)
+    if repeated is not None:
+        return f"names the column {shown(repeated)} twice: only one could be read, take one out"
+    return "names a column without a name: give it one" if "" in header else None
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    for chunk in chain(chunks, (b"",)):
+        text = rest + decoder.decode(chunk, final=not chunk)
+        lines = text.split("\n")
+        rest = lines.pop()
+        yield from (f"{line}\n" for line in lines)
+    if rest:
+        yield rest

@@ -1,0 +1,269 @@
+"""CSV and TSV files, trees of messages, columns with other names, remote files, and keys that decide something."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from finetune.conversation import BadRow, Conversation, Turn
+from finetune.dataset.conversation_reader import ConversationReader, read_conversations
+from finetune.dataset.data_sources import find_sources
+from finetune.utils.errors import DataError
+from tests.helpers.chat_rows import faults, good_row, read, spoken, written
+
+PAIR = [("human", "q"), ("model", "a")]
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+# ---- CSV
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
+def test_cells_are_read_with_delimiters_quotes_and_line_breaks_in_them(suffix, mark, pack, tmp_path):
+    lines = [f"question{mark}answer{mark}id", f'"a{mark} ""b""\r\nc"{mark}河\u2028流{mark}7', "", f"d{mark}e{mark}"]
+    content = ("\ufeff" + "\r\n".join(lines)).encode()
+    path = written(tmp_path / f"a.{suffix}{'' if pack is bytes else '.gz'}", pack(content))
+
+    one, two = read_conversations(path)
+
+    assert spoken(one) == [("human", f'a{mark} "b"\r\nc'), ("model", "河\u2028流")] and one.id == "7"
+    assert spoken(two) == [("human", "d"), ("model", "e")] and two.id is None and two.row == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("question,answer\nq,a\nq2,a,2\n", "row 1, line 3: has 3 cells, and the first line names 2 columns"),
+        ('question,answer\n"q\nq",a\nq3\n', "row 1, line 4: has 1 cells"),
+        ("question,question\nq,a\n", 'line 1: names the column "question" twice'),
+        ("question,\nq,a\n", "line 1: names a column without a name"),
+        ('question,answer\nq,"a\n', "line 2: no CSV: unexpected end of data; row 0 and what follows cannot be read"),
+        ('question,answer\nq,"a"b\n', "line 2: no CSV: "),
+        ("question,answer\n", "holds no conversations"),
+        ("", "holds no conversations"),
+        ("frage,antwort\nq,a\n", "row 0: expected an object with"),
+        ("question,answer\nq,\n", 'row 0: expected "answer" to be a string, found null'),
+        ("question,answer\nq,a\n".encode("utf-16"), "UTF-16, not UTF-8"),
+        ("question,answer\n什么是河流，今天,天气很好。\n".encode("gb18030"), "GBK or GB18030, not UTF-8"),
+    ],
+)
+def test_a_broken_table_says_where(content, said, tmp_path):
+    found = faults(written(tmp_path / "a.csv", content))
+
+    assert found and said in found[-1], found
+
+
+def test_columns_with_other_names_are_named(tmp_path):
+    path = written(tmp_path / "a.csv", "Q,A,S,answer,note\nq,a,s,other,n\n")
+    reader = ConversationReader(find_sources(str(path), ["question=Q", "answer=A", "system=S"]))
+    (one,) = reader
+
+    assert spoken(one) == [("system", "s"), *PAIR]
+    assert reader.counts.notes()[-1] == f"{path}: keys not read: column answer (1 row), note (1 row)"
+    turns = written(tmp_path / "b.json", [{"talk": CHAT}])
+    assert spoken(next(iter(ConversationReader(find_sources(str(turns), ["messages=talk"]))))) == PAIR
+
+
+# ---- trees
+
+
+def message(role: str, text: str, *replies: dict) -> dict:
+    return {"role": role, "text": text, "replies": list(replies)}
+
+
+def test_each_path_of_a_tree_is_a_row_and_each_answer_is_supervised_once(tmp_path):
+    unanswered = message("prompter", "q2")
+    first = message("assistant", "a1", message("prompter", "q3", message("assistant", "a3")), unanswered)
+    tree = message("prompter", "q", first, message("assistant", "a2"))
+    rows = [{"message_tree_id": "t", "tree_state": "x", "prompt": tree}, good_row(0)]
+    found = read(written(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+
+    assert spoken(found[0]) == [("human", "q"), ("model", "a1"), ("human", "q3"), ("model", "a3")]
+    assert [(one.row, one.id) for one in found] == [(0, "t/0"), (1, "t/1"), (2, 0)]
+    assert spoken(found[1]) == [("human", "q"), ("model", "a2")]
+    assert all(turn.train for one in found for turn in one.turns)
+
+
+def test_an_answer_that_several_paths_share_is_supervised_in_the_first(tmp_path):
+    ends = [message("prompter", text, message("assistant", text)) for text in ("x", "y")]
+    tree = message("prompter", "q", message("assistant", "a", *ends))
+    one, two = read(written(tmp_path / "a.json", [{"prompt": tree}]))
+
+    assert [turn.train for turn in one.turns] == [True] * 4
+    assert [turn.train for turn in two.turns] == [True, False, True, True]
+
+
+# ---- keys that decide something
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"label": False}, "not to be imitated"),
+        ({"kto_tag": False}, "not to be imitated"),
+        ({"weight": 0}, "not to be imitated"),
+        ({"training": False}, "not to be imitated"),
+        ({"rejected_response": "b"}, "preferences are not for supervised"),
+        ({"documents": [{"title": "x"}]}, "documents beside the turns are not read"),
+        ({"available_tools": ["x"]}, '"available_tools": '),
+        ({"images": ["x.png"]}, "only text is read"),
+        ({"only_last_turn_loss": "yes"}, 'expected "only_last_turn_loss" to be true or false'),
+        ({"chat_template_kwargs": 5}, 'expected "chat_template_kwargs" to be an object'),
+        ({"weight": "0.5"}, 'expected "weight" to be a number'),
+        ({"system_message": "s", "system": "t"}, 'has both "system" and "system_message"'),
+    ],
+)
+def test_a_key_of_a_row_that_cannot_be_honoured_is_a_fault(values, said, tmp_path):
+    found = faults(written(tmp_path / "a.json", [{"messages": CHAT, **values}]))
+
+    assert len(found) == 1 and said in found[0], found
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"prefix": True}, "a turn is supervised as a whole"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "a turn is supervised as a whole"),
+        ({"training": False}, "not to be imitated"),
+        ({"reasoning": "x", "thinking": "y"}, "has reasoning under reasoning and thinking, which differ"),
+    ],
+)
+def test_a_key_of_a_turn_that_cannot_be_honoured_is_a_fault(values, said, tmp_path):
+    (fault,) = faults(written(tmp_path / "a.json", [{"messages": [CHAT[0], {**CHAT[1], **values}]}]))
+
+    assert "turn 1: " in fault and said in fault
+
+
+def test_keys_that_can_be_honoured_are(tmp_path):
+    two = [*CHAT, {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": CHAT, "meta_instruction": "s"},
+        {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": two, "only_last_turn_loss": True},
+        {"messages": two, "weight": 0.5},
+        {"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "r", "thinking": "r"}]},
+        {"messages": [{"role": "system", "content": "s"}, *two], "system": "s"},
+        {"messages": [{"role": name, "content": name} for name in ("System", "USER", "ChatGPT")]},
+        {"prompt": CHAT[:1], "completion": CHAT[1:], "system": "u"},
+        {"text": "Plain text.", "weight": 2},
+    ]  # fmt: skip
+    found = read(written(tmp_path / "a.json", rows))
+
+    assert not [one for one in found if isinstance(one, BadRow)]
+    assert spoken(found[0]) == [("system", "s"), *PAIR]
+    assert found[1].template_kwargs == {"enable_thinking": False}
+    assert [turn.train for turn in found[2].turns] == [True, False, True, True]
+    assert [turn.weight for turn in found[3].turns] == [1, 0.5, 1, 0.5]
+    assert found[4].turns[1] == Turn("model", "a", reasoning="r")
+    assert [turn.role for turn in found[5].turns] == ["system", "human", "model", "human", "model"]
+    assert spoken(found[6]) == [("system", "System"), ("human", "USER"), ("model", "ChatGPT")]
+    assert spoken(found[7]) == [("system", "u"), *PAIR]
+    assert found[8].turns == (Turn("text", "Plain text.", weight=2),)
+
+
+def test_other_keys_are_said_once_per_source(tmp_path):
+    row = {"id": 1, "messages": [CHAT[0], {**CHAT[1], "stamp": 5}], "source_url": "x", "lang": None, "tags": []}
+    path = written(tmp_path / "a.json", [row, {**good_row(2), "source_url": "y"}])
+    reader = ConversationReader(find_sources(str(path)))
+
+    assert [type(one) for one in reader] == [Conversation] * 2
+    assert reader.counts.notes()[-1] == f"{path}: keys not read: source_url (2 rows), stamp of turns (1 row)"
+
+
+def test_what_cannot_be_learned_is_refused_once_per_kind_with_its_count(tmp_path):
+    rows = [{"prompt": f"q{number}", "chosen": f"a{number}", "rejected": "b"} for number in range(60)]
+    path = written(tmp_path / "a.json", rows)
+
+    with pytest.raises(DataError) as raised:
+        read_conversations(path)
+    lines = str(raised.value).splitlines()
+    assert lines[1].startswith(f'  {path}, 60 of 60 rows: has "chosen" and "rejected": preferences are not')
+
+
+def test_exact_duplicates_are_left_out_by_name(tmp_path):
+    path = written(tmp_path / "a.json", [good_row(0), good_row(1), good_row(0), {**good_row(1), "id": 5}])
+    found = read(path, repairs=["drop_duplicates"])
+
+    assert [isinstance(one, BadRow) for one in found] == [False, False, True, True]
+    assert not any(one.is_fault for one in found[2:]) and "drop_duplicates: says the same" in found[2].reason
+    assert len(read_conversations(path, repairs=["drop_duplicates"])) == 2
+    assert len(faults(path)) == 3
+
+
+FORMATS = [
+    {"conversation": [{"human": "q", "assistant": "a"}]},
+    {"conversation": [{"system": "", "input": "q", "output": "a"}]},
+    {"dialog": ["q", "a"]},
+    {"data": ["q", "a"]},
+    {"query": "q", "answer": "a"},
+    {"problem": "q", "solution": "a"},
+    {"instruction": "q", "input": "", "response": "a"},
+    {"messages": CHAT, "answer": "a"},
+    {"conversations": json.dumps(CHAT)},
+    {"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+    {"messages": [{"role": "user", "content": [{"text": "q"}]}, {"role": "assistant", "content": [{"text": "a"}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, CHAT[1]]},
+    {"prompt": CHAT[:1], "completion": CHAT[1:]},
+]
+
+
+@pytest.mark.parametrize("row", FORMATS, ids=json.dumps)
+def test_more_formats_are_read(row, tmp_path):
+    (one,) = read(written(tmp_path / "a.json", [row]))
+
+    assert isinstance(one, Conversation), one
+    assert spoken(one) == PAIR
+
+
+def test_gemini_and_bedrock_system_prompts_are_read(tmp_path):
+    parts = [{"text": "s"}]
+    turns = [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]
+    bedrock = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"text": "a"}]}]
+    rows = [{"systemInstruction": {"parts": parts}, "contents": turns}, {"system": parts, "messages": bedrock}]
+
+    assert [one.turns[0] for one in read(written(tmp_path / "a.json", rows))] == [Turn("system", "s")] * 2
+
+
+# ---- remote files, Parquet
+
+
+def test_remote_files_are_read_and_fetched_again_when_they_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = fsspec.filesystem("memory")
+    for name in ("a", "b"):
+        store.pipe(f"/bucket/{name}.json", json.dumps([good_row(ord(name))]).encode())
+
+    assert [source.name for source in find_sources("memory://bucket/*.json:2")] == [
+        "memory:///bucket/a.json", "memory:///bucket/b.json",
+    ]  # fmt: skip
+    assert len(read_conversations("memory://bucket/")) == 2
+    assert [source.weight for source in find_sources("memory://bucket/a.json:0.5")] == [0.5]
+    store.pipe("/bucket/a.json", json.dumps([good_row(1), good_row(2)]).encode())
+    assert len(read_conversations("memory://bucket/a.json")) == 2
+    for url, said in (("memory://bucket/z.json", "no such file"), ("nowhere://x", "cannot be fetched")):
+        with pytest.raises(DataError, match=said):
+            find_sources(url)
+
+
+def test_a_missing_package_of_a_store_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(DataError, match="s3:// needs a package that is missing: pip install s3fs"):
+        find_sources("s3://bucket/a.json")
+
+
+def test_a_damaged_page_of_a_parquet_file_is_no_other_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = pyarrow.Table.from_pylist([{"question": f"question {number}", "answer": "a"} for number in range(50)])
+    options = {"compression": "NONE", "use_dictionary": False, "write_page_checksum": True}
+    pyarrow.parquet.write_table(rows, path, **options)
+    assert len(read_conversations(path)) == 50
+    path.write_bytes(path.read_bytes().replace(b"question 7", b"question X"))
+
+    (fault,) = faults(path)
+    assert "the Parquet file cannot be read" in fault and "CRC" in fault
