@@ -17,10 +17,14 @@ from finetune.chat_templates.text_segments import Segmenter, segmenter
 from finetune.config import DataArguments, ModelArguments
 from finetune.config.argument_parser import below, data_faults, missing
 from finetune.dataset.prepare import PreparedData
+from finetune.dataset.text_overlap import check_datasketch
+from finetune.evaluation.result_tables import print_sections
 from finetune.models.loader import code_note
+from finetune.report.data_statistics import statistics_section
 from finetune.report.html_pages import PreviewPage, check_replaceable, render_preview, write_page
 from finetune.report.preview_terminal import PreviewTerminal, harmless
 from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
+from finetune.run_dir.eval_results import ResultSection
 from finetune.training.data_setup import check_data, prepare_run_data
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
 from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError
@@ -45,6 +49,12 @@ class PreviewOptions:
     rows: list[int] | None = option(None, "the rows to show, counted from 0 in each file; default: the first 5")
     sample: int | None = option(None, "show this many rows, drawn at random; default with `--html`: 50")
     seed: int = option(42, "the same seed draws the same sample")
+    stats: bool = option(
+        False, "also lengths, scripts, shares of the loss by source and role, near-duplicates and benchmark questions"
+    )
+    tasks: list[str] = option(
+        ["lingowhale"], "benchmarks whose questions `--stats` looks for, as in `finetune evaluate`, where they are here"
+    )
     limit: int | None = option(None, "read the first so many rows of the data only")
     json: bool = option(False, "one JSON line per row, all rows, with token ids and labels, as soon as each is ready")
     html: str | None = option(None, "write the rows to this file as a page; it may replace such a page, no other file")
@@ -75,8 +85,9 @@ def _faults(options: PreviewOptions) -> Iterator[str]:
     chosen = [f"--{name}" for name in ("rows", "sample") if getattr(options, name) is not None]
     if len(chosen) == 2:
         yield "--rows and --sample exclude each other: keep one of them"
-    if options.json and (chosen or options.html):
-        yield f"--json prints all rows: it excludes {(chosen or ['--html'])[0]}"
+    others = [*chosen, *(f"--{name}" for name in ("html", "stats") if getattr(options, name))]
+    if options.json and others:
+        yield f"--json prints all rows: it excludes {others[0]}"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,6 +97,8 @@ def main(argv: Sequence[str]) -> None:
     page = Path(options.html).expanduser() if options.html is not None else None
     if page is not None:
         check_replaceable(page)
+    if options.stats:
+        check_datasketch()
     quiet_libraries()
     accept_all_characters(utf8=options.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):
@@ -100,6 +113,7 @@ def main(argv: Sequence[str]) -> None:
         except DataError as error:
             logger.warning(f"training would refuse this data: {error}")
         in_segments = segmenter(chat_format)
+        statistics = _statistics(prepared, chat_format, options.tasks) if options.stats else None
         if page is not None:
             facts = {
                 "Model": model.model_name_or_path,
@@ -107,12 +121,14 @@ def main(argv: Sequence[str]) -> None:
                 "Limit": f"{data.model_max_length:,} tokens (--too_long {data.too_long})",
             }
             description, rows = _select(prepared, options)
-            write_page(page, render_preview(_page(description, rows, prepared, facts, in_segments)))
+            write_page(page, render_preview(_page(description, rows, prepared, facts, in_segments, statistics)))
             print(f"{page}: {len(rows):,} of {prepared.summary.rows:,} rows")
         elif not options.json:
             if not is_first:
                 _show_rows(terminal, _select(prepared, options)[1], in_segments)
             _show_counts(terminal, prepared, chat_format.name)
+            if statistics is not None:
+                print_sections(statistics)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe; what is still buffered must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -227,6 +243,7 @@ def _page(
     prepared: PreparedData,
     facts: dict[str, str],
     in_segments: Segmenter,
+    statistics: ResultSection | None,
 ) -> PreviewPage:
     summary = prepared.summary
     not_kept = islice(prepared.not_kept(), LISTED_ON_A_PAGE)
@@ -239,10 +256,18 @@ def _page(
         cards=[sample_of(rendering, in_segments) for rendering in rows],
         not_kept=[(row.source, row.row, row.status, reason_of(row)) for row in not_kept],
         num_not_kept=_num_not_kept(prepared),
+        statistics=statistics,
     )
 
 
 # ---- both
+
+
+def _statistics(prepared: PreparedData, chat_format: ChatFormat, tasks: Sequence[str]) -> ResultSection:
+    from finetune.evaluation.benchmark_questions import read_benchmark_questions  # it needs torch
+
+    questions, unread = read_benchmark_questions(tasks)
+    return statistics_section(prepared, chat_format.plain, questions, unread)
 
 
 def _num_not_kept(prepared: PreparedData) -> int:

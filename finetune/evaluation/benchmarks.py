@@ -40,7 +40,18 @@ class BenchmarkJob:
 
 
 def find_jobs(names: Sequence[str], *, num_fewshot: int | None, allow_code: bool) -> list[BenchmarkJob]:
-    """Find the tasks with these names and load their data."""
+    """Find the tasks with these names and load their data, online where the hub can be reached."""
+    use_cache_if_hub_unreachable()
+    jobs, faults = load_jobs(names, num_fewshot=num_fewshot, allow_code=allow_code)
+    if faults:
+        raise ConfigError(format_faults(faults, "fault"))
+    return jobs
+
+
+def load_jobs(
+    names: Sequence[str], *, num_fewshot: int | None, allow_code: bool
+) -> tuple[list[BenchmarkJob], list[str]]:
+    """Load the tasks with these names; also return why some cannot be loaded."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"--tasks needs lm-evaluation-harness, which is not installed: {INSTALL}")
     names = [part for name in names for part in name.split(",") if part]
@@ -48,7 +59,6 @@ def find_jobs(names: Sequence[str], *, num_fewshot: int | None, allow_code: bool
         raise ConfigError("--tasks names no task")
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    use_cache_if_hub_unreachable()
     harness = import_harness()
     manager = harness.find_manager(names)
     jobs: list[BenchmarkJob] = []
@@ -64,10 +74,7 @@ def find_jobs(names: Sequence[str], *, num_fewshot: int | None, allow_code: bool
         else:
             tasks = harness.names_in(manager, Path(name)) if Path(name).is_dir() else [name]
             jobs += [BenchmarkJob(task, task, num_fewshot) for task in tasks]
-    faults = [fault for job in jobs if (fault := _load(harness, manager, job, allow_code))]
-    if faults:
-        raise ConfigError(format_faults(faults, "fault"))
-    return jobs
+    return jobs, [fault for job in jobs if (fault := _load(harness, manager, job, allow_code))]
 
 
 def _benchmark_job(benchmark: lingowhale_benchmarks.Benchmark, num_fewshot: int | None) -> BenchmarkJob:
@@ -188,7 +195,7 @@ def scores_of_job(job: BenchmarkJob, results: dict[str, dict[str, Any]]) -> list
     scores, tuned = [], results[TUNED]
     for task in _tasks_with_metrics(job.tasks, tuned):
         name = _name(task)
-        subtasks = task.get_all_tasks() if _is_group(task) else [task]
+        subtasks = task.get_all_tasks() if is_group(task) else [task]
         shots = {tuned["n-shot"].get(subtask.task_name) for subtask in subtasks}
         for metric in [job.metric] if job.metric else _metrics(name, tuned):
             label, _, filter_name = metric.partition(",")
@@ -210,7 +217,8 @@ def scores_of_job(job: BenchmarkJob, results: dict[str, dict[str, Any]]) -> list
     return scores
 
 
-def _is_group(task: Any) -> bool:
+def is_group(task: Any) -> bool:
+    """Whether this is a group of tasks."""
     return hasattr(task, "get_all_tasks")
 
 
@@ -235,7 +243,7 @@ def _tasks_with_metrics(tasks: Sequence[Any], results: dict[str, Any]) -> list[A
     """Return the tasks and groups; a group without a mean of its own is replaced by its tasks."""
     with_metrics: list[Any] = []
     for task in tasks:
-        is_bare = _is_group(task) and not _metrics(_name(task), results)
+        is_bare = is_group(task) and not _metrics(_name(task), results)
         with_metrics += task.get_all_tasks() if is_bare else [task]
     return with_metrics
 

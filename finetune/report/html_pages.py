@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from finetune.run_dir.data_samples import RowSample, TurnSample
+from finetune.run_dir.eval_results import ResultSection
 from finetune.utils.atomic_io import replacing
 from finetune.utils.errors import ConfigError
 
@@ -47,6 +48,7 @@ class PreviewPage:
     cards: Sequence[RowSample]
     not_kept: Sequence[tuple[str, int, str, str]]  # (source, row, status, reason) of the first rows not kept whole
     num_not_kept: int
+    statistics: ResultSection | None = None
 
 
 def render_preview(page: PreviewPage) -> str:

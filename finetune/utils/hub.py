@@ -15,8 +15,14 @@ def use_cache_if_hub_unreachable() -> None:
     """Make the hub clients of this process use their cache alone where the hub does not answer."""
     from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE and _is_reachable(constants.ENDPOINT):
-        return
+    if constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT):
+        use_cache()
+
+
+def use_cache() -> None:
+    """Make the hub clients of this process use their cache alone."""
+    from huggingface_hub import constants
+
     constants.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries imported later
     if "datasets" in sys.modules:

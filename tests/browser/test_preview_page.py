@@ -9,7 +9,7 @@ import pytest
 
 from finetune.report import html_pages
 from tests.helpers.browsers import LEARNED_DARK, LEARNED_LIGHT, PAPER_DARK, PAPER_LIGHT, count, pixels, run_browser
-from tests.helpers.preview_pages import CARDS, Document, a_page
+from tests.helpers.preview_pages import CARDS, STATISTICS, Document, a_page
 
 
 @pytest.mark.browser
@@ -70,6 +70,34 @@ def test_what_a_browser_understands(tmp_path):
     assert 2_000 < found["height"] < 6_000
     assert found["directions"].count("rtl") == 1
     assert found["contrast"] == "rgb({}, {}, {})".format(*LEARNED_LIGHT)
+
+
+@pytest.mark.browser
+def test_statistics_in_a_browser(tmp_path):
+    html = html_pages.render_preview(a_page(statistics=STATISTICS))
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    measure = MEASURE.replace(
+        "title: page.title",
+        """title: list("section")[1].innerText, cells: list(".wide td, .wide th").map(
+      one => [one.innerText, one.getBoundingClientRect().right]), sides: list(".wide").map(
+      one => one.getBoundingClientRect().right)""",
+    )
+    (tmp_path / "measure.html").write_text(measure, encoding="utf-8")
+    dom = run_browser(
+        tmp_path / "profile", "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "measure.html").as_uri()
+    )
+    found = json.loads(Found(dom).text)
+    for shown in ("Statistics", "hold 60.0% of the supervised tokens", "Tokens by role", "not looked for: mmlu"):
+        assert shown in found["title"]
+    assert [text for text, _ in found["cells"]][:6] == [
+        "Source",
+        "Tokens",
+        "Letters",
+        "rows.json: <b>",
+        "1,234",
+        "Latin 60%, CJK 40%",
+    ]
+    assert found["width"] == 400 and max(found["sides"]) <= 400 and len(found["cells"]) == 12
 
 
 class Found(HTMLParser):

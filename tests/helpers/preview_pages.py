@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from finetune.chat_templates.text_segments import Segment
 from finetune.report import html_pages
 from finetune.run_dir.data_samples import RowSample, TurnSample
+from finetune.run_dir.eval_results import ResultSection, ResultTable
 
 HOSTILE = "<script>document.title='gone'</script></style><img src=x onerror=alert(1)> \"quoted\" 'too' &amp; {{ 7*7 }}"
 
@@ -63,6 +64,18 @@ def a_page(cards=CARDS, **changes) -> html_pages.PreviewPage:
         "num_not_kept": 1,
     }
     return html_pages.PreviewPage(**{**values, **changes})
+
+
+STATISTICS = ResultSection(
+    "Statistics",
+    ["1 of 7 rows (1 %) hold 60.0% of the supervised tokens"],
+    [
+        ResultTable(
+            "Tokens by role", ["Source", "Tokens", "Letters"], [["rows.json: <b>", "1,234", "Latin 60%, CJK 40%"]] * 3
+        )
+    ],
+    notes=["not looked for: mmlu"],
+)
 
 
 class Document(HTMLParser):

@@ -186,6 +186,16 @@ def test_a_page_of_the_same_rows(show, tmp_path):
     assert '<div class="turn human"><div class="role">human</div>' in html
 
 
+def test_statistics_in_the_terminal_and_on_the_page(show, tmp_path, monkeypatch):
+    questions = {"exam": ["A question of five words"]}, ["mmlu: why"]
+    monkeypatch.setattr("finetune.evaluation.benchmark_questions.read_benchmark_questions", lambda tasks: questions)
+    shows = ("Tokens by role", "0 of 9 training rows are near-duplicates", "not looked for: mmlu: why")
+    assert [words for words in shows if words not in show(numbered(9), "--stats")] == []
+    show(numbered(9), "--stats", "--html", tmp_path / "page.html")
+    assert [words for words in shows if words not in (tmp_path / "page.html").read_text("utf-8")] == []
+    assert "Tokens by role" not in show(numbered(9))
+
+
 def test_a_page_never_replaces_another_file(show, tmp_path):
     (tmp_path / "notes.html").write_text("mine")
     with pytest.raises(ConfigError, match="is not replaced"):
@@ -199,6 +209,8 @@ def test_a_page_never_replaces_another_file(show, tmp_path):
         (["--rows", "1", "--sample", "2"], "--rows and --sample exclude each other"),
         (["--json", "--rows", "1"], "--json prints all rows: it excludes --rows"),
         (["--json", "--html", "x"], "--json prints all rows: it excludes --html"),
+        (["--json", "--stats"], "--json prints all rows: it excludes --stats"),
+        (["--limit", "0"], "--limit 0: expected at least 1"),
         (["--sample", "0"], "--sample 0: expected at least 1"),
         (["--rows"], "--rows 0: expected at least 1"),
         (["--rows", "a"], "--rows a: expected a whole number"),
