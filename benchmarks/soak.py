@@ -160,9 +160,11 @@ def small_disk(folder: Path, is_root: bool) -> Iterator[Path]:
     if is_root:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m,nr_inodes=2000", "tmpfs", disk], check=True)
-    yield disk
-    if is_root:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+    try:
+        yield disk
+    finally:
+        if is_root:
+            subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 class Soak:
@@ -171,12 +173,13 @@ class Soak:
     def __init__(self, folder: Path, disk: Path, model: Path, data: Path) -> None:
         self.folder, self.disk, self.model, self.data = folder, disk, model.absolute(), data.absolute()
 
-    def start(self, output: Path, command: str, mark: str) -> subprocess.Popen[bytes]:
+    def start(self, output: Path, command: str, mark: str, start_timeout: int = 30) -> subprocess.Popen[bytes]:
         """Start, or resume, the run in `output`."""
         flags = (
             f"--deepspeed zero2 --use_lora True --max_steps {STEPS} --logging_steps 1 --save_strategy steps "
             "--save_steps 5 --per_device_train_batch_size 1 --save_total_limit 0 --write_report False "
-            "--meeting_timeout 20 --start_timeout 30 --step_timeout 15 --save_timeout 15 --resume_from_checkpoint auto"
+            f"--meeting_timeout 20 --start_timeout {start_timeout} --step_timeout 15 "
+            "--save_timeout 15 --resume_from_checkpoint auto"
         ).split()
         named = ["--model_name_or_path", self.model, "--data_path", self.data, "--output_dir", output]
         words = [*COMMANDS[command], "--num_gpus", "2", ROOT / "finetune/finetune.py", *named, *flags]
@@ -186,7 +189,8 @@ class Soak:
 
     def until_complete(self, output: Path) -> tuple[str, list[float]]:
         """Run undisturbed, and return the result."""
-        assert self.start(output, "launch", "").wait() == 0, (self.folder / "log").read_text()[-3000:]
+        run = self.start(output, "launch", "", start_timeout=600)  # operators are compiled
+        assert run.wait() == 0, (self.folder / "log").read_text()[-3000:]
         return result_of(output)
 
     def inject(

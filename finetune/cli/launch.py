@@ -40,6 +40,7 @@ SECONDS_FOR_OTHER_HOSTS = 20.0  # the ranks' watchdogs end a run in two or three
 SECONDS_TO_KILL = 8.0
 HostSession = LocalSession | ssh.RemoteSession
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / "finetune.py"
+HOST_FILTERS = {"include", "exclude"}
 # Flags that `finetune launch` itself acts on; all others are passed to `deepspeed`.
 NOT_PASSED_ON = ("hostfile", "master_addr", "master_port", "ssh_port", "venv_script", "no_ssh_check", "launcher",
                  "launcher_args", "force_multi", "max_restarts", "num_nodes")  # fmt: skip
@@ -49,10 +50,9 @@ def main(argv: Sequence[str]) -> None:
     """Check the command and the hosts, run the training, exit with its status."""
     flags = parse_launcher_args(argv, supervised=True)
     resources = resolve_resources(flags)
-    if resources is not None and not (flags.include or flags.exclude):
+    if resources is not None and resources.spares:
+        flags = replace(flags, given={name: flags.given[name] for name in flags.given.keys() - HOST_FILTERS})
         resources = restarts.without_spares(resources)
-    elif resources is not None and resources.spares:
-        raise ConfigError("--include and --exclude choose among hosts without spares: leave them out")
     arguments = parse(flags.script_args) if is_ours(flags) else None
     words, environment = without_secrets(flags.script_args)
     signals: list[int] = []

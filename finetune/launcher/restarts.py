@@ -15,6 +15,7 @@ from pathlib import Path
 from finetune.diagnostics import Failure, likely_cause
 from finetune.distributed.stop_requests import EXIT_STOPPED, STOP_FILE
 from finetune.launcher.hostfile import Resources
+from finetune.utils.errors import ConfigError
 from finetune.utils.options import without_flags
 
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds; each wait is twice the one before
@@ -49,12 +50,23 @@ def failed_host(failure: Failure | None, resources: Resources) -> str | None:
 
 
 def without_spares(resources: Resources) -> Resources:
-    """Return the resources of the first start: the hosts that are used, and no spare."""
+    """Return the resources of the first start: the hosts that are used, and no spare.
+
+    Raises:
+        ConfigError: there are spares, and a filter leaves out the first slots of a host.
+    """
+    if resources.spares and any(ids != list(range(len(ids))) for ids in resources.slots.values()):
+        raise ConfigError(
+            f"{resources.path} has spares: --include and --exclude may leave out last slots of a host only"
+        )
     return _using(resources, {host: ids for host, ids in resources.slots.items() if host not in resources.spares})
 
 
 def without_host(resources: Resources, host: str, *, may_shrink: bool) -> Resources:
-    """Replace a host by a spare with enough slots; without one leave it out if the run may have fewer ranks."""
+    """Replace a host by a spare with enough slots; without one leave it out if the run may have fewer ranks.
+
+    If it may not, the host becomes the last spare: it may be up again when the next one fails.
+    """
     needed = len(resources.slots[host])
     spare = next((name for name, count in resources.spares.items() if count >= needed), None)
     if spare is None and (not may_shrink or len(resources.slots) == 1):
@@ -62,6 +74,7 @@ def without_host(resources: Resources, host: str, *, may_shrink: bool) -> Resour
     slots = {(spare or "") if name == host else name: ids for name, ids in resources.slots.items()}
     slots.pop("", None)
     left = {name: count for name, count in resources.spares.items() if name != spare}
+    left |= {} if may_shrink else {host: needed}
     return _using(replace(resources, spares=left), slots)
 
 

@@ -9,6 +9,7 @@ import pytest
 from finetune.diagnostics import Failure
 from finetune.launcher import parse_launcher_args, resolve_resources, restarts
 from finetune.run_dir import run_json
+from finetune.utils.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("private_files")
 
@@ -20,6 +21,26 @@ def resources(tmp_path):
     flags = parse_launcher_args([f"--hostfile={path}", "--num_gpus=1", "x.py"])
     assert list(resolve_resources(flags).slots) == ["a", "b", "small", "c"]  # to bare deepspeed they are hosts
     return restarts.without_spares(resolve_resources(parse_launcher_args([f"--hostfile={path}", "x.py"])))
+
+
+@pytest.mark.parametrize(
+    ("filters", "hosts", "spares"),
+    [
+        ("--exclude=small@b", {"a": 2}, ["c"]),
+        ("--exclude=small@c", {"a": 2, "b": 2}, []),
+        ("--include=a:0@c", {"a": 1}, ["c"]),
+    ],
+)
+def test_spares_are_those_that_the_filters_leave(resources, filters, hosts, spares):
+    def resolve(words):
+        return restarts.without_spares(
+            resolve_resources(parse_launcher_args([f"--hostfile={resources.path}", words, "x.py"]))
+        )
+
+    chosen = resolve(filters)
+    assert chosen.pool == hosts and list(chosen.spares) == spares
+    with pytest.raises(ConfigError, match="may leave out last slots of a host only"):
+        resolve("--exclude=a:0")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +71,9 @@ def test_a_spare_with_enough_slots_takes_the_place_and_the_ranks_of_the_host_tha
     assert restarts.failed_host(Failure("died", rank=1), resources) == "a"
     host = restarts.failed_host(Failure("lost", host="its own name", rank=2), resources)
     replaced = restarts.without_host(resources, host, may_shrink=True)
+    returning = restarts.without_host(resources, host, may_shrink=False)
+    assert list(returning.spares) == ["small", "b"]  # it may be up again when the next one fails
+    assert restarts.without_host(returning, "a", may_shrink=False).slots == {"b": [0, 1], "c": [0, 1]}
     assert replaced.slots == {"a": [0, 1], "c": [0, 1]} and replaced.spares == {"small": 1}
     assert restarts.without_host(replaced, "a", may_shrink=False) is replaced
     assert restarts.without_host(replaced, "a", may_shrink=True).slots == {"c": [0, 1]}
