@@ -140,7 +140,8 @@ class TurnReading:
         calls: list[ToolCall] = []
         for number, part in enumerate(value):
             kind = part.get("type", "text")
-            given = next((part[key] for key in ("text", kind, "content") if isinstance(part.get(key), str)), None)
+            names = ("text",) if kind not in REASONING_KEYS else ("text", kind, "content")
+            given = next((part[key] for key in names if isinstance(part.get(key), str)), None)
             call = next((part[key] for key in ("toolUse", "functionCall") if isinstance(part.get(key), dict)), None)
             if call is not None or kind in ("tool_use", "toolUse"):
                 call = part if call is None else call
@@ -149,7 +150,7 @@ class TurnReading:
                 calls += read
                 for fault in faults:
                     self._add(fault)
-            elif given is not None and kind in ("thinking", "reasoning"):
+            elif given is not None and kind in REASONING_KEYS:
                 thoughts.append(given)
             elif given is not None and (kind in ("text", "input_text", "output_text") or set(part) == {"text"}):
                 texts.append(given)
@@ -200,22 +201,21 @@ class TurnReading:
         if len(turn) == 2:
             return True, 1.0
         found = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
-        weights = []
+        weights = {}
         for key, value in found.items():
             if (fault := weight_fault(value, key)) is not None:
                 self._add(fault)
-            elif role not in ("model", None) and value is True:
-                self._add(f'has "{key}": true, but only model turns are supervised: leave it out')
+            elif role not in ("model", None) and (value is True or value not in (0, 1)):
+                self._add(f'has "{key}": {shown(value)}, but only model turns are supervised: leave it out')
             else:
-                weights.append(float(value))
+                weights[key] = float(value)
         if role not in ("model", None):
-            if any(weight not in (0, 1) for weight in weights):
-                self._add("has a weight, but only model turns are supervised: leave it out")
             return True, 1.0
-        if 0 in weights and any(weights) or len({weight for weight in weights if weight not in (0, 1)}) > 1:
+        train = weights.pop("train", None)
+        if len({*weights.values()} - {1.0}) > 1 or (train and 0 in weights.values()):
             self._add(f"{' and '.join(map(shown, found))} say different things: leave one of them out")
-        weight = next((weight for weight in weights if weight not in (0, 1)), 1.0)
-        return 0 not in weights, weight
+        weight = min({*weights.values()} - {1.0}, default=1.0)
+        return train != 0 and weight != 0, weight or 1.0
 
 
 def read_reasoning(holder: Mapping[str, Any]) -> tuple[str, str | None]:
