@@ -15,7 +15,7 @@ from finetune.utils.user_files import from_json
 STATUSES = ("kept", "cut", "split", "dropped")
 HISTOGRAM_BINS = 24
 BARS = " ▁▂▃▄▅▆▇█"
-SHOWN_REASONS = 5
+SHOWN_REASONS = SHOWN_SOURCES = 5
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class DataSummary:
     `bad` of the `dropped` rows were dropped for a fault (`faults` in all); `spelled` rows spell a control token, which
     stayed text. `reasons` counts rows that were cut, split or dropped by kind of reason. `length_histogram` counts the
     examples in equal bins from 0 to `longest` tokens; `length_percentiles` are the 50th, 90th and 99th.
-    `examples_by_source` has the sources in the order of the data.
+    `repeated_tokens` are those of turns that an earlier example of the same row has, too. `examples_by_source` has the
+    sources in the order of the data.
     """
 
     rows: int
@@ -45,6 +46,9 @@ class DataSummary:
     length_percentiles: list[int]
     rows_by_source: dict[str, int]
     examples_by_source: dict[str, int]
+    repeated_tokens: int = 0
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
+    supervised_by_source: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> DataSummary:
@@ -71,6 +75,16 @@ class DataSummary:
             half, most, nearly_all = self.length_percentiles
             longest = f"up to {self.longest:,} tokens"
             rows.append(("Lengths", f"{longest}; half have at most {half:,}, 90 % {most:,}, 99 % {nearly_all:,}"))
+        if self.repeated_tokens:
+            once, share = self.tokens - self.repeated_tokens, self.repeated_tokens / self.tokens
+            words = f"{self.repeated_tokens:,} tokens ({share:.1%}) are turns of an earlier example of the same row"
+            rows.append(("Repeated", f"{words}; {once:,} are read once"))
+        by_tokens = sorted(self.tokens_by_source.items(), key=lambda name_and_tokens: -name_and_tokens[1])
+        for name, tokens in by_tokens[:SHOWN_SOURCES] if len(by_tokens) > 1 else ():
+            supervised = f"{self.supervised_by_source[name] / max(tokens, 1):.1%} of them supervised"
+            rows.append(("Source", f"{name}: {tokens:,} tokens ({tokens / self.tokens:.1%}), {supervised}"))
+        if len(by_tokens) > SHOWN_SOURCES:
+            rows.append(("Source", f"... and {len(by_tokens) - SHOWN_SOURCES:,} more, each with fewer tokens"))
         if self.spelled:
             rows.append(("Spelled", f"{self.spelled:,} rows spell a control token; it is read as plain text"))
         return rows
@@ -103,6 +117,8 @@ class DataTally:
     lengths: Counter[int] = field(default_factory=Counter)
     rows_by_source: Counter[str] = field(default_factory=Counter)
     examples_by_source: Counter[str] = field(default_factory=Counter)
+    tokens_by_source: Counter[str] = field(default_factory=Counter)
+    supervised_by_source: Counter[str] = field(default_factory=Counter)
     faults: RowFaults = field(default_factory=RowFaults)
     unreadable: bool = False
 
@@ -118,9 +134,15 @@ class DataTally:
             self.counts["spelled"] += bool(row.spelled)
             if row.reason:
                 self.reasons[kind_of(row.reason)] += 1
+            seen: set[int] = set()
             for example in row.examples:
                 self.lengths[len(example.input_ids)] += 1
-                self.counts["supervised"] += example.num_supervised
+                self.tokens_by_source[row.source] += len(example.input_ids)
+                self.supervised_by_source[row.source] += example.num_supervised
+                self.counts["repeated"] += sum(
+                    span.stop - span.start for span in example.turn_spans if span.turn in seen
+                )
+                seen.update(span.turn for span in example.turn_spans)
 
     def _add_bad(self, row: BadRow) -> None:
         if row.is_fault:
@@ -135,8 +157,9 @@ class DataTally:
 
     def merge(self, other: DataTally) -> None:
         """Add another tally to this one."""
-        for name in ("statuses", "counts", "reasons", "lengths", "rows_by_source", "examples_by_source"):
-            getattr(self, name).update(getattr(other, name))
+        for name, counter in vars(self).items():
+            if isinstance(counter, Counter):
+                counter.update(getattr(other, name))
         self.faults.merge(other.faults)
         self.unreadable |= other.unreadable
 
@@ -151,13 +174,16 @@ class DataTally:
             spelled=self.counts["spelled"],
             examples=self.lengths.total(),
             tokens=sum(length * count for length, count in self.lengths.items()),
-            supervised_tokens=self.counts["supervised"],
+            supervised_tokens=self.supervised_by_source.total(),
             longest=longest,
             reasons=dict(self.reasons),
             length_histogram=_histogram(self.lengths, longest),
             length_percentiles=[_percentile(self.lengths, share) for share in (0.5, 0.9, 0.99)],
             rows_by_source=dict(self.rows_by_source),
             examples_by_source=dict(self.examples_by_source),
+            repeated_tokens=self.counts["repeated"],
+            tokens_by_source=dict(self.tokens_by_source),
+            supervised_by_source=dict(self.supervised_by_source),
         )
 
 

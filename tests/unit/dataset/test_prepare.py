@@ -109,6 +109,7 @@ def test_the_counts_are_those_of_the_rows(tmp_path, renderer):
     assert summary.examples == len(examples) == 51
     assert summary.tokens == sum(len(one.input_ids) for one in examples)
     assert summary.supervised_tokens == sum(one.num_supervised for one in examples)
+    assert summary.tokens_by_source == {source: summary.tokens for source in summary.rows_by_source}
     assert summary.longest == max(len(one.input_ids) for one in examples) <= 100
     assert summary.spelled == 1
     assert sum(summary.length_histogram) == 51
@@ -284,3 +285,22 @@ def test_without_a_home_that_can_be_written_prepared_data_goes_to_tmp(monkeypatc
     (tmp_path / "home").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert prepared_cache.default_folder() == Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}" / "data"
+
+
+def test_turns_that_several_examples_of_a_row_have_are_counted(smol_tokenizer, tmp_path):
+    turns = [
+        ("system", "Be brief."),
+        *[(role, f"{role} {n} says this") for n in range(4) for role in ("human", "model")],
+    ]
+    write_rows(tmp_path / "a.json", [turns, [("human", "Short?"), ("model", "Yes.")]])
+    write_rows(tmp_path / "b.json", [[("human", "Hi"), ("model", "Hello there.")]])
+    renderer = Renderer(JinjaFormat(smol_tokenizer, CHATML, "chatml"), 60, too_long="windows")
+    data = prepare_dataset(
+        find_sources([str(tmp_path / "a.json"), str(tmp_path / "b.json")]), renderer, cache_dir=tmp_path
+    )
+    first = next(data.renderings())
+    assert len(first.examples) > 1
+    turns_of = [(span.turn, span.stop - span.start) for example in first.examples for span in example.turn_spans]
+    assert data.summary.repeated_tokens == sum(tokens for _, tokens in turns_of) - sum(dict(turns_of).values()) > 0
+    lines = "\n".join(data.summary.lines())
+    assert f"{data.summary.repeated_tokens:,} tokens" in lines and "a.json: " in lines and "b.json: " in lines

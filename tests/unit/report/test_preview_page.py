@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from finetune.chat_templates.text_segments import Segment
 from finetune.report import html_pages
+from finetune.run_dir.data_samples import TurnSample
 from finetune.utils.errors import ConfigError, StorageError
 from tests.helpers.preview_pages import CARDS, END, HOSTILE, Document, a_page, card, turns
 
@@ -29,6 +31,18 @@ def test_every_text_stands_on_the_page_exactly():
     assert page.count("card") == len(CARDS)
     assert (page.inside("badge dropped"), page.inside("reason")[-1]) == (["dropped"] * 2, CARDS[-1].reason)
     assert page.inside("part") == ["Window 1 of 2", "Window 2 of 2"]
+
+
+def test_tool_results_and_plain_text_have_their_roles():
+    parts = [
+        TurnSample("tool", [Segment("context", '{"degrees": 7}', 1)]),
+        TurnSample("text", [Segment("learned", "Once", 0)]),
+    ]
+    page = Document(html_pages.render_preview(a_page([card(0, "kept", None, parts)])))
+    assert page.inside("role") == ["tool", "text"] and page.inside("text") == ['{"degrees": 7}', "Once"]
+    assert (
+        page.inside("supervised") == ["supervised", "Once"] and page.count("turn tool") == page.count("turn plain") == 1
+    )
 
 
 def test_nothing_in_the_data_becomes_an_element_and_nothing_is_fetched():
