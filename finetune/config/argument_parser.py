@@ -252,7 +252,7 @@ def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:
         yield f"--init_lora_weights {start}: expected default, gaussian, pissa, pissa_niter_16 (any number) or olora"
     elif adapter.use_dora and start not in ("default", "gaussian"):
         yield f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them"
-    if not 0 <= adapter.lora_dropout < 1:
+    if adapter.lora_dropout is not None and not 0 <= adapter.lora_dropout < 1:
         yield f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1"
 
 

@@ -180,6 +180,9 @@ class BatchArguments:
     sequence_parallel_size: int = option(1, "ranks that share each conversation (DeepSpeed Ulysses)")
 
 
+LORA_DROPOUT = 0.1
+
+
 @dataclass(frozen=True)
 class AdapterArguments:
     """Adapters; without one all parameters are trained."""
@@ -188,9 +191,13 @@ class AdapterArguments:
     adapter: Literal["lora", "prefix", "prompt"] | None = option(None, "what is trained instead of all parameters")
     lora_r: int = option(8, "rank of the LoRA matrices")
     lora_alpha: float = option(16, "LoRA updates are scaled by `lora_alpha / lora_r`")
-    lora_dropout: float = option(0.1, "dropout on the input of the LoRA matrices, 0 to 1")
+    lora_dropout: float | None = option(
+        None, "dropout on the input of the LoRA matrices, 0 to 1; default: 0.1, with adapted fused experts 0"
+    )
     lora_target_modules: list[str] = option(
-        ["all-linear"], "names of the layers with LoRA, e.g. `q_proj v_proj`, or one regular expression over full names"
+        ["all-linear"],
+        "names of the layers with LoRA, e.g. `q_proj v_proj`, one regular expression over full names, or `all-linear`: "
+        "the linear layers of attention, MLPs and experts, not routers, vision towers, embeddings and head",
     )
     use_dora: bool = option(False, "DoRA: train the magnitude of each weight column, too")
     use_rslora: bool = option(False, "rsLoRA: scale by `lora_alpha / sqrt(lora_r)`")

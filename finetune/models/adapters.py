@@ -15,16 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.config.arguments import AdapterArguments
+from finetune.config.arguments import LORA_DROPOUT, AdapterArguments
 from finetune.distributed.startup_timer import timed
 from finetune.models.loader import ModelInfo, needs_new_embeddings
+from finetune.models.lora_targets import LoraTargets, linear_names, resolve_targets
 from finetune.run_dir.run_json import ADAPTER_CONFIG
-from finetune.utils.errors import CheckpointError, ConfigError
+from finetune.utils.errors import CheckpointError, ConfigError, format_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ALL_LINEAR = "all-linear"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -78,14 +78,16 @@ def attach_lora(model: Any, adapter: AdapterArguments, *, base_revision: str | N
     fully_trained, init = list(adapter.modules_to_save), adapter.init_lora_weights
     if train_embeddings:
         fully_trained += [name for name in embedding_names(model) if name not in fully_trained]
-    targets, linear = parse_target_modules(adapter.lora_target_modules), linear_names(model)
-    _check_names(model, [*([] if isinstance(targets, str) else targets), *adapter.modules_to_save])
+    _check_modules_to_save(model, adapter.modules_to_save)
+    targets = resolve_targets(model, parse_target_modules(adapter.lora_target_modules))
+    _check_wrapped(targets, adapter)
+    usual = 0.0 if targets.parameters else LORA_DROPOUT
     try:
         config = LoraConfig(
             r=adapter.lora_r,
             lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # peft only divides it by r
-            lora_dropout=adapter.lora_dropout,
-            target_modules=targets,
+            lora_dropout=usual if adapter.lora_dropout is None else adapter.lora_dropout,
+            **targets.options(model),
             modules_to_save=fully_trained or None,
             use_dora=adapter.use_dora,
             use_rslora=adapter.use_rslora,
@@ -96,9 +98,28 @@ def attach_lora(model: Any, adapter: AdapterArguments, *, base_revision: str | N
         # In the precision of the base; DeepSpeed converts to it under ZeRO-1 and 2 and keeps float32 master weights.
         # peft's default is float32, which ZeRO-3 would keep: the stages would compute different numbers.
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=base_revision)
-    except (ValueError, re.error) as error:
-        hint = "give --lora_dropout 0" if "lora_dropout" in str(error) else f"linear layers are {linear}"
-        raise ConfigError(f"LoRA cannot be attached: {error}; {hint}") from None
+    except ValueError as error:
+        raise ConfigError(f"LoRA cannot be attached: {error}; its {linear_names(model)}") from None
+
+
+def _check_wrapped(targets: LoraTargets, adapter: AdapterArguments) -> None:
+    """Check that the flags hold for weights that peft wraps as parameters: those of fused experts."""
+    values = {
+        f"--lora_dropout {adapter.lora_dropout}": adapter.lora_dropout,
+        "--use_dora True": adapter.use_dora,
+        f"--init_lora_weights {adapter.init_lora_weights}": adapter.init_lora_weights not in ("default", "gaussian"),
+    }
+    refused = [text for text, is_set in values.items() if is_set]
+    if targets.parameters and refused:
+        raise ConfigError(
+            f"{', '.join(refused)}: peft cannot do this with the weights of fused experts ({wrapped_names(targets)}): "
+            "leave it out, or name other layers in --lora_target_modules"
+        )
+
+
+def wrapped_names(targets: LoraTargets) -> str:
+    """Return the last parts of the names of the parameters that peft wraps."""
+    return format_names(sorted({".".join(name.split(".")[-2:]) for name in targets.parameters}))
 
 
 def parse_target_modules(given: Sequence[str]) -> str | list[str]:
@@ -114,34 +135,36 @@ def parse_target_modules(given: Sequence[str]) -> str | list[str]:
     return [name for value in given for name in re.split(r"[,\s]+", value) if name]
 
 
-def linear_names(model: Any) -> str:
-    """Return the last parts of the names of the linear layers."""
-    names = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-
-
-def _check_names(model: Any, wanted: Sequence[str]) -> None:
+def _check_modules_to_save(model: Any, wanted: Sequence[str]) -> None:
     """Check that each name is a layer's; peft takes a list in which one is."""
     known = [f".{name}" for name, _ in model.named_modules()]
     unknown = [name for name in wanted if not any(full.endswith(f".{name}") for full in known)]
     if unknown:
         raise ConfigError(
-            f"LoRA cannot be attached: the model has no layer {', '.join(unknown)} (--lora_target_modules, "
-            f"--modules_to_save): its linear layers are {linear_names(model)}"
+            f"LoRA cannot be attached: the model has no layer {', '.join(unknown)} (--modules_to_save): its "
+            f"{linear_names(model)}"
         )
 
 
-def check_attachable(info: ModelInfo, adapter: AdapterArguments) -> None:
-    """Attach the adapter to the model on the meta device.
+def check_attachable(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
+    """Attach the adapter to the model on the meta device; return notes for the user.
 
     Raises:
         ConfigError: No such module, or peft rejects an option.
     """
     import torch
 
-    if adapter.kind() is not None:
-        with torch.device("meta"):
-            attach_adapter(deepcopy(info.empty), adapter, info, None, computes_initial=False)
+    if adapter.kind() is None:
+        return []
+    targets = None
+    if adapter.kind() == "lora":
+        targets = resolve_targets(info.empty, parse_target_modules(adapter.lora_target_modules))
+        _check_wrapped(targets, adapter)
+    with torch.device("meta"):
+        attach_adapter(deepcopy(info.empty), adapter, info, None, computes_initial=False)
+    if targets is None or not targets.parameters or adapter.lora_dropout is not None:
+        return []
+    return [f"--lora_dropout is 0, not {LORA_DROPOUT}: peft wraps the weights of experts ({wrapped_names(targets)})"]
 
 
 def attach_virtual_tokens(model: Any, kind: str, num_virtual_tokens: int, *, base_revision: str | None = None) -> Any:

@@ -12,13 +12,14 @@ square of their sum. `enable_padding_free` tests whether a model supports it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+
+from finetune.models.zero3 import gather_per_module
 
 FLAT_ATTENTION = "flat_attention"
 # Config fields of models whose layers carry a state from token to token, also across conversations.
@@ -225,7 +226,7 @@ def enable_padding_free(
     was_training = model.training
     model.eval()
     try:
-        with _gather_per_module(model), torch.no_grad():
+        with gather_per_module(model), torch.no_grad():
             reason = _probe(base, stock, sliding_window_of(base.config, longest), vocab_size, device, shared)
     except Exception as error:  # the code of a model may raise anything: fall back to padded rows
         reason = f"a trial with random conversations failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
@@ -332,29 +333,3 @@ def _refuse_masks_and_caches(base: Any, args: tuple, kwargs: dict[str, Any]) -> 
         raise ValueError("a flat row cannot have an attention mask or a cache: its conversations would be mixed")
     if kwargs.get("use_cache") is not False or kwargs.get("position_ids") is None:
         raise ValueError("a flat row needs use_cache=False and position_ids: its conversations would be mixed")
-
-
-@contextmanager
-def _gather_per_module(model: Any) -> Iterator[None]:
-    """Let a model partitioned by ZeRO-3 run before DeepSpeed's engine exists: modules gather their own parameters."""
-    partitioned = [
-        (module, parameters)
-        for module in model.modules()
-        if (parameters := [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")])
-    ]
-    with ExitStack() as hooks:
-        for module, parameters in partitioned:
-            import deepspeed
-
-            gathered = ExitStack()
-            hooks.callback(gathered.close)  # after a module that failed
-
-            def gather(*_: Any, parameters: list = parameters, gathered: ExitStack = gathered) -> None:
-                gathered.enter_context(deepspeed.zero.GatheredParameters(parameters))
-
-            def release(*_: Any, gathered: ExitStack = gathered) -> None:
-                gathered.close()
-
-            hooks.callback(module.register_forward_pre_hook(gather).remove)
-            hooks.callback(module.register_forward_hook(release).remove)
-        yield

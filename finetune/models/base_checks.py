@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.models.model_folder import weight_map
 from finetune.models.stored_tensors import StoredTensors
+from finetune.models.zero3 import values_here
 from finetune.utils.errors import ConfigError, FinetuneError, format_names
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def check_finite(model: Any, folder: Path, *, label: str) -> None:
     Raises:
         ConfigError: Naming the tensors, and the files that hold them.
     """
-    names = [name for name, parameter in model.named_parameters() if not _is_finite(_values_here(parameter))]
+    names = [name for name, parameter in model.named_parameters() if not _is_finite(values_here(parameter))]
     if not names:
         return
     stored = StoredTensors(folder, error=ConfigError)
@@ -199,17 +200,6 @@ def check_finite(model: Any, folder: Path, *, label: str) -> None:
         f"{format_names([f'{name} in {stored.path(name).name}' for name in damaged])}: copy the model again, or ask "
         "whoever made it"
     )
-
-
-def _values_here(parameter: Any) -> torch.Tensor:
-    """Return the values of a parameter; of a partition (ZeRO-3) without its padding, nothing while it is on NVMe."""
-    partition = getattr(parameter, "ds_tensor", None)
-    if partition is None:
-        return parameter.data
-    if partition.status.name != "AVAILABLE":
-        return partition.data[:0]
-    begin = parameter.ds_zero_partition_rank * partition.ds_numel
-    return partition.data.flatten()[: max(0, parameter.ds_numel - begin)]
 
 
 def _is_finite(values: torch.Tensor) -> bool:

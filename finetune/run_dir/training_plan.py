@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from finetune.utils.console import labelled
 
@@ -40,6 +41,7 @@ class TrainingPlan:
     steps: int
     start_up: dict[str, float]
     held_out: str | None = None
+    kinds: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)  # state, trained and frozen by kind
 
     def lines(self) -> list[str]:
         """The plan, one labelled line a fact."""
@@ -48,6 +50,7 @@ class TrainingPlan:
             "model": f"{self.model}, {self.parameters:,} parameters",
             "training": f"{self.adapter or 'all parameters'}: {self.trainable:,} trainable "
             f"({self.trainable / self.parameters:.2%})",
+            **{f"  {state}": text for state in ("trained", "frozen", "absent") if (text := self._kinds(state))},
             "ZeRO": stage + (", offloaded" if self.offloads else ""),
             "ranks": f"{self.world_size} ({self.device})"
             + (f", {self.sharing} share each conversation" if self.sharing > 1 else ""),
@@ -63,6 +66,15 @@ class TrainingPlan:
             + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.start_up.items() if seconds >= 0.05),
         }
         return labelled(facts)
+
+    def _kinds(self, state: str) -> str:
+        """The kinds of modules in this state, with the parameters that are."""
+        names = [
+            kind + (f" {facts[state]:,}" if state in facts else "")
+            for kind, facts in self.kinds.items()
+            if facts["state"] == state
+        ]
+        return ", ".join(names)
 
     def _batches(self) -> str:
         form = {

@@ -19,6 +19,7 @@ from finetune.models.loader import ModelInfo
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.training.metrics import loss_curve
 from finetune.training.trainer import SupervisedTrainer
+from finetune.training.weight_proof import WeightChanges
 from finetune.utils.console import labelled, section, width
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
         _finalize_stopped(trainer)
         return
     watchdog.report_phase("end", trainer.state.global_step)
+    changes = trainer.weight_changes()
     trainer.save_result()
     example = trainer.train_dataset.shortest_example()
     loss = trainer.loss_of(example)
@@ -48,7 +50,7 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
             precision=precision,
             trust_remote_code=base.trusts_code,
         )
-        _record(trainer, checked, "adapter" if is_adapter else "full model")
+        _record(trainer, checked, "adapter" if is_adapter else "full model", changes)
 
     run_on_rank_0(conclude)
 
@@ -86,12 +88,16 @@ def end_run(trainer: SupervisedTrainer, write_report: Callable[[Path, bool], Non
         sys.exit(stop_requests.EXIT_STOPPED)
 
 
-def _record(trainer: SupervisedTrainer, checked: str, kind: str) -> None:
+def _record(trainer: SupervisedTrainer, checked: str, kind: str, changes: WeightChanges | None) -> None:
     """Write the outcome to run.json and show the summary; `checked` is a line, `kind` adapter or full model."""
     output_dir, history = trainer.output_dir, trainer.state.log_history
     logged = [entry for entry in history if entry.get("loss") is not None]
     losses = [entry["loss"] for entry in logged]
     result: dict[str, Any] = {"steps": trainer.state.global_step}
+    if changes is not None:
+        result["tensors"] = changes.by_kind
+        for line in changes.warnings():
+            logger.warning(line)
     if losses:
         result |= {"first_loss": losses[0], "last_loss": losses[-1]}
     evaluated = [entry["eval_loss"] for entry in history if entry.get("eval_loss") is not None]
@@ -111,6 +117,7 @@ def _record(trainer: SupervisedTrainer, checked: str, kind: str) -> None:
     facts = {
         "saved": f"{output_dir} ({kind})",
         "checked": checked,
+        **({"weights": changes.line()} if changes else {}),
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
         **held_out,
         "steps": f"{trainer.state.global_step:,}, each in {output_dir / run_json.METRICS_FILE}",

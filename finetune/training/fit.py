@@ -14,9 +14,11 @@ from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import run_on_rank_0
 from finetune.distributed.startup_timer import start_up_seconds
 from finetune.models.adapters import InitialLora, changes_base_weights, count_parameters
+from finetune.models.module_kinds import ModuleKinds
 from finetune.run_dir.run_json import update_run_json
 from finetune.run_dir.training_plan import TrainingPlan
 from finetune.training.dataloaders import Dataloaders
+from finetune.training.weight_proof import WeightProof
 from finetune.utils.console import section
 from finetune.utils.errors import ConfigError
 
@@ -37,6 +39,7 @@ class TrainingInputs:
     data: PreparedData
     loaders: Dataloaders
     args: TrainingArguments
+    kinds: ModuleKinds
 
 
 def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> SupervisedTrainer:
@@ -56,6 +59,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
         if warmup >= steps:
             logger.warning(f"--warmup_steps {warmup}: the run has {steps} steps: --learning_rate is never reached")
         run_on_rank_0(lambda: update_run_json(trainer.output_dir, {"plan": asdict(plan)}))
+        trainer.weight_proof = WeightProof(inputs.model, inputs.kinds)
 
     # PiSSA and OLoRA change base weights; the adapter is saved relative to the original ones.
     adapter = options.adapter
@@ -113,6 +117,7 @@ def summarize_plan(settings: Mapping[str, Any], inputs: TrainingInputs, steps: i
         epochs=steps / sampler.steps_per_epoch,
         steps=steps,
         start_up=start_up_seconds(),
+        kinds={kind: count.facts() for kind, count in inputs.kinds.count(inputs.model).items()},
     )
 
 

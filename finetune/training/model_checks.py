@@ -33,7 +33,7 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     """
     saved = config.adapter.saved_modules()
     info = inspect_model(config.model, config.hardware.attention, saved if config.model.allow_missing_weights else ())
-    check_attachable(info, config.adapter)
+    adapter_notes = check_attachable(info, config.adapter)
     check_sequence_parallel(config.batch, info.config, config.zero_stage)
     checkpointing, notes = resolve_activation_checkpointing(
         config.activation_checkpointing, config.adapter.kind(), info.can_checkpoint
@@ -44,7 +44,7 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
         config,
         hardware=replace(config.hardware, attention=info.attention),
         activation_checkpointing=checkpointing,
-        notes=(*config.notes, *info.notes, *notes),
+        notes=(*config.notes, *info.notes, *adapter_notes, *notes),
     )
     return adapted, info
 

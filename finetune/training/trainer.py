@@ -45,6 +45,7 @@ from finetune.training.nonfinite import (
     finite_or_none,
 )
 from finetune.training.step_monitor import ComputeTimer, StepMonitor, StepReport
+from finetune.training.weight_proof import WeightChanges, WeightProof
 from finetune.utils.console import is_terminal
 from finetune.utils.errors import NumericsError
 
@@ -86,6 +87,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         self.meter = StepMeter()
         self.breakdown = LossBreakdown(batches.cells.sources, self.args.device)
         self.stopped_by: str | None = None  # the request that ended the run early
+        self.weight_proof: WeightProof | None = None  # once the plan is made
         self.error: str | None = None  # why the run cannot continue, raised once the step is logged
         self.monitor = StepMonitor(
             self.args.device,
@@ -104,7 +106,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         self._micro_losses: list[torch.Tensor] = []
         self._grad_norm: Any = None
         self._step_rate = 0.0
-        self._is_skipped = self._save_is_due = False
+        self._is_skipped = self._save_is_due = self.has_stepped = False
         self._loss_scale: LossScale | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -278,6 +280,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.loading.close()
+        self.has_stepped = True
         stop_requests.watch_stop_file(self.output_dir / stop_requests.STOP_FILE)  # a stop can wait for the step's end
         self._micro_losses, self._grad_norm, self._is_skipped = [], None, False
         self._step_rate = super()._get_learning_rate()
@@ -366,6 +369,11 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         """Leave a save or an evaluation out of the seconds of a step."""
         self.meter.since += seconds
         self.timer.restart()
+
+    def weight_changes(self) -> WeightChanges | None:
+        """Compare the weights with those before the first step of this process; None if it ran none. All ranks."""
+        proof, self.weight_proof = self.weight_proof, None
+        return proof.compare() if proof is not None and self.has_stepped else None
 
     def loss_of(self, example: dict[str, Any]) -> float:
         """Return the mean loss over the supervised tokens of one example, without dropout. All ranks.

@@ -157,6 +157,24 @@ def test_pissa_under_zero_3_gives_the_losses_of_zero_2_and_loads(train):
     assert logits(load_adapter(stage_3)).isfinite().all()
 
 
+def test_experts_under_zero_3_train_as_under_zero_2_and_frozen_weights_are_proven_unchanged(train, tmp_path):
+    from tests.helpers import tiny_models
+
+    tiny_models.build("gpt_oss", vocab_size=270).save_pretrained(tmp_path / "experts")
+    byte_tokenizer().save_pretrained(tmp_path / "experts")
+    stage_2, stage_3 = (
+        train(stage, "--deepspeed", stage, "--use_lora", "True", "--max_steps", "3", model=tmp_path / "experts")
+        for stage in ("zero2", "zero3")
+    )
+
+    assert losses(stage_3) == pytest.approx(losses(stage_2), abs=1e-5)
+    run = json.loads((stage_3 / "run.json").read_text())
+    assert run["plan"]["kinds"]["routed experts"]["state"] == "trained"
+    assert run["plan"]["kinds"]["router"] == {"state": "frozen", "trained": 0, "frozen": 264}
+    assert run["result"]["tensors"]["routed experts"] == {"trained": 8, "changed": 8, "frozen": 8}
+    assert "24 of 24 trained tensors changed" in (tmp_path / "zero3-logs/rank-0.log").read_text()
+
+
 @pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
 def test_new_tokens_grow_the_vocabulary_and_are_trained_under_zero_3(train, adapter):
     flags = ("--new_tokens", "<look>", "<act>", *adapter)

@@ -14,7 +14,7 @@ def attach_lora(
     *,
     r: int,
     alpha: float,
-    dropout: float,
+    dropout: float | None,
     target_modules: Sequence[str],
     base_revision: str | None = None,
     train_embeddings: bool = False,

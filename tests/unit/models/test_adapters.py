@@ -40,9 +40,12 @@ def test_one_word_with_the_signs_of_a_regular_expression_is_one_over_full_names(
 
 @pytest.mark.parametrize("targets", [["qkv_proj"], ["q_proj", "qkv_proj"], ["q_proj,qkv_proj"], [r".*qkv.*"], ["(q"]])
 def test_a_name_of_no_layer_is_an_error_that_lists_the_linear_layers(targets):
-    with pytest.raises(ConfigError, match="down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"):
+    with pytest.raises(
+        ConfigError,
+        match="k_proj, o_proj, q_proj, v_proj .attention.; down_proj, gate_proj, up_proj .dense MLP.; lm_head",
+    ):
         adapted(*targets)
-    with pytest.raises(ConfigError, match="c_attn, c_fc, c_proj, lm_head"):
+    with pytest.raises(ConfigError, match="c_attn, c_proj .attention.; c_fc, c_proj .dense MLP.; lm_head"):
         adapted(*targets, family="gpt2")
 
 

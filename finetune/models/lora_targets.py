@@ -1,0 +1,236 @@
+"""Which layers and expert weights LoRA is attached to, resolved from the module tree, and how peft is told.
+
+peft itself takes `all-linear` for every linear layer, so that routers, vision towers and layers whose weight the code
+reads past the adapter get one, and experts that are one parameter for all (`target_parameters`) do not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from finetune.models.module_kinds import (
+    EMBEDDINGS,
+    HEAD,
+    KINDS,
+    LINEAR_ATTENTION,
+    MTP,
+    ROUTED_EXPERTS,
+    ROUTER,
+    SHARED_EXPERTS,
+    VISION,
+    ModuleKinds,
+    module_kinds,
+)
+from finetune.utils.errors import ConfigError, format_names
+
+ALL_LINEAR = "all-linear"
+NOT_IN_ALL_LINEAR = (ROUTER, EMBEDDINGS, HEAD, VISION, MTP)
+# Names of the layers of experts in models before transformers 5, where each expert was a module, by those of today.
+FUSED_NAMES = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("w2",)}
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """Full names of the linear layers, and of the parameters that peft wraps where they are."""
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+    def options(self, model: Any) -> dict[str, Any]:
+        """Return the arguments of `LoraConfig` that select just these, in few words."""
+        modules = [name for name, _ in model.named_modules()]
+        suffixes = _suffixes(self.modules, modules)
+        others = [name for name in _matched(suffixes, modules) if name not in set(self.modules)]
+        parameters = [name for name, _ in model.named_parameters()]
+        return {
+            "target_modules": suffixes,
+            "exclude_modules": _expression(others, self.modules),
+            "fan_in_fan_out": any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in self.modules),
+            "target_parameters": _exact_suffixes(self.parameters, parameters) or None,
+        }
+
+
+def resolve_targets(base: Any, wanted: str | Sequence[str]) -> LoraTargets:
+    """Find what `--lora_target_modules` means in a model without an adapter; vision towers are never adapted.
+
+    Args:
+        wanted: `all-linear`, a regular expression over full names, or the last parts of names.
+
+    Raises:
+        ConfigError: nothing, or no layer that can be adapted, has such a name; the right names are listed.
+    """
+    kinds = module_kinds(base)
+    modules, parameters = _candidates(base, kinds)
+    bypassed = set(_bypassed(base, kinds, modules))
+    if wanted == ALL_LINEAR:
+        chosen = LoraTargets(
+            tuple(name for name in modules if kinds.of(name) not in NOT_IN_ALL_LINEAR and name not in bypassed),
+            tuple(parameters),
+        )
+    else:
+        chosen = _by_name(wanted, modules, parameters, kinds, base)
+        if refused := [name for name in chosen.modules if name in bypassed]:
+            raise ConfigError(
+                f"LoRA cannot be attached to {format_names(_last_parts(refused))}: the code of "
+                f"{type(base).__name__} reads the weight past an adapter: its {_known(base, kinds)}"
+            )
+    renamed = _renamed_by_peft(base, chosen.modules)
+    return replace(
+        chosen,
+        modules=tuple(name for name in chosen.modules if name not in renamed),
+        parameters=(*chosen.parameters, *(f"{name}.weight" for name in chosen.modules if name in renamed)),
+    )
+
+
+def linear_names(base: Any) -> str:
+    """Return the last parts of the names of what LoRA can be attached to, by kind."""
+    return _known(base, module_kinds(base))
+
+
+def _known(base: Any, kinds: ModuleKinds) -> str:
+    modules, parameters = _candidates(base, kinds)
+    bypassed = set(_bypassed(base, kinds, modules))
+    by_kind: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    for name in (*modules, *parameters):
+        if name not in bypassed:
+            by_kind[kinds.of(name)].add(name.rpartition(".")[2] if name in modules else ".".join(name.split(".")[-2:]))
+    return "layers are " + "; ".join(f"{', '.join(sorted(names))} ({kind})" for kind, names in by_kind.items() if names)
+
+
+def _candidates(base: Any, kinds: ModuleKinds) -> tuple[list[str], list[str]]:
+    """Return the linear layers, and the parameters that hold the weights of all experts of a layer."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    modules, parameters = [], []
+    for name, module in base.named_modules():
+        kind = kinds.of(name)
+        if kind == VISION:
+            continue
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            modules.append(name)
+        elif kind in (ROUTED_EXPERTS, SHARED_EXPERTS):
+            for part, weight in module.named_parameters(recurse=False):
+                dimensions = len(getattr(weight, "ds_shape", weight.shape))  # partitioned ones (ZeRO-3) are flat
+                parameters += [f"{name}.{part}"] * (dimensions in (2, 3) and "bias" not in part)
+    return modules, parameters
+
+
+def _bypassed(base: Any, kinds: ModuleKinds, modules: Iterable[str]) -> list[str]:
+    """Return the layers of state-space mixers whose weight the code hands to a kernel, so that no adapter is seen."""
+    mixers: dict[str, Any] = {name: type(module) for name, module in base.named_modules()}
+    split = [name.rpartition(".") for name in modules if kinds.of(name) == LINEAR_ATTENTION]
+    return [f"{outer}.{part}" for outer, _, part in split if part in _read_as_weights(mixers[outer])]
+
+
+@cache
+def _read_as_weights(mixer: Any) -> set[str]:
+    code = inspect.getsource(mixer)
+    return set(re.findall(r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim))", code))
+
+
+def _by_name(
+    wanted: str | Sequence[str], modules: list[str], parameters: list[str], kinds: ModuleKinds, base: Any
+) -> LoraTargets:
+    import torch
+
+    if isinstance(wanted, str):
+        try:
+            expression = re.compile(wanted)
+        except re.error as error:
+            raise ConfigError(f"--lora_target_modules {wanted}: {error}: its {_known(base, kinds)}") from None
+        chosen = LoraTargets(tuple(filter(expression.fullmatch, modules)),
+                             tuple(filter(expression.fullmatch, parameters)))  # fmt: skip
+        unknown = [] if chosen.modules or chosen.parameters else [wanted]
+    else:
+        chosen, unknown = LoraTargets((), ()), []
+        others = [
+            name
+            for name, module in base.named_modules()
+            if isinstance(module, torch.nn.Embedding | torch.nn.Conv1d) and kinds.of(name) != VISION
+        ]
+        for name in wanted:
+            layers = _matched([name], [*modules, *others])
+            fused = [full for full in parameters if _matched([name], [full]) or _is_part_of(name, full)]
+            if not layers and not fused:
+                unknown.append(name)
+            chosen = LoraTargets((*chosen.modules, *layers), (*chosen.parameters, *fused))
+    if unknown:
+        raise ConfigError(
+            f"LoRA cannot be attached: the model has no layer {', '.join(unknown)} (--lora_target_modules): its "
+            f"{_known(base, kinds)}"
+        )
+    return LoraTargets(tuple(dict.fromkeys(chosen.modules)), tuple(dict.fromkeys(chosen.parameters)))
+
+
+def _is_part_of(name: str, parameter: str) -> bool:
+    """Whether a parameter of fused experts holds the layer that had this name when each expert was a module."""
+    return name in FUSED_NAMES.get(parameter.rpartition(".")[2], ())
+
+
+def _renamed_by_peft(base: Any, modules: Sequence[str]) -> set[str]:
+    """Return the layers that peft would take for experts, as adapters made with transformers 4 name them.
+
+    Their weights are wrapped as parameters, under the same names in the adapter (peft 0.21, `target_parameters`).
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    renamed = set()
+    for leaf in {name.rpartition(".")[2] for name in modules}:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, base, None)
+            is_kept = leaf in (config.target_modules or ())
+        except ValueError:  # one of two layers that would be fused
+            is_kept = False
+        if not is_kept:
+            renamed |= {name for name in modules if name.rpartition(".")[2] == leaf}
+    return renamed
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _matched(suffixes: Iterable[str], names: Iterable[str]) -> list[str]:
+    ends = tuple(f".{suffix}" for suffix in suffixes)
+    return [name for name in names if f".{name}".endswith(ends)] if ends else []
+
+
+def _suffixes(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return last parts of names that match all of `chosen`, and few others."""
+    wanted, suffixes = set(chosen), []
+    for leaf in _last_parts(chosen):
+        if set(_matched([leaf], names)) <= wanted:
+            suffixes.append(leaf)
+        else:
+            suffixes += sorted({".".join(name.split(".")[-2:]) for name in chosen if name.rpartition(".")[2] == leaf})
+    return suffixes
+
+
+def _exact_suffixes(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the shortest ends of names that match `chosen` and nothing else."""
+    left, suffixes = list(chosen), []
+    while left:
+        parts = left[0].split(".")
+        ends = (".".join(parts[-count:]) for count in range(2, len(parts) + 1))
+        suffix = next(end for end in ends if set(_matched([end], names)) <= set(chosen))
+        suffixes.append(suffix)
+        matched = set(_matched([suffix], left))
+        left = [name for name in left if name not in matched]
+    return sorted(suffixes)
+
+
+def _expression(names: Sequence[str], others: Sequence[str]) -> str | list[str] | None:
+    """Return a regular expression for these names in any layer, or the names where it would match others, too."""
+    patterns = sorted({re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)) for name in names})
+    expression = "|".join(patterns)
+    if any(re.fullmatch(expression, name) for name in others):
+        return list(names)
+    return expression or None

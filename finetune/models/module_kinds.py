@@ -1,0 +1,157 @@
+"""Kinds of modules, told from the module tree: attention, dense MLP, routed experts, router, vision and the like.
+
+The nearest module around a weight that one of the rules knows decides, by its name or by that of its class:
+
+    model.layers.3.mlp.experts.gate_up_proj       routed experts
+    model.layers.3.mlp.shared_expert.up_proj      shared experts
+    model.layers.3.mlp.gate                       router
+    model.visual.blocks.0.attn.qkv                vision: it is outside of the language model
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+ATTENTION, LINEAR_ATTENTION, DENSE_MLP = "attention", "linear attention and state space", "dense MLP"
+ROUTED_EXPERTS, SHARED_EXPERTS, ROUTER = "routed experts", "shared experts", "router"
+EMBEDDINGS, HEAD, VISION, MTP, OTHERS = "embeddings", "head", "vision and audio", "multi-token prediction", "others"
+KINDS = (ATTENTION, LINEAR_ATTENTION, DENSE_MLP, ROUTED_EXPERTS, SHARED_EXPERTS, ROUTER, EMBEDDINGS, HEAD, VISION, MTP,
+         OTHERS)  # fmt: skip
+# Kind, names of modules, and names of classes without that of the model. The rules of the first group hold for whatever
+# is inside of such a module; of the others the innermost module decides.
+PARTS = (
+    (ROUTER, r"\w*router\w*|indexer|scorer|shared_experts?_gate|(moe|expert)_gate", "Router$|Gating$"),
+    (SHARED_EXPERTS, r"shared_(experts?|mlp|moe)\w*", "^$"),
+    (ROUTED_EXPERTS, r"(local_|mlp_)?experts", "Experts?$"),
+)
+BLOCKS = (
+    (
+        LINEAR_ATTENTION,
+        r"linear_attn|mamba\w*|ssm|mlstm\w*|recurrent\w*|temporal_block|short_?conv|conv",
+        "Mamba|DeltaNet|DeltaAttention|Recurrent|RgLru|ShortConv|LinearAttention|LightningAttention|LSTM|^Mixer",
+    ),
+    (DENSE_MLP, r"mlp\w*|feed_?forward\w*|ffn?|fc_?(1|2|in|out)|intermediate|DenseReluDense", "MLP|Mlp|FeedForward"),
+    (ATTENTION, r"\w*(attn|attention)\w*|mixer", "Attention|Attn"),
+)
+OF_IMAGES = re.compile("^(vision|visual|image|audio)")
+MTP_NAME = re.compile(r"^(mtp|nextn|eh_proj)(_|$)|_mtp$")
+# Parts of names that peft adds.
+OF_PEFT = re.compile(
+    r"^base_model\.model\.|\.(base_layer|original_module)(?=\.|$)"
+    r"|\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens_delta)(\.default)?(?=\.|$)"
+)
+
+
+@dataclass
+class KindCount:
+    """Parameters of one kind, those of an adapter with the layers that they adapt."""
+
+    trained: int = 0
+    frozen: int = 0
+
+    @property
+    def state(self) -> str:
+        """trained, frozen or absent."""
+        return "trained" if self.trained else "frozen" if self.frozen else "absent"
+
+    def facts(self) -> dict[str, int | str]:
+        """Return it as plain values."""
+        return {"state": self.state, "trained": self.trained, "frozen": self.frozen}
+
+
+@dataclass
+class ModuleKinds:
+    """The kind of each module of a model without an adapter, by its full name; see `module_kinds`."""
+
+    by_module: dict[str, str] = field(default_factory=dict)
+
+    def of(self, name: str) -> str:
+        """Return the kind of a module or parameter, also of one that peft wraps."""
+        name = OF_PEFT.sub("", name)
+        while name:
+            if name in self.by_module:
+                return self.by_module[name]
+            name = name.rpartition(".")[0]
+        return OTHERS
+
+    def count(self, model: Any) -> dict[str, KindCount]:
+        """Count the parameters of a model by kind, partitioned ones (ZeRO-3) as a whole; tied ones count once."""
+        counts = {kind: KindCount() for kind in KINDS}
+        for name, parameter in model.named_parameters():
+            count, size = counts[self.of(name)], getattr(parameter, "ds_numel", parameter.numel())
+            if parameter.requires_grad:
+                count.trained += size
+            else:
+                count.frozen += size
+        return counts
+
+
+def module_kinds(base: Any) -> ModuleKinds:
+    """Return the kinds of the modules of a model without an adapter that have parameters of their own."""
+    modules = dict(base.named_modules())
+    language = language_model(base)
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    inside = {id(module) for module in language.modules()} if language is not None else None
+    prefix = re.split("For[A-Z]|Model|LMHead", type(base).__name__)[0]
+    kinds = {}
+    for name, module in modules.items():
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        path = list(_path(name, modules))
+        if module is head:
+            kinds[name] = HEAD
+        elif module is embeddings:
+            kinds[name] = EMBEDDINGS
+        elif inside is not None and (id(module) not in inside or _looks_at_images(path)):
+            kinds[name] = VISION
+        elif any(MTP_NAME.search(part) for part in name.split(".")):
+            kinds[name] = MTP
+        else:
+            kinds[name] = _kind_in_text(name, path, prefix)
+    return ModuleKinds(kinds)
+
+
+def language_model(base: Any) -> Any | None:
+    """Return the part of a model of several modalities that reads text; None for a model of text alone."""
+    if base.config.get_text_config() is base.config:
+        return None
+    decoder = base.get_decoder()
+    return None if decoder is None or decoder is base else decoder
+
+
+def _looks_at_images(path: list[tuple[str, Any, Any]]) -> bool:
+    return any(OF_IMAGES.match(part) or "CrossAttention" in type(module).__name__ for part, module, _ in path)
+
+
+def _path(name: str, modules: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (last part of the name, module, its parent) from a module outwards, without the model itself."""
+    while name:
+        outer, _, part = name.rpartition(".")
+        yield part, modules[name], modules[outer]
+        name = outer
+
+
+def _kind_in_text(name: str, path: list[tuple[str, Any, Any]], prefix: str) -> str:
+    import torch
+
+    if isinstance(path[0][1], torch.nn.Embedding):
+        return EMBEDDINGS
+    parts = []
+    for part, module, parent in path:
+        class_name = type(module).__name__.removeprefix(prefix).removeprefix("Text")
+        if part == "gate" and any(child in ("experts", "local_experts") for child, _ in parent.named_children()):
+            return ROUTER
+        if part.isdigit() and re.search("Layer$|Block$", class_name):
+            break
+        if "norm" not in part:  # post_attention_layernorm is not attention
+            parts.append((part, class_name))
+    candidates = [(rule, part) for rule in PARTS for part in parts] + [
+        (rule, part) for part in parts for rule in BLOCKS
+    ]
+    for (kind, names, classes), (part, class_name) in candidates:
+        if re.fullmatch(names, part) or re.search(classes, class_name):
+            return kind
+    return EMBEDDINGS if "embed" in name else OTHERS

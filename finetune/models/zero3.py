@@ -1,0 +1,99 @@
+"""ZeRO-3: modules whose parameters are gathered together, and a partitioned model without DeepSpeed's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from finetune.models.module_kinds import ROUTED_EXPERTS, module_kinds
+
+if TYPE_CHECKING:
+    import torch
+
+
+def set_leaf_modules(model: Any, empty: Any) -> None:
+    """Let DeepSpeed gather what `leaf_modules` names as a whole, if the model is partitioned."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        from deepspeed.utils import set_z3_leaf_modules_by_name
+
+        set_z3_leaf_modules_by_name(model, leaf_modules(model, empty))
+
+
+def leaf_modules(model: Any, empty: Any) -> list[str]:
+    """Return the names of the modules whose parameters are needed together: experts, and layers that peft wraps.
+
+    Each token takes other experts, so that their order is no guide to prefetching, and a rank may need one that
+    another does not. `peft.tuners.lora.ParamWrapper` reads the weights of modules that it does not call.
+
+    Args:
+        model: maybe with an adapter.
+        empty: the same model without one.
+    """
+    prefix = "base_model.model." if hasattr(model, "peft_config") else ""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if type(module).__name__ == "ParamWrapper" and not name.endswith(".base_layer"):
+            names.append(name)
+    kinds = module_kinds(empty)
+    for name, kind in kinds.by_module.items():
+        if kind == ROUTED_EXPERTS:
+            names.append(prefix + _called_module(empty, name))
+    return [name for name in dict.fromkeys(names) if not any(name.startswith(f"{outer}.") for outer in names)]
+
+
+def _called_module(model: Any, name: str) -> str:
+    """Return the outermost module around an expert's weights that holds experts alone, or the block of a list."""
+    import torch
+
+    *outer, _ = parts = name.split(".")
+    place = next((number for number, part in enumerate(parts) if part.endswith("experts")), len(outer))
+    container = ".".join(parts[: place + 1])
+    is_called = not isinstance(model.get_submodule(container), torch.nn.ModuleList | torch.nn.ModuleDict)
+    return container if is_called else container.rpartition(".")[0]
+
+
+@contextmanager
+def gather_per_module(model: Any) -> Iterator[None]:
+    """Let a model partitioned by ZeRO-3 run before DeepSpeed's engine exists: modules gather their own parameters."""
+    from deepspeed.utils import z3_leaf_module
+
+    leaves = [module for module in model.modules() if z3_leaf_module(module)]
+    inside = {id(part) for leaf in leaves for part in leaf.modules()} - {id(leaf) for leaf in leaves}
+    partitioned = [
+        (module, parameters)
+        for module in model.modules()
+        if id(module) not in inside
+        if (
+            parameters := [
+                weight for weight in module.parameters(recurse=z3_leaf_module(module)) if hasattr(weight, "ds_id")
+            ]
+        )
+    ]
+    with ExitStack() as hooks:
+        for module, parameters in partitioned:
+            import deepspeed
+
+            gathered = ExitStack()
+            hooks.callback(gathered.close)  # after a module that failed
+
+            def gather(*_: Any, parameters: list = parameters, gathered: ExitStack = gathered) -> None:
+                gathered.enter_context(deepspeed.zero.GatheredParameters(parameters))
+
+            def release(*_: Any, gathered: ExitStack = gathered) -> None:
+                gathered.close()
+
+            hooks.callback(module.register_forward_pre_hook(gather).remove)
+            hooks.callback(module.register_forward_hook(release).remove)
+        yield
+
+
+def values_here(parameter: Any) -> torch.Tensor:
+    """Return the values of a parameter; of a partition (ZeRO-3) without its padding, nothing while it is on NVMe."""
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        return parameter.data
+    if partition.status.name != "AVAILABLE":
+        return partition.data[:0]
+    begin = parameter.ds_zero_partition_rank * partition.ds_numel
+    return partition.data.flatten()[: max(0, parameter.ds_numel - begin)]
