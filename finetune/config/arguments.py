@@ -154,7 +154,7 @@ class DataArguments:
     )
     data_cache_dir: str | None = option(None, "where prepared data is kept; default: `~/.cache/finetune/data`")
     preprocessing_num_workers: int | None = option(
-        None, "processes that prepare data; default: 1 for small data, else one per core, at most 8"
+        None, "processes that prepare data; default: 1 for small data, else one per core, at most 16"
     )
     chat_template: str | None = option(None, "`lingowhale`, `chatml` or a Jinja file; default: the tokenizer's own")
     content_tokens: list[str] = option(

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune.dataset.collator import Collator, LossCells
+from finetune.dataset.prepared_cache import int_column
 from finetune.dataset.sampler import Batching, Order
 from finetune.dataset.sampler import Sampler as RowSampler
 from finetune.utils.errors import ConfigError
@@ -133,9 +134,7 @@ class MicroBatchDataset(Dataset):
         self.is_skipped = np.zeros(len(examples), dtype=bool) if is_skipped is None else is_skipped
         self.cells = LossCells(sources)
         columns = ["input_ids", "labels", *(("source", "answer_numbers") if sources else ())]
-        if "weights" in examples.column_names and any(
-            len(lists.flatten()) for lists in examples.data["weights"].chunks
-        ):
+        if "weights" in examples.column_names and any(len(lists.values) for lists in examples.data["weights"].chunks):
             columns.append("weights")
         self.examples = examples.select_columns(columns).with_format("numpy")
         self.lengths, self.supervised = sampler.lengths, int_column(examples, "num_supervised")
@@ -206,11 +205,6 @@ class MicroBatchDataset(Dataset):
             supervised_tokens=int(self.supervised[rows].sum()),
             pairs=int((lengths * (lengths + 1) // 2).sum()),
         )
-
-
-def int_column(examples: Any, name: str) -> np.ndarray:
-    """A column of integers, int64 [rows]."""
-    return np.asarray(examples.with_format("numpy")[name][:], dtype=np.int64)
 
 
 class MicroBatchDataLoader(DataLoader):

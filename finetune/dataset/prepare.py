@@ -35,7 +35,7 @@ BAR_FORMAT = "preparing data {percentage:3.0f}% |{bar}| {postfix[0]} [{elapsed}<
 BAR_STEPS = 1000
 # Below this many bytes of data, starting processes costs more than it saves.
 MIN_BYTES_FOR_PROCESSES = 16 << 20
-MAX_PROCESSES = 8
+MAX_PROCESSES = 16
 
 BadRows = Literal["error", "drop"]
 Watch = Callable[[Iterator[RenderedConversation]], None]
@@ -122,15 +122,15 @@ class PreparedData:
         weights = {source.name: source.weight for source in self.sources}
         if set(weights.values()) == {1.0}:
             return self._select(None if is_trained.all() else np.flatnonzero(is_trained))
-        chosen: list[int] = []
+        chosen: list[np.ndarray] = []
         begin = 0
         for name, count in self.summary.examples_by_source.items():
             of_source = range(begin, begin + count)
             repeats, rest = divmod(weights[name], 1)
             drawn = random.Random(f"{seed} {name}").sample(of_source, round(rest * count))
-            chosen += [*of_source] * int(repeats) + sorted(drawn)
+            chosen += [np.arange(begin, begin + count)] * int(repeats) + [np.sort(np.asarray(drawn, dtype=np.int64))]
             begin += count
-        indices = np.asarray(chosen, dtype=np.int64)
+        indices = np.concatenate(chosen)
         indices = indices[is_trained[indices]]
         if not len(indices):
             raise DataError("the weights of --data_path leave no example of an epoch: raise one of them")
@@ -158,7 +158,7 @@ class PreparedData:
         return self._drawn[seed]
 
     def _draw(self, seed: int) -> np.ndarray:
-        rows = np.asarray(self.examples.with_format("numpy")["row"][:])
+        rows = prepared_cache.int_column(self.examples, "row")
         counts = [*self.summary.examples_by_source.values()]
         source_indices = np.repeat(np.arange(len(counts)), counts)
         begins = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(source_indices, prepend=-1))

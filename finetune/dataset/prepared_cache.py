@@ -332,6 +332,12 @@ def _example_values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
         yield dict(zip(columns, values, strict=True))
 
 
+def int_column(examples: Any, name: str) -> np.ndarray:
+    """A column of integers of a `datasets.Dataset`, int64 [rows]; its own access takes 50 s for a million selected."""
+    column = examples.data[name].to_numpy().astype(np.int64)
+    return column if examples._indices is None else column[examples._indices[0].to_numpy()]
+
+
 def example_digests(folder: Path) -> Iterator[bytes]:
     """A digest of the token ids and labels of each example, in order."""
     for batch in read_batches(folder):

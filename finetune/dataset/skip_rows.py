@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.dataset.prepared_cache import int_column
 from finetune.utils.errors import ConfigError, format_faults
 
 RowId = tuple[str, int]
@@ -72,10 +73,13 @@ def _parse_line(place: str, line: str) -> RowId:
 def skip_mask(examples: Any, rows: Iterable[RowId]) -> np.ndarray:
     """Mark the examples of these rows, bool [examples]: all windows and all repetitions of a row."""
     wanted = set(rows)
-    if not wanted:
-        return np.zeros(len(examples), dtype=bool)
-    pairs = zip(examples["source"], examples["row"], strict=True)
-    return np.fromiter(((source, int(row)) in wanted for source, row in pairs), dtype=bool, count=len(examples))
+    mask = np.zeros(len(examples), dtype=bool)
+    if wanted:
+        numbers = int_column(examples, "row")
+        candidates = np.flatnonzero(np.isin(numbers, [row for _, row in wanted]))
+        sources = examples.select(candidates)["source"]
+        mask[candidates] = [pair in wanted for pair in zip(sources, numbers[candidates].tolist(), strict=True)]
+    return mask
 
 
 def skipped_entries(examples: Any, rows: Sequence[RowId]) -> list[dict[str, Any]]:

@@ -14,9 +14,8 @@ from finetune.config import DataArguments
 from finetune.conversation import answer_numbers
 from finetune.dataset.collator import pad_token_id
 from finetune.dataset.data_sources import find_sources
-from finetune.dataset.dataloader import int_column
 from finetune.dataset.prepare import PreparedData, check_dropped_share
-from finetune.dataset.prepared_cache import example_of
+from finetune.dataset.prepared_cache import example_of, int_column
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
 from finetune.evaluation.significance import perplexity, ratio_interval
 from finetune.evaluation.token_losses import AnswerLoss, group_by_tokens, measure_token_losses, padding_free

@@ -81,7 +81,7 @@ def forecast_batches(
     batch: BatchConfig, schedule: ScheduleConfig, data: PreparedData, *, selects_logits: bool, obstacle: str | None
 ) -> BatchForecast:
     """Form the micro-batches of the first epoch; `obstacle` says why the model cannot run padding-free batches."""
-    from finetune.dataset.dataloader import int_column
+    from finetune.dataset.prepared_cache import int_column
 
     examples = data.epoch(batch.seed).examples
     lengths, supervised = int_column(examples, "length"), int_column(examples, "num_supervised")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.run_config import BatchConfig
 from finetune.dataset.collator import Collator, LossWeighting, pad_token_id
 from finetune.dataset.prepare import ExampleSet, PreparedData
+from finetune.dataset.prepared_cache import int_column
 from finetune.dataset.sampler import Batching, BatchShape, Sampler
 from finetune.distributed.collectives import first_not_none, get_rank
 from finetune.distributed.startup_timer import timed
@@ -39,7 +40,7 @@ def build_dataloaders(
         ConfigError: nothing would be trained: no parameter, no row, no full step; or ranks are to share conversations
             and this model cannot.
     """
-    from finetune.dataset.dataloader import MicroBatchDataset, int_column
+    from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.models.adapters import count_parameters
     from finetune.models.attention import supports_logits_to_keep
 

@@ -79,6 +79,12 @@ def test_the_weight_of_a_turn_is_that_of_its_supervised_tokens(renderer, tmp_pat
     assert [prepared_cache.example_of(values) for values in batch.to_pylist()] == [weighted, plain]
 
 
+def test_columns_are_those_of_the_selected_examples(conversation_file, renderer, tmp_path):
+    examples = prepared(conversation_file, renderer, tmp_path).examples
+    for chosen in (examples, examples.select([2, 0, 0]), examples.select([2, 0]).select([1])):
+        assert prepared_cache.int_column(chosen, "length").tolist() == list(chosen["length"])
+
+
 def test_data_prepared_by_0_1_is_readable():
     (folder,) = (ROOT / "tests/golden/written_by_0_1/prepared").iterdir()
     rows = json.loads((folder.parents[1] / "rows.json").read_text("utf-8"))
