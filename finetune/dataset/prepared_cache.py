@@ -41,7 +41,7 @@ from finetune.utils.errors import StorageError, os_reason
 logger = logging.getLogger(__name__)
 
 EXAMPLES_FILE, LEDGER_FILE, FACTS_FILE = "examples.arrow", "ledger.jsonl", "facts.json"
-SPAN_FIELDS = ("turn", "role", "start", "stop")
+RENDERED = ["input_ids", "labels", "row", "window", "source", "turn_spans", "id"]
 POLL_SECONDS = 0.2
 LOCAL_RANK_0_SECONDS = 1.0
 
@@ -104,7 +104,7 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
                     pa.array(first_tokens),
                     pa.array([span.stop for span in spans], pa.int32()),
                 ],
-                SPAN_FIELDS,
+                ["turn", "role", "start", "stop"],
             ),
         ),
         "answer_numbers": pa.ListArray.from_arrays(supervised_starts, answer_of_tokens),
@@ -248,7 +248,7 @@ def renderings_of(
     order = {source: index for index, source in enumerate(sources)}
     ledger = map(json.loads, ledger_lines)
     entry = next(ledger, None)
-    stored = (values for batch in batches for values in _example_values(batch))
+    stored = (values for batch in batches for values in batch.select(RENDERED).to_pylist())
     for (source, row), windows in groupby(stored, _key_of):
         first, *others = windows
         examples = tuple(map(example_of, [first, *others]))
@@ -317,19 +317,6 @@ def read_batches(folder: Path) -> Iterator[pa.RecordBatch]:
     if (folder / EXAMPLES_FILE).stat().st_size:
         with pa.memory_map(str(folder / EXAMPLES_FILE)) as file, pa.ipc.open_stream(file) as batches:
             yield from batches
-
-
-def _example_values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """What `example_of` needs of each row of a batch, and its id; `to_pylist` takes ten times as long."""
-    columns = {name: batch[name].to_pylist() for name in ("row", "window", "source", "id")}
-    spans = batch["turn_spans"].values
-    flat = {name: np.from_dlpack(batch[name].values).tolist() for name in ("input_ids", "labels")}
-    parts = [spans.field(name).to_pylist() for name in SPAN_FIELDS]
-    flat["turn_spans"] = [dict(zip(SPAN_FIELDS, values, strict=True)) for values in zip(*parts, strict=True)]
-    for name, values in flat.items():
-        columns[name] = [values[start:stop] for start, stop in pairwise(batch[name].offsets.to_pylist())]
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values, strict=True))
 
 
 def int_column(examples: Any, name: str) -> np.ndarray:
