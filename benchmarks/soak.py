@@ -139,7 +139,7 @@ def main() -> None:
                     seconds[fault, command].append(took)
                 violations += [f"run {number}, {fault} ({command}): {text}" for text in broken]
                 if broken:
-                    print(broken, (Path(folder) / "log").read_text()[-6000:], sep="\n", file=sys.stderr)
+                    print(fault, command, broken, (Path(folder) / "log").read_text()[-6000:], sep="\n", file=sys.stderr)
             if time.monotonic() >= deadline:
                 break
             if result_of(output) != whole:
@@ -183,7 +183,8 @@ class Soak:
         ).split()
         named = ["--model_name_or_path", self.model, "--data_path", self.data, "--output_dir", output]
         words = [*COMMANDS[command], "--num_gpus", "2", ROOT / "finetune/finetune.py", *named, *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "FINETUNE_SOAK": mark}
+        environment = {"TORCH_EXTENSIONS_DIR": str(self.folder / "operators"), **os.environ}
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "FINETUNE_SOAK": mark}
         log = (self.folder / "log").open("wb")
         return subprocess.Popen(list(map(str, words)), cwd=ROOT, env=environment, stdout=log, stderr=log)
 
