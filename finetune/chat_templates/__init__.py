@@ -27,7 +27,6 @@ from finetune.chat_templates.format_selection import CHATML, select_chat_format,
 from finetune.chat_templates.generation_prompt import (
     AnswerDecoder,
     answer_text,
-    depends_on_reasoning,
     end_token_ids,
     prompt_ids,
 )

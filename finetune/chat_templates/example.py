@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from finetune.chat_templates.plain_text import PlainTextTokenizer, UnrenderableError
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 
 IGNORE_INDEX = -100
 Status = Literal["kept", "cut", "split", "dropped"]
@@ -19,13 +19,12 @@ SYSTEM_RULE = "system turn put in front of the first human turn"
 STRIPPED_RULE = "the chat template strips white space around answers"
 REASONING_RULE = "the chat template leaves out the reasoning of turn {turn}"
 SYSTEM_SEPARATOR = "\n\n"
-REASONING_END = "</think>"
 
 
-def system_in_front(turns: Sequence[Turn]) -> list[Turn]:
+def system_in_front(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """Apply `SYSTEM_RULE`: prepend the text of the system turn to the human turn after it."""
     system, first, *others = turns
-    return [replace(first, text=system.text + SYSTEM_SEPARATOR + first.text), *others]
+    return (replace(first, text=system.text + SYSTEM_SEPARATOR + first.text), *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +39,23 @@ class TurnSpan:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedSpan:
-    """A run of supervised labels, `start` to `stop` (exclusive), which must decode to `text`, that of the model turn.
+    """A run of supervised labels, `start` to `stop` (exclusive), which must decode to `text`.
 
-    The label at `stop - 1` is the end-of-turn token, unless the turn was truncated (`ended` is False).
+    The last `num_end` labels are end-of-turn tokens; there are none if the turn was truncated. `content` is the model
+    turn where the template writes more than its text (an opening, reasoning, tool calls); the labels must hold it, too.
     """
 
     turn: int
     start: int
     stop: int
     text: str
-    ended: bool = True
+    num_end: int = 1
+    content: Turn | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end of the turn is supervised."""
+        return self.num_end > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +138,7 @@ class TokenizedConversation:
             self.labels[:length],
             [replace(span, stop=min(span.stop, length)) for span in self.turn_spans if span.start < length],
             [
-                replace(span, stop=min(span.stop, length), ended=span.ended and span.stop <= length)
+                replace(span, stop=min(span.stop, length), num_end=max(0, span.num_end - max(0, span.stop - length)))
                 for span in self.supervised_spans
                 if span.start < length
             ],
@@ -152,18 +158,25 @@ class ChatFormat(Protocol):
     name: str
     plain: PlainTextTokenizer
 
-    def tokenize_all(self, rows: Sequence[Sequence[Turn]]) -> list[TokenizedConversation | UnrenderableError]:
-        """Tokenize the turns of each row; an error in place of each row that the format cannot express."""
+    def split_history(self, conversation: Conversation) -> list[Conversation]:
+        """The conversations that supervise each answer behind the prompt that serving would send.
+
+        That is one unless the format writes an answer otherwise once other turns follow it.
+        """
+        ...
+
+    def tokenize_all(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation | UnrenderableError]:
+        """Tokenize each conversation; an error in place of each that the format cannot express."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """Everything besides the tokenizer that decides how turns are tokenized; JSON values."""
+        """Everything besides the tokenizer that decides how conversations are tokenized; JSON values."""
         ...
 
 
-def tokenize_conversation(chat_format: ChatFormat, turns: Sequence[Turn]) -> TokenizedConversation:
+def tokenize_conversation(chat_format: ChatFormat, conversation: Conversation) -> TokenizedConversation:
     """Tokenize one conversation, or raise `UnrenderableError`."""
-    (tokenized,) = chat_format.tokenize_all([turns])
+    (tokenized,) = chat_format.tokenize_all([conversation])
     if isinstance(tokenized, UnrenderableError):
         raise tokenized
     return tokenized

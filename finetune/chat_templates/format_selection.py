@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates.example import ChatFormat, tokenize_conversation
-from finetune.chat_templates.jinja_format import JinjaFormat
+from finetune.chat_templates.jinja_format import History, JinjaFormat
 from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
 from finetune.chat_templates.plain_text import add_control_tokens
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from finetune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +22,36 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
+# ChatML with tool calls as JSON between tags, the syntax that the Hermes models introduced.
+HERMES = """\
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
+    {{- 'Functions that may be called, as JSON Schemas between <tools> tags:\n<tools>' }}
+    {%- for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}
+    {{- '\n</tools>\nA call is a JSON object with its name and arguments between <tool_call> tags:\n' }}
+    {{- '<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call><|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>tool' }}{% endif %}
+        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
+    {%- elif not (loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\n' if message.content or not loop.first }}
+            {{- '<tool_call>\n{"name": ' + call.function.name | tojson + ', "arguments": ' }}
+            {{- call.function.arguments | tojson + '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+"""
+NAMED = {"chatml": CHATML, "hermes": HERMES}
 
 
 def select_chat_format(
@@ -33,32 +63,45 @@ def select_chat_format(
     is_lingowhale: bool = False,
     content_tokens: Sequence[str] = (),
     day: date | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    history: History = "as_served",
+    masks_reasoning: bool = False,
 ) -> tuple[ChatFormat, list[str]]:
     """Select the chat format of a run; also return notes about choices that the user did not make.
 
     Args:
-        chat_template: `lingowhale`, `chatml` or a Jinja file; None: the tokenizer's own template, else LingoWhale's
-            format for LingoWhale, else ChatML, whose markers are added to the tokenizer if it lacks them.
-        content_tokens: added tokens that contents may use.
+        chat_template: `lingowhale`, `chatml`, `hermes` (ChatML with tools) or a Jinja file; None: the tokenizer's own
+            template, else LingoWhale's format for LingoWhale, else ChatML. The tokenizer gets markers that it lacks.
+        content_tokens: added tokens that human turns may use, too.
         day: for a template that writes today's date; default: today's in UTC.
+        template_kwargs, history, masks_reasoning: as `JinjaFormat` has them.
     """
     notes = []
     if chat_template is None and tokenizer.chat_template is None:
         chat_template = "lingowhale" if is_lingowhale else "chatml"
         notes.append(f"the tokenizer has no chat template: conversations are rendered in the {chat_template} format")
     if chat_template == "lingowhale":
+        if template_kwargs or masks_reasoning:
+            raise ConfigError(
+                "--chat_template lingowhale: --chat_template_kwargs and --reasoning context need a Jinja template"
+            )
         return LingoWhaleFormat(tokenizer, human_token_ids, model_token_ids, content_tokens), notes
-    if chat_template == "chatml":
+    if chat_template in NAMED:
         missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
         if missing:
             add_control_tokens(tokenizer, missing)
-            notes.append(f"chatml: {' and '.join(missing)} are new to this tokenizer and are added to its vocabulary")
-        tokenizer.chat_template = CHATML
+            notes.append(
+                f"{chat_template}: {' and '.join(missing)} are new to this tokenizer and are added to its vocabulary"
+            )
+        tokenizer.chat_template = NAMED[chat_template]
     elif chat_template is not None:
         tokenizer.chat_template = _template_file(chat_template)
     # The result is saved with this tokenizer, so that serving renders as training did.
     name = chat_template or "the tokenizer's own chat template"
-    chat_format = JinjaFormat(tokenizer, tokenizer.get_chat_template(), name, content_tokens, day)
+    chat_format = JinjaFormat(
+        tokenizer, tokenizer.get_chat_template(), name, content_tokens, day,
+        template_kwargs=template_kwargs, history=history, masks_reasoning=masks_reasoning,
+    )  # fmt: skip
     if chat_format.day is not None:
         notes.append(
             f"the chat template writes today's date into every conversation: {chat_format.day} (UTC), which a resumed "
@@ -72,11 +115,11 @@ def _template_file(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"--chat_template {name}: expected lingowhale, chatml or a Jinja file that can be read: {error}"
+            f"--chat_template {name}: expected lingowhale, chatml, hermes or a Jinja file that can be read: {error}"
         ) from None
 
 
 def stop_token_id(chat_format: ChatFormat) -> int:
     """The token that ends a model turn in this format, as it is supervised."""
-    probe = tokenize_conversation(chat_format, [Turn("human", "a"), Turn("model", "b")])
+    probe = tokenize_conversation(chat_format, Conversation((Turn("human", "a"), Turn("model", "b"))))
     return probe.labels[probe.supervised_length - 1]

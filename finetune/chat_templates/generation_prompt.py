@@ -7,40 +7,43 @@ generated                     Yes  </s>     the answer is the text that training
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from os.path import commonprefix
 
 from finetune.chat_templates.example import (
-    REASONING_END,
     ChatFormat,
     TokenizedConversation,
     UnrenderableError,
     tokenize_conversation,
 )
+from finetune.chat_templates.messages import raw_parts, split_reasoning
 from finetune.chat_templates.plain_text import PlainTextTokenizer
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 
 # Answers that no template changes, of several scripts: tokenizers differ in what they join with a space.
 PROBES = ("a", "好", "1", "-", "🙂")
-REASONING = f"<think>\na\n{REASONING_END}\n\n"
 REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
 MAX_PENDING = 64  # tokens; no character has as many
 
 
-def prompt_ids(chat_format: ChatFormat, turns: Sequence[Turn], *, reasoning: bool = False) -> list[int]:
-    """The ids before the answer to `turns`, which end with a human turn: exactly those of training.
+def with_answer(conversation: Conversation, text: str) -> Conversation:
+    """The conversation with one more model turn, the only supervised one."""
+    before = [replace(turn, train=False) for turn in conversation.turns]
+    return replace(conversation, turns=(*before, Turn("model", text)))
 
-    If a template ends in white space that a tokenizer may join with the first letter of the answer (`ASSISTANT: Yes`),
-    the prompt ends before it: the model generates that space.
 
-    Args:
-        reasoning: the answer begins with reasoning; templates may write something else before it.
+def prompt_ids(chat_format: ChatFormat, conversation: Conversation) -> list[int]:
+    """The ids before the answer to a conversation that ends with a human turn or a result: exactly those of training.
+
+    They are those of `apply_chat_template(..., add_generation_prompt=True)`. If a template ends in white space that a
+    tokenizer may join with the first letter of the answer (`ASSISTANT: Yes`), they end before it: the model generates
+    that space.
 
     Raises:
         UnrenderableError: the format cannot express the turns, or the text before an answer depends on the answer.
     """
-    probes = [Turn("model", (REASONING if reasoning else "") + answer) for answer in PROBES]
-    results = chat_format.tokenize_all([[*turns, probe] for probe in probes])
+    results = chat_format.tokenize_all([with_answer(conversation, answer) for answer in PROBES])
     prefixes = [
         result.input_ids[: result.supervised_spans[-1].start]
         for result in results
@@ -56,48 +59,50 @@ def prompt_ids(chat_format: ChatFormat, turns: Sequence[Turn], *, reasoning: boo
     return shared
 
 
-def depends_on_reasoning(chat_format: ChatFormat) -> bool:
-    """Whether the format writes something else before an answer that begins with reasoning."""
-    turns = [Turn("human", "a")]
-    try:
-        return prompt_ids(chat_format, turns) != prompt_ids(chat_format, turns, reasoning=True)
-    except UnrenderableError:
-        return False
-
-
 def end_token_ids(chat_format: ChatFormat) -> list[int]:
     """The tokens that end model turns in this format, that of the last turn first."""
-    pair = [Turn("human", "a"), Turn("model", "b")]
+    pair = (Turn("human", "a"), Turn("model", "b"))
+    parts = [part for turns in (pair, (*pair, *pair)) for part in chat_format.split_history(Conversation(turns))]
     ends = [
         result.labels[span.stop - 1]
-        for result in chat_format.tokenize_all([pair, [*pair, *pair]])
+        for result in chat_format.tokenize_all(parts)
         if isinstance(result, TokenizedConversation)
         for span in reversed(result.supervised_spans)
     ]
     return list(dict.fromkeys(ends))
 
 
-def answer_text(chat_format: ChatFormat, turns: Sequence[Turn], prompt: Sequence[int], answer: Sequence[int]) -> str:
+def answer_text(
+    chat_format: ChatFormat, conversation: Conversation, prompt: Sequence[int], answer: Sequence[int]
+) -> str:
     """The text of `answer`, the generated ids after `prompt` without the end of the turn; "" if it is blank.
 
     White space at the ends belongs to the text or to the template: the text is the one that training would render to
     the generated text. It is stripped if there is none.
     """
     generated = decode_after(chat_format.plain, prompt, answer)
-    starts = (generated, generated.removeprefix(" "), generated.lstrip())
-    candidates = (text for start in starts for text in (start, start.removesuffix("\n"), start.rstrip()))
-    for text in dict.fromkeys(candidates):
+    for text in dict.fromkeys(_candidates(generated)):
         if not text.strip():
             return ""
         try:
-            tokenized = tokenize_conversation(chat_format, [*turns, Turn("model", text)])
+            tokenized = tokenize_conversation(chat_format, with_answer(conversation, text))
         except UnrenderableError:
             continue
-        ids = tokenized.input_ids[: tokenized.supervised_spans[-1].stop - 1]
+        span = tokenized.supervised_spans[-1]
+        ids = tokenized.input_ids[: span.stop - span.num_end]
         has_prompt = ids[: len(prompt)] == list(prompt)
         if has_prompt and decode_after(chat_format.plain, prompt, ids[len(prompt) :]) == generated:
             return text
     return generated.strip()
+
+
+def _candidates(generated: str) -> Iterator[str]:
+    """Texts that may have been generated so; without a reasoning that is empty, which templates write themselves."""
+    inside = split_reasoning(generated)
+    starts = [raw_parts(generated)[1]] if inside and not inside[0] and inside[1] else []
+    for start in [*starts, generated]:
+        for text in (start, start.removeprefix("\n\n"), start.removeprefix(" "), start.lstrip()):
+            yield from (text, text.removesuffix("\n"), text.rstrip())
 
 
 def decode_after(plain: PlainTextTokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -117,7 +122,7 @@ class AnswerDecoder:
     """
 
     def __init__(self, plain: PlainTextTokenizer, before: Sequence[int] = ()) -> None:
-        self.plain = plain
+        self.plain = plain = plain.for_answers
         self._window = [token_id for token_id in before[-1:] if self._is_known(token_id)]
         self._num_complete = len(self._window)  # tokens of the window whose text has been returned completely
         self._num_returned = len(self._text(self._window))  # letters of the window's text that have been returned

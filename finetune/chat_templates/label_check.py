@@ -1,18 +1,24 @@
 """The label check of every row: supervised labels decode to the model turns, each with its end token.
 
 It does not rely on the code that tokenized the row: supervised positions are counted, each span of them is decoded and
-compared with the text of the turn, and the end-of-turn token must be there.
+compared with the text of the turn, and the end-of-turn token must be there. Where the template writes more than the
+text, the decoded labels must hold the reasoning, the text, and the name and all arguments of each tool call.
 """
 
 from __future__ import annotations
 
+import json
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from finetune.chat_templates.example import IGNORE_INDEX, ChatFormat, SupervisedSpan, TokenizedConversation
+from finetune.chat_templates.messages import split_reasoning
+from finetune.conversation import Turn
 
 SHOWN_CHARACTERS = 24
+_PYTHON = {"true": "True", "false": "False", "null": "None"}  # as templates write values that they do not turn to JSON
 
 
 def check_labels(chat_format: ChatFormat, conversations: Sequence[TokenizedConversation]) -> list[str | None]:
@@ -28,7 +34,7 @@ def check_labels(chat_format: ChatFormat, conversations: Sequence[TokenizedConve
 def _ids_of_text(tokenized: TokenizedConversation, span: SupervisedSpan) -> list[int]:
     """The labels of a span without its end token; none if they have a gap."""
     labels = tokenized.labels[span.start : span.stop]
-    return [] if IGNORE_INDEX in labels else labels[: len(labels) - span.ended]
+    return [] if IGNORE_INDEX in labels else labels[: len(labels) - span.num_end]
 
 
 def _fault(tokenized: TokenizedConversation, texts: Sequence[str], control_ids: Collection[int]) -> str | None:
@@ -46,6 +52,8 @@ def _fault(tokenized: TokenizedConversation, texts: Sequence[str], control_ids: 
             return f"turn {span.turn} would not learn to stop"
         if not _is_text_of(text, span):
             return _difference(text, span)
+        if span.ended and span.content is not None and (missing := _missing_part(text, span.content)) is not None:
+            return f"turn {span.turn}: {missing!r} would not be learned"
     return None
 
 
@@ -64,6 +72,33 @@ def _is_text_of(text: str, span: SupervisedSpan) -> bool:
         if form(expected) == form(decoded) if span.ended else form(expected).startswith(form(decoded)):
             return True
     return False
+
+
+def _missing_part(decoded: str, turn: Turn) -> str | None:
+    """A part of the model turn that its decoded labels do not hold; None if they hold all of it."""
+    decoded = unicodedata.normalize("NFKC", decoded)
+    parts = [turn.reasoning, *(split_reasoning(turn.text) or [turn.text])]
+    for call in turn.tool_calls:
+        parts += [call.name, *_leaves(call.arguments)]
+    return next((part for part in parts if not _holds(decoded, part)), None)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The keys and values of a JSON object, those of objects inside it included, as JSON writes them."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value if isinstance(value, str) else json.dumps(value)
+
+
+def _holds(decoded: str, part: str) -> bool:
+    forms = (part.strip(), json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1], _PYTHON.get(part, part))
+    return any(unicodedata.normalize("NFKC", form) in decoded for form in forms)
 
 
 def _difference(text: str, span: SupervisedSpan) -> str:

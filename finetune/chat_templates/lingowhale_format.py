@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates.example import (
@@ -13,8 +14,10 @@ from finetune.chat_templates.example import (
     UnrenderableError,
     system_in_front,
 )
+from finetune.chat_templates.messages import with_reasoning_inside
 from finetune.chat_templates.plain_text import PlainTextTokenizer
-from finetune.conversation import Turn
+from finetune.chat_templates.template_styles import WITH_TOOLS
+from finetune.conversation import Conversation
 from finetune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,15 +52,25 @@ class LingoWhaleFormat:
         self.end = tokenizer.eos_token_id
         self.markers = {"human": list(human_token_ids), "model": list(model_token_ids)}
 
-    def tokenize_all(self, rows: Sequence[Sequence[Turn]]) -> list[TokenizedConversation | UnrenderableError]:
-        """Tokenize the turns of each row as in the drawing above."""
-        return [self._tokenize(turns) for turns in rows]
+    def split_history(self, conversation: Conversation) -> list[Conversation]:
+        """The conversation: this format writes a turn alike whatever follows it."""
+        return [conversation]
+
+    def tokenize_all(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation | UnrenderableError]:
+        """Tokenize the turns of each conversation as in the drawing above; reasoning is part of the text."""
+        return [self._tokenize(conversation) for conversation in conversations]
 
     def identity(self) -> dict[str, Any]:
         """The markers and the end token."""
         return {"name": self.name, "markers": self.markers, "end": self.end}
 
-    def _tokenize(self, turns: Sequence[Turn]) -> TokenizedConversation | UnrenderableError:
+    def _tokenize(self, conversation: Conversation) -> TokenizedConversation | UnrenderableError:
+        if conversation.tools or any(turn.role == "tool" or turn.tool_calls for turn in conversation.turns):
+            return UnrenderableError(f"LingoWhale's format has no tools: {WITH_TOOLS}")
+        turns = tuple(
+            replace(turn, text=with_reasoning_inside(turn.reasoning, turn.text)) if turn.reasoning else turn
+            for turn in conversation.turns
+        )
         tokenized = TokenizedConversation(spelled=sum(self.plain.spells_control_token(turn.text) for turn in turns))
         num_system = 0
         if turns[0].role == "system":

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,7 @@ class PlainTextTokenizer:
 
     A tokenizer with a Rust backend encodes special tokens as text; if it has added tokens that are not special, a copy
     without its added tokens is used. A Python-backed one splits them. In all cases the result is checked: a control
-    token among the ids raises `UnrenderableError`. The added tokens in `content_tokens` stay usable inside texts, such
-    as the `<think>` of reasoning models.
+    token among the ids raises `UnrenderableError`. The added tokens in `content_tokens` stay usable inside texts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, content_tokens: Sequence[str] = ()) -> None:
@@ -41,12 +41,29 @@ class PlainTextTokenizer:
         }
         # A blank added token (runs of spaces, a newline) controls nothing.
         self.control_ids = frozenset(
-            token_id for token_id in {*self.added, *tokenizer.all_special_ids} if self._token(token_id).strip()
+            token_id for token_id in {*self.added, *tokenizer.all_special_ids} if self.token(token_id).strip()
         )
         self.control_texts = tuple(token for token in self.added.values() if token.strip())
         self._first_letters = tuple({token[0] for token in self.control_texts})
 
-    def _token(self, token_id: int) -> str:
+    @cached_property
+    def for_answers(self) -> PlainTextTokenizer:
+        """The encoder of model turns: added tokens that are not special, such as `<think>`, stay tokens in them."""
+        own = [
+            str(token)
+            for token_id, token in self.tokenizer.added_tokens_decoder.items()
+            if not token.special and str(token).strip() and token_id not in self.tokenizer.all_special_ids
+        ]
+        tokens = tuple(dict.fromkeys([*self.content_tokens, *own]))
+        return PlainTextTokenizer(self.tokenizer, tokens) if tokens != self.content_tokens else self
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches the text of a control token, the longest first."""
+        texts = sorted({self.token(token_id) for token_id in self.control_ids}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+    def token(self, token_id: int) -> str:
         return self.added.get(token_id) or str(self.tokenizer.convert_ids_to_tokens(token_id))
 
     @cached_property
@@ -106,7 +123,7 @@ class PlainTextTokenizer:
             leaked = self.control_ids.intersection(ids) - {self.tokenizer.unk_token_id}
             if leaked and self.spells_control_token(text):
                 raise UnrenderableError(
-                    f"a turn spells the control token {self._token(min(leaked))!r} and this tokenizer cannot encode "
+                    f"a turn spells the control token {self.token(min(leaked))!r} and this tokenizer cannot encode "
                     "it as text"
                 )
         return encoded

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from finetune.chat_templates.example import (
+    REASONING_RULE,
     ChatFormat,
     Example,
     RenderedConversation,
@@ -16,7 +17,10 @@ from finetune.chat_templates.example import (
     tokenize_conversation,
 )
 from finetune.chat_templates.label_check import check_labels
+from finetune.chat_templates.messages import without_reasoning
+from finetune.chat_templates.raw_text import tokenize_text
 from finetune.chat_templates.truncation import (
+    Tokenize,
     first_turn_cut,
     leading_turns,
     supervised_turns,
@@ -28,6 +32,8 @@ from finetune.utils.errors import DataError
 
 TooLong = Literal["turns", "windows", "drop", "error"]
 TrainOn = Literal["model_turns", "last_model_turn"]
+LEFT_OUT = REASONING_RULE.partition("{")[0]
+HISTORY_REASON = "the chat template writes an answer otherwise once other turns follow"
 
 
 class Renderer:
@@ -40,6 +46,7 @@ class Renderer:
             same and makes each later model turn a window of its own, with as many preceding turns as fit and the
             system turn. `drop` drops the row, `error` makes it a bad row.
         train_on: `last_model_turn` makes all other model turns context.
+        drops_reasoning: leave out the reasoning of all model turns.
     """
 
     def __init__(
@@ -49,11 +56,13 @@ class Renderer:
         *,
         too_long: TooLong = "turns",
         train_on: TrainOn = "model_turns",
+        drops_reasoning: bool = False,
     ) -> None:
         self.format = chat_format
         self.max_length = max_length
         self.too_long = too_long
         self.train_on = train_on
+        self.drops_reasoning = drops_reasoning
 
     def render(self, conversation: Conversation) -> RenderedConversation:
         """Render one conversation."""
@@ -64,11 +73,15 @@ class Renderer:
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[RenderedConversation | BadRow]:
         """Render each conversation; what the format cannot express or fails the label check becomes a bad row."""
-        rows = [self._turns(conversation) for conversation in conversations]
-        outcomes = [
-            self._outcome(turns, tokenized)
-            for turns, tokenized in zip(rows, self.format.tokenize_all(rows), strict=True)
-        ]
+        parts = [self._parts(conversation) for conversation in conversations]
+        whole = [part for row in parts for part in row if part.turns[0].role != "text"]
+        tokenized = iter(self.format.tokenize_all(whole))
+        outcomes = []
+        for row in parts:
+            if row[0].turns[0].role == "text":
+                outcomes.append(self._text_outcome(row[0].turns[0]))
+            else:
+                outcomes.append(self._joined([self._outcome(part, next(tokenized)) for part in row]))
         checked = iter(check_labels(self.format, [window for outcome in outcomes for window in outcome.windows]))
         return [
             self._rendered(conversation, outcome, [next(checked) for _ in outcome.windows])
@@ -83,18 +96,53 @@ class Renderer:
             "max_length": self.max_length,
             "too_long": self.too_long,
             "train_on": self.train_on,
+            "drops_reasoning": self.drops_reasoning,
         }
 
-    def _turns(self, conversation: Conversation) -> Sequence[Turn]:
-        if self.train_on == "model_turns":
-            return conversation.turns
-        last = max(number for number, turn in enumerate(conversation.turns) if turn.role == "model")
-        return [
-            replace(turn, train=turn.train and number == last) if turn.role == "model" else turn
-            for number, turn in enumerate(conversation.turns)
-        ]
+    def _parts(self, conversation: Conversation) -> list[Conversation]:
+        """The conversations to tokenize for one row: more than one if an answer needs a history of its own."""
+        turns = conversation.turns
+        if turns[0].role == "text":
+            return [conversation]
+        if self.drops_reasoning:
+            turns = tuple(map(without_reasoning, turns))
+        if self.train_on == "last_model_turn":
+            last = max(number for number, turn in enumerate(turns) if turn.role == "model")
+            turns = tuple(
+                replace(turn, train=turn.train and number == last) if turn.role == "model" else turn
+                for number, turn in enumerate(turns)
+            )
+        if turns is not conversation.turns:
+            conversation = replace(conversation, turns=turns)
+        return self.format.split_history(conversation)
 
-    def _outcome(self, turns: Sequence[Turn], tokenized: TokenizedConversation | UnrenderableError) -> _Outcome:
+    def _text_outcome(self, turn: Turn) -> _Outcome:
+        try:
+            blocks = tokenize_text(self.format.plain, turn.text, self.max_length)
+        except UnrenderableError as error:
+            return _Outcome("dropped", fault=str(error))
+        if len(blocks) == 1:
+            return _Outcome("kept", blocks, spelled=blocks[0].spelled)
+        return _Outcome("split", blocks, f"{len(blocks)} blocks of a text", blocks[0].spelled)
+
+    def _joined(self, outcomes: Sequence[_Outcome]) -> _Outcome:
+        """The outcome of a row whose answers have several histories."""
+        if len(outcomes) == 1:
+            return outcomes[0]
+        failed = next((outcome for outcome in outcomes if outcome.fault), None)
+        dropped = [outcome for outcome in outcomes if not outcome.windows]
+        if failed or (dropped and (self.too_long == "drop" or len(dropped) == len(outcomes))):
+            return failed or dropped[0]
+        windows = [window for outcome in outcomes for window in outcome.windows]
+        for window in windows:  # the reasoning of histories, which HISTORY_REASON explains
+            window.rules = [rule for rule in window.rules if not rule.startswith(LEFT_OUT)]
+        reasons = dict.fromkeys(outcome.reason for outcome in outcomes if outcome.reason)
+        status: Status = "split" if len(windows) > 1 else "cut"
+        reason = "; ".join([f"{len(windows)} examples: {HISTORY_REASON}", *reasons])
+        return _Outcome(status, windows, reason, max(outcome.spelled for outcome in outcomes))
+
+    def _outcome(self, conversation: Conversation, tokenized: TokenizedConversation | UnrenderableError) -> _Outcome:
+        turns = conversation.turns
         if isinstance(tokenized, UnrenderableError):
             return _Outcome("dropped", fault=str(tokenized))
         if not supervised_turns(turns):
@@ -109,16 +157,17 @@ class Renderer:
             return _Outcome("dropped", reason=f"{total}, more than --model_max_length {self.max_length:,}")
         shorten = self._split if self.too_long == "windows" else self._shorten
         try:
-            outcome = shorten(turns, tokenized)
+            outcome = shorten(conversation, tokenized)
         except UnrenderableError as error:  # a template may accept the whole and refuse a part
             return _Outcome("dropped", fault=f"{total}: {error}")
         return replace(outcome, reason=f"{total}: {outcome.reason}", spelled=tokenized.spelled)
 
-    def _shorten(self, turns: Sequence[Turn], tokenized: TokenizedConversation) -> _Outcome:
-        leading = leading_turns(turns, tokenized, self.max_length, self._tokenize)
+    def _shorten(self, conversation: Conversation, tokenized: TokenizedConversation) -> _Outcome:
+        turns, tokenize = conversation.turns, self._tokenizer_of(conversation)
+        leading = leading_turns(turns, tokenized, self.max_length, tokenize)
         if leading is not None and leading[0].supervised_spans:
             return _Outcome("cut", [leading[0]], f"the first {leading[1]} of {len(turns)} turns are kept")
-        cut = None if leading else first_turn_cut(turns, self.max_length, self._tokenize)
+        cut = None if leading else first_turn_cut(turns, self.max_length, tokenize)
         if cut is not None:
             return _Outcome("cut", [cut], self._cut_reason(cut))
         if next(turn for turn in turns if turn.role == "model").train:
@@ -127,15 +176,16 @@ class Renderer:
             reason = f"no supervised turn fits into {self.max_length:,}"
         return _Outcome("dropped", reason=reason)
 
-    def _split(self, turns: Sequence[Turn], tokenized: TokenizedConversation) -> _Outcome:
-        first, num_leading = leading_turns(turns, tokenized, self.max_length, self._tokenize) or (None, 0)
+    def _split(self, conversation: Conversation, tokenized: TokenizedConversation) -> _Outcome:
+        turns, tokenize = conversation.turns, self._tokenizer_of(conversation)
+        first, num_leading = leading_turns(turns, tokenized, self.max_length, tokenize) or (None, 0)
         # Leading turns without a supervised one are not a window; they are the context of the next.
         windows = [first] if first is not None and first.supervised_spans else []
         notes = []
         for number in supervised_turns(turns):
             if number < num_leading:
                 continue
-            window = window_of(turns, number, tokenized, self.max_length, self._tokenize)
+            window = window_of(turns, number, tokenized, self.max_length, tokenize)
             if window is None:
                 notes.append(f"turn {number} is left out, the context before it alone fills {self.max_length:,}")
             else:
@@ -151,8 +201,9 @@ class Renderer:
         turn = "the first model turn" if self.too_long == "turns" else "it"
         return f"{turn} keeps its first {kept:,} tokens, no end of turn"
 
-    def _tokenize(self, turns: Sequence[Turn]) -> TokenizedConversation:
-        return tokenize_conversation(self.format, turns)
+    def _tokenizer_of(self, conversation: Conversation) -> Tokenize:
+        """Tokenizes some turns of the conversation."""
+        return lambda turns: tokenize_conversation(self.format, replace(conversation, turns=tuple(turns)))
 
     def _rendered(
         self, conversation: Conversation, outcome: _Outcome, label_faults: Sequence[str | None]

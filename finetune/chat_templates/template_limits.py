@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SECONDS, SECONDS_PER_ROW = 10.0, 0.02
 MEMORY_BYTES = 1 << 30  # beside what the process holds
 CHARACTERS, GROWTH = 1_000_000, 100  # of a rendered conversation: so many, and so many for each that it is made of
+_this_thread = threading.local()
 _one_at_a_time = threading.RLock()  # the limit of memory is the process's
 
 
@@ -42,18 +43,26 @@ def apply_template(
     chats = messages if isinstance(messages[0], list) else [messages]
     if _raises_to_a_power(template or tokenizer.get_chat_template()):
         raise _refusal("it uses the operator **, which nothing can interrupt")
-    with _limits(SECONDS + SECONDS_PER_ROW * len(chats), memory=options.get("tokenize") is False):
+    with template_limits(len(chats), memory=options.get("tokenize") is False):
         result = tokenizer.apply_chat_template(messages, chat_template=template, **options)
     for text, chat in zip([result] if isinstance(result, str) else result, chats, strict=False):
-        most = CHARACTERS + GROWTH * sum(len(message["content"]) for message in chat)
-        if isinstance(text, str) and len(text) > most:
-            raise _refusal(f"it writes {len(text):,} characters for one conversation")
+        if isinstance(text, str) and len(text) > CHARACTERS:
+            given = len(str(chat)) + len(str(options.get("tools", "")))
+            if len(text) > CHARACTERS + GROWTH * given:
+                raise _refusal(f"it writes {len(text):,} characters for one conversation")
     return result
 
 
 @contextmanager
-def _limits(seconds: float, *, memory: bool) -> Iterator[None]:
-    """Interrupt this thread after `seconds`; under `memory`, an allocation beyond `MEMORY_BYTES` fails."""
+def template_limits(num_rows: int, *, memory: bool = True) -> Iterator[None]:
+    """Interrupt this thread once `num_rows` take too long; under `memory`, an allocation beyond `MEMORY_BYTES` fails.
+
+    Inside another one it does nothing: setting limits for each row would take longer than rendering it.
+    """
+    if getattr(_this_thread, "is_limited", False):
+        yield
+        return
+    seconds = SECONDS + SECONDS_PER_ROW * num_rows
     thread, ended = threading.get_ident(), threading.Event()
 
     def interrupt() -> None:
@@ -75,6 +84,7 @@ def _limits(seconds: float, *, memory: bool) -> Iterator[None]:
                     ]
                 )
                 resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+            _this_thread.is_limited = True
             yield
         except _TimeIsUp:
             raise _refusal(f"it has not ended after {seconds:.0f} s") from None
@@ -84,6 +94,7 @@ def _limits(seconds: float, *, memory: bool) -> Iterator[None]:
             ) from None
         finally:
             ended.set()
+            _this_thread.is_limited = False
             resource.setrlimit(resource.RLIMIT_AS, limits)
 
 

@@ -1,49 +1,89 @@
-"""The text that a chat template writes around the contents, found by one rendering with placeholders.
+"""The text that a chat template writes around the contents, found by renderings with placeholders.
 
     turns      human "Hi", model "Yes"            rendered with placeholders  <u>{0}</s><m>{1}</s>
     pieces     "<u>"  "</s><m>"  "</s>"           the text before, between and after the contents
     contents         "Hi"      "Yes"              located in the real rendering, exactly between the pieces
+    answer                     "Yes</s>"          what the model must write after the prompt "<u>Hi</s><m>"
 
-Conversations of one shape (the roles in order, and which turns have reasoning) share a skeleton. The real rendering of
-each must be its pieces around its contents, so a template that writes something else for some contents is detected.
+Conversations of one shape share a skeleton; one with tools has pieces of its own, because its declarations and calls
+are in them. The real rendering of each must be its pieces around its contents, so a template that writes something
+else for some contents is detected. The answers are found by `answer_spans`.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
+from typing import NamedTuple
 
-from finetune.chat_templates.example import (
-    REASONING_END,
-    REASONING_RULE,
-    SYSTEM_RULE,
-    UnrenderableError,
-    system_in_front,
-)
-from finetune.conversation import Role, Turn
+from finetune.chat_templates.example import UnrenderableError
+from finetune.chat_templates.messages import REASONING_BEGIN, REASONING_END, raw_parts, split_reasoning
+from finetune.conversation import Conversation, ToolCall, Turn
 
-# (role, has reasoning) for each turn
-ConversationShape = tuple[tuple[Role, bool], ...]
+_TEXT, _REASONING, _ANSWER, _JSON = "\ue002", "\ue003", "\ue004", "\ue005"
+_PARTS = {_TEXT: "text", _REASONING: "reasoning", _ANSWER: "answer"}
+_MARK = re.compile(f"\ue000(\\d+)([{_TEXT}{_REASONING}{_ANSWER}{_JSON}])\ue001")
+_SPACE = "\n\n\n"  # more than templates write themselves
+_SPACED_BEGIN, _SPACED_END = f"{REASONING_BEGIN}{_SPACE}", f"{_SPACE}{REASONING_END}{_SPACE}"
+DUMMY_VALUE = "valueq0x"
+_DUMMY_ARGUMENTS = {"keyq0x": DUMMY_VALUE}
+_DUMMY_PARAMETERS = {"type": "object", "properties": {"keyq0x": {"type": "string"}}, "required": ["keyq0x"]}
+_DUMMY_TOOL = {
+    "type": "function",
+    "function": {"name": "nameq0x", "description": "aboutq0x", "parameters": _DUMMY_PARAMETERS},
+}
+
+
+class Slot(NamedTuple):
+    """A content: the text, the reasoning or the answer after it of a turn; a control token spelled in JSON."""
+
+    turn: int | None
+    part: str  # "text", "reasoning", "answer", or the control token
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The characters that a model turn is supervised on, its end tokens included.
+
+    Pieces differ between conversations only where declarations and calls are: in their middle.
+    """
+
+    begin: tuple[int, int]  # index of the piece, characters from its start
+    end: tuple[int, int]  # index of the piece, characters to its end
+    end_tokens: tuple[str, ...]
+    is_appended: bool = False  # the text ends without the end token
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateSkeleton:
-    """The `pieces` around the contents; `order` has the numbers of the turns in the order of their contents.
+    """The `pieces` around the contents of the `slots`, of which there is one less, and the answers among them.
 
-    There is one piece more than contents. `tails` are the turns of which only the text after the reasoning is rendered.
+    `refused` has the reason for each model turn that cannot be supervised in this conversation. With `is_completion`
+    the last answer stands behind the prompt of serving, not as the template writes it.
     """
 
     pieces: tuple[str, ...]
-    order: tuple[int, ...]
-    tails: frozenset[int] = frozenset()
+    slots: tuple[Slot, ...]
+    answers: dict[int, Answer] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    is_completion: bool = False
     system_in_front: bool = False
+    rules: tuple[str, ...] = ()
 
-    def rules(self) -> list[str]:
-        """The rules by which this skeleton changes a conversation."""
-        rules = [SYSTEM_RULE] if self.system_in_front else []
-        return rules + [REASONING_RULE.format(turn=turn + self.system_in_front) for turn in sorted(self.tails)]
+    def with_pieces(self, pieces: Sequence[str], slots: Sequence[Slot]) -> TemplateSkeleton | None:
+        """This skeleton with the pieces of one conversation with tools; None if its answers are not at their edges."""
+        if tuple(slots) != self.slots:
+            return None
+        for answer in self.answers.values():
+            (first, begin), (last, end) = answer.begin, answer.end
+            if pieces[first][:begin] != self.pieces[first][:begin]:
+                return None
+            if end and pieces[last][-end:] != self.pieces[last][-end:]:
+                return None
+        return replace(self, pieces=tuple(pieces))
 
 
 def with_date(template: str, day: date) -> str:
@@ -56,50 +96,60 @@ def with_date(template: str, day: date) -> str:
     return re.sub(calls, lambda call: repr(day.strftime(call[2])), template)
 
 
-def shape_of(turns: Sequence[Turn]) -> ConversationShape:
-    """The shape that determines the skeleton."""
-    return tuple((turn.role, REASONING_END in turn.text) for turn in turns)
+def shape_of(conversation: Conversation) -> tuple[str, bool, str]:
+    """The shape that determines the skeleton, but for the texts of declarations and calls."""
+    kwargs = conversation.template_kwargs
+    return " ".join(map(_code, conversation.turns)), bool(conversation.tools), repr(kwargs) if kwargs else ""
 
 
-def build_skeleton(
-    shape: ConversationShape, render: Callable[[Sequence[Turn]], str]
-) -> TemplateSkeleton | UnrenderableError:
-    """The skeleton of a shape, or why there is none; `render` raises `UnrenderableError` if the template refuses."""
-    turns = [Turn(role, _placeholder(number, has_reasoning)) for number, (role, has_reasoning) in enumerate(shape)]
-    try:
-        return _split_rendering(turns, shape, render(turns))
-    except UnrenderableError as error:
-        if shape[0][0] != "system" or len(shape) < 3 or shape[1][0] != "human":
-            return error
-        reason = error
-    # The template has no system turn, or drops it: by rule it goes in front of the first human turn.
-    inner = build_skeleton(shape_of(system_in_front(turns)), render)
-    return reason if isinstance(inner, UnrenderableError) else replace(inner, system_in_front=True)
+def _code(turn: Turn) -> str:
+    if turn.role != "model" or not (turn.reasoning or turn.tool_calls or REASONING_END in turn.text):
+        return turn.role
+    inside = "" if turn.reasoning else _kind_inside(turn)
+    return f"model{inside}{'+' if turn.reasoning else ''}{'' if turn.text.strip() else '-'}{len(turn.tool_calls)}"
 
 
-def _split_rendering(turns: Sequence[Turn], shape: ConversationShape, rendered: str) -> TemplateSkeleton:
-    located, tails = [], set()
-    for number, turn in enumerate(turns):
-        content = turn.text
-        if content not in rendered and shape[number][1]:
-            tail = turn.text.rpartition(REASONING_END)[2]
-            content = tail if tail in rendered else tail.lstrip()
-            tails.add(number)
-        if rendered.count(content) != 1 or (number in tails and _mark(number, "a") in rendered):
-            raise UnrenderableError(f"the chat template leaves out, repeats or rewrites turn {number}")
-        located.append((rendered.index(content), number, content))
-    located.sort()
-    pieces, end = [], 0
-    for begin, _, content in located:
-        pieces.append(rendered[end:begin])
-        end = begin + len(content)
-    return TemplateSkeleton((*pieces, rendered[end:]), tuple(number for _, number, _ in located), frozenset(tails))
+def _kind_inside(turn: Turn) -> str:
+    """What is in front of the answer in the text: "reasoning", or an empty one as it is written."""
+    inside = split_reasoning(turn.text)
+    return "" if inside is None else "reasoning" if inside[0] else turn.text[: -len(raw_parts(turn.text)[1])]
 
 
-def _placeholder(number: int, has_reasoning: bool) -> str:
-    if has_reasoning:
-        return f"<think>\n{_mark(number, 'a')}\n{REASONING_END}\n\n{_mark(number, 'b')}"
-    return _mark(number, "")
+def with_marks(conversation: Conversation, *, real_tools: bool) -> Conversation:
+    """The conversation with placeholders as its texts, and of its tools and calls unless `real_tools`."""
+    turns = tuple(_marked(number, turn, real_tools) for number, turn in enumerate(conversation.turns))
+    tools = conversation.tools if real_tools or not conversation.tools else (_DUMMY_TOOL,)
+    return replace(conversation, turns=turns, tools=tools)
+
+
+def _marked(number: int, turn: Turn, real_tools: bool) -> Turn:
+    text, calls = _mark(number, _TEXT), turn.tool_calls
+    if turn.role == "model":
+        kind = "" if turn.reasoning else _kind_inside(turn)
+        if not turn.text.strip():
+            text = ""
+        elif kind == "reasoning":
+            text = f"{_SPACED_BEGIN}{_mark(number, _REASONING)}{_SPACED_END}{_mark(number, _ANSWER)}"
+        elif kind:
+            text = kind + _mark(number, _ANSWER)
+    if not real_tools:
+        calls = tuple(ToolCall(f"nameq0x{index}", _DUMMY_ARGUMENTS, call.id) for index, call in enumerate(calls))
+    return replace(turn, text=text, reasoning=turn.reasoning and _mark(number, _REASONING), tool_calls=calls)
+
+
+def next_human(number: int) -> Turn:
+    """A human turn with the mark of turn `number`."""
+    return Turn("human", _mark(number, _TEXT))
+
+
+def marks_in(text: str) -> list[str]:
+    """The marks in a text, in order."""
+    return [match[0] for match in _MARK.finditer(text)]
+
+
+def marks_reasoning(turn: Turn) -> bool:
+    """Whether a turn with marks has reasoning, beside its text or inside it."""
+    return _REASONING in turn.reasoning + turn.text
 
 
 def _mark(number: int, part: str) -> str:
@@ -107,28 +157,113 @@ def _mark(number: int, part: str) -> str:
     return f"\ue000{number}{part}\ue001"
 
 
+def mark_spelled(text: str, spelled: list[str], control: re.Pattern[str]) -> str:
+    """The text with a mark in place of each control token that it spells; these are appended to `spelled`."""
+
+    def mark(match: re.Match[str]) -> str:
+        spelled.append(match[0])
+        return _mark(len(spelled) - 1, _JSON)
+
+    return control.sub(mark, text)
+
+
+class SlotSpan(NamedTuple):
+    """A slot and where its mark is in a rendering."""
+
+    slot: Slot
+    start: int
+    stop: int
+
+
+def find_slots(rendered: str, spelled: Sequence[str] = ()) -> list[SlotSpan]:
+    """The slots of a rendering with marks, in order; `spelled` are the control tokens of the marks in JSON."""
+    spans: list[SlotSpan] = []
+    for match in _MARK.finditer(rendered):
+        number, part = int(match[1]), match[2]
+        slot = Slot(None, spelled[number]) if part == _JSON else Slot(number, _PARTS[part])
+        before = spans[-1] if spans else None
+        if (
+            part == _ANSWER
+            and before is not None
+            and before.slot == (number, "reasoning")
+            and rendered[before.stop : match.start()] == _SPACED_END.removeprefix(_SPACE)
+            and rendered.endswith(REASONING_BEGIN, 0, before.start)
+            and rendered.startswith(_SPACE, before.start)
+        ):  # the template writes the text as it is: one content
+            spans[-1] = SlotSpan(Slot(number, "text"), before.start - len(REASONING_BEGIN), match.end())
+        else:
+            spans.append(_with_own_space(slot, rendered, *match.span()))
+    return spans
+
+
+def _with_own_space(slot: Slot, rendered: str, start: int, stop: int) -> SlotSpan:
+    """The span of a mark inside a text with reasoning, with the white space around it that the template keeps."""
+    if slot.part in ("reasoning", "answer") and rendered.endswith(_SPACE, 0, start):
+        start -= len(_SPACE)
+    if slot.part == "reasoning" and rendered.startswith(_SPACE, stop):
+        stop += len(_SPACE)
+    return SlotSpan(slot, start, stop)
+
+
+def pieces_between(rendered: str, spans: Sequence[SlotSpan]) -> list[str]:
+    """The text before, between and after the slots."""
+    begins = [0, *(span.stop for span in spans)]
+    ends = [*(span.start for span in spans), len(rendered)]
+    return [rendered[begin:end] for begin, end in zip(begins, ends, strict=True)]
+
+
+def check_all_written(turns: Sequence[Turn], spans: Sequence[SlotSpan]) -> None:
+    """Raise `UnrenderableError` unless each text with a mark is written once."""
+    written = [span.slot.turn for span in spans if span.slot.part in ("text", "answer")]
+    for number, turn in enumerate(turns):
+        if turn.text and written.count(number) != 1:
+            raise UnrenderableError(f"the chat template leaves out, repeats or rewrites turn {number}")
+
+
 def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) -> list[str]:
-    """The content of each turn as the text has it, unchanged or stripped, in the skeleton's order.
+    """The content of each slot as the text has it, unchanged or stripped; a result of a tool may be written as JSON.
 
     Raises `UnrenderableError` if the text is not the skeleton's pieces around these contents.
     """
     if not text.startswith(skeleton.pieces[0]):
         raise UnrenderableError("the chat template begins otherwise with these contents than with plain ones")
     contents, begin = [], len(skeleton.pieces[0])
-    for number, next_piece in zip(skeleton.order, skeleton.pieces[1:], strict=True):
-        given = turns[number].text
-        if number in skeleton.tails:
-            given = given.rpartition(REASONING_END)[2]
-        for content in (given, given.strip(), given.lstrip(), given.rstrip(), given.strip("\n"), given.lstrip("\n")):
+    for (number, part), next_piece in zip(skeleton.slots, skeleton.pieces[1:], strict=True):
+        for content in _forms(part if number is None else given_text(turns[number], part), number, turns):
             end = begin + len(content)
             if text.startswith(content, begin) and text.startswith(next_piece, end):
                 break
         else:
-            raise UnrenderableError(f"the chat template rewrites the text of turn {number + skeleton.system_in_front}")
-        if not content.strip():
-            raise UnrenderableError(f"the chat template leaves nothing of turn {number + skeleton.system_in_front}")
+            raise UnrenderableError(f"the chat template rewrites the text of turn {_row_turn(skeleton, number)}")
+        if not content.strip() and number is not None and turns[number].role != "tool":
+            raise UnrenderableError(f"the chat template leaves nothing of turn {_row_turn(skeleton, number)}")
         contents.append(content)
         begin = end + len(next_piece)
     if begin != len(text):
         raise UnrenderableError("the chat template writes other text after these contents than after plain ones")
     return contents
+
+
+def given_text(turn: Turn, part: str) -> str:
+    """The text that the data has for a slot of this turn."""
+    if part == "text" or (part == "reasoning" and turn.reasoning):
+        return turn.text if part == "text" else turn.reasoning
+    return raw_parts(turn.text)[part == "answer"]
+
+
+def _forms(given: str, number: int | None, turns: Sequence[Turn]) -> Iterator[str]:
+    yield given
+    yield from (
+        given.strip(),
+        given.lstrip(),
+        given.rstrip(),
+        given.strip("\n"),
+        given.lstrip("\n"),
+        given.rstrip("\n"),
+    )
+    if number is not None and turns[number].role == "tool":
+        yield from (json.dumps(given, ensure_ascii=False)[1:-1], json.dumps(given)[1:-1])
+
+
+def _row_turn(skeleton: TemplateSkeleton, number: int | None) -> int:
+    return (number or 0) + skeleton.system_in_front

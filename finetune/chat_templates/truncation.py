@@ -26,10 +26,11 @@ def truncate_to_fit(tokenized: TokenizedConversation, max_length: int) -> Tokeni
 def leading_turns(
     turns: Sequence[Turn], whole: TokenizedConversation, max_length: int, tokenize: Tokenize
 ) -> tuple[TokenizedConversation, int] | None:
-    """As many complete leading turns as fit, and how many turns these are."""
-    model_turns = [number for number, turn in enumerate(turns) if turn.role == "model"][:-1]
+    """As many complete leading turns as fit, and how many turns these are; a call is not parted from its result."""
+    model_turns = [number for number, turn in enumerate(turns) if turn.role == "model" and not turn.tool_calls]
+    model_turns = [number for number in model_turns if number < len(turns) - 1]
     stops = {span.turn: span.stop for span in whole.turn_spans}
-    num_likely = sum(stops[number] <= max_length for number in model_turns)
+    num_likely = sum(stops.get(number, 0) <= max_length for number in model_turns)
     # One turn more than the whole conversation suggests: some templates render a prefix shorter.
     for number in reversed(model_turns[: num_likely + 1]):
         fitted = truncate_to_fit(tokenize(turns[: number + 1]), max_length)
@@ -41,10 +42,12 @@ def leading_turns(
 def first_turn_cut(turns: Sequence[Turn], max_length: int, tokenize: Tokenize) -> TokenizedConversation | None:
     """The first model turn after its context, cut at its end; None if the context alone fills the limit."""
     first = next(number for number, turn in enumerate(turns) if turn.role == "model")
-    return _cut(tokenize(turns[: first + 1]), max_length)
+    return _cut(tokenize(turns[: first + 1]), turns[first], max_length)
 
 
-def _cut(tokenized: TokenizedConversation, max_length: int) -> TokenizedConversation | None:
+def _cut(tokenized: TokenizedConversation, turn: Turn, max_length: int) -> TokenizedConversation | None:
+    if turn.tool_calls:
+        return None  # half a call is no call
     cut = tokenized.truncate(max_length)
     return cut if any(span.stop > span.start for span in cut.supervised_spans) else None
 
@@ -91,7 +94,7 @@ def window_of(
         best = truncate_to_fit(window(begin), max_length)
         if best is not None:
             return best
-    return _cut(window(begins[-1]), max_length)
+    return _cut(window(begins[-1]), turns[last], max_length)
 
 
 def supervised_turns(turns: Sequence[Turn]) -> list[int]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from finetune.chat_templates import depends_on_reasoning
 from finetune.checkpoint import step_of
 from finetune.config import DataArguments
 from finetune.config.arguments import VERIFY_KEY_HELP
@@ -43,7 +42,6 @@ class ChatOptions:
     temperature: float = option(0.0, "0: greedy, the most probable token each time")
     top_p: float = option(1.0, "sample from the most probable tokens that make up this share")
     seed: int | None = option(None, "makes sampled answers repeatable")
-    reasoning: bool = option(False, "answers begin with their reasoning; for formats that announce it")
     trust_remote_code: bool = option(False, TRUST_HELP)
     verify_key: str | None = option(None, VERIFY_KEY_HELP)
     json: bool = option(False, "from a pipe: print the answer as JSON")
@@ -75,10 +73,8 @@ def main(argv: Sequence[str]) -> None:
         result = _read(options)
         quiet_serving()
         loaded = load_for_inference(result, base_name=options.base_model, only_base=options.base)
-    if not options.reasoning and depends_on_reasoning(loaded.chat_format):
-        logger.info("this format has two forms of answers: give --reasoning for those that begin with their reasoning")
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
-    models = ChatModels(loaded, options.names, options.max_new_tokens, sampling, options.reasoning)
+    models = ChatModels(loaded, options.names, options.max_new_tokens, sampling)
     chat = ChatSession(options.system)
     if options.web:
         serve(models, chat, host=options.host, port=options.port)

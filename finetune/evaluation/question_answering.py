@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from finetune.chat_templates import IGNORE_INDEX, ChatFormat, UnrenderableError, prompt_ids, tokenize_conversation
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
 from finetune.evaluation.token_losses import device_of, token_losses_of
 from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
@@ -79,7 +79,7 @@ def _gather(results: dict[int, Any]) -> list[Any]:
 
 def _tokenize(chat_format: ChatFormat, question: str, text: str) -> Candidate:
     try:
-        tokenized = tokenize_conversation(chat_format, [Turn("human", question), Turn("model", text)])
+        tokenized = tokenize_conversation(chat_format, Conversation((Turn("human", question), Turn("model", text))))
     except UnrenderableError as error:
         raise ConfigError(f"the chat format cannot express a question: {error}") from None
     answer = tokenized.supervised_spans[-1]
@@ -153,7 +153,7 @@ def answers_of(
     Questions of similar length form a batch, padded on the left; the batches do not depend on the ranks.
     """
     try:
-        prompts = [prompt_ids(chat_format, [Turn("human", question)]) for question in questions]
+        prompts = [prompt_ids(chat_format, Conversation((Turn("human", question),))) for question in questions]
     except UnrenderableError as error:
         raise ConfigError(f"the chat format cannot express a question: {error}") from None
     tokenizer, device = chat_format.plain.tokenizer, device_of(model)

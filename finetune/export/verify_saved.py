@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from finetune.chat_templates import ChatFormat, UnrenderableError, tokenize_conversation
 from finetune.config.hardware import Precision
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from finetune.inference.load_result import load_strict, memory_shortage
 from finetune.models.adapters import check_saved_adapter
 from finetune.models.loader import torch_dtype
@@ -114,7 +114,7 @@ def verification_rows(chat_format: ChatFormat, max_length: int | None) -> list[l
     rows = []
     for turns in CONVERSATIONS:
         try:
-            rows.append(tokenize_conversation(chat_format, turns).input_ids[:max_length])
+            rows.append(tokenize_conversation(chat_format, Conversation(tuple(turns))).input_ids[:max_length])
         except UnrenderableError:
             continue
     return rows

@@ -19,7 +19,6 @@ class ChatModels:
     names: tuple[str, ...] = (TUNED,)  # models that answer; the answers of the first are kept in the conversation
     max_new_tokens: int = 1
     sampling: SamplingParams = GREEDY
-    reasoning: bool = False  # whether answers begin with their reasoning; see `finetune.chat_templates.prompt_ids`
 
     @contextmanager
     def stream(
@@ -44,7 +43,7 @@ class ChatModels:
             sampling = replace(sampling, seed=sampling.seed + attempt)
         loaded = self.loaded
         with loaded.base() if name == BASE else nullcontext(loaded.tuned) as model:
-            generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids, self.reasoning)
+            generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
             yield generator.stream(turns, max_new_tokens=max_new_tokens or self.max_new_tokens, sampling=sampling)
 
     @property

@@ -11,7 +11,7 @@ from threading import enumerate as threads
 from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates import AnswerDecoder, ChatFormat, UnrenderableError, answer_text, prompt_ids
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ class AnswerGenerator:
     model: Any
     chat_format: ChatFormat
     stop_token_ids: Sequence[int]
-    reasoning: bool = False  # whether answers begin with their reasoning; see `finetune.chat_templates.prompt_ids`
 
     @property
     def window(self) -> int | None:
@@ -83,7 +82,7 @@ class AnswerGenerator:
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Return the ids before the answer to `turns`, which end with a human turn."""
         try:
-            ids = prompt_ids(self.chat_format, turns, reasoning=self.reasoning)
+            ids = prompt_ids(self.chat_format, Conversation(tuple(turns)))
         except UnrenderableError as error:
             raise ConfigError(f"the conversation cannot be rendered: {error}") from None
         if self.window is not None and len(ids) >= self.window:
@@ -136,7 +135,7 @@ class AnswerStream:
     @property
     def text(self) -> str:
         """The answer so far, as a training row would hold it; "" if it is empty."""
-        return answer_text(self.generator.chat_format, self.turns, self.prompt, self.ids)
+        return answer_text(self.generator.chat_format, Conversation(self.turns), self.prompt, self.ids)
 
     def __iter__(self) -> Generator[str, None, None]:
         decoder = AnswerDecoder(self.generator.chat_format.plain, self.prompt)

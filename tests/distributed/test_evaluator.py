@@ -39,11 +39,11 @@ def laid_out(output: Path, rows: list) -> list:
     from transformers import AutoTokenizer
 
     from finetune.chat_templates import select_chat_format
-    from finetune.conversation import Turn
+    from finetune.conversation import Conversation, Turn
 
     tokenizer = AutoTokenizer.from_pretrained(output)
     format_, _ = select_chat_format(tokenizer, human_token_ids=[3], model_token_ids=[4])
-    return format_.tokenize_all([[Turn(role, text) for role, text in row] for row in rows])
+    return format_.tokenize_all([Conversation(tuple(Turn(role, text) for role, text in row)) for row in rows])
 
 
 def reference(model_folder: Path, output: Path) -> float:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from finetune.chat_templates import prompt_ids, select_chat_format
 from finetune.cli import evaluate
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from finetune.evaluation import forgetting
 from finetune.evaluation.forgetting_questions import CATEGORIES, load_questions
 from finetune.evaluation.question_answering import answers_of, scores_of
@@ -131,7 +131,7 @@ def stock_score(model, chat_format, question, candidate):
     tokenizer = chat_format.plain.tokenizer
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": candidate}]
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    begin = len(prompt_ids(chat_format, [Turn("human", question)]))
+    begin = len(prompt_ids(chat_format, Conversation((Turn("human", question),))))
     stop = len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>")) - 1
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0]

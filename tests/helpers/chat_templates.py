@@ -110,7 +110,7 @@ STYLES = {
     "empty reasoning in front of the last answer": Style(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last "
         "and '</think>' not in m.content %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content }}<|im_end|>\n"
-        "{% endfor %}",
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         ("<|im_start|>", "<|im_end|>"),
     ),
     "command-r": Style(
@@ -144,15 +144,13 @@ STYLES = {
         "{% endif %}{% endfor %}",
         ("<bos>", "<|EOT|>"), "<bos>", "<|EOT|>",
     ),
-    "no end of turn": Style(
+    "the next turn ends a turn": Style(
         "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}",
         ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"), None, "<|endoftext|>",
-        refused="ends turn . with no control token",
     ),
     "only the last turn ends": Style(
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ eos_token }}",
         ("<|user|>", "<|assistant|>", "<|system|>", "</s>"), None, "</s>",
-        refused="with a token that opens turns",
     ),
     "always ready for an answer": Style(
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}<|assistant|>",
@@ -171,6 +169,6 @@ STYLES = {
     "upper case": Style(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | upper + '<|im_end|>\n' }}{% endfor %}",
         ("<|im_start|>", "<|im_end|>"),
-        refused="rewrites the text of turn",
+        refused="rewrites (the text of )?turn",
     ),
 }  # fmt: skip

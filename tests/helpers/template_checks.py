@@ -67,26 +67,46 @@ def runs(labels):
 
 
 def check(tokenizer, rendering, turns):
-    """The ids are apply_chat_template's; each learned run reads as its model turn and one control token behind it."""
-    (example,) = rendering.examples
+    """Ids are apply_chat_template's for a beginning of the conversation; each model turn is learned once, with its end.
+
+    An answer that the template writes otherwise once other turns follow is the last one of an example of its own.
+    """
     merged = "system turn put in front" in (rendering.reason or "")
-    expected = tokenizer.apply_chat_template(messages(turns, merged=merged), return_dict=False)
-    if not rendering.spelled:
-        assert example.input_ids == expected
-    else:  # deepseek's vocabulary has <think>: the template's stay control tokens, those of the contents are text
-        contents = Counter(token for _, text in turns for token in tokenizer.encode(text, add_special_tokens=False))
-        for token in tokenizer.added_tokens_decoder:
-            assert example.input_ids.count(token) == max(expected.count(token) - contents[token], 0)
-    assert all(label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    learned = []
+    for example in rendering.examples:
+        assert any(ids_of(tokenizer, example, turns[:stop], merged, rendering.spelled) for stop in lasts(turns))
+        assert all(
+            label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels, strict=True)
+        )
+        learned += runs(example.labels)
     said = [text for role, text in turns if role == "model"]
-    learned = runs(example.labels)
     assert len(learned) == len(said)
-    control = set(tokenizer.added_tokens_decoder)
-    for number, (run, text) in enumerate(zip(learned, said, strict=True)):
-        if "leaves out the reasoning of turn" in (rendering.reason or "") and number < len(said) - 1:
-            text = text.rpartition("</think>")[2]
-        assert [token in control for token in run] == [False] * (len(run) - 1) + [True]
-        assert tokenizer.decode(run[:-1], clean_up_tokenization_spaces=False).strip() == text.strip()
+    for run, text in zip(learned, said, strict=True):
+        assert run[-1] in tokenizer.added_tokens_decoder and control.isdisjoint(run[:-1])
+        read = tokenizer.decode(run[:-1], clean_up_tokenization_spaces=False)
+        assert read.removeprefix("<think>\n\n</think>\n\n").strip() == text.strip()
+
+
+def lasts(turns):
+    """Where the conversation may end: after any model turn."""
+    return [number + 1 for number, (role, _) in enumerate(turns) if role == "model"]
+
+
+def ids_of(tokenizer, example, turns, merged, spelled):
+    """Whether the ids are those of these turns; of a turn that spells a control token, these stay text."""
+    expected = tokenizer.apply_chat_template(messages(turns, merged=merged), return_dict=False)
+    if not spelled:
+        return example.input_ids in (expected, [*expected, example.labels[-1]])
+    contents = Counter()
+    for role, text in turns:
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            added = tokenizer.added_tokens_decoder.get(token)
+            contents[token] += added is not None and (role != "model" or added.special)
+    return all(
+        example.input_ids.count(token) == max(expected.count(token) - contents[token], 0)
+        for token in tokenizer.added_tokens_decoder
+    )
 
 
 texts = st.text(

@@ -102,7 +102,7 @@ class TestContentTokens:
         think, end = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>"])
         plain = rendered(JinjaFormat(tokenizer, self.template, "x"), self.turns)
         named = rendered(JinjaFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), self.turns)
-        for rendering, count, spelled in ((plain, 0, 2), (named, 1, 1)):
+        for rendering, count, spelled in ((plain, 1, 1), (named, 1, 1)):
             (example,) = rendering.examples
             assert example.labels.count(think) == example.input_ids.count(think) == count
             assert example.input_ids.count(end) == 2

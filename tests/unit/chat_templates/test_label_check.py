@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.chat_templates import CHATML, IGNORE_INDEX, JinjaFormat, Renderer, tokenize_conversation
 from finetune.chat_templates.label_check import check_labels
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from tests.helpers.rendered import conversation
 
 
@@ -12,7 +12,8 @@ class TestTheProof:
     def faulty(self, smol_tokenizer, change):
         chat_format = JinjaFormat(smol_tokenizer, CHATML, "chatml")
         layout = tokenize_conversation(
-            chat_format, [Turn("human", "a"), Turn("model", "word for word"), Turn("human", "b"), Turn("model", "c")]
+            chat_format,
+            Conversation((Turn("human", "a"), Turn("model", "word for word"), Turn("human", "b"), Turn("model", "c"))),
         )
         assert check_labels(chat_format, [layout]) == [None]
         change(layout)

@@ -182,7 +182,7 @@ def test_a_python_backed_tokenizer_is_held_to_the_same_rules():
     with pytest.raises(DataError, match="ends a turn only with a token that opens turns"):
         render(JinjaFormat(ByteTokenizer(), template + "<pad>", "test"), *turns)
     with pytest.raises(DataError, match="ends turn 1 with no control token"):
-        render(JinjaFormat(ByteTokenizer(), template + "!", "test"), *turns)
+        render(JinjaFormat(ByteTokenizer(), template.replace("<pad>", "!"), "test"), *turns)
 
 
 @pytest.mark.parametrize("marker", ["<human>", ""], ids=["by anchors", "by offsets"])
@@ -290,7 +290,7 @@ def test_a_tokenizer_that_has_the_markers_of_chatml_keeps_its_size(smol_tokenize
     assert (notes, len(chat_format.plain.tokenizer)) == ([], size)
 
 
-def test_a_turn_whose_reasoning_is_left_out_is_named_by_its_number_in_the_row(golden_tokenizer):
+def test_an_answer_whose_reasoning_is_left_out_later_gets_an_example_of_its_own(golden_tokenizer):
     template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
         "{% for m in messages %}{% set text = m.content if loop.last else m.content.split('</think>')[-1] %}"
@@ -299,8 +299,12 @@ def test_a_turn_whose_reasoning_is_left_out_is_named_by_its_number_in_the_row(go
     turns = (("human", "a"), ("model", "<think>w</think>b"), ("human", "c"), ("model", "d"))
     for system, number in ((), 1), ((("system", "S"),), 2):
         rendering = render(JinjaFormat(golden_tokenizer, template, "test"), *system, *turns)
-        assert f"the chat template leaves out the reasoning of turn {number}" in rendering.reason
-        assert golden_tokenizer.decode(learned(rendering.examples[0])) == "b</s>d</s>"
+        assert rendering.status == "split" and "otherwise once other turns follow" in rendering.reason
+        first, second = rendering.examples
+        assert golden_tokenizer.decode(learned(first)) == "<think>w</think>b</s>"
+        assert golden_tokenizer.decode(learned(second)) == "d</s>"
+        assert "<model>b</s>" in golden_tokenizer.decode(second.input_ids)
+        assert {span.turn for span in first.turn_spans} == {number - 1, number}
 
 
 def test_lingowhale_without_template_gets_its_own_format(golden_tokenizer):
@@ -318,7 +322,7 @@ def test_a_template_file_is_read_and_a_missing_one_named(golden_tokenizer, tmp_p
     )
     (example,) = render(chat_format, ("human", "a"), ("model", "b")).examples
     assert golden_tokenizer.decode(example.input_ids) == "ua</s>ab</s>"
-    with pytest.raises(ConfigError, match="none.jinja: expected lingowhale, chatml or a Jinja file"):
+    with pytest.raises(ConfigError, match="none.jinja: expected lingowhale, chatml, hermes or a Jinja file"):
         select_chat_format(golden_tokenizer, "none.jinja", human_token_ids=[3], model_token_ids=[4])
 
 

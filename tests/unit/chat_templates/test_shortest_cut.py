@@ -32,7 +32,7 @@ def formats(golden_tokenizer):
 
 def laid_out(chat_format, turns, limit=None):
     """(ids, labels) where all that is learned fits into `limit`, else None."""
-    layout = tokenize_conversation(chat_format, turns)
+    layout = tokenize_conversation(chat_format, Conversation(tuple(turns)))
     last = max((place + 1 for place, label in enumerate(layout.labels) if label != IGNORE_INDEX), default=0)
     if limit is not None and len(layout.input_ids) > limit and not 0 < last <= limit:
         return None
@@ -115,10 +115,10 @@ def test_what_is_left_of_a_long_conversation_is_the_best_of_all_possibilities(
 def test_an_answer_is_known_by_the_number_of_its_turn(formats):
     turns = [Turn("system", "S"), Turn("human", "a"), Turn("model", "b"), Turn("human", "c"), Turn("model", "d")]
     for chat_format in formats.values():
-        layout = tokenize_conversation(chat_format, turns)
+        layout = tokenize_conversation(chat_format, Conversation(tuple(turns)))
         assert [(one.turn, one.text) for one in layout.supervised_spans] == [(2, "b"), (4, "d")]
     with pytest.raises(UnrenderableError, match="there is none"):
-        tokenize_conversation(formats["lingowhale"], [turns[0], turns[2]])
+        tokenize_conversation(formats["lingowhale"], Conversation(tuple([turns[0], turns[2]])))
 
 
 def test_turns_keep_their_numbers_where_the_system_turn_is_put_in_front(golden_tokenizer):
@@ -127,7 +127,7 @@ def test_turns_keep_their_numbers_where_the_system_turn_is_put_in_front(golden_t
     for behind in ("</s>", ":"):  # contents between control tokens, and in front of words
         said = f"m.role + m.content + ('{behind}' if m.role == 'user' else '</s>')"
         template = refusing + "{% for m in messages %}{{ " + said + " }}{% endfor %}"
-        layout = tokenize_conversation(JinjaFormat(golden_tokenizer, template, "x"), turns)
+        layout = tokenize_conversation(JinjaFormat(golden_tokenizer, template, "x"), Conversation(tuple(turns)))
         assert [(one.turn, one.text) for one in layout.supervised_spans] == [(2, "b"), (4, "d")]
         assert [(one.turn, one.role) for one in layout.turn_spans] == [(n, turns[n].role) for n in range(1, 5)]
 
@@ -149,7 +149,7 @@ def test_renderers_that_differ_in_anything_are_not_equal(formats, golden_tokeniz
 
 
 def test_a_layout_that_begins_with_what_is_learned_fails_its_proof(formats):
-    layout = tokenize_conversation(formats["lingowhale"], [Turn("human", "a"), Turn("model", "b")])
+    layout = tokenize_conversation(formats["lingowhale"], Conversation(tuple([Turn("human", "a"), Turn("model", "b")])))
     layout.labels[0] = layout.input_ids[0]
     assert check_labels(formats["lingowhale"], [layout])[0].startswith("its first token would be supervised")
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from finetune.chat_templates import select_chat_format, template_limits
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from finetune.utils.errors import ConfigError
 from tests.helpers.byte_tokenizer import byte_tokenizer
 
@@ -41,7 +41,7 @@ def test_it_is_stopped(name, in_a_thread, monkeypatch):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = BOMBS[name] + PLAIN
     chat_format, _ = select_chat_format(tokenizer, human_token_ids=[3], model_token_ids=[4])
-    rows = [[Turn("human", "a"), Turn("model", "b")] * count for count in (1, 2)]
+    rows = [Conversation((Turn("human", "a"), Turn("model", "b")) * count) for count in (1, 2)]
     before, raised = resource.getrlimit(resource.RLIMIT_AS), []
 
     def render() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune.chat_templates import LingoWhaleFormat, Renderer, select_chat_format
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, Turn
 from finetune.dataset.collator import MAX_ANSWERS, LossCells
 from finetune.dataset.data_sources import Source
 from finetune.dataset.prepare import prepare_dataset
@@ -41,7 +41,7 @@ def by_loop(turns, format_, source: int) -> list[int]:
     answers = [number for number, turn in enumerate(turns) if turn[0] == "model"]
     for ordinal, number in enumerate(answers):
         head = [Turn(role, text) for role, text in turns[: number + 1]]
-        (layout,) = format_.tokenize_all([head])
+        (layout,) = format_.tokenize_all([Conversation(tuple(head))])
         learned = sum(label != -100 for label in layout.labels)
         cells += [source * MAX_ANSWERS + min(ordinal, MAX_ANSWERS - 1)] * (learned - before)
         before = learned

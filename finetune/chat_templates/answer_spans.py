@@ -1,0 +1,250 @@
+"""Which characters of a rendering a model turn is supervised on: what the model must write when it is served.
+
+    prompt of serving   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
+    answer                                                                    <think>\n\n</think>\n\nYes<|im_end|>
+
+An answer begins where the prompt of serving ends (`add_generation_prompt=True`), and ends with the end tokens that it
+has as the last turn. If the template writes it otherwise once other turns follow (Qwen3 leaves out earlier reasoning),
+it cannot be supervised there: it needs a conversation that ends with it. If the prompt does not lead to what the
+template writes (R1's ends with `<think>`), the answer is put behind the prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from finetune.chat_templates.example import REASONING_RULE, UnrenderableError
+from finetune.chat_templates.messages import REASONING_BEGIN, REASONING_END
+from finetune.chat_templates.template_skeleton import (
+    DUMMY_VALUE,
+    Answer,
+    SlotSpan,
+    TemplateSkeleton,
+    check_all_written,
+    find_slots,
+    marks_in,
+    marks_reasoning,
+    pieces_between,
+)
+from finetune.conversation import Conversation, Turn
+
+CLOSED_RULE = "the reasoning that the prompt opens is closed empty in front of turn {turn}"
+LOST_REASONING = (
+    "the chat template leaves out the reasoning of turn {turn}, so the answer would be trained without it: use "
+    "--reasoning drop, or a --chat_template that writes it"
+)
+
+
+@dataclass(frozen=True)
+class TemplateText:
+    """What a template writes for the marked turns of one conversation.
+
+    Args:
+        render: renders the first turns, with the prompt of the next answer or without.
+        render_more: renders the first turns and one that follows them.
+        control: matches a control token.
+        eos: the tokenizer's own end token, which may open turns as well.
+        next_role_ends: whether nothing ends an answer but the token that opens the next turn.
+    """
+
+    render: Callable[[int, bool], str]
+    render_more: Callable[[int], str]
+    control: re.Pattern[str]
+    eos: str | None
+    next_role_ends: bool
+    spelled: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where an answer ends in the rendering in which it is the last turn, and its end tokens.
+
+    These are behind `stop` if the next turn begins with them, else in front of it.
+    """
+
+    stop: int
+    tokens: tuple[str, ...]
+    is_of_next_turn: bool = False
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An answer in the rendering of the turns up to it: `before` is that rendering up to the end of the answer."""
+
+    before: str
+    begin: int
+    end: _End
+
+    def in_rendering(self, rendered: str, spans: Sequence[SlotSpan]) -> Answer | None:
+        """The answer in a rendering; None if the template does not write it so there."""
+        if not rendered.startswith(self.before):
+            return None
+        stop, is_appended = len(self.before), False
+        if self.end.is_of_next_turn:
+            start = _skip_blank(rendered, stop)
+            is_appended = start == len(rendered)
+            if not is_appended and not rendered.startswith(self.end.tokens[0], start):
+                return None
+            stop = stop if is_appended else start + len(self.end.tokens[0])
+        return _answer(self.begin, stop, rendered, spans, self.end.tokens, is_appended=is_appended)
+
+
+def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: bool) -> TemplateSkeleton:
+    """The skeleton of a conversation with marks, and its answers.
+
+    Args:
+        as_is: supervise answers as they are written in the conversation, whatever serving would send.
+
+    Raises:
+        UnrenderableError: the template leaves out, repeats or rewrites a turn.
+    """
+    turns = conversation.turns
+    rendered = text.render(len(turns), False)
+    spans = find_slots(rendered, text.spelled)
+    check_all_written(turns, spans)
+    answers, refused = {}, {}
+    for number, turn in enumerate(turns):
+        if turn.role != "model":
+            continue
+        found = _find(turn, number, text)
+        if isinstance(found, TemplateSkeleton):
+            if number == len(turns) - 1 and not as_is:
+                return found
+            found = f"the chat template writes another prompt in front of turn {number} when it is served"
+        answer = None if isinstance(found, str) else found.in_rendering(rendered, spans)
+        if answer is None and as_is and not _loses(turn, number, spans):
+            answer = _as_written(number, rendered, spans, text)
+        if answer is not None:
+            answers[number] = answer
+        else:
+            refused[number] = found if isinstance(found, str) else f"turn {number} is written otherwise later"
+    rules = [REASONING_RULE.format(turn=number) for number, turn in enumerate(turns) if _loses(turn, number, spans)]
+    pieces, slots = pieces_between(rendered, spans), tuple(span.slot for span in spans)
+    return TemplateSkeleton(tuple(pieces), slots, answers, refused, rules=tuple(rules))
+
+
+def _loses(turn: Turn, number: int, spans: Sequence[SlotSpan]) -> bool:
+    """Whether a rendering leaves out the reasoning of this turn."""
+    parts = {span.slot.part for span in spans if span.slot.turn == number}
+    return marks_reasoning(turn) and "reasoning" not in parts and (bool(turn.reasoning) or "text" not in parts)
+
+
+def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkeleton | str:
+    """The answer where it is the last turn; a skeleton if it is put behind the prompt; why it cannot be supervised."""
+    try:
+        alone = text.render(number + 1, False)
+        before, prompt = (text.render(number, False), text.render(number, True)) if number else ("", "")
+    except UnrenderableError as error:
+        return str(error)
+    spans = [span for span in find_slots(alone, text.spelled) if span.slot.turn == number]
+    end = _end(turn, number, alone, spans, text)
+    if isinstance(end, str):
+        return end
+    first = spans[0].start if spans else None
+    if end.tokens[0] in _openers(alone, first, prompt.removeprefix(before), text) - {text.eos}:
+        return "the chat template ends a turn only with a token that opens turns"
+    loses, opens_reasoning = _loses(turn, number, spans), prompt.rstrip().endswith(REASONING_BEGIN)
+    if loses and not opens_reasoning:
+        return LOST_REASONING.format(turn=number)
+    writes_prompt = prompt != before
+    if writes_prompt and alone.startswith(prompt) and not loses:
+        is_blank = first is not None and not alone[len(prompt) : first].strip()
+        return _Found(alone[: end.stop], first if is_blank and first is not None else len(prompt), end)
+    if first is not None and not loses and (not writes_prompt or alone[:first].rstrip() == prompt.rstrip()):
+        return _Found(alone[: end.stop], first, end)
+    if first is None or turn.tool_calls:
+        return f"the chat template writes no prompt that the tool calls of turn {number} could follow"
+    return _completion(turn, number, prompt, alone[spans[-1].stop : end.stop], end, text)
+
+
+def _last_of(spans: Sequence[SlotSpan]) -> int:
+    return spans[-1].stop if spans else 0
+
+
+def _completion(turn: Turn, number: int, prompt: str, tail: str, end: _End, text: TemplateText) -> TemplateSkeleton:
+    """The answer behind the prompt of serving; reasoning that the prompt opens is closed."""
+    rules, body = [], turn.text
+    if prompt.rstrip().endswith(REASONING_BEGIN):
+        prompt = prompt if prompt.endswith("\n") else f"{prompt}\n"
+        marks = marks_in(turn.reasoning + turn.text)
+        reasoning = marks[0] if len(marks) > 1 else ""
+        body = f"{reasoning}\n{REASONING_END}\n\n{marks[-1]}"
+        rules = [] if reasoning else [CLOSED_RULE.format(turn=number)]
+    rendered = prompt + body + tail
+    spans = find_slots(rendered, text.spelled)
+    answer = _answer(len(prompt), len(rendered), rendered, spans, end.tokens, is_appended=end.is_of_next_turn)
+    pieces, slots = pieces_between(rendered, spans), tuple(span.slot for span in spans)
+    return TemplateSkeleton(tuple(pieces), slots, {number: answer}, is_completion=True, rules=tuple(rules))
+
+
+def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: TemplateText) -> _End | str:
+    """Where the answer ends in `alone`; or why it does not end.
+
+    It ends with the first control token after it and those directly behind that one, as far as the template writes
+    them whether another turn follows or not.
+    """
+    begin = _last_of(spans)
+    try:
+        more = text.render_more(number + 1)
+    except UnrenderableError:
+        more = alone
+    if turn.tool_calls:
+        begin = max(begin, alone.rfind(DUMMY_VALUE) + len(DUMMY_VALUE) if DUMMY_VALUE in alone else 0)
+        if not text.next_role_ends:
+            shared = len(commonprefix([alone, more]))
+            controls = [match for match in text.control.finditer(alone, begin) if match.end() <= shared]
+            if controls and not alone[controls[-1].end() : shared].strip():
+                return _End(controls[-1].end(), (controls[-1][0],))
+        begin = len(alone.rstrip())
+    else:
+        match = text.control.match(alone, _skip_blank(alone, begin))
+        if match:
+            tokens, stop, shared = [match[0]], match.end(), len(commonprefix([alone, more]))
+            while (match := text.control.match(alone, stop)) and match.end() <= shared:
+                tokens.append(match[0])
+                stop = match.end()
+            return _End(stop, tuple(tokens))
+    if more.startswith(alone[:begin]) and (match := text.control.match(more, _skip_blank(more, begin))):
+        return _End(begin, (match[0],), is_of_next_turn=True)
+    return (
+        f"the chat template ends turn {number} with no control token, so stopping could not be learned: give a "
+        "--chat_template whose turns end with a token of this tokenizer"
+    )
+
+
+def _skip_blank(text: str, begin: int) -> int:
+    return begin + len(text[begin:]) - len(text[begin:].lstrip())
+
+
+def _openers(alone: str, first: int | None, generation_prompt: str, text: TemplateText) -> set[str]:
+    """The control tokens that open a model turn: those of the generation prompt, else the last one before the text."""
+    if generation_prompt.strip():
+        return {match[0] for match in text.control.finditer(generation_prompt)}
+    controls = [*text.control.finditer(alone[:first])] if first is not None else []
+    return {controls[-1][0]} if controls and not alone[controls[-1].end() : first].strip() else set()
+
+
+def _as_written(number: int, rendered: str, spans: Sequence[SlotSpan], text: TemplateText) -> Answer | None:
+    """The answer as it stands in a conversation, from its first content to the control token after it."""
+    own = [span for span in spans if span.slot.turn == number]
+    match = text.control.match(rendered, _skip_blank(rendered, own[-1].stop)) if own else None
+    return _answer(own[0].start, match.end(), rendered, spans, (match[0],)) if match else None
+
+
+def _answer(
+    begin: int,
+    stop: int,
+    rendered: str,
+    spans: Sequence[SlotSpan],
+    end_tokens: tuple[str, ...],
+    *,
+    is_appended: bool = False,
+) -> Answer:
+    """The answer between two characters of a rendering."""
+    first, last = (sum(span.stop <= place for span in spans) for place in (begin, stop))
+    start_of_first = spans[first - 1].stop if first else 0
+    end_of_last = spans[last].start if last < len(spans) else len(rendered)
+    return Answer((first, begin - start_of_first), (last, end_of_last - stop), end_tokens, is_appended)

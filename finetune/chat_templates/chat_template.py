@@ -1,0 +1,332 @@
+"""Conversations as text: a chat template of a tokenizer applied to them, with the skeleton of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jinja2 import TemplateError
+
+from finetune.chat_templates.answer_spans import TemplateText, build_skeleton
+from finetune.chat_templates.example import STRIPPED_RULE, SYSTEM_RULE, UnrenderableError, system_in_front
+from finetune.chat_templates.messages import (
+    REASONING_END,
+    MessageStyle,
+    raw_parts,
+    replace_strings,
+    template_options,
+)
+from finetune.chat_templates.plain_text import PlainTextTokenizer
+from finetune.chat_templates.template_limits import apply_template, template_limits
+from finetune.chat_templates.template_skeleton import (
+    Answer,
+    TemplateSkeleton,
+    find_contents,
+    find_slots,
+    given_text,
+    mark_spelled,
+    next_human,
+    pieces_between,
+    shape_of,
+    with_marks,
+)
+from finetune.chat_templates.template_styles import reasoning_key, tool_style
+from finetune.chat_templates.token_positions import Extent
+from finetune.conversation import Conversation, ToolCall, Turn
+
+if TYPE_CHECKING:
+    pass
+
+MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_PLAIN_STYLE = MessageStyle()
+
+Result = TypeVar("Result")
+Shape = tuple[str, bool, str]
+
+
+@dataclass(slots=True)
+class RenderedText:
+    """One conversation as text, with the contents of the skeleton's slots; its system turn may be in front."""
+
+    conversation: Conversation
+    skeleton: TemplateSkeleton
+    text: str
+    contents: list[str]
+    spelled: int = 0
+
+    @property
+    def rules(self) -> list[str]:
+        """The rules by which the template changes this conversation."""
+        turns = self.conversation.turns
+        strips = any(
+            part == "text" and number is not None and turns[number].is_supervised and content != turns[number].text
+            for (number, part), content in zip(self.skeleton.slots, self.contents, strict=True)
+        )
+        system = [SYSTEM_RULE] if self.skeleton.system_in_front else []
+        return [*system, *self.skeleton.rules, *([STRIPPED_RULE] if strips else [])]
+
+    def number_in_row(self, turn: int) -> int:
+        """The number that a turn has in its row."""
+        return turn + self.skeleton.system_in_front
+
+    def extents(self, *, masks_reasoning: bool) -> list[Extent]:
+        """The characters of each turn in the text, in order; an answer's are those that it is supervised on."""
+        turns, starts, ends, place = self.conversation.turns, [], [], 0  # of the pieces
+        for piece, content in zip(self.skeleton.pieces, [*self.contents, ""], strict=True):
+            starts.append(place)
+            ends.append(place + len(piece))
+            place = ends[-1] + len(content)
+        found: dict[int, Extent] = {}
+        reasoned: dict[int, int] = {}  # where the reasoning of a turn ends
+        for index, (number, part) in enumerate(self.skeleton.slots):
+            if number is None:
+                continue
+            begin, stop = ends[index], starts[index + 1]
+            found[number] = Extent(number, found[number].begin if number in found else begin, stop, False)
+            if masks_reasoning and part == "reasoning":
+                reasoned[number] = stop
+            elif masks_reasoning and turns[number].role == "model" and REASONING_END in self.contents[index]:
+                reasoned[number] = begin + len(self.contents[index].partition(REASONING_END)[0].rstrip())
+        for number, answer in self.skeleton.answers.items():
+            begin = reasoned.get(number, starts[answer.begin[0]] + answer.begin[1])
+            found[number] = Extent(number, begin, ends[answer.end[0]] - answer.end[1], turns[number].is_supervised)
+        return sorted(found.values(), key=lambda extent: extent.begin)
+
+    def answer(self, extent: Extent) -> Answer | None:
+        """The answer of this extent, if it is supervised."""
+        return self.skeleton.answers[extent.turn] if extent.is_supervised else None
+
+
+class ChatTemplate:
+    """A template with the tokenizer that applies it, and its variables."""
+
+    def __init__(
+        self, plain: PlainTextTokenizer, template: str, template_kwargs: Mapping[str, Any], *, as_is: bool
+    ) -> None:
+        self.plain, self.template = plain, template
+        self.template_kwargs, self.as_is = dict(template_kwargs), as_is
+        self._skeletons: dict[Shape, TemplateSkeleton | UnrenderableError] = {}
+        self._marked: dict[tuple[Any, ...], str | UnrenderableError] = {}
+        self._styles: dict[str, Any] = {}
+
+    def apply(self, conversation: Conversation, style: MessageStyle | None = None, **options: Any) -> Any:
+        """What `apply_chat_template` returns for the conversation with these options."""
+        messages = (style or self._style(conversation)).messages(conversation)
+        options = {**template_options(conversation, self.template_kwargs), **options}
+        return apply_template(self.plain.tokenizer, messages, self.template, **options)
+
+    def render_all(self, conversations: Sequence[Conversation]) -> list[RenderedText | UnrenderableError]:
+        """Render each conversation and find its contents."""
+        with template_limits(len(conversations)):
+            prepared = [error_as_value(self._with_skeleton, conversation) for conversation in conversations]
+            rows = [row for row in prepared if not isinstance(row, UnrenderableError)]
+            texts = iter(self._texts(rows))
+        return [
+            row if isinstance(row, UnrenderableError) else error_as_value(self._match, *row, next(texts))
+            for row in prepared
+        ]
+
+    def _with_skeleton(self, conversation: Conversation) -> tuple[Conversation, TemplateSkeleton]:
+        skeleton = self.skeleton(conversation)
+        conversation = _normalized(conversation)
+        if skeleton.system_in_front:
+            conversation = replace(conversation, turns=system_in_front(conversation.turns))
+        for number, turn in enumerate(conversation.turns):
+            if turn.is_supervised and number not in skeleton.answers:
+                place = f"turn {number + skeleton.system_in_front}"
+                raise UnrenderableError(skeleton.refused.get(number, f"{place} cannot be supervised"))
+        return conversation, skeleton
+
+    def _match(self, conversation: Conversation, skeleton: TemplateSkeleton, text: Any) -> RenderedText:
+        if isinstance(text, UnrenderableError):
+            raise text
+        turns = conversation.turns
+        contents = find_contents(text, skeleton, turns)
+        spelled = 0
+        for (number, _), content in zip(skeleton.slots, contents, strict=True):
+            plain = self.plain if number is None or turns[number].role != "model" else self.plain.for_answers
+            spelled += plain.spells_control_token(content)
+        return RenderedText(conversation, skeleton, text, contents, spelled)
+
+    def skeleton(self, conversation: Conversation) -> TemplateSkeleton:
+        """The skeleton of a conversation: that of its shape, with its own pieces if it has tools."""
+        conversation = _normalized(conversation)
+        shape = shape_of(conversation)
+        if shape not in self._skeletons:
+            if len(self._skeletons) >= MAX_SKELETONS:
+                self._skeletons.clear()
+                self._marked.clear()
+            self._skeletons[shape] = error_as_value(self._build, conversation)
+        skeleton = self._skeletons[shape]
+        if isinstance(skeleton, UnrenderableError):
+            raise skeleton
+        if not conversation.tools and not any(turn.tool_calls for turn in conversation.turns):
+            return skeleton
+        if skeleton.system_in_front:
+            conversation = replace(conversation, turns=system_in_front(conversation.turns))
+        marked, spelled = self._with_real_tools(conversation)
+        if not skeleton.is_completion and not spelled:
+            rendered = self._text(marked)
+            spans = find_slots(rendered)
+            own = skeleton.with_pieces(pieces_between(rendered, spans), [span.slot for span in spans])
+            if own is not None:
+                return own
+        own = build_skeleton(marked, self._template_text(marked, None, spelled), as_is=self.as_is)
+        return replace(own, system_in_front=skeleton.system_in_front)
+
+    def _with_real_tools(self, conversation: Conversation) -> tuple[Conversation, list[str]]:
+        """The conversation with marks as its texts and for the control tokens that declarations and calls spell."""
+        marked, spelled = with_marks(conversation, real_tools=True), list[str]()
+        calls = [call.arguments for turn in conversation.turns for call in turn.tool_calls]
+        if not self.plain.spells_control_token(json.dumps([conversation.tools, calls])):
+            return marked, spelled
+
+        def mark(text: str) -> str:
+            return mark_spelled(text, spelled, self.plain.control_pattern)
+
+        def mark_call(call: ToolCall) -> ToolCall:
+            return replace(call, arguments=replace_strings(call.arguments, mark))
+
+        tools = tuple(replace_strings(tool, mark) for tool in marked.tools)
+        turns = tuple(replace(turn, tool_calls=tuple(map(mark_call, turn.tool_calls))) for turn in marked.turns)
+        return replace(marked, turns=turns, tools=tools), spelled
+
+    def _build(self, conversation: Conversation) -> TemplateSkeleton:
+        """The skeleton of a shape: with placeholders of tools and calls as well."""
+        turns = conversation.turns
+        try:
+            return self._build_as_given(conversation)
+        except UnrenderableError:
+            if turns[0].role != "system" or len(turns) < 3 or turns[1].role != "human":
+                raise
+            # The template has no system turn, or drops it: by rule it goes in front of the first human turn.
+            with suppress(UnrenderableError):
+                merged = replace(conversation, turns=system_in_front(turns))
+                return replace(self._build_as_given(merged), system_in_front=True)
+            raise
+
+    def _build_as_given(self, conversation: Conversation) -> TemplateSkeleton:
+        marked = with_marks(conversation, real_tools=False)
+        return build_skeleton(marked, self._template_text(marked, self._marked), as_is=self.as_is)
+
+    def _template_text(
+        self, marked: Conversation, known: dict[Any, str | UnrenderableError] | None, spelled: Sequence[str] = ()
+    ) -> TemplateText:
+        """What the template writes for marked turns; `known` are renderings of shapes, shared by their beginnings."""
+
+        def text(turns: tuple[Turn, ...], prompt: bool) -> str:
+            part = replace(marked, turns=turns)
+            if known is None:
+                return self._text(part, prompt=prompt)
+            key = *shape_of(part), prompt
+            if key not in known:
+                known[key] = error_as_value(lambda: self._text(part, prompt=prompt))
+            found = known[key]
+            if isinstance(found, UnrenderableError):
+                raise found
+            return found
+
+        turns, has_calls = marked.turns, any(turn.tool_calls for turn in marked.turns)
+        return TemplateText(
+            lambda count, prompt: text(turns[:count], prompt),
+            lambda count: text((*turns, next_human(len(turns)))[: count + 1], False),
+            self.plain.control_pattern,
+            self.plain.tokenizer.eos_token,
+            has_calls and self._next_role_ends,
+            spelled,
+        )
+
+    @cached_property
+    def _next_role_ends(self) -> bool:
+        """Whether nothing ends an answer but the token that opens the next turn."""
+        pair = Conversation((Turn("human", "a"), Turn("model", "b")))
+        with suppress(UnrenderableError):
+            return any(answer.is_appended for answer in self.skeleton(pair).answers.values())
+        return False
+
+    def _texts(self, rows: Sequence[tuple[Conversation, TemplateSkeleton]]) -> Sequence[str | UnrenderableError]:
+        """The text of each row; all in one call that have no options of their own, unless one of them is at fault."""
+        from transformers import PreTrainedTokenizerBase
+
+        tokenizer, texts = self.plain.tokenizer, dict[int, Any]()
+        alike = [
+            index
+            for index, (row, skeleton) in enumerate(rows)
+            if not (row.tools or row.template_kwargs or skeleton.is_completion)
+        ]
+        if alike and type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+            with suppress(UnrenderableError, *TEMPLATE_ERRORS):
+                chats = [self._style(rows[index][0]).messages(rows[index][0]) for index in alike]
+                done = apply_template(tokenizer, chats, self.template, tokenize=False, **self.template_kwargs)
+                texts = dict(zip(alike, done, strict=True))
+        return [
+            texts[index] if index in texts else error_as_value(self._real_text, *row) for index, row in enumerate(rows)
+        ]
+
+    def _real_text(self, conversation: Conversation, skeleton: TemplateSkeleton) -> str:
+        if not skeleton.is_completion:
+            return self._text(conversation)
+        last = len(conversation.turns) - 1
+        prompt = self._text(replace(conversation, turns=conversation.turns[:-1]), prompt=True)
+        first = next(index for index, slot in enumerate(skeleton.slots) if slot.turn == last)
+        parts = [skeleton.pieces[first][skeleton.answers[last].begin[1] :]]
+        for slot, piece in zip(skeleton.slots[first:], skeleton.pieces[first + 1 :], strict=True):
+            parts += [given_text(conversation.turns[last], slot.part).strip(), piece]
+        return prompt + "\n" * (not prompt.endswith("\n") and parts[0].startswith(REASONING_END)) + "".join(parts)
+
+    def _text(self, conversation: Conversation, *, prompt: bool = False) -> str:
+        try:
+            return str(self.apply(conversation, tokenize=False, add_generation_prompt=prompt))
+        except TEMPLATE_ERRORS as error:
+            raise UnrenderableError(f"the chat template refuses it: {error}") from None
+
+    def _style(self, conversation: Conversation) -> MessageStyle:
+        """How the template expects the messages of this conversation; found once by rendering samples."""
+        answers = [turn for turn in conversation.turns if turn.role == "model"]
+        style = _PLAIN_STYLE
+        if conversation.tools or any(turn.tool_calls for turn in answers):
+            style = self._found("tools", tool_style)
+        if any(turn.reasoning for turn in answers):
+            style = replace(style, beside_key=self._found("beside", lambda render: reasoning_key(render, inside=False)))
+        if any(REASONING_END in turn.text for turn in answers):
+            style = replace(style, inside_key=self._found("inside", lambda render: reasoning_key(render, inside=True)))
+        return style
+
+    def _found(self, what: str, find: Callable[[Any], Any]) -> Any:
+        if what not in self._styles:
+            self._styles[what] = error_as_value(find, self._sample_text)
+        if isinstance(self._styles[what], UnrenderableError):
+            raise self._styles[what]
+        return self._styles[what]
+
+    def _sample_text(self, conversation: Conversation, style: MessageStyle) -> str | None:
+        with suppress(*TEMPLATE_ERRORS):
+            return str(self.apply(conversation, style, tokenize=False))
+        return None
+
+
+def _normalized(conversation: Conversation) -> Conversation:
+    """The conversation with reasoning inside a text that is nothing else moved beside it."""
+    if not any(turn.tool_calls and REASONING_END in turn.text for turn in conversation.turns):
+        return conversation
+    return replace(conversation, turns=tuple(map(_with_reasoning_beside, conversation.turns)))
+
+
+def _with_reasoning_beside(turn: Turn) -> Turn:
+    if turn.reasoning or not turn.tool_calls or REASONING_END not in turn.text:
+        return turn
+    reasoning, answer = raw_parts(turn.text)
+    return replace(turn, reasoning=reasoning.strip(), text=answer.strip())
+
+
+def error_as_value(function: Callable[..., Result], *arguments: Any) -> Result | UnrenderableError:
+    """What the function returns, or the `UnrenderableError` that it raises."""
+    try:
+        return function(*arguments)
+    except UnrenderableError as error:
+        return error

@@ -1,0 +1,149 @@
+"""Conversation -> the messages that chat templates take, in the style that one template expects.
+
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": ..., ...}}]}
+    {"role": "tool", "content": ..., "tool_call_id": ..., "name": ...}
+    {"role": "assistant", "content": ..., "reasoning_content": ...}
+
+Templates differ in the form of the arguments (an object, or its JSON), in whether a content may be empty, in the ids
+that they accept and in the key of the reasoning; `MessageStyle` holds these choices, found by rendering a sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from finetune.conversation import Conversation, ToolCall, Turn
+
+TEMPLATE_ROLES = {"human": "user", "model": "assistant", "system": "system", "tool": "tool"}
+REASONING_BEGIN, REASONING_END = "<think>", "</think>"
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+
+
+def split_reasoning(text: str) -> tuple[str, str] | None:
+    """The reasoning and the answer of a text with `</think>` in front of an answer; None for any other.
+
+    >>> split_reasoning("<think>\\nAdd.\\n</think>\\n\\n5")
+    ('Add.', '5')
+    """
+    if text.count(REASONING_END) != 1 or text.partition(REASONING_BEGIN)[0].strip() and REASONING_BEGIN in text:
+        return None
+    reasoning, answer = raw_parts(text)
+    return (reasoning.strip(), answer.strip()) if answer.strip() else None
+
+
+def raw_parts(text: str) -> tuple[str, str]:
+    """The reasoning and the answer of a text with `</think>`, with their white space."""
+    reasoning, _, answer = text.partition(REASONING_END)
+    return reasoning.partition(REASONING_BEGIN)[2] if REASONING_BEGIN in reasoning else reasoning, answer
+
+
+def without_reasoning(turn: Turn) -> Turn:
+    """The turn with its answer alone."""
+    inside = split_reasoning(turn.text) if turn.role == "model" else None
+    return replace(turn, reasoning="", text=inside[1] if inside else turn.text)
+
+
+def with_reasoning_inside(reasoning: str, answer: str) -> str:
+    """Reasoning and answer as one text.
+
+    >>> with_reasoning_inside("Add.", "5")
+    '<think>\\nAdd.\\n</think>\\n\\n5'
+    """
+    return f"{REASONING_BEGIN}\n{reasoning}\n{REASONING_END}\n\n{answer}"
+
+
+@dataclass(frozen=True, slots=True)
+class MessageStyle:
+    """How a template expects messages.
+
+    `beside_key` is the key of reasoning that the data has beside the text, `inside_key` of that inside it; None: it is
+    inside the content. `short_ids`: ids of nine characters, as Mistral's templates demand.
+    """
+
+    arguments_as_json: bool = False
+    empty_content: str | None = ""
+    short_ids: bool = False
+    beside_key: str | None = None
+    inside_key: str | None = None
+
+    @classmethod
+    def of_tools(cls) -> Iterator[MessageStyle]:
+        """Styles of tool calls, the most frequent first."""
+        for short_ids, content, as_json in product((False, True), ("", None), (False, True)):
+            yield cls(arguments_as_json=as_json, empty_content=content, short_ids=short_ids)
+
+    def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        """The messages of all turns."""
+        ids = _ToolCallIds(self.short_ids)
+        return [self._message(turn, ids) for turn in conversation.turns]
+
+    def _message(self, turn: Turn, ids: _ToolCallIds) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": TEMPLATE_ROLES[turn.role], "content": turn.text}
+        if turn.role == "tool":
+            return message | ids.of_result(turn)
+        if turn.role != "model":
+            return message
+        reasoning, key, answer = turn.reasoning, self.beside_key, turn.text
+        inside = split_reasoning(turn.text) if REASONING_END in turn.text else None
+        if inside is not None and not reasoning:
+            key = self.inside_key
+            reasoning, answer = inside if key else ("", _with_opening(turn.text))
+        message["content"] = with_reasoning_inside(reasoning, answer) if reasoning and not key else answer
+        if reasoning and key:
+            message[key] = reasoning
+        if turn.tool_calls:
+            message["content"] = message["content"] or self.empty_content
+            message["tool_calls"] = [self._call(call, id) for call, id in ids.of_calls(turn)]
+        return message
+
+    def _call(self, call: ToolCall, id: str | None) -> dict[str, Any]:
+        arguments = json.dumps(call.arguments, ensure_ascii=False) if self.arguments_as_json else dict(call.arguments)
+        values = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+        return values if id is None else {"id": id, **values}
+
+
+class _ToolCallIds:
+    """The ids of the calls of a conversation, and the calls that its results belong to."""
+
+    def __init__(self, short: bool) -> None:
+        self.short, self.count = short, 0
+        self.open: dict[str | None, tuple[str | None, str]] = {}  # id in the data -> id for the template, name
+
+    def of_calls(self, turn: Turn) -> list[tuple[ToolCall, str | None]]:
+        self.open, pairs = {}, list[tuple[ToolCall, str | None]]()
+        for call in turn.tool_calls:
+            has_short_id = call.id is not None and len(call.id) == 9 and call.id.isalnum()
+            id = f"call{self.count:05}" if self.short and not has_short_id else call.id
+            self.count += 1
+            self.open[call.id or f"{len(pairs)} of those without an id"] = id, call.name
+            pairs.append((call, id))
+        return pairs
+
+    def of_result(self, turn: Turn) -> dict[str, str]:
+        key = turn.tool_call_id if turn.tool_call_id in self.open else next(iter(self.open), None)
+        id, name = self.open.pop(key, (turn.tool_call_id, ""))
+        given = {"tool_call_id": id, "name": turn.tool_name or name}
+        return {key: value for key, value in given.items() if value}
+
+
+def _with_opening(text: str) -> str:
+    return text if REASONING_BEGIN in text else f"{REASONING_BEGIN}\n{text}"
+
+
+def template_options(conversation: Conversation, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `apply_chat_template` besides the messages; the row's own variables override those of the run."""
+    options = {**template_kwargs, **conversation.template_kwargs}
+    return {**options, "tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else options
+
+
+def replace_strings(value: Any, change: Any) -> Any:
+    """The JSON value with `change` applied to each string in it."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): replace_strings(inner, change) for key, inner in value.items()}
+    return [replace_strings(inner, change) for inner in value] if isinstance(value, list | tuple) else value

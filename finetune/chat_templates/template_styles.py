@@ -1,0 +1,58 @@
+"""Find the style of messages that a chat template expects, by rendering samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from finetune.chat_templates.example import UnrenderableError
+from finetune.chat_templates.messages import REASONING_KEYS, MessageStyle, with_reasoning_inside
+from finetune.conversation import Conversation, ToolCall, Turn
+
+Render = Callable[[Conversation, MessageStyle], str | None]  # None: the template refuses the sample
+WITH_TOOLS = "--chat_template hermes has it, as have those of Qwen, Llama 3.1 and later, Mistral, DeepSeek, GLM"
+_NAME, _KEY, _VALUE, _RESULT, _TEXT, _REASON = "nameq1x", "keyq1x", "valueq1x", "resultq1x", "textq1x", "reasonq1x"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "aboutq1x",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]},
+    },
+}
+
+
+def tool_style(render: Render) -> MessageStyle:
+    """The first style in which the template writes all of a sample with tools.
+
+    Raises:
+        UnrenderableError: the template has no tools, or no style of them that is known.
+    """
+    call = ToolCall(_NAME, {_KEY: _VALUE}, "id-1")
+    turns = (
+        Turn("human", "hi"), Turn("model", "", tool_calls=(call,)),
+        Turn("tool", _RESULT, tool_call_id="id-1"), Turn("model", _TEXT),
+    )  # fmt: skip
+    sample = Conversation(turns, tools=(_TOOL,))
+    best = 0
+    for style in MessageStyle.of_tools():
+        text = render(sample, style)
+        if text is None:
+            continue
+        is_json = "'" + _KEY not in text and '\\"' + _KEY not in text
+        written = ("aboutq1x" in text, text.count(_VALUE) == 1 and is_json, _RESULT in text and _TEXT in text)
+        if all(written):
+            return style
+        best = max(best, written.index(False) + 1)
+    what = {1: "declarations of tools", 2: "tool calls", 3: "results of tools"}.get(best, "tools")
+    raise UnrenderableError(f"this chat template does not write {what}: {WITH_TOOLS}")
+
+
+def reasoning_key(render: Render, *, inside: bool) -> str | None:
+    """The key under which the template writes reasoning that the data has inside a text, or beside it; None: inside."""
+    turn = Turn("model", with_reasoning_inside(_REASON, _TEXT)) if inside else Turn("model", _TEXT, reasoning=_REASON)
+    sample = Conversation((Turn("human", "hi"), turn))
+    for key in (None, *REASONING_KEYS) if inside else (*REASONING_KEYS, None):
+        text = render(sample, MessageStyle(inside_key=key) if inside else MessageStyle(beside_key=key))
+        if text is not None and _REASON in text and text.count(_TEXT) == 1:
+            return key
+    return None

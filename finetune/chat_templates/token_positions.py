@@ -1,0 +1,133 @@
+"""Find the tokens between two characters of a rendering.
+
+    text      <s>Hi</s><m>Yes</s>
+    controls  ^    ^   ^     ^          the n-th control token of the text is the n-th control token of the ids
+    ids       1 ...  2  3 ...  2
+
+A boundary is next to a control token, or behind one and some text of the template (`<|im_start|>assistant\n`), whose
+ids then stand there. This needs no offsets, which cost the tokenizer time; where it fails, offsets tell.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from finetune.chat_templates.example import UnrenderableError
+from finetune.chat_templates.plain_text import PlainTextTokenizer
+
+MAX_LEAD = 200  # characters of a template's text behind a control token that are compared
+
+
+class Extent(NamedTuple):
+    """Characters `begin` to `stop` of a rendering that belong to a turn."""
+
+    turn: int
+    begin: int
+    stop: int
+    is_supervised: bool
+
+
+class TokenSpan(NamedTuple):
+    """Tokens `start` to `stop` of a turn."""
+
+    start: int
+    stop: int
+
+
+class ControlTokenLeak(Exception):
+    """The tokenizer makes a control token of a text that does not spell it, or the other way round."""
+
+
+class TokenPositions:
+    """Maps characters to tokens for one tokenizer."""
+
+    def __init__(self, plain: PlainTextTokenizer) -> None:
+        self.plain = plain
+        unknown = {plain.tokenizer.unk_token_id} - {plain.tokenizer.eos_token_id, plain.tokenizer.bos_token_id}
+        self.control_ids = plain.control_ids - unknown
+        self._ids_of_text = {plain.token(token_id): token_id for token_id in self.control_ids}
+        self._leads: dict[str, list[int]] = {}
+
+    def by_controls(self, text: str, ids: Sequence[int], extents: Sequence[Extent]) -> list[TokenSpan] | None:
+        """The tokens of each extent; None if a boundary cannot be found so."""
+        controls = [match for match in self.plain.control_pattern.finditer(text) if match[0] in self._ids_of_text]
+        places = [place for place, token_id in enumerate(ids) if token_id in self.control_ids]
+        if len(controls) != len(places) or any(
+            self._ids_of_text[match[0]] != ids[place] for match, place in zip(controls, places, strict=True)
+        ):
+            return None
+        begins, ends = [match.start() for match in controls], [match.end() for match in controls]
+        spans = []
+        for extent in extents:
+            before = bisect_right(ends, extent.begin) - 1
+            lead_begin, start = (ends[before], places[before] + 1) if before >= 0 else (0, 0)
+            lead = text[lead_begin : extent.begin]
+            if lead:
+                lead_ids = self._lead(lead)
+                if lead_ids is None or list(ids[start : start + len(lead_ids)]) != lead_ids:
+                    return None
+                start += len(lead_ids)
+            after = bisect_right(ends, extent.stop) - 1
+            if after >= 0 and ends[after] == extent.stop and ends[after] > extent.begin:
+                stop = places[after] + 1
+            elif after + 1 < len(begins) and not text[extent.stop : begins[after + 1]].strip():
+                if extent.is_supervised and begins[after + 1] != extent.stop:
+                    return None
+                stop = places[after + 1]
+            else:
+                return None
+            if stop <= start:
+                return None
+            spans.append(TokenSpan(start, stop))
+        return spans
+
+    def _lead(self, lead: str) -> list[int] | None:
+        if len(lead) > MAX_LEAD:
+            return None
+        if lead not in self._leads:
+            if len(self._leads) > 1000:
+                self._leads.clear()
+            self._leads[lead] = list(self.plain.tokenizer.encode(lead, add_special_tokens=False))
+        return self._leads[lead]
+
+    def by_offsets(self, text: str, encoding: Any, extents: Sequence[Extent]) -> list[TokenSpan]:
+        """The tokens of each extent by the offsets of the tokens.
+
+        Raises:
+            ControlTokenLeak: the control tokens are not those of the text.
+            UnrenderableError: one token holds text of the template and of an answer.
+        """
+        found = [token_id for token_id in encoding.ids if token_id in self.control_ids]
+        written = [self._ids_of_text.get(match[0]) for match in self.plain.control_pattern.finditer(text)]
+        if found != [token_id for token_id in written if token_id is not None]:
+            raise ControlTokenLeak
+        return [self._between(text, encoding, extent) for extent in extents]
+
+    def _between(self, text: str, encoding: Any, extent: Extent) -> TokenSpan:
+        begin, end = extent.begin, extent.stop
+        start = encoding.char_to_token(begin)
+        stop = encoding.char_to_token(end) if end < len(text) else len(encoding)
+        if (
+            start is not None and stop is not None and start < stop
+            and encoding.token_to_chars(start)[0] == begin
+            and (end == len(text) or encoding.token_to_chars(stop)[0] == end)
+        ):  # fmt: skip
+            return TokenSpan(start, stop)
+        inside = []
+        for index, (token_id, (left, right)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if right <= begin or left >= end or left == right:
+                continue
+            outside = (text[left:begin] + text[end : max(right, end)]).strip()
+            content = text[max(left, begin) : min(right, end)].strip()
+            if outside and content and extent.is_supervised and token_id not in self.control_ids:
+                raise UnrenderableError(
+                    f"one token holds the template's {outside!r} and {content!r} of turn {extent.turn}"
+                )
+            # White space that is part of a token of the template is context.
+            if (content or not outside) and not (token_id in self.control_ids and outside):
+                inside.append(index)
+        if not inside:
+            raise UnrenderableError("a turn has no token of its own")
+        return TokenSpan(inside[0], inside[-1] + 1)
