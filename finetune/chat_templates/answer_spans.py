@@ -191,10 +191,12 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
         more = text.render_more(number + 1)
     except UnrenderableError:
         more = alone
+    if turn.tool_calls and DUMMY_VALUE in alone:
+        begin = max(begin, alone.rfind(DUMMY_VALUE) + len(DUMMY_VALUE))
+    shared = len(commonprefix([alone, more]))
+    shared = shared if shared > begin else len(alone)  # what is written otherwise later does not count
     if turn.tool_calls:
-        begin = max(begin, alone.rfind(DUMMY_VALUE) + len(DUMMY_VALUE) if DUMMY_VALUE in alone else 0)
         if not text.next_role_ends:
-            shared = len(commonprefix([alone, more]))
             controls = [match for match in text.control.finditer(alone, begin) if match.end() <= shared]
             if controls and not alone[controls[-1].end() : shared].strip():
                 return _End(controls[-1].end(), (controls[-1][0],))
@@ -202,7 +204,7 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
     else:
         match = text.control.match(alone, _skip_blank(alone, begin))
         if match:
-            tokens, stop, shared = [match[0]], match.end(), len(commonprefix([alone, more]))
+            tokens, stop = [match[0]], match.end()
             while (match := text.control.match(alone, stop)) and match.end() <= shared:
                 tokens.append(match[0])
                 stop = match.end()

@@ -16,7 +16,7 @@ from finetune.chat_templates.example import STRIPPED_RULE, SYSTEM_RULE, Unrender
 from finetune.chat_templates.messages import (
     REASONING_END,
     MessageStyle,
-    raw_parts,
+    normalized,
     replace_strings,
     template_options,
 )
@@ -132,8 +132,8 @@ class ChatTemplate:
         ]
 
     def _with_skeleton(self, conversation: Conversation) -> tuple[Conversation, TemplateSkeleton]:
+        conversation = normalized(conversation)
         skeleton = self.skeleton(conversation)
-        conversation = _normalized(conversation)
         if skeleton.system_in_front:
             conversation = replace(conversation, turns=system_in_front(conversation.turns))
         for number, turn in enumerate(conversation.turns):
@@ -154,8 +154,7 @@ class ChatTemplate:
         return RenderedText(conversation, skeleton, text, contents, spelled)
 
     def skeleton(self, conversation: Conversation) -> TemplateSkeleton:
-        """The skeleton of a conversation: that of its shape, with its own pieces if it has tools."""
-        conversation = _normalized(conversation)
+        """The skeleton of a normalized conversation: that of its shape, with its own pieces if it has tools."""
         shape = shape_of(conversation)
         if shape not in self._skeletons:
             if len(self._skeletons) >= MAX_SKELETONS:
@@ -308,20 +307,6 @@ class ChatTemplate:
         with suppress(*TEMPLATE_ERRORS):
             return str(self.apply(conversation, style, tokenize=False))
         return None
-
-
-def _normalized(conversation: Conversation) -> Conversation:
-    """The conversation with reasoning inside a text that is nothing else moved beside it."""
-    if not any(turn.tool_calls and REASONING_END in turn.text for turn in conversation.turns):
-        return conversation
-    return replace(conversation, turns=tuple(map(_with_reasoning_beside, conversation.turns)))
-
-
-def _with_reasoning_beside(turn: Turn) -> Turn:
-    if turn.reasoning or not turn.tool_calls or REASONING_END not in turn.text:
-        return turn
-    reasoning, answer = raw_parts(turn.text)
-    return replace(turn, reasoning=reasoning.strip(), text=answer.strip())
 
 
 def error_as_value(function: Callable[..., Result], *arguments: Any) -> Result | UnrenderableError:

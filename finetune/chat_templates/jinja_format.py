@@ -17,7 +17,7 @@ from finetune.chat_templates.example import (
     TurnSpan,
     UnrenderableError,
 )
-from finetune.chat_templates.messages import without_reasoning
+from finetune.chat_templates.messages import normalized, without_reasoning
 from finetune.chat_templates.plain_text import PlainTextTokenizer, with_plain_offsets
 from finetune.chat_templates.template_skeleton import shape_of, with_date
 from finetune.chat_templates.token_positions import ControlTokenLeak, Extent, TokenPositions, TokenSpan
@@ -81,6 +81,7 @@ class JinjaFormat:
 
     def split_history(self, conversation: Conversation) -> list[Conversation]:
         """One conversation for all answers that stand behind the prompt of serving in it, and so on for the others."""
+        conversation = normalized(conversation)
         turns = conversation.turns
         rest = {number for number, turn in enumerate(turns) if turn.is_supervised}
         parts: list[Conversation] = []

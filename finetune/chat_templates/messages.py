@@ -35,6 +35,23 @@ def split_reasoning(text: str) -> tuple[str, str] | None:
     return (reasoning.strip(), answer.strip()) if answer.strip() else None
 
 
+def normalized(conversation: Conversation) -> Conversation:
+    """The conversation with reasoning in front of tool calls beside the text, and opened where only its end is there."""
+    if not any(turn.role == "model" and REASONING_END in turn.text for turn in conversation.turns):
+        return conversation
+    return replace(conversation, turns=tuple(map(_normalized_turn, conversation.turns)))
+
+
+def _normalized_turn(turn: Turn) -> Turn:
+    if turn.role != "model" or turn.reasoning or REASONING_END not in turn.text:
+        return turn
+    reasoning, answer = raw_parts(turn.text)
+    if turn.tool_calls:
+        return replace(turn, reasoning=reasoning.strip(), text=answer.strip())
+    is_open = REASONING_BEGIN in turn.text or split_reasoning(turn.text) is None
+    return turn if is_open else replace(turn, text=f"{REASONING_BEGIN}\n{turn.text}")
+
+
 def raw_parts(text: str) -> tuple[str, str]:
     """The reasoning and the answer of a text with `</think>`, with their white space."""
     reasoning, _, answer = text.partition(REASONING_END)
@@ -91,7 +108,7 @@ class MessageStyle:
         inside = split_reasoning(turn.text) if REASONING_END in turn.text else None
         if inside is not None and not reasoning:
             key = self.inside_key
-            reasoning, answer = inside if key else ("", _with_opening(turn.text))
+            reasoning, answer = inside if key else ("", turn.text)
         message["content"] = with_reasoning_inside(reasoning, answer) if reasoning and not key else answer
         if reasoning and key:
             message[key] = reasoning
@@ -128,10 +145,6 @@ class _ToolCallIds:
         id, name = self.open.pop(key, (turn.tool_call_id, ""))
         given = {"tool_call_id": id, "name": turn.tool_name or name}
         return {key: value for key, value in given.items() if value}
-
-
-def _with_opening(text: str) -> str:
-    return text if REASONING_BEGIN in text else f"{REASONING_BEGIN}\n{text}"
 
 
 def template_options(conversation: Conversation, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:

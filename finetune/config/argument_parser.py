@@ -212,6 +212,8 @@ def data_faults(data: DataArguments) -> Iterator[str]:
         yield f"--validation_share {data.validation_share:g}: expected a share from 0 to 1"
     if data.validation_share and data.eval_data_path:
         yield "--validation_share and --eval_data_path exclude each other: keep one of them"
+    if data.template_kwargs() is None:
+        yield f"--chat_template_kwargs {data.chat_template_kwargs}: expected a JSON object"
     for rule in data.repairs:
         if rule not in REPAIRS:
             yield f"--repairs {rule}: expected {one_of(tuple(REPAIRS))}"

@@ -6,6 +6,7 @@ This is the only home of a default of ours.
 from __future__ import annotations
 
 import ast
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -156,12 +157,40 @@ class DataArguments:
     preprocessing_num_workers: int | None = option(
         None, "processes that prepare data; default: 1 for small data, else one per core, at most 16"
     )
-    chat_template: str | None = option(None, "`lingowhale`, `chatml` or a Jinja file; default: the tokenizer's own")
+    chat_template: str | None = option(
+        None, "`lingowhale`, `chatml`, `hermes` (ChatML with tools) or a Jinja file; default: the tokenizer's own"
+    )
+    chat_template_kwargs: str | None = option(
+        None, """variables for the chat template as JSON, e.g. '{"enable_thinking": false}'; a row's own come first"""
+    )
+    reasoning: Literal["learn", "context", "drop"] = option(
+        "learn", "reasoning of model turns is supervised, is read but not supervised, or is left out"
+    )
+    history: Literal["as_served", "as_is"] = option(
+        "as_served",
+        "where a template writes an answer otherwise once other turns follow, it becomes an example of its own behind "
+        "the prompt of serving, or is supervised as it is written",
+    )
     content_tokens: list[str] = option(
-        [], "added tokens that contents may use as tokens, e.g. `'<think>' '</think>'`; all others are plain text"
+        [],
+        "added tokens that human turns may use as tokens, too, e.g. `'<think>'`; in model turns all that are not "
+        "special are tokens, all others are plain text",
     )
     human_token_ids: list[int] = option([3], "LingoWhale format: the marker before a human turn")
     model_token_ids: list[int] = option([4], "LingoWhale format: the marker before a model turn")
+
+    def template_kwargs(self) -> dict[str, Any] | None:
+        """Return the variables for the chat template; None if they are not a JSON object."""
+        try:
+            value = json.loads(self.chat_template_kwargs or "{}")
+        except json.JSONDecodeError:
+            return None
+        return value if isinstance(value, dict) else None
+
+    def chat_facts(self) -> dict[str, Any]:
+        """Return what run.json records, so that the result is served as it was trained."""
+        names = ("human_token_ids", "model_token_ids", "content_tokens", "reasoning", "history")
+        return {name: getattr(self, name) for name in names} | {"template_kwargs": self.template_kwargs()}
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class RunConfig:
             "world_size": self.batch.world_size,
             "precision": self.hardware.precision,
             "attention": self.hardware.attention,
-            "chat": {name: getattr(data, name) for name in ("human_token_ids", "model_token_ids", "content_tokens")},
+            "chat": data.chat_facts(),
             "data": {"path": data.data_path},
         }
 

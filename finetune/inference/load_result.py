@@ -135,6 +135,8 @@ def chat_format_of(result: RunResult, tokenizer: PreTrainedTokenizerBase) -> Cha
         human_token_ids=chat["human_token_ids"],
         model_token_ids=chat["model_token_ids"],
         content_tokens=chat["content_tokens"],
+        template_kwargs=chat.get("template_kwargs"),
+        masks_reasoning=chat.get("reasoning") == "context",
     )
     return chat_format
 

@@ -43,6 +43,9 @@ def load_chat_format(
         is_lingowhale=model.is_lingowhale(),
         content_tokens=data.content_tokens,
         day=day,
+        template_kwargs=data.template_kwargs(),
+        history=data.history,
+        masks_reasoning=data.reasoning == "context",
     )
     return tokenizer, chat_format, notes
 
@@ -118,7 +121,13 @@ def prepare_sources(
     """Read, render and check the rows of these sources as the flags say; `options` are those of `prepare_dataset`."""
     prepared = prepare_dataset(
         sources,
-        Renderer(chat_format, data.model_max_length, too_long=data.too_long, train_on=data.train_on),
+        Renderer(
+            chat_format,
+            data.model_max_length,
+            too_long=data.too_long,
+            train_on=data.train_on,
+            drops_reasoning=data.reasoning == "drop",
+        ),
         bad_rows=data.bad_rows,
         repairs=data.repairs,
         cache_dir=data.data_cache_dir,
