@@ -155,15 +155,7 @@ class ChatTemplate:
 
     def skeleton(self, conversation: Conversation) -> TemplateSkeleton:
         """The skeleton of a normalized conversation: that of its shape, with its own pieces if it has tools."""
-        shape = shape_of(conversation)
-        if shape not in self._skeletons:
-            if len(self._skeletons) >= MAX_SKELETONS:
-                self._skeletons.clear()
-                self._marked.clear()
-            self._skeletons[shape] = error_as_value(self._build, conversation)
-        skeleton = self._skeletons[shape]
-        if isinstance(skeleton, UnrenderableError):
-            raise skeleton
+        skeleton = self.skeleton_of_shape(conversation)
         if not conversation.tools and not any(turn.tool_calls for turn in conversation.turns):
             return skeleton
         if skeleton.system_in_front:
@@ -177,6 +169,19 @@ class ChatTemplate:
                 return own
         own = build_skeleton(marked, self._template_text(marked, None, spelled), as_is=self.as_is)
         return replace(own, system_in_front=skeleton.system_in_front)
+
+    def skeleton_of_shape(self, conversation: Conversation) -> TemplateSkeleton:
+        """The skeleton of all normalized conversations of this shape, with placeholders of tools and calls."""
+        shape = shape_of(conversation)
+        if shape not in self._skeletons:
+            if len(self._skeletons) >= MAX_SKELETONS:
+                self._skeletons.clear()
+                self._marked.clear()
+            self._skeletons[shape] = error_as_value(self._build, conversation)
+        skeleton = self._skeletons[shape]
+        if isinstance(skeleton, UnrenderableError):
+            raise skeleton
+        return skeleton
 
     def _with_real_tools(self, conversation: Conversation) -> tuple[Conversation, list[str]]:
         """The conversation with marks as its texts and for the control tokens that declarations and calls spell."""

@@ -89,7 +89,7 @@ class JinjaFormat:
         while rest:
             part = replace(conversation, turns=turns[: last + 1])
             try:
-                skeleton = self.chat_template.skeleton(part)
+                skeleton = self.chat_template.skeleton_of_shape(part)
             except UnrenderableError:
                 return [conversation]  # tokenizing it says why
             shift = int(skeleton.system_in_front)
@@ -125,7 +125,8 @@ class JinjaFormat:
                 )
                 continue
             extents = rendered.extents(masks_reasoning=self.masks_reasoning)
-            spans = self.positions.by_controls(rendered.text, ids, extents)
+            has_results = any(turn.role == "tool" for turn in rendered.conversation.turns)
+            spans = self.positions.by_controls(rendered.text, ids, extents, has_results=has_results)
             if spans is None:
                 missed[index] = rendered
             else:

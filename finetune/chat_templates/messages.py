@@ -36,7 +36,7 @@ def split_reasoning(text: str) -> tuple[str, str] | None:
 
 
 def normalized(conversation: Conversation) -> Conversation:
-    """The conversation with reasoning in front of tool calls beside the text, and opened where only its end is there."""
+    """The conversation with reasoning in front of tool calls beside the text, and opened where only its end is."""
     if not any(turn.role == "model" and REASONING_END in turn.text for turn in conversation.turns):
         return conversation
     return replace(conversation, turns=tuple(map(_normalized_turn, conversation.turns)))

@@ -10,7 +10,7 @@ ids then stand there. This needs no offsets, which cost the tokenizer time; wher
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,8 +50,13 @@ class TokenPositions:
         self._ids_of_text = {plain.token(token_id): token_id for token_id in self.control_ids}
         self._leads: dict[str, list[int]] = {}
 
-    def by_controls(self, text: str, ids: Sequence[int], extents: Sequence[Extent]) -> list[TokenSpan] | None:
-        """The tokens of each extent; None if a boundary cannot be found so."""
+    def by_controls(
+        self, text: str, ids: Sequence[int], extents: Sequence[Extent], *, has_results: bool = False
+    ) -> list[TokenSpan] | None:
+        """The tokens of each extent; None if a boundary cannot be found so.
+
+        With `has_results` that of a context turn may hold some of the template's text: of several results of tools.
+        """
         controls = [match for match in self.plain.control_pattern.finditer(text) if match[0] in self._ids_of_text]
         places = [place for place, token_id in enumerate(ids) if token_id in self.control_ids]
         if len(controls) != len(places) or any(
@@ -59,38 +64,47 @@ class TokenPositions:
         ):
             return None
         begins, ends = [match.start() for match in controls], [match.end() for match in controls]
-        spans = []
+        begins.append(len(text))
+        places.append(len(ids))
+        spans: list[TokenSpan] = []
         for extent in extents:
-            before = bisect_right(ends, extent.begin) - 1
-            lead_begin, start = (ends[before], places[before] + 1) if before >= 0 else (0, 0)
-            lead = text[lead_begin : extent.begin]
-            if lead:
-                lead_ids = self._lead(lead)
-                if lead_ids is None or list(ids[start : start + len(lead_ids)]) != lead_ids:
-                    return None
-                start += len(lead_ids)
-            after = bisect_right(ends, extent.stop) - 1
-            if after >= 0 and ends[after] == extent.stop and ends[after] > extent.begin:
-                stop = places[after] + 1
-            elif after + 1 < len(begins) and not text[extent.stop : begins[after + 1]].strip():
-                if extent.is_supervised and begins[after + 1] != extent.stop:
-                    return None
-                stop = places[after + 1]
+            before, after = bisect_right(ends, extent.begin) - 1, bisect_left(begins, extent.stop)
+            edge = (ends[before], places[before] + 1) if before >= 0 else (0, 0)
+            start, stop = self._after(text, ids, *edge, extent), None
+            if after and ends[after - 1] == extent.stop and extent.stop > extent.begin:
+                stop = places[after - 1] + 1
             else:
-                return None
-            if stop <= start:
+                stop = self._before(text, ids, begins[after], places[after], extent)
+            if has_results and not extent.is_supervised:
+                start = start if start is not None else spans[-1].stop if spans else 0
+                stop = stop if stop is not None else places[after]
+            if start is None or stop is None or stop <= start:
                 return None
             spans.append(TokenSpan(start, stop))
         return spans
 
-    def _lead(self, lead: str) -> list[int] | None:
-        if len(lead) > MAX_LEAD:
-            return None
-        if lead not in self._leads:
+    def _after(self, text: str, ids: Sequence[int], control_end: int, place: int, extent: Extent) -> int | None:
+        """The token at the beginning of an extent, behind a control token and the template's text after that."""
+        lead = self._ids_of(text[control_end : extent.begin])
+        return place + len(lead) if lead is not None and ids[place : place + len(lead)] == lead else None
+
+    def _before(self, text: str, ids: Sequence[int], control_begin: int, place: int, extent: Extent) -> int | None:
+        """The token after the end of an extent, in front of the template's text and the next control token."""
+        between = text[extent.stop : control_begin]
+        tail = self._ids_of(between)
+        if tail is not None and ids[place - len(tail) : place] == tail:
+            return place - len(tail)
+        return None
+
+    def _ids_of(self, text: str) -> list[int] | None:
+        """The ids of a short text of the template."""
+        if not text or len(text) > MAX_LEAD:
+            return None if text else []
+        if text not in self._leads:
             if len(self._leads) > 1000:
                 self._leads.clear()
-            self._leads[lead] = list(self.plain.tokenizer.encode(lead, add_special_tokens=False))
-        return self._leads[lead]
+            self._leads[text] = list(self.plain.tokenizer.encode(text, add_special_tokens=False))
+        return self._leads[text]
 
     def by_offsets(self, text: str, encoding: Any, extents: Sequence[Extent]) -> list[TokenSpan]:
         """The tokens of each extent by the offsets of the tokens.
