@@ -195,6 +195,9 @@ def test_a_thousand_conversations_at_random(name, smol_tokenizer, golden_tokeniz
         if one.status == "dropped":
             assert one.examples == () and one.reason
             assert is_fault or one.reason.endswith((f"alone fills {LIMIT}", f"fits into {LIMIT}")), one.reason
+        elif isinstance(row.get("text"), str) and not {"conversations", "messages"} & row.keys():
+            (example, *_) = one.examples
+            assert tokenizer.decode(example.input_ids[:-1]) in (row["text"], "<s>" + row["text"])
         else:
             harmless = control_ids_of(renderer, row, control)
             check_accepted(one, row, tokenizer, end, [control, harmless])
