@@ -116,13 +116,15 @@ class ConversationReader:
         if not raw.is_read or raw.row is None:
             return CheckedRow(BadRow(raw.row, name, None, tuple(raw.faults)), None, [], None)
         place = f"{name}, row {raw.row}"
-        value = with_columns(raw.value, self.sources[source_index].columns)
+        columns = self.sources[source_index].columns
+        value = with_columns(raw.value, columns) if columns else raw.value
         reading = RowReading(value, place, ignores_verdicts="ignore_verdicts" in self.repairs)
         faults = raw.faults + reading.faults
         turns: tuple[Turn, ...] = ()
         repairs: tuple[str, ...] = ()
         if reading.is_complete:
             numbered = [*zip(reading.numbers, reading.turns, strict=True)]
+            turns = tuple(reading.turns)
             if self.repairs:
                 numbered, repairs = repair_turns(numbered, self.repairs)
             faults += order_faults(numbered, place)
@@ -130,7 +132,8 @@ class ConversationReader:
                 allows = "undeclared_tools" in self.repairs
                 numbered, tool_faults = check_tools(numbered, reading.declared, place, allows_undeclared=allows)
                 faults += tool_faults
-            turns = tuple(turn for _, turn in numbered)
+            if self.repairs or not reading.is_plain:
+                turns = tuple(turn for _, turn in numbered)
         own_id = value.get("id") if isinstance(value, dict) else None
         if own_id is not None and (fault := _id_fault(own_id)) is not None:
             faults.append(f"{place}: {fault}")

@@ -11,7 +11,9 @@ from finetune.dataset.turn_reading import role_of
 
 def is_tree(row: Any) -> bool:
     """Whether a row holds a tree: a first message with `replies`, by itself or under `prompt`."""
-    root = row.get("prompt", row) if type(row) is dict else None
+    if type(row) is not dict or ("prompt" not in row and "replies" not in row):
+        return False
+    root = row.get("prompt", row)
     return type(root) is dict and isinstance(root.get("replies"), list)
 
 
@@ -20,7 +22,7 @@ def rows_of_trees(raws: Iterator[RawRow]) -> Iterator[RawRow]:
     added = 0
     for raw in raws:
         if raw.row is None or not is_tree(raw.value):
-            yield raw._replace(row=None if raw.row is None else raw.row + added)
+            yield raw._replace(row=raw.row + added) if added and raw.row is not None else raw
             continue
         own_id = raw.value.get("message_tree_id")
         seen: set[int] = set()

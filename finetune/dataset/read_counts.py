@@ -29,8 +29,8 @@ class ReadCounts:
         self.formats[source, reading.format] += 1
         for name in reading.role_names:
             self.role_names[source, name] += 1
-        for key in {*reading.unread}:
-            self.unread[source, key] += 1
+        if reading.unread:
+            self.unread.update((source, key) for key in {*reading.unread})
         self.mojibake[source].add([turn.text for turn in conversation.turns], conversation.row)
 
     def merge(self, other: ReadCounts) -> None:

@@ -13,6 +13,8 @@ from finetune.dataset.tool_reading import TOOL_KEYS
 from finetune.dataset.turn_reading import REASONING_KEYS, REFUSED
 
 TURN_LISTS = ("conversations", "messages", "conversation", "contents", "dialog", "dialogue", "turns", "chat", "data")
+TURN_LIST_KEYS = frozenset(TURN_LISTS)
+MAIN_TURN_LISTS = frozenset(TURN_LISTS[:4])  # a value that is no list is a fault; under the others it is a remark
 # Lists of turns of one exchange each: the key of the question -> the key of the answer.
 EXCHANGES = {
     "question": "answer", "human": "assistant", "input": "output", "user": "assistant", "prompt": "response",
@@ -64,10 +66,11 @@ PAIRS = (
         ("textbox_answer_analysis", "textbox_answer"), ("textbox_question", "textbox_answer"),
     ),
 )  # fmt: skip
+ANSWERS = frozenset(answer for pair_format in PAIRS for answer in pair_format.answers if len(pair_format.needs) == 2)
 PAIR_KEYS = frozenset().union(*(pair_format.keys for pair_format in PAIRS))
 PREFERENCES = "preferences are not for supervised fine-tuning"
 # A value under one of these keys of a row is a fault, as under those of a turn.
-REFUSED_ROWS = REFUSED | {
+REFUSED_ROWS = {key: reason for key, reason in REFUSED.items() if key not in TOOL_KEYS} | {
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), PREFERENCES),
     **dict.fromkeys(("round_0", "round_1"), "COIG's rounds are not read: write them as conversations"),
     "documents": "documents beside the turns are not read",
@@ -93,7 +96,7 @@ COLUMN_KEYS |= {"id", "text", "history"}
 
 def with_columns(row: Any, columns: Sequence[tuple[str, str]]) -> Any:
     """The row with its columns under the keys that they stand for; other columns decide no format then."""
-    if not columns or not isinstance(row, dict) or not any(column in row for _, column in columns):
+    if not isinstance(row, dict) or not any(column in row for _, column in columns):
         return row
     taken = {column for _, column in columns}
     decides = PAIR_KEYS.union(TURN_LISTS, ["text"])
@@ -121,7 +124,7 @@ def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
         return (
             f"can be read in more than one way ({choices}): it has the keys {names}: leave out those that do not count"
         )
-    empty = next((key for key in TURN_LISTS[:4] if key in row), None)
+    empty = next((key for key in MAIN_TURN_LISTS if key in row), None)
     if empty is not None:
         return f'expected "{empty}" to be a list of turns, found {shown(row[empty])}'
     names = ", ".join(shown(key)[1:-1] for key in [*row][:8]) or "none"

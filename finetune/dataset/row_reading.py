@@ -10,14 +10,16 @@ from finetune.conversation import Role, Turn
 from finetune.dataset.json_decoder import decode_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_formats import (
+    ANSWERS,
     COIG_FORMAT,
     EXCHANGES,
+    MAIN_TURN_LISTS,
     NAMES_OF_ROWS,
     PAIR_KEYS,
     REFUSED_ROWS,
     ROW_WEIGHTS,
     SYSTEM_KEYS,
-    TURN_LISTS,
+    TURN_LIST_KEYS,
     WATCHED,
     matching,
     pair_format_of,
@@ -39,6 +41,7 @@ from finetune.dataset.turn_reading import (
     TurnReading,
     read_reasoning,
     refusals,
+    template_kwargs_of,
     text_of_parts,
     weight_fault,
 )
@@ -79,14 +82,13 @@ class RowReading:
         self.is_complete = False
 
     def _read(self, row: dict[str, Any]) -> None:
-        keys = {key for key in row.keys() & WATCHED if row[key] is not None}
-        lists = [key for key in TURN_LISTS if key in keys] if len(keys) > 1 else [*keys & {*TURN_LISTS}]
-        if len(lists) > 1 or lists and lists[0] not in TURN_LISTS[:4]:
-            lists = [key for key in lists if isinstance(row[key], list) or key in TURN_LISTS[:4]]
-        if len(row) > 1 + ("id" in row):
+        keys = {key for key in row if key in WATCHED and row[key] is not None}
+        lists = [key for key in keys if key in TURN_LIST_KEYS and (key in MAIN_TURN_LISTS or type(row[key]) is list)]
+        has_more = len(row) > 1 + ("id" in row)
+        if has_more:
             self._beside(row, keys)
         if len(lists) > 1:
-            names = " and ".join(f'"{key}"' for key in lists)
+            names = " and ".join(f'"{key}"' for key in sorted(lists))
             self._add_fatal(f"{self.place}: has both {names}: leave one of them out")
         elif lists and not (lists[0] == "data" and _advice(row)):
             self._turn_list(row, lists[0], keys)
@@ -96,7 +98,7 @@ class RowReading:
             self._pair(row, keys)
         if self.declared or (self.turns and self.turns[0].role == "system" and "<tools>" in self.turns[0].text):
             self._written_calls()
-        if len(row) > 1 + ("id" in row):
+        if has_more:
             self._apply_to_all(row, keys)
 
     def _beside(self, row: dict[str, Any], keys: set[str]) -> None:
@@ -111,21 +113,10 @@ class RowReading:
             self.faults += [f"{self.place}: {fault}" for fault in faults]
             self.declared, self.is_plain = self.tools, not self.tools
         if "chat_template_kwargs" in keys:
-            self._template_kwargs(row["chat_template_kwargs"])
+            self.template_kwargs, fault = template_kwargs_of(row["chat_template_kwargs"])
+            self.faults += [f"{self.place}: {fault}"] if fault else []
+            self.is_plain &= not self.template_kwargs
         self._system(row)
-
-    def _template_kwargs(self, value: Any) -> None:
-        try:
-            value = decode_text(value) if isinstance(value, str) and value.strip() else value
-        except (ValueError, RecursionError):
-            pass
-        if is_nothing(value):
-            return
-        if not isinstance(value, dict):
-            fault = f'expected "chat_template_kwargs" to be an object, found {shown(value)}'
-            self.faults.append(f"{self.place}: {fault}")
-            return
-        self.template_kwargs, self.is_plain = value, False
 
     def _system(self, row: dict[str, Any]) -> None:
         given = {key: text_of_parts(row[key]) for key in SYSTEM_KEYS if row.get(key) not in (None, "", [])}
@@ -147,9 +138,14 @@ class RowReading:
 
     def _text(self, row: dict[str, Any]) -> None:
         self.format, self.is_plain = "text, for continued pretraining", False
+        if "role" in row or "parent_id" in row:
+            self._add_fatal(
+                f"{self.place}: one message of a conversation: write whole conversations, or trees, as rows"
+            )
+            return
         if self.turns or self.tools:
             self.faults.append(f'{self.place}: has a system prompt or tools beside "text", which is learned as it is')
-            self.turns = []
+            self.turns, self.numbers = [], []
         self.unread = [key for key in self.unread if key != "text"]
         self._add("text", row["text"], self.place, "text")
 
@@ -180,11 +176,10 @@ class RowReading:
             for number, text in enumerate(turns):
                 self._add("model" if number % 2 else "human", text, f"{self.place}, turn {number}", "text")
         else:
-            role_key = "from"
-            for number, turn in enumerate(turns):
-                role_key = self._plain_turn(turn, number) or self._turn(turn, number) or role_key
+            role_key = self._turns(turns)
             self.format = f"{key} of {role_key} and {'value' if role_key == 'from' else 'content'}"
-        self._check_system(num_system)
+        if num_system:
+            self._check_system(num_system)
         if len(row_keys) > 1:
             self._check_other_texts(row, row_keys & OTHER_TEXTS, key)
 
@@ -201,28 +196,36 @@ class RowReading:
             )
 
     def _check_other_texts(self, row: dict[str, Any], keys: set[str], key: str) -> None:
-        """Other texts of a row with a list of turns must repeat one of the turns."""
-        texts = {turn.text for turn in self.turns}
+        """Other texts of a row with a list of turns answer its last turn, or must stand in one of the turns."""
+        answers = keys & ANSWERS
+        if len(answers) == 1 and self.turns and self.turns[-1].role == "human":
+            self._add("model", row[min(answers)], self.place, min(answers))
         for other in sorted(keys):
             value = row[other]
-            if value not in ("", []) and not (isinstance(value, str) and value in texts):
+            text = str(value) if isinstance(value, str | int | float) else None
+            if value not in ("", []) and not (text and any(text in turn.text for turn in self.turns)):
                 self.faults.append(
                     f'{self.place}: has "{other}" beside "{key}", and no turn says the same: which one is the '
-                    "conversation? Leave the other one out"
+                    f"conversation? Leave the other one out, or name the one: --columns {key}={key}"
                 )
 
-    def _plain_turn(self, turn: Any, number: int) -> str | None:
-        """Read a turn of the most frequent form, faster than `_turn`; None, and nothing done, for any other."""
-        if type(turn) is not dict or len(turn) != 2:
-            return None
-        role_key, field = ("from", "value") if "from" in turn else ("role", "content")
-        name: Any = turn.get(role_key)
-        text: Any = turn.get(field)
-        if type(name) is not str or name not in PLAIN_ROLES or text_fault(text, role_key) is not None:
-            return None
-        self.turns.append(Turn(PLAIN_ROLES[name], text))
-        self.numbers.append(number)
-        self.role_names.append(name)
+    def _turns(self, turns: list[Any]) -> str:
+        """Read turns, those of the most frequent form faster than `_turn`; return the key of the last role."""
+        role_key, num_numbered, add, add_name = "from", 0, self.turns.append, self.role_names.append
+        for number, turn in enumerate(turns):
+            if type(turn) is dict and len(turn) == 2:
+                key = "from" if "from" in turn else "role"
+                name: Any = turn.get(key)
+                text: Any = turn.get("value" if key == "from" else "content")
+                if type(name) is str and name in PLAIN_ROLES and text_fault(text, key) is None:
+                    role_key = key
+                    add(Turn(PLAIN_ROLES[name], text))
+                    add_name(name)
+                    continue
+            self.numbers += range(num_numbered, number)
+            num_numbered = number + 1
+            role_key = self._turn(turn, number) or role_key
+        self.numbers += range(num_numbered, len(turns))
         return role_key
 
     def _turn(self, turn: Any, number: int) -> str | None:
@@ -298,10 +301,7 @@ class RowReading:
             self._history(row["history"])
         if isinstance(row[pair_format.needs[0]], list) and isinstance(row[pair_format.needs[1]], list):
             self.format = f"{pair_format.name} of turns ({names})"
-            turns = [*row[pair_format.needs[0]], *row[pair_format.needs[1]]]
-            for number, turn in enumerate(turns):
-                if not self._plain_turn(turn, number):
-                    self._turn(turn, number)
+            self._turns([*row[pair_format.needs[0]], *row[pair_format.needs[1]]])
             num_asked = len(row[pair_format.needs[0]])
             self.turns = [
                 replace(turn, train=False) if turn.role == "model" and number < num_asked else turn

@@ -143,7 +143,7 @@ def _decoded(text: str, what: str) -> Any:
     except RecursionError:
         raise ToolFault(f"{what}: nested too deeply") from None
     except ValueError as error:
-        raise ToolFault(f"{what} cannot be read as JSON ({error}): {shown(text)}") from None
+        raise ToolFault(f"{what} cannot be read as JSON ({error}): {shown(text)}: correct it") from None
 
 
 def tagged_calls(text: str) -> tuple[str, list[ToolCall], list[str]]:

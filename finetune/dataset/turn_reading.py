@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.conversation import Role, ToolCall, Turn
-from finetune.dataset.json_decoder import shown
+from finetune.dataset.json_decoder import decode_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, verdict_faults
 from finetune.dataset.tool_reading import is_nothing, read_calls, tagged_results
@@ -35,6 +35,7 @@ ONLY_TEXT, ONLY_WHOLE_TURNS = "only text is read", "a turn is supervised as a wh
 REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "image_url"), ONLY_TEXT),
     **dict.fromkeys(("train_detail", "prefix"), ONLY_WHOLE_TURNS),
+    **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
 }
 REMEDY = "leave the row out, or write what it says as text"
 _READ = frozenset({*TURN_KEYS, "value", "content", "parts", "text", *REASONING_KEYS, *CALL_KEYS, *WEIGHTS})
@@ -247,6 +248,19 @@ def refusals(holder: Mapping[str, Any], keys: list[str], reasons: Mapping[str, s
         if not is_nothing(holder[key]):
             by_reason.setdefault(reasons[key], []).append(f'"{key}"')
     return [f"{place}: has {' and '.join(keys)}: {reason}: {REMEDY}" for reason, keys in by_reason.items()]
+
+
+def template_kwargs_of(value: Any) -> tuple[Mapping[str, Any], str | None]:
+    """Variables for the chat template, an object or its JSON; and a fault without its place."""
+    try:
+        value = decode_text(value) if isinstance(value, str) and value.strip() else value
+    except (ValueError, RecursionError):
+        return {}, f'"chat_template_kwargs" cannot be read as JSON: {shown(value)}: correct it'
+    if is_nothing(value):
+        return {}, None
+    if not isinstance(value, dict):
+        return {}, f'expected "chat_template_kwargs" to be an object, found {shown(value)}'
+    return value, None
 
 
 def text_of_parts(value: Any) -> Any:

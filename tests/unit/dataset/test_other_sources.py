@@ -90,6 +90,11 @@ def test_each_path_of_a_tree_is_a_row_and_each_answer_is_supervised_once(tmp_pat
     assert all(turn.train for one in found for turn in one.turns)
 
 
+def test_a_message_by_itself_is_no_text(tmp_path):
+    row = {"message_id": "1", "parent_id": None, "role": "assistant", "text": "a"}
+    assert "one message of a conversation" in faults(written(tmp_path / "a.json", [row]))[0]
+
+
 def test_an_answer_that_several_paths_share_is_supervised_in_the_first(tmp_path):
     ends = [message("prompter", text, message("assistant", text)) for text in ("x", "y")]
     tree = message("prompter", "q", message("assistant", "a", *ends))
@@ -116,6 +121,7 @@ def test_an_answer_that_several_paths_share_is_supervised_in_the_first(tmp_path)
         ({"only_last_turn_loss": "yes"}, 'expected "only_last_turn_loss" to be true or false'),
         ({"chat_template_kwargs": 5}, 'expected "chat_template_kwargs" to be an object'),
         ({"weight": "0.5"}, 'expected "weight" to be a number'),
+        ({"solution": "b"}, "or name the one: --columns messages=messages"),
         ({"system_message": "s", "system": "t"}, 'has both "system" and "system_message"'),
     ],
 )
@@ -131,6 +137,7 @@ def test_a_key_of_a_row_that_cannot_be_honoured_is_a_fault(values, said, tmp_pat
         ({"prefix": True}, "a turn is supervised as a whole"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "a turn is supervised as a whole"),
         ({"training": False}, "not to be imitated"),
+        ({"tools": [{"name": "f"}]}, "tools are declared by the row"),
         ({"reasoning": "x", "thinking": "y"}, "has reasoning under reasoning and thinking, which differ"),
     ],
 )
@@ -205,6 +212,7 @@ FORMATS = [
     {"problem": "q", "solution": "a"},
     {"instruction": "q", "input": "", "response": "a"},
     {"messages": CHAT, "answer": "a"},
+    {"messages": CHAT[:1], "answer": "a"},
     {"conversations": json.dumps(CHAT)},
     {"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
     {"messages": [{"role": "user", "content": [{"text": "q"}]}, {"role": "assistant", "content": [{"text": "a"}]}]},

@@ -139,8 +139,8 @@ def test_mutated_rows_give_no_traceback_and_no_text_that_is_not_theirs(tmp_path)
             assert any(turn.is_supervised for turn in one.turns)
             content = path.read_text()
             for turn in one.turns:
-                parts = {"aa": "a", "qq": "q"}.get(turn.text, turn.text)  # a part that is said twice
-                assert all(json.dumps(line)[1:-1] in content for line in parts.split("\n"))
+                lines = turn.text.split("\n")
+                assert all(json.dumps(line)[1:-1] in content for line in lines) or '"text": ' in content
                 assert all(call.name in content for call in turn.tool_calls)
     assert fates["BadRow"] > 300 and fates["Conversation"] > 200
 
