@@ -6,9 +6,11 @@ import re
 
 import pytest
 
-from finetune.chat_templates.text_segments import Segment
+from finetune.chat_templates import Renderer, select_chat_format
+from finetune.chat_templates.text_segments import Segment, segmenter
+from finetune.conversation import Conversation, ToolCall, Turn
 from finetune.report import html_pages
-from finetune.run_dir.data_samples import TurnSample
+from finetune.run_dir.data_samples import TurnSample, sample_of
 from finetune.utils.errors import ConfigError, StorageError
 from tests.helpers.preview_pages import CARDS, END, HOSTILE, Document, a_page, card, turns
 
@@ -42,6 +44,30 @@ def test_tool_results_and_plain_text_have_their_roles():
     assert page.inside("role") == ["tool", "text"] and page.inside("text") == ['{"degrees": 7}', "Once"]
     assert page.inside("supervised") == ["supervised", "Once"]
     assert page.count("tool") == page.count("plain") == 1
+
+
+def test_calls_and_reasoning_are_supervised_and_declarations_and_results_are_not(smol_tokenizer):
+    chat_format, _ = select_chat_format(smol_tokenizer, "hermes", human_token_ids=[3], model_token_ids=[4])
+    call = ToolCall("find_book", {"title": "The Sea"}, "a1")
+    conversation = Conversation(
+        (
+            Turn("human", "Have you got it?"),
+            Turn("model", "", tool_calls=(call,)),
+            Turn("tool", "shelf 4", tool_call_id="a1"),
+            Turn("model", "On shelf 4.", reasoning="It is there."),
+        ),
+        tools=({"type": "function", "function": {"name": "find_book", "parameters": {"type": "object"}}},),
+    )
+    (rendering,) = Renderer(chat_format, 400).render_all([conversation])
+    page = Document(html_pages.render_preview(a_page([sample_of(rendering, segmenter(chat_format))])))
+    assert page.inside("role")[-4:] == ["human", "model", "tool", "model"]
+    learned = "\n".join(page.inside("supervised")[1:])
+    assert '{"name": "find_book", "arguments": {"title": "The Sea"}}' in learned and "On shelf 4." in learned
+    assert (
+        "It is there." in learned and "shelf 4" not in learned.replace("On shelf 4.", "") and "<tools>" not in learned
+    )
+    shown = "\n".join(page.inside("between") + page.inside("text"))
+    assert '"name": "find_book", "parameters"' in shown and page.inside("text")[-2].strip().startswith("shelf 4")
 
 
 def test_nothing_in_the_data_becomes_an_element_and_nothing_is_fetched():
