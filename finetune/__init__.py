@@ -60,7 +60,7 @@ def read_conversations(
 
     Args:
         paths: one or several of them.
-        repairs: rules that may change rows: `merge_turns`, `drop_last_human`.
+        repairs: rules that may change rows, as `--repairs` names them.
 
     Raises:
         DataError: a source that cannot be found, or all faults of its rows.
