@@ -36,6 +36,8 @@ BAR_STEPS = 1000
 # Below this many bytes of data, starting processes costs more than it saves.
 MIN_BYTES_FOR_PROCESSES = 16 << 20
 MAX_PROCESSES = 16
+# Rows make many objects and no cycles: with Python's own 700, collecting takes a tenth of the time.
+GC_THRESHOLD = 20_000
 
 BadRows = Literal["error", "drop"]
 Watch = Callable[[Iterator[RenderedConversation]], None]
@@ -227,6 +229,7 @@ def prepare_dataset(
                 processes = num_processes or _num_processes(sources)
                 gc.freeze()  # objects of the libraries need not be copied on a fork
                 gc.enable()
+                gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
                 reader = ConversationReader(sources, repairs=repairs)
                 batches = stored_batches(reader, renderer, processes, limit)
                 _write(folder, reader, batches, bad_rows, watch)
