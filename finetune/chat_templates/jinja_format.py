@@ -87,7 +87,7 @@ class JinjaFormat:
         parts: list[Conversation] = []
         last = len(turns) - 1
         while rest:
-            part = replace(conversation, turns=turns[: last + 1])
+            part = conversation if last == len(turns) - 1 else replace(conversation, turns=turns[: last + 1])
             try:
                 skeleton = self.chat_template.skeleton_of_shape(part)
             except UnrenderableError:
@@ -96,12 +96,14 @@ class JinjaFormat:
             here = {number for number in rest if number - shift in skeleton.answers and number <= last}
             if not here and last == max(rest):
                 return [conversation]
+            if len(here) == len(rest) and not parts:
+                return [part]
             if here:
                 own = tuple(
                     replace(turn, train=turn.train and number in here) if turn.role == "model" else turn
                     for number, turn in enumerate(part.turns)
                 )
-                parts.append(replace(part, turns=own) if len(here) < len(rest) or parts else part)
+                parts.append(replace(part, turns=own))
             rest -= here
             last = max(rest, default=0)
         return parts[::-1] or [conversation]
