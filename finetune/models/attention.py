@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from finetune.models.model_config import by_layer, largest
 from finetune.models.zero3 import gather_per_module
 
 FLAT_ATTENTION = "flat_attention"
@@ -160,7 +161,7 @@ def _causal_mask(length: int, window: int | None, device: torch.device) -> torch
 def unsupported_config_reason(config: Any, longest: int) -> str | None:
     """Return why a model with this config cannot run flat rows of conversations up to `longest` tokens, or None."""
     config = config.get_text_config()
-    recurrent = [name for name in RECURRENT_FIELDS if getattr(config, name, None) is not None]
+    recurrent = [name for name in RECURRENT_FIELDS if any(value is not None for value in by_layer(config, name))]
     if recurrent:
         return f"its layers carry a state across conversations (config: {recurrent[0]})"
     others = {kind for kind in getattr(config, "layer_types", None) or () if kind not in ATTENTION_LAYERS}
@@ -168,8 +169,8 @@ def unsupported_config_reason(config: Any, longest: int) -> str | None:
         return f"it has layers that are not attention (config: layer_types {', '.join(sorted(others))})"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         return "its attention adds a position bias (config: alibi)"
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk is not None and chunk < longest:
+    chunk = largest(config, "attention_chunk_size")
+    if chunk and chunk < longest:
         return f"its attention works in chunks of {chunk} tokens (config: attention_chunk_size)"
     if getattr(config, "attn_temperature_tuning", False):
         return "it scales queries by their position in the row (config: attn_temperature_tuning)"
@@ -178,9 +179,8 @@ def unsupported_config_reason(config: Any, longest: int) -> str | None:
 
 def sliding_window_of(config: Any, longest: int) -> int | None:
     """Return the sliding window, or None if it does not matter for conversations up to `longest` tokens."""
-    config = config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = window is not None and window < longest and (kinds is None or "sliding_attention" in kinds)
+    window, kinds = largest(config, "sliding_window"), getattr(config.get_text_config(), "layer_types", None)
+    slides = window and window < longest and (kinds is None or "sliding_attention" in kinds)
     return window if slides else None
 
 

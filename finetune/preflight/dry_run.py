@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,12 @@ SECONDS_FOR_A_RUN = 300
 
 def shrink_config(config: Any, *, heads: int = HEADS) -> Any:
     """Return a config of the same architecture with two layers (one of each kind), four heads and four experts."""
-    small = type(config)(**config.to_dict())
+    small = deepcopy(config)
     text = small.get_text_config()
     known = text.to_dict()
+    per_layer = {int(number): fields for number, fields in (known.pop("per_layer_config", None) or {}).items()}
+    if per_layer:
+        text.per_layer_config = None  # fields that layers have for themselves
     known |= {name: known.get(own) for name, own in text.attribute_map.items()}  # hidden_size is n_embd in GPT-2
     kinds = list(known.get("layer_types") or ())
     layers = max(LAYERS, len(set(kinds)))
@@ -61,6 +65,13 @@ def shrink_config(config: Any, *, heads: int = HEADS) -> Any:
     for name, value in values.items():
         if name in known and known[name] is not None:
             setattr(text, name, value)
+    if per_layer:
+        chosen = [kinds.index(kind) for kind in values["layer_types"]] if kinds else list(range(layers))
+        limits = {**WIDTHS, "num_key_value_heads": heads}
+        text.per_layer_config = {
+            number: {name: min(limits.get(name, value), value) for name, value in per_layer.get(layer, {}).items()}
+            for number, layer in enumerate(chosen)
+        }
     return small
 
 

@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from finetune.models.attention import unsupported_config_reason, unwrap_adapter
 from finetune.models.loader import torch_dtype
+from finetune.models.model_config import experts_of, largest
+from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, module_kinds
 from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
 from finetune.preflight.memory.model_spec import BYTES, Activations, Block, ModelSpec, Precision, plain_activations
 from finetune.utils.errors import FinetuneError
@@ -63,7 +65,7 @@ def spec_from_config(
     if vocabulary is not None and vocabulary > text.vocab_size:
         text.vocab_size = vocabulary
     try:
-        model = _on_meta(config, precision, attach, trust_remote_code)
+        model, kinds = _on_meta(config, precision, attach, trust_remote_code)
         base = unwrap_adapter(model)
         embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
     except FinetuneError:
@@ -74,9 +76,8 @@ def spec_from_config(
     blocks = tuple(Block(size, count, trained) for (size, trained), count in sorted(counts.items()))
     layers = layers_of(base)
     own = [_size(module.parameters(recurse=False)) for module in model.modules()]
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
-    active = (getattr(text, "num_experts_per_tok", None) or 0) if experts else 0
-    in_experts = _size(weight for name, weight in model.named_parameters() if ".experts." in name and experts)
+    experts, active = experts_of(config)
+    in_experts = _size(weight for name, weight in model.named_parameters() if kinds.of(name) == ROUTED_EXPERTS)
     added = ("lora_", "modules_to_save") if attach else ()
     of_base = _size(weight for name, weight in base.named_parameters() if not any(part in name for part in added))
     dtype = getattr(config, "dtype", None)
@@ -100,14 +101,17 @@ def spec_from_config(
     return spec if traced is None else replace(spec, activations=traced)
 
 
-def _on_meta(config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool) -> Any:
+def _on_meta(
+    config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool
+) -> tuple[Any, ModuleKinds]:
     from transformers import AutoModelForCausalLM
 
     dtype = torch_dtype(precision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts_code)
+        kinds = module_kinds(model)
         model = model if attach is None else attach(model)
-    return model.to(dtype).train()  # peft leaves adapters on the meta device in float32
+    return model.to(dtype).train(), kinds  # peft leaves adapters on the meta device in float32
 
 
 def _size(parameters: Iterable[torch.nn.Parameter]) -> int:
@@ -115,15 +119,14 @@ def _size(parameters: Iterable[torch.nn.Parameter]) -> int:
 
 
 def _formula(text: Any, precision: Precision) -> Activations:
-    heads = getattr(text, "num_attention_heads", 1) or 1
-    intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    experts = getattr(text, "num_experts_per_tok", None) or 1
+    heads = largest(text, "num_attention_heads") or 1
+    intermediate = largest(text, "intermediate_size") or 4 * text.hidden_size
     return plain_activations(
         hidden=text.hidden_size,
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        intermediate=intermediate * experts,
+        kv_heads=largest(text, "num_key_value_heads") or heads,
+        head_dim=largest(text, "head_dim") or text.hidden_size // heads,
+        intermediate=intermediate * (experts_of(text)[1] or 1),
         vocabulary=text.vocab_size,
         gated=str(getattr(text, "hidden_act", "silu")) in ("silu", "swish", "gelu_pytorch_tanh"),
         size=BYTES[precision],

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 
 from finetune.models.attention import unwrap_adapter
+from finetune.models.model_config import experts_of
 from finetune.training.nonfinite import LossScale
 
 
@@ -48,8 +49,8 @@ def configure_ddp(model: Any, accelerator: Accelerator, find_unused: bool | None
 
 def _may_skip_weights(config: Any) -> bool:
     """Whether a step may use only some layers: experts, LayerDrop, or parts for images and sound."""
-    text, fields = config.get_text_config(), ("num_local_experts", "num_experts", "n_routed_experts", "layerdrop")
-    return text is not config or any(getattr(text, name, None) for name in fields)
+    text = config.get_text_config()
+    return text is not config or experts_of(config)[0] > 0 or bool(getattr(text, "layerdrop", None))
 
 
 def enable_sequence_parallel(model: Any, accelerator: Accelerator) -> None:

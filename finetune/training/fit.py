@@ -18,7 +18,6 @@ from finetune.models.module_kinds import ModuleKinds
 from finetune.run_dir.run_json import update_run_json
 from finetune.run_dir.training_plan import TrainingPlan
 from finetune.training.dataloaders import Dataloaders
-from finetune.training.weight_proof import WeightProof
 from finetune.utils.console import section
 from finetune.utils.errors import ConfigError
 
@@ -59,7 +58,6 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
         if warmup >= steps:
             logger.warning(f"--warmup_steps {warmup}: the run has {steps} steps: --learning_rate is never reached")
         run_on_rank_0(lambda: update_run_json(trainer.output_dir, {"plan": asdict(plan)}))
-        trainer.weight_proof = WeightProof(inputs.model, inputs.kinds)
 
     # PiSSA and OLoRA change base weights; the adapter is saved relative to the original ones.
     adapter = options.adapter
@@ -69,6 +67,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
             model=inputs.model,
             args=inputs.args,
             loaders=inputs.loaders,
+            kinds=inputs.kinds,
             identity=identity,
             peak_flops=_peak_flops(options.hardware),
             keep=options.keep_checkpoints,
@@ -76,7 +75,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
             initial_lora=InitialLora(inputs.model) if moves_weights else None,
             on_plan=announce,
         )
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
     if options.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(options.early_stopping_patience, options.early_stopping_threshold))

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from finetune.models.model_config import attention_widths, experts_of
+from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds
 from finetune.training.nonfinite import finite_or_none
 from finetune.utils.atomic_io import append_json_lines, write_text_atomically
 
@@ -44,14 +46,13 @@ class ModelFlops:
         return self.per_token * tokens + self.per_logit * logits + self.per_pair * pairs
 
 
-def model_flops(model: Any) -> ModelFlops:
+def model_flops(model: Any, kinds: ModuleKinds) -> ModelFlops:
     """Count the operations of a model from its parameters; right with adapters and under ZeRO-3.
 
     Only the experts that a token is routed to count.
     """
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    active_share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    experts, chosen = experts_of(model.config)
+    active_share = chosen / max(experts, 1)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding_ids = {id(weight) for weight in embedding.parameters()} if embedding is not None else set()
     head_ids = {id(weight) for weight in head.parameters()} if head is not None else set()
@@ -64,10 +65,8 @@ def model_flops(model: Any) -> ModelFlops:
         if id(parameter) in head_ids:
             per_logit += cost
         elif id(parameter) not in embedding_ids:
-            per_token += cost * (active_share if ".experts." in name else 1)
-    heads = getattr(config, "num_attention_heads", 0) or 0
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    return ModelFlops(per_token, per_logit, 12.0 * heads * width * config.num_hidden_layers)
+            per_token += cost * (active_share if experts and kinds.of(name) == ROUTED_EXPERTS else 1)
+    return ModelFlops(per_token, per_logit, 12.0 * sum(attention_widths(model.config)))
 
 
 @dataclass

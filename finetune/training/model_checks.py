@@ -15,6 +15,7 @@ from finetune.distributed.op_builder import build_notes
 from finetune.distributed.startup_timer import timed
 from finetune.models.adapters import check_attachable, embedding_names
 from finetune.models.loader import ModelInfo, embedding_rows, inspect_model, needs_new_embeddings
+from finetune.models.model_config import by_layer
 from finetune.utils.console import log_notes
 from finetune.utils.errors import SHOWN_NAMES, ConfigError, format_names
 
@@ -58,14 +59,17 @@ def check_sequence_parallel(batch: BatchConfig, model_config: Any, zero_stage: i
     size = batch.sequence_parallel_size
     if size == 1:
         return
-    config = model_config.get_text_config()
-    heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    counts = by_layer(model_config, "num_attention_heads")
+    layers = dict.fromkeys(zip(counts, by_layer(model_config, "num_key_value_heads"), strict=True))
     faults = {
         "it needs DeepSpeed: give --deepspeed zero3": zero_stage is None,
         f"it does not divide the {batch.world_size} ranks": batch.world_size % size,
-        f"it does not divide the model's {heads} attention heads": heads % size,
-        f"the model's {key_heads} key heads neither divide it nor are divided by it": key_heads % size
-        and size % key_heads,
+        **{f"it does not divide the model's {heads} attention heads": heads % size for heads, _ in layers},
+        **{
+            f"the model's {keys} key heads neither divide it nor are divided by it": keys % size and size % keys
+            for _, keys in layers
+            if keys
+        },
         "ranks can only share flat or packed rows: leave out --batching padded": batch.batching == "padded",
     }
     reasons = [reason for reason, applies in faults.items() if applies]

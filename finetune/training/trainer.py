@@ -20,6 +20,8 @@ from finetune.distributed import stop_requests
 from finetune.distributed.collectives import all_gather_object
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks
 from finetune.models.adapters import InitialLora
+from finetune.models.model_config import router_loss_weight
+from finetune.models.module_kinds import ModuleKinds
 from finetune.run_dir.run_json import METRICS_FILE, library_versions, now
 from finetune.training.callbacks import ProgressBar, ProgressLines
 from finetune.training.checkpoint_trainer import CheckpointTrainer
@@ -66,6 +68,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         self,
         *,
         loaders: Dataloaders,
+        kinds: ModuleKinds,
         identity: RunIdentity,
         peak_flops: float | None,
         keep: int | None,
@@ -76,7 +79,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         batches, held_out = loaders.train, loaders.held_out
         super().__init__(train_dataset=batches, eval_dataset=held_out, data_collator=batches.collate, **kwargs)
         self.held_out = None if held_out is None else HeldOutEvaluator(held_out, self.args.device)
-        self.flops, self.peak_flops = model_flops(self.model), peak_flops
+        self.flops, self.peak_flops = model_flops(self.model, kinds), peak_flops
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
         self.zero_stage = zero_stage(self.accelerator)
         configure_ddp(self.model, self.accelerator, self.args.ddp_find_unused_parameters)
@@ -87,7 +90,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         self.meter = StepMeter()
         self.breakdown = LossBreakdown(batches.cells.sources, self.args.device)
         self.stopped_by: str | None = None  # the request that ended the run early
-        self.weight_proof: WeightProof | None = None  # once the plan is made
+        self.kinds = kinds
         self.error: str | None = None  # why the run cannot continue, raised once the step is logged
         self.monitor = StepMonitor(
             self.args.device,
@@ -191,9 +194,8 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
             self.breakdown.add(targets.cells, each)
         balance = getattr(outputs, "aux_loss", None)  # load-balancing loss of a mixture of experts
         if balance is not None:
-            text_config: Any = self.model.config.get_text_config()
             share = ranks * counts.tokens / self.sharing_ranks / max(counts.step.tokens, 1)
-            loss = loss + balance.to(loss) * text_config.router_aux_loss_coef * share
+            loss = loss + balance.to(loss) * router_loss_weight(self.model.config) * share
         self.timer.after_forward()
         return (loss, outputs) if return_outputs else loss
 
@@ -270,6 +272,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Show the plan, restore the state of a checkpoint, and watch for non-finite steps."""
         self.on_plan(state.max_steps)
+        self.weight_proof = WeightProof(self.model, self.kinds)
         if self.is_world_process_zero():
             (self.output_dir / METRICS_FILE).touch()  # also for a run that resumes from its last step and logs none
         enable_gc()
@@ -372,8 +375,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
 
     def weight_changes(self) -> WeightChanges | None:
         """Compare the weights with those before the first step of this process; None if it ran none. All ranks."""
-        proof, self.weight_proof = self.weight_proof, None
-        return proof.compare() if proof is not None and self.has_stepped else None
+        return self.weight_proof.compare() if self.has_stepped else None
 
     def loss_of(self, example: dict[str, Any]) -> float:
         """Return the mean loss over the supervised tokens of one example, without dropout. All ranks.

@@ -83,7 +83,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
 }  # fmt: skip
-CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
+# Heads of another width in each kind of layer, and embeddings for each layer.
+FAMILIES["gemma4"] = (
+    "Gemma4",
+    dict(
+        **WIDE_HEADS, **MIXED, global_head_dim=16, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB_SIZE,
+        num_kv_shared_layers=0,
+    ),
+)  # fmt: skip
+CONFIGS = {"Gemma4": "Gemma4TextConfig", "Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
 MODELS = {"GPT2": "GPT2LMHeadModel"}
 
 

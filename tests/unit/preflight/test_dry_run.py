@@ -10,10 +10,12 @@ from finetune.preflight.dry_run import shrink_config
 from tests.helpers.tiers import mostly_slow
 
 FAMILIES = "llama mistral qwen2 qwen3 qwen3_moe mixtral gemma2 gemma3_text gpt_neox deepseek_v3 phi3 gpt2 glm4 olmo2 \
-gpt_oss starcoder2 granitemoe qwen3_next falcon mamba smollm3".split()
+gpt_oss gemma4_text starcoder2 granitemoe qwen3_next falcon mamba smollm3".split()
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["llama", "gemma3_text", "deepseek_v3", "gpt2", "mamba"]))
+@pytest.mark.parametrize(
+    "family", mostly_slow(FAMILIES, ["llama", "gemma3_text", "gemma4_text", "deepseek_v3", "gpt2", "mamba"])
+)
 def test_any_architecture_becomes_small_and_still_runs(family):
     config = CONFIG_MAPPING[family]()
     small = shrink_config(config)

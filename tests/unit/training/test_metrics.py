@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from finetune.config.hardware import PEAK_TFLOPS, measured_matmul_rate, peak_flops
+from finetune.models.module_kinds import module_kinds
 from finetune.training import metrics
 from finetune.training.metrics import StepMeter, model_flops
 from tests.helpers.lora import attach_lora
@@ -42,9 +43,10 @@ def counted(model) -> int:
 )
 def test_operations_are_those_that_torch_counts(name, adapter):
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager", experts_implementation="eager")
+    kinds = module_kinds(model)
     if adapter:
         model = attach_lora(model, r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "v_proj"])
-    flops = model_flops(model)
+    flops = model_flops(model, kinds)
 
     # Eager attention computes the whole square of which a token sees half.
     mine = flops.of(tokens=LENGTH, logits=LENGTH, pairs=LENGTH * LENGTH)
@@ -56,11 +58,12 @@ def test_operations_are_those_that_torch_counts(name, adapter):
 
 def test_partitioned_parameters_count_whole():
     model = AutoModelForCausalLM.from_config(MODELS["tied"])
-    whole = model_flops(model)
+    kinds = module_kinds(model)
+    whole = model_flops(model, kinds)
     for parameter in model.parameters():  # as ZeRO-3 leaves them
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
-    assert model_flops(model) == whole
+    assert model_flops(model, kinds) == whole
 
 
 def test_rates_are_those_of_the_interval():

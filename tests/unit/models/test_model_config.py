@@ -1,0 +1,40 @@
+"""Fields that families name differently, and those that each layer has for itself."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from finetune.models.attention import sliding_window_of, unsupported_config_reason
+from finetune.models.model_config import attention_widths, by_layer, experts_of, largest, router_loss_weight
+from tests.helpers import tiny_models
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "experts"),
+    [
+        ("mixtral", {}, (8, 2)),
+        ("aria_text", {"moe_num_experts": 6, "moe_topk": 3}, (6, 3)),
+        ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}, (4, 2)),
+        ("jetmoe", {"num_local_experts": 5, "num_experts_per_tok": 2}, (5, 2)),
+        ("kimi_linear", {"num_experts": 4, "num_experts_per_token": 2}, (4, 2)),
+        ("gemma4_text", {}, (0, 0)),
+        ("llama", {}, (0, 0)),
+    ],
+)
+def test_experts_are_counted_whatever_the_fields_are_called(family, fields, experts):
+    assert experts_of(CONFIG_MAPPING[family](**fields)) == experts
+
+
+def test_the_weight_of_the_router_loss_has_several_names():
+    assert router_loss_weight(CONFIG_MAPPING["jetmoe"](aux_loss_coef=0.25)) == 0.25
+    assert router_loss_weight(CONFIG_MAPPING["mixtral"](router_aux_loss_coef=0.5)) == 0.5
+
+
+def test_fields_of_each_layer_are_read_layer_by_layer():
+    config = tiny_models.build("gemma4").config
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        _ = config.head_dim
+    assert by_layer(config, "head_dim") == [12, 16] and largest(config, "head_dim") == 16
+    assert attention_widths(config) == [48, 64]
+    assert unsupported_config_reason(config, 16) is None and sliding_window_of(config, 16) == tiny_models.WINDOW
