@@ -105,7 +105,7 @@ def processes(words: Words, monkeypatch: Any) -> Any:
 
     seen, real = [], prepare.stored_batches
     monkeypatch.setattr(
-        prepare, "stored_batches", lambda reader, renderer, count: seen.append(count) or real(reader, renderer, 1)
+        prepare, "stored_batches", lambda reader, renderer, count, *_: seen.append(count) or real(reader, renderer, 1)
     )
     with TemporaryDirectory() as folder:
         prepared([*words, "--data_cache_dir", folder], None)

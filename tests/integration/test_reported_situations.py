@@ -73,7 +73,7 @@ SITUATIONS = [
     Situation("rows with label false are not imitated", "preview", 3, ('row 1: "label": false',),
               source="hiyouga/LlamaFactory#3803",
               rows=[answered("No.", label=True), answered("Yes.", label=False)]),
-    Situation("many rows of a kind are one line with the count", "preview", 3, ("30 faults:", "and 20 more: .kto_tag"),
+    Situation("many rows of a kind are one line with the count", "preview", 3, ("30 of 30 rows: .kto_tag.*20 more",),
               rows=[answered(f"Yes {n}.", kto_tag=False) for n in range(30)]),
     Situation("rejected rows can be dropped", "preview --bad_rows drop --max_dropped_rows 1", 0, ("1 kept.*1 dropped",),
               rows=[answered("No."), answered(rejected=True)]),

@@ -35,7 +35,8 @@ class Calls(list):
 OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
     "preview": {
         "rows": ("", "--rows 1"), "sample": ("", "--sample 2"), "seed": ("--sample 2", "--seed 5"),
-        "json": ("", "--json"), "html": ("", "--html DIR/page.html"),
+        "json": ("", "--json"), "html": ("", "--html DIR/page.html"), "limit": ("", "--limit 1"),
+        "stats": ("", "--stats --tasks no.yaml"), "tasks": ("--stats --tasks no.yaml", "--tasks other.yaml"),
     },
     "evaluate": {
         "base_model": ("--forgetting", "--base_model other"), "no_base": ("--data_path d", "--no_base"),
@@ -109,6 +110,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     result = SimpleNamespace(folder=Path("output"), run={}, chat={"stop_token_id": 2})
     at = f"finetune.cli.{verb}"
     found = {
+        "preview": {"finetune.evaluation.benchmark_questions.use_cache": None},
         "evaluate": {
             f"{at}.read_result": result, f"{at}.eval_results.check_writable": None,
             "finetune.evaluation.held_out.prepare_held_out": object(),
