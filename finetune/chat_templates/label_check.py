@@ -76,7 +76,6 @@ def _is_text_of(text: str, span: SupervisedSpan) -> bool:
 
 def _missing_part(decoded: str, turn: Turn) -> str | None:
     """A part of the model turn that its decoded labels do not hold; None if they hold all of it."""
-    decoded = unicodedata.normalize("NFKC", decoded)
     parts = [turn.reasoning, *(split_reasoning(turn.text) or [turn.text])]
     for call in turn.tool_calls:
         parts += [call.name, *_leaves(call.arguments)]
@@ -97,8 +96,12 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _holds(decoded: str, part: str) -> bool:
+    """Whether the text has the part: as it is, as JSON or Python write it, or normalized by the tokenizer."""
+    if part.strip() in decoded:
+        return True
     forms = (part.strip(), json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1], _PYTHON.get(part, part))
-    return any(unicodedata.normalize("NFKC", form) in decoded for form in forms)
+    normal = unicodedata.normalize("NFKC", decoded)
+    return any(unicodedata.normalize("NFKC", form) in normal for form in forms)
 
 
 def _difference(text: str, span: SupervisedSpan) -> str:

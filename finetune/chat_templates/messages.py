@@ -20,7 +20,7 @@ from finetune.conversation import Conversation, ToolCall, Turn
 
 TEMPLATE_ROLES = {"human": "user", "model": "assistant", "system": "system", "tool": "tool"}
 REASONING_BEGIN, REASONING_END = "<think>", "</think>"
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought")
 
 
 def split_reasoning(text: str) -> tuple[str, str] | None:

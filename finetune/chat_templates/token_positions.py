@@ -48,6 +48,9 @@ class TokenPositions:
         unknown = {plain.tokenizer.unk_token_id} - {plain.tokenizer.eos_token_id, plain.tokenizer.bos_token_id}
         self.control_ids = plain.control_ids - unknown
         self._ids_of_text = {plain.token(token_id): token_id for token_id in self.control_ids}
+        backend = plain.tokenizer.backend_tokenizer if plain.tokenizer.is_fast else None
+        # Only normalization makes a control token of a text that does not spell it.
+        self._normalizes = backend is None or backend.normalizer is not None
         self._leads: dict[str, list[int]] = {}
 
     def by_controls(
@@ -58,10 +61,8 @@ class TokenPositions:
         With `has_results` that of a context turn may hold some of the template's text: of several results of tools.
         """
         controls = [match for match in self.plain.control_pattern.finditer(text) if match[0] in self._ids_of_text]
-        places = [place for place, token_id in enumerate(ids) if token_id in self.control_ids]
-        if len(controls) != len(places) or any(
-            self._ids_of_text[match[0]] != ids[place] for match, place in zip(controls, places, strict=True)
-        ):
+        places = self._control_places(ids, [self._ids_of_text[match[0]] for match in controls])
+        if places is None:
             return None
         begins, ends = [match.start() for match in controls], [match.end() for match in controls]
         begins.append(len(text))
@@ -82,6 +83,22 @@ class TokenPositions:
                 return None
             spans.append(TokenSpan(start, stop))
         return spans
+
+    def _control_places(self, ids: Sequence[int], controls: Sequence[int]) -> list[int] | None:
+        """Where these control tokens are among the ids, in order; None if others are there, or more of them."""
+        if self._normalizes:
+            places = [place for place, token_id in enumerate(ids) if token_id in self.control_ids]
+            return places if [ids[place] for place in places] == controls else None
+        places, place = [], 0
+        for token_id in controls:
+            try:
+                place = ids.index(token_id, place)
+            except ValueError:
+                return None
+            places.append(place)
+            place += 1
+        is_complete = all(ids.count(token_id) == controls.count(token_id) for token_id in {*controls})
+        return places if is_complete else None
 
     def _after(self, text: str, ids: Sequence[int], control_end: int, place: int, extent: Extent) -> int | None:
         """The token at the beginning of an extent, behind a control token and the template's text after that."""
