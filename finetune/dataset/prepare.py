@@ -320,7 +320,7 @@ def _code_version() -> str:
     modules = [path for folder in ("chat_templates", "dataset") for path in sorted((package / folder).glob("*.py"))]
     for path in [package / "conversation.py", *modules]:
         digest.update(path.read_bytes())
-    for library in ("transformers", "tokenizers", "jinja2", "pyarrow"):
+    for library in ("transformers", "tokenizers", "jinja2", "jsonschema", "pyarrow"):
         digest.update(f"{library} {version(library)}".encode())
     return digest.hexdigest()
 

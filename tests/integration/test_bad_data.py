@@ -137,7 +137,7 @@ BYTES = {
     "single-object": (json.dumps(GOOD, indent=2), Read(1)),
     "wrapper": (
         text({"data": [GOOD, ALSO_GOOD]}),
-        alone('an object whose "data" holds a list of 2 objects: is that the data? Write that list alone'),
+        alone('an object whose "data" holds a list of 2 rows: write them one a line, for example with jq -c'),
     ),
     "null": ("null", alone('expected an object with "conversations", found null')),
     "number": ("17", alone('expected an object with "conversations", found 17')),
@@ -168,7 +168,7 @@ VALUES = {
     "object-text": (literal('{"a": 1}'), one_bad('expected "value" to be a string, found {"a": 1}', 1)),
     "text-parts": (
         literal('[{"type": "text", "text": "b"}]'),
-        one_bad('found [{"type": "text", "text": "b"}]: join the texts of its parts into one string', 1),
+        Read(3),
     ),
     "400-digits": (literal("7" * 400), one_bad(f'expected "value" to be a string, found {shown(int("7" * 400))}', 1)),
     "400-digits-beside": (text([GOOD, {**ALSO_GOOD, "score": 10**399}]), Read(2)),
@@ -200,17 +200,17 @@ VALUES = {
 
 # ---- the rows themselves
 
-NO_ROLE = 'expected "from" to be human, model or system, found '
+NO_ROLE = 'expected "from" to be human, model, system or tool, found '
 ROWS = {
     "no-conversations": ({"id": 1, "talk": []}, one_bad('expected an object with "conversations" (or another')),
     "conversations-null": ({"conversations": None}, one_bad('expected "conversations" to be a list of turns, found n')),
     "empty-list": ({"conversations": []}, one_bad("has no turns: there is nothing to learn from it")),
     "not-an-object": ([GOOD], one_bad('expected an object with "conversations", found [{')),
     "aliases": (conversation("user", "assistant", "human", "gpt", "user", "bot"), Read(3)),
-    "alias-in-capitals": (conversation("Human", "model"), one_bad(f'{NO_ROLE}"Human" (accepted as human: user;', 0)),
+    "alias-in-capitals": (conversation("Human", "MODEL"), Read(3)),
     "alias-with-space": (conversation("human", "gpt "), one_bad(f'{NO_ROLE}"gpt " (accepted as human: user;', 1)),
-    "chatgpt": (conversation("human", "chatgpt"), one_bad(f'{NO_ROLE}"chatgpt" (accepted as human: user;', 1)),
-    "tool": (conversation("human", "tool", "model"), one_bad(f'{NO_ROLE}"tool" (accepted as human: user;', 1)),
+    "chatgpt": (conversation("human", "chatgpt"), Read(3)),
+    "tool": (conversation("human", "tool", "model"), one_bad("a tool result without a call right before it", 1)),
     "role-missing": ({"conversations": [{"value": "a"}]}, one_bad(f"{NO_ROLE}null", 0)),
     "OpenAI": (
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
@@ -238,11 +238,11 @@ ROWS = {
         one_bad("the last turn is human, nobody answers it: leave it out, or use --repairs drop_last_human", 2),
     ),
     "only-humans": (conversation("human"), one_bad("has no model turn: there is nothing to learn from it")),
-    "system-later": (conversation("human", "system", "gpt"), one_bad("a system turn can only be the first", 1)),
-    "two-systems": (conversation("system", "system", "human", "gpt"), one_bad("a system turn can only be the", 1)),
+    "system-later": (conversation("human", "system", "gpt"), Read(3)),
+    "two-systems": (conversation("system", "system", "human", "gpt"), Read(3)),
     "tool-calls": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "tool_calls": [1]}]},
-        one_bad('has "tool_calls": [1]: tool calls are not read', 1),
+        one_bad('"tool_calls": expected calls with "name" and "arguments", found 1', 1),
     ),
     "duplicate-id": ({**good_row(1), "id": 0}, one_bad("has the id 0 of row 0 in the same data: give each row")),
     "duplicate-row": ({**GOOD, "id": 1}, one_bad("row 0: take one of them out")),

@@ -11,10 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.cli import convert, preview
+from finetune.conversation import Conversation
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.utils.errors import ConfigError, DataError, StorageError
+from tests.helpers.chat_rows import read
 from tests.helpers.rows import ROWS, write_rows
 from tests.helpers.verbs import finetune_text
+from tests.unit.dataset.test_tool_rows import FORMATS
 
 ALPACA = {"instruction": "Translate.", "input": "Hello", "output": "你好"}
 MESSAGES = {
@@ -85,6 +88,20 @@ def test_what_was_converted_converts_to_itself(tmp_path, endings):
     else:
         run(second, tmp_path / f"again.{endings[0]}")
         assert (tmp_path / f"again.{endings[0]}").read_bytes() == first.read_bytes()
+
+
+def test_tools_reasoning_weights_and_text_survive(tmp_path):
+    rows = [row for row, _ in FORMATS.values()][::4]
+    rows += [{"text": "Plain.", "weight": 0.5}, {"messages": [{"role": "user", "content": "x"}], "answer": "y"}]
+    rows[0]["messages"][-1] |= {"reasoning_content": "r", "weight": 2}
+    rows[0]["chat_template_kwargs"] = {"enable_thinking": False}
+    source = written(tmp_path / "in.jsonl", rows)
+    run(source, tmp_path / "out.json", "--repairs", "drop_duplicates")
+    kept = [one for one in read(source, repairs=["drop_duplicates"]) if isinstance(one, Conversation)]
+    again = read(tmp_path / "out.json")
+    assert len(again) == len(kept) > 4
+    for one, other in zip(kept, again, strict=True):
+        assert (one.turns, one.tools, one.template_kwargs) == (other.turns, other.tools, other.template_kwargs)
 
 
 texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=20).map("a{}".format)

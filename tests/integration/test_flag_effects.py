@@ -43,6 +43,7 @@ def named(tiny_model, conversation_file, tmp_path_factory) -> Callable[..., Word
     bad = [*ROWS, [("human", "Nobody answers")], [("human", "a"), ("human", "b"), ("model", "c")]]
     write_rows(folder / "bad.json", bad)
     write_rows(folder / "held_out.json", [[("human", "1+1?"), ("model", "2")]])
+    (folder / "named.json").write_text('[{"Q": "1+1?", "A": "2"}]')
     (folder / "skip").write_text(f"{conversation_file}:1\n")
     shutil.copytree(tiny_model, folder / "lacking")
     weights = folder / "lacking/model.safetensors"
@@ -206,6 +207,7 @@ SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
     "max_dropped_rows": (approved, "--data_path DIR/bad.json --bad_rows drop", "--max_dropped_rows 0.9"),
     "allow_seen_held_out": (approved, "--eval_data_path DATA", "--allow_seen_held_out True"),
     "repairs": (prepared, "--data_path DIR/bad.json", "--repairs merge_turns"),
+    "columns": (prepared, "--data_path DIR/named.json", "--columns question=Q answer=A"),
     "data_cache_dir": (prepared, "", "--data_cache_dir DIR/cache"),
     "preprocessing_num_workers": (processes, "", "--preprocessing_num_workers 3"),
     "chat_template": (prepared, "", "--chat_template lingowhale"),
@@ -303,8 +305,8 @@ def another_value(one: Any, hint: Any) -> Any:
     default = one.default_factory() if one.default is MISSING else one.default
     if choices:
         return next(choice for choice in choices if choice != default)
-    if one.name in ("repairs", "init_lora_weights"):
-        return {"repairs": ["merge_turns"], "init_lora_weights": "pissa"}[one.name]
+    if one.name in ("repairs", "columns", "init_lora_weights"):
+        return {"repairs": ["merge_turns"], "columns": ["question=Q"], "init_lora_weights": "pissa"}[one.name]
     kind = next(kind for kind in ("bool", "int", "float", "str") if kind in str(hint))
     value = {"bool": default is not True, "int": 5, "float": 0.25, "str": "other"}[kind]
     return [value] if "list" in str(hint) else value

@@ -221,6 +221,15 @@ def test_bad_rows_stop_the_run_and_nothing_is_kept(tmp_path, renderer):
     assert not list((tmp_path / "cache").glob("*/"))
 
 
+def test_duplicates_are_left_out_by_name_without_a_budget(tmp_path, renderer):
+    (tmp_path / "a.json").write_text(json.dumps([{**row, "id": None} for row in bad_rows(4, 0) * 3]))
+    data = prepared(tmp_path / "a.json", renderer, tmp_path / "cache", repairs=["drop_duplicates"])
+    assert (data.summary.bad, data.summary.dropped, data.summary.kept, data.summary.faults) == (0, 8, 4, 0)
+    check_dropped_share(data, 0.0)
+    dropped = [one.reason for one in data.renderings() if one.status == "dropped"]
+    assert len(dropped) == 8 and all("drop_duplicates: says the same as" in reason for reason in dropped)
+
+
 def test_bad_rows_are_dropped_by_name_within_a_budget(tmp_path, renderer):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(bad_rows(100, 3)))
