@@ -94,8 +94,43 @@ def conversations(
         }
 
 
+def tool_conversations(rows: int, seed: int = SEED) -> Iterator[dict[str, Any]]:
+    """Conversations in OpenAI's form: reasoning and a call, its result, reasoning and an answer; two tools declared."""
+    rng = random.Random(seed)
+    numbers = {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a"]}
+    words = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+    for row in range(rows):
+        write = _chinese if row % 2 else _english
+
+        def text(median: float, write: Any = write) -> str:
+            return write(rng, _num_tokens(rng, median, 0.6), ".。")
+
+        names = [f"{rng.choice(ENGLISH)}_{rng.choice(SYLLABLES)}" for _ in range(2)]
+        declared = [
+            {"name": name, "description": text(20), "parameters": parameters}
+            for name, parameters in zip(names, (numbers, words), strict=True)
+        ]
+        arguments = {"a": rng.randrange(1_000), "b": rng.random()} if row % 3 else {"query": text(8)}
+        function = {"name": names[row % 3 == 0], "arguments": json.dumps(arguments, ensure_ascii=False)}
+        call = {"id": f"call_{row}", "type": "function", "function": function}
+        messages = [
+            {"role": "user", "content": text(60)},
+            {"role": "assistant", "content": "", "reasoning_content": text(60), "tool_calls": [call]},
+            {
+                "role": "tool",
+                "tool_call_id": call["id"],
+                "content": json.dumps({"result": text(60)}, ensure_ascii=False),
+            },
+            {"role": "assistant", "content": text(100), "reasoning_content": text(40)},
+        ]
+        tools = [{"type": "function", "function": function} for function in declared]
+        yield {"id": row, "tools": tools, "messages": messages}
+
+
 def as_messages(conversation: dict[str, Any]) -> dict[str, Any]:
     """The same conversation in the form that the other toolkits take as it is."""
+    if "messages" in conversation:
+        return conversation
     roles = {"human": "user", "model": "assistant"}
     turns = conversation["conversations"]
     return {"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]}

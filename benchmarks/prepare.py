@@ -2,6 +2,7 @@
 
     python benchmarks/prepare.py                                          everything, 2,000 conversations
     python benchmarks/prepare.py --only bare finetune --rows 20000        no other toolkit
+    python benchmarks/prepare.py --only bare finetune --tools              rows with tool calls and reasoning
     python benchmarks/prepare.py --only finetune --rows 1000000 --repeats 1
 
 Every measurement is a process of its own with a fresh cache; the contenders take turns, so what else the machine does
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conversations import as_messages, conversations, write_rows
+from conversations import as_messages, conversations, tool_conversations, write_rows
 from environments import (
     HERE,
     LLAMA_FACTORY,
@@ -38,6 +39,7 @@ from environments import (
     machine,
     pythons_of,
 )
+from peers.measured import CHATML_WITH_TOOLS
 
 SECONDS_FOR_A_RUN = 3_600
 # One thread in each process, so that processes are what is compared.
@@ -88,9 +90,12 @@ def main() -> None:
     chosen = [contender for contender in CONTENDERS if contender.name in given.only]
     with tempfile.TemporaryDirectory(prefix="prepare-", dir=given.work) as folder:
         data, messages = Path(folder) / "data.json", Path(folder) / "messages.json"
-        write_rows(data, conversations(given.rows))
+        rows_of = tool_conversations if given.tools else conversations
+        write_rows(data, rows_of(given.rows))
+        if given.tools:
+            data.with_suffix(".jinja").write_text(CHATML_WITH_TOOLS, "utf-8")
         if set(given.only) != {"finetune"}:
-            write_rows(messages, map(as_messages, conversations(given.rows)))
+            write_rows(messages, map(as_messages, rows_of(given.rows)))
         print(f"{given.rows:,} conversations, {data.stat().st_size / 1e6:,.1f} MB; {machine()}")
         pythons = pythons_of(chosen, given.venvs)
         chosen = [contender for contender in chosen if contender.name in pythons]
@@ -120,7 +125,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--venvs", type=Path, default=VENVS, help="where the other toolkits are installed")
     parser.add_argument("--work", type=Path, help="where data and caches lie while it runs (default: the system's)")
+    parser.add_argument(
+        "--tools", action="store_true", help="rows with tool calls and reasoning, for bare and finetune"
+    )
     given = parser.parse_args()
+    if given.tools and not {*given.only} <= {"bare", "finetune"}:
+        parser.error("--tools: needs --only bare finetune: the others read such rows in forms of their own")
     if not (PRETRAINED / "tokenizer.json").is_file():
         parser.error(f"{PRETRAINED} holds no tokenizer: run make model first")
     return given

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 
-from measured import CHATML, Clock, given_task, report
+from measured import CHATML, CHATML_WITH_TOOLS, Clock, given_task, report
 
 
 def main() -> None:
@@ -14,7 +14,17 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(task.tokenizer)
     rows = json.loads(task.messages.read_text(encoding="utf-8"))
-    texts = [tokenizer.apply_chat_template(row["messages"], chat_template=CHATML, tokenize=False) for row in rows]
+    for call in (call for row in rows for message in row["messages"] for call in message.get("tool_calls", ())):
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    texts = [
+        tokenizer.apply_chat_template(
+            row["messages"],
+            tools=row.get("tools"),
+            chat_template=CHATML_WITH_TOOLS if "tools" in row else CHATML,
+            tokenize=False,
+        )
+        for row in rows
+    ]
     figures = {}
     with Clock() as clock:
         if task.processes == 1:

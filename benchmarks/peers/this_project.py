@@ -17,7 +17,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(task.tokenizer)
 
     def start() -> tuple[PreparedData, Clock]:
-        chat_format, _ = select_chat_format(tokenizer, "chatml", human_token_ids=[3], model_token_ids=[4])
+        template = task.data.with_suffix(".jinja")
+        name = str(template) if template.is_file() else "chatml"
+        chat_format, _ = select_chat_format(tokenizer, name, human_token_ids=[3], model_token_ids=[4])
         renderer = Renderer(chat_format, MAX_LENGTH)
         sources = find_sources([str(task.data)])
         with Clock() as clock:

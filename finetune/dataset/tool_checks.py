@@ -12,8 +12,7 @@ from typing import Any
 
 from finetune.conversation import ToolCall, Turn
 from finetune.dataset.json_decoder import shown
-from finetune.dataset.row_checks import surrogate_fault
-from finetune.dataset.tool_reading import UNREADABLE, strings_in
+from finetune.dataset.tool_reading import UNREADABLE, surrogate_fault_in
 
 Numbered = Sequence[tuple[int, Turn]]
 SHOWN_ERRORS = 3
@@ -49,9 +48,7 @@ def check_tools(
                 call, fault = _checked(call, declared[call.name])
             elif tools or not allows_undeclared:
                 fault = _undeclared(call, declared)
-            fault = fault or next(
-                filter(None, (surrogate_fault(text, "arguments") for text in strings_in(call.arguments))), None
-            )
+            fault = fault or surrogate_fault_in(call.arguments, "arguments")
             faults += [f"{place}, turn {number}: {fault}"] if fault else []
             calls.append(call)
         turns.append((number, replace(turn, tool_calls=tuple(calls)) if calls else turn))
@@ -85,8 +82,7 @@ def _declared(tools: Sequence[Mapping[str, Any]], place: str) -> tuple[dict[str,
         validator = fault = None
         if schema:
             validator, fault = _validator(json.dumps(schema))
-        texts = (surrogate_fault(text, f"declaration of {name}") for text in strings_in(tool))
-        for reason in filter(None, (fault, next(filter(None, texts), None))):
+        for reason in filter(None, (fault, surrogate_fault_in(tool, f"declaration of {name}"))):
             faults.append(f"{place}: the declaration of {shown(name)} is no valid JSON Schema: {reason}")
         declared[name] = schema or {}, validator
     return declared, faults

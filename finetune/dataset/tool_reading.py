@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.conversation import ToolCall, Turn
 from finetune.dataset.json_decoder import decode_text, shown
+from finetune.dataset.row_checks import surrogate_fault
 
 TOOL_KEYS = ("tools", "functions", "available_tools")
 NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null", False)
@@ -228,10 +229,18 @@ def written_calls(
     return read, of, faults
 
 
-def strings_in(value: Any) -> Iterable[str]:
-    """All strings in a JSON value, keys too."""
+def surrogate_fault_in(value: Any, field: str) -> str | None:
+    """`surrogate_fault` of the first string with one in a JSON value, keys too."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return next(filter(None, (surrogate_fault(text, field) for text in _strings_in(value))), None)
+    return None
+
+
+def _strings_in(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for child in (*value, *value.values()) if isinstance(value, Mapping) else value:
-            yield from strings_in(child)
+            yield from _strings_in(child)
