@@ -44,6 +44,16 @@ def named(tiny_model, conversation_file, tmp_path_factory) -> Callable[..., Word
     write_rows(folder / "bad.json", bad)
     write_rows(folder / "held_out.json", [[("human", "1+1?"), ("model", "2")]])
     (folder / "named.json").write_text('[{"Q": "1+1?", "A": "2"}]')
+    thought = "<think>\nr\n</think>\n\n"
+    write_rows(folder / "reasoned.json", [[("human", "a"), ("model", f"{thought}b"), ("human", "c"), ("model", "d")]])
+    (folder / "kwargs.jinja").write_text(
+        "{% for m in messages %}{{ '' if short is defined else '<|im_start|>' }}{{ m.role + '\n' }}"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    )
+    (folder / "last.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{{ 'so: ' if loop.last }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}"
+    )
     (folder / "skip").write_text(f"{conversation_file}:1\n")
     shutil.copytree(tiny_model, folder / "lacking")
     weights = folder / "lacking/model.safetensors"
@@ -191,6 +201,7 @@ def parsed(words: Words, _: Any) -> Any:
     return parse(words).flat()
 
 
+REASONED = "--data_path DIR/reasoned.json"
 # flag -> (what shows its effect, other flags, the flag with a value that makes a difference; "" is without it)
 SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
     "model_name_or_path": (prepared, "", "--model_name_or_path DIR/nowhere"),
@@ -211,6 +222,9 @@ SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
     "data_cache_dir": (prepared, "", "--data_cache_dir DIR/cache"),
     "preprocessing_num_workers": (processes, "", "--preprocessing_num_workers 3"),
     "chat_template": (prepared, "", "--chat_template lingowhale"),
+    "chat_template_kwargs": (prepared, "--chat_template DIR/kwargs.jinja", '--chat_template_kwargs {"short":true}'),
+    "reasoning": (prepared, f"{REASONED} --chat_template DIR/kwargs.jinja", "--reasoning context"),
+    "history": (prepared, f"{REASONED} --reasoning drop --chat_template DIR/last.jinja", "--history as_is"),
     "content_tokens": (prepared, "", "--content_tokens <|im_end|>"),
     "human_token_ids": (prepared, "--chat_template lingowhale", "--human_token_ids 5"),
     "model_token_ids": (prepared, "--chat_template lingowhale", "--model_token_ids 6"),
@@ -305,8 +319,12 @@ def another_value(one: Any, hint: Any) -> Any:
     default = one.default_factory() if one.default is MISSING else one.default
     if choices:
         return next(choice for choice in choices if choice != default)
-    if one.name in ("repairs", "columns", "init_lora_weights"):
-        return {"repairs": ["merge_turns"], "columns": ["question=Q"], "init_lora_weights": "pissa"}[one.name]
+    special = {
+        "repairs": ["merge_turns"], "columns": ["question=Q"], "init_lora_weights": "pissa",
+        "chat_template_kwargs": '{"enable_thinking": false}',
+    }  # fmt: skip
+    if one.name in special:
+        return special[one.name]
     kind = next(kind for kind in ("bool", "int", "float", "str") if kind in str(hint))
     value = {"bool": default is not True, "int": 5, "float": 0.25, "str": "other"}[kind]
     return [value] if "list" in str(hint) else value
@@ -343,7 +361,7 @@ def test_every_flag_that_fills_an_auto_does_so(named, tmp_path):
 def test_preview_takes_those_flags_of_training_that_change_what_is_shown():
     taken = {one.name for group in GROUPS[:2] for one in fields(group)} - set(NOT_OF_PREVIEW)
     assert len(taken) > 15
-    for name in taken & SHOWN.keys() - {"max_dropped_rows"}:  # of which test_preview.py sees the note
+    for name in taken & SHOWN.keys() - {"max_dropped_rows", "allow_seen_held_out"}:  # which test_preview.py covers
         assert SHOWN[name][0] in (prepared, processes), name
     for name in NOT_OF_PREVIEW:
         with pytest.raises(FinetuneError, match=f"unknown flag --{name}"):
