@@ -105,6 +105,8 @@ FAULTS_AS_ROOT: dict[str, tuple[str | None, Fault]] = {
     "network cut": (RANK, partial(network_cut, None)),
     SHORT_CUT: (RANK, partial(network_cut, CUT_SECONDS)),
 }
+# A full disk is noticed when the run first writes, which a start does last; a short cut leaves the run to its end.
+SECONDS_TO_NOTICE = {FULL_DISK: 75, NO_INODES: 75, SHORT_CUT: 75}
 # Fault -> exit statuses of `finetune launch`; any other fault: what it is but 0, unless the run is complete.
 STATUSES = {ASKED: {0, 75}, FULL_DISK: {0, 6}, NO_INODES: {0, 6}}
 
@@ -218,7 +220,7 @@ class Soak:
                     run.poll()
                     time.sleep(0.05)
         took = time.monotonic() - began
-        if took > SECONDS_TO_END:
+        if took > SECONDS_TO_END + SECONDS_TO_NOTICE.get(name, 0):
             violations.append(f"processes were left after {took:.0f} s: {[one.cmdline()[:6] for one in _family(mark)]}")
         for process in _family(mark):
             process.kill()
