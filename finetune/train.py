@@ -39,7 +39,6 @@ from finetune.distributed.process_setup import prepare_environment, restore_sett
 from finetune.distributed.watchdog import start_watchdog
 from finetune.models.adapters import attach_adapter
 from finetune.models.loader import ModelInfo, load_model
-from finetune.models.module_kinds import module_kinds
 from finetune.models.zero3 import set_leaf_modules
 from finetune.training import run_start
 from finetune.training.data_setup import load_data
@@ -96,10 +95,10 @@ def run_training(argv: Sequence[str]) -> Path:
         )
         model = load_model(info, tokenizer, config.weights_precision, stop_token_id(chat_format))
         model = attach_adapter(model, config.adapter, info, tokenizer, seed=batch.seed)
-        set_leaf_modules(model, info.empty)
+        set_leaf_modules(model, info.kinds, info.empty)
         loaders = build_dataloaders(batch, model, tokenizer, data, args.device, config.zero_stage)
         run_start.record_model(config.checkpoint.output_dir, info, loaders.layout, config.notes)
-        inputs = TrainingInputs(model, tokenizer, data, loaders, args, module_kinds(info.empty))
+        inputs = TrainingInputs(model, tokenizer, data, loaders, args, info)
         trainer = fit(inputs, identity, config.fit_options(chat_format.name))
         finalize(trainer, info, is_adapter=config.adapter.kind() is not None, precision=hardware.precision)
         end_run(trainer, partial(write_report, run, trusts_code=config.model.trusts_code()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from finetune import checkpoint
 from finetune.chat_templates import ChatFormat
@@ -31,6 +31,7 @@ from finetune.inference.load_result import (
 )
 from finetune.inference.run_result import RunResult
 from finetune.models.adapters import check_saved_adapter
+from finetune.models.auto_class import auto_class
 from finetune.models.loader import damage_named, precision_of, torch_dtype
 from finetune.models.model_folder import stored_bytes
 from finetune.models.stored_tensors import StoredTensors
@@ -168,7 +169,7 @@ def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -
         raise ConfigError(f"{source}: is stored quantized: merge into the model that it was made from")
     config.get_text_config().vocab_size = vocab_size
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trusts_code)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=torch.float32).expand(weight.shape)

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from finetune.chat_templates import ChatFormat, UnrenderableError, tokenize_conversation
 from finetune.config.hardware import Precision
 from finetune.conversation import Conversation, Turn
-from finetune.inference.load_result import load_strict, memory_shortage
+from finetune.inference.load_result import load_saved_adapter, load_strict, memory_shortage
 from finetune.models.adapters import check_saved_adapter
-from finetune.models.loader import torch_dtype
+from finetune.models.auto_class import auto_class
+from finetune.models.loader import embedding_rows, torch_dtype
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.errors import CheckpointError
 
@@ -66,7 +67,9 @@ def verify_result(
     shortage = memory_shortage(stored * MEMORY_FACTORS[precision])
     if shortage:
         return f"the saved {kind} has all its weights; its loss was not compared: {shortage}"
-    saved_loss = _loss_of_saved(folder, has_adapter, input_ids, labels, torch_dtype(precision), trust_remote_code)
+    saved_loss = _loss_of_saved(
+        folder, str(base), has_adapter, input_ids, labels, torch_dtype(precision), trust_remote_code
+    )
     if not abs(saved_loss - loss) <= LOSS_TOLERANCES[precision] * max(abs(loss), 0.1):
         raise CheckpointError(
             f"{folder}: the saved {kind} differs from the trained one: its loss on a conversation is {saved_loss:.5f}, "
@@ -89,6 +92,7 @@ def _check_no_empty_tensors(folder: Path) -> None:
 
 def _loss_of_saved(
     folder: Path,
+    base: str,
     has_adapter: bool,
     input_ids: Sequence[int],
     labels: Sequence[int],
@@ -99,14 +103,27 @@ def _loss_of_saved(
 
     unset_hf_deepspeed_config()  # under ZeRO-3 this copy would be partitioned, too
     if has_adapter:
-        from peft import AutoPeftModelForCausalLM
-
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusts_code)
+        model = _load_adapter(folder, base, dtype, trusts_code)
     else:
         model = load_strict(folder, dtype, trusts_code=trusts_code)
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([list(input_ids)])).logits[0, -len(input_ids) :]
     return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(list(labels)[1:])))
+
+
+def _load_adapter(folder: Path, base: str, dtype: torch.dtype, trusts_code: bool) -> Any:
+    """Load an adapter with plain peft; one of a model with images on its base, since peft would take its text alone."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    cls = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=trusts_code))
+    if cls is AutoModelForCausalLM:
+        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusts_code)
+    model = cls.from_pretrained(base, dtype=dtype, trust_remote_code=trusts_code)
+    rows = embedding_rows(AutoTokenizer.from_pretrained(folder))
+    if rows > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(rows)
+    return load_saved_adapter(model, folder)
 
 
 def verification_rows(chat_format: ChatFormat, max_length: int | None) -> list[list[int]]:

@@ -16,6 +16,7 @@ from finetune.chat_templates import ChatFormat, end_token_ids, select_chat_forma
 from finetune.config.arguments import needs_no_trust
 from finetune.inference.run_result import RunResult
 from finetune.models import loader
+from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_weights
 from finetune.models.model_folder import WEIGHTS_FILES, stored_bytes
 from finetune.run_dir.run_json import is_adapter
@@ -224,7 +225,6 @@ def load_saved_adapter(base: Any, folder: Path) -> Any:
 
 def _load(folder: Path, result: RunResult) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
     may_miss = None if result.run.get("arguments", {}).get("allow_missing_weights") else ()
     trusts_code = trusts_code_in(folder, result)
@@ -234,7 +234,9 @@ def _load(folder: Path, result: RunResult) -> Any:
     else:
         options = {"dtype": _cpu_dtype(folder)}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusts_code, **options)
+        return auto_class(model_config(folder, trusts_code)).from_pretrained(
+            folder, trust_remote_code=trusts_code, **options
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: its weights do not load: {first_line(error)}") from None
 
@@ -260,20 +262,28 @@ def check_saved_weights(folder: Path, *, trusts_code: bool, may_miss: tuple[str,
         CheckpointError: Weights are missing, unexpected or of another shape.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     with loader.damage_named(f"{folder}: its weights do not load", CheckpointError), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code)
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code)
+        config = model_config(folder, trusts_code)
+        empty = auto_class(config).from_config(config, trust_remote_code=trusts_code)
     check_weights(folder, empty, config, label=str(folder), may_miss=may_miss, error=CheckpointError)
+
+
+def model_config(folder: Path, trusts_code: bool) -> Any:
+    """Return the config of a model's folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code)
 
 
 def load_strict(folder: Path, dtype: torch.dtype, *, trusts_code: bool) -> Any:
     """Load a model with plain transformers and require that every weight is there, and no other."""
-    from transformers import AutoModelForCausalLM
-
     check_saved_weights(folder, trusts_code=trusts_code)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusts_code).eval()
+    return (
+        auto_class(model_config(folder, trusts_code))
+        .from_pretrained(folder, dtype=dtype, trust_remote_code=trusts_code)
+        .eval()
+    )
 
 
 def free_memory() -> int:

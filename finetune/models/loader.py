@@ -19,8 +19,10 @@ from finetune.config.arguments import ModelArguments
 from finetune.config.hardware import Precision
 from finetune.distributed.collectives import run_on_all_ranks
 from finetune.distributed.startup_timer import timed
+from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_finite, check_not_quantized, check_weights
 from finetune.models.model_folder import check_folder, check_json_files, weight_files
+from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
 from finetune.utils.console import log_notes
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
@@ -91,6 +93,11 @@ class ModelInfo:
         return check_weights(self.files, self.empty, self.config, label=self.flag, may_miss=self.may_miss)
 
     @cached_property
+    def kinds(self) -> ModuleKinds:
+        """The kinds of its modules."""
+        return module_kinds(self.empty)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the model's files, computed once."""
         return model_fingerprint(self.name, self.revision)
@@ -120,7 +127,7 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
             `--trust_remote_code True`; a revision of a local folder; weights that do not fit the config.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     name, revision, trusts_code = model.model_name_or_path, model.model_revision, model.trusts_code()
     if not Path(name).exists():
@@ -134,7 +141,7 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
             with damage_named(config_file), _model_errors(name), torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(
+                empty = auto_class(config).from_config(
                     config,
                     attn_implementation=candidate,
                     trust_remote_code=trusts_code,
@@ -186,11 +193,9 @@ def load_model(
     Raises:
         ConfigError: The weights do not load, do not fit the config or are not finite.
     """
-    from transformers import AutoModelForCausalLM
-
     was_checked = info.is_downloaded()
     with _model_errors(info.name):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(info.config).from_pretrained(
             info.name,
             **_revision_options(info.name, info.revision),
             config=info.config,
@@ -201,11 +206,22 @@ def load_model(
     if not was_checked:  # they have just come from the hub
         log_notes(info.check_weights())
     run_on_all_ranks(lambda: check_finite(model, info.files, label=info.flag))
+    conversions = getattr(info.empty, "_weight_conversions", None)  # those of them that `check_weights` found in use
+    if conversions is not None:  # under ZeRO-3 transformers 5.23 notes all, and would save under other names
+        model._weight_conversions = conversions
+    freeze_other_modalities(model, info.kinds)
     if needs_new_embeddings(info, tokenizer):
         model.resize_token_embeddings(embedding_rows(tokenizer))
     if stop_token_id is not None and model.generation_config is not None:
         add_eos_token(model.generation_config, stop_token_id)
     return model
+
+
+def freeze_other_modalities(model: Any, kinds: ModuleKinds) -> None:
+    """Freeze what reads images and sound: text does not train it."""
+    for name, parameter in model.named_parameters():
+        if kinds.of(name) == VISION:
+            parameter.requires_grad_(False)
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:

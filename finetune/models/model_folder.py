@@ -13,7 +13,7 @@ from finetune.utils.user_files import UNREADABLE, read_json_object
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 PARTS, MOST_PARTS = re.compile(r"(layers?|experts?|per_tok)$"), 4096
-SIZES = re.compile(r"(size|heads?|layers?|experts?|dim|rank|embd|inner|positions|embeddings|per_tok)$")
+SIZES = re.compile(r"(size|heads?|(?<!feature_)layers?|experts?|dim|rank|embd|inner|positions|embeddings|per_tok)$")
 NEVER_ZERO = re.compile(
     r"(hidden_size|vocab_size|hidden_layers|heads|n_(head|embd|layer|positions)|embeddings|per_tok)$"
 )

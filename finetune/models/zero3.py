@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from finetune.models.module_kinds import ROUTED_EXPERTS, module_kinds
+from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds
 
 if TYPE_CHECKING:
     import torch
 
 
-def set_leaf_modules(model: Any, empty: Any) -> None:
+def set_leaf_modules(model: Any, kinds: ModuleKinds, empty: Any) -> None:
     """Let DeepSpeed gather what `leaf_modules` names as a whole, if the model is partitioned."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         from deepspeed.utils import set_z3_leaf_modules_by_name
 
-        set_z3_leaf_modules_by_name(model, leaf_modules(model, empty))
+        set_z3_leaf_modules_by_name(model, leaf_modules(model, kinds, empty))
 
 
-def leaf_modules(model: Any, empty: Any) -> list[str]:
+def leaf_modules(model: Any, kinds: ModuleKinds, empty: Any) -> list[str]:
     """Return the names of the modules whose parameters are needed together: experts, and layers that peft wraps.
 
     Each token takes other experts, so that their order is no guide to prefetching, and a rank may need one that
@@ -35,7 +35,6 @@ def leaf_modules(model: Any, empty: Any) -> list[str]:
     for name, module in model.named_modules():
         if type(module).__name__ == "ParamWrapper" and not name.endswith(".base_layer"):
             names.append(name)
-    kinds = module_kinds(empty)
     for name, kind in kinds.by_module.items():
         if kind == ROUTED_EXPERTS:
             names.append(prefix + _called_module(empty, name))

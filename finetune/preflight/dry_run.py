@@ -23,6 +23,7 @@ from typing import Any
 
 from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
+from finetune.models.auto_class import auto_class
 from finetune.run_dir.run_json import METRICS_FILE
 from finetune.utils.errors import FinetuneError
 
@@ -80,13 +81,13 @@ def make_random_model(
 ) -> int:
     """Write a random model of that architecture to `folder`, with tokenizer and code; return its parameters."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     common = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
     config = AutoConfig.from_pretrained(name, **common)
     torch.manual_seed(0)
     try:
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             shrink_config(config, heads=heads), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         with torch.no_grad():

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.models.attention import unsupported_config_reason, unwrap_adapter
+from finetune.models.auto_class import auto_class
 from finetune.models.loader import torch_dtype
 from finetune.models.model_config import experts_of, largest
 from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, module_kinds
@@ -104,11 +105,9 @@ def spec_from_config(
 def _on_meta(
     config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool
 ) -> tuple[Any, ModuleKinds]:
-    from transformers import AutoModelForCausalLM
-
     dtype = torch_dtype(precision)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts_code)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusts_code)
         kinds = module_kinds(model)
         model = model if attach is None else attach(model)
     return model.to(dtype).train(), kinds  # peft leaves adapters on the meta device in float32

@@ -16,7 +16,9 @@ from transformers.trainer import SCHEDULER_NAME
 from finetune.checkpoint import Manifest, is_complete, key_of, read_manifest, steps_in, verified_loads
 from finetune.checkpoint.saver import RunIdentity, Saver, checkpoint_bytes, checkpoint_engine, trained_shapes
 from finetune.dataset.dataloader import MicroBatchDataset
+from finetune.export.base_tensors import BaseTensors
 from finetune.models.adapters import InitialLora, gather_virtual_tokens
+from finetune.models.loader import ModelInfo
 from finetune.run_dir.run_json import update_run_json
 from finetune.training.compat import write_no_recovery_script
 from finetune.training.evaluator import best_checkpoint
@@ -39,6 +41,7 @@ class CheckpointTrainer(Trainer):
     ) -> None:
         """Check the parameters against the checkpoint to resume from, and prepare the saver. All ranks."""
         self.identity, self.initial_lora, self.loading = identity, initial_lora, ExitStack()
+        self.base_tensors: BaseTensors | None = None
         self.output_dir = Path(str(self.args.output_dir))
         self.trained = trained_shapes(self.model)
         identity.check_trained(self.trained)
@@ -48,6 +51,11 @@ class CheckpointTrainer(Trainer):
         )
         key = key_of(identity.verify_key)
         self.saver = Saver(self.output_dir, identity.storage, keep, size, self.describe_step, key)
+
+    def keep_base_tensors(self, base: ModelInfo) -> None:
+        """Save what training leaves alone as the base has it, if the whole model is saved."""
+        if not hasattr(self.model, "peft_config") and self.args.should_save and base.is_downloaded():
+            self.base_tensors = BaseTensors(base.files, base.empty, self.model)
 
     def train_from_checkpoint(self) -> None:
         """Train from the verified checkpoint, if there is one; until the first step no other file is loaded."""
@@ -129,7 +137,11 @@ class CheckpointTrainer(Trainer):
         with gather_virtual_tokens(self.model, saves=self.args.should_save), self.saver.collect_errors(folder):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
+                if self.base_tensors is not None and self.base_tensors.untouched:
+                    state_dict = self.base_tensors.without_frozen(state_dict or self.model.state_dict())
                 self.model.save_pretrained(folder, state_dict=state_dict)
+                if self.base_tensors is not None:
+                    self.base_tensors.add_to(folder)
                 self.processing_class.save_pretrained(folder)
                 if self.initial_lora is not None:
                     self.initial_lora.rewrite(folder)

@@ -94,8 +94,11 @@ def _record(trainer: SupervisedTrainer, checked: str, kind: str, changes: Weight
     logged = [entry for entry in history if entry.get("loss") is not None]
     losses = [entry["loss"] for entry in logged]
     result: dict[str, Any] = {"steps": trainer.state.global_step}
+    of_base: dict[str, int] = {}
     if changes is not None:
         result["tensors"] = changes.by_kind
+        if trainer.base_tensors is not None:
+            of_base = result["base_tensors"] = trainer.base_tensors.report(output_dir, set(changes.changed))
         for line in changes.warnings():
             logger.warning(line)
     if losses:
@@ -118,6 +121,7 @@ def _record(trainer: SupervisedTrainer, checked: str, kind: str, changes: Weight
         "saved": f"{output_dir} ({kind})",
         "checked": checked,
         **({"weights": changes.line()} if changes else {}),
+        **({"base": ", ".join(f"{count:,} tensors {state}" for state, count in of_base.items())} if of_base else {}),
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
         **held_out,
         "steps": f"{trainer.state.global_step:,}, each in {output_dir / run_json.METRICS_FILE}",

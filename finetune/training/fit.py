@@ -14,7 +14,7 @@ from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import run_on_rank_0
 from finetune.distributed.startup_timer import start_up_seconds
 from finetune.models.adapters import InitialLora, changes_base_weights, count_parameters
-from finetune.models.module_kinds import ModuleKinds
+from finetune.models.loader import ModelInfo
 from finetune.run_dir.run_json import update_run_json
 from finetune.run_dir.training_plan import TrainingPlan
 from finetune.training.dataloaders import Dataloaders
@@ -38,7 +38,7 @@ class TrainingInputs:
     data: PreparedData
     loaders: Dataloaders
     args: TrainingArguments
-    kinds: ModuleKinds
+    base: ModelInfo
 
 
 def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> SupervisedTrainer:
@@ -67,7 +67,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
             model=inputs.model,
             args=inputs.args,
             loaders=inputs.loaders,
-            kinds=inputs.kinds,
+            kinds=inputs.base.kinds,
             identity=identity,
             peak_flops=_peak_flops(options.hardware),
             keep=options.keep_checkpoints,
@@ -77,6 +77,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
+    trainer.keep_base_tensors(inputs.base)
     if options.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(options.early_stopping_patience, options.early_stopping_threshold))
     trainer.add_callback(PhaseReporter())
@@ -116,7 +117,7 @@ def summarize_plan(settings: Mapping[str, Any], inputs: TrainingInputs, steps: i
         epochs=steps / sampler.steps_per_epoch,
         steps=steps,
         start_up=start_up_seconds(),
-        kinds={kind: count.facts() for kind, count in inputs.kinds.count(inputs.model).items()},
+        kinds={kind: count.facts() for kind, count in inputs.base.kinds.count(inputs.model).items()},
     )
 
 

@@ -19,6 +19,7 @@ class WeightChanges:
     """Number of tensors by kind of module: those that are trained, and how many of them changed; those frozen."""
 
     by_kind: dict[str, dict[str, int]]
+    changed: frozenset[str]  # names
 
     def line(self) -> str:
         """Return the sums as a line for the user."""
@@ -71,7 +72,7 @@ class WeightProof:
             moved += [name] * (not parameter.requires_grad and name in changed)
         if moved:
             raise CheckpointError(f"weights that are frozen changed in training: {format_names(moved)}")
-        return WeightChanges(by_kind)
+        return WeightChanges(by_kind, frozenset(changed))
 
 
 def _bytes_of(values: torch.Tensor) -> Any:

@@ -21,7 +21,7 @@ from finetune.models import loader
 from finetune.models.base_checks import _is_finite, check_finite, check_weights
 from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError, ConfigError
-from tests.helpers import tiny_models
+from tests.helpers import tiny_models, vision_models
 from tests.helpers.tiny_models import EXPERTS, GROUPED, WIDE_HEADS
 
 MORE_FAMILIES = {
@@ -142,18 +142,16 @@ def test_a_model_with_code_of_its_own_may_compute_a_buffer_and_leave_tensors_unu
         notes()
 
 
-def test_a_vision_tower_beside_a_text_model_is_a_note(save):
-    folder, tensors = save("llama4")
-    text = json.loads((folder / "config.json").read_text())
-    vision = transformers.Llama4VisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    config = {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"]}
-    (folder / "config.json").write_text(json.dumps({**config, "text_config": text, "vision_config": vision.to_dict()}))
-    nested = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
-    write(folder, {**nested, "vision_model.class_embedding": torch.ones(32)})
-    assert "only the text model is trained: vision_model.class_embedding" in " ".join(inspect(folder).notes)
-    nested.pop("language_model.model.norm.weight")
-    write(folder, nested)
-    assert "model.norm.weight" in refused(folder)
+def test_a_vision_tower_is_part_of_the_model_unless_the_config_names_its_text_alone(tmp_path):
+    folder = vision_models.save("qwen3_5", tmp_path / "whole")
+    tensors = load_file(folder / "model.safetensors")
+    assert inspect(folder).notes == ()
+    write(folder, {name: tensor for name, tensor in tensors.items() if name != "model.visual.merger.norm.weight"})
+    assert "model.visual.merger.norm.weight" in refused(folder)
+    write(folder, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3_5ForCausalLM"]}))
+    assert type(inspect(folder).empty).__name__ == "Qwen3_5ForCausalLM"
 
 
 class TestFiles:

@@ -1,0 +1,114 @@
+"""Nothing of the base is lost: tensors that training leaves alone are copied from its files, byte for byte.
+
+Those are the weights of frozen modules (a vision tower) and tensors that the model's code does not load (heads for
+multi-token prediction). What is trained comes from memory; together they have the names of the base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from finetune.export.weight_names import WeightNames
+from finetune.models.base_checks import COMPUTED_BUFFERS
+from finetune.models.model_folder import weight_map
+from finetune.models.stored_tensors import StoredTensors
+from finetune.utils.errors import CheckpointError, format_names
+
+SHARD_BYTES = 5 << 30
+
+
+class BaseTensors:
+    """The tensors in the files of a base model, and which of them training leaves alone.
+
+    Args:
+        folder: of the base.
+        empty: the base on the meta device.
+        model: what is trained; without an adapter.
+    """
+
+    def __init__(self, folder: Path, empty: Any, model: Any) -> None:
+        self.stored = StoredTensors(folder)
+        self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        tied = dict(getattr(empty, "all_tied_weights_keys", None) or {})
+        groups = WeightNames(empty).group_files({name: self.stored.shape(name) for name in self.stored})
+        self.tied = {name for group in groups for name, _ in group.files if set(group.weights) & tied.keys()}
+        loaded = {name for name, _ in model.named_parameters(remove_duplicate=False)} - self.frozen
+        loaded |= {name for name, _ in model.named_buffers()}
+        self.weights_of = {name: group.weights for group in groups for name, _ in group.files}
+        self.untouched = [
+            name
+            for name, weights in self.weights_of.items()
+            if not loaded & set(weights) and not COMPUTED_BUFFERS.search(name)
+        ]
+
+    def without_frozen(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return what of a state is saved from memory."""
+        return {name: tensor for name, tensor in state.items() if name not in self.frozen}
+
+    def add_to(self, folder: Path) -> None:
+        """Write the untouched tensors beside those that a trained model was saved with, and the index of all."""
+        if not self.untouched:
+            return
+        saved = _by_file(folder)
+        files = [*saved]
+        for number, names in enumerate(self._shards()):
+            path = folder / f".base-{number}.safetensors"
+            save_file({name: self.stored[name].contiguous() for name in names}, path, metadata={"format": "pt"})
+            files.append(path.name)
+            saved[path.name] = names
+        placed = {}
+        for number, name in enumerate(files, start=1):
+            final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            (folder / name).rename(folder / f".{final}")
+            placed[final] = saved[name]
+        for final in placed:
+            (folder / f".{final}").rename(folder / final)
+        size = sum((folder / name).stat().st_size for name in placed)
+        places = {tensor: name for name, tensors in placed.items() for tensor in tensors}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _shards(self) -> Iterator[list[str]]:
+        names: list[str] = []
+        size = 0
+        for name in self.untouched:
+            tensor = self.stored[name]
+            if names and size + tensor.nbytes > SHARD_BYTES:
+                yield names
+                names, size = [], 0
+            names.append(name)
+            size += tensor.nbytes
+        yield names
+
+    def report(self, folder: Path, changed: set[str]) -> dict[str, int]:
+        """Compare a saved model with its base, tensor by tensor; return numbers of tensors.
+
+        Args:
+            changed: weights in memory that training changed.
+
+        Raises:
+            CheckpointError: the saved model lacks tensors of the base.
+        """
+        result = set(StoredTensors(folder))
+        missing = [
+            name
+            for name in self.stored
+            if name not in result and name not in self.tied and not COMPUTED_BUFFERS.search(name)
+        ]
+        if missing:
+            raise CheckpointError(f"{folder}: tensors of the base are missing: {format_names(missing)}")
+        moved = {name for name, weights in self.weights_of.items() if changed & set(weights)} & result
+        same = len(result & set(self.stored)) - len(moved)
+        added = len(result - set(self.stored))
+        return {"changed": len(moved), "identical": same, "missing": 0, "added": added}
+
+
+def _by_file(folder: Path) -> dict[str, list[str]]:
+    """Return the files of a saved model, with the tensors in each."""
+    stored = StoredTensors(folder)
+    return {file: [name for name in stored if stored.path(name).name == file] for file in weight_map(folder)}

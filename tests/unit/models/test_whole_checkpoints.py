@@ -1,0 +1,101 @@
+"""Text training of a checkpoint with images keeps all of it: the class, every tensor, and names that fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from finetune.config.arguments import AdapterArguments, ModelArguments
+from finetune.export.base_tensors import BaseTensors
+from finetune.inference.load_result import load_strict
+from finetune.models.adapters import attach_lora
+from finetune.models.auto_class import auto_class
+from finetune.models.loader import freeze_other_modalities, inspect_model
+from finetune.models.module_kinds import VISION
+from finetune.utils.errors import CheckpointError
+from tests.helpers import vision_models
+from tests.helpers.tiers import mostly_slow
+
+IDS = torch.arange(3, 15)[None]
+families = pytest.mark.parametrize("family", mostly_slow(vision_models.FAMILIES, ["qwen3_5", "gemma3", "gemma4"]))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def loaded(folder: Path):
+    info = inspect_model(ModelArguments(str(folder)), "eager")
+    model = auto_class(info.config).from_pretrained(folder, dtype=torch.float32)
+    freeze_other_modalities(model, info.kinds)
+    return info, model
+
+
+@families
+def test_every_tensor_of_the_base_is_in_the_result_and_untouched_ones_are_the_same_bytes(family, tmp_path):
+    base = vision_models.save(family, tmp_path / "base")
+    info, model = loaded(base)
+    kept = BaseTensors(base, info.empty, model)
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    changed = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in changed:
+                parameter += 0.01
+
+    model.save_pretrained(tmp_path / "out", state_dict=kept.without_frozen(model.state_dict()))
+    kept.add_to(tmp_path / "out")
+
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys() and kept.untouched
+    same = {name for name in before if before[name].dtype == after[name].dtype and before[name].equal(after[name])}
+    assert set(kept.untouched) <= same and any(info.kinds.of(name) == VISION for name in kept.frozen)
+    report = kept.report(tmp_path / "out", changed)
+    assert report["missing"] == report["added"] == 0 and report["changed"] + report["identical"] == len(before)
+    assert 0 < report["changed"] <= len(before) - len(same)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == json.loads((base / "config.json").read_text())["architectures"]
+    again = load_strict(tmp_path / "out", torch.float32, trusts_code=False)
+    wanted = model.eval()(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(again(input_ids=IDS, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@families
+def test_an_adapter_is_on_the_text_alone_and_fits_the_whole_model(family, tmp_path):
+    base = vision_models.save(family, tmp_path / "base")
+    info, model = loaded(base)
+    adapted = attach_lora(model, AdapterArguments(use_lora=True), base_revision=None, train_embeddings=False)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained and not [name for name in trained if info.kinds.of(name) == VISION]
+    with torch.no_grad():
+        for name in trained:
+            adapted.get_parameter(name).normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert all("language_model" in name for name in load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    again = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
+    wanted = adapted.eval()(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(again(input_ids=IDS, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_result_that_lacks_a_tensor_of_the_base_is_an_error(tmp_path):
+    base = vision_models.save("qwen3_5", tmp_path / "base")
+    info, model = loaded(base)
+    kept = BaseTensors(base, info.empty, model)
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"tensors of the base are missing: mtp\.fc\.weight"):
+        kept.report(tmp_path / "out", set())
+
+
+def test_a_checkpoint_of_the_text_alone_is_loaded_as_it_is():
+    config = transformers.Qwen3_5Config(architectures=["Qwen3_5ForCausalLM"])
+    assert auto_class(config) is transformers.AutoModelForCausalLM
+    assert auto_class(transformers.LlamaConfig()) is transformers.AutoModelForCausalLM
+    assert auto_class(transformers.Qwen3_5Config()) is transformers.AutoModelForMultimodalLM
+    assert auto_class(transformers.T5Gemma2Config()) is transformers.AutoModelForCausalLM  # which refuses it
