@@ -17,6 +17,8 @@ from typing import Any
 UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bfloat16": ((), 'the old name of "bf16": write that'),
     "tensor_parallel.autotp_size": ((0, 1), "tensor parallelism is not served: it counts the ranks in another way"),
+    "tensor_parallel.tp.tp_size": ((1,), "tensor parallelism is not served: it counts the ranks in another way"),
+    "use_data_before_expert_parallelism": ((False,), "expert parallelism is not served"),
     "expert_parallel": (({},), "expert parallelism is not served"),
     "pipeline": (({},), "pipeline parallelism is not served"),
     "data_efficiency.enabled": ((False,), "the sampler of this toolkit draws the batches"),

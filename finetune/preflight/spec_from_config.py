@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from finetune.models.attention import unsupported_config_reason, unwrap_adapter
 from finetune.models.auto_class import auto_class
-from finetune.models.loader import torch_dtype
+from finetune.models.loader import freeze_other_modalities, torch_dtype
 from finetune.models.model_config import experts_of, largest
 from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, module_kinds
 from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
@@ -109,6 +109,7 @@ def _on_meta(
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusts_code)
         kinds = module_kinds(model)
+        freeze_other_modalities(model, kinds)
         model = model if attach is None else attach(model)
     return model.to(dtype).train(), kinds  # peft leaves adapters on the meta device in float32
 

@@ -18,6 +18,7 @@ from finetune.models.adapters import attach_lora
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import freeze_other_modalities, inspect_model
 from finetune.models.module_kinds import VISION
+from finetune.preflight.spec_from_config import spec_from_config
 from finetune.utils.errors import CheckpointError
 from tests.helpers import vision_models
 from tests.helpers.tiers import mostly_slow
@@ -53,6 +54,8 @@ def test_every_tensor_of_the_base_is_in_the_result_and_untouched_ones_are_the_sa
     kept.add_to(tmp_path / "out")
 
     before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    spec = spec_from_config(info.config, precision="float32")
+    assert spec.trainable == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert before.keys() == after.keys() and kept.untouched
     same = {name for name in before if before[name].dtype == after[name].dtype and before[name].equal(after[name])}
     assert set(kept.untouched) <= same and any(info.kinds.of(name) == VISION for name in kept.frozen)
