@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError
 
+from finetune.chat_templates.compat import text_renderer
 from finetune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,8 +44,14 @@ def apply_template(
     chats = messages if isinstance(messages[0], list) else [messages]
     if _raises_to_a_power(template or tokenizer.get_chat_template()):
         raise _refusal("it uses the operator **, which nothing can interrupt")
-    with template_limits(len(chats), memory=options.get("tokenize") is False):
-        result = tokenizer.apply_chat_template(messages, chat_template=template, **options)
+    is_text = options.get("tokenize") is False
+    render = text_renderer(tokenizer) if is_text and template is not None else None
+    with template_limits(len(chats), memory=is_text):
+        if render is None or template is None:
+            result = tokenizer.apply_chat_template(messages, chat_template=template, **options)
+        else:
+            texts = render(chats, template, **{name: value for name, value in options.items() if name != "tokenize"})
+            result = texts if chats is messages else texts[0]
     for text, chat in zip([result] if isinstance(result, str) else result, chats, strict=False):
         if isinstance(text, str) and len(text) > CHARACTERS:
             given = len(str(chat)) + len(str(options.get("tools", "")))
