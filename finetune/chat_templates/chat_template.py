@@ -26,11 +26,10 @@ from finetune.chat_templates.template_skeleton import (
     Answer,
     TemplateSkeleton,
     find_contents,
-    find_slots,
+    find_pieces,
     given_text,
     mark_spelled,
     next_human,
-    pieces_between,
     shape_of,
     with_marks,
 )
@@ -133,7 +132,7 @@ class ChatTemplate:
 
     def _with_skeleton(self, conversation: Conversation) -> tuple[Conversation, TemplateSkeleton]:
         conversation = normalized(conversation)
-        skeleton = self.skeleton(conversation)
+        skeleton = self.skeleton_of_shape(conversation)
         if skeleton.system_in_front:
             conversation = replace(conversation, turns=system_in_front(conversation.turns))
         for number, turn in enumerate(conversation.turns):
@@ -146,6 +145,8 @@ class ChatTemplate:
         if isinstance(text, UnrenderableError):
             raise text
         turns = conversation.turns
+        if _has_tools(conversation):
+            skeleton = self._with_own_pieces(conversation, skeleton, text)
         contents = find_contents(text, skeleton, turns)
         spelled = 0
         for (number, _), content in zip(skeleton.slots, contents, strict=True):
@@ -153,20 +154,17 @@ class ChatTemplate:
             spelled += plain.spells_control_token(content)
         return RenderedText(conversation, skeleton, text, contents, spelled)
 
-    def skeleton(self, conversation: Conversation) -> TemplateSkeleton:
-        """The skeleton of a normalized conversation: that of its shape, with its own pieces if it has tools."""
-        skeleton = self.skeleton_of_shape(conversation)
-        if not conversation.tools and not any(turn.tool_calls for turn in conversation.turns):
-            return skeleton
-        if skeleton.system_in_front:
-            conversation = replace(conversation, turns=system_in_front(conversation.turns))
-        marked, spelled = self._with_real_tools(conversation)
-        if not skeleton.is_completion and not spelled:
-            rendered = self._text(marked)
-            spans = find_slots(rendered)
-            own = skeleton.with_pieces(pieces_between(rendered, spans), [span.slot for span in spans])
-            if own is not None:
+    def _with_own_pieces(self, conversation: Conversation, skeleton: TemplateSkeleton, text: str) -> TemplateSkeleton:
+        """The skeleton of a shape with the pieces of one conversation with tools."""
+        calls = [[call.name, call.id, call.arguments] for turn in conversation.turns for call in turn.tool_calls]
+        spells = self.plain.spells_control_token(json.dumps([conversation.tools, calls], ensure_ascii=False))
+        if not (skeleton.is_completion or spells):
+            pieces = find_pieces(text, skeleton, conversation.turns, self.plain.control_pattern)
+            if pieces is not None and (own := skeleton.with_pieces(pieces, skeleton.slots)) is not None:
                 return own
+        marked, spelled = with_marks(conversation, real_tools=True), list[str]()
+        if spells:
+            marked = self._with_spelled_marked(marked, spelled)
         own = build_skeleton(marked, self._template_text(marked, None, spelled), as_is=self.as_is)
         return replace(own, system_in_front=skeleton.system_in_front)
 
@@ -183,22 +181,19 @@ class ChatTemplate:
             raise skeleton
         return skeleton
 
-    def _with_real_tools(self, conversation: Conversation) -> tuple[Conversation, list[str]]:
-        """The conversation with marks as its texts and for the control tokens that declarations and calls spell."""
-        marked, spelled = with_marks(conversation, real_tools=True), list[str]()
-        calls = [call.arguments for turn in conversation.turns for call in turn.tool_calls]
-        if not self.plain.spells_control_token(json.dumps([conversation.tools, calls])):
-            return marked, spelled
+    def _with_spelled_marked(self, marked: Conversation, spelled: list[str]) -> Conversation:
+        """Put marks for the control tokens that declarations and calls spell; these are appended to `spelled`."""
 
         def mark(text: str) -> str:
             return mark_spelled(text, spelled, self.plain.control_pattern)
 
         def mark_call(call: ToolCall) -> ToolCall:
-            return replace(call, arguments=replace_strings(call.arguments, mark))
+            own_id = call.id and mark(call.id)
+            return replace(call, name=mark(call.name), id=own_id, arguments=replace_strings(call.arguments, mark))
 
         tools = tuple(replace_strings(tool, mark) for tool in marked.tools)
         turns = tuple(replace(turn, tool_calls=tuple(map(mark_call, turn.tool_calls))) for turn in marked.turns)
-        return replace(marked, turns=turns, tools=tools), spelled
+        return replace(marked, turns=turns, tools=tools)
 
     def _build(self, conversation: Conversation) -> TemplateSkeleton:
         """The skeleton of a shape: with placeholders of tools and calls as well."""
@@ -250,7 +245,7 @@ class ChatTemplate:
         """Whether nothing ends an answer but the token that opens the next turn."""
         pair = Conversation((Turn("human", "a"), Turn("model", "b")))
         with suppress(UnrenderableError):
-            return any(answer.is_appended for answer in self.skeleton(pair).answers.values())
+            return any(answer.is_appended for answer in self.skeleton_of_shape(pair).answers.values())
         return False
 
     def _texts(self, rows: Sequence[tuple[Conversation, TemplateSkeleton]]) -> Sequence[str | UnrenderableError]:
@@ -312,6 +307,10 @@ class ChatTemplate:
         with suppress(*TEMPLATE_ERRORS):
             return str(self.apply(conversation, style, tokenize=False))
         return None
+
+
+def _has_tools(conversation: Conversation) -> bool:
+    return bool(conversation.tools) or any(turn.tool_calls for turn in conversation.turns)
 
 
 def error_as_value(function: Callable[..., Result], *arguments: Any) -> Result | UnrenderableError:

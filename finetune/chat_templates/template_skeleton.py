@@ -28,6 +28,7 @@ _PARTS = {_TEXT: "text", _REASONING: "reasoning", _ANSWER: "answer"}
 _MARK = re.compile(f"\ue000(\\d+)([{_TEXT}{_REASONING}{_ANSWER}{_JSON}])\ue001")
 _SPACE = "\n\n\n"  # more than templates write themselves
 _SPACED_BEGIN, _SPACED_END = f"{REASONING_BEGIN}{_SPACE}", f"{_SPACE}{REASONING_END}{_SPACE}"
+_DUMMY = "q0x"  # part of each name and value of the placeholders of tools
 DUMMY_VALUE = "valueq0x"
 _DUMMY_ARGUMENTS = {"keyq0x": DUMMY_VALUE}
 _DUMMY_PARAMETERS = {"type": "object", "properties": {"keyq0x": {"type": "string"}}, "required": ["keyq0x"]}
@@ -242,6 +243,45 @@ def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) 
     if begin != len(text):
         raise UnrenderableError("the chat template writes other text after these contents than after plain ones")
     return contents
+
+
+def find_pieces(
+    text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn], control: re.Pattern[str]
+) -> list[str] | None:
+    """The pieces of a conversation with tools in its rendering, found by the control tokens around its contents.
+
+    None where a piece with declarations or calls has no control token at the edge that tells where the next content
+    is. No declaration and no call may spell a control token.
+    """
+    edges = [_edges(piece, control) for piece in skeleton.pieces]
+    pieces: list[str] = []
+    place = 0
+    for (number, part), (head, tail), (next_head, _) in zip(skeleton.slots, edges[:-1], edges[1:], strict=True):
+        if number is None or tail == "":
+            return None
+        for content in _forms(given_text(turns[number], part), number, turns):
+            target = (tail or "") + content + next_head
+            begin = place + len(head)
+            found = text.find(target, begin) if tail else begin if text.startswith(target, begin) else -1
+            if found >= 0:
+                break
+        else:
+            return None
+        end = found + len(tail or "")
+        pieces.append(text[place:end])
+        place = end + len(content)
+    return [*pieces, text[place:]]
+
+
+def _edges(piece: str, control: re.Pattern[str]) -> tuple[str, str | None]:
+    """A piece and None; of one with placeholders of tools, what is written up to them and from them on."""
+    first = piece.find(_DUMMY)
+    if first < 0:
+        return piece, None
+    last = piece.rfind(_DUMMY) + len(_DUMMY)
+    before = [match.end() for match in control.finditer(piece, 0, first)]
+    after = control.search(piece, last)
+    return piece[: before[-1]] if before else "", piece[after.start() :] if after else ""
 
 
 def given_text(turn: Turn, part: str) -> str:
