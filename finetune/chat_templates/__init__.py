@@ -26,7 +26,9 @@ from finetune.chat_templates.example import (
 from finetune.chat_templates.format_selection import CHATML, select_chat_format, stop_token_id
 from finetune.chat_templates.generation_prompt import (
     AnswerDecoder,
+    answer_ids,
     answer_text,
+    decode_after,
     end_token_ids,
     prompt_ids,
 )

@@ -17,20 +17,24 @@ from finetune.chat_templates.example import (
     UnrenderableError,
     tokenize_conversation,
 )
-from finetune.chat_templates.messages import raw_parts, split_reasoning
 from finetune.chat_templates.plain_text import PlainTextTokenizer
-from finetune.conversation import Conversation, Turn
+from finetune.conversation import Conversation, ToolCall, Turn
 
 # Answers that no template changes, of several scripts: tokenizers differ in what they join with a space.
 PROBES = ("a", "好", "1", "-", "🙂")
 REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
 MAX_PENDING = 64  # tokens; no character has as many
+TEXT, REASONING = "textq1x", "reasonq1x"  # contents of an answer that shows what the template writes around them
+_CALL = Conversation(
+    (Turn("human", "a"), Turn("model", "", tool_calls=(ToolCall("f", {"x": "b"}),))),
+    tools=({"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}},),
+)
 
 
-def with_answer(conversation: Conversation, text: str) -> Conversation:
+def with_answer(conversation: Conversation, answer: Turn) -> Conversation:
     """The conversation with one more model turn, the only supervised one."""
     before = [replace(turn, train=False) for turn in conversation.turns]
-    return replace(conversation, turns=(*before, Turn("model", text)))
+    return replace(conversation, turns=(*before, answer))
 
 
 def prompt_ids(chat_format: ChatFormat, conversation: Conversation) -> list[int]:
@@ -43,7 +47,7 @@ def prompt_ids(chat_format: ChatFormat, conversation: Conversation) -> list[int]
     Raises:
         UnrenderableError: the format cannot express the turns, or the text before an answer depends on the answer.
     """
-    results = chat_format.tokenize_all([with_answer(conversation, answer) for answer in PROBES])
+    results = chat_format.tokenize_all([with_answer(conversation, Turn("model", text)) for text in PROBES])
     prefixes = [
         result.input_ids[: result.supervised_spans[-1].start]
         for result in results
@@ -60,9 +64,10 @@ def prompt_ids(chat_format: ChatFormat, conversation: Conversation) -> list[int]
 
 
 def end_token_ids(chat_format: ChatFormat) -> list[int]:
-    """The tokens that end model turns in this format, that of the last turn first."""
+    """The tokens that end model turns in this format, that of the last turn first; those of tool calls, too."""
     pair = (Turn("human", "a"), Turn("model", "b"))
-    parts = [part for turns in (pair, (*pair, *pair)) for part in chat_format.split_history(Conversation(turns))]
+    samples = (Conversation(pair), Conversation((*pair, *pair)), _CALL)
+    parts = [part for sample in samples for part in chat_format.split_history(sample)]
     ends = [
         result.labels[span.stop - 1]
         for result in chat_format.tokenize_all(parts)
@@ -72,35 +77,42 @@ def end_token_ids(chat_format: ChatFormat) -> list[int]:
     return list(dict.fromkeys(ends))
 
 
+def answer_ids(
+    chat_format: ChatFormat, conversation: Conversation, prompt: Sequence[int], answer: Turn
+) -> list[int] | None:
+    """The ids after `prompt` that training renders for an answer; None if the format cannot write it behind them."""
+    try:
+        tokenized = tokenize_conversation(chat_format, with_answer(conversation, answer))
+    except UnrenderableError:
+        return None
+    ids = tokenized.input_ids[: tokenized.supervised_spans[-1].stop]
+    return ids[len(prompt) :] if ids[: len(prompt)] == list(prompt) else None
+
+
 def answer_text(
     chat_format: ChatFormat, conversation: Conversation, prompt: Sequence[int], answer: Sequence[int]
 ) -> str:
     """The text of `answer`, the generated ids after `prompt` without the end of the turn; "" if it is blank.
 
-    White space at the ends belongs to the text or to the template: the text is the one that training would render to
-    the generated text. It is stripped if there is none.
+    What the template writes in front of an answer is no part of it. White space at the ends belongs to the text or to
+    the template: the text is the one that training would render to the generated text. It is stripped if there is none.
     """
     generated = decode_after(chat_format.plain, prompt, answer)
-    for text in dict.fromkeys(_candidates(generated)):
+    sample = answer_ids(chat_format, conversation, prompt, Turn("model", TEXT))
+    opening = decode_after(chat_format.plain, prompt, sample or ()).partition(TEXT)[0]
+    starts = [generated.removeprefix(opening)] if opening.strip() and generated.startswith(opening) else []
+    for text in dict.fromkeys(_candidates([*starts, generated])):
         if not text.strip():
             return ""
-        try:
-            tokenized = tokenize_conversation(chat_format, with_answer(conversation, text))
-        except UnrenderableError:
-            continue
-        span = tokenized.supervised_spans[-1]
-        ids = tokenized.input_ids[: span.stop - span.num_end]
-        has_prompt = ids[: len(prompt)] == list(prompt)
-        if has_prompt and decode_after(chat_format.plain, prompt, ids[len(prompt) :]) == generated:
+        ids = answer_ids(chat_format, conversation, prompt, Turn("model", text))
+        if ids is not None and decode_after(chat_format.plain, prompt, ids) == generated:
             return text
     return generated.strip()
 
 
-def _candidates(generated: str) -> Iterator[str]:
-    """Texts that may have been generated so; without a reasoning that is empty, which templates write themselves."""
-    inside = split_reasoning(generated)
-    starts = [raw_parts(generated)[1]] if inside and not inside[0] and inside[1] else []
-    for start in [*starts, generated]:
+def _candidates(starts: Sequence[str]) -> Iterator[str]:
+    """Texts that may have been generated so."""
+    for start in starts:
         for text in (start, start.removeprefix("\n\n"), start.removeprefix(" "), start.lstrip()):
             yield from (text, text.removesuffix("\n"), text.rstrip())
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from finetune.checkpoint import step_of
 from finetune.config import DataArguments
+from finetune.config.argument_parser import data_faults
 from finetune.config.arguments import VERIFY_KEY_HELP
+from finetune.dataset.tool_checks import check_tools
+from finetune.dataset.tool_reading import ToolFault, read_tools
 from finetune.inference import ChatModels, ChatSession, TerminalChat, answer_once, check_gradio, read_question, serve
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE, TUNED, load_for_inference, read_model
@@ -25,6 +29,7 @@ from finetune.run_dir.run_json import RUN_FILE, holds_model
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_serving
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
+from finetune.utils.user_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,10 @@ class ChatOptions:
     compare: bool = option(False, "both answer; the answers of the tuned model are kept")
     base_model: str | None = option(None, "where the base model is now; default: where it was")
     system: str | None = option(None, "a system turn in front of the conversation")
+    tools: str | None = option(None, "a JSON file with declarations of tools that the model may call")
+    chat_template_kwargs: str | None = option(
+        None, "variables for the chat template as JSON; default: those of the training"
+    )
     max_new_tokens: int = option(512, "most tokens of an answer")
     temperature: float = option(0.0, "0: greedy, the most probable token each time")
     top_p: float = option(1.0, "sample from the most probable tokens that make up this share")
@@ -66,16 +75,17 @@ def main(argv: Sequence[str]) -> None:
     raise_faults(_faults(options))
     configure_logging(to_stderr=True)
     accept_all_characters(utf8=options.json)
+    tools = _read_tools(options.tools) if options.tools else ()
     question = None if options.web or _is_typed() else read_question(sys.stdin)
     if options.web:
         check_gradio()
     with _loading(options.output):
-        result = _read(options)
+        result = _read(options).with_template_kwargs(options.chat_template_kwargs)
         quiet_serving()
         loaded = load_for_inference(result, base_name=options.base_model, only_base=options.base)
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     models = ChatModels(loaded, options.names, options.max_new_tokens, sampling)
-    chat = ChatSession(options.system)
+    chat = ChatSession(options.system, tools)
     if options.web:
         serve(models, chat, host=options.host, port=options.port)
     elif question is not None:
@@ -91,9 +101,23 @@ def _faults(options: ChatOptions) -> Iterator[str]:
         yield "--json is for a question from a pipe: echo '...' | finetune chat OUTPUT --json"
     if options.max_new_tokens < 1:
         yield f"--max_new_tokens {options.max_new_tokens}: expected at least 1"
+    yield from data_faults(DataArguments(chat_template_kwargs=options.chat_template_kwargs))
     yield from SamplingParams(options.temperature, options.top_p).faults()
     if options.system is not None and not options.system.strip():
         yield "--system: is empty: leave the flag out"
+
+
+def _read_tools(name: str) -> tuple[Mapping[str, Any], ...]:
+    """The declarations in a file: OpenAI's form, or the functions alone."""
+    path = Path(name).expanduser()
+    value = read_json(path, f"--tools {path}")
+    try:
+        tools = read_tools(value if isinstance(value, list) else [value])
+    except ToolFault as fault:
+        raise ConfigError(f"--tools {path}: {fault}") from None
+    _, faults = check_tools((), tools, f"--tools {path}")
+    raise_faults(faults)
+    return tools
 
 
 def _is_typed() -> bool:

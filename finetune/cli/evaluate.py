@@ -26,7 +26,7 @@ from finetune.utils.options import CommandParser, fill, option, positional, rais
 SECONDS_TO_WAIT = 24 * 3600  # one rank may run the programs of a benchmark while the others wait
 FLAGS_OF_DATA = (
     "data_path", "model_max_length", "too_long", "train_on", "bad_rows", "max_dropped_rows", "repairs", "columns",
-    "data_cache_dir", "preprocessing_num_workers",
+    "data_cache_dir", "preprocessing_num_workers", "chat_template_kwargs",
 )  # fmt: skip
 
 
@@ -45,6 +45,7 @@ class EvaluateOptions:
     no_base: bool = option(False, "do not measure the base beside the tuned model")
     json: bool = option(False, "print what is stored as one JSON object, instead of tables")
     tokens_per_batch: int = option(2048, "conversations are measured together up to so many tokens")
+    tool_rows: int = option(100, "rows with tools of which the models write the answers, the first ones; 0: none")
     worst: int = option(5, "rows to show: those with the largest loss, and those that became worse most")
     tasks: list[str] = option(
         [], "`lingowhale` (the eight benchmarks of its table), tasks of lm-eval, YAML files or folders of tasks"
@@ -84,7 +85,7 @@ def _faults(options: EvaluateOptions, data: dict[str, Any]) -> Iterator[str]:
         yield "nothing to evaluate: give --data_path, --tasks or --forgetting"
     for name in ("tokens_per_batch", "limit"):
         yield from below(1, name, getattr(options, name))
-    for name in ("worst", "num_fewshot", "fail_below"):
+    for name in ("tool_rows", "worst", "num_fewshot", "fail_below"):
         yield from below(0, name, getattr(options, name))
     if options.batch_size != "auto" and (not options.batch_size.isdigit() or int(options.batch_size) < 1):
         yield f"--batch_size {options.batch_size}: expected a number or auto"
@@ -102,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     accept_all_characters(utf8=options.json)
     result = read_result(
         Path(options.output), trust_remote_code=options.trust_remote_code, verify_key=options.verify_key
-    )
+    ).with_template_kwargs(data.get("chat_template_kwargs"))
     requested = {
         HELD_OUT_FILE: bool(data.get("data_path")),
         BENCHMARKS_FILE: bool(options.tasks),
@@ -124,7 +125,7 @@ def _measure(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) 
     quiet_libraries()
     import torch
 
-    from finetune.evaluation import benchmarks, forgetting, held_out
+    from finetune.evaluation import benchmarks, forgetting, held_out, tool_calls
     from finetune.inference.load_result import load_for_inference
 
     prepared = held_out.prepare_held_out(result, data) if data.get("data_path") else None
@@ -147,6 +148,11 @@ def _measure(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) 
             worst=options.worst,
             bar=_bar,
         )
+        conversations = tool_calls.rows_with_tools(prepared.sources, data.get("repairs", ()), options.tool_rows)
+        if conversations:
+            documents[HELD_OUT_FILE]["tool_calls"] = tool_calls.evaluate_tool_calls(
+                loaded, conversations, with_base=not options.no_base, bar=_bar
+            )
     if jobs:
         documents[BENCHMARKS_FILE] = benchmarks.evaluate_benchmarks(
             loaded,

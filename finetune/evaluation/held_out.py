@@ -28,7 +28,7 @@ from finetune.utils.errors import NumericsError
 logger = logging.getLogger(__name__)
 
 # Conversations are rendered with these arguments of the training, unless they are given.
-TRAINING_ARGUMENTS = ("model_max_length", "too_long", "train_on", "repairs", "columns")
+TRAINING_ARGUMENTS = ("model_max_length", "too_long", "train_on", "repairs", "columns", "reasoning")
 
 
 def prepare_held_out(result: RunResult, arguments: dict[str, Any]) -> PreparedData:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,16 +149,33 @@ def answers_of(
     batch_size: int,
     done: Done,
 ) -> list[str]:
-    """Generate a greedy answer to each question, on every rank.
-
-    Questions of similar length form a batch, padded on the left; the batches do not depend on the ranks.
-    """
+    """Generate a greedy answer to each question, on every rank."""
     try:
         prompts = [prompt_ids(chat_format, Conversation((Turn("human", question),))) for question in questions]
     except UnrenderableError as error:
         raise ConfigError(f"the chat format cannot express a question: {error}") from None
-    tokenizer, device = chat_format.plain.tokenizer, device_of(model)
-    answers: dict[int, str] = {}
+    tokenizer = chat_format.plain.tokenizer
+    generated = generate_ids(
+        model, prompts, stop_token_ids=stop_token_ids, max_new_tokens=max_new_tokens, batch_size=batch_size, done=done
+    )
+    return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
+
+
+def generate_ids(
+    model: Any,
+    prompts: Sequence[list[int]],
+    *,
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    done: Done,
+) -> list[list[int]]:
+    """Generate greedily behind each prompt, on every rank: the ids up to and without the first stop token.
+
+    Prompts of similar length form a batch, padded on the left; the batches do not depend on the ranks.
+    """
+    device, stops = device_of(model), {*stop_token_ids}
+    answers: dict[int, list[int]] = {}
     for group in _groups_of_rank([len(prompt) for prompt in prompts], batch_size):
         ids, mask = _pad([prompts[index] for index in group], stop_token_ids[0], device, left=True)
         with torch.no_grad(), warnings.catch_warnings():
@@ -170,7 +188,7 @@ def answers_of(
                 eos_token_id=list(stop_token_ids),
                 pad_token_id=stop_token_ids[0],
             )
-        texts = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
-        answers.update(zip(group, map(str.strip, texts), strict=True))
+        for index, row in zip(group, generated[:, ids.shape[1] :].tolist(), strict=True):
+            answers[index] = [*takewhile(lambda token: token not in stops, row)]
         done(len(group))
     return _gather(answers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 from finetune.conversation import Turn
 from finetune.inference.generate import GREEDY, AnswerGenerator, AnswerStream, SamplingParams
@@ -26,6 +27,7 @@ class ChatModels:
         name: str,
         turns: Sequence[Turn],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         attempt: int = 0,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
@@ -33,6 +35,7 @@ class ChatModels:
         """Yield the answer of the model `name` to `turns`, to be iterated inside the block.
 
         Args:
+            tools: Declarations as a `Conversation` has them.
             attempt: Number of the answer in this session. It is added to the seed, so that a retry samples another
                 answer, and the same one in each session.
             max_new_tokens: For this answer; default: that of the chat.
@@ -44,7 +47,8 @@ class ChatModels:
         loaded = self.loaded
         with loaded.base() if name == BASE else nullcontext(loaded.tuned) as model:
             generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
-            yield generator.stream(turns, max_new_tokens=max_new_tokens or self.max_new_tokens, sampling=sampling)
+            new_tokens = max_new_tokens or self.max_new_tokens
+            yield generator.stream(turns, tools=tools, max_new_tokens=new_tokens, sampling=sampling)
 
     @property
     def model_description(self) -> str:

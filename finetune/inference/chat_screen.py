@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from finetune.inference.answer_turns import ReasoningText
+
 MIN_COLUMNS_FOR_TABLE = 72
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TABLE_FRAME_LINES = 5
@@ -23,12 +25,17 @@ def printable(text: str) -> str:
     return CONTROL_CHARACTERS.sub("\ufffd", text)
 
 
+def styled(piece: str) -> Text:
+    """A piece of an answer, dim if it is reasoning."""
+    return Text(printable(piece), style="dim" if isinstance(piece, ReasoningText) else "")
+
+
 def show_answer(console: Console, name: str, pieces: Iterable[str]) -> None:
     """Print a name and, after it, an answer while it is generated."""
     console.print(Text(f"{name}: ", style="bold green"), end="", soft_wrap=True)
     try:
         for piece in pieces:
-            console.print(Text(printable(piece)), end="", soft_wrap=True)
+            console.print(styled(piece), end="", soft_wrap=True)
     finally:
         console.print()
 
@@ -54,7 +61,7 @@ class SideBySide:
 
     def __init__(self, console: Console, names: Sequence[str]) -> None:
         self.console = console
-        self.texts = dict.fromkeys(names, "")
+        self.texts = {name: Text() for name in names}
         self.in_columns = console.is_terminal and console.width >= MIN_COLUMNS_FOR_TABLE
         self._live = Live(console=console, refresh_per_second=12, transient=True)
 
@@ -75,7 +82,7 @@ class SideBySide:
             show_answer(self.console, name, pieces)
             return
         for piece in pieces:
-            self.texts[name] += printable(piece)
+            self.texts[name].append_text(styled(piece))
             self._live.update(self._table(cropped=True))
 
     def _table(self, *, cropped: bool) -> Table:
@@ -84,7 +91,7 @@ class SideBySide:
         for name in self.texts:
             table.add_column(name, ratio=1, overflow="fold")
         width = max(1, (self.console.width - 3 * (len(self.texts) - 1)) // len(self.texts))
-        cells = [Text(text) for text in self.texts.values()]
+        cells = [text.copy() for text in self.texts.values()]
         if cropped:
             height = max(1, self.console.height - TABLE_FRAME_LINES)
             cells = [Text("\n").join(list(cell.wrap(self.console, width))[-height:]) for cell in cells]

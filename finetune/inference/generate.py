@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Thread
 from threading import enumerate as threads
 from typing import TYPE_CHECKING, Any
 
-from finetune.chat_templates import AnswerDecoder, ChatFormat, UnrenderableError, answer_text, prompt_ids
+from finetune.chat_templates import AnswerDecoder, ChatFormat, UnrenderableError, prompt_ids
 from finetune.conversation import Conversation, Turn
+from finetune.inference.answer_turns import answer_turn, pieces_to_show, turn_text
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 
 if TYPE_CHECKING:
@@ -79,10 +80,10 @@ class AnswerGenerator:
         virtual_tokens = max((getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters), default=0)
         return min(known) - virtual_tokens if known else None
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Return the ids before the answer to `turns`, which end with a human turn."""
+    def prompt(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Return the ids before the answer to `turns`, which end with a human turn or the result of a tool."""
         try:
-            ids = prompt_ids(self.chat_format, Conversation(tuple(turns)))
+            ids = prompt_ids(self.chat_format, Conversation(tuple(turns), tools=tuple(tools)))
         except UnrenderableError as error:
             raise ConfigError(f"the conversation cannot be rendered: {error}") from None
         if self.window is not None and len(ids) >= self.window:
@@ -92,24 +93,32 @@ class AnswerGenerator:
             )
         return ids
 
-    def answer(
-        self, turns: Sequence[Turn], *, max_new_tokens: int, sampling: SamplingParams = GREEDY, **options: Any
-    ) -> str:
-        """Return the answer to `turns`; the arguments are those of `stream`."""
-        return "".join(self.stream(turns, max_new_tokens=max_new_tokens, sampling=sampling, **options))
+    def answer(self, turns: Sequence[Turn], **options: Any) -> str:
+        """Return the answer to `turns` as text; the options are those of `stream`."""
+        stream = self.stream(turns, **options)
+        for _ in stream:
+            pass
+        return stream.text
 
     def stream(
-        self, turns: Sequence[Turn], *, max_new_tokens: int, sampling: SamplingParams = GREEDY, **options: Any
+        self,
+        turns: Sequence[Turn],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        max_new_tokens: int,
+        sampling: SamplingParams = GREEDY,
+        **options: Any,
     ) -> AnswerStream:
-        """Prepare the answer to `turns`, which end with a human turn; iterate over it to generate.
+        """Prepare the answer to `turns`, which end with a human turn or the result of a tool; iterate to generate.
 
-        `options` are arguments of `generate`, which override those of `sampling`.
+        `tools` are declarations as a `Conversation` has them. `options` are arguments of `generate`, which override
+        those of `sampling`.
         """
-        prompt = self.prompt(turns)
+        prompt = self.prompt(turns, tools)
         if self.window is not None:
             max_new_tokens = min(max_new_tokens, self.window - len(prompt))
         options = {**sampling.generate_options(), "max_new_tokens": max_new_tokens, **options}
-        return AnswerStream(self, tuple(turns), prompt, options, sampling.seed)
+        return AnswerStream(self, Conversation(tuple(turns), tools=tuple(tools)), prompt, options, sampling.seed)
 
 
 def is_generating() -> bool:
@@ -121,11 +130,12 @@ def is_generating() -> bool:
 class AnswerStream:
     """An answer being generated. Iterate to get its text in pieces, without leading and trailing white space.
 
-    The model runs in a thread of its own; leaving the loop early, also by an exception, stops it.
+    Pieces of its reasoning are `ReasoningText`. The model runs in a thread of its own; leaving the loop early, also by
+    an exception, stops it.
     """
 
     generator: AnswerGenerator
-    turns: tuple[Turn, ...]
+    conversation: Conversation
     prompt: list[int]
     options: dict[str, Any]
     seed: int | None
@@ -133,20 +143,30 @@ class AnswerStream:
     ended: bool = False  # whether the model has ended the turn itself
 
     @property
+    def turn(self) -> Turn:
+        """The answer so far, as a training row would hold it; its text is "" if it is empty."""
+        return answer_turn(self.generator.chat_format, self.conversation, self.prompt, self.ids)
+
+    @property
     def text(self) -> str:
-        """The answer so far, as a training row would hold it; "" if it is empty."""
-        return answer_text(self.generator.chat_format, Conversation(self.turns), self.prompt, self.ids)
+        """The answer so far as one text, with its reasoning and calls."""
+        return turn_text(self.turn)
 
     def __iter__(self) -> Generator[str, None, None]:
-        decoder = AnswerDecoder(self.generator.chat_format.plain, self.prompt)
-        has_begun, white_space = False, ""
-        for piece in self._pieces(decoder):
-            piece = white_space + piece if has_begun else piece.lstrip()
-            stripped = piece.rstrip()
-            white_space = piece[len(stripped) :] if has_begun or stripped else ""
+        chat_format = self.generator.chat_format
+        pieces = self._pieces(AnswerDecoder(chat_format.plain, self.prompt))
+        has_begun, white_space, kind = False, "", str
+        for piece in pieces_to_show(pieces, chat_format, self.conversation, self.prompt):
+            if type(piece) is not kind:
+                if has_begun:
+                    yield kind("\n\n")
+                has_begun, white_space, kind = False, "", type(piece)
+            text = white_space + piece if has_begun else piece.lstrip()
+            stripped = text.rstrip()
+            white_space = text[len(stripped) :] if has_begun or stripped else ""
             if stripped:
                 has_begun = True
-                yield stripped
+                yield kind(stripped)
 
     def _pieces(self, decoder: AnswerDecoder) -> Iterator[str]:
         stop_token_ids = set(self.generator.stop_token_ids)

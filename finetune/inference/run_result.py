@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -42,8 +42,15 @@ class RunResult:
 
     @property
     def chat(self) -> dict[str, Any]:
-        """The chat format: `format`, `human_token_ids`, `model_token_ids`, `content_tokens`, `stop_token_id`."""
+        """The chat format: `format`, `human_token_ids`, `model_token_ids`, `content_tokens`, `stop_token_id`;
+        newer runs have `template_kwargs`, `reasoning` and `history`, too."""
         return self.run["chat"]
+
+    def with_template_kwargs(self, text: str | None) -> RunResult:
+        """The result with other variables for the chat template, a JSON object; None: those of the training."""
+        if text is None:
+            return self
+        return replace(self, run={**self.run, "chat": {**self.chat, "template_kwargs": json.loads(text)}})
 
     @property
     def has_virtual_tokens(self) -> bool:

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune.conversation import Turn
+from finetune.inference.answer_turns import call_text, turn_text
 from finetune.inference.chat_models import ChatModels
 from finetune.inference.chat_screen import SideBySide, no_echo, printable, show_answer
-from finetune.inference.chat_session import ChatSession, save_conversation
+from finetune.inference.chat_session import TOOL_COMMAND, ChatSession, save_conversation
 from finetune.inference.generate import AnswerStream, is_generating
 from finetune.inference.load_result import BASE, TUNED
 from finetune.utils.errors import FinetuneError
@@ -25,6 +26,7 @@ NO_SYSTEM = "-"
 COMMANDS = {
     "help": ("", "show this list"),
     "system": ("TEXT", "set a system turn before the conversation; without TEXT: show it; -: remove it"),
+    "tool": ("RESULT", "give the result of the call that the model has made; it goes on when all calls have one"),
     "retry": ("", "ask the last question again"),
     "undo": ("", "remove the last question and its answer"),
     "reset": ("", "start a new conversation; the system turn stays"),
@@ -91,6 +93,8 @@ class TerminalChat:
             self.note(f"{TUNED} and {BASE} answer the same conversation; the {TUNED} answers are kept in it")
         if self.chat.system:
             self.note(f"system: {self.chat.system}")
+        if self.chat.tools:
+            self.note(f"tools: {', '.join(tool['function']['name'] for tool in self.chat.tools)}")
         self.note("/help lists the commands; Ctrl-C stops an answer; Ctrl-D leaves")
         while not self.should_exit:
             try:
@@ -123,37 +127,42 @@ class TerminalChat:
             self.note("press Ctrl-C again to leave")
         self.exit_on_interrupt = True
 
-    def ask(self, question: str) -> None:
-        """Show the answers to a question and keep that of the first model."""
-        answers: dict[str, str] = {}
+    def ask(self, message: str) -> None:
+        """Show the answers to a question, or to the result of a call, and keep that of the first model."""
+        answers: dict[str, Turn] = {}
         self.exit_on_interrupt = False
-        try:
-            with no_echo():
-                self.show(self.chat.turns(question), answers)
-        except KeyboardInterrupt:
-            self.exit_on_interrupt = True
-            self.note("stopped; the partial answer is kept, /undo removes it; press Ctrl-C again to leave")
-        self.attempt += 1
-        answer = answers.get(self.models.names[0], "")
-        if answer:
-            self.chat.add(question, answer)
-        else:
-            self.note("the answer is empty, so the question is not kept")
+        asked = self.chat.asked(message)
+        if asked:
+            try:
+                with no_echo():
+                    self.show(self.chat.turns(asked), answers)
+            except KeyboardInterrupt:
+                self.exit_on_interrupt = True
+                self.note("stopped; the partial answer is kept, /undo removes it; press Ctrl-C again to leave")
+            self.attempt += 1
+            answer = answers.get(self.models.names[0])
+            if answer is not None and turn_text(answer):
+                self.chat.add(asked, answer)
+            else:
+                self.note("the answer is empty, so the question is not kept")
+                return
+        for call in self.chat.open_calls:
+            self.note(f"called: {call_text(call)}; give its result with /tool RESULT")
 
-    def show(self, turns: list[Turn], answers: dict[str, str]) -> None:
+    def show(self, turns: list[Turn], answers: dict[str, Turn]) -> None:
         """Show the answers while they are generated; two models side by side."""
         names = self.models.names
         if len(names) == 1:
-            with self.models.stream(names[0], turns, attempt=self.attempt) as stream:
+            with self.models.stream(names[0], turns, tools=self.chat.tools, attempt=self.attempt) as stream:
                 show_answer(self.console, names[0], self.pieces(stream, names[0], answers))
             return
         with SideBySide(self.console, names) as columns:
             for name in names:
-                with self.models.stream(name, turns, attempt=self.attempt) as stream:
+                with self.models.stream(name, turns, tools=self.chat.tools, attempt=self.attempt) as stream:
                     columns.show(name, self.pieces(stream, name, answers))
 
-    def pieces(self, stream: AnswerStream, name: str, answers: dict[str, str]) -> Iterator[str]:
-        """Yield the pieces of an answer; store its text in `answers`, also when it is interrupted."""
+    def pieces(self, stream: AnswerStream, name: str, answers: dict[str, Turn]) -> Iterator[str]:
+        """Yield the pieces of an answer; store it in `answers`, also when it is interrupted."""
         trained = self.models.trained_length
         if trained and len(stream.prompt) > trained:
             self.note(
@@ -163,7 +172,7 @@ class TerminalChat:
         try:
             yield from stream
         finally:
-            answers[name] = stream.text
+            answers[name] = stream.turn
         if not stream.ended:
             yield f" [cut off at {len(stream.ids):,} tokens, see --max_new_tokens]"
 
@@ -187,6 +196,9 @@ class TerminalChat:
         if text:
             self.chat.system = None if text == NO_SYSTEM else text
         self.note(f"system: {self.chat.system}" if self.chat.system else "no system turn")
+
+    def do_tool(self, result: str) -> None:
+        self.ask(TOOL_COMMAND + result)
 
     def do_retry(self, _: str) -> None:
         question = self.chat.undo()
@@ -212,7 +224,7 @@ class TerminalChat:
             self.note("there is nothing to save yet")
         else:
             path = Path(name).expanduser()
-            rows = save_conversation(path, self.chat.turns())
+            rows = save_conversation(path, self.chat.turns(), self.chat.tools)
             self.note(f"saved: {path} has {rows:,} {'row' if rows == 1 else 'rows'}")
 
     def do_exit(self, _: str) -> None:

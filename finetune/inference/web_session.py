@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from html import unescape
 from typing import Any
 
 from finetune.conversation import Turn
+from finetune.inference.answer_turns import ReasoningText, call_text, turn_text
 from finetune.inference.chat_models import ChatModels
-from finetune.inference.chat_session import ChatSession
+from finetune.inference.chat_session import TOOL_COMMAND, ChatSession
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE, TUNED
 
@@ -21,7 +22,8 @@ SECONDS_BETWEEN_UPDATES = 0.05
 PENDING, EMPTY = "…", "∅"  # an answer that has not begun, and one without text
 MARKDOWN_RULES = ("heading", "list", "fence", "code", "blockquote", "hr", "table", "emphasis", "strikethrough",
                   "backticks", "newline", "escape", "entity")  # fmt: skip
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+Pair = tuple[Sequence[Turn], Turn | None]  # what was asked, and the answer so far
 
 
 @dataclass
@@ -29,19 +31,20 @@ class WebSession:
     """State of one browser tab."""
 
     chat: ChatSession = field(default_factory=ChatSession)
-    base_answers: list[str | None] = field(default_factory=list)  # for each question of `chat`; None: it was not asked
+    base_answers: list[Turn | None] = field(default_factory=list)  # for each question of `chat`; None: it was not asked
     attempt: int = 0  # answers so far, including those that were undone
     stopped: bool = False  # the answer that is being generated should end
     resets: int = 0  # of the conversation; an answer to an earlier one is not kept
 
-    def add(self, question: str, answer: str, base_answer: str | None) -> None:
-        """Append a question with its answers."""
-        self.chat.add(question, answer)
+    def add(self, asked: Sequence[Turn], answer: Turn, base_answer: Turn | None) -> None:
+        """Append what was asked with its answers."""
+        self.chat.add(asked, answer)
         self.base_answers.append(base_answer)
 
     def undo(self) -> str | None:
-        """Remove the last question from both columns and return it."""
-        del self.base_answers[-1:]
+        """Remove the last message from both columns and return it."""
+        if not self.chat.results:
+            del self.base_answers[-1:]
         return self.chat.undo()
 
     def reset(self) -> None:
@@ -51,20 +54,24 @@ class WebSession:
         self.base_answers.clear()
         self.chat.reset()
 
-    def columns(self, question: str | None = None, answers: dict[str, str] | None = None) -> tuple[Messages, Messages]:
-        """Return the messages of both columns, including a question that is being answered.
+    def columns(
+        self, asked: Sequence[Turn] = (), answers: Mapping[str, Turn | None] | None = None
+    ) -> tuple[Messages, Messages]:
+        """Return the messages of both columns, including those that are being answered.
 
         `answers` has the answer so far of each model; the model whose answers are kept comes first.
         """
-        kept = list(self.chat.pairs)
-        base = [
-            (asked, answer)
-            for (asked, _), answer in zip(self.chat.pairs, self.base_answers, strict=True)
+        kept: list[Pair] = [*self.chat.pairs]
+        base: list[Pair] = [
+            (before, answer)
+            for (before, _), answer in zip(self.chat.pairs, self.base_answers, strict=True)
             if answer is not None
         ]
-        if question is not None and answers:
-            kept.append((question, next(iter(answers.values())) or PENDING))
-            base += [(question, answers[BASE] or PENDING)] if len(answers) > 1 else []
+        if asked and answers:
+            kept.append((asked, next(iter(answers.values()))))
+            base += [(asked, answers[BASE])] if len(answers) > 1 else []
+        elif self.chat.results:
+            kept.append((self.chat.results, None))
         return _messages(kept), _messages(base)
 
 
@@ -78,52 +85,67 @@ class WebAnswers:
         self._lock = threading.Lock()
 
     def stream(
-        self, session: WebSession, question: str, *, compares: bool, max_new_tokens: int, sampling: SamplingParams
+        self, session: WebSession, message: str, *, compares: bool, max_new_tokens: int, sampling: SamplingParams
     ) -> Iterator[tuple[Messages, Messages]]:
         """Yield both columns repeatedly while the answers are generated, then add them to the session."""
-        answers: dict[str, str] = {}
+        answers: dict[str, Turn | None] = {}
         session.stopped, resets = False, session.resets
-        turns = session.chat.turns(question)
-        names = [self.kept, BASE] if compares and self.can_compare else [self.kept]
+        asked = session.chat.asked(message)
+        turns = session.chat.turns(asked)
+        names = ([self.kept, BASE] if compares and self.can_compare else [self.kept]) if asked else []
         with self._lock:
             try:
                 for name in names:
                     if not session.stopped:
-                        for text in self._texts(session, name, turns, max_new_tokens, sampling):
-                            answers[name] = text
-                            yield session.columns(question, answers)
+                        for answer in self._answers(session, name, turns, max_new_tokens, sampling):
+                            answers[name] = answer
+                            yield session.columns(asked, answers)
             finally:
                 session.attempt += 1
-                if answers.get(self.kept) and session.resets == resets:
-                    session.add(question, answers[self.kept], answers.get(BASE) if len(names) > 1 else None)
+                kept = answers.get(self.kept)
+                if kept and turn_text(kept) and session.resets == resets:
+                    session.add(asked, kept, answers.get(BASE) if len(names) > 1 else None)
         yield session.columns()
 
-    def _texts(
+    def _answers(
         self, session: WebSession, name: str, turns: list[Turn], max_new_tokens: int, sampling: SamplingParams
-    ) -> Iterator[str]:
-        """Yield an answer so far, repeatedly; last its final text."""
-        yield ""
+    ) -> Iterator[Turn | None]:
+        """Yield an answer so far, repeatedly; last the whole."""
+        yield None
         with self.models.stream(
-            name, turns, attempt=session.attempt, max_new_tokens=max_new_tokens, sampling=sampling
-        ) as stream:
-            text, last_update, pieces = "", 0.0, iter(stream)
+            name, turns, tools=session.chat.tools, attempt=session.attempt, max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        ) as stream:  # fmt: skip
+            text, reasoning, last_update, pieces = "", "", 0.0, iter(stream)
             for piece in pieces:
-                text += piece
+                if isinstance(piece, ReasoningText):
+                    reasoning += piece
+                else:
+                    text += piece
                 if session.stopped:
                     break
                 if time.monotonic() - last_update >= SECONDS_BETWEEN_UPDATES:
-                    yield text
+                    yield Turn("model", text, reasoning=reasoning)
                     last_update = time.monotonic()
             pieces.close()
-            yield stream.text
+            yield stream.turn
 
 
-def _messages(pairs: list[tuple[str, str]]) -> Messages:
-    return [
-        {"role": role, "content": as_html(text)}
-        for question, answer in pairs
-        for role, text in (("user", question), ("assistant", answer or EMPTY))
-    ]
+def _messages(pairs: Sequence[Pair]) -> Messages:
+    messages: Messages = []
+    for asked, answer in pairs:
+        texts = [turn.text if turn.role == "human" else TOOL_COMMAND + turn.text for turn in asked]
+        messages += [{"role": "user", "content": as_html(text)} for text in texts]
+        if answer is not None and answer.reasoning:
+            title = {"title": "Reasoning", "status": "done"}  # done: it is folded
+            messages.append({"role": "assistant", "content": as_html(answer.reasoning.strip()), "metadata": title})
+        if answer is None or not answer.tool_calls or answer.text:
+            text = PENDING if answer is None else answer.text or EMPTY
+            messages.append({"role": "assistant", "content": as_html(text)})
+        for call in answer.tool_calls if answer is not None else ():
+            code = f"<div><pre><code>{spelled(call_text(call))}</code></pre></div>"
+            messages.append({"role": "assistant", "content": code})
+    return messages
 
 
 @lru_cache(maxsize=512)

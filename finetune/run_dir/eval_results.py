@@ -112,8 +112,29 @@ def held_out_section(document: dict[str, Any]) -> ResultSection:
         )
         if document[key]
     ]
-    table = ResultTable("Loss per token", *_held_out_table(document["groups"]))
-    return ResultSection("Held-out conversations", [document["verdict"]], [table], rows, notes)
+    tables = [ResultTable("Loss per token", *_held_out_table(document["groups"]))]
+    if calls := document.get("tool_calls"):
+        tables.append(_tool_call_table(calls))
+        notes.append(f"tool calls: the answers of {calls['rows']:,} rows with tools, written greedily")
+        if calls["left_out"]:
+            notes.append(f"tool calls: {calls['left_out']:,} turns are too long or have no prompt of serving")
+    return ResultSection("Held-out conversations", [document["verdict"]], tables, rows, notes)
+
+
+def _tool_call_table(calls: dict[str, Any]) -> ResultTable:
+    counts = [calls["counts"][model] for model in ("base", "tuned") if model in calls["counts"]]
+    head = ["", "turns", *(model for model in ("base", "tuned") if model in calls["counts"])]
+    rows = [
+        [label, f"{calls[of]:,}", *(f"{count[key] / calls[of]:.1%}" for count in counts)]
+        for label, key, of in (
+            ("valid call", "valid", "with_call"),
+            ("right tool", "right_name", "with_call"),
+            ("right arguments", "right_arguments", "with_call"),
+            ("call where the data has none", "false_calls", "without_call"),
+        )
+        if calls[of]
+    ]
+    return ResultTable("Tool calls", head, rows)
 
 
 def _held_out_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

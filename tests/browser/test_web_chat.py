@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from finetune.conversation import Turn
 from finetune.inference import check_gradio
 from finetune.inference.chat_session import ChatSession
 from finetune.inference.web_chat import CHINESE, ENGLISH, MAX_CHARACTERS, _check_lengths, _sampling_params, server_url
@@ -57,9 +58,10 @@ class TestWords:
 
 def test_both_columns_are_undone_together():
     session = WebSession(ChatSession())
-    session.add("a", "1", None)
-    session.add("b", "2", "3")
-    kept, compared = session.columns("c", {"tuned": "4", "base": ""})
+    asked = {text: (Turn("human", text),) for text in "abc"}
+    session.add(asked["a"], Turn("model", "1"), None)
+    session.add(asked["b"], Turn("model", "2"), Turn("model", "3"))
+    kept, compared = session.columns(asked["c"], {"tuned": Turn("model", "4"), "base": None})
     assert [one["content"] for one in kept] == [as_html(text) for text in ("a", "1", "b", "2", "c", "4")]
     assert [one["content"] for one in compared] == [as_html(text) for text in ("b", "3", "c", "…")]
     assert session.undo() == "b"

@@ -187,8 +187,8 @@ class TestSaving:
 
 def test_a_conversation_is_kept_as_a_training_row_would_hold_it():
     chat = ChatSession("Be brief.")
-    chat.add("a", "b\n")
-    assert chat.turns("c") == [
+    chat.add(chat.asked("a"), Turn("model", "b\n"))
+    assert chat.turns(chat.asked("c")) == [
         Turn("system", "Be brief."),
         Turn("human", "a"),
         Turn("model", "b\n"),

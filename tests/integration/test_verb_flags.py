@@ -41,7 +41,8 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
     "evaluate": {
         "base_model": ("--forgetting", "--base_model other"), "no_base": ("--data_path d", "--no_base"),
         "json": ("--forgetting", "--json"), "tokens_per_batch": ("--data_path d", "--tokens_per_batch 9"),
-        "worst": ("--data_path d", "--worst 2"), "tasks": ("--forgetting", "--tasks t"),
+        "worst": ("--data_path d", "--worst 2"), "tool_rows": ("--data_path d", "--tool_rows 2"),
+        "tasks": ("--forgetting", "--tasks t"),
         "num_fewshot": ("--tasks t", "--num_fewshot 2"), "limit": ("--tasks t", "--limit 2"),
         "batch_size": ("--tasks t", "--batch_size 2"), "apply_chat_template": ("--tasks t", "--apply_chat_template"),
         "allow_code_execution": ("--tasks t", "--allow_code_execution"), "forgetting": ("--tasks t", "--forgetting"),
@@ -67,8 +68,9 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "base": ("", "--base"), "compare": ("", "--compare"), "base_model": ("", "--base_model other"),
         "system": ("", "--system Hello"), "max_new_tokens": ("", "--max_new_tokens 3"),
         "temperature": ("", "--temperature 0.5"), "top_p": ("", "--top_p 0.5"), "seed": ("", "--seed 3"),
-        "reasoning": ("", "--reasoning"), "trust_remote_code": ("", "--trust_remote_code"),
-        "verify_key": ("", "--verify_key K"), "json": ("", "--json"), "web": ("", "--web"),
+        "tools": ("", "--tools DIR/tools.json"), "chat_template_kwargs": ("", '--chat_template_kwargs {"a":1}'),
+        "trust_remote_code": ("", "--trust_remote_code"), "verify_key": ("", "--verify_key K"), "json": ("", "--json"),
+        "web": ("", "--web"),
         "host": ("--web", "--host 0.0.0.0"),
         "port": ("--web", "--port 9"),
     },
@@ -84,6 +86,7 @@ def verb(tiny_model, conversation_file, monkeypatch, tmp_path, capsys) -> Callab
         monkeypatch.setenv(name, value)
     previewed = ["--model_name_or_path", str(tiny_model), "--data_path", str(conversation_file)]
     (tmp_path / "prompts.txt").write_text("Who?\n")
+    (tmp_path / "tools.json").write_text('[{"name": "f", "parameters": {}}]')
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain/config.json").write_text("{}")
 
@@ -108,12 +111,14 @@ def verb(tiny_model, conversation_file, monkeypatch, tmp_path, capsys) -> Callab
 def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     """Leave out what needs a result or a model, and note how it is called."""
     result = SimpleNamespace(folder=Path("output"), run={}, chat={"stop_token_id": 2})
+    result.with_template_kwargs = lambda text: calls.to("with_template_kwargs", result)(text)
     at = f"finetune.cli.{verb}"
     found = {
         "preview": {"finetune.evaluation.benchmark_questions.use_cache": None},
         "evaluate": {
             f"{at}.read_result": result, f"{at}.eval_results.check_writable": None,
-            "finetune.evaluation.held_out.prepare_held_out": object(),
+            "finetune.evaluation.held_out.prepare_held_out": SimpleNamespace(sources=()),
+            "finetune.evaluation.tool_calls.rows_with_tools": [],
             f"{at}.eval_results.versioned": {}, f"{at}.eval_results.write_results": None,
             f"{at}.print_sections": None, f"{at}.init_process_group": None,
             "finetune.inference.load_result.load_for_inference": None,
@@ -143,7 +148,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
         "chat": {
             f"{at}.read_result": result, f"{at}.read_model": result, f"{at}.check_gradio": None,
             f"{at}.load_for_inference": SimpleNamespace(chat_format=None, stop_token_ids=[]), f"{at}.serve": None,
-            f"{at}.depends_on_reasoning": True, f"{at}.answer_once": None, f"{at}.ChatModels": None,
+            f"{at}.answer_once": None, f"{at}.ChatModels": None,
         },
     }.get(verb, {})  # fmt: skip
     for name, returns in found.items():
@@ -151,7 +156,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     if verb == "evaluate":
         monkeypatch.setattr(f"{at}.eval_results.SECTIONS", dict.fromkeys(evaluate.eval_results.SECTIONS, str))
     if verb == "chat":
-        monkeypatch.setattr(f"{at}.ChatSession", lambda system: f"chat with {system}")
+        monkeypatch.setattr(f"{at}.ChatSession", lambda system, tools: f"chat with {system} {tools}")
 
 
 @pytest.mark.parametrize(("name", "option"), [(verb, option) for verb, found in OF_VERBS.items() for option in found])
