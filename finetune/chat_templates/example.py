@@ -113,6 +113,7 @@ class RenderedConversation:
     reason: str | None = None
     source: str = ""
     spelled: int = field(default=0, compare=False)  # counted, not stored
+    has_reasoning: bool = field(default=False, compare=False)  # in a model turn of the data; likewise
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from finetune.chat_templates.example import (
     tokenize_conversation,
 )
 from finetune.chat_templates.label_check import check_labels
-from finetune.chat_templates.messages import without_reasoning
+from finetune.chat_templates.messages import REASONING_END, without_reasoning
 from finetune.chat_templates.raw_text import tokenize_text
 from finetune.chat_templates.truncation import (
     Tokenize,
@@ -228,9 +228,13 @@ class Renderer:
         reason = "; ".join(filter(None, [outcome.reason, *rules])) or None
         drops_turn = any(repair.startswith("drop_last_human") for repair in conversation.repairs)
         status = "cut" if outcome.status == "kept" and drops_turn else outcome.status
-        return RenderedConversation(
-            conversation.row, conversation.id, status, examples, reason, conversation.source, outcome.spelled
+        has_reasoning = any(
+            turn.role == "model" and (turn.reasoning or REASONING_END in turn.text) for turn in conversation.turns
         )
+        return RenderedConversation(
+            conversation.row, conversation.id, status, examples, reason, conversation.source, outcome.spelled,
+            has_reasoning,
+        )  # fmt: skip
 
 
 def _weights(turns: Sequence[Turn], window: TokenizedConversation) -> tuple[float, ...]:

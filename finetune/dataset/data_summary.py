@@ -23,10 +23,10 @@ class DataSummary:
     """Counts over one data set; tokens are counted in its examples.
 
     `bad` of the `dropped` rows were dropped for a fault (`faults` in all); `spelled` rows spell a control token, which
-    stayed text. `reasons` counts rows that were cut, split or dropped by kind of reason. `length_histogram` counts the
-    examples in equal bins from 0 to `longest` tokens; `length_percentiles` are the 50th, 90th and 99th.
-    `repeated_tokens` are those of turns that an earlier example of the same row has, too. `examples_by_source` has the
-    sources in the order of the data.
+    stayed text; `with_reasoning` rows have reasoning in a model turn. `reasons` counts rows that were cut, split or
+    dropped by kind of reason. `length_histogram` counts the examples in equal bins from 0 to `longest` tokens;
+    `length_percentiles` are the 50th, 90th and 99th. `repeated_tokens` are those of turns that an earlier example of
+    the same row has, too. `examples_by_source` has the sources in the order of the data.
     """
 
     rows: int
@@ -47,6 +47,7 @@ class DataSummary:
     rows_by_source: dict[str, int]
     examples_by_source: dict[str, int]
     repeated_tokens: int = 0
+    with_reasoning: int = 0
     tokens_by_source: dict[str, int] = field(default_factory=dict)
     supervised_by_source: dict[str, int] = field(default_factory=dict)
 
@@ -132,6 +133,7 @@ class DataTally:
             self.rows_by_source[row.source] += 1
             self.examples_by_source[row.source] += len(row.examples)
             self.counts["spelled"] += bool(row.spelled)
+            self.counts["with_reasoning"] += row.has_reasoning
             if row.reason:
                 self.reasons[kind_of(row.reason)] += 1
             seen: set[int] = set()
@@ -182,6 +184,7 @@ class DataTally:
             rows_by_source=dict(self.rows_by_source),
             examples_by_source=dict(self.examples_by_source),
             repeated_tokens=self.counts["repeated"],
+            with_reasoning=self.counts["with_reasoning"],
             tokens_by_source=dict(self.tokens_by_source),
             supervised_by_source=dict(self.supervised_by_source),
         )

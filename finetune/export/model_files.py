@@ -162,6 +162,9 @@ def _card_facts(result: RunResult) -> list[tuple[str, str]]:
     """Return the rows of the card's table."""
     run, arguments = result.run, result.run["arguments"]
     data = run["data"]["summary"]
+    kwargs, rows = result.chat.get("template_kwargs"), f"{data.get('with_reasoning', 0):,} conversations with reasoning"
+    treated = {"learn": "supervised", "context": "read, not supervised", "drop": "left out"}
+    reasoning = f"{treated[result.chat.get('reasoning', 'learn')]} in {rows}"
     zero = (run.get("deepspeed") or {}).get("zero_optimization", {}).get("stage")
     facts = {
         "Trained": f"{result.adapter.lower()} adapter, merged" if result.adapter else "all parameters",
@@ -169,6 +172,8 @@ def _card_facts(result: RunResult) -> list[tuple[str, str]]:
         "Data fingerprint": run["data"]["fingerprint"],
         "Base weights fingerprint": result.base["weights"] or result.base["fingerprint"],
         "Chat format": result.chat["format"],
+        "Chat template variables": f"`{json.dumps(kwargs, ensure_ascii=False)}`" if kwargs else None,
+        "Reasoning": reasoning if data.get("with_reasoning") else None,
         "Steps": f"{run['result']['steps']:,}" if "result" in run else None,
         "Loss": "{first_loss:.4f} -> {last_loss:.4f}".format(**run["result"])
         if "last_loss" in run.get("result", {})

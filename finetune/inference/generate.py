@@ -105,20 +105,21 @@ class AnswerGenerator:
         turns: Sequence[Turn],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
+        prompt: Sequence[int] = (),
         max_new_tokens: int,
         sampling: SamplingParams = GREEDY,
         **options: Any,
     ) -> AnswerStream:
         """Prepare the answer to `turns`, which end with a human turn or the result of a tool; iterate to generate.
 
-        `tools` are declarations as a `Conversation` has them. `options` are arguments of `generate`, which override
-        those of `sampling`.
+        `tools` are declarations as a `Conversation` has them. `prompt` are the ids before the answer if they are known.
+        `options` are arguments of `generate`, which override those of `sampling`.
         """
-        prompt = self.prompt(turns, tools)
+        ids = [*prompt] or self.prompt(turns, tools)
         if self.window is not None:
-            max_new_tokens = min(max_new_tokens, self.window - len(prompt))
+            max_new_tokens = min(max_new_tokens, self.window - len(ids))
         options = {**sampling.generate_options(), "max_new_tokens": max_new_tokens, **options}
-        return AnswerStream(self, Conversation(tuple(turns), tools=tuple(tools)), prompt, options, sampling.seed)
+        return AnswerStream(self, Conversation(tuple(turns), tools=tuple(tools)), ids, options, sampling.seed)
 
 
 def is_generating() -> bool:

@@ -30,10 +30,15 @@ MIN_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """Turns that end with a human turn, and the answer of the data (None where it has none)."""
+    """Turns that end with a human turn, and the answer of the data (None where it has none).
+
+    `ids` are the tokens of the prompt in the training, with what no turn shows (declared tools); else the turns are
+    rendered.
+    """
 
     turns: tuple[Turn, ...]
     expected: str | None = None
+    ids: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def prompts_of(samples: Sequence[RowSample], count: int) -> list[SamplePrompt]:
             continue
         if asked[-1].text.strip() and len(prompts) < count:
             expected = [turn.text for turn in turns[begin + 1 : begin + 2] if turn.role == "model"]
-            prompts.setdefault(asked, SamplePrompt(asked, expected[0] if expected else None))
+            prompts.setdefault(asked, SamplePrompt(asked, expected[0] if expected else None, tuple(sample.prompt)))
     return list(prompts.values())
 
 
@@ -210,6 +215,6 @@ def _answer(
     limit, began = clock.next(), time.monotonic()
     generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
     options: dict[str, Any] = {} if limit is None else {"max_time": limit}
-    text = generator.answer(prompt.turns, max_new_tokens=new_tokens, **options)
+    text = generator.answer(prompt.turns, prompt=prompt.ids, max_new_tokens=new_tokens, **options)
     each()
     return text, limit is not None and time.monotonic() - began >= limit

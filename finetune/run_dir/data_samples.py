@@ -45,6 +45,7 @@ class RowSample:
     reason: str | None
     examples: Sequence[Sequence[TurnSample]]  # none where the row was dropped
     unshown: int = 0  # characters at the end that are left out
+    prompt: Sequence[int] = ()  # the ids in front of the first model turn, if that is supervised
 
 
 def sample_of(rendering: RenderedConversation, in_segments: Segmenter) -> RowSample:
@@ -59,7 +60,13 @@ def sample_of(rendering: RenderedConversation, in_segments: Segmenter) -> RowSam
         supervised=supervised,
         reason=reason_of(rendering) or None,
         examples=[_turns(example, in_segments(example)) for example in rendering.examples],
+        prompt=_prompt(rendering.examples[0]) if rendering.examples else (),
     )
+
+
+def _prompt(example: Example) -> list[int]:
+    start = next((span.start for span in example.turn_spans if span.role == "model"), 0)
+    return example.input_ids[:start] if example.labels[start] == example.input_ids[start] else []
 
 
 def _turns(example: Example, segments: Sequence[Segment]) -> list[TurnSample]:
@@ -127,7 +134,7 @@ def _shortened(sample: RowSample) -> RowSample:
                 turns.append(TurnSample(turn.role, pieces))
         if turns:
             examples.append(turns)
-    return replace(sample, examples=examples, unshown=unshown)
+    return replace(sample, examples=examples, unshown=unshown, prompt=() if unshown else sample.prompt)
 
 
 def _from_json(values: dict[str, Any]) -> RowSample:
@@ -145,4 +152,5 @@ def _from_json(values: dict[str, Any]) -> RowSample:
         reason=None if values["reason"] is None else str(values["reason"]),
         examples=[[turn_of(turn) for turn in example] for example in values["examples"]],
         unshown=int(values.get("unshown", 0)),
+        prompt=[int(token) for token in values.get("prompt", ())],
     )
