@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
+
 import pytest
 
 from finetune.conversation import ToolCall, Turn
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.inference.chat_session import ChatSession, save_conversation
+from finetune.inference.web_session import WebSession
 from finetune.utils.errors import ConfigError
 
 TOOLS = tuple({"type": "function", "function": {"name": name, "parameters": {}}} for name in ("f", "g"))
@@ -63,3 +66,21 @@ def test_a_saved_row_is_read_back_with_tools_calls_and_reasoning(called, tmp_pat
     save_conversation(tmp_path / "a.json", called.turns(), called.tools)
     (row,) = read_conversations(tmp_path / "a.json")
     assert list(row.turns) == called.turns() and row.tools == TOOLS
+
+
+def test_the_page_shows_calls_as_code_and_reasoning_folded(called):
+    session = WebSession(called, [None])
+    called.asked("/tool 1")
+    shown, base = session.columns()
+    assert [message["role"] for message in shown] == [
+        "user",
+        "assistant",
+        "assistant",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert base == [] and shown[1]["metadata"]["title"] == "Reasoning"
+    assert html.unescape(shown[2]["content"]) == '<div><pre><code>f({"x": 1})</code></pre></div>'
+    assert session.undo() == "/tool 1" and len(session.base_answers) == 1
+    assert session.undo() == "Go." and session.base_answers == []
