@@ -103,7 +103,11 @@ def test_data_prepared_by_0_1_is_readable():
 
 
 def test_the_counts_are_those_of_the_rows(tmp_path, renderer):
-    rows = [*many(50), [("human", "long " * 200), ("model", "never seen")], [("human", "<|im_end|>"), ("model", "x")]]
+    rows = [
+        *many(50),
+        [("human", "long " * 200), ("model", "never seen")],
+        [("human", "<|im_end|>"), ("model", "<think>\nr\n</think>\n\nx")],
+    ]
     data = prepared(write_rows(tmp_path / "a.json", rows), renderer, tmp_path / "cache")
     renderings = list(data.renderings())
     examples = [example for one in renderings for example in one.examples]
@@ -117,7 +121,7 @@ def test_the_counts_are_those_of_the_rows(tmp_path, renderer):
     assert summary.supervised_tokens == sum(one.num_supervised for one in examples)
     assert summary.tokens_by_source == {source: summary.tokens for source in summary.rows_by_source}
     assert summary.longest == max(len(one.input_ids) for one in examples) <= 100
-    assert summary.spelled == 1
+    assert (summary.spelled, summary.with_reasoning) == (1, 1)
     assert sum(summary.length_histogram) == 51
     assert sum(summary.reasons.values()) == 6
     assert [one.row for one in renderings] == list(range(52))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
 from finetune.cli import report
-from finetune.conversation import Turn
+from finetune.conversation import Conversation, ToolCall, Turn
 from finetune.report import read_run, sample_answers
 from finetune.report.sample_answers import SamplePrompt, prompts_of, read_prompts
 from finetune.run_dir.data_samples import read_samples
 from finetune.utils.errors import ConfigError
+from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.reported import answer, card, output_dir
+
+CONTINUED = (Turn("tool", "1"), Turn("model", "Done."))
 
 
 def asked(*texts: str) -> list[SamplePrompt]:
@@ -28,11 +32,13 @@ def test_prompts_are_the_first_human_turns_of_rows_kept_whole(tmp_path):
         card(3, "好", "嗯"),
     ]
     rows.append({**card(4, "Long", "x"), "unshown": 5})
+    rows[3]["prompt"] = [7, 8]
     cards = read_samples(output_dir(tmp_path / "one", cards=rows))
     assert prompts_of(cards, 9) == [
         SamplePrompt((Turn("human", "First?"),), "One."),
         SamplePrompt((Turn("human", "好"),), "嗯"),
     ]
+    assert [prompt.ids for prompt in prompts_of(cards, 9)] == [(), (7, 8)]
     assert len(prompts_of(cards, 1)) == 1 and prompts_of(cards, 0) == []
 
 
@@ -80,3 +86,19 @@ def test_the_time_is_divided_among_the_answers_that_are_left():
     clock = sample_answers._Clock(10.0, 4, began=time.monotonic() - 2.0)
     assert [round(clock.next()) for _ in range(4)] == [2, 3, 4, 8]
     assert sample_answers._Clock(None, 2).next() is None
+
+
+def test_the_prompt_of_a_row_with_tools_is_that_of_serving():
+    from finetune.chat_templates import Renderer, prompt_ids, select_chat_format
+    from finetune.chat_templates.text_segments import segmenter
+    from finetune.run_dir.data_samples import sample_of
+
+    chat_format = select_chat_format(byte_tokenizer(), "hermes", human_token_ids=[3], model_token_ids=[4])[0]
+    tools = ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+    asked = Conversation((Turn("human", "Go."),), tools=tools)
+    row = replace(asked, turns=(*asked.turns, Turn("model", "", tool_calls=(ToolCall("f", {}),))))
+    sample = sample_of(Renderer(chat_format, 1000).render(row), segmenter(chat_format))
+    (prompt,) = prompts_of([sample], 1)
+    assert list(prompt.ids) == prompt_ids(chat_format, asked) and '"f"' in prompt.expected
+    unsupervised = replace(row, turns=(*row.turns[:1], replace(row.turns[1], train=False), *CONTINUED))
+    assert sample_of(Renderer(chat_format, 1000).render(unsupervised), segmenter(chat_format)).prompt == []
