@@ -51,6 +51,8 @@ FAMILIES = {
     "arg_key": "{% for c in calls %}\n<tool_call>{{ c.name }}\n{% for k, v in c.arguments | items %}"
     "<arg_key>{{ k }}</arg_key>\n<arg_value>{{ v if v is string else v | tojson }}</arg_value>\n{% endfor %}"
     "</tool_call>{% endfor %}",
+    "python": "[{% for c in calls %}{{ ', ' if not loop.first }}{{ c.name }}({% for k, v in c.arguments | items %}"
+    "{{ ', ' if not loop.first }}{{ k }}={{ v | tojson }}{% endfor %}){% endfor %}]",
     "deepseek": "<｜tool▁calls▁begin｜>{% for c in calls %}<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
     "{{ c.name }}\n```json\n{{ c.arguments | tojson }}\n```<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>",
 }
@@ -92,8 +94,9 @@ TURNS = [
     Turn("model", "", tool_calls=(CALL, NO_ARGUMENTS)),
     Turn("model", "Let me look.", tool_calls=(CALL,)),
 ]
-# A message of gpt-oss holds one call and no text beside it.
-PAIRS = [(name, turn) for name in NAMES for turn in (TURNS[:-2] if name == "gpt-oss" else TURNS)]
+# A message of gpt-oss holds one call and no text beside it; a list of Python is read where it is all of an answer.
+HELD = {"gpt-oss": TURNS[:6], "python": [*TURNS[:2], *TURNS[3:7]]}
+PAIRS = [(name, turn) for name in NAMES for turn in HELD.get(name, TURNS)]
 
 
 @pytest.mark.parametrize(("name", "turn"), PAIRS)
