@@ -22,6 +22,7 @@ _TYPES = {
     "list": "array", "tuple": "array", "set": "array", "any": None, "union": None, "optional": None, "callable": None,
     **{name: name for name in ("string", "integer", "number", "boolean", "object", "array", "null")},
 }  # fmt: skip
+_WORDS = ("description", "title", "$comment")
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 
@@ -81,7 +82,7 @@ def _declared(tools: Sequence[Mapping[str, Any]], place: str) -> tuple[dict[str,
             faults.append(f"{place}: declares {shown(name)} twice: leave one of them out")
         validator = fault = None
         if schema:
-            validator, fault = _validator(json.dumps(schema))
+            validator, fault = _validator(json.dumps(_for_checks(schema)))
         for reason in filter(None, (fault, surrogate_fault_in(tool, f"declaration of {name}"))):
             faults.append(f"{place}: the declaration of {shown(name)} is no valid JSON Schema: {reason}")
         declared[name] = schema or {}, validator
@@ -95,7 +96,7 @@ def _validator(schema: str) -> tuple[Any, str | None]:
     from jsonschema.validators import Draft202012Validator, validator_for
     from referencing.jsonschema import EMPTY_REGISTRY
 
-    checked = _in_names_of_json_schema(json.loads(schema))
+    checked = json.loads(schema)
     kind = validator_for(checked, default=Draft202012Validator)
     try:
         kind.check_schema(checked)
@@ -107,11 +108,11 @@ def _validator(schema: str) -> tuple[Any, str | None]:
     return kind(checked, registry=EMPTY_REGISTRY), None
 
 
-def _in_names_of_json_schema(schema: Any) -> Any:
-    """The schema with the types named as JSON Schema does, for checks; what templates show keeps its own names."""
+def _for_checks(schema: Any) -> Any:
+    """The schema with the types named as JSON Schema does, without words: declarations that differ in these are one."""
     if not isinstance(schema, dict):
         return schema
-    checked = dict(schema)
+    checked = {key: value for key, value in schema.items() if key not in _WORDS or not isinstance(value, str)}
     if isinstance(own := schema.get("type"), str):
         head = re.match(r"\w*", own.strip())
         name = _TYPES.get(head[0].lower(), own) if head else own
@@ -122,13 +123,13 @@ def _in_names_of_json_schema(schema: Any) -> Any:
         del checked["required"]
     for key in _OF_SCHEMAS:
         if isinstance(schema.get(key), dict):
-            checked[key] = {name: _in_names_of_json_schema(child) for name, child in schema[key].items()}
+            checked[key] = {name: _for_checks(child) for name, child in schema[key].items()}
     for key in _LISTS_OF_SCHEMAS:
         if isinstance(schema.get(key), list):
-            checked[key] = [_in_names_of_json_schema(child) for child in schema[key]]
+            checked[key] = [_for_checks(child) for child in schema[key]]
     for key in ("items", "additionalProperties", "not"):
         if isinstance(schema.get(key), dict):
-            checked[key] = _in_names_of_json_schema(schema[key])
+            checked[key] = _for_checks(schema[key])
     return checked
 
 
