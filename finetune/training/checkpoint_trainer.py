@@ -91,7 +91,22 @@ class CheckpointTrainer(Trainer):
             if is_complete(folder):
                 manifest = read_manifest(folder, self.saver.key)
                 loading.enter_context(verified_loads(folder, manifest.files))
-            super()._load_best_model()
+            if self.is_deepspeed_enabled:
+                super()._load_best_model()
+            else:
+                self._load_from_checkpoint(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a full model as `from_pretrained` does, without DeepSpeed.
+
+        transformers (5.23) looks for the names in memory, and leaves a weight that the files name otherwise as it is.
+        """
+        if hasattr(self.model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        options: dict[str, Any] = {"config": self.model.config, "dtype": self.model.dtype}
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, **options)
+        self.model.load_state_dict(saved.state_dict())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, write the manifest, and only then remove an older checkpoint; an error is that of every rank."""

@@ -16,6 +16,7 @@ from finetune.distributed.startup_timer import timed
 from finetune.models.adapters import check_attachable, embedding_names
 from finetune.models.loader import ModelInfo, embedding_rows, inspect_model, needs_new_embeddings
 from finetune.models.model_config import by_layer
+from finetune.models.module_kinds import VISION
 from finetune.utils.console import log_notes
 from finetune.utils.errors import SHOWN_NAMES, ConfigError, format_names
 
@@ -160,7 +161,7 @@ def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) ->
     text = f"the longest example has {longest:,} tokens" + (f" and {virtual:,} virtual ones" if virtual else "")
     if not isinstance(limit, int) or length <= limit:
         return []
-    if any(POSITION_TABLE.search(name) and hasattr(module, "num_embeddings")
+    if any(POSITION_TABLE.search(name) and hasattr(module, "num_embeddings") and info.kinds.of(name) != VISION
            for name, module in info.empty.named_modules()):  # fmt: skip
         raise ConfigError(
             f"{text}, the model {info.name} has {limit:,} position embeddings: give --model_max_length "

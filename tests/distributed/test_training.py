@@ -175,6 +175,20 @@ def test_experts_under_zero_3_train_as_under_zero_2_and_frozen_weights_are_prove
     assert "24 of 24 trained tensors changed" in (tmp_path / "zero3-logs/rank-0.log").read_text()
 
 
+def test_without_deepspeed_weights_that_files_name_otherwise_are_resumed_too(train, tmp_path):
+    from tests.helpers import vision_models
+
+    folder = vision_models.save("gemma3", tmp_path / "base", vocab_size=270)
+    byte_tokenizer().save_pretrained(folder)
+    flags = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+    output = train("run", *flags, world_size=1, model=folder)
+    whole = losses(output)
+    resumed = train("run", *flags, "--resume_from_checkpoint", str(output / "checkpoint-1"), world_size=1, model=folder)
+    assert losses(resumed) == whole and len(whole) == 2
+    run = json.loads((resumed / "run.json").read_text())
+    assert run["result"]["base_tensors"]["missing"] == 0
+
+
 @pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
 def test_new_tokens_grow_the_vocabulary_and_are_trained_under_zero_3(train, adapter):
     flags = ("--new_tokens", "<look>", "<act>", *adapter)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
 from finetune.config.arguments import AdapterArguments
 from finetune.models.adapters import attach_lora, check_attachable
@@ -16,10 +21,12 @@ from finetune.models.module_kinds import (
     EMBEDDINGS,
     HEAD,
     LINEAR_ATTENTION,
+    MTP,
     OTHERS,
     ROUTED_EXPERTS,
     ROUTER,
     SHARED_EXPERTS,
+    VISION,
     module_kinds,
 )
 from finetune.models.zero3 import leaf_modules
@@ -156,3 +163,28 @@ def test_zero_3_gathers_the_experts_and_wrapped_weights_of_a_layer_as_a_whole(fa
     assert all(name.endswith("experts") for name in leaf_modules(empty, module_kinds(empty), empty))
     names = leaf_modules(adapt(tiny_models.build(family)), module_kinds(empty), empty)
     assert names and not [name for name in names if any(name.startswith(f"{other}.") for other in names)]
+
+
+@pytest.mark.slow
+def test_in_every_family_of_transformers_what_is_resolved_is_what_peft_adapts():
+    frozen, adapted = (ROUTER, EMBEDDINGS, HEAD, VISION, MTP), 0
+    for model_type in {**CAUSAL, **IMAGES}:
+        auto = AutoModelForImageTextToText if model_type in IMAGES else AutoModelForCausalLM
+        try:
+            config = CONFIG_MAPPING[model_type]()
+            with torch.device("meta"):
+                base = auto.from_config(config)
+        except Exception:  # many configs have no defaults that make a model
+            continue
+        if config.is_encoder_decoder or model_type == "pi0":  # which generates no text
+            continue
+        kinds, targets = module_kinds(base), resolve_targets(base, ALL_LINEAR)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = adapt(base)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert not [name for name in names if kinds.of(name) in frozen], model_type
+        count = len(targets.modules) + len(targets.parameters)
+        assert sum("lora_A" in name for name in names) == count > 0, model_type
+        adapted += 1
+    assert adapted > 200
