@@ -131,8 +131,15 @@ class Case:
         named = ["--model_name_or_path", folder, "--data_path", DATA, "--output_dir", output]
         steps = ["--max_steps", STEPS + 1, "--save_strategy", "no", "--logging_steps", 1]
         size = ["--per_device_train_batch_size", self.batch, "--deepspeed", f"zero{self.stage}"]
-        more = ["--gradient_checkpointing", self.checkpointing == "on", "--use_lora", self.adapter == "lora"]
-        dropout = ["--lora_dropout", 0] if self.model == "mixtral" and self.adapter == "lora" else []
+        more = [
+            "--gradient_checkpointing",
+            self.checkpointing == "on",
+            "--use_lora",
+            self.adapter != "full",
+            "--load_in_4bit",
+            self.adapter == "qlora",
+        ]
+        dropout = ["--lora_dropout", 0] if self.model == "mixtral" and self.adapter != "full" else []
         return [str(word) for word in (*named, *steps, *size, *more, *dropout)]
 
 
@@ -186,7 +193,7 @@ def print_published() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predicted and measured memory of training on a CPU.")
     parser.add_argument("--models", nargs="+", choices=["smollm2", *RANDOM], default=["smollm2"])
-    parser.add_argument("--adapters", nargs="+", choices=("full", "lora"), default=["full", "lora"])
+    parser.add_argument("--adapters", nargs="+", choices=("full", "lora", "qlora"), default=["full", "lora"])
     parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
     parser.add_argument("--published", action="store_true", help="only print predictions beside published figures")
@@ -237,7 +244,7 @@ def predict(case: Case, folder: Path, tokens: int, logits: int) -> Any:
 
     from finetune.config import AdapterArguments
     from finetune.models.adapters import attach_lora
-    from finetune.models.loader import stored_bytes
+    from finetune.models.model_folder import stored_bytes
     from finetune.preflight.memory import RunSpec, estimate_memory
     from finetune.preflight.spec_from_config import spec_from_config
 
@@ -249,7 +256,8 @@ def predict(case: Case, folder: Path, tokens: int, logits: int) -> Any:
     shape = spec_from_config(
         AutoConfig.from_pretrained(folder),
         precision="float32",
-        attach=attach if case.adapter == "lora" else None,
+        attach=None if case.adapter == "full" else attach,
+        bits=4 if case.adapter == "qlora" else None,
         stored_bytes=stored_bytes(folder),
     )
     job = RunSpec(

@@ -93,7 +93,8 @@ def run_training(argv: Sequence[str]) -> Path:
         identity = run_start.start_run(
             config.checkpoint, batch, storage, data, chat_format, facts, config.facts(), run.report_samples
         )
-        model = load_model(info, tokenizer, config.weights_precision, stop_token_id(chat_format))
+        stop = stop_token_id(chat_format)
+        model = load_model(info, tokenizer, config.weights_precision, stop, hardware.precision)
         model = attach_adapter(model, config.adapter, info, tokenizer, seed=batch.seed)
         set_leaf_modules(model, info.kinds, info.empty)
         loaders = build_dataloaders(batch, model, tokenizer, data, args.device, config.zero_stage)

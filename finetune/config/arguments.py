@@ -111,6 +111,10 @@ class ModelArguments:
         "attention backend of transformers; default: flash attention where it runs, else `sdpa`, else `eager`; a "
         "fallback is logged",
     )
+    load_in_4bit: bool = option(
+        False, "quantize the frozen base to 4 bits while it loads (QLoRA: NF4, double quantization); with LoRA"
+    )
+    load_in_8bit: bool = option(False, "quantize the frozen base to 8 bits while it loads (LLM.int8); with LoRA")
     new_tokens: list[str] = option([], "tokens to add to the vocabulary; their embeddings are trained, with LoRA too")
 
     def __post_init__(self) -> None:
@@ -120,6 +124,10 @@ class ModelArguments:
     def trusts_code(self) -> bool:
         """Whether the model's own Python files may run."""
         return self.trust_remote_code or needs_no_trust(self.model_name_or_path, self.model_revision)
+
+    def quantized_bits(self) -> int | None:
+        """4, 8, or None for weights as they are stored."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def is_lingowhale(self) -> bool:
         """Whether the name says that this is LingoWhale, or a copy of it."""

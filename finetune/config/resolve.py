@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from finetune.config.deepspeed_config import (
     resolve_deepspeed_config,
 )
 from finetune.config.hardware import DetectedHardware, HardwareConfig, resolve_hardware
+from finetune.config.optional_packages import check_liger, check_quantization, check_trackers
 from finetune.config.run_config import (
     ActivationCheckpointing,
     BatchConfig,
@@ -36,15 +35,6 @@ RECORDED_FLAGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
-
-
-# The trackers of transformers; the package and the modules of one where these have another name.
-TRACKERS = (
-    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
-    "swanlab", "tensorboard", "trackio", "wandb",
-)  # fmt: skip
-TRACKER_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
-TRACKER_MODULES = {"azure_ml": ["azureml"], "flyte": ["flytekit"], "tensorboard": ["tensorboard", "tensorboardX"]}
 
 
 def resolve_config(
@@ -71,9 +61,10 @@ def resolve_config(
         tf32=arguments.given("tf32"),
         attn_implementation=arguments.model.attn_implementation,
     )
-    _check_liger(arguments, hardware)
+    check_liger(arguments, hardware)
     batch, batch_notes = resolve_batch(arguments, ranks.size, saved)
     deepspeed = _resolve_deepspeed(arguments, hardware, batch, ranks)
+    check_quantization(arguments.model, arguments.adapter, deepspeed.stage if deepspeed else None)
     if deepspeed is not None and saved is not None:
         deepspeed.config.setdefault("checkpoint", {})["load_universal"] = True
     checkpoint = CheckpointConfig(
@@ -243,31 +234,6 @@ def _check_sampling(arguments: Arguments) -> None:
     strategy = arguments.given("train_sampling_strategy")
     if strategy not in SAMPLING_STRATEGIES:
         raise ConfigError(f"--train_sampling_strategy {strategy}: expected {', '.join(SAMPLING_STRATEGIES)}")
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Check that each tracker of `--report_to` is one, and installed, without importing it.
-
-    Raises:
-        ConfigError: the line that installs it, or all names.
-    """
-    for name in names:
-        if name in ("all", "none"):
-            continue
-        if name not in TRACKERS:
-            raise ConfigError(f"--report_to {name}: expected none, all or some of {', '.join(TRACKERS)}")
-        if not any(find_spec(module) for module in TRACKER_MODULES.get(name, [name])):
-            package = TRACKER_PACKAGES.get(name, name)
-            raise ConfigError(f"--report_to {name}: it is not installed: pip install {package}")
-
-
-def _check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:
-    if not arguments.given("use_liger_kernel"):
-        return
-    if hardware.use_cpu:
-        raise ConfigError("--use_liger_kernel True: its kernels need a GPU, and there is none here: omit the flag")
-    if find_spec("liger_kernel") is None:
-        raise ConfigError("--use_liger_kernel True: it is not installed: pip install liger-kernel")
 
 
 def _resolve_deepspeed(

@@ -180,6 +180,7 @@ class RunConfig:
         plan_settings = {
             "model": self.model.model_name_or_path,
             "adapter": self.adapter.kind(),
+            "base_bits": self.model.quantized_bits(),
             "zero_stage": self.zero_stage,
             "offloads": bool(self.deepspeed and self.deepspeed.offloads),
             "world_size": self.batch.world_size,

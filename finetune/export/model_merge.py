@@ -152,7 +152,7 @@ def _verify(plan: MergePlan, part: Path, chat_format: ChatFormat) -> str:
     if result.adapter is None and not stored_bytes(result.folder):
         load_strict(part, torch.float32, trusts_code=plan.trusts_code)
         return "it loads with plain transformers, and no weight is missing"
-    loaded = load_for_inference(result, base_name=str(plan.source) if result.adapter else None)
+    loaded = load_for_inference(result, base_name=str(plan.source) if result.adapter else None, unquantized=True)
     max_length = getattr(loaded.tuned.config.get_text_config(), "max_position_embeddings", None)
     rows = verify_saved.verification_rows(chat_format, max_length)
     expected = verify_saved.logits_of(loaded.tuned, rows)

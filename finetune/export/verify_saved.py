@@ -19,6 +19,7 @@ from finetune.inference.load_result import load_saved_adapter, load_strict, memo
 from finetune.models.adapters import check_saved_adapter
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import embedding_rows, torch_dtype
+from finetune.models.quantization import quantized_loading
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.errors import CheckpointError
 
@@ -47,6 +48,7 @@ def verify_result(
     loss: float,
     precision: Precision,
     trust_remote_code: bool,
+    base_bits: int | None = None,
 ) -> str:
     """Load a saved result and compare its loss on one conversation with that of the model in memory.
 
@@ -54,6 +56,7 @@ def verify_result(
 
     Args:
         base: Base model of an adapter.
+        base_bits: 4 or 8 where the base was quantized.
         labels: Those of the unpadded conversation, unshifted.
         loss: Loss of the model in memory, a mean over supervised tokens.
     """
@@ -68,7 +71,7 @@ def verify_result(
     if shortage:
         return f"the saved {kind} has all its weights; its loss was not compared: {shortage}"
     saved_loss = _loss_of_saved(
-        folder, str(base), has_adapter, input_ids, labels, torch_dtype(precision), trust_remote_code
+        folder, str(base), has_adapter, input_ids, labels, torch_dtype(precision), trust_remote_code, base_bits
     )
     if not abs(saved_loss - loss) <= LOSS_TOLERANCES[precision] * max(abs(loss), 0.1):
         raise CheckpointError(
@@ -98,28 +101,34 @@ def _loss_of_saved(
     labels: Sequence[int],
     dtype: torch.dtype,
     trusts_code: bool,
+    bits: int | None,
 ) -> float:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 this copy would be partitioned, too
     if has_adapter:
-        model = _load_adapter(folder, base, dtype, trusts_code)
+        model = _load_adapter(folder, base, dtype, trusts_code, bits)
     else:
         model = load_strict(folder, dtype, trusts_code=trusts_code)
     with torch.no_grad():
-        logits = model.eval()(input_ids=torch.tensor([list(input_ids)])).logits[0, -len(input_ids) :]
+        logits = (
+            model.eval()(input_ids=torch.tensor([list(input_ids)], device=model.device))
+            .logits[0, -len(input_ids) :]
+            .cpu()
+        )
     return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(list(labels)[1:])))
 
 
-def _load_adapter(folder: Path, base: str, dtype: torch.dtype, trusts_code: bool) -> Any:
+def _load_adapter(folder: Path, base: str, dtype: torch.dtype, trusts_code: bool, bits: int | None) -> Any:
     """Load an adapter with plain peft; one of a model with images on its base, since peft would take its text alone."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    options = {"dtype": dtype, "trust_remote_code": trusts_code, **quantized_loading(bits, dtype)}
     cls = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=trusts_code))
     if cls is AutoModelForCausalLM:
-        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusts_code)
-    model = cls.from_pretrained(base, dtype=dtype, trust_remote_code=trusts_code)
+        return AutoPeftModelForCausalLM.from_pretrained(folder, **options)
+    model = cls.from_pretrained(base, **options)
     rows = embedding_rows(AutoTokenizer.from_pretrained(folder))
     if rows > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(rows)

@@ -14,11 +14,13 @@ from safetensors import SafetensorError
 
 from finetune.chat_templates import ChatFormat, end_token_ids, select_chat_format
 from finetune.config.arguments import needs_no_trust
+from finetune.config.optional_packages import check_installed
 from finetune.inference.run_result import RunResult
 from finetune.models import loader
 from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_weights
 from finetune.models.model_folder import WEIGHTS_FILES, stored_bytes
+from finetune.models.quantization import quantized_loading
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.console import log_notes
 from finetune.utils.errors import CheckpointError, ConfigError, first_line
@@ -78,11 +80,14 @@ class LoadedModel:
         return measured
 
 
-def load_for_inference(result: RunResult, *, base_name: str | None = None, only_base: bool = False) -> LoadedModel:
+def load_for_inference(
+    result: RunResult, *, base_name: str | None = None, only_base: bool = False, unquantized: bool = False
+) -> LoadedModel:
     """Load a result on the GPUs, spread over several if one is too small, or on the CPU.
 
     Args:
         base_name: Path of the base model if it was moved.
+        unquantized: Load the base as it is stored even if training quantized it.
         only_base: Load the base in place of the trained weights.
 
     Raises:
@@ -91,13 +96,14 @@ def load_for_inference(result: RunResult, *, base_name: str | None = None, only_
     """
     tokenizer = load_tokenizer(result)
     chat_format = chat_format_of(result, tokenizer)
+    bits = None if unquantized else result.base_bits
     if only_base:
-        base = load_base(result, tokenizer, name=base_name)
+        base = load_base(result, tokenizer, name=base_name, bits=bits)
         return LoadedModel(result, base, tokenizer, chat_format, base_name, base)
     if result.adapter is None:
         tuned = _load(result.folder, result)
     else:
-        tuned = load_saved_adapter(load_base(result, tokenizer, name=base_name), result.folder)
+        tuned = load_saved_adapter(load_base(result, tokenizer, name=base_name, bits=bits), result.folder)
     return LoadedModel(result, tuned.eval(), tokenizer, chat_format, base_name)
 
 
@@ -200,9 +206,11 @@ def trusts_code_in(folder: Path, result: RunResult) -> bool:
     return result.trusts_code
 
 
-def load_base(result: RunResult, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> Any:
-    """Load the base model, its vocabulary large enough for the tokenizer of the result."""
-    base = _load(base_folder(result, name), result)
+def load_base(
+    result: RunResult, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None, bits: int | None = None
+) -> Any:
+    """Load the base model, quantized to `bits`, its vocabulary large enough for the tokenizer of the result."""
+    base = _load(base_folder(result, name), result, bits)
     if loader.embedding_rows(tokenizer) > base.config.get_text_config().vocab_size:
         base.resize_token_embeddings(loader.embedding_rows(tokenizer))
     return base.eval()
@@ -223,16 +231,21 @@ def load_saved_adapter(base: Any, folder: Path) -> Any:
         raise CheckpointError(f"{folder}: the adapter does not fit its base: {lines[min(1, len(lines) - 1)]}") from None
 
 
-def _load(folder: Path, result: RunResult) -> Any:
+def _load(folder: Path, result: RunResult, bits: int | None = None) -> Any:
     import torch
 
     may_miss = None if result.run.get("arguments", {}).get("allow_missing_weights") else ()
     trusts_code = trusts_code_in(folder, result)
     check_saved_weights(folder, trusts_code=trusts_code, may_miss=may_miss)
+    options: dict[str, Any]
     if torch.cuda.is_available():
         options = {"dtype": loader.torch_dtype(result.precision), "device_map": _device_map()}
     else:
         options = {"dtype": _cpu_dtype(folder)}
+    if bits is not None:
+        check_installed(bits)
+        dtype = loader.torch_dtype(result.precision) if torch.cuda.is_available() else torch.float32
+        options |= {"dtype": dtype, **quantized_loading(bits, dtype)}
     try:
         return auto_class(model_config(folder, trusts_code)).from_pretrained(
             folder, trust_remote_code=trusts_code, **options

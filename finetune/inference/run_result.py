@@ -58,6 +58,12 @@ class RunResult:
         return self.adapter in VIRTUAL_TOKENS
 
     @property
+    def base_bits(self) -> int | None:
+        """4 or 8 where training quantized the base."""
+        flags = self.run.get("arguments", {})
+        return next((bits for bits in (4, 8) if flags.get(f"load_in_{bits}bit")), None)
+
+    @property
     def precision(self) -> Precision:
         """Precision of the training."""
         return self.run["precision"]

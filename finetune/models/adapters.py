@@ -7,6 +7,7 @@ prefix tuning 2101.00190, prompt tuning 2104.08691; all of them as implemented b
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from finetune.config.arguments import LORA_DROPOUT, AdapterArguments
 from finetune.distributed.startup_timer import timed
 from finetune.models.loader import ModelInfo, needs_new_embeddings
 from finetune.models.lora_targets import LoraTargets, linear_names, resolve_targets
+from finetune.models.quantization import full_shape, quantized_layers
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError, format_names
 
@@ -156,6 +158,12 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
 
     if adapter.kind() is None:
         return []
+    packed = {name.rpartition(".")[2] for name in quantized_layers(info.empty)} if info.bits else set()
+    if in_full := sorted(packed & set(adapter.modules_to_save)):
+        raise ConfigError(
+            f"--modules_to_save {' '.join(in_full)}: --load_in_{info.bits}bit quantizes these layers, and such weights "
+            "cannot be trained: leave them out"
+        )
     targets = None
     if adapter.kind() == "lora":
         targets = resolve_targets(info.empty, parse_target_modules(adapter.lora_target_modules))
@@ -188,10 +196,8 @@ def _is_tied(model: Any) -> bool:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Count (trainable, all) parameters, also under ZeRO-3, where the size of a parameter is that of a partition."""
-    counts = [
-        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
-    ]
+    """Count (trainable, all) parameters, also where they are partitioned (ZeRO-3) or packed (4 bits)."""
+    counts = [(parameter.requires_grad, math.prod(full_shape(parameter))) for parameter in model.parameters()]
     return sum(size for trainable, size in counts if trainable), sum(size for _, size in counts)
 
 

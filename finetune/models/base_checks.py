@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.models.model_folder import weight_map
+from finetune.models.quantization import is_packed
 from finetune.models.stored_tensors import StoredTensors
 from finetune.models.zero3 import values_here
 from finetune.utils.errors import ConfigError, FinetuneError, format_names
@@ -185,7 +186,11 @@ def check_finite(model: Any, folder: Path, *, label: str) -> None:
     Raises:
         ConfigError: Naming the tensors, and the files that hold them.
     """
-    names = [name for name, parameter in model.named_parameters() if not _is_finite(values_here(parameter))]
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if not (is_packed(parameter) or _is_finite(values_here(parameter)))
+    ]
     if not names:
         return
     stored = StoredTensors(folder, error=ConfigError)

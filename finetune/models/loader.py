@@ -8,7 +8,7 @@ transformers partitions the model while it loads: rank 0 reads the files and the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,8 +21,9 @@ from finetune.distributed.collectives import run_on_all_ranks
 from finetune.distributed.startup_timer import timed
 from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_finite, check_not_quantized, check_weights
-from finetune.models.model_folder import check_folder, check_json_files, weight_files
+from finetune.models.model_folder import check_folder, check_json_files, digest_of_files, weight_files
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
+from finetune.models.quantization import quantized_loading
 from finetune.utils.console import log_notes
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".tiktoken", ".txt", ".jinja", ".py", ".gguf")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 MAX_REASON = 300  # characters of an error of transformers
-BLOCK_BYTES, BLOCKS_READ = 1 << 18, 64
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class ModelInfo:
         empty: The model on the meta device: modules and shapes, no values.
         may_miss: Modules whose weights the files may lack, by the last part of their names; None: all.
         notes: Lines for the user.
+        bits: 4 or 8 where the weights are quantized while they load.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ModelInfo:
     empty: Any
     may_miss: Collection[str] | None
     notes: tuple[str, ...]
+    bits: int | None = None
 
     @property
     def can_checkpoint(self) -> bool:
@@ -154,7 +156,7 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
         notes = [code] if code else []
         if candidate != attention:
             notes.append(f"fallback to {candidate} attention because the model does not support {attention}")
-        info = ModelInfo(name, revision, trusts_code, config, candidate, empty, may_miss, ())
+        info = ModelInfo(name, revision, trusts_code, config, candidate, empty, may_miss, (), model.quantized_bits())
         return replace(info, notes=(*notes, *info.check_weights()))
     raise AssertionError("the last candidate either returned or raised")
 
@@ -181,14 +183,20 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
 @timed("model")
 def load_model(
-    info: ModelInfo, tokenizer: PreTrainedTokenizerBase, precision: Precision, stop_token_id: int | None
+    info: ModelInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+    stop_token_id: int | None,
+    compute_precision: Precision = "float32",
 ) -> Any:
     """Load the base model in its training precision, its vocabulary large enough for the tokenizer.
 
     Under ZeRO-3 each rank receives its share while rank 0 reads.
 
     Args:
+        precision: Of the weights.
         stop_token_id: Token that ends a turn in training; generation stops there too.
+        compute_precision: That quantized weights are multiplied in.
 
     Raises:
         ConfigError: The weights do not load, do not fit the config or are not finite.
@@ -202,6 +210,7 @@ def load_model(
             dtype=torch_dtype(precision),
             attn_implementation=info.attention,
             trust_remote_code=info.trusts_code,
+            **quantized_loading(info.bits, torch_dtype(compute_precision)),
         )
     if not was_checked:  # they have just come from the hub
         log_notes(info.check_weights())
@@ -322,13 +331,15 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
     if not folder.is_dir():
         with _model_errors(name):
             return f"commit {_commit_of(name, revision) or 'unknown'}"
-    return _digest(path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file())
+    return digest_of_files(
+        path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file()
+    )
 
 
 def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
     """Return a digest of the weights alone, the same on the hub and in a copy; None if weights are missing."""
     files = weight_files(local_model_dir(name, revision))
-    return _digest(files) if files and all(path.is_file() for path in files) else None
+    return digest_of_files(files) if files and all(path.is_file() for path in files) else None
 
 
 def local_model_dir(name: str, revision: str | None = None) -> Path:
@@ -340,25 +351,6 @@ def local_model_dir(name: str, revision: str | None = None) -> Path:
 
     config = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else folder
-
-
-def _digest(files: Iterable[Path]) -> str:
-    """Compute an xxh3-128 digest: of small files completely, of large ones the size, both ends and sampled blocks.
-
-    It tells models apart, even two that differ in a few layers only; it does not prove that every byte is the same.
-    """
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        count = min(BLOCKS_READ, -(-size // BLOCK_BYTES))
-        with path.open("rb") as file:
-            for block in range(count):
-                file.seek(block * (size - BLOCK_BYTES) // max(count - 1, 1) if size > BLOCK_BYTES else 0)
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 @contextmanager

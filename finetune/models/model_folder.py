@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ NEVER_ZERO = re.compile(
     r"(hidden_size|vocab_size|hidden_layers|heads|n_(head|embd|layer|positions)|embeddings|per_tok)$"
 )
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
+BLOCK_BYTES, BLOCKS_READ = 1 << 18, 64  # of a file that a fingerprint is made of
 
 
 def weight_map(folder: Path, *, error: type[FinetuneError] = CheckpointError) -> dict[str, list[str]]:
@@ -122,3 +124,22 @@ def _base_of(folder: Path) -> str:
     except UNREADABLE:
         return ""
     return f" of {base}" if base else ""
+
+
+def digest_of_files(files: Iterable[Path]) -> str:
+    """Compute an xxh3-128 digest: of small files completely, of large ones the size, both ends and sampled blocks.
+
+    It tells models apart, even two that differ in a few layers only; it does not prove that every byte is the same.
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        count = min(BLOCKS_READ, -(-size // BLOCK_BYTES))
+        with path.open("rb") as file:
+            for block in range(count):
+                file.seek(block * (size - BLOCK_BYTES) // max(count - 1, 1) if size > BLOCK_BYTES else 0)
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()

@@ -10,10 +10,13 @@ The nearest module around a weight that one of the rules knows decides, by its n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from finetune.models.quantization import full_shape
 
 ATTENTION, LINEAR_ATTENTION, DENSE_MLP = "attention", "linear attention and state space", "dense MLP"
 ROUTED_EXPERTS, SHARED_EXPERTS, ROUTER = "routed experts", "shared experts", "router"
@@ -78,10 +81,10 @@ class ModuleKinds:
         return OTHERS
 
     def count(self, model: Any) -> dict[str, KindCount]:
-        """Count the parameters of a model by kind, partitioned ones (ZeRO-3) as a whole; tied ones count once."""
+        """Count the parameters of a model by kind, as a whole where they are partitioned or packed; tied ones once."""
         counts = {kind: KindCount() for kind in KINDS}
         for name, parameter in model.named_parameters():
-            count, size = counts[self.of(name)], getattr(parameter, "ds_numel", parameter.numel())
+            count, size = counts[self.of(name)], math.prod(full_shape(parameter))
             if parameter.requires_grad:
                 count.trained += size
             else:

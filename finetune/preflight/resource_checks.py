@@ -190,6 +190,7 @@ def _model_spec(info: ModelInfo, tokenizer: Any, precision: Precision, adapter: 
         attach=attach if adapter.kind() is not None else None,
         vocabulary=loader.embedding_rows(tokenizer) if grows else None,
         stored_bytes=stored_bytes(Path(info.name).expanduser()),
+        bits=info.bits,
         trust_remote_code=info.trusts_code,
     )
 
@@ -254,7 +255,8 @@ def _lines(
     of = "" if free.device is None else f" of {size(free.device)}"
     kept = "" if estimate.kept is None or not run.keep_checkpoints else f"; at most {size(estimate.kept)} in total"
     return {
-        "trained": f"{model.trainable:,} of {model.parameters:,} parameters",
+        "trained": f"{model.trainable:,} of {model.parameters:,} parameters"
+        + (f", {model.quantizable:,} of them in {model.bits} bits" if model.bits else ""),
         "largest": f"{run.tokens:,} tokens in a rank's largest micro-batch, {run.logits:,} of them with logits",
         "each rank" if run.use_cpu else "each GPU": ("grows by " if run.use_cpu else "")
         + f"{size(estimate.device_total)}{of}, peak in the {estimate.phase}",

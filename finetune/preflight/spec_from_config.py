@@ -29,6 +29,7 @@ from finetune.models.auto_class import auto_class
 from finetune.models.loader import freeze_other_modalities, torch_dtype
 from finetune.models.model_config import experts_of, largest
 from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, module_kinds
+from finetune.models.quantization import quantized_layers
 from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
 from finetune.preflight.memory.model_spec import BYTES, Activations, Block, ModelSpec, Precision, plain_activations
 from finetune.utils.errors import FinetuneError
@@ -45,6 +46,7 @@ def spec_from_config(
     attach: Callable[[Any], Any] | None = None,
     vocabulary: int | None = None,
     stored_bytes: int | None = None,
+    bits: int | None = None,
     trust_remote_code: bool = False,
 ) -> ModelSpec:
     """Return the spec of the model that `config` describes.
@@ -55,6 +57,7 @@ def spec_from_config(
         attach: (base) -> the model with an adapter. It is called on the meta device, so it must not initialize from
             the weights (PiSSA, OLoRA).
         vocabulary: rows of the embeddings, if the tokenizer needs more than the config says.
+        bits: 4 or 8 where the base is quantized.
         stored_bytes: of the weight files; None: all parameters in the type of the config.
 
     Raises:
@@ -66,7 +69,7 @@ def spec_from_config(
     if vocabulary is not None and vocabulary > text.vocab_size:
         text.vocab_size = vocabulary
     try:
-        model, kinds = _on_meta(config, precision, attach, trust_remote_code)
+        model, kinds, quantizable = _on_meta(config, precision, attach, trust_remote_code)
         base = unwrap_adapter(model)
         embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
     except FinetuneError:
@@ -96,6 +99,9 @@ def spec_from_config(
         active=sum(block.elements for block in blocks) - round(in_experts * (1 - active / max(experts, 1))),
         experts=experts,
         experts_per_token=active,
+        quantizable=sum(quantizable),
+        largest_quantizable=max(quantizable, default=0),
+        bits=bits,
         adapter=hasattr(model, "peft_config"),
     )
     traced = trace_activations(model, base, precision)
@@ -104,14 +110,16 @@ def spec_from_config(
 
 def _on_meta(
     config: Any, precision: Precision, attach: Callable[[Any], Any] | None, trusts_code: bool
-) -> tuple[Any, ModuleKinds]:
+) -> tuple[Any, ModuleKinds, list[int]]:
+    """Return the model, its kinds of modules, and the sizes of the layers that could be quantized."""
     dtype = torch_dtype(precision)
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusts_code)
         kinds = module_kinds(model)
         freeze_other_modalities(model, kinds)
+        quantizable = [_size(layer.parameters()) for layer in quantized_layers(model).values()]
         model = model if attach is None else attach(model)
-    return model.to(dtype).train(), kinds  # peft leaves adapters on the meta device in float32
+    return model.to(dtype).train(), kinds, quantizable  # peft leaves adapters on the meta device in float32
 
 
 def _size(parameters: Iterable[torch.nn.Parameter]) -> int:

@@ -41,6 +41,7 @@ class TrainingPlan:
     steps: int
     start_up: dict[str, float]
     held_out: str | None = None
+    base_bits: int | None = None
     kinds: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)  # state, trained and frozen by kind
 
     def lines(self) -> list[str]:
@@ -60,7 +61,8 @@ class TrainingPlan:
             "batches": self._batches(),
             "step": self._step(),
             "length": f"{self.steps:,} steps ({self.epochs:.3g} epochs)",
-            "precision": self.precision,
+            "precision": self.precision
+            + (f", linear layers of the base in {self.base_bits} bits" if self.base_bits else ""),
             "attention": f"{self.attention}, activation checkpointing {'on' if self.checkpointing else 'off'}",
             "start-up": f"{sum(self.start_up.values()):.1f} s: "
             + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.start_up.items() if seconds >= 0.05),

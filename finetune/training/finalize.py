@@ -49,6 +49,7 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
             loss=loss,
             precision=precision,
             trust_remote_code=base.trusts_code,
+            base_bits=base.bits,
         )
         _record(trainer, checked, "adapter" if is_adapter else "full model", changes)
 

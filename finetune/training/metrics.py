@@ -18,6 +18,7 @@ import torch
 
 from finetune.models.model_config import attention_widths, experts_of
 from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds
+from finetune.models.quantization import full_shape
 from finetune.training.nonfinite import finite_or_none
 from finetune.utils.atomic_io import append_json_lines, write_text_atomically
 
@@ -58,7 +59,7 @@ def model_flops(model: Any, kinds: ModuleKinds) -> ModelFlops:
     head_ids = {id(weight) for weight in head.parameters()} if head is not None else set()
     per_token = per_logit = 0.0
     for name, parameter in model.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = full_shape(parameter)
         if len(shape) < 2:
             continue
         cost = (6 if parameter.requires_grad else 4) * math.prod(shape)

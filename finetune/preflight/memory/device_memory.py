@@ -41,15 +41,16 @@ def states(model: ModelSpec, run: RunSpec) -> Parts:
     """
     trained, size, ranks = model.trainable, run.size, run.ranks
     if run.stage is None:
-        copies = 4 * model.parameters + (0 if size == 4 else size * model.parameters)
+        packed = model.quantizable if model.bits else 0
+        copies = model.weight_bytes(4) + (0 if size == 4 else size * (model.parameters - packed))
         return {WEIGHTS: copies, MASTERS: 0, ADAM: 8 * trained}
     share = trained / (ranks if run.stage else 1)
     split = ranks if run.stage == 3 else 1
     on_device = run.offload_optimizer == "none"
     masters: float = 0 if run.stage == 0 and size == 4 else 4 * share
-    weights: float = size * model.parameters / split if run.offload_parameters == "none" else 0
+    weights: float = model.weight_bytes(size) / split if run.offload_parameters == "none" else 0
     if run.stage == 3 and run.hpz > 1:
-        weights += size * model.parameters / run.hpz
+        weights += model.weight_bytes(size) / run.hpz
     return {WEIGHTS: weights, MASTERS: masters * on_device, ADAM: 8 * share * on_device}
 
 
@@ -92,7 +93,7 @@ def gathered(model: ModelSpec, run: RunSpec) -> tuple[float, float]:
     prefetch = int(0.9 * model.hidden**2) if run.prefetch_bucket is None else run.prefetch_bucket
     kept = min(model.parameters, run.max_live / 2 + prefetch + model.elements(up_to=threshold))
     kept = max(kept, min(model.parameters, model.largest_module))
-    return run.size * kept, run.size * model.largest_module
+    return model.weight_bytes(run.size, kept), model.weight_bytes(run.size, model.largest_module)
 
 
 def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
@@ -104,10 +105,10 @@ def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
     logits = run.logits / run.sequence_parallel  # positions
     checkpointed = run.checkpointed_layers(model.layers)
     inputs = kept.layer_input * checkpointed * (0 if run.checkpoints_to_host else 1)
-    frozen = kept.frozen_inputs if run.stage == 3 else 0.0
+    frozen = kept.frozen_inputs if model.bits == 8 or (run.stage == 3 and not model.bits) else 0.0
     held = kept.outside + (kept.layer + frozen) * (model.layers - checkpointed) + inputs
     fixed: float = run.rows * run.longest**2 if run.padded and run.longest else 0  # the mask
-    fixed += kept.fixed * (model.layers - checkpointed)
+    fixed += kept.fixed * (model.layers - checkpointed) + run.size * model.unpacked_layer
     layer = kept.recomputing + frozen if checkpointed else kept.working
     at_head = {ACTIVATIONS: tokens * held + fixed, LOGITS: (kept.logit + kept.logit_working) * logits}
     in_layer = {ACTIVATIONS: tokens * (held + layer) + fixed + kept.fixed, LOGITS: 0.0}
@@ -142,6 +143,8 @@ def gpu_phases(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
         "reduction": {GRADIENTS: whole, BUCKETS: bucket + (0 if run.stage == 1 else copy), GATHERED: kept},
         "update": {GRADIENTS: updating(model, run), BUCKETS: bucket * stays},
     }
+    if run.stage == 3 and model.bits:  # each rank packs the whole model before it is partitioned
+        found["loading"] = {WEIGHTS: model.weight_bytes(run.size) + run.size * model.unpacked_layer, BUCKETS: 0}
     # Without ZeRO-3 and with offloaded optimizer states, gradients leave the GPU through a buffer of the largest one.
     offloading = run.size * largest if run.offload_optimizer != "none" and run.stage in (1, 2) else 0
     phases = {name: {**held, **parts, BUCKETS: parts[BUCKETS] + offloading} for name, parts in found.items()}
@@ -191,22 +194,27 @@ def _cpu_loading(model: ModelSpec, run: RunSpec) -> Parts:
 
     Experts are stored one by one and joined to one tensor of a layer, so they exist twice for a while.
     """
-    if run.stage == 3:
+    if run.stage == 3 and model.bits is None:
         return {WEIGHTS: run.size * model.parameters / run.ranks, FILES: model.stored_bytes}
     size = 4 if run.stage is None else run.size
-    return {WEIGHTS: size * (model.parameters + model.expert_parameters), FILES: model.stored_bytes}
+    loaded = model.weight_bytes(size) + size * (model.expert_parameters + model.unpacked_layer)
+    return {WEIGHTS: loaded, FILES: model.stored_bytes}
 
 
 def _cpu_building(model: ModelSpec, run: RunSpec) -> Parts:
     """Stages 1 and 2 flatten the trained weights beside the old ones, then copy a share of them twice."""
     if run.stage == 3:
         share = model.trainable / run.ranks
-        return {WEIGHTS: run.size * model.parameters / run.ranks, MASTERS: 4 * share, GRADIENTS: (run.size + 4) * share}
+        return {
+            WEIGHTS: model.weight_bytes(run.size) / run.ranks,
+            MASTERS: 4 * share,
+            GRADIENTS: (run.size + 4) * share,
+        }
     if run.stage in (None, 0):
-        return {WEIGHTS: 4 * model.parameters}
-    flattening = run.size * (model.parameters + model.trainable)
+        return {WEIGHTS: model.weight_bytes(4)}
+    weights = model.weight_bytes(run.size)
     share = 4 * model.trainable / run.ranks
-    return {WEIGHTS: max(flattening, run.size * model.parameters + 2 * share)}
+    return {WEIGHTS: weights + max(run.size * model.trainable, 2 * share)}
 
 
 def _cpu_steps(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
@@ -215,7 +223,7 @@ def _cpu_steps(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
         share = model.trainable / (run.ranks if run.stage else 1)
         held = {**held, MASTERS: 4 * share, ADAM: 8 * share, GRADIENTS: 4 * share}
     if run.offload_parameters != "none":
-        held[WEIGHTS] = run.size * model.parameters / run.ranks
+        held[WEIGHTS] = model.weight_bytes(run.size) / run.ranks
     bucket, copy = buckets(model, run)
     kept, gathering = gathered(model, run)
     heap, logits = _heap(model, run, kept)

@@ -37,7 +37,7 @@ def kept(model: ModelSpec, run: RunSpec) -> float | None:
 def _sizes(model: ModelSpec, run: RunSpec) -> ParameterSizes:
     weight_size = 4 if run.stage is None else run.size
     return ParameterSizes(
-        total=weight_size * model.parameters,
+        total=model.weight_bytes(weight_size),
         trained=weight_size * model.trainable,
         num_trained=model.trainable,
         tied=weight_size * model.embedding if model.tied else 0,
@@ -70,11 +70,11 @@ def gpu_hosts(model: ModelSpec, run: RunSpec) -> tuple[float, float, float]:
 def _loading(model: ModelSpec, run: RunSpec) -> float:
     """Every rank reads the whole model into host memory; under ZeRO-3 only rank 0 does, and the others receive their
     shares. Pages of the files do not count: the system can reclaim them."""
-    if run.stage == 3:
+    if run.stage == 3 and model.bits is None:
         share = run.size * model.parameters / run.ranks if run.offload_parameters != "none" else 0
         return run.on_host * (PROCESS_WITH_GPU + share * PINNED) + model.stored_bytes
     size = 4 if run.stage is None else run.size
-    return run.on_host * (PROCESS_WITH_GPU + size * model.parameters)
+    return run.on_host * (PROCESS_WITH_GPU + model.weight_bytes(size))
 
 
 def _training(model: ModelSpec, run: RunSpec) -> float:
@@ -90,7 +90,7 @@ def _training(model: ModelSpec, run: RunSpec) -> float:
     elif run.offload_optimizer == "nvme":  # five buffers of a sub-group's states, and gradients
         offloaded += 4 * 4 * min(model.trainable / ranks, run.sub_group) + run.size * model.trainable / ranks
     if run.offload_parameters == "cpu":
-        offloaded += run.size * model.parameters / run.ranks
+        offloaded += model.weight_bytes(run.size) / run.ranks
     elif run.offload_parameters == "nvme":
         offloaded += run.size * min(model.parameters / run.ranks, run.max_in_cpu)
     if run.checkpoints_to_host:

@@ -18,7 +18,8 @@ RECOMPUTING, HALVED, HALVED_ZERO3 = 1.33, 1.04, 1.15
 STAGES = {1: 1.0, 2: 1.02, 3: 1.2}
 OFFLOADED, ALL_OFFLOADED = 2.0, 3.0
 # Adapters cost no time, but they train something else. More ranks cost no time, but hardware.
-ADAPTERS, DOUBLED = 1.5, 1.6
+# Packed weights are unpacked for each product.
+ADAPTERS, DOUBLED, FOUR_BITS = 1.5, 1.6, 1.7
 MAX_SUGGESTIONS = 3
 BUCKET = 500_000_000  # elements, of the shipped configs for stages 1 and 2
 
@@ -192,6 +193,9 @@ def _single_changes(start: Suggestion, with_adapter: ModelSpec | None, max_ranks
         yield _with_zero(start, "zero3_offload", words, ALL_OFFLOADED, stage=3, **dict.fromkeys(places, "cpu"))
     if with_adapter is not None and not start.model.adapter:
         yield start.then({"--use_lora": "True"}, "train LoRA adapters only", ADAPTERS, model=with_adapter)
+    if start.model.adapter and start.model.bits is None and start.model.quantizable:
+        words = "the base in 4 bits"
+        yield start.then({"--load_in_4bit": "True"}, words, FOUR_BITS, model=replace(start.model, bits=4))
     for times in (2, 4, 8):
         ranks, accumulation = run.ranks * times, run.accumulation // times
         if ranks <= max_ranks and run.accumulation % times == 0:

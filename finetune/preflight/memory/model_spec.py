@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 Precision = Literal["bf16", "fp16", "float32"]
 OffloadDevice = Literal["none", "cpu", "nvme"]
+# With their scales (bitsandbytes 0.50): blocks of 64 weights in 4 bits share one of 8 bits, and 256 of these one of 32;
+# rows of weights in 8 bits share one of 32 bits, which is not counted.
+BYTES_PER_WEIGHT = {4: 0.5 + (1 + 4 / 256) / 64, 8: 1.0}
 BYTES = {"float32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -57,6 +60,9 @@ class ModelSpec:
     active: int  # parameters that process one token; fewer than all in a mixture of experts
     experts: int = 0  # per layer; 0 in a dense model
     experts_per_token: int = 0
+    quantizable: int = 0  # parameters that bitsandbytes would pack: linear layers without the head
+    largest_quantizable: int = 0  # of one layer
+    bits: int | None = None  # 4 or 8 where they are packed
     adapter: bool = False  # it has an adapter, so checkpoints and result hold only the trained parameters
 
     @property
@@ -68,6 +74,18 @@ class ModelSpec:
     def trainable(self) -> int:
         """Number of trained parameters."""
         return sum(block.elements for block in self.blocks if block.trained)
+
+    def weight_bytes(self, size: int, parameters: float | None = None) -> float:
+        """Return the bytes of so many parameters (None: all) of `size` bytes each where they are not packed."""
+        if self.bits is None:
+            return size * (self.parameters if parameters is None else parameters)
+        whole = size * (self.parameters - self.quantizable) + BYTES_PER_WEIGHT[self.bits] * self.quantizable
+        return whole if parameters is None else whole * parameters / self.parameters
+
+    @property
+    def unpacked_layer(self) -> int:
+        """Parameters of the largest packed layer, which is unpacked to be multiplied."""
+        return self.largest_quantizable if self.bits else 0
 
     @property
     def expert_parameters(self) -> int:

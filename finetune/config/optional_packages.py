@@ -1,0 +1,73 @@
+"""Packages that a run needs only for some flags: whether they are installed, found without importing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from finetune.config.arguments import AdapterArguments, Arguments, ModelArguments
+from finetune.config.hardware import HardwareConfig
+from finetune.utils.errors import ConfigError
+from finetune.utils.options import raise_faults
+
+# The trackers of transformers; the package and the modules of one where these have another name.
+TRACKERS = (
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
+    "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+TRACKER_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+TRACKER_MODULES = {"azure_ml": ["azureml"], "flyte": ["flytekit"], "tensorboard": ["tensorboard", "tensorboardX"]}
+BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that each tracker of `--report_to` is one, and installed, without importing it.
+
+    Raises:
+        ConfigError: the line that installs it, or all names.
+    """
+    for name in names:
+        if name in ("all", "none"):
+            continue
+        if name not in TRACKERS:
+            raise ConfigError(f"--report_to {name}: expected none, all or some of {', '.join(TRACKERS)}")
+        if not any(find_spec(module) for module in TRACKER_MODULES.get(name, [name])):
+            package = TRACKER_PACKAGES.get(name, name)
+            raise ConfigError(f"--report_to {name}: it is not installed: pip install {package}")
+
+
+def check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:
+    """Check that Liger's kernels are installed and can run, if the flags name them."""
+    if not arguments.given("use_liger_kernel"):
+        return
+    if hardware.use_cpu:
+        raise ConfigError("--use_liger_kernel True: its kernels need a GPU, and there is none here: omit the flag")
+    if find_spec("liger_kernel") is None:
+        raise ConfigError("--use_liger_kernel True: it is not installed: pip install liger-kernel")
+
+
+def check_quantization(model: ModelArguments, adapter: AdapterArguments, zero_stage: int | None) -> None:
+    """Check that the weights of the base can be quantized and trained with, if the flags say so.
+
+    Raises:
+        ConfigError: all reasons why not.
+    """
+    bits, init = model.quantized_bits(), adapter.init_lora_weights
+    if bits is None:
+        return
+    faults = {
+        "a model is loaded in 4 bits or in 8: leave one flag out": model.load_in_4bit and model.load_in_8bit,
+        "quantized weights cannot be trained: add --use_lora True": adapter.kind() != "lora",
+        "LoRA initialised from the weights (PiSSA, OLoRA) needs them unquantized: leave --init_lora_weights out": init
+        not in ("default", "gaussian"),
+        "bitsandbytes holds 8-bit weights beside the parameters, so ZeRO-3 would partition none of them: give "
+        "--load_in_4bit True, or --deepspeed zero2": bits == 8 and zero_stage == 3,
+    }
+    raise_faults([f"--load_in_{bits}bit True: {reason}" for reason, applies in faults.items() if applies])
+    check_installed(bits)
+
+
+def check_installed(bits: int) -> None:
+    """Check that bitsandbytes is installed, which quantizes weights to so many bits while they load."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"--load_in_{bits}bit True: bitsandbytes is not installed: pip install '{BITSANDBYTES}'")

@@ -1,0 +1,64 @@
+"""Flags whose packages are missing, or that exclude each other, end before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from finetune.config import optional_packages
+from finetune.config.arguments import AdapterArguments, ModelArguments
+from finetune.config.optional_packages import TRACKERS, check_quantization, check_trackers
+from finetune.utils.errors import ConfigError
+
+LORA = {"use_lora": True}
+
+
+@pytest.fixture
+def lacking(monkeypatch):
+    def remove(*names: str) -> None:
+        there = importlib.util.find_spec
+        monkeypatch.setattr(optional_packages, "find_spec", lambda name: None if name in names else there(name))
+
+    return remove
+
+
+def test_the_names_are_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+def test_a_tracker_that_is_missing_is_told_with_the_line_that_installs_it(lacking):
+    lacking("comet_ml")
+    check_trackers(["none"])
+    check_trackers(["tensorboard", "all"])
+    with pytest.raises(ConfigError, match="--report_to comet_ml: it is not installed: pip install comet-ml"):
+        check_trackers(["tensorboard", "comet_ml"])
+    with pytest.raises(ConfigError, match="--report_to wandbb: expected none, all or some of azure_ml, clearml"):
+        check_trackers(["wandbb"])
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "stage", "reason"),
+    [
+        ({"load_in_4bit": True}, {}, 2, "--load_in_4bit True: quantized weights cannot be trained: add --use_lora"),
+        ({"load_in_8bit": True}, {"adapter": "prefix"}, None, "add --use_lora True"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, LORA, None, "leave one flag out"),
+        ({"load_in_4bit": True}, {**LORA, "init_lora_weights": "pissa"}, None, "leave --init_lora_weights out"),
+        ({"load_in_8bit": True}, LORA, 3, "give --load_in_4bit True, or --deepspeed zero2"),
+    ],
+)
+def test_what_quantized_weights_cannot_do(model, adapter, stage, reason):
+    check_quantization(ModelArguments("m"), AdapterArguments(**adapter), stage)
+    with pytest.raises(ConfigError) as error:
+        check_quantization(ModelArguments("m", **model), AdapterArguments(**adapter), stage)
+    assert reason in str(error.value)
+
+
+def test_bitsandbytes_is_named_where_it_is_missing(lacking):
+    flags = ModelArguments("m", load_in_4bit=True), AdapterArguments(**LORA), 3
+    check_quantization(*flags)
+    lacking("bitsandbytes")
+    with pytest.raises(ConfigError, match="pip install 'bitsandbytes"):
+        check_quantization(*flags)
