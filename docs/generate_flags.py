@@ -21,9 +21,13 @@ INTRODUCTION = """\
 
 <!-- Written by docs/generate_flags.py. Edit the help texts in the dataclasses. -->
 
-Flags of the training command. Defaults are in brackets. `deepspeed finetune/finetune.py --help` lists the same,
-together with all flags of `transformers.TrainingArguments`, which are accepted under their own names. `--config FILE`
-reads flags from a YAML or JSON file; the command line wins.
+Flags of the training command. Defaults are in brackets. `finetune train --help` lists the same, together with all flags
+of `transformers.TrainingArguments`, which are accepted under their own names.
+
+`finetune train [RECIPE.yaml] [--flag VALUE | flag=VALUE ...]`: a recipe is a YAML or JSON file of flags (`--config FILE`
+is the same); the command line wins. A switch alone (`--bf16`) means True. Flags of the launcher (`--num_gpus`,
+`--hostfile`, `--max_restarts`) may stand anywhere. `deepspeed finetune/finetune.py` takes the same, launcher flags in
+front.
 """
 TRAINING = """\
 ## Training

@@ -8,25 +8,34 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import finetune
 from finetune.utils.errors import ConfigError
-from finetune.utils.options import CommandParser, one_of
+from finetune.utils.options import HELP_WIDTH, CommandParser, one_of
 
 VERBS = {
     "chat": "talk with a result: in a terminal, from a pipe, or in a browser",
     "convert": "write conversations in any supported layout as one JSON file",
     "doctor": "check whether a training command will run and fit, on all its hosts",
     "evaluate": "measure a result beside its base: held-out loss, benchmarks, forgetting",
-    "launch": "start training as the deepspeed command does, and supervise it",
+    "launch": "start a script of your own as the deepspeed command does, and supervise it",
     "merge": "merge an adapter, or a ZeRO checkpoint, into a plain model",
     "preview": "show what the rows of a data file render to",
     "quickstart": "fine-tune a small model and ask it who it is, before and after",
     "report": "write what one or several runs did as one HTML page",
+    "train": "fine-tune a model, as a recipe and flags say",
 }
-EPILOG = "Train with: finetune launch finetune/finetune.py --help. `finetune VERB --help` lists the flags of a verb."
+EPILOG = """examples:
+  finetune train --model_name_or_path Qwen/Qwen3-8B --data_path my.jsonl --output_dir output \\
+      --use_lora --bf16 --deepspeed zero2          LoRA on all GPUs of this machine
+  finetune train recipe.yaml learning_rate=1e-4    the flags of a file; the command line wins
+  finetune train --hostfile hosts recipe.yaml      several hosts, "NAME slots=GPUS" a line
+  finetune chat output --compare                   talk with the result, next to its base
+
+`finetune VERB --help` lists the flags of a verb."""
 
 # Completion of verbs, their flags, and the values of flags that have choices.
 SCRIPT = """\
@@ -76,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
 def build_parser() -> CommandParser:
     """Build the parser of what stands in front of the verb, with a help text that lists the verbs."""
     parser = CommandParser("finetune", "VERB ...", description="Fine-tune chat models with DeepSpeed.", epilog=EPILOG)
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=HELP_WIDTH)
     parser.add_argument("--version", action="version", version=f"finetune {finetune.__version__}")
     parser.add_argument("--completion", action=_PrintCompletion, choices=("bash", "zsh"), help="print a script that "
                         "completes verbs and flags: source <(finetune --completion bash)")  # fmt: skip
@@ -106,9 +116,7 @@ def _parsers(verb: str) -> list[CommandParser]:
     """Return the parsers whose flags a verb takes."""
     from finetune import config, launcher
 
-    own = [import_module(f"finetune.cli.{verb}").build_parser()] if verb != "launch" else []
-    return (
-        [*own, config.build_parser(), launcher.build_parser(supervised=verb == "launch")]
-        if verb in ("launch", "doctor")
-        else own
-    )
+    if verb in ("launch", "train", "doctor"):
+        own = [import_module("finetune.cli.doctor").build_parser()] if verb == "doctor" else []
+        return [*own, config.build_parser(), launcher.build_parser(supervised=True)]
+    return [import_module(f"finetune.cli.{verb}").build_parser()]

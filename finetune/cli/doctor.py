@@ -16,60 +16,34 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from finetune.config import Arguments, DoctorArguments, known_flags, parse
+from finetune.config import Arguments, DoctorArguments, parse, split_command
+from finetune.config import build_parser as training_parser
 from finetune.distributed.process_setup import prepare_environment
-from finetune.launcher import LauncherArgs, launcher_options, parse_launcher_args, redact, resolve_resources
+from finetune.launcher import LauncherArgs, parse_launcher_args, redact, resolve_resources
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
 from finetune.utils.options import CommandParser, fill
 
 if TYPE_CHECKING:
     from finetune.preflight import DoctorReport, PlannedRun
 
-SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
-BOOLEAN_WORDS = (["True"], ["False"], ["true"], ["false"])
-
 
 def build_parser() -> CommandParser:
     """Build the parser of the flags of `finetune doctor` itself."""
     return CommandParser(
         "finetune doctor",
-        "[FLAGS OF deepspeed] FLAGS OF THE TRAINING [--json] [--full] [--write_env] [--stage] [--rehearse]",
+        "[RECIPE.yaml] FLAGS OF finetune train [--json] [--full] [--write_env] [--stage] [--rehearse]",
         DoctorArguments,
         description="Check whether a run will start and fit, and what would go wrong. Takes the command line of the "
-        "training, with `finetune doctor` in place of `deepspeed finetune/finetune.py`. Ends with the status the run "
-        "would end with.",
+        "training, with `doctor` in the place of `train`. Ends with the status the run would end with.",
     )
 
 
 def parse_options(argv: Sequence[str]) -> tuple[DoctorArguments, LauncherArgs, list[str]]:
-    """Return the own flags, those of the launcher, and the words of the training command, which are not looked at.
-
-    The script may stand between the last two, as it does for `deepspeed`, or be left out: a launcher's flag is then
-    told from one of the training by its name, and a name that both know is the training's.
-    """
-    own_names = {declared.name for declared in fields(DoctorArguments)}
-    options, training_names = launcher_options(), set(known_flags())
-    words = list(argv)
-    is_script = [word in (MODULE, "finetune.py") or word.endswith("/finetune.py") for word in words]
-    script = is_script.index(True) if any(is_script) else None
-    ours: list[str] = []
-    launcher: list[str] = []
-    rest: list[str] = []
-    place = 0
-    while place < len(words):
-        name, equals, _ = words[place].partition("=")
-        is_own = name in ("-h", "--help") or name.removeprefix("--") in own_names
-        is_launcher = name in options and (name.removeprefix("--") not in training_names if script is None else True)
-        if is_own:
-            target, takes_value = ours, not equals and words[place + 1 : place + 2] in BOOLEAN_WORDS
-        elif script is not None:
-            target, takes_value = (launcher if place <= script else rest), False
-        else:
-            target, takes_value = (launcher if is_launcher else rest), is_launcher and options[name] and not equals
-        target += words[place : place + 1 + takes_value]
-        place += 1 + takes_value
+    """Return the own flags, those of the launcher, and the words of the training command, which are not looked at."""
+    own_names = {"h", "help", *(declared.name for declared in fields(DoctorArguments))}
+    ours, launcher, training = split_command(argv, training_parser().types, own_names)
     chosen = fill(DoctorArguments, build_parser().parse(ours))
-    return chosen, parse_launcher_args(launcher if script is not None else [*launcher, SCRIPT]), rest
+    return chosen, parse_launcher_args([*launcher, "finetune.py"], supervised=True), training
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
-"""`finetune launch`: the `deepspeed` command, supervised.
+"""`finetune launch`: the `deepspeed` command, supervised, for any script; `finetune train` is the same for ours.
 
-    finetune launch --hostfile=hostfiles/two_hosts finetune/finetune.py --model_name_or_path M ...
+    finetune launch --hostfile=hostfiles/two_hosts my_script.py ...
 
 The arguments are those of `deepspeed`. Flags, hostfile and hosts are checked before anything starts.
 The `deepspeed` command itself runs on each host, with `--no_ssh`: without pdsh and a second shell between, arguments
@@ -18,8 +18,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
-from finetune.config import Arguments, parse
+from finetune.config import Arguments, as_flags, build_parser, parse
 from finetune.diagnostics import FAILURE_FILE, Failure, find_first_failure, format_failure_page, write_failure
 from finetune.distributed import host_probe, stop_requests
 from finetune.launcher import (
@@ -47,14 +48,19 @@ NOT_PASSED_ON = ("hostfile", "master_addr", "master_port", "ssh_port", "venv_scr
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check the command and the hosts, run the training, exit with its status."""
-    flags = parse_launcher_args(argv, supervised=True)
+    """Check the command and the hosts, run the script, exit with its status."""
+    supervise(parse_launcher_args(argv, supervised=True))
+
+
+def supervise(flags: LauncherArgs) -> NoReturn:
+    """Check the command and the hosts, run the script, exit with its status."""
     resources = resolve_resources(flags)
     if resources is not None and resources.spares:
         flags = replace(flags, given={name: flags.given[name] for name in flags.given.keys() - HOST_FILTERS})
         resources = restarts.without_spares(resources)
     arguments = parse(flags.script_args) if is_ours(flags) else None
-    words, environment = without_secrets(flags.script_args)
+    words = as_flags(flags.script_args, build_parser().types) if arguments else flags.script_args
+    words, environment = without_secrets(words)
     signals: list[int] = []
     for number in stop_requests.SIGNALS:
         signal.signal(number, lambda received, _: signals.append(received))

@@ -18,3 +18,4 @@ from finetune.config.arguments import (
     default_of,
     training_flags,
 )
+from finetune.config.command_line import as_flags, split_command

@@ -20,11 +20,14 @@ from finetune.config.arguments import (
     default_of,
     training_flags,
 )
+from finetune.config.command_line import as_flags
 from finetune.config.flag_support import flags_without_effect, refused_flags
+from finetune.config.foreign_names import FOREIGN_NAMES
 from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
+from finetune.launcher import launcher_options
 from finetune.utils.errors import ConfigError
-from finetune.utils.options import CommandParser, OptionType, describe, fill, one_of, raise_faults, unknown_options
+from finetune.utils.options import CommandParser, OptionType, describe, fill, one_of, raise_faults
 from finetune.utils.user_files import read_json, read_text
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
@@ -46,6 +49,7 @@ LOWEST = {
         0,
     ),
 }
+OF_THE_LAUNCHER = "a flag of the launcher: it stands in front of the script, and anywhere in `finetune train`"
 ABOVE_0 = ("logging_steps", "save_steps", "eval_steps", "adam_epsilon")
 HIGHEST_SEED = 2**32 - 1  # of numpy
 
@@ -53,14 +57,19 @@ HIGHEST_SEED = 2**32 - 1  # of numpy
 def parse(argv: Sequence[str]) -> Arguments:
     """Parse the training command line, without the program's name, to checked plain values."""
     parser = build_parser()
-    given = parser.parse(argv)
+    words = as_flags(argv, parser.types)
+    given, faults = parser.read(words)
+    recipes = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    if len(recipes) > 1:
+        raise ConfigError(f"--config: {' and '.join(recipes)} are given: a run has one recipe")
     if given.get("config"):
-        stored = _from_file(Path(given["config"]), parser.types)
+        stored, more = _from_file(Path(given["config"]), parser)
+        faults += more
         present = {old: translated.to for old, translated in TRANSLATED.items()}
         typed = {present.get(name, name) for name in given}  # under an old name or the present one
         given = {**{name: value for name, value in stored.items() if present.get(name, name) not in typed}, **given}
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
-    raise_faults(missing(given, REQUIRED))
+    raise_faults([*faults, *missing(given, REQUIRED)])
     groups: list[Any] = [fill(group, given) for group in GROUPS]
     ours = {declared.name for group in GROUPS for declared in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
@@ -75,13 +84,17 @@ def parse(argv: Sequence[str]) -> Arguments:
 def build_parser() -> CommandParser:
     """Build the parser of our flags, those of the installed transformers, and the names that it has changed."""
     parser = CommandParser(
-        "deepspeed",
-        "[--hostfile=FILE] finetune/finetune.py --model_name_or_path M --data_path D --output_dir O",
+        "finetune train",
+        "[RECIPE.yaml] --model_name_or_path M --data_path D --output_dir O [--flag VALUE | flag=VALUE ...]",
         *GROUPS,
-        description="Fine-tune a chat model on conversations, with DeepSpeed.",
+        description="Fine-tune a chat model on conversations, with DeepSpeed. A recipe is a YAML file of the flags "
+        "below; the command line wins. Flags of the launcher are taken too: --num_gpus N, --hostfile FILE, --include, "
+        "--exclude, --max_restarts N; `finetune launch --help` lists them.",
         epilog="Flags of transformers.TrainingArguments are accepted under their own names and explained in its "
         "documentation. docs/reference/flags.md explains ours.",
     )
+    parser.neighbours = [name[2:] for name in launcher_options() if name.startswith("--")]
+    parser.foreign = {**FOREIGN_NAMES, **dict.fromkeys(parser.neighbours, OF_THE_LAUNCHER)}
     section = parser.add_argument_group("Training (transformers.TrainingArguments)")
     for flag in training_flags().values():
         parser.add_option(section, flag.name, flag.shape, meaning(flag.name))
@@ -109,10 +122,10 @@ def missing(given: dict[str, Any], required: Sequence[str]) -> list[str]:
     return [f"missing: {', '.join(names)}"] if names else []
 
 
-def _from_file(path: Path, types: dict[str, OptionType]) -> dict[str, Any]:
-    """Return the flags of a YAML or JSON mapping, or those in the `arguments` of a run.json."""
-    values = _read_mapping(path)
-    faults = unknown_options([f"--{name}" for name in values if name not in types], list(types))
+def _from_file(path: Path, parser: CommandParser) -> tuple[dict[str, Any], list[str]]:
+    """Return the flags of a YAML or JSON mapping, or those in the `arguments` of a run.json; and its faults."""
+    values, types = _read_mapping(path), parser.types
+    faults = parser.unknown([f"--{name}" for name in values if name not in types])
     given = {}
     for name, value in values.items():
         if value is not None and name in types:
@@ -120,8 +133,7 @@ def _from_file(path: Path, types: dict[str, OptionType]) -> dict[str, Any]:
                 given[name] = _value_of(types[name], value)
             except ValueError as error:
                 faults.append(f"--{name} {value!r}: {error}")
-    raise_faults(f"--config {path}: {fault}" for fault in faults)
-    return given
+    return given, [f"--config {path}: {fault}" for fault in faults]
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

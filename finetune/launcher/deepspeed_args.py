@@ -18,7 +18,7 @@ from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, OptionType, declaration, one_of, raise_faults
 
 LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
-PLACE = "flags of the launcher stand in front of the script, those of the training behind it"
+PLACE = "flags of the launcher stand in front of the script, its own behind it"
 MAX_PORT = 65535
 MAX_RESTARTS_HELP = (
     "start again from the newest checkpoint, up to so often: after a lost host, a killed or stuck rank, a preemption, "
@@ -66,7 +66,7 @@ def parse_launcher_args(argv: Sequence[str], *, supervised: bool = False) -> Lau
     try:
         given = build_parser(supervised=supervised).parse(argv)
     except ConfigError as error:
-        raise ConfigError(f"{error} ({PLACE})") from None
+        raise ConfigError(f"{error} ({PLACE})" if "unknown flag" in str(error) else str(error)) from None
     script, script_args = given.pop("user_script"), given.pop("user_args", [])
     known = {declared.name for declared in fields(LauncherArgs)}
     read_here = {name: value for name, value in given.items() if name in known}
@@ -97,7 +97,7 @@ def build_parser(*, supervised: bool = False) -> CommandParser:
     """Build the launcher's parser, with the flags of `finetune launch`, too; what is not given leaves no trace."""
     parser = _LauncherParser(
         "finetune launch",
-        "[FLAGS OF deepspeed] finetune/finetune.py FLAGS OF THE TRAINING",
+        "[FLAGS OF deepspeed] SCRIPT FLAGS OF THE SCRIPT",
         description=f"The flags of the deepspeed launcher; {PLACE}.",
         kind="flag of the launcher",
         allow_abbrev=True,
@@ -138,10 +138,10 @@ def _value(node: ast.expr) -> Any:
 
 
 def launcher_options() -> dict[str, bool]:
-    """Return every name as it is typed (`--hostfile`, `-H`), and whether a value follows it."""
+    """Return every name as it is typed (`--hostfile`, `-H`), ours too, and whether a value follows it."""
     return {
         name: keywords.get("action") != "store_true"
-        for names, keywords in _declared_flags()
+        for names, keywords in [*_declared_flags(), MAX_RESTARTS]
         for name in names
         if name.startswith("-")
     }

@@ -3,7 +3,7 @@
     # comment
     node0 slots=8
     user@node1 slots=8  # comment
-    node2 slots=8 spare  # `finetune launch --max_restarts` starts there in place of a host that fails
+    node2 slots=8 spare  # `finetune train --max_restarts` starts there in place of a host that fails
 
 The grammar is that of `_parse_hostfile` in deepspeed/launcher/runner.py (0.19.8), without what it reads only in part:
 it ignores anything after the first digits (`slots=2.5` is 2) and takes any word for a host. The flags mean what

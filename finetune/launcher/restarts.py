@@ -1,4 +1,4 @@
-"""`finetune launch --max_restarts N`: whether a run that ended is started again, on which hosts, and when.
+"""`finetune train --max_restarts N`: whether a run that ended is started again, on which hosts, and when.
 
 A restart resumes from the newest complete checkpoint. A host that failed is replaced by a spare of the hostfile
 (`node7 slots=8 spare`).

@@ -53,10 +53,10 @@ def check_hosts(report: DoctorReport, run: PlannedRun, slots: Mapping[str, list[
         if "master_port" in run.flags.given:
             report.add_error("network", text + "give another --master_port, or leave the flag out", host=first)
         else:
-            text += "`deepspeed` needs another --master_port; `finetune launch` finds one"
+            text += "`deepspeed` needs another --master_port; `finetune train` finds one"
             report.warn("network", text, host=first)
     if len(slots) > 1 and shutil.which("pdsh") is None:
-        text = "pdsh is not on this machine: `deepspeed` needs it for several hosts; `finetune launch` does not"
+        text = "pdsh is not on this machine: `deepspeed` needs it for several hosts; `finetune train` does not"
         report.warn("hosts", text)
     report.facts["hosts"] = {
         host: {"slots": len(ids)}
@@ -146,7 +146,7 @@ def check_network(
     )  # fmt: skip
     report.add_errors("network", faults)
     if backend == "gloo" and len(slots) > 1 and ssh.GLOO_INTERFACE not in environment:
-        text = f"{ssh.GLOO_INTERFACE} is not set: `deepspeed` may need it (--write_env); `finetune launch` sets it"
+        text = f"{ssh.GLOO_INTERFACE} is not set: `deepspeed` may need it (--write_env); `finetune train` sets it"
         report.warn("network", text)
     slowest = None if faults else min(rank["bytes_per_second"] for rank in ranks)
     facts["all_reduce"] = {"bytes_per_second": slowest, "ranks": ranks}

@@ -13,8 +13,6 @@ from finetune.launcher import LauncherArgs, local_slots, ssh
 from finetune.launcher.ssh import SshShell
 from finetune.utils.proc import ROOT
 
-SCRIPT = ROOT / "finetune" / "finetune.py"
-
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -55,11 +53,9 @@ class PlannedRun:
 
     def command(self) -> list[str]:
         """Return what a user types to start the run."""
-        script = os.path.relpath(SCRIPT)
-        script = str(SCRIPT) if script.startswith("..") else script
-        return ["finetune", "launch", *self.flags.typed(without=("module",)), script, *self.words]
+        return ["finetune", "train", *self.flags.typed(), *self.words]
 
     def rehearsal(self, words: Sequence[str]) -> list[str]:
         """Return the same as a program and its arguments, with other words for the training."""
         start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from finetune.__main__ import main; main()"
-        return [sys.executable, "-c", start, "launch", *self.flags.typed(without=("module",)), str(SCRIPT), *words]
+        return [sys.executable, "-c", start, "train", *self.flags.typed(), *words]

@@ -59,7 +59,7 @@ def set_timeouts(run: RunArguments) -> None:
 def count_ranks() -> RankCounts:
     """Return the number of ranks that were started, and check it against the hostfile.
 
-    The launcher takes a hostfile that does not exist for an order to train on this host alone. `finetune launch` sets
+    The launcher takes a hostfile that does not exist for an order to train on this host alone. `finetune train` sets
     how many ranks there must be; a bare `deepspeed` command on this host is read from its process.
 
     Raises:
@@ -73,7 +73,7 @@ def count_ranks() -> RankCounts:
         if resources is not None:
             expected, where = resources.world_size, f"--hostfile {resources.path}"
     if expected != size:
-        raise ConfigError(f"{where} names {expected} ranks, but {size} were started: start with `finetune launch`")
+        raise ConfigError(f"{where} names {expected} ranks, but {size} were started: start with `finetune train`")
     return RankCounts(size, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size))
 
 

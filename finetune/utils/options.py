@@ -8,7 +8,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
@@ -108,7 +108,8 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of a command; an option that is not given leaves no trace in the result.
 
     A bare boolean option means True. Without a `description`, the docstring of the first group describes the command.
-    `kind` says whose options they are, where a command has those of two programs.
+    `kind` says whose options they are, where a command has those of two programs; `foreign` says for names of other
+    programs what they are here, and `neighbours` are names that an unknown one may be a misspelling of.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class CommandParser(argparse.ArgumentParser):
             **{"allow_abbrev": False, **more},
         )
         self.kind = kind
+        self.foreign: Mapping[str, str] = {}
+        self.neighbours: Sequence[str] = ()
         self.required: dict[str, str] = {}
         self.switches: set[str] = set()
         self.types: dict[str, OptionType] = {}
@@ -179,6 +182,12 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the values that were given, by name; a `ConfigError` names every fault, with near known options."""
+        given, faults = self.read(argv)
+        raise_faults(faults)
+        return given
+
+    def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Return the values that were given, by name, and what is wrong with the others."""
         self._faults.clear()
         if self.has_positionals:
             parsed, unknown = self.parse_known_intermixed_args(self._with_values(argv))
@@ -186,9 +195,22 @@ class CommandParser(argparse.ArgumentParser):
             parsed, unknown = self.parse_known_args(list(argv))
         given = vars(parsed)
         missing = [metavar for name, metavar in self.required.items() if not given.get(name)]
-        faults = [*self._faults, *unknown_options(unknown, list(self.types), self.kind)]
-        raise_faults([*faults, *([f"missing: {', '.join(missing)}"] if missing else [])])
-        return given
+        faults = [*self._faults, *self.unknown(unknown)]
+        return given, [*faults, *([f"missing: {', '.join(missing)}"] if missing else [])]
+
+    def unknown(self, words: Sequence[str]) -> list[str]:
+        """Return a fault for each unknown option among words that no option took; else one for the first word."""
+        flags = [word.partition("=")[0] for word in words if re.match(r"--\S|-[A-Za-z]", word)]
+        if words and not flags:
+            return [f"unexpected argument {words[0]!r}: every value belongs to a flag"]
+        faults, known = [], [*self.types, *self.neighbours]
+        for flag in flags:
+            name = flag.lstrip("-").replace("-", "_")
+            close = get_close_matches(name, known, n=3, cutoff=0.8) or get_close_matches(name, known, n=1)
+            nearest = one_of([f"--{near}" for near in close])
+            remedy = self.foreign.get(name.lower()) or (f"did you mean {nearest}?" if close else "see --help")
+            faults.append(f"unknown {self.kind} {flag}: {remedy}")
+        return faults
 
     def _with_values(self, argv: Sequence[str]) -> list[str]:
         """Write True behind a bare switch, or it would take the positional argument that follows as its value."""
@@ -196,18 +218,6 @@ class CommandParser(argparse.ArgumentParser):
             f"{word}=True" if word in self.switches and after.lower() not in BOOLEANS else word
             for word, after in pairwise([*argv, ""])
         ]
-
-
-def unknown_options(words: Sequence[str], known: Sequence[str], kind: str = "flag") -> list[str]:
-    """Return a fault for each unknown option among words that no option took; else one for the first word."""
-    flags = [word.partition("=")[0] for word in words if re.match(r"--\S|-[A-Za-z]", word)]
-    if words and not flags:
-        return [f"unexpected argument {words[0]!r}: every value belongs to a flag"]
-    faults = []
-    for flag in flags:
-        close = get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1, cutoff=0.6)
-        faults.append(f"unknown {kind} {flag}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
-    return faults
 
 
 def raise_faults(faults: Iterable[str]) -> None:

@@ -33,7 +33,7 @@ def named(tiny_model, tmp_path):
 
 
 def launched(named: list, *flags: object) -> subprocess.Popen:
-    words = ["launch", "--num_gpus", "2", "finetune/finetune.py", *named, *FLAGS, *flags]
+    words = ["train", *named, "--num_gpus", "2", *FLAGS, *flags]
     return subprocess.Popen(
         [FINETUNE, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -58,12 +58,15 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
         "from finetune.dataset.data_sources import shipped_files\n"
         "from finetune.config.deepspeed_config import find_config, load_config\n"
         "print(finetune.__file__, load_config(find_config('zero3'))['zero_optimization']['stage'])\n"
+        "from finetune.cli import train\n"
+        "print(train.parse_options(['a.yaml']).script)\n"
         "print([len(read_conversations(path)) for path in shipped_files()])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    first, script, second = done.stdout.splitlines()
+    assert (tmp_path / script).samefile(tmp_path / "site/finetune/finetune.py")
     assert str(tmp_path / "site") in first and first.endswith(" 3")
     assert [count >= 100 for count in json.loads(second)] == [True, True]
 

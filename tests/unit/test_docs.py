@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli import doctor
+from finetune.cli import doctor, train
 from finetune.config import parse
 from finetune.launcher import parse_launcher_args
 from tests.helpers.paths import ROOT
@@ -57,13 +57,20 @@ def completed(words: list[str]) -> list[str]:
     return [*flags, *(word for pair in missing for word in pair)]
 
 
-@pytest.mark.parametrize("words", commands_of("deepspeed", "finetune launch"))
+@pytest.mark.parametrize("words", commands_of("deepspeed"))
 def test_training_commands_parse(words):
-    launcher = parse_launcher_args(words[1 if words[0] == "deepspeed" else 2 :])
+    launcher = parse_launcher_args(words[1:])
     if launcher.script == TRAINING_SCRIPT:
         assert parse(completed(launcher.script_args)).training["output_dir"]
     else:
         assert launcher.module and launcher.script.startswith("finetune")
+
+
+@pytest.mark.parametrize("words", commands_of("finetune train"))
+def test_commands_of_train_parse(words, monkeypatch):
+    stored = dict.fromkeys(REQUIRED, "x")
+    monkeypatch.setattr("finetune.config.argument_parser._read_mapping", lambda path: stored)
+    assert parse(completed(train.parse_options(words[2:]).script_args)).training["output_dir"]
 
 
 @pytest.mark.parametrize("words", commands_of("finetune doctor"))
@@ -82,10 +89,10 @@ def test_commands_of_the_other_verbs_parse(words):
 
 
 def test_commands_were_found():
-    assert len(commands_of("deepspeed", "finetune launch")) > 20
+    assert len(commands_of("deepspeed")) > 5 and len(commands_of("finetune train")) > 20
     assert {words.values[0][1] for words in commands_of("finetune")} >= {
         "doctor",
-        "launch",
+        "train",
         "chat",
         "merge",
         "evaluate",

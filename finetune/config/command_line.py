@@ -1,0 +1,79 @@
+"""What is typed behind `finetune train` or `finetune doctor`: a recipe, `--flag value`, and `flag=value`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+from finetune.launcher import launcher_options
+from finetune.utils.options import BOOLEANS, OptionType
+
+SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
+RECIPE_ENDINGS = (".yaml", ".yml", ".json")
+
+
+def split_command(
+    argv: Sequence[str], types: Mapping[str, OptionType], own_names: Collection[str] = ()
+) -> tuple[list[str], list[str], list[str]]:
+    """Split a command into the words of a verb's own flags, those of the launcher, and those of the training.
+
+    The script may stand between the last two, as it does for `deepspeed`, or be left out: a launcher's flag is then
+    told from one of the training by its name, and a name that both know is the training's.
+
+    Args:
+        types: the flags of the training, by name without dashes.
+    """
+    options, words = launcher_options(), list(argv)
+    is_script = [word in (MODULE, "finetune.py") or word.endswith("/finetune.py") for word in words]
+    script = is_script.index(True) if any(is_script) else None
+    ours: list[str] = []
+    launcher: list[str] = []
+    training: list[str] = []
+    place = 0
+    while place < len(words):
+        name, equals, _ = words[place].partition("=")
+        if script is None and equals and f"--{name}" in options:
+            words[place], name = f"--{words[place]}", f"--{name}"
+        plain = name.removeprefix("--")
+        if plain in own_names and name != plain:
+            target = ours
+            takes_value = not equals and place + 1 < len(words) and words[place + 1].lower() in BOOLEANS
+        elif script is not None:
+            target, takes_value = (launcher if place < script else training), False
+        else:
+            is_launcher = name in options and plain not in types
+            target, takes_value = (launcher if is_launcher else training), is_launcher and options[name] and not equals
+        if place != script:
+            target += words[place : place + 1 + takes_value]
+        place += 1 + takes_value
+    if "--module" in launcher:
+        launcher.remove("--module")
+    return ours, launcher, as_flags(training, types)
+
+
+def as_flags(words: Sequence[str], types: Mapping[str, OptionType]) -> list[str]:
+    """Return the words with `flag=value` as `--flag=value`, and a recipe as `--config`.
+
+    >>> as_flags(["a.yaml", "seed=3", "--bf16", "--run_name", "a=b"], {"run_name": OptionType(str)})
+    ['--config=a.yaml', '--seed=3', '--bf16', '--run_name', 'a=b']
+    """
+    result: list[str] = []
+    flag: OptionType | None = None  # whose values follow
+    for word in words:
+        name, equals, value = word.partition("=")
+        is_list = flag is not None and flag.is_list
+        if re.match(r"--\S|-[A-Za-z]", word):
+            flag = None if equals else types.get(word.removeprefix("--"))
+        elif flag is not None and not is_list and (flag.kind is not bool or word.lower() in BOOLEANS):
+            flag = None
+        elif equals and (name in types or (name.isidentifier() and not is_list)):
+            flag = types.get(name)
+            if flag is not None and flag.is_list:
+                result.append(f"--{name}")
+                word = value
+            else:
+                flag, word = None, f"--{word}"
+        elif not is_list and word.endswith(RECIPE_ENDINGS):
+            flag, word = None, f"--config={word}"
+        result.append(word)
+    return result
