@@ -24,8 +24,8 @@ INTRODUCTION = """\
 Flags of the training command. Defaults are in brackets. `finetune train --help` lists the same, together with all flags
 of `transformers.TrainingArguments`, which are accepted under their own names.
 
-`finetune train [RECIPE.yaml] [--flag VALUE | flag=VALUE ...]`: a recipe is a YAML or JSON file of flags (`--config FILE`
-is the same); the command line wins. A switch alone (`--bf16`) means True. Flags of the launcher (`--num_gpus`,
+`finetune train [RECIPE.yaml] [--flag VALUE | flag=VALUE ...]`: a recipe is a YAML or JSON file of flags, like
+`--config FILE`; the command line wins. A switch alone (`--bf16`) means True. Flags of the launcher (`--num_gpus`,
 `--hostfile`, `--max_restarts`) may stand anywhere. `deepspeed finetune/finetune.py` takes the same, launcher flags in
 front.
 """
