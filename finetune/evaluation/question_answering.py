@@ -15,6 +15,7 @@ from finetune.chat_templates import IGNORE_INDEX, ChatFormat, UnrenderableError,
 from finetune.conversation import Conversation, Turn
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
 from finetune.evaluation.token_losses import device_of, token_losses_of
+from finetune.inference.answer_turns import answer_turn
 from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
 from finetune.utils.errors import ConfigError
 
@@ -149,16 +150,18 @@ def answers_of(
     batch_size: int,
     done: Done,
 ) -> list[str]:
-    """Generate a greedy answer to each question, on every rank."""
+    """Generate a greedy answer to each question, on every rank: its text without reasoning."""
     try:
-        prompts = [prompt_ids(chat_format, Conversation((Turn("human", question),))) for question in questions]
+        asked = [Conversation((Turn("human", question),)) for question in questions]
+        prompts = [prompt_ids(chat_format, conversation) for conversation in asked]
     except UnrenderableError as error:
         raise ConfigError(f"the chat format cannot express a question: {error}") from None
-    tokenizer = chat_format.plain.tokenizer
     generated = generate_ids(
         model, prompts, stop_token_ids=stop_token_ids, max_new_tokens=max_new_tokens, batch_size=batch_size, done=done
     )
-    return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
+    return [
+        answer_turn(chat_format, *answered).text.strip() for answered in zip(asked, prompts, generated, strict=True)
+    ]
 
 
 def generate_ids(
