@@ -36,6 +36,22 @@ LOST_REASONING = (
     "the chat template leaves out the reasoning of turn {turn}, so the answer would be trained without it: use "
     "--reasoning drop, or a --chat_template that writes it"
 )
+CLOSED_REASONING = (
+    "the prompt in front of turn {turn} has no reasoning, or closes it, so its reasoning would stand where a server "
+    "writes none: use --reasoning drop, or other --chat_template_kwargs"
+)
+OTHER_PROMPT = (
+    "the chat template writes another prompt in front of turn {turn} when it is served, so what is learned would not "
+    "follow it: give a --chat_template that writes its generation prompt in front of answers, too"
+)
+OPENING_END = (
+    "the chat template ends turn {turn} only with a token that opens turns ({token}), so stopping could not be "
+    "learned: give a --chat_template whose turns end with a token of their own"
+)
+NO_END = (
+    "the chat template ends turn {turn} with no control token, so stopping could not be learned: give a "
+    "--chat_template whose turns end with a token of this tokenizer"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,7 @@ class TemplateText:
         control: matches a control token.
         eos: the tokenizer's own end token, which may open turns as well.
         next_role_ends: whether nothing ends an answer but the token that opens the next turn.
+        joins: whether the tokenizer would join the end of a prompt with the first letters of an answer.
     """
 
     render: Callable[[int, bool], str]
@@ -55,6 +72,7 @@ class TemplateText:
     control: re.Pattern[str]
     eos: str | None
     next_role_ends: bool
+    joins: Callable[[str], bool]
     spelled: Sequence[str] = ()
 
 
@@ -113,7 +131,7 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
         if isinstance(found, TemplateSkeleton):
             if number == len(turns) - 1 and not as_is:
                 return found
-            found = f"the chat template writes another prompt in front of turn {number} when it is served"
+            found = OTHER_PROMPT.format(turn=number)
         answer = None if isinstance(found, str) else found.in_rendering(rendered, spans)
         if answer is None and as_is and not _loses(turn, number, spans):
             answer = _as_written(number, rendered, spans, text)
@@ -144,40 +162,61 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
     if isinstance(end, str):
         return end
     first = spans[0].start if spans else None
-    if end.tokens[0] in _openers(alone, first, prompt.removeprefix(before), text) - {text.eos}:
-        return "the chat template ends a turn only with a token that opens turns"
-    loses, opens_reasoning = _loses(turn, number, spans), prompt.rstrip().endswith(REASONING_BEGIN)
+    if end.tokens[0] in _openers(alone, first, prompt[len(commonprefix([prompt, before])) :], text) - {text.eos}:
+        return OPENING_END.format(turn=number, token=end.tokens[0])
+    loses, opens_reasoning = _loses(turn, number, spans), _opens_reasoning(prompt)
     if loses and not opens_reasoning:
         return LOST_REASONING.format(turn=number)
-    writes_prompt = prompt != before
-    if writes_prompt and alone.startswith(prompt) and not loses:
-        is_blank = first is not None and not alone[len(prompt) : first].strip()
-        return _Found(alone[: end.stop], first if is_blank and first is not None else len(prompt), end)
-    if first is not None and not loses and (not writes_prompt or alone[:first].rstrip() == prompt.rstrip()):
+    if prompt == before and first is not None and _opens_reasoning(alone[:first]):
+        first = alone.rindex(REASONING_BEGIN, 0, first)
+    if alone.startswith(prompt) and not loses:
+        begin = len(prompt)
+        if prompt == before and first is not None and alone[begin:first].strip():
+            begin = first  # no prompt is written: the header in front of the answer stands for it
+        elif text.joins(prompt):
+            return _separate(number, alone, begin, end.stop, end, text)
+        return _Found(alone[: end.stop], begin, end)
+    if first is not None and not loses and (prompt == before or alone[:first].rstrip() == prompt.rstrip()):
         return _Found(alone[: end.stop], first, end)
-    if first is None or turn.tool_calls:
-        return f"the chat template writes no prompt that the tool calls of turn {number} could follow"
-    return _completion(turn, number, prompt, alone[spans[-1].stop : end.stop], end, text)
-
-
-def _last_of(spans: Sequence[SlotSpan]) -> int:
-    return spans[-1].stop if spans else 0
+    opening = prompt[len(commonprefix([prompt, before])) :]
+    header = alone.rfind(opening, 0, first) if opening.strip() and not loses else -1
+    if header >= 0:  # the template writes what is in front of the prompt otherwise once the answer is there
+        return _completion(turn, number, prompt, alone[header + len(opening) : end.stop], end, text)
+    if marks_reasoning(turn) and not opens_reasoning:
+        return CLOSED_REASONING.format(turn=number)
+    if turn.tool_calls and not opens_reasoning:
+        return OTHER_PROMPT.format(turn=number)
+    answers = [span.start for span in spans if span.slot.part != "reasoning"]
+    begin = answers[-1] if answers else _shared(prompt, alone, text)
+    return _completion(turn, number, prompt, alone[begin : end.stop].rpartition(REASONING_END)[2], end, text)
 
 
 def _completion(turn: Turn, number: int, prompt: str, tail: str, end: _End, text: TemplateText) -> TemplateSkeleton:
     """The answer behind the prompt of serving; reasoning that the prompt opens is closed."""
-    rules, body = [], turn.text
-    if prompt.rstrip().endswith(REASONING_BEGIN):
+    rules = []
+    if _opens_reasoning(prompt):
         prompt = prompt if prompt.endswith("\n") else f"{prompt}\n"
-        marks = marks_in(turn.reasoning + turn.text)
-        reasoning = marks[0] if len(marks) > 1 else ""
-        body = f"{reasoning}\n{REASONING_END}\n\n{marks[-1]}"
+        reasoning = marks_in(turn.reasoning + turn.text)[0] if marks_reasoning(turn) else ""
+        tail = f"{reasoning}\n{REASONING_END}\n\n{tail.lstrip()}"
         rules = [] if reasoning else [CLOSED_RULE.format(turn=number)]
-    rendered = prompt + body + tail
+    whole = prompt + tail
+    return _separate(number, whole, len(prompt), len(whole), end, text, rules)
+
+
+def _separate(
+    number: int, rendered: str, begin: int, stop: int, end: _End, text: TemplateText, rules: Sequence[str] | None = None
+) -> TemplateSkeleton:
+    """The skeleton of an answer that is encoded by itself, as is its prompt; a completion if it has rules."""
     spans = find_slots(rendered, text.spelled)
-    answer = _answer(len(prompt), len(rendered), rendered, spans, end.tokens, is_appended=end.is_of_next_turn)
-    pieces, slots = pieces_between(rendered, spans), tuple(span.slot for span in spans)
-    return TemplateSkeleton(tuple(pieces), slots, {number: answer}, is_completion=True, rules=tuple(rules))
+    answer = _answer(begin, stop, rendered, spans, end.tokens, is_appended=end.is_of_next_turn)
+    return TemplateSkeleton(
+        tuple(pieces_between(rendered, spans)),
+        tuple(span.slot for span in spans),
+        {number: answer},
+        is_separate=True,
+        is_completion=rules is not None,
+        rules=tuple(rules or ()),
+    )
 
 
 def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: TemplateText) -> _End | str:
@@ -186,14 +225,14 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
     It ends with the first control token after it and those directly behind that one, as far as the template writes
     them whether another turn follows or not.
     """
-    begin = _last_of(spans)
+    begin = spans[-1].stop if spans else 0
     try:
         more = text.render_more(number + 1)
     except UnrenderableError:
         more = alone
     if turn.tool_calls and DUMMY_VALUE in alone:
         begin = max(begin, alone.rfind(DUMMY_VALUE) + len(DUMMY_VALUE))
-    shared = len(commonprefix([alone, more]))
+    shared = _shared(more, alone, text)
     shared = shared if shared > begin else len(alone)  # what is written otherwise later does not count
     if turn.tool_calls:
         if not text.next_role_ends:
@@ -209,12 +248,24 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
                 tokens.append(match[0])
                 stop = match.end()
             return _End(stop, tuple(tokens))
-    if more.startswith(alone[:begin]) and (match := text.control.match(more, _skip_blank(more, begin))):
+    own = spans[-1].start if spans and not turn.tool_calls else 0  # reasoning in front of it may be left out later
+    place = more.find(alone[own:begin])
+    if place >= 0 and (match := text.control.match(more, _skip_blank(more, place + begin - own))):
         return _End(begin, (match[0],), is_of_next_turn=True)
-    return (
-        f"the chat template ends turn {number} with no control token, so stopping could not be learned: give a "
-        "--chat_template whose turns end with a token of this tokenizer"
-    )
+    return NO_END.format(turn=number)
+
+
+def _opens_reasoning(prompt: str) -> bool:
+    return prompt.rstrip().endswith(REASONING_BEGIN)
+
+
+def _shared(other: str, rendered: str, text: TemplateText) -> int:
+    """How many characters two renderings have in common at their begin, the control tokens of the second whole."""
+    shared = len(commonprefix([other, rendered]))
+    for match in text.control.finditer(rendered):
+        if match.start() < shared < match.end():
+            return match.start()
+    return shared
 
 
 def _skip_blank(text: str, begin: int) -> int:

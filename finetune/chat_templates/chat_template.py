@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
@@ -29,7 +29,7 @@ from finetune.chat_templates.template_skeleton import (
     find_pieces,
     given_text,
     mark_spelled,
-    next_human,
+    next_turn,
     shape_of,
     with_marks,
 )
@@ -37,9 +37,8 @@ from finetune.chat_templates.template_styles import reasoning_key, tool_style
 from finetune.chat_templates.token_positions import Extent
 from finetune.conversation import Conversation, ToolCall, Turn
 
-if TYPE_CHECKING:
-    pass
-
+# Answers that no template changes, of several scripts: tokenizers differ in what they join with a space.
+PROBES = ("a", "好", "1", "-", "🙂")
 MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _PLAIN_STYLE = MessageStyle()
@@ -96,6 +95,11 @@ class RenderedText:
             found[number] = Extent(number, begin, ends[answer.end[0]] - answer.end[1], turns[number].is_supervised)
         return sorted(found.values(), key=lambda extent: extent.begin)
 
+    def begin_of_answer(self, number: int) -> int:
+        """Where the answer of a turn begins in the text."""
+        index, offset = self.skeleton.answers[number].begin
+        return sum(map(len, (*self.skeleton.pieces[:index], *self.contents[:index]))) + offset
+
     def answer(self, extent: Extent) -> Answer | None:
         """The answer of this extent, if it is supervised."""
         return self.skeleton.answers[extent.turn] if extent.is_supervised else None
@@ -112,6 +116,7 @@ class ChatTemplate:
         self._skeletons: dict[Shape, TemplateSkeleton | UnrenderableError] = {}
         self._marked: dict[tuple[Any, ...], str | UnrenderableError] = {}
         self._styles: dict[str, Any] = {}
+        self._joined: dict[str, bool] = {}
 
     def apply(self, conversation: Conversation, style: MessageStyle | None = None, **options: Any) -> Any:
         """What `apply_chat_template` returns for the conversation with these options."""
@@ -139,13 +144,15 @@ class ChatTemplate:
             if turn.is_supervised and number not in skeleton.answers:
                 place = f"turn {number + skeleton.system_in_front}"
                 raise UnrenderableError(skeleton.refused.get(number, f"{place} cannot be supervised"))
+        if skeleton.is_completion and _has_tools(conversation):
+            skeleton = self._with_own_pieces(conversation, skeleton, "")
         return conversation, skeleton
 
     def _match(self, conversation: Conversation, skeleton: TemplateSkeleton, text: Any) -> RenderedText:
         if isinstance(text, UnrenderableError):
             raise text
         turns = conversation.turns
-        if _has_tools(conversation):
+        if _has_tools(conversation) and not skeleton.is_completion:
             skeleton = self._with_own_pieces(conversation, skeleton, text)
         contents = find_contents(text, skeleton, turns)
         spelled = 0
@@ -157,7 +164,9 @@ class ChatTemplate:
     def _with_own_pieces(self, conversation: Conversation, skeleton: TemplateSkeleton, text: str) -> TemplateSkeleton:
         """The skeleton of a shape with the pieces of one conversation with tools."""
         calls = [[call.name, call.id, call.arguments] for turn in conversation.turns for call in turn.tool_calls]
-        spells = self.plain.spells_control_token(json.dumps([conversation.tools, calls], ensure_ascii=False))
+        spells = self.plain.spells_control_token(
+            json.dumps([conversation.tools, calls], ensure_ascii=False).replace('\\"', '"')
+        )
         if not (skeleton.is_completion or spells):
             pieces = find_pieces(text, skeleton, conversation.turns, self.plain.control_pattern)
             if pieces is not None and (own := skeleton.with_pieces(pieces, skeleton.slots)) is not None:
@@ -233,12 +242,29 @@ class ChatTemplate:
         turns, has_calls = marked.turns, any(turn.tool_calls for turn in marked.turns)
         return TemplateText(
             lambda count, prompt: text(turns[:count], prompt),
-            lambda count: text((*turns, next_human(len(turns)))[: count + 1], False),
+            lambda count: text((*turns, next_turn(turns))[: count + 1], False),
             self.plain.control_pattern,
             self.plain.tokenizer.eos_token,
             has_calls and self._next_role_ends,
+            self._joins,
             spelled,
         )
+
+    def _joins(self, prompt: str) -> bool:
+        """Whether a text behind the prompt changes its tokens, as "\\n\\n" does in vocabularies like GPT-2's."""
+        if prompt == prompt.rstrip():
+            return False
+        controls = [*self.plain.control_pattern.finditer(prompt)]
+        end = prompt[controls[-1].start() if controls else len(prompt.rstrip()) :]
+        if end not in self._joined:
+            alone, *both = (self._ids(end + text) for text in ("", *PROBES))
+            self._joined[end] = any(ids[: len(alone)] != alone for ids in both) and all(
+                self.plain.decode_all([alone + self._ids(text)])[0] == end + text for text in PROBES
+            )
+        return self._joined[end]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.plain.tokenizer.encode(text, add_special_tokens=False))
 
     @cached_property
     def _next_role_ends(self) -> bool:
@@ -272,10 +298,11 @@ class ChatTemplate:
             return self._text(conversation)
         last = len(conversation.turns) - 1
         prompt = self._text(replace(conversation, turns=conversation.turns[:-1]), prompt=True)
-        first = next(index for index, slot in enumerate(skeleton.slots) if slot.turn == last)
-        parts = [skeleton.pieces[first][skeleton.answers[last].begin[1] :]]
+        first, offset = skeleton.answers[last].begin
+        parts = [skeleton.pieces[first][offset:]]
         for slot, piece in zip(skeleton.slots[first:], skeleton.pieces[first + 1 :], strict=True):
-            parts += [given_text(conversation.turns[last], slot.part).strip(), piece]
+            given = slot.part if slot.turn is None else given_text(conversation.turns[last], slot.part).strip()
+            parts += [given, piece]
         return prompt + "\n" * (not prompt.endswith("\n") and parts[0].startswith(REASONING_END)) + "".join(parts)
 
     def _text(self, conversation: Conversation, *, prompt: bool = False) -> str:

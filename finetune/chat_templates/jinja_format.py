@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -94,16 +94,12 @@ class JinjaFormat:
                 return [conversation]  # tokenizing it says why
             shift = int(skeleton.system_in_front)
             here = {number for number in rest if number - shift in skeleton.answers and number <= last}
-            if not here and last == max(rest):
-                return [conversation]
+            if not here and last == max(rest):  # tokenizing it says why
+                return [_trained_on(part, {last})]
             if len(here) == len(rest) and not parts:
                 return [part]
             if here:
-                own = tuple(
-                    replace(turn, train=turn.train and number in here) if turn.role == "model" else turn
-                    for number, turn in enumerate(part.turns)
-                )
-                parts.append(replace(part, turns=own))
+                parts.append(_trained_on(part, here))
             rest -= here
             last = max(rest, default=0)
         return parts[::-1] or [conversation]
@@ -125,6 +121,10 @@ class JinjaFormat:
                 results[index] = UnrenderableError(
                     "this tokenizer encodes a chat in another way than it encodes the chat's text"
                 )
+                continue
+            if rendered.skeleton.is_separate:
+                with suppress(ControlTokenLeak):
+                    results[index] = error_as_value(self._in_two_parts, rendered)
                 continue
             extents = rendered.extents(masks_reasoning=self.masks_reasoning)
             has_results = any(turn.role == "tool" for turn in rendered.conversation.turns)
@@ -169,6 +169,27 @@ class JinjaFormat:
         extents = rendered.extents(masks_reasoning=self.masks_reasoning)
         spans = self.positions.by_offsets(rendered.text, encoding, extents)
         return self._labelled(rendered, encoding.ids, extents, spans)
+
+    def _in_two_parts(self, rendered: RenderedText) -> TokenizedConversation:
+        """Encode the prompt and the answer behind it each by itself, as a server does."""
+        if not self.tokenizer.is_fast:
+            return self._piece_by_piece(rendered)
+        extents = rendered.extents(masks_reasoning=self.masks_reasoning)
+        begin = rendered.begin_of_answer(len(rendered.conversation.turns) - 1)
+        ids: list[int] = []
+        spans: list[TokenSpan] = []
+        for left, right in ((0, begin), (begin, len(rendered.text))):
+            text = rendered.text[left:right]
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            own = [
+                extent._replace(begin=extent.begin - left, stop=extent.stop - left)
+                for extent in extents
+                if left <= extent.begin < right
+            ]
+            found = self.positions.by_offsets(text, encoding, own)
+            spans += [TokenSpan(start + len(ids), stop + len(ids)) for start, stop in found]
+            ids += encoding.ids
+        return self._labelled(rendered, ids, extents, spans)
 
     def _piece_by_piece(self, rendered: RenderedText) -> TokenizedConversation:
         """Encode the template's text and the contents each by itself, so that no content becomes a control token."""
@@ -244,3 +265,12 @@ class JinjaFormat:
     def _end_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         return token_id if isinstance(token_id, int) else token_id[0]
+
+
+def _trained_on(conversation: Conversation, numbers: Collection[int]) -> Conversation:
+    """The conversation with these of its trained turns alone."""
+    turns = tuple(
+        replace(turn, train=turn.train and number in numbers) if turn.role == "model" else turn
+        for number, turn in enumerate(conversation.turns)
+    )
+    return replace(conversation, turns=turns)

@@ -63,7 +63,8 @@ class TemplateSkeleton:
     """The `pieces` around the contents of the `slots`, of which there is one less, and the answers among them.
 
     `refused` has the reason for each model turn that cannot be supervised in this conversation. With `is_completion`
-    the last answer stands behind the prompt of serving, not as the template writes it.
+    the last answer stands behind the prompt of serving, not as the template writes it. `is_separate`: prompt and answer
+    are encoded each by itself, as a server does.
     """
 
     pieces: tuple[str, ...]
@@ -71,6 +72,7 @@ class TemplateSkeleton:
     answers: dict[int, Answer] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     is_completion: bool = False
+    is_separate: bool = False
     system_in_front: bool = False
     rules: tuple[str, ...] = ()
 
@@ -138,9 +140,9 @@ def _marked(number: int, turn: Turn, real_tools: bool) -> Turn:
     return replace(turn, text=text, reasoning=turn.reasoning and _mark(number, _REASONING), tool_calls=calls)
 
 
-def next_human(number: int) -> Turn:
-    """A human turn with the mark of turn `number`."""
-    return Turn("human", _mark(number, _TEXT))
+def next_turn(turns: Sequence[Turn]) -> Turn:
+    """A turn with a mark that may follow these: the result of a tool, or a human turn."""
+    return Turn("tool" if turns[-1].tool_calls else "human", _mark(len(turns), _TEXT))
 
 
 def marks_in(text: str) -> list[str]:

@@ -51,8 +51,10 @@ def reasoning_key(render: Render, *, inside: bool) -> str | None:
     """The key under which the template writes reasoning that the data has inside a text, or beside it; None: inside."""
     turn = Turn("model", with_reasoning_inside(_REASON, _TEXT)) if inside else Turn("model", _TEXT, reasoning=_REASON)
     sample = Conversation((Turn("human", "hi"), turn))
-    for key in (None, *REASONING_KEYS) if inside else (*REASONING_KEYS, None):
+    found: dict[str | None, str] = {}
+    for key in (*REASONING_KEYS, None):
         text = render(sample, MessageStyle(inside_key=key) if inside else MessageStyle(beside_key=key))
         if text is not None and _REASON in text and text.count(_TEXT) == 1:
-            return key
-    return None
+            found[key] = text
+    key = next(iter(found), None)
+    return None if inside and found.get(None) == found.get(key) else key

@@ -79,7 +79,8 @@ class TokenPositions:
             if has_results and not extent.is_supervised:
                 start = start if start is not None else spans[-1].stop if spans else 0
                 stop = stop if stop is not None else places[after]
-            if start is None or stop is None or stop <= start:
+            is_empty = extent.begin == extent.stop and not extent.is_supervised  # a result of a tool
+            if start is None or stop is None or stop < start + (not is_empty):
                 return None
             spans.append(TokenSpan(start, stop))
         return spans
@@ -146,6 +147,9 @@ class TokenPositions:
             and (end == len(text) or encoding.token_to_chars(stop)[0] == end)
         ):  # fmt: skip
             return TokenSpan(start, stop)
+        if begin == end and not extent.is_supervised:
+            place = sum(left < begin for left, _ in encoding.offsets)
+            return TokenSpan(place, place)
         inside = []
         for index, (token_id, (left, right)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
             if right <= begin or left >= end or left == right:
