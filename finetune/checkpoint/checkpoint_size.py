@@ -16,6 +16,7 @@ class ParameterSizes:
     num_trained: int  # how many parameters these are
     tied: float = 0  # of the weight that head and embeddings share
     has_adapter: bool = False  # the trained weights are those of an adapter, and only these are saved
+    state_bytes: float = 8  # of optimizer states for each trained parameter
 
 
 def saved_model_bytes(sizes: ParameterSizes, stage: int | None) -> float:
@@ -36,15 +37,15 @@ def checkpoint_parts(sizes: ParameterSizes, stage: int | None, *, only_model: bo
 
     Below ZeRO-3 DeepSpeed writes a second copy of the model. It leaves out the frozen weights that it knows by name,
     which does not include a tied head. Under ZeRO-3 that copy is part of the optimizer shards. The optimizer states
-    are a float32 master copy and two float32 moments for each trained parameter. There is no master copy without
-    DeepSpeed, nor under stage 0 in float32.
+    are a float32 master copy and what the optimizer keeps, for Adam two float32 moments, for each trained parameter.
+    There is no master copy without DeepSpeed, nor under stage 0 in float32.
     """
     parts = {MODEL: saved_model_bytes(sizes, stage)}
     if only_model:
         return parts
     if stage is None:
-        return {**parts, OPTIMIZER: 8 * sizes.num_trained}
+        return {**parts, OPTIMIZER: sizes.state_bytes * sizes.num_trained}
     has_masters = stage > 0 or sizes.trained < 4 * sizes.num_trained
     copy = sizes.trained + sizes.tied if sizes.has_adapter else sizes.total
-    optimizer = (12 if has_masters else 8) * sizes.num_trained
+    optimizer = (4 * has_masters + sizes.state_bytes) * sizes.num_trained
     return {**parts, MODEL_STATES: 0 if stage == 3 else copy, OPTIMIZER: optimizer}

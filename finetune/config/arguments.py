@@ -365,7 +365,7 @@ TRAINING_HELP = {
     "gradient_accumulation_steps": "micro-batches of a step, on each rank; the plan writes out how many conversations "
     "that is",
     "deepspeed": "a DeepSpeed JSON, or the name of a shipped one: `zero1` `zero2` `zero3` `zero2_offload` "
-    "`zero3_offload` `zero3_nvme` `zeropp`",
+    "`zero3_offload` `zero3_nvme` `zeropp` `zero2_muon` `zero3_muon`",
     "bf16": "compute in bfloat16; where the hardware cannot, an error or a note",
     "fp16": "compute in float16, with a loss scale",
     "tf32": "multiply float32 matrices in TF32; off, with a note, where the hardware cannot",

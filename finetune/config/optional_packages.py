@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -17,6 +18,17 @@ TRACKERS = (
 )  # fmt: skip
 TRACKER_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 TRACKER_MODULES = {"azure_ml": ["azureml"], "flyte": ["flytekit"], "tensorboard": ["tensorboard", "tensorboardX"]}
+# What optimizers of --optim need, the first that fits: their names, the module, the package.
+OPTIMIZER_PACKAGES = (
+    (r"adamw_torch_[48]bit", "torchao", "torchao"),
+    ("galore_.*", "galore_torch", "galore-torch"),
+    ("apollo_.*", "apollo_torch", "apollo-torch"),
+    ("(ada)?lomo", "lomo_optim", "lomo-optim"),
+    ("grokadamw", "grokadamw", "grokadamw"),
+    ("schedule_free_.*", "schedulefree", "schedulefree"),
+    ("stable_adamw", "optimi", "torch-optimi"),
+    ("paged_.*|lion_.*|ademamix.*|rmsprop_bnb.*|adamw_(bnb_)?8bit", "bitsandbytes", "'bitsandbytes>=0.50,<0.51'"),
+)
 BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
 
 
@@ -44,6 +56,19 @@ def check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:
         raise ConfigError("--use_liger_kernel True: its kernels need a GPU, and there is none here: omit the flag")
     if find_spec("liger_kernel") is None:
         raise ConfigError("--use_liger_kernel True: it is not installed: pip install liger-kernel")
+
+
+def check_optimizer(optim: str) -> None:
+    """Check that the package of an optimizer of transformers is installed.
+
+    Raises:
+        ConfigError: the line that installs it.
+    """
+    for names, module, package in OPTIMIZER_PACKAGES:
+        if re.fullmatch(names, optim):
+            if find_spec(module) is None:
+                raise ConfigError(f"--optim {optim}: {module} is not installed: pip install {package}")
+            return
 
 
 def check_quantization(model: ModelArguments, adapter: AdapterArguments, zero_stage: int | None) -> None:

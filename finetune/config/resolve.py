@@ -15,7 +15,7 @@ from finetune.config.deepspeed_config import (
     resolve_deepspeed_config,
 )
 from finetune.config.hardware import DetectedHardware, HardwareConfig, resolve_hardware
-from finetune.config.optional_packages import check_liger, check_quantization, check_trackers
+from finetune.config.optional_packages import check_liger, check_optimizer, check_quantization, check_trackers
 from finetune.config.run_config import (
     ActivationCheckpointing,
     BatchConfig,
@@ -64,6 +64,7 @@ def resolve_config(
     check_liger(arguments, hardware)
     batch, batch_notes = resolve_batch(arguments, ranks.size, saved)
     deepspeed = _resolve_deepspeed(arguments, hardware, batch, ranks)
+    check_optimizer(str(arguments.given("optim")))
     check_quantization(arguments.model, arguments.adapter, deepspeed.stage if deepspeed else None)
     if deepspeed is not None and saved is not None:
         deepspeed.config.setdefault("checkpoint", {})["load_universal"] = True

@@ -33,6 +33,7 @@ from finetune.preflight.host_checks import (
 from finetune.preflight.planned_run import PlannedRun
 from finetune.preflight.resource_checks import check_resources, forecast_batches, free_space, note_batches, run_spec
 from finetune.training.data_setup import check_data, prepare_run_data
+from finetune.training.flag_checks import ADAM_BYTES, optimizer_state_bytes
 from finetune.training.model_checks import check_against_data
 from finetune.utils.console import labelled
 from finetune.utils.options import without_flags
@@ -93,6 +94,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
                     ),
                     batches,
                     ranks_on_host=max(map(len, slots.values())),
+                    optimizer_bytes=_state_bytes(config),
                 )
                 free = free_space(config.hardware.use_cpu, slots, answers)
                 check_resources(report, planned, batches.first, free, info, tokenizer, config.adapter)
@@ -121,6 +123,14 @@ def _read(report: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
     report.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
     check_data(data, run.data)
     return tokenizer, data
+
+
+def _state_bytes(config: RunConfig) -> float:
+    """Return the bytes of optimizer states for each trained parameter."""
+    section = config.deepspeed.config.get("optimizer") if config.deepspeed else None
+    if section is None:
+        return optimizer_state_bytes(config.training_values(), partitions=config.deepspeed is not None)
+    return 4.0 if str(section.get("type")).lower() in ("lion", "adagrad") else ADAM_BYTES
 
 
 def _note_configuration(

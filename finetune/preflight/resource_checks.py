@@ -204,6 +204,7 @@ def run_spec(
     batches: BatchForecast,
     *,
     ranks_on_host: int,
+    optimizer_bytes: float,
 ) -> RunSpec:
     """Return the run as the numbers of the estimate, with the sizes that DeepSpeed gets."""
     return RunSpec(
@@ -218,6 +219,7 @@ def run_spec(
         checkpoint_every=recompute.every_n_layers if recompute.enabled else 0,
         checkpoints_to_host=recompute.enabled and recompute.offload,
         accumulation=batch.accumulation,
+        optimizer_bytes=optimizer_bytes,
         keep_checkpoints=_kept_checkpoints(schedule, batches),
         only_model=schedule.save_only_model,
     )

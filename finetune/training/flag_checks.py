@@ -21,6 +21,7 @@ REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, 
 MAY_BE_FILES = ("deepspeed", "fsdp_config", "accelerator_config")  # the others take JSON only
 IGNORES_OPTIONS = ("constant", "constant_with_warmup")  # schedules that drop --lr_scheduler_kwargs
 NEEDS_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that look for layers by name
+LARGE, ADAM_BYTES = 512, 8.0  # width of a layer whose states are measured; bytes where they cannot be
 STEPS = 1000  # of the schedule that is built where the data decide the number
 
 
@@ -60,20 +61,20 @@ def _is_cause(name: str, values: Mapping[str, Any], refusal: str, builds_optimiz
 
 def _refusal(values: Mapping[str, Any], builds_optimizer: bool) -> str | None:
     """Return why these values are refused, in one line, or None."""
+    import torch
+
     try:
         arguments = _arguments_class()(**values)
-        optimizer = _build_optimizer(arguments) if builds_optimizer else None
+        optimizer = _build_optimizer(arguments, torch.nn.Linear(2, 2)) if builds_optimizer else None
         _build_schedule(arguments, optimizer)
     except REFUSALS as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
 
-def _build_optimizer(arguments: TrainingArguments) -> Any:
-    from torch import nn
+def _build_optimizer(arguments: TrainingArguments, model: Any) -> Any:
     from transformers import Trainer
 
-    model: Any = nn.Linear(2, 2)
     name: str = getattr(arguments.optim, "value", arguments.optim)
     try:
         cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
@@ -82,6 +83,29 @@ def _build_optimizer(arguments: TrainingArguments) -> Any:
             return None
         raise
     return cls([{"params": list(model.parameters()), "weight_decay": arguments.weight_decay}], **options)
+
+
+def optimizer_state_bytes(values: Mapping[str, Any], *, partitions: bool) -> float:
+    """Return the bytes of optimizer states for each trained parameter: those after a step on a large one.
+
+    Args:
+        values: keyword arguments of `TrainingArguments`, as `check_training_flags` accepted them.
+        partitions: DeepSpeed hands the optimizer flat parameters, of which none has rows and columns.
+    """
+    import torch
+
+    values = {**values, "use_cpu": True, "tf32": None, "deepspeed": None, "save_on_each_node": False}
+    model = torch.nn.Linear(LARGE, LARGE, bias=False)
+    model.weight = torch.nn.Parameter(torch.zeros(LARGE**2 if partitions else (LARGE, LARGE)))
+    optimizer = _build_optimizer(_arguments_class()(**values), model)
+    if optimizer is None:
+        return ADAM_BYTES
+    model.weight.grad = torch.zeros_like(model.weight)
+    if hasattr(optimizer, "train"):  # schedule-free
+        optimizer.train()
+    optimizer.step()
+    tensors = [each for state in optimizer.state.values() for each in state.values() if torch.is_tensor(each)]
+    return sum(tensor.nbytes for tensor in tensors) / model.weight.numel()
 
 
 def _build_schedule(arguments: TrainingArguments, optimizer: Any) -> None:

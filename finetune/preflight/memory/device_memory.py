@@ -43,7 +43,7 @@ def states(model: ModelSpec, run: RunSpec) -> Parts:
     if run.stage is None:
         packed = model.quantizable if model.bits else 0
         copies = model.weight_bytes(4) + (0 if size == 4 else size * (model.parameters - packed))
-        return {WEIGHTS: copies, MASTERS: 0, ADAM: 8 * trained}
+        return {WEIGHTS: copies, MASTERS: 0, ADAM: model.state_bytes(run) * trained}
     share = trained / (ranks if run.stage else 1)
     split = ranks if run.stage == 3 else 1
     on_device = run.offload_optimizer == "none"
@@ -51,7 +51,7 @@ def states(model: ModelSpec, run: RunSpec) -> Parts:
     weights: float = model.weight_bytes(size) / split if run.offload_parameters == "none" else 0
     if run.stage == 3 and run.hpz > 1:
         weights += model.weight_bytes(size) / run.hpz
-    return {WEIGHTS: weights, MASTERS: masters * on_device, ADAM: 8 * share * on_device}
+    return {WEIGHTS: weights, MASTERS: masters * on_device, ADAM: model.state_bytes(run) * share * on_device}
 
 
 def buckets(model: ModelSpec, run: RunSpec) -> tuple[float, float]:
@@ -221,7 +221,7 @@ def _cpu_steps(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
     held = states(model, run)
     if run.offload_optimizer != "none":  # the host is the device
         share = model.trainable / (run.ranks if run.stage else 1)
-        held = {**held, MASTERS: 4 * share, ADAM: 8 * share, GRADIENTS: 4 * share}
+        held = {**held, MASTERS: 4 * share, ADAM: model.state_bytes(run) * share, GRADIENTS: 4 * share}
     if run.offload_parameters != "none":
         held[WEIGHTS] = model.weight_bytes(run.size) / run.ranks
     bucket, copy = buckets(model, run)

@@ -42,6 +42,7 @@ def _sizes(model: ModelSpec, run: RunSpec) -> ParameterSizes:
         num_trained=model.trainable,
         tied=weight_size * model.embedding if model.tied else 0,
         has_adapter=model.adapter,
+        state_bytes=model.state_bytes(run),
     )
 
 
@@ -86,7 +87,9 @@ def _training(model: ModelSpec, run: RunSpec) -> float:
     offloaded = 0.0
     ranks = run.ranks if run.stage else 1
     if run.offload_optimizer == "cpu":
-        offloaded += (16 + run.size) * model.trainable / ranks + run.size * model.largest_trained
+        offloaded += (
+            8 + model.state_bytes(run) + run.size
+        ) * model.trainable / ranks + run.size * model.largest_trained
     elif run.offload_optimizer == "nvme":  # five buffers of a sub-group's states, and gradients
         offloaded += 4 * 4 * min(model.trainable / ranks, run.sub_group) + run.size * model.trainable / ranks
     if run.offload_parameters == "cpu":

@@ -82,6 +82,11 @@ class ModelSpec:
         whole = size * (self.parameters - self.quantizable) + BYTES_PER_WEIGHT[self.bits] * self.quantizable
         return whole if parameters is None else whole * parameters / self.parameters
 
+    def state_bytes(self, run: RunSpec) -> float:
+        """Return the bytes of optimizer states for each trained parameter."""
+        matrices = self.trainable if self.adapter else min(self.quantizable, self.trainable)
+        return run.optimizer_bytes - (4 * matrices / max(self.trainable, 1) if run.muon else 0)
+
     @property
     def unpacked_layer(self) -> int:
         """Parameters of the largest packed layer, which is unpacked to be multiplied."""
@@ -160,6 +165,8 @@ class RunSpec:
     max_live: int = 1_000_000_000  # what ZeRO-3 keeps gathered for its next use
     max_in_cpu: int = 1_000_000_000  # parameters that stay in memory when they are offloaded to NVMe
     sub_group: int = 1_000_000_000  # what ZeRO-3's optimizer updates at a time
+    optimizer_bytes: float = 8.0  # of states for each trained parameter
+    muon: bool = False  # matrices have a momentum alone
     overlap_comm: bool = False  # two buckets instead of one, under stages 1 and 2
     sequence_parallel: int = 1  # ranks that share each row
     hpz: int = 1  # ranks that share a second copy of the weights (ZeRO++); 1: none
@@ -201,6 +208,7 @@ def from_deepspeed(config: Mapping[str, Any] | None) -> dict[str, Any]:
         "stage": stage,
         "reduce_bucket": number("reduce_bucket_size", 500_000_000),
         "overlap_comm": bool(zero.get("overlap_comm", False)) and stage in (1, 2),
+        "muon": str(config.get("optimizer", {}).get("type")).lower() == "muon",
         "sequence_parallel": int(config.get("sequence_parallel_size", 1)),
         **{name: place.get("device", "none") for name, place in places.items()},
     }

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 
 from finetune.config import optional_packages
 from finetune.config.arguments import AdapterArguments, ModelArguments
-from finetune.config.optional_packages import TRACKERS, check_quantization, check_trackers
+from finetune.config.optional_packages import (
+    OPTIMIZER_PACKAGES as PACKAGES,
+)
+from finetune.config.optional_packages import (
+    TRACKERS,
+    check_optimizer,
+    check_quantization,
+    check_trackers,
+)
 from finetune.utils.errors import ConfigError
 
 LORA = {"use_lora": True}
@@ -54,6 +63,30 @@ def test_what_quantized_weights_cannot_do(model, adapter, stage, reason):
     with pytest.raises(ConfigError) as error:
         check_quantization(ModelArguments("m", **model), AdapterArguments(**adapter), stage)
     assert reason in str(error.value)
+
+
+def test_a_missing_package_of_an_optimizer_is_told_with_the_line_that_installs_it(lacking):
+    check_optimizer("adamw_8bit")
+    lacking("bitsandbytes", "schedulefree", "torchao")
+    check_optimizer("adafactor")
+    for optim, package in {
+        "paged_adamw_8bit": "'bitsandbytes>=0.50,<0.51'",
+        "lion_32bit": "'bitsandbytes>=0.50,<0.51'",
+        "schedule_free_adamw": "schedulefree",
+        "adamw_torch_4bit": "torchao",
+    }.items():
+        with pytest.raises(ConfigError, match=f"--optim {optim}: .* is not installed: pip install {package}"):
+            check_optimizer(optim)
+
+
+def test_every_optimizer_of_transformers_that_is_not_built_here_has_a_package():
+    from transformers.training_args import OptimizerNames
+
+    named = {name.value for name in OptimizerNames if any(re.fullmatch(names, name.value) for names, *_ in PACKAGES)}
+    assert {name.value for name in OptimizerNames} - named == {
+        *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+        *("adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"),  # of other hardware, and archived
+    }
 
 
 def test_bitsandbytes_is_named_where_it_is_missing(lacking):
