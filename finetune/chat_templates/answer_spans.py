@@ -20,6 +20,7 @@ from finetune.chat_templates.example import REASONING_RULE, UnrenderableError
 from finetune.chat_templates.messages import REASONING_BEGIN, REASONING_END
 from finetune.chat_templates.template_skeleton import (
     DUMMY_VALUE,
+    OTHER_TEMPLATE,
     Answer,
     SlotSpan,
     TemplateSkeleton,
@@ -31,6 +32,7 @@ from finetune.chat_templates.template_skeleton import (
 )
 from finetune.conversation import Conversation, Turn
 
+MAX_SHOWN = 24  # characters of a template's text in messages
 CLOSED_RULE = "the reasoning that the prompt opens is closed empty in front of turn {turn}"
 LOST_REASONING = (
     "the chat template leaves out the reasoning of turn {turn}, so the answer would be trained without it: use "
@@ -42,15 +44,15 @@ CLOSED_REASONING = (
 )
 OTHER_PROMPT = (
     "the chat template writes another prompt in front of turn {turn} when it is served, so what is learned would not "
-    "follow it: give a --chat_template that writes its generation prompt in front of answers, too"
+    f"follow it: {OTHER_TEMPLATE} that writes its generation prompt in front of answers, too"
 )
 OPENING_END = (
     "the chat template ends turn {turn} only with a token that opens turns ({token}), so stopping could not be "
-    "learned: give a --chat_template whose turns end with a token of their own"
+    f"learned: {OTHER_TEMPLATE} whose turns end with a token of their own"
 )
 NO_END = (
-    "the chat template ends turn {turn} with no control token, so stopping could not be learned: give a "
-    "--chat_template whose turns end with a token of this tokenizer"
+    "the chat template ends turn {turn} with no control token{found}, so stopping could not be learned: "
+    f"{OTHER_TEMPLATE} whose turns end with a token of this tokenizer"
 )
 
 
@@ -230,8 +232,9 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
         more = text.render_more(number + 1)
     except UnrenderableError:
         more = alone
-    if turn.tool_calls and DUMMY_VALUE in alone:
-        begin = max(begin, alone.rfind(DUMMY_VALUE) + len(DUMMY_VALUE))
+    if turn.tool_calls:
+        last = DUMMY_VALUE if DUMMY_VALUE in alone else turn.tool_calls[-1].name
+        begin = max(begin, alone.rfind(last) + len(last))
     shared = _shared(more, alone, text)
     shared = shared if shared > begin else len(alone)  # what is written otherwise later does not count
     if turn.tool_calls:
@@ -252,7 +255,9 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
     place = more.find(alone[own:begin])
     if place >= 0 and (match := text.control.match(more, _skip_blank(more, place + begin - own))):
         return _End(begin, (match[0],), is_of_next_turn=True)
-    return NO_END.format(turn=number)
+    lacked = alone[begin : begin + MAX_SHOWN].strip()
+    found = f" ({lacked!r} is none in this tokenizer)" if lacked else ""
+    return NO_END.format(turn=number, found=found)
 
 
 def _opens_reasoning(prompt: str) -> bool:

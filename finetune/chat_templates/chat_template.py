@@ -23,6 +23,7 @@ from finetune.chat_templates.messages import (
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_limits import apply_template, template_limits
 from finetune.chat_templates.template_skeleton import (
+    OTHER_TEMPLATE,
     Answer,
     TemplateSkeleton,
     find_contents,
@@ -140,10 +141,7 @@ class ChatTemplate:
         skeleton = self.skeleton_of_shape(conversation)
         if skeleton.system_in_front:
             conversation = replace(conversation, turns=system_in_front(conversation.turns))
-        for number, turn in enumerate(conversation.turns):
-            if turn.is_supervised and number not in skeleton.answers:
-                place = f"turn {number + skeleton.system_in_front}"
-                raise UnrenderableError(skeleton.refused.get(number, f"{place} cannot be supervised"))
+        _check_supervised(conversation, skeleton)
         if skeleton.is_completion and _has_tools(conversation):
             skeleton = self._with_own_pieces(conversation, skeleton, "")
         return conversation, skeleton
@@ -175,7 +173,9 @@ class ChatTemplate:
         if spells:
             marked = self._with_spelled_marked(marked, spelled)
         own = build_skeleton(marked, self._template_text(marked, None, spelled), as_is=self.as_is)
-        return replace(own, system_in_front=skeleton.system_in_front)
+        own = replace(own, system_in_front=skeleton.system_in_front)
+        _check_supervised(conversation, own)
+        return own
 
     def skeleton_of_shape(self, conversation: Conversation) -> TemplateSkeleton:
         """The skeleton of all normalized conversations of this shape, with placeholders of tools and calls."""
@@ -309,7 +309,9 @@ class ChatTemplate:
         try:
             return str(self.apply(conversation, tokenize=False, add_generation_prompt=prompt))
         except TEMPLATE_ERRORS as error:
-            raise UnrenderableError(f"the chat template refuses it: {error}") from None
+            raise UnrenderableError(
+                f"the chat template refuses it: {error}: mend the row, or {OTHER_TEMPLATE}"
+            ) from None
 
     def _style(self, conversation: Conversation) -> MessageStyle:
         """How the template expects the messages of this conversation; found once by rendering samples."""
@@ -334,6 +336,14 @@ class ChatTemplate:
         with suppress(*TEMPLATE_ERRORS):
             return str(self.apply(conversation, style, tokenize=False))
         return None
+
+
+def _check_supervised(conversation: Conversation, skeleton: TemplateSkeleton) -> None:
+    """Raise `UnrenderableError` with the reason of the first trained turn that has no answer in the skeleton."""
+    for number, turn in enumerate(conversation.turns):
+        if turn.is_supervised and number not in skeleton.answers:
+            place = f"turn {number + skeleton.system_in_front}"
+            raise UnrenderableError(skeleton.refused.get(number, f"{place} cannot be supervised"))
 
 
 def _has_tools(conversation: Conversation) -> bool:

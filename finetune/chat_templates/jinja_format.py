@@ -19,7 +19,7 @@ from finetune.chat_templates.example import (
 )
 from finetune.chat_templates.messages import normalized, without_reasoning
 from finetune.chat_templates.plain_text import PlainTextTokenizer, with_plain_offsets
-from finetune.chat_templates.template_skeleton import shape_of, with_date
+from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE, shape_of, with_date
 from finetune.chat_templates.token_positions import ControlTokenLeak, Extent, TokenPositions, TokenSpan
 from finetune.conversation import Conversation
 
@@ -119,7 +119,8 @@ class JinjaFormat:
         for (index, rendered), ids in zip(whole.items(), ids_of_whole, strict=True):
             if not self._is_verified(rendered, ids):
                 results[index] = UnrenderableError(
-                    "this tokenizer encodes a chat in another way than it encodes the chat's text"
+                    "this tokenizer encodes a chat in another way than it encodes the chat's text, so no "
+                    "--chat_template can be followed with it: give a --model_name_or_path with another tokenizer"
                 )
                 continue
             if rendered.skeleton.is_separate:
@@ -225,11 +226,13 @@ class JinjaFormat:
         (whole,) = self._encode_all([rendered.text])
         if not self.tokenizer.is_fast and not rendered.spelled and whole != ids:
             raise UnrenderableError(
-                "this tokenizer has no offsets and gives other tokens for the whole conversation than for its parts"
+                "this tokenizer has no offsets and gives other tokens for the whole conversation than for its parts: "
+                + OTHER_TEMPLATE
             )
         if any(whole.count(token_id) < ids.count(token_id) for token_id in self.plain.control_ids.intersection(ids)):
             raise UnrenderableError(
-                "this tokenizer encodes the template's control tokens otherwise inside a conversation"
+                "this tokenizer encodes the template's control tokens otherwise inside a conversation: "
+                + OTHER_TEMPLATE
             )
 
     def _piece(self, piece: str) -> list[int]:

@@ -38,6 +38,9 @@ _DUMMY_TOOL = {
 }
 
 
+OTHER_TEMPLATE = "give another --chat_template (chatml and hermes suit every tokenizer)"
+
+
 class Slot(NamedTuple):
     """A content: the text, the reasoning or the answer after it of a turn; a control token spelled in JSON."""
 
@@ -220,7 +223,9 @@ def check_all_written(turns: Sequence[Turn], spans: Sequence[SlotSpan]) -> None:
     written = [span.slot.turn for span in spans if span.slot.part in ("text", "answer")]
     for number, turn in enumerate(turns):
         if turn.text and written.count(number) != 1:
-            raise UnrenderableError(f"the chat template leaves out, repeats or rewrites turn {number}")
+            raise UnrenderableError(
+                f"the chat template leaves out, repeats or rewrites turn {number}: {OTHER_TEMPLATE}"
+            )
 
 
 def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) -> list[str]:
@@ -229,7 +234,9 @@ def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) 
     Raises `UnrenderableError` if the text is not the skeleton's pieces around these contents.
     """
     if not text.startswith(skeleton.pieces[0]):
-        raise UnrenderableError("the chat template begins otherwise with these contents than with plain ones")
+        raise UnrenderableError(
+            f"the chat template begins otherwise with these contents than with plain ones: {OTHER_TEMPLATE}"
+        )
     contents, begin = [], len(skeleton.pieces[0])
     for (number, part), next_piece in zip(skeleton.slots, skeleton.pieces[1:], strict=True):
         for content in _forms(part if number is None else given_text(turns[number], part), number, turns):
@@ -237,13 +244,16 @@ def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) 
             if text.startswith(content, begin) and text.startswith(next_piece, end):
                 break
         else:
-            raise UnrenderableError(f"the chat template rewrites the text of turn {_row_turn(skeleton, number)}")
+            place = f"turn {_row_turn(skeleton, number)}"
+            raise UnrenderableError(f"the chat template rewrites the text of {place}: {OTHER_TEMPLATE}")
         if not content.strip() and number is not None and turns[number].role != "tool":
-            raise UnrenderableError(f"the chat template leaves nothing of turn {_row_turn(skeleton, number)}")
+            place = f"turn {_row_turn(skeleton, number)}"
+            raise UnrenderableError(f"the chat template leaves nothing of {place}: {OTHER_TEMPLATE}, or mend the row")
         contents.append(content)
         begin = end + len(next_piece)
     if begin != len(text):
-        raise UnrenderableError("the chat template writes other text after these contents than after plain ones")
+        reason = "the chat template writes other text after these contents than after plain ones"
+        raise UnrenderableError(f"{reason}: {OTHER_TEMPLATE}")
     return contents
 
 

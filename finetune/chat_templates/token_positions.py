@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from finetune.chat_templates.example import UnrenderableError
 from finetune.chat_templates.plain_text import PlainTextTokenizer
+from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE
 
 MAX_LEAD = 200  # characters of a template's text behind a control token that are compared
 
@@ -158,11 +159,12 @@ class TokenPositions:
             content = text[max(left, begin) : min(right, end)].strip()
             if outside and content and extent.is_supervised and token_id not in self.control_ids:
                 raise UnrenderableError(
-                    f"one token holds the template's {outside!r} and {content!r} of turn {extent.turn}"
+                    f"one token holds the template's {outside!r} and {content!r} of turn {extent.turn}: give a "
+                    "--chat_template that writes a control token or white space between them"
                 )
             # White space that is part of a token of the template is context.
             if (content or not outside) and not (token_id in self.control_ids and outside):
                 inside.append(index)
         if not inside:
-            raise UnrenderableError("a turn has no token of its own")
+            raise UnrenderableError(f"turn {extent.turn} has no token of its own: {OTHER_TEMPLATE}, or mend the row")
         return TokenSpan(inside[0], inside[-1] + 1)
