@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from jinja2 import TemplateError
 
 from finetune.chat_templates.answer_spans import TemplateText, build_skeleton
-from finetune.chat_templates.example import STRIPPED_RULE, SYSTEM_RULE, UnrenderableError, system_in_front
+from finetune.chat_templates.example import OPENED_RULE, STRIPPED_RULE, SYSTEM_RULE, UnrenderableError, system_in_front
 from finetune.chat_templates.messages import (
     REASONING_END,
     MessageStyle,
@@ -137,8 +137,13 @@ class ChatTemplate:
         ]
 
     def _with_skeleton(self, conversation: Conversation) -> tuple[Conversation, TemplateSkeleton]:
-        conversation = normalized(conversation)
+        given, conversation = conversation.turns, normalized(conversation)
         skeleton = self.skeleton_of_shape(conversation)
+        opened = [number for number, turn in enumerate(given) if turn.text != conversation.turns[number].text]
+        written = [number for number in opened if (number - skeleton.system_in_front, "text") in skeleton.slots]
+        if written:
+            rules = [OPENED_RULE.format(turn=number) for number in written if not given[number].tool_calls]
+            skeleton = replace(skeleton, rules=(*skeleton.rules, *rules))
         if skeleton.system_in_front:
             conversation = replace(conversation, turns=system_in_front(conversation.turns))
         _check_supervised(conversation, skeleton)

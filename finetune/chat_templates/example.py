@@ -18,6 +18,7 @@ Status = Literal["kept", "cut", "split", "dropped"]
 SYSTEM_RULE = "system turn put in front of the first human turn"
 STRIPPED_RULE = "the chat template strips white space around answers"
 REASONING_RULE = "the chat template leaves out the reasoning of turn {turn}"
+OPENED_RULE = "the reasoning of turn {turn}, of which only the end is given, is opened with <think>"
 SYSTEM_SEPARATOR = "\n\n"
 
 

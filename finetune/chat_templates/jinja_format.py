@@ -81,7 +81,6 @@ class JinjaFormat:
 
     def split_history(self, conversation: Conversation) -> list[Conversation]:
         """One conversation for all answers that stand behind the prompt of serving in it, and so on for the others."""
-        conversation = normalized(conversation)
         turns = conversation.turns
         rest = {number for number, turn in enumerate(turns) if turn.is_supervised}
         parts: list[Conversation] = []
@@ -89,7 +88,7 @@ class JinjaFormat:
         while rest:
             part = conversation if last == len(turns) - 1 else replace(conversation, turns=turns[: last + 1])
             try:
-                skeleton = self.chat_template.skeleton_of_shape(part)
+                skeleton = self.chat_template.skeleton_of_shape(normalized(part))
             except UnrenderableError:
                 return [conversation]  # tokenizing it says why
             shift = int(skeleton.system_in_front)

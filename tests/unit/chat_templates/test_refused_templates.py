@@ -47,3 +47,14 @@ def test_the_message_says_why_and_what_to_do(golden_tokenizer, template, turns, 
         Renderer(JinjaFormat(golden_tokenizer, template, "x"), 1000).render(
             Conversation(turns, 0, "rows.json", 0, tools=tools)
         )
+
+
+@pytest.mark.parametrize("text", ["ef</think>\n\ncd", "ef\n</think>cd"])
+def test_reasoning_of_which_only_the_end_is_given_is_opened_and_in_the_ledger(golden_tokenizer, text):
+    chat_format = JinjaFormat(golden_tokenizer, TURNS + "{{ m.content }}</s>{% endfor %}", "x")
+    opened, whole = (
+        Renderer(chat_format, 1000).render(Conversation((PLAIN[0], Turn("model", answer)), 0, "rows.json"))
+        for answer in (text, f"<think>\n{text}")
+    )
+    assert opened.examples == whole.examples
+    assert "turn 1, of which only the end is given, is opened" in opened.reason and whole.reason is None
