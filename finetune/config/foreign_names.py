@@ -73,12 +73,11 @@ OTHERWISE = {
     "zero_stage": "--deepspeed zero1, zero2 or zero3",
     "plot_loss": "the report has the curves: leave it out",
 }
-QUANTIZED = ("quantization_bit", "load_in_4bit", "load_in_8bit", "quant_bits", "quant_method", "quantization_method",
-             "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")  # fmt: skip
-NOT_QUANTIZED = "base weights are not quantized here; to save memory: --bf16 True --deepspeed zero3, or zero3_offload"
+QUANTIZED = ("quantization_bit", "quant_bits", "quant_method", "quantization_method", "bnb_4bit_compute_dtype",
+             "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")  # fmt: skip
 OURS = {theirs: ours for ours, names in RENAMED.items() for theirs in names}
 FOREIGN_NAMES = {
     **{theirs: f"here --{ours}" for theirs, ours in OURS.items()},
-    **dict.fromkeys(QUANTIZED, NOT_QUANTIZED),
+    **dict.fromkeys(QUANTIZED, "here --load_in_4bit True (nf4, double) or --load_in_8bit True"),
     **{theirs: f"here {remedy}" if remedy.startswith("--") else remedy for theirs, remedy in OTHERWISE.items()},
 }

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from finetune.distributed import stop_requests
 from finetune.utils.proc import POLL_SECONDS, command_of, die_with_parent, parent_of, started_at, was_adopted
 
 DEEPSPEED = "deepspeed.launcher.launch"
@@ -62,7 +63,8 @@ def _watch_launcher() -> int | None:
     def watch_runner() -> None:
         while parent_of(launcher) == runner and (not start or started_at(int(pid)) == start):
             time.sleep(POLL_SECONDS)
-        _end(COMMAND)
+        if not stop_requests.was_interrupted():  # Ctrl-C ends the command; the launcher waits until the ranks have saved
+            _end(COMMAND)
 
     threading.Thread(target=watch_runner, daemon=True, name="launcher's parent").start()
     return launcher

@@ -2,6 +2,8 @@
 
 A scheduler sends a signal before it takes a machine away. The ranks choose a step together (see `callbacks`), save a
 checkpoint, and exit with status 75, which means: run the same command again. A second signal ends the rank at once.
+Ctrl-C under a bare `deepspeed` sends two that are one wish: SIGINT of the terminal, then SIGTERM of the launcher, which
+comes to a rank when those before it have ended.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class _StopRequest:
     is_leaving = False  # saved or done: later signals change nothing
     file: Path | None = None
     file_checked_at = 0.0
+    wakeup: tuple[int, int] | None = None  # a pipe with the numbers of signals, written before Python handles them
 
 
 _request = _StopRequest()
@@ -34,8 +37,18 @@ _request = _StopRequest()
 
 def install_signal_handlers() -> None:
     """Make the signals ask to stop instead of ending this process; call it from the main thread."""
+    _request.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(_request.wakeup[1], warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, _handle)
+
+
+def was_interrupted() -> bool:
+    """Return whether Ctrl-C came, also while the main thread is in compiled code and has not handled it; once."""
+    try:
+        return _request.wakeup is not None and signal.SIGINT in os.read(_request.wakeup[0], 64)
+    except BlockingIOError:
+        return False
 
 
 def watch_stop_file(stop_file: Path | None) -> None:
@@ -69,6 +82,10 @@ def stop_reason() -> str | None:
 def reset() -> None:
     """Forget all requests; for a process that trains more than once."""
     global _request
+    if _request.wakeup is not None:
+        signal.set_wakeup_fd(-1)
+        for end in _request.wakeup:
+            os.close(end)
     _request = _StopRequest()
 
 
@@ -79,7 +96,7 @@ def ignore_in_worker(_: int) -> None:
 
 
 def _handle(number: int, _: Any) -> None:
-    is_second, _request.signal_number = _request.signal_number is not None, number
+    previous, _request.signal_number = _request.signal_number, number
     if _request.is_leaving:
         return
     name = signal.Signals(number).name
@@ -87,7 +104,9 @@ def _handle(number: int, _: Any) -> None:
         _request.is_leaving = True
         _write(f"{name}: nothing was trained yet, nothing is saved")
         raise SystemExit(EXIT_STOPPED)
-    if is_second:
+    if previous == signal.SIGINT and number == signal.SIGTERM:
+        return
+    if previous is not None:
         _write(f"{name}, the second signal: exiting at once, nothing is saved")
         os._exit(128 + number)
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.dataset.collator import pad_token_id
 from finetune.evaluation.forgetting_questions import CATEGORIES, LANGUAGES, Question, is_right, load_questions
 from finetune.evaluation.question_answering import answers_of, scores_of
-from finetune.evaluation.significance import exact_mcnemar, ratio_interval
+from finetune.evaluation.significance import exact_mcnemar, score_interval
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 
 MAX_NEW_TOKENS = 24
@@ -120,7 +120,7 @@ def _group(name: str, pairs: Sequence[AnswerPair]) -> dict[str, Any]:
         "base": sum(base) / len(pairs),
         "tuned": sum(tuned) / len(pairs),
         "difference": (won - lost) / len(pairs),
-        "interval": ratio_interval(differences, [1.0] * len(pairs)),
+        "interval": score_interval(won, lost, len(pairs)),
         "lost": lost,
         "won": won,
         "p": exact_mcnemar(lost, won),

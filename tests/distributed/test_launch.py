@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from finetune.distributed.host_probe import free_port
 from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, LocalSession
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
@@ -38,6 +39,22 @@ def launched(named: list, *flags: object) -> subprocess.Popen:
         [FINETUNE, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+@pytest.mark.faults
+def test_ctrl_c_under_bare_deepspeed_saves(named, tmp_path):
+    command = [FINETUNE.with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    run = subprocess.Popen(
+        list(map(str, [*command, "finetune/finetune.py", *named, *FLAGS, *STOPPABLE])), cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    until(run, "step 7/")
+    os.killpg(run.pid, signal.SIGINT)
+    said = ended(run)
+    assert "Saved checkpoint-" in said and "has died" not in said, said
+    (saved,) = (tmp_path / "output").glob("checkpoint-*")
+    assert (saved / "manifest.json").is_file()
 
 
 def until(process: subprocess.Popen, sign: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.evaluation.significance import exact_mcnemar, perplexity, ratio_interval
+from finetune.evaluation.significance import exact_mcnemar, perplexity, ratio_interval, score_interval
 
 
 def mean_interval(values):
@@ -57,3 +57,18 @@ def test_of_one_row_nothing_is_said():
 
 def test_a_perplexity_that_no_float_holds_is_infinite():
     assert perplexity(math.log(20)) == pytest.approx(20) and perplexity(1e4) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("counts", "interval"),
+    [((12, 2, 50), (0.0611, 0.3447)), ((0, 0, 244), (-0.0155, 0.0155)), ((0, 244, 244), (-1, -0.9690))],
+)
+def test_the_score_interval_is_the_published_one_and_has_a_width_where_pairs_are_alike(counts, interval):
+    assert score_interval(*counts) == pytest.approx(interval, abs=1e-4)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(80, 300))
+def test_the_score_interval_turns_with_the_pairs(first, second, pairs):
+    low, high = score_interval(first, second, pairs)
+    assert low < (first - second) / pairs < high
+    assert score_interval(second, first, pairs) == pytest.approx([-high, -low])

@@ -1,0 +1,44 @@
+"""Signals that ask a rank to stop: which is the first, which a second wish."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from finetune.distributed import stop_requests
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    """A rank between two steps; it notes that it ends instead of ending."""
+    former = {number: signal.getsignal(number) for number in stop_requests.SIGNALS}
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop_requests.reset()
+    stop_requests.install_signal_handlers()
+    stop_requests.watch_stop_file(None)
+    yield ended
+    stop_requests.reset()
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("signals", "ended"),
+    [
+        ("SIGINT", []),
+        ("SIGINT SIGTERM", []),  # Ctrl-C under deepspeed: the terminal's, and its launcher's
+        ("SIGINT SIGTERM SIGTERM", [128 + 15]),
+        ("SIGINT SIGINT", [128 + 2]),
+        ("SIGTERM SIGTERM", [128 + 15]),
+        ("SIGTERM SIGINT", [128 + 2]),
+    ],
+)
+def test_the_launchers_signal_after_ctrl_c_is_the_same_wish(rank, signals, ended, capfd):
+    for name in signals.split():
+        os.kill(os.getpid(), signal.Signals[name])
+    assert stop_requests.stop_requested() and rank == ended
+    assert stop_requests.was_interrupted() == ("SIGINT" in signals)
+    assert not stop_requests.was_interrupted()
