@@ -48,6 +48,7 @@ from finetune.training.fit import TrainingInputs, fit
 from finetune.training.flag_checks import check_training_flags
 from finetune.training.model_checks import check_against_data, check_model
 from finetune.training.resume_check import resume_facts, saved_day
+from finetune.training.start_checks import check_start
 from finetune.utils.errors import exit_on_error, process_exit_guard
 
 logger = logging.getLogger("finetune.train")  # the launcher may run this module as __main__
@@ -112,6 +113,7 @@ def resolve(arguments: Arguments, hardware: DetectedHardware, ranks: RankCounts)
     Raises:
         ConfigError: flags that exclude each other, or that the model, the hardware or the ranks cannot do.
     """
+    check_start(arguments)
     may_reshape = arguments.run.resume_world_size == "any"
     key = key_of(arguments.run.verify_key)
     saved = saved_step(arguments.output_dir, arguments.resumes_from(), ranks.size, key) if may_reshape else None

@@ -95,7 +95,7 @@ def select_chat_format(
             )
         tokenizer.chat_template = NAMED[chat_template]
     elif chat_template is not None:
-        tokenizer.chat_template = _template_file(chat_template)
+        tokenizer.chat_template = read_template(chat_template)
     # The result is saved with this tokenizer, so that serving renders as training did.
     name = chat_template or "the tokenizer's own chat template"
     chat_format = JinjaFormat(
@@ -110,7 +110,14 @@ def select_chat_format(
     return chat_format, notes
 
 
-def _template_file(name: str) -> str:
+def read_template(name: str) -> str:
+    """Return the template that `--chat_template` names or the text of its file; lingowhale has none.
+
+    Raises:
+        ConfigError: neither a name nor a file that can be read.
+    """
+    if name in NAMED or name == "lingowhale":
+        return NAMED.get(name, "")
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

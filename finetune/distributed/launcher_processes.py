@@ -63,7 +63,9 @@ def _watch_launcher() -> int | None:
     def watch_runner() -> None:
         while parent_of(launcher) == runner and (not start or started_at(int(pid)) == start):
             time.sleep(POLL_SECONDS)
-        if not stop_requests.was_interrupted():  # Ctrl-C ends the command; the launcher waits until the ranks have saved
+        if (
+            not stop_requests.was_interrupted()
+        ):  # Ctrl-C ends the command; the launcher waits until the ranks have saved
             _end(COMMAND)
 
     threading.Thread(target=watch_runner, daemon=True, name="launcher's parent").start()

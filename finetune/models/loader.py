@@ -21,7 +21,13 @@ from finetune.distributed.collectives import run_on_all_ranks
 from finetune.distributed.startup_timer import timed
 from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_finite, check_not_quantized, check_weights
-from finetune.models.model_folder import check_folder, check_json_files, digest_of_files, weight_files
+from finetune.models.model_folder import (
+    check_folder,
+    check_json_files,
+    check_tokenizer_files,
+    digest_of_files,
+    weight_files,
+)
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
 from finetune.models.quantization import quantized_loading
 from finetune.utils.console import log_notes
@@ -170,6 +176,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(name)
     check_json_files(Path(name).expanduser())
     files = [file for file in TOKENIZER_FILES if (Path(name).expanduser() / file).is_file()]
     fault = f"--model_name_or_path {name}: the tokenizer could not be loaded" + (

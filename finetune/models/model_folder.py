@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SIZES = re.compile(r"(size|heads?|(?<!feature_)layers?|experts?|dim|rank|embd|in
 NEVER_ZERO = re.compile(
     r"(hidden_size|vocab_size|hidden_layers|heads|n_(head|embd|layer|positions)|embeddings|per_tok)$"
 )
+TOKENIZER = re.compile(r"^(tokeniz|vocab|merges)|\.(model|tiktoken|bpe|gguf)$|spm|bpe")
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
 BLOCK_BYTES, BLOCKS_READ = 1 << 18, 64  # of a file that a fingerprint is made of
 
@@ -69,6 +71,10 @@ def check_folder(name: str) -> None:
     if folder.is_file():
         raise ConfigError(f"{flag}: is a file: give the folder that holds config.json and the weights")
     if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            near = get_close_matches(folder.name, [path.name for path in folder.parent.glob("*/")], n=1)
+            hint = f": did you mean {folder.parent / near[0]}?" if near else ""
+            raise ConfigError(f"{flag}: there is no such folder{hint}")
         return
     check_json_files(folder)
     if (folder / "config.json").is_file() and weight_map(folder, error=ConfigError):
@@ -84,13 +90,28 @@ def check_folder(name: str) -> None:
             f"{name} DIR`, or resume its run with --resume_from_checkpoint {name}"
         )
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{flag}: holds no config.json: give the folder of a model")
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; {format_names(inside)} in it has one" if inside else "" if any(folder.iterdir()) else "; it is empty"
+        raise ConfigError(f"{flag}: holds no config.json: give the folder of a model{hint}")
     others = sorted(path.name for suffix in ("gguf", "safetensors", "bin", "pt") for path in folder.glob(f"*.{suffix}"))
     found = f"; {format_names(others)} cannot be read as such" if others else ""
     raise ConfigError(
         f"{flag}: holds no weights: expected {' or '.join(WEIGHTS_FILES)}, or their index and shards{found}: copy the "
         "whole model"
     )
+
+
+def check_tokenizer_files(name: str) -> None:
+    """Check that a folder, if it is one, holds a tokenizer.
+
+    Raises:
+        ConfigError: No file in it is a tokenizer's; what it is instead.
+    """
+    folder, flag = Path(name).expanduser(), f"--model_name_or_path {name}"
+    if folder.is_dir() and not any(TOKENIZER.search(path.name) for path in folder.iterdir()):
+        if not (folder / "config.json").is_file():
+            check_folder(name)
+        raise ConfigError(f"{flag}: holds no tokenizer (tokenizer.json, tokenizer.model, ...): copy the whole model")
 
 
 def check_json_files(folder: Path) -> None:

@@ -7,13 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.run_dir.run_json import METRICS_FILE, MODEL_CONFIGS
-from finetune.utils.errors import ConfigError, StorageError, os_reason
+from finetune.diagnostics import FAILURE_FILE
+from finetune.distributed.stop_requests import STOP_FILE
+from finetune.run_dir.run_json import METRICS_FILE, MODEL_CONFIGS, RUN_FILE
+from finetune.utils.errors import ConfigError, StorageError, format_names, os_reason
 
 LOCK_FILE = ".in_use"
 SECONDS_FOR_A_DYING_RUN = 15.0
 # run.json alone is left by a run that never made a step: there is nothing in it to lose.
 MARKS_OF_A_RUN = (METRICS_FILE, *MODEL_CONFIGS, "trainer_state.json")
+# What may lie in a new output_dir: written by a shell, a scheduler or a tracker.
+ALLOWED, LOGS = (STOP_FILE, "logs", "runs", "wandb", "lost+found"), (".log", ".txt", ".out", ".err", ".yaml", ".sbatch")
 _locks: list[Any] = []
 
 
@@ -21,18 +25,47 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
     """Return whether `folder` holds an earlier run that must be moved aside; change nothing."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_dir {folder}: is a file")
-    existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+    existing = existing_parent(folder)
     if not existing.is_dir():
         raise ConfigError(f"--output_dir {folder}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"--output_dir {folder}: no permission to write in {existing}")
-    if not contains_run(folder) or resume:
+    if not contains_run(folder):
+        foreign = foreign_files(folder)
+        if foreign:
+            raise ConfigError(
+                f"--output_dir {folder}: is not a run's folder, it holds {format_names(foreign)}; nothing was changed: "
+                "choose a new or empty folder"
+            )
+        return False
+    if resume:
         return False
     if overwrite:
         return True
     raise ConfigError(
         f"--output_dir {folder}: already holds a run, nothing was changed: choose another folder, or give "
         "--overwrite_output_dir True to move it aside"
+    )
+
+
+def existing_parent(folder: Path) -> Path:
+    """Return the folder itself, or the nearest above it that exists."""
+    return next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return the files of a folder that are neither of a run nor logs, unless a run has started there."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if {RUN_FILE, LOCK_FILE, FAILURE_FILE} & set(names):
+        return []
+    return [name for name in names if not (name.startswith(".") or name in ALLOWED or name.endswith(LOGS))]
+
+
+def in_use(folder: Path) -> str:
+    """Return the error where another run holds the lock."""
+    return (
+        f"--output_dir {folder}: another run is writing there (it holds {folder / LOCK_FILE}): wait for it, end it, or "
+        "choose another folder"
     )
 
 
@@ -68,10 +101,7 @@ def acquire_lock(folder: Path) -> str | None:
         try:
             lock.acquire(timeout=SECONDS_FOR_A_DYING_RUN)
         except Timeout:
-            raise ConfigError(
-                f"--output_dir {folder}: another run is writing there (it holds {folder / LOCK_FILE}): wait for it, "
-                "end it, or choose another folder"
-            ) from None
+            raise ConfigError(in_use(folder)) from None
         except NotImplementedError:
             return f"{folder} is on a file system without locks: a second run there would not be refused"
     except OSError as error:

@@ -54,7 +54,18 @@ def test_help_and_version_wait_for_no_library():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     verbs = {line.removeprefix("> ") for line in lines if line.startswith("> ")}
-    assert {"preview", "convert", "launch", "doctor", "merge", "evaluate", "quickstart", "report", "chat"} == verbs
+    assert {
+        "preview",
+        "convert",
+        "launch",
+        "doctor",
+        "merge",
+        "evaluate",
+        "quickstart",
+        "report",
+        "chat",
+        "train",
+    } == verbs
     assert f"finetune {finetune.__version__}" in lines
     assert lines.count("[]") == 2, lines
 

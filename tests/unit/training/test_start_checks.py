@@ -1,0 +1,108 @@
+"""Mistakes that are found before torch is imported: files, folders, room, ranks."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from finetune.config import parse
+from finetune.run_dir import output_dir_lock
+from finetune.training import start_checks
+from finetune.training.start_checks import check_ranks, check_start
+from finetune.utils.errors import CheckpointError, ConfigError, DataError, FinetuneError, StorageError
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Check a run on files of the working directory, with more flags or others."""
+    monkeypatch.chdir(tmp_path)
+    model = Path("model")
+    model.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (model / name).write_bytes(b"0" * 1000)
+    (model / "config.json").write_text("{}")
+    Path("d.json").write_text("[]")
+
+    def check(*words: str, ranks: int | None = None) -> None:
+        named = ["--model_name_or_path", "./model", "--data_path", "d.json", "--output_dir", "o"]
+        check_start(parse([*named, *words]), ranks, is_launch=True)
+
+    return check
+
+
+def refused(start, *words: str, ranks: int | None = None) -> FinetuneError:
+    with pytest.raises(FinetuneError) as raised:
+        start(*words, ranks=ranks)
+    return raised.value
+
+
+def test_a_run_that_can_start_passes(start):
+    start("--skip_rows", "d.json", "--chat_template", "chatml", "--deepspeed", "zero3", ranks=1)
+    Path("o").mkdir()
+    Path("o/slurm-7.out").write_text("")
+    start()
+    Path("o/run.json").write_text("{}")
+    Path("o/notes.md").write_text("")
+    start()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "said"),
+    [
+        ("--model_name_or_path ./modle", ConfigError, "no such folder: did you mean model?"),
+        (
+            "--model_name_or_path ./nothing",
+            ConfigError,
+            "holds no config.json: give the folder of a model; it is empty",
+        ),
+        ("--model_name_or_path ./papers", ConfigError, "papers: holds no config.json"),
+        ("--model_name_or_path ./above", ConfigError, "holds no config.json: give the folder of a model; hf in it"),
+        ("--model_name_or_path ./mute", ConfigError, "mute: holds no tokenizer"),
+        ("--data_path e.json", DataError, "e.json: there is no such file"),
+        ("--eval_data_path *.csv", DataError, "*.csv: no file matches"),
+        ("--skip_rows rows", ConfigError, "--skip_rows rows: there is no such file"),
+        ("--chat_template t.jinja", ConfigError, "--chat_template t.jinja"),
+        ("--deepspeed zero33", ConfigError, "did you mean zero3?"),
+        ("--output_dir papers", ConfigError, "papers: is not a run's folder, it holds thesis.tex"),
+        ("--resume_from_checkpoint ./c", ConfigError, "--resume_from_checkpoint c: there is no such folder"),
+        ("--resume_from_checkpoint papers", CheckpointError, "papers: holds no manifest.json"),
+    ],
+)
+def test_a_mistake_is_named_with_value_and_remedy(start, words, kind, said):
+    for folder in ("nothing", "papers", "above/hf", "mute"):
+        Path(folder).mkdir(parents=True)
+    Path("papers/thesis.tex").write_text("")
+    Path("above/hf/config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        Path("mute", name).write_text("{}")
+    error = refused(start, *words.split())
+    assert type(error) is kind and said in str(error) and "trust_remote_code" not in str(error)
+
+
+def test_all_mistakes_are_named_at_once(start):
+    text = str(refused(start, "--data_path", "x.json", "--deepspeed", "zero33", ranks=10_000))
+    assert text.startswith("3 faults:") and "10000 ranks" in text
+
+
+def test_a_folder_in_use_and_a_full_disk_are_refused(start, monkeypatch):
+    output_dir_lock.acquire_lock(Path("o"))
+    try:
+        assert "another run is writing there" in str(refused(start))
+    finally:
+        output_dir_lock.release_lock()
+    monkeypatch.setattr(start_checks.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(2500))
+    assert isinstance(refused(start), StorageError)
+    start("--save_strategy", "no")
+    start("--use_lora")
+
+
+def test_ranks_are_compared_with_cores_and_memory(monkeypatch):
+    monkeypatch.setattr(start_checks.os, "sched_getaffinity", lambda pid: {0, 1})
+    assert check_ranks(2) == [] and "share them" in check_ranks(4)[0]
+    with pytest.raises(ConfigError, match="64 ranks on the 2 cores.*--num_gpus 2"):
+        check_ranks(64)
+    monkeypatch.setattr(start_checks.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(10**9))
+    with pytest.raises(ConfigError, match="1.0 GB are free: give --num_gpus 2"):
+        check_ranks(4)
