@@ -193,6 +193,8 @@ def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
         yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
     yield from refused_flags(arguments)
     yield from _adapter_faults(arguments.adapter)
+    if arguments.model.load_in_4bit and arguments.model.load_in_8bit:
+        yield "--load_in_4bit and --load_in_8bit exclude each other: keep one of them"
     if not adapter_refused:  # --use_lora False: the settings of a file do not count
         yield from _unused_adapter_flags(arguments.adapter)
 

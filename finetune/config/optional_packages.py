@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from finetune.config.arguments import AdapterArguments, Arguments, ModelArguments
+from finetune.config.arguments import AdapterArguments, Arguments
 from finetune.config.hardware import HardwareConfig
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import raise_faults
@@ -71,28 +71,31 @@ def check_optimizer(optim: str) -> None:
             return
 
 
-def check_quantization(model: ModelArguments, adapter: AdapterArguments, zero_stage: int | None) -> None:
+def check_quantization(bits: int | None, label: str, adapter: AdapterArguments, zero_stage: int | None) -> None:
     """Check that the weights of the base can be quantized and trained with, if the flags say so.
+
+    Args:
+        bits: 4, 8 or None.
+        label: What quantizes them, for messages.
 
     Raises:
         ConfigError: all reasons why not.
     """
-    bits, init = model.quantized_bits(), adapter.init_lora_weights
+    init = adapter.init_lora_weights
     if bits is None:
         return
     faults = {
-        "a model is loaded in 4 bits or in 8: leave one flag out": model.load_in_4bit and model.load_in_8bit,
         "quantized weights cannot be trained: add --use_lora True": adapter.kind() != "lora",
         "LoRA initialised from the weights (PiSSA, OLoRA) needs them unquantized: leave --init_lora_weights out": init
         not in ("default", "gaussian"),
         "bitsandbytes holds 8-bit weights beside the parameters, so ZeRO-3 would partition none of them: give "
         "--load_in_4bit True, or --deepspeed zero2": bits == 8 and zero_stage == 3,
     }
-    raise_faults([f"--load_in_{bits}bit True: {reason}" for reason, applies in faults.items() if applies])
-    check_installed(bits)
+    raise_faults([f"{label}: {reason}" for reason, applies in faults.items() if applies])
+    check_installed(label)
 
 
-def check_installed(bits: int) -> None:
-    """Check that bitsandbytes is installed, which quantizes weights to so many bits while they load."""
+def check_installed(label: str) -> None:
+    """Check that bitsandbytes is installed, which packs weights and multiplies packed ones."""
     if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"--load_in_{bits}bit True: bitsandbytes is not installed: pip install '{BITSANDBYTES}'")
+        raise ConfigError(f"{label}: bitsandbytes is not installed: pip install '{BITSANDBYTES}'")

@@ -65,7 +65,8 @@ def resolve_config(
     batch, batch_notes = resolve_batch(arguments, ranks.size, saved)
     deepspeed = _resolve_deepspeed(arguments, hardware, batch, ranks)
     check_optimizer(str(arguments.given("optim")))
-    check_quantization(arguments.model, arguments.adapter, deepspeed.stage if deepspeed else None)
+    bits, stage = arguments.model.quantized_bits(), deepspeed.stage if deepspeed else None
+    check_quantization(bits, f"--load_in_{bits}bit True", arguments.adapter, stage)
     if deepspeed is not None and saved is not None:
         deepspeed.config.setdefault("checkpoint", {})["load_universal"] = True
     checkpoint = CheckpointConfig(

@@ -243,7 +243,7 @@ def _load(folder: Path, result: RunResult, bits: int | None = None) -> Any:
     else:
         options = {"dtype": _cpu_dtype(folder)}
     if bits is not None:
-        check_installed(bits)
+        check_installed(f"{result.folder}: its base was trained in {bits} bits")
         dtype = loader.torch_dtype(result.precision) if torch.cuda.is_available() else torch.float32
         options |= {"dtype": dtype, **quantized_loading(bits, dtype)}
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.models.model_folder import weight_map
-from finetune.models.quantization import is_packed
+from finetune.models.quantization import is_packed, is_packed_in_files
 from finetune.models.stored_tensors import StoredTensors
 from finetune.models.zero3 import values_here
 from finetune.utils.errors import ConfigError, FinetuneError, format_names
@@ -64,8 +64,8 @@ def check_weights(
     Raises:
         FinetuneError: Of the class `error`, naming tensors that are missing, unexpected or misshapen.
     """
-    if not weight_map(folder, error=error):
-        return []
+    if not weight_map(folder, error=error) or is_packed_in_files(config):
+        return []  # packed tensors have other names and shapes
     faults = find_faults(empty, StoredTensors(folder, error=error))
     notes, reasons = [], []
     random = [name for name in faults.missing if may_miss is None or _module_of(name) in may_miss]
@@ -159,25 +159,6 @@ def _ordered(names: Iterable[str]) -> tuple[str, ...]:
     from transformers.core_model_loading import dot_natural_key
 
     return tuple(sorted(set(names), key=dot_natural_key))
-
-
-def check_not_quantized(name: str, config: Any) -> None:
-    """Check that the weights are not stored quantized.
-
-    Raises:
-        ConfigError: They are: GPTQ, AWQ, bitsandbytes, FP8, MXFP4, ...
-    """
-    quantization = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if not quantization:
-        return
-    facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = facts.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in facts else "an unknown method")
-    raise ConfigError(
-        f"--model_name_or_path {name}: its weights are quantized ({getattr(method, 'value', method)}), which training "
-        "does not support yet: give the model that it was made from"
-    )
 
 
 def check_finite(model: Any, folder: Path, *, label: str) -> None:

@@ -20,7 +20,8 @@ from finetune.config.hardware import Precision
 from finetune.distributed.collectives import run_on_all_ranks
 from finetune.distributed.startup_timer import timed
 from finetune.models.auto_class import auto_class
-from finetune.models.base_checks import check_finite, check_not_quantized, check_weights
+from finetune.models.base_checks import check_finite, check_weights
+from finetune.models.compat import leave_scales_out
 from finetune.models.model_folder import (
     check_folder,
     check_json_files,
@@ -29,7 +30,7 @@ from finetune.models.model_folder import (
     weight_files,
 )
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
-from finetune.models.quantization import quantized_loading
+from finetune.models.quantization import is_packed_in_files, quantized_loading, stored_bits
 from finetune.utils.console import log_notes
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
@@ -52,7 +53,7 @@ class ModelInfo:
         empty: The model on the meta device: modules and shapes, no values.
         may_miss: Modules whose weights the files may lack, by the last part of their names; None: all.
         notes: Lines for the user.
-        bits: 4 or 8 where the weights are quantized while they load.
+        bits: 4 or 8 where the weights are quantized: stored so, or while they load.
     """
 
     name: str
@@ -145,7 +146,7 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
     config_file = f"--model_name_or_path {name}: config.json"
     with damage_named(config_file), _model_errors(name):
         config = AutoConfig.from_pretrained(name, **_revision_options(name, revision), trust_remote_code=trusts_code)
-        check_not_quantized(name, config)
+        stored = stored_bits(name, config)
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
             with damage_named(config_file), _model_errors(name), torch.device("meta"):
@@ -162,7 +163,9 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
         notes = [code] if code else []
         if candidate != attention:
             notes.append(f"fallback to {candidate} attention because the model does not support {attention}")
-        info = ModelInfo(name, revision, trusts_code, config, candidate, empty, may_miss, (), model.quantized_bits())
+        info = ModelInfo(
+            name, revision, trusts_code, config, candidate, empty, may_miss, (), stored or model.quantized_bits()
+        )
         return replace(info, notes=(*notes, *info.check_weights()))
     raise AssertionError("the last candidate either returned or raised")
 
@@ -198,8 +201,6 @@ def load_model(
 ) -> Any:
     """Load the base model in its training precision, its vocabulary large enough for the tokenizer.
 
-    Under ZeRO-3 each rank receives its share while rank 0 reads.
-
     Args:
         precision: Of the weights.
         stop_token_id: Token that ends a turn in training; generation stops there too.
@@ -217,8 +218,10 @@ def load_model(
             dtype=torch_dtype(precision),
             attn_implementation=info.attention,
             trust_remote_code=info.trusts_code,
-            **quantized_loading(info.bits, torch_dtype(compute_precision)),
+            **quantized_loading(info.bits, torch_dtype(compute_precision), is_stored=is_packed_in_files(info.config)),
         )
+    if info.bits:
+        leave_scales_out(model)
     if not was_checked:  # they have just come from the hub
         log_notes(info.check_weights())
     run_on_all_ranks(lambda: check_finite(model, info.files, label=info.flag))

@@ -16,6 +16,7 @@ from finetune.distributed import stop_requests, watchdog
 from finetune.distributed.collectives import destroy_process_group, run_on_rank_0
 from finetune.export.verify_saved import verify_result
 from finetune.models.loader import ModelInfo
+from finetune.models.quantization import is_packed_in_files
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.training.metrics import loss_curve
 from finetune.training.trainer import SupervisedTrainer
@@ -49,7 +50,7 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
             loss=loss,
             precision=precision,
             trust_remote_code=base.trusts_code,
-            base_bits=base.bits,
+            base_bits=None if is_packed_in_files(base.config) else base.bits,
         )
         _record(trainer, checked, "adapter" if is_adapter else "full model", changes)
 

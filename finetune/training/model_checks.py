@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.arguments import AdapterArguments
+from finetune.config.optional_packages import check_quantization
 from finetune.config.run_config import ActivationCheckpointing, BatchConfig, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
@@ -17,6 +18,7 @@ from finetune.models.adapters import check_attachable, embedding_names
 from finetune.models.loader import ModelInfo, embedding_rows, inspect_model, needs_new_embeddings
 from finetune.models.model_config import by_layer
 from finetune.models.module_kinds import VISION
+from finetune.models.quantization import is_packed_in_files
 from finetune.utils.console import log_notes
 from finetune.utils.errors import SHOWN_NAMES, ConfigError, format_names
 
@@ -35,6 +37,9 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     """
     saved = config.adapter.saved_modules()
     info = inspect_model(config.model, config.hardware.attention, saved if config.model.allow_missing_weights else ())
+    if is_packed_in_files(info.config):
+        label = f"{info.flag} (stored in {info.bits} bits)"
+        check_quantization(info.bits, label, config.adapter, config.zero_stage)
     adapter_notes = check_attachable(info, config.adapter)
     check_sequence_parallel(config.batch, info.config, config.zero_stage)
     checkpointing, notes = resolve_activation_checkpointing(

@@ -125,8 +125,8 @@ def quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
     for name in ("accelerate", "peft", "torch.distributed", "torch.nn.parallel.distributed"):
         logging.getLogger(name).setLevel(level)
-    # bitsandbytes would fetch a kernel for some CPUs from the hub
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # a kernel that it would fetch from the hub, and the type of each product in 8 bits
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed sets its own level when it is imported, later: a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= level)
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from finetune import read_conversations, render
+from finetune import train as main
 from finetune.export import merge_weights, plan_merge
 from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
 from finetune.models.quantization import is_packed
+from finetune.utils.errors import ConfigError
 from tests.helpers import runs
 from tests.helpers.short_runs import LORA, losses
 from tests.helpers.tiers import mostly_slow
@@ -37,6 +39,13 @@ def test_the_loss_is_that_of_plain_transformers_and_the_result_is_merged_into_th
         supervised = int((labels[:, 1:] != -100).sum())
         total, count = total + base.train()(input_ids=ids, labels=labels).loss.item() * supervised, count + supervised
     assert losses(output)[0] == pytest.approx(total / count, abs=1e-5)
+
+    base.eval().save_pretrained(tmp_path / "packed")
+    smol_tokenizer.save_pretrained(tmp_path / "packed")
+    stored = train("stored", *LORA, "--per_device_train_batch_size", "6", world_size=1, model=tmp_path / "packed")
+    assert losses(stored)[0] == pytest.approx(losses(output)[0], abs=1e-5)
+    with pytest.raises(ConfigError, match="quantized weights cannot be trained: add --use_lora True"):
+        main(model_name_or_path=tmp_path / "packed", data_path=conversation_file, output_dir=tmp_path / "full")
 
     loaded = load_for_inference(read_result(output))
     assert any(map(is_packed, loaded.tuned.parameters()))

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from finetune.config import optional_packages
-from finetune.config.arguments import AdapterArguments, ModelArguments
+from finetune.config.arguments import AdapterArguments
 from finetune.config.optional_packages import (
     OPTIMIZER_PACKAGES as PACKAGES,
 )
@@ -49,19 +49,18 @@ def test_a_tracker_that_is_missing_is_told_with_the_line_that_installs_it(lackin
 
 
 @pytest.mark.parametrize(
-    ("model", "adapter", "stage", "reason"),
+    ("bits", "adapter", "stage", "reason"),
     [
-        ({"load_in_4bit": True}, {}, 2, "--load_in_4bit True: quantized weights cannot be trained: add --use_lora"),
-        ({"load_in_8bit": True}, {"adapter": "prefix"}, None, "add --use_lora True"),
-        ({"load_in_4bit": True, "load_in_8bit": True}, LORA, None, "leave one flag out"),
-        ({"load_in_4bit": True}, {**LORA, "init_lora_weights": "pissa"}, None, "leave --init_lora_weights out"),
-        ({"load_in_8bit": True}, LORA, 3, "give --load_in_4bit True, or --deepspeed zero2"),
+        (4, {}, 2, "--load_in_4bit True: quantized weights cannot be trained: add --use_lora"),
+        (8, {"adapter": "prefix"}, None, "add --use_lora True"),
+        (4, {**LORA, "init_lora_weights": "pissa"}, None, "leave --init_lora_weights out"),
+        (8, LORA, 3, "give --load_in_4bit True, or --deepspeed zero2"),
     ],
 )
-def test_what_quantized_weights_cannot_do(model, adapter, stage, reason):
-    check_quantization(ModelArguments("m"), AdapterArguments(**adapter), stage)
+def test_what_quantized_weights_cannot_do(bits, adapter, stage, reason):
+    check_quantization(None, "", AdapterArguments(**adapter), stage)
     with pytest.raises(ConfigError) as error:
-        check_quantization(ModelArguments("m", **model), AdapterArguments(**adapter), stage)
+        check_quantization(bits, f"--load_in_{bits}bit True", AdapterArguments(**adapter), stage)
     assert reason in str(error.value)
 
 
@@ -90,7 +89,7 @@ def test_every_optimizer_of_transformers_that_is_not_built_here_has_a_package():
 
 
 def test_bitsandbytes_is_named_where_it_is_missing(lacking):
-    flags = ModelArguments("m", load_in_4bit=True), AdapterArguments(**LORA), 3
+    flags = 4, "--load_in_4bit True", AdapterArguments(**LORA), 3
     check_quantization(*flags)
     lacking("bitsandbytes")
     with pytest.raises(ConfigError, match="pip install 'bitsandbytes"):
