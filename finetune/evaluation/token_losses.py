@@ -20,7 +20,8 @@ import torch
 
 from finetune.chat_templates import supervised_turns_of
 from finetune.dataset.collator import LOSS_KEYS, Collator
-from finetune.models.attention import enable_padding_free, supports_logits_to_keep, unwrap_adapter
+from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
+from finetune.models.padding_free import enable_padding_free
 from finetune.training.loss import token_losses
 
 

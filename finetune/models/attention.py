@@ -6,29 +6,23 @@
 With flash attention, transformers implements it (`cu_seq_lens_q`). Otherwise models are switched to `FLAT_ATTENTION`,
 registered through transformers' `AttentionInterface`: torch's variable-length kernel where it is supported, else one
 `scaled_dot_product_attention` per conversation, which needs no mask and costs the sum of the squared lengths, not the
-square of their sum. `enable_padding_free` tests whether a model supports it.
+square of their sum. `padding_free.enable_padding_free` tests whether a model supports it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
-from finetune.models.model_config import by_layer, largest
-from finetune.models.zero3 import gather_per_module
+from finetune.models.model_config import largest
+from finetune.models.segments import lengths_of_row
 
 FLAT_ATTENTION = "flat_attention"
-# Config fields of models whose layers carry a state from token to token, also across conversations.
-RECURRENT_FIELDS = (
-    "ssm_cfg", "state_size", "ssm_state_size", "mamba_d_state", "mamba_d_conv", "conv_L_cache",
-    "linear_conv_kernel_dim", "lru_width", "mlstm_round_up_to_multiple_of",
-)  # fmt: skip
-ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local")
 
 
 def padding_free_attention(
@@ -68,6 +62,7 @@ def padding_free_attention(
     """
     if attention_mask is not None or position_bias is not None:
         raise ValueError("flat rows take no attention mask and no position bias")
+    segment_lengths = segment_lengths or lengths_of_row()
     if segment_lengths is None:
         raise ValueError("the boundaries of the conversations do not reach the attention")
     if not sum(segment_lengths) == query.shape[2] == key.shape[2] or len(query) != 1:
@@ -161,19 +156,11 @@ def _causal_mask(length: int, window: int | None, device: torch.device) -> torch
 def unsupported_config_reason(config: Any, longest: int) -> str | None:
     """Return why a model with this config cannot run flat rows of conversations up to `longest` tokens, or None."""
     config = config.get_text_config()
-    recurrent = [name for name in RECURRENT_FIELDS if any(value is not None for value in by_layer(config, name))]
-    if recurrent:
-        return f"its layers carry a state across conversations (config: {recurrent[0]})"
-    others = {kind for kind in getattr(config, "layer_types", None) or () if kind not in ATTENTION_LAYERS}
-    if others:
-        return f"it has layers that are not attention (config: layer_types {', '.join(sorted(others))})"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         return "its attention adds a position bias (config: alibi)"
     chunk = largest(config, "attention_chunk_size")
     if chunk and chunk < longest:
         return f"its attention works in chunks of {chunk} tokens (config: attention_chunk_size)"
-    if getattr(config, "attn_temperature_tuning", False):
-        return "it scales queries by their position in the row (config: attn_temperature_tuning)"
     return None
 
 
@@ -195,141 +182,13 @@ def forward_takes_logits_to_keep(model_class: type[torch.nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters and "slice_logits_to_keep" in forward.__globals__
 
 
-def enable_padding_free(
-    model: Any,
-    *,
-    longest: int,
-    vocab_size: int,
-    device: torch.device | str,
-    shared: bool = False,
-    agree: Callable[[str | None], str | None] = lambda reason: reason,
-) -> str | None:
-    """Switch a model to flat rows; if it cannot run them, leave it unchanged and return the reason.
-
-    The config is checked first. Then random conversations are run: in one row, and alone with the stock attention.
-    Under ZeRO-3 all ranks must call this together.
-
-    Args:
-        longest: Tokens of the longest conversation.
-        device: Device of the model's parameters, also of gathered ones.
-        shared: Ranks will share rows (sequence parallelism), for which attention must receive the positions.
-        agree: Maps the reason of this rank to that of all ranks, so that all of them decide alike.
-    """
-    base = unwrap_adapter(model)
-    stock = base.config._attn_implementation
-    reason = unsupported_config_reason(base.config, longest) or _unsupported_code_reason(base)
-    if reason:
-        return reason
-    if "flash" not in stock:
-        _register()
-        base.set_attn_implementation(FLAT_ATTENTION)
-    was_training = model.training
-    model.eval()
-    try:
-        with gather_per_module(model), torch.no_grad():
-            reason = _probe(base, stock, sliding_window_of(base.config, longest), vocab_size, device, shared)
-    except Exception as error:  # the code of a model may raise anything: fall back to padded rows
-        reason = f"a trial with random conversations failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
-    model.train(was_training)
-    reason = agree(reason)
-    if reason:
-        base.set_attn_implementation(stock)
-        return reason
-    base.register_forward_pre_hook(_refuse_masks_and_caches, with_kwargs=True)
-    return None
-
-
 def unwrap_adapter(model: Any) -> Any:
     """Return the model itself, without an adapter around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _unsupported_code_reason(base: Any) -> str | None:
-    parameters = inspect.signature(type(base).forward).parameters
-    if "position_ids" not in parameters:
-        return "its code takes no position_ids"
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return "its code passes no boundaries to its attention"
-    if "flash" not in base.config._attn_implementation and not base._can_set_attn_implementation():
-        return "its code does not take attention functions from transformers"
-    return None
-
-
-def _register(function: Any = padding_free_attention) -> None:
+def register_flat_attention(function: Any = padding_free_attention) -> None:
     """Register without a mask function: transformers then builds no mask and ignores a given one."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(FLAT_ATTENTION, function)
-
-
-def _probe(base: Any, stock: str, window: int | None, vocab_size: int, device: Any, shared: bool) -> str | None:
-    """Compare the last of three conversations in a row, b a b, with b alone.
-
-    The first b follows nothing, so its difference is rounding, unless the attention differs from the model's own. All
-    three as one conversation show the difference that a leak would make.
-    """
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(vocab_size, (length,), generator=generator).to(device) for length in (7, 5))
-    windows: set[int | None] = set()
-    has_positions: set[bool] = set()
-
-    def recording_attention(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
-        windows.add(sliding_window)
-        has_positions.add(kwargs.get("position_ids") is not None)
-        return padding_free_attention(*args, sliding_window=sliding_window, **kwargs)
-
-    if "flash" not in stock:
-        _register(recording_attention)
-    try:
-        flat = _logits(base, [b, a, b])
-        joined = _logits(base, [torch.cat([b, a, b])])[-len(b) :]
-    finally:
-        if "flash" not in stock:
-            _register()
-    if window is not None and "flash" not in stock and window not in windows:
-        return f"its sliding window of {window} tokens does not reach the attention"
-    if shared and False in has_positions:
-        return "its attention is not told the positions"
-    base.set_attn_implementation(stock)
-    alone = base(input_ids=b[None], use_cache=False).logits[0].float()
-    if "flash" not in stock:
-        base.set_attn_implementation(FLAT_ATTENTION)
-    rounding, difference, leaked = (
-        (logits - alone).abs().max().item() for logits in (flat[: len(b)], flat[-len(b) :], joined)
-    )
-    is_16_bit, scale = next(base.parameters()).dtype in (torch.float16, torch.bfloat16), alone.abs().max().item()
-    if not rounding <= (5e-2 if is_16_bit else 1e-4) * scale:
-        return f"in a trial, its own attention computed something else (logits differ by {rounding:.1e})"
-    allowed = 8 * rounding + (1e-3 if is_16_bit else 1e-5) * scale
-    if not difference <= allowed:
-        return f"in a trial, a conversation attended to the one before it (logits differ by {difference:.1e})"
-    if not leaked > 2 * allowed:
-        return f"a trial could not show whether conversations are separate (if not, logits differ by {leaked:.1e})"
-    return None
-
-
-def _logits(base: Any, conversations: list[torch.Tensor]) -> torch.Tensor:
-    """Compute the logits of a flat row, float32 [T, V]."""
-    lengths = [len(conversation) for conversation in conversations]
-    ids = torch.cat(conversations)
-    boundaries = torch.tensor([0, *lengths], device=ids.device).cumsum(0).to(torch.int32)
-    return base(
-        input_ids=ids[None],
-        position_ids=torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None],
-        use_cache=False,
-        segment_lengths=lengths,
-        cu_seq_lens_q=boundaries,
-        cu_seq_lens_k=boundaries,
-        max_length_q=max(lengths),
-        max_length_k=max(lengths),
-    ).logits[0].float()  # fmt: skip
-
-
-def _refuse_masks_and_caches(base: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise for a mask or a cache, with which transformers would silently mix the conversations of a flat row."""
-    if "cu_seq_lens_q" not in kwargs and base.config._attn_implementation != FLAT_ATTENTION:
-        return
-    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
-        raise ValueError("a flat row cannot have an attention mask or a cache: its conversations would be mixed")
-    if kwargs.get("use_cache") is not False or kwargs.get("position_ids") is None:
-        raise ValueError("a flat row needs use_cache=False and position_ids: its conversations would be mixed")

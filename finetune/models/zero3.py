@@ -54,7 +54,10 @@ def _called_module(model: Any, name: str) -> str:
 
 @contextmanager
 def gather_per_module(model: Any) -> Iterator[None]:
-    """Let a model partitioned by ZeRO-3 run before DeepSpeed's engine exists: modules gather their own parameters."""
+    """Let a model partitioned by ZeRO-3 run before DeepSpeed's engine exists.
+
+    Modules gather their own parameters and those of their children, which some code reads without calling the child.
+    """
     from deepspeed.utils import z3_leaf_module
 
     leaves = [module for module in model.modules() if z3_leaf_module(module)]
@@ -65,10 +68,14 @@ def gather_per_module(model: Any) -> Iterator[None]:
         if id(module) not in inside
         if (
             parameters := [
-                weight for weight in module.parameters(recurse=z3_leaf_module(module)) if hasattr(weight, "ds_id")
+                weight
+                for part in (module.modules() if z3_leaf_module(module) else (module, *module.children()))
+                for weight in part.parameters(recurse=False)
+                if hasattr(weight, "ds_id")
             ]
         )
     ]
+    present: set[int] = set()
     with ExitStack() as hooks:
         for module, parameters in partitioned:
             import deepspeed
@@ -77,7 +84,10 @@ def gather_per_module(model: Any) -> Iterator[None]:
             hooks.callback(gathered.close)  # after a module that failed
 
             def gather(*_: Any, parameters: list = parameters, gathered: ExitStack = gathered) -> None:
-                gathered.enter_context(deepspeed.zero.GatheredParameters(parameters))
+                absent = [weight for weight in parameters if id(weight) not in present]
+                present.update(map(id, absent))
+                gathered.callback(present.difference_update, set(map(id, absent)))
+                gathered.enter_context(deepspeed.zero.GatheredParameters(absent))
 
             def release(*_: Any, gathered: ExitStack = gathered) -> None:
                 gathered.close()

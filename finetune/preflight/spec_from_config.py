@@ -28,7 +28,7 @@ from finetune.models.attention import unsupported_config_reason, unwrap_adapter
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import freeze_other_modalities, torch_dtype
 from finetune.models.model_config import experts_of, largest
-from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, module_kinds
+from finetune.models.module_kinds import LINEAR_ATTENTION, ROUTED_EXPERTS, ModuleKinds, module_kinds
 from finetune.models.quantization import quantized_layers
 from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
 from finetune.preflight.memory.model_spec import BYTES, Activations, Block, ModelSpec, Precision, plain_activations
@@ -166,7 +166,7 @@ def trace_activations(model: Any, base: Any, precision: Precision) -> Activation
 
     Returns None where the model cannot run there, or processes token by token.
     """
-    if unsupported_config_reason(base.config, 1):
+    if unsupported_config_reason(base.config, 1) or LINEAR_ATTENTION in module_kinds(base).by_module.values():
         return None
     try:
         _take_fused_attention(base, copies=precision == "float32")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.run_config import BatchConfig
@@ -42,7 +42,8 @@ def build_dataloaders(
     """
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.models.adapters import count_parameters
-    from finetune.models.attention import supports_logits_to_keep
+    from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
+    from finetune.models.segments import by_segment_note
 
     if not count_parameters(model)[0]:
         raise ConfigError("no parameter of this model would be trained")
@@ -50,6 +51,8 @@ def build_dataloaders(
     lengths = int_column(epoch.examples, "length")
     reason = _padding_reason(batch, model, data.longest, device, zero_stage)
     layout = batch_layout(batch, int(lengths.max()), reason, supports_logits_to_keep(model))
+    if note := by_segment_note(unwrap_adapter(model)):
+        layout = replace(layout, notes=(*layout.notes, f"{layout.batching} batches: {note}"))
     data_rank, part = divmod(get_rank(), batch.sequence_parallel_size)
     collator = Collator(
         flat=layout.batching != "padded",
@@ -83,7 +86,7 @@ def _padding_reason(
     batch: BatchConfig, model: Any, longest: int, device: torch.device, zero_stage: int | None
 ) -> str | None:
     """Switch the model to padding-free attention where it is wanted; why it cannot, or None. All ranks."""
-    from finetune.models.attention import enable_padding_free
+    from finetune.models.padding_free import enable_padding_free
 
     reason = batch.padding_reason
     if batch.batching != "padded" and not reason:

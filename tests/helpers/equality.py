@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from finetune.dataset.collator import Collator
 from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.dataset.sampler import BatchShape, Sampler
-from finetune.models.attention import enable_padding_free
+from finetune.models.padding_free import enable_padding_free
 from finetune.training.step_monitor import ComputeTimer
 from finetune.training.trainer import SupervisedTrainer
 from tests.helpers.lora import attach_lora

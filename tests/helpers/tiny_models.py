@@ -91,7 +91,71 @@ FAMILIES["gemma4"] = (
         num_kv_shared_layers=0,
     ),
 )  # fmt: skip
-CONFIGS = {"Gemma4": "Gemma4TextConfig", "Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
+# Models whose layers carry something from token to token: convolutions, recurrences.
+ROUTED = dict(**EXPERTS, num_experts=4, moe_intermediate_size=16)
+MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=4)
+STATES = dict(num_heads=8, head_dim=8, state_size=4, n_groups=1, chunk_size=4)
+HYBRID = {
+    "qwen3_5": ("Qwen3_5", dict(**WIDE_HEADS, **LINEAR)),
+    "qwen3_5_moe": ("Qwen3_5Moe", dict(**WIDE_HEADS, **LINEAR, **ROUTED, shared_expert_intermediate_size=16)),
+    "olmo_hybrid": ("OlmoHybrid", dict(**GROUPED, **LINEAR)),
+    "kimi_linear": (
+        "KimiLinear", dict(**GROUPED, **ROUTED, num_experts_per_token=2, n_routed_experts=4, head_dim=8),
+    ),
+    "lfm2_moe": ("Lfm2Moe", dict(**GROUPED, **ROUTED, layer_types=["conv", "full_attention"])),
+    "bamba": ("Bamba", dict(**GROUPED, **MAMBA2, attn_layer_indices=[1])),
+    "zamba2": (
+        "Zamba2",
+        dict(
+            **GROUPED, mamba_d_state=4, mamba_ngroups=1, chunk_size=4, n_mamba_heads=8, mamba_headdim=8,
+            num_mem_blocks=1, layer_types=["mamba", "hybrid"],
+        ),
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        dict(
+            **GROUPED, ssm_state_size=4, mamba_num_heads=8, mamba_head_dim=8, n_groups=1, chunk_size=4,
+            n_routed_experts=4, moe_intermediate_size=16, moe_shared_expert_intermediate_size=16,
+        ),
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        dict(
+            **GROUPED, **MAMBA2, **EXPERTS, num_local_experts=4, shared_intermediate_size=16,
+            layer_types=["mamba", "attention"],
+        ),
+    ),
+    "mamba2": ("Mamba2", STATES),
+    "falcon_mamba": ("FalconMamba", dict(state_size=4)),
+    "falcon_h1": ("FalconH1", dict(**GROUPED, **MAMBA2, mamba_d_ssm=64)),
+    "rwkv": ("Rwkv", dict(attention_hidden_size=32)),
+    "xlstm": ("xLSTM", dict(num_heads=4, num_blocks=2)),
+    "recurrent_gemma": (
+        "RecurrentGemma", dict(**GROUPED, lru_width=32, block_types=["recurrent", "attention"]),
+    ),
+    "minimax": (
+        "MiniMax",
+        dict(
+            **GROUPED, **EXPERTS, num_local_experts=4, block_size=4,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
+    "bailing_hybrid": ("BailingHybrid", GROUPED),
+}  # fmt: skip
+HYBRIDS = ["qwen3_next", "lfm2", "jamba", "mamba", *HYBRID]
+# Padded rows of the first two differ from single conversations.
+OTHERS = {
+    "doge": ("Doge", dict(**GROUPED, keep_window_size=WINDOW)),
+    "cpmant": ("CpmAnt", dict(dim_head=8, dim_ff=48)),
+    "jetmoe": ("JetMoe", dict(**GROUPED, **EXPERTS, kv_channels=8, num_local_experts=4)),
+}
+CONFIGS = {
+    "Qwen3_5": "Qwen3_5TextConfig",
+    "Qwen3_5Moe": "Qwen3_5MoeTextConfig",
+    "Gemma4": "Gemma4TextConfig",
+    "Gemma3": "Gemma3TextConfig",
+    "Llama4": "Llama4TextConfig",
+}
 MODELS = {"GPT2": "GPT2LMHeadModel"}
 
 
@@ -102,7 +166,7 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, attention: str | N
         attention: name of an attention of transformers; None: what transformers picks for the family.
         changed: fields of the config that go over those of the family.
     """
-    prefix, own = FAMILIES[family]
+    prefix, own = {**FAMILIES, **HYBRID, **OTHERS}[family]
     config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**{**SIZES, **own, **changed})
     config._attn_implementation = attention
     if dtype == torch.float64:

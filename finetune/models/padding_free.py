@@ -1,0 +1,264 @@
+"""Switch a model to flat rows, after a trial that they give what single conversations give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from finetune.models.attention import (
+    FLAT_ATTENTION,
+    padding_free_attention,
+    register_flat_attention,
+    sliding_window_of,
+    unsupported_config_reason,
+    unwrap_adapter,
+)
+from finetune.models.segments import (
+    by_segment_note,
+    follow_rows,
+    forget_longer_rows,
+    rows_decide_rope,
+    run_by_segment,
+    run_whole,
+    split_carrying_modules,
+)
+from finetune.models.zero3 import gather_per_module
+
+LEAK = "in a trial, a conversation attended to the one before it"
+LONGEST_DECIDES = "its rotary embedding depends on the longest conversation of a row"
+
+
+def enable_padding_free(
+    model: Any,
+    *,
+    longest: int,
+    vocab_size: int,
+    device: torch.device | str,
+    shared: bool = False,
+    agree: Callable[[str | None], str | None] = lambda reason: reason,
+) -> str | None:
+    """Switch a model to flat rows; if it cannot run them, leave it unchanged and return the reason.
+
+    The config is checked first. Then random conversations are run: in one row, and alone with the stock attention.
+    Layers that carry something from one conversation to the next (a convolution over time, a recurrence) run
+    conversation by conversation. If padded rows differ from single conversations too, the whole model does.
+    Under ZeRO-3 all ranks must call this together.
+
+    Args:
+        longest: Tokens of the longest conversation.
+        device: Device of the model's parameters, also of gathered ones.
+        shared: Ranks will share rows (sequence parallelism), for which attention must receive the positions.
+        agree: Maps the reason of this rank to that of all ranks, so that all of them decide alike.
+    """
+    base = unwrap_adapter(model)
+    stock, was_training = base.config._attn_implementation, model.training
+    unfollow = follow_rows(base)
+    trial = Trial(model, base, vocab_size, device, implementation=stock if "flash" in stock else FLAT_ATTENTION)
+    ropes = rows_decide_rope(base, longest)
+    try:
+        model.eval()
+        reason = agree(_reason_against_flat_rows(trial, ropes, longest, shared))
+        if reason is None:
+            base.register_forward_pre_hook(_refuse_masks_and_caches, with_kwargs=True, prepend=True)
+            return None
+        trial.undo()
+        if shared:
+            unfollow()
+            return reason
+        differs = agree(trial.padded_reason(longest) if not ropes else LONGEST_DECIDES)
+        if differs and not trial.is_partitioned:
+            run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
+            run_by_segment([base.base_model], f"{reason}; {differs}")
+            if agree(trial.reason()) is None:
+                return None
+            trial.undo()
+        unfollow()
+        if differs:
+            reason += f"; {differs}, so that a loss depends on the rows beside it: --per_device_train_batch_size 1"
+        return reason
+    finally:
+        model.train(was_training)
+
+
+def _reason_against_flat_rows(trial: Trial, ropes: list[Any], longest: int, shared: bool) -> str | None:
+    base = trial.base
+    reason = unsupported_config_reason(base.config, longest)
+    if reason or (shared and ropes):
+        return reason or LONGEST_DECIDES
+    can_set = "flash" in trial.stock or base._can_set_attn_implementation()
+    if can_set and "flash" not in trial.stock:
+        register_flat_attention()
+        base.set_attn_implementation(FLAT_ATTENTION)
+    by_place = [module for module in base.modules() if getattr(module, "attn_temperature_tuning", False)]
+    run_by_segment(by_place, "they scale queries by the place in the row")  # Llama 4
+    run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
+    reason = trial.reason(sliding_window_of(base.config, longest), shared)
+    while reason and trial.split_carrying_modules():
+        reason = trial.reason(sliding_window_of(base.config, longest), shared)
+    if shared and reason is None and (note := by_segment_note(base)):
+        return f"ranks cannot share a conversation: {note}"
+    if not can_set and (reason or by_segment_note(base) is None):
+        return "its code does not take attention functions from transformers"
+    return reason
+
+
+class Trial:
+    """Runs of random conversations, b a b, with a model: in a flat row, alone, in padded rows."""
+
+    def __init__(self, model: Any, base: Any, vocab_size: int, device: Any, implementation: str) -> None:
+        self.model, self.base = model, base
+        self.stock, self.implementation = base.config._attn_implementation, implementation
+        self.is_partitioned = any(hasattr(weight, "ds_id") for weight in base.parameters())
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b = (torch.randint(vocab_size, (size,), generator=generator).to(device) for size in (7, 5))
+        self.changed = torch.cat([self.a[:-1], (self.a[-1:] + 1) % vocab_size])
+        is_16_bit = next(base.parameters()).dtype in (torch.float16, torch.bfloat16)
+        self.loose, self.tight = (5e-2, 1e-3) if is_16_bit else (1e-4, 1e-5)  # relative to the largest logit
+
+    def reason(self, window: int | None = None, shared: bool = False) -> str | None:
+        """Return why flat rows do not give what single conversations give, or None."""
+        return self._attempt(lambda: self._flat_reason(window, shared))
+
+    def padded_reason(self, longest: int) -> str | None:
+        """Return why padded rows of `longest` tokens do not give what single conversations give, or None."""
+        return self._attempt(lambda: self._padded_reason(longest))
+
+    def split_carrying_modules(self) -> bool:
+        """Let modules that carry something over the boundary before the last b run by segment, if there are any."""
+        row = partial(_logits, self.base, [self.b, self.a, self.b])
+        count = 0
+
+        def search() -> None:
+            nonlocal count
+            boundary = len(self.b) + len(self.a)
+            count = split_carrying_modules(self.base, row, boundary, boundary + len(self.b))
+
+        return not self._attempt(search) and count > 0
+
+    def undo(self) -> None:
+        """Let the model compute what it computed before."""
+        run_whole(self.base)
+        self.base.set_attn_implementation(self.stock)
+
+    def _attempt(self, run: Callable[[], str | None]) -> str | None:
+        try:
+            with gather_per_module(self.model), torch.no_grad():
+                return run()
+        except Exception as error:  # the code of a model may raise anything: fall back to padded rows
+            return f"a trial with random conversations failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
+
+    def _alone(self) -> torch.Tensor:
+        current = self.base.config._attn_implementation
+        self.base.set_attn_implementation(self.stock)
+        logits = self.base(input_ids=self.b[None], use_cache=False).logits[0].float()
+        self.base.set_attn_implementation(current)
+        return logits
+
+    def _padded_reason(self, longest: int) -> str | None:
+        rows = torch.zeros(2, max(longest, len(self.b)), dtype=torch.int64, device=self.b.device)
+        rows[0], rows[1, : len(self.b)] = self.b.repeat(rows.shape[1])[: rows.shape[1]], self.b
+        mask = torch.ones_like(rows)
+        mask[1, len(self.b) :] = 0
+        alone = self.base.base_model(input_ids=self.b[None], use_cache=False)[0][0].float()
+        padded = self.base.base_model(input_ids=rows, attention_mask=mask, use_cache=False)[0][1, : len(self.b)].float()
+        difference, scale = (padded - alone).abs().max().item(), alone.abs().max().item()
+        differs = not difference <= self.loose * scale
+        return f"its padded rows differ from single conversations (by {difference / scale:.1e})" if differs else None
+
+    def _flat_reason(self, window: int | None, shared: bool) -> str | None:
+        """Compare the last b with b alone, before which another token may stand.
+
+        The first b follows nothing, so its difference is rounding, unless the attention differs from the model's own.
+        All three as one conversation show the difference that a leak would make.
+        """
+        a, b, base = self.a, self.b, self.base
+        windows: set[int | None] = set()
+        has_positions: set[bool] = set()
+
+        def recording_attention(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
+            windows.add(sliding_window)
+            has_positions.add(kwargs.get("position_ids") is not None)
+            return padding_free_attention(*args, sliding_window=sliding_window, **kwargs)
+
+        is_own = base.config._attn_implementation == FLAT_ATTENTION
+        if is_own:
+            register_flat_attention(recording_attention)
+        try:
+            flat = _logits(base, [b, a, b])
+            joined = _logits(base, [torch.cat([b, a, b])])[-len(b) :]
+        finally:
+            if is_own:
+                register_flat_attention()
+        if window is not None and windows and window not in windows:
+            return f"its sliding window of {window} tokens does not reach the attention"
+        if shared and False in has_positions:
+            return "its attention is not told the positions"
+        alone = self._alone()
+        rounding, difference, leaked = (
+            (logits - alone).abs().max().item() for logits in (flat[: len(b)], flat[-len(b) :], joined)
+        )
+        scale = alone.abs().max().item()
+        if not rounding <= self.loose * scale:
+            return f"in a trial, its own attention computed something else (logits differ by {rounding:.1e})"
+        allowed = 8 * rounding + self.tight * scale
+        other = (_logits(base, [b, self.changed, b]) - flat)[-len(b) :].abs().max().item()
+        if not max(difference, other) <= allowed:
+            return f"{LEAK} (logits differ by {max(difference, other):.1e})"
+        if not leaked > 2 * allowed:
+            return f"a trial could not show whether conversations are separate (if not, logits differ by {leaked:.1e})"
+        if self.is_partitioned or not any(weight.requires_grad for weight in base.parameters()):
+            return None
+        return self._gradient_reason()
+
+    def _gradient_reason(self) -> str | None:
+        """The last b has exactly no gradient with respect to the tokens before it, in any precision."""
+        inputs: list[torch.Tensor] = []
+
+        def as_input(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            inputs.append(output.detach().requires_grad_())
+            return inputs[-1]
+
+        hook = self.base.get_input_embeddings().register_forward_hook(as_input)
+        try:
+            with torch.enable_grad():
+                loss = _logits(self.base, [self.b, self.a, self.b])[-len(self.b) :].square().sum()
+                parts = torch.autograd.grad(loss, inputs, allow_unused=True)
+        finally:
+            hook.remove()
+        if sum(given.shape[-2] for given in inputs) != len(self.a) + 2 * len(self.b):
+            return None  # a model that embeds tokens of its own, too
+        gradients = torch.cat(
+            [torch.zeros_like(given[0]) if part is None else part[0] for given, part in zip(inputs, parts, strict=True)]
+        )
+        leaked = gradients[: -len(self.b)].abs().max().item()
+        return f"{LEAK} (gradient {leaked:.1e})" if leaked else None
+
+
+def _logits(base: Any, conversations: list[torch.Tensor]) -> torch.Tensor:
+    """Compute the logits of a flat row, float32 [T, V]."""
+    lengths = [len(conversation) for conversation in conversations]
+    ids = torch.cat(conversations)
+    boundaries = torch.tensor([0, *lengths], device=ids.device).cumsum(0).to(torch.int32)
+    return base(
+        input_ids=ids[None],
+        position_ids=torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None],
+        use_cache=False,
+        segment_lengths=lengths,
+        cu_seq_lens_q=boundaries,
+        cu_seq_lens_k=boundaries,
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+    ).logits[0].float()  # fmt: skip
+
+
+def _refuse_masks_and_caches(base: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise for a mask or a cache, with which transformers would silently mix the conversations of a flat row."""
+    if "cu_seq_lens_q" not in kwargs and base.config._attn_implementation != FLAT_ATTENTION:
+        return
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        raise ValueError("a flat row cannot have an attention mask or a cache: its conversations would be mixed")
+    if kwargs.get("use_cache") is not False or kwargs.get("position_ids") is None:
+        raise ValueError("a flat row needs use_cache=False and position_ids: its conversations would be mixed")
