@@ -15,7 +15,7 @@ from typing import Any
 from finetune.checkpoint import Manifest, key_of
 from finetune.checkpoint.manifest import DAY, SKIPPED_ROWS, STAGE
 from finetune.checkpoint.resume import saved_manifest
-from finetune.config.arguments import default_of
+from finetune.config.arguments import LORA_DROPOUT, default_of
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.flag_support import WITHOUT_EFFECT
 from finetune.config.run_config import BatchConfig, CheckpointConfig
@@ -103,6 +103,8 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
         if name.startswith("--") and (name not in old or name not in new):
             default = default_of(name[2:])
         before, after = old.get(name, default), new.get(name, default)
+        if name == "--lora_dropout":  # without it, where experts are wrapped there is none, and no other run either
+            before, after = (LORA_DROPOUT if value is None else value for value in (before, after))
         if before != after:
             differences[name] = (before, after)
     return differences

@@ -175,12 +175,14 @@ def stopped(words: Words, monkeypatch: Any) -> Any:
     """Whether a run ends at these held-out losses."""
     control = SimpleNamespace(should_training_stop=False)
     callbacks: list[Any] = []
-    trainer = SimpleNamespace(add_callback=callbacks.append, train_from_checkpoint=lambda: None)
+    trainer = SimpleNamespace(
+        add_callback=callbacks.append, train_from_checkpoint=lambda: None, keep_base_tensors=lambda _: None
+    )
     monkeypatch.setattr("finetune.training.trainer.SupervisedTrainer", lambda **_: trainer)
     monkeypatch.setattr("finetune.training.fit._peak_flops", lambda _: None)
     held_out = parse([*words, "--validation_share", "0.5"])
     config, _ = train.resolve(held_out, DetectedHardware(), RankCounts(1, 1))
-    inputs = TrainingInputs(*[None] * 6)  # type: ignore[arg-type]
+    inputs = TrainingInputs(*[None] * 5, SimpleNamespace(kinds=None))  # type: ignore[arg-type]
     fit(inputs, SimpleNamespace(folder=None), config.fit_options("chatml"))
     history = [{"eval_loss": loss} for loss in (2.0, 1.9, 1.8, 1.79)]
     for one in callbacks:
@@ -258,7 +260,7 @@ SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
 # Those whose effect needs real ranks, a launcher, other hosts or a trained model have tests of their own.
 ELSEWHERE = {
     "model_revision", "trust_remote_code", "verify_key", "allow_inexact_resume", "resume_world_size", "report_answers",
-    "report_samples",
+    "report_samples", "load_in_4bit", "load_in_8bit",
 }  # fmt: skip
 
 

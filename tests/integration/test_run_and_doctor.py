@@ -36,7 +36,7 @@ FLAG_FAULTS = {
     '--lr_scheduler_type polynomial --lr_scheduler_kwargs {"lr_end":1}': "",
     "--lr_scheduler_type reduce_lr_on_plateau": "",
     "--optim adamw": "",
-    "--optim adamw_bnb_8bit": "",
+    "--optim galore_adamw": "--optim galore_adamw",
     "--optim lomo": "",
     "--optim galore_adamw --optim_target_modules all-linear": "--optim galore_adamw",
     "--optim sgd --optim_args momentum": "--optim_args momentum: ",
@@ -121,7 +121,7 @@ JSON_FAULTS = [
 ]  # fmt: skip
 # The kinds that used to differ, on a rank of its own.
 ON_A_RANK = [
-    "--lr_scheduler_type cosin", "--optim adamw_bnb_8bit", "--per_device_train_batch_size 0", "--max_steps 0",
+    "--lr_scheduler_type cosin", "--optim galore_adamw", "--per_device_train_batch_size 0", "--max_steps 0",
 ]  # fmt: skip
 HARMLESS = {
     "_comment": "mine",
