@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import finetune
@@ -19,6 +20,7 @@ from finetune.utils.options import HELP_WIDTH, CommandParser, one_of
 VERBS = {
     "chat": "talk with a result: in a terminal, from a pipe, or in a browser",
     "convert": "write conversations in any supported layout as one JSON file",
+    "convert-config": "write a config of LLaMA-Factory, axolotl or ms-swift as a recipe",
     "doctor": "check whether a training command will run and fit, on all its hosts",
     "evaluate": "measure a result beside its base: held-out loss, benchmarks, forgetting",
     "launch": "start a script of your own as the deepspeed command does, and supervise it",
@@ -79,7 +81,12 @@ def main(argv: Sequence[str]) -> None:
     if verb not in VERBS:
         close = get_close_matches(verb, VERBS, n=1)
         raise ConfigError(f"unknown command {verb}: " + (f"did you mean {close[0]}?" if close else "see --help"))
-    import_module(f"finetune.cli.{verb}").main(argv[place + 1 :])
+    module_of(verb).main(argv[place + 1 :])
+
+
+def module_of(verb: str) -> ModuleType:
+    """Import the file of a verb."""
+    return import_module(f"finetune.cli.{verb.replace('-', '_')}")
 
 
 def build_parser() -> CommandParser:
@@ -119,4 +126,4 @@ def _parsers(verb: str) -> list[CommandParser]:
     if verb in ("launch", "train", "doctor"):
         own = [import_module("finetune.cli.doctor").build_parser()] if verb == "doctor" else []
         return [*own, config.build_parser(), launcher.build_parser(supervised=True)]
-    return [import_module(f"finetune.cli.{verb}").build_parser()]
+    return [module_of(verb).build_parser()]

@@ -124,20 +124,20 @@ def missing(given: dict[str, Any], required: Sequence[str]) -> list[str]:
 
 def _from_file(path: Path, parser: CommandParser) -> tuple[dict[str, Any], list[str]]:
     """Return the flags of a YAML or JSON mapping, or those in the `arguments` of a run.json; and its faults."""
-    values, types = _read_mapping(path), parser.types
+    values, types = read_mapping(path, f"--config {path}"), parser.types
     faults = parser.unknown([f"--{name}" for name in values if name not in types])
     given = {}
     for name, value in values.items():
         if value is not None and name in types:
             try:
-                given[name] = _value_of(types[name], value)
+                given[name] = value_of(types[name], value)
             except ValueError as error:
                 faults.append(f"--{name} {value!r}: {error}")
     return given, [f"--config {path}: {fault}" for fault in faults]
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    shown = f"--config {path}"
+def read_mapping(path: Path, shown: str) -> dict[str, Any]:
+    """Read a mapping of a YAML or JSON file; `shown` names it in errors."""
     if path.suffix in (".yaml", ".yml"):
         import yaml
 
@@ -150,11 +150,11 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
         values = {name: value for name, value in values["arguments"].items() if name not in NEVER_FROM_A_RUN}
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected a mapping of flags to values")
+        raise ConfigError(f"{shown}: expected a mapping of flags to values")
     return values
 
 
-def _value_of(shape: OptionType, value: Any) -> Any:
+def value_of(shape: OptionType, value: Any) -> Any:
     """Check a value of a file as strictly as a word on the command line; a ValueError says what was expected."""
     items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
     if not shape.is_list and len(items) != 1:

@@ -369,7 +369,7 @@ TRAINING_HELP = {
     "bf16": "compute in bfloat16; where the hardware cannot, an error or a note",
     "fp16": "compute in float16, with a loss scale",
     "tf32": "multiply float32 matrices in TF32; off, with a note, where the hardware cannot",
-    "logging_steps": "steps from one line of `metrics.jsonl` to the next",
+    "logging_steps": "steps from one line of `metrics.jsonl` to the next; the first and the last are always logged",
     "resume_from_checkpoint": "resume: `auto` from the newest complete checkpoint, if any, or from this folder",
     "save_total_limit": "checkpoints that are kept, and the best one; 0: all",
     "eval_strategy": "when held-out conversations are evaluated: `no`, `steps` or `epoch`; default: `epoch`",

@@ -3,6 +3,7 @@
 run.json            what ran: arguments, resolved DeepSpeed config, versions, world size, data, result
 data_ledger.jsonl   every row that was not kept whole, with the reason
 metrics.jsonl       one line per logged step
+train.log           what the run said
 samples.json        a few rows as the model read them
 answers.json        answers of base and result
 report.html         all of it on a page
@@ -33,6 +34,7 @@ from finetune.utils.user_files import read_json_object
 RUN_FILE = "run.json"
 LEDGER_FILE = "data_ledger.jsonl"
 METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "train.log"
 COMPLETE_FILE = "RUN_COMPLETE"
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")

@@ -36,10 +36,13 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
         _finalize_stopped(trainer)
         return
     watchdog.report_phase("end", trainer.state.global_step)
+    logger.info(f"Saving the result in {trainer.output_dir}")
     changes = trainer.weight_changes()
     trainer.save_result()
     example = trainer.train_dataset.shortest_example()
     loss = trainer.loss_of(example)
+
+    logger.info("Loading it again, to compare it with what was trained")
 
     def conclude() -> None:
         checked = verify_result(
@@ -126,7 +129,7 @@ def _record(trainer: SupervisedTrainer, checked: str, kind: str, changes: Weight
         **({"base": ", ".join(f"{count:,} tensors {state}" for state, count in of_base.items())} if of_base else {}),
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged: see --logging_steps",
         **held_out,
-        "steps": f"{trainer.state.global_step:,}, each in {output_dir / run_json.METRICS_FILE}",
+        "steps": f"{trainer.state.global_step:,}, logged in {output_dir / run_json.METRICS_FILE}",
         "run": str(output_dir / run_json.RUN_FILE),
     }
     if curve:

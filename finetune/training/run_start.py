@@ -36,7 +36,7 @@ from finetune.run_dir import output_dir_lock, run_json
 from finetune.run_dir.data_samples import write_samples
 from finetune.training.metrics import cut_metrics
 from finetune.training.resume_check import compare_with_checkpoint
-from finetune.utils.console import log_notes, quiet_libraries
+from finetune.utils.console import log_notes, log_to_file, quiet_libraries
 from finetune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ def start_run(
     watchdog.set_output_dir(output_dir, identity.run_id)
 
     def record() -> None:
+        log_to_file(output_dir / run_json.LOG_FILE)
         write_samples(output_dir, data.sample(num_samples, batch.seed), segmenter(chat_format))
         data.write_ledger(output_dir / run_json.LEDGER_FILE)
         recorded = {"run_id": identity.run_id, **run_facts}

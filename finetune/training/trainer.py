@@ -114,7 +114,9 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(self)
-        self.add_callback(ProgressBar() if is_terminal() else ProgressLines())
+        if is_terminal():
+            self.add_callback(ProgressBar())
+        self.add_callback(ProgressLines(has_bar=is_terminal()))
 
     def get_sp_size(self) -> int:
         """Return 1: the loader counts the micro-batches of an epoch, whichever ranks share them."""
@@ -291,6 +293,8 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Compare the step over all ranks, and apply what they decide."""
+        if args.logging_strategy != "no" and state.global_step in (1, state.max_steps):
+            control.should_log = True
         scale = current_loss_scale(self.accelerator, self.model_wrapped)
         report = StepReport(
             step=self.state.global_step,

@@ -11,10 +11,13 @@ import io
 import locale
 import logging
 import os
+import re
 import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TextIO
 
 LABEL_WIDTH = 12
@@ -56,13 +59,51 @@ class _ConsoleHandler(logging.Handler):
     def __init__(self, *, to_stderr: bool, prefix: str | None) -> None:
         super().__init__()
         self.to_stderr, self.prefix = to_stderr, prefix
+        self.file: Path | None = None
+        self.early: list[str] = []  # lines from before there was a file
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; the stream is looked up each time, because it may have been replaced."""
         if is_rank_0() or getattr(record, "all_ranks", False):
             default = "note: " if record.levelno >= logging.WARNING else ""
             line = (default if self.prefix is None else self.prefix) + record.getMessage()
-            write_line(line, sys.stderr if self.to_stderr else sys.stdout)
+            stream = sys.stderr if self.to_stderr else sys.stdout
+            if not getattr(record, "file_only", False):
+                write_line(wrapped(line) if stream.isatty() else line, stream)
+            self.early.append(line)
+            self.write_file()
+
+    def write_file(self) -> None:
+        """Append the lines to the log file, if there is one; a disk that is full ends no run."""
+        if self.file is None:
+            return
+        lines, self.early = self.early, []
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+        except OSError as error:
+            write_line(f"note: {self.file} is not written any more: {error.strerror}", sys.stderr)
+            self.file = None
+
+
+def log_to_file(path: Path) -> None:
+    """Write what the package has logged so far, and logs from now on, to a file, too; rank 0 calls this."""
+    for handler in logging.getLogger("finetune").handlers:
+        if isinstance(handler, _ConsoleHandler):
+            handler.file = path
+            handler.write_file()
+
+
+def wrapped(text: str) -> str:
+    """Wrap the lines of a text to at most 80 columns; what follows a label or a prefix hangs under its beginning."""
+    columns = min(width(), 80)
+    lines = []
+    for line in text.split("\n"):
+        label = re.match(r" *(?:[a-z]+: |\S{1,12}(?: \S{1,12})? {2,})?", line)
+        indent = " " * (label.end() if label and label.end() < columns // 2 else 2)
+        is_text = len(line) > columns and line.isprintable()
+        lines += textwrap.wrap(line, columns, subsequent_indent=indent, drop_whitespace=True) if is_text else [line]
+    return "\n".join(lines)
 
 
 def write_line(line: str, stream: TextIO) -> None:

@@ -65,6 +65,7 @@ def test_help_and_version_wait_for_no_library():
         "report",
         "chat",
         "train",
+        "convert-config",
     } == verbs
     assert f"finetune {finetune.__version__}" in lines
     assert lines.count("[]") == 2, lines

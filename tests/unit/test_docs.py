@@ -69,7 +69,7 @@ def test_training_commands_parse(words):
 @pytest.mark.parametrize("words", commands_of("finetune train"))
 def test_commands_of_train_parse(words, monkeypatch):
     stored = dict.fromkeys(REQUIRED, "x")
-    monkeypatch.setattr("finetune.config.argument_parser._read_mapping", lambda path: stored)
+    monkeypatch.setattr("finetune.config.argument_parser.read_mapping", lambda *given: stored)
     assert parse(completed(train.parse_options(words[2:]).script_args)).training["output_dir"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -96,3 +97,27 @@ def test_a_process_of_another_encoding_starts_again_in_utf8_mode(monkeypatch, lo
     monkeypatch.delenv("PYTHONIOENCODING", raising=False)
     console.use_utf8()
     assert started == ["1"] * restarts and ("PYTHONIOENCODING" in os.environ) is restarts
+
+
+def test_long_lines_hang_under_their_beginning(monkeypatch):
+    monkeypatch.setattr(console, "width", lambda: 100)
+    text = "note: " + "word " * 20 + "\n  step        " + "of a plan " * 9 + "\nshort\n" + "⣿" * 90
+    lines = console.wrapped(text).split("\n")
+    assert max(map(len, lines[:-1])) <= 80 and lines[1].startswith("      word")
+    assert lines[3].startswith(" " * 14 + "of") or lines[3].startswith(" " * 14)
+    assert "short" in lines and console.wrapped("note: short") == "note: short"
+
+
+def test_what_is_logged_goes_to_a_file_too(tmp_path, capsys):
+    console.configure_logging()
+    logger = logging.getLogger("finetune.test")
+    logger.info("early")
+    console.log_to_file(tmp_path / "train.log")
+    logger.warning("a note")
+    logger.info("under a bar", extra={"file_only": True})
+    assert (tmp_path / "train.log").read_text() == "early\nnote: a note\nunder a bar\n"
+    assert capsys.readouterr().out == "early\nnote: a note\n"
+    console.log_to_file(tmp_path / "no" / "folder")
+    logger.info("go on")
+    assert "not written any more" in capsys.readouterr().err
+    console.configure_logging()
