@@ -12,6 +12,7 @@ setup(
         *find_namespace_packages(include=["finetune", "finetune.*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
         "finetune.data",
         "finetune.ds_configs",
+        "finetune.recipes",
     ],
     # A package index shows the README without the files beside it: a link to one of them becomes its text.
     long_description=re.sub(r"!?\[([^]]+)\]\((?!https?:|#)[^)]+\)", r"\1", README),

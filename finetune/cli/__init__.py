@@ -27,6 +27,7 @@ VERBS = {
     "merge": "merge an adapter, or a ZeRO checkpoint, into a plain model",
     "preview": "show what the rows of a data file render to",
     "quickstart": "fine-tune a small model and ask it who it is, before and after",
+    "recipes": "list the recipes that come with this project, or copy one",
     "report": "write what one or several runs did as one HTML page",
     "train": "fine-tune a model, as a recipe and flags say",
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from finetune.config.recipes import recipe_path
 from finetune.launcher import launcher_options
 from finetune.utils.options import BOOLEANS, OptionType
 
 SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
-RECIPE_ENDINGS = (".yaml", ".yml", ".json")
 
 
 def split_command(
@@ -73,7 +73,7 @@ def as_flags(words: Sequence[str], types: Mapping[str, OptionType]) -> list[str]
                 word = value
             else:
                 flag, word = None, f"--{word}"
-        elif not is_list and word.endswith(RECIPE_ENDINGS):
-            flag, word = None, f"--config={word}"
+        elif not is_list and (recipe := recipe_path(word)):
+            flag, word = None, f"--config={recipe}"
         result.append(word)
     return result

@@ -30,8 +30,16 @@ from finetune.preflight.host_checks import (
     check_operators,
     hardware_of,
 )
+from finetune.preflight.memory import RunSpec
 from finetune.preflight.planned_run import PlannedRun
-from finetune.preflight.resource_checks import check_resources, forecast_batches, free_space, note_batches, run_spec
+from finetune.preflight.resource_checks import (
+    BatchForecast,
+    check_resources,
+    forecast_batches,
+    free_space,
+    note_batches,
+    run_spec,
+)
 from finetune.training.data_setup import check_data, prepare_run_data
 from finetune.training.flag_checks import ADAM_BYTES, optimizer_state_bytes
 from finetune.training.model_checks import check_against_data
@@ -84,18 +92,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
             batches = report.attempt("configuration", lambda: forecast(selects_logits=selects, obstacle=obstacle))
             if batches is not None:
                 note_batches(report, config.batch, batches)
-                planned = run_spec(
-                    *(
-                        config.deepspeed,
-                        config.hardware,
-                        config.activation_checkpointing,
-                        config.batch,
-                        config.schedule,
-                    ),
-                    batches,
-                    ranks_on_host=max(map(len, slots.values())),
-                    optimizer_bytes=_state_bytes(config),
-                )
+                planned = planned_memory(config, batches, ranks_on_host=max(map(len, slots.values())))
                 free = free_space(config.hardware.use_cpu, slots, answers)
                 check_resources(report, planned, batches.first, free, info, tokenizer, config.adapter)
         names = operators_of(config.deepspeed.config if config.deepspeed else None, use_cpu=config.hardware.use_cpu)
@@ -108,6 +105,14 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
         check_network(report, run, slots, answers, "nccl" if hardware.gpus else "gloo")
     if run.choice.rehearse and not report.status:
         report.attempt("rehearsal", lambda: _rehearse(report, run))
+
+
+def planned_memory(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -> RunSpec:
+    """Return the run as the numbers of the memory estimate."""
+    return run_spec(
+        config.deepspeed, config.hardware, config.activation_checkpointing, config.batch, config.schedule, batches,
+        ranks_on_host=ranks_on_host, optimizer_bytes=_state_bytes(config),
+    )  # fmt: skip
 
 
 def _local_order(run: PlannedRun, words: list[str] | None = None) -> dict[str, Any]:

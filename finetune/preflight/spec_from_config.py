@@ -151,10 +151,10 @@ class _Pass:
 
 
 def layers_of(base: Any) -> list[Any]:
-    """Return the modules that activation checkpointing works on, in order."""
+    """Return the modules of the language model that activation checkpointing works on, in order; no vision tower's."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def trace_activations(model: Any, base: Any, precision: Precision) -> Activations | None:

@@ -48,7 +48,12 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
     installed = {str(path.relative_to(tmp_path / "site")) for path in tmp_path.rglob("site/**/*")}
     files = [path for path in (ROOT / "finetune").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert len(files) > 20 and {str(path.relative_to(ROOT)) for path in files} <= installed
-    assert {"finetune/py.typed", "finetune/data/forgetting.json", "finetune/ds_configs/zero3.json"} <= installed
+    assert {
+        "finetune/py.typed",
+        "finetune/data/forgetting.json",
+        "finetune/ds_configs/zero3.json",
+        "finetune/recipes/reasoning.yaml",
+    } <= installed
     assert "finetune/diagnostics/known_causes.yaml" in installed  # no watchdog starts without it
 
     code = (

@@ -19,7 +19,7 @@ README_BYTES, CONTRIBUTING_BYTES = 12_288, 5_120
 READMES = sorted([ROOT / "README.md", ROOT / "README_zh.md", *ROOT.glob("*/README.md")])
 PAGES = [*READMES, *sorted(ROOT.glob("docs/**/*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 REQUIRED = {"model_name_or_path": "M", "data_path": "D", "output_dir": "O"}
-VERBS = ("preview", "convert", "evaluate", "merge", "report", "chat", "quickstart")
+VERBS = ("preview", "convert", "evaluate", "merge", "report", "chat", "quickstart", "recipes")
 MADE_BY_RUNS = ("finetune/data/", "benchmarks/.venvs")  # not files of the repository
 TRAINING_SCRIPT = "finetune/finetune.py"
 

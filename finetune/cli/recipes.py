@@ -1,0 +1,50 @@
+"""`finetune recipes`: list the recipes that come with this project, or copy one to change it.
+
+finetune recipes                     # names, and what each is for
+finetune recipes qwen3_8b_lora       # to qwen3_8b_lora.yaml here
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from finetune.config.recipes import find_recipe, shipped_recipes
+from finetune.utils.console import accept_all_characters
+from finetune.utils.errors import ConfigError
+from finetune.utils.options import CommandParser, fill, positional
+from finetune.utils.user_files import read_text
+
+
+@dataclass(frozen=True)
+class RecipesOptions:
+    """List the recipes that come with this project, or copy one; an existing file is never replaced."""
+
+    name: str | None = positional("NAME", "the recipe to copy; default: list them all", None)
+    target: str | None = positional("FILE", "where it goes; default: NAME.yaml", None)
+
+
+build_parser = partial(CommandParser, "finetune recipes", "[NAME [FILE]]", RecipesOptions)
+
+
+def main(argv: Sequence[str]) -> None:
+    """List the recipes, or copy one."""
+    options = fill(RecipesOptions, build_parser().parse(argv))
+    accept_all_characters()
+    if options.name is None:
+        for name, path in shipped_recipes().items():
+            print(f"{name:<24} {read_text(path).splitlines()[0].removeprefix('# ')}")
+        print("\nTrain: finetune train NAME --data_path my.jsonl --output_dir output. Copy one: finetune recipes NAME")
+        return
+    text = read_text(find_recipe(options.name.removesuffix(".yaml")))
+    target = Path(options.target or f"{options.name.removesuffix('.yaml')}.yaml")
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{target}: exists already, nothing was changed: name another file") from None
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
+    print(f"Wrote {target}. Train: finetune train {target} --data_path my.jsonl --output_dir output")
