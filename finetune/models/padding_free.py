@@ -28,6 +28,7 @@ from finetune.models.segments import (
 from finetune.models.zero3 import gather_per_module
 
 LEAK = "in a trial, a conversation attended to the one before it"
+NOT_UNDER_ZERO3 = "under ZeRO-3 layers cannot run conversation by conversation"  # ranks have different numbers of them
 LONGEST_DECIDES = "its rotary embedding depends on the longest conversation of a row"
 
 
@@ -93,9 +94,13 @@ def _reason_against_flat_rows(trial: Trial, ropes: list[Any], longest: int, shar
         register_flat_attention()
         base.set_attn_implementation(FLAT_ATTENTION)
     by_place = [module for module in base.modules() if getattr(module, "attn_temperature_tuning", False)]
+    if by_place and trial.is_partitioned:
+        return "it scales queries by the place in the row, and " + NOT_UNDER_ZERO3
     run_by_segment(by_place, "they scale queries by the place in the row")  # Llama 4
     run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
     reason = trial.reason(sliding_window_of(base.config, longest), shared)
+    if reason and trial.is_partitioned:
+        return f"{reason} ({NOT_UNDER_ZERO3})"
     while reason and trial.split_carrying_modules():
         reason = trial.reason(sliding_window_of(base.config, longest), shared)
     if shared and reason is None and (note := by_segment_note(base)):

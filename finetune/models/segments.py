@@ -156,25 +156,17 @@ def _nothing(module: torch.nn.Module) -> None:
 def run_by_segment(
     modules: Sequence[torch.nn.Module], reason: str, begin: Callable[[torch.nn.Module], None] = _nothing
 ) -> None:
-    """Let modules run each conversation of a flat row by itself; `begin` is called with the module before each.
-
-    Ranks have different numbers of conversations: under ZeRO-3 the parameters of a module are gathered once for all.
-    """
+    """Let modules run each conversation of a flat row by itself; `begin` is called with the module before each."""
     for module in modules:
         if isinstance(module.forward, _BySegment):
             continue
         module.forward = _BySegment(module, module.forward, reason, begin)
-        if any(hasattr(weight, "ds_id") for weight in module.parameters()):
-            from deepspeed.utils import set_z3_leaf_module
-
-            set_z3_leaf_module(module, True)
 
 
 def run_whole(base: Any) -> None:
     """Undo `run_by_segment` for all modules of a model."""
     for module in _by_segment(base):
         del module.forward
-        module.__dict__.pop("_z3_leaf", None)
 
 
 def _by_segment(base: Any) -> list[Any]:
