@@ -108,7 +108,7 @@ HYBRID = {
         "Zamba2",
         dict(
             **GROUPED, mamba_d_state=4, mamba_ngroups=1, chunk_size=4, n_mamba_heads=8, mamba_headdim=8,
-            num_mem_blocks=1, layer_types=["mamba", "hybrid"],
+            num_mem_blocks=1, hybrid_layer_ids=[1], layer_types=["mamba", "hybrid"],
         ),
     ),
     "nemotron_h": (

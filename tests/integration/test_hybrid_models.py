@@ -45,7 +45,11 @@ def test_layers_that_are_computed_again_find_their_conversations(family, form):
 @pytest.mark.parametrize(
     ("family", "targets"),
     mostly_slow(
-        [("qwen3_next", ["in_proj_qkvz", "out_proj"]), ("bamba", ["in_proj"]), ("lfm2", ["in_proj", "out_proj"])],
+        [
+            ("qwen3_next", ["in_proj_qkvz", "out_proj"]),
+            ("bamba", ["in_proj", "q_proj"]),
+            ("lfm2", ["in_proj", "out_proj"]),
+        ],
         [("qwen3_next", ["in_proj_qkvz", "out_proj"])],
     ),
 )
