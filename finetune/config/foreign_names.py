@@ -67,9 +67,10 @@ OTHERWISE = {
     "streaming": "data is prepared on disk and read from there: leave it out",
     "enable_thinking": """--chat_template_kwargs '{"enable_thinking": false}'""",
     "lora_bias": "biases are not trained: leave it out",
-    "adapter_name_or_path": "give the adapter as --model_name_or_path: training continues from it",
-    "lora_model_dir": "give the adapter as --model_name_or_path: training continues from it",
-    "adapters": "give the adapter as --model_name_or_path: training continues from it",
+    **dict.fromkeys(
+        ("adapter_name_or_path", "lora_model_dir", "adapters"),
+        "an adapter is not trained on: merge it (finetune merge) and give the result as --model_name_or_path",
+    ),
     "zero_stage": "--deepspeed zero1, zero2 or zero3",
     "plot_loss": "the report has the curves: leave it out",
 }
