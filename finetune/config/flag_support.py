@@ -73,6 +73,12 @@ def refused_flags(arguments: Arguments) -> Iterator[str]:
     """Yield a fault for each flag that was given and cannot be served."""
     for name in _changed(arguments, REFUSED):
         yield f"--{name} {arguments.given(name)}: {REFUSED[name]}: omit the flag"
+    size = arguments.batch.sequence_parallel_size
+    if size > 1 and arguments.evaluates():  # accelerate 1.15 exchanges no tokens for heads in evaluation
+        yield (
+            f"--sequence_parallel_size {size}: held-out conversations are not evaluated on shared rows: leave out "
+            "--validation_share and --eval_data_path; `finetune evaluate` measures the result"
+        )
 
 
 def flags_without_effect(arguments: Arguments) -> Iterator[str]:

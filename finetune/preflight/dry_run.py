@@ -46,7 +46,9 @@ SECONDS_FOR_A_RUN = 300
 def shrink_config(config: Any, *, heads: int = HEADS) -> Any:
     """Return a config of the same architecture with two layers (one of each kind), four heads and four experts."""
     small = deepcopy(config)
-    text = small.get_text_config()
+    text, vision = small.get_text_config(), getattr(small, "vision_config", None)
+    if vision is not None and hasattr(vision, "num_hidden_layers"):
+        vision.num_hidden_layers = LAYERS
     known = text.to_dict()
     per_layer = {int(number): fields for number, fields in (known.pop("per_layer_config", None) or {}).items()}
     if per_layer:

@@ -6,6 +6,7 @@ LingoWhale-8B's code is not here: the sizes of Llama 3.1 8B stand in for its own
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -22,17 +23,19 @@ from huggingface_hub import constants
 from finetune.cli import doctor, preview
 from finetune.cli import recipes as recipes_verb
 from finetune.cli import train as train_verb
-from finetune.config import parse
+from finetune.config import flag_words, parse
 from finetune.config.hardware import DetectedHardware, Gpu
 from finetune.config.recipes import shipped_recipes
 from finetune.config.run_config import RankCounts
 from finetune.distributed.process_setup import prepare_environment
 from finetune.models.attention import forward_takes_logits_to_keep, unsupported_config_reason
 from finetune.preflight.doctor_report import DoctorReport
+from finetune.preflight.dry_run import make_random_model
 from finetune.preflight.examination import planned_memory
 from finetune.preflight.resource_checks import FreeSpace, check_resources, forecast_batches
 from finetune.train import resolve
 from finetune.utils.errors import ConfigError
+from tests.helpers import ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.tiers import mostly_slow
 
@@ -43,6 +46,10 @@ COMMIT = "0" * 40
 FORESEEN = re.compile(
     r"^# Foreseen by finetune doctor: (\d+) of (\d+) GB on (?:each of (?:(\d+) x )?)?(\d+) (GPU|CPU)s?\b", re.MULTILINE
 )
+REHEARSED = (
+    "gemma3_4b_lora", "gpt_oss_20b_lora", "llama33_70b_full_4hosts", "long_context_32k", "mistral_7b_lora",
+    "qwen3_30b_a3b_lora", "qwen3_8b_24gb",
+)  # fmt: skip
 LONGEST_LINE = 120
 FAST = ("cpu_rehearsal", "llama33_70b_full_4hosts", "qwen3_30b_a3b_lora", "qwen3_8b_24gb")
 ROOM = 0.9  # of a card, and of the host's memory: twice that of its cards
@@ -140,6 +147,33 @@ def conversations_of_full_length(config):
     rows = [length] * config.batch.world_size * config.batch.per_device_batch * config.batch.accumulation
     examples = Dataset.from_dict({"length": rows, "num_supervised": rows})
     return SimpleNamespace(longest=length, epoch=lambda seed: SimpleNamespace(examples=examples))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REHEARSED)
+def test_two_steps_of_a_small_model_of_the_same_architecture(name, tmp_path, smol_tokenizer):
+    path, values = RECIPES[name], yaml.safe_load(RECIPES[name].read_text())
+    source = tmp_path / "source"
+    smol_tokenizer.save_pretrained(source)
+    config = json.loads((CONFIGS / f"{values['model_name_or_path'].rpartition('/')[2]}.json").read_text())
+    text = config.get("text_config", config)
+    text["vocab_size"] = max(text["vocab_size"], len(smol_tokenizer))
+    (source / "config.json").write_text(json.dumps(config))
+    make_random_model(str(source), tmp_path / "model", revision=None, trust_remote_code=False)
+    world_size = min(foreseen(path).per_host, 2)
+    changed = {
+        "model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "output", "use_cpu": True, "max_steps": 2,
+        "data_path": ROOT / "data/conversations.json", "gradient_accumulation_steps": 1, "model_max_length": 256,
+        "per_device_train_batch_size": 1, "sequence_parallel_size": min(values.get("sequence_parallel_size", 1), 2),
+        "allow_seen_held_out": True, "report_answers": 0,
+    }  # fmt: skip
+
+    words = train_verb.parse_options([str(path), *flag_words(changed)]).script_args
+    outcome = ranks.train(tmp_path / "logs", words, world_size)
+
+    assert outcome.succeeded, "\n".join(outcome.outputs)
+    saved = {file.name for file in (tmp_path / "output").glob("*model.safetensors")}
+    assert saved == {"adapter_model.safetensors" if values.get("use_lora") else "model.safetensors"}
 
 
 def test_recipes_are_listed_with_what_they_are_for(capsys):

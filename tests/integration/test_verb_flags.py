@@ -170,7 +170,7 @@ def test_an_option_of_a_verb_has_an_effect(name, option, verb, tmp_path):
 
 
 def test_every_option_of_every_verb_has_an_entry_and_a_help_text():
-    assert {*OF_VERBS, "doctor", "launch", "train", "convert", "convert-config"} == set(cli.VERBS)
+    assert {*OF_VERBS, "doctor", "launch", "train", "convert", "convert-config", "recipes"} == set(cli.VERBS)
     for name, entries in {**OF_VERBS, "doctor": OF_THE_DOCTOR}.items():
         actions = import_module(f"finetune.cli.{name}").build_parser()._actions
         left_out = {*SHARED, "help", "output"} - entries.keys()

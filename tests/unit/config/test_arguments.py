@@ -145,6 +145,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--seed"], "--seed: expected one argument"),
         (["--use_lora", "True", "--adapter", "prefix"], "--use_lora True and --adapter prefix exclude each other"),
         (["--load_in_4bit", "--load_in_8bit"], "--load_in_4bit and --load_in_8bit exclude each other"),
+        (["--sequence_parallel_size", "2", "--validation_share", "0.1"], "--sequence_parallel_size 2: held-out"),
         (["--use_lora", "--adapter", "prompt"], "--use_lora True and --adapter prompt exclude each other"),
         (
             ["--use_dora", "--init_lora_weights", "pissa_niter_16"],
