@@ -149,7 +149,7 @@ def test_bad_input_is_one_clear_error(tmp_path, tiny_model, conversation_file, n
     status, message, changed = BAD_INPUT[name]
     (tmp_path / "bad.json").write_text('[{"conversations": ]')
     (tmp_path / "empty.json").write_text(" \n")
-    (tmp_path / "role.json").write_text('[{"conversations": [{"from": "tool", "value": "x"}]}]')
+    (tmp_path / "role.json").write_text('[{"conversations": [{"from": "robot", "value": "x"}]}]')
     (tmp_path / "human.json").write_text('[{"conversations": [{"from": "human", "value": "x"}]}]')
     (tmp_path / "ds.json").write_text('{"train_batch_size": 7, "zero_optimization": {"stage": 2}}')
     flags = {
