@@ -111,6 +111,7 @@ def check_tokenizer_files(name: str) -> None:
     if folder.is_dir() and not any(TOKENIZER.search(path.name) for path in folder.iterdir()):
         if not (folder / "config.json").is_file():
             check_folder(name)
+        check_json_files(folder)
         raise ConfigError(f"{flag}: holds no tokenizer (tokenizer.json, tokenizer.model, ...): copy the whole model")
 
 

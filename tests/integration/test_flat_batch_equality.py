@@ -164,17 +164,21 @@ def test_heads_and_embeddings_of_every_kind(family, variant):
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize("family", mostly_slow(["llama", "mixtral"], ["llama"]))
 def test_activation_checkpointing_changes_nothing(family, adapter, form):
-    model, wanted = prepared(family, adapter)
-    model, runs = copy.deepcopy(model), []
-    base = model.get_base_model() if adapter == "lora" else model
-    # What is computed again in the backward pass has contexts of its own.
-    again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), InFloat64())}
-    base.activation_checkpointing_enable(activation_checkpointing_kwargs=again)
-    base.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    with InFloat64():
-        found = trained(model, CONVERSATIONS, FORMS[form])
-    assert found.distance(wanted) < TOLERANCE
-    assert runs.count(True) == 2 * (2 if form == "accumulated" else 1)
+    prepared_model, wanted = prepared(family, adapter)
+    runs = {}
+    for is_checkpointed in (False, True):
+        model, runs[is_checkpointed] = copy.deepcopy(prepared_model), []
+        base = model.get_base_model() if adapter == "lora" else model
+        if is_checkpointed:
+            # What is computed again in the backward pass has contexts of its own.
+            again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), InFloat64())}
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=again)
+        seen = runs[is_checkpointed]
+        base.model.layers[0].self_attn.register_forward_hook(lambda *_, seen=seen: seen.append(torch.is_grad_enabled()))
+        with InFloat64():
+            found = trained(model, CONVERSATIONS, FORMS[form])
+        assert found.distance(wanted) < TOLERANCE
+    assert runs[True].count(True) - runs[False].count(True) == (2 if form == "accumulated" else 1)
 
 
 # ---- other losses

@@ -129,7 +129,7 @@ def test_what_autograd_keeps(family: str, adapter: bool):
     model = model_of(family)
     attach = partial(WITH_ADAPTER, dropout=0.0) if family == "mixtral" else WITH_ADAPTER
     shape = spec_from_config(model.config, precision="float32", attach=attach if adapter else None)
-    attention._register()
+    attention.register_flat_attention()
     model.set_attn_implementation(attention.FLAT_ATTENTION)
     model = attach(model).train() if adapter else model
     assert shape.activations.is_traced
@@ -150,7 +150,7 @@ def test_half_precision_is_traced_apart(family: str):
     shape = spec_from_config(model.config, precision="bf16")
     full = spec_from_config(model.config, precision="float32")
     assert 0.45 * full.activations.layer < shape.activations.layer < full.activations.layer
-    attention._register()
+    attention.register_flat_attention()
     model.set_attn_implementation(attention.FLAT_ATTENTION)
     width = getattr(model.config, "head_dim", None) or shape.hidden // model.config.num_attention_heads
     copied = 2 * model.config.num_attention_heads * width  # attention on a CPU copies its result, on a GPU it does not
