@@ -66,6 +66,7 @@ def test_help_and_version_wait_for_no_library():
         "chat",
         "train",
         "convert-config",
+        "recipes",
     } == verbs
     assert f"finetune {finetune.__version__}" in lines
     assert lines.count("[]") == 2, lines
