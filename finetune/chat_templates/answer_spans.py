@@ -43,15 +43,15 @@ CLOSED_REASONING = (
     "writes none: use --reasoning drop, or other --chat_template_kwargs"
 )
 OTHER_PROMPT = (
-    "the chat template writes another prompt in front of turn {turn} when it is served, so what is learned would not "
-    f"follow it: {OTHER_TEMPLATE} that writes its generation prompt in front of answers, too"
+    "the chat template writes another prompt in front of turn {turn} when it is served, so the supervised tokens "
+    f"would not follow it: {OTHER_TEMPLATE} that writes its generation prompt in front of answers, too"
 )
 OPENING_END = (
     "the chat template ends turn {turn} only with a token that opens turns ({token}), so stopping could not be "
-    f"learned: {OTHER_TEMPLATE} whose turns end with a token of their own"
+    f"supervised: {OTHER_TEMPLATE} whose turns end with a token of their own"
 )
 NO_END = (
-    "the chat template ends turn {turn} with no control token{found}, so stopping could not be learned: "
+    "the chat template ends turn {turn} with no control token{found}, so stopping could not be supervised: "
     f"{OTHER_TEMPLATE} whose turns end with a token of this tokenizer"
 )
 

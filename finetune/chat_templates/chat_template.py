@@ -315,7 +315,7 @@ class ChatTemplate:
             return str(self.apply(conversation, tokenize=False, add_generation_prompt=prompt))
         except TEMPLATE_ERRORS as error:
             raise UnrenderableError(
-                f"the chat template refuses it: {error}: mend the row, or {OTHER_TEMPLATE}"
+                f"the chat template refuses it: {error}: correct the row, or {OTHER_TEMPLATE}"
             ) from None
 
     def _style(self, conversation: Conversation) -> MessageStyle:

@@ -258,8 +258,8 @@ class JinjaFormat:
                 else:
                     text = text[: len(text) - sum(map(len, answer.end_tokens))]
                 tokenized.labels[start:stop] = tokenized.input_ids[start:stop]
-                learned = without_reasoning(turn) if self.masks_reasoning else turn
-                content = None if text == turn.text else learned
+                supervised = without_reasoning(turn) if self.masks_reasoning else turn
+                content = None if text == turn.text else supervised
                 tokenized.supervised_spans.append(SupervisedSpan(number, start, stop, text, num_end, content))
             tokenized.turn_spans.append(TurnSpan(number, turn.role, start, stop))
         return tokenized

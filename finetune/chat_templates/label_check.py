@@ -53,7 +53,7 @@ def _fault(tokenized: TokenizedConversation, texts: Sequence[str], control_ids: 
         if not _is_text_of(text, span):
             return _difference(text, span)
         if span.ended and span.content is not None and (missing := _missing_part(text, span.content)) is not None:
-            return f"turn {span.turn}: {missing!r} would not be learned"
+            return f"turn {span.turn}: {missing!r} would not be supervised"
     return None
 
 

@@ -248,7 +248,9 @@ def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) 
             raise UnrenderableError(f"the chat template rewrites the text of {place}: {OTHER_TEMPLATE}")
         if not content.strip() and number is not None and turns[number].role != "tool":
             place = f"turn {_row_turn(skeleton, number)}"
-            raise UnrenderableError(f"the chat template leaves nothing of {place}: {OTHER_TEMPLATE}, or mend the row")
+            raise UnrenderableError(
+                f"the chat template leaves nothing of {place}: {OTHER_TEMPLATE}, or correct the row"
+            )
         contents.append(content)
         begin = end + len(next_piece)
     if begin != len(text):

@@ -166,5 +166,5 @@ class TokenPositions:
             if (content or not outside) and not (token_id in self.control_ids and outside):
                 inside.append(index)
         if not inside:
-            raise UnrenderableError(f"turn {extent.turn} has no token of its own: {OTHER_TEMPLATE}, or mend the row")
+            raise UnrenderableError(f"turn {extent.turn} has no token of its own: {OTHER_TEMPLATE}, or correct the row")
         return TokenSpan(inside[0], inside[-1] + 1)

@@ -144,7 +144,7 @@ class RowReading:
             )
             return
         if self.turns or self.tools:
-            self.faults.append(f'{self.place}: has a system prompt or tools beside "text", which is learned as it is')
+            self.faults.append(f'{self.place}: has a system prompt or tools beside "text", all of which is supervised')
             self.turns, self.numbers = [], []
         self.unread = [key for key in self.unread if key != "text"]
         self._add("text", row["text"], self.place, "text")

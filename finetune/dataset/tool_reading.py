@@ -165,13 +165,13 @@ def _json_of_literal(text: str) -> str:
     """A Python literal as JSON, as some data write calls; any other text as it is."""
     try:
         decode_text(text)
+    except RecursionError:
+        return text  # reading it says so
     except ValueError:
         try:
             return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            pass
-    except RecursionError:
-        pass
+            return text  # reading it as JSON says why it is neither
     return text
 
 
