@@ -37,7 +37,9 @@ LEFT_TO_TRANSFORMERS = {
     "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_param_persistence_threshold",
 }
-NEEDS_CUDA = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+NEEDS_CUDA = ("zero_quantized_weights", "zero_quantized_gradients")
+# DeepSpeed accepts these keys at every stage and ignores them below stage 3; with them, the values that mean "off".
+STAGE_3_ONLY = {"zero_hpz_partition_size": 1} | dict.fromkeys(NEEDS_CUDA, False)
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def resolve_deepspeed_config(
         resolve_optimizer(resolved, command, stage, use_cpu=use_cpu, faults=faults, notes=notes)
         resolve_values(resolved, command, world_size // sequence_parallel_size, faults)
         resolver.resolve_zero(stage, world_size, local_world_size, use_cpu)
+        resolver.check_quantized_gradients(command.precision)
         resolver.check_leftover_autos(resolved)
         if any((resolved.get("activation_checkpointing") or {}).values()):
             notes.append("activation_checkpointing has no effect: --gradient_checkpointing True decides")
@@ -181,18 +184,36 @@ class _Resolver:
             if zero.get(name):
                 zero[name] = False
                 self.notes.append(f"{name} is off: its kernels need a GPU")
-        for key in ("offload_optimizer", "offload_param"):
-            offload = zero.get(key)
-            if offload is None:
-                continue
-            if key == "offload_param" and stage != 3 and offload.get("device", "none") != "none":
-                self.faults.append(f"offload_param needs ZeRO stage 3, but zero_optimization.stage is {stage}")
-            nvme = offload.get("nvme_path")
-            if offload.get("device") == "nvme" and not (isinstance(nvme, str) and nvme and os.path.isdir(nvme)):
+        offloads = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
+        devices = {key: offload.get("device", "none") for key, offload in offloads.items()}
+        needed: list[tuple[str, tuple[int, ...]]] = [
+            (key, (3,)) for key, off in STAGE_3_ONLY.items() if zero.get(key, off) != off
+        ]
+        needed += [("offload_param", (3,))] * (devices["offload_param"] != "none")
+        if devices["offload_optimizer"] != "none":  # below stage 3 DeepSpeed offloads to host memory instead of a disk
+            is_nvme = devices["offload_optimizer"] == "nvme"
+            needed.append(("offload_optimizer to NVMe", (3,)) if is_nvme else ("offload_optimizer", (1, 2, 3)))
+        for what, stages in needed:
+            if stage not in stages:
+                expected = " or ".join(map(str, stages))
+                self.faults.append(f"{what} needs ZeRO stage {expected}, but zero_optimization.stage is {stage}")
+        for key in [key for key, device in devices.items() if device == "nvme"]:
+            nvme = offloads[key].get("nvme_path")
+            if not (isinstance(nvme, str) and nvme and os.path.isdir(nvme)):
                 self.faults.append(
                     f"{key}.nvme_path is {json.dumps(nvme)}, which is no folder on this host: "
                     "copy the config and name a folder on a local NVMe disk"
                 )
+
+    def check_quantized_gradients(self, precision: str) -> None:
+        """Refuse 4-bit gradients in other precisions than fp16: DeepSpeed's kernel reads the bits as fp16 (0.19.8)."""
+        kinds = [precision, self.config.get("communication_data_type") or precision]
+        others = [kind for kind in kinds if kind != "fp16"]
+        if self.config["zero_optimization"].get("zero_quantized_gradients") and others:
+            self.faults.append(
+                f"zero_quantized_gradients is true, but gradients are {others[0]}, which DeepSpeed's kernel reads as "
+                "fp16: set it to false"
+            )
 
     def resolve_hpz(self, zero: dict[str, Any], world_size: int, local_world_size: int) -> None:
         """ZeRO++ keeps a second copy of the weights in each group of `zero_hpz_partition_size` ranks, one host each."""

@@ -36,6 +36,7 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "checkpoint.use_node_local_storage": ((False,), "it follows from whether the hosts share --output_dir"),
     "checkpoint.parallel_write.pipeline_stage": ((False,), "pipeline parallelism is not served"),
     "zero_optimization.elastic_checkpoint": ((False,), "give --resume_world_size any to resume on other ranks"),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "DeepSpeed quantizes before weights are there"),
     "zero_optimization.zenflow": ((None,), "it updates parameters with old gradients"),
 }
 # The optimizers that DeepSpeed builds by type: class names below `deepspeed.ops`, on the GPU and offloaded.

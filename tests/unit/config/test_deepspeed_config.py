@@ -290,11 +290,27 @@ def test_other_stages_have_nothing_to_gather():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_parameters_are_offloaded_at_stage_3_only(stage):
-    message = refusal({"zero_optimization": {"stage": stage, "offload_param": {"device": "cpu"}}})
+@pytest.mark.parametrize(
+    ("key", "value", "off"),
+    [
+        ("offload_param", {"device": "cpu"}, {"device": "none"}),
+        ("offload_optimizer", {"device": "nvme", "nvme_path": "/"}, {"device": "none"}),
+        ("zero_quantized_weights", True, False),
+        ("zero_hpz_partition_size", 2, 1),
+    ],
+)
+def test_what_only_stage_3_does_is_refused_at_others(stage, key, value, off):
+    message = refusal({"zero_optimization": {"stage": stage, key: value}})
 
-    assert message == f"mine.json: offload_param needs ZeRO stage 3, but zero_optimization.stage is {stage}"
-    assert not resolved({"zero_optimization": {"stage": stage, "offload_param": {"device": "none"}}}).offloads
+    assert message.startswith(f"mine.json: {key}")
+    assert message.endswith(f" needs ZeRO stage 3, but zero_optimization.stage is {stage}")
+    assert not resolved({"zero_optimization": {"stage": stage, key: off}}).offloads
+    assert resolved({"zero_optimization": {"stage": 3, key: value}})
+
+
+def test_no_optimizer_is_offloaded_without_zero():
+    config = {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}
+    assert "offload_optimizer needs ZeRO stage 1 or 2 or 3" in refusal(config)
 
 
 @pytest.mark.parametrize(
@@ -344,11 +360,21 @@ def test_a_cpu_turns_quantised_communication_off_and_says_so(tmp_path):
 
     on_cpu, on_gpu = resolved(config, use_cpu=True), resolved(config)
 
-    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
-        assert on_cpu.config["zero_optimization"][key] is False
-        assert on_gpu.config["zero_optimization"][key] is True
-        assert f"mine.json: {key} is off: its kernels need a GPU" in on_cpu.notes
-    assert (len(on_cpu.notes), len(on_gpu.notes)) == (2, 0)
+    assert on_cpu.config["zero_optimization"]["zero_quantized_weights"] is False
+    assert on_gpu.config["zero_optimization"]["zero_quantized_weights"] is True
+    assert (on_cpu.notes, on_gpu.notes) == (("mine.json: zero_quantized_weights is off: its kernels need a GPU",), ())
+
+
+def test_gradients_are_quantised_in_fp16_only():
+    """The kernel reads two bytes of each gradient as fp16, whatever they are."""
+    config = {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}
+    fp16 = replace(COMMAND, precision="fp16")
+
+    assert resolved(config, fp16).config["zero_optimization"]["zero_quantized_gradients"] is True
+    assert "gradients are bf16, which" in refusal(config)
+    assert "gradients are float32, which" in refusal(config, FLOAT32)
+    assert "gradients are fp32, which" in refusal({**config, "communication_data_type": "fp32"}, fp16)
+    assert "gradients are bf16, which" in refusal({**config, "communication_data_type": "fp16"})
 
 
 # ---- anything else
