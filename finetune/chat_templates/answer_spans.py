@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from finetune.chat_templates.example import REASONING_RULE, UnrenderableError
@@ -125,17 +126,20 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
     rendered = text.render(len(turns), False)
     spans = find_slots(rendered, text.spelled)
     check_all_written(turns, spans)
-    answers, refused = {}, {}
+    answers, refused = dict[int, Answer](), dict[int, str]()
     for number, turn in enumerate(turns):
         if turn.role != "model":
             continue
         found = _find(turn, number, text)
         if isinstance(found, TemplateSkeleton):
             if number == len(turns) - 1 and not as_is:
-                return found
+                own = replace(found.answers[number], served_opening=_served_opening(number, text))
+                return replace(found, answers={number: own})
             found = OTHER_PROMPT.format(turn=number)
         answer = None if isinstance(found, str) else found.in_rendering(rendered, spans)
-        if answer is None and as_is and not _loses(turn, number, spans):
+        if answer is not None:
+            answer = replace(answer, served_opening=_served_opening(number, text))
+        elif as_is and not _loses(turn, number, spans):
             answer = _as_written(number, rendered, spans, text)
         if answer is not None:
             answers[number] = answer
@@ -144,6 +148,21 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
     rules = [REASONING_RULE.format(turn=number) for number, turn in enumerate(turns) if _loses(turn, number, spans)]
     pieces, slots = pieces_between(rendered, spans), tuple(span.slot for span in spans)
     return TemplateSkeleton(tuple(pieces), slots, answers, refused, rules=tuple(rules))
+
+
+def _served_opening(number: int, text: TemplateText) -> str:
+    """What the prompt of serving has behind the header of the turn: the part that earlier answers do not have."""
+    if not number:
+        return ""
+    before, prompt = text.render(number, False), text.render(number, True)
+    header = prompt[len(commonprefix([prompt, before])) :]
+    begin = header.find(REASONING_BEGIN)
+    if begin < 0:
+        with suppress(UnrenderableError):
+            more = text.render_more(number + 1)
+            first = next((span.start for span in find_slots(more, text.spelled) if span.slot.turn == number), 0)
+            begin = next((size for size in range(len(header), 0, -1) if header[:size] in more[:first]), -1)
+    return header[begin:] if begin >= 0 else ""
 
 
 def _loses(turn: Turn, number: int, spans: Sequence[SlotSpan]) -> bool:

@@ -101,6 +101,18 @@ class RenderedText:
         index, offset = self.skeleton.answers[number].begin
         return sum(map(len, (*self.skeleton.pieces[:index], *self.contents[:index]))) + offset
 
+    def note(self, number: int) -> str:
+        """What a model turn holds besides its text, for display."""
+        turn = self.conversation.turns[number]
+        if turn.role != "model" or not (turn.reasoning or turn.tool_calls or REASONING_END in turn.text):
+            return ""
+        reasons = any(slot == (number, "reasoning") for slot in self.skeleton.slots) or any(
+            slot == (number, "text") and REASONING_END in content
+            for slot, content in zip(self.skeleton.slots, self.contents, strict=True)
+        )
+        calls = ", ".join(call.name for call in turn.tool_calls)
+        return ", ".join(["reasoning"] * reasons + ([f"calls {calls}"] if calls else []))
+
     def answer(self, extent: Extent) -> Answer | None:
         """The answer of this extent, if it is supervised."""
         return self.skeleton.answers[extent.turn] if extent.is_supervised else None

@@ -30,12 +30,16 @@ def system_in_front(turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 @dataclass(frozen=True, slots=True)
 class TurnSpan:
-    """The tokens of a turn in an example: `start` to `stop` (exclusive), including its end-of-turn token."""
+    """The tokens of a turn in an example: `start` to `stop` (exclusive), including its end-of-turn token.
+
+    `note` says for display what else a model turn holds: "reasoning", "calls get_weather".
+    """
 
     turn: int
     role: str
     start: int
     stop: int
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class SupervisedSpan:
 
     The last `num_end` labels are end-of-turn tokens; there are none if the turn was truncated. `content` is the model
     turn where the template writes more than its text (an opening, reasoning, tool calls); the labels must hold it, too.
+    `openings` is what stands in front of what the data say, and whether that is supervised.
     """
 
     turn: int
@@ -52,6 +57,7 @@ class SupervisedSpan:
     text: str
     num_end: int = 1
     content: Turn | None = None
+    openings: tuple[tuple[str, bool], ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -115,6 +121,7 @@ class RenderedConversation:
     source: str = ""
     spelled: int = field(default=0, compare=False)  # counted, not stored
     has_reasoning: bool = field(default=False, compare=False)  # in a model turn of the data; likewise
+    openings: tuple[tuple[str, bool], ...] = field(default=(), compare=False)  # of the supervised turns; likewise
 
 
 @dataclass(slots=True)

@@ -260,8 +260,9 @@ class JinjaFormat:
                 tokenized.labels[start:stop] = tokenized.input_ids[start:stop]
                 supervised = without_reasoning(turn) if self.masks_reasoning else turn
                 content = None if text == turn.text else supervised
-                tokenized.supervised_spans.append(SupervisedSpan(number, start, stop, text, num_end, content))
-            tokenized.turn_spans.append(TurnSpan(number, turn.role, start, stop))
+                openings = rendered.skeleton.openings(extent.turn, masks_reasoning=self.masks_reasoning)
+                tokenized.supervised_spans.append(SupervisedSpan(number, start, stop, text, num_end, content, openings))
+            tokenized.turn_spans.append(TurnSpan(number, turn.role, start, stop, rendered.note(extent.turn)))
         return tokenized
 
     def _end_id(self, token: str) -> int:

@@ -234,6 +234,7 @@ class Renderer:
         return RenderedConversation(
             conversation.row, conversation.id, status, examples, reason, conversation.source, outcome.spelled,
             has_reasoning,
+            tuple(pair for window in outcome.windows for span in window.supervised_spans for pair in span.openings),
         )  # fmt: skip
 
 

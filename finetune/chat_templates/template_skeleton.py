@@ -26,6 +26,7 @@ from finetune.conversation import Conversation, ToolCall, Turn
 _TEXT, _REASONING, _ANSWER, _JSON = "\ue002", "\ue003", "\ue004", "\ue005"
 _PARTS = {_TEXT: "text", _REASONING: "reasoning", _ANSWER: "answer"}
 _MARK = re.compile(f"\ue000(\\d+)([{_TEXT}{_REASONING}{_ANSWER}{_JSON}])\ue001")
+_EMPTY_REASONING = re.compile(rf"\s*(?:{REASONING_BEGIN})?\s*{REASONING_END}\s*")
 _SPACE = "\n\n\n"  # more than templates write themselves
 _SPACED_BEGIN, _SPACED_END = f"{REASONING_BEGIN}{_SPACE}", f"{_SPACE}{REASONING_END}{_SPACE}"
 _DUMMY = "q0x"  # part of each name and value of the placeholders of tools
@@ -52,13 +53,15 @@ class Slot(NamedTuple):
 class Answer:
     """The characters that a model turn is supervised on, its end tokens included.
 
-    Pieces differ between conversations only where declarations and calls are: in their middle.
+    `served_opening` is what the prompt of serving has behind the header of the turn (`<think>`). Pieces differ between
+    conversations only where declarations and calls are: in their middle.
     """
 
     begin: tuple[int, int]  # index of the piece, characters from its start
     end: tuple[int, int]  # index of the piece, characters to its end
     end_tokens: tuple[str, ...]
     is_appended: bool = False  # the text ends without the end token
+    served_opening: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,22 @@ class TemplateSkeleton:
     is_separate: bool = False
     system_in_front: bool = False
     rules: tuple[str, ...] = ()
+
+    def openings(self, number: int, *, masks_reasoning: bool) -> tuple[tuple[str, bool], ...]:
+        """What stands between the header of an answer and what the data say, and whether it is supervised."""
+        answer = self.answers[number]
+        first, offset = answer.begin
+        written = self.pieces[first][offset:]
+        own = self.slots[first] if first < len(self.slots) else None
+        if own is None or own.turn != number:  # a call, whose syntax is no opening
+            match = _EMPTY_REASONING.match(written)
+            written = match[0] if match else ""
+        is_masked = masks_reasoning and own is not None and own.part == "reasoning"
+        return tuple(
+            (text, supervised)
+            for text, supervised in ((answer.served_opening, False), (written, not is_masked))
+            if text.strip()
+        )
 
     def with_pieces(self, pieces: Sequence[str], slots: Sequence[Slot]) -> TemplateSkeleton | None:
         """This skeleton with the pieces of one conversation with tools; None if its answers are not at their edges."""

@@ -23,7 +23,7 @@ from finetune.models.loader import code_note
 from finetune.report.data_statistics import statistics_section
 from finetune.report.html_pages import PreviewPage, check_replaceable, render_preview, write_page
 from finetune.report.preview_terminal import PreviewTerminal, harmless
-from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of
+from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of, turns_of
 from finetune.run_dir.eval_results import ResultSection
 from finetune.training.data_setup import check_data, prepare_run_data
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
@@ -231,7 +231,7 @@ def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_seg
     for number, example in enumerate(rendering.examples, start=1):
         if len(rendering.examples) > 1:
             terminal.say([(f"window {number} of {len(rendering.examples)}", "bold")])
-        terminal.say_segments(in_segments(example))
+        terminal.say_turns(turns_of(example, in_segments(example)))
 
 
 # ---- as a page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from finetune.utils.user_files import from_json
 STATUSES = ("kept", "cut", "split", "dropped")
 HISTOGRAM_BINS = 24
 BARS = " ▁▂▃▄▅▆▇█"
-SHOWN_REASONS = SHOWN_SOURCES = 5
+SHOWN_REASONS = SHOWN_SOURCES = SHOWN_OPENINGS = 5
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class DataSummary:
     stayed text; `with_reasoning` rows have reasoning in a model turn. `reasons` counts rows that were cut, split or
     dropped by kind of reason. `length_histogram` counts the examples in equal bins from 0 to `longest` tokens;
     `length_percentiles` are the 50th, 90th and 99th. `repeated_tokens` are those of turns that an earlier example of
-    the same row has, too. `examples_by_source` has the sources in the order of the data.
+    the same row has, too. `examples_by_source` has the sources in the order of the data. `written_openings` and
+    `served_openings` count the answers in front of which the model, or the prompt of serving, writes a text.
     """
 
     rows: int
@@ -50,6 +52,8 @@ class DataSummary:
     with_reasoning: int = 0
     tokens_by_source: dict[str, int] = field(default_factory=dict)
     supervised_by_source: dict[str, int] = field(default_factory=dict)
+    written_openings: dict[str, int] = field(default_factory=dict)
+    served_openings: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> DataSummary:
@@ -86,6 +90,12 @@ class DataSummary:
             rows.append(("Source", f"{name}: {tokens:,} tokens ({tokens / self.tokens:.1%}), {supervised}"))
         if len(by_tokens) > SHOWN_SOURCES:
             rows.append(("Source", f"... and {len(by_tokens) - SHOWN_SOURCES:,} more, each with fewer tokens"))
+        for openings, who in (
+            (self.written_openings, "the model writes it (supervised)"),
+            (self.served_openings, "serving writes it (not supervised)"),
+        ):
+            for text, count in sorted(openings.items(), key=lambda text_and_count: -text_and_count[1])[:SHOWN_OPENINGS]:
+                rows.append(("Opening", f"{json.dumps(text, ensure_ascii=False)} in front of {count:,} answers: {who}"))
         if self.spelled:
             rows.append(("Spelled", f"{self.spelled:,} rows spell a control token; it is read as plain text"))
         return rows
@@ -120,6 +130,8 @@ class DataTally:
     examples_by_source: Counter[str] = field(default_factory=Counter)
     tokens_by_source: Counter[str] = field(default_factory=Counter)
     supervised_by_source: Counter[str] = field(default_factory=Counter)
+    written_openings: Counter[str] = field(default_factory=Counter)
+    served_openings: Counter[str] = field(default_factory=Counter)
     faults: RowFaults = field(default_factory=RowFaults)
     unreadable: bool = False
 
@@ -134,6 +146,8 @@ class DataTally:
             self.examples_by_source[row.source] += len(row.examples)
             self.counts["spelled"] += bool(row.spelled)
             self.counts["with_reasoning"] += row.has_reasoning
+            for text, is_supervised in row.openings:
+                (self.written_openings if is_supervised else self.served_openings)[text] += 1
             if row.reason:
                 self.reasons[kind_of(row.reason)] += 1
             seen: set[int] = set()
@@ -187,6 +201,8 @@ class DataTally:
             with_reasoning=self.counts["with_reasoning"],
             tokens_by_source=dict(self.tokens_by_source),
             supervised_by_source=dict(self.supervised_by_source),
+            written_openings=dict(self.written_openings),
+            served_openings=dict(self.served_openings),
         )
 
 

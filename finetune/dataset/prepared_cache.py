@@ -60,9 +60,9 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
     """Build an Arrow record batch of all examples.
 
     Columns: `input_ids`, `labels` (lists of int32), `length`, `num_supervised`, `row`, `window` (int32), `source` and
-    `id` (strings; the id as JSON), `turn_spans` (a list of {turn, role, start, stop}), `answer_numbers` (a list of
-    uint8, one per supervised token: which answer of its conversation it belongs to, from 0; see `LossCells`), `weights`
-    (a list of doubles, one per supervised token; empty if all are 1).
+    `id` (strings; the id as JSON), `turn_spans` (a list of {turn, role, start, stop, note}), `answer_numbers` (a list
+    of uint8, one per supervised token: which answer of its conversation it belongs to, from 0; see `LossCells`),
+    `weights` (a list of doubles, one per supervised token; empty if all are 1).
     """
     rendered = [(rendering, example) for rendering in renderings for example in rendering.examples]
     examples = [example for _, example in rendered]
@@ -103,8 +103,9 @@ def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:
                     pa.array([span.role for span in spans], pa.string()),
                     pa.array(first_tokens),
                     pa.array([span.stop for span in spans], pa.int32()),
+                    pa.array([span.note for span in spans], pa.string()),
                 ],
-                ["turn", "role", "start", "stop"],
+                ["turn", "role", "start", "stop", "note"],
             ),
         ),
         "answer_numbers": pa.ListArray.from_arrays(supervised_starts, answer_of_tokens),

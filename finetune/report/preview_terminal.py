@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from finetune.chat_templates.text_segments import Segment
 from finetune.report.html_pages import SHAPELESS, name_of
+from finetune.run_dir.data_samples import TurnSample
 
 CONTEXT, SUPERVISED, CONTROL, END = "dim", "bold green", "reverse magenta", "reverse green"
 
@@ -36,8 +37,29 @@ class PreviewTerminal:
         else:
             self.say(["context  ⟦supervised⟧  «control token»  ⟦«end of turn»⟧"])
 
+    def say_turns(self, turns: Sequence[TurnSample]) -> None:
+        """Print an example, each turn under a line with its role and what it is."""
+        between: list[Segment] = []
+        parts: list[tuple[str, list[Segment]]] = [("", [])]
+        for turn in turns:
+            if turn.role is None:
+                between += turn.pieces
+                continue
+            if sum(segment.is_control for segment in between) > 1 and between[0].is_control:
+                parts[-1][1].append(between.pop(0))  # the end of the turn before it
+            if parts[-1][1] and between and not between[0].text.strip():
+                parts[-1][1].append(between.pop(0))
+            parts.append((", ".join([turn.role, *turn.facts]), [*between, *turn.pieces]))
+            between = []
+        parts[-1][1].extend(between)
+        for label, segments in parts:
+            if label:
+                self.say([(harmless(f"── {label}"), "cyan")])
+            if segments:
+                self.say_segments(segments)
+
     def say_segments(self, segments: Sequence[Segment]) -> None:
-        """Print an example. An arrow marks the label of a position whose input is another token."""
+        """Print segments. An arrow marks the label of a position whose input is another token."""
         if self.in_colour:
             self.say([(_shown(segment), _style(segment)) for segment in segments])
             return

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.chat_templates import Example, RenderedConversation
+from finetune.chat_templates import Example, RenderedConversation, TurnSpan
 from finetune.chat_templates.text_segments import Segment, Segmenter
 from finetune.utils.atomic_io import replace_text
 from finetune.utils.errors import StorageError, os_reason
@@ -25,6 +25,13 @@ class TurnSample:
 
     role: str | None
     pieces: Sequence[Segment]
+    note: str = ""
+
+    @property
+    def facts(self) -> list[str]:
+        """What it is besides its role: reasoning, calls, and whether it is supervised."""
+        supervised = any(segment.is_supervised for segment in self.pieces)
+        return [*filter(None, [self.note]), "supervised" if supervised else "context"]
 
     @property
     def text(self) -> str:
@@ -59,7 +66,7 @@ def sample_of(rendering: RenderedConversation, in_segments: Segmenter) -> RowSam
         tokens=tokens,
         supervised=supervised,
         reason=reason_of(rendering) or None,
-        examples=[_turns(example, in_segments(example)) for example in rendering.examples],
+        examples=[turns_of(example, in_segments(example)) for example in rendering.examples],
         prompt=_prompt(rendering.examples[0]) if rendering.examples else (),
     )
 
@@ -69,9 +76,11 @@ def _prompt(example: Example) -> list[int]:
     return example.input_ids[:start] if example.labels[start] == example.input_ids[start] else []
 
 
-def _turns(example: Example, segments: Sequence[Segment]) -> list[TurnSample]:
-    roles: dict[int | None, str] = {span.turn: span.role for span in example.turn_spans}
-    return [TurnSample(roles.get(turn), list(run)) for turn, run in groupby(segments, lambda segment: segment.turn)]
+def turns_of(example: Example, segments: Sequence[Segment]) -> list[TurnSample]:
+    """Return the turns of an example, and what the template writes between them."""
+    spans: dict[int | None, TurnSpan] = {span.turn: span for span in example.turn_spans}
+    runs = ((spans.get(turn), list(run)) for turn, run in groupby(segments, lambda segment: segment.turn))
+    return [TurnSample(span.role, run, span.note) if span else TurnSample(None, run) for span, run in runs]
 
 
 def counts(rendering: RenderedConversation) -> tuple[int, int]:
@@ -131,7 +140,7 @@ def _shortened(sample: RowSample) -> RowSample:
                 if text:
                     pieces.append(replace(segment, text=text))
             if pieces:
-                turns.append(TurnSample(turn.role, pieces))
+                turns.append(replace(turn, pieces=pieces))
         if turns:
             examples.append(turns)
     return replace(sample, examples=examples, unshown=unshown, prompt=() if unshown else sample.prompt)
@@ -140,7 +149,7 @@ def _shortened(sample: RowSample) -> RowSample:
 def _from_json(values: dict[str, Any]) -> RowSample:
     def turn_of(turn: dict[str, Any]) -> TurnSample:
         pieces = [from_json(Segment, {"turn": None, **piece}, "a piece:") for piece in turn["pieces"]]
-        return TurnSample(None if turn["role"] is None else str(turn["role"]), pieces)
+        return TurnSample(None if turn["role"] is None else str(turn["role"]), pieces, str(turn.get("note", "")))
 
     return RowSample(
         source=str(values["source"]),

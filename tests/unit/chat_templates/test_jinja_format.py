@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from datetime import UTC, date, datetime
 
 import pytest
 
 from finetune.chat_templates import IGNORE_INDEX, JinjaFormat
+from finetune.dataset.data_summary import DataTally
 from finetune.utils.errors import ConfigError, DataError
 from tests.helpers.template_checks import CONVERSATIONS, check, messages, rendered, runs
 
@@ -71,6 +73,35 @@ def test_white_space_that_control_tokens_swallow_is_no_part_of_a_turn(smol_token
     tokenizer.chat_template = "{% for m in messages %}{{ '<|assistant|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     turns = [("human", "\n a \n"), ("model", "\n\n b \n\n"), ("human", " c"), ("model", "d ")]
     check(tokenizer, rendered(JinjaFormat(tokenizer, tokenizer.chat_template, "x"), turns), turns)
+
+
+OPENING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ WRITTEN }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + (SERVED) }}{% endif %}"
+)
+BLOCK, OPEN, CLOSE, HEADER = "<think>\n\n</think>\n\n", "<think>\n", "\n</think>\n\n", "<|channel|>final"
+MODEL, SERVING = "the model writes it (supervised)", "serving writes it (not supervised)"
+
+
+@pytest.mark.parametrize(
+    ("written", "served", "openings"),
+    [
+        ("", "", []),
+        (BLOCK, "", [(BLOCK, MODEL)]),
+        (BLOCK, BLOCK, [(BLOCK, SERVING)]),
+        (HEADER, HEADER, [(HEADER, SERVING)]),
+        ("", OPEN, [(CLOSE, MODEL), (OPEN, SERVING)]),
+    ],
+)
+def test_the_opening_in_front_of_answers_is_named(smol_tokenizer, written, served, openings):
+    template = OPENING.replace("WRITTEN", repr(written)).replace("SERVED", repr(served))
+    tally = DataTally()
+    turns = [("human", "a"), ("model", "b"), ("human", "c"), ("model", "d")]
+    tally.add([rendered(JinjaFormat(smol_tokenizer, template, "x"), turns)])
+    assert [text for label, text in tally.summary().described() if label == "Opening"] == [
+        f"{json.dumps(opening)} in front of 2 answers: {who}" for opening, who in openings
+    ]
 
 
 def test_a_template_that_counts_on_the_contents_is_refused_where_it_rewrites_them(smol_tokenizer):

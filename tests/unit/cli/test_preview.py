@@ -50,12 +50,19 @@ def shown_rows(out: str) -> list[int]:
 def test_a_row_without_colour(show):
     lines = show([TALK]).splitlines()
     assert lines[0] == "context  ⟦supervised⟧  «control token»  ⟦«end of turn»⟧"
-    assert lines[2:4] == [
+    assert lines[2:11] == [
         "rows.json, row 0, id 0: kept, 31 tokens, 19 supervised (61.3%)",
-        "«<human>»Hi«<model>»⟦Yes«→</s>»⟧«<human>»</s>[b]«<model>»⟦好👩‍👧«</s>»⟧",
+        "── human, context",
+        "«<human>»Hi",
+        "── model, supervised",
+        "«<model>»⟦Yes«→</s>»⟧",
+        "── human, context",
+        "«<human>»</s>[b]",
+        "── model, supervised",
+        "«<model>»⟦好👩‍👧«</s>»⟧",
     ]
-    assert lines[5] == "rows.json in lingowhale"
-    assert lines[6].split() == "rows 1: 1 kept, 0 cut, 0 split, 0 dropped".split()
+    assert lines[12] == "rows.json in lingowhale"
+    assert lines[13].split() == "rows 1: 1 kept, 0 cut, 0 split, 0 dropped".split()
 
 
 def test_a_row_in_colour(show, monkeypatch):
@@ -63,7 +70,9 @@ def test_a_row_in_colour(show, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     out = show([TALK])
     assert "\x1b[2mHi\x1b[0m" in out
-    assert "\x1b[1;32mYes\x1b[0m\x1b[7;32m→</s>\x1b[0m\x1b[7;35m<human>\x1b[0m" in out
+    assert (
+        "\x1b[1;32mYes\x1b[0m\x1b[7;32m→</s>\x1b[0m\n\x1b[36m── human, context\x1b[0m\n\x1b[7;35m<human>\x1b[0m" in out
+    )
     assert "⟦" not in out
     monkeypatch.setenv("NO_COLOR", "1")
     assert "⟦Yes«→</s>»⟧" in show([TALK])
@@ -71,7 +80,7 @@ def test_a_row_in_colour(show, monkeypatch):
 
 def test_data_cannot_steer_the_terminal(show):
     out = show([[("human", "\x1b[31mred\x07 \u202egnp.exe"), ("model", "[/dim] ok\r")]])
-    assert "«<human>»‹U+001B›[31mred‹U+0007› ‹U+202E›gnp.exe«<model>»⟦[/dim] ok‹U+000D›«</s>»⟧" in out
+    assert "«<human>»‹U+001B›[31mred‹U+0007› ‹U+202E›gnp.exe\n" in out and "«<model>»⟦[/dim] ok‹U+000D›«</s>»⟧" in out
     assert not set("\x1b\x07\u202e\r") & set(out)
 
 
@@ -135,8 +144,8 @@ def test_data_that_training_would_refuse_is_shown_and_said(show):
 def test_the_windows_of_a_split_row(show):
     turns = [("human", "One?"), ("model", "First."), ("human", "Two?"), ("model", "Second.")]
     out = show([turns], "--model_max_length", 16, "--too_long", "windows")
-    assert "\nwindow 1 of 2\n«<human>»One?«<model>»⟦First.«</s>»⟧\n" in out
-    assert "\nwindow 2 of 2\n«<human>»Two?«<model>»⟦Second.«</s>»⟧\n" in out
+    assert "\nwindow 1 of 2\n── human, context\n«<human>»One?\n── model, supervised\n«<model>»⟦First.«</s>»⟧\n" in out
+    assert "\nwindow 2 of 2\n── human, context\n«<human>»Two?\n── model, supervised\n«<model>»⟦Second.«</s>»⟧\n" in out
     assert "repeated" not in out
 
 
@@ -186,7 +195,7 @@ def test_a_page_of_the_same_rows(show, tmp_path):
     html = page.read_text("utf-8")
     assert '<mark class="supervised">Yes</mark><bdi class="control end unread"' in html
     assert "<b>" not in html and "Rows not kept whole: 1" in html
-    assert '<div class="turn human"><div class="role">human</div>' in html
+    assert '<div class="turn human"><div class="who"><div class="role">human</div>' in html
 
 
 def test_statistics_in_the_terminal_and_on_the_page(show, tmp_path, monkeypatch):

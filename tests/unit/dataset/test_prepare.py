@@ -62,7 +62,7 @@ def test_what_is_prepared_is_what_is_rendered(conversation_file, renderer, tmp_p
         assert row["num_supervised"] == example.num_supervised
         assert (row["row"], row["window"], row["source"]) == (example.row, 0, str(conversation_file))
         assert [tuple(span.values()) for span in row["turn_spans"]] == [
-            (span.turn, span.role, span.start, span.stop) for span in example.turn_spans
+            (span.turn, span.role, span.start, span.stop, span.note) for span in example.turn_spans
         ]
     assert data.examples.with_format("numpy")[0]["input_ids"].dtype == "int64"
 

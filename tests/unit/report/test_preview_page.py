@@ -64,6 +64,10 @@ def test_calls_and_reasoning_are_supervised_and_declarations_and_results_are_not
     (rendering,) = Renderer(chat_format, 400).render_all([conversation])
     page = Document(html_pages.render_preview(a_page([sample_of(rendering, segmenter(chat_format))])))
     assert page.inside("role")[-4:] == ["human", "model", "tool", "model"]
+    facts = ["context", "calls find_book, supervised", "context", "reasoning, supervised"]
+    assert page.inside("who")[-4:] == [
+        f"{role}\n{fact}" for role, fact in zip(page.inside("role")[-4:], facts, strict=True)
+    ]
     learned = "\n".join(page.inside("supervised")[1:])
     assert '{"name": "find_book", "arguments": {"title": "The Sea"}}' in learned and "On shelf 4." in learned
     assert (
