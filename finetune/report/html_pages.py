@@ -6,6 +6,8 @@ code, each turn keeps its own writing direction, and the page's policy forbids r
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ from finetune.utils.atomic_io import replacing
 from finetune.utils.errors import ConfigError
 
 PREVIEW, REPORT = "finetune preview", "finetune report"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+STATUSES = ("kept", "cut", "split", "dropped")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 HEAD_BYTES = 1024  # the generator is named within these
 # Without a shape, or changing how others are read: controls, soft hyphen, zero widths, directions, hidden tags.
 # The joiner inside an emoji and the tags behind a flag belong to their picture and stay.
@@ -50,12 +53,27 @@ class PreviewPage:
     num_not_kept: int
     statistics: ResultSection | None = None
 
+    def statuses(self) -> list[str]:
+        """Return which statuses the rows of the page have."""
+        seen = {card.status for card in self.cards} | {status for _, _, status, _ in self.not_kept}
+        return [status for status in STATUSES if status in seen]
+
 
 def render_preview(page: PreviewPage) -> str:
-    """Return the page of `finetune preview`; it has no script, and its policy forbids any."""
-    return render(
-        "preview.html", page=page, title=page.title, generator=PREVIEW, policy=POLICY, style=asset("base.css")
-    )
+    """Return the page of `finetune preview`."""
+    return render_page("preview.html", page=page, title=page.title, generator=PREVIEW, style=asset("base.css"))
+
+
+def render_page(template: str, *, scripts: Sequence[str] = (), policy: str = "", **values: Any) -> str:
+    """Render a whole page. Its policy lets `scripts` and the one that translates labels run, by their hashes."""
+    scripts = (asset("labels.js"), *scripts)
+    policy = f"{POLICY}; script-src {' '.join(map(_hash, scripts))}{policy}"
+    return render(template, scripts=scripts, policy=policy, **values)
+
+
+def _hash(script: str) -> str:
+    """Name a script as a policy does, by the text between its tags."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode()}'"
 
 
 # ---- templates

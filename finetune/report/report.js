@@ -60,20 +60,20 @@
       if (choice.hidden.includes(number)) return;
       if (plot.grouped) {
         Object.entries(run.groups[plot.key]).forEach(([name, values], place) => {
-          const named = plot.key === "loss_by_turn" ? `answer ${name}` : name;
+          const named = plot.key === "loss_by_turn" ? label(`answer ${name}`) : name;
           found.push(...line(run, values, several ? `${run.name}: ${named}` : named, colour(place),
             DASHES[number % DASHES.length], smooth));
         });
         return;
       }
       const values = run.columns[plot.key].map((value) => value === null ? null : value * plot.scale);
-      const name = several ? run.name : plot.key === "loss" ? "training" : plot.title;
+      const name = several ? run.name : label(plot.key === "loss" ? "training" : plot.title);
       if (values.some((value) => value !== null))
         found.push(...line(run, values, name, colour(number), "solid", smooth));
       if (plot.key === "loss" && run.evaluations.loss.length) {
         const shade = several ? colour(number) : colour(1);
         found.push({ x: run.evaluations.x[choice.x], y: run.evaluations.loss, type: "scatter",
-          name: several ? plain(`${run.name}, evaluation`) : "evaluation", mode: "lines+markers",
+          name: several ? plain(label(`${run.name}, evaluation`)) : label("evaluation"), mode: "lines+markers",
           line: { color: shade, width: 2, dash: "dot" }, marker: { color: shade, size: 8, symbol: "diamond" },
           hovertemplate: "%{y}" });
       }
@@ -102,7 +102,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink"), size: 12 },
       xaxis: { ...axis, spikecolor: ink, spikethickness: 1, spikedash: "dot",
         hoverformat: choice.x === "step" ? "d" : ",.3~s",
-        title: { text: units[choice.x], standoff: 6, font: { size: 11.5, color: ink } } },
+        title: { text: label(units[choice.x]), standoff: 6, font: { size: 11.5, color: ink } } },
       yaxis: { ...axis, ticksuffix: plot.unit ? ` ${plot.unit}` : "",
         rangemode: plot.key.startsWith("l") ? "normal" : "tozero" },  // losses and the learning rate
       hovermode: choice.x === "step" ? "x unified" : "closest",
@@ -120,6 +120,13 @@
   const OPTIONS = { responsive: true, displaylogo: false, doubleClick: "reset", showTips: false,
     showSendToCloud: false, plotlyServerURL: "", modeBarButtons: [["toImage", "resetScale2d"]] };
 
+  // No more ticks than steps are shown, so that all are integers.
+  function wholeSteps(drawn) {
+    const [from, to] = drawn.layout.xaxis.range, span = Math.ceil(to - from);
+    const nticks = choice.x === "step" && span < 20 ? Math.min(span, Math.ceil(drawn.clientWidth / 70)) : 0;
+    if ((drawn.layout.xaxis.nticks || 0) !== nticks) return Plotly.relayout(drawn, { "xaxis.nticks": nticks });
+  }
+
   function caption(plot) {
     if (plot.grouped || numbers.runs.length > 1) return "";
     const value = last(numbers.runs[0].columns[plot.key]);
@@ -133,7 +140,7 @@
     figure.id = `plot-${plot.key}`;
     figure.className = plot.key === "loss" || plot.grouped ? "plot large" : "plot";
     const head = document.createElement("figcaption"), drawn = document.createElement("div");
-    head.append(plot.title, document.createElement("span"));
+    head.append(label(plot.title), document.createElement("span"));
     drawn.className = "drawing";
     figure.append(head, drawn);
     if (plot.key === "loss") {
@@ -141,7 +148,7 @@
       note.className = "marks";
       figure.append(note);
     }
-    byId("plots").append(figure);
+    byId(plot.key === "loss" ? "first" : "plots").append(figure);
     return figure;
   }
 
@@ -151,7 +158,7 @@
     const lost = numbers.runs.some((run) => run.lost.length), resumed = numbers.runs.some((run) => run.resumed.length);
     const thinned = numbers.runs.some((run) => run.x.step.length < run.logged);
     note.textContent = [lost && "dotted: a non-finite step", resumed && "dashed: resumed from a checkpoint",
-      thinned && "of neighbouring steps the lowest and highest are drawn"].filter(Boolean).join(" · ");
+      thinned && "of neighbouring steps the lowest and highest are drawn"].filter(Boolean).map(label).join(" · ");
   }
 
   function draw() {
@@ -163,7 +170,10 @@
     return Promise.all(numbers.plots.map((plot, number) => {
       const figure = figures[number], found = traces(plot);
       figure.querySelector("figcaption span").textContent = caption(plot);
-      return Plotly.react(figure.querySelector(".drawing"), found, layout(plot, found), OPTIONS);
+      const drawn = figure.querySelector(".drawing"), isNew = !drawn.on;
+      const done = Plotly.react(drawn, found, layout(plot, found), OPTIONS).then(() => wholeSteps(drawn));
+      if (isNew) drawn.on("plotly_relayout", () => wholeSteps(drawn));
+      return done;
     }));
   }
 
@@ -189,8 +199,8 @@
       runs.append(made);
     });
     if (numbers.runs.some((run) => run.x.seconds.some(Boolean)))
-      Object.entries(AXES).forEach(([x, name]) => axes.append(button(name, choice.x === x, () => { choice.x = x; })));
-    const smooth = button("smooth", isSmooth(), () => { choice.smooth = !isSmooth(); });
+      Object.entries(AXES).forEach(([x, name]) => axes.append(button(label(name), choice.x === x, () => { choice.x = x; })));
+    const smooth = button(label("smooth"), isSmooth(), () => { choice.smooth = !isSmooth(); });
     byId("tools").replaceChildren(runs, ...(axes.childElementCount ? [axes] : []), smooth);
   }
 
@@ -235,7 +245,9 @@
       const news = await answer.json();
       for (const [name, html] of Object.entries(news.parts)) {
         const part = document.querySelector(`[data-part="${name}"]`);
-        if (shown[name] !== html) part.innerHTML = shown[name] = html;
+        if (shown[name] === html) continue;
+        part.innerHTML = shown[name] = html;
+        label.translate(part);
       }
       numbers = news.numbers;
       tools();

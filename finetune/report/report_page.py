@@ -1,13 +1,11 @@
-"""A report as one self-contained HTML document: style, numbers, plotly.js and a short script of ours.
+"""A report as one self-contained HTML document: style, numbers, plotly.js and two short scripts of ours.
 
-The policy of the page lets exactly these two scripts run, by their hashes, and forbids every request. Numbers and names
+The policy of the page lets exactly these scripts run, by their hashes, and forbids every request. Numbers and names
 travel as JSON in an element that is never run. All other text is escaped.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -22,15 +20,14 @@ from finetune.diagnostics import likely_cause
 from finetune.inference.run_result import read_result
 from finetune.report import report_tables, run_outcome
 from finetune.report.curves import plot_data
-from finetune.report.html_pages import POLICY, REPORT, asset, check_replaceable, render, write_page
+from finetune.report.html_pages import REPORT, asset, check_replaceable, render, render_page, write_page
 from finetune.report.run_reader import RunRecord, read_run
 from finetune.report.sample_answers import generate_answers, prompts_of, reason_not_answered, write_answers
 from finetune.run_dir.run_json import RUN_FILE
 from finetune.utils.errors import ConfigError, FinetuneError
 from finetune.utils.user_files import MALFORMED
 
-REPORT_POLICY = f"{POLICY}; img-src data: blob:; base-uri 'none'; form-action 'none'"
-PARTS = ("head", "body")
+PARTS = ("head", "answers", "body")
 
 
 def render_report(runs: Sequence[RunRecord], *, every: float | None = None, served: bool = False) -> str:
@@ -40,23 +37,22 @@ def render_report(runs: Sequence[RunRecord], *, every: float | None = None, serv
         every: seconds after which the page looks for changes; None: never.
         served: by `live_server`, which the page may ask, instead of reloading itself from the disk.
     """
-    scripts, (parts, numbers) = (plotly_script(), asset("report.js")), render_state(runs)
-    policy = f"{REPORT_POLICY}; script-src {' '.join(map(_hash, scripts))}" + ("; connect-src 'self'" if served else "")
-    return render(
+    parts, numbers = render_state(runs)
+    return render_page(
         "report.html",
         title=title(runs),
         parts=parts,
         generator=REPORT,
-        policy=policy,
+        policy="; img-src data: blob:" + ("; connect-src 'self'" if served else ""),
         style=asset("base.css") + asset("report.css"),
         numbers=as_script_data(numbers),
-        scripts=scripts,
+        scripts=(plotly_script(), asset("report.js")),
         every=every,
     )
 
 
 def render_state(runs: Sequence[RunRecord]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return what changes during a run: the HTML above and below the plots by name, and the numbers of the plots."""
+    """Return what changes during a run: the HTML around the plots by name, and the numbers of the plots."""
     try:
         values = {
             "runs": runs,
@@ -95,11 +91,6 @@ def plotly_script() -> str:
     if path is None or not path.is_file():
         raise ConfigError("plotly is not installed, the report draws with it: pip install plotly")
     return path.read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    """Name a script as a policy does, by the text between its tags."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode()}'"
 
 
 FILE = "report.html"

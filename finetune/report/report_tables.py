@@ -97,11 +97,12 @@ def _default(name: str) -> str:
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One answer to a prompt: `kind` is before, after or data."""
+    """One answer to a prompt: `kind` is before, after or data; `is_cut`: it does not end by itself."""
 
     label: str
     kind: str
     text: str
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ def answers(runs: Sequence[RunRecord]) -> list[AnsweredPrompt]:
             prompt = answered.prompt
             rows = by_prompt.setdefault(tuple((turn.role, turn.text) for turn in prompt.turns), [])
             if all(row.text != answered.before for row in rows if row.kind == "before"):
-                rows.append(AnswerRow("before", "before", answered.before))
-            rows.append(AnswerRow("after" if len(runs) == 1 else run.name, "after", answered.after))
+                rows.append(AnswerRow("before", "before", answered.before, "before" in answered.cut))
+            label = "after" if len(runs) == 1 else run.name
+            rows.append(AnswerRow(label, "after", answered.after, "after" in answered.cut))
             if prompt.expected is not None and all(row.kind != "data" for row in rows):
                 rows.append(AnswerRow("in the data", "data", prompt.expected))
     order = ("before", "after", "data")
@@ -137,9 +139,7 @@ def answers_note(runs: Sequence[RunRecord]) -> str:
         hurried = any(answered.hurried for answers in stored for answered in answers.answered)
         note = f"Greedy decoding, at most {stored[0].new_tokens} tokens each."
         return note + (" Time ran out: some are cut off; finetune report OUTPUT generates them in full." * hurried)
-    if runs[0].state == "complete":
-        return f"None were made yet: finetune report {runs[0].folder} makes them."
-    return "There is no result yet that could answer."
+    return f"None were made yet: finetune report {runs[0].folder} makes them."
 
 
 def quoted(path: Path) -> str:

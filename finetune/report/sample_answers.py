@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from finetune.conversation import Role, Turn, to_row
-from finetune.inference.generate import AnswerGenerator
+from finetune.inference.generate import AnswerGenerator, AnswerStream
 from finetune.inference.load_result import MEMORY_FRACTION, LoadedModel, free_memory, load_for_inference
 from finetune.inference.run_result import RunResult
 from finetune.run_dir.data_samples import RowSample
@@ -43,12 +43,16 @@ class SamplePrompt:
 
 @dataclass(frozen=True)
 class PromptAnswers:
-    """A prompt, the base's answer and the result's; `hurried`: an answer was cut off by the time limit."""
+    """A prompt, the base's answer and the result's.
+
+    `cut` names those ("before", "after") that do not end by themselves; `hurried`: the time limit cut one off.
+    """
 
     prompt: SamplePrompt
     before: str
     after: str
     hurried: bool = False
+    cut: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def _answers_from_json(values: dict[str, Any]) -> PromptAnswers:
     turns = tuple(Turn(cast(Role, str(turn["from"])), str(turn["value"])) for turn in values["turns"])
     expected = None if values["expected"] is None else str(values["expected"])
     answers = str(values["before"]), str(values["after"])
-    return PromptAnswers(SamplePrompt(turns, expected), *answers, hurried=bool(values["hurried"]))
+    cut = tuple(map(str, values.get("cut") or ()))
+    return PromptAnswers(SamplePrompt(turns, expected), *answers, hurried=bool(values["hurried"]), cut=cut)
 
 
 def _identity(run: dict[str, Any]) -> dict[str, Any]:
@@ -128,6 +133,7 @@ def write_answers(folder: Path, run: dict[str, Any], answers: SampleAnswers) -> 
                 "before": answered.before,
                 "after": answered.after,
                 "hurried": answered.hurried,
+                "cut": answered.cut,
             }
             for answered in answers.answered
         ],
@@ -202,19 +208,27 @@ def generate_answers(
     except (RuntimeError, ValueError, ImportError) as error:  # from torch and transformers
         raise FinetuneError(f"{type(error).__name__}: {first_line(error)}") from error
     answered = tuple(
-        PromptAnswers(prompt, first, second, hurried=first_cut or second_cut)
-        for prompt, (first, first_cut), (second, second_cut) in zip(prompts, before, after, strict=True)
+        PromptAnswers(
+            prompt,
+            first.text,
+            second.text,
+            hurried=first_hurried or second_hurried,
+            cut=tuple(name for name, stream in (("before", first), ("after", second)) if not stream.ended),
+        )
+        for prompt, (first, first_hurried), (second, second_hurried) in zip(prompts, before, after, strict=True)
     )
     return SampleAnswers(new_tokens, answered)
 
 
 def _answer(
     loaded: LoadedModel, model: Any, prompt: SamplePrompt, new_tokens: int, clock: _Clock, each: Callable[[], Any]
-) -> tuple[str, bool]:
+) -> tuple[AnswerStream, bool]:
     """Return the answer, and whether the time limit cut it off."""
     limit, began = clock.next(), time.monotonic()
     generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
     options: dict[str, Any] = {} if limit is None else {"max_time": limit}
-    text = generator.answer(prompt.turns, prompt=prompt.ids, max_new_tokens=new_tokens, **options)
+    stream = generator.stream(prompt.turns, prompt=prompt.ids, max_new_tokens=new_tokens, **options)
+    for _ in stream:
+        pass
     each()
-    return text, limit is not None and time.monotonic() - began >= limit
+    return stream, limit is not None and time.monotonic() - began >= limit

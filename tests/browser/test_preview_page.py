@@ -8,7 +8,16 @@ from html.parser import HTMLParser
 import pytest
 
 from finetune.report import html_pages
-from tests.helpers.browsers import LEARNED_DARK, LEARNED_LIGHT, PAPER_DARK, PAPER_LIGHT, count, pixels, run_browser
+from tests.helpers.browsers import (
+    LEARNED_DARK,
+    LEARNED_LIGHT,
+    PAPER_DARK,
+    PAPER_LIGHT,
+    count,
+    open_page,
+    pixels,
+    run_browser,
+)
 from tests.helpers.preview_pages import CARDS, STATISTICS, Document, a_page
 
 
@@ -63,13 +72,30 @@ def test_what_a_browser_understands(tmp_path):
     found = json.loads(Found(dom).text)
     expected = Document(html_pages.render_preview(a_page())).inside("text")
     assert found["texts"] == expected and len(expected) == 14
-    assert (found["title"], found["cards"], found["scripts"]) == ("rows.json", len(CARDS), 0)
+    assert (found["title"], found["cards"], found["scripts"]) == ("rows.json", len(CARDS), 1)
     # A phone's width holds it without scrolling sideways, and no text is squeezed away.
     assert found["width"] == 400
     assert found["narrowest"] > 300 and found["lowest"] > 20
     assert 2_000 < found["height"] < 6_000
     assert found["directions"].count("rtl") == 1
     assert found["contrast"] == "rgb({}, {}, {})".format(*LEARNED_LIGHT)
+
+
+@pytest.mark.browser
+def test_rows_are_filtered_and_labels_are_in_the_language_of_the_reader(tmp_path):
+    (tmp_path / "page.html").write_text(html_pages.render_preview(a_page()), encoding="utf-8")
+    with open_page(width=390, offline=True, locale="zh-CN") as page:
+        page.goto((tmp_path / "page.html").as_uri())
+        for label, rows in (
+            ("截断", ["第 4 行"]),
+            ("丢弃", ["第 6 行"]),
+            ("全部", [f"第 {row} 行" for row in range(7)]),
+        ):
+            page.locator(".filter label", has_text=label).click()
+            assert page.locator(".card h3:visible").all_inner_texts() == rows
+            assert page.locator("tr.row:visible").count() == (label != "截断")
+        assert page.locator(".text").first.inner_text() == "Who are you? <|im_end|>"
+        assert page.locator(".reason").last.inner_text().startswith("the context before")
 
 
 @pytest.mark.browser

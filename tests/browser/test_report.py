@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -98,6 +99,35 @@ def test_every_plot_is_drawn_with_the_numbers_of_the_run(tmp_path):
             ".plot .scatterlayer .js-line", "all => all.map(one => one.getAttribute('d'))"
         )
         assert len(paths) == 12 and all(len(path) > 10 for path in paths)
+
+
+OURS = "h2, h3, dt, button, summary, figcaption, .tiles span, .legend > span, .state, .badge, .plot .xtitle, tr th"
+
+
+def test_labels_are_in_the_language_of_the_reader_and_the_data_stay(tmp_path):
+    folder = a_run(tmp_path / "training", answers=[answer("before", "loss", "after", cut=["after"])])
+    diagnostics.write_failure(folder, Failure("error", "the disk is full", run="run-1", also=("x",)))
+    with shown(tmp_path, folder, locale="zh-CN") as page:
+        texts = "all => all.filter(one => !one.closest('.flags, [translate=no]')).map(one => one.textContent.trim())"
+        ours = [text for text in page.eval_on_selector_all(OURS, texts) if text and text not in ("tokens", "token")]
+        assert [text for text in ours if not re.search("[一-鿿]", text)] == [] and len(ours) > 50
+        assert page.locator("h1 span").inner_text() == "training"
+        assert page.locator(".asked .text").all_inner_texts() == ["before", "loss", "after", "as it says"]
+        assert page.locator(".answer:has(.badge.cut) h3").all_inner_texts() == ["微调后"]
+        assert [one["name"] for one in drawn(page, "loss")] == ["训练", "验证"]
+    with shown(tmp_path, folder) as page:
+        assert not re.search("[一-鿿]", page.locator("h2").all_inner_texts()[1])
+
+
+def test_answers_stand_under_the_loss_and_few_steps_have_ticks_at_steps(tmp_path):
+    with shown(tmp_path, a_run(tmp_path / "one", lines=lines(4)), width=390) as page:
+        top = "name => document.querySelector(name).getBoundingClientRect().top"
+        places = [page.evaluate(top, name) for name in ("#plot-loss", ".asked", "#plot-grad_norm", ".plan")]
+        assert places == sorted(places)
+        ticks = "[...document.querySelectorAll('#plot-loss .xtick text')].map(one => one.textContent)"
+        until(page, f"{ticks}.join() === '1,2,3,4'")
+        edges = "all => all.map(one => one.getBoundingClientRect().right)"
+        assert max(page.eval_on_selector_all(".plan td", edges)) <= 390
 
 
 def test_it_can_be_used(tmp_path):

@@ -83,13 +83,17 @@ def test_nothing_in_the_data_becomes_an_element_and_nothing_is_fetched():
     tags = {tag for tag, _ in page.elements}
     assert tags <= set(
         "html head meta title style body input div h1 small section dl dt dd figure svg rect span figcaption p label "
-        "mark bdi h2 main article header h3 table tr th td i".split()
+        "mark bdi h2 main article header h3 table tr th td i script".split()
     )
     assert "mark" in tags
     assert not [name for _, attributes in page.elements for name in attributes if name in ("src", "href", "onerror")]
     assert html.count("</style>") == 1 and "url(" not in html and "@import" not in html
     policies = [attributes["content"] for _, attributes in page.elements if "http-equiv" in attributes]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    directives = dict(one.strip().split(" ", 1) for one in policies[0].split(";"))
+    assert directives["default-src"] == "'none'" and re.fullmatch(r"'sha256-[\w+/=]+'", directives["script-src"])
+    assert html.count("<script>") == 1 and set(directives) == {
+        *"default-src style-src script-src base-uri form-action".split()
+    }
 
 
 def test_each_turn_keeps_its_direction_and_names_its_language():
@@ -123,7 +127,7 @@ def test_bars_cover_all_lengths_once():
 
 def test_a_data_set_without_examples_or_losses():
     html = html_pages.render_preview(a_page([CARDS[6]], lengths=[0] * 24, longest=0, not_kept=[], num_not_kept=0))
-    assert "<svg" not in html and "not kept whole" not in html
+    assert "<svg" not in html and "<h2>Rows not kept whole" not in html
 
 
 INKS = {

@@ -44,11 +44,11 @@ def test_the_numbers_are_those_of_the_metrics(tmp_path):
     assert list(run["groups"]["loss_by_turn"]) == ["0", "1"]
 
 
-def test_only_our_two_scripts_may_run_and_nothing_is_fetched(tmp_path):
+def test_only_our_scripts_may_run_and_nothing_is_fetched(tmp_path):
     page = page_of(output_dir(tmp_path / "one"))
     run = [text for attributes, text in page.scripts if "type" not in attributes]
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
-    assert len(run) == 2 and all(f"'sha256-{one}'" in page.policy() for one in hashes)
+    assert len(run) == 3 and all(f"'sha256-{one}'" in page.policy() for one in hashes)
     directives = dict(one.strip().split(" ", 1) for one in page.policy().split(";"))
     assert directives["default-src"] == "'none'" and directives["img-src"] == "data: blob:"
     assert set(directives) == {"default-src", "style-src", "script-src", "img-src", "base-uri", "form-action"}
@@ -110,7 +110,7 @@ def test_hostile_text_is_text(tmp_path):
     page = page_of(folder)
     assert page.text.count("<script>document.title='gone'</script>") > 15
     assert {tag for tag, _ in page.elements} - {tag for tag, _ in plain.elements} <= {"pre", "i", "ul", "li", "article"}
-    assert len(page.scripts) == 3
+    assert len(page.scripts) == 4
     assert list(page.numbers()["runs"][0]["groups"]["loss_by_source"]) == [HOSTILE]
     html = render_report([read_run(folder)])
     numbers = html[html.index('id="numbers">') :].partition("</script>")[0]
@@ -209,7 +209,7 @@ def test_several_runs_lie_over_each_other(tmp_path):
     page = Page(render_report([read_run(*pair) for pair in zip((one, two), names, strict=True)]))
     assert [len(run["x"]["step"]) for run in page.numbers()["runs"]] == [20, 1]
     assert page.text.count("base") == 1 and "first" in page.text and "second" in page.text
-    differing = page.text.partition("Differences between the runs")[2].partition("Answers before")[0].split()
+    differing = page.text.partition("Differences between the runs")[2].partition("Plan and outcome")[0].split()
     assert differing == ["a/run", "b/run", "--lora_r", "4", "8", "--learning_rate", "5e-05", "0.5"]
 
 
