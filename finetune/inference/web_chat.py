@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import html
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -12,13 +13,16 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from finetune.conversation import to_row
 from finetune.inference.chat_models import ChatModels
 from finetune.inference.chat_session import ChatSession
 from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE
 from finetune.inference.web_session import WebAnswers, WebSession, spelled
+from finetune.run_dir.data_samples import read_samples
 from finetune.utils.errors import ConfigError, FinetuneError, exit_now
 from finetune.utils.options import raise_faults
 from finetune.utils.web_requests import LOCAL_NAMES, is_own_request
@@ -34,16 +38,26 @@ POLICY_HEADERS = [(b"content-security-policy", POLICY.encode()), (b"x-content-ty
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Noto Sans Mono CJK SC", "monospace"]
 MAX_NEW_TOKENS = 4096  # of the slider
+EXAMPLES, MAX_EXAMPLES, MAX_EXAMPLE_CHARACTERS = ("Who are you?", "你是谁？"), 4, 80
+DOWNLOAD = """(text) => {
+  if (!text) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/jsonl" }));
+  link.download = "conversation.jsonl";
+  link.click();
+}"""
 CSS = """
 .gradio-container { max-width: 76rem !important; width: 100%; margin: 0 auto; }
 #about h3 { margin: 0; }
 #about p { opacity: .7; margin: .2rem 0 0; overflow-wrap: anywhere; }
 #kept, #base { height: calc(100vh - 22rem) !important; min-height: 16rem; }
+#answers:has([data-testid=user]) ~ #examples { display: none; }
+#examples { flex-wrap: nowrap; overflow-x: auto; } #examples button { min-width: max-content !important; }
 #kept .top-panel, #base .top-panel { display: none; }  /* it would clear one column, not the conversation */
 #kept .bubble-wrap, #base .bubble-wrap { margin-top: 1.8rem; height: calc(100% - 1.8rem); }
 @media (max-width: 640px) {
     #answers:has(#base) { flex-direction: column; }
-    #answers:has(#base) > * > * { height: 33vh !important; min-height: 12rem; }
+    #answers:has(#base) > * > * { height: 26vh !important; min-height: 10rem; }
 }
 """
 STRINGS = {  # English, Chinese
@@ -54,7 +68,8 @@ STRINGS = {  # English, Chinese
     "stop": ("Stop", "停止"),
     "retry": ("Retry", "重新回答"),
     "undo": ("Undo", "撤销"),
-    "reset": ("New conversation", "新对话"),
+    "reset": ("New chat", "新对话"),
+    "save": ("Save", "保存"),
     "compare": ("Compare with the base model", "与基座模型对比"),
     "compare_info": (
         "Both answer the same conversation; the tuned answers are kept",
@@ -99,6 +114,8 @@ def build_app(models: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
             }  # fmt: skip
             kept = gr.Chatbot(label=strings(answers.kept), elem_id="kept", **column)
             base = gr.Chatbot(label=strings(BASE), elem_id="base", visible=compares, **column)
+        with gr.Row(elem_id="examples"):
+            examples = [gr.Button(text, size="sm") for text in example_questions(folder)]
         with gr.Row(equal_height=True):
             message = gr.Textbox(
                 placeholder=strings("message"), show_label=False, container=False, lines=1, max_lines=8, scale=8,
@@ -107,9 +124,11 @@ def build_app(models: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
             send = gr.Button(strings("send"), variant="primary", scale=1, min_width=88, elem_id="send")
             stop = gr.Button(strings("stop"), variant="stop", scale=1, min_width=88, elem_id="stop", visible=False)
         with gr.Row():
-            retry, undo, reset = (
-                gr.Button(strings(name), size="sm", min_width=80, elem_id=name) for name in ("retry", "undo", "reset")
+            retry, undo, reset, save = (
+                gr.Button(strings(name), size="sm", min_width=64, elem_id=name)
+                for name in ("retry", "undo", "reset", "save")
             )
+        saved = gr.Textbox(visible="hidden")
         compare = gr.Checkbox(
             compares, label=strings("compare"), info=strings("compare_info"), visible=answers.can_compare,
             elem_id="compare",
@@ -140,12 +159,23 @@ def build_app(models: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
             "concurrency_id": "model",
         }  # fmt: skip
         gr.on([send.click, message.submit], handlers.ask, [message, *settings], **model)
+        for example in examples:
+            example.click(handlers.ask, [example, *settings], **model)
         retry.click(handlers.retry, settings, **model)
         stop.click(handlers.stop, session, None, queue=False, **quiet)
         undo.click(handlers.undo, session, [message, kept, base, session], **quiet)
         reset.click(handlers.reset, session, [message, kept, base, session], **quiet)
+        save.click(handlers.save, session, saved, **quiet).then(None, saved, None, js=DOWNLOAD, **quiet)
         compare.change(lambda wanted: gr.update(visible=wanted), compare, base, **quiet)
     return blocks, strings
+
+
+def example_questions(folder: Path) -> list[str]:
+    """Return short questions with which rows of the training data begin; without such rows, who the model is."""
+    turns = [[turn for turn in row.examples[0] if turn.role] for row in read_samples(folder) if row.examples]
+    asked = [row[0].text.strip() for row in turns if row and row[0].role == "human"]
+    short = [text for text in asked if 0 < len(text) <= MAX_EXAMPLE_CHARACTERS and text.isprintable()]
+    return list(dict.fromkeys(short or EXAMPLES))[:MAX_EXAMPLES]
 
 
 class _EventHandlers:
@@ -187,6 +217,11 @@ class _EventHandlers:
     def undo(self, session: WebSession) -> list[Any]:
         """Put the last question back into the message box."""
         return [session.undo() or "", *session.columns(), session]
+
+    def save(self, session: WebSession) -> str:
+        """Return the conversation as one line of training data; the page saves it."""
+        chat = session.chat
+        return json.dumps(to_row(chat.turns(), tools=chat.tools), ensure_ascii=False) + "\n" if chat.pairs else ""
 
     def reset(self, session: WebSession) -> list[Any]:
         """Start a new conversation."""

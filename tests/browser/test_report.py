@@ -109,7 +109,7 @@ def test_labels_are_in_the_language_of_the_reader_and_the_data_stay(tmp_path):
     diagnostics.write_failure(folder, Failure("error", "the disk is full", run="run-1", also=("x",)))
     with shown(tmp_path, folder, locale="zh-CN") as page:
         texts = "all => all.filter(one => !one.closest('.flags, [translate=no]')).map(one => one.textContent.trim())"
-        ours = [text for text in page.eval_on_selector_all(OURS, texts) if text and text not in ("tokens", "token")]
+        ours = [text for text in page.eval_on_selector_all(OURS, texts) if text and text not in ("token", "ZeRO")]
         assert [text for text in ours if not re.search("[一-鿿]", text)] == [] and len(ours) > 50
         assert page.locator("h1 span").inner_text() == "training"
         assert page.locator(".asked .text").all_inner_texts() == ["before", "loss", "after", "as it says"]
@@ -120,7 +120,7 @@ def test_labels_are_in_the_language_of_the_reader_and_the_data_stay(tmp_path):
 
 
 def test_answers_stand_under_the_loss_and_few_steps_have_ticks_at_steps(tmp_path):
-    with shown(tmp_path, a_run(tmp_path / "one", lines=lines(4)), width=390) as page:
+    with shown(tmp_path, a_run(tmp_path / "one", lines=[line(step) for step in range(1, 5)]), width=390) as page:
         top = "name => document.querySelector(name).getBoundingClientRect().top"
         places = [page.evaluate(top, name) for name in ("#plot-loss", ".asked", "#plot-grad_norm", ".plan")]
         assert places == sorted(places)
@@ -192,7 +192,7 @@ def test_what_is_seen_in_light_and_dark(tmp_path, dark):
         rows = pixels(tmp_path / "seen.png")
         assert rows[2][:3] == bytes(paper)
         assert count(rows, series) > 1_500, "the curves are not there"
-        assert count(rows, learned) > 10_000, "answers and learned turns are not there"
+        assert count(rows, learned) > 6_000, "supervised turns are not there"
         page.emulate_media(color_scheme="light" if dark else "dark")
         until(
             page,

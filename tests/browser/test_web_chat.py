@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import http.client
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -263,6 +265,21 @@ def test_tuned_and_base_next_to_each_other_streamed_stopped_and_taken_back(addre
         page.click("#undo")
         page.wait_for_function("document.querySelector('#message textarea').value === '2+3?'")
         assert texts(page) == texts(page, "base") == []
+
+
+@pytest.mark.browser
+def test_an_example_is_asked_and_the_conversation_saved_as_a_row(address):
+    with visiting(address) as page:
+        example = page.locator("#examples button").first
+        question = example.inner_text()
+        example.click()
+        wait_until_answered(page)
+        assert texts(page, by="user") == [question] and not page.locator("#examples").is_visible()
+        with page.expect_download(timeout=LONG_MS) as saved:
+            page.click("#save")
+        row = json.loads(Path(saved.value.path()).read_text("utf-8"))
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "model"]
+        assert row["conversations"][0]["value"] == question and saved.value.suggested_filename.endswith(".jsonl")
 
 
 @pytest.mark.browser
