@@ -98,7 +98,7 @@ def run_training(argv: Sequence[str]) -> Path:
         model = load_model(info, tokenizer, config.weights_precision, stop, hardware.precision)
         model = attach_adapter(model, config.adapter, info, tokenizer, seed=batch.seed)
         set_leaf_modules(model, info.kinds, info.empty)
-        loaders = build_dataloaders(batch, model, tokenizer, data, args.device, config.zero_stage)
+        loaders = build_dataloaders(batch, model, tokenizer, data, args.device, config.zero_stage, hardware.precision)
         run_start.record_model(config.checkpoint.output_dir, info, loaders.layout, config.notes)
         inputs = TrainingInputs(model, tokenizer, data, loaders, args, info)
         trainer = fit(inputs, identity, config.fit_options(chat_format.name))

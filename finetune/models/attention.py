@@ -12,9 +12,9 @@ square of their sum. `padding_free.enable_padding_free` tests whether a model su
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ def padding_free_attention(
     segment_lengths: Sequence[int] | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    uses_kernel: bool = True,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention inside each segment.
@@ -53,6 +54,7 @@ def padding_free_attention(
         sliding_window: Number of tokens that each token attends to, itself included.
         softcap: Scores become softcap * tanh(score / softcap).
         s_aux: [heads], an additional logit per head in the softmax without a value (attention sink).
+        uses_kernel: Call torch's variable-length kernel where it computes the input.
 
     Returns:
         Output [1, T, heads, head_dim], and None in place of attention weights.
@@ -70,23 +72,12 @@ def padding_free_attention(
             f"conversations of {list(segment_lengths)} tokens are not a flat row of queries {list(query.shape)} "
             f"and keys {list(key.shape)}"
         )
+    query, key, value = _in_autocast_type(query, key, value)
     is_standard = softcap is None and s_aux is None
-    if (
-        is_standard
-        and not dropout
-        and cu_seq_lens_q is not None
-        and max_length_q
-        and _kernel_supports(query, key, value)
-    ):
-        from torch.nn.attention.varlen import varlen_attn
-
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
-        output = varlen_attn(
-            queries, keys, values, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-            scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
-        return cast(torch.Tensor, output)[None], None  # with return_aux it would be a tuple
+    if uses_kernel and is_standard and not dropout and cu_seq_lens_q is not None and max_length_q:
+        options = kernel_options(query, key, value, scaling=scaling, window=sliding_window, longest=max_length_q)
+        if options is not None:
+            return _attend_with_kernel(query, key, value, cu_seq_lens_q, max_length_q, options), None
     if is_standard:
         attend = partial(_attend, dropout=dropout, scaling=scaling, window=sliding_window)
     else:
@@ -99,8 +90,50 @@ def padding_free_attention(
     return torch.cat([attend(*segment) for segment in segments], dim=2).transpose(1, 2).contiguous(), None
 
 
-def _kernel_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch's variable-length kernel supports the input: Ampere or newer, 16 bits, certain head sizes."""
+def _in_autocast_type(*states: torch.Tensor) -> list[torch.Tensor]:
+    """Cast to the type that autocast computes in: norms and rotary embeddings leave queries and keys in float32."""
+    device = states[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(states)
+    return [part.to(torch.get_autocast_dtype(device)) for part in states]
+
+
+def kernel_options(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: Any, window: int | None, longest: int
+) -> dict[str, Any] | None:
+    """Return the options with which torch's variable-length kernel computes the input; None if it cannot.
+
+    They follow its signature: torch 2.10 has `is_causal`, later ones `scale` and `window_size`, 2.13 `enable_gqa`.
+    """
+    if not has_kernel(query, key, value):
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = _parameters_of(varlen_attn)
+    options: dict[str, Any] = {}
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None or window >= longest:
+        options["is_causal"] = True
+    else:
+        return None
+    if "scale" in known:
+        options["scale"] = scaling
+    elif scaling is not None and scaling != query.shape[-1] ** -0.5:
+        return None
+    if "enable_gqa" in known:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    return options
+
+
+@cache
+def _parameters_of(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's kernel supports types, shapes and device: Ampere or newer, 16 bits, certain head sizes."""
+    query, key, value = _in_autocast_type(query, key, value)
     return (
         query.is_cuda
         and torch.version.cuda is not None
@@ -110,6 +143,23 @@ def _kernel_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+
+
+def _attend_with_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" not in options:
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    output: Any = varlen_attn(queries, keys, values, boundaries, boundaries, longest, longest, **options)
+    return output[None]
 
 
 def _attend(

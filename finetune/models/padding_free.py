@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from finetune.config.hardware import Precision
 from finetune.models.attention import (
     FLAT_ATTENTION,
+    has_kernel,
     padding_free_attention,
     register_flat_attention,
     sliding_window_of,
     unsupported_config_reason,
     unwrap_adapter,
 )
+from finetune.models.loader import torch_dtype
 from finetune.models.segments import (
     by_segment_note,
     follow_rows,
@@ -27,6 +31,8 @@ from finetune.models.segments import (
 )
 from finetune.models.zero3 import gather_per_module
 
+logger = logging.getLogger(__name__)
+ATTENTION_LOOP = partial(padding_free_attention, uses_kernel=False)
 LEAK = "in a trial, a conversation attended to the one before it"
 NOT_UNDER_ZERO3 = "under ZeRO-3 layers cannot run conversation by conversation"  # ranks have different numbers of them
 LONGEST_DECIDES = "its rotary embedding depends on the longest conversation of a row"
@@ -38,30 +44,33 @@ def enable_padding_free(
     longest: int,
     vocab_size: int,
     device: torch.device | str,
+    autocast: Precision = "float32",
     shared: bool = False,
     agree: Callable[[str | None], str | None] = lambda reason: reason,
 ) -> str | None:
     """Switch a model to flat rows; if it cannot run them, leave it unchanged and return the reason.
 
     The config is checked first. Then random conversations are run: in one row, and alone with the stock attention.
-    Layers that carry something from one conversation to the next (a convolution over time, a recurrence) run
-    conversation by conversation. If padded rows differ from single conversations too, the whole model does.
+    Where torch's kernel for attention fails, attention runs conversation by conversation, as do layers that carry
+    something from one to the next (a convolution over time, a recurrence). If padded rows differ from single
+    conversations too, the whole model does.
     Under ZeRO-3 all ranks must call this together.
 
     Args:
         longest: Tokens of the longest conversation.
         device: Device of the model's parameters, also of gathered ones.
+        autocast: What autocast will compute in; float32: without autocast.
         shared: Ranks will share rows (sequence parallelism), for which attention must receive the positions.
         agree: Maps the reason of this rank to that of all ranks, so that all of them decide alike.
     """
     base = unwrap_adapter(model)
-    stock, was_training = base.config._attn_implementation, model.training
+    was_training = model.training
     unfollow = follow_rows(base)
-    trial = Trial(model, base, vocab_size, device, implementation=stock if "flash" in stock else FLAT_ATTENTION)
+    trial = Trial(model, base, vocab_size, device, autocast)
     ropes = rows_decide_rope(base, longest)
     try:
         model.eval()
-        reason = agree(_reason_against_flat_rows(trial, ropes, longest, shared))
+        reason = agree(_reason_against_flat_rows(trial, ropes, longest, shared, agree))
         if reason is None:
             base.register_forward_pre_hook(_refuse_masks_and_caches, with_kwargs=True, prepend=True)
             return None
@@ -84,25 +93,25 @@ def enable_padding_free(
         model.train(was_training)
 
 
-def _reason_against_flat_rows(trial: Trial, ropes: list[Any], longest: int, shared: bool) -> str | None:
+def _reason_against_flat_rows(
+    trial: Trial, ropes: list[Any], longest: int, shared: bool, agree: Callable[[str | None], str | None]
+) -> str | None:
     base = trial.base
     reason = unsupported_config_reason(base.config, longest)
     if reason or (shared and ropes):
         return reason or LONGEST_DECIDES
     can_set = "flash" in trial.stock or base._can_set_attn_implementation()
-    if can_set and "flash" not in trial.stock:
-        register_flat_attention()
-        base.set_attn_implementation(FLAT_ATTENTION)
     by_place = [module for module in base.modules() if getattr(module, "attn_temperature_tuning", False)]
     if by_place and trial.is_partitioned:
         return "it scales queries by the place in the row, and " + NOT_UNDER_ZERO3
     run_by_segment(by_place, "they scale queries by the place in the row")  # Llama 4
     run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
-    reason = trial.reason(sliding_window_of(base.config, longest), shared)
+    window = sliding_window_of(base.config, longest)
+    reason = trial.choose_attention(window, shared, agree) if can_set else trial.reason(window, shared)
     if reason and trial.is_partitioned:
         return f"{reason} ({NOT_UNDER_ZERO3})"
     while reason and trial.split_carrying_modules():
-        reason = trial.reason(sliding_window_of(base.config, longest), shared)
+        reason = trial.reason(window, shared)
     if shared and reason is None and (note := by_segment_note(base)):
         return f"ranks cannot share a conversation: {note}"
     if not can_set and (reason or by_segment_note(base) is None):
@@ -113,15 +122,48 @@ def _reason_against_flat_rows(trial: Trial, ropes: list[Any], longest: int, shar
 class Trial:
     """Runs of random conversations, b a b, with a model: in a flat row, alone, in padded rows."""
 
-    def __init__(self, model: Any, base: Any, vocab_size: int, device: Any, implementation: str) -> None:
-        self.model, self.base = model, base
-        self.stock, self.implementation = base.config._attn_implementation, implementation
+    def __init__(self, model: Any, base: Any, vocab_size: int, device: Any, autocast: Precision) -> None:
+        self.model, self.base, self.stock = model, base, base.config._attn_implementation
+        self.attention: Callable | None = padding_free_attention  # of flat rows; None: the stock one
+        self.calls_kernel = False
         self.is_partitioned = any(hasattr(weight, "ds_id") for weight in base.parameters())
         generator = torch.Generator().manual_seed(0)
         self.a, self.b = (torch.randint(vocab_size, (size,), generator=generator).to(device) for size in (7, 5))
         self.changed = torch.cat([self.a[:-1], (self.a[-1:] + 1) % vocab_size])
-        is_16_bit = next(base.parameters()).dtype in (torch.float16, torch.bfloat16)
+        self.autocast = torch_dtype(autocast)
+        is_16_bit = not {next(base.parameters()).dtype, self.autocast}.isdisjoint((torch.float16, torch.bfloat16))
         self.loose, self.tight = (5e-2, 1e-3) if is_16_bit else (1e-4, 1e-5)  # relative to the largest logit
+
+    def choose_attention(
+        self, window: int | None, shared: bool, agree: Callable[[str | None], str | None]
+    ) -> str | None:
+        """Take the first of flash attention, torch's kernel and a loop that gives what single conversations give.
+
+        Returns:
+            Why none does, and then the first one is taken.
+        """
+        candidates = [*([None] if "flash" in self.stock else []), padding_free_attention, ATTENTION_LOOP]
+        reasons = []
+        for self.attention in candidates:
+            self._use_attention()
+            reasons.append(self.reason(window, shared))
+            if agree(reasons[-1]) is None:
+                if len(reasons) > 1:
+                    instead = "torch's kernel, or one" if self.attention is padding_free_attention else "one"
+                    logger.info(f"note: fallback to attention by {instead} conversation at a time because {reasons[0]}")
+                return None
+            if agree("another" if self.attention is None or self.calls_kernel else None) is None:
+                break
+        self.attention = candidates[0]
+        self._use_attention()
+        return reasons[0]
+
+    def _use_attention(self) -> None:
+        if self.attention is not None:
+            register_flat_attention(self.attention)
+            self.base.set_attn_implementation(FLAT_ATTENTION)
+        else:
+            self.base.set_attn_implementation(self.stock)
 
     def reason(self, window: int | None = None, shared: bool = False) -> str | None:
         """Return why flat rows do not give what single conversations give, or None."""
@@ -146,18 +188,20 @@ class Trial:
     def undo(self) -> None:
         """Let the model compute what it computed before."""
         run_whole(self.base)
+        register_flat_attention()
         self.base.set_attn_implementation(self.stock)
 
     def _attempt(self, run: Callable[[], str | None]) -> str | None:
         try:
-            with gather_per_module(self.model), torch.no_grad():
+            casts = torch.autocast(self.a.device.type, self.autocast, enabled=self.autocast != torch.float32)
+            with gather_per_module(self.model), torch.no_grad(), casts:
                 return run()
         except Exception as error:  # the code of a model may raise anything: fall back to padded rows
             return f"a trial with random conversations failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
 
     def _alone(self) -> torch.Tensor:
         current = self.base.config._attn_implementation
-        self.base.set_attn_implementation(self.stock)
+        self.base.set_attn_implementation("sdpa" if "flash" in self.stock and self.attention else self.stock)
         logits = self.base(input_ids=self.b[None], use_cache=False).logits[0].float()
         self.base.set_attn_implementation(current)
         return logits
@@ -182,11 +226,13 @@ class Trial:
         a, b, base = self.a, self.b, self.base
         windows: set[int | None] = set()
         has_positions: set[bool] = set()
+        self.calls_kernel = False
 
         def recording_attention(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
             windows.add(sliding_window)
             has_positions.add(kwargs.get("position_ids") is not None)
-            return padding_free_attention(*args, sliding_window=sliding_window, **kwargs)
+            self.calls_kernel |= self.attention is not ATTENTION_LOOP and has_kernel(*args[1:4])
+            return cast(Callable, self.attention)(*args, sliding_window=sliding_window, **kwargs)
 
         is_own = base.config._attn_implementation == FLAT_ATTENTION
         if is_own:
@@ -196,7 +242,7 @@ class Trial:
             joined = _logits(base, [torch.cat([b, a, b])])[-len(b) :]
         finally:
             if is_own:
-                register_flat_attention()
+                register_flat_attention(self.attention)
         if window is not None and windows and window not in windows:
             return f"its sliding window of {window} tokens does not reach the attention"
         if shared and False in has_positions:

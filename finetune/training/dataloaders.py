@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from finetune.config.hardware import Precision
 from finetune.config.run_config import BatchConfig
 from finetune.dataset.collator import Collator, LossWeighting, pad_token_id
 from finetune.dataset.prepare import ExampleSet, PreparedData
@@ -32,9 +33,18 @@ class Dataloaders:
 
 @timed("model")
 def build_dataloaders(
-    batch: BatchConfig, model: Any, tokenizer: Any, data: PreparedData, device: torch.device, zero_stage: int | None
+    batch: BatchConfig,
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    device: torch.device,
+    zero_stage: int | None,
+    precision: Precision = "float32",
 ) -> Dataloaders:
     """Build the micro-batches of this rank, as requested or as this model can take them. All ranks.
+
+    Args:
+        precision: the run computes in; without DeepSpeed autocast does.
 
     Raises:
         ConfigError: nothing would be trained: no parameter, no row, no full step; or ranks are to share conversations
@@ -49,7 +59,7 @@ def build_dataloaders(
         raise ConfigError("no parameter of this model would be trained")
     epoch, held_out = data.epoch(batch.seed), data.held_out(batch.seed)
     lengths = int_column(epoch.examples, "length")
-    reason = _padding_reason(batch, model, data.longest, device, zero_stage)
+    reason = _padding_reason(batch, model, data.longest, device, zero_stage, precision)
     layout = batch_layout(batch, int(lengths.max()), reason, supports_logits_to_keep(model))
     if note := by_segment_note(unwrap_adapter(model)):
         layout = replace(layout, notes=(*layout.notes, f"{layout.batching} batches: {note}"))
@@ -83,7 +93,7 @@ def build_dataloaders(
 
 
 def _padding_reason(
-    batch: BatchConfig, model: Any, longest: int, device: torch.device, zero_stage: int | None
+    batch: BatchConfig, model: Any, longest: int, device: torch.device, zero_stage: int | None, precision: Precision
 ) -> str | None:
     """Switch the model to padding-free attention where it is wanted; why it cannot, or None. All ranks."""
     from finetune.models.padding_free import enable_padding_free
@@ -97,6 +107,7 @@ def _padding_reason(
             longest=longest,
             vocab_size=model.config.get_text_config().vocab_size,
             device=device,
+            autocast=precision if zero_stage is None else "float32",
             shared=batch.sequence_parallel_size > 1,
             agree=first_not_none,
         )

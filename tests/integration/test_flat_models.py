@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 from transformers import AttentionInterface, modeling_utils
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
-from finetune.models import attention
+from finetune.models import attention, padding_free
 from finetune.models.attention import (
     FLAT_ATTENTION,
     padding_free_attention,
@@ -25,6 +26,7 @@ from finetune.models.attention import (
 from finetune.models.padding_free import LEAK, enable_padding_free
 from finetune.models.segments import by_segment_note
 from tests.helpers.flat_rows import LENGTHS, boundaries, kernel_row
+from tests.helpers.logs import logged
 from tests.helpers.lora import attach_lora
 from tests.helpers.tiers import mostly_slow
 from tests.helpers.tiny_models import CHUNK, LONGEST, VOCAB_SIZE, WINDOW, build
@@ -233,7 +235,7 @@ def test_ranks_end_up_alike():
 
 
 @pytest.mark.parametrize("obeys", [True, False], ids=["obeys", "ignores"])
-def test_flash_attention_is_kept_and_tried_too(monkeypatch, obeys):
+def test_flash_attention_is_kept_where_it_obeys_the_boundaries(monkeypatch, obeys):
     def flash_stand_in(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
         lengths = cu_seq_lens_q.diff().tolist() if obeys and cu_seq_lens_q is not None else [query.shape[2]]
         return padding_free_attention(module, query, key, value, None, **{**options, "segment_lengths": lengths})
@@ -242,14 +244,31 @@ def test_flash_attention_is_kept_and_tried_too(monkeypatch, obeys):
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *names, **options: None)
     model = build("llama")
     model.set_attn_implementation("flash_stand_in")
-    reason = flattened(model)
-    assert reason is None and (by_segment_note(model) is None) == obeys
-    assert model.config._attn_implementation == "flash_stand_in"
-    with torch.no_grad():
-        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()  # as for an answer
+    assert flattened(model) is None and by_segment_note(model) is None
+    assert model.config._attn_implementation == ("flash_stand_in" if obeys else FLAT_ATTENTION)
+    if obeys:
+        with torch.no_grad():
+            assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()  # as for an answer
     assert same_logits(model, build("llama"), LENGTHS)
     with pytest.raises(ValueError, match="attention mask"):
         model(**flat_row(LENGTHS), attention_mask=torch.ones(1, 17))
+
+
+@pytest.mark.parametrize("raises", [True, False], ids=["raises", "computes-something-else"])
+def test_a_kernel_that_fails_is_replaced_by_the_loop(monkeypatch, raises):
+    def broken(query, *arguments, scale=None, window_size=None, enable_gqa=False):
+        if raises:
+            raise RuntimeError("no kernel image is available")
+        return torch.ones_like(query)
+
+    for module in (attention, padding_free):
+        monkeypatch.setattr(module, "has_kernel", lambda *states: True)
+    monkeypatch.setattr(varlen, "varlen_attn", broken)
+    model = build("llama")
+    with logged() as messages:
+        assert flattened(model) is None
+    assert "fallback to attention by one conversation at a time" in messages[0] and by_segment_note(model) is None
+    assert same_logits(model, build("llama"), LENGTHS)
 
 
 @pytest.fixture(scope="module")

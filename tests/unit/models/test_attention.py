@@ -155,8 +155,14 @@ def test_anything_but_whole_flat_rows_is_refused(message, changed):
 # ---- torch's variable-length kernel
 
 
-def stand_in_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+CALLS: list[dict] = []
+
+
+def stand_in_kernel(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
     """What the kernel's documentation says it does: position i sees j with i - left <= j <= i + right, -1: no limit."""
+    CALLS.append({"query": query, "key": key, "window_size": window_size})
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and enable_gqa == (query.shape[1] != key.shape[1])
     lengths = cu_seq_q.diff().tolist()
     assert lengths == cu_seq_k.diff().tolist() and max_q == max_k == max(lengths)
@@ -171,32 +177,62 @@ def stand_in_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scal
     return torch.cat(parts)
 
 
+def as_in_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    return stand_in_kernel(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0 if is_causal else -1)
+    )
+
+
+def without_gqa(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    options = {"scale": scale, "window_size": window_size}
+    return stand_in_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch) -> list:
     """The arguments of each call of the kernel, which is taken to run here."""
-    calls, signature = [], inspect.signature(varlen.varlen_attn)
+    CALLS.clear()
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in_kernel)
+    monkeypatch.setattr(attention, "has_kernel", lambda *tensors: True)
+    return CALLS
 
-    def recorded(*args, **kwargs):
-        calls.append(signature.bind(*args, **kwargs).arguments)
-        return stand_in_kernel(*args, **kwargs)
 
-    monkeypatch.setattr(varlen, "varlen_attn", recorded)
-    monkeypatch.setattr(attention, "_kernel_supports", lambda *tensors: True)
-    return calls
+def test_the_stand_in_has_the_options_of_this_torch():
+    known = inspect.signature(inspect.unwrap(varlen.varlen_attn)).parameters
+    assert {"scale", "window_size", "enable_gqa"} < set(known)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("options", [{}, {"scaling": 0.7}, {"sliding_window": 3}, {"sliding_window": 50}], ids=str)
-def test_the_kernel_is_called_for_the_same_values(kernel_calls, options, key_heads):
+@pytest.mark.parametrize("kernel", [stand_in_kernel, without_gqa, as_in_2_10])
+def test_the_kernel_is_called_for_the_same_values(monkeypatch, kernel_calls, kernel, options, key_heads):
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
     inputs = drawn(key_heads=key_heads)
     found, _ = padding_free_attention(None, *inputs, None, **kernel_row(LENGTHS), **options)
-    (call,) = kernel_calls
-    window = options.get("sliding_window")
-    assert call["window_size"] == ((-1, 0) if window is None else (window - 1, 0))
-    assert call["query"].shape == (17, 4, 8) and call["key"].shape == (17, key_heads, 8)
     plain, _ = padding_free_attention(None, *inputs, None, segment_lengths=LENGTHS, **options)
-    assert len(kernel_calls) == 1
     assert_alike(found, plain, inputs, 1e-12)
+    window = options.get("sliding_window", 50)
+    if kernel is as_in_2_10 and ("scaling" in options or window < 8):
+        assert not kernel_calls
+        return
+    (call,) = kernel_calls
+    limits = {(-1, 0)} if "sliding_window" not in options else {(window - 1, 0), (-1, 0) if window == 50 else None}
+    assert call["window_size"] in limits
+    assert call["query"].shape == (17, 4, 8)
+    assert call["key"].shape == (17, key_heads if kernel is stand_in_kernel else 4, 8)
+
+
+def test_under_autocast_the_kernel_gets_one_type(kernel_calls):
+    """Norms and rotary embeddings leave queries and keys in float32, where the values are bfloat16."""
+    query, key, value = drawn(key_heads=2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = padding_free_attention(None, query, key, value.bfloat16(), None, **kernel_row(LENGTHS))
+        looped, _ = padding_free_attention(None, query, key, value.bfloat16(), None, segment_lengths=LENGTHS)
+    (call,) = kernel_calls
+    assert call["query"].dtype == call["key"].dtype == found.dtype == looped.dtype == torch.bfloat16
+    assert (found - looped).abs().max() < 0.02 * looped.abs().max()
 
 
 @pytest.mark.parametrize("options", [{"softcap": 1.5}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}], ids=str)
@@ -205,7 +241,7 @@ def test_the_kernel_is_not_called_for_what_it_does_not_know(kernel_calls, option
     assert not kernel_calls
 
 
-AMPERE = dict(is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 17, 64), device="cuda:0")
+AMPERE = dict(is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 17, 64), device=torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize(
@@ -228,4 +264,4 @@ def test_where_the_kernel_runs(monkeypatch, takes, query, value, cuda, capabilit
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     first, other = (SimpleNamespace(**{**AMPERE, **changed}) for changed in (query, value))
-    assert attention._kernel_supports(first, other, other) is takes
+    assert attention.has_kernel(first, other, other) is takes
