@@ -16,6 +16,7 @@ from finetune.chat_templates import ChatFormat, RenderedConversation
 from finetune.chat_templates.text_segments import Segmenter, segmenter
 from finetune.config import DataArguments, ModelArguments
 from finetune.config.argument_parser import below, data_faults, missing
+from finetune.config.saved_adapter import continue_adapter
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.text_overlap import check_datasketch
 from finetune.evaluation.result_tables import print_sections
@@ -73,6 +74,7 @@ def parse_options(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, P
     """Return the flags of the model and the data, and which rows are shown and how."""
     given = build_parser().parse(argv)
     raise_faults(missing(given, ("model_name_or_path", "data_path")))
+    continue_adapter(given)
     model, data, options = fill(ModelArguments, given), fill(DataArguments, given), fill(PreviewOptions, given)
     raise_faults([*data_faults(data), *_faults(options)])
     return model, data, options

@@ -23,6 +23,7 @@ from finetune.config.arguments import (
 from finetune.config.command_line import as_flags
 from finetune.config.flag_support import flags_without_effect, refused_flags
 from finetune.config.foreign_names import FOREIGN_NAMES
+from finetune.config.saved_adapter import continue_adapter
 from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
 from finetune.launcher import launcher_options
@@ -70,10 +71,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         given = {**{name: value for name, value in stored.items() if present.get(name, name) not in typed}, **given}
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
     raise_faults([*faults, *missing(given, REQUIRED)])
+    continued = continue_adapter(given)
     groups: list[Any] = [fill(group, given) for group in GROUPS]
     ours = {declared.name for group in GROUPS for declared in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
-    notes = _translate(given, training)
+    notes = [*continued, *_translate(given, training)]
     model, data, batch, adapter, run = groups
     arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
     raise_faults(_faults(arguments, adapter_refused=given.get("use_lora") is False))

@@ -90,7 +90,10 @@ def _literal(node: ast.AST | None) -> Any:
 class ModelArguments:
     """The model."""
 
-    model_name_or_path: str = option("", "folder or hub name of a causal language model (required)")
+    model_name_or_path: str = option("", "folder or hub name of a causal language model, or an adapter (required)")
+    adapter_name_or_path: str | None = option(
+        None, "adapter to continue from, on this model; as `--model_name_or_path` an adapter brings its own base"
+    )
     model_revision: str | None = option(
         None,
         "commit, tag or branch of a model on the hub: its config, tokenizer, weights and code; default: the newest of "
@@ -124,6 +127,14 @@ class ModelArguments:
     def trusts_code(self) -> bool:
         """Whether the model's own Python files may run."""
         return self.trust_remote_code or needs_no_trust(self.model_name_or_path, self.model_revision)
+
+    def tokenizer_source(self) -> tuple[str, str | None, bool]:
+        """Where the tokenizer is (with the adapter, if that has one), its revision, and whether its code may run."""
+        own, trusts_code = self.adapter_name_or_path, self.trusts_code()
+        # the one repository that is trusted without the flag is not the adapter's
+        if own and (Path(own) / "tokenizer_config.json").is_file() and trusts_code == self.trust_remote_code:
+            return own, None, trusts_code
+        return self.model_name_or_path, self.model_revision, trusts_code
 
     def quantized_bits(self) -> int | None:
         """4, 8, or None for weights as they are stored."""

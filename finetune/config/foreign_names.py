@@ -10,6 +10,7 @@ RENAMED = {
     "eval_data_path": ("eval_dataset", "val_dataset", "test_datasets", "validation_file", "eval_file"),
     "validation_share": ("val_size", "val_set_size", "split_dataset_ratio", "eval_split_ratio"),
     "model_max_length": ("cutoff_len", "max_seq_length", "max_seq_len", "max_length", "sequence_len", "seq_length"),
+    "adapter_name_or_path": ("lora_model_dir", "adapters"),
     "lora_r": ("lora_rank", "rank", "peft_lora_r"),
     "lora_target_modules": ("lora_target", "target_modules", "lora_modules"),
     "modules_to_save": ("additional_target", "lora_modules_to_save"),
@@ -67,10 +68,6 @@ OTHERWISE = {
     "streaming": "data is prepared on disk and read from there: leave it out",
     "enable_thinking": """--chat_template_kwargs '{"enable_thinking": false}'""",
     "lora_bias": "biases are not trained: leave it out",
-    **dict.fromkeys(
-        ("adapter_name_or_path", "lora_model_dir", "adapters"),
-        "an adapter is not trained on: merge it (finetune merge) and give the result as --model_name_or_path",
-    ),
     "zero_stage": "--deepspeed zero1, zero2 or zero3",
     "plot_loss": "the report has the curves: leave it out",
 }

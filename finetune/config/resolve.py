@@ -45,8 +45,9 @@ def resolve_config(
     `saved` is given where that checkpoint is from another number of ranks: the step keeps its rows.
     """
     output_dir = arguments.output_dir
-    if output_dir.resolve() == Path(arguments.model.model_name_or_path).expanduser().resolve():
-        raise ConfigError(f"--output_dir {output_dir} is the directory of the model itself: choose another one")
+    for source in filter(None, (arguments.model.model_name_or_path, arguments.model.adapter_name_or_path)):
+        if output_dir.resolve() == Path(source).expanduser().resolve():
+            raise ConfigError(f"--output_dir {output_dir} is the directory of the model itself: choose another one")
     evaluation = evaluation_options(arguments)
     _check_sampling(arguments)
     report_to = arguments.given("report_to")

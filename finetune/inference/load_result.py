@@ -19,7 +19,7 @@ from finetune.inference.run_result import RunResult
 from finetune.models import loader
 from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_weights
-from finetune.models.model_folder import WEIGHTS_FILES, stored_bytes
+from finetune.models.model_folder import WEIGHTS_FILES, local_model_dir, stored_bytes, weights_fingerprint
 from finetune.models.quantization import quantized_loading
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.console import log_notes
@@ -159,7 +159,7 @@ def base_folder(result: RunResult, name: str | None = None) -> Path:
         if name or result.base["folder"]:
             raise ConfigError(f"{result.folder}: its base {folder} does not exist: give its folder with --base_model")
         folder = _download_base(result)
-    fingerprint = loader.weights_fingerprint(str(folder))
+    fingerprint = weights_fingerprint(str(folder))
     if fingerprint is None:
         raise CheckpointError(
             f"{result.folder}: weights of its base {folder} are missing: give a complete folder with --base_model"
@@ -178,9 +178,9 @@ def _download_base(result: RunResult) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, revision = result.base["name"], result.base["revision"]
-    folder = loader.local_model_dir(name, revision)
+    folder = local_model_dir(name, revision)
     for weights in WEIGHTS_FILES:
-        if loader.weights_fingerprint(str(folder)) is None:
+        if weights_fingerprint(str(folder)) is None:
             stem, suffix = weights.split(".")
             patterns = [*OTHER_MODEL_FILES, f"{stem}*.{suffix}"]
             try:
@@ -198,7 +198,7 @@ def trusts_code_in(folder: Path, result: RunResult) -> bool:
     Without the flag only those of the one repository that needs none, at the newest commit of its main branch.
     """
     name = result.base["name"]
-    if not result.trusts_code and needs_no_trust(name) and folder == loader.local_model_dir(name):
+    if not result.trusts_code and needs_no_trust(name) and folder == local_model_dir(name):
         log_notes(filter(None, [loader.code_note(name)]))
         return True
     if result.trusts_code:

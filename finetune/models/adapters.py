@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.arguments import LORA_DROPOUT, AdapterArguments
+from finetune.config.saved_adapter import recorded_weights
 from finetune.distributed.startup_timer import timed
-from finetune.models.loader import ModelInfo, needs_new_embeddings
+from finetune.models.loader import ModelInfo, damage_named, needs_new_embeddings
 from finetune.models.lora_targets import LoraTargets, linear_names, resolve_targets
+from finetune.models.model_folder import weights_fingerprint
 from finetune.models.quantization import full_shape, quantized_layers
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError, format_names
@@ -46,7 +48,7 @@ def attach_adapter(
         info: of the base.
         tokenizer: embeddings are trained too where it has tokens without one.
         seed: of the drawn matrices; the Trainer sets it only later, and loading draws numbers under ZeRO-3.
-        computes_initial: start as --init_lora_weights says; else plain, for a model without weights.
+        computes_initial: start as --init_lora_weights says, or as saved; else plain, for a model without weights.
 
     Raises:
         ConfigError: no such module, or peft rejects an option.
@@ -58,6 +60,8 @@ def attach_adapter(
         from transformers import set_seed
 
         set_seed(seed)
+    if info.adapter is not None:
+        return load_adapter(base, Path(info.adapter), base_revision=info.revision, loads_weights=computes_initial)
     grows, base_revision = tokenizer is not None and needs_new_embeddings(info, tokenizer), info.revision
     if kind in ("prefix", "prompt"):
         return attach_virtual_tokens(base, kind, adapter.num_virtual_tokens, base_revision=base_revision)
@@ -102,6 +106,35 @@ def attach_lora(model: Any, adapter: AdapterArguments, *, base_revision: str | N
         return get_peft_model(model, config, autocast_adapter_dtype=False, revision=base_revision)
     except ValueError as error:
         raise ConfigError(f"LoRA cannot be attached: {error}; its {linear_names(model)}") from None
+
+
+def load_adapter(model: Any, folder: Path, *, base_revision: str | None, loads_weights: bool = True) -> Any:
+    """Attach a saved adapter with all that its config says, to train it further; return the `PeftModel`.
+
+    Args:
+        loads_weights: False where the model has none.
+
+    Raises:
+        ConfigError: It does not fit the model.
+    """
+    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    label = f"the adapter {folder}"
+    with damage_named(label):
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode, config.revision = False, base_revision
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if not loads_weights:
+        return adapted
+    loaded: Any
+    with damage_named(f"{label} does not fit its base"), _gather_trainable(adapted, changes=True):
+        loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    unmatched = [*sorted(trained & set(loaded.missing_keys)), *loaded.unexpected_keys]
+    if unmatched and not config.is_prompt_learning:
+        names = format_names(unmatched)
+        raise ConfigError(f"{label} does not fit its base: {names}: give the base that it was trained on")
+    return adapted
 
 
 def _check_wrapped(targets: LoraTargets, adapter: AdapterArguments) -> None:
@@ -158,6 +191,12 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
 
     if adapter.kind() is None:
         return []
+    trained_on = recorded_weights(Path(info.adapter)) if info.adapter else None
+    if trained_on and (weights := weights_fingerprint(info.name, info.revision)) not in (None, trained_on):
+        raise ConfigError(
+            f"{info.flag}: the adapter {info.adapter} was trained on other weights (fingerprint {trained_on[:12]}, "
+            f"here {str(weights)[:12]}): give its base"
+        )
     packed = {name.rpartition(".")[2] for name in quantized_layers(info.empty)} if info.bits else set()
     if in_full := sorted(packed & set(adapter.modules_to_save)):
         raise ConfigError(
@@ -165,7 +204,7 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
             "cannot be trained: leave them out"
         )
     targets = None
-    if adapter.kind() == "lora":
+    if adapter.kind() == "lora" and info.adapter is None:
         targets = resolve_targets(info.empty, parse_target_modules(adapter.lora_target_modules))
         _check_wrapped(targets, adapter)
     with torch.device("meta"):
@@ -242,15 +281,19 @@ class InitialLora:
 
 
 @contextmanager
-def _gather_trainable(model: Any) -> Iterator[None]:
-    """Gather the trainable parameters on every rank inside the block if they are partitioned (ZeRO-3)."""
+def _gather_trainable(model: Any, *, changes: bool = False) -> Iterator[None]:
+    """Gather the trainable parameters on every rank inside the block if they are partitioned (ZeRO-3).
+
+    Args:
+        changes: the block changes them; all ranks keep what rank 0 has at its end.
+    """
     parameters = [weight for weight in model.parameters() if weight.requires_grad and hasattr(weight, "ds_id")]
     if not parameters:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if changes else None):
         yield
 
 

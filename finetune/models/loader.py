@@ -27,7 +27,9 @@ from finetune.models.model_folder import (
     check_json_files,
     check_tokenizer_files,
     digest_of_files,
+    local_model_dir,
     weight_files,
+    weights_fingerprint,
 )
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
 from finetune.models.quantization import is_packed_in_files, quantized_loading, stored_bits
@@ -54,6 +56,7 @@ class ModelInfo:
         may_miss: Modules whose weights the files may lack, by the last part of their names; None: all.
         notes: Lines for the user.
         bits: 4 or 8 where the weights are quantized: stored so, or while they load.
+        adapter: Folder of the adapter that training continues from.
     """
 
     name: str
@@ -65,6 +68,7 @@ class ModelInfo:
     may_miss: Collection[str] | None
     notes: tuple[str, ...]
     bits: int | None = None
+    adapter: str | None = None
 
     @property
     def can_checkpoint(self) -> bool:
@@ -108,8 +112,10 @@ class ModelInfo:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Fingerprint of the model's files, computed once."""
-        return model_fingerprint(self.name, self.revision)
+        """Fingerprint of the files of the model, and of the adapter to continue from; computed once."""
+        base = model_fingerprint(self.name, self.revision)
+        adapter_files = sorted(Path(self.adapter).glob("adapter_*")) if self.adapter else []
+        return base if self.adapter is None else f"{base}, adapter {digest_of_files(adapter_files)}"
 
     def facts(self) -> dict[str, Any]:
         """Identify the model in JSON values; `weights` is None while they are not downloaded."""
@@ -164,8 +170,9 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
         if candidate != attention:
             notes.append(f"fallback to {candidate} attention because the model does not support {attention}")
         info = ModelInfo(
-            name, revision, trusts_code, config, candidate, empty, may_miss, (), stored or model.quantized_bits()
-        )
+            name, revision, trusts_code, config, candidate, empty, may_miss, (), stored or model.quantized_bits(),
+            model.adapter_name_or_path,
+        )  # fmt: skip
         return replace(info, notes=(*notes, *info.check_weights()))
     raise AssertionError("the last candidate either returned or raised")
 
@@ -344,23 +351,6 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
     return digest_of_files(
         path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file()
     )
-
-
-def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
-    """Return a digest of the weights alone, the same on the hub and in a copy; None if weights are missing."""
-    files = weight_files(local_model_dir(name, revision))
-    return digest_of_files(files) if files and all(path.is_file() for path in files) else None
-
-
-def local_model_dir(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a model's files, of a hub model in the cache; it may not exist yet."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(config).parent if isinstance(config, str) else folder
 
 
 @contextmanager

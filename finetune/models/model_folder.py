@@ -81,8 +81,8 @@ def check_folder(name: str) -> None:
         return
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"{flag}: is an adapter{_base_of(folder)}, not a model: give its base, or a model with the adapter merged "
-            f"into it (`finetune merge {name} DIR`)"
+            f"{flag}: is an adapter, not a model: give its base, or a model with the adapter merged into it "
+            f"(`finetune merge {name} DIR`)"
         )
     if (folder / "latest").is_file():
         raise ConfigError(
@@ -140,14 +140,6 @@ def _is_possible(key: str, value: Any) -> bool:
     return not (too_many or (value < 0 and SIZES.search(key)) or (value == 0 and NEVER_ZERO.search(key)))
 
 
-def _base_of(folder: Path) -> str:
-    try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except UNREADABLE:
-        return ""
-    return f" of {base}" if base else ""
-
-
 def digest_of_files(files: Iterable[Path]) -> str:
     """Compute an xxh3-128 digest: of small files completely, of large ones the size, both ends and sampled blocks.
 
@@ -165,3 +157,20 @@ def digest_of_files(files: Iterable[Path]) -> str:
                 file.seek(block * (size - BLOCK_BYTES) // max(count - 1, 1) if size > BLOCK_BYTES else 0)
                 digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
+    """Return a digest of the weights alone, the same on the hub and in a copy; None if weights are missing."""
+    files = weight_files(local_model_dir(name, revision))
+    return digest_of_files(files) if files and all(path.is_file() for path in files) else None
+
+
+def local_model_dir(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a model's files, of a hub model in the cache; it may not exist yet."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else folder

@@ -13,6 +13,7 @@ from typing import Any
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.hardware import DetectedHardware, HardwareConfig, detect_hardware
 from finetune.config.run_config import RankCounts, RunConfig
+from finetune.config.saved_adapter import KINDS, read_adapter_config
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed import host_probe
 from finetune.distributed.op_builder import operators_of
@@ -202,6 +203,8 @@ def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
             wanted = [staged for staged in staging.folders_to_stage(answers, here) if staged.path == model]
             staging.send_folders(wanted, run.shell, folder)
         words = without_flags(run.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
+        if adapter := run.model.adapter_name_or_path:  # its weights do not fit a small model: a new one of its kind
+            words += ["--adapter_name_or_path=", "--adapter", KINDS[read_adapter_config(Path(adapter))["peft_type"]]]
         facts = dry_run.run_dry_run(run.rehearsal(words), model, folder / "output", trusts_code=trusts_code)
         lines = {
             "model": f"{parameters:,} random parameters of the same architecture",

@@ -31,9 +31,8 @@ def load_chat_format(
     model: ModelArguments, data: DataArguments, day: date | None = None
 ) -> tuple[PreTrainedTokenizerBase, ChatFormat, list[str]]:
     """Load the tokenizer, add its new tokens and select the chat format; also return notes for the user."""
-    tokenizer = loader.load_tokenizer(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trusts_code()
-    )
+    name, revision, trusts_code = model.tokenizer_source()
+    tokenizer = loader.load_tokenizer(name, revision=revision, trust_remote_code=trusts_code)
     add_control_tokens(tokenizer, model.new_tokens)
     chat_format, notes = select_chat_format(
         tokenizer,

@@ -25,8 +25,9 @@ from finetune.utils.errors import CheckpointError
 # Flags that do not change the numbers of a run, or whose effect is compared under another name: the data by content,
 # the model by its files, the batch by its product where the number of ranks may change.
 FREE = frozenset(
-    "output_dir data_path model_name_or_path model_revision trust_remote_code data_cache_dir preprocessing_num_workers "
-    "max_dropped_rows allow_seen_held_out deepspeed bf16 fp16 tf32 use_cpu report_to run_name project trackio_space_id "
+    "output_dir data_path model_name_or_path adapter_name_or_path model_revision trust_remote_code data_cache_dir "
+    "preprocessing_num_workers max_dropped_rows allow_seen_held_out deepspeed bf16 fp16 tf32 use_cpu report_to "
+    "run_name project trackio_space_id "
     "resume_from_checkpoint logging_steps save_strategy save_steps save_total_limit save_only_model "
     "logging_strategy logging_first_step logging_dir log_level log_level_replica "
     "log_on_each_node dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "

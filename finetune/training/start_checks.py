@@ -50,7 +50,7 @@ def check_start(arguments: Arguments, ranks_here: int | None = None, *, is_launc
 def _checks(arguments: Arguments, ranks_here: int | None, is_launch: bool) -> Iterator[Callable[[], object]]:
     name = arguments.model.model_name_or_path
     yield lambda: check_folder(name)
-    yield lambda: check_tokenizer_files(name)
+    yield lambda: check_tokenizer_files(arguments.model.tokenizer_source()[0])
     if is_launch:
         yield lambda: check_local_sources([*arguments.data.data_path, *arguments.data.eval_data_path])
     yield lambda: _check_skip_rows(arguments.run.skip_rows)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from finetune.inference.run_result import read_result
-from finetune.models.loader import model_fingerprint, weights_fingerprint
+from finetune.models.loader import model_fingerprint
+from finetune.models.model_folder import weights_fingerprint
 from finetune.run_dir.run_json import update_run_json
 from tests.helpers.byte_tokenizer import byte_tokenizer
 

@@ -92,7 +92,7 @@ def whole(folder: Path) -> None:
         (unused, "", "LlamaForCausalLM does not use score.weight"),
         (truncated, "", "model.safetensors: cannot be read"),
         (quantized, "", "its weights are quantized (gptq)"),
-        (adapter, "", "is an adapter"),
+        (adapter, "", "not the config of an adapter"),
         (only_config, "", "holds no weights"),
         (small_vocabulary, "--use_lora True", "--modules_to_save embed_tokens"),
         (few_positions, "", "has 16 position embeddings"),

@@ -12,8 +12,10 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import peft
 import pytest
 import safetensors.torch
+from transformers import LlamaForCausalLM
 
 from finetune import train
 from finetune.cli.preview import NOT_OF_PREVIEW, parse_options
@@ -64,6 +66,11 @@ def named(tiny_model, conversation_file, tmp_path_factory) -> Callable[..., Word
     (folder / "flags.yaml").write_text("seed: 7\n")
     (folder / "held").mkdir()
     (folder / "held/checkpoint-1").mkdir()
+    shape = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), shape).save_pretrained(folder / "adapter")
+    own = load_tokenizer(str(tiny_model), trust_remote_code=False)
+    own.add_tokens(["<own>"])
+    own.save_pretrained(folder / "adapter")
     required = ["--model_name_or_path", str(tiny_model), "--data_path", str(conversation_file)]
 
     def words(text: str) -> Words:
@@ -207,6 +214,7 @@ REASONED = "--data_path DIR/reasoned.json"
 # flag -> (what shows its effect, other flags, the flag with a value that makes a difference; "" is without it)
 SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
     "model_name_or_path": (prepared, "", "--model_name_or_path DIR/nowhere"),
+    "adapter_name_or_path": (prepared, "", "--adapter_name_or_path DIR/adapter"),
     "new_tokens": (prepared, "", "--new_tokens <new>"),
     "allow_missing_weights": (examined, "--model_name_or_path DIR/lacking", "--allow_missing_weights True"),
     "attn_implementation": (examined, "", "--attn_implementation eager"),
@@ -294,7 +302,7 @@ def test_every_flag_is_a_key_of_a_config_file(tmp_path):
     seen = 0
     for group in GROUPS:
         for one in fields(group):
-            if one.name == "config":
+            if one.name in ("config", "adapter_name_or_path"):  # the value of either is read
                 continue
             value = another_value(one, typing.get_type_hints(group)[one.name])
             path = tmp_path / f"{one.name}.json"

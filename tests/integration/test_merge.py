@@ -17,8 +17,8 @@ import torch
 from finetune import export
 from finetune.export import merge_plan
 from finetune.inference.run_result import read_result
-from finetune.models.loader import weights_fingerprint
 from finetune.models.lora_targets import ALL_LINEAR, resolve_targets
+from finetune.models.model_folder import weights_fingerprint
 from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError
 from tests.helpers import made_results as made

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.inference import load_result
 from finetune.inference.run_result import RunResult
-from finetune.models.loader import weights_fingerprint
-from finetune.models.model_folder import weight_files
+from finetune.models.model_folder import weight_files, weights_fingerprint
 from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers import made_results as made
 from tests.helpers import tiny_models

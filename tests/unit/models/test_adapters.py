@@ -1,16 +1,18 @@
-"""Which layers LoRA is attached to, as `--lora_target_modules` says it."""
+"""Which layers LoRA is attached to, as `--lora_target_modules` says it; and saved adapters that are continued."""
 
 from __future__ import annotations
 
 import re
 
+import peft
 import pytest
 import torch
 
 from finetune.config.arguments import AdapterArguments
-from finetune.models.adapters import attach_adapter
+from finetune.models.adapters import attach_adapter, load_adapter
 from finetune.models.loader import ModelInfo
 from finetune.utils.errors import ConfigError
+from tests.helpers import made_results as made
 from tests.helpers import tiny_models
 
 
@@ -52,3 +54,41 @@ def test_a_name_of_no_layer_is_an_error_that_lists_the_linear_layers(targets):
 def test_a_layer_to_save_that_is_none_is_an_error():
     with pytest.raises(ConfigError, match="the model has no layer head"):
         adapted("q_proj", modules_to_save=["lm_head", "head"])
+
+
+KINDS = {
+    "plain": dict(r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}),
+    "dora": dict(r=4, target_modules="all-linear", use_dora=True, use_rslora=True, modules_to_save=["lm_head"]),
+    "experts": dict(r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]),
+}
+
+
+def config_of(kind: str) -> peft.PeftConfig:
+    classes = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}
+    if kind in classes:
+        return classes[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "prefix", "prompt"])
+def test_a_continued_adapter_starts_where_it_was_saved(kind, tmp_path):
+    family = "mixtral" if kind == "experts" else "llama"
+    saved = made.with_random_weights(peft.get_peft_model(tiny_models.build(family), config_of(kind)))
+    saved.save_pretrained(tmp_path / "saved")
+    continued = load_adapter(tiny_models.build(family), tmp_path / "saved", base_revision=None)
+    assert continued.peft_config["default"].r == 4 if kind in KINDS else continued.active_peft_config.is_prompt_learning
+    trainable = [name for name, parameter in saved.train().named_parameters() if parameter.requires_grad]
+    assert trainable == [name for name, parameter in continued.named_parameters() if parameter.requires_grad]
+    assert torch.equal(made.logits(continued), made.logits(saved))
+    continued.save_pretrained(tmp_path / "again")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+def test_an_adapter_of_another_base_is_an_error(tmp_path):
+    made.with_random_weights(peft.get_peft_model(tiny_models.build("llama"), config_of("plain"))).save_pretrained(
+        tmp_path
+    )
+    for family in ("gpt2", "qwen3"):
+        with pytest.raises(ConfigError, match=re.escape(f"the adapter {tmp_path}")):
+            load_adapter(tiny_models.build(family), tmp_path, base_revision=None)

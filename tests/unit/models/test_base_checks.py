@@ -234,9 +234,9 @@ class TestFolders:
         assert "holds no weights" in refused(folder) and "llama.gguf" in refused(folder)
         (folder / "latest").write_text("global_step3")
         assert "is a checkpoint of DeepSpeed" in refused(folder)
-        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/models/base"}')
+        (folder / "adapter_config.json").write_text("{}")
         message = refused(folder)
-        assert "is an adapter of /models/base" in message and "finetune merge" in message
+        assert "is an adapter" in message and "finetune merge" in message
         (tmp_path / "empty").mkdir()
         assert "holds no config.json" in refused(tmp_path / "empty")
 
