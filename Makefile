@@ -21,7 +21,7 @@ quickstart: install ## fine-tune a small model and ask it before and after (QUIC
 	$(VENV)/bin/python -m finetune quickstart $(QUICKSTART_FLAGS)
 
 test: install-dev model tokenizers ## run all tests but the slow tiers below (JOBS=2 at a time)
-	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-unit: install-dev model tokenizers ## run the tests that start no process
 	$(PYTEST) -n $(JOBS) tests/unit
