@@ -7,9 +7,9 @@ seconds and building it touches the devices. Flags that transformers has renamed
 
 from __future__ import annotations
 
+from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.argument_parser import build_parser, flag_words, known_flags, parse
 from finetune.config.arguments import (
-    AdapterArguments,
     Arguments,
     DataArguments,
     DoctorArguments,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.config.adapter_arguments import UNSERVED, AdapterArguments
 from finetune.config.arguments import (
     GROUPS,
     TRAINING_DEFAULTS,
     TRAINING_HELP,
     TRANSLATED,
-    AdapterArguments,
     Arguments,
     DataArguments,
     default_of,
@@ -33,6 +33,7 @@ from finetune.utils.user_files import read_json, read_text
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 NEVER_FROM_A_RUN = ("trust_remote_code",)  # a run.json may come from anyone
+OF_ALL_KINDS = ("use_lora", "adapter", "adapter_config", "embedding_learning_rate")
 UNSET: tuple[Any, ...] = (None, "", [], [""])
 # The lowest value of each number that makes sense.
 LOWEST = {
@@ -51,7 +52,9 @@ LOWEST = {
     ),
 }
 OF_THE_LAUNCHER = "a flag of the launcher: it stands in front of the script, and anywhere in `finetune train`"
-ABOVE_0 = ("logging_steps", "save_steps", "eval_steps", "adam_epsilon")
+ABOVE_0 = (
+    "logging_steps", "save_steps", "eval_steps", "adam_epsilon", "loraplus_lr_ratio", "embedding_learning_rate",
+)  # fmt: skip
 HIGHEST_SEED = 2**32 - 1  # of numpy
 
 
@@ -77,6 +80,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = [*continued, *_translate(given, training)]
     model, data, batch, adapter, run = groups
+    adapter = _with_config_read(adapter)
     arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
     raise_faults(_faults(arguments, adapter_refused=given.get("use_lora") is False))
     arguments.notes.extend(flags_without_effect(arguments))
@@ -265,27 +269,58 @@ def below(least: int, name: str, value: float | None) -> Iterator[str]:
 def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:
     if adapter.use_lora and adapter.adapter not in (None, "lora"):
         yield f"--use_lora True and --adapter {adapter.adapter} exclude each other: keep one of them"
-    start = adapter.init_lora_weights
-    if not re.fullmatch(r"default|gaussian|pissa(_niter_[1-9]\d*)?|olora", start):
+    options = adapter.peft_options()
+    start = options.get("init_lora_weights", True)
+    if not isinstance(start, bool) and not re.fullmatch(r"gaussian|pissa(_niter_[1-9]\d*)?|olora", start):
         yield f"--init_lora_weights {start}: expected default, gaussian, pissa, pissa_niter_16 (any number) or olora"
-    elif adapter.use_dora and start not in ("default", "gaussian"):
+    elif options.get("use_dora") and adapter.starts_from_weights():
         yield f"--use_dora True and --init_lora_weights {start} exclude each other: keep one of them"
+    if adapter.adapter_config and (adapter.use_lora or adapter.adapter):
+        yield "--adapter_config and --use_lora or --adapter exclude each other: the file says what is trained"
+    elif method := UNSERVED.get(options["peft_type"]):
+        yield f"--adapter_config: {method}"
+    if adapter.freeze and adapter.train_only:
+        yield "--freeze and --train_only exclude each other: keep one of them"
     if adapter.lora_dropout is not None and not 0 <= adapter.lora_dropout < 1:
         yield f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1"
+
+
+def _with_config_read(adapter: AdapterArguments) -> AdapterArguments:
+    """Replace the file of `--adapter_config` by what it holds, which run.json keeps."""
+    given = adapter.adapter_config
+    if not given:
+        return replace(adapter, adapter_config=None)
+    try:
+        options = json.loads(given) if given.lstrip().startswith("{") else read_json(Path(given).expanduser())
+    except ValueError as error:
+        raise ConfigError(f"--adapter_config {given}: not JSON: {error}") from None
+    if not isinstance(options, dict) or not isinstance(options.get("peft_type"), str):
+        raise ConfigError(f'--adapter_config {given}: expected a JSON object with a method, such as "peft_type": "IA3"')
+    return replace(adapter, adapter_config=json.dumps(options, sort_keys=True))
 
 
 def _unused_adapter_flags(adapter: AdapterArguments) -> Iterator[str]:
     """Yield flags that shape an adapter while all parameters, or another adapter, would be trained."""
     kind = adapter.kind()
+    trained = f"a {kind} adapter" if kind else "all parameters"
     for declared in fields(adapter):
         name = declared.name
-        if name in ("use_lora", "adapter") or getattr(adapter, name) in (default_of(name), *UNSET):
+        if name in OF_ALL_KINDS or getattr(adapter, name) in (default_of(name), *UNSET):
             continue
-        kinds = ("prefix", "prompt") if name == "num_virtual_tokens" else ("lora",)
-        if kind not in kinds:
-            remedy = "--use_lora True" if kinds == ("lora",) else "--adapter prefix or prompt"
-            trained = f"a {kind} adapter" if kind else "all parameters"
-            yield f"--{name} is given, but {trained} would be trained: add {remedy}, or leave it out"
+        if name in ("freeze", "train_only"):
+            if kind:
+                yield f"--{name}: {trained} is trained, and all of the base is frozen: leave one of them out"
+        elif adapter.adapter_config and name != "loraplus_lr_ratio":
+            yield f"--adapter_config and --{name} exclude each other: the file says it"
+        elif name == "num_virtual_tokens":
+            if kind not in ("prefix", "prompt"):
+                yield _unused(name, trained, "--adapter prefix or prompt")
+        elif kind != "lora":
+            yield _unused(name, trained, "--use_lora True")
+
+
+def _unused(name: str, trained: str, remedy: str) -> str:
+    return f"--{name} is given, but {trained} would be trained: add {remedy}, or leave it out"
 
 
 def _batch_faults(arguments: Arguments) -> Iterator[str]:

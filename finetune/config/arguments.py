@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.config.adapter_arguments import AdapterArguments
 from finetune.utils.options import OptionType, declaration, default_of_field, option
 
 # The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
@@ -226,42 +227,6 @@ class BatchArguments:
         "token", "the loss is a mean over the supervised tokens of a step, or over its conversations"
     )
     sequence_parallel_size: int = option(1, "ranks that share each conversation (DeepSpeed Ulysses)")
-
-
-LORA_DROPOUT = 0.1
-
-
-@dataclass(frozen=True)
-class AdapterArguments:
-    """Adapters; without one all parameters are trained."""
-
-    use_lora: bool = option(False, "train LoRA adapters, the same as `--adapter lora`")
-    adapter: Literal["lora", "prefix", "prompt"] | None = option(None, "what is trained instead of all parameters")
-    lora_r: int = option(8, "rank of the LoRA matrices")
-    lora_alpha: float = option(16, "LoRA updates are scaled by `lora_alpha / lora_r`")
-    lora_dropout: float | None = option(
-        None, "dropout on the input of the LoRA matrices, 0 to 1; default: 0.1, with adapted fused experts 0"
-    )
-    lora_target_modules: list[str] = option(
-        ["all-linear"],
-        "names of the layers with LoRA, e.g. `q_proj v_proj`, one regular expression over full names, or `all-linear`: "
-        "the linear layers of attention, MLPs and experts, not routers, vision towers, embeddings and head",
-    )
-    use_dora: bool = option(False, "DoRA: train the magnitude of each weight column, too")
-    use_rslora: bool = option(False, "rsLoRA: scale by `lora_alpha / sqrt(lora_r)`")
-    init_lora_weights: str = option(
-        "default", "initialisation of LoRA: `default`, `gaussian`, `pissa`, `pissa_niter_16` (any number) or `olora`"
-    )
-    modules_to_save: list[str] = option([], "layers trained in full and saved with the adapter, e.g. `lm_head`")
-    num_virtual_tokens: int = option(20, "length of a prefix or prompt adapter")
-
-    def saved_modules(self) -> tuple[str, ...] | None:
-        """Names of the layers of the base that are saved with the result; None: all."""
-        return None if self.kind() is None else tuple(self.modules_to_save) if self.kind() == "lora" else ()
-
-    def kind(self) -> str | None:
-        """lora, prefix, prompt, or None for full-parameter training."""
-        return self.adapter or ("lora" if self.use_lora else None)
 
 
 @dataclass(frozen=True)

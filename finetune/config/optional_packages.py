@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from finetune.config.arguments import AdapterArguments, Arguments
+from finetune.config.adapter_arguments import AdapterArguments
+from finetune.config.arguments import Arguments
 from finetune.config.hardware import HardwareConfig
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import raise_faults
@@ -81,13 +82,12 @@ def check_quantization(bits: int | None, label: str, adapter: AdapterArguments, 
     Raises:
         ConfigError: all reasons why not.
     """
-    init = adapter.init_lora_weights
     if bits is None:
         return
     faults = {
         "quantized weights cannot be trained: add --use_lora True": adapter.kind() != "lora",
-        "LoRA initialised from the weights (PiSSA, OLoRA) needs them unquantized: leave --init_lora_weights out": init
-        not in ("default", "gaussian"),
+        "LoRA initialised from the weights (PiSSA, OLoRA) needs them unquantized: leave --init_lora_weights "
+        "out": adapter.starts_from_weights(),
         "bitsandbytes holds 8-bit weights beside the parameters, so ZeRO-3 would partition none of them: give "
         "--load_in_4bit True, or --deepspeed zero2": bits == 8 and zero_stage == 3,
     }

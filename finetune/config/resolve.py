@@ -29,6 +29,7 @@ from finetune.run_dir import output_dir_lock
 from finetune.utils.errors import ConfigError
 
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is always done
+GROUPS_ITSELF = ("galore", "apollo", "lomo", "adalomo", "muon", "dion")  # beginnings of names of --optim
 # Recorded in checkpoints even where the user leaves them to their defaults, which transformers may change.
 RECORDED_FLAGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "num_train_epochs", "max_steps",
@@ -66,6 +67,7 @@ def resolve_config(
     batch, batch_notes = resolve_batch(arguments, ranks.size, saved)
     deepspeed = _resolve_deepspeed(arguments, hardware, batch, ranks)
     check_optimizer(str(arguments.given("optim")))
+    _check_rates(arguments, deepspeed)
     bits, stage = arguments.model.quantized_bits(), deepspeed.stage if deepspeed else None
     check_quantization(bits, f"--load_in_{bits}bit True", arguments.adapter, stage)
     if deepspeed is not None and saved is not None:
@@ -129,8 +131,9 @@ def resolve_batch(
             f"a step stays {saved.step_rows} rows on {groups} ranks instead of {saved.world_size}: "
             f"--per_device_train_batch_size {size} --gradient_accumulation_steps {accumulation}"
         )
-    data_seed, kind = arguments.given("data_seed"), arguments.adapter.kind()
-    virtual = f"{kind} tuning puts virtual tokens before each conversation" if kind in ("prefix", "prompt") else None
+    data_seed, virtual = arguments.given("data_seed"), None
+    if arguments.adapter.virtual_tokens():
+        virtual = f"{arguments.adapter.kind()} tuning puts virtual tokens before each conversation"
     eval_size = arguments.training.get("per_device_eval_batch_size", arguments.given("per_device_train_batch_size"))
     batch = BatchConfig(
         batching=flags.batching,
@@ -237,6 +240,21 @@ def _check_sampling(arguments: Arguments) -> None:
     strategy = arguments.given("train_sampling_strategy")
     if strategy not in SAMPLING_STRATEGIES:
         raise ConfigError(f"--train_sampling_strategy {strategy}: expected {', '.join(SAMPLING_STRATEGIES)}")
+
+
+def _check_rates(arguments: Arguments, deepspeed: ResolvedDeepSpeedConfig | None) -> None:
+    """Check that the optimizer takes learning rates for groups of parameters, if flags give any."""
+    optim = str(arguments.given("optim"))
+    for name in ("embedding_learning_rate", "loraplus_lr_ratio"):
+        if (value := getattr(arguments.adapter, name)) is None:
+            continue
+        if deepspeed is not None and {"optimizer", "scheduler"} & deepspeed.config.keys():
+            raise ConfigError(
+                f"--{name} {value:g}: the DeepSpeed JSON has an optimizer or scheduler section, which gives all "
+                "parameters one rate: leave the section out"
+            )
+        if optim.startswith(GROUPS_ITSELF):
+            raise ConfigError(f"--{name} {value:g}: --optim {optim} groups parameters in its own way: leave one out")
 
 
 def _resolve_deepspeed(

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.config.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from finetune.config.adapter_arguments import AdapterArguments
+from finetune.config.arguments import DataArguments, ModelArguments, RunArguments
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.hardware import HardwareConfig, Precision
 

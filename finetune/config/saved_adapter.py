@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from finetune.config.adapter_arguments import KINDS_OF_METHODS, UNSERVED
 from finetune.run_dir import run_json
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import raise_faults
 from finetune.utils.user_files import has_type, read_json_object
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-KINDS = {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 # Our flags, what peft calls them, and the types of their values.
 LORA_FLAGS: dict[str, tuple[str, Any]] = {
     "lora_r": ("r", int),
@@ -95,11 +96,12 @@ def _recorded(folder: Path, part: str) -> dict[str, Any]:
 def _obstacles(folder: Path, config: dict[str, Any]) -> list[str]:
     """Return why a run cannot continue from this adapter."""
     faults, kind = [], config["peft_type"]
-    if kind not in KINDS:
-        return [f"an adapter of the type {kind} cannot be continued, only {', '.join(KINDS)}: merge it with peft"]
+    if kind in UNSERVED or kind == "P_TUNING":  # it saves what its encoder computed, not the encoder
+        return [f"an adapter of the type {kind} cannot be continued: train a new one"]
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
         faults.append(f"holds no {' or '.join(ADAPTER_FILES)}: copy the whole adapter")
-    types = {key: hint for key, hint in LORA_FLAGS.values()} if kind == "LORA" else {"num_virtual_tokens": int}
+    types = {"num_virtual_tokens": int} if kind in ("PREFIX_TUNING", "PROMPT_TUNING") else {}
+    types |= {key: hint for key, hint in LORA_FLAGS.values()} if kind == "LORA" else {}
     for key, hint in types.items():
         if not has_type(config.get(key), hint):
             faults.append(f"{key} is {config.get(key)!r} in {run_json.ADAPTER_CONFIG}: copy the file again")
@@ -115,7 +117,9 @@ def _obstacles(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def _kept_flags(config: dict[str, Any]) -> dict[str, Any]:
-    kind = KINDS[config["peft_type"]]
+    kind = KINDS_OF_METHODS.get(config["peft_type"])
+    if kind is None:
+        return {"adapter_config": json.dumps(config, sort_keys=True)}
     if kind != "lora":
         return {"adapter": kind, "use_lora": False, "num_virtual_tokens": config["num_virtual_tokens"]}
     values = {flag: config.get(key) for flag, (key, _) in LORA_FLAGS.items()}

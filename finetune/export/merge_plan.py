@@ -24,11 +24,17 @@ from finetune.utils.errors import CheckpointError, ConfigError
 
 # Parts of module names in a PeftModel.
 PREFIX, TOKEN_ADAPTER, BASE_LAYER = "base_model.model.", ".token_adapter", ".base_layer"
-# peft types whose product with a weight is a weight. The others are not part of the weights.
-MERGEABLE = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3"})
-NOT_MERGEABLE_REASONS = {
+# peft types that are no weights of a layer, or whose weights peft computes from more than the layer.
+NOT_MERGEABLE = {
     "PREFIX_TUNING": "a prefix adapter is keys and values before every conversation, not weights of a layer",
-    "PROMPT_TUNING": "a prompt adapter is embeddings before every conversation, not weights of a layer",
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "P_TUNING"),
+        "a prompt adapter is embeddings before every conversation, not weights of a layer",
+    ),
+    **dict.fromkeys(
+        ("ADAMSS", "FROD", "OSF", "PSOFT"), "it is computed from the weights of its base when it is loaded"
+    ),
+    **dict.fromkeys(("BEFT", "LILY", "LN_TUNING"), "peft does not merge it layer by layer"),
 }
 
 
@@ -50,9 +56,7 @@ class OutputTensor:
 
 def check_mergeable(adapter: str | None) -> None:
     """Check that an adapter of this peft type can be merged."""
-    if adapter is not None and adapter not in MERGEABLE:
-        default = f"peft's {adapter} is not one of {', '.join(sorted(MERGEABLE))}"
-        reason = NOT_MERGEABLE_REASONS.get(adapter, default)
+    if reason := NOT_MERGEABLE.get(adapter or ""):
         raise ConfigError(f"this adapter cannot be merged: {reason}. Use it as it is, with peft or `finetune chat`")
 
 

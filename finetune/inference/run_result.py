@@ -20,7 +20,7 @@ TYPES: dict[str, dict[str, Any]] = {  # of what is used of run.json
     "chat": {"format": str, "human_token_ids": list[int], "model_token_ids": list[int], "content_tokens": list[str],
              "stop_token_id": int | None},
 }  # fmt: skip
-VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")  # peft types of adapters that are embeddings
+VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # peft types of adapters that are embeddings
 
 
 @dataclass(frozen=True)

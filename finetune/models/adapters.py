@@ -12,23 +12,28 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.config.arguments import LORA_DROPOUT, AdapterArguments
+from finetune.config.adapter_arguments import LORA_DROPOUT, AdapterArguments
 from finetune.config.saved_adapter import recorded_weights
 from finetune.distributed.startup_timer import timed
+from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, damage_named, needs_new_embeddings
-from finetune.models.lora_targets import LoraTargets, linear_names, resolve_targets
+from finetune.models.lora_targets import ALL_LINEAR, LoraTargets, linear_names, resolve_targets
 from finetune.models.model_folder import weights_fingerprint
+from finetune.models.module_kinds import EMBEDDINGS, HEAD, VISION
 from finetune.models.quantization import full_shape, quantized_layers
 from finetune.run_dir.run_json import ADAPTER_CONFIG
-from finetune.utils.errors import CheckpointError, ConfigError, format_names
+from finetune.utils.errors import CheckpointError, ConfigError, first_line, format_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Fields of a saved adapter's configuration that are those of its run.
+OF_THIS_RUN = {"inference_mode": False, "base_model_name_or_path": None, "peft_version": None, "auto_mapping": None}
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -53,8 +58,8 @@ def attach_adapter(
     Raises:
         ConfigError: no such module, or peft rejects an option.
     """
-    kind = adapter.kind()
-    if kind is None:
+    if adapter.kind() is None:
+        freeze(base, info.kinds, adapter.freeze, adapter.train_only)
         return base
     if seed is not None:
         from transformers import set_seed
@@ -62,50 +67,60 @@ def attach_adapter(
         set_seed(seed)
     if info.adapter is not None:
         return load_adapter(base, Path(info.adapter), base_revision=info.revision, loads_weights=computes_initial)
-    grows, base_revision = tokenizer is not None and needs_new_embeddings(info, tokenizer), info.revision
-    if kind in ("prefix", "prompt"):
-        return attach_virtual_tokens(base, kind, adapter.num_virtual_tokens, base_revision=base_revision)
-    adapter = adapter if computes_initial else replace(adapter, init_lora_weights="default")
-    return attach_lora(base, adapter, base_revision=base_revision, train_embeddings=grows)
+    grows = tokenizer is not None and needs_new_embeddings(info, tokenizer)
+    return attach_peft(
+        base, adapter, base_revision=info.revision, train_embeddings=grows, computes_initial=computes_initial
+    )
 
 
-def attach_lora(model: Any, adapter: AdapterArguments, *, base_revision: str | None, train_embeddings: bool) -> Any:
-    """Attach LoRA matrices as the flags describe them and freeze the rest; return the `PeftModel`.
+def attach_peft(
+    model: Any,
+    adapter: AdapterArguments,
+    *,
+    base_revision: str | None = None,
+    train_embeddings: bool = False,
+    computes_initial: bool = True,
+) -> Any:
+    """Attach what the flags describe and freeze the rest; return the `PeftModel`.
 
     Args:
-        train_embeddings: Also train and save the embeddings and the head, because new tokens start untrained.
         base_revision: Revision of the base model's repository, stored in the adapter.
+        train_embeddings: Also train and save the embeddings and the head, because new tokens start untrained.
+        computes_initial: As in `attach_adapter`.
 
     Raises:
         ConfigError: A name matches no layer, or peft rejects an option.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType, get_peft_model
 
-    fully_trained, init = list(adapter.modules_to_save), adapter.init_lora_weights
+    options = {**adapter.peft_options(), "task_type": TaskType.CAUSAL_LM, **OF_THIS_RUN}
+    method = options["peft_type"]
+    label = "LoRA" if method == "LORA" else f"peft's {method}"
+    config_class = dict(PEFT_TYPE_TO_CONFIG_MAPPING).get(method)
+    if config_class is None:
+        raise ConfigError(f"--adapter_config: peft {version('peft')} has no method {method}: expected one of "
+                          f"{', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}")  # fmt: skip
+    if unknown := sorted(set(options) - {declared.name for declared in fields(config_class)}):
+        raise ConfigError(f"--adapter_config: {label} has no option {', '.join(unknown)}")
+    saved = list(options.get("modules_to_save") or [])
+    _check_modules_to_save(model, saved)
     if train_embeddings:
-        fully_trained += [name for name in embedding_names(model) if name not in fully_trained]
-    _check_modules_to_save(model, adapter.modules_to_save)
-    targets = resolve_targets(model, parse_target_modules(adapter.lora_target_modules))
-    _check_wrapped(targets, adapter)
-    usual = 0.0 if targets.parameters else LORA_DROPOUT
+        saved += [name for name in embedding_names(model) if name not in saved]
+    if saved:
+        options["modules_to_save"] = saved
+    if method == "LORA" and not (options.get("exclude_modules") or options.get("target_parameters")):
+        options |= _resolved(model, options).options(model)
+    elif options.get("target_modules") == ALL_LINEAR:
+        options["target_modules"] = list(resolve_targets(model, ALL_LINEAR).modules)
+    if method == "LORA":
+        options["ensure_weight_tying"] = _is_tied(model) and bool(saved)
+        options["init_lora_weights"] = options.get("init_lora_weights", True) if computes_initial else True
     try:
-        config = LoraConfig(
-            r=adapter.lora_r,
-            lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # peft only divides it by r
-            lora_dropout=usual if adapter.lora_dropout is None else adapter.lora_dropout,
-            **targets.options(model),
-            modules_to_save=fully_trained or None,
-            use_dora=adapter.use_dora,
-            use_rslora=adapter.use_rslora,
-            init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
-            ensure_weight_tying=_is_tied(model) and bool(fully_trained),
-            task_type=TaskType.CAUSAL_LM,
-        )
         # In the precision of the base; DeepSpeed converts to it under ZeRO-1 and 2 and keeps float32 master weights.
         # peft's default is float32, which ZeRO-3 would keep: the stages would compute different numbers.
-        return get_peft_model(model, config, autocast_adapter_dtype=False, revision=base_revision)
-    except ValueError as error:
-        raise ConfigError(f"LoRA cannot be attached: {error}; its {linear_names(model)}") from None
+        return get_peft_model(model, config_class(**options), autocast_adapter_dtype=False, revision=base_revision)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{label} cannot be attached: {error}; its {linear_names(model)}") from None
 
 
 def load_adapter(model: Any, folder: Path, *, base_revision: str | None, loads_weights: bool = True) -> Any:
@@ -137,14 +152,22 @@ def load_adapter(model: Any, folder: Path, *, base_revision: str | None, loads_w
     return adapted
 
 
-def _check_wrapped(targets: LoraTargets, adapter: AdapterArguments) -> None:
-    """Check that the flags hold for weights that peft wraps as parameters: those of fused experts."""
-    values = {
-        f"--lora_dropout {adapter.lora_dropout}": adapter.lora_dropout,
-        "--use_dora True": adapter.use_dora,
-        f"--init_lora_weights {adapter.init_lora_weights}": adapter.init_lora_weights not in ("default", "gaussian"),
-    }
-    refused = [text for text, is_set in values.items() if is_set]
+def _resolved(model: Any, options: dict[str, Any]) -> LoraTargets:
+    """Resolve the target modules of these options for a model without an adapter, and set its dropout for them."""
+    wanted = options.get("target_modules") or ALL_LINEAR
+    targets = resolve_targets(model, parse_target_modules([wanted] if isinstance(wanted, str) else wanted))
+    _check_wrapped(targets, options)
+    if options.get("lora_dropout", 0.0) is None:
+        options["lora_dropout"] = 0.0 if targets.parameters else LORA_DROPOUT
+    return targets
+
+
+def _check_wrapped(targets: LoraTargets, options: dict[str, Any]) -> None:
+    """Check that the options hold for weights that peft wraps as parameters: those of fused experts."""
+    values = {name: options.get(name) for name in ("lora_dropout", "use_dora", "init_lora_weights")}
+    if values["init_lora_weights"] in (True, "gaussian"):
+        del values["init_lora_weights"]
+    refused = [f"--{name} {value}" for name, value in values.items() if value]
     if targets.parameters and refused:
         raise ConfigError(
             f"{', '.join(refused)}: peft cannot do this with the weights of fused experts ({wrapped_names(targets)}): "
@@ -181,16 +204,17 @@ def _check_modules_to_save(model: Any, wanted: Sequence[str]) -> None:
         )
 
 
-def check_attachable(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
-    """Attach the adapter to the model on the meta device; return notes for the user.
+def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens: bool = False) -> list[str]:
+    """Attach the adapter to the model on the meta device, or freeze it as the flags say; return notes for the user.
+
+    Args:
+        adds_tokens: New tokens will make embeddings trained.
 
     Raises:
-        ConfigError: No such module, or peft rejects an option.
+        ConfigError: No such module, peft rejects an option, or nothing has the learning rate of a flag.
     """
     import torch
 
-    if adapter.kind() is None:
-        return []
     trained_on = recorded_weights(Path(info.adapter)) if info.adapter else None
     if trained_on and (weights := weights_fingerprint(info.name, info.revision)) not in (None, trained_on):
         raise ConfigError(
@@ -198,29 +222,33 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
             f"here {str(weights)[:12]}): give its base"
         )
     packed = {name.rpartition(".")[2] for name in quantized_layers(info.empty)} if info.bits else set()
-    if in_full := sorted(packed & set(adapter.modules_to_save)):
+    if in_full := sorted(packed & set(adapter.saved_modules() or ())):
         raise ConfigError(
             f"--modules_to_save {' '.join(in_full)}: --load_in_{info.bits}bit quantizes these layers, and such weights "
             "cannot be trained: leave them out"
         )
-    targets = None
-    if adapter.kind() == "lora" and info.adapter is None:
-        targets = resolve_targets(info.empty, parse_target_modules(adapter.lora_target_modules))
-        _check_wrapped(targets, adapter)
-    with torch.device("meta"):
-        attach_adapter(deepcopy(info.empty), adapter, info, None, computes_initial=False)
-    if targets is None or not targets.parameters or adapter.lora_dropout is not None:
+    try:
+        with torch.device("meta"):
+            model = attach_adapter(deepcopy(info.empty), adapter, info, None, computes_initial=False)
+    except (NotImplementedError, RuntimeError) as error:  # it computes from weights that are not there yet
+        if adapter.adapter_config is None:
+            raise
+        return [f"--adapter_config: checked only once the model is loaded: {first_line(error)}"]
+    counts = info.kinds.count(model)
+    if adapter.kind() and counts[VISION].trained:
+        raise ConfigError(f"{adapter.kind()}: the adapter would train {VISION}, which text does not: name other layers")
+    rate, trained = adapter.embedding_learning_rate, counts[EMBEDDINGS].trained + counts[HEAD].trained
+    if rate and not trained and not adds_tokens:
+        raise ConfigError(
+            f"--embedding_learning_rate {rate:g}: neither embeddings nor head are trained: give --modules_to_save "
+            f"{' '.join(embedding_names(info.empty))}, or leave it out"
+        )
+    if adapter.kind() is None or info.adapter or adapter.peft_options().get("lora_dropout", 0.0) is not None:
+        return []
+    targets = resolve_targets(info.empty, parse_target_modules(adapter.lora_target_modules))
+    if not targets.parameters:
         return []
     return [f"--lora_dropout is 0, not {LORA_DROPOUT}: peft wraps the weights of experts ({wrapped_names(targets)})"]
-
-
-def attach_virtual_tokens(model: Any, kind: str, num_virtual_tokens: int, *, base_revision: str | None = None) -> Any:
-    """Attach an adapter for prefix tuning (`kind` prefix) or prompt tuning (`kind` prompt); return the `PeftModel`."""
-    from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
-
-    config_class = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}[kind]
-    config = config_class(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
-    return get_peft_model(model, config, revision=base_revision)
 
 
 def embedding_names(model: Any) -> list[str]:
@@ -238,11 +266,6 @@ def count_parameters(model: Any) -> tuple[int, int]:
     """Count (trainable, all) parameters, also where they are partitioned (ZeRO-3) or packed (4 bits)."""
     counts = [(parameter.requires_grad, math.prod(full_shape(parameter))) for parameter in model.parameters()]
     return sum(size for trainable, size in counts if trainable), sum(size for _, size in counts)
-
-
-def changes_base_weights(init_lora_weights: str) -> bool:
-    """Whether this initialisation subtracts the adapter's initial product from the base weights: PiSSA and OLoRA."""
-    return init_lora_weights.startswith("pissa") or init_lora_weights == "olora"
 
 
 class InitialLora:
@@ -275,8 +298,10 @@ class InitialLora:
         save_file(saved, folder / ADAPTER_FILE, metadata={"format": "pt"})
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         # Keep the scale alpha / r, with rsLoRA alpha / sqrt(r).
-        config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
-        config.update(r=config["r"] * 2, init_lora_weights=True)
+        factor = 2**0.5 if config["use_rslora"] else 2
+        config.update(r=config["r"] * 2, lora_alpha=config["lora_alpha"] * factor, init_lora_weights=True)
+        config["rank_pattern"] = {name: rank * 2 for name, rank in config["rank_pattern"].items()}
+        config["alpha_pattern"] = {name: alpha * factor for name, alpha in config["alpha_pattern"].items()}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -10,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.config.adapter_arguments import KINDS_OF_METHODS
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.hardware import DetectedHardware, HardwareConfig, detect_hardware
 from finetune.config.run_config import RankCounts, RunConfig
-from finetune.config.saved_adapter import KINDS, read_adapter_config
+from finetune.config.saved_adapter import read_adapter_config
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed import host_probe
 from finetune.distributed.op_builder import operators_of
@@ -204,7 +206,12 @@ def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
             staging.send_folders(wanted, run.shell, folder)
         words = without_flags(run.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
         if adapter := run.model.adapter_name_or_path:  # its weights do not fit a small model: a new one of its kind
-            words += ["--adapter_name_or_path=", "--adapter", KINDS[read_adapter_config(Path(adapter))["peft_type"]]]
+            saved = read_adapter_config(Path(adapter))
+            kind = KINDS_OF_METHODS.get(saved["peft_type"])
+            words += [
+                "--adapter_name_or_path=",
+                *(["--adapter", kind] if kind else [f"--adapter_config={json.dumps(saved)}"]),
+            ]
         facts = dry_run.run_dry_run(run.rehearsal(words), model, folder / "output", trusts_code=trusts_code)
         lines = {
             "model": f"{parameters:,} random parameters of the same architecture",

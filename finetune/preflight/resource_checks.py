@@ -159,7 +159,7 @@ def check_resources(
     if not facts["fits"]:
         with_adapter = None
         if adapter.kind() is None:
-            with_adapter = _model_spec(info, tokenizer, run.precision, replace(adapter, use_lora=True))
+            with_adapter = _model_spec(info, tokenizer, run.precision, AdapterArguments(use_lora=True))
         device = math.inf if free.device is None else free.device
         changes = memory.suggest_changes(model, run, device, free.host, with_adapter=with_adapter)
         _add_memory_error(report, estimate, free, changes)
@@ -187,7 +187,7 @@ def _model_spec(info: ModelInfo, tokenizer: Any, precision: Precision, adapter: 
     return spec_from_config(
         info.config,
         precision=precision,
-        attach=attach if adapter.kind() is not None else None,
+        attach=attach,
         vocabulary=loader.embedding_rows(tokenizer) if grows else None,
         stored_bytes=stored_bytes(Path(info.name).expanduser()),
         bits=info.bits,

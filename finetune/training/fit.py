@@ -13,7 +13,7 @@ from finetune.config.run_config import FitOptions
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import run_on_rank_0
 from finetune.distributed.startup_timer import start_up_seconds
-from finetune.models.adapters import InitialLora, changes_base_weights, count_parameters
+from finetune.models.adapters import InitialLora, count_parameters
 from finetune.models.loader import ModelInfo
 from finetune.run_dir.run_json import update_run_json
 from finetune.run_dir.training_plan import TrainingPlan
@@ -49,6 +49,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
     """
     from finetune.training.callbacks import PhaseReporter
     from finetune.training.evaluator import EarlyStopping
+    from finetune.training.learning_rates import set_learning_rates
     from finetune.training.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
@@ -60,8 +61,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
         run_on_rank_0(lambda: update_run_json(trainer.output_dir, {"plan": asdict(plan)}))
 
     # PiSSA and OLoRA change base weights; the adapter is saved relative to the original ones.
-    adapter = options.adapter
-    moves_weights = adapter.kind() == "lora" and changes_base_weights(adapter.init_lora_weights)
+    moves_weights = options.adapter.starts_from_weights()
     try:
         trainer = SupervisedTrainer(
             model=inputs.model,
@@ -77,6 +77,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
+    set_learning_rates(trainer, options.adapter, inputs.base.kinds)
     trainer.keep_base_tensors(inputs.base)
     if options.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(options.early_stopping_patience, options.early_stopping_threshold))

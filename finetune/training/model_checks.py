@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.config.arguments import AdapterArguments
+from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.optional_packages import check_quantization
 from finetune.config.run_config import ActivationCheckpointing, BatchConfig, RunConfig
 from finetune.dataset.prepare import PreparedData
@@ -40,7 +40,7 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     if is_packed_in_files(info.config):
         label = f"{info.flag} (stored in {info.bits} bits)"
         check_quantization(info.bits, label, config.adapter, config.zero_stage)
-    adapter_notes = check_attachable(info, config.adapter)
+    adapter_notes = check_attachable(info, config.adapter, adds_tokens=bool(config.model.new_tokens))
     check_sequence_parallel(config.batch, info.config, config.zero_stage)
     checkpointing, notes = resolve_activation_checkpointing(
         config.activation_checkpointing, config.adapter.kind(), info.can_checkpoint
@@ -140,11 +140,11 @@ def check_vocabulary(
     if kind in ("prefix", "prompt"):
         raise ConfigError(f"{grows}: --adapter {kind} cannot train embeddings: use --use_lora True")
     size = len(names) * rows * info.empty.get_input_embeddings().weight.shape[1]
-    if kind == "lora" and not adds_tokens and not set(names) <= set(adapter.modules_to_save):
+    if kind and not adds_tokens and not set(names) <= set(adapter.saved_modules() or ()):
         raise ConfigError(
-            f"{grows}. With LoRA all of {' and '.join(names)} would be trained and saved in full, {size:,} of the "
-            f"model's {info.parameters:,} parameters: ask for it with --modules_to_save {' '.join(names)}, or use the "
-            "model's own tokenizer"
+            f"{grows}. With an adapter all of {' and '.join(names)} would be trained and saved in full, {size:,} of "
+            f"the model's {info.parameters:,} parameters: ask for it with --modules_to_save {' '.join(names)}, or use "
+            "the model's own tokenizer"
         )
     how = f"{' and '.join(names)} ({size:,} parameters) are trained in full" if kind else "all rows are trained"
     return [f"{grows}; the embeddings grow, new rows start near the mean of the others, and {how}"]
@@ -161,7 +161,7 @@ def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) ->
     """
     config = info.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    virtual = adapter.num_virtual_tokens if adapter.kind() in ("prefix", "prompt") else 0
+    virtual = adapter.virtual_tokens()
     length = longest + virtual
     text = f"the longest example has {longest:,} tokens" + (f" and {virtual:,} virtual ones" if virtual else "")
     if not isinstance(limit, int) or length <= limit:

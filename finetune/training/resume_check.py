@@ -15,7 +15,8 @@ from typing import Any
 from finetune.checkpoint import Manifest, key_of
 from finetune.checkpoint.manifest import DAY, SKIPPED_ROWS, STAGE
 from finetune.checkpoint.resume import saved_manifest
-from finetune.config.arguments import LORA_DROPOUT, default_of
+from finetune.config.adapter_arguments import LORA_DROPOUT
+from finetune.config.arguments import default_of
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.flag_support import WITHOUT_EFFECT
 from finetune.config.run_config import BatchConfig, CheckpointConfig
@@ -44,11 +45,12 @@ STEP_FLAGS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # optimizer its states.
 NEVER = frozenset(
     "--use_lora --adapter --lora_r --lora_target_modules --use_dora --modules_to_save --num_virtual_tokens "
-    "--new_tokens --optim --optim_args --optim_target_modules".split()
+    "--new_tokens --adapter_config --freeze --train_only --optim --optim_args --optim_target_modules".split()
 ) | {STAGE}
 SAME_STATES = ("adamw_torch", "adamw_torch_fused")  # values of --optim
 # Schedules that move the learning rate by what they have seen: their state fits no other rate or factor.
 ADAPTIVE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+GROUP_FLAGS = ("--embedding_learning_rate", "--loraplus_lr_ratio")  # each makes groups of parameters
 SCHEDULE_FLAGS = ("--learning_rate", "--lr_scheduler_type", "--lr_scheduler_kwargs")
 OF_FLAGS = "of the command line"
 SINCE_0_2 = ("loss scaling", DAY)  # facts that older manifests lack
@@ -169,6 +171,8 @@ def _is_refused(name: str, old: Any, new: Any, *, flags: Mapping[str, Any]) -> b
     if name == "optimizer":  # section of the DeepSpeed JSON
         types = [section.get("type") if isinstance(section, Mapping) else section for section in (old, new)]
         return OF_FLAGS in types or (types[0] != types[1] and any(kind not in ("Adam", "AdamW") for kind in types))
+    if name in GROUP_FLAGS:
+        return None in (old, new)
     if name in SCHEDULE_FLAGS:
         return any(value in ADAPTIVE_SCHEDULES for value in (flags["--lr_scheduler_type"], old, new))
     return name in NEVER

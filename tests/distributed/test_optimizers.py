@@ -61,7 +61,8 @@ def test_muon_trains_resumes_and_merges_under_both_stages(run, tmp_path):
     ),
 )  # fmt: skip
 def test_a_resumed_run_ends_in_the_same_bits(run, optim, config):
-    flags = ("--optim", optim, "--learning_rate", "1e-3", *(("--deepspeed", config) if config else ()))
+    groups = ("--embedding_learning_rate", "3e-4", "--freeze", "layers.0")
+    flags = ("--optim", optim, "--learning_rate", "1e-3", *groups, *(("--deepspeed", config) if config else ()))
     whole = run("whole", *flags)
     resumed = run("resumed", *flags, "--resume_from_checkpoint", str(whole / "checkpoint-3"))
     assert losses(resumed) == losses(whole)[3:]

@@ -20,8 +20,8 @@ def attach_lora(
     train_embeddings: bool = False,
     **flags: Any,
 ) -> Any:
-    """`adapters.attach_lora` with these flags."""
+    """`adapters.attach_peft` with these flags."""
     adapter = AdapterArguments(
         use_lora=True, lora_r=r, lora_alpha=alpha, lora_dropout=dropout, lora_target_modules=[*target_modules], **flags
     )
-    return adapters.attach_lora(model, adapter, base_revision=base_revision, train_embeddings=train_embeddings)
+    return adapters.attach_peft(model, adapter, base_revision=base_revision, train_embeddings=train_embeddings)

@@ -309,12 +309,13 @@ def test_a_revision_pins_the_code_and_the_one_exception_names_its_commit(tiny_mo
 def test_an_adapter_remembers_the_revision_of_its_base(tiny_model):
     from transformers import AutoModelForCausalLM
 
-    from finetune.models.adapters import attach_virtual_tokens
+    from finetune.config import AdapterArguments
+    from finetune.models.adapters import attach_peft
     from tests.helpers.lora import attach_lora
 
     for attach in (
         lambda base: attach_lora(base, r=2, alpha=4, dropout=0.0, target_modules=["q_proj"], base_revision=OLD),
-        lambda base: attach_virtual_tokens(base, "prompt", 4, base_revision=OLD),
+        lambda base: attach_peft(base, AdapterArguments(adapter="prompt"), base_revision=OLD),
     ):
         base = AutoModelForCausalLM.from_pretrained(tiny_model)
         assert attach(base).peft_config["default"].revision == OLD

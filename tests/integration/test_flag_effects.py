@@ -20,7 +20,8 @@ from transformers import LlamaForCausalLM
 from finetune import train
 from finetune.cli.preview import NOT_OF_PREVIEW, parse_options
 from finetune.config import parse
-from finetune.config.arguments import GROUPS, AdapterArguments
+from finetune.config.adapter_arguments import AdapterArguments
+from finetune.config.arguments import GROUPS
 from finetune.config.deepspeed_config import DeepSpeedFlags
 from finetune.config.hardware import DetectedHardware
 from finetune.config.run_config import RankCounts
@@ -161,12 +162,13 @@ def attached(words: Words, _: Any) -> Any:
     arguments = parse(words)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(arguments.model.model_name_or_path)
-    if arguments.adapter.kind() is None:
-        return None
     info = inspect_model(arguments.model, "sdpa")
     adapted = attach_adapter(base, arguments.adapter, info, load_tokenizer(info.name, trust_remote_code=False))
-    weights = [(name, one.shape, float(one.detach().double().sum())) for name, one in adapted.named_parameters()]
-    return weights, str(adapted.peft_config["default"]), str(adapted)
+    weights = [
+        (name, one.shape, one.requires_grad, float(one.detach().double().sum()))
+        for name, one in adapted.named_parameters()
+    ]
+    return weights, str(getattr(adapted, "peft_config", None)), str(adapted)
 
 
 def limited(words: Words, monkeypatch: Any) -> Any:
@@ -253,6 +255,9 @@ SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
     "init_lora_weights": (attached, "--use_lora True", "--init_lora_weights gaussian"),
     "modules_to_save": (attached, "--use_lora True", "--modules_to_save lm_head"),
     "num_virtual_tokens": (attached, "--adapter prompt", "--num_virtual_tokens 3"),
+    "adapter_config": (attached, "", '--adapter_config {"peft_type":"IA3"}'),
+    "freeze": (attached, "", "--freeze embed_tokens"),
+    "train_only": (attached, "", "--train_only layers.1-"),
     "config": (parsed, "", "--config DIR/flags.yaml"),
     "overwrite_output_dir": (examined, "--output_dir DIR/held", "--overwrite_output_dir True"),
     "skip_rows": (approved, "", "--skip_rows DIR/skip"),
@@ -268,7 +273,7 @@ SHOWN: dict[str, tuple[Callable[[Words, Any], Any], str, str]] = {
 # Those whose effect needs real ranks, a launcher, other hosts or a trained model have tests of their own.
 ELSEWHERE = {
     "model_revision", "trust_remote_code", "verify_key", "allow_inexact_resume", "resume_world_size", "report_answers",
-    "report_samples", "load_in_4bit", "load_in_8bit",
+    "report_samples", "load_in_4bit", "load_in_8bit", "embedding_learning_rate", "loraplus_lr_ratio",
 }  # fmt: skip
 
 
@@ -338,7 +343,7 @@ def another_value(one: Any, hint: Any) -> Any:
         return next(choice for choice in choices if choice != default)
     special = {
         "repairs": ["merge_turns"], "columns": ["question=Q"], "init_lora_weights": "pissa",
-        "chat_template_kwargs": '{"enable_thinking": false}',
+        "adapter_config": '{"peft_type": "IA3"}', "chat_template_kwargs": '{"enable_thinking": false}',
     }  # fmt: skip
     if one.name in special:
         return special[one.name]

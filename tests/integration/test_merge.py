@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from finetune import export
+from finetune.config import AdapterArguments
 from finetune.export import merge_plan
 from finetune.inference.run_result import read_result
+from finetune.models.adapters import attach_peft
 from finetune.models.lora_targets import ALL_LINEAR, resolve_targets
 from finetune.models.model_folder import weights_fingerprint
 from finetune.models.stored_tensors import StoredTensors
@@ -205,15 +207,45 @@ def test_what_a_model_keeps_finer_than_the_rest_stays_so(tmp_path):
     assert finer and all("e_score_correction_bias" in name for name in finer)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_adapters_that_are_no_weights_are_refused_with_the_reason(kind, tmp_path):
-    from finetune.models.adapters import attach_virtual_tokens
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, "a prefix adapter is .* not weights of a layer"),
+        ({"peft_type": "P_TUNING", "num_virtual_tokens": 4}, "a prompt adapter is .* not weights of a layer"),
+        ({"peft_type": "OSF", "target_modules": ["q_proj"]}, "computed from the weights of its base"),
+    ],
+)
+def test_adapters_that_are_no_weights_are_refused_with_the_reason(options, reason, tmp_path):
+    adapted = attach_peft(build("llama"), AdapterArguments(adapter_config=json.dumps(options)))
+    result = made.save_adapter(adapted, made.save_base(build("llama"), tmp_path / "base"), tmp_path / "output")
 
-    base = made.save_base(build("llama"), tmp_path / "base")
-    result = made.save_adapter(attach_virtual_tokens(build("llama"), kind, 4), base, tmp_path / "output")
-
-    with pytest.raises(ConfigError, match=f"a {kind} adapter is .* not weights of a layer"):
+    with pytest.raises(ConfigError, match=reason):
         merged(result, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        {"peft_type": "HIRA", "target_modules": "all-linear"},
+        {"peft_type": "VERA", "target_modules": ["q_proj", "v_proj"]},
+    ],
+    ids=lambda options: options["peft_type"],
+)
+def test_other_methods_of_peft_are_merged(options, tmp_path):
+    base = made.save_base(build("llama"), tmp_path / "base")
+    adapted = attach_peft(build("llama"), AdapterArguments(adapter_config=json.dumps(options)))
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.3)
+    result = made.save_adapter(adapted.eval(), base, tmp_path / "output")
+    wanted = logits(adapted)
+
+    merged(result, tmp_path / "merged")
+
+    assert torch.allclose(logits(opened(tmp_path / "merged")), wanted, atol=1e-4)
+    assert not torch.allclose(logits(build("llama")), wanted, atol=1e-2), "the adapter did nothing"
 
 
 def test_another_base_is_refused_and_a_moved_one_is_found(lora, tmp_path):

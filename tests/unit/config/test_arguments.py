@@ -148,7 +148,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--sequence_parallel_size", "2", "--validation_share", "0.1"], "--sequence_parallel_size 2: held-out"),
         (["--use_lora", "--adapter", "prompt"], "--use_lora True and --adapter prompt exclude each other"),
         (
-            ["--use_dora", "--init_lora_weights", "pissa_niter_16"],
+            ["--use_lora", "--use_dora", "--init_lora_weights", "pissa_niter_16"],
             "--use_dora True and --init_lora_weights pissa_niter_16 exclude each other",
         ),
         (["--model_max_length", "0"], "--model_max_length 0: expected at least 1"),

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from finetune.config import optional_packages
-from finetune.config.arguments import AdapterArguments
+from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.optional_packages import (
     OPTIMIZER_PACKAGES as PACKAGES,
 )

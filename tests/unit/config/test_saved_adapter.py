@@ -81,7 +81,7 @@ def test_flags_that_contradict_the_adapter_are_named_with_both_values(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": "POLY"}, "POLY"),
         ({"peft_type": None}, "not the config of an adapter"),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "not the config of an adapter"),
         ({"r": "8"}, "r is '8'"),

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from finetune.config.arguments import AdapterArguments
+from finetune.config.adapter_arguments import AdapterArguments
 from finetune.models.adapters import attach_adapter, load_adapter
 from finetune.models.loader import ModelInfo
 from finetune.utils.errors import ConfigError

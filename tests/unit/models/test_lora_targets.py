@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
-from finetune.config.arguments import AdapterArguments
-from finetune.models.adapters import attach_lora, check_attachable
+from finetune.config.adapter_arguments import AdapterArguments
+from finetune.models.adapters import attach_peft, check_attachable
 from finetune.models.loader import ModelInfo
 from finetune.models.lora_targets import ALL_LINEAR, resolve_targets
 from finetune.models.module_kinds import (
@@ -51,7 +51,7 @@ IDS = torch.arange(3, 15)[None]
 
 def adapt(model, *targets: str, **flags):
     adapter = AdapterArguments(use_lora=True, lora_target_modules=list(targets) or [ALL_LINEAR], **flags)
-    return attach_lora(model, adapter, base_revision=None, train_embeddings=False)
+    return attach_peft(model, adapter)
 
 
 def info_of(family: str) -> ModelInfo:

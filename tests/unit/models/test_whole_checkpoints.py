@@ -11,10 +11,11 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from finetune.config.arguments import AdapterArguments, ModelArguments
+from finetune.config.adapter_arguments import AdapterArguments
+from finetune.config.arguments import ModelArguments
 from finetune.export.base_tensors import BaseTensors
 from finetune.inference.load_result import load_strict
-from finetune.models.adapters import attach_lora
+from finetune.models.adapters import attach_peft
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import freeze_other_modalities, inspect_model
 from finetune.models.module_kinds import VISION
@@ -73,7 +74,7 @@ def test_every_tensor_of_the_base_is_in_the_result_and_untouched_ones_are_the_sa
 def test_an_adapter_is_on_the_text_alone_and_fits_the_whole_model(family, tmp_path):
     base = vision_models.save(family, tmp_path / "base")
     info, model = loaded(base)
-    adapted = attach_lora(model, AdapterArguments(use_lora=True), base_revision=None, train_embeddings=False)
+    adapted = attach_peft(model, AdapterArguments(use_lora=True))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert trained and not [name for name in trained if info.kinds.of(name) == VISION]
     with torch.no_grad():

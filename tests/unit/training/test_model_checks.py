@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config.arguments import AdapterArguments
+from finetune.config.adapter_arguments import AdapterArguments
 from finetune.models.loader import ModelInfo
 from finetune.training.model_checks import check_positions, check_vocabulary
 from finetune.utils.errors import ConfigError
