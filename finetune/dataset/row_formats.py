@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from finetune.dataset.content_parts import REASONING_KEYS
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_verdicts import VERDICT_KEYS
 from finetune.dataset.tool_reading import TOOL_KEYS
-from finetune.dataset.turn_reading import REASONING_KEYS, REFUSED
+from finetune.dataset.turn_reading import REFUSED
 
 TURN_LISTS = ("conversations", "messages", "conversation", "contents", "dialog", "dialogue", "turns", "chat", "data")
 TURN_LIST_KEYS = frozenset(TURN_LISTS)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.conversation import Role, Turn
+from finetune.dataset.content_parts import REASONING_KEYS, text_of_parts
 from finetune.dataset.json_decoder import decode_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_formats import (
@@ -31,20 +32,17 @@ from finetune.dataset.tool_reading import (
     declared_tools,
     is_nothing,
     read_calls,
-    tools_in_text,
-    written_calls,
 )
 from finetune.dataset.turn_reading import (
     PLAIN_ROLES,
-    REASONING_KEYS,
     REFUSED,
     TurnReading,
     read_reasoning,
     refusals,
     template_kwargs_of,
-    text_of_parts,
     weight_fault,
 )
+from finetune.dataset.written_calls import declared_in_text, written_calls
 
 # Texts that may stand beside a list of turns if they repeat one of them.
 OTHER_TEXTS = PAIR_KEYS | {"history", *REASONING_KEYS}
@@ -96,7 +94,7 @@ class RowReading:
             self._text(row)
         else:
             self._pair(row, keys)
-        if self.declared or (self.turns and self.turns[0].role == "system" and "<tools>" in self.turns[0].text):
+        if self.declared or (self.turns and self.turns[0].role == "system"):
             self._written_calls()
         if has_more:
             self._apply_to_all(row, keys)
@@ -354,10 +352,9 @@ class RowReading:
 
     def _written_calls(self) -> None:
         """Read calls and results that stand in the texts of a row which declares tools, also in its system turn."""
-        system = self.turns[0].text if self.turns and self.turns[0].role == "system" else ""
-        if in_text := tools_in_text(system):
-            if self.tools and self.tools != in_text:
-                self.faults.append(f"{self.place}: declares tools in its system turn (<tools>) and others beside it")
+        in_text, fault = declared_in_text(self.turns, self.numbers, self.declared)
+        self.faults += [f"{self.place}{fault}"] if fault else []
+        if in_text:
             self.declared, self.tools = in_text, ()
         if not self.declared:
             return

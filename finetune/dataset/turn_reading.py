@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.conversation import Role, ToolCall, Turn
+from finetune.dataset.content_parts import ONLY_TEXT, REASONING_KEYS, REMEDY, ContentParts
 from finetune.dataset.json_decoder import decode_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, verdict_faults
-from finetune.dataset.tool_reading import is_nothing, read_calls, tagged_results
+from finetune.dataset.tool_reading import is_nothing, read_calls
+from finetune.dataset.written_calls import tagged_results
 
 ROLES: dict[str, Role] = {
     "human": "human", "user": "human", "prompter": "human",
@@ -27,17 +29,15 @@ PLAIN_ROLES = {
 }
 # The key of the role -> the keys of the text.
 TURN_KEYS = {"from": ("value",), "role": ("content", "parts", "text")}
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call")
 WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale", "train")
-ONLY_TEXT, ONLY_WHOLE_TURNS = "only text is read", "a turn is supervised as a whole"
+ONLY_WHOLE_TURNS = "a turn is supervised as a whole"
 # What a text chat cannot hold: a value under one of these keys is a fault, never dropped silently.
 REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "image_url"), ONLY_TEXT),
     **dict.fromkeys(("train_detail", "prefix"), ONLY_WHOLE_TURNS),
     **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
 }
-REMEDY = "leave the row out, or write what it says as text"
 _READ = frozenset({*TURN_KEYS, "value", "content", "parts", "text", *REASONING_KEYS, *CALL_KEYS, *WEIGHTS})
 READ_IN_TURNS = _READ | {"tool_call_id", "name", *REFUSED, *VERDICTS_OF_TURNS}
 
@@ -109,8 +109,15 @@ class TurnReading:
 
     def _read(self, turn: dict[str, Any], role: Role | None, field: str) -> None:
         """Read what the turn says, and add it."""
-        value, thought, calls = self._content(turn[field] if field in turn else None, field)
-        calls += self._calls(turn)
+        parts = ContentParts(turn.get(field), field)
+        for wrong in parts.faults:
+            self._add(wrong)
+        for wrong in parts.fatal:
+            self._add_fatal(wrong)
+        self.unread += [f"{key} of parts" for key in parts.unread]
+        value, calls = parts.text, [*parts.calls, *self._calls(turn)]
+        if parts.results and self._add_results(parts, role, field) and is_blank(value):
+            return
         if self.calls_only and isinstance(value, str):
             head, end, rest = value.partition("</think>") if value.lstrip().startswith("<think>") else ("", "", value)
             read, faults = read_calls(rest)
@@ -119,7 +126,7 @@ class TurnReading:
                 self._add(wrong)
         if calls and role not in ("model", None):
             self._add(f"has tool calls, but only a model turn calls: {REMEDY}")
-        reasoning = self._reasoning(turn, thought, value, role)
+        reasoning = self._reasoning(turn, parts.reasoning, value, role)
         is_supervised, weight = self._weight(turn, role)
         result_of = self._result_of(turn, role)
         if role == "model" and (calls or self.calls_only) and (value is None or value == ""):
@@ -132,32 +139,18 @@ class TurnReading:
         for text in (tagged_results(value) if role == "tool" else []) or [value]:
             self.turns.append(Turn(role or "human", text, is_supervised, reasoning, tuple(calls), *result_of, weight))
 
-    def _content(self, value: Any, field: str) -> tuple[Any, str, list[ToolCall]]:
-        """The text (texts of parts joined), the reasoning, and the calls of a turn's value."""
-        if not isinstance(value, list) or not all(isinstance(part, dict) for part in value) or not value:
-            return value, "", []
-        texts: list[str] = []
-        thoughts: list[str] = []
-        calls: list[ToolCall] = []
-        for number, part in enumerate(value):
-            kind = part.get("type", "text")
-            names = ("text",) if kind not in REASONING_KEYS else ("text", kind, "content")
-            given = next((part[key] for key in names if isinstance(part.get(key), str)), None)
-            call = next((part[key] for key in ("toolUse", "functionCall") if isinstance(part.get(key), dict)), None)
-            if call is not None or kind in ("tool_use", "toolUse"):
-                call = part if call is None else call
-                own_id = call.get("toolUseId", call.get("id"))
-                read, faults = read_calls({"arguments": call.get("args", call.get("input")), **_of(call, own_id)})
-                calls += read
-                for fault in faults:
-                    self._add(fault)
-            elif given is not None and kind in REASONING_KEYS:
-                thoughts.append(given)
-            elif given is not None and (kind in ("text", "input_text", "output_text") or set(part) == {"text"}):
-                texts.append(given)
-            else:
-                self._add_fatal(f'"{field}", part {number}: {ONLY_TEXT}, found {shown(part)}: {REMEDY}')
-        return "".join(texts), "\n".join(thoughts), calls
+    def _add_results(self, parts: ContentParts, role: Role | None, field: str) -> bool:
+        """Add the results of tools among the parts as turns of their own, in front of the text of a human turn."""
+        if role not in ("human", "tool") or (role == "tool" and not is_blank(parts.text)):
+            self._add_fatal(f'"{field}" has tool results in a {role} turn{" beside text" * (role == "tool")}: {REMEDY}')
+            return False
+        for own_id, name, text in parts.results:
+            if (fault := text_fault(text, "tool result")) is not None:
+                self._add_fatal(fault)
+                continue
+            of_call = self._result_of({"tool_call_id": own_id, "name": name}, "tool")
+            self.turns.append(Turn("tool", text, True, "", (), *of_call))
+        return True
 
     def _calls(self, turn: dict[str, Any]) -> list[ToolCall]:
         calls: list[ToolCall] = []
@@ -263,21 +256,5 @@ def template_kwargs_of(value: Any) -> tuple[Mapping[str, Any], str | None]:
     return value, None
 
 
-def text_of_parts(value: Any) -> Any:
-    """The text of a value that may be a list of text parts, or an object with such a list; other values as they are."""
-    if isinstance(value, dict) and isinstance(value.get("parts"), list):
-        value = value["parts"]
-    if isinstance(value, list) and value and all(isinstance(part, dict) and set(part) <= _TEXT_PART for part in value):
-        return "".join(part["text"] for part in value if isinstance(part.get("text"), str))
-    return value
-
-
-_TEXT_PART = {"type", "text"}
-
-
 def _present(turn: Mapping[str, Any], keys: Any) -> list[str]:
     return [key for key in turn if key in keys and turn[key] is not None]
-
-
-def _of(call: Mapping[str, Any], own_id: Any) -> dict[str, Any]:
-    return {"name": call.get("name")} | ({} if own_id is None else {"id": own_id})

@@ -40,23 +40,21 @@ class PreviewTerminal:
     def say_turns(self, turns: Sequence[TurnSample]) -> None:
         """Print an example, each turn under a line with its role and what it is."""
         between: list[Segment] = []
-        parts: list[tuple[str, list[Segment]]] = [("", [])]
+        parts: list[tuple[str, list[Segment]]] = []
         for turn in turns:
             if turn.role is None:
                 between += turn.pieces
                 continue
-            if sum(segment.is_control for segment in between) > 1 and between[0].is_control:
+            if parts and sum(segment.is_control for segment in between) > 1 and between[0].is_control:
                 parts[-1][1].append(between.pop(0))  # the end of the turn before it
-            if parts[-1][1] and between and not between[0].text.strip():
+            if parts and between and not between[0].text.strip():
                 parts[-1][1].append(between.pop(0))
             parts.append((", ".join([turn.role, *turn.facts]), [*between, *turn.pieces]))
             between = []
         parts[-1][1].extend(between)
         for label, segments in parts:
-            if label:
-                self.say([(harmless(f"── {label}"), "cyan")])
-            if segments:
-                self.say_segments(segments)
+            self.say([(harmless(f"── {label}"), "cyan")])
+            self.say_segments(segments)
 
     def say_segments(self, segments: Sequence[Segment]) -> None:
         """Print segments. An arrow marks the label of a position whose input is another token."""

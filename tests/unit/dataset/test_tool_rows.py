@@ -102,6 +102,31 @@ FORMATS = {
         ]}, result(), ANSWER),
         turns_of("a", said="I look."),
     ),
+    "anthropic": (
+        rows_of({"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "find_book", "input": CALL}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [
+                    {"type": "text", "text": "shelf "}, {"type": "text", "text": "4"}]}]}, ANSWER,
+                tools=[{"input_schema" if key == "parameters" else key: value for key, value in BARE.items()}]),
+        turns_of("a"),
+    ),
+    "bedrock": (
+        {"toolConfig": {"tools": [{"toolSpec": {"name": "find_book", "description": "Find a book",
+                                                "inputSchema": {"json": SCHEMA}}}]},
+         "messages": [
+            {"role": "user", "content": [{"text": "q"}]},
+            {"role": "assistant", "content": [{"toolUse": {"toolUseId": "a", "name": "find_book", "input": CALL}}]},
+            {"role": "user", "content": [{"toolResult": {"toolUseId": "a", "content": [{"text": "shelf 4"}]}}]},
+            {"role": "assistant", "content": [{"text": "a"}]}]},
+        turns_of("a"),
+    ),
+    "gemini": (
+        {"tools": [{"functionDeclarations": [BARE]}], "contents": [
+            {"role": "user", "parts": [{"text": "q"}]},
+            {"role": "model", "parts": [{"functionCall": {"name": "find_book", "args": CALL}}]},
+            {"role": "user", "parts": [{"functionResponse": {"name": "find_book", "response": {"shelf": "四"}}}]},
+            {"role": "model", "parts": [{"text": "a"}]}]},
+        [*turns_of()[:2], Turn("tool", '{"shelf": "四"}', tool_name="find_book"), Turn("model", "a")],
+    ),
 }  # fmt: skip
 
 
@@ -142,6 +167,47 @@ def test_xlam_rows_are_a_question_and_its_calls(tmp_path):
     answers[0]["arguments"]["x"] = "five"
     (fault,) = faults(written(tmp_path / "b.json", [{**row, "answers": answers}]))
     assert "x: 'five' is not of type 'integer'" in fault
+
+
+PROSE = "Call functions.\nHere they are as JSON:\n{}\nWrite calls as [func1(params_name=params_value), func2(params)]"
+FUNCTION = {
+    "name": "Find Book", "description": "d", "required": None,
+    "parameters": {"type": "dict", "required": ["title"], "properties": {
+        "title": {"type": "string"}, "from": {"type": "int"}, "max-n": {"type": "int"}, "open": {"type": "bool"}}},
+}  # fmt: skip
+
+
+def toolace(said: str, *functions: dict, system: str = PROSE) -> dict:
+    told = ("user", "q"), ("assistant", said), ("tool", '[{"name": "Find Book", "results": {"shelf": 4}}]')
+    turns = [{"from": role, "value": text} for role, text in (*told, ("assistant", "a"))]
+    return {"system": system.replace("{}", json.dumps(functions)), "conversations": turns}
+
+
+def test_rows_of_toolace_are_read_as_published(tmp_path):
+    said = (
+        """[Find Book(title="a), Find Book(x='", from=1, max-n=-2, open=True), Find Book(title='null', open=false)]"""
+    )
+    (one,) = read(written(tmp_path / "a.json", [toolace(said, FUNCTION)]))
+
+    arguments = {"title": "a), Find Book(x='", "from": 1, "max-n": -2, "open": True}, {"title": "null", "open": False}
+    assert one.turns[2].tool_calls == tuple(ToolCall("Find Book", given) for given in arguments)
+    assert one.turns[2].text == "" and [turn.role for turn in one.turns] == "system human model tool model".split()
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ('[Find Book(title="a", from="b")]', "from: 'b' is not of type 'integer'"),
+        ('[Lose Book(title="a")]', 'calls "Lose Book", which is not declared (Find Book)'),
+        ('[Find Book("a")]', "turn 1: a call that cannot be read as [name(key=value)]"),
+        ('[Find Book(title=open("x"))]', "a call that cannot be read"),
+        ('[Find Book(title="a", title="b")]', "a call that cannot be read"),
+    ],
+)  # fmt: skip
+def test_calls_of_toolace_are_checked(said, fault, tmp_path):
+    assert fault in faults(written(tmp_path / "a.json", [toolace(said, FUNCTION)]))[0]
+    system = "You may call functions: Find Book(title)."
+    assert "no declarations are found" in faults(written(tmp_path / "b.json", [toolace(said, system=system)]))[0]
 
 
 def test_declarations_in_a_hermes_system_turn_are_checked_and_stay_text(tmp_path):
@@ -198,6 +264,21 @@ BAD = {
     ),
     "no name": (rows_of(ANSWER, tools=[{"parameters": SCHEMA}]), '"tools": expected declared functions with a "name"'),
     "not JSON tools": (rows_of(ANSWER, tools="[{"), '"tools": the declarations cannot be read as JSON'),
+    "text before a result": (
+        rows_of(calling(openai_call()), {"role": "user", "content": [
+            {"type": "text", "text": "So:"}, {"type": "tool_result", "tool_use_id": "a", "content": "4"}]}, ANSWER),
+        "part 1: a tool result behind a text",
+    ),
+    "result of the model": (
+        rows_of(calling(openai_call()), {"role": "assistant", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "content": "shelf 4"}]}),
+        "has tool results in a model turn",
+    ),
+    "image in a result": (
+        rows_of(calling(openai_call()), {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}]}, ANSWER),
+        "a tool result: only text is read",
+    ),
     "human calls": (
         {"tools": TOOLS, "messages": [{**ASK, "tool_calls": [openai_call()]}, ANSWER]}, "only a model turn calls",
     ),

@@ -1,0 +1,115 @@
+"""The content of a turn as a list of parts: texts, reasoning, tool calls and results -> what the turn says.
+
+Anthropic   {"type": "tool_use", "id", "name", "input"}          {"type": "tool_result", "tool_use_id", "content"}
+Bedrock     {"toolUse": {"toolUseId", "name", "input"}}          {"toolResult": {"toolUseId", "content": [parts]}}
+Gemini      {"functionCall": {"name", "args"}}                   {"functionResponse": {"name", "response": {...}}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.conversation import ToolCall
+from finetune.dataset.json_decoder import shown
+from finetune.dataset.tool_reading import is_nothing, read_calls
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+ONLY_TEXT = "only text is read"
+REMEDY = "leave the row out, or write what it says as text"
+_TEXTS = ("text", "input_text", "output_text")
+_CALLS = ("toolUse", "functionCall", "function_call")
+_RESULTS = ("toolResult", "functionResponse", "function_response")
+_READ = frozenset(
+    {"type", "text", "thought", "reasoningContent", "reasoningText", *REASONING_KEYS, *_CALLS, *_RESULTS}
+    | {"id", "toolUseId", "tool_use_id", "name", "input", "args", "arguments", "content", "response", "json"}
+)
+
+
+class ContentParts:
+    """What the parts of a turn say; a value that is no list of parts is its `text`.
+
+    `results` are (id of the call, name of the function, text). `unread` are keys of parts that are not read.
+    """
+
+    def __init__(self, value: Any, field: str) -> None:
+        self.text, self.reasoning, self.field = value, "", field
+        self.calls: list[ToolCall] = []
+        self.results: list[tuple[str | None, str | None, Any]] = []
+        self.faults: list[str] = []
+        self.fatal: list[str] = []
+        self.unread: set[str] = set()
+        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+            texts: list[str] = []
+            thoughts: list[str] = []
+            for number, part in enumerate(value):
+                self._read(part, number, texts, thoughts)
+            self.text, self.reasoning = "".join(texts), "\n".join(thoughts)
+
+    def _read(self, part: dict[str, Any], number: int, texts: list[str], thoughts: list[str]) -> None:
+        kind = part.get("type", "text")
+        is_call, is_result = (
+            kind in kinds or any(isinstance(part.get(key), dict) for key in kinds)
+            for kinds in ((*_CALLS, "tool_use"), (*_RESULTS, "tool_result"))
+        )
+        holder = next((part[key] for key in (*_CALLS, *_RESULTS) if isinstance(part.get(key), dict)), part)
+        self.unread |= {key for one in (part, holder) for key in one.keys() - _READ if not is_nothing(one[key])}
+        thought = _thought(part, kind)
+        if is_call:
+            self._call(holder)
+        elif is_result:
+            if "".join(texts).strip():
+                self.faults.append(f'"{self.field}", part {number}: a tool result behind a text: put it in front')
+            self._result(holder)
+        elif thought is not None:
+            thoughts.append(thought)
+        elif isinstance(part.get("text"), str) and (kind in _TEXTS or part.keys() == {"text"}):
+            texts.append(part["text"])
+        else:
+            self.fatal.append(f'"{self.field}", part {number}: {ONLY_TEXT}, found {shown(part)}: {REMEDY}')
+
+    def _call(self, call: Mapping[str, Any]) -> None:
+        own_id = call.get("toolUseId", call.get("id"))
+        arguments = next((call[key] for key in ("args", "input", "arguments") if key in call), None)
+        named = {"name": call.get("name"), "arguments": arguments} | ({} if own_id is None else {"id": own_id})
+        calls, faults = read_calls(named)
+        self.calls += calls
+        self.faults += faults
+
+    def _result(self, result: Mapping[str, Any]) -> None:
+        own_id = next((result[key] for key in ("tool_use_id", "toolUseId", "id") if key in result), None)
+        said: Any = result.get("content", result.get("response"))
+        if isinstance(said, list):
+            said = "".join(self._text_of_result(part) for part in said)
+        elif isinstance(said, dict):
+            said = json.dumps(said, ensure_ascii=False)
+        self.results.append((own_id, result.get("name"), said))
+
+    def _text_of_result(self, part: Any) -> str:
+        if isinstance(part, dict) and "json" in part:
+            return json.dumps(part["json"], ensure_ascii=False)
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            return str(part["text"])
+        self.fatal.append(f'"{self.field}", a tool result: {ONLY_TEXT}, found {shown(part)}: {REMEDY}')
+        return ""
+
+
+def _thought(part: Mapping[str, Any], kind: Any) -> str | None:
+    """The reasoning that a part holds; None if it holds none."""
+    if isinstance(inner := part.get("reasoningContent"), dict):  # Bedrock
+        part, kind = inner.get("reasoningText", inner), "reasoning"
+    if kind in REASONING_KEYS or part.get("thought") is True:
+        found = (part[key] for key in ("text", kind, "content") if isinstance(part.get(key), str))
+        return next(found, None)
+    return None
+
+
+def text_of_parts(value: Any) -> Any:
+    """The text of a value that may be a list of text parts, or an object with such a list; other values as they are."""
+    if isinstance(value, dict) and isinstance(value.get("parts"), list):
+        value = value["parts"]
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        if all(part.keys() <= {"type", "text"} and isinstance(part.get("text"), str) for part in value):
+            return "".join(part["text"] for part in value)
+    return value

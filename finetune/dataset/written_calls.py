@@ -1,0 +1,184 @@
+"""Tool declarations, calls and results that stand in the texts of turns.
+
+Hermes      <tools>[...]</tools>   <tool_call>{"name": ..., "arguments": {...}}</tool_call>   <tool_response>
+ToolACE     a JSON list of functions in the system text     [name(key="value"), other_name()]
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from finetune.conversation import ToolCall, Turn
+from finetune.dataset.json_decoder import decode_text, shown
+from finetune.dataset.tool_reading import ToolFault, read_calls, read_tools
+
+_CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
+_RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+_DECLARED = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
+_LIST = re.compile(r"\[\s*\{")
+_NAME = re.compile(r"\s*([^\W\d][^\[\](){}=,'\"\n]*)\(")
+# A string; the key of an argument, which need be no name of Python; a literal as JSON has it; a bracket.
+_TOKEN = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|(?<=[(,\s])([^\W\d][\w.$-]*)(?=\s*=(?!=))|\b(true|false|null)\b|([()])""",
+    re.DOTALL,
+)
+_NEXT_CALL, _LAST_CALL = re.compile(r"\s*,"), re.compile(r"\s*\]\Z")
+_LITERALS = {"true": "True", "false": "False", "null": "None"}
+_UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+
+
+def tools_in_text(text: str) -> tuple[dict[str, Any], ...]:
+    """Declarations between `<tools>` and `</tools>` in a system text, as Hermes has them; none if it is not JSON."""
+    match = _DECLARED.search(text)
+    if match is None:
+        return ()
+    for items in ([match[1]], match[1].strip().splitlines()):
+        try:
+            values = [decode_text(item) for item in items]
+            return read_tools(values[0] if len(values) == 1 and isinstance(values[0], list) else values)
+        except ValueError:
+            continue
+    return ()
+
+
+def tools_in_prose(text: str) -> tuple[dict[str, Any], ...]:
+    """The first JSON list of declarations in a text, as ToolACE has it; none if there is none."""
+    for match in _LIST.finditer(text):
+        try:
+            value, _ = json.JSONDecoder().raw_decode(text, match.start())
+            if all(isinstance(tool, dict) and ("parameters" in tool or "function" in tool) for tool in value):
+                return read_tools(value)
+        except (ToolFault, ValueError, RecursionError):
+            continue
+    return ()
+
+
+def tagged_calls(text: str) -> tuple[str, list[ToolCall], list[str]]:
+    """Split a model's text with `<tool_call>{...}</tool_call>` at its end: the text before, the calls, faults."""
+    begin = text.find("<tool_call>")
+    calls: list[ToolCall] = []
+    faults: list[str] = []
+    position = begin
+    while match := _CALL.match(text, position):
+        read, wrong = read_calls(_json_of_literal(match[1]))
+        calls, faults, position = [*calls, *read], [*faults, *wrong], match.end()
+    if text[position:].strip():
+        faults.append(f"text beside a call that cannot be read: {shown(text[position:].strip())}")
+    return text[:begin].rstrip(), calls, faults
+
+
+def _json_of_literal(text: str) -> str:
+    """A Python literal as JSON, as some data write calls; any other text as it is."""
+    try:
+        decode_text(text)
+    except RecursionError:
+        return text  # reading it says so
+    except ValueError:
+        try:
+            return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False)
+        except _UNREADABLE:
+            return text  # reading it as JSON says why it is neither
+    return text
+
+
+def declared_in_text(
+    turns: Sequence[Turn], numbers: Sequence[int], beside: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[Mapping[str, Any], ...], str | None]:
+    """Declarations in the system turn, and a fault with its turn; `beside` are those beside the turns."""
+    system = turns[0].text if turns and turns[0].role == "system" else ""
+    if tools := tools_in_text(system):
+        is_other = beside and beside != tools
+        return tools, ": declares tools in its system turn (<tools>) and others beside it" if is_other else None
+    for number, turn in zip(numbers, turns, strict=True):
+        if turn.role != "model" or beside or not first_python_call(turn.text.strip()):
+            continue
+        tools, may_call = tools_in_prose(system), "function" in system.lower() or any(t.role == "tool" for t in turns)
+        if tools or not may_call:
+            return tools, None
+        return (), (
+            f", turn {number}: writes calls as [name(key=value)], and no declarations are found: declare the "
+            'functions under "tools"'
+        )
+    return (), None
+
+
+def first_python_call(text: str) -> str | None:
+    """The first name of a text that looks like `[name(...)]`; None of any other text."""
+    match = _NAME.match(text, 1) if text.startswith("[") and text.endswith(")]") else None
+    return match[1].strip() if match else None
+
+
+def python_calls(text: str) -> list[ToolCall]:
+    """Calls written as `[name(key=value), ...]` with literals as values; none for any other text."""
+    calls: list[ToolCall] = []
+    place = 1 if first_python_call(text) else len(text)
+    try:
+        while match := _NAME.match(text, place):
+            arguments, place = _python_arguments(text, match.end())
+            calls.append(ToolCall(match[1].strip(), arguments))
+            if _LAST_CALL.match(text, place):
+                return calls
+            following = _NEXT_CALL.match(text, place)
+            place = following.end() if following else len(text)
+    except _UNREADABLE:
+        return []
+    return []
+
+
+def _python_arguments(text: str, begin: int) -> tuple[Mapping[str, Any], int]:
+    """The keyword arguments that begin behind a "(", and the place behind its ")"; a `ValueError` if there are none."""
+    depth, place, keys, parts = 1, begin, list[str](), ["f("]
+    for match in _TOKEN.finditer(text, begin):
+        parts.append(text[place : match.start()])
+        place = match.end()
+        if match[2]:
+            keys.append(match[2])
+        parts.append(f"_{len(keys) - 1}" if match[2] else _LITERALS.get(match[3], match[0]))
+        depth += {"(": 1, ")": -1}.get(match[4], 0)
+        if not depth:
+            break
+    call = ast.parse("".join(parts), mode="eval").body
+    names = [str(word.arg) for word in call.keywords] if isinstance(call, ast.Call) and not call.args else [""]
+    if names != [f"_{number}" for number in range(len(keys))] or len({*keys}) != len(keys):
+        raise ValueError("other than keyword arguments")
+    values = [ast.literal_eval(word.value) for word in call.keywords]  # type: ignore[attr-defined]
+    return decode_text(json.dumps(dict(zip(keys, values, strict=True)), ensure_ascii=False)), place
+
+
+def tagged_results(text: str) -> list[str]:
+    """The results in a text of `<tool_response>...</tool_response>` alone; none for any other text."""
+    results, position = [], 0
+    while match := _RESULT.match(text, position):
+        results.append(match[1])
+        position = match.end()
+    return results if position == len(text) else []
+
+
+def written_calls(
+    turns: Sequence[Turn], numbers: Sequence[int], tools: Sequence[Mapping[str, Any]]
+) -> tuple[list[Turn], list[int], list[str]]:
+    """Read the calls and results that stand in texts; turns, their numbers in the row, faults with their turn."""
+    read: list[Turn] = []
+    of: list[int] = []
+    faults: list[str] = []
+    for number, turn in zip(numbers, turns, strict=True):
+        found = [turn]
+        if turn.role == "model" and "<tool_call>" in turn.text:
+            text, calls, wrong = tagged_calls(turn.text)
+            faults += [f"turn {number}: {fault}" for fault in wrong]
+            found = [replace(turn, text=text, tool_calls=(*turn.tool_calls, *calls))]
+        elif turn.role == "model" and not turn.tool_calls and (name := first_python_call(turn.text.strip())):
+            if calls := python_calls(turn.text.strip()):
+                found = [replace(turn, text="", tool_calls=tuple(calls))]
+            elif any(name == tool["function"]["name"] for tool in tools):
+                faults.append(f"turn {number}: a call that cannot be read as [name(key=value)]: {shown(turn.text)}")
+        elif turn.role == "human" and "<tool_response>" in turn.text:
+            found = [Turn("tool", result) for result in tagged_results(turn.text)] or [turn]
+        read += found
+        of += [number] * len(found)
+    return read, of, faults
