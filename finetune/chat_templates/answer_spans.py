@@ -51,6 +51,10 @@ OPENING_END = (
     "the chat template ends turn {turn} only with a token that opens turns ({token}), so stopping could not be "
     f"supervised: {OTHER_TEMPLATE} whose turns end with a token of their own"
 )
+OTHERWISE_LATER = (
+    "the chat template writes turn {turn} otherwise once other turns follow it, so it cannot be supervised in front of "
+    "them: leave out --history as_is, or use --train_on last_model_turn"
+)
 NO_END = (
     "the chat template ends turn {turn} with no control token{found}, so stopping could not be supervised: "
     f"{OTHER_TEMPLATE} whose turns end with a token of this tokenizer"
@@ -144,7 +148,7 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
         if answer is not None:
             answers[number] = answer
         else:
-            refused[number] = found if isinstance(found, str) else f"turn {number} is written otherwise later"
+            refused[number] = found if isinstance(found, str) else OTHERWISE_LATER.format(turn=number)
     rules = [REASONING_RULE.format(turn=number) for number, turn in enumerate(turns) if _loses(turn, number, spans)]
     pieces, slots = pieces_between(rendered, spans), tuple(span.slot for span in spans)
     return TemplateSkeleton(tuple(pieces), slots, answers, refused, rules=tuple(rules))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
-from finetune.chat_templates.answer_spans import TemplateText, build_skeleton
+from finetune.chat_templates.answer_spans import OTHERWISE_LATER, TemplateText, build_skeleton
 from finetune.chat_templates.example import OPENED_RULE, STRIPPED_RULE, SYSTEM_RULE, UnrenderableError, system_in_front
 from finetune.chat_templates.messages import (
     REASONING_END,
@@ -359,8 +359,8 @@ def _check_supervised(conversation: Conversation, skeleton: TemplateSkeleton) ->
     """Raise `UnrenderableError` with the reason of the first trained turn that has no answer in the skeleton."""
     for number, turn in enumerate(conversation.turns):
         if turn.is_supervised and number not in skeleton.answers:
-            place = f"turn {number + skeleton.system_in_front}"
-            raise UnrenderableError(skeleton.refused.get(number, f"{place} cannot be supervised"))
+            reason = OTHERWISE_LATER.format(turn=number + skeleton.system_in_front)
+            raise UnrenderableError(skeleton.refused.get(number, reason))
 
 
 def _has_tools(conversation: Conversation) -> bool:

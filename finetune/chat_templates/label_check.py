@@ -51,7 +51,7 @@ def _fault(tokenized: TokenizedConversation, texts: Sequence[str], control_ids: 
         if span.ended and labels[span.stop - 1] not in control_ids:
             return f"turn {span.turn} would not learn to stop"
         if not _is_text_of(text, span):
-            return _difference(text, span)
+            return _difference(text, span, spells=bool(tokenized.spelled))
         if span.ended and span.content is not None and (missing := _missing_part(text, span.content)) is not None:
             return f"turn {span.turn}: {missing!r} would not be supervised"
     return None
@@ -104,14 +104,18 @@ def _holds(decoded: str, part: str) -> bool:
     return any(unicodedata.normalize("NFKC", form) in normal for form in forms)
 
 
-def _difference(text: str, span: SupervisedSpan) -> str:
+def _difference(text: str, span: SupervisedSpan, *, spells: bool) -> str:
     decoded, expected = text.strip(), span.text.strip()
     position = next(
         (index for index, pair in enumerate(zip(expected, decoded, strict=False)) if pair[0] != pair[1]),
         min(len(expected), len(decoded)),
     )
     shown = slice(position, position + SHOWN_CHARACTERS)
-    return (
-        f"turn {span.turn}, character {position}: the tokenizer does not preserve the text of the turn: "
-        f"{expected[shown]!r} would be trained as {decoded[shown]!r}"
-    )
+    reason = "the tokenizer does not preserve the text of the turn"
+    if spells and "".join(decoded.split()) == "".join(expected.split()):
+        reason = (
+            "the row spells a control token, so its texts are encoded in parts, and this tokenizer changes the white "
+            "space between them: take the spelling out of the row"
+        )
+    trained = f"{expected[shown]!r} would be trained as {decoded[shown]!r}"
+    return f"turn {span.turn}, character {position}: {reason}: {trained}"

@@ -81,7 +81,7 @@ def _merge_turns(numbered: list[tuple[int, Turn]]) -> tuple[list[tuple[int, Turn
 def _mergeable(pair: tuple[int, Turn]) -> Any:
     """A key that neighbouring turns share which can be merged; calls, their results and reasoning cannot."""
     number, turn = pair
-    if turn.role == "tool" or turn.tool_calls or turn.reasoning:
+    if turn.role == "tool" or turn.tool_calls or turn.reasoning or "</think>" in turn.text:
         return number
     return turn.role, turn.train, turn.weight
 
@@ -101,11 +101,11 @@ def order_faults(numbered: Sequence[tuple[int, Turn]], place: str) -> list[str]:
         if turn.role == "system":
             continue
         if before is not None and before.role == turn.role and turn.role != "tool" and not before.tool_calls:
-            alike = before.train == turn.train
-            faults.append(
-                f"{place}, turn {number}: a second {turn.role} turn in a row: "
-                + ("merge the two, or use --repairs merge_turns" if alike else 'merge the two (their "train" differs)')
-            )
+            differs = [key for key in ("train", "weight") if getattr(before, key) != getattr(turn, key)]
+            remedy = ", or use --repairs merge_turns"
+            if differs or before.reasoning or turn.reasoning or turn.tool_calls:
+                remedy = f" (their {' and '.join(map(shown, differs))} differ)" if differs else ""
+            faults.append(f"{place}, turn {number}: a second {turn.role} turn in a row: merge the two{remedy}")
         before = turn
     last, turn = numbered[-1]
     if is_supervised and (turn.role == "human" or turn.role == "tool"):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from finetune.conversation import Conversation, ToolCall, Turn
-from tests.helpers.tool_templates import Family
+from tests.helpers.template_families import Family
 
 ROLES = {"human": "user", "model": "assistant", "system": "system", "tool": "tool"}
 NAMES = ("get_weather", "add", "find.all-2")

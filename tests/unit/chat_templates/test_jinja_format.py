@@ -104,6 +104,18 @@ def test_the_opening_in_front_of_answers_is_named(smol_tokenizer, written, serve
     ]
 
 
+def test_an_answer_that_loses_its_reasoning_later_is_refused_as_it_is_written(smol_tokenizer):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ (m.content if loop.last else m.content.split('</think>')[-1]) + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    turns = [("human", "a"), ("model", "<think>\nr\n</think>\n\nb"), ("human", "c"), ("model", "d")]
+    assert rendered(JinjaFormat(smol_tokenizer, template, "x"), turns).status == "split"
+    with pytest.raises(DataError, match="turn 1 otherwise once other turns follow it.*: leave out --history as_is"):
+        rendered(JinjaFormat(smol_tokenizer, template, "x", history="as_is"), turns)
+
+
 def test_a_template_that_counts_on_the_contents_is_refused_where_it_rewrites_them(smol_tokenizer):
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.replace('damn', '****') }}"

@@ -1,4 +1,4 @@
-"""None"""
+"""Reading conversations: formats, faults and their places, duplicates, supervised turns and weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from finetune.conversation import BadRow, Conversation, Turn, answer_numbers
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import shipped_files
-from tests.helpers.chat_rows import HELLO, LOST, faults, good_row, read, refusal, spoken, turns, written
+from tests.helpers.chat_rows import HELLO, LOST, faults, good_row, read, refusal, turns, written
 from tests.helpers.paths import ROOT
 
 FIRST, SECOND = {"id": 7, "conversations": HELLO}, turns(("human", "And you?"), ("model", "Well."))
@@ -372,47 +372,6 @@ def test_turns_that_differ_in_what_is_learned_differ(tmp_path):
     rows = [with_train(("model", one), ("human", None), ("model", True)) for one in (True, False)]
 
     assert len(read_conversations(written(tmp_path / "a.json", rows))) == 2
-
-
-# ---- repairs
-
-
-REPAIRED = [
-    ("merge_turns", "hhm", [("human", "0\n\n1"), ("model", "2")], ("merge_turns: turns 0 and 1",)),
-    ("merge_turns", "hmmmh", None, ()),
-    ("merge_turns", "sshhm", [("system", "0\n\n1"), ("human", "2\n\n3"), ("model", "4")],
-     ("merge_turns: turns 0 and 1", "merge_turns: turns 2 and 3")),
-    ("merge_turns", "hmmm", [("human", "0"), ("model", "1\n\n2\n\n3")], ("merge_turns: turns 1, 2 and 3",)),
-    ("merge_turns", "hm", [("human", "0"), ("model", "1")], ()),
-    ("drop_last_human", "hmh", [("human", "0"), ("model", "1")], ("drop_last_human: turn 2",)),
-    ("drop_last_human", "hmhh", None, ()),
-    ("drop_last_human", "h", None, ()),
-    ("drop_last_human merge_turns", "hmhh", [("human", "0"), ("model", "1")],
-     ("merge_turns: turns 2 and 3", "drop_last_human: turn 2")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("rules", "roles", "expected", "done"), REPAIRED)
-def test_repairs_happen_by_name_alone_and_are_said(rules, roles, expected, done, tmp_path):
-    names = {"h": "human", "m": "model", "s": "system"}
-    path = written(tmp_path / "a.json", [turns(*((names[role], str(number)) for number, role in enumerate(roles)))])
-
-    (repaired,) = read(path, repairs=rules.split())
-
-    if expected is None:
-        assert isinstance(repaired, BadRow)
-    else:
-        assert (spoken(repaired), repaired.repairs) == (expected, done)
-        assert not done or faults(path)
-
-
-def test_turns_of_which_one_is_context_are_not_merged(tmp_path):
-    path = written(tmp_path / "a.json", [with_train(("human", None), ("model", False), ("model", True))])
-
-    (fault,) = faults(path, repairs=["merge_turns"])
-    assert fault.startswith(
-        f'{path}, row 0, turn 2: a second model turn in a row: merge the two (their "train" differs)'
-    )
 
 
 def numbers_of(*roles: str) -> list[int]:
