@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.cli import chat, evaluate, merge, preview, quickstart, report  # noqa: E402
+from finetune.cli import chat, evaluate, merge, preview, push, quickstart, report  # noqa: E402
 from finetune.config.argument_parser import meaning  # noqa: E402
 from finetune.config.arguments import GROUPS, TRAINING_HELP, TRANSLATED, DoctorArguments  # noqa: E402
 from finetune.utils.options import default_of_field, describe  # noqa: E402
@@ -46,6 +46,7 @@ VERBS = {
     "finetune evaluate OUTPUT": ("Also takes the flags of the data.", evaluate.EvaluateOptions),
     "finetune chat OUTPUT": ("OUTPUT is a result or any chat model.", chat.ChatOptions),
     "finetune merge OUTPUT [DIR]": ("DIR is where the model goes.", merge.MergeOptions),
+    "finetune push OUTPUT REPO": ("REPO is owner/name on the Hugging Face hub.", push.PushOptions),
     "finetune report OUTPUT ...": ("Several results share one page.", report.ReportOptions),
     "finetune quickstart": ("Needs no model hub.", quickstart.QuickstartOptions),
 }

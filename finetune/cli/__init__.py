@@ -26,6 +26,7 @@ VERBS = {
     "launch": "start a script of your own as the deepspeed command does, and supervise it",
     "merge": "merge an adapter, or a ZeRO checkpoint, into a plain model",
     "preview": "show what the rows of a data file render to",
+    "push": "upload a result to the Hugging Face hub, without the data",
     "quickstart": "fine-tune a small model and ask it who it is, before and after",
     "recipes": "list the recipes that come with this project, or copy one",
     "report": "write what one or several runs did as one HTML page",

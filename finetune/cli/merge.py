@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> None:
     default = output / "merged" if step is None else output.parent / f"merged-{step}"
     folder = Path(options.target) if options.target else default
     shard_bytes = bytes_of(options.max_shard_size)
-    from finetune.export import check_gguf, merge_weights, plan_merge, write_gguf  # they need torch; --help does not
+    from finetune.export.gguf_writer import check_gguf, write_gguf  # they need torch; --help does not
+    from finetune.export.model_merge import merge_weights, plan_merge
 
     quiet_libraries()
     plan = plan_merge(result, folder, base_name=options.base_model, dtype=options.dtype)

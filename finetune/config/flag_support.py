@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from finetune.config.arguments import Arguments, default_of
+from finetune.config.arguments import SECRETS, Arguments, default_of
 
 HONOURED = frozenset(
     "num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
@@ -16,9 +16,8 @@ HONOURED = frozenset(
     "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel use_cache neftune_noise_alpha "
     "torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node log_level "
     "log_level_replica include_num_input_tokens_seen run_name project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id eval_steps eval_delay eval_on_start save_strategy save_steps push_to_hub hub_token "
-    "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end full_determinism "
-    "seed use_cpu dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "trackio_static_space_id eval_steps eval_delay eval_on_start save_strategy save_steps load_best_model_at_end "
+    "full_determinism seed use_cpu dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_timeout debug "
     "skip_memory_metrics do_train".split()
 )
@@ -51,6 +50,10 @@ WITHOUT_EFFECT = {
     "ddp_backend": "NCCL connects GPUs, gloo CPUs",
     "do_eval": "--eval_data_path or --validation_share hold conversations out",
     "do_predict": "`finetune evaluate` evaluates a result",
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "`finetune push` uploads a result",
+    ),
 }
 REFUSED = {
     "average_tokens_across_devices": "the loss is a mean over all supervised tokens of a step, whichever rank has them",
@@ -59,12 +62,12 @@ REFUSED = {
     "accelerator_config": "batches are not divided by accelerate",
     "parallelism_config": "--sequence_parallel_size and --deepspeed say how ranks share the work",
     "dataloader_in_order": "rows must be seen in the order that a resumed run repeats",
+    "push_to_hub": "it would upload rows of the data, too: `finetune push OUTPUT REPO` uploads the result alone",
     "fsdp": "--deepspeed zero3 partitions the parameters",
     "fsdp_config": "--deepspeed zero3 partitions the parameters",
 }
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 ADAM_OPTIMIZERS = ("adam", "lion", "galore", "apollo")  # parts of the names of optimizers that take them
-HUB_FLAGS = ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
 EVALUATION_FLAGS = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size")
 DDP_FLAGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
 
@@ -84,7 +87,8 @@ def refused_flags(arguments: Arguments) -> Iterator[str]:
 def flags_without_effect(arguments: Arguments) -> Iterator[str]:
     """Yield a line for each flag that was given and changes nothing in this run."""
     for name in _changed(arguments, WITHOUT_EFFECT):
-        yield f"--{name} {arguments.given(name)} has no effect: {WITHOUT_EFFECT[name]}"
+        value = "***" if name in SECRETS else arguments.given(name)
+        yield f"--{name} {value} has no effect: {WITHOUT_EFFECT[name]}"
     get = arguments.given
     steps = get("max_steps")
     adam = any(part in str(get("optim") or "adamw") for part in ADAM_OPTIMIZERS)
@@ -96,7 +100,6 @@ def flags_without_effect(arguments: Arguments) -> Iterator[str]:
         (EVALUATION_FLAGS, not arguments.evaluates(), "no conversations are held out"),
         (("eval_steps",), arguments.evaluates() and _eval_strategy(arguments) != "steps",
          f"--eval_strategy is {_eval_strategy(arguments)}"),
-        (HUB_FLAGS, not get("push_to_hub"), "--push_to_hub is False"),
         (ADAM_FLAGS, not adam, f"--optim is {get('optim')}"),
         (("liger_kernel_config",), not get("use_liger_kernel"), "--use_liger_kernel is False"),
         (("activation_checkpointing_kwargs",), not get("activation_checkpointing"),
@@ -107,7 +110,7 @@ def flags_without_effect(arguments: Arguments) -> Iterator[str]:
     )  # fmt: skip
     for names, applies, reason in dependent:
         for name in filter(arguments.was_given, names if applies else ()):
-            yield f"--{name} {'***' if name == 'hub_token' else get(name)} has no effect: {reason}"
+            yield f"--{name} {get(name)} has no effect: {reason}"
 
 
 def _eval_strategy(arguments: Arguments) -> str:

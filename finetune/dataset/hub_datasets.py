@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from finetune.utils.errors import DataError, first_line
-from finetune.utils.hub import use_cache_if_hub_unreachable
+from finetune.utils.hub import hub_errors, use_cache_if_hub_unreachable
 
 MODELSCOPE_INSTALL = "pip install 'modelscope>=1.18'"
 
@@ -38,7 +38,6 @@ def hub_dataset(given: str, name: str, config: str | None, split: str | None) ->
     import pyarrow
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         use_cache_if_hub_unreachable()
@@ -48,15 +47,7 @@ def hub_dataset(given: str, name: str, config: str | None, split: str | None) ->
             f"{given}: there is no such file, and the hub at {constants.ENDPOINT} cannot be reached: set HF_ENDPOINT "
             f"to a mirror, or download the data set elsewhere and name the local copy ({first_line(error)})"
         ) from None
-    # The bases of HfHubHTTPError are what the hub's HTTP client raises, whichever that is.
-    except (
-        *HfHubHTTPError.__bases__,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        pyarrow.ArrowException,
-        DatasetsError,
-    ) as error:
+    except (*hub_errors(), ValueError, RuntimeError, KeyError, pyarrow.ArrowException, DatasetsError) as error:
         remedy = "check the connection and the name: owner/name, owner/name:split or owner/name:config/split"
         if "scripts are no longer supported" in str(error):
             remedy = "download its data files and name them"

@@ -1,4 +1,4 @@
-"""Write the files of a merged model: weights, config, tokenizer, generation config, code, model card."""
+"""Write the files of a merged model: weights, config, tokenizer, generation config, code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.chat_templates import ChatFormat, LingoWhaleFormat
 from finetune.export.merge_plan import OutputTensor
-from finetune.inference.run_result import RunResult
 from finetune.models.loader import add_eos_token, embedding_rows
 from finetune.utils.errors import StorageError
 
@@ -134,58 +133,3 @@ def vocab_size_of(source: Path, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def write_model_card(folder: Path, result: RunResult) -> None:
-    """Write README.md: a model card (https://huggingface.co/docs/hub/model-cards) with the facts of the run."""
-    base = result.base["name"]
-    is_on_hub = result.base["folder"] is None
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    front += [f"base_model: {json.dumps(base)}", "base_model_relation: finetune"] if is_on_hub else []
-    front += ["tags:", "- conversational", "- sft", "- deepspeed", *(["- lora"] if result.adapter else []), "---"]
-    name = base.rstrip("/").rpartition("/")[2]
-    rows = [f"| {label} | {_cell(value)} |" for label, value in _card_facts(result)]
-    text = [
-        *front, "", f"# {name}, fine-tuned", "",
-        f"[{base}](https://huggingface.co/{base})" if is_on_hub else f"`{base}`",
-        "trained on conversations; only model turns and their end-of-turn tokens are supervised.", "",
-        "| | |", "| --- | --- |", *rows, "", "## Use", "",
-        "```python", "from transformers import pipeline", "",
-        'chat = pipeline("text-generation", model="FOLDER")',
-        'print(chat([{"role": "user", "content": "..."}])[0]["generated_text"][-1]["content"])', "```", "",
-        "`run.json` in this folder holds all arguments, versions and fingerprints of the run.", "",
-    ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(text), encoding="utf-8")
-
-
-def _card_facts(result: RunResult) -> list[tuple[str, str]]:
-    """Return the rows of the card's table."""
-    run, arguments = result.run, result.run["arguments"]
-    data = run["data"]["summary"]
-    kwargs, rows = result.chat.get("template_kwargs"), f"{data.get('with_reasoning', 0):,} conversations with reasoning"
-    treated = {"learn": "supervised", "context": "read, not supervised", "drop": "left out"}
-    reasoning = f"{treated[result.chat.get('reasoning', 'learn')]} in {rows}"
-    zero = (run.get("deepspeed") or {}).get("zero_optimization", {}).get("stage")
-    facts = {
-        "Trained": f"{result.adapter.lower()} adapter, merged" if result.adapter else "all parameters",
-        "Data": f"{data['rows']:,} conversations, {data['tokens']:,} tokens, {data['supervised_tokens']:,} supervised",
-        "Data fingerprint": run["data"]["fingerprint"],
-        "Base weights fingerprint": result.base["weights"] or result.base["fingerprint"],
-        "Chat format": result.chat["format"],
-        "Chat template variables": f"`{json.dumps(kwargs, ensure_ascii=False)}`" if kwargs else None,
-        "Reasoning": reasoning if data.get("with_reasoning") else None,
-        "Steps": f"{run['result']['steps']:,}" if "result" in run else None,
-        "Loss": "{first_loss:.4f} -> {last_loss:.4f}".format(**run["result"])
-        if "last_loss" in run.get("result", {})
-        else None,
-        "Precision": result.precision,
-        "Ranks": f"{run['world_size']}" + (f", ZeRO stage {zero}" if zero else ""),
-        "Learning rate": arguments.get("learning_rate"),
-        "Maximum length": f"{arguments.get('model_max_length', 'default')} tokens",
-        "Libraries": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-    }
-    return [(label, str(value)) for label, value in facts.items() if value is not None]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from finetune.checkpoint import MasterWeights, step_of
 from finetune.config.hardware import Precision
 from finetune.export import model_files, verify_saved
 from finetune.export.merge_plan import MergedTensors, OutputTensor, check_mergeable, master_tensors, plain_tensors
+from finetune.export.model_card import write_model_card
 from finetune.export.weight_names import WeightNames
 from finetune.inference.load_result import (
     base_folder,
@@ -132,8 +133,8 @@ def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> 
         model_files.write_generation_config(part, plan.source, result.chat["stop_token_id"])
         note = model_files.write_tokenizer(part, tokenizer, chat_format)
         model_files.copy_other_files(part, plan.source)
-        model_files.write_model_card(part, result)
         update_run_json(part, {**result.run, "merged": {"from": str(result.folder.absolute()), "origin": plan.origin}})
+        write_model_card(replace(result, folder=part), merges=result.adapter is not None)
         checked = _verify(plan, part, chat_format) if verify else "not verified: --no_check"
         part.rename(target)
     except OSError as error:

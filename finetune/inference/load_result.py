@@ -24,6 +24,7 @@ from finetune.models.quantization import quantized_loading
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.console import log_notes
 from finetune.utils.errors import CheckpointError, ConfigError, first_line
+from finetune.utils.hub import hub_errors
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +176,6 @@ def base_folder(result: RunResult, name: str | None = None) -> Path:
 def _download_base(result: RunResult) -> Path:
     """Return the base in the hub's cache: config, tokenizer, code, and the weights in one format only."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, revision = result.base["name"], result.base["revision"]
     folder = local_model_dir(name, revision)
@@ -185,7 +185,7 @@ def _download_base(result: RunResult) -> Path:
             patterns = [*OTHER_MODEL_FILES, f"{stem}*.{suffix}"]
             try:
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-            except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            except hub_errors() as error:
                 raise ConfigError(
                     f"{result.folder}: its base {name} could not be downloaded: {first_line(error)}"
                 ) from None

@@ -14,7 +14,9 @@ from typing import Any
 from finetune.config.hardware import Precision
 from finetune.distributed import stop_requests, watchdog
 from finetune.distributed.collectives import destroy_process_group, run_on_rank_0
+from finetune.export.model_card import write_model_card
 from finetune.export.verify_saved import verify_result
+from finetune.inference.run_result import read_result
 from finetune.models.loader import ModelInfo
 from finetune.models.quantization import is_packed_in_files
 from finetune.run_dir import output_dir_lock, run_json
@@ -56,6 +58,7 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
             base_bits=None if is_packed_in_files(base.config) else base.bits,
         )
         _record(trainer, checked, "adapter" if is_adapter else "full model", changes)
+        write_model_card(read_result(trainer.output_dir))
 
     run_on_rank_0(conclude)
 

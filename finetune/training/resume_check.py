@@ -33,7 +33,6 @@ FREE = frozenset(
     "logging_strategy logging_first_step logging_dir log_level log_level_replica "
     "log_on_each_node dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor activation_checkpointing activation_checkpointing_kwargs ddp_timeout local_rank "
-    "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
     "torch_empty_cache_steps skip_memory_metrics eval_strategy eval_steps eval_delay eval_on_start eval_data_path "
     "per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
     "trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen auto_find_batch_size "

@@ -19,6 +19,13 @@ def use_cache_if_hub_unreachable() -> None:
         use_cache()
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return what the hub's clients raise: no network, no such file or repository, no permission."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, *(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
+
+
 def use_cache() -> None:
     """Make the hub clients of this process use their cache alone."""
     from huggingface_hub import constants

@@ -9,8 +9,8 @@ import warnings
 import pytest
 import torch
 
-from finetune import export
 from finetune.checkpoint import MasterWeights
+from finetune.export import model_merge
 from finetune.inference.run_result import read_result
 from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError
@@ -57,15 +57,15 @@ def test_a_checkpoint_of_any_stage_and_ranks_becomes_a_model(train, elsewhere, s
     assert set(masters.shapes) == set(wanted) - {"lm_head.weight"} and len(wanted) > 10
     assert all(torch.equal(masters.get(name), wanted[name]) for name in masters.shapes)
 
-    plan = export.plan_merge(read_result(first), tmp_path / "merged", base_name=None, dtype="float32")
+    plan = model_merge.plan_merge(read_result(first), tmp_path / "merged", base_name=None, dtype="float32")
     assert f"the float32 weights of {ranks} ranks" in plan.origin
-    merged = export.merge_weights(plan, shard_bytes=10**6)
+    merged = model_merge.merge_weights(plan, shard_bytes=10**6)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert "the first choice is the same at" in merged.checked
     assert all(torch.equal(weight, wanted[name]) for name, weight in model.named_parameters())
     assert not torch.equal(logits(model, IDS), logits(last, IDS)), "it is the first checkpoint"
     assert set(StoredTensors(tmp_path / "merged")) == set(masters.shapes)
-    as_saved = export.plan_merge(read_result(first), tmp_path / "other", base_name=None, dtype=None)
+    as_saved = model_merge.plan_merge(read_result(first), tmp_path / "other", base_name=None, dtype=None)
     assert {tensor.name for tensor in as_saved.tensors} == set(masters.shapes), "a tied head is stored once"
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import train as main
-from finetune.export import merge_weights, plan_merge
+from finetune.export.model_merge import merge_weights, plan_merge
 from finetune.inference.run_result import read_result
 from finetune.training.flag_checks import optimizer_state_bytes
 from tests.helpers import ranks, runs

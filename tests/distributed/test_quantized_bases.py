@@ -9,7 +9,7 @@ import torch
 
 from finetune import read_conversations, render
 from finetune import train as main
-from finetune.export import merge_weights, plan_merge
+from finetune.export.model_merge import merge_weights, plan_merge
 from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
 from finetune.models.quantization import is_packed

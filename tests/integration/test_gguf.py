@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.export import check_gguf, write_gguf
-from finetune.export.gguf_writer import ARCHITECTURES, _rope_factors
+from finetune.export.gguf_writer import ARCHITECTURES, _rope_factors, check_gguf, write_gguf
 from finetune.utils.errors import ConfigError
 from tests.helpers import made_results as made
 from tests.helpers import tiny_models

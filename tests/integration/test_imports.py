@@ -60,6 +60,7 @@ def test_help_and_version_wait_for_no_library():
         "launch",
         "doctor",
         "merge",
+        "push",
         "evaluate",
         "quickstart",
         "report",

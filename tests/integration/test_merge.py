@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import export
 from finetune.config import AdapterArguments
-from finetune.export import merge_plan
+from finetune.export import merge_plan, model_merge
 from finetune.inference.run_result import read_result
 from finetune.models.adapters import attach_peft
 from finetune.models.lora_targets import ALL_LINEAR, resolve_targets
@@ -56,14 +55,14 @@ import resource, sys
 from pathlib import Path
 import torch
 from finetune.inference.run_result import read_result
-from finetune import export
+from finetune.export import model_merge
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def plan(folder):
-    return export.plan_merge(read_result(folder), folder / "merged", base_name=None, dtype=None)
-export.merge_weights(plan(Path(sys.argv[2])), shard_bytes=10**6, verify=False)
+    return model_merge.plan_merge(read_result(folder), folder / "merged", base_name=None, dtype=None)
+model_merge.merge_weights(plan(Path(sys.argv[2])), shard_bytes=10**6, verify=False)
 before = peak()
-merged = export.merge_weights(plan(Path(sys.argv[1])), shard_bytes=16 * 2**20, verify=False)
+merged = model_merge.merge_weights(plan(Path(sys.argv[1])), shard_bytes=16 * 2**20, verify=False)
 print(peak() - before, merged.size)
 """
 
@@ -89,8 +88,8 @@ SHARD = 20_000  # bytes: several files of a tiny model
 
 def merged(result, target: Path, **options):
     base_name, dtype = options.pop("base_name", None), options.pop("dtype", None)
-    plan = export.plan_merge(result, target, base_name=base_name, dtype=dtype)
-    return export.merge_weights(plan, shard_bytes=options.pop("shard_bytes", SHARD), **options)
+    plan = model_merge.plan_merge(result, target, base_name=base_name, dtype=dtype)
+    return model_merge.merge_weights(plan, shard_bytes=options.pop("shard_bytes", SHARD), **options)
 
 
 def opened(folder: Path, **options):

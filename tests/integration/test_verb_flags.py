@@ -54,6 +54,7 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "max_shard_size": ("", "--max_shard_size 7MB"), "gguf": ("", "--gguf q8_0"), "no_check": ("", "--no_check"),
         "trust_remote_code": ("", "--trust_remote_code"), "verify_key": ("", "--verify_key K"),
     },
+    "push": {"repo": ("--yes", "me/name"), "private": ("me/name --yes", "--private"), "yes": ("me/name", "--yes")},
     "quickstart": {
         "output_dir": ("", "--output_dir other"), "model_dir": ("", "--model_dir other"),
         "only_model": ("", "--only_model"), "short": ("", "--short"),
@@ -130,10 +131,15 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
         },
         "merge": {
             f"{at}.read_result": result, "finetune.inference.load_result.load_tokenizer": None,
-            "finetune.export.check_gguf": None,
-            "finetune.export.plan_merge": SimpleNamespace(origin="x", tensors=[], size=0, source=None, tokenizer=None),
-            "finetune.export.merge_weights": SimpleNamespace(notes=[], size=0, checked="checked"),
-            "finetune.export.write_gguf": Path(__file__),
+            "finetune.export.gguf_writer.check_gguf": None,
+            "finetune.export.model_merge.plan_merge":
+                SimpleNamespace(origin="x", tensors=[], size=0, source=None, tokenizer=None),
+            "finetune.export.model_merge.merge_weights": SimpleNamespace(notes=[], size=0, checked="checked"),
+            "finetune.export.gguf_writer.write_gguf": Path(__file__),
+        },
+        "push": {
+            "finetune.inference.run_result.read_result": result, f"{at}.upload": None,
+            f"{at}.contents_of": {},
         },
         "quickstart": {
             f"{at}.obtain_model": None, f"{at}.train": None, f"{at}.read_result": None, f"{at}._answers": [],
