@@ -36,7 +36,7 @@ from finetune.config.hardware import DetectedHardware, detect_hardware
 from finetune.config.resolve import resolve_config
 from finetune.config.run_config import RankCounts, RunConfig
 from finetune.distributed.process_setup import prepare_environment, restore_settings
-from finetune.distributed.watchdog import start_watchdog
+from finetune.distributed.watchdog import released_watchdog, start_watchdog
 from finetune.models.adapters import attach_adapter
 from finetune.models.loader import ModelInfo, load_model
 from finetune.models.zero3 import set_leaf_modules
@@ -141,7 +141,7 @@ class _TrainModule(ModuleType):
 
     def __call__(self, **flags: Any) -> Path:
         """Train in this process with flags as keyword arguments; see `finetune.train`."""
-        with restore_settings():
+        with restore_settings(), released_watchdog():
             return run_training(flag_words(flags))
 
 

@@ -189,13 +189,13 @@ def test_a_connection_that_sends_anything_else_is_closed(said):
 @pytest.fixture
 def watchdog(monkeypatch):
     """That of rank 1, which has this process for its rank; nothing is written, nothing is ended."""
-    made = watchdog_process.Watchdog({**run_of(2), "rank": 1, "local_rank": 1, "pid": os.getpid()}, b"")
+    made = watchdog_process.Watchdog({**run_of(2), "rank": 1, "local_rank": 1, "pid": os.getpid()})
     yield made
     os.close(made.pidfd)
 
 
 def test_a_pause_of_the_machine_is_credited_once_to_rank_0():
-    made = watchdog_process.Watchdog({**run_of(2), "rank": 0, "local_rank": 0, "pid": os.getpid()}, b"")
+    made = watchdog_process.Watchdog({**run_of(2), "rank": 0, "local_rank": 0, "pid": os.getpid()})
     now = time.monotonic()
     made.last_poll = made.started = made.progress.since = now - 100
     made._skip_suspension()
@@ -307,6 +307,29 @@ def test_a_stopped_watchdog_continues_when_its_rank_is_killed_and_ends():
     rank.stdout.close()
     os.close(watchdog)
     assert has_ended
+
+
+CAUGHT = """
+import time
+from contextlib import suppress
+from finetune.distributed.watchdog import released_watchdog, start_watchdog, watchdog_client
+with suppress(ValueError), released_watchdog(), start_watchdog():
+    print(watchdog_client._watchdog.pid, flush=True)
+    raise ValueError
+time.sleep(60)
+"""
+
+
+def test_a_process_that_catches_the_failure_of_its_training_lives_on():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", CAUGHT], env={**os.environ, **alone}, stdout=subprocess.PIPE)
+    watchdog = os.pidfd_open(int(process.stdout.readline()))
+    has_ended = bool(select.select([watchdog], [], [], 10)[0])  # it would kill the process after 12 s
+    lives = process.poll() is None
+    process.kill()
+    process.communicate()
+    os.close(watchdog)
+    assert has_ended and lives
 
 
 def test_a_lost_host_is_not_waited_for(coordinator):

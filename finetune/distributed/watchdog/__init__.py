@@ -2,6 +2,7 @@
 
 from finetune.distributed.watchdog.watchdog_client import (
     launcher_pid,
+    released_watchdog,
     report_phase,
     set_output_dir,
     set_timeouts,

@@ -71,6 +71,16 @@ def start_watchdog() -> Iterator[None]:
         stop_requests.reset()
 
 
+@contextmanager
+def released_watchdog() -> Iterator[None]:
+    """Let a process live on after a failure inside the block: its watchdog ends instead of killing it."""
+    try:
+        yield
+    finally:
+        if _watchdog is not None and os.environ.get("WORLD_SIZE") == "1":
+            _report_exit(1)
+
+
 def report_phase(name: str, step: int | None = None) -> None:
     """Report that the rank enters a phase (start, data, rendezvous, model, step, evaluation, save or end) or a step."""
     _progress.update(phase=name, step=step)

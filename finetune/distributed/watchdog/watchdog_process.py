@@ -53,9 +53,9 @@ SUSPENDED_SECONDS = 5.0
 class Watchdog:
     """The watchdog of one rank; that of rank 0 has the coordinator, all others a connection to it."""
 
-    def __init__(self, order: dict[str, Any], unread: bytes) -> None:
+    def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
-        self.unread: bytes | None = unread  # from stdin; None at its end
+        self.unread: bytes | None = b""  # the beginning of a line from stdin; None at its end
         self.rank, self.host, self.pid = order["rank"], os.uname().nodename, order["pid"]
         self.pidfd = os.pidfd_open(self.pid)
         self.key = hashlib.sha256(json.dumps(order["key"]).encode()).hexdigest()
@@ -271,8 +271,8 @@ class Watchdog:
         self.kill_at = time.monotonic() + seconds
 
     def _is_done(self) -> bool:
-        if self.gone_at is None:
-            return False
+        if self.gone_at is None:  # a run of one process that has told its end needs no watchdog, though it may live on
+            return self.exit_status is not None and self.unread is None and self.order["world_size"] == 1
         waited = time.monotonic() - self.gone_at
         if self.coordinator:
             has_ended_well = self.exit_status is not None and self.coordinator.first_report_at is None
@@ -323,16 +323,13 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     receive_at_parents_end(signal.SIGCONT)  # if this process is stopped then, it would stay for ever
-    unread = b""
-    while b"\n" not in unread:
-        chunk = os.read(0, 1 << 16)
-        if not chunk:
-            return
-        unread += chunk
-    line, _, unread = unread.partition(b"\n")
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # without a buffer, in which later lines would stay
+        line = stdin.readline()
+    if not line.endswith(b"\n"):  # the rank is gone already
+        return
     load_known_causes()  # now, because the disk may not respond once they are needed
     with suppress(ProcessLookupError):  # the rank is gone already
-        Watchdog(json.loads(line), unread).watch()
+        Watchdog(json.loads(line)).watch()
 
 
 if __name__ == "__main__":
