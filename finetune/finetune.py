@@ -14,11 +14,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.distributed.launcher_processes import die_with_launcher  # noqa: E402
 from finetune.utils.console import open_standard_streams, use_utf8  # noqa: E402
+from finetune.utils.errors import exit_on_error  # noqa: E402
 
 if __name__ == "__main__":
     die_with_launcher()  # before the imports, which take seconds
     open_standard_streams()
     use_utf8()
-    from finetune.train import run
+    with exit_on_error():
+        from finetune.train import run
 
     run()

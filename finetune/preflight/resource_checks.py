@@ -36,11 +36,12 @@ OUT_OF_MEMORY_STATUS = 1  # exit status of a run that runs out of memory
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """The most rows, tokens (padding included) and positions with logits of any micro-batch of a rank."""
+    """The most rows, tokens (padding included), logits and squared lengths of any micro-batch of a rank."""
 
     rows: int = 0
     tokens: int = 0
     logits: int = 0
+    pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,17 @@ def forecast_batches(
     longest = int(lengths.max())
     layout = batch_layout(batch, longest, batch.padding_reason or obstacle, selects_logits)
     sampler = train_sampler(batch, layout, lengths)
-    largest = first = np.zeros(3, dtype=int)
+    largest = first = np.zeros(4, dtype=int)
     for step in range(min(sampler.steps_per_epoch, MAX_STEPS)):
         for number in range(sampler.micro_batches(step)):
             for rank in range(sampler.shape.world_size):
                 rows = sampler.micro_batch(0, step, rank, number)
                 if rows:
                     is_padded = sampler.batching == "padded"
-                    tokens = lengths[rows].max() * len(rows) if is_padded else lengths[rows].sum()
+                    shape = np.full(len(rows), lengths[rows].max()) if is_padded else lengths[rows].astype(int)
+                    tokens = shape.sum()
                     logits = supervised[rows].sum() if layout.selects_logits else tokens
-                    largest = np.maximum(largest, (len(rows), tokens, logits))
+                    largest = np.maximum(largest, (len(rows), tokens, logits, (shape**2).sum()))
         first = largest if step < FIRST_STEPS else first
     steps = schedule.max_steps
     if steps <= 0:  # as the Trainer counts
@@ -143,7 +145,8 @@ def check_resources(
         return
     estimate = memory.estimate_memory(model, run)
     other = memory.estimate_memory(model, replace(run, checkpoint_every=0 if run.checkpoint_every else 1))
-    first = memory.estimate_memory(model, replace(run, **asdict(first_batch)))
+    pairs = min(run.pairs, first_batch.pairs)
+    first = memory.estimate_memory(model, replace(run, **asdict(replace(first_batch, pairs=pairs))))
     facts: dict[str, Any] = {"fits": free.holds(estimate), **estimate.facts()}
     facts["device"] |= {
         "capacity": free.device,
@@ -211,7 +214,7 @@ def run_spec(
         **memory.from_deepspeed(zero.config if zero else None),
         ranks=batch.world_size,
         ranks_on_host=ranks_on_host,
-        **asdict(batches.largest),
+        **asdict(batches.largest) | ({"pairs": 0} if hardware.attention.startswith("flash") else {}),
         longest=batches.longest,
         padded=batches.layout.batching == "padded",
         precision=hardware.precision,

@@ -4,7 +4,8 @@ The model is built on the meta device, where tensors have shapes and no content.
 included. A micro-batch runs forwards and backwards while the bytes of all live tensors are added up, which tells what a
 step keeps for each token and each logit. So it is known for any architecture that transformers runs, mixtures of
 experts and softcaps among them. Attention is taken to be fused: it keeps its inputs, its output and one number for each
-head and token. Where the model cannot be traced, a formula replaces the measurement.
+head and token; with softcaps or sinks, which flash attention alone fuses, also the scores. Where the model cannot be
+traced, a formula replaces the measurement.
 """
 
 from __future__ import annotations
@@ -169,9 +170,11 @@ def trace_activations(model: Any, base: Any, precision: Precision) -> Activation
     if unsupported_config_reason(base.config, 1) or LINEAR_ATTENTION in module_kinds(base).by_module.values():
         return None
     try:
-        _take_fused_attention(base, copies=precision == "float32")
+        scores = _take_fused_attention(base, copies=precision == "float32")
         with _fewer_layers(base) as layers, kernels_on_meta(fused_dropout=precision != "float32"):
-            return _measured(model, base, layers)
+            found = _measured(model, base, layers)
+        kept, working = (sum(each) / len(layers) for each in zip((0, 0), *scores.values(), strict=True))
+        return replace(found, scores=kept, scores_working=working)
     except Exception:  # any model's code may need what tensors without content lack: the formula is used instead
         return None
 
@@ -311,18 +314,35 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
-def _take_fused_attention(base: Any, *, copies: bool) -> None:
+def _take_fused_attention(base: Any, *, copies: bool) -> dict[int, tuple[int, int]]:
+    """Let the model attend without content; return (bytes of scores kept, peak beyond) by layer, once it has run.
+
+    As `models.attention` computes softcaps and sinks: kept are the softmax in float32, the same in 16 bits, what tanh
+    returns, and a mask; at the peak of the backward pass there are two gradients of the scores beside them.
+    """
     from transformers import AttentionInterface
 
     if not base._can_set_attn_implementation():
         raise ValueError("its code does not take attention functions from transformers")
 
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any = None, **_: Any) -> tuple[Any, None]:
+    scores: dict[int, tuple[int, int]] = {}
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, mask: Any = None, *, softcap: Any = None, s_aux: Any = None,
+        **_: Any,
+    ) -> tuple[Any, None]:  # fmt: skip
+        heads, size = query.shape[1], query.element_size()
+        scores[id(module)] = (0, 0)
+        if softcap is not None or s_aux is not None:
+            kept = 4 + (size if size < 4 else 0) + (0 if softcap is None else size)
+            scores[id(module)] = (heads * kept + 1, heads * (8 + size))
+            key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
         result: Any = _FusedAttention.apply(query, key, value)
         return (result.clone() if copies else result), None
 
     AttentionInterface.register(FUSED, attend)
     base.set_attn_implementation(FUSED)
+    return scores
 
 
 @contextmanager

@@ -136,6 +136,8 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], width: int, height
     plotext.plotsize(width, height)
     plotext.theme("clear")
     plotext.plot([step for step, _ in points], [loss for _, loss in points], marker="braille")
+    first, last = points[0][0], points[-1][0]
+    plotext.xticks(sorted({round(first + part * (last - first) / 4) for part in range(5)}))
     plotext.title("loss by step")
     drawing = plotext.uncolorize(plotext.build()).rstrip()
     plotext.clear_figure()

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TextIO
 
+# Before peft imports it wherever it is installed: of a kernel of the hub, and of the type of each product in 8 bits.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 LABEL_WIDTH = 12
 SIMILAR = {
     "«": "<<", "»": ">>", "⟦": "[[", "⟧": "]]", "‹": "<", "›": ">", "→": "->", "…": "...", "±": "+-", "·": ".",
@@ -166,8 +168,6 @@ def quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
     for name in ("accelerate", "peft", "torch.distributed", "torch.nn.parallel.distributed"):
         logging.getLogger(name).setLevel(level)
-    # a kernel that it would fetch from the hub, and the type of each product in 8 bits
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed sets its own level when it is imported, later: a filter stays
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= level)
 

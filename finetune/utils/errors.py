@@ -24,6 +24,7 @@ from typing import NoReturn
 
 SHOWN_FAULTS, SHOWN_NAMES = 20, 8
 EXIT_UNFLUSHED = 120  # as Python itself, when the last output cannot be written
+INTERRUPTED = 130  # as a shell says it of Ctrl-C
 SECONDS_FOR_RANK_0, SECONDS_FOR_A_LINE = 8.0, 2.0
 
 
@@ -125,7 +126,7 @@ def os_reason(error: OSError, path: Path) -> str:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status.
+    """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status, and Ctrl-C into status 130.
 
     Rank 0 prints at once. Other ranks wait a few seconds: after the same error on rank 0 the launcher ends the ranks of
     that host before they print. A rank that is still alive then has an error of its own, or is on another host. Rank 0
@@ -142,6 +143,8 @@ def exit_on_error() -> Iterator[None]:
         origin = "" if rank == 0 else f" (rank {rank})"
         print(f"error{origin}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 @contextmanager

@@ -32,7 +32,8 @@ TOKENS, LEARNED = [40, 24], 20
 def predicted(shape: ModelSpec) -> float:
     kept = shape.activations
     held = kept.outside + kept.layer * shape.layers
-    return sum(TOKENS) * held + LEARNED * kept.logit + kept.fixed * shape.layers
+    scores = kept.scores * sum(tokens**2 for tokens in TOKENS)
+    return sum(TOKENS) * held + LEARNED * kept.logit + (kept.fixed + scores) * shape.layers
 
 
 def sizes_of(output: Path) -> dict[str, int]:
@@ -122,12 +123,13 @@ def kept_bytes(model: Any) -> int:
 @pytest.mark.parametrize(
     ("family", "adapter"),
     mostly_slow(
-        product([*FAMILIES, "qwen2"], [False, True]), [("llama", False), ("gpt_neox", True), ("mixtral", True)]
+        product([*FAMILIES, "qwen2", "gemma2", "gpt_oss"], [False, True]),
+        [("llama", False), ("gpt_neox", True), ("mixtral", True), ("gemma2", False), ("gpt_oss", False)],
     ),
 )
 def test_what_autograd_keeps(family: str, adapter: bool):
     model = model_of(family)
-    attach = partial(WITH_ADAPTER, dropout=0.0) if family == "mixtral" else WITH_ADAPTER
+    attach = partial(WITH_ADAPTER, dropout=0.0) if family in ("mixtral", "gpt_oss") else WITH_ADAPTER
     shape = spec_from_config(model.config, precision="float32", attach=attach if adapter else None)
     attention.register_flat_attention()
     model.set_attn_implementation(attention.FLAT_ATTENTION)

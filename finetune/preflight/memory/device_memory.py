@@ -109,9 +109,12 @@ def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
     held = kept.outside + (kept.layer + frozen) * (model.layers - checkpointed) + inputs
     fixed: float = run.rows * run.longest**2 if run.padded and run.longest else 0  # the mask
     fixed += kept.fixed * (model.layers - checkpointed) + run.size * model.unpacked_layer
+    fixed += kept.scores * run.pairs / run.sequence_parallel * (model.layers - checkpointed)
+    at_once = run.pairs if run.padded else min(run.pairs, run.longest**2)  # flat rows: one conversation after the other
+    scores = (kept.scores_working * at_once + kept.scores * run.pairs * (checkpointed > 0)) / run.sequence_parallel
     layer = kept.recomputing + frozen if checkpointed else kept.working
     at_head = {ACTIVATIONS: tokens * held + fixed, LOGITS: (kept.logit + kept.logit_working) * logits}
-    in_layer = {ACTIVATIONS: tokens * (held + layer) + fixed + kept.fixed, LOGITS: 0.0}
+    in_layer = {ACTIVATIONS: tokens * (held + layer) + fixed + kept.fixed + scores, LOGITS: 0.0}
     return at_head, in_layer
 
 

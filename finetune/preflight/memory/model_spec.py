@@ -41,6 +41,10 @@ class Activations:
     passing: float  # in one layer; allocated in the forward pass and freed again
     fixed: float = 0.0  # in one layer, independent of the tokens: copies of weights that an adapter on experts makes
     frozen_inputs: float = 0.0  # in one layer; inputs that ZeRO-3's linear layers keep even if the weight is frozen
+    scores: float = (
+        0.0  # in one layer, for each pair of tokens of a conversation: what attention without a kernel keeps
+    )
+    scores_working: float = 0.0  # peak beyond it
     is_traced: bool = True  # measured on the model; else from the formula for a plain decoder
 
 
@@ -148,6 +152,7 @@ class RunSpec:
     ranks: int
     tokens: int  # positions of the largest micro-batch, padding included
     logits: int  # those of them that get logits; all, if the model's code cannot select
+    pairs: int = 0  # squared lengths of its rows, summed; 0 where a kernel attends
     precision: Precision = "bf16"
     use_cpu: bool = False
     ranks_on_host: int | None = None  # on the host that has most

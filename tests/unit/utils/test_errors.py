@@ -111,7 +111,7 @@ def test_what_all_ranks_have_raised_is_said_by_rank_0_alone(monkeypatch, capsys)
     assert said == ["error: the data differs\n", ""]
 
 
-@pytest.mark.parametrize("bug", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(75)])
+@pytest.mark.parametrize("bug", [ValueError("a bug"), SystemExit(75)])
 def test_anything_else_passes_through_untouched(bug, capsys):
     with pytest.raises(type(bug)) as raised, exit_on_error():
         raise bug
@@ -126,3 +126,10 @@ def test_nothing_is_printed_where_nothing_went_wrong(capsys):
 
     assert done
     assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_ends_quietly(capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        raise KeyboardInterrupt
+
+    assert ended.value.code == 130 and capsys.readouterr() == ("", "")
