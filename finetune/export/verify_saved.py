@@ -124,8 +124,9 @@ def _load_adapter(folder: Path, base: str, dtype: torch.dtype, trusts_code: bool
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    options = {"dtype": dtype, "trust_remote_code": trusts_code, **quantized_loading(bits, dtype)}
-    cls = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=trusts_code))
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trusts_code)
+    options = {"dtype": dtype, "trust_remote_code": trusts_code, **quantized_loading(bits, dtype, config)}
+    cls = auto_class(config)
     if cls is AutoModelForCausalLM:
         return AutoPeftModelForCausalLM.from_pretrained(folder, **options)
     model = cls.from_pretrained(base, **options)

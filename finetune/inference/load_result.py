@@ -244,12 +244,12 @@ def _load(folder: Path, result: RunResult, bits: int | None = None) -> Any:
         options = {"dtype": _cpu_dtype(folder)}
     if bits is not None:
         check_installed(f"{result.folder}: its base was trained in {bits} bits")
-        dtype = loader.torch_dtype(result.precision) if torch.cuda.is_available() else torch.float32
-        options |= {"dtype": dtype, **quantized_loading(bits, dtype)}
+        options["dtype"] = loader.torch_dtype(result.precision) if torch.cuda.is_available() else torch.float32
+    config = model_config(folder, trusts_code)
+    if bits or result.is_trained:
+        options |= quantized_loading(bits, options["dtype"], config)
     try:
-        return auto_class(model_config(folder, trusts_code)).from_pretrained(
-            folder, trust_remote_code=trusts_code, **options
-        )
+        return auto_class(config).from_pretrained(folder, trust_remote_code=trusts_code, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: its weights do not load: {first_line(error)}") from None
 

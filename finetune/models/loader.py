@@ -32,7 +32,7 @@ from finetune.models.model_folder import (
     weights_fingerprint,
 )
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
-from finetune.models.quantization import is_packed_in_files, quantized_loading, stored_bits
+from finetune.models.quantization import is_packed_in_files, quantized_loading, stored_bits, stored_method
 from finetune.utils.console import log_notes
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
@@ -167,6 +167,8 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
                 raise
             continue
         notes = [code] if code else []
+        if is_packed_in_files(config) and stored is None:
+            notes.append(f"weights are stored as {stored_method(config)} and dequantized while they load")
         if candidate != attention:
             notes.append(f"fallback to {candidate} attention because the model does not support {attention}")
         info = ModelInfo(
@@ -225,7 +227,7 @@ def load_model(
             dtype=torch_dtype(precision),
             attn_implementation=info.attention,
             trust_remote_code=info.trusts_code,
-            **quantized_loading(info.bits, torch_dtype(compute_precision), is_stored=is_packed_in_files(info.config)),
+            **quantized_loading(info.bits, torch_dtype(compute_precision), info.config),
         )
     if info.bits:
         leave_scales_out(model)

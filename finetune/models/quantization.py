@@ -1,10 +1,12 @@
-"""Quantized bases: weights that bitsandbytes packs into 4 or 8 bits while they load, frozen under LoRA (QLoRA).
+"""Quantized bases: weights that bitsandbytes packs into 4 or 8 bits while they load, frozen under LoRA (QLoRA), and
+weights that are stored in another format and dequantized while they load.
 
 Sources: QLoRA https://arxiv.org/abs/2305.14314, LLM.int8 2208.07339; as transformers and bitsandbytes 0.50 do it.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from finetune.models.compat import keep_packing
@@ -13,46 +15,81 @@ from finetune.utils.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+# Formats that transformers dequantizes while weights load: the class of its config, and the package that it needs.
+DEQUANTIZED = {
+    "mxfp4": ("Mxfp4Config", None),
+    "fp8": ("FineGrainedFP8Config", None),
+    "compressed-tensors": ("CompressedTensorsConfig", "compressed-tensors"),
+}
+READERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "quanto": "optimum-quanto", "hqq": "hqq", "torchao": "torchao"}
+
 
 def stored_bits(name: str, config: Any) -> int | None:
-    """Return 4 or 8 where the weights are stored as bitsandbytes packs them, None where they are not quantized.
+    """Return 4 or 8 where the weights are stored as bitsandbytes packs them; None where they load as plain weights.
 
     Raises:
-        ConfigError: They are quantized in another way: GPTQ, AWQ, FP8, MXFP4, ...
+        ConfigError: They are quantized in a way that cannot be trained here (GPTQ, AWQ, ...), or a package is missing.
     """
+    method = stored_method(config)
+    if method is None:
+        return None
+    if method.startswith("bitsandbytes"):
+        return 4 if _facts(config).get("load_in_4bit") else 8
+    if method in DEQUANTIZED:
+        package = DEQUANTIZED[method][1]
+        if package is None or find_spec(package.replace("-", "_")):
+            return None
+        raise ConfigError(
+            f"--model_name_or_path {name}: its weights are stored as {method}, which {package} reads: pip install "
+            f"{package}"
+        )
+    reader = f" for {READERS[method]}" if method in READERS else ""
+    raise ConfigError(
+        f"--model_name_or_path {name}: its weights are quantized ({method}){reader}, which cannot be trained here: "
+        "give the model that it was made from, with --load_in_4bit True to train LoRA on it in 4 bits"
+    )
+
+
+def stored_method(config: Any) -> str | None:
+    """Return how the weights of a model are quantized in its files, or None."""
+    facts = _facts(config)
+    if not facts:
+        return None
+    method = facts.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in facts else "an unknown method")
+    return str(getattr(method, "value", method))
+
+
+def is_packed_in_files(config: Any) -> bool:
+    """Whether the files of a model hold quantized weights."""
+    return stored_method(config) is not None
+
+
+def _facts(config: Any) -> dict[str, Any]:
     facts = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
-    if not facts:
-        return None
-    facts = facts if isinstance(facts, dict) else facts.to_dict()
-    method = facts.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in facts else "an unknown method")
-    method = str(getattr(method, "value", method))
-    if method.startswith("bitsandbytes"):
-        return 4 if facts.get("load_in_4bit") else 8
-    raise ConfigError(
-        f"--model_name_or_path {name}: its weights are quantized ({method}), which cannot be trained here: give the "
-        "model that it was made from, with --load_in_4bit True to train LoRA on it in 4 bits"
-    )
+    return facts if isinstance(facts, dict) else facts.to_dict() if facts else {}
 
 
-def quantized_loading(bits: int | None, dtype: torch.dtype, *, is_stored: bool = False) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that quantize weights while they load; none for `bits` None.
+def quantized_loading(bits: int | None, dtype: torch.dtype, stored: Any = None) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for weights that are quantized: stored so, or while they load.
 
     Args:
-        is_stored: They are packed already.
+        bits: 4 or 8 under bitsandbytes; None for plain weights, which are dequantized if they are stored otherwise.
         dtype: To compute in. Packed weights are stored as elements of it, too: ZeRO-3 partitions one type of weights.
+        stored: Config of the model's files.
     """
-    if bits is None:
-        return {}
-    from transformers import BitsAndBytesConfig
+    import transformers
 
+    method = None if stored is None else stored_method(stored)
+    if bits is None:
+        return {"quantization_config": getattr(transformers, DEQUANTIZED[method][0])(dequantize=True)} if method else {}
     keep_packing()
-    if is_stored:
+    if method:
         return {}
-    config = BitsAndBytesConfig(load_in_8bit=True)
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     if bits == 4:
-        config = BitsAndBytesConfig(
+        config = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -60,11 +97,6 @@ def quantized_loading(bits: int | None, dtype: torch.dtype, *, is_stored: bool =
             bnb_4bit_quant_storage=dtype,
         )
     return {"quantization_config": config}
-
-
-def is_packed_in_files(config: Any) -> bool:
-    """Whether the files of a model hold packed weights."""
-    return getattr(config, "quantization_config", None) is not None
 
 
 def quantized_layers(empty: Any) -> dict[str, torch.nn.Module]:

@@ -19,6 +19,7 @@ from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.export.base_tensors import BaseTensors
 from finetune.models.adapters import InitialLora, gather_virtual_tokens
 from finetune.models.loader import ModelInfo
+from finetune.models.quantization import is_packed_in_files
 from finetune.run_dir.run_json import update_run_json
 from finetune.training.compat import write_no_recovery_script
 from finetune.training.evaluator import best_checkpoint
@@ -54,7 +55,8 @@ class CheckpointTrainer(Trainer):
 
     def keep_base_tensors(self, base: ModelInfo) -> None:
         """Save what training leaves alone as the base has it, if the whole model is saved."""
-        if not hasattr(self.model, "peft_config") and self.args.should_save and base.is_downloaded():
+        is_whole = not hasattr(self.model, "peft_config") and not is_packed_in_files(base.config)
+        if is_whole and self.args.should_save and base.is_downloaded():
             self.base_tensors = BaseTensors(base.files, base.empty, self.model)
 
     def train_from_checkpoint(self) -> None:

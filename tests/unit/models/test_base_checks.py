@@ -245,7 +245,6 @@ class TestFolders:
         [
             ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
             ({"quant_method": "awq", "bits": 4}, "awq"),
-            ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ],
     )
     def test_quantized_weights_are_refused_in_one_sentence(self, save, quantization, method):

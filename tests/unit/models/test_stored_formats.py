@@ -1,0 +1,106 @@
+"""Checkpoints whose weights are stored quantized: dequantized while they load, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from finetune.config import AdapterArguments, ModelArguments
+from finetune.export.verify_saved import verify_result
+from finetune.models.adapters import attach_adapter
+from finetune.models.loader import inspect_model, load_model
+from finetune.models.quantization import stored_bits
+from finetune.utils.errors import ConfigError
+from tests.helpers import tiny_models
+from tests.helpers.byte_tokenizer import byte_tokenizer
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+BLOCK = 16  # of FP8 scales
+METHODS = {
+    "gpt_oss": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
+    "llama": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ["lm_head"]},
+}
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Blocks of 32 values of 4 bits with a scale each, as gpt-oss is published (OCP MX 1.0); and the values."""
+    experts, inputs, outputs = weight.shape
+    parts = weight.transpose(1, 2).reshape(experts, outputs, inputs // 32, 32)
+    exponents = parts.abs().amax(-1, keepdim=True).clamp_min(1e-8).log2().floor() - 2
+    codes = (parts / 2**exponents).unsqueeze(-1).sub(FP4).abs().argmin(-1).to(torch.uint8)
+    values = (FP4[codes.long()] * 2**exponents).reshape(experts, outputs, inputs).transpose(1, 2)
+    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return {"_blocks": blocks, "_scales": (exponents.squeeze(-1) + 127).to(torch.uint8)}, values
+
+
+def fp8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Values of 8 bits with a scale for each block, as DeepSeek-V3 is published; and the values."""
+    rows, columns = weight.shape
+    scales = weight.reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK).abs().amax((1, 3)) / 448
+    whole = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    packed = (weight / whole).to(torch.float8_e4m3fn)
+    return {"": packed, "_scale_inv": scales}, packed.float() * whole
+
+
+def published(family: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Write a made-up checkpoint in its format; return the values of its weights."""
+    model = tiny_models.build(family, vocab_size=272, intermediate_size=64)
+    quantize, ends = (mxfp4, ("gate_up_proj", "down_proj")) if family == "gpt_oss" else (fp8, ("proj.weight",))
+    tensors, values = {}, {}
+    for name, weight in model.state_dict().items():
+        parts, values[name] = quantize(weight) if name.endswith(ends) else ({"": weight}, weight)
+        tensors |= {name + end: part.contiguous().clone() for end, part in parts.items()}
+    model.config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    byte_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": METHODS[family]}))
+    return values
+
+
+@pytest.mark.parametrize("family", METHODS)
+def test_lora_is_trained_on_the_dequantized_weights_and_loads_on_them(family, tmp_path):
+    values = published(family, tmp_path / "base")
+    info = inspect_model(ModelArguments(model_name_or_path=str(tmp_path / "base")), "sdpa")
+    assert any("dequantized while they load" in note for note in info.notes) and info.bits is None
+
+    model = load_model(info, byte_tokenizer(), "float32", None)
+
+    assert {str(weight.dtype) for weight in model.parameters()} == {"torch.float32"}
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, values[name], rtol=1e-6, atol=1e-7)
+    adapted = attach_adapter(model, AdapterArguments(use_lora=True, lora_dropout=0.0), info, None, seed=0)
+    ids = torch.arange(5, 25)[None]
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    loss = adapted.eval()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert all(weight.grad is not None for name, weight in adapted.named_parameters() if "lora_A" in name)
+    adapted.save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    verified = verify_result(
+        tmp_path / "adapter", base=tmp_path / "base", input_ids=ids[0].tolist(), labels=ids[0].tolist(),
+        loss=loss.item(), precision="float32", trust_remote_code=False,
+    )  # fmt: skip
+    assert "has the loss of the trained one" in verified
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, r"gptq. for gptqmodel, which cannot .* with --load_in_4bit True"),
+        ({"quant_method": "awq", "bits": 4}, "awq. for gptqmodel"),
+        ({"quant_method": "compressed-tensors"}, "pip install compressed-tensors"),
+        ({"quant_method": "vptq"}, r"quantized \(vptq\), which cannot be trained"),
+        ({"bits": 4}, "an unknown method"),
+    ],
+)
+def test_other_formats_are_one_error_before_anything_loads(facts, message):
+    with pytest.raises(ConfigError, match=message):
+        stored_bits("m", SimpleNamespace(quantization_config=facts))
