@@ -158,6 +158,8 @@ def start(
         kept = passed_on(flags, "hostfile", "master_addr")
         command = [*deepspeed(), *kept, f"--master_port={port}", *script]
         show(command)
+        if not host_probe.count_gpus():  # else DeepSpeed warns, in each of its processes, that it found none
+            environment = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), **environment}
         return [LocalSession(command, environment, hostfile=None, host=os.uname().nodename)]
     if flags.launcher.lower() != "pdsh" or flags.launcher_args:
         given = f"--launcher_args {flags.launcher_args}" if flags.launcher_args else f"--launcher {flags.launcher}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -186,6 +187,25 @@ def _id_fault(value: Any) -> str | None:
     if not isinstance(value, str | int) and not (isinstance(value, float) and math.isfinite(value)):
         return f'expected "id" to be a string or a number, found {shown(value)}'
     return surrogate_fault(value, "id") if isinstance(value, str) else None
+
+
+def check_first_rows(paths: Sequence[str], columns: Sequence[str], repairs: Collection[str], seconds: float) -> None:
+    """Read files for so many seconds at most, before anything is started.
+
+    Raises:
+        DataError: a source that cannot be found; all faults of the rows that were read.
+    """
+    sources = find_sources(paths, columns)
+    began, faults, rows = time.monotonic(), RowFaults(), Counter[str]()
+    for row in ConversationReader(sources, repairs=repairs):
+        rows[row.source] += 1
+        if isinstance(row, BadRow):
+            faults.add(*row.faults[: None if row.is_fault else 0])
+        if time.monotonic() - began > seconds:
+            rows.clear()  # how many there are is not known
+            break
+    if faults.count:
+        raise DataError(faults.message(rows=rows))
 
 
 def read_conversations(

@@ -97,25 +97,13 @@ def find_sources(paths: str | Path | Sequence[str | Path], columns: Sequence[str
     return sources
 
 
-def check_local_sources(paths: Sequence[str]) -> None:
-    """Check that the files among the names are there, without reading them; data sets of a hub are not looked for.
-
-    Raises:
-        DataError: all that are not there.
-    """
-    faults = []
-    for given in paths:
-        name, _ = _split_weight(given)
-        is_elsewhere = "://" in name or name.startswith(MODELSCOPE) or (os.path.isdir(name) and is_saved(name))
-        hub = _HUB_NAME.fullmatch(name)
-        is_hub = hub and not os.path.isdir(name.partition("/")[0]) and not _is_data_file(hub["name"])
-        if not is_elsewhere and (os.path.exists(name) or not is_hub):
-            try:
-                _resolve(given)
-            except DataError as error:
-                faults.append(str(error))
-    if faults:
-        raise DataError(format_faults(faults, "fault"))
+def is_local(given: str) -> bool:
+    """Return whether a name is one of files, which need neither a network nor a library."""
+    name, _ = _split_weight(given)
+    is_elsewhere = "://" in name or name.startswith(MODELSCOPE) or (os.path.isdir(name) and is_saved(name))
+    hub = _HUB_NAME.fullmatch(name)
+    is_hub = hub and not os.path.isdir(name.partition("/")[0]) and not _is_data_file(hub["name"])
+    return not is_elsewhere and (os.path.exists(name) or not is_hub)
 
 
 def _identity(source: Source) -> Any:

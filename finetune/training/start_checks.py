@@ -14,9 +14,10 @@ import psutil
 
 from finetune import checkpoint
 from finetune.chat_templates.format_selection import read_template
-from finetune.config import Arguments
+from finetune.config import Arguments, DataArguments
 from finetune.config.deepspeed_config import find_config
-from finetune.dataset.data_sources import check_local_sources
+from finetune.dataset.conversation_reader import check_first_rows
+from finetune.dataset.data_sources import find_sources, is_local
 from finetune.models.model_folder import check_folder, check_tokenizer_files, stored_bytes
 from finetune.run_dir import output_dir_lock
 from finetune.utils.console import log_notes
@@ -24,6 +25,7 @@ from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, S
 
 BYTES_OF_A_RANK = 400 * 2**20  # torch and transformers, before there is a model
 MOST_RANKS_PER_CORE = 8
+SECONDS_FOR_ROWS = 0.5
 
 
 def check_start(arguments: Arguments, ranks_here: int | None = None, *, is_launch: bool = False) -> None:
@@ -52,7 +54,7 @@ def _checks(arguments: Arguments, ranks_here: int | None, is_launch: bool) -> It
     yield lambda: check_folder(name)
     yield lambda: check_tokenizer_files(arguments.model.tokenizer_source()[0])
     if is_launch:
-        yield lambda: check_local_sources([*arguments.data.data_path, *arguments.data.eval_data_path])
+        yield lambda: _check_data(arguments.data)
     yield lambda: _check_skip_rows(arguments.run.skip_rows)
     template, resumed, deepspeed = arguments.data.chat_template, arguments.resumes_from(), arguments.given("deepspeed")
     if template is not None:
@@ -65,6 +67,14 @@ def _checks(arguments: Arguments, ranks_here: int | None, is_launch: bool) -> It
     yield lambda: _check_room(arguments)
     if ranks_here is not None:
         yield lambda: log_notes(check_ranks(ranks_here))
+
+
+def _check_data(data: DataArguments) -> None:
+    """Check that files of data are there, and the rows that can be read in a moment."""
+    training, held_out = (list(filter(is_local, paths)) for paths in (data.data_path, data.eval_data_path))
+    find_sources([*training, *held_out])
+    for paths in (training, held_out) if data.bad_rows == "error" else ():
+        check_first_rows(paths, data.columns, data.repairs, SECONDS_FOR_ROWS)
 
 
 def _check_skip_rows(files: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import namedtuple
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def start(tmp_path, monkeypatch):
     for name in ("model.safetensors", "tokenizer.json"):
         (model / name).write_bytes(b"0" * 1000)
     (model / "config.json").write_text("{}")
-    Path("d.json").write_text("[]")
+    Path("d.json").write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]}]')
 
     def check(*words: str, ranks: int | None = None) -> None:
         named = ["--model_name_or_path", "./model", "--data_path", "d.json", "--output_dir", "o"]
@@ -46,6 +47,25 @@ def test_a_run_that_can_start_passes(start):
     Path("o/run.json").write_text("{}")
     Path("o/notes.md").write_text("")
     start()
+
+
+@pytest.mark.parametrize("flag", ["--data_path", "--eval_data_path"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "the file is empty"), ("[]", "holds no conversations"), ("{oops", "not JSON"), ('[{"a": 1}]', "the keys a")],
+)
+def test_rows_are_read_for_a_moment(start, flag, text, said):
+    Path("rows.json").write_text(text)
+    assert said in str(refused(start, flag, "rows.json"))
+    start(flag, "rows.json", "--bad_rows", "drop")
+
+
+def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
+    rows = [json.dumps({"text": f"row {number}"}) for number in range(50)]
+    Path("rows.jsonl").write_text("\n".join([*rows, "{oops"]))
+    assert "row 50" in str(refused(start, "--data_path", "rows.jsonl"))
+    monkeypatch.setattr(start_checks, "SECONDS_FOR_ROWS", 0.0)
+    start("--data_path", "rows.jsonl")
 
 
 @pytest.mark.parametrize(
