@@ -24,15 +24,14 @@ from finetune import checkpoint
 from finetune.checkpoint.checkpoint_size import MODEL, ParameterSizes, checkpoint_parts
 from finetune.checkpoint.manifest import FileRecord, Manifest
 from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank
-from finetune.utils.errors import CheckpointError, FinetuneError, StorageError, first_line, os_reason
+from finetune.utils.errors import CheckpointError, FinetuneError, StorageError, as_os_error, first_line, os_reason
 
 logger = logging.getLogger(__name__)
 
 SIZE_MARGIN = 1.05  # of what the last checkpoint took
 BYTES_MARGIN = 8 << 20
 GONE = "Parent directory"
-# In errors of torch's zip writer and of safetensors, which have types of their own.
-DISK_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter", "No space left", "I/O error", GONE)
+DISK_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter", GONE)  # of torch's zip writer
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,11 @@ class Saver:
             yield
         except FinetuneError as error:
             self.failures.append(str(error))
-        except Exception as error:  # torch and safetensors have error types of their own for a full disk
-            if not (isinstance(error, OSError) or any(sign in str(error) for sign in DISK_ERRORS)):
+        except Exception as error:
+            of_system = FileNotFoundError() if GONE in str(error) else as_os_error(error)
+            if of_system is None and not any(sign in str(error) for sign in DISK_ERRORS):
                 raise
-            if GONE in str(error):
-                error = FileNotFoundError()
-            reason = os_reason(error, path) if isinstance(error, OSError) else str(error).splitlines()[0]
+            reason = os_reason(of_system, path) if of_system else first_line(error)
             self.failures.append(f"{path}: {reason}")
 
     def record_written(self, path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -18,7 +17,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from finetune.chat_templates import ChatFormat, LingoWhaleFormat
 from finetune.export.merge_plan import OutputTensor
 from finetune.models.loader import add_eos_token, embedding_rows
-from finetune.utils.errors import StorageError
 
 # Files copied from the source: what the model needs to run, and licenses.
 COPIED_FILES = ("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.tiktoken", "preprocessor_config.json")
@@ -51,10 +49,7 @@ def write_weights(folder: Path, tensors: Sequence[OutputTensor], dtypes: Sequenc
                 tensor, dtype = outputs[name]
                 values[name] = tensor.get().to(dtype).contiguous()
                 bar.update(empty[name].nbytes)
-            try:
-                save_file(values, folder / file_name, metadata={"format": "pt"})
-            except (SafetensorError, OSError) as error:
-                raise StorageError(f"{folder / file_name}: cannot be written: {error}") from None
+            save_file(values, folder / file_name, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ from finetune.models.loader import damage_named, precision_of, torch_dtype
 from finetune.models.model_folder import stored_bytes
 from finetune.models.stored_tensors import StoredTensors
 from finetune.run_dir.run_json import update_run_json
-from finetune.utils.errors import CheckpointError, ConfigError, StorageError, format_faults, os_reason
+from finetune.utils.errors import CheckpointError, ConfigError, StorageError, as_os_error, format_faults, os_reason
 
 SPARE_DISK_BYTES = 64 << 20
 VERIFY_MEMORY_FACTOR = 2.4  # float32 copy of 16-bit weights, and some more
@@ -137,8 +137,10 @@ def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> 
         write_model_card(replace(result, folder=part), merges=result.adapter is not None)
         checked = _verify(plan, part, chat_format) if verify else "not verified: --no_check"
         part.rename(target)
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be written: {os_reason(error, target)}") from error
+    except Exception as error:
+        if (of_system := as_os_error(error)) is None:
+            raise
+        raise StorageError(f"{target}: cannot be written: {os_reason(of_system, target)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return MergeResult(target, plan.size, checked, () if note is None else (note,))

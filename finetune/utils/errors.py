@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -106,6 +107,19 @@ def first_line(error: BaseException) -> str:
     'no such layer'
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def as_os_error(error: Exception) -> OSError | None:
+    """Return the error of the system behind that of a library: Rust's (safetensors, tokenizers) end in its number.
+
+    >>> as_os_error(ValueError("no space"))
+    >>> as_os_error(Exception("Error while serializing: I/O error: No space left on device (os error 28)")).errno
+    28
+    """
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def os_reason(error: OSError, path: Path) -> str:

@@ -24,6 +24,7 @@ from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError
 from tests.helpers import made_results as made
 from tests.helpers import tiny_models
+from tests.helpers.limits import limited_file_size
 from tests.helpers.made_results import logits
 from tests.helpers.paths import ROOT
 from tests.helpers.tiers import mostly_slow
@@ -278,6 +279,12 @@ def test_a_folder_that_holds_something_is_not_replaced(lora, tmp_path):
     with pytest.raises(ConfigError, match="exists and is not replaced"):
         merged(lora, tmp_path / "merged")
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine"]
+
+
+def test_a_disk_that_refuses_leaves_nothing(lora, tmp_path):
+    with limited_file_size(10_000), pytest.raises(StorageError, match="merged: cannot be written: File too large"):
+        merged(lora, tmp_path / "merged")
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(lora, tmp_path, monkeypatch):

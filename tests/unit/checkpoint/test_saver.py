@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from finetune import checkpoint
 from finetune.checkpoint.saver import Saver, checkpoint_bytes
 from finetune.distributed.collectives import StorageGroup
 from finetune.utils.errors import StorageError
 from tests.helpers.checkpoint_files import MANIFEST, newest_verified, sealed
+from tests.helpers.limits import limited_file_size
 from tests.helpers.logs import logged
 
 
@@ -63,6 +68,30 @@ def test_a_rank_whose_disk_does_not_answer_still_says_so_to_the_others(saver, mo
     with pytest.raises(StorageError, match="Input/output error: checkpoint-2 was not saved .* 0 MB are free"):
         saver.commit(folder, 2)
     assert not folder.exists()
+
+
+def _save_tokenizer(path: Path) -> None:
+    Tokenizer(WordLevel({"a" * 5000: 0}, unk_token="a")).save(str(path))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        partial(save_file, {"a": torch.zeros(5000)}),
+        _save_tokenizer,
+        partial(torch.save, torch.zeros(5000)),
+        lambda path: path.write_text("a" * 5000),
+    ],
+    ids=["safetensors", "tokenizers", "torch", "python"],
+)
+def test_a_disk_that_refuses_is_one_whichever_library_writes(saver, write):
+    folder = saver.begin(2, MANIFEST.run_id)
+    with limited_file_size(1000), saver.collect_errors(folder / "file"):
+        write(folder / "file")
+    with pytest.raises(StorageError, match=r"file: .*: checkpoint-2 was not saved"):
+        saver.commit(folder, 2)
+    with pytest.raises(RuntimeError, match="a bug"), saver.collect_errors(folder):
+        raise RuntimeError("a bug")
 
 
 def test_a_checkpoint_under_the_name_of_a_later_step_is_none(tmp_path):
