@@ -53,7 +53,7 @@ OPENING_END = (
 )
 OTHERWISE_LATER = (
     "the chat template writes turn {turn} otherwise once other turns follow it, so it cannot be supervised in front of "
-    "them: leave out --history as_is, or use --train_on last_model_turn"
+    "them: use --train_on last_model_turn, or give another --chat_template"
 )
 NO_END = (
     "the chat template ends turn {turn} with no control token{found}, so stopping could not be supervised: "

@@ -9,7 +9,8 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from finetune.chat_templates import IGNORE_INDEX, JinjaFormat
+from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, UnrenderableError, tokenize_conversation
+from finetune.conversation import Conversation, Turn
 from finetune.dataset.data_summary import DataTally
 from finetune.utils.errors import ConfigError, DataError
 from tests.helpers.template_checks import CONVERSATIONS, check, messages, rendered, runs
@@ -104,16 +105,18 @@ def test_the_opening_in_front_of_answers_is_named(smol_tokenizer, written, serve
     ]
 
 
-def test_an_answer_that_loses_its_reasoning_later_is_refused_as_it_is_written(smol_tokenizer):
+def test_an_answer_that_is_written_otherwise_later_has_an_example_of_its_own(smol_tokenizer):
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
         "{{ (m.content if loop.last else m.content.split('</think>')[-1]) + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     turns = [("human", "a"), ("model", "<think>\nr\n</think>\n\nb"), ("human", "c"), ("model", "d")]
-    assert rendered(JinjaFormat(smol_tokenizer, template, "x"), turns).status == "split"
-    with pytest.raises(DataError, match="turn 1 otherwise once other turns follow it.*: leave out --history as_is"):
-        rendered(JinjaFormat(smol_tokenizer, template, "x", history="as_is"), turns)
+    for history in ("as_served", "as_is"):
+        assert rendered(JinjaFormat(smol_tokenizer, template, "x", history=history), turns).status == "split"
+    whole = Conversation(tuple(Turn(*turn) for turn in turns))
+    with pytest.raises(UnrenderableError, match="turn 1 otherwise once other turns follow it"):
+        tokenize_conversation(JinjaFormat(smol_tokenizer, template, "x"), whole)
 
 
 def test_a_template_that_counts_on_the_contents_is_refused_where_it_rewrites_them(smol_tokenizer):
