@@ -257,12 +257,15 @@ def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) 
             f"the chat template begins otherwise with these contents than with plain ones: {OTHER_TEMPLATE}"
         )
     contents, begin = [], len(skeleton.pieces[0])
-    for (number, part), next_piece in zip(skeleton.slots, skeleton.pieces[1:], strict=True):
-        for content in _forms(part if number is None else given_text(turns[number], part), number, turns):
+    for index, ((number, part), next_piece) in enumerate(zip(skeleton.slots, skeleton.pieces[1:], strict=True)):
+        given = part if number is None else given_text(turns[number], part)
+        for content in _forms(given, number, turns):
             end = begin + len(content)
             if text.startswith(content, begin) and text.startswith(next_piece, end):
                 break
         else:
+            if text.startswith(given, begin) and index + 1 < len(skeleton.slots):  # it is what follows
+                number = skeleton.slots[index + 1].turn
             place = f"turn {_row_turn(skeleton, number)}"
             raise UnrenderableError(f"the chat template rewrites the text of {place}: {OTHER_TEMPLATE}")
         if not content.strip() and number is not None and turns[number].role != "tool":

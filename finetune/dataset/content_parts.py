@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.conversation import ToolCall
 from finetune.dataset.json_decoder import shown
-from finetune.dataset.tool_reading import is_nothing, read_calls
+from finetune.dataset.tool_reading import is_empty, read_calls
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 ONLY_TEXT = "only text is read"
@@ -54,7 +54,7 @@ class ContentParts:
             for kinds in ((*_CALLS, "tool_use"), (*_RESULTS, "tool_result"))
         )
         holder = next((part[key] for key in (*_CALLS, *_RESULTS) if isinstance(part.get(key), dict)), part)
-        self.unread |= {key for one in (part, holder) for key in one.keys() - _READ if not is_nothing(one[key])}
+        self.unread |= {key for one in (part, holder) for key in one.keys() - _READ if not is_empty(one[key])}
         thought = _thought(part, kind)
         if is_call:
             self._call(holder)

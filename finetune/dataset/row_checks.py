@@ -86,6 +86,16 @@ def _mergeable(pair: tuple[int, Turn]) -> Any:
     return turn.role, turn.train, turn.weight
 
 
+def _reasoning_fault(turn: Turn) -> str | None:
+    """Why a text that begins with reasoning is no answer."""
+    _, end, answer = turn.text.partition("</think>")
+    if not end:
+        return "begins with <think> and has no </think>: was it cut off? End its reasoning, or leave the row out"
+    if is_blank(answer) and not turn.tool_calls:
+        return "has reasoning and no answer behind it: add one, or leave the row out"
+    return None
+
+
 def order_faults(numbered: Sequence[tuple[int, Turn]], place: str) -> list[str]:
     """Faults in the order of a row's turns; where system turns stand and which side begins, the chat format decides."""
     if not numbered:
@@ -107,6 +117,9 @@ def order_faults(numbered: Sequence[tuple[int, Turn]], place: str) -> list[str]:
                 remedy = f" (their {' and '.join(map(shown, differs))} differ)" if differs else ""
             faults.append(f"{place}, turn {number}: a second {turn.role} turn in a row: merge the two{remedy}")
         before = turn
+    for number, turn in numbered:
+        if turn.is_supervised and turn.text.startswith("<think>") and (fault := _reasoning_fault(turn)):
+            faults.append(f"{place}, turn {number}: {fault}")
     last, turn = numbered[-1]
     if is_supervised and (turn.role == "human" or turn.role == "tool"):
         faults.append(

@@ -11,7 +11,7 @@ from finetune.dataset.content_parts import REASONING_KEYS
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_verdicts import VERDICT_KEYS
 from finetune.dataset.tool_reading import TOOL_KEYS
-from finetune.dataset.turn_reading import REFUSED
+from finetune.dataset.turn_reading import REFUSED, TEMPLATE_VARIABLES
 
 TURN_LISTS = ("conversations", "messages", "conversation", "contents", "dialog", "dialogue", "turns", "chat", "data")
 TURN_LIST_KEYS = frozenset(TURN_LISTS)
@@ -80,7 +80,7 @@ ROW_WEIGHTS = ("weight", "loss_weight")
 # Keys that are read, or refused, in some format.
 WATCHED = frozenset(
     {*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *REFUSED_ROWS, *VERDICT_KEYS, *TOOL_KEYS, *REASONING_KEYS, *ROW_WEIGHTS}
-    | {"history", "chat_template_kwargs", "only_last_turn_loss"}
+    | {"history", "chat_template_kwargs", "only_last_turn_loss", *TEMPLATE_VARIABLES}
 )
 # Names of rows decide nothing.
 NAMES_OF_ROWS = frozenset({"id", "uuid", "idx", "index", "conversation_id", "prompt_id", "__index_level_0__"})
@@ -120,10 +120,14 @@ def matching(keys: Set[str]) -> list[PairFormat]:
 def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
     """Why a row with these keys of pairs is of no format."""
     if matches := matching(keys):
-        choices = " or ".join(dict.fromkeys("/".join((*match.asks, *match.answers)) for match in matches))
-        names = ", ".join(sorted(keys))
+        names, choices = ", ".join(sorted(keys)), ["/".join((*match.asks, *match.answers)) for match in matches]
+        columns = " ".join(f"{key}={key}" for key in (*matches[0].asks, *matches[0].answers) if key in keys)
+        ways = f"can be read in more than one way ({' or '.join(dict.fromkeys(choices))})"
+        if len(matches) == 1:
+            ways = f"holds {choices[0]} and more texts, which would be lost"
         return (
-            f"can be read in more than one way ({choices}): it has the keys {names}: leave out those that do not count"
+            f"{ways}: it has the keys {names}: leave out those that do not count, or name the others, as in "
+            f"--columns {columns}"
         )
     empty = next((key for key in MAIN_TURN_LISTS if key in row), None)
     if empty is not None:

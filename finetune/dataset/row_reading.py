@@ -30,13 +30,15 @@ from finetune.dataset.row_verdicts import VERDICT_KEYS, VERDICTS_OF_TURNS, verdi
 from finetune.dataset.tool_reading import (
     TOOL_KEYS,
     declared_tools,
-    is_nothing,
+    is_empty,
     read_calls,
 )
 from finetune.dataset.turn_reading import (
     PLAIN_ROLES,
     REFUSED,
+    TEMPLATE_VARIABLES,
     TurnReading,
+    number_of,
     read_reasoning,
     refusals,
     template_kwargs_of,
@@ -101,7 +103,7 @@ class RowReading:
 
     def _beside(self, row: dict[str, Any], keys: set[str]) -> None:
         """Read what stands beside the turns or texts."""
-        self.unread = [key for key in row.keys() - WATCHED - NAMES_OF_ROWS if not is_nothing(row[key])]
+        self.unread = [key for key in row.keys() - WATCHED - NAMES_OF_ROWS if not is_empty(row[key])]
         is_verdict = {key for key in keys & VERDICT_KEYS if isinstance(row[key], int | float)}
         self.faults += refusals(row, [*(keys & REFUSED_ROWS.keys()) - is_verdict], REFUSED_ROWS, self.place)
         if not self.ignores_verdicts and keys & VERDICT_KEYS:
@@ -110,8 +112,8 @@ class RowReading:
             self.tools, faults = declared_tools(row)
             self.faults += [f"{self.place}: {fault}" for fault in faults]
             self.declared, self.is_plain = self.tools, not self.tools
-        if "chat_template_kwargs" in keys:
-            self.template_kwargs, fault = template_kwargs_of(row["chat_template_kwargs"])
+        if keys & {"chat_template_kwargs", *TEMPLATE_VARIABLES}:
+            self.template_kwargs, fault = template_kwargs_of(row)
             self.faults += [f"{self.place}: {fault}"] if fault else []
             self.is_plain &= not self.template_kwargs
         self._system(row)
@@ -274,11 +276,12 @@ class RowReading:
             self.faults += refusals(pair, [*pair.keys() & REFUSED.keys()], REFUSED, place)
             if not self.ignores_verdicts:
                 self.faults += verdict_faults(pair, pair.keys() & VERDICTS_OF_TURNS, place)
-            read = {ask, answer, *REFUSED, *VERDICTS_OF_TURNS} | ({"system"} if number == 0 else set())
-            unread = [f"{name} of turns" for name in pair.keys() - read if not is_nothing(pair[name])]
+            read = {ask, answer, "system", *REFUSED, *VERDICTS_OF_TURNS}
+            unread = [f"{name} of turns" for name in pair.keys() - read if not is_empty(pair[name])]
             self.unread = [*self.unread, *unread]
-            if number == 0 and not is_nothing(pair.get("system")):
-                self._add("system", pair["system"], place, "system")
+            system = pair.get("system")
+            if not is_empty(system) and all(turn.text != system for turn in self.turns if turn.role == "system"):
+                self._add("system", system, place, "system")
             self._add("human", question, place, ask)
             self._add("model", pair.get(answer), place, answer)
         self._check_other_texts(row, row_keys & OTHER_TEXTS - {"instruction" if ask == "question" else ""}, key)
@@ -367,10 +370,10 @@ class RowReading:
         """Apply the weight of the row, and the rule that its last answer alone is supervised."""
         weight = 1.0
         for key in ROW_WEIGHTS:
-            if key in keys and row[key] != 0:
+            if key in keys and row[key] not in (0, ""):
                 fault = weight_fault(row[key], key)
                 self.faults += [f"{self.place}: {fault}"] if fault else []
-                weight *= 1.0 if fault else float(row[key])
+                weight *= 1.0 if fault else number_of(row[key])
         last_only = row.get("only_last_turn_loss")
         if last_only is not None and not isinstance(last_only, bool):
             self.faults.append(f'{self.place}: expected "only_last_turn_loss" to be true or false')

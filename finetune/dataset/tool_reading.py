@@ -28,6 +28,11 @@ def is_nothing(value: Any) -> bool:
     return (value.strip() if isinstance(value, str) else value) in NOTHING
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a key with this value need not be named where it is not read."""
+    return value is None or value in ("", [], {})
+
+
 def without_nulls(value: Any) -> Any:
     """Leave out the null keys that tables put into objects; values that a schema quotes stay."""
     if isinstance(value, dict):

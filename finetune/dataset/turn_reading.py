@@ -11,13 +11,13 @@ from finetune.dataset.content_parts import ONLY_TEXT, REASONING_KEYS, REMEDY, Co
 from finetune.dataset.json_decoder import decode_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, verdict_faults
-from finetune.dataset.tool_reading import is_nothing, read_calls
+from finetune.dataset.tool_reading import is_empty, is_nothing, read_calls
 from finetune.dataset.written_calls import tagged_results
 
 ROLES: dict[str, Role] = {
     "human": "human", "user": "human", "prompter": "human",
     "model": "model", "gpt": "model", "assistant": "model", "bot": "model", "chatbot": "model", "chatgpt": "model",
-    "bing": "model", "system": "system", "developer": "system",
+    "bing": "model", "ai": "model", "system": "system", "developer": "system",
     "function_call": "model", "tool_call": "model",
     "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "text": "text",
 }  # fmt: skip
@@ -30,12 +30,15 @@ PLAIN_ROLES = {
 # The key of the role -> the keys of the text.
 TURN_KEYS = {"from": ("value",), "role": ("content", "parts", "text")}
 CALL_KEYS = ("tool_calls", "function_call")
-WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale", "train")
+WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train")
 ONLY_WHOLE_TURNS = "a turn is supervised as a whole"
+# Variables of chat templates that may stand in a row itself.
+TEMPLATE_VARIABLES = ("enable_thinking", "reasoning_effort")
 # What a text chat cannot hold: a value under one of these keys is a fault, never dropped silently.
 REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "image_url"), ONLY_TEXT),
-    **dict.fromkeys(("train_detail", "prefix"), ONLY_WHOLE_TURNS),
+    **dict.fromkeys(("train_detail", "prefix", "partial"), ONLY_WHOLE_TURNS),
+    **dict.fromkeys(("mask", "masked"), 'write "train": false for turns that are context'),
     **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
 }
 _READ = frozenset({*TURN_KEYS, "value", "content", "parts", "text", *REASONING_KEYS, *CALL_KEYS, *WEIGHTS})
@@ -73,7 +76,9 @@ class TurnReading:
         if role == "model" and not ignores_verdicts:
             self.faults += verdict_faults(turn, _present(turn, VERDICTS_OF_TURNS), place)
         self.faults += refusals(turn, _present(turn, REFUSED), REFUSED, place)
-        self.unread = [key for key in turn.keys() - READ_IN_TURNS if not is_nothing(turn[key])]
+        self.unread = [key for key in turn.keys() - READ_IN_TURNS if not is_empty(turn[key])]
+        if turn.get("channel") in ("analysis", "commentary"):
+            self._add_fatal('a "channel" of gpt-oss: write it as "reasoning_content" or "tool_calls" of the answer')
         self._read(turn, role, field)
 
     def _add(self, fault: str) -> None:
@@ -199,10 +204,10 @@ class TurnReading:
         for key, value in found.items():
             if (fault := weight_fault(value, key)) is not None:
                 self._add(fault)
-            elif role not in ("model", None) and (value is True or value not in (0, 1)):
+            elif role not in ("model", None) and (value is True or number_of(value) not in (0, 1)):
                 self._add(f'has "{key}": {shown(value)}, but only model turns are supervised: leave it out')
             else:
-                weights[key] = float(value)
+                weights[key] = number_of(value)
         if role not in ("model", None):
             return True, 1.0
         train = weights.pop("train", None)
@@ -229,9 +234,17 @@ def weight_fault(value: Any, key: str) -> str | None:
         return None
     if key == "train":
         return f'expected "train" to be true or false, found {shown(value)}'
-    if isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1e6:
+    if isinstance(value, int | float | str) and math.isfinite(number := number_of(value)) and 0 <= number <= 1e6:
         return None
     return f'expected "{key}" to be a number of 0 or more, or true or false, found {shown(value)}'
+
+
+def number_of(value: Any) -> float:
+    """A weight as a number, also from a table of texts; NaN if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def refusals(holder: Mapping[str, Any], keys: list[str], reasons: Mapping[str, str], place: str) -> list[str]:
@@ -243,16 +256,19 @@ def refusals(holder: Mapping[str, Any], keys: list[str], reasons: Mapping[str, s
     return [f"{place}: has {' and '.join(keys)}: {reason}: {REMEDY}" for reason, keys in by_reason.items()]
 
 
-def template_kwargs_of(value: Any) -> tuple[Mapping[str, Any], str | None]:
-    """Variables for the chat template, an object or its JSON; and a fault without its place."""
+def template_kwargs_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """The variables that a row has for the chat template, an object or its JSON; and a fault without its place."""
+    value = row.get("chat_template_kwargs")
     try:
         value = decode_text(value) if isinstance(value, str) and value.strip() else value
     except (ValueError, RecursionError):
         return {}, f'"chat_template_kwargs" cannot be read as JSON: {shown(value)}: correct it'
-    if is_nothing(value):
-        return {}, None
+    value = {} if is_nothing(value) else value
     if not isinstance(value, dict):
         return {}, f'expected "chat_template_kwargs" to be an object, found {shown(value)}'
+    value = {key: row[key] for key in TEMPLATE_VARIABLES if not is_empty(row.get(key))} | value
+    if not isinstance(thinks := value.get("enable_thinking", True), bool):
+        return {}, f'expected "enable_thinking" to be true or false, found {shown(thinks)}'
     return value, None
 
 

@@ -120,7 +120,7 @@ def test_an_answer_that_several_paths_share_is_supervised_in_the_first(tmp_path)
         ({"images": ["x.png"]}, "only text is read"),
         ({"only_last_turn_loss": "yes"}, 'expected "only_last_turn_loss" to be true or false'),
         ({"chat_template_kwargs": 5}, 'expected "chat_template_kwargs" to be an object'),
-        ({"weight": "0.5"}, 'expected "weight" to be a number'),
+        ({"weight": "half"}, 'expected "weight" to be a number'),
         ({"solution": "b"}, "or name the one: --columns messages=messages"),
         ({"system_message": "s", "system": "t"}, 'has both "system" and "system_message"'),
     ],

@@ -16,11 +16,12 @@ from finetune.dataset.row_reading import RowReading
 from finetune.dataset.row_verdicts import BAD_KEYS, GOOD_KEYS, GRADES, VERDICT_KEYS
 from finetune.dataset.skip_rows import rows_to_skip
 from finetune.dataset.turn_reading import READ_IN_TURNS
+from tests.helpers.chat_rows import faults, turns, written
 
 
 def read(row: dict[str, Any]) -> Any:
     reading = RowReading(row, "row 0")
-    return reading.turns, reading.faults, reading.is_complete
+    return reading.turns, reading.faults, reading.is_complete, reading.template_kwargs
 
 
 def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
@@ -42,6 +43,32 @@ def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
     for key in SYSTEM_KEYS:
         assert read({"conversations": turns, key: "Be brief."})[0][0].role == "system"
     assert PAIR_KEYS <= WATCHED
+
+
+def test_keys_that_decide_something_are_honoured_or_refused():
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+    def of(values: dict[str, Any], **row: Any) -> RowReading:
+        return RowReading({"messages": [asked, answer | values], **row}, "row 0")
+
+    assert of({}, enable_thinking=False).template_kwargs == {"enable_thinking": False}
+    assert 'expected "enable_thinking" to be true or false' in of({}, enable_thinking="false").faults[0]
+    assert [turn.train for turn in of({"loss_mask": 0}).turns] == [True, False]
+    assert of({}, weight="0.5").turns[1].weight == of({"weight": "0.5"}).turns[1].weight == 0.5
+    for key, value in {"mask": True, "partial": True, "channel": "analysis"}.items():
+        assert of({key: value}).faults and not of({key: None}).faults, key
+    assert sorted(of({"seen": 0}, parallel_tool_calls=False, level="", tags=[]).unread) == [
+        "parallel_tool_calls", "seen of turns",
+    ]  # fmt: skip
+
+
+def test_reasoning_without_an_end_or_an_answer_is_a_fault(tmp_path):
+    texts = "<think>cut", "<think>r</think>", "<think>r</think>a"
+    path = written(tmp_path / "a.json", [turns(("human", text), ("model", text)) for text in texts])
+    assert [fault.partition("turn 1: ")[2][:20] for fault in faults(path)] == [
+        "begins with <think> ",
+        "has reasoning and no",
+    ]
 
 
 def test_every_key_of_a_turn_that_is_read_changes_what_is_read_or_is_refused():
