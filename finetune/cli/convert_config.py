@@ -20,7 +20,7 @@ LORA: dict[str, dict[str, Any]] = {
     "qlora": {"use_lora": True, "load_in_4bit": True},
     "full": {},
 }
-PRECISIONS = {"bfloat16": {"bf16": True}, "float16": {"fp16": True}, "float32": {}, "auto": {}}
+PRECISIONS = {"bfloat16": {"bf16": True}, "float16": {"fp16": True}, "float32": {"bf16": False}, "auto": {}}
 ATTENTION = {"fa2": {"attn_implementation": "flash_attention_2"}, "auto": {}, "disabled": {}}
 ALL_LINEAR = ("all", "all-linear", "true")
 

@@ -342,7 +342,7 @@ TRAINING_HELP = {
     "that is",
     "deepspeed": "a DeepSpeed JSON, or the name of a shipped one: `zero1` `zero2` `zero3` `zero2_offload` "
     "`zero3_offload` `zero3_nvme` `zeropp` `zero2_muon` `zero3_muon`",
-    "bf16": "compute in bfloat16; where the hardware cannot, an error or a note",
+    "bf16": "compute in bfloat16 (default on a GPU that has it); False: float32",
     "fp16": "compute in float16, with a loss scale",
     "tf32": "multiply float32 matrices in TF32; off, with a note, where the hardware cannot",
     "logging_steps": "steps from one line of `metrics.jsonl` to the next; the first and the last are always logged",

@@ -64,7 +64,7 @@ def resolve_precision(config: dict[str, Any], command: DeepSpeedFlags, faults: l
                 section["enabled"] = False
                 notes.append(f"{precision}.enabled is off for the same reason as the flag")
             else:
-                fix = f"--{precision} True" if value else f'"{precision}": {{"enabled": "auto"}} there'
+                fix = f'--{precision} {value}, or "{precision}": {{"enabled": "auto"}} there'
                 faults.append(
                     f"{precision}.enabled is {json.dumps(value)}, but this run computes in "
                     f"{command.precision}: give {fix}"

@@ -6,38 +6,56 @@ decisions for an H100. Each decision comes with notes for the user; none where t
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal
 
+from finetune.distributed.host_probe import versions
 from finetune.utils.errors import ConfigError
 
 Precision = Literal["bf16", "fp16", "float32"]
 
 AMPERE = (8, 0)
-# Dense peak rates in TFLOP/s by a part of the device's name: half precision, TF32, float32. NVIDIA's data sheets.
+# Dense peak rates in TFLOP/s by words of the device's name: half precision, TF32, float32. The makers' data sheets.
 PEAK_TFLOPS = {
+    "GB300": (2500, 1250, 80),
+    "GB200": (2500, 1250, 80),
+    "B300": (2250, 1125, 75),
     "B200": (2250, 1125, 75),
     "GH200": (989, 494, 67),
+    "H200 NVL": (835, 417, 60),
     "H200": (989, 494, 67),
     "H100 PCIe": (756, 378, 51),
     "H100 NVL": (835, 417, 60),
     "H100": (989, 494, 67),
+    "H800 PCIe": (756, 378, 51),
+    "H800": (989, 494, 67),
     "H20": (148, 74, 44),
     "A100": (312, 156, 19.5),
     "A800": (312, 156, 19.5),
+    "A30": (165, 82, 10.3),
+    "A40": (150, 74.8, 37.4),
     "L40S": (362, 183, 91.6),
     "L40": (181, 90.5, 90.5),
+    "L20": (119.5, 59.8, 59.8),
     "L4": (121, 60, 30.3),
     "A10G": (70, 35, 35),
     "A10": (125, 62.5, 31.2),
     "A6000": (155, 77.4, 38.7),
     "V100": (125, 15.7, 15.7),
     "T4": (65, 8.1, 8.1),
+    "RTX PRO 6000": (504, 252, 126),
+    "RTX 5090": (209.5, 104.8, 104.8),
     "RTX 4090": (165, 82.6, 82.6),
     "RTX 3090": (71, 35.6, 35.6),
+    "MI355X": (2516, 157, 157),
+    "MI325X": (1307, 654, 163),
+    "MI300X": (1307, 654, 163),
 }
+FLASH_PACKAGES = {"flash-attn": 2, "flash-attn-3": 3, "flash-attn-4": 4}
+# The fastest version of flash attention first, by the major compute capability of Ampere, Hopper and Blackwell.
+FLASH_ORDER = {8: (2, 3), 9: (3, 2, 4), 10: (4, 2)}
 
 
 @dataclass(frozen=True)
@@ -53,11 +71,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class DetectedHardware:
-    """Visible GPUs (none on a CPU machine), bf16 units of the CPU, whether flash-attn can be imported."""
+    """Visible GPUs (none on a CPU machine), bf16 units of the CPU, installed libraries (`host_probe.LIBRARIES`)."""
 
     gpus: tuple[Gpu, ...] = ()
     cpu_bf16: bool = False
-    flash_attn: bool = False
+    libraries: frozenset[str] = frozenset()
 
     @property
     def weakest(self) -> Gpu | None:
@@ -88,14 +106,14 @@ def detect_hardware(use_cpu: bool = False) -> DetectedHardware:
     return DetectedHardware(
         gpus=gpus,
         cpu_bf16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        flash_attn=find_spec("flash_attn") is not None,
+        libraries=frozenset(versions()),
     )
 
 
 def resolve_hardware(
     detected: DetectedHardware,
     *,
-    bf16: bool = False,
+    bf16: bool | None = None,
     fp16: bool = False,
     tf32: bool | None = None,
     attn_implementation: str | None = None,
@@ -114,8 +132,12 @@ def resolve_hardware(
     )
 
 
-def decide_precision(detected: DetectedHardware, *, bf16: bool, fp16: bool) -> tuple[Precision, list[str]]:
-    """Return the compute precision: on a GPU as requested or a `ConfigError`; a CPU may compute in a higher one."""
+def decide_precision(detected: DetectedHardware, *, bf16: bool | None, fp16: bool) -> tuple[Precision, list[str]]:
+    """Return the compute precision: on a GPU as requested or a `ConfigError`; a CPU may compute in a higher one.
+
+    Args:
+        bf16: None where neither yes nor no is requested: then a GPU that has bf16 computes in it.
+    """
     if bf16 and fp16:
         raise ConfigError("--bf16 True and --fp16 True exclude each other: keep one of them")
     weakest = detected.weakest
@@ -127,11 +149,14 @@ def decide_precision(detected: DetectedHardware, *, bf16: bool, fp16: bool) -> t
                 "is not needed on a CPU" if detected.cpu_bf16 else "would be emulated by this CPU, many times slower"
             )
             return "float32", [f"--bf16 is off: it {units}; computing in float32"]
-        if fp16:
-            return "float32", ["--fp16 is off: there is no GPU here; computing in float32"]
-    elif bf16 and weakest.capability < AMPERE:
+        return "float32", ["--fp16 is off: there is no GPU here; computing in float32"] if fp16 else []
+    if bf16 and weakest.capability < AMPERE:
         raise ConfigError(f"--bf16 True: {weakest} has no bf16, that needs 8.0; use --fp16 True on this GPU instead")
-    return ("bf16" if bf16 else "fp16" if fp16 else "float32"), []
+    if fp16 or bf16 is not None:
+        return ("fp16" if fp16 else "bf16" if bf16 else "float32"), []
+    if weakest.capability < AMPERE:
+        return "float32", [f"computing in float32: {weakest} has no bf16; --fp16 True is several times faster"]
+    return "bf16", ["computing in bf16, the default of this GPU; --bf16 False computes in float32"]
 
 
 def decide_tf32(detected: DetectedHardware, tf32: bool | None) -> tuple[bool | None, list[str]]:
@@ -147,18 +172,25 @@ def decide_tf32(detected: DetectedHardware, tf32: bool | None) -> tuple[bool | N
 
 
 def decide_attention(detected: DetectedHardware, requested: str | None, precision: Precision) -> tuple[str, list[str]]:
-    """Return the `attn_implementation`: flash attention where it runs, else torch's SDPA."""
+    """Return the `attn_implementation`: the fastest flash attention that is installed and runs, else torch's SDPA."""
     reason = _flash_unsupported_reason(detected, precision)
-    if requested is None:
-        return ("sdpa" if reason else "flash_attention_2"), []
-    if requested == "flash_attention_2" and reason:
-        return "sdpa", [f"--attn_implementation flash_attention_2 falls back to sdpa: {reason}"]
-    return requested, []
+    if requested is None and detected.weakest is not None and reason is None:
+        installed = {FLASH_PACKAGES.get(name) for name in detected.libraries}
+        order = FLASH_ORDER.get(detected.weakest.capability[0], FLASH_ORDER[10])
+        return next((f"flash_attention_{version}" for version in order if version in installed), "sdpa"), []
+    for package, version in FLASH_PACKAGES.items():
+        if requested == f"flash_attention_{version}":
+            if reason is None and not detected.libraries & {package, "kernels"}:  # transformers takes them from the hub
+                reason = f"{package} is not installed (pip install {package} --no-build-isolation)"
+            if reason:
+                return "sdpa", [f"--attn_implementation {requested} falls back to sdpa: {reason}"]
+    return requested or "sdpa", []
 
 
 def peak_flops(name: str, precision: Precision, tf32: bool | None) -> float | None:
     """Return the peak floating point operations per second of a GPU by its name; None if unknown."""
-    half, tf32_rate, full = next((PEAK_TFLOPS[part] for part in PEAK_TFLOPS if part in name), (None, None, None))
+    words = next((words for words in PEAK_TFLOPS if re.search(rf"\b{words}\b", name)), None)
+    half, tf32_rate, full = PEAK_TFLOPS[words] if words else (None, None, None)
     rate = half if precision != "float32" else tf32_rate if tf32 else full
     return None if rate is None else rate * 1e12
 
@@ -183,6 +215,4 @@ def _flash_unsupported_reason(detected: DetectedHardware, precision: Precision) 
         return f"{detected.weakest} is older than Ampere"
     if precision == "float32":
         return "it computes in bf16 or fp16 only; add --bf16 True"
-    if not detected.flash_attn:
-        return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
     return None

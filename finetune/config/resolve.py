@@ -58,7 +58,7 @@ def resolve_config(
     )
     hardware = resolve_hardware(
         detected,
-        bf16=bool(arguments.given("bf16")),
+        bf16=arguments.training.get("bf16"),
         fp16=bool(arguments.given("fp16")),
         tf32=arguments.given("tf32"),
         attn_implementation=arguments.model.attn_implementation,
@@ -263,12 +263,12 @@ def _resolve_deepspeed(
     name = arguments.given("deepspeed")
     if not name:
         return None
-    requested = "bf16" if arguments.given("bf16") else "fp16" if arguments.given("fp16") else "float32"
+    is_half = bool(arguments.given("bf16") or arguments.given("fp16"))
     derived: dict[str, Any] = {
         "per_device_train_batch_size": batch.deepspeed_batch,
         "gradient_accumulation_steps": batch.accumulation,
         "precision": hardware.precision,
-        "precision_was_replaced": requested != hardware.precision,
+        "precision_was_replaced": is_half and hardware.precision == "float32",
         "given": arguments.given_flags(),
     }
     given = {flag: arguments.given(flag) for flag in DeepSpeedFlags.__dataclass_fields__ if flag not in derived}

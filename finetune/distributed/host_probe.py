@@ -22,7 +22,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn")
+LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn",
+             "flash-attn-3", "flash-attn-4", "kernels")  # fmt: skip
 WHOLE_BYTES = 64 << 20  # larger files are compared by size and samples, unless `full` is set
 SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 GPU_FACTS = ("name", "memory.total", "memory.used", "compute_cap", "driver_version")

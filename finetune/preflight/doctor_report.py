@@ -131,7 +131,7 @@ def _machine(facts: Mapping[str, Any]) -> list[str]:
         return []
     libraries = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     gpus = ", ".join(f"{gpu['name']} {size(gpu['memory'])}" for gpu in facts["gpus"]) or "none"
-    features = [name for name in ("bf16", "tf32", "flash_attn") if facts[name]]
+    features = [name for name in ("bf16", "tf32") if facts[name]]
     cuda = f"CUDA {facts['cuda']}, NCCL {facts['nccl']}" if facts["cuda"] else "torch without CUDA"
     space, memory = facts["space"], facts["memory"]
     lines = {

@@ -100,8 +100,8 @@ def hardware_of(answers: Answers, *, use_cpu: bool) -> DetectedHardware:
             gpus.append(Gpu(gpu["name"], (major, minor)))
         # Where nvidia-smi is too old to report the capability, that of data centre GPUs since 2020 is assumed.
         gpus += [Gpu("GPU", AMPERE)] * (facts["gpus"] - len(facts["gpu_facts"]))
-    has_flash = all("flash-attn" in facts["versions"] for facts in answers.values())
-    return DetectedHardware(gpus=() if use_cpu else tuple(gpus), flash_attn=has_flash)
+    libraries = frozenset.intersection(*(frozenset(facts["versions"]) for facts in answers.values()))
+    return DetectedHardware(gpus=() if use_cpu else tuple(gpus), libraries=libraries)
 
 
 # ---- the network
@@ -207,7 +207,6 @@ def check_machine(report: DoctorReport, facts: Mapping[str, Any]) -> None:
         ],
         "bf16": is_ampere,
         "tf32": is_ampere,
-        "flash_attn": "flash-attn" in facts["versions"],
         "free_port": facts["port"],
     }
     if facts["gpus"] and not gpus:

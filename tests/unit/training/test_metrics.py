@@ -94,6 +94,12 @@ def test_values_that_are_not_finite_are_written_as_null(tmp_path):
         ("NVIDIA GH200 480GB", "fp16", None, 989e12),
         ("NVIDIA L40S", "bf16", None, 362e12),
         ("NVIDIA L4", "bf16", None, 121e12),
+        ("NVIDIA H200 NVL", "bf16", None, 835e12),
+        ("NVIDIA H20", "bf16", None, 148e12),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "bf16", None, 504e12),
+        ("AMD Instinct MI300X", "bf16", None, 1307e12),
+        ("NVIDIA RTX A1000", "bf16", None, None),
+        ("NVIDIA T400 4GB", "fp16", None, None),
         ("Unheard-of", "bf16", None, None),
     ],
 )
