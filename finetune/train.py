@@ -96,7 +96,9 @@ def run_training(argv: Sequence[str]) -> Path:
         )
         stop = stop_token_id(chat_format)
         model = load_model(info, tokenizer, config.weights_precision, stop, hardware.precision)
-        model = attach_adapter(model, config.adapter, info, tokenizer, seed=batch.seed)
+        model = attach_adapter(
+            model, config.adapter, info, tokenizer, seed=batch.seed, precision=config.adapter_precision
+        )
         set_leaf_modules(model, info.kinds, info.empty)
         loaders = build_dataloaders(batch, model, tokenizer, data, args.device, config.zero_stage, hardware.precision)
         run_start.record_model(config.checkpoint.output_dir, info, loaders.layout, config.notes)

@@ -154,8 +154,14 @@ class RunConfig:
 
     @property
     def weights_precision(self) -> Precision:
-        """The precision to load weights in; without DeepSpeed autocast computes with float32 weights."""
-        return self.hardware.precision if self.deepspeed else "float32"
+        """The precision to load weights in; without DeepSpeed weights that are trained are float32 under autocast."""
+        is_frozen = self.adapter.kind() is not None
+        return self.hardware.precision if self.deepspeed or is_frozen else "float32"
+
+    @property
+    def adapter_precision(self) -> Precision | None:
+        """The precision of what an adapter trains; None: that of the base, of which DeepSpeed keeps float32 copies."""
+        return None if self.deepspeed else "float32"
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json records of it; `chat` and `data` are the flags alone."""

@@ -190,9 +190,13 @@ class MicroBatchDataset(Dataset):
             for example in columns.select(rows)
         ]
 
-    def shortest_example(self) -> dict[str, Any]:
-        """`input_ids` and `labels` of the shortest example with supervised tokens, int arrays [tokens]."""
-        is_candidate = (self.supervised > 0) & ~self.is_skipped
+    def shortest_example(self, supervised_tokens: int) -> dict[str, Any]:
+        """`input_ids` and `labels`, int arrays [tokens], of the shortest example with so many supervised tokens.
+
+        Where no example has so many, of one with most.
+        """
+        supervised = np.where(self.is_skipped, 0, self.supervised)
+        is_candidate = supervised >= min(supervised_tokens, supervised.max())
         example = self.examples[int(np.where(is_candidate, self.lengths, self.lengths.max() + 1).argmin())]
         return {name: example[name] for name in ("input_ids", "labels")}
 

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.adapter_arguments import LORA_DROPOUT, AdapterArguments
+from finetune.config.hardware import Precision
 from finetune.config.saved_adapter import recorded_weights
 from finetune.distributed.startup_timer import timed
 from finetune.models.freezing import freeze
-from finetune.models.loader import ModelInfo, damage_named, needs_new_embeddings
+from finetune.models.loader import ModelInfo, damage_named, needs_new_embeddings, torch_dtype
 from finetune.models.lora_targets import ALL_LINEAR, LoraTargets, linear_names, resolve_targets
 from finetune.models.model_folder import weights_fingerprint
 from finetune.models.module_kinds import EMBEDDINGS, HEAD, VISION
 from finetune.models.quantization import full_shape, quantized_layers
+from finetune.models.zero3 import gathered
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError, first_line, format_names
 
@@ -45,6 +47,7 @@ def attach_adapter(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     seed: int | None = None,
+    precision: Precision | None = None,
     computes_initial: bool = True,
 ) -> Any:
     """Return the base model with the adapter that the flags describe, if any.
@@ -53,6 +56,7 @@ def attach_adapter(
         info: of the base.
         tokenizer: embeddings are trained too where it has tokens without one.
         seed: of the drawn matrices; the Trainer sets it only later, and loading draws numbers under ZeRO-3.
+        precision: of what is trained; None: that of the base.
         computes_initial: start as --init_lora_weights says, or as saved; else plain, for a model without weights.
 
     Raises:
@@ -66,11 +70,13 @@ def attach_adapter(
 
         set_seed(seed)
     if info.adapter is not None:
-        return load_adapter(base, Path(info.adapter), base_revision=info.revision, loads_weights=computes_initial)
+        options: dict[str, Any] = {"base_revision": info.revision, "loads_weights": computes_initial}
+        return load_adapter(base, Path(info.adapter), precision=precision, **options)
     grows = tokenizer is not None and needs_new_embeddings(info, tokenizer)
-    return attach_peft(
+    model = attach_peft(
         base, adapter, base_revision=info.revision, train_embeddings=grows, computes_initial=computes_initial
     )
+    return _converted(model, precision)
 
 
 def attach_peft(
@@ -123,10 +129,26 @@ def attach_peft(
         raise ConfigError(f"{label} cannot be attached: {error}; its {linear_names(model)}") from None
 
 
-def load_adapter(model: Any, folder: Path, *, base_revision: str | None, loads_weights: bool = True) -> Any:
+def _converted(model: Any, precision: Precision | None) -> Any:
+    """Return the model with what is trained in this precision."""
+    if precision is not None:
+        for parameter in _trained(model):
+            parameter.data = parameter.data.to(torch_dtype(precision))
+    return model
+
+
+def load_adapter(
+    model: Any,
+    folder: Path,
+    *,
+    base_revision: str | None,
+    precision: Precision | None = None,
+    loads_weights: bool = True,
+) -> Any:
     """Attach a saved adapter with all that its config says, to train it further; return the `PeftModel`.
 
     Args:
+        precision: As in `attach_adapter`.
         loads_weights: False where the model has none.
 
     Raises:
@@ -138,11 +160,11 @@ def load_adapter(model: Any, folder: Path, *, base_revision: str | None, loads_w
     with damage_named(label):
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode, config.revision = False, base_revision
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        adapted = _converted(get_peft_model(model, config, autocast_adapter_dtype=False), precision)
     if not loads_weights:
         return adapted
     loaded: Any
-    with damage_named(f"{label} does not fit its base"), _gather_trainable(adapted, changes=True):
+    with damage_named(f"{label} does not fit its base"), gathered(_trained(adapted), changes=True):
         loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     unmatched = [*sorted(trained & set(loaded.missing_keys)), *loaded.unexpected_keys]
@@ -268,6 +290,10 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return sum(size for trainable, size in counts if trainable), sum(size for _, size in counts)
 
 
+def _trained(model: Any) -> list[Any]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 class InitialLora:
     """The initial LoRA matrices of PiSSA or OLoRA, needed to save a plain LoRA for the original base.
 
@@ -276,7 +302,7 @@ class InitialLora:
     """
 
     def __init__(self, model: Any) -> None:
-        with _gather_trainable(model):
+        with gathered(_trained(model)):
             self.tensors = {
                 name.replace(".default.", "."): parameter.detach().cpu().clone()
                 for name, parameter in model.named_parameters()
@@ -306,23 +332,6 @@ class InitialLora:
 
 
 @contextmanager
-def _gather_trainable(model: Any, *, changes: bool = False) -> Iterator[None]:
-    """Gather the trainable parameters on every rank inside the block if they are partitioned (ZeRO-3).
-
-    Args:
-        changes: the block changes them; all ranks keep what rank 0 has at its end.
-    """
-    parameters = [weight for weight in model.parameters() if weight.requires_grad and hasattr(weight, "ds_id")]
-    if not parameters:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if changes else None):
-        yield
-
-
-@contextmanager
 def gather_virtual_tokens(model: Any, *, saves: bool) -> Iterator[None]:
     """Gather a prefix or prompt adapter inside the block, so that the ranks with `saves` can save it.
 
@@ -334,7 +343,7 @@ def gather_virtual_tokens(model: Any, *, saves: bool) -> Iterator[None]:
     if config is None or not config.is_prompt_learning:
         yield
         return
-    with _gather_trainable(model):
+    with gathered(_trained(model)):
         if not saves:
             model.get_prompt_embedding_to_save(model.active_adapter)
         yield

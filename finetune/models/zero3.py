@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,23 @@ def gather_per_module(model: Any) -> Iterator[None]:
 
             hooks.callback(module.register_forward_pre_hook(gather).remove)
             hooks.callback(module.register_forward_hook(release).remove)
+        yield
+
+
+@contextmanager
+def gathered(parameters: Iterable[Any], *, changes: bool = False) -> Iterator[None]:
+    """Gather those of the parameters that are partitioned (ZeRO-3) on every rank inside the block. All ranks.
+
+    Args:
+        changes: the block changes them; all ranks keep what rank 0 has at its end.
+    """
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if changes else None):
         yield
 
 

@@ -15,7 +15,7 @@ from finetune.config.hardware import Precision
 from finetune.distributed import stop_requests, watchdog
 from finetune.distributed.collectives import destroy_process_group, run_on_rank_0
 from finetune.export.model_card import write_model_card
-from finetune.export.verify_saved import verify_result
+from finetune.export.verify_saved import LOSS_TOKENS, digests_to_save, verify_result
 from finetune.inference.run_result import read_result
 from finetune.models.loader import ModelInfo
 from finetune.models.quantization import is_packed_in_files
@@ -41,7 +41,8 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
     logger.info(f"Saving the result in {trainer.output_dir}")
     changes = trainer.weight_changes()
     trainer.save_result()
-    example = trainer.train_dataset.shortest_example()
+    trained = digests_to_save(trainer.model)
+    example = trainer.train_dataset.shortest_example(LOSS_TOKENS)
     loss = trainer.loss_of(example)
 
     logger.info("Loading it again, to compare it with what was trained")
@@ -50,6 +51,7 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
         checked = verify_result(
             trainer.output_dir,
             base=base.name,
+            trained=trained,
             input_ids=example["input_ids"].tolist(),
             labels=example["labels"].tolist(),
             loss=loss,

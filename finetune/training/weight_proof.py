@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import xxhash
-
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
+from finetune.export.verify_saved import TensorDigest
 from finetune.models.module_kinds import ModuleKinds
 from finetune.models.zero3 import values_here
 from finetune.utils.errors import CheckpointError, format_names
@@ -47,10 +45,10 @@ class WeightProof:
         self.model, self.kinds = model, kinds
         self.before = self._digests()
 
-    def _digests(self) -> dict[str, int]:
+    def _digests(self) -> dict[str, TensorDigest]:
         rank, ranks = get_rank(), get_world_size()
         return {
-            name: xxhash.xxh3_64_intdigest(_bytes_of(values_here(parameter)))
+            name: TensorDigest.of(values_here(parameter))
             for number, (name, parameter) in enumerate(self.model.named_parameters())
             if hasattr(parameter, "ds_tensor") or number % ranks == rank
         }
@@ -73,7 +71,3 @@ class WeightProof:
         if moved:
             raise CheckpointError(f"weights that are frozen changed in training: {format_names(moved)}")
         return WeightChanges(by_kind, frozenset(changed))
-
-
-def _bytes_of(values: torch.Tensor) -> Any:
-    return values.detach().flatten().contiguous().view(torch.uint8).cpu().numpy()

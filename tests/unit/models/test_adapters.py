@@ -92,3 +92,24 @@ def test_an_adapter_of_another_base_is_an_error(tmp_path):
     for family in ("gpt2", "qwen3"):
         with pytest.raises(ConfigError, match=re.escape(f"the adapter {tmp_path}")):
             load_adapter(tiny_models.build(family), tmp_path, base_revision=None)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}], ids=["lora", "head", "dora"]
+)
+def test_under_autocast_the_base_keeps_its_precision_and_what_is_trained_is_float32(flags):
+    base = tiny_models.build("llama").bfloat16()
+    adapter = AdapterArguments(use_lora=True, lora_target_modules=["all-linear"], **flags)
+    info = ModelInfo("llama", None, False, base.config, "eager", base, (), ())
+    model = attach_adapter(base, adapter, info, None, precision="float32")
+    types = {weight.requires_grad: set() for weight in model.parameters()}
+    for weight in model.parameters():
+        types[weight.requires_grad].add(weight.dtype)
+    assert types == {True: {torch.float32}, False: {torch.bfloat16}}
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = torch.arange(3, 15)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+    gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
