@@ -20,6 +20,7 @@ from typing import Any
 from finetune.config.deepspeed_flags import (
     AUTO,
     DeepSpeedFlags,
+    resolve_accumulation,
     resolve_optimizer,
     resolve_precision,
     resolve_schedule,
@@ -131,6 +132,7 @@ def resolve_deepspeed_config(
         schedule = resolve_schedule(resolved, command, faults, notes)
         resolve_optimizer(resolved, command, stage, use_cpu=use_cpu, faults=faults, notes=notes)
         resolve_values(resolved, command, world_size // sequence_parallel_size, faults)
+        resolve_accumulation(resolved, command, stage, notes)
         resolver.resolve_zero(stage, world_size, local_world_size, use_cpu)
         resolver.check_quantized_gradients(command.precision)
         resolver.check_leftover_autos(resolved)

@@ -20,6 +20,7 @@ SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "War
 # Optimizers that both can name, by their type in lower case -> the values of `--optim`.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 OPTIM = {"adam": ADAMW, "adamw": ADAMW, "adagrad": ("adagrad",), "sgd": ("sgd",), "rmsprop": ("rmsprop",)}
+MANY = 16  # micro-batches whose gradients lose digits when they are summed in bf16
 # `optimizer.params` -> the flags that decide it.
 HYPERPARAMETERS = {
     "lr": ("learning_rate",),
@@ -69,6 +70,16 @@ def resolve_precision(config: dict[str, Any], command: DeepSpeedFlags, faults: l
                     f"{precision}.enabled is {json.dumps(value)}, but this run computes in "
                     f"{command.precision}: give {fix}"
                 )
+
+
+def resolve_accumulation(config: dict[str, Any], command: DeepSpeedFlags, stage: int, notes: list[str]) -> None:
+    """Advise float32 sums where gradients of many micro-batches are added in bf16, which has 8 bits of mantissa."""
+    given = (config.get("data_types") or {}).get("grad_accum_dtype")
+    if command.precision == "bf16" and stage >= 2 and not given and command.gradient_accumulation_steps >= MANY:
+        notes.append(
+            f"gradients of {command.gradient_accumulation_steps} micro-batches are summed in bf16; "
+            '"data_types": {"grad_accum_dtype": "fp32"} sums them in float32, for 2 more bytes a trained parameter'
+        )
 
 
 def resolve_schedule(

@@ -105,7 +105,7 @@ def detect_hardware(use_cpu: bool = False) -> DetectedHardware:
         gpus = tuple(Gpu(device.name, (device.major, device.minor)) for device in devices)
     return DetectedHardware(
         gpus=gpus,
-        cpu_bf16=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        cpu_bf16=torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         libraries=frozenset(versions()),
     )
 

@@ -33,6 +33,8 @@ def operators_of(config: Mapping[str, Any] | None, *, use_cpu: bool) -> list[str
     optimizer = config.get("optimizer")
     if optimizer is not None and not optimizer.get("params", {}).get("torch_adam", False):
         names.append("cpu_adam" if optimizer_device != "none" else "fused_adam")
+    if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
+        names.append("quantizer")
     return names + (["async_io"] if "nvme" in (optimizer_device, parameter_device) else [])
 
 
@@ -56,6 +58,11 @@ def _build(builder: Any) -> str | None:
         builder.load(verbose=False)
     except Exception as error:  # a compiler, a linker, a missing header: all raise with a text
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        from torch.utils.cpp_extension import CUDA_HOME
+        from torch.version import cuda
+
+        if cuda is not None and CUDA_HOME is None:
+            return f"nvcc is missing: install the CUDA toolkit {cuda}, that of torch, or set CUDA_HOME to its folder"
         telling = [line for line in lines if "error" in line.lower() and not line.startswith("Error building")]
         return (telling or lines)[0][:MAX_ERROR_CHARACTERS]
     return None

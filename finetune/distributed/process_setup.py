@@ -27,7 +27,9 @@ def prepare_environment() -> None:
 
     Garbage is not collected while libraries are loaded, which saves a fifth of that time. Compiled DeepSpeed operators
     live beside the interpreter that built them (environments that share the default folder rebuild each other's
-    operators), and `ninja` of this environment is found without activating it.
+    operators), and `ninja` of this environment is found without activating it. Batches have unequal lengths: torch's
+    allocator on a GPU grows segments instead of adding others. The ranks of a host share its cores, on which an
+    offloaded optimizer computes.
     """
     gc.disable()
     force_data_only()
@@ -38,6 +40,11 @@ def prepare_environment() -> None:
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its old name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if local_ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ EXPORTED = frozenset(
     "HF_MLFLOW_LOG_ARTIFACTS TENSORBOARD_LOGGING_DIR".split()
 )
 # Communication libraries have hundreds of settings, which all ranks of a job must share.
-EXPORTED_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_")
+EXPORTED_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "RDMAV_", "IBV_", "SHARP_", "RCCL_", "HSA_")
 HOST_SPECIFIC = frozenset({"NCCL_HOSTID"})
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")

@@ -24,8 +24,8 @@ from finetune.utils.atomic_io import append_json_lines, write_text_atomically
 
 FIELDS = (
     "step", "epoch", "loss", "grad_norm", "non_finite_steps", "learning_rate", "step_seconds", "tokens_per_second",
-    "supervised_tokens_per_second", "mfu", "peak_memory_bytes", "loss_by_source", "loss_by_turn", "eval_loss",
-    "eval_tokens", "eval_non_finite_batches", "eval_seconds", "eval_loss_by_source", "eval_loss_by_turn",
+    "supervised_tokens_per_second", "mfu", "peak_memory_bytes", "peak_reserved_bytes", "loss_by_source", "loss_by_turn",
+    "eval_loss", "eval_tokens", "eval_non_finite_batches", "eval_seconds", "eval_loss_by_source", "eval_loss_by_turn",
 )  # fmt: skip
 
 
@@ -98,11 +98,12 @@ class StepMeter:
         return rates | ({"mfu": round(self.flops / seconds / peak_flops, 4)} if peak_flops else {})
 
 
-def peak_memory_bytes() -> int:
-    """Return the peak memory of this rank: allocated on its GPU, or on a CPU its largest resident set."""
+def peak_memory() -> dict[str, int]:
+    """Return the peak memory of this rank: allocated and reserved on its GPU, or on a CPU its largest resident set."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        reserved = torch.cuda.max_memory_reserved()
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_reserved_bytes": reserved}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def append_metrics(path: Path, logs: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ from finetune.training.evaluator import HeldOutEvaluator
 from finetune.training.hyperparameters import Hyperparameters
 from finetune.training.loss import supervised_loss
 from finetune.training.loss_breakdown import LossBreakdown
-from finetune.training.metrics import StepMeter, append_metrics, model_flops, peak_memory_bytes
+from finetune.training.metrics import StepMeter, append_metrics, model_flops, peak_memory
 from finetune.training.nonfinite import (
     MINIMUM_SCALE_ERROR,
     NONFINITE_ROWS_FILE,
@@ -237,12 +237,12 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         return self._grad_norm
 
     def _rates(self) -> dict[str, float]:
-        peak = torch.tensor([peak_memory_bytes()], device=self.args.device)
+        memory = peak_memory()
+        peak = torch.tensor([*memory.values()], device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        rates = self.meter.rates(self.peak_flops and self.peak_flops * self.args.world_size)
-        self.meter = StepMeter()
-        return {**rates, "peak_memory_bytes": peak.item()}
+        rates, self.meter = self.meter.rates(self.peak_flops and self.peak_flops * self.args.world_size), StepMeter()
+        return {**rates, **dict(zip(memory, peak.tolist(), strict=True))}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate and log the loss on the held-out conversations. All ranks."""

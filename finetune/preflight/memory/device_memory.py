@@ -36,14 +36,13 @@ def states(model: ModelSpec, run: RunSpec) -> Parts:
 
     Sources: without ZeRO 16N (2 + 2 + 12; gradients are counted elsewhere), 4N + 12N/G under stage 1, 2N + 14N/G under
     stage 2, 16N/G under stage 3 (Rajbhandari et al., ZeRO, 2020, section 3). DeepSpeed keeps masters in float32
-    training too: the partition of the flattened weights is cloned. Plain torch without DeepSpeed has none, and its
-    weights are float32 whatever the precision; autocast then keeps a half copy of them while it runs.
+    training too: the partition of the flattened weights is cloned. Plain torch without DeepSpeed has none: trained
+    weights are float32 whatever the precision, and autocast keeps a half copy of them while it runs.
     """
     trained, size, ranks = model.trainable, run.size, run.ranks
     if run.stage is None:
-        packed = model.quantizable if model.bits else 0
-        copies = model.weight_bytes(4) + (0 if size == 4 else size * (model.parameters - packed))
-        return {WEIGHTS: copies, MASTERS: 0, ADAM: model.state_bytes(run) * trained}
+        weights_held = model.weight_bytes(size) + (0 if size == 4 else 4 * trained)
+        return {WEIGHTS: weights_held, MASTERS: 0, ADAM: model.state_bytes(run) * trained}
     share = trained / (ranks if run.stage else 1)
     split = ranks if run.stage == 3 else 1
     on_device = run.offload_optimizer == "none"

@@ -74,7 +74,7 @@ def _loading(model: ModelSpec, run: RunSpec) -> float:
     if run.stage == 3 and model.bits is None:
         share = run.size * model.parameters / run.ranks if run.offload_parameters != "none" else 0
         return run.on_host * (PROCESS_WITH_GPU + share * PINNED) + model.stored_bytes
-    size = 4 if run.stage is None else run.size
+    size = 4 if run.stage is None and not model.adapter else run.size
     return run.on_host * (PROCESS_WITH_GPU + model.weight_bytes(size))
 
 

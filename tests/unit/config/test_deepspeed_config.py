@@ -377,6 +377,15 @@ def test_gradients_are_quantised_in_fp16_only():
     assert "gradients are bf16, which" in refusal({**config, "communication_data_type": "fp16"})
 
 
+@pytest.mark.parametrize(
+    ("accumulation", "given", "is_said"), [(15, None, False), (16, None, True), (64, "fp32", False)]
+)
+def test_many_gradients_are_better_summed_in_float32(accumulation, given, is_said):
+    config = {"zero_optimization": {"stage": 2}} | ({"data_types": {"grad_accum_dtype": given}} if given else {})
+    found = resolved(config, replace(COMMAND, gradient_accumulation_steps=accumulation))
+    assert any("grad_accum_dtype" in note for note in found.notes) == is_said
+
+
 # ---- anything else
 
 JSON = st.recursive(

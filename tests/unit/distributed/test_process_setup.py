@@ -34,13 +34,23 @@ def test_the_environment_of_a_launcher_and_of_the_user_is_kept(monkeypatch):
     given = {
         "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "host",
         "MASTER_PORT": "29500", "TORCH_EXTENSIONS_DIR": "/mine", "TOKENIZERS_PARALLELISM": "false",
-        "PATH": str(Path(sys.executable).parent),
+        "PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "3",
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
     }  # fmt: skip
     monkeypatch.setattr(os, "environ", dict(given))
 
     prepare_environment()
 
     assert os.environ == {**given, "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+
+
+def test_ranks_share_the_cores_and_the_allocator_grows_its_segments(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "LOCAL_WORLD_SIZE": "8"})
+
+    prepare_environment()
+
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["PYTORCH_ALLOC_CONF"]) == ("8", "expandable_segments:True")
 
 
 def test_malloc_is_told_once_before_loading_and_once_before_the_steps(monkeypatch: pytest.MonkeyPatch):

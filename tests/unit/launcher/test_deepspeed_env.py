@@ -209,7 +209,7 @@ def test_no_spelling_of_a_secret_is_shown(value, name, form):
 def test_what_travels():
     for name in "HF_HOME HF_TOKEN PYTHONPATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR WANDB_API_KEY".split():
         assert launcher.is_exported(name)
-    for name in "NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME UCX_TLS TORCH_NCCL_BLOCKING_WAIT".split():
+    for name in "NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME UCX_TLS FI_PROVIDER RCCL_MSCCL_ENABLE".split():
         assert launcher.is_exported(name)
     alone = "CUDA_VISIBLE_DEVICES MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE CROSS_RANK"
     for name in [*alone.split(), *"PATH HOME USER TMPDIR SSH_AUTH_SOCK HTTPS_PROXY NCCL_HOSTID NCCL hf_home".split()]:

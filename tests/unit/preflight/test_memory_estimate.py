@@ -234,7 +234,8 @@ def test_every_shipped_config_is_a_job(name: str):
     job = RunSpec(**fields, ranks=8, tokens=4_096, logits=2_048)
     assert job.stage == config["zero_optimization"]["stage"]
     assert (job.offload_optimizer != "none") == ("offload" in name or "nvme" in name)
-    assert job.reduce_bucket == (None if job.stage == 3 else 500_000_000)
+    bucket = config["zero_optimization"]["reduce_bucket_size"]
+    assert job.reduce_bucket == (None if bucket == "auto" else bucket)
     assert estimate_memory(llama_8b(), job).device_total > 0
 
 
