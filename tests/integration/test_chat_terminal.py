@@ -67,7 +67,8 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(learned_by_heart):
         terminal.type("Go on for ever.\n")
         terminal.wait_for("base: ")
         terminal.type("\x03")
-        assert "stopped; " in terminal.wait_for("\n> ", seconds=20)
+        terminal.wait_for("stopped; ", seconds=20)  # the words drawn at this temperature may hold a prompt, too
+        terminal.wait_for("\n> ")
         time.sleep(0.5)  # Python may miss a signal between the prompt and its waiting for keys
         terminal.type("\x03")
         assert terminal.wait_for_end() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_what_was_converted_converts_to_itself(tmp_path, endings):
 
 
 def test_tools_reasoning_weights_and_text_survive(tmp_path):
-    rows = [row for row, _ in FORMATS.values()][::4]
+    rows = [copy.deepcopy(row) for row, _ in FORMATS.values()][::4]
     rows += [{"text": "Plain.", "weight": 0.5}, {"messages": [{"role": "user", "content": "x"}], "answer": "y"}]
     rows[0]["messages"][-1] |= {"reasoning_content": "r", "weight": 2}
     rows[0]["chat_template_kwargs"] = {"enable_thinking": False}

@@ -89,7 +89,7 @@ def test_the_page_follows_the_run_and_ends_with_it(watching_run):
     run_json.update_run_json(folder, {"completed": True, "result": {"steps": 3}})
     run_json.mark_complete(folder, "run-1")
     assert watch.wait_for(lambda: (found := watch.now())["ended"] and found)["numbers"]["runs"][0]["x"]["step"][-1] == 3
-    out, _ = watch.process.communicate(timeout=20)
+    out, _ = watch.process.communicate(timeout=60)
     assert watch.process.returncode == 0 and out.endswith("report.html: the run has ended\n")
     html = (folder / "report.html").read_text("utf-8")
     assert "data-every=" not in html and "Complete after 3 steps." in html
@@ -112,7 +112,7 @@ def test_only_this_host_under_its_own_name_and_only_the_page(watching_run):
     listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True).stdout
     assert re.findall(rf"(\S+):{watch.port}\s", listening) in ([], ["127.0.0.1"])
     watch.process.send_signal(signal.SIGINT)
-    out, _ = watch.process.communicate(timeout=20)
+    out, _ = watch.process.communicate(timeout=60)
     assert watch.process.returncode == 0 and "no longer watched" in out
     assert (folder / "report.html").is_file()
 

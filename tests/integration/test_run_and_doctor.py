@@ -52,7 +52,7 @@ FLAG_FAULTS = {
         "--load_best_model_at_end True --save_strategy epoch --eval_strategy steps: ",
     f"--load_best_model_at_end True --save_steps 3 --eval_steps 2 {BY_STEPS}": "--load_best_model_at_end True",
     "--load_best_model_at_end True": "--load_best_model_at_end",
-    "--push_to_hub True": "finetune push",
+    "--push_to_hub True": "",
     "--debug all": "",
     "--dataloader_prefetch_factor 2": "",
     "--logging_steps 1.5": "",
