@@ -36,7 +36,9 @@ class MergeOptions:
     base_model: str | None = option(None, "where the base model is now; default: where it was")
     dtype: Literal["bf16", "fp16", "float32"] | None = option(None, "default: the precision of the training")
     max_shard_size: str = option("5GB", "size of a file; about the memory that is needed")
-    gguf: str | None = option(None, "also write a GGUF file of this type: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`, ...")
+    gguf: str | None = option(
+        None, "also write a GGUF file of this type, and a Modelfile: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`, ..."
+    )
     trust_remote_code: bool = option(False, TRUST_HELP)
     verify_key: str | None = option(None, VERIFY_KEY_HELP)
     no_check: bool = option(False, "do not load the result and compare its logits")
@@ -59,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     shard_bytes = bytes_of(options.max_shard_size)
     from finetune.export.gguf_writer import check_gguf, write_gguf  # they need torch; --help does not
     from finetune.export.model_merge import merge_weights, plan_merge
+    from finetune.export.modelfile import write_modelfile
 
     quiet_libraries()
     plan = plan_merge(result, folder, base_name=options.base_model, dtype=options.dtype)
@@ -71,7 +74,8 @@ def main(argv: Sequence[str]) -> None:
     logger.info(f"{folder}: {merged.size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s; {merged.checked}")
     if options.gguf is not None:
         path = write_gguf(folder, options.gguf, stop_token_id=result.chat["stop_token_id"])
-        logger.info(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
+        modelfile = write_modelfile(path, result.chat.get("template_kwargs"))
+        logger.info(f"{path}: {path.stat().st_size / 1e9:.2f} GB; for Ollama: ollama create NAME -f {modelfile}")
 
 
 def bytes_of(size: str) -> int:

@@ -136,6 +136,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
                 SimpleNamespace(origin="x", tensors=[], size=0, source=None, tokenizer=None),
             "finetune.export.model_merge.merge_weights": SimpleNamespace(notes=[], size=0, checked="checked"),
             "finetune.export.gguf_writer.write_gguf": Path(__file__),
+            "finetune.export.modelfile.write_modelfile": Path("Modelfile"),
         },
         "push": {
             "finetune.inference.run_result.read_result": result, f"{at}.upload": None,
