@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser = build_parser()
     words = as_flags(argv, parser.types)
     given, faults = parser.read(words)
+    on_command_line = {*given}
     recipes = [word.partition("=")[2] for word in words if word.startswith("--config=")]
     if len(recipes) > 1:
         raise ConfigError(f"--config: {' and '.join(recipes)} are given: a run has one recipe")
@@ -82,7 +83,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     model, data, batch, adapter, run = groups
     adapter = _with_config_read(adapter)
     arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
-    raise_faults(_faults(arguments, adapter_refused=given.get("use_lora") is False))
+    raise_faults(_faults(arguments, on_command_line, adapter_refused=given.get("use_lora") is False))
     arguments.notes.extend(flags_without_effect(arguments))
     return arguments
 
@@ -187,7 +188,7 @@ def _translate(given: dict[str, Any], training: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
+def _faults(arguments: Arguments, on_command_line: Collection[str], *, adapter_refused: bool) -> Iterator[str]:
     """Yield what is wrong with values that have the right types."""
     yield from data_faults(arguments.data)
     yield from _number_faults(arguments)
@@ -201,8 +202,10 @@ def _faults(arguments: Arguments, *, adapter_refused: bool) -> Iterator[str]:
     yield from _adapter_faults(arguments.adapter)
     if arguments.model.load_in_4bit and arguments.model.load_in_8bit:
         yield "--load_in_4bit and --load_in_8bit exclude each other: keep one of them"
+    if arguments.given("bf16") and arguments.given("fp16"):
+        yield "--bf16 True and --fp16 True exclude each other: keep one of them"
     if not adapter_refused:  # --use_lora False: the settings of a file do not count
-        yield from _unused_adapter_flags(arguments.adapter)
+        yield from _unused_adapter_flags(arguments.adapter, on_command_line)
 
 
 def _number_faults(arguments: Arguments) -> Iterator[str]:
@@ -299,13 +302,14 @@ def _with_config_read(adapter: AdapterArguments) -> AdapterArguments:
     return replace(adapter, adapter_config=json.dumps(options, sort_keys=True))
 
 
-def _unused_adapter_flags(adapter: AdapterArguments) -> Iterator[str]:
+def _unused_adapter_flags(adapter: AdapterArguments, on_command_line: Collection[str]) -> Iterator[str]:
     """Yield flags that shape an adapter while all parameters, or another adapter, would be trained."""
     kind = adapter.kind()
     trained = f"a {kind} adapter" if kind else "all parameters"
     for declared in fields(adapter):
         name = declared.name
-        if name in OF_ALL_KINDS or getattr(adapter, name) in (default_of(name), *UNSET):
+        is_typed = name in on_command_line and getattr(adapter, name) is not False  # a file also holds defaults
+        if name in OF_ALL_KINDS or getattr(adapter, name) in (*UNSET, *(() if is_typed else (default_of(name),))):
             continue
         if name in ("freeze", "train_only"):
             if kind:

@@ -138,8 +138,6 @@ def decide_precision(detected: DetectedHardware, *, bf16: bool | None, fp16: boo
     Args:
         bf16: None where neither yes nor no is requested: then a GPU that has bf16 computes in it.
     """
-    if bf16 and fp16:
-        raise ConfigError("--bf16 True and --fp16 True exclude each other: keep one of them")
     weakest = detected.weakest
     if weakest is None:
         if bf16:

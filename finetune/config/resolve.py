@@ -46,13 +46,8 @@ def resolve_config(
     `saved` is given where that checkpoint is from another number of ranks: the step keeps its rows.
     """
     output_dir = arguments.output_dir
-    for source in filter(None, (arguments.model.model_name_or_path, arguments.model.adapter_name_or_path)):
-        if output_dir.resolve() == Path(source).expanduser().resolve():
-            raise ConfigError(f"--output_dir {output_dir} is the directory of the model itself: choose another one")
+    check_flags(arguments)
     evaluation = evaluation_options(arguments)
-    _check_sampling(arguments)
-    report_to = arguments.given("report_to")
-    check_trackers([report_to] if isinstance(report_to, str) else report_to or [])
     move_aside = output_dir_lock.check_output_dir(
         output_dir, overwrite=arguments.run.overwrite_output_dir, resume=arguments.resumes_from() is not None
     )
@@ -66,7 +61,6 @@ def resolve_config(
     check_liger(arguments, hardware)
     batch, batch_notes = resolve_batch(arguments, ranks.size, saved)
     deepspeed = _resolve_deepspeed(arguments, hardware, batch, ranks)
-    check_optimizer(str(arguments.given("optim")))
     _check_rates(arguments, deepspeed)
     bits, stage = arguments.model.quantized_bits(), deepspeed.stage if deepspeed else None
     check_quantization(bits, f"--load_in_{bits}bit True", arguments.adapter, stage)
@@ -108,6 +102,20 @@ def resolve_config(
         held_out_schedule=_held_out_schedule(arguments),
         notes=(*notes, *(deepspeed.notes if deepspeed else ())),
     )
+
+
+def check_flags(arguments: Arguments) -> None:
+    """Check what depends neither on the hardware nor on the ranks, and needs no library."""
+    output_dir, report_to, deepspeed = (arguments.given(name) for name in ("output_dir", "report_to", "deepspeed"))
+    for source in filter(None, (arguments.model.model_name_or_path, arguments.model.adapter_name_or_path)):
+        if arguments.output_dir.resolve() == Path(source).expanduser().resolve():
+            raise ConfigError(f"--output_dir {output_dir} is the directory of the model itself: choose another one")
+    evaluation_options(arguments)
+    _check_sampling(arguments)
+    check_trackers([report_to] if isinstance(report_to, str) else report_to or [])
+    check_optimizer(str(arguments.given("optim")))
+    if deepspeed:
+        load_config(find_config(deepspeed))
 
 
 def resolve_batch(

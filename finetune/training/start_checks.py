@@ -15,7 +15,7 @@ import psutil
 from finetune import checkpoint
 from finetune.chat_templates.format_selection import read_template
 from finetune.config import Arguments, DataArguments
-from finetune.config.deepspeed_config import find_config
+from finetune.config.resolve import check_flags
 from finetune.dataset.conversation_reader import check_first_rows
 from finetune.dataset.data_sources import find_sources, is_local
 from finetune.models.model_folder import check_folder, check_tokenizer_files, stored_bytes
@@ -56,11 +56,10 @@ def _checks(arguments: Arguments, ranks_here: int | None, is_launch: bool) -> It
     if is_launch:
         yield lambda: _check_data(arguments.data)
     yield lambda: _check_skip_rows(arguments.run.skip_rows)
-    template, resumed, deepspeed = arguments.data.chat_template, arguments.resumes_from(), arguments.given("deepspeed")
+    template, resumed = arguments.data.chat_template, arguments.resumes_from()
     if template is not None:
         yield lambda: read_template(template)
-    if deepspeed:
-        yield lambda: find_config(deepspeed)
+    yield lambda: check_flags(arguments)
     if resumed not in (None, "auto"):
         yield lambda: _check_resume(str(resumed))
     yield lambda: _check_output_dir(arguments, is_launch)

@@ -68,7 +68,7 @@ def test_names_and_defaults_are_those_of_the_installed_transformers():
 def test_every_flag_of_transformers_that_is_not_refused_is_accepted():
     samples = {bool: "True", int: "3", float: "0.5", str: "text"}
     values = {bool: True, int: 3, float: 0.5, str: "text"}
-    left_out = {"local_rank", "output_dir", *REFUSED}
+    left_out = {"local_rank", "output_dir", "fp16", *REFUSED}  # fp16: not beside bf16
     flags = [flag for flag in training_flags().values() if flag.name not in left_out]
 
     training = parsed(*(word for flag in flags for word in (f"--{flag.name}", samples[flag.shape.kind]))).training
@@ -144,6 +144,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--adapter", "ia3"], "--adapter ia3: expected lora, prefix or prompt"),
         (["--seed"], "--seed: expected one argument"),
         (["--use_lora", "True", "--adapter", "prefix"], "--use_lora True and --adapter prefix exclude each other"),
+        (["--bf16", "--fp16", "True"], "--bf16 True and --fp16 True exclude each other"),
         (["--load_in_4bit", "--load_in_8bit"], "--load_in_4bit and --load_in_8bit exclude each other"),
         (["--sequence_parallel_size", "2", "--validation_share", "0.1"], "--sequence_parallel_size 2: held-out"),
         (["--use_lora", "--adapter", "prompt"], "--use_lora True and --adapter prompt exclude each other"),
@@ -156,6 +157,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--num_virtual_tokens", "-1"], "--num_virtual_tokens -1: expected at least 1"),
         (["--lora_dropout", "1"], "--lora_dropout 1.0: expected a share from 0 up to 1"),
         (["--lora_dropout", "nan"], "--lora_dropout nan: expected a share from 0 up to 1"),
+        (["--lora_r", "8"], "--lora_r is given, but all parameters would be trained"),
         (["--lora_r", "16"], "--lora_r is given, but all parameters would be trained: add --use_lora True, or leave"),
         (["--adapter", "prefix", "--use_dora"], "--use_dora is given, but a prefix adapter would be trained"),
         (

@@ -151,12 +151,6 @@ def test_bf16_without_its_units_is_an_error_that_names_the_gpu_and_the_flag_to_u
     assert "--fp16 True" in str(raised.value)
 
 
-@pytest.mark.parametrize("found", [DetectedHardware((H100,)), DetectedHardware((V100,)), CPU, CPU_WITH_BF16])
-def test_both_precisions_exclude_each_other_everywhere(found):
-    with pytest.raises(ConfigError, match="--bf16 True and --fp16 True exclude each other"):
-        resolve_hardware(found, bf16=True, fp16=True)
-
-
 def test_the_probe_leaves_gpus_out_where_the_cpu_was_asked_for():
     found = detect_hardware(use_cpu=True)
 

@@ -71,6 +71,9 @@ def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "kind", "said"),
     [
+        ("--eval_strategy steps", ConfigError, "--eval_strategy: needs held-out conversations"),
+        ("--report_to wandbb", ConfigError, "--report_to wandbb: expected"),
+        ("--deepspeed broken.json", ConfigError, "broken.json, line 1, column 2: not JSON"),
         ("--model_name_or_path ./modle", ConfigError, "no such folder: did you mean model?"),
         (
             "--model_name_or_path ./nothing",
@@ -93,6 +96,7 @@ def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
 def test_a_mistake_is_named_with_value_and_remedy(start, words, kind, said):
     for folder in ("nothing", "papers", "above/hf", "mute"):
         Path(folder).mkdir(parents=True)
+    Path("broken.json").write_text("{zero")
     Path("papers/thesis.tex").write_text("")
     Path("above/hf/config.json").write_text("{}")
     for name in ("config.json", "model.safetensors"):
