@@ -54,12 +54,16 @@ def file_names(folder: Path) -> list[str]:
 def fsync_and_hash(
     folder: Path, names: Iterable[str], rank: int | None, *, with_sha256: bool = False
 ) -> dict[str, FileRecord]:
-    """Sync and hash the files of a rank; hashing runs while the disk still writes."""
+    """Sync and hash the files of a rank; hashing runs while the disk still writes.
+
+    Who may read the folder may read the files: safetensors (from 0.7) makes files that only their owner reads.
+    """
+    readable = folder.stat().st_mode & 0o666
 
     def sync_and_hash(name: str) -> tuple[str, FileRecord]:
         path = folder / name
         with ThreadPoolExecutor(1) as writing:
-            durable = writing.submit(_sync, path)
+            durable = writing.submit(_sync, path, readable)
             with path.open("rb", buffering=0) as file:
                 record = record_file(file, rank, with_sha256=with_sha256)
             durable.result()
@@ -73,9 +77,10 @@ def fsync_and_hash(
     return records
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, mode: int) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        os.fchmod(descriptor, os.fstat(descriptor).st_mode | mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -27,6 +27,7 @@ from finetune.dataset.data_summary import DataSummary, DataTally
 from finetune.dataset.prepare_workers import StoredBatch, stored_batches
 from finetune.dataset.skip_rows import RowId, skip_mask, skipped_entries
 from finetune.utils.errors import DataError, StorageError, os_reason
+from finetune.utils.proc import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def prepare_dataset(
     """
     data = fingerprint_sources(sources)
     key = _key(data, sources, renderer, bad_rows, repairs, limit)
-    folder = Path(cache_dir or prepared_cache.default_folder()).expanduser() / key
+    folder = Path(cache_dir or cache_folder("data")).expanduser() / key
     while True:
         if prepared_cache.is_cached(folder):
             facts = prepared_cache.read_facts(folder)

@@ -18,7 +18,6 @@ import random
 import re
 import shutil
 import socket
-import tempfile
 import time
 import zlib
 from array import array
@@ -44,16 +43,6 @@ EXAMPLES_FILE, LEDGER_FILE, FACTS_FILE = "examples.arrow", "ledger.jsonl", "fact
 RENDERED = ["input_ids", "labels", "row", "window", "source", "turn_spans", "id"]
 POLL_SECONDS = 0.2
 LOCAL_RANK_0_SECONDS = 1.0
-
-
-def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/finetune/data`, by default in ~/.cache; in /tmp if that cannot be written."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune" / "data"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a read-only home, a user without one
-        return Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}" / "data"
-    return folder
 
 
 def record_batch(renderings: Iterable[RenderedConversation]) -> pa.RecordBatch:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.utils.errors import DataError, first_line
+from finetune.utils.proc import cache_folder
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
@@ -46,10 +47,8 @@ def fetch(url: str) -> list[tuple[str, str]]:
 
 def _copy(store: Any, file: str) -> str:
     """A local copy of the present version of a file."""
-    from finetune.dataset.prepared_cache import default_folder
-
     version = f"{store.unstrip_protocol(file)} {store.ukey(file)}"
-    folder = default_folder().parent / "files" / hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
+    folder = cache_folder("files") / hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
     copy = folder / Path(file).name
     if not copy.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,13 @@ import gc
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from finetune.distributed import host_probe
 from finetune.utils.errors import ConfigError
+from finetune.utils.proc import cache_folder
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 DEFAULT_PORT = "29500"
@@ -26,16 +28,16 @@ def prepare_environment() -> None:
     """Make the settings that torch must find when it is imported; what the user has set is never changed.
 
     Garbage is not collected while libraries are loaded, which saves a fifth of that time. Compiled DeepSpeed operators
-    live beside the interpreter that built them (environments that share the default folder rebuild each other's
-    operators), and `ninja` of this environment is found without activating it. Batches have unequal lengths: torch's
-    allocator on a GPU grows segments instead of adding others. The ranks of a host share its cores, on which an
-    offloaded optimizer computes.
+    live in a folder of this environment (those that share the default folder rebuild each other's operators), and
+    `ninja` of this environment is found without activating it. Batches have unequal lengths: torch's allocator on a GPU
+    grows segments instead of adding others. The ranks of a host share its cores, on which an offloaded optimizer
+    computes.
     """
     gc.disable()
     force_data_only()
     allocate_outside_heap()
     init_rank_env(os.environ)
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(operator_folder(Path(sys.prefix))))
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
@@ -45,6 +47,14 @@ def prepare_environment() -> None:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if local_ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
+
+
+def operator_folder(prefix: Path) -> Path:
+    """Return where operators are compiled: in the Python environment, or in the user's cache if that is another's."""
+    folder = prefix / "torch_extensions"
+    if os.access(folder if folder.is_dir() else prefix, os.W_OK):
+        return folder
+    return cache_folder(f"torch_extensions-{zlib.crc32(bytes(prefix)):08x}")
 
 
 @contextlib.contextmanager

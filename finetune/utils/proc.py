@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ def shipped_folder(name: str) -> Path:
     """A folder of data or configs of this project: beside the package in a clone, inside it once installed."""
     installed = ROOT / "finetune" / name
     return installed if installed.is_dir() else ROOT / name
+
+
+def cache_folder(name: str) -> Path:
+    """Make and return a folder in $XDG_CACHE_HOME/finetune, by default in ~/.cache; in /tmp if that is not writable."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune" / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a read-only home, a user without one
+        return Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}" / name
+    return folder
 
 
 def command_calling(*functions: Callable[[], Any]) -> list[str]:

@@ -23,6 +23,14 @@ from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers.checkpoint_files import MANIFEST, newest_verified, sealed
 
 
+def test_who_may_read_the_folder_may_read_the_files(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "model.safetensors").chmod(0o600)
+    tmp_path.chmod(0o750)
+    checkpoint.fsync_and_hash(tmp_path, ["model.safetensors"], None)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_manifest_names_every_file_and_comes_back_as_it_was(tmp_path):
     folder = sealed(tmp_path, 4)
     found = checkpoint.read_manifest(folder)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -290,20 +287,6 @@ def test_weights_repeat_and_draw(tmp_path, renderer):
 def test_like_reasons_count_as_one(one, other):
     assert kind_of(one) == kind_of(other)
     assert kind_of(one) != kind_of("a.json, row 3: has no model turn: there is nothing to learn from it")
-
-
-def test_prepared_data_goes_to_the_users_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert prepared_cache.default_folder() == tmp_path / "cache/finetune/data"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert prepared_cache.default_folder() == tmp_path / "home/.cache/finetune/data"
-
-
-def test_without_a_home_that_can_be_written_prepared_data_goes_to_tmp(monkeypatch, tmp_path):
-    (tmp_path / "home").write_text("a file")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert prepared_cache.default_folder() == Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}" / "data"
 
 
 def test_turns_that_several_examples_of_a_row_have_are_counted(smol_tokenizer, tmp_path):

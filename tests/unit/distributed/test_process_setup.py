@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.distributed import process_setup
-from finetune.distributed.process_setup import prepare_environment
+from finetune.distributed.process_setup import operator_folder, prepare_environment
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,11 @@ def test_malloc_is_told_once_before_loading_and_once_before_the_steps(monkeypatc
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     process_setup.keep_freed_blocks()
+
+
+def test_operators_are_compiled_in_a_folder_that_can_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert operator_folder(tmp_path) == tmp_path / "torch_extensions"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # the environment belongs to root
+    first, second = operator_folder(tmp_path), operator_folder(tmp_path / "other")
+    assert first.parent == tmp_path / "cache/finetune" and first.is_dir() and first != second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -195,6 +196,18 @@ class TestFiles:
         folder, _ = save()
         (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
         assert "run git lfs pull" in refused(folder)
+
+    def test_a_file_of_another_user_is_named_as_such(self, save, monkeypatch):
+        folder, _ = save()
+        plain = Path.open
+
+        def refuse(path, *args, **kwargs):
+            if path.suffix == ".safetensors":
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return plain(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", refuse)
+        assert "model.safetensors: cannot be read: Permission denied" in refused(folder)
 
     def test_an_index_that_disagrees_with_its_files_is_refused(self, sharded):
         folder, names, places = sharded
