@@ -27,7 +27,7 @@ from finetune.config.deepspeed_flags import (
     resolve_values,
 )
 from finetune.config.deepspeed_schema import remove_key, schema_faults, without_comments
-from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.errors import ConfigError, format_faults, missing_reason
 from finetune.utils.proc import shipped_folder
 from finetune.utils.user_files import json_kind, read_json_object
 
@@ -78,7 +78,7 @@ def find_config(name: str) -> Path:
     close = get_close_matches(path.stem, shipped_names(), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(
-        f"--deepspeed {name}: there is no such file; {hint}the shipped ones can be given by name: "
+        f"--deepspeed {name}: {missing_reason(path)}; {hint}the shipped ones can be given by name: "
         + ", ".join(shipped_names())
     )
 

@@ -17,7 +17,7 @@ from finetune.dataset.csv_reader import DELIMITERS
 from finetune.dataset.data_files import REFUSED_SUFFIXES
 from finetune.dataset.hub_datasets import hub_dataset, is_saved, modelscope_folder, saved_dataset
 from finetune.dataset.remote_files import fetch
-from finetune.utils.errors import DataError, format_faults
+from finetune.utils.errors import DataError, format_faults, missing_reason
 from finetune.utils.proc import shipped_folder
 
 NOT_SHIPPED = {"coig_10k.json": "COIG's 10,000 conversations are not part of this project"}
@@ -191,7 +191,7 @@ def _modelscope(given: str, weight: float) -> list[Source]:
 
 def _why_missing(path: Path) -> str:
     shipped = ", ".join(str(file) for file in shipped_files()) or "none in this installation"
-    reason = NOT_SHIPPED.get(path.name, "there is no such file")
+    reason = NOT_SHIPPED.get(path.name) or missing_reason(path)
     return f"{reason}; conversations that come with it: {shipped}"
 
 

@@ -138,16 +138,36 @@ def os_reason(error: OSError, path: Path) -> str:
     return error.strerror or str(error)
 
 
+def missing_reason(path: Path) -> str:
+    """Say why there is no `path`: nothing has the name, or a folder above belongs to another user."""
+    try:
+        path.stat()
+    except PermissionError:
+        return denied(path)
+    except OSError:
+        pass  # its absence is what the caller has found
+    return "there is no such file"
+
+
+def denied(path: str | Path) -> str:
+    """Say of a path that another user owns it, and where that is shown."""
+    return f"permission denied: `namei -l {path}` shows whose it is"
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status, and Ctrl-C into status 130.
+
+    Names the path of a file or folder that another user owns, with status 2: asking whether one exists may already
+    raise a `PermissionError`.
 
     Rank 0 prints at once. Other ranks wait a few seconds: after the same error on rank 0 the launcher ends the ranks of
     that host before they print. A rank that is still alive then has an error of its own, or is on another host. Rank 0
     alone prints an error with `is_shared`.
     """
     try:
-        yield
+        with _paths_of_others():
+            yield
     except FinetuneError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank != 0:
@@ -159,6 +179,16 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _paths_of_others() -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        raise ConfigError(f"{error.filename}: {denied(error.filename)}") from error
 
 
 @contextmanager

@@ -133,3 +133,12 @@ def test_ctrl_c_ends_quietly(capsys):
         raise KeyboardInterrupt
 
     assert ended.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+def test_a_path_of_another_user_is_named(capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        raise PermissionError(13, "Permission denied", "/private/model")
+
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: /private/model: permission denied")
+    with pytest.raises(PermissionError), exit_on_error():
+        raise PermissionError("a device that is busy")
