@@ -64,11 +64,12 @@ def pretrained() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smol_tokenizer(pretrained: Path):
-    """The real tokenizer of the small model."""
+def smol_tokenizer():
+    """The real tokenizer of the small model, of which no weights are needed."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(pretrained)
+    assert (PRETRAINED / "tokenizer.json").is_file(), "the small model is missing: make model"
+    return AutoTokenizer.from_pretrained(PRETRAINED)
 
 
 @pytest.fixture(scope="session")
