@@ -83,7 +83,8 @@ def quantized_loading(bits: int | None, dtype: torch.dtype, stored: Any = None) 
 
     method = None if stored is None else stored_method(stored)
     if bits is None:
-        return {"quantization_config": getattr(transformers, DEQUANTIZED[method][0])(dequantize=True)} if method else {}
+        config_type = DEQUANTIZED[method][0] if method in DEQUANTIZED else None
+        return {"quantization_config": getattr(transformers, config_type)(dequantize=True)} if config_type else {}
     keep_packing()
     if method:
         return {}
