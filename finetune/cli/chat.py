@@ -75,12 +75,12 @@ def main(argv: Sequence[str]) -> None:
     raise_faults(_faults(options))
     configure_logging(to_stderr=True)
     accept_all_characters(utf8=options.json)
+    result = _read(options).with_template_kwargs(options.chat_template_kwargs)
     tools = _read_tools(options.tools) if options.tools else ()
     question = None if options.web or _is_typed() else read_question(sys.stdin)
     if options.web:
         check_gradio()
     with _loading(options.output):
-        result = _read(options).with_template_kwargs(options.chat_template_kwargs)
         quiet_serving()
         loaded = load_for_inference(result, base_name=options.base_model, only_base=options.base)
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)

@@ -36,7 +36,7 @@ from finetune.launcher import (
 )
 from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, HostReport, LocalSession
 from finetune.training.start_checks import check_start
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import ConfigError, StorageError
 from finetune.utils.proc import POLL_SECONDS
 
 SECONDS_FOR_OTHER_HOSTS = 20.0  # the ranks' watchdogs end a run in two or three
@@ -269,6 +269,8 @@ def outcome(
         return status, replace(failure, status=status)
     for report in reports:
         if report.status not in (0, stop_requests.EXIT_STOPPED):
+            if ours and 2 <= report.status <= StorageError.status:  # a rank has said why in one line
+                return report.status, None
             text = f"the deepspeed command on {report.host} ended with status {report.status}, and no rank reported why"
             return report.status, Failure(kind="launcher", host=report.host, status=report.status, error=text)
     if stop_requests.EXIT_STOPPED in statuses:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,19 @@ from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
 from finetune.launcher import launcher_options
 from finetune.utils.errors import ConfigError
-from finetune.utils.options import CommandParser, OptionType, describe, fill, one_of, raise_faults
+from finetune.utils.options import CommandParser, OptionType, declaration, describe, fill, one_of, raise_faults
 from finetune.utils.user_files import read_json, read_text
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 NEVER_FROM_A_RUN = ("trust_remote_code",)  # a run.json may come from anyone
+# Flags whose values are names, and where transformers lists these.
+NAMED = {
+    "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
+    "save_strategy": ("trainer_utils.py", "SaveStrategy"),
+    "eval_strategy": ("trainer_utils.py", "IntervalStrategy"),
+    "logging_strategy": ("trainer_utils.py", "IntervalStrategy"),
+    "optim": ("training_args.py", "OptimizerNames"),
+}
 OF_ALL_KINDS = ("use_lora", "adapter", "adapter_config", "embedding_learning_rate")
 UNSET: tuple[Any, ...] = (None, "", [], [""])
 # The lowest value of each number that makes sense.
@@ -199,6 +209,7 @@ def _faults(arguments: Arguments, on_command_line: Collection[str], *, adapter_r
     if not epochs > 0 and steps <= 0:
         yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
     yield from refused_flags(arguments)
+    yield from _name_faults(arguments)
     yield from _adapter_faults(arguments.adapter)
     if arguments.model.load_in_4bit and arguments.model.load_in_8bit:
         yield "--load_in_4bit and --load_in_8bit exclude each other: keep one of them"
@@ -206,6 +217,20 @@ def _faults(arguments: Arguments, on_command_line: Collection[str], *, adapter_r
         yield "--bf16 True and --fp16 True exclude each other: keep one of them"
     if not adapter_refused:  # --use_lora False: the settings of a file do not count
         yield from _unused_adapter_flags(arguments.adapter, on_command_line)
+
+
+def _name_faults(arguments: Arguments) -> Iterator[str]:
+    """Yield values that are none of the names which transformers knows, read from its source."""
+    for name, (file, names) in NAMED.items():
+        value = arguments.training.get(name)
+        if value is None:
+            continue
+        nodes = [node.value for node in declaration("transformers", file, names).body if isinstance(node, ast.Assign)]
+        known = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        if value not in known:
+            close = get_close_matches(str(value), known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            yield f"--{name} {value}: {hint}expected {one_of(known)}"
 
 
 def _number_faults(arguments: Arguments) -> Iterator[str]:

@@ -114,6 +114,8 @@ def check_flags(arguments: Arguments) -> None:
     _check_sampling(arguments)
     check_trackers([report_to] if isinstance(report_to, str) else report_to or [])
     check_optimizer(str(arguments.given("optim")))
+    bits = arguments.model.quantized_bits()
+    check_quantization(bits, f"--load_in_{bits}bit True", arguments.adapter, None)
     if deepspeed:
         load_config(find_config(deepspeed))
 

@@ -6,6 +6,7 @@ import pytest
 
 from finetune.cli import preview
 from finetune.config import known_flags, parse, training_flags
+from finetune.config.argument_parser import NAMED
 from finetune.config.flag_support import REFUSED
 from finetune.utils.errors import ConfigError
 from tests.helpers.flag_parsing import PUBLISHED, REQUIRED, parsed, refusal
@@ -68,7 +69,7 @@ def test_names_and_defaults_are_those_of_the_installed_transformers():
 def test_every_flag_of_transformers_that_is_not_refused_is_accepted():
     samples = {bool: "True", int: "3", float: "0.5", str: "text"}
     values = {bool: True, int: 3, float: 0.5, str: "text"}
-    left_out = {"local_rank", "output_dir", "fp16", *REFUSED}  # fp16: not beside bf16
+    left_out = {"local_rank", "output_dir", "fp16", *NAMED, *REFUSED}  # fp16: not beside bf16
     flags = [flag for flag in training_flags().values() if flag.name not in left_out]
 
     training = parsed(*(word for flag in flags for word in (f"--{flag.name}", samples[flag.shape.kind]))).training
@@ -157,6 +158,8 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--num_virtual_tokens", "-1"], "--num_virtual_tokens -1: expected at least 1"),
         (["--lora_dropout", "1"], "--lora_dropout 1.0: expected a share from 0 up to 1"),
         (["--lora_dropout", "nan"], "--lora_dropout nan: expected a share from 0 up to 1"),
+        (["--optim", "adamw_trch"], "--optim adamw_trch: did you mean adamw_torch? expected "),
+        (["--save_strategy", "x"], "--save_strategy x: expected no, steps, epoch or best"),
         (["--lora_r", "8"], "--lora_r is given, but all parameters would be trained"),
         (["--lora_r", "16"], "--lora_r is given, but all parameters would be trained: add --use_lora True, or leave"),
         (["--adapter", "prefix", "--use_dora"], "--use_dora is given, but a prefix adapter would be trained"),
