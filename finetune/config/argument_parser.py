@@ -226,7 +226,7 @@ def _name_faults(arguments: Arguments) -> Iterator[str]:
         if value is None:
             continue
         nodes = [node.value for node in declaration("transformers", file, names).body if isinstance(node, ast.Assign)]
-        known = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        known = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
         if value not in known:
             close = get_close_matches(str(value), known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
