@@ -25,6 +25,7 @@ from finetune.config.arguments import (
 from finetune.config.command_line import as_flags
 from finetune.config.flag_support import flags_without_effect, refused_flags
 from finetune.config.foreign_names import FOREIGN_NAMES
+from finetune.config.recipes import with_shipped_data
 from finetune.config.saved_adapter import continue_adapter
 from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
@@ -150,6 +151,8 @@ def _from_file(path: Path, parser: CommandParser) -> tuple[dict[str, Any], list[
                 given[name] = value_of(types[name], value)
             except ValueError as error:
                 faults.append(f"--{name} {value!r}: {error}")
+    if "data_path" in given:
+        given["data_path"] = with_shipped_data(path, given["data_path"])
     return given, [f"--config {path}: {fault}" for fault in faults]
 
 

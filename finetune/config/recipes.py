@@ -24,6 +24,14 @@ def recipe_path(word: str) -> str | None:
     return word if word.endswith(RECIPE_ENDINGS) else None
 
 
+def with_shipped_data(recipe: Path, names: list[str]) -> list[str]:
+    """Return the data that a recipe names; where it is shipped, so is the file that the working directory lacks."""
+    if recipe.parent != shipped_folder("recipes"):
+        return names
+    folder = shipped_folder("data").parent
+    return [str(folder / name) if (folder / name).is_file() and not Path(name).exists() else name for name in names]
+
+
 def find_recipe(name: str) -> Path:
     """Return the file of a shipped recipe.
 

@@ -46,8 +46,8 @@ class Cluster:
         (self.folder / "hostfile").write_text("".join(f"{line}\n" for line in lines))
 
     def start(self, *flags: str | Path, launcher: Sequence[str] = (), **environment: str | Path) -> subprocess.Popen:
-        """`finetune launch`, typed on the first host."""
-        words = (sys.executable, "-m", "finetune", "launch", "--hostfile=hostfile", *launcher)
+        """`finetune train`, typed on the first host."""
+        words = (sys.executable, "-m", "finetune", "train", "--hostfile=hostfile", *launcher)
         return self._type(words, flags, environment)
 
     def doctor(self, *flags: str | Path) -> tuple[int, dict[str, Any]]:
@@ -76,7 +76,8 @@ class Cluster:
             "TORCH_EXTENSIONS_DIR": os.environ["TORCH_EXTENSIONS_DIR"],
             **environment,
         }
-        typed = ["env", *(f"{name}={value}" for name, value in values.items()), *words, SCRIPT, *named, *flags]
+        script = () if "train" in words else (SCRIPT,)
+        typed = ["env", *(f"{name}={value}" for name, value in values.items()), *words, *script, *named, *flags]
         self.started.append(
             subprocess.Popen(
                 self.nodes[0].command(typed, self.folder), stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.host_runs import SCRIPT, Cluster, cluster, find, left_behind, until
+from tests.helpers.host_runs import Cluster, cluster, find, left_behind, until
 from tests.helpers.paths import ROOT
 from tests.helpers.short_runs import LORA, losses
 
@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_on_one_host_is_named_and_the_run_goes_on_once_there
 def test_ctrl_c_ends_its_own_job_on_all_hosts_and_no_other(job, three_nodes, tmp_path):
     other = job.start(*FLAGS, *LORA, "--output_dir", tmp_path / "other")
     run = started(job, 7)
-    typed = f"finetune launch --hostfile=hostfile {SCRIPT} --model_name_or_path {job.model} --data_path {job.data} "
+    typed = f"finetune train --hostfile=hostfile --model_name_or_path {job.model} --data_path {job.data} "
     assert other.poll() is None  # so that the signal could have reached it
     os.kill(find(three_nodes[0], f"{typed}--output_dir {job.output}"), signal.SIGINT)
     said = run.communicate(timeout=SECONDS_TO_END)[0]

@@ -1,4 +1,4 @@
-"""`finetune launch` over a hostfile: two real hosts, real ssh; a rank, a launcher, a host or a network that goes."""
+"""`finetune train` over a hostfile: two real hosts, real ssh; a rank, a launcher, a host or a network that goes."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_host_whose_network_goes_is_lost_and_its_ranks_end_too(start, nodes, t
 def test_a_request_to_stop_reaches_the_ranks_of_all_hosts(start, nodes, tmp_path):
     run = start(*FLAGS)
     until(run, "step 5/")
-    os.kill(find(nodes[0], "finetune launch"), signal.SIGTERM)
+    os.kill(find(nodes[0], "finetune train"), signal.SIGTERM)
     said, _ = run.communicate(timeout=LIMIT_SECONDS)
     assert run.returncode == 75, said
     (checkpoint,) = (tmp_path / "output").glob("checkpoint-*")
@@ -153,7 +153,7 @@ def test_a_request_to_stop_reaches_the_ranks_of_all_hosts(start, nodes, tmp_path
 def test_a_launch_that_is_killed_takes_everything_with_it(start, nodes):
     run = start(*FLAGS)
     until(run, "step 5/")
-    os.kill(find(nodes[0], "finetune launch"), signal.SIGKILL)
+    os.kill(find(nodes[0], "finetune train"), signal.SIGKILL)
     run.communicate(timeout=LIMIT_SECONDS)
     assert run.returncode != 0
     assert left_behind(nodes) == []

@@ -1,4 +1,4 @@
-"""`finetune launch --max_restarts`: hosts that die are replaced, and the result is that of the uninterrupted run."""
+"""`finetune train --max_restarts`: hosts that die are replaced, and the result is that of the uninterrupted run."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from finetune.config import parse
+from finetune.config.recipes import find_recipe
 from tests.helpers.flag_parsing import PUBLISHED, REQUIRED, parsed, refusal
 
 VALUES = {"learning_rate": 2e-5, "use_lora": True, "lora_target_modules": ["q_proj", "v_proj"], "report_to": "none"}
@@ -147,3 +148,16 @@ def test_a_run_is_repeated_by_its_own_file(words, name, tmp_path):
 
     assert again.flat() == arguments.flat()
     assert len(again.flat()) > 20
+
+
+def test_a_shipped_recipe_brings_its_data_to_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(find_recipe("cpu_rehearsal"))
+    (shipped,) = parse(["--config", recipe]).data.data_path
+    assert Path(shipped).is_absolute() and Path(shipped).is_file()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/identity.json").write_text("[]")
+    assert parse(["--config", recipe]).data.data_path == ["data/identity.json"]
+    (tmp_path / "own.yaml").write_text((tmp_path / recipe).read_text())
+    (tmp_path / "data/identity.json").unlink()
+    assert parse(["--config", "own.yaml"]).data.data_path == ["data/identity.json"]
