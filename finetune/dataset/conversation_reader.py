@@ -189,29 +189,17 @@ def _id_fault(value: Any) -> str | None:
     return surrogate_fault(value, "id") if isinstance(value, str) else None
 
 
-def check_first_rows(paths: Sequence[str], columns: Sequence[str], repairs: Collection[str], seconds: float) -> None:
-    """Read files for so many seconds at most, before anything is started.
-
-    Raises:
-        DataError: a source that cannot be found; all faults of the rows that were read.
-    """
-    sources = find_sources(paths, columns)
-    began, faults, rows = time.monotonic(), RowFaults(), Counter[str]()
-    for row in ConversationReader(sources, repairs=repairs):
-        rows[row.source] += 1
-        if isinstance(row, BadRow):
-            faults.add(*row.faults[: None if row.is_fault else 0])
-        if time.monotonic() - began > seconds:
-            rows.clear()  # how many there are is not known
-            break
-    if faults.count:
-        raise DataError(faults.message(rows=rows))
-
-
 def read_conversations(
-    paths: str | Path | Sequence[str | Path], *, repairs: Collection[str] = ()
+    paths: str | Path | Sequence[str | Path],
+    *,
+    repairs: Collection[str] = (),
+    columns: Sequence[str] = (),
+    seconds: float = math.inf,
 ) -> list[Conversation]:
     """Read and check files, folders or data sets into memory.
+
+    Args:
+        seconds: after which the rest is left unread.
 
     Raises:
         DataError: a source that cannot be found; all faults, the first 20 shown; or no conversation at all.
@@ -219,12 +207,16 @@ def read_conversations(
     conversations: list[Conversation] = []
     faults = RowFaults()
     rows: Counter[str] = Counter()
-    for row in ConversationReader(find_sources(paths), repairs=repairs):
+    sources, began = find_sources(paths, columns), time.monotonic()
+    for row in ConversationReader(sources, repairs=repairs):
         rows[row.source] += 1
         if isinstance(row, BadRow):
             faults.add(*row.faults[: None if row.is_fault else 0])
         else:
             conversations.append(row)
+        if time.monotonic() - began > seconds:
+            rows.clear()  # how many there are is not known
+            break
     if faults.count:
         raise DataError(faults.message(rows=rows))
     return conversations

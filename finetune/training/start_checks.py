@@ -16,7 +16,7 @@ from finetune import checkpoint
 from finetune.chat_templates.format_selection import read_template
 from finetune.config import Arguments, DataArguments
 from finetune.config.resolve import check_flags
-from finetune.dataset.conversation_reader import check_first_rows
+from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import find_sources, is_local
 from finetune.models.model_folder import check_folder, check_tokenizer_files, stored_bytes
 from finetune.run_dir import output_dir_lock
@@ -73,7 +73,7 @@ def _check_data(data: DataArguments) -> None:
     training, held_out = (list(filter(is_local, paths)) for paths in (data.data_path, data.eval_data_path))
     find_sources([*training, *held_out])
     for paths in (training, held_out) if data.bad_rows == "error" else ():
-        check_first_rows(paths, data.columns, data.repairs, SECONDS_FOR_ROWS)
+        read_conversations(paths, repairs=data.repairs, columns=data.columns, seconds=SECONDS_FOR_ROWS)
 
 
 def _check_skip_rows(files: Sequence[str]) -> None:
