@@ -14,9 +14,9 @@ from pathlib import Path
 
 from finetune.chat_templates import ChatFormat, RenderedConversation
 from finetune.chat_templates.text_segments import Segmenter, segmenter
-from finetune.config import DataArguments, ModelArguments
-from finetune.config.argument_parser import below, data_faults, missing
-from finetune.config.saved_adapter import continue_adapter
+from finetune.config import DataArguments, ModelArguments, RunArguments
+from finetune.config import build_parser as build_training_parser
+from finetune.config.argument_parser import below, data_faults, locate_model, missing, read_flags
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.text_overlap import check_datasketch
 from finetune.evaluation.result_tables import print_sections
@@ -63,18 +63,19 @@ class PreviewOptions:
 
 def build_parser() -> CommandParser:
     """Build the parser of `finetune preview`."""
-    usage = "--model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]"
+    usage = "[RECIPE.yaml] --model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]"
     parser = CommandParser("finetune preview", usage, PreviewOptions)
     for group in (ModelArguments, DataArguments):
         parser.add_group(group, only={declared.name for declared in fields(group)} - NOT_OF_PREVIEW)
+    parser.add_group(RunArguments, only={"config"})
     return parser
 
 
 def parse_options(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PreviewOptions]:
     """Return the flags of the model and the data, and which rows are shown and how."""
-    given = build_parser().parse(argv)
-    raise_faults(missing(given, ("model_name_or_path", "data_path")))
-    continue_adapter(given)
+    given, _, faults = read_flags(argv, build_parser(), build_training_parser())
+    raise_faults([*faults, *missing(given, ("model_name_or_path", "data_path"))])
+    locate_model(given)
     model, data, options = fill(ModelArguments, given), fill(DataArguments, given), fill(PreviewOptions, given)
     raise_faults([*data_faults(data), *_faults(options)])
     return model, data, options

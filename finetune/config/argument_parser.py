@@ -31,6 +31,7 @@ from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
 from finetune.launcher import launcher_options
 from finetune.utils.errors import ConfigError
+from finetune.utils.hub import MODELSCOPE, modelscope_folder
 from finetune.utils.options import CommandParser, OptionType, declaration, describe, fill, one_of, raise_faults
 from finetune.utils.user_files import read_json, read_text
 
@@ -72,6 +73,31 @@ HIGHEST_SEED = 2**32 - 1  # of numpy
 def parse(argv: Sequence[str]) -> Arguments:
     """Parse the training command line, without the program's name, to checked plain values."""
     parser = build_parser()
+    given, on_command_line, faults = read_flags(argv, parser, parser)
+    given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
+    raise_faults([*faults, *missing(given, REQUIRED)])
+    located = locate_model(given)
+    groups: list[Any] = [fill(group, given) for group in GROUPS]
+    ours = {declared.name for group in GROUPS for declared in fields(group)}
+    training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
+    notes = [*located, *_translate(given, training)]
+    model, data, batch, adapter, run = groups
+    adapter = _with_config_read(adapter)
+    arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
+    raise_faults(_faults(arguments, on_command_line, adapter_refused=given.get("use_lora") is False))
+    arguments.notes.extend(flags_without_effect(arguments))
+    return arguments
+
+
+def read_flags(
+    argv: Sequence[str], parser: CommandParser, of_training: CommandParser
+) -> tuple[dict[str, Any], set[str], list[str]]:
+    """Return the flags of a command line and its recipe by name, which of them were typed, and what is wrong with them.
+
+    Args:
+        parser: of the command; it takes those flags of a recipe that are its own.
+        of_training: knows all that a recipe may hold.
+    """
     words = as_flags(argv, parser.types)
     given, faults = parser.read(words)
     on_command_line = {*given}
@@ -79,24 +105,21 @@ def parse(argv: Sequence[str]) -> Arguments:
     if len(recipes) > 1:
         raise ConfigError(f"--config: {' and '.join(recipes)} are given: a run has one recipe")
     if given.get("config"):
-        stored, more = _from_file(Path(given["config"]), parser)
+        stored, more = _from_file(Path(given["config"]), of_training)
         faults += more
         present = {old: translated.to for old, translated in TRANSLATED.items()}
         typed = {present.get(name, name) for name in given}  # under an old name or the present one
-        given = {**{name: value for name, value in stored.items() if present.get(name, name) not in typed}, **given}
-    given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
-    raise_faults([*faults, *missing(given, REQUIRED)])
-    continued = continue_adapter(given)
-    groups: list[Any] = [fill(group, given) for group in GROUPS]
-    ours = {declared.name for group in GROUPS for declared in fields(group)}
-    training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
-    notes = [*continued, *_translate(given, training)]
-    model, data, batch, adapter, run = groups
-    adapter = _with_config_read(adapter)
-    arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
-    raise_faults(_faults(arguments, on_command_line, adapter_refused=given.get("use_lora") is False))
-    arguments.notes.extend(flags_without_effect(arguments))
-    return arguments
+        left = {name: value for name, value in stored.items() if name in parser.types}
+        given = {**{name: value for name, value in left.items() if present.get(name, name) not in typed}, **given}
+    return given, on_command_line, faults
+
+
+def locate_model(given: dict[str, Any]) -> list[str]:
+    """Replace a model of ModelScope by its folder, and an adapter by its base and flags; return notes for the user."""
+    name = given["model_name_or_path"]
+    if name.startswith(MODELSCOPE):
+        given["model_name_or_path"] = modelscope_folder(name, "model", ConfigError)
+    return continue_adapter(given)
 
 
 def build_parser() -> CommandParser:

@@ -91,7 +91,9 @@ def _literal(node: ast.AST | None) -> Any:
 class ModelArguments:
     """The model."""
 
-    model_name_or_path: str = option("", "folder or hub name of a causal language model, or an adapter (required)")
+    model_name_or_path: str = option(
+        "", "folder or hub name (`modelscope:` before one there) of a causal language model, or an adapter (required)"
+    )
     adapter_name_or_path: str | None = option(
         None, "adapter to continue from, on this model; as `--model_name_or_path` an adapter brings its own base"
     )

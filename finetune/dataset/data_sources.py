@@ -15,15 +15,15 @@ from typing import Any
 
 from finetune.dataset.csv_reader import DELIMITERS
 from finetune.dataset.data_files import REFUSED_SUFFIXES
-from finetune.dataset.hub_datasets import hub_dataset, is_saved, modelscope_folder, saved_dataset
+from finetune.dataset.hub_datasets import hub_dataset, is_saved, saved_dataset
 from finetune.dataset.remote_files import fetch
 from finetune.utils.errors import DataError, format_faults, missing_reason
+from finetune.utils.hub import MODELSCOPE, modelscope_folder
 from finetune.utils.proc import shipped_folder
 
 NOT_SHIPPED = {"coig_10k.json": "COIG's 10,000 conversations are not part of this project"}
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 PACKED_SUFFIXES = (".gz", ".zst")
-MODELSCOPE = "modelscope:"
 # owner/name, then :split or :config/split
 _HUB_NAME = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(:((?P<config>[\w.-]+)/)?(?P<split>[\w.-]+))?")
 _BLOCK_BYTES = 4 << 20
@@ -181,10 +181,7 @@ def _glob(pattern: str, weight: float) -> list[Source]:
 
 
 def _modelscope(given: str, weight: float) -> list[Source]:
-    name = given.removeprefix(MODELSCOPE)
-    if not _HUB_NAME.fullmatch(name) or ":" in name:
-        raise DataError(f"{given}: expected modelscope:owner/name")
-    folder = modelscope_folder(given, name)
+    folder = modelscope_folder(given, "data set", DataError)
     files = _folder(folder, weight)
     return [Source(f"{given}/{os.path.relpath(file.name, folder)}", weight, file.name) for file in files]
 

@@ -1,15 +1,12 @@
-"""Data sets by name: saved with `datasets`, from the Hugging Face hub, from ModelScope."""
+"""Data sets by name: saved with `datasets`, or from the Hugging Face hub."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Any
 
 from finetune.utils.errors import DataError, first_line
 from finetune.utils.hub import hub_errors, use_cache_if_hub_unreachable
-
-MODELSCOPE_INSTALL = "pip install 'modelscope>=1.18'"
 
 
 def is_saved(folder: str) -> bool:
@@ -53,29 +50,6 @@ def hub_dataset(given: str, name: str, config: str | None, split: str | None) ->
             remedy = "download its data files and name them"
         raise DataError(f"{given}: the data set cannot be loaded from the hub: {first_line(error)}: {remedy}") from None
     return _single_split(loaded, given, f"name one, for example {name}:{f'{config}/' if config else ''}")
-
-
-def modelscope_folder(given: str, name: str) -> str:
-    """Download a data set from ModelScope unless it is there already; the local folder with its files."""
-    if importlib.util.find_spec("modelscope") is None:
-        raise DataError(f"{given}: data sets on ModelScope need a package that is missing: {MODELSCOPE_INSTALL}")
-    from modelscope.hub.snapshot_download import dataset_snapshot_download
-
-    try:
-        return dataset_snapshot_download(name)
-    except _modelscope_errors() as error:
-        raise DataError(
-            f"{given}: the data set cannot be loaded from ModelScope: {first_line(error)}: check the name and the "
-            "connection, or download it elsewhere and name the local copy"
-        ) from None
-
-
-def _modelscope_errors() -> tuple[type[Exception], ...]:
-    """What a download raises; not every version of the package has a common base class for its errors."""
-    from modelscope.hub import errors
-
-    own = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    return OSError, ValueError, RuntimeError, *own
 
 
 def _single_split(loaded: Any, given: str, remedy: str) -> Any:

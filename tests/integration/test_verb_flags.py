@@ -37,6 +37,7 @@ OF_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "rows": ("", "--rows 1"), "sample": ("", "--sample 2"), "seed": ("--sample 2", "--seed 5"),
         "json": ("", "--json"), "html": ("", "--html DIR/page.html"), "limit": ("", "--limit 1"),
         "stats": ("", "--stats --tasks no.yaml"), "tasks": ("--stats --tasks no.yaml", "--tasks other.yaml"),
+        "config": ("", "--config DIR/recipe.yaml"),
     },
     "evaluate": {
         "base_model": ("--forgetting", "--base_model other"), "no_base": ("--data_path d", "--no_base"),
@@ -88,6 +89,7 @@ def verb(tiny_model, conversation_file, monkeypatch, tmp_path, capsys) -> Callab
     previewed = ["--model_name_or_path", str(tiny_model), "--data_path", str(conversation_file)]
     (tmp_path / "prompts.txt").write_text("Who?\n")
     (tmp_path / "tools.json").write_text('[{"name": "f", "parameters": {}}]')
+    (tmp_path / "recipe.yaml").write_text("model_max_length: 30\n")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain/config.json").write_text("{}")
 

@@ -232,3 +232,16 @@ def test_a_page_never_replaces_another_file(show, tmp_path):
 def test_flags_that_do_not_go_together(words, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         preview.parse_options(["--model_name_or_path", "m", "--data_path", "d", *words])
+
+
+def test_a_recipe_is_previewed_with_the_flags_that_change_what_is_shown(tokenizer_folder, tmp_path, capsys):
+    write_rows(tmp_path / "rows.json", [TALK])
+    (tmp_path / "recipe.yaml").write_text(
+        f"model_name_or_path: {tokenizer_folder}\ndata_path: {tmp_path}/rows.json\nchat_template: lingowhale\n"
+        "learning_rate: 1e-4\nuse_lora: true\noutput_dir: o\nvalidation_share: 0.5\nmodel_max_length: 9\n"
+    )
+    preview.main([str(tmp_path / "recipe.yaml"), "--json", "model_max_length=2048"])
+    assert json.loads(capsys.readouterr().out)["status"] == "kept"
+    (tmp_path / "recipe.yaml").write_text("model_name_or_pat: m\n")
+    with pytest.raises(ConfigError, match="did you mean --model_name_or_path"):
+        preview.main([str(tmp_path / "recipe.yaml"), "--data_path", "d"])

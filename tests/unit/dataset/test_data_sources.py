@@ -11,9 +11,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from finetune.config.argument_parser import locate_model
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import Source, find_sources, fingerprint_sources, shipped_files
-from finetune.utils.errors import DataError
+from finetune.utils.errors import ConfigError, DataError
 from tests.helpers.chat_rows import good_row, read, refusal, spoken, written
 from tests.helpers.paths import ROOT
 
@@ -216,7 +217,7 @@ def test_modelscope_files_are_read_under_the_name_that_was_given(monkeypatch, fo
             raise errors.NotExistError("no such data set\nmore")
         return str(folder / "data")
 
-    download.dataset_snapshot_download = snapshot
+    download.dataset_snapshot_download = download.snapshot_download = snapshot
     for name, module in {"": package, ".hub": hub, ".hub.errors": errors, ".hub.snapshot_download": download}.items():
         monkeypatch.setitem(sys.modules, f"modelscope{name}", module)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
@@ -228,6 +229,10 @@ def test_modelscope_files_are_read_under_the_name_that_was_given(monkeypatch, fo
     ]  # fmt: skip
     assert sources[0].location == str(folder / "data" / "a.json")
     assert "no such data set: check" in refused("modelscope:owner/gone")
+    assert locate_model(given := {"model_name_or_path": "modelscope:owner/model"}) == []
+    assert given["model_name_or_path"] == str(folder / "data")
+    with pytest.raises(ConfigError, match="modelscope:owner/gone: the model cannot be loaded"):
+        locate_model({"model_name_or_path": "modelscope:owner/gone"})
 
 
 # ---- fingerprint
