@@ -37,7 +37,10 @@ EPILOG = """examples:
       --use_lora --bf16 --deepspeed zero2          LoRA on all GPUs of this machine
   finetune train recipe.yaml learning_rate=1e-4    the flags of a file; the command line wins
   finetune train --hostfile hosts recipe.yaml      several hosts, "NAME slots=GPUS" a line
+  finetune train --model_name_or_path output --data_path more.jsonl --output_dir output2
+                                                   continue the adapter in output
   finetune chat output --compare                   talk with the result, next to its base
+  finetune merge output served --gguf q8_0         for vLLM, and a Modelfile for Ollama
 
 `finetune VERB --help` lists the flags of a verb."""
 
