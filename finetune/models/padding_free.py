@@ -21,6 +21,7 @@ from finetune.models.attention import (
 )
 from finetune.models.loader import torch_dtype
 from finetune.models.segments import (
+    LONGEST_DECIDES,
     by_segment_note,
     follow_rows,
     forget_longer_rows,
@@ -29,13 +30,12 @@ from finetune.models.segments import (
     run_whole,
     split_carrying_modules,
 )
-from finetune.models.zero3 import gather_per_module
+from finetune.models.zero3 import gather_per_module, is_partitioned
 
 logger = logging.getLogger(__name__)
 ATTENTION_LOOP = partial(padding_free_attention, uses_kernel=False)
 LEAK = "in a trial, a conversation attended to the one before it"
 NOT_UNDER_ZERO3 = "under ZeRO-3 layers cannot run conversation by conversation"  # ranks have different numbers of them
-LONGEST_DECIDES = "its rotary embedding depends on the longest conversation of a row"
 
 
 def enable_padding_free(
@@ -126,7 +126,7 @@ class Trial:
         self.model, self.base, self.stock = model, base, base.config._attn_implementation
         self.attention: Callable | None = padding_free_attention  # of flat rows; None: the stock one
         self.calls_kernel = False
-        self.is_partitioned = any(hasattr(weight, "ds_id") for weight in base.parameters())
+        self.is_partitioned = is_partitioned(base)
         generator = torch.Generator().manual_seed(0)
         self.a, self.b = (torch.randint(vocab_size, (size,), generator=generator).to(device) for size in (7, 5))
         self.changed = torch.cat([self.a[:-1], (self.a[-1:] + 1) % vocab_size])

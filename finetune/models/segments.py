@@ -21,6 +21,7 @@ import torch
 BOUNDARIES = ("position_ids", "segment_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 ONE_NEEDS_NONE = (*BOUNDARIES[2:], "seq_idx")  # some code refuses them where its kernels are not installed
 CARRY = "they carry something from token to token"
+LONGEST_DECIDES = "its rotary embedding depends on the longest conversation of a row"
 CHANGE = 0.02  # of the largest output: a smaller difference is rounding
 
 
@@ -170,6 +171,7 @@ def run_whole(base: Any) -> None:
 
 
 def _by_segment(base: Any) -> list[Any]:
+    """Return the modules that run by segment."""
     return [module for module in base.modules() if isinstance(module.forward, _BySegment)]
 
 
@@ -221,10 +223,9 @@ def split_carrying_modules(base: Any, row: Callable[[], Any], boundary: int, tot
             is_examined = False
         if not carries:
             return output
-        by_segment = _BySegment(module, forward, CARRY, _nothing)
-        output = by_segment(*args, **kwargs)
+        chosen[module] = _BySegment(module, forward, CARRY, _nothing)
+        output = chosen[module](*args, **kwargs)
         count += 1
-        chosen[module] = by_segment
         return output
 
     chosen: dict[torch.nn.Module, _BySegment] = {}

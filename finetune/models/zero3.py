@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,36 @@ if TYPE_CHECKING:
 
 def set_leaf_modules(model: Any, kinds: ModuleKinds, empty: Any) -> None:
     """Let DeepSpeed gather what `leaf_modules` names as a whole, if the model is partitioned."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        from deepspeed.utils import set_z3_leaf_modules_by_name
+    if is_partitioned(model):
+        gather_as_a_whole([model.get_submodule(name) for name in leaf_modules(model, kinds, empty)])
 
-        set_z3_leaf_modules_by_name(model, leaf_modules(model, kinds, empty))
+
+def is_partitioned(model: Any) -> bool:
+    """Whether each rank holds a part of every parameter (ZeRO-3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def gather_as_a_whole(modules: Sequence[Any]) -> None:
+    """Let DeepSpeed gather all parameters inside of each module when it is called, and reduce their gradients together.
+
+    It does so behind the module's backward pass, which torch sees end at the positional inputs with a gradient; without
+    one that would be before any gradient is there, which would be lost. (DeepSpeed 0.19.8)
+    """
+    import torch
+    from deepspeed.utils import set_z3_leaf_module
+
+    def first_has_gradient(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        name = [*inspect.signature(type(module).forward).parameters][1]
+        if not args and name in kwargs:
+            args = (kwargs.pop(name),)
+        first = args[0] if args else None
+        if torch.is_tensor(first) and torch.is_grad_enabled() and first.is_floating_point() and not first.requires_grad:
+            args = (first.detach().requires_grad_(), *args[1:])
+        return args, kwargs
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
+        module.register_forward_pre_hook(first_has_gradient, with_kwargs=True)
 
 
 def leaf_modules(model: Any, kinds: ModuleKinds, empty: Any) -> list[str]:
@@ -42,14 +69,22 @@ def leaf_modules(model: Any, kinds: ModuleKinds, empty: Any) -> list[str]:
 
 
 def _called_module(model: Any, name: str) -> str:
-    """Return the outermost module around an expert's weights that holds experts alone, or the block of a list."""
+    """Return the innermost module that the code calls around the experts that a weight belongs to."""
+    parts = name.split(".")
+    place = next((number for number, part in enumerate(parts) if part.endswith("experts")), len(parts) - 1)
+    container = ".".join(parts[: place + 1])
+    while not _is_called(model.get_submodule(container)):
+        container = container.rpartition(".")[0]
+    return container
+
+
+def _is_called(module: Any) -> bool:
+    """Whether a module's `forward` is used: not that of a list, nor one that refuses (JetMoe's attention experts)."""
     import torch
 
-    *outer, _ = parts = name.split(".")
-    place = next((number for number, part in enumerate(parts) if part.endswith("experts")), len(outer))
-    container = ".".join(parts[: place + 1])
-    is_called = not isinstance(model.get_submodule(container), torch.nn.ModuleList | torch.nn.ModuleDict)
-    return container if is_called else container.rpartition(".")[0]
+    if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+        return False
+    return "raise NotImplementedError" not in inspect.getsource(type(module).forward)
 
 
 @contextmanager

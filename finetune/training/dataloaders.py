@@ -61,7 +61,10 @@ def build_dataloaders(
     lengths = int_column(epoch.examples, "length")
     reason = _padding_reason(batch, model, data.longest, device, zero_stage, precision)
     layout = batch_layout(batch, int(lengths.max()), reason, supports_logits_to_keep(model))
-    if note := by_segment_note(unwrap_adapter(model)):
+    base = unwrap_adapter(model)
+    if note := neighbours_note(batch, base, data.longest):
+        layout = replace(layout, notes=(*layout.notes, note))
+    if note := by_segment_note(base):
         layout = replace(layout, notes=(*layout.notes, f"{layout.batching} batches: {note}"))
     data_rank, part = divmod(get_rank(), batch.sequence_parallel_size)
     collator = Collator(
@@ -90,6 +93,16 @@ def build_dataloaders(
         return Dataloaders(train, None, layout)
     sampler = evaluation_sampler(batch, layout, int_column(held_out.examples, "length"))
     return Dataloaders(train, micro_batches(held_out, sampler, "token"), layout)
+
+
+def neighbours_note(batch: BatchConfig, base: Any, longest: int) -> str | None:
+    """Say that conversations in a padded batch that was asked for change each other's losses, if they do."""
+    from finetune.models.segments import LONGEST_DECIDES, rows_decide_rope
+
+    shares = batch.tokens_per_device or max(batch.per_device_batch, batch.per_device_eval_batch) > 1
+    if batch.batching != "padded" or not shares or not rows_decide_rope(base, longest):
+        return None
+    return f"padded batches: {LONGEST_DECIDES}, so that a loss depends on the rows beside it; --batching flat does not"
 
 
 def _padding_reason(

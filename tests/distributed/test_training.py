@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.models.stored_tensors import StoredTensors
 from tests.helpers import ranks
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.short_runs import LORA, SHORT, losses
@@ -187,6 +188,22 @@ def test_without_deepspeed_weights_that_files_name_otherwise_are_resumed_too(tra
     assert losses(resumed) == whole and len(whole) == 2
     run = json.loads((resumed / "run.json").read_text())
     assert run["result"]["base_tensors"]["missing"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "llama4"])
+def test_a_checkpoint_with_images_is_whole_after_two_ranks_of_zero_3(train, tmp_path, family):
+    from tests.helpers import vision_models
+
+    base = vision_models.save(family, tmp_path / "base", vocab_size=270)
+    byte_tokenizer().save_pretrained(base)
+    output = train("run", "--deepspeed", "zero3", "--max_steps", "2", model=base)
+    before, after = StoredTensors(base), StoredTensors(output)
+    assert set(before) == set(after)
+    same = {name for name in before if before[name].dtype == after[name].dtype and before[name].equal(after[name])}
+    assert 0 < len(same) < len(before)
+    assert {name for name in before if "vision" in name or "visual" in name} <= same
+    assert json.loads((output / "run.json").read_text())["result"]["base_tensors"]["missing"] == 0
 
 
 @pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])

@@ -165,6 +165,14 @@ def test_zero_3_gathers_the_experts_and_wrapped_weights_of_a_layer_as_a_whole(fa
     assert names and not [name for name in names if any(name.startswith(f"{other}.") for other in names)]
 
 
+def test_experts_that_the_code_does_not_call_are_gathered_with_what_it_calls():
+    empty = tiny_models.build("jetmoe")
+    names = leaf_modules(empty, module_kinds(empty), empty)
+    assert {name.partition(".0.")[2] for name in names if ".0." in name} == {
+        "mlp.input_linear", "mlp.output_linear", "self_attention",
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 def test_in_every_family_of_transformers_what_is_resolved_is_what_peft_adapts():
     frozen, adapted = (ROUTER, EMBEDDINGS, HEAD, VISION, MTP), 0
