@@ -13,6 +13,7 @@ from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
 from finetune.chat_templates.plain_text import add_control_tokens
 from finetune.conversation import Conversation, Turn
 from finetune.utils.errors import ConfigError
+from finetune.utils.user_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,12 +119,8 @@ def read_template(name: str) -> str:
     """
     if name in NAMED or name == "lingowhale":
         return NAMED.get(name, "")
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--chat_template {name}: expected lingowhale, chatml, hermes or a Jinja file that can be read: {error}"
-        ) from None
+    shown = f"--chat_template {name}: expected lingowhale, chatml, hermes or a Jinja file"
+    return read_text(Path(name).expanduser(), shown)
 
 
 def stop_token_id(chat_format: ChatFormat) -> int:
