@@ -96,10 +96,14 @@ class RenderedText:
             found[number] = Extent(number, begin, ends[answer.end[0]] - answer.end[1], turns[number].is_supervised)
         return sorted(found.values(), key=lambda extent: extent.begin)
 
-    def begin_of_answer(self, number: int) -> int:
-        """Where the answer of a turn begins in the text."""
-        index, offset = self.skeleton.answers[number].begin
-        return sum(map(len, (*self.skeleton.pieces[:index], *self.contents[:index]))) + offset
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The texts that are encoded each by itself: the whole, or the prompt and its answer, as a server does."""
+        if not self.skeleton.is_separate:
+            return (self.text,)
+        index, offset = self.skeleton.answers[len(self.conversation.turns) - 1].begin
+        begin = sum(map(len, (*self.skeleton.pieces[:index], *self.contents[:index]))) + offset
+        return self.text[:begin], self.text[begin:]
 
     def note(self, number: int) -> str:
         """What a model turn holds besides its text, for display."""
@@ -184,7 +188,7 @@ class ChatTemplate:
         )
         if not (skeleton.is_completion or spells):
             pieces = find_pieces(text, skeleton, conversation.turns, self.plain.control_pattern)
-            if pieces is not None and (own := skeleton.with_pieces(pieces, skeleton.slots)) is not None:
+            if pieces is not None and (own := skeleton.with_pieces(pieces)) is not None:
                 return own
         marked, spelled = with_marks(conversation, real_tools=True), list[str]()
         if spells:

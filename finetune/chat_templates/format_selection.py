@@ -24,34 +24,7 @@ CHATML = (
 )
 CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
 # ChatML with tool calls as JSON between tags, the syntax that the Hermes models introduced.
-HERMES = """\
-{%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
-    {{- 'Functions that may be called, as JSON Schemas between <tools> tags:\n<tools>' }}
-    {%- for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}
-    {{- '\n</tools>\nA call is a JSON object with its name and arguments between <tool_call> tags:\n' }}
-    {{- '<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call><|im_end|>\n' }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'tool' %}
-        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>tool' }}{% endif %}
-        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
-        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
-    {%- elif not (loop.first and message.role == 'system') %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '\n' if message.content or not loop.first }}
-            {{- '<tool_call>\n{"name": ' + call.function.name | tojson + ', "arguments": ' }}
-            {{- call.function.arguments | tojson + '}\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
-"""
+HERMES = Path(__file__).with_name("hermes.jinja").read_text(encoding="utf-8")
 NAMED = {"chatml": CHATML, "hermes": HERMES}
 
 

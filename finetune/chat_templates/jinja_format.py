@@ -122,23 +122,22 @@ class JinjaFormat:
                     "--chat_template can be followed with it: give a --model_name_or_path with another tokenizer"
                 )
                 continue
-            if rendered.skeleton.is_separate:
-                with suppress(ControlTokenLeak):
-                    results[index] = error_as_value(self._in_two_parts, rendered)
-                continue
             extents = rendered.extents(masks_reasoning=self.masks_reasoning)
             has_results = any(turn.role == "tool" for turn in rendered.conversation.turns)
-            spans = self.positions.by_controls(rendered.text, ids, extents, has_results=has_results)
+            spans = None
+            if not rendered.skeleton.is_separate:
+                spans = self.positions.by_controls(rendered.text, ids, extents, has_results=has_results)
             if spans is None:
                 missed[index] = rendered
             else:
                 results[index] = self._labelled(rendered, ids, extents, spans)
         if missed and self.tokenizer.is_fast:
-            texts = [rendered.text for rendered in missed.values()]
-            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-            for (index, rendered), encoding in zip(missed.items(), encodings, strict=True):
+            texts = [part for rendered in missed.values() for part in rendered.parts]
+            encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+            for index, rendered in missed.items():
+                own = [next(encodings) for _ in rendered.parts]
                 with suppress(ControlTokenLeak):
-                    results[index] = error_as_value(self._by_offsets, rendered, encoding)
+                    results[index] = error_as_value(self._by_offsets, rendered, own)
         return [
             error_as_value(self._piece_by_piece, result) if isinstance(result, RenderedText) else result
             for result in results
@@ -165,30 +164,24 @@ class JinjaFormat:
             self._verified.add(shape)
         return True
 
-    def _by_offsets(self, rendered: RenderedText, encoding: Any) -> TokenizedConversation:
+    def _by_offsets(self, rendered: RenderedText, encodings: Sequence[Any]) -> TokenizedConversation:
+        """Find the turns in the encodings of the text's parts."""
         extents = rendered.extents(masks_reasoning=self.masks_reasoning)
-        spans = self.positions.by_offsets(rendered.text, encoding, extents)
-        return self._labelled(rendered, encoding.ids, extents, spans)
-
-    def _in_two_parts(self, rendered: RenderedText) -> TokenizedConversation:
-        """Encode the prompt and the answer behind it each by itself, as a server does."""
-        if not self.tokenizer.is_fast:
-            return self._piece_by_piece(rendered)
-        extents = rendered.extents(masks_reasoning=self.masks_reasoning)
-        begin = rendered.begin_of_answer(len(rendered.conversation.turns) - 1)
         ids: list[int] = []
         spans: list[TokenSpan] = []
-        for left, right in ((0, begin), (begin, len(rendered.text))):
-            text = rendered.text[left:right]
-            encoding = self._backend.encode(text, add_special_tokens=False)
+        left = 0
+        for text, encoding in zip(rendered.parts, encodings, strict=True):
+            right = left + len(text)
+            is_last = right == len(rendered.text)
             own = [
                 extent._replace(begin=extent.begin - left, stop=extent.stop - left)
                 for extent in extents
-                if left <= extent.begin < right
+                if left <= extent.begin and (extent.begin < right or is_last)
             ]
             found = self.positions.by_offsets(text, encoding, own)
             spans += [TokenSpan(start + len(ids), stop + len(ids)) for start, stop in found]
             ids += encoding.ids
+            left = right
         return self._labelled(rendered, ids, extents, spans)
 
     def _piece_by_piece(self, rendered: RenderedText) -> TokenizedConversation:

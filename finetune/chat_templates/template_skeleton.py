@@ -98,10 +98,8 @@ class TemplateSkeleton:
             if text.strip()
         )
 
-    def with_pieces(self, pieces: Sequence[str], slots: Sequence[Slot]) -> TemplateSkeleton | None:
+    def with_pieces(self, pieces: Sequence[str]) -> TemplateSkeleton | None:
         """This skeleton with the pieces of one conversation with tools; None if its answers are not at their edges."""
-        if tuple(slots) != self.slots:
-            return None
         for answer in self.answers.values():
             (first, begin), (last, end) = answer.begin, answer.end
             if pieces[first][:begin] != self.pieces[first][:begin]:

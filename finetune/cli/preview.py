@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -167,32 +167,24 @@ class _FirstRows:
 
 def _select(prepared: PreparedData, options: PreviewOptions) -> tuple[str, list[RenderedConversation]]:
     """Return a sentence that says which rows are shown, and the rows, read in one pass that ends with the last."""
-    is_selected, wanted, description = _selector(options, prepared.summary.rows, prepared.summary.rows_by_source)
-    selected = (row for number, row in enumerate(prepared.renderings()) if is_selected(number, row))
-    return description, list(islice(selected, wanted))
-
-
-def _selector(
-    options: PreviewOptions, total: int, rows_by_source: dict[str, int]
-) -> tuple[Callable[[int, RenderedConversation], bool], int, str]:
-    """Return (whether the n-th rendering is selected, how many are, a description)."""
+    total, by_source = prepared.summary.rows, prepared.summary.rows_by_source
     if options.rows is not None:
         rows = set(options.rows)
-        most = max(rows_by_source.values(), default=0)
-        missing_rows = sorted(row for row in rows if not 0 <= row < most)
-        if missing_rows:
-            existing = "; ".join(f"{source} has rows 0 to {count - 1:,}" for source, count in rows_by_source.items())
+        most = max(by_source.values(), default=0)
+        if missing_rows := sorted(row for row in rows if not 0 <= row < most):
+            existing = "; ".join(f"{source} has rows 0 to {count - 1:,}" for source, count in by_source.items())
             raise ConfigError(f"--rows {' '.join(map(str, missing_rows))}: there is no such row: {existing}")
-        wanted = sum(row < count for row in rows for count in rows_by_source.values())
-        return lambda number, rendering: rendering.row in rows, wanted, f"Rows asked for: {wanted:,} of {total:,}"
+        wanted = sum(row < count for row in rows for count in by_source.values())
+        named = (rendering for rendering in prepared.renderings() if rendering.row in rows)
+        return f"Rows asked for: {wanted:,} of {total:,}", list(islice(named, wanted))
     sample = SAMPLE_OF_A_PAGE if options.html is not None and options.sample is None else options.sample
     if sample is None or sample >= total:
         count = min(FIRST_ROWS if sample is None else sample, total)
         words = f"All {total:,} rows" if count == total else f"The first {count:,} of {total:,} rows"
-        return lambda number, rendering: number < count, count, words
+        return words, list(islice(prepared.renderings(), count))
     drawn = set(random.Random(options.seed).sample(range(total), sample))
-    words = f"{sample:,} of {total:,} rows, drawn with seed {options.seed}"
-    return lambda number, rendering: number in drawn, sample, words
+    chosen = (rendering for number, rendering in enumerate(prepared.renderings()) if number in drawn)
+    return f"{sample:,} of {total:,} rows, drawn with seed {options.seed}", list(islice(chosen, sample))
 
 
 # ---- in the terminal

@@ -101,9 +101,7 @@ def is_local(given: str) -> bool:
     """Return whether a name is one of files, which need neither a network nor a library."""
     name, _ = _split_weight(given)
     is_elsewhere = "://" in name or name.startswith(MODELSCOPE) or (os.path.isdir(name) and is_saved(name))
-    hub = _HUB_NAME.fullmatch(name)
-    is_hub = hub and not os.path.isdir(name.partition("/")[0]) and not _is_data_file(hub["name"])
-    return not is_elsewhere and (os.path.exists(name) or not is_hub)
+    return not is_elsewhere and (os.path.exists(name) or not _hub_name(name))
 
 
 def _identity(source: Source) -> Any:
@@ -125,10 +123,14 @@ def _resolve(given: str) -> list[Source]:
         return [Source(name, weight, dataset=saved_dataset(name))] if is_saved(name) else _folder(name, weight)
     if glob.has_magic(name):
         return _glob(name, weight)
-    hub = _HUB_NAME.fullmatch(name)
-    if hub and not os.path.isdir(name.partition("/")[0]) and not _is_data_file(hub["name"]):
+    if hub := _hub_name(name):
         return [Source(name, weight, dataset=hub_dataset(name, hub["name"], hub["config"], hub["split"]))]
     raise DataError(f"{name}: {_why_missing(Path(name))}")
+
+
+def _hub_name(name: str) -> re.Match[str] | None:
+    hub = _HUB_NAME.fullmatch(name)
+    return hub if hub and not os.path.isdir(name.partition("/")[0]) and not _is_data_file(hub["name"]) else None
 
 
 def _split_weight(given: str) -> tuple[str, float]:

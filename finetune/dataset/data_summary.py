@@ -14,6 +14,11 @@ from finetune.dataset.row_faults import RowFaults, kind_of
 from finetune.utils.user_files import from_json
 
 STATUSES = ("kept", "cut", "split", "dropped")
+# Counts that a tally and its summary have alike.
+BY_NAME = (
+    "reasons", "rows_by_source", "examples_by_source", "tokens_by_source", "supervised_by_source", "written_openings",
+    "served_openings",
+)  # fmt: skip
 HISTOGRAM_BINS = 24
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_REASONS = SHOWN_SOURCES = SHOWN_OPENINGS = 5
@@ -84,7 +89,7 @@ class DataSummary:
             once, share = self.tokens - self.repeated_tokens, self.repeated_tokens / self.tokens
             words = f"{self.repeated_tokens:,} tokens ({share:.1%}) are turns of an earlier example of the same row"
             rows.append(("Repeated", f"{words}; {once:,} are read once"))
-        by_tokens = sorted(self.tokens_by_source.items(), key=lambda name_and_tokens: -name_and_tokens[1])
+        by_tokens = Counter(self.tokens_by_source).most_common()
         for name, tokens in by_tokens[:SHOWN_SOURCES] if len(by_tokens) > 1 else ():
             supervised = f"{self.supervised_by_source[name] / max(tokens, 1):.1%} of them supervised"
             rows.append(("Source", f"{name}: {tokens:,} tokens ({tokens / self.tokens:.1%}), {supervised}"))
@@ -94,7 +99,7 @@ class DataSummary:
             (self.written_openings, "the model writes it (supervised)"),
             (self.served_openings, "serving writes it (not supervised)"),
         ):
-            for text, count in sorted(openings.items(), key=lambda text_and_count: -text_and_count[1])[:SHOWN_OPENINGS]:
+            for text, count in Counter(openings).most_common(SHOWN_OPENINGS):
                 rows.append(("Opening", f"{json.dumps(text, ensure_ascii=False)} in front of {count:,} answers: {who}"))
         if self.spelled:
             rows.append(("Spelled", f"{self.spelled:,} rows spell a control token; it is read as plain text"))
@@ -102,7 +107,7 @@ class DataSummary:
 
     def most_reasons(self) -> list[tuple[str, int]]:
         """Kinds of reasons with their counts, the most frequent first."""
-        return sorted(self.reasons.items(), key=lambda reason_and_count: -reason_and_count[1])
+        return Counter(self.reasons).most_common()
 
     def lines(self) -> list[str]:
         """The summary for a terminal, one fact a line, with a histogram of the lengths."""
@@ -182,9 +187,10 @@ class DataTally:
     def summary(self) -> DataSummary:
         """The counts so far."""
         longest = max(self.lengths, default=0)
+        alike: dict[str, Any] = {status: self.statuses[status] for status in STATUSES}
+        alike |= {name: dict(getattr(self, name)) for name in BY_NAME}
         return DataSummary(
             rows=self.statuses.total(),
-            **{status: self.statuses[status] for status in STATUSES},
             bad=self.counts["bad"],
             faults=self.faults.count,
             spelled=self.counts["spelled"],
@@ -192,17 +198,11 @@ class DataTally:
             tokens=sum(length * count for length, count in self.lengths.items()),
             supervised_tokens=self.supervised_by_source.total(),
             longest=longest,
-            reasons=dict(self.reasons),
             length_histogram=_histogram(self.lengths, longest),
             length_percentiles=[_percentile(self.lengths, share) for share in (0.5, 0.9, 0.99)],
-            rows_by_source=dict(self.rows_by_source),
-            examples_by_source=dict(self.examples_by_source),
             repeated_tokens=self.counts["repeated"],
             with_reasoning=self.counts["with_reasoning"],
-            tokens_by_source=dict(self.tokens_by_source),
-            supervised_by_source=dict(self.supervised_by_source),
-            written_openings=dict(self.written_openings),
-            served_openings=dict(self.served_openings),
+            **alike,
         )
 
 

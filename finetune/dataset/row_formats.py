@@ -77,22 +77,16 @@ REFUSED_ROWS = {key: reason for key, reason in REFUSED.items() if key not in TOO
     "documents": "documents beside the turns are not read",
 }
 ROW_WEIGHTS = ("weight", "loss_weight")
+_KEYS = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *TOOL_KEYS, *REASONING_KEYS, *ROW_WEIGHTS, "history"})
+COLUMN_KEYS = _KEYS | {"id", "text"}  # --columns can name a column for these
 # Keys that are read, or refused, in some format.
-WATCHED = frozenset(
-    {*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *REFUSED_ROWS, *VERDICT_KEYS, *TOOL_KEYS, *REASONING_KEYS, *ROW_WEIGHTS}
-    | {"history", "chat_template_kwargs", "only_last_turn_loss", *TEMPLATE_VARIABLES}
-)
+WATCHED = _KEYS.union(REFUSED_ROWS, VERDICT_KEYS, TEMPLATE_VARIABLES, ("chat_template_kwargs", "only_last_turn_loss"))
 # Names of rows decide nothing.
 NAMES_OF_ROWS = frozenset({"id", "uuid", "idx", "index", "conversation_id", "prompt_id", "__index_level_0__"})
 EXPECTED = (
     'an object with "conversations" (or another format that is read: "messages", Alpaca, Dolly, prompt and response, '
     'question and answer, "text"; --columns names other columns)'
 )
-
-
-# Keys that --columns can name a column for.
-COLUMN_KEYS = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *TOOL_KEYS, *REASONING_KEYS, *ROW_WEIGHTS})
-COLUMN_KEYS |= {"id", "text", "history"}
 
 
 def with_columns(row: Any, columns: Sequence[tuple[str, str]]) -> Any:
