@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 Role = Literal["human", "model", "system", "tool", "text"]
@@ -80,6 +80,14 @@ class BadRow:
     def reason(self) -> str:
         """All faults, for the ledger."""
         return "; ".join(self.faults)
+
+
+def trained_on(turns: Sequence[Turn], numbers: Collection[int]) -> tuple[Turn, ...]:
+    """The turns with all model turns but those of these numbers as context."""
+    return tuple(
+        replace(turn, train=False) if turn.role == "model" and number not in numbers else turn
+        for number, turn in enumerate(turns)
+    )
 
 
 def answer_numbers(roles: Mapping[int, str]) -> dict[int, int]:

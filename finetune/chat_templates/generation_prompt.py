@@ -19,7 +19,7 @@ from finetune.chat_templates.example import (
     tokenize_conversation,
 )
 from finetune.chat_templates.plain_text import PlainTextTokenizer
-from finetune.conversation import Conversation, ToolCall, Turn
+from finetune.conversation import Conversation, ToolCall, Turn, trained_on
 
 REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
 MAX_PENDING = 64  # tokens; no character has as many
@@ -32,8 +32,7 @@ _CALL = Conversation(
 
 def with_answer(conversation: Conversation, answer: Turn) -> Conversation:
     """The conversation with one more model turn, the only supervised one."""
-    before = [replace(turn, train=False) for turn in conversation.turns]
-    return replace(conversation, turns=(*before, answer))
+    return replace(conversation, turns=(*trained_on(conversation.turns, ()), answer))
 
 
 def prompt_ids(chat_format: ChatFormat, conversation: Conversation) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -21,7 +21,7 @@ from finetune.chat_templates.messages import normalized, without_reasoning
 from finetune.chat_templates.plain_text import PlainTextTokenizer, with_plain_offsets
 from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE, shape_of, with_date
 from finetune.chat_templates.token_positions import ControlTokenLeak, Extent, TokenPositions, TokenSpan
-from finetune.conversation import Conversation
+from finetune.conversation import Conversation, trained_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,11 +94,11 @@ class JinjaFormat:
             shift = int(skeleton.system_in_front)
             here = {number for number in rest if number - shift in skeleton.answers and number <= last}
             if not here and last == max(rest):  # tokenizing it says why
-                return [_trained_on(part, {last})]
+                return [replace(part, turns=trained_on(part.turns, {last}))]
             if len(here) == len(rest) and not parts:
                 return [part]
             if here:
-                parts.append(_trained_on(part, here))
+                parts.append(replace(part, turns=trained_on(part.turns, here)))
             rest -= here
             last = max(rest, default=0)
         return parts[::-1] or [conversation]
@@ -261,12 +261,3 @@ class JinjaFormat:
     def _end_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         return token_id if isinstance(token_id, int) else token_id[0]
-
-
-def _trained_on(conversation: Conversation, numbers: Collection[int]) -> Conversation:
-    """The conversation with these of its trained turns alone."""
-    turns = tuple(
-        replace(turn, train=turn.train and number in numbers) if turn.role == "model" else turn
-        for number, turn in enumerate(conversation.turns)
-    )
-    return replace(conversation, turns=turns)

@@ -27,7 +27,7 @@ from finetune.chat_templates.truncation import (
     truncate_to_fit,
     window_of,
 )
-from finetune.conversation import BadRow, Conversation, Turn
+from finetune.conversation import BadRow, Conversation, Turn, trained_on
 from finetune.utils.errors import DataError
 
 TooLong = Literal["turns", "windows", "drop", "error"]
@@ -108,10 +108,7 @@ class Renderer:
             turns = tuple(map(without_reasoning, turns))
         if self.train_on == "last_model_turn":
             last = max(number for number, turn in enumerate(turns) if turn.role == "model")
-            turns = tuple(
-                replace(turn, train=turn.train and number == last) if turn.role == "model" else turn
-                for number, turn in enumerate(turns)
-            )
+            turns = trained_on(turns, {last})
         if turns is not conversation.turns:
             conversation = replace(conversation, turns=turns)
         return self.format.split_history(conversation)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from finetune.chat_templates.example import TokenizedConversation
-from finetune.conversation import Turn
+from finetune.conversation import Turn, trained_on
 
 Tokenize = Callable[[Sequence[Turn]], TokenizedConversation]
 
@@ -67,9 +67,7 @@ def window_of(
 
     def window(begin: int) -> TokenizedConversation:
         numbers = [*range(num_system), *range(begin, last + 1)]
-        tokenized = tokenize(
-            [replace(turns[number], train=turns[number].train and number == last) for number in numbers]
-        )
+        tokenized = tokenize(trained_on([turns[number] for number in numbers], {len(numbers) - 1}))
         tokenized.turn_spans = [replace(span, turn=numbers[span.turn]) for span in tokenized.turn_spans]
         tokenized.supervised_spans = [replace(span, turn=numbers[span.turn]) for span in tokenized.supervised_spans]
         return tokenized

@@ -123,28 +123,28 @@ class ConversationReader:
         faults = raw.faults + reading.faults
         turns: tuple[Turn, ...] = ()
         repairs: tuple[str, ...] = ()
+        is_plain = False
         if reading.is_complete:
             numbered = [*zip(reading.numbers, reading.turns, strict=True)]
             turns = tuple(reading.turns)
             if self.repairs:
                 numbered, repairs = repair_turns(numbered, self.repairs)
             faults += order_faults(numbered, place)
-            if not reading.is_plain:
+            if not (is_plain := reading.is_plain):
                 allows = "undeclared_tools" in self.repairs
                 numbered, tool_faults = check_tools(numbered, reading.declared, place, allows_undeclared=allows)
                 faults += tool_faults
-            if self.repairs or not reading.is_plain:
+            if self.repairs or not is_plain:
                 turns = tuple(turn for _, turn in numbered)
         own_id = value.get("id") if isinstance(value, dict) else None
         if own_id is not None and (fault := _id_fault(own_id)) is not None:
             faults.append(f"{place}: {fault}")
             own_id = None
-        if reading.is_plain:
+        if is_plain:
             digest = digest_of_turns(turns)
-            conversation = Conversation(turns, raw.row, name, own_id, repairs)
         else:
             digest = digest_of_row(to_row(turns, None, reading.tools, reading.template_kwargs))
-            conversation = Conversation(turns, raw.row, name, own_id, repairs, reading.tools, reading.template_kwargs)
+        conversation = Conversation(turns, raw.row, name, own_id, repairs, reading.tools, reading.template_kwargs)
         id_key = None if own_id is None else key_of_id(own_id)
         keys = RowKeys(source_index, raw.row, id_key, digest if turns else None, bool(faults))
         return CheckedRow(conversation, reading, faults, keys)

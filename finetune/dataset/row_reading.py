@@ -58,7 +58,7 @@ class RowReading:
     With `ignores_verdicts`, keys that say how good the answer is are not read.
     """
 
-    is_complete = is_plain = True
+    is_complete = True
     format = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     declared: tuple[Mapping[str, Any], ...] = ()
@@ -75,6 +75,14 @@ class RowReading:
             self._read(row)
         else:
             self._add_fatal(f'{place}: expected an object with "conversations", found {shown(row)}')
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the row holds nothing but roles, texts and which turns are supervised."""
+        return not (self.declared or self.template_kwargs) and all(
+            turn.role in ("human", "model", "system") and not (turn.reasoning or turn.tool_calls) and turn.weight == 1
+            for turn in self.turns
+        )
 
     def _add_fatal(self, fault: str) -> None:
         """Add a fault that leaves some turn unread, so that the order of turns cannot be checked."""
@@ -111,11 +119,10 @@ class RowReading:
         if keys & {*TOOL_KEYS}:
             self.tools, faults = declared_tools(row)
             self.faults += [f"{self.place}: {fault}" for fault in faults]
-            self.declared, self.is_plain = self.tools, not self.tools
+            self.declared = self.tools
         if keys & {"chat_template_kwargs", *TEMPLATE_VARIABLES}:
             self.template_kwargs, fault = template_kwargs_of(row)
             self.faults += [f"{self.place}: {fault}"] if fault else []
-            self.is_plain &= not self.template_kwargs
         self._system(row)
 
     def _system(self, row: dict[str, Any]) -> None:
@@ -137,7 +144,7 @@ class RowReading:
             self._add_fatal(f"{place}: {fault}")
 
     def _text(self, row: dict[str, Any]) -> None:
-        self.format, self.is_plain = "text, for continued pretraining", False
+        self.format = "text, for continued pretraining"
         if "role" in row or "parent_id" in row:
             self._add_fatal(
                 f"{self.place}: one message of a conversation: write whole conversations, or trees, as rows"
@@ -234,9 +241,6 @@ class RowReading:
         reading = TurnReading(turn, place, ignores_verdicts=self.ignores_verdicts)
         self.faults += reading.faults
         self.is_complete &= reading.is_complete
-        self.is_plain &= all(
-            turn.role != "tool" and turn == Turn(turn.role, turn.text, turn.train) for turn in reading.turns
-        )
         self.unread = [*self.unread, *(f"{key} of turns" for key in reading.unread)]
         if reading.role_name is not None:
             self.role_names.append(reading.role_name)
@@ -245,13 +249,9 @@ class RowReading:
             if (before.train, before.weight) == (added.train, added.weight) and not (
                 before.reasoning and added.reasoning
             ):
-                calls = before.tool_calls + added.tool_calls
-                self.turns[-1] = replace(
-                    before,
-                    text=before.text + added.text,
-                    tool_calls=calls,
-                    reasoning=before.reasoning or added.reasoning,
-                )
+                calls, reasoning = before.tool_calls + added.tool_calls, before.reasoning or added.reasoning
+                text = before.text + added.text
+                self.turns[-1] = replace(before, text=text, tool_calls=calls, reasoning=reasoning)
                 return reading.role_key
         self.turns += reading.turns
         self.numbers += [number] * len(reading.turns)
@@ -315,12 +315,10 @@ class RowReading:
             return
         reasoning, fault = read_reasoning({key: row.get(key) for key in REASONING_KEYS})
         self.faults += [f"{self.place}: {fault}"] if fault else []
-        self.is_plain &= not reasoning
         self._add_joined("model", row, pair_format.answers, pair_format.needs, reasoning=reasoning)
 
     def _answer_calls(self, answers: Any) -> None:
         calls, faults = read_calls(answers)
-        self.is_plain = False
         for fault in faults:
             self._add_fatal(f'{self.place}: "answers": {fault}')
         self.numbers.append(len(self.turns))
@@ -363,7 +361,6 @@ class RowReading:
             return
         turns, numbers, faults = written_calls(self.turns, self.numbers, self.declared)
         self.faults += [f"{self.place}, {fault}" for fault in faults]
-        self.is_plain &= turns == self.turns
         self.turns, self.numbers = turns, numbers
 
     def _apply_to_all(self, row: dict[str, Any], keys: set[str]) -> None:
@@ -379,7 +376,6 @@ class RowReading:
             self.faults.append(f'{self.place}: expected "only_last_turn_loss" to be true or false')
         if weight == 1 and last_only is not True:
             return
-        self.is_plain = False
         last = max((index for index, turn in enumerate(self.turns) if turn.role == "model"), default=0)
         for index, turn in enumerate(self.turns):
             if turn.role in ("model", "text"):
