@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,7 +23,7 @@ from finetune.utils.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS, SECONDS_PER_ROW = 10.0, 0.02
+SECONDS, SECONDS_PER_ROW = 10.0, 0.02  # of the thread's own time
 MEMORY_BYTES = 1 << 30  # beside what the process holds
 CHARACTERS, GROWTH = 1_000_000, 100  # of a rendered conversation: so many, and so many for each that it is made of
 _this_thread = threading.local()
@@ -71,12 +72,19 @@ def template_limits(num_rows: int, *, memory: bool = True) -> Iterator[None]:
         return
     seconds = SECONDS + SECONDS_PER_ROW * num_rows
     thread, ended = threading.get_ident(), threading.Event()
+    clock = time.pthread_getcpuclockid(thread)  # a busy machine must not stop a template that ends
+    stop = time.clock_gettime(clock) + seconds
 
     def interrupt() -> None:
         wait = seconds
         while not ended.wait(wait):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TimeIsUp))
-            wait = 1.0
+            try:
+                wait = stop - time.clock_gettime(clock)
+            except OSError:
+                return  # the thread has just ended
+            if wait <= 0:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TimeIsUp))
+            wait = wait if wait > 0 else 1.0
 
     with _one_at_a_time:
         limits = resource.getrlimit(resource.RLIMIT_AS)

@@ -109,7 +109,8 @@ def declared_in_text(
 
 def first_python_call(text: str) -> str | None:
     """The first name of a text that looks like `[name(...)]`; None of any other text."""
-    match = _NAME.match(text, 1) if text.startswith("[") and text.endswith(")]") else None
+    match = _NAME.match(text, 1) if text.startswith("[") and text.endswith("]") else None
+    match = match if match and text[:-1].rstrip().endswith(")") else None
     return match[1].strip() if match else None
 
 

@@ -185,7 +185,7 @@ def toolace(said: str, *functions: dict, system: str = PROSE) -> dict:
 
 def test_rows_of_toolace_are_read_as_published(tmp_path):
     said = (
-        """[Find Book(title="a), Find Book(x='", from=1, max-n=-2, open=True), Find Book(title='null', open=false)]"""
+        """[Find Book(title="a), Find Book(x='", from=1, max-n=-2, open=True), Find Book(title='null', open=false) ]"""
     )
     (one,) = read(written(tmp_path / "a.json", [toolace(said, FUNCTION)]))
 
