@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -77,7 +78,9 @@ def main() -> None:
         target.mkdir(parents=True)
         for path in MODEL.glob("*.json*") if MODEL.is_dir() else ():
             shutil.copy(path, target)
-        archive = Path(shutil.make_archive(str(given.output / "packages"), "xztar", packages))
+        archive = given.output / "packages.tar.xz"
+        with tarfile.open(archive, "w:xz", preset=2) as file:
+            file.add(packages, ".")
     (given.output / "setup.sh").write_text(SETUP.replace("@PYTHON@", given.python), encoding="utf-8")
     print(f"{archive}: {len(names)} packages, {archive.stat().st_size / 1e6:.1f} MB")
 
