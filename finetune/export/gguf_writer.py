@@ -24,6 +24,7 @@ from finetune.models.loader import embedding_rows
 from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.atomic_io import replacing
 from finetune.utils.errors import ConfigError
+from finetune.utils.user_files import read_json_object
 
 try:
     import gguf
@@ -61,7 +62,7 @@ def check_gguf(source: Path, kind: str, tokenizer: Any) -> None:
         raise ConfigError(f"--gguf {kind}: expected one of {', '.join(TYPES)}")
     if gguf is None:
         raise ConfigError(f"--gguf needs the package gguf: {INSTALL}")
-    config = _config(source)
+    config = read_json_object(source / "config.json")
     if config["model_type"] not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ConfigError(f"--gguf: {config['model_type']} is not supported, only {known}: {ALTERNATIVE}")
@@ -73,7 +74,7 @@ def check_gguf(source: Path, kind: str, tokenizer: Any) -> None:
 
 def write_gguf(folder: Path, kind: str, *, stop_token_id: int) -> Path:
     """Write `NAME-TYPE.gguf` into a plain model's folder, tensor by tensor; return its path."""
-    config, stored = _config(folder), StoredTensors(folder)
+    config, stored = read_json_object(folder / "config.json"), StoredTensors(folder)
     path = folder / f"{folder.absolute().name}-{kind}.gguf"
     arch_name, rotates_adjacent = ARCHITECTURES[config["model_type"]]
     arch = gguf.MODEL_ARCH[arch_name]
@@ -97,10 +98,6 @@ def write_gguf(folder: Path, kind: str, *, stop_token_id: int) -> Path:
             writer.write_tensor_data(_quantized(tensor, stored, config, rotates_adjacent))
         writer.close()
     return path
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

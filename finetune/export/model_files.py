@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -17,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from finetune.chat_templates import ChatFormat, LingoWhaleFormat
 from finetune.export.merge_plan import OutputTensor
 from finetune.models.loader import add_eos_token, embedding_rows
+from finetune.utils.user_files import read_json_object
 
 # Files copied from the source: what the model needs to run, and licenses.
 COPIED_FILES = ("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.tiktoken", "preprocessor_config.json")
@@ -57,7 +57,7 @@ def write_weights(folder: Path, tensors: Sequence[OutputTensor], dtypes: Sequenc
 
 def write_config(folder: Path, source: Path, *, dtype: str, vocab_size: int, unties: bool) -> None:
     """Write the source's config.json with the type, vocabulary size and weight tying of the merged model."""
-    config = _read_config(source)
+    config = read_json_object(source / "config.json")
     for inner in (config, *(value for key, value in config.items() if key == "text_config")):
         if "vocab_size" in inner:
             inner["vocab_size"] = vocab_size
@@ -74,7 +74,7 @@ def write_generation_config(folder: Path, source: Path, stop_token_id: int) -> N
     if (source / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(source)
     else:
-        config = GenerationConfig(eos_token_id=_read_config(source).get("eos_token_id"))
+        config = GenerationConfig(eos_token_id=read_json_object(source / "config.json").get("eos_token_id"))
     add_eos_token(config, stop_token_id)
     # Not `save_pretrained`, which refuses a temperature without sampling, as many base models have it.
     config.to_json_file(folder / "generation_config.json")
@@ -121,10 +121,6 @@ def copy_other_files(folder: Path, source: Path) -> None:
 
 def vocab_size_of(source: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of embedding rows: that of the source, or as many as the tokenizer needs."""
-    config = _read_config(source)
+    config = read_json_object(source / "config.json")
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0
     return max(size, embedding_rows(tokenizer))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
