@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from finetune.chat_templates import supervised_turns_of
-from finetune.dataset.collator import LOSS_KEYS, Collator
+from finetune.dataset.collator import Collator, pop_targets
 from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
+from finetune.models.loss import token_losses
 from finetune.models.padding_free import enable_padding_free
-from finetune.training.loss import token_losses
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,12 @@ def token_losses_of(
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in Collator(is_flat, pad_token_id, selects)(examples).items()
     }
-    targets, positions = batch["targets"], batch["target_positions"]
-    if not len(targets):
+    targets = pop_targets(batch)
+    if not len(targets.tokens):
         return np.zeros(0)
-    arguments = {name: value for name, value in batch.items() if name not in LOSS_KEYS}
     if has_virtual_tokens and supports_logits_to_keep(model):
         # Positions counted from the end are the same with virtual tokens at the beginning.
-        arguments["logits_to_keep"] = positions.shape[1] - int(positions.any(dim=0).nonzero()[0])
-        positions = positions[:, -arguments["logits_to_keep"] :]
-    with torch.no_grad():
-        logits = model(**{"use_cache": has_virtual_tokens, **arguments}).logits
-    if not selects:
-        logits = logits[0, positions] if is_flat else logits[:, -positions.shape[1] :][positions]
-    logits = logits.reshape(-1, logits.shape[-1])
-    return token_losses(logits, targets.to(logits.device)).double().cpu().numpy()
+        kept = batch["logits_to_keep"] = targets.positions.shape[1] - int(targets.positions.any(dim=0).nonzero()[0])
+        targets = targets._replace(positions=targets.positions[:, -kept:])
+    losses = token_losses(model, {"use_cache": has_virtual_tokens, **batch}, targets)
+    return losses.double().cpu().numpy()

@@ -223,12 +223,7 @@ def sliding_window_of(config: Any, longest: int) -> int | None:
 
 def supports_logits_to_keep(model: Any) -> bool:
     """Whether the model can compute logits at selected positions: transformers' `logits_to_keep`."""
-    return forward_takes_logits_to_keep(type(unwrap_adapter(model)))
-
-
-def forward_takes_logits_to_keep(model_class: type[torch.nn.Module]) -> bool:
-    """Whether models of this class can compute logits at selected positions."""
-    forward = inspect.unwrap(model_class.forward)
+    forward = inspect.unwrap(type(unwrap_adapter(model)).forward)
     return "logits_to_keep" in inspect.signature(forward).parameters and "slice_logits_to_keep" in forward.__globals__
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from finetune.models.loss import loss_module
 from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ def gather_as_a_whole(modules: Sequence[Any]) -> None:
 
 
 def leaf_modules(model: Any, kinds: ModuleKinds, empty: Any) -> list[str]:
-    """Return the names of the modules whose parameters are needed together: experts, and layers that peft wraps.
+    """Return the names of the modules whose parameters are needed together: experts, and some that peft wraps.
 
     Each token takes other experts, so that their order is no guide to prefetching, and a rank may need one that
-    another does not. `peft.tuners.lora.ParamWrapper` reads the weights of modules that it does not call.
+    another does not. `peft.tuners.lora.ParamWrapper` reads the weights of modules that it does not call. A head with
+    LoRA runs once for each chunk of the loss, of which ranks have different numbers.
 
     Args:
         model: maybe with an adapter.
@@ -59,8 +61,10 @@ def leaf_modules(model: Any, kinds: ModuleKinds, empty: Any) -> list[str]:
     """
     prefix = "base_model.model." if hasattr(model, "peft_config") else ""
     names: list[str] = []
+    head: Any = loss_module(model)
     for name, module in model.named_modules():
-        if type(module).__name__ == "ParamWrapper" and not name.endswith(".base_layer"):
+        is_wrapper = type(module).__name__ == "ParamWrapper" and not name.endswith(".base_layer")
+        if is_wrapper or (module is head and any(module.children())):
             names.append(name)
     for name, kind in kinds.by_module.items():
         if kind == ROUTED_EXPERTS:

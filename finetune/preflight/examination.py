@@ -20,7 +20,7 @@ from finetune.dataset.prepare import PreparedData
 from finetune.distributed import host_probe
 from finetune.distributed.op_builder import operators_of
 from finetune.launcher import ssh, staging
-from finetune.models.attention import forward_takes_logits_to_keep, unsupported_config_reason
+from finetune.models.attention import unsupported_config_reason
 from finetune.models.loader import ModelInfo
 from finetune.preflight import dry_run
 from finetune.preflight.doctor_report import DoctorReport
@@ -89,10 +89,9 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
         if fitted and read:
             logger.info("computing memory and disk")
             tokenizer, data = read
-            selects = forward_takes_logits_to_keep(type(info.empty))
             obstacle = unsupported_config_reason(info.config, data.longest)
             forecast = partial(forecast_batches, config.batch, config.schedule, data)
-            batches = report.attempt("configuration", lambda: forecast(selects_logits=selects, obstacle=obstacle))
+            batches = report.attempt("configuration", lambda: forecast(obstacle=obstacle))
             if batches is not None:
                 note_batches(report, config.batch, batches)
                 planned = planned_memory(config, batches, ranks_on_host=max(map(len, slots.values())))

@@ -79,7 +79,7 @@ class BatchForecast:
 
 
 def forecast_batches(
-    batch: BatchConfig, schedule: ScheduleConfig, data: PreparedData, *, selects_logits: bool, obstacle: str | None
+    batch: BatchConfig, schedule: ScheduleConfig, data: PreparedData, *, obstacle: str | None
 ) -> BatchForecast:
     """Form the micro-batches of the first epoch; `obstacle` says why the model cannot run padding-free batches."""
     from finetune.dataset.prepared_cache import int_column
@@ -87,7 +87,7 @@ def forecast_batches(
     examples = data.epoch(batch.seed).examples
     lengths, supervised = int_column(examples, "length"), int_column(examples, "num_supervised")
     longest = int(lengths.max())
-    layout = batch_layout(batch, longest, batch.padding_reason or obstacle, selects_logits)
+    layout = batch_layout(batch, longest, batch.padding_reason or obstacle)
     sampler = train_sampler(batch, layout, lengths)
     largest = first = np.zeros(4, dtype=int)
     for step in range(min(sampler.steps_per_epoch, MAX_STEPS)):
@@ -97,9 +97,8 @@ def forecast_batches(
                 if rows:
                     is_padded = sampler.batching == "padded"
                     shape = np.full(len(rows), lengths[rows].max()) if is_padded else lengths[rows].astype(int)
-                    tokens = shape.sum()
-                    logits = supervised[rows].sum() if layout.selects_logits else tokens
-                    largest = np.maximum(largest, (len(rows), tokens, logits, (shape**2).sum()))
+                    sizes = (len(rows), shape.sum(), supervised[rows].sum(), (shape**2).sum())
+                    largest = np.maximum(largest, sizes)
         first = largest if step < FIRST_STEPS else first
     steps = schedule.max_steps
     if steps <= 0:  # as the Trainer counts

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from finetune.dataset.dataloader import BatchLayout, MicroBatchDataset
 
+NO_LOGITS_TO_KEEP = "this model's code has no logits_to_keep"
+
 
 @dataclass(frozen=True)
 class Dataloaders:
@@ -53,27 +55,37 @@ def build_dataloaders(
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.models.adapters import count_parameters
     from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
+    from finetune.models.loss_head import enable_loss_head
     from finetune.models.segments import by_segment_note
 
     if not count_parameters(model)[0]:
         raise ConfigError("no parameter of this model would be trained")
     epoch, held_out = data.epoch(batch.seed), data.held_out(batch.seed)
     lengths = int_column(epoch.examples, "length")
-    reason = _padding_reason(batch, model, data.longest, device, zero_stage, precision)
-    layout = batch_layout(batch, int(lengths.max()), reason, supports_logits_to_keep(model))
-    base = unwrap_adapter(model)
-    if note := neighbours_note(batch, base, data.longest):
-        layout = replace(layout, notes=(*layout.notes, note))
-    if note := by_segment_note(base):
-        layout = replace(layout, notes=(*layout.notes, f"{layout.batching} batches: {note}"))
-    data_rank, part = divmod(get_rank(), batch.sequence_parallel_size)
+    if zero_stage is None or zero_stage < 3:
+        model.to(device)
+    autocast: Precision = precision if zero_stage is None else "float32"
+    reason = _padding_reason(batch, model, data.longest, device, autocast)
     collator = Collator(
-        flat=layout.batching != "padded",
+        flat=batch.batching != "padded" and not reason,
         pad_token_id=pad_token_id(tokenizer),
-        selects_logits=layout.selects_logits,
+        selects_logits=supports_logits_to_keep(model) and not batch.full_logits_reason,
         weighting=batch.loss_weighting,
-        part=(part, batch.sequence_parallel_size),
     )
+    size = _vocab_size(model)
+    no_head = enable_loss_head(model, collator, vocab_size=size, device=device, autocast=autocast, agree=first_not_none)
+    full = None if no_head is None or collator.selects_logits else batch.full_logits_reason or NO_LOGITS_TO_KEEP
+    layout = batch_layout(batch, int(lengths.max()), reason, full)
+    base = unwrap_adapter(model)
+    by_segment = by_segment_note(base)
+    notes = (
+        neighbours_note(batch, base, data.longest),
+        by_segment and f"{layout.batching} batches: {by_segment}",
+        no_head and f"a micro-batch's logits are held in memory, because the head cannot compute the loss: {no_head}",
+    )
+    layout = replace(layout, notes=(*layout.notes, *(note for note in notes if note)))
+    data_rank, part = divmod(get_rank(), batch.sequence_parallel_size)
+    collator = replace(collator, part=(part, batch.sequence_parallel_size))
 
     def micro_batches(rows: ExampleSet, sampler: Sampler, weighting: LossWeighting) -> MicroBatchDataset:
         return MicroBatchDataset(
@@ -105,22 +117,24 @@ def neighbours_note(batch: BatchConfig, base: Any, longest: int) -> str | None:
     return f"padded batches: {LONGEST_DECIDES}, so that a loss depends on the rows beside it; --batching flat does not"
 
 
+def _vocab_size(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
 def _padding_reason(
-    batch: BatchConfig, model: Any, longest: int, device: torch.device, zero_stage: int | None, precision: Precision
+    batch: BatchConfig, model: Any, longest: int, device: torch.device, autocast: Precision
 ) -> str | None:
     """Switch the model to padding-free attention where it is wanted; why it cannot, or None. All ranks."""
     from finetune.models.padding_free import enable_padding_free
 
     reason = batch.padding_reason
     if batch.batching != "padded" and not reason:
-        if zero_stage is None or zero_stage < 3:
-            model.to(device)
         reason = enable_padding_free(
             model,
             longest=longest,
-            vocab_size=model.config.get_text_config().vocab_size,
+            vocab_size=_vocab_size(model),
             device=device,
-            autocast=precision if zero_stage is None else "float32",
+            autocast=autocast,
             shared=batch.sequence_parallel_size > 1,
             agree=first_not_none,
         )
@@ -132,20 +146,21 @@ def _padding_reason(
     return reason
 
 
-def batch_layout(batch: BatchConfig, longest: int, padding_reason: str | None, selects_logits: bool) -> BatchLayout:
+def batch_layout(
+    batch: BatchConfig, longest: int, padding_reason: str | None, full_logits_because: str | None = None
+) -> BatchLayout:
     """Decide the layout of micro-batches of examples up to `longest` tokens (`dataloader.decide_layout`).
 
     Args:
         padding_reason: why rows must be padded, or None.
-        selects_logits: whether the model's code computes logits at selected positions (`logits_to_keep`).
+        full_logits_because: why logits must be computed at all positions, or None.
     """
     from finetune.dataset.dataloader import decide_layout
 
-    without = None if selects_logits else "this model's code has no logits_to_keep"
     return decide_layout(
         batch.batching,
         obstacle=padding_reason,
-        full_logits_because=batch.full_logits_reason or without,
+        full_logits_because=full_logits_because,
         tokens_per_device=batch.tokens_per_device,
         per_device_batch=batch.per_device_batch,
         model_max_length=batch.model_max_length,

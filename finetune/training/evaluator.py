@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from finetune.dataset.collator import pop_targets
 from finetune.dataset.dataloader import MicroBatchDataLoader, MicroBatchDataset
 from finetune.distributed import watchdog
-from finetune.training.loss import supervised_loss
+from finetune.models.loss import token_losses
 from finetune.training.loss_breakdown import LossBreakdown
 from finetune.utils.console import is_rank_0, is_terminal
 
@@ -63,13 +63,11 @@ class HeldOutEvaluator:
     def _add(self, model: Any, batch: dict[str, Any]) -> None:
         batch.pop("counts")
         targets = pop_targets(batch)
-        logits = model(**batch).logits
+        losses = token_losses(model, batch, targets)
         if targets.cells is None:  # a rank without data still takes part in collectives
             return
-        each = torch.empty(len(targets.tokens), device=targets.tokens.device)
-        supervised_loss(logits, targets.tokens, scale=1.0, target_positions=targets.positions, each=each)
-        self.parts.add(targets.cells, each)
-        self._lost += ~torch.isfinite(each).all()
+        self.parts.add(targets.cells, losses)
+        self._lost += ~torch.isfinite(losses).all()
 
 
 class EarlyStopping(TrainerCallback):

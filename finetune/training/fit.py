@@ -111,7 +111,7 @@ def summarize_plan(settings: Mapping[str, Any], inputs: TrainingInputs, steps: i
         supervised_share=inputs.data.summary.supervised_share,
         batching=sampler.batching,
         padding=padding_share(sampler) if sampler.batching == "padded" else 0.0,
-        selects_logits=collator.selects_logits,
+        selects_logits=inputs.loaders.layout.selects_logits,
         loss_weighting=collator.weighting,
         attention=inputs.model.config._attn_implementation
         + (", per conversation" if sampler.batching != "padded" else ""),

@@ -20,6 +20,7 @@ from finetune.distributed import stop_requests
 from finetune.distributed.collectives import all_gather_object
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks
 from finetune.models.adapters import InitialLora
+from finetune.models.loss import supervised_loss
 from finetune.models.model_config import router_loss_weight
 from finetune.models.module_kinds import ModuleKinds
 from finetune.run_dir.run_json import METRICS_FILE, library_versions, now
@@ -36,7 +37,6 @@ from finetune.training.compat import (
 from finetune.training.dataloaders import Dataloaders
 from finetune.training.evaluator import HeldOutEvaluator
 from finetune.training.hyperparameters import Hyperparameters
-from finetune.training.loss import supervised_loss
 from finetune.training.loss_breakdown import LossBreakdown
 from finetune.training.metrics import StepMeter, append_metrics, model_flops, peak_memory
 from finetune.training.nonfinite import (
@@ -79,6 +79,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         batches, held_out = loaders.train, loaders.held_out
         super().__init__(train_dataset=batches, eval_dataset=held_out, data_collator=batches.collate, **kwargs)
         self.held_out = None if held_out is None else HeldOutEvaluator(held_out, self.args.device)
+        self.selects_logits = loaders.layout.selects_logits
         self.flops, self.peak_flops = model_flops(self.model, kinds), peak_flops
         self.loss_is_scaled_for_ga = True  # by `compute_loss`, over the whole step
         self.zero_stage = zero_stage(self.accelerator)
@@ -182,15 +183,9 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         each = None if targets.cells is None else torch.empty(len(targets.tokens), device=targets.tokens.device)
         ranks = self._ranks_averaged_over()
         self.timer.before_forward()
-        outputs = model(**inputs)
-        loss = supervised_loss(
-            outputs.logits,
-            targets.tokens,
-            scale=ranks / counts.denominator,
-            target_positions=targets.positions,
-            weights=targets.loss_weights(),
-            smoothing=self.args.label_smoothing_factor,
-            each=each,
+        smoothing = self.args.label_smoothing_factor
+        loss, outputs = supervised_loss(
+            model, inputs, targets, scale=ranks / counts.denominator, smoothing=smoothing, each=each
         )
         if each is not None:
             self.breakdown.add(targets.cells, each)
@@ -207,7 +202,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         return round(self._flops_of(counts.step) * counts.tokens / max(counts.step.tokens, 1))
 
     def _flops_of(self, step: StepTotals) -> float:
-        logits = step.supervised_tokens if self.train_dataset.collate.selects_logits else step.tokens
+        logits = step.supervised_tokens if self.selects_logits else step.tokens
         return self.flops.of(tokens=step.tokens, logits=logits, pairs=step.pairs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -391,10 +386,4 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         targets = pop_targets(batch)
         self.model.eval()
         with torch.no_grad():
-            loss = supervised_loss(
-                self.model_wrapped(**batch).logits,
-                targets.tokens,
-                scale=1 / len(targets.tokens),
-                target_positions=targets.positions,
-            )
-        return float(loss)
+            return float(supervised_loss(self.model_wrapped, batch, targets, scale=1 / len(targets.tokens))[0])

@@ -6,8 +6,12 @@ import pytest
 
 from tests.helpers.batch_runs import LORA, assert_same, shape
 
+ON_HEAD = (*LORA, "--lora_target_modules", "q_proj", "lm_head")
 
-@pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
+
+@pytest.mark.parametrize(
+    "adapter", [(), LORA, pytest.param(ON_HEAD, marks=pytest.mark.slow)], ids=["full", "lora", "lora on the head"]
+)
 def test_ranks_accumulation_and_stages_make_up_the_same_steps(train_shaped, adapter):
     first = train_shaped("1x8", 1, *shape(8, 1, "zero1"), *adapter)
     assert first[0][-1]["loss"] < first[0][0]["loss"]

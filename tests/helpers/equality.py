@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from finetune.dataset.collator import Collator
 from finetune.dataset.dataloader import MicroBatchDataset
 from finetune.dataset.sampler import BatchShape, Sampler
+from finetune.models.loss_head import enable_loss_head
 from finetune.models.padding_free import enable_padding_free
 from finetune.training.step_monitor import ComputeTimer
 from finetune.training.trainer import SupervisedTrainer
@@ -55,15 +56,18 @@ class Form:
 
     batching: str
     selects_logits: bool = True
+    has_loss_head: bool = True
     shape: BatchShape = BatchShape(per_device_batch=8, accumulation=1, world_size=1)
     capacity: int | None = None
 
 
 FORMS = {
     "flat": Form("flat"),
-    "flat, all logits": Form("flat", selects_logits=False),
+    "flat, all positions": Form("flat", selects_logits=False),
+    "flat, the model's logits": Form("flat", has_loss_head=False),
+    "flat, all logits": Form("flat", selects_logits=False, has_loss_head=False),
     "padded": Form("padded"),
-    "padded, all logits": Form("padded", selects_logits=False),
+    "padded, all logits": Form("padded", selects_logits=False, has_loss_head=False),
     "two packs in a row": Form("packed", capacity=24, shape=BatchShape(2, 1, 1)),
     "accumulated": Form("flat", shape=BatchShape(3, 3, 1)),
     "three ranks, one without work": Form("flat", shape=BatchShape(1, 3, 3)),
@@ -146,6 +150,9 @@ def flat_if(model: Any, form: Form) -> Any:
     model = copy.deepcopy(model)
     if form.batching != "padded":
         assert enable_padding_free(model, longest=LONGEST, vocab_size=VOCAB_SIZE, device="cpu") is None
+    if form.has_loss_head:
+        collate = Collator(form.batching != "padded", PAD, form.selects_logits)
+        assert enable_loss_head(model, collate, vocab_size=VOCAB_SIZE, device="cpu") is None
     return model
 
 

@@ -155,17 +155,15 @@ def train_losing(argv: Sequence[str], notes: str, how: str, ids: Sequence[int], 
 
     plain_loss, plain_batch = trainer_room.supervised_loss, MicroBatchDataset.__getitem__
 
-    def losing(logits: Any, targets: Any, **options: Any) -> Any:
-        loss = plain_loss(logits, targets, **options)
+    def losing(model: Any, inputs: Any, targets: Any, **options: Any) -> Any:
+        loss, outputs = plain_loss(model, inputs, targets, **options)
         here = rank is None or int(os.environ["RANK"]) == rank
-        if not here or not loss.requires_grad or not (ids is None or set(ids) & set(targets.tolist())):
-            return loss
+        if not here or not loss.requires_grad or not (ids is None or set(ids) & set(targets.tokens.tolist())):
+            return loss, outputs
         if how == "gradient":
             loss.register_hook(lambda gradient: gradient * float("nan"))
-            return loss
-        if how == "value":
-            return loss + float("nan")
-        return loss * float(how)
+            return loss, outputs
+        return (loss + float("nan") if how == "value" else loss * float(how)), outputs
 
     def noted(self: Any, place: tuple[int, int]) -> dict[str, Any]:
         epoch, number = place
@@ -183,14 +181,14 @@ def train_with_lost_evaluations(argv: Sequence[str]) -> None:
     import finetune.training.evaluator as room
     from finetune.train import main
 
-    plain = room.supervised_loss
+    plain = room.token_losses
 
-    def once_infinite(logits: Any, targets: Any, *, each: Any, **options: Any) -> Any:
-        loss = plain(logits, targets, each=each, **options)
-        each[0] = float("inf")
-        return loss
+    def once_infinite(*args: Any) -> Any:
+        losses = plain(*args)
+        losses[:1] = float("inf")
+        return losses
 
-    room.supervised_loss = once_infinite
+    room.token_losses = once_infinite
     main(argv)
 
 

@@ -28,7 +28,7 @@ from finetune.config.hardware import DetectedHardware, Gpu
 from finetune.config.recipes import shipped_recipes
 from finetune.config.run_config import RankCounts
 from finetune.distributed.process_setup import prepare_environment
-from finetune.models.attention import forward_takes_logits_to_keep, unsupported_config_reason
+from finetune.models.attention import unsupported_config_reason
 from finetune.preflight.doctor_report import DoctorReport
 from finetune.preflight.dry_run import make_random_model
 from finetune.preflight.examination import planned_memory
@@ -127,7 +127,6 @@ def test_the_doctor_foresees_what_the_comment_says(path, hub, tmp_path, monkeypa
     config, info = resolve(arguments, DetectedHardware(gpus), RankCounts(said.hosts * said.per_host, said.per_host))
     batches = forecast_batches(
         config.batch, config.schedule, conversations_of_full_length(config),
-        selects_logits=forward_takes_logits_to_keep(type(info.empty)),
         obstacle=unsupported_config_reason(info.config, config.data.model_max_length),
     )  # fmt: skip
     run = planned_memory(config, batches, ranks_on_host=said.per_host)

@@ -112,9 +112,25 @@ def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
     at_once = run.pairs if run.padded else min(run.pairs, run.longest**2)  # flat rows: one conversation after the other
     scores = (kept.scores_working * at_once + kept.scores * run.pairs * (checkpointed > 0)) / run.sequence_parallel
     layer = kept.recomputing + frozen if checkpointed else kept.working
-    at_head = {ACTIVATIONS: tokens * held + fixed, LOGITS: (kept.logit + kept.logit_working) * logits}
+    at_head = {ACTIVATIONS: tokens * held + fixed, LOGITS: loss_head(model, run, logits)}
     in_layer = {ACTIVATIONS: tokens * (held + layer) + fixed + kept.fixed + scores, LOGITS: 0.0}
     return at_head, in_layer
+
+
+def loss_head(model: ModelSpec, run: RunSpec, positions: float) -> float:
+    """Return the bytes of a loss at so many positions, computed by the head in chunks (`models.loss`).
+
+    These are the logits of a chunk, part of them in float32, the gradients of all hidden states, and that of the head,
+    which is summed in float32.
+    """
+    from finetune.models.loss import CHUNK_BYTES, GPU_CHUNK_BYTES, GPU_HEAD_BYTES, HEAD_BYTES
+
+    chunk, worked_on = (HEAD_BYTES, CHUNK_BYTES) if run.use_cpu else (GPU_HEAD_BYTES, GPU_CHUNK_BYTES)
+    logits = (model.activations.logit + model.activations.logit_working) * positions
+    elements = model.hidden * model.vocabulary
+    gradient = elements if model.largest_trained >= elements else 0
+    each = 4 if logits > chunk else run.size
+    return min(logits, chunk + worked_on) + 2 * run.size * model.hidden * positions + each * gradient
 
 
 def gpu_phases(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:

@@ -14,7 +14,7 @@ from finetune.conversation import Conversation, Turn
 from finetune.dataset.collator import MAX_ANSWERS, LossCells
 from finetune.dataset.data_sources import Source
 from finetune.dataset.prepare import prepare_dataset
-from finetune.training.loss import supervised_loss
+from finetune.models.loss import LossTerms, loss_of_logits
 from finetune.training.loss_breakdown import LossBreakdown
 from tests.helpers.rows import ROWS, write_rows
 
@@ -88,7 +88,7 @@ def test_the_losses_of_targets_are_those_of_torch_and_change_no_gradient():
     logits, targets = torch.randn(50, 9, dtype=torch.float64), torch.randint(9, (50,))
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     each = torch.empty(50, dtype=torch.float64)
-    supervised_loss(ours * 1, targets, scale=0.1, each=each).backward()
+    loss_of_logits(ours * 1, LossTerms(targets, scale=0.1, each=each)).backward()
     wanted = torch.nn.functional.cross_entropy(theirs, targets, reduction="none")
     (wanted.sum() * 0.1).backward()
     assert torch.allclose(each, wanted.detach()) and torch.allclose(ours.grad, theirs.grad)
