@@ -164,16 +164,24 @@ def loss_rows(device: str) -> list[Sequence[Any]]:
     import torch
     import torch.nn.functional as F
 
-    from finetune.training.loss import supervised_loss
+    from finetune.models.loss import Head, LossTerms, loss_of_head, loss_of_logits
 
     rows: list[Sequence[Any]] = []
     for positions, vocabulary in ((8192, 128256), (32768, 151936)) if device == "cuda" else ((32, 1000),):
         hidden = torch.randn(positions, 4096 if device == "cuda" else 64, device=device, dtype=torch.bfloat16)
-        head = torch.randn(vocabulary, hidden.shape[1], device=device, dtype=torch.bfloat16).requires_grad_()
+        module = torch.nn.Linear(hidden.shape[1], vocabulary, bias=False, device=device, dtype=torch.bfloat16)
+        head = module.weight
         hidden.requires_grad_()
         targets = torch.randint(vocabulary, (positions,), device=device)
+
+        def in_chunks(x: Any, _: Any, t: Any, module: Any = module, size: int = vocabulary) -> Any:
+            terms = LossTerms(t, scale=1 / len(t))
+            logits = loss_of_head(Head(module, module.forward, (), size), terms, x)
+            return terms.loss + logits.sum()
+
         ways: dict[str, Callable[[Any, Any, Any], Any]] = {
-            "own": lambda x, w, t: supervised_loss(x @ w.T, t, scale=1 / len(t)),
+            "own, in chunks": in_chunks,
+            "own, all logits": lambda x, w, t: loss_of_logits(x @ w.T, LossTerms(t, scale=1 / len(t))),
             "stock": lambda x, w, t: F.cross_entropy((x @ w.T).float(), t),
         }
         if device == "cuda" and find_spec("liger_kernel"):
