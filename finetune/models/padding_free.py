@@ -22,6 +22,7 @@ from finetune.models.attention import (
 from finetune.models.loader import torch_dtype
 from finetune.models.segments import (
     LONGEST_DECIDES,
+    by_segment,
     by_segment_note,
     follow_rows,
     forget_longer_rows,
@@ -30,12 +31,11 @@ from finetune.models.segments import (
     run_whole,
     split_carrying_modules,
 )
-from finetune.models.zero3 import gather_per_module, is_partitioned
+from finetune.models.zero3 import gather_as_a_whole, gather_per_module, is_partitioned
 
 logger = logging.getLogger(__name__)
 ATTENTION_LOOP = partial(padding_free_attention, uses_kernel=False)
 LEAK = "in a trial, a conversation attended to the one before it"
-NOT_UNDER_ZERO3 = "under ZeRO-3 layers cannot run conversation by conversation"  # ranks have different numbers of them
 
 
 def enable_padding_free(
@@ -72,6 +72,8 @@ def enable_padding_free(
         model.eval()
         reason = agree(_reason_against_flat_rows(trial, ropes, longest, shared, agree))
         if reason is None:
+            if trial.is_partitioned:  # ranks have different numbers of conversations
+                gather_as_a_whole(by_segment(base))
             base.register_forward_pre_hook(_refuse_masks_and_caches, with_kwargs=True, prepend=True)
             return None
         trial.undo()
@@ -102,14 +104,10 @@ def _reason_against_flat_rows(
         return reason or LONGEST_DECIDES
     can_set = "flash" in trial.stock or base._can_set_attn_implementation()
     by_place = [module for module in base.modules() if getattr(module, "attn_temperature_tuning", False)]
-    if by_place and trial.is_partitioned:
-        return "it scales queries by the place in the row, and " + NOT_UNDER_ZERO3
     run_by_segment(by_place, "they scale queries by the place in the row")  # Llama 4
     run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
     window = sliding_window_of(base.config, longest)
     reason = trial.choose_attention(window, shared, agree) if can_set else trial.reason(window, shared)
-    if reason and trial.is_partitioned:
-        return f"{reason} ({NOT_UNDER_ZERO3})"
     while reason and trial.split_carrying_modules():
         reason = trial.reason(window, shared)
     if shared and reason is None and (note := by_segment_note(base)):

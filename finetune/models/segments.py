@@ -166,11 +166,11 @@ def run_by_segment(
 
 def run_whole(base: Any) -> None:
     """Undo `run_by_segment` for all modules of a model."""
-    for module in _by_segment(base):
+    for module in by_segment(base):
         del module.forward
 
 
-def _by_segment(base: Any) -> list[Any]:
+def by_segment(base: Any) -> list[Any]:
     """Return the modules that run by segment."""
     return [module for module in base.modules() if isinstance(module.forward, _BySegment)]
 
@@ -178,7 +178,7 @@ def _by_segment(base: Any) -> list[Any]:
 def by_segment_note(base: Any) -> str | None:
     """Say which modules run by segment and why, if any do; those without parameters are parts of others."""
     modules = [
-        module for module in _by_segment(base) if _is_dynamic(module) or next(module.parameters(), None) is not None
+        module for module in by_segment(base) if _is_dynamic(module) or next(module.parameters(), None) is not None
     ]
     counts = Counter((type(module).__name__, module.forward.reason) for module in modules)
     return (
