@@ -266,7 +266,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 results.append(above.new_zeros(shape, dtype=dtype))
             else:  # a factor may be too large for float16, not for the product
                 gradient = gradient.float() if gradient.dtype == torch.float16 else gradient
-                results.append(gradient.mul_(factor).to(dtype))
+                if factor.device.type != "cpu" or factor != 1:  # asking a GPU would wait for it
+                    gradient.mul_(factor)
+                results.append(gradient.to(dtype))
         return (None, None, None, *results)
 
 
