@@ -142,10 +142,8 @@ def missing_reason(path: Path) -> str:
     """Say why there is no `path`: nothing has the name, or a folder above belongs to another user."""
     try:
         path.stat()
-    except PermissionError:
-        return denied(path)
-    except OSError:
-        pass  # its absence is what the caller has found
+    except OSError as error:
+        return denied(path) if isinstance(error, PermissionError) else "there is no such file"
     return "there is no such file"
 
 

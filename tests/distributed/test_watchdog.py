@@ -285,6 +285,7 @@ def test_a_step_may_take_ten_medians_and_no_less_than_five_minutes():
     assert timeouts.of(RankProgress("data")) is None
 
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
 RANK = """
 import time
 from finetune.distributed.watchdog import start_watchdog, watchdog_client
@@ -295,8 +296,7 @@ with start_watchdog():
 
 
 def test_a_stopped_watchdog_continues_when_its_rank_is_killed_and_ends():
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
-    rank = subprocess.Popen([sys.executable, "-c", RANK], env={**os.environ, **alone}, stdout=subprocess.PIPE)
+    rank = subprocess.Popen([sys.executable, "-c", RANK], env={**os.environ, **ALONE}, stdout=subprocess.PIPE)
     watchdog = os.pidfd_open(int(rank.stdout.readline()))
     time.sleep(0.5)  # it is past its imports
     signal.pidfd_send_signal(watchdog, signal.SIGSTOP)
@@ -321,15 +321,13 @@ time.sleep(60)
 
 
 def test_a_process_that_catches_the_failure_of_its_training_lives_on():
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", CAUGHT], env={**os.environ, **alone}, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", CAUGHT], env={**os.environ, **ALONE}, stdout=subprocess.PIPE)
     watchdog = os.pidfd_open(int(process.stdout.readline()))
-    has_ended = bool(select.select([watchdog], [], [], 10)[0])  # it would kill the process after 12 s
-    lives = process.poll() is None
+    assert select.select([watchdog], [], [], 10)[0]  # it would kill the process after 12 s
+    assert process.poll() is None
     process.kill()
     process.communicate()
     os.close(watchdog)
-    assert has_ended and lives
 
 
 def test_a_lost_host_is_not_waited_for(coordinator):
