@@ -16,7 +16,8 @@ from finetune.conversation import Conversation, Turn
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
 from finetune.evaluation.token_losses import device_of, token_losses_of
 from finetune.inference.answer_turns import answer_turn
-from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
+from finetune.models.attention import supports_logits_to_keep
+from finetune.models.module_kinds import unwrap_adapter
 from finetune.utils.errors import ConfigError
 
 Done = Callable[[int], None]

@@ -20,8 +20,9 @@ import torch
 
 from finetune.chat_templates import supervised_turns_of
 from finetune.dataset.collator import Collator, pop_targets
-from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
+from finetune.models.attention import supports_logits_to_keep
 from finetune.models.loss import token_losses
+from finetune.models.module_kinds import unwrap_adapter
 from finetune.models.padding_free import enable_padding_free
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.models.model_config import largest
+from finetune.models.module_kinds import unwrap_adapter
 from finetune.models.segments import lengths_of_row
 
 FLAT_ATTENTION = "flat_attention"
@@ -225,11 +226,6 @@ def supports_logits_to_keep(model: Any) -> bool:
     """Whether the model can compute logits at selected positions: transformers' `logits_to_keep`."""
     forward = inspect.unwrap(type(unwrap_adapter(model)).forward)
     return "logits_to_keep" in inspect.signature(forward).parameters and "slice_logits_to_keep" in forward.__globals__
-
-
-def unwrap_adapter(model: Any) -> Any:
-    """Return the model itself, without an adapter around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def register_flat_attention(function: Any = padding_free_attention) -> None:

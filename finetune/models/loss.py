@@ -22,7 +22,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from finetune.dataset.collator import Targets
-from finetune.models.attention import unwrap_adapter
 
 # Bytes of float32 logits processed at a time: what fits a CPU's cache; what keeps a GPU busy.
 CHUNK_BYTES, GPU_CHUNK_BYTES = 2 << 20, 64 << 20
@@ -117,13 +116,6 @@ def token_losses(model: Any, inputs: dict[str, Any], targets: Targets) -> torch.
     with torch.no_grad():
         supervised_loss(model, inputs, targets, scale=1.0, each=each)
     return each
-
-
-def loss_module(model: Any) -> torch.nn.Module | None:
-    """Return the module that computes logits of hidden states; of one that is trained as a copy, the copy."""
-    module: Any = unwrap_adapter(model).get_output_embeddings()
-    copies = getattr(module, "modules_to_save", None)
-    return module if copies is None else copies[module.active_adapter]
 
 
 class Head:

@@ -13,7 +13,8 @@ from finetune.chat_templates import IGNORE_INDEX
 from finetune.config.hardware import Precision
 from finetune.dataset.collator import Collator, pop_targets
 from finetune.models.loader import torch_dtype
-from finetune.models.loss import Head, loss_module, loss_of_head, supervised_loss, wanted_loss
+from finetune.models.loss import Head, loss_of_head, supervised_loss, wanted_loss
+from finetune.models.module_kinds import loss_module
 from finetune.models.zero3 import gather_per_module
 
 # What models do to the output of their heads: a scale, a soft cap, another precision.

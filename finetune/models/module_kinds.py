@@ -158,3 +158,15 @@ def _kind_in_text(name: str, path: list[tuple[str, Any, Any]], prefix: str) -> s
         if re.fullmatch(names, part) or re.search(classes, class_name):
             return kind
     return EMBEDDINGS if "embed" in name else OTHERS
+
+
+def unwrap_adapter(model: Any) -> Any:
+    """Return the model itself, without an adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def loss_module(model: Any) -> Any:
+    """Return the module that computes logits of hidden states; of one that is trained as a copy, the copy."""
+    module: Any = unwrap_adapter(model).get_output_embeddings()
+    copies = getattr(module, "modules_to_save", None)
+    return module if copies is None else copies[module.active_adapter]

@@ -17,9 +17,9 @@ from finetune.models.attention import (
     register_flat_attention,
     sliding_window_of,
     unsupported_config_reason,
-    unwrap_adapter,
 )
 from finetune.models.loader import torch_dtype
+from finetune.models.module_kinds import unwrap_adapter
 from finetune.models.segments import (
     LONGEST_DECIDES,
     by_segment,

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from finetune.models.loss import loss_module
-from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds
+from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, loss_module
 
 if TYPE_CHECKING:
     import torch

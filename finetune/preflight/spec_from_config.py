@@ -25,11 +25,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.models.attention import unsupported_config_reason, unwrap_adapter
+from finetune.models.attention import unsupported_config_reason
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import freeze_other_modalities, torch_dtype
 from finetune.models.model_config import experts_of, largest
-from finetune.models.module_kinds import LINEAR_ATTENTION, ROUTED_EXPERTS, ModuleKinds, module_kinds
+from finetune.models.module_kinds import LINEAR_ATTENTION, ROUTED_EXPERTS, ModuleKinds, module_kinds, unwrap_adapter
 from finetune.models.quantization import quantized_layers
 from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
 from finetune.preflight.memory.model_spec import BYTES, Activations, Block, ModelSpec, Precision, plain_activations

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 
-from finetune.models.attention import unwrap_adapter
 from finetune.models.model_config import experts_of
+from finetune.models.module_kinds import unwrap_adapter
 from finetune.training.nonfinite import LossScale
 
 

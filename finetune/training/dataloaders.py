@@ -54,8 +54,9 @@ def build_dataloaders(
     """
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.models.adapters import count_parameters
-    from finetune.models.attention import supports_logits_to_keep, unwrap_adapter
+    from finetune.models.attention import supports_logits_to_keep
     from finetune.models.loss_head import enable_loss_head
+    from finetune.models.module_kinds import unwrap_adapter
     from finetune.models.segments import by_segment_note
 
     if not count_parameters(model)[0]:

@@ -55,9 +55,8 @@ def compare(stage: int, name: str) -> None:
 
     from finetune.dataset.collator import Collator, pop_targets
     from finetune.models import loss as loss_module
-    from finetune.models.attention import unwrap_adapter
     from finetune.models.loss_head import enable_loss_head
-    from finetune.models.module_kinds import module_kinds
+    from finetune.models.module_kinds import module_kinds, unwrap_adapter
     from finetune.models.zero3 import set_leaf_modules
 
     deepspeed.init_distributed("gloo", verbose=False)

@@ -11,8 +11,8 @@ import transformers
 from finetune.dataset.collator import Collator
 from finetune.models import loss as loss_module
 from finetune.models.attention import supports_logits_to_keep
-from finetune.models.loss import loss_module as module_of
 from finetune.models.loss_head import enable_loss_head
+from finetune.models.module_kinds import loss_module as module_of
 from tests.helpers.lora import attach_lora
 from tests.helpers.tiny_models import GROUPED, SIZES, VOCAB_SIZE, build
 
