@@ -159,7 +159,7 @@ def small_disk(folder: Path, is_root: bool) -> Iterator[Path]:
     disk.mkdir()
     if is_root:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m,nr_inodes=2000", "tmpfs", disk], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192m,nr_inodes=2000", "tmpfs", disk], check=True)
     try:
         yield disk
     finally:

@@ -98,6 +98,7 @@ class Saver:
     first_size: int  # estimated bytes of a checkpoint on this file system
     describe: Callable[[int], Manifest]  # (step) -> the manifest without its files; all ranks
     key: bytes | None = field(default=None, repr=False)  # of the manifests' HMAC
+    resumed: Path | None = None  # the checkpoint that the run began with
     last_size: int | None = None
     newest: Path | None = None
     failures: list[str] = field(default_factory=list)
@@ -252,7 +253,8 @@ class Saver:
             return 0
 
     def _no_space(self, step: int, free: int) -> str:
-        kept = f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
+        newest = self.newest or self.resumed
+        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
         missing = max(self.needed - free, 0)
         short = f", {missing / 1e6:,.0f} MB are missing" if missing else ""
         space = f": it needs about {self.needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free{short}" if short else ""

@@ -51,7 +51,9 @@ class CheckpointTrainer(Trainer):
             self.model, self.trained, stage=zero_stage, share=share, only_model=self.args.save_only_model
         )
         key = key_of(identity.verify_key)
-        self.saver = Saver(self.output_dir, identity.storage, keep, size, self.describe_step, key)
+        self.saver = Saver(
+            self.output_dir, identity.storage, keep, size, self.describe_step, key, resumed=identity.folder
+        )
 
     def keep_base_tensors(self, base: ModelInfo) -> None:
         """Save what training leaves alone as the base has it, if the whole model is saved."""

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,14 @@ def test_a_rank_whose_disk_does_not_answer_still_says_so_to_the_others(saver, mo
     with pytest.raises(StorageError, match="Input/output error: checkpoint-2 was not saved .* 0 MB are free"):
         saver.commit(folder, 2)
     assert not folder.exists()
+
+
+def test_a_full_disk_names_the_checkpoint_that_the_run_began_with(saver, monkeypatch):
+    saver.resumed = saved(saver, 2)
+    saver.newest = None
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(StorageError, match="0 MB are free, .* missing; the newest checkpoint is .*checkpoint-2$"):
+        saver.begin(4, MANIFEST.run_id)
 
 
 def _save_tokenizer(path: Path) -> None:
