@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,7 +81,10 @@ def fsync_and_hash(
 def _sync(path: Path, mode: int) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fchmod(descriptor, os.fstat(descriptor).st_mode | mode)
+        status = os.fstat(descriptor)
+        if mode & ~status.st_mode and status.st_uid == os.geteuid():
+            with suppress(PermissionError):  # of a file system that keeps no modes
+                os.fchmod(descriptor, status.st_mode | mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
