@@ -266,19 +266,6 @@ class Saver:
         return f" on {os.uname().nodename}" if not self.storage.is_shared else ""
 
 
-def _disk_reason(error: Exception, path: Path) -> str | None:
-    """Say why the disk refused `path`; None where it did not: torch and safetensors have error types of their own."""
-    if isinstance(error, OSError):
-        return os_reason(error, path)
-    probe = next(parent for parent in path.parents if parent.is_dir()) / f".probe-{os.getpid()}"
-    try:
-        probe.write_bytes(bytes(1 << 16))
-        probe.unlink()
-    except OSError as refusal:
-        return os_reason(refusal, probe)
-    return first_line(error) if any(sign in str(error) for sign in DISK_ERRORS) else None
-
-
 def resume_point(newest: Path | None, identity: RunIdentity, output_dir: Path) -> tuple[str, str]:
     """Where a run that fails can resume, in words, and the value of `--resume_from_checkpoint`."""
     if newest is not None:

@@ -99,11 +99,11 @@ class LocalSession:
         return self.process.poll() is None
 
     def ask_to_stop(self) -> None:
-        """Ask the ranks to save and exit; if there are none yet, nothing needs saving."""
+        """Ask the ranks to save and exit; if there are none yet, nothing needs saving: end the command."""
         self.was_asked_to_stop = True
         ranks = [pid for pid in self._pids() if DEEPSPEED in command_of(parent_of(pid) or 0)]
         self._signal(ranks, signal.SIGUSR1)
-        if not ranks:
+        if not ranks and not any(self.folder.glob("rank-*.json")):
             self.kill()
 
     def kill(self) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 SHOWN_FAULTS, SHOWN_NAMES = 20, 8
+DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 EXIT_UNFLUSHED = 120  # as Python itself, when the last output cannot be written
 INTERRUPTED = 130  # as a shell says it of Ctrl-C
 SECONDS_FOR_RANK_0, SECONDS_FOR_A_LINE = 8.0, 2.0
@@ -110,7 +111,9 @@ def first_line(error: BaseException) -> str:
 
 
 def as_os_error(error: Exception) -> OSError | None:
-    """Return the error of the system behind that of a library: Rust's (safetensors, tokenizers) end in its number.
+    """Return the error of the system behind that of a library.
+
+    Those of Rust (safetensors, tokenizers) end in its number, torch has the text of an error of the disk.
 
     >>> as_os_error(ValueError("no space"))
     >>> as_os_error(Exception("Error while serializing: I/O error: No space left on device (os error 28)")).errno
@@ -119,7 +122,8 @@ def as_os_error(error: Exception) -> OSError | None:
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+    codes = (int(number[1]),) if number else (code for code in DISK_CODES if os.strerror(code) in str(error))
+    return next((OSError(code, os.strerror(code)) for code in codes), None)
 
 
 def os_reason(error: OSError, path: Path) -> str:

@@ -85,10 +85,19 @@ class Peer:
     timeout: float | None = None
     exit_status: int | None = None  # of a rank that has ended as it should
     closed_at: float | None = None
+    stopped_at: float | None = None  # since when its process is stopped (SIGSTOP, or a debugger)
 
     def is_connected(self) -> bool:
         """Return whether messages can still come."""
         return self.connection is not None and self.connection.is_open
+
+    def time_in_phase(self, timeouts: PhaseTimeouts) -> tuple[float, float | None]:
+        """Return the seconds without progress and their limit; `timeouts` are rank 0's, the same for all ranks."""
+        if self.progress.phase == "start":  # it has not read its flags yet
+            return self.progress.seconds(), timeouts.start or None
+        if self.progress.phase == "data" and self.stopped_at is not None:  # a phase without a limit, but stopped
+            return time.monotonic() - self.stopped_at, timeouts.start or None
+        return self.progress.seconds(), self.timeout
 
     def failure(self, kind: str, error: str, ranks: Sequence[int]) -> Failure:
         """Return a failure of this rank at its present phase."""
@@ -180,6 +189,7 @@ class Coordinator:
         """Look for lost, missing and stuck ranks; some time after the first report, choose the first failure."""
         now = time.monotonic()
         for peer in self.peers.values():
+            peer.stopped_at = (peer.stopped_at or now) if peer.progress.state == "T" else None
             if peer.connection is not None:
                 peer.connection.flush()
                 if not peer.connection.is_open and peer.closed_at is None:
@@ -189,7 +199,7 @@ class Coordinator:
         if self.first_report_at is None:
             self._find_lost(now)
             self._find_missing(now, timeouts)
-            self._find_stuck()
+            self._find_stuck(timeouts)
         if self.first_report_at is not None and now - self.first_report_at >= SECONDS_TO_SETTLE:
             first = find_first_failure(self.reports)
             reporting = {report.rank for report in self.reports}
@@ -214,6 +224,7 @@ class Coordinator:
         for peer in self.peers.values():
             peer.last_heard += seconds
             peer.progress.since += seconds
+            peer.stopped_at = peer.stopped_at and peer.stopped_at + seconds
 
     def is_alone(self) -> bool:
         """Return whether all other watchdogs have left, or are lost."""
@@ -247,7 +258,7 @@ class Coordinator:
         error = f"{len(ranks)} of {self.world_size} ranks{names} have not arrived within {timeout:.0f} s"
         self.report(Failure("missing", error, ranks=tuple(ranks), hosts=tuple(hosts), phase="rendezvous"))
 
-    def _find_stuck(self) -> None:
+    def _find_stuck(self, timeouts: PhaseTimeouts) -> None:
         """Report ranks that are behind all others for longer than their timeout; a stopped process is named first."""
         running = [peer for peer in self.peers.values() if peer.exit_status is None]
         if not running or len(self.peers) < self.world_size:
@@ -256,14 +267,15 @@ class Coordinator:
             return  # nobody knows how far it is; if it stays silent, it is lost
         last = min(peer.progress.order for peer in running)
         behind = [peer for peer in running if peer.progress.order == last]
-        late = next((peer for peer in behind if peer.timeout and peer.progress.seconds() > peer.timeout), None)
+        times = ((peer, *peer.time_in_phase(timeouts)) for peer in behind)
+        late = next(((peer, seconds, limit) for peer, seconds, limit in times if limit and seconds > limit), None)
         if late is None:
             return
         stopped = [peer for peer in behind if peer.progress.state == "T"]
         culprits = stopped or (behind if len(behind) < len(running) else [])
-        named = culprits[0] if culprits else late
+        named = culprits[0] if culprits else late[0]
         place = where_in_run(named.failure("stuck", "", ()))
-        why = f"no progress for {late.progress.seconds():.0f} s {place} (limit {late.timeout:.0f} s)"
+        why = f"no progress for {late[1]:.0f} s {place} (limit {late[2]:.0f} s)"
         if stopped:
             error = f"rank {named.rank} on {named.host} is stopped (SIGSTOP, or a debugger): {why}"
         elif culprits:

@@ -79,6 +79,14 @@ def test_a_full_disk_names_the_checkpoint_that_the_run_began_with(saver, monkeyp
         saver.begin(4, MANIFEST.run_id)
 
 
+def test_an_error_of_torch_that_names_the_disk_is_one_of_it(saver):
+    folder = saver.begin(2, MANIFEST.run_id)
+    with saver.collect_errors(folder / "file"):
+        raise RuntimeError("[enforce fail] . open file failed with strerror - Disk quota exceeded")
+    with pytest.raises(StorageError, match="file: Disk quota exceeded: checkpoint-2 was not saved"):
+        saver.commit(folder, 2)
+
+
 def _save_tokenizer(path: Path) -> None:
     Tokenizer(WordLevel({"a" * 5000: 0}, unk_token="a")).save(str(path))
 
