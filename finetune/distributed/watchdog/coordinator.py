@@ -91,12 +91,12 @@ class Peer:
         """Return whether messages can still come."""
         return self.connection is not None and self.connection.is_open
 
-    def time_in_phase(self, timeouts: PhaseTimeouts) -> tuple[float, float | None]:
-        """Return the seconds without progress and their limit; `timeouts` are rank 0's, the same for all ranks."""
-        if self.progress.phase == "start":  # it has not read its flags yet
-            return self.progress.seconds(), timeouts.start or None
-        if self.progress.phase == "data" and self.stopped_at is not None:  # a phase without a limit, but stopped
-            return time.monotonic() - self.stopped_at, timeouts.start or None
+    def time_in_phase(self, start_timeout: float | None) -> tuple[float, float | None]:
+        """Return the seconds without progress, and the timeout of the phase."""
+        if self.progress.phase == "start":  # it has not read its flags yet, others have
+            return self.progress.seconds(), start_timeout
+        if self.progress.phase == "data" and self.stopped_at is not None:  # a phase without a timeout, but stopped
+            return time.monotonic() - self.stopped_at, start_timeout
         return self.progress.seconds(), self.timeout
 
     def failure(self, kind: str, error: str, ranks: Sequence[int]) -> Failure:
@@ -267,7 +267,8 @@ class Coordinator:
             return  # nobody knows how far it is; if it stays silent, it is lost
         last = min(peer.progress.order for peer in running)
         behind = [peer for peer in running if peer.progress.order == last]
-        times = ((peer, *peer.time_in_phase(timeouts)) for peer in behind)
+        start_timeout = min(filter(None, (timeouts.start, *(peer.timeout for peer in running))), default=None)
+        times = ((peer, *peer.time_in_phase(start_timeout)) for peer in behind)
         late = next(((peer, seconds, limit) for peer, seconds, limit in times if limit and seconds > limit), None)
         if late is None:
             return
