@@ -142,8 +142,9 @@ def main() -> None:
                     print(fault, command, broken, (Path(folder) / "log").read_text()[-6000:], sep="\n", file=sys.stderr)
             if time.monotonic() >= deadline:
                 break
-            if result_of(output) != whole:
-                violations.append(f"run {number}: its result is not that of the undisturbed run")
+            for name, found, expected in zip(("weights", "losses"), result_of(output), whole, strict=True):
+                if found != expected:
+                    violations.append(f"run {number}: other {name} than the undisturbed run: {found}")
             shutil.rmtree(output)
     print("| fault | command | times | seconds to the last process gone, median | longest |\n|---|---|---|---|---|")
     for (fault, command), values in sorted(seconds.items()):
