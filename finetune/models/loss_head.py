@@ -29,7 +29,7 @@ def enable_loss_head(
     vocab_size: int,
     device: torch.device | str,
     autocast: Precision = "float32",
-    agree: Callable[[str | None], str | None] = lambda reason: reason,
+    gather_reason: Callable[[str | None], str | None] = lambda reason: reason,
 ) -> str | None:
     """Let the head compute the loss when it is asked for (`loss.supervised_loss`); return why it cannot, or None.
 
@@ -38,7 +38,7 @@ def enable_loss_head(
     Args:
         collate: makes the batches of the run.
         autocast: What autocast will compute in; float32: without autocast.
-        agree: Maps the reason of this rank to that of all ranks, so that all of them decide alike.
+        gather_reason: Maps the reason of this rank to that of all ranks, so that all of them take the same path.
     """
     module = loss_module(model)
     if module is None:
@@ -61,7 +61,7 @@ def enable_loss_head(
         reason = f"a trial failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
     finally:
         model.train(was_training)
-    reason = agree(reason)
+    reason = gather_reason(reason)
     if reason:
         head.remove()
     return reason

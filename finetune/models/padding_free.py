@@ -46,7 +46,7 @@ def enable_padding_free(
     device: torch.device | str,
     autocast: Precision = "float32",
     shared: bool = False,
-    agree: Callable[[str | None], str | None] = lambda reason: reason,
+    gather_reason: Callable[[str | None], str | None] = lambda reason: reason,
 ) -> str | None:
     """Switch a model to flat rows; if it cannot run them, leave it unchanged and return the reason.
 
@@ -61,7 +61,7 @@ def enable_padding_free(
         device: Device of the model's parameters, also of gathered ones.
         autocast: What autocast will compute in; float32: without autocast.
         shared: Ranks will share rows (sequence parallelism), for which attention must receive the positions.
-        agree: Maps the reason of this rank to that of all ranks, so that all of them decide alike.
+        gather_reason: Maps the reason of this rank to that of all ranks, so that all of them decide alike.
     """
     base = unwrap_adapter(model)
     was_training = model.training
@@ -70,7 +70,7 @@ def enable_padding_free(
     ropes = rows_decide_rope(base, longest)
     try:
         model.eval()
-        reason = agree(_reason_against_flat_rows(trial, ropes, longest, shared, agree))
+        reason = gather_reason(_reason_against_flat_rows(trial, ropes, longest, shared, gather_reason))
         if reason is None:
             if trial.is_partitioned:  # ranks have different numbers of conversations
                 gather_as_a_whole(by_segment(base))
@@ -80,11 +80,11 @@ def enable_padding_free(
         if shared:
             unfollow()
             return reason
-        differs = agree(trial.padded_reason(longest) if not ropes else LONGEST_DECIDES)
+        differs = gather_reason(trial.padded_reason(longest) if not ropes else LONGEST_DECIDES)
         if differs and not trial.is_partitioned:
             run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
             run_by_segment([base.base_model], f"{reason}; {differs}")
-            if agree(trial.reason()) is None:
+            if gather_reason(trial.reason()) is None:
                 return None
             trial.undo()
         unfollow()
@@ -96,7 +96,7 @@ def enable_padding_free(
 
 
 def _reason_against_flat_rows(
-    trial: Trial, ropes: list[Any], longest: int, shared: bool, agree: Callable[[str | None], str | None]
+    trial: Trial, ropes: list[Any], longest: int, shared: bool, gather_reason: Callable[[str | None], str | None]
 ) -> str | None:
     base = trial.base
     reason = unsupported_config_reason(base.config, longest)
@@ -107,7 +107,7 @@ def _reason_against_flat_rows(
     run_by_segment(by_place, "they scale queries by the place in the row")  # Llama 4
     run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
     window = sliding_window_of(base.config, longest)
-    reason = trial.choose_attention(window, shared, agree) if can_set else trial.reason(window, shared)
+    reason = trial.choose_attention(window, shared, gather_reason) if can_set else trial.reason(window, shared)
     while reason and trial.split_carrying_modules():
         reason = trial.reason(window, shared)
     if shared and reason is None and (note := by_segment_note(base)):
@@ -133,7 +133,7 @@ class Trial:
         self.loose, self.tight = (5e-2, 1e-3) if is_16_bit else (1e-4, 1e-5)  # relative to the largest logit
 
     def choose_attention(
-        self, window: int | None, shared: bool, agree: Callable[[str | None], str | None]
+        self, window: int | None, shared: bool, gather_reason: Callable[[str | None], str | None]
     ) -> str | None:
         """Take the first of flash attention, torch's kernel and a loop that gives what single conversations give.
 
@@ -145,12 +145,12 @@ class Trial:
         for self.attention in candidates:
             self._use_attention()
             reasons.append(self.reason(window, shared))
-            if agree(reasons[-1]) is None:
+            if gather_reason(reasons[-1]) is None:
                 if len(reasons) > 1:
                     instead = "torch's kernel, or one" if self.attention is padding_free_attention else "one"
                     logger.info(f"note: fallback to attention by {instead} conversation at a time because {reasons[0]}")
                 return None
-            if agree("another" if self.attention is None or self.calls_kernel else None) is None:
+            if gather_reason("another" if self.attention is None or self.calls_kernel else None) is None:
                 break
         self.attention = candidates[0]
         self._use_attention()

@@ -74,7 +74,9 @@ def build_dataloaders(
         weighting=batch.loss_weighting,
     )
     size = _vocab_size(model)
-    no_head = enable_loss_head(model, collator, vocab_size=size, device=device, autocast=autocast, agree=first_not_none)
+    no_head = enable_loss_head(
+        model, collator, vocab_size=size, device=device, autocast=autocast, gather_reason=first_not_none
+    )
     full = None if no_head is None or collator.selects_logits else batch.full_logits_reason or NO_LOGITS_TO_KEEP
     layout = batch_layout(batch, int(lengths.max()), reason, full)
     base = unwrap_adapter(model)
@@ -137,7 +139,7 @@ def _padding_reason(
             device=device,
             autocast=autocast,
             shared=batch.sequence_parallel_size > 1,
-            agree=first_not_none,
+            gather_reason=first_not_none,
         )
     if reason and batch.sequence_parallel_size > 1:
         raise ConfigError(

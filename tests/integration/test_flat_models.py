@@ -230,7 +230,9 @@ def test_scales_by_the_place_in_the_row_are_those_of_single_conversations():
 def test_ranks_end_up_alike():
     model = build("llama")
     with left_as_it_was(model):
-        assert flattened(model, agree=lambda reason: reason or "another rank's reason").startswith("another rank's")
+        assert flattened(model, gather_reason=lambda reason: reason or "another rank's reason").startswith(
+            "another rank's"
+        )
 
 
 @pytest.mark.parametrize("obeys", [True, False], ids=["obeys", "ignores"])

@@ -98,4 +98,4 @@ def test_a_head_that_needs_its_output_and_one_that_fails_are_refused():
     model.get_output_embeddings = lambda: None
     assert reason_of(model) == "it has no head of its own"
     model = build("llama")
-    assert reason_of(model, agree=lambda reason: reason or "another rank's") == "another rank's"
+    assert reason_of(model, gather_reason=lambda reason: reason or "another rank's") == "another rank's"
