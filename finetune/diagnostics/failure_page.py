@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
+import textwrap
 from collections.abc import Sequence
 from unicodedata import east_asian_width
 
 from finetune.diagnostics.causes import likely_cause
 from finetune.diagnostics.failure_record import Failure
+from finetune.utils.errors import format_names
 
 ASKED_TO_END = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
 PHASE_TEXTS = {
@@ -39,12 +41,12 @@ def who_failed(failure: Failure) -> str:
     """Return `rank 3 on node1`, `ranks 4-7 on node1`, `host node1` or `the launcher`."""
     ranks = failure.ranks if failure.rank is None else (failure.rank,)
     hosts = failure.hosts if failure.host is None else (failure.host,)
-    on_hosts = f" on {first_of(hosts)}" if hosts else ""
+    on_hosts = f" on {format_names(hosts)}" if hosts else ""
     if failure.kind == "launcher":
         return f"the launcher{on_hosts}"
     if ranks and failure.kind != "lost":
         return f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)}{on_hosts}"
-    return f"host{'s' * (len(hosts) > 1)} {first_of(hosts)}" if hosts else "a rank"
+    return f"host{'s' * (len(hosts) > 1)} {format_names(hosts)}" if hosts else "a rank"
 
 
 def what_happened(failure: Failure) -> str:
@@ -78,13 +80,7 @@ def _ranges(ranks: Sequence[int]) -> str:
     for rank in sorted(set(ranks)):
         start = ranges.pop()[0] if ranges and ranges[-1][1] == rank - 1 else rank
         ranges.append((start, rank))
-    return first_of([str(start) if start == end else f"{start}-{end}" for start, end in ranges])
-
-
-def first_of(names: Sequence[str], count: int = 4) -> str:
-    """Join the first names, with the number of the others."""
-    more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+    return format_names([str(start) if start == end else f"{start}-{end}" for start, end in ranges])
 
 
 def format_failure_page(failure: Failure, *, width: int = 100, colour: bool = False, record: str = "") -> str:
@@ -135,16 +131,19 @@ def _secondary_lines(failure: Failure, width: int) -> list[str]:
     if not count:
         return []
     first = f"; the first {ALSO_LINES}" if count > ALSO_LINES else ""
-    shown = [f"  {_clip(_plain(line), width - 2)}" for line in failure.also[:ALSO_LINES] if line]
-    return [f"{count} more failed later, mostly because of this{first}:", *shown]
+    shown = (_wrap(_plain(line), width - 2, 1) for line in failure.also[:ALSO_LINES])
+    return [
+        f"{count} more failed later, mostly because of this{first}:",
+        *(f"  {line}" for lines in shown for line in lines),
+    ]
 
 
 def _labelled(label: str, text: str, width: int, max_lines: int) -> list[str]:
     """Return `label: text`, with further lines indented to the text."""
     indent = len(label) + 2
     text = " ".join(_plain(text).split())
-    wrap = _wrap(text, width - indent, max_lines) if max_lines > 1 else [_clip(text, width - indent)]
-    return [f"{label}: {wrap[0]}", *(" " * indent + line for line in wrap[1:])]
+    first, *others = _wrap(text, width - indent, max_lines)
+    return [f"{label}: {first}", *(" " * indent + line for line in others)]
 
 
 def _plain(text: str) -> str:
@@ -155,39 +154,9 @@ def _plain(text: str) -> str:
 
 
 def _wrap(text: str, width: int, max_lines: int) -> list[str]:
-    """Break text at spaces, and inside words that are longer than a line; textwrap counts no double-width letters."""
+    """Break text into lines with the indentation of the first; the last ends with `...` if something is left out."""
+    if any(east_asian_width(letter) in "WF" for letter in text):
+        width //= 2  # such letters take two columns
     indent = text[: len(text) - len(text.lstrip())][: width // 2]
-    lines, line = [], indent
-    for word in text.split():
-        if line.strip() and _columns(line) + 1 + _columns(word) > width:
-            lines.append(line)
-            line = indent
-        line = f"{line} {word}" if line.strip() else line + word
-        while _columns(line) > width:
-            length = _fitting_length(line, width)
-            lines.append(line[:length])
-            line = indent + line[length:]
-        if len(lines) > max_lines:
-            break
-    lines += [line] if line.strip() else []
-    return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], _clip(lines[max_lines - 1] + " ...", width)]
-
-
-def _clip(text: str, width: int) -> str:
-    """Shorten text to one line, ending with `...` if something is left out."""
-    return text if _columns(text) <= width else text[: _fitting_length(text, width - 4)].rstrip() + " ..."
-
-
-def _columns(text: str) -> int:
-    """Count terminal columns; East Asian wide letters take two."""
-    return len(text) if text.isascii() else sum(1 + (east_asian_width(letter) in "WF") for letter in text)
-
-
-def _fitting_length(text: str, width: int) -> int:
-    """Count the letters that fit into `width` columns, at least one."""
-    columns = 0
-    for index, letter in enumerate(text):
-        columns += _columns(letter)
-        if columns > width:
-            return max(index, 1)
-    return len(text)
+    lines = textwrap.wrap(text[: (max_lines + 1) * width], width, subsequent_indent=indent, break_on_hyphens=False)
+    return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], f"{lines[max_lines - 1][: width - 4]} ..."]

@@ -14,10 +14,10 @@ from finetune.utils.atomic_io import fsync_dir
 FAILURE_FILE = "failure.json"
 
 
-def write_failure(folder: str | os.PathLike[str], failure: Failure, *, replace: bool = False) -> Path | None:
+def write_failure(folder: str | os.PathLike[str], failure: Failure) -> Path | None:
     """Write `failure.json` with the likely cause: completely or not at all, readable by all users.
 
-    An earlier record of the same run is kept unless `replace` is set, because later failures mostly follow from it.
+    An earlier record of the same run is kept, because later failures mostly follow from it.
     Runs without an id are never the same run. A resumed run keeps its id: whoever starts it deletes the old record.
     Returns the path of the record of this run; None if the folder does not exist or the disk refused.
     """
@@ -34,7 +34,7 @@ def write_failure(folder: str | os.PathLike[str], failure: Failure, *, replace: 
                 file.write(text.encode())
                 file.flush()
                 os.fsync(descriptor)
-            if replace or not _link_or_keep(partial, path, failure):
+            if not _link_or_keep(partial, path, failure):
                 os.replace(partial, path)
                 fsync_dir(path.parent)
             return path

@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune.diagnostics.failure_page import first_of
 from finetune.distributed import host_probe
 from finetune.distributed.collectives import all_gather_object
-from finetune.utils.errors import ConfigError, DataError, FinetuneError, format_faults
+from finetune.utils.errors import ConfigError, DataError, FinetuneError, format_faults, format_names
 from finetune.utils.proc import ROOT
 
 SHOWN_CHARACTERS = 12  # of a digest
@@ -95,7 +94,7 @@ def _describe(name: str, values: Sequence[str], hosts: Sequence[str], remedy: st
     clauses = []
     for value, ranks in ranks_by_value.items():
         names = names_of(ranks)
-        clauses.append(f"{first_of(names)} {'have' if len(names) > 1 else 'has'} {value[:SHOWN_CHARACTERS]}")
+        clauses.append(f"{format_names(names)} {'have' if len(names) > 1 else 'has'} {value[:SHOWN_CHARACTERS]}")
     wrong = [rank for rank, value in enumerate(values) if value != right]
-    remedy = remedy.format(right=names_of(ranks_by_value[right])[0], wrong=first_of(names_of(wrong)))
+    remedy = remedy.format(right=names_of(ranks_by_value[right])[0], wrong=format_names(names_of(wrong)))
     return f"{name} differs: {', '.join(clauses)}: {remedy}"

@@ -34,7 +34,6 @@ def test_a_later_failure_of_the_same_run_does_not_replace_the_first(tmp_path):
     path = write_failure(tmp_path, first)
     assert write_failure(tmp_path, later) == path and read_failure(path) == first
     assert write_failure(tmp_path, at(2, later)) and read_failure(path).error == "later"
-    assert write_failure(tmp_path, first, replace=True) and read_failure(path) == first
     assert write_failure(tmp_path, replace(later, run="r2")) and read_failure(path).run == "r2"
     assert os.listdir(tmp_path) == ["failure.json"]
 
