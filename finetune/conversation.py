@@ -22,10 +22,10 @@ class ToolCall:
 class Turn:
     """One message of a conversation; a model turn with `train` False is context.
 
-    `text` is blank only in a model turn with `tool_calls`. `reasoning` is what was written beside the text; reasoning
-    inside the text (`<think>...</think>`) stays there. A `tool` turn is the result of the call `tool_call_id`, of the
-    function `tool_name`, where the data name them. A `text` turn, alone in its conversation, is plain text for
-    continued pretraining. The loss of a supervised turn's tokens is multiplied by `weight`.
+    `text` is blank only in a model turn with `tool_calls`, and in a `tool` turn. `reasoning` is what was written beside
+    the text; reasoning inside the text (`<think>...</think>`) stays there. A `tool` turn is the result of the call
+    `tool_call_id`, of the function `tool_name`, where the data name them. A `text` turn, alone in its conversation, is
+    plain text for continued pretraining. The loss of a supervised turn's tokens is multiplied by `weight`.
     """
 
     role: Role

@@ -15,7 +15,7 @@ from finetune.conversation import ToolCall
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.tool_reading import is_empty, read_calls
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 ONLY_TEXT = "only text is read"
 REMEDY = "leave the row out, or write what it says as text"
 _TEXTS = ("text", "input_text", "output_text")

@@ -26,8 +26,8 @@ def text_fault(text: Any, field: str) -> str | None:
     """Why a value cannot be the text of a turn; None if it can."""
     if not isinstance(text, str):
         parts = isinstance(text, list) and any(isinstance(part, dict) and "text" in part for part in text)
-        remedy = ": join the texts of its parts into one string" if parts else ""
-        return f'expected "{field}" to be a string, found {shown(text)}{remedy}'
+        remedy = "join the texts of its parts into one string" if parts else "write it as text, or leave the row out"
+        return f'expected "{field}" to be a string, found {shown(text)}: {remedy}'
     if not text.strip(_BLANK):
         return f'"{field}" is empty: say something or leave it out'
     if "\0" in text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +42,10 @@ REFUSED = {
     **dict.fromkeys(("mask", "masked"), 'write "train": false for turns that are context'),
     **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
 }
-_READ = frozenset({*TURN_KEYS, "value", "content", "parts", "text", *REASONING_KEYS, *CALL_KEYS, *WEIGHTS})
+REASONING_LISTS = ("reasoning_details", "thinking_blocks")  # of parts: OpenRouter's, and Anthropic's beside the text
+_READ = frozenset(
+    {*TURN_KEYS, "value", "content", "parts", "text", *REASONING_KEYS, *REASONING_LISTS, *CALL_KEYS, *WEIGHTS}
+)
 READ_IN_TURNS = _READ | {"tool_call_id", "name", *REFUSED, *VERDICTS_OF_TURNS}
 
 
@@ -114,7 +118,10 @@ class TurnReading:
 
     def _read(self, turn: dict[str, Any], role: Role | None, field: str) -> None:
         """Read what the turn says, and add it."""
-        parts = ContentParts(turn.get(field), field)
+        given = turn.get(field)
+        if (role == "tool" or self.calls_only) and _is_json_value(given):
+            given = json.dumps(given, ensure_ascii=False)
+        parts = ContentParts(given, field)
         for wrong in parts.faults:
             self._add(wrong)
         for wrong in parts.fatal:
@@ -137,7 +144,7 @@ class TurnReading:
         if role == "model" and (calls or self.calls_only) and (value is None or value == ""):
             self.turns.append(Turn("model", "", is_supervised, reasoning, tuple(calls), weight=weight))
             return
-        may_be_blank = role == "model" and bool(calls) and isinstance(value, str)
+        may_be_blank = isinstance(value, str) and (bool(calls) if role == "model" else role == "tool")
         if not (may_be_blank and is_blank(value)) and (fault := text_fault(value, field)) is not None:
             self._add_fatal(fault)
             return
@@ -150,7 +157,7 @@ class TurnReading:
             self._add_fatal(f'"{field}" has tool results in a {role} turn{" beside text" * (role == "tool")}: {REMEDY}')
             return False
         for own_id, name, text in parts.results:
-            if (fault := text_fault(text, "tool result")) is not None:
+            if text != "" and (fault := text_fault(text, "tool result")) is not None:
                 self._add_fatal(fault)
                 continue
             of_call = self._result_of({"tool_call_id": own_id, "name": name}, "tool")
@@ -168,7 +175,8 @@ class TurnReading:
         return calls
 
     def _reasoning(self, turn: dict[str, Any], thought: str, text: Any, role: Role | None) -> str:
-        reasoning, fault = read_reasoning({"parts": thought} | {key: turn.get(key) for key in REASONING_KEYS})
+        keys = (*REASONING_KEYS, *REASONING_LISTS)
+        reasoning, fault = read_reasoning({"parts": thought} | {key: turn[key] for key in keys if key in turn})
         if reasoning and role not in ("model", None):
             fault = f"has reasoning, but only a model turn reasons: {REMEDY}"
         elif reasoning and isinstance(text, str) and "</think>" in text:
@@ -217,15 +225,37 @@ class TurnReading:
         return train != 0 and weight != 0, weight or 1.0
 
 
+def _is_json_value(value: Any) -> bool:
+    """Whether a result or a call is written as a JSON value in place of its text, and is no list of parts."""
+    items = value if isinstance(value, list) else [value]
+    is_part = (
+        isinstance(item, dict) and (item.get("type", "function") != "function" or "text" in item) for item in items
+    )
+    return isinstance(value, dict | list | int | float) and not any(is_part)
+
+
 def read_reasoning(holder: Mapping[str, Any]) -> tuple[str, str | None]:
     """The reasoning under one key of the holder, or under several that say the same; and a fault without its place."""
     found = {key: value for key, value in holder.items() if not is_nothing(value)}
+    for key in REASONING_LISTS:
+        if isinstance(found.get(key), list):
+            given, found[key] = found[key], "\n".join(filter(None, map(_thought_in, found[key])))
+            if not found[key] and len(found) > 1:
+                del found[key]  # signatures and the like
+            elif not found[key]:
+                return "", f'has reasoning under "{key}" that is no text, found {shown(given)}: leave it out'
     for key, value in found.items():
         if (fault := text_fault(value, key)) is not None:
             return "", fault
-    if len({*found.values()}) > 1:
+    if len({"".join(value.split()) for value in found.values()}) > 1:
         return "", f"has reasoning under {' and '.join(found)}, which differ: leave one of them out"
     return next(iter(found.values()), ""), None
+
+
+def _thought_in(part: Any) -> str | None:
+    """The text of a part of reasoning; None of one without, such as an encrypted one."""
+    texts = (part.get(key) for key in ("text", "summary", "thinking")) if isinstance(part, dict) else ()
+    return next((text for text in texts if isinstance(text, str)), None)
 
 
 def weight_fault(value: Any, key: str) -> str | None:

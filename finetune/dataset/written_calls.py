@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,8 @@ _TOKEN = re.compile(
     r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|(?<=[(,\s])([^\W\d][\w.$-]*)(?=\s*=(?!=))|\b(true|false|null)\b|([()])""",
     re.DOTALL,
 )
-_NEXT_CALL, _LAST_CALL = re.compile(r"\s*,"), re.compile(r"\s*\]\Z")
+_LISTED = re.compile(r"\[" + _NAME.pattern)
+_NEXT_CALL, _LAST_CALL = re.compile(r"\s*,"), re.compile(r"\s*\]")
 _LITERALS = {"true": "True", "false": "False", "null": "None"}
 _UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
@@ -94,41 +95,67 @@ def declared_in_text(
     if tools := tools_in_text(system):
         is_other = beside and beside != tools
         return tools, ": declares tools in its system turn (<tools>) and others beside it" if is_other else None
-    for number, turn in zip(numbers, turns, strict=True):
-        if turn.role != "model" or beside or not first_python_call(turn.text.strip()):
-            continue
-        tools, may_call = tools_in_prose(system), "function" in system.lower() or any(t.role == "tool" for t in turns)
-        if tools or not may_call:
-            return tools, None
-        return (), (
-            f", turn {number}: writes calls as [name(key=value)], and no declarations are found: declare the "
-            'functions under "tools"'
-        )
-    return (), None
+    listed = {
+        number: first_python_call(turn.text)
+        for number, turn in zip(numbers, turns, strict=True)
+        if turn.role == "model" and not beside and _LISTED.search(turn.text)
+    }
+    tools = tools_in_prose(system) if listed else ()
+    whole = next((number for number, name in listed.items() if name), None)
+    if tools or whole is None or not ("function" in system.lower() or any(turn.role == "tool" for turn in turns)):
+        return tools, None
+    return (), (
+        f", turn {whole}: writes calls as [name(key=value)], and no declarations are found: declare the "
+        'functions under "tools"'
+    )
 
 
 def first_python_call(text: str) -> str | None:
-    """The first name of a text that looks like `[name(...)]`; None of any other text."""
+    """The first name of a text that is written `[name(...)]`, behind reasoning or not; None of any other text."""
+    text = _behind_reasoning(text)
     match = _NAME.match(text, 1) if text.startswith("[") and text.endswith("]") else None
     match = match if match and text[:-1].rstrip().endswith(")") else None
     return match[1].strip() if match else None
 
 
-def python_calls(text: str) -> list[ToolCall]:
-    """Calls written as `[name(key=value), ...]` with literals as values; none for any other text."""
+def _behind_reasoning(text: str) -> str:
+    return text.rpartition("</think>")[2].strip()
+
+
+def python_calls(text: str, begin: int = 0) -> tuple[list[ToolCall], int]:
+    """Calls written as `[name(key=value), ...]` with literals as values, and where they end; none at other places."""
     calls: list[ToolCall] = []
-    place = 1 if first_python_call(text) else len(text)
+    place = begin + 1
     try:
         while match := _NAME.match(text, place):
             arguments, place = _python_arguments(text, match.end())
             calls.append(ToolCall(match[1].strip(), arguments))
-            if _LAST_CALL.match(text, place):
-                return calls
+            if closing := _LAST_CALL.match(text, place):
+                return calls, closing.end()
             following = _NEXT_CALL.match(text, place)
             place = following.end() if following else len(text)
     except _UNREADABLE:
-        return []
-    return []
+        return [], begin
+    return [], begin
+
+
+def bracketed_calls(text: str, declared: Collection[str]) -> tuple[str, list[ToolCall], str | None]:
+    """Split a text with `[name(key=value)]` at its end: the text before, the calls, a fault."""
+    if is_whole := first_python_call(text):
+        begins = [text.index("[", text.rfind("</think>") + 1)]
+    else:
+        begins = [match.start() for match in _LISTED.finditer(text) if match[1].strip() in declared]
+    for begin in begins:
+        calls, end = python_calls(text, begin)
+        head, rest = text[:begin].rstrip(), text[end:].strip()
+        if calls and not rest:
+            return head, calls, None
+        if calls and not _behind_reasoning(head):
+            return text, [], f"text behind a call, where no template writes it: {shown(rest)}: put it in front"
+        if not calls and is_whole in declared:
+            remedy = "write one list, with literals as values"
+            return text, [], f"a call that cannot be read as [name(key=value)]: {shown(text[begin:])}: {remedy}"
+    return text, [], None
 
 
 def _python_arguments(text: str, begin: int) -> tuple[Mapping[str, Any], int]:
@@ -167,17 +194,17 @@ def written_calls(
     read: list[Turn] = []
     of: list[int] = []
     faults: list[str] = []
+    names = {tool["function"]["name"] for tool in tools}
     for number, turn in zip(numbers, turns, strict=True):
         found = [turn]
         if turn.role == "model" and "<tool_call>" in turn.text:
             text, calls, wrong = tagged_calls(turn.text)
             faults += [f"turn {number}: {fault}" for fault in wrong]
             found = [replace(turn, text=text, tool_calls=(*turn.tool_calls, *calls))]
-        elif turn.role == "model" and not turn.tool_calls and (name := first_python_call(turn.text.strip())):
-            if calls := python_calls(turn.text.strip()):
-                found = [replace(turn, text="", tool_calls=tuple(calls))]
-            elif any(name == tool["function"]["name"] for tool in tools):
-                faults.append(f"turn {number}: a call that cannot be read as [name(key=value)]: {shown(turn.text)}")
+        elif turn.role == "model" and not turn.tool_calls and "[" in turn.text:
+            text, calls, fault = bracketed_calls(turn.text, names)
+            faults += [f"turn {number}: {fault}"] if fault else []
+            found = [replace(turn, text=text, tool_calls=tuple(calls))]
         elif turn.role == "human" and "<tool_response>" in turn.text:
             found = [Turn("tool", result) for result in tagged_results(turn.text)] or [turn]
         read += found

@@ -21,7 +21,7 @@ from finetune.chat_templates.generation_prompt import REASONING, TEXT
 from finetune.chat_templates.messages import with_reasoning_inside
 from finetune.conversation import Conversation, ToolCall, Turn
 from finetune.dataset.tool_reading import read_calls
-from finetune.dataset.written_calls import python_calls, tools_in_text
+from finetune.dataset.written_calls import bracketed_calls, tools_in_text
 
 _SHAPES = ((TEXT, REASONING), ("", REASONING), ("", ""), (TEXT, ""))  # what may stand beside calls
 _VALUE = re.compile(r"[{\[]")
@@ -90,7 +90,7 @@ def _contents(written: tuple[str, list[int]], generated: tuple[str, list[int]]) 
 
 def _calls(text: str, tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[ToolCall, ...]]:
     """Calls that a text may hold, by syntax: all, then without the first ones, which reasoning may only quote."""
-    of_python = tuple(python_calls(text.strip()))
+    of_python = tuple(bracketed_calls(text, {tool["function"]["name"] for tool in tools})[1])
     for calls in (_json_calls(text), _named_calls(text), _element_calls(text, tools), of_python):
         yield from (calls[start:] for start in range(len(calls)))
 

@@ -255,7 +255,7 @@ def test_a_key_that_stands_twice_in_a_turn_is_named_with_the_turn(tmp_path):
     assert faults(path) == [
         f'{path}, row 0, turn 0: has "value" twice: only one of them could be read, take one out',
         f'{path}, row 0, turn 1, "value": holds NaN, which is not JSON: write null, or leave it out',
-        f'{path}, row 0, turn 1: expected "value" to be a string, found NaN',
+        f'{path}, row 0, turn 1: expected "value" to be a string, found NaN: write it as text, or leave the row out',
     ]
 
 

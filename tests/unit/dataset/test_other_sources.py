@@ -139,6 +139,7 @@ def test_a_key_of_a_row_that_cannot_be_honoured_is_a_fault(values, said, tmp_pat
         ({"training": False}, "not to be imitated"),
         ({"tools": [{"name": "f"}]}, "tools are declared by the row"),
         ({"reasoning": "x", "thinking": "y"}, "has reasoning under reasoning and thinking, which differ"),
+        ({"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}, "that is no text"),
     ],
 )
 def test_a_key_of_a_turn_that_cannot_be_honoured_is_a_fault(values, said, tmp_path):
@@ -159,6 +160,8 @@ def test_keys_that_can_be_honoured_are(tmp_path):
         {"messages": [{"role": name, "content": name} for name in ("System", "USER", "ChatGPT")]},
         {"prompt": CHAT[:1], "completion": CHAT[1:], "system": "u"},
         {"text": "Plain text.", "weight": 2},
+        {"messages": [CHAT[0], {**CHAT[1], "thought": "s", "reasoning_details": [{"data": "x"}, {"text": "s"}]}]},
+        {"messages": [CHAT[0], {**CHAT[1], "thinking_blocks": [{"thinking": "t", "signature": "x"}]}]},
     ]  # fmt: skip
     found = read(written(tmp_path / "a.json", rows))
 
@@ -172,6 +175,7 @@ def test_keys_that_can_be_honoured_are(tmp_path):
     assert spoken(found[6]) == [("system", "System"), ("human", "USER"), ("model", "ChatGPT")]
     assert spoken(found[7]) == [("system", "u"), *PAIR]
     assert found[8].turns == (Turn("text", "Plain text.", weight=2),)
+    assert [one.turns[1] for one in found[9:]] == [Turn("model", "a", reasoning=thought) for thought in "st"]
 
 
 def test_other_keys_are_said_once_per_source(tmp_path):

@@ -192,6 +192,29 @@ def test_rows_of_toolace_are_read_as_published(tmp_path):
     arguments = {"title": "a), Find Book(x='", "from": 1, "max-n": -2, "open": True}, {"title": "null", "open": False}
     assert one.turns[2].tool_calls == tuple(ToolCall("Find Book", given) for given in arguments)
     assert one.turns[2].text == "" and [turn.role for turn in one.turns] == "system human model tool model".split()
+    for index, before in enumerate(("<think>Hm.</think>", "I look it up.\n")):
+        (one,) = read(written(tmp_path / f"{index}.json", [toolace(f"{before}{said}", FUNCTION)]))
+        assert one.turns[2].text == before.strip() and len(one.turns[2].tool_calls) == 2
+    (fault,) = faults(written(tmp_path / "b.json", [toolace(f"{said} Done.", FUNCTION)]))[:1]
+    assert 'turn 1: text behind a call, where no template writes it: "Done."' in fault
+    row = toolace("Write [Find Book(title=x)] or [Lose Book(title='x')].", FUNCTION)
+    row["tools"], row["conversations"] = [FUNCTION], row["conversations"][:2]
+    assert read(written(tmp_path / "text.json", [row]))[0].turns[2].tool_calls == ()
+
+
+def test_calls_and_results_may_be_json_values_in_place_of_their_text(tmp_path):
+    row = {"tools": TOOLS, "conversations": [
+        {"from": "human", "value": "q"}, {"from": "function_call", "value": json.loads(TEXT_CALL)},
+        {"from": "observation", "value": {"shelf": "四"}}, {"from": "gpt", "value": "a"},
+        {"from": "function_call", "value": [json.loads(TEXT_CALL)]}, {"from": "observation", "value": [{"shelf": 4}]},
+        {"from": "function_call", "value": TEXT_CALL}, {"from": "observation", "value": ""},
+        {"from": "gpt", "value": "b"},
+    ]}  # fmt: skip
+    (one,) = read(written(tmp_path / "a.json", [row]))
+
+    assert [turn.text for turn in one.turns if turn.role == "tool"] == ['{"shelf": "四"}', '[{"shelf": 4}]', ""]
+    first, *others = [turn.tool_calls for turn in one.turns if turn.tool_calls]
+    assert len(first) == 1 and others == [first, first]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +225,7 @@ def test_rows_of_toolace_are_read_as_published(tmp_path):
         ('[Find Book("a")]', "turn 1: a call that cannot be read as [name(key=value)]"),
         ('[Find Book(title=open("x"))]', "a call that cannot be read"),
         ('[Find Book(title="a", title="b")]', "a call that cannot be read"),
+        ('<think>Hm.</think>[Find Book(title="a")]\n[Find Book(title="b")]', "text behind a call"),
     ],
 )  # fmt: skip
 def test_calls_of_toolace_are_checked(said, fault, tmp_path):
@@ -285,7 +309,10 @@ BAD = {
     "text behind a call": (
         rows_of({"role": "assistant", "content": f"{HERMES} and more"}, result(None), ANSWER), "text beside a call",
     ),
-    "empty result": (rows_of(calling(openai_call()), result(text=""), ANSWER), '"content" is empty'),
+    "null result": (rows_of(calling(openai_call()), result(text=None), ANSWER), "found null: write it as text"),
+    "image as a result": (
+        rows_of(calling(openai_call()), result(text={"type": "image", "image": "x"}), ANSWER), "write it as text",
+    ),
     "lone surrogate": (rows_of(calling(openai_call("a", {"title": "\ud83d"})), result(), ANSWER), "half a character"),
     "endless reference": (
         rows_of(calling(openai_call("a", {}, "f")), result(), ANSWER,
