@@ -274,8 +274,10 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens:
 
 
 def embedding_names(model: Any) -> list[str]:
-    """Return the last part of the module names of the input embeddings and, unless tied, of the head."""
+    """Return the last part of the names of the modules with a row per token: embeddings and, unless tied, the head."""
     wanted = [model.get_input_embeddings()] + ([] if _is_tied(model) else [model.get_output_embeddings()])
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):  # Gemma 3n and 4
+        wanted.append(model.get_per_layer_input_embeddings())
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     return [names[id(module)] for module in wanted if module is not None]
 

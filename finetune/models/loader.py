@@ -235,7 +235,9 @@ def load_model(
         log_notes(info.check_weights())
     run_on_all_ranks(lambda: check_finite(model, info.files, label=info.flag))
     conversions = getattr(info.empty, "_weight_conversions", None)  # those of them that `check_weights` found in use
-    if conversions is not None:  # under ZeRO-3 transformers 5.23 notes all, and would save under other names
+    is_dequantized = info.bits is None and is_packed_in_files(info.config)
+    if conversions is not None or is_dequantized:
+        # Under ZeRO-3 transformers 5.23 notes all, and would save under other names: those of packed weights, too.
         model._weight_conversions = conversions
     freeze_other_modalities(model, info.kinds)
     if needs_new_embeddings(info, tokenizer):

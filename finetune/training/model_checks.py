@@ -139,7 +139,9 @@ def check_vocabulary(
     grows = f"the tokenizer has {rows:,} tokens, the model embeddings for {known:,}: none for {format_names(tokens)}"
     if kind in ("prefix", "prompt"):
         raise ConfigError(f"{grows}: --adapter {kind} cannot train embeddings: use --use_lora True")
-    size = len(names) * rows * info.empty.get_input_embeddings().weight.shape[1]
+    size = rows * sum(
+        module.weight.shape[1] for name, module in info.empty.named_modules() if name.rpartition(".")[2] in names
+    )
     if kind and not adds_tokens and not set(names) <= set(adapter.saved_modules() or ()):
         raise ConfigError(
             f"{grows}. With an adapter all of {' and '.join(names)} would be trained and saved in full, {size:,} of "

@@ -7,6 +7,7 @@ import re
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.models.adapters import attach_adapter, load_adapter
@@ -14,6 +15,7 @@ from finetune.models.loader import ModelInfo
 from finetune.utils.errors import ConfigError
 from tests.helpers import made_results as made
 from tests.helpers import tiny_models
+from tests.helpers.lora import attach_lora
 
 
 def adapted(*targets: str, family: str = "llama", **flags) -> list[str]:
@@ -113,3 +115,18 @@ def test_under_autocast_the_base_keeps_its_precision_and_what_is_trained_is_floa
     gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
     assert any(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(("family", "names"), [("llama", {"embed_tokens", "lm_head"}),
+                                               ("gemma4", {"embed_tokens", "embed_tokens_per_layer"})])  # fmt: skip
+def test_new_tokens_train_every_module_with_a_row_per_token(family, names, tmp_path):
+    """Else rows would be drawn at random again where the adapter is loaded."""
+    base = tiny_models.build(family)
+    before = {name: weight.shape for name, weight in base.named_parameters()}
+    base.resize_token_embeddings(tiny_models.VOCAB_SIZE + 2, mean_resizing=False)
+    grown = {name for name, weight in base.named_parameters() if weight.shape != before[name]}
+    model = attach_lora(base, r=2, alpha=2, dropout=0, target_modules=["q_proj"], train_embeddings=True)
+    model.save_pretrained(tmp_path)
+    saved = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert grown <= saved  # peft adds a tied head
+    assert {name.split(".")[-2] for name in grown} == names

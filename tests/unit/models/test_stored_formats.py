@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from finetune.config import AdapterArguments, ModelArguments
 from finetune.export.verify_saved import digests_to_save, verify_result
@@ -21,10 +21,17 @@ from tests.helpers.byte_tokenizer import byte_tokenizer
 
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 BLOCK = 16  # of FP8 scales
+FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ["lm_head", "gate"]}
+FP8_WEIGHTS = [f"{name}.weight" for name in ("proj", "w1", "w2", "w3")]
 METHODS = {
     "gpt_oss": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
-    "llama": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ["lm_head"]},
+    "llama": FP8,
+    "mixtral": FP8,  # files have a tensor for each expert
 }
+
+
+def load_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
 
 
 def mxfp4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -48,23 +55,23 @@ def fp8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def published(family: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Write a made-up checkpoint in its format; return the values of its weights."""
-    model = tiny_models.build(family, vocab_size=272, intermediate_size=64)
-    quantize, ends = (mxfp4, ("gate_up_proj", "down_proj")) if family == "gpt_oss" else (fp8, ("proj.weight",))
+    """Write a made-up checkpoint in its format; return the values of its tensors."""
+    tiny_models.build(family, vocab_size=272, intermediate_size=64).save_pretrained(folder)
+    is_mxfp4 = family == "gpt_oss"
+    quantize, ends = (mxfp4, ("gate_up_proj", "down_proj")) if is_mxfp4 else (fp8, tuple(FP8_WEIGHTS))
     tensors, values = {}, {}
-    for name, weight in model.state_dict().items():
+    for name, weight in load_file(folder / "model.safetensors").items():
         parts, values[name] = quantize(weight) if name.endswith(ends) else ({"": weight}, weight)
         tensors |= {name + end: part.contiguous().clone() for end, part in parts.items()}
-    model.config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     byte_tokenizer().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": METHODS[family]}))
+    config = {**load_config(folder), "quantization_config": METHODS[family]}
+    (folder / "config.json").write_text(json.dumps(config))
     return values
 
 
 @pytest.mark.parametrize("family", METHODS)
-def test_lora_is_trained_on_the_dequantized_weights_and_loads_on_them(family, tmp_path):
+def test_dequantized_weights_are_trained_and_saved_as_plain_ones(family, tmp_path):
     values = published(family, tmp_path / "base")
     info = inspect_model(ModelArguments(model_name_or_path=str(tmp_path / "base")), "sdpa")
     assert any("dequantized while they load" in note for note in info.notes) and info.bits is None
@@ -72,7 +79,10 @@ def test_lora_is_trained_on_the_dequantized_weights_and_loads_on_them(family, tm
     model = load_model(info, byte_tokenizer(), "float32", None)
 
     assert {str(weight.dtype) for weight in model.parameters()} == {"torch.float32"}
-    for name, weight in model.state_dict().items():
+    model.save_pretrained(tmp_path / "whole")  # plain weights under the names of the base
+    saved = load_file(tmp_path / "whole" / "model.safetensors")
+    assert saved.keys() == values.keys() and "quantization_config" not in load_config(tmp_path / "whole")
+    for name, weight in saved.items():
         torch.testing.assert_close(weight, values[name], rtol=1e-6, atol=1e-7)
     adapted = attach_adapter(model, AdapterArguments(use_lora=True, lora_dropout=0.0), info, None, seed=0)
     ids = torch.arange(5, 25)[None]
