@@ -104,8 +104,9 @@ class RowReading:
             self._text(row)
         else:
             self._pair(row, keys)
-        if self.declared or (self.turns and self.turns[0].role == "system"):
-            self._written_calls()
+        has_results = any(turn.role == "tool" or turn.text.startswith("<tool_response>") for turn in self.turns)
+        if self.declared or has_results or (self.turns and self.turns[0].role == "system"):
+            self._written_calls(has_results=has_results)
         if has_more:
             self._apply_to_all(row, keys)
 
@@ -319,7 +320,7 @@ class RowReading:
 
     def _answer_calls(self, answers: Any) -> None:
         calls, faults = read_calls(answers)
-        for fault in faults:
+        for fault in faults if calls or faults else ["holds no call, so there is nothing to learn: leave the row out"]:
             self._add_fatal(f'{self.place}: "answers": {fault}')
         self.numbers.append(len(self.turns))
         self.turns.append(Turn("model", "", tool_calls=tuple(calls)))
@@ -351,16 +352,17 @@ class RowReading:
 
     # ---- of all formats
 
-    def _written_calls(self) -> None:
+    def _written_calls(self, *, has_results: bool) -> None:
         """Read calls and results that stand in the texts of a row which declares tools, also in its system turn."""
         in_text, fault = declared_in_text(self.turns, self.numbers, self.declared)
         self.faults += [f"{self.place}{fault}"] if fault else []
         if in_text:
             self.declared, self.tools = in_text, ()
-        if not self.declared:
+        if fault or not (self.declared or has_results):
             return
         turns, numbers, faults = written_calls(self.turns, self.numbers, self.declared)
-        self.faults += [f"{self.place}, {fault}" for fault in faults]
+        for fault in faults:
+            self._add_fatal(f"{self.place}, {fault}")
         self.turns, self.numbers = turns, numbers
 
     def _apply_to_all(self, row: dict[str, Any], keys: set[str]) -> None:

@@ -202,7 +202,9 @@ def _misplaced(turn: Turn, calls: Sequence[ToolCall], waiting: list[ToolCall]) -
     if turn.tool_call_id is not None:
         call = next((call for call in calls if call.id == turn.tool_call_id), None)
         if call is None:
-            return f"the result of the call {shown(turn.tool_call_id)}, and no call before it has that id"
+            del waiting[:1]  # which it may be meant for
+            own_id = shown(turn.tool_call_id)
+            return f"the result of the call {own_id}, and no call before it has that id: correct it, or leave it out"
         if call not in waiting:
             return f"a second result of the call {shown(turn.tool_call_id)}: leave one of them out"
     elif not waiting:
@@ -211,5 +213,6 @@ def _misplaced(turn: Turn, calls: Sequence[ToolCall], waiting: list[ToolCall]) -
         call = next((call for call in waiting if turn.tool_name in (None, call.name)), waiting[0])
     waiting.remove(call)
     if turn.tool_name not in (None, call.name):
-        return f"the result of {shown(turn.tool_name)}, and the call before it is of {shown(call.name)}"
+        name = shown(call.name)
+        return f"the result of {shown(turn.tool_name)}, and the call before it is of {name}: correct one of them"
     return None

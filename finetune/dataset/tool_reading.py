@@ -45,9 +45,10 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Declarations as chat templates take them; a string is read as JSON. Raises `ToolFault`."""
     if isinstance(value, str):
         value = _decoded(value, "the declarations")
-    value = value.get("tools", value) if isinstance(value, dict) else value  # Bedrock's toolConfig
+    if isinstance(value, dict):  # Bedrock's toolConfig, or one function
+        value = value.get("tools", [value])
     if not isinstance(value, list):
-        raise ToolFault(f"expected a list of declared functions, found {shown(value)}")
+        raise ToolFault(f"expected a list of declared functions, found {shown(value)}: write one")
     tools: list[Any] = []
     for tool in value:
         tool = _decoded(tool, "a declaration") if isinstance(tool, str) else tool
@@ -78,7 +79,7 @@ def _declaration(tool: Any) -> dict[str, Any]:
     function: Any = tool.get("function", tool.get("toolSpec", tool)) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip() or tool.get("type") not in (None, "function"):
-        raise ToolFault(f'expected declared functions with a "name", found {shown(tool)}')
+        raise ToolFault(f'expected declared functions with a "name", found {shown(tool)}: write them so')
     function = {"parameters" if key in _SCHEMA_KEYS else key: value for key, value in function.items()}
     if function is not tool:
         function.pop("type", None)

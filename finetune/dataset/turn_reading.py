@@ -20,7 +20,8 @@ ROLES: dict[str, Role] = {
     "model": "model", "gpt": "model", "assistant": "model", "bot": "model", "chatbot": "model", "chatgpt": "model",
     "bing": "model", "ai": "model", "system": "system", "developer": "system",
     "function_call": "model", "tool_call": "model",
-    "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "text": "text",
+    "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "ipython": "tool",
+    "text": "text",
 }  # fmt: skip
 ACCEPTED_ROLES = "accepted as human: user; as model: gpt, assistant, bot, chatgpt; as tool: function, observation"
 # The text of a turn of these roles is a call, or a list of calls, as JSON.
@@ -128,12 +129,15 @@ class TurnReading:
             self._add_fatal(wrong)
         self.unread += [f"{key} of parts" for key in parts.unread]
         value, calls = parts.text, [*parts.calls, *self._calls(turn)]
+        if not self.is_complete and is_empty(value):
+            return
         if parts.results and self._add_results(parts, role, field) and is_blank(value):
             return
         if self.calls_only and isinstance(value, str):
             head, end, rest = value.partition("</think>") if value.lstrip().startswith("<think>") else ("", "", value)
             read, faults = read_calls(rest)
             calls, value = [*calls, *read], head + end
+            self.is_complete &= bool(read)
             for wrong in faults:
                 self._add(wrong)
         if calls and role not in ("model", None):
@@ -170,6 +174,7 @@ class TurnReading:
             if not is_nothing(turn.get(key)):
                 read, faults = read_calls(turn[key])
                 calls += read
+                self.is_complete &= bool(read)
                 for fault in faults:
                     self._add(f'"{key}": {fault}')
         return calls

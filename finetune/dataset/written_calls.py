@@ -30,6 +30,8 @@ _TOKEN = re.compile(
 _LISTED = re.compile(r"\[" + _NAME.pattern)
 _NEXT_CALL, _LAST_CALL = re.compile(r"\s*,"), re.compile(r"\s*\]")
 _LITERALS = {"true": "True", "false": "False", "null": "None"}
+BEHIND_CALL = "text behind a call, where no template writes it: {}: put it in front of the call"
+UNCLOSED = "<tool_call> without </tool_call>: {}: close it, or leave the row out"
 _UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
@@ -68,8 +70,9 @@ def tagged_calls(text: str) -> tuple[str, list[ToolCall], list[str]]:
     while match := _CALL.match(text, position):
         read, wrong = read_calls(_json_of_literal(match[1]))
         calls, faults, position = [*calls, *read], [*faults, *wrong], match.end()
-    if text[position:].strip():
-        faults.append(f"text beside a call that cannot be read: {shown(text[position:].strip())}")
+    if rest := text[position:].strip():
+        unclosed = rest.startswith("<tool_call>")
+        faults.append(UNCLOSED.format(shown(rest)) if unclosed else BEHIND_CALL.format(shown(rest)))
     return text[:begin].rstrip(), calls, faults
 
 
@@ -139,6 +142,21 @@ def python_calls(text: str, begin: int = 0) -> tuple[list[ToolCall], int]:
     return [], begin
 
 
+def json_calls(text: str, declared: Collection[str]) -> list[ToolCall]:
+    """Calls of declared functions as JSON, behind reasoning or not, and nothing else; none for any other text."""
+    text = _behind_reasoning(text)
+    try:
+        values = decode_text(text) if text[:1] in ("{", "[") and text[-1:] in ("}", "]") else []
+    except (ValueError, RecursionError):
+        return []
+    for value in values if isinstance(values, list) else [values]:
+        function: Any = value.get("function", value) if isinstance(value, dict) else None
+        named = isinstance(function, dict) and any(key in function for key in ("arguments", "parameters"))
+        if not named or function.get("name") not in declared:
+            return []
+    return read_calls(values)[0]
+
+
 def bracketed_calls(text: str, declared: Collection[str]) -> tuple[str, list[ToolCall], str | None]:
     """Split a text with `[name(key=value)]` at its end: the text before, the calls, a fault."""
     if is_whole := first_python_call(text):
@@ -151,7 +169,7 @@ def bracketed_calls(text: str, declared: Collection[str]) -> tuple[str, list[Too
         if calls and not rest:
             return head, calls, None
         if calls and not _behind_reasoning(head):
-            return text, [], f"text behind a call, where no template writes it: {shown(rest)}: put it in front"
+            return text, [], BEHIND_CALL.format(shown(rest))
         if not calls and is_whole in declared:
             remedy = "write one list, with literals as values"
             return text, [], f"a call that cannot be read as [name(key=value)]: {shown(text[begin:])}: {remedy}"
@@ -201,8 +219,11 @@ def written_calls(
             text, calls, wrong = tagged_calls(turn.text)
             faults += [f"turn {number}: {fault}" for fault in wrong]
             found = [replace(turn, text=text, tool_calls=(*turn.tool_calls, *calls))]
-        elif turn.role == "model" and not turn.tool_calls and "[" in turn.text:
-            text, calls, fault = bracketed_calls(turn.text, names)
+        elif turn.role == "model" and not turn.tool_calls and ("[" in turn.text or '"name"' in turn.text):
+            calls, fault = json_calls(turn.text, names), None
+            text = turn.text[: turn.text.rfind("</think>") + len("</think>")] if "</think>" in turn.text else ""
+            if not calls:
+                text, calls, fault = bracketed_calls(turn.text, names)
             faults += [f"turn {number}: {fault}"] if fault else []
             found = [replace(turn, text=text, tool_calls=tuple(calls))]
         elif turn.role == "human" and "<tool_response>" in turn.text:

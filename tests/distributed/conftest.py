@@ -9,13 +9,18 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers import ranks
-from tests.helpers.batch_runs import ROWS, SGD
+from tests.helpers.batch_runs import ROWS, SGD, WEIGHTS
 from tests.helpers.rows import write_rows
 
 
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.json", ROWS)
+    path = write_rows(tmp_path_factory.mktemp("data") / "rows.json", ROWS)
+    rows = json.loads(path.read_text())
+    for row, weight in WEIGHTS.items():
+        rows[row]["conversations"][1]["weight"] = weight
+    path.write_text(json.dumps(rows))
+    return path
 
 
 @pytest.fixture

@@ -208,13 +208,13 @@ def test_calls_and_results_may_be_json_values_in_place_of_their_text(tmp_path):
         {"from": "observation", "value": {"shelf": "四"}}, {"from": "gpt", "value": "a"},
         {"from": "function_call", "value": [json.loads(TEXT_CALL)]}, {"from": "observation", "value": [{"shelf": 4}]},
         {"from": "function_call", "value": TEXT_CALL}, {"from": "observation", "value": ""},
-        {"from": "gpt", "value": "b"},
+        {"from": "gpt", "value": f"[{TEXT_CALL}]"}, {"from": "ipython", "value": "4"}, {"from": "gpt", "value": "b"},
     ]}  # fmt: skip
     (one,) = read(written(tmp_path / "a.json", [row]))
 
-    assert [turn.text for turn in one.turns if turn.role == "tool"] == ['{"shelf": "四"}', '[{"shelf": 4}]', ""]
+    assert [turn.text for turn in one.turns if turn.role == "tool"] == ['{"shelf": "四"}', '[{"shelf": 4}]', "", "4"]
     first, *others = [turn.tool_calls for turn in one.turns if turn.tool_calls]
-    assert len(first) == 1 and others == [first, first]
+    assert len(first) == 1 and others == [first] * 3
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,17 @@ BAD = {
         {"tools": TOOLS, "messages": [{**ASK, "tool_calls": [openai_call()]}, ANSWER]}, "only a model turn calls",
     ),
     "text behind a call": (
-        rows_of({"role": "assistant", "content": f"{HERMES} and more"}, result(None), ANSWER), "text beside a call",
+        rows_of({"role": "assistant", "content": f"{HERMES} and more"}, result(None), ANSWER), "text behind a call",
+    ),
+    "a call without an end": (
+        rows_of({"role": "assistant", "content": HERMES.partition("</")[0]}, result(None), ANSWER), "close it",
+    ),
+    "calls in a text without declarations": (
+        {"messages": [ASK, {"role": "assistant", "content": HERMES}, result(None), ANSWER]}, "declares no tools",
+    ),
+    "no answer": ({"query": "q", "tools": TOOLS, "answers": []}, "holds no call"),
+    "a call that is no call": (
+        rows_of(calling({"type": "custom", "name": "x"}), result(None), ANSWER), 'expected calls with "name"',
     ),
     "null result": (rows_of(calling(openai_call()), result(text=None), ANSWER), "found null: write it as text"),
     "image as a result": (
