@@ -1,7 +1,5 @@
 """`finetune VERB`, the same as `python -m finetune VERB`."""
 
-from __future__ import annotations
-
 import signal
 import sys
 

@@ -1,7 +1,5 @@
 """The types that all packages share: turns, conversations, and rows that could not be read."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal

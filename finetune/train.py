@@ -10,8 +10,6 @@
 `run_training` is the story: config -> data -> processes -> checkpoint -> model -> dataloaders -> fit -> finalize.
 """
 
-from __future__ import annotations
-
 from finetune.distributed.launcher_processes import die_with_launcher
 from finetune.utils import console
 

@@ -11,8 +11,6 @@ characters and can neither end a turn nor open one.
     labels       -100 -100 -100   -100 Yes  </s>
 """
 
-from __future__ import annotations
-
 from finetune.chat_templates.example import (
     IGNORE_INDEX,
     ChatFormat,

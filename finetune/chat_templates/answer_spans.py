@@ -9,8 +9,6 @@ it cannot be supervised there: it needs a conversation that ends with it. If the
 template writes (R1's ends with `<think>`), the answer is put behind the prompt.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress

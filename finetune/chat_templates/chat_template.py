@@ -1,7 +1,5 @@
 """Conversations as text: a chat template of a tokenizer applied to them, with the skeleton of each."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress

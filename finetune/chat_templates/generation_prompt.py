@@ -5,8 +5,6 @@ prompt      <s>  Hi  </s>  <m>              in training, these ids are followed 
 generated                     Yes  </s>     the answer is the text that training renders to these ids:  "Yes"
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os.path import commonprefix

@@ -5,8 +5,6 @@ compared with the text of the turn, and the end-of-turn token must be there. Whe
 text, the decoded labels must hold the reasoning, the text, and the name and all arguments of each tool call.
 """
 
-from __future__ import annotations
-
 import json
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Plain text for continued pretraining, cut into blocks: every token but the first, and the end, is supervised."""
 
-from __future__ import annotations
-
 import unicodedata
 
 from finetune.chat_templates.example import SupervisedSpan, TokenizedConversation, TurnSpan, UnrenderableError

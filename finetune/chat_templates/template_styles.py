@@ -1,7 +1,5 @@
 """Find the style of messages that a chat template expects, by rendering samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from finetune.chat_templates.example import UnrenderableError

@@ -6,8 +6,6 @@ segments    control "<human>", context "Hi", control "<model>", learned "Yes",
             learned_control "</s>" (not read), control "<human>"
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -8,8 +8,6 @@ A boundary is next to a control token, or behind one and some text of the templa
 ids then stand there. This needs no offsets, which cost the tokenizer time; where it fails, offsets tell.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple

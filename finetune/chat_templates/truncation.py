@@ -5,8 +5,6 @@ windows    h m h m          the same, and each later model turn gets a window of
              h m h m        as fit and the system turn; each model turn is supervised exactly once
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

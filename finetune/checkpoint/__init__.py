@@ -3,8 +3,6 @@
 Nothing here needs torch: a login node can verify a checkpoint.
 """
 
-from __future__ import annotations
-
 from finetune.checkpoint.checkpoint_dirs import (
     checkpoint_folder,
     is_complete,

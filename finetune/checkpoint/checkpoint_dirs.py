@@ -1,7 +1,5 @@
 """Checkpoint folders of an `output_dir`: naming, listing, marking, removing by rules, quarantine."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

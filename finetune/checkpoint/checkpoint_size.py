@@ -1,7 +1,5 @@
 """Bytes of a checkpoint on disk, computed from the sizes of its parameters."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 MODEL, MODEL_STATES, OPTIMIZER = "saved model", "DeepSpeed's copy of it", "optimizer states"

@@ -4,8 +4,6 @@ The checksum is XXH3 with 128 bits (https://github.com/Cyan4973/xxHash): it find
 does not prove where a checkpoint comes from. SHA-256, beside it where the manifest has an HMAC, does.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

@@ -10,8 +10,6 @@ A manifest carries a checksum of itself, its canonical JSON (sorted keys, no spa
 also carries an HMAC-SHA256 (RFC 2104) of the same bytes, and a SHA-256 of each file.
 """
 
-from __future__ import annotations
-
 import hmac
 import json
 import os

@@ -5,8 +5,6 @@ The gate is torch's unpickler for `weights_only=True`
 `distributed.process_setup` makes each `torch.load` use it, those of DeepSpeed included.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

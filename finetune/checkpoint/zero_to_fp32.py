@@ -11,8 +11,6 @@ mapped into memory, not read: what a weight needs is fetched when it is asked fo
                      weight b  b b | b b      rank 1 keeps  a - b b c -
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

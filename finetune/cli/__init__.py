@@ -3,8 +3,6 @@
 The file of a verb is imported when that verb runs, so `finetune --help` waits for none of them.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """`finetune chat`: talk with a result in a terminal, from a pipe or in a browser, beside its base if wanted."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """`finetune convert`: write conversations of any supported layout in the project's own layout."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

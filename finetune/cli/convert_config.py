@@ -1,7 +1,5 @@
 """`finetune convert-config`: a config of LLaMA-Factory, axolotl or ms-swift as a recipe, and what differs."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

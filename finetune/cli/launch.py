@@ -7,8 +7,6 @@ The `deepspeed` command itself runs on each host, with `--no_ssh`: without pdsh 
 arrive unchanged, the loss of a host is seen at once, and the exit status is the true one.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shlex

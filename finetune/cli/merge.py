@@ -5,8 +5,6 @@ finetune merge output/checkpoint-200 model  # a checkpoint of any ZeRO stage and
 finetune merge output --gguf q8_0           # and as a file of llama.cpp's beside it
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

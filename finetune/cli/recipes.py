@@ -4,8 +4,6 @@ finetune recipes                     # names, and what each is for
 finetune recipes qwen3_8b_lora       # to qwen3_8b_lora.yaml here
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

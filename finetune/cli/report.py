@@ -1,7 +1,5 @@
 """`finetune report`: what a run did, on one page; several runs over each other; a run in progress, watched."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

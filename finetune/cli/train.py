@@ -6,8 +6,6 @@
 It is `finetune launch` with the script of this package: flags of the launcher and of the training in any order.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ names and types are read from the source of the installed version, without impor
 seconds and building it touches the devices. Flags that transformers has renamed or removed are translated.
 """
 
-from __future__ import annotations
-
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.argument_parser import build_parser, flag_words, known_flags, parse
 from finetune.config.arguments import (

@@ -1,7 +1,5 @@
 """The flags that say what is trained; the only home of their defaults."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any, Literal

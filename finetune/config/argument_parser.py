@@ -1,7 +1,5 @@
 """The training command line and its `--config` files -> `Arguments`, checked."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -3,8 +3,6 @@
 This is the only home of a default of ours.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import os

@@ -1,7 +1,5 @@
 """What is typed behind `finetune train` or `finetune doctor`: a recipe, `--flag value`, and `flag=value`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 

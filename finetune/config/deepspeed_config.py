@@ -7,8 +7,6 @@ reported together, each with both values and the fix.
 Keys: https://www.deepspeed.ai/docs/config-json/ ; what transformers fills: transformers/integrations/deepspeed.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Precision, batch sizes, clipping, the optimizer and its hyperparameters, the sch
 both values. transformers computes the schedule: a `scheduler` section says the same as the flags, or is refused.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

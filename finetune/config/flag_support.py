@@ -4,8 +4,6 @@ Every flag of the installed version is in exactly one of four classes, which a t
 it documents them, served by this project in a way of its own, without effect here (said, when it is given), refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from finetune.config.arguments import SECRETS, Arguments, default_of

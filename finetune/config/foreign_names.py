@@ -1,7 +1,5 @@
 """Names of flags of LLaMA-Factory, axolotl, ms-swift and TRL, and what they are here."""
 
-from __future__ import annotations
-
 # Their name -> ours, where only the name differs.
 RENAMED = {
     "model_name_or_path": ("model", "model_id_or_path", "base_model", "model_id", "model_name", "pretrained_model"),

@@ -4,8 +4,6 @@
 decisions for an H100. Each decision comes with notes for the user; none where the request is met.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass

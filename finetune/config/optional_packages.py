@@ -1,7 +1,5 @@
 """Packages that a run needs only for some flags: whether they are installed, found without importing them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec

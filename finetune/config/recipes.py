@@ -1,7 +1,5 @@
 """The recipes that come with this project: YAML files of flags, commented; `finetune recipes` lists and copies them."""
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Resolve a command line for this hardware and number of ranks into a `RunConfig`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

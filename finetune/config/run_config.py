@@ -1,7 +1,5 @@
 """The frozen configs that stages of a run take, resolved from the command line by `config.resolve`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

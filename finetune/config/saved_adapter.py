@@ -1,7 +1,5 @@
 """What a run takes over from a saved adapter that it continues from. Needs no torch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ Bedrock     {"toolUse": {"toolUseId", "name", "input"}}          {"toolResult": 
 Gemini      {"functionCall": {"name", "args"}}                   {"functionResponse": {"name", "response": {...}}}
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Read sources as checked conversations: streamed in order, in the memory of one row plus two digests per row."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter

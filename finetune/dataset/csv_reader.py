@@ -1,7 +1,5 @@
 """Rows of CSV and TSV files: UTF-8, the names of the columns in the first line; streamed."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 from collections.abc import Iterable, Iterator

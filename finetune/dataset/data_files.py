@@ -1,7 +1,5 @@
 """Open a data file, decompressing it on the fly; its kind is recognised by its first bytes, not by its name."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import zlib

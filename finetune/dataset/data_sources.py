@@ -1,7 +1,5 @@
 """Resolve `--data_path`: files, folders, globs, saved data sets and names on a hub, each with an optional weight."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import math

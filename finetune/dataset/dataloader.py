@@ -1,7 +1,5 @@
 """The micro-batches of a run: their layout, their examples, and the counts that their losses are divided by."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

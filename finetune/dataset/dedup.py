@@ -1,7 +1,5 @@
 """Find duplicate ids and conversations by digest, in about 110 bytes of memory per row."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

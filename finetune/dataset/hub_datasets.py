@@ -1,7 +1,5 @@
 """Data sets by name: saved with `datasets`, or from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

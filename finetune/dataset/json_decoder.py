@@ -4,8 +4,6 @@
 decoder puts a marker into the value instead, so that a fault can name its place and the rest of the row is checked too.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

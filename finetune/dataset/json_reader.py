@@ -3,8 +3,6 @@
 An array is decoded value by value over a window of the text, so that a file of any size needs the memory of one row.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import re

@@ -1,7 +1,5 @@
 """Trees of messages, as Open Assistant publishes them: each path from the root to a last answer is a row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 capacity 10      lengths 7 6 4 3 3 2        best fit decreasing: 7+3, 6+4, 3+2
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 

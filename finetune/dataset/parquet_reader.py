@@ -1,7 +1,5 @@
 """Rows of Arrow tables: Parquet files and `datasets.Dataset` objects, read in batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 

@@ -6,8 +6,6 @@ they are duplicates, and renders them once it is told. Memory does not grow with
 at most two batches per worker are between the first that is not yet stored and the last.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

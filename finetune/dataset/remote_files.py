@@ -1,7 +1,5 @@
 """Files on object stores and other remote file systems (`s3://`, `gs://`, `hf://`): fetched once through fsspec."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

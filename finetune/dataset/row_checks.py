@@ -1,7 +1,5 @@
 """Check the texts and the order of turns, and apply the repairs that a caller asks for by name."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Which keys make a row one of which format: tables only, read by `row_reading`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cache

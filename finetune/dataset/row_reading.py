@@ -1,7 +1,5 @@
 """A parsed row -> its turns, tools and template variables, and its faults."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ Only keys of the row and of model turns are read, not those nested in other valu
 string that is no word of `BAD_WORDS`, such as the name of a class, is no verdict.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

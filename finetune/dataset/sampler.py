@@ -8,8 +8,6 @@ the ranks of a micro-batch.
 Everything is a pure function of its arguments: the step is the whole state, and to resume is to start at another step.
 """
 
-from __future__ import annotations
-
 import heapq
 from dataclasses import dataclass
 from typing import Literal

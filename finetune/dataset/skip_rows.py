@@ -4,8 +4,6 @@ A line is `path/to/data.json:17`, rows counted from 0, or an object with `source
 `non_finite_rows.jsonl`. Blank lines and lines that begin with # are ignored.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ permutations, locality-sensitive hashing). A question is contained where one of 
 Brown et al. (2020), "Language Models are Few-Shot Learners", appendix C.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence

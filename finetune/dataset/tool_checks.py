@@ -1,7 +1,5 @@
 """Check tool calls against the declared functions, and their results against the calls."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Tool declarations, calls and results: the forms in which data have them -> the one form of this project."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Hermes      <tools>[...]</tools>   <tool_call>{"name": ..., "arguments": {...}}<
 ToolACE     a JSON list of functions in the system text     [name(key="value"), other_name()]
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -4,8 +4,6 @@ Only the standard library is imported, because the watchdog processes use this p
 alone needs PyYAML, which is imported when the table is read.
 """
 
-from __future__ import annotations
-
 from finetune.diagnostics.causes import find_first_failure, is_secondary, likely_cause, load_known_causes
 from finetune.diagnostics.failure_page import format_failure_page, summarize_failure
 from finetune.diagnostics.failure_record import KINDS, PHASES, Failure

@@ -1,7 +1,5 @@
 """Describe a failure in words, and show it on one page of plain text, for a terminal or a log."""
 
-from __future__ import annotations
-
 import re
 import signal
 import textwrap

@@ -1,7 +1,5 @@
 """Read and write `failure.json`, the record of the first failure of a run."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import asdict

@@ -9,8 +9,6 @@ written, for tools that know only that.
 crashes where there is no space for it, and never removes it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -5,8 +5,6 @@ lack of memory, by a scheduler), its children keep running: they occupy the devi
 when the same command is started again.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

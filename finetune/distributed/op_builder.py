@@ -1,7 +1,5 @@
 """The C++ operators that DeepSpeed compiles: which ones a run needs, and building them ahead of it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

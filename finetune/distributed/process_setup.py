@@ -5,8 +5,6 @@ from the variables that srun and mpirun set, the rank is known from the first li
 eight jobs of one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

@@ -1,7 +1,5 @@
 """Where the seconds before the first step go: stages measure themselves, the run summary shows them."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ Ctrl-C under a bare `deepspeed` sends two that are one wish: SIGINT of the termi
 comes to a rank when those before it have ended.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

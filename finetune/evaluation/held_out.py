@@ -1,7 +1,5 @@
 """Held-out conversations: losses per row, turn and source, of the tuned model and its base."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

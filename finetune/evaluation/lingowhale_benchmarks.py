@@ -5,8 +5,6 @@ Source of the table and its settings: README_EN.md of https://github.com/DeepLan
 is not available or had to be chosen; departures are printed with the scores.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 SUITE = "lingowhale"

@@ -4,8 +4,6 @@ Every rank builds all requests, answers its share, and receives all answers: the
 with any number of ranks and requests.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ask a model questions: score given answers by their probability, or let it write answers."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Intervals and tests for paired differences between two models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import NormalDist

@@ -8,8 +8,6 @@ Conversations are grouped by their lengths alone, and ranks get whole groups: on
 numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ generated   get_weather({"place": "Oslo"})         get_weather({"place": "Bergen
             valid, right name, wrong arguments     a false call
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Collection, Sequence

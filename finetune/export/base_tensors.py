@@ -4,8 +4,6 @@ Those are the weights of frozen modules (a vision tower) and tensors that the mo
 multi-token prediction). What is trained comes from memory; together they have the names of the base.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

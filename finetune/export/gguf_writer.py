@@ -7,8 +7,6 @@ llama.cpp rotates adjacent elements of a head, that of transformers the two halv
     rows of a head    a0 a1 a2 b0 b1 b2   ->   a0 b0 a1 b1 a2 b2
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

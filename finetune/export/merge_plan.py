@@ -4,8 +4,6 @@ No more than one layer is in memory. peft itself merges an adapter, layer by lay
 weights; the weights of one layer are put in, merged, taken out and freed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

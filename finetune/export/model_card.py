@@ -3,8 +3,6 @@
 https://huggingface.co/docs/hub/model-cards
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path, PurePath

@@ -1,7 +1,5 @@
 """Write the files of a merged model: weights, config, tokenizer, generation config, code."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

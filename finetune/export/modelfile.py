@@ -4,8 +4,6 @@ https://github.com/ollama/ollama/blob/main/docs/modelfile.md. The template is re
 the contents of a long conversation, the same in a short one. A template that does not repeat itself has no such form.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

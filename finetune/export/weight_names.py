@@ -7,8 +7,6 @@ layer); it holds the rules and reverts them when it saves (transformers 5, `core
     memory    experts.gate_up_proj                                     norm.weight
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy

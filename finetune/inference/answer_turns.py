@@ -7,8 +7,6 @@ Calls are looked for in all known syntaxes. A turn counts if the template writes
 aside; anything else is text. So an answer is never read in a syntax that the template does not write.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The models that answer in a chat: the tuned model, its base, or both."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The conversation of a chat, and how it is saved as a training row. No model and no screen."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

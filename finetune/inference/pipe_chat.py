@@ -1,7 +1,5 @@
 """`finetune chat` with a pipe: one question on stdin, its answer on stdout."""
 
-from __future__ import annotations
-
 import json
 import logging
 from typing import TextIO

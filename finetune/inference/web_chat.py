@@ -1,7 +1,5 @@
 """`finetune chat --web`: a Gradio page that needs no network beyond the machine it runs on."""
 
-from __future__ import annotations
-
 import getpass
 import html
 import importlib.util

@@ -1,7 +1,5 @@
 """State and answers of the chat page: one conversation per browser tab, in one or two columns."""
 
-from __future__ import annotations
-
 import re
 import threading
 import time

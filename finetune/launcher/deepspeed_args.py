@@ -5,8 +5,6 @@ devices, so its `add_argument` calls are read from the source. argparse reads th
 `--flag=value` and prefixes mean the same.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 from collections.abc import Container, Iterator, Sequence

@@ -9,8 +9,6 @@ The launcher splits each line of `.deepspeed_env` at its first `=` and inserts b
 is executed. No log may show the value of a name that stands for a secret.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

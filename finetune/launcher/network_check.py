@@ -7,8 +7,6 @@ The measure is that of nccl-tests, the bus bandwidth (its PERFORMANCE.md): with 
 2 (n - 1) / n times.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -4,8 +4,6 @@ A restart resumes from the newest complete checkpoint. A host that failed is rep
 (`node7 slots=8 spare`).
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Many hosts over ssh: collect the facts of each, compare them, run the `deepspeed` command on each."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

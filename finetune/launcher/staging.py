@@ -1,7 +1,5 @@
 """Copy code, interpreter, data and model to hosts that lack them: rsync over the same ssh as the run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

@@ -9,8 +9,6 @@ registered through transformers' `AttentionInterface`: torch's variable-length k
 square of their sum. `padding_free.enable_padding_free` tests whether a model supports it.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """The class that a model is loaded with: the whole of a checkpoint, its vision tower included, not its text alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

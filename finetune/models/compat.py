@@ -1,7 +1,5 @@
 """Patches of bitsandbytes, written for 0.50."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -1,7 +1,5 @@
 """Freeze weights by parts of their names, ranges of layers, kinds of modules, or regular expressions."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ peft itself takes `all-linear` for every linear layer, so that routers, vision t
 reads past the adapter get one, and experts that are one parameter for all (`target_parameters`) do not.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterable, Sequence

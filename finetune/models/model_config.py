@@ -1,7 +1,5 @@
 """Read the fields of model configs that families name differently, or that each layer has for itself (Gemma 4)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -1,7 +1,5 @@
 """The files of a model's folder: which hold the weights, and whether the folder holds a base model at all."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

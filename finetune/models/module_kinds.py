@@ -8,8 +8,6 @@ The nearest module around a weight that one of the rules knows decides, by its n
     model.visual.blocks.0.attn.qkv                vision: it is outside of the language model
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

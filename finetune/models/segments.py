@@ -7,8 +7,6 @@ The boundaries are those of the row that the model computes (`segment_lengths`),
 on and for layers that activation checkpointing computes again.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Read the tensors of a model's folder by name, one at a time."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path

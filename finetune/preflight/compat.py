@@ -3,8 +3,6 @@
 Written for torch 2.13.0 and deepspeed 0.19.8. `tests/unit/preflight/test_compat.py` fails when one is no longer needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The result of the doctor: facts by section, errors and warnings; and how a terminal shows them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

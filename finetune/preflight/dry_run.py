@@ -6,8 +6,6 @@ resume    the same from the first checkpoint: the second step has the same loss
 load      the result is loaded for inference
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """All checks of the doctor in order: hosts, flags, data, memory, operators, network, rehearsal."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Checks of the hosts of a run, in parallel: what each has, how they differ, the network, compiled operators."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

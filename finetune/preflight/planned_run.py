@@ -1,7 +1,5 @@
 """The run that the doctor checks: its command in parts, and the hosts of its ranks."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

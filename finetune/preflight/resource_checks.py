@@ -1,7 +1,5 @@
 """Checks of batches, memory and disk: what the run needs against what its hosts have."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

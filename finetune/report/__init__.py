@@ -5,7 +5,5 @@ the page together, `live_server` keeps it up to date. A new section is a file re
 `run_outcome` or `report_tables`, and a place in `report_body.html`.
 """
 
-from __future__ import annotations
-
 from finetune.report.report_page import FILE, render_report, write_at_the_end, write_report
 from finetune.report.run_reader import RunRecord, has_ended, read_run

@@ -1,7 +1,5 @@
 """The numbers of metrics.jsonl as columns, one set for each run, and the plots that show them."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Questions about a data set as tables: lengths, scripts, shares of the loss, near-duplicates, benchmark questions."""
 
-from __future__ import annotations
-
 import heapq
 import unicodedata
 from array import array

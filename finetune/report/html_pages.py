@@ -4,8 +4,6 @@ The content of the data cannot act on a page: text is escaped, characters withou
 code, each turn keeps its own writing direction, and the page's policy forbids requests and all scripts but its own.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

@@ -4,8 +4,6 @@ The policy of the page lets exactly these scripts run, by their hashes, and forb
 travel as JSON in an element that is never run. All other text is escaped.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

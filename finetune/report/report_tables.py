@@ -1,7 +1,5 @@
 """The tables of a report: data, arguments and versions, differences between runs, answers."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Sequence

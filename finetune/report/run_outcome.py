@@ -1,7 +1,5 @@
 """The state of a run and its outcome, in words and numbers: a failure, the plan against what happened."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import datetime
 from statistics import median

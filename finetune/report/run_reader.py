@@ -1,7 +1,5 @@
 """What the files of an output folder say of their run; what is missing or broken is left out."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass, field

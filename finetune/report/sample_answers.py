@@ -4,8 +4,6 @@ Decoding is greedy. The prompts are the first human turns of the rows in `sample
 beside them, or those of a file.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Sequence

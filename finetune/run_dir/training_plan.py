@@ -1,7 +1,5 @@
 """The plan of a run: shown before the first step, kept in run.json, compared with the outcome in the report."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

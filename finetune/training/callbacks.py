@@ -1,7 +1,5 @@
 """Callbacks of the Trainer: the phase for the watchdog, progress."""
 
-from __future__ import annotations
-
 import logging
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """The part of the Trainer that saves: complete checkpoints, the result, nothing pickled but optimizer states."""
 
-from __future__ import annotations
-
 import time
 from abc import abstractmethod
 from contextlib import ExitStack

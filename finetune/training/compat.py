@@ -3,8 +3,6 @@
 `tests/unit/training/test_compat.py` fails when a workaround is no longer needed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Held-out loss during training: padding-free like training, a mean over all supervised tokens on any ranks."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """The end of a run: the result saved, verified, recorded and shown, and the next command."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

@@ -3,8 +3,6 @@
 Source: LoRA+ https://arxiv.org/abs/2402.12354. The schedule multiplies the rate of each group.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

@@ -7,8 +7,6 @@ device, without a sync, and over all ranks when a step is logged.
                           y y e         z e          cells of    source 0: 0 0 0 1 1
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 `metrics.jsonl` is standard JSON, one line per logged step; a value that is not finite is written as null.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import resource

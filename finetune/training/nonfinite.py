@@ -3,8 +3,6 @@
 Every rank contributes flags at the end of a step; all ranks decide alike from the same values.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

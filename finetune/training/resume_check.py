@@ -4,8 +4,6 @@ A resumed run equals the uninterrupted one to the last bit when nothing that dec
 changed is refused with both values; `--allow_inexact_resume True` resumes anyway and records it in run.json.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from datetime import date

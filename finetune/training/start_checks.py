@@ -3,8 +3,6 @@
 Nothing here needs torch: a mistake costs a second, not the start of all ranks.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence

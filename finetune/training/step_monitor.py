@@ -1,7 +1,5 @@
 """What all ranks decide at the end of each optimizer step: stop, skip, save later, or fail."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """`SupervisedTrainer`: the stock Trainer with our batches, loss and metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial

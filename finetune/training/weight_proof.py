@@ -1,7 +1,5 @@
 """Proof of what was trained: digests of all weights before the first step and after the last one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

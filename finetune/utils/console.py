@@ -4,8 +4,6 @@ Modules log with `logging.getLogger(__name__)`: progress as INFO, notes for the 
 prints both on rank 0.
 """
 
-from __future__ import annotations
-
 import codecs
 import io
 import locale

@@ -1,7 +1,5 @@
 """The hubs of models and data sets: ModelScope, and Hugging Face, whose clients retry for minutes without a network."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

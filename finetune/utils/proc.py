@@ -1,7 +1,5 @@
 """Processes of this machine: commands that start ours, and what /proc says of others, see proc(5)."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """Read small text files of the user; an error names the file, the place in it and the remedy."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

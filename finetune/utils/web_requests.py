@@ -1,7 +1,5 @@
 """Which requests the pages of this machine answer: those to an own name, from pages of their own."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Collection
 from ipaddress import ip_address

@@ -1,7 +1,5 @@
 """What the watchdog of rank 0 knows of all ranks, and how it decides that the run has failed."""
 
-from __future__ import annotations
-
 import socket
 import statistics
 import time

@@ -4,8 +4,6 @@ The watchdog of rank 0 listens. Its port is a function of the address and port t
 that nobody needs to be told. Another program may use a port: there are several candidates, and both sides show a key.
 """
 
-from __future__ import annotations
-
 import hashlib
 import ipaddress
 import json

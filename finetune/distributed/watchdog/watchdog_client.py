@@ -1,7 +1,5 @@
 """A rank's side of its watchdog: start it, report phases, failures and the end."""
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import os

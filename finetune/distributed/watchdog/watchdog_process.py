@@ -8,8 +8,6 @@ the rank whatever the rank is doing.
     rank <--(signals: print your stacks, die)--------- its watchdog
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

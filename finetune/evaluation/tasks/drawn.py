@@ -3,8 +3,6 @@
 lm-evaluation-harness calls these functions through `!function` in the YAML files of this folder.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -9,8 +9,6 @@ system at once, smaller ones stay in glibc's heap, where fragmentation keeps tor
 How much is lost to it is measured.
 """
 
-from __future__ import annotations
-
 from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
 
 Parts = dict[str, float]

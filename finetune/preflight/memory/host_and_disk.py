@@ -1,7 +1,5 @@
 """Memory of the fullest host with all its ranks, while loading, training and saving; bytes on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from finetune.checkpoint.checkpoint_size import ParameterSizes, checkpoint_parts, saved_model_bytes
