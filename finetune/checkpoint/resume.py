@@ -1,7 +1,5 @@
 """Select the checkpoint to resume from: all ranks settle on the newest complete one before any weights are loaded."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -23,7 +21,7 @@ from finetune.distributed.collectives import (
     run_on_rank_0,
 )
 from finetune.run_dir import run_json
-from finetune.utils.errors import CheckpointError, ConfigError, StorageError, format_faults
+from finetune.utils.errors import CheckpointError, ConfigError, format_faults, storage_errors
 from finetune.utils.user_files import MALFORMED, has_type
 
 logger = logging.getLogger(__name__)
@@ -155,11 +153,9 @@ def _newest_complete(
     """Return the newest checkpoint that is complete on every file system; damaged ones are quarantined."""
 
     def list_steps() -> list[int]:
-        try:
+        with storage_errors(output_dir):
             for folder in checkpoint.remove_unfinished(output_dir):
                 logger.warning(f"{folder}: its save was not finished: removed")
-        except OSError as error:
-            raise StorageError(f"{output_dir}: {error}") from None
         return checkpoint.steps_in(output_dir)
 
     steps = sorted(set().union(*filter(None, storage.run_on_writers(list_steps))), reverse=True)
@@ -191,10 +187,8 @@ def _newest_complete(
 
 
 def _quarantine(folder: Path, reason: str) -> Path | None:
-    try:
+    with storage_errors(folder, f"{folder}: cannot be renamed"):
         return checkpoint.quarantine(folder, reason) if folder.exists() else None
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be renamed: {error.strerror}") from None
 
 
 def _check_run_id(output_dir: Path, folder: Path, manifest: Manifest) -> None:

@@ -5,8 +5,6 @@ collect_errors   what a rank writes; where its disk refuses, the rank continues 
 commit           all files synced and hashed -> errors of all ranks -> manifests -> older checkpoints removed
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -24,7 +22,15 @@ from finetune import checkpoint
 from finetune.checkpoint.checkpoint_size import MODEL, ParameterSizes, checkpoint_parts
 from finetune.checkpoint.manifest import FileRecord, Manifest
 from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank
-from finetune.utils.errors import CheckpointError, FinetuneError, StorageError, as_os_error, first_line, os_reason
+from finetune.utils.errors import (
+    CheckpointError,
+    FinetuneError,
+    StorageError,
+    as_os_error,
+    first_line,
+    os_reason,
+    storage_errors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +122,10 @@ class Saver:
         self.failures, self.written = [], set()
 
         def create() -> None:
-            if not self.output_dir.is_dir():
-                raise StorageError(f"{folder}{self._where()}: {os_reason(FileNotFoundError(), folder)}")
-            self._remove_older(checkpoint.remove_unfinished)
-            try:
+            with storage_errors(folder, f"{folder}{self._where()}"):
+                if not self.output_dir.is_dir():
+                    raise FileNotFoundError
+                self._remove_older(checkpoint.remove_unfinished)
                 if folder.exists() or folder.is_symlink():
                     renamed = checkpoint.quarantine(folder, "before")
                     logger.info(f"{folder} existed before this step: renamed to {renamed.name}")
@@ -127,8 +133,6 @@ class Saver:
                 if free < self.needed:
                     raise StorageError(self._no_space(step, free))
                 checkpoint.mark_as_unfinished(folder, run_id, step)
-            except OSError as error:
-                raise StorageError(f"{folder}{self._where()}: {os_reason(error, folder)}") from None
 
         self.storage.run_on_writers(create)
         return folder
@@ -178,12 +182,8 @@ class Saver:
         manifest = replace(self.describe(step), files=dict(sorted(files.items())))
 
         def write_manifest() -> None:
-            try:
+            with storage_errors(folder, f"{folder}{self._where()} is not a checkpoint"):
                 checkpoint.write_manifest(folder, manifest, self.key)
-            except OSError as error:
-                raise StorageError(
-                    f"{folder}{self._where()}: {os_reason(error, folder)}: it is not a checkpoint"
-                ) from None
 
         self.storage.run_on_writers(write_manifest)
         self.last_size = sum(files[name].size for name in manifest.names_for(self.storage.ranks))

@@ -4,8 +4,6 @@ Universal form (https://www.deepspeed.ai/tutorials/universal-checkpointing/): fo
 `zero/<name>/` with its whole float32 value and its whole optimizer moments, which any number of ranks can divide.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
@@ -18,7 +16,7 @@ from typing import Any
 from finetune.checkpoint.integrity import file_names, fsync_and_hash, zero_tag
 from finetune.checkpoint.manifest import FileRecord, Manifest, read_manifest
 from finetune.checkpoint.torch_files import load_data, verified_loads
-from finetune.utils.errors import CheckpointError, StorageError, os_reason
+from finetune.utils.errors import CheckpointError, StorageError, storage_errors
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,13 +68,10 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> dict
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         reason = lines[-1] if lines else "no reason given"
         raise CheckpointError(f"{folder}: DeepSpeed could not convert it for another number of ranks: {reason}")
-    try:
+    with storage_errors(target, f"{target}, which is to hold {folder.name} for another number of ranks"):
         for name in manifest.files:
             if "/" not in name and not name.endswith(".safetensors"):
                 shutil.copyfile(folder / name, target / name, follow_symlinks=False)
-    except OSError as error:
-        why = f"it was to hold {folder.name} for another number of ranks"
-        raise StorageError(f"{target}: {os_reason(error, target)}: {why}") from None
     _check(converted, manifest)
     return fsync_and_hash(target, file_names(target), None)
 

@@ -1,7 +1,5 @@
 """`finetune evaluate`: compare a result with its base on held-out rows, benchmarks and what the base could do."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,8 +13,8 @@ from finetune.config.argument_parser import below, data_faults
 from finetune.config.arguments import VERIFY_KEY_HELP
 from finetune.distributed.collectives import destroy_process_group, init_process_group, run_on_rank_0
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks, prepare_environment
-from finetune.evaluation.result_tables import print_sections
 from finetune.inference.run_result import TRUST_HELP, RunResult, read_result
+from finetune.report.preview_terminal import print_sections
 from finetune.run_dir import eval_results
 from finetune.run_dir.eval_results import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE
 from finetune.utils.console import accept_all_characters, configure_logging, is_rank_0, quiet_libraries

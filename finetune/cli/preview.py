@@ -1,7 +1,5 @@
 """`finetune preview`: show what rows render to, through the pipeline that trains."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -19,11 +17,10 @@ from finetune.config import build_parser as build_training_parser
 from finetune.config.argument_parser import below, data_faults, locate_model, missing, read_flags
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.text_overlap import check_datasketch
-from finetune.evaluation.result_tables import print_sections
 from finetune.models.loader import code_note
 from finetune.report.data_statistics import statistics_section
 from finetune.report.html_pages import PreviewPage, check_replaceable, render_preview, write_page
-from finetune.report.preview_terminal import PreviewTerminal, harmless
+from finetune.report.preview_terminal import PreviewTerminal, harmless, print_sections
 from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of, turns_of
 from finetune.run_dir.eval_results import ResultSection
 from finetune.training.data_setup import check_data, prepare_run_data
@@ -259,7 +256,7 @@ def _page(
 
 
 def _statistics(prepared: PreparedData, chat_format: ChatFormat, tasks: Sequence[str]) -> ResultSection:
-    from finetune.evaluation.benchmark_questions import read_benchmark_questions  # it needs torch
+    from finetune.evaluation.benchmarks import read_benchmark_questions  # it needs torch
 
     questions, unread = read_benchmark_questions(tasks)
     return statistics_section(prepared, chat_format.plain, questions, unread)

@@ -26,7 +26,7 @@ from finetune.dataset.data_sources import Source, fingerprint_sources
 from finetune.dataset.data_summary import DataSummary, DataTally
 from finetune.dataset.prepare_workers import StoredBatch, stored_batches
 from finetune.dataset.skip_rows import RowId, skip_mask, skipped_entries
-from finetune.utils.errors import DataError, StorageError, os_reason
+from finetune.utils.errors import DataError, StorageError, storage_errors
 from finetune.utils.proc import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -180,12 +180,10 @@ class PreparedData:
         entries = []
         if self.skipped_rows:
             entries = skipped_entries(self.examples.select(np.flatnonzero(self.skip_mask)), self.skipped_rows)
-        try:
+        with storage_errors(path):
             shutil.copyfile(self.folder / prepared_cache.LEDGER_FILE, path)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        except OSError as error:
-            raise StorageError(f"{path}: {os_reason(error, path)}") from None
 
 
 def prepare_dataset(

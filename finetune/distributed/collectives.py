@@ -1,7 +1,5 @@
 """Collective operations of a run's processes: gather objects, run on one or all ranks, find shared storage."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.distributed.compat import check_shared_memory, remove_shared_buffer
-from finetune.utils.errors import FinetuneError, StorageError, os_reason
+from finetune.utils.errors import FinetuneError, storage_errors
 
 
 def _dist() -> Any:
@@ -169,11 +167,9 @@ def find_storage_group(folder: Path) -> StorageGroup:
     def write_marker() -> int | None:
         if not is_first_of_host:
             return None
-        try:
+        with storage_errors(folder, f"{folder} on {os.uname().nodename}"):
             folder.mkdir(parents=True, exist_ok=True)
             marker(rank).write_text(run_key, encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{folder} on {os.uname().nodename}: {os_reason(error, folder)}") from None
         return rank
 
     first_ranks = [first for first in run_on_all_ranks(write_marker) if first is not None]

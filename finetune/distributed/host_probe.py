@@ -3,8 +3,6 @@
 Functions that `launcher.ssh.run_on_all_hosts` calls take and return a dictionary that JSON can hold.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -15,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -276,19 +275,20 @@ def _fingerprint(path: Path, whole_bytes: int) -> str | None:
         digest = hashlib.sha256()
         for name, file in parts:
             digest.update(f"{name} {file.stat().st_size}\n".encode())
-            _add_content(digest, file, whole_bytes)
+            for chunk in _content(file, whole_bytes):
+                digest.update(chunk)
     except (OSError, ValueError):
         return None
     return digest.hexdigest()[:16]
 
 
-def _add_content(digest: hashlib._Hash, path: Path, whole_bytes: int) -> None:
+def _content(path: Path, whole_bytes: int) -> Iterator[bytes]:
+    """The bytes of a file; of a large one, samples."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= whole_bytes:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            yield from iter(lambda: file.read(1 << 20), b"")
             return
         for number in range(SAMPLES):
             file.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
+            yield file.read(SAMPLE_BYTES)

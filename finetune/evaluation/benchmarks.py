@@ -1,7 +1,5 @@
 """Benchmarks of lm-evaluation-harness: load the tasks, then run them on the base and the tuned model."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os
@@ -15,9 +13,10 @@ from typing import Any
 import torch
 
 from finetune.evaluation import lingowhale_benchmarks
+from finetune.evaluation.forgetting import load_questions
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.utils.errors import ConfigError, first_line, format_faults
-from finetune.utils.hub import use_cache_if_hub_unreachable
+from finetune.utils.hub import use_cache, use_cache_if_hub_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +83,29 @@ def _benchmark_job(benchmark: lingowhale_benchmarks.Benchmark, num_fewshot: int 
         departures.append(f"{shots}-shot, the table {benchmark.shots}-shot")
     notes = [f"{benchmark.name}: {departure}" for departure in departures]
     return BenchmarkJob(benchmark.name, benchmark.task, shots, benchmark.metric, notes)
+
+
+def read_benchmark_questions(names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the questions by benchmark, those of `--forgetting` first, and why others cannot be read; no downloads.
+
+    Args:
+        names: as in `finetune evaluate --tasks`.
+    """
+    questions = {"forgetting": [question.text for question in load_questions()]}
+    use_cache()
+    try:
+        jobs, _ = load_jobs(names, num_fewshot=None, allow_code=False)
+    except ConfigError as error:
+        return questions, [str(error)]
+    missing = [job.name for job in jobs if not job.tasks]
+    unread = [f"{', '.join(missing)}: finetune evaluate OUTPUT --tasks says why they cannot be read"] if missing else []
+    return questions | {job.name: _questions(job.tasks) for job in jobs if job.tasks}, unread
+
+
+def _questions(tasks: Sequence[Any]) -> list[str]:
+    """The question of each document that the tasks evaluate on."""
+    each = [task for entry in tasks for task in (entry.get_all_tasks() if is_group(entry) else [entry])]
+    return [text for task in each for document in task.eval_docs if isinstance(text := task.doc_to_text(document), str)]
 
 
 def import_harness() -> Any:

@@ -1,7 +1,5 @@
 """Merge a result into a plain model: plan the tensors, write them beside the target, verify, rename."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections import Counter
@@ -36,6 +34,7 @@ from finetune.models.auto_class import auto_class
 from finetune.models.loader import damage_named, precision_of, torch_dtype
 from finetune.models.model_folder import stored_bytes
 from finetune.models.stored_tensors import StoredTensors
+from finetune.run_dir.output_dir_lock import existing_parent
 from finetune.run_dir.run_json import update_run_json
 from finetune.utils.errors import CheckpointError, ConfigError, StorageError, as_os_error, format_faults, os_reason
 
@@ -181,8 +180,7 @@ def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -
 
 
 def _check_disk_space(target: Path, size: int) -> None:
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(target)).free
     if free < size + SPARE_DISK_BYTES:
         raise StorageError(f"{target}: the merged model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
 

@@ -12,8 +12,6 @@ not called: to import them takes three seconds and loads torch before a wrong fl
 fewer or more slots than were asked for.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat
@@ -35,6 +33,7 @@ _COMMENT = re.compile(r"[ \t]+#.*$", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*")
 _NUMBERS = re.compile(r"[0-9.]+")
+EXPECTED = f"expected HOST slots=N (1 to {MAX_SLOTS}, one per GPU or CPU rank), then at most `spare` and a # comment"
 JOB_HOSTFILE = Path("/job/hostfile")
 THIS_MACHINE = "localhost"
 
@@ -80,31 +79,12 @@ def _parse_line(raw: bytes) -> tuple[str, int, bool] | None:
         return None
     entry = _COMMENT.sub("", line)
     match = _ENTRY.fullmatch(entry)
-    if match is None:
-        raise ValueError(_format_fault(entry))
-    host, slots = match[1], int(match[2])
+    if match is None or not 1 <= int(match[2]) <= MAX_SLOTS:
+        raise ValueError(EXPECTED)
+    host = match[1]
     if fault := _name_fault(host):
         raise ValueError(fault)
-    if not 1 <= slots <= MAX_SLOTS:
-        raise ValueError(f"slots={match[2]}: expected 1 to {MAX_SLOTS}, one per GPU or CPU rank of the host")
-    return host, slots, match[3] is not None
-
-
-def _format_fault(entry: str) -> str:
-    """What is wrong with a line that is not `HOST slots=N`."""
-    host, *rest = entry.split()
-    if not rest:
-        return "no slots: write HOST slots=N, N the number of ranks, one per GPU"
-    if "=" in rest[1:2] or rest[0].endswith("=") or (len(rest) > 1 and rest[1].startswith("=")):
-        return f'spaces around "=": write {host} slots=N'
-    name, equals, value = rest[0].partition("=")
-    if name != "slots" or not equals:
-        return f"found {rest[0]!r} where slots=N was expected: write {host} slots=N"
-    if not re.fullmatch(r"[0-9]{1,9}", value):
-        return f"slots={value}: expected a whole number from 1 to {MAX_SLOTS}"
-    if len(rest) > 1:
-        return f"{' '.join(rest[1:])!r} after the slots: only `spare` or a comment with # may stand there"
-    return f"separate host and slots by spaces or tabs: write {host} slots=N"
+    return host, int(match[2]), match[3] is not None
 
 
 def _name_fault(host: str) -> str:
@@ -152,20 +132,15 @@ def read_small_file(path: Path, noun: str, hint: str = "") -> tuple[list[tuple[i
     """
     try:
         # Not blocking: opening a pipe would wait for its writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-                raise ConfigError(f"{noun} {path} is {kind}: expected a file")
-            content = file.read(MAX_BYTES + 1)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status, content = os.fstat(file.fileno()), file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(_describe_missing(path, noun) + hint) from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"{noun} {path} is a folder: expected a file") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{noun} {path} cannot be read: {reason.lower()}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{noun} {path} is a pipe or a device: expected a file")
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{noun} {path} is larger than {MAX_BYTES:,} bytes: is it the right file?")
     lines = re.split(rb"\r\n|\r|\n", content.removeprefix(b"\xef\xbb\xbf"))

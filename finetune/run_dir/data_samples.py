@@ -1,7 +1,5 @@
 """Rows of a run's data as the model reads them; a few are kept in the output folder as `samples.json`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +10,7 @@ from typing import Any
 from finetune.chat_templates import Example, RenderedConversation, TurnSpan
 from finetune.chat_templates.text_segments import Segment, Segmenter
 from finetune.utils.atomic_io import replace_text
-from finetune.utils.errors import StorageError, os_reason
+from finetune.utils.errors import storage_errors
 from finetune.utils.user_files import UNREADABLE, from_json
 
 SAMPLES_FILE = "samples.json"
@@ -109,13 +107,11 @@ def write_samples(folder: Path, renderings: Iterable[RenderedConversation], in_s
     """Keep these rows in an output folder, a long one up to its first characters."""
     samples = [asdict(_shortened(sample_of(rendering, in_segments))) for rendering in renderings]
     path = folder / SAMPLES_FILE
-    try:
+    with storage_errors(path):
         if samples:
             replace_text(path, json.dumps(samples, ensure_ascii=False, indent=1) + "\n")
         else:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"{path}: {os_reason(error, path)}") from None
 
 
 def read_samples(folder: Path) -> list[RowSample]:

@@ -7,8 +7,6 @@
 Reports use `read_sections` only.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ from typing import Any
 
 from finetune.chat_templates.text_segments import Segment
 from finetune.utils.atomic_io import write_text_atomically
-from finetune.utils.errors import ConfigError, StorageError, os_reason
+from finetune.utils.errors import ConfigError, storage_errors
 from finetune.utils.user_files import from_json, read_json_object
 
 HELD_OUT_FILE, BENCHMARKS_FILE, FORGETTING_FILE = "evaluation.json", "benchmarks.json", "forgetting.json"
@@ -57,11 +55,9 @@ class ResultSection:
 def check_writable(folder: Path, name: str) -> None:
     """Raise `StorageError` if the file cannot be written, before hours of work."""
     probe = folder / f".{name}.probe-{os.getpid()}"  # one per rank
-    try:
+    with storage_errors(folder / name, f"{folder / name}: cannot be written"):
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise StorageError(f"{folder / name}: cannot be written: {os_reason(error, folder / name)}") from None
 
 
 def versioned(document: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Check, prepare and lock an `output_dir` before anything is written to it."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 from finetune.diagnostics import FAILURE_FILE
 from finetune.distributed.stop_requests import STOP_FILE
 from finetune.run_dir.run_json import METRICS_FILE, MODEL_CONFIGS, RUN_FILE
-from finetune.utils.errors import ConfigError, StorageError, format_names, os_reason
+from finetune.utils.errors import ConfigError, StorageError, format_names, storage_errors
 
 LOCK_FILE = ".in_use"
 SECONDS_FOR_A_DYING_RUN = 15.0
@@ -77,14 +75,12 @@ def contains_run(folder: Path) -> bool:
 def prepare_output_dir(folder: Path, *, move_aside: bool) -> str | None:
     """Create the folder after renaming an earlier run in it; return a line for the user. One process may call this."""
     note = None
-    try:
+    with storage_errors(folder, f"--output_dir {folder}"):
         if move_aside:
             aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
             folder.rename(aside)
             note = f"the earlier run was moved to {aside}"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"--output_dir {folder}: {os_reason(error, folder)}") from None
     return note
 
 
@@ -96,7 +92,7 @@ def acquire_lock(folder: Path) -> str | None:
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / LOCK_FILE)
-    try:
+    with storage_errors(folder, f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=SECONDS_FOR_A_DYING_RUN)
@@ -104,8 +100,6 @@ def acquire_lock(folder: Path) -> str | None:
             raise ConfigError(in_use(folder)) from None
         except NotImplementedError:
             return f"{folder} is on a file system without locks: a second run there would not be refused"
-    except OSError as error:
-        raise StorageError(f"--output_dir {folder}: {os_reason(error, folder)}") from None
     _locks.append(lock)  # a lock without a reference is released
     return None
 

@@ -14,8 +14,6 @@ checkpoint-N/       what a run can resume from
 adapter_model.safetensors, adapter_config.json   or   model*.safetensors, config.json
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -28,7 +26,7 @@ from finetune.diagnostics import FAILURE_FILE
 from finetune.distributed.host_probe import versions
 from finetune.distributed.stop_requests import STOP_FILE
 from finetune.utils.atomic_io import write_text_atomically
-from finetune.utils.errors import ConfigError, StorageError, os_reason
+from finetune.utils.errors import ConfigError, storage_errors
 from finetune.utils.user_files import read_json_object
 
 RUN_FILE = "run.json"
@@ -92,10 +90,8 @@ def mark_complete(folder: Path, run: str) -> None:
 def clear_ending(folder: Path) -> None:
     """Remove what says how an earlier start ended: a run starts or resumes here."""
     for name in (COMPLETE_FILE, FAILURE_FILE, STOP_FILE):
-        try:
+        with storage_errors(folder / name):
             (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"{folder / name}: {os_reason(error, folder / name)}") from None
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:

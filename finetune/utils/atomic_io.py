@@ -1,7 +1,5 @@
 """Atomic, durable writes of small text files."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -10,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.utils.errors import StorageError, os_reason
+from finetune.utils.errors import storage_errors
 
 # What network file systems answer that cannot sync a folder; the file itself is on the disk.
 FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -29,10 +27,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """`replace_text` of a file whose path the user knows: a `StorageError` names it and the reason."""
-    try:
+    with storage_errors(path):
         replace_text(path, text)
-    except OSError as error:
-        raise StorageError(f"{path}: {os_reason(error, path)}") from None
 
 
 @contextmanager
@@ -43,12 +39,11 @@ def replacing(path: Path, shown: str | None = None) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise StorageError(f"{shown or path}: cannot be written: {os_reason(error, path)}") from error
+        with storage_errors(path, f"{shown or path}: cannot be written"):
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
     finally:
         with suppress(OSError):  # it is in place, or was never made
             part.unlink()
@@ -56,11 +51,8 @@ def replacing(path: Path, shown: str | None = None) -> Iterator[Path]:
 
 def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append records as lines of standard JSON; a `StorageError` names the path and the reason."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    except OSError as error:
-        raise StorageError(f"{path}: {os_reason(error, path)}") from None
+    with storage_errors(path), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def fsync_dir(folder: Path) -> None:

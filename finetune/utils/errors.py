@@ -10,8 +10,6 @@
 A new error inherits from the class whose exit status it shares. Any other exception is a bug and keeps its traceback.
 """
 
-from __future__ import annotations
-
 import atexit
 import errno
 import os
@@ -140,6 +138,15 @@ def os_reason(error: OSError, path: Path) -> str:
         if os.statvfs(folder).f_files and not os.statvfs(folder).f_favail:
             return f"no inode is left on the file system of {folder} (`df -i`): remove files there that are not needed"
     return error.strerror or str(error)
+
+
+@contextmanager
+def storage_errors(path: Path, shown: str | None = None) -> Iterator[None]:
+    """Turn an error of the system inside the block into a `StorageError` with `path`, or what is `shown` for it."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{shown or path}: {os_reason(error, path)}") from error
 
 
 def missing_reason(path: Path) -> str:

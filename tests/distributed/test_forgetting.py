@@ -12,7 +12,7 @@ from finetune.chat_templates import prompt_ids, select_chat_format
 from finetune.cli import evaluate
 from finetune.conversation import Conversation, Turn
 from finetune.evaluation import forgetting
-from finetune.evaluation.forgetting_questions import CATEGORIES, load_questions
+from finetune.evaluation.forgetting import CATEGORIES, load_questions
 from finetune.evaluation.question_answering import answers_of, scores_of
 from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import load_for_inference

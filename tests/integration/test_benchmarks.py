@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from finetune.cli import evaluate
-from finetune.evaluation import benchmark_questions, benchmarks, lingowhale_benchmarks
+from finetune.evaluation import benchmarks, lingowhale_benchmarks
 from finetune.evaluation.tasks import drawn
 from finetune.run_dir.eval_results import read_sections
 from finetune.utils.errors import ConfigError
@@ -87,8 +87,8 @@ def wanted(folder, shots):
 
 
 def test_questions_are_read_without_asking_the_hub(tasks, monkeypatch):
-    monkeypatch.setattr(benchmark_questions, "use_cache", lambda: None)  # it is for the whole process
-    questions, unread = benchmark_questions.read_benchmark_questions([str(tasks), "absent.yaml"])
+    monkeypatch.setattr(benchmarks, "use_cache", lambda: None)  # it is for the whole process
+    questions, unread = benchmarks.read_benchmark_questions([str(tasks), "absent.yaml"])
     assert questions["both"][:5] == [f"Q: {each['question']}\nA:" for each in QUESTIONS]
     assert len(questions["forgetting"]) == 244 and len(questions["both"]) == 10
     assert unread == ["absent.yaml: finetune evaluate OUTPUT --tasks says why they cannot be read"]

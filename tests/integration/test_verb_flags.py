@@ -117,7 +117,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     result.with_template_kwargs = lambda text: calls.to("with_template_kwargs", result)(text)
     at = f"finetune.cli.{verb}"
     found = {
-        "preview": {"finetune.evaluation.benchmark_questions.use_cache": None},
+        "preview": {"finetune.evaluation.benchmarks.use_cache": None},
         "evaluate": {
             f"{at}.read_result": result, f"{at}.eval_results.check_writable": None,
             "finetune.evaluation.held_out.prepare_held_out": SimpleNamespace(sources=()),

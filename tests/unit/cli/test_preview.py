@@ -200,7 +200,7 @@ def test_a_page_of_the_same_rows(show, tmp_path):
 
 def test_statistics_in_the_terminal_and_on_the_page(show, tmp_path, monkeypatch):
     questions = {"exam": ["A question of five words"]}, ["mmlu: why"]
-    monkeypatch.setattr("finetune.evaluation.benchmark_questions.read_benchmark_questions", lambda tasks: questions)
+    monkeypatch.setattr("finetune.evaluation.benchmarks.read_benchmark_questions", lambda tasks: questions)
     shows = ("Tokens by role", "0 of 9 training rows are near-duplicates", "not looked for: mmlu: why")
     assert [words for words in shows if words not in show(numbered(9), "--stats")] == []
     show(numbered(9), "--stats", "--html", tmp_path / "page.html")

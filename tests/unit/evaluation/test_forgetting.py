@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import re
 
-from finetune.evaluation.forgetting import AnsweredQuestion, compare_answers, repeated_answers, verdict
-from finetune.evaluation.forgetting_questions import CATEGORIES, is_right, json_values, load_questions, number_in
+from finetune.evaluation.forgetting import (
+    CATEGORIES,
+    AnsweredQuestion,
+    compare_answers,
+    is_right,
+    json_values,
+    load_questions,
+    number_in,
+    repeated_answers,
+    verdict,
+)
 from tests.helpers.paths import ROOT
 
 QUESTIONS = load_questions()
@@ -72,9 +81,6 @@ def test_of_candidates_the_right_one_must_be_likelier_than_each_wrong_one():
     )
 
 
-# ---- asking
-
-
 # ---- the verdict
 
 
@@ -117,6 +123,3 @@ def test_one_answer_to_everything_is_said():
     assert (
         repeated_answers([(one, AnsweredQuestion("?", False), AnsweredQuestion("?", False)) for one in QUESTIONS]) == []
     )
-
-
-# ---- end to end, with few questions
