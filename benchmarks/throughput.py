@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                                   everything, a model of 4 layers, LoRA and full
     python benchmarks/throughput.py --layers 30 --adapters full --only flat stock
     python benchmarks/throughput.py --only flat stock --json figures.json
+    python benchmarks/throughput.py --hybrid --only flat padded       a random model with a recurrent layer
 
 Every run is a process of its own; the contenders take turns, in the opposite order in every other round. Beside each
 rate stands the limit: what leaving out the padding and the unused logits of the stock Trainer allows for this very
@@ -99,9 +100,12 @@ def main() -> None:
     given = _arguments()
     chosen = [contender for contender in CONTENDERS if contender.name in given.only]
     with tempfile.TemporaryDirectory(prefix="throughput-", dir=given.work) as folder:
-        sizes = make_model(Path(folder) / "model", given.layers)
+        sizes = (
+            make_hybrid(Path(folder) / "model") if given.hybrid else make_model(Path(folder) / "model", given.layers)
+        )
         make_rows(Path(folder), given.batch * (given.warm_up + given.steps + 1), given.max_length)
-        print(f"{given.layers} layers, batch {given.batch}, {given.steps} steps; {machine()}")
+        layers = "2 hybrid" if given.hybrid else given.layers
+        print(f"{layers} layers, batch {given.batch}, {given.steps} steps; {machine()}")
         pythons = pythons_of(chosen, given.venvs)
         chosen = [contender for contender in chosen if contender.name in pythons]
         began = time.strftime("%Y-%m-%d %H:%M")
@@ -123,6 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="what to measure")
     parser.add_argument("--adapters", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--layers", type=int, default=4, help="of SmolLM2-135M-Instruct, which has 30")
+    parser.add_argument("--hybrid", action="store_true", help="two random layers like Qwen3-Next's instead")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of the longest row")
     parser.add_argument("--warm_up", type=int, default=2, help="steps that do not count")
@@ -146,11 +151,31 @@ def make_model(folder: Path, layers: int) -> Sizes:
     model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32)
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(PRETRAINED)
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
+    _save(model, AutoTokenizer.from_pretrained(PRETRAINED), folder)
     return Sizes.of(model.config)
+
+
+def make_hybrid(folder: Path) -> None:
+    """A gated delta rule and an attention, each with experts, as in Qwen3-Next; its arithmetic has no `Sizes`."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(PRETRAINED)
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, linear_key_head_dim=32, linear_value_head_dim=32, linear_num_key_heads=4,
+        linear_num_value_heads=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128,
+        shared_expert_intermediate_size=128, layer_types=["linear_attention", "full_attention"], bos_token_id=1,
+        eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    _save(Qwen3NextForCausalLM(config), tokenizer, folder)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    tokenizer.chat_template = CHATML
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def make_rows(folder: Path, needed: int, max_length: int, lengths: Lengths = ALPACA_LIKE) -> None:
@@ -239,7 +264,9 @@ def run_once(
     return {**facts[0], **summed, "start_up_seconds": facts[0]["first_step_at"] - began}
 
 
-def _print_table(group: list[Measured], sizes: Sizes, adapter: str, given: argparse.Namespace) -> dict[str, float]:
+def _print_table(
+    group: list[Measured], sizes: Sizes | None, adapter: str, given: argparse.Namespace
+) -> dict[str, float]:
     from rich.console import Console
     from rich.table import Table
 
@@ -249,8 +276,8 @@ def _print_table(group: list[Measured], sizes: Sizes, adapter: str, given: argpa
     leanest = min((by_name[name].figure("peak_rss_bytes") for name in PEERS if name in rate), default=None)
     counted = by_name.get("flat") or group[0]
     tokens, learned = (median(counted.runs[0][name]) for name in ("tokens", "supervised_tokens"))
-    roof = roof_tokens_per_second(sizes, round(tokens), round(learned), adapter, given.threads)
-    limits: dict[str, float] = {"roof_tokens_per_second": roof}
+    roof = sizes and roof_tokens_per_second(sizes, round(tokens), round(learned), adapter, given.threads)
+    limits: dict[str, float] = {"roof_tokens_per_second": roof} if roof else {}
     table = Table(title=f"training, {adapter}: real tokens/s, to the stock Trainer's and the best other toolkit's")
     for name in COLUMNS:
         table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
@@ -272,6 +299,8 @@ def _print_table(group: list[Measured], sizes: Sizes, adapter: str, given: argpa
             ", ".join(f"{loss:.4f}" for loss in one.runs[0]["losses"][:2]),
         )
     Console(width=None if sys.stdout.isatty() else 170).print(table)
+    if sizes is None or roof is None:
+        return limits
     if "stock" in by_name:
         run = by_name["stock"].runs[0]
         useful = sum(run["tokens"]) / sum(run["positions"])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         ...     use_lora=True,
         ... )  # doctest: +SKIP
 
-        A process trains once. Several GPUs or machines need the launcher: `finetune train`.
+        Several GPUs or machines need the launcher: `finetune train`.
 
         Args:
             flags: those of the command line, by name; lists for flags that take several values.

@@ -52,9 +52,17 @@ def init_process_group(backend: str, *, uses_deepspeed: bool, timeout: int) -> N
 
 
 def destroy_process_group() -> None:
-    """Leave the process group on all ranks at once: a rank that ends while others still talk to it can abort them."""
-    if _is_initialized():
-        all_gather_object(None)
+    """Leave the process group on all ranks at once: a rank that ends while others still talk to it can abort them.
+
+    DeepSpeed keeps groups that it has derived: unless it leaves by itself, a second run of this process would use them.
+    """
+    if not _is_initialized():
+        return
+    all_gather_object(None)
+    communication = sys.modules.get("deepspeed.comm")
+    if communication is not None and communication.is_initialized():
+        communication.destroy_process_group()
+    else:
         _dist().destroy_process_group()
 
 

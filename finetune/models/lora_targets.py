@@ -77,11 +77,12 @@ def resolve_targets(base: Any, wanted: str | Sequence[str]) -> LoraTargets:
                 f"LoRA cannot be attached to {format_names(_last_parts(refused))}: the code of "
                 f"{type(base).__name__} reads the weight past an adapter: its {_known(base, kinds)}"
             )
-    renamed = _renamed_by_peft(base, chosen.modules)
+    wrapped = _renamed_by_peft(base, chosen.modules)
+    wrapped |= {name for name in chosen.modules if _is_block_diagonal(type(base.get_submodule(name)))}
     return replace(
         chosen,
-        modules=tuple(name for name in chosen.modules if name not in renamed),
-        parameters=(*chosen.parameters, *(f"{name}.weight" for name in chosen.modules if name in renamed)),
+        modules=tuple(name for name in chosen.modules if name not in wrapped),
+        parameters=(*chosen.parameters, *(f"{name}.weight" for name in chosen.modules if name in wrapped)),
     )
 
 
@@ -130,6 +131,12 @@ def _bypassed(base: Any, kinds: ModuleKinds, modules: Iterable[str]) -> list[str
 def _read_as_weights(mixer: Any) -> set[str]:
     code = inspect.getsource(mixer)
     return set(re.findall(r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim))", code))
+
+
+@cache
+def _is_block_diagonal(layer: Any) -> bool:
+    """Whether a linear layer multiplies blocks of its weight (DeepSeek-V4's outputs), which LoRA can only add to."""
+    return "self.weight.view(" in inspect.getsource(layer.forward)
 
 
 def _by_name(

@@ -1,6 +1,6 @@
 """The plan of a run: shown before the first step, kept in run.json, compared with the outcome in the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.utils.console import labelled
@@ -40,6 +40,7 @@ class TrainingPlan:
     start_up: dict[str, float]
     held_out: str | None = None
     base_bits: int | None = None
+    notes: Sequence[str] = ()  # why batches are not flat, and what runs conversation by conversation
     kinds: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)  # state, trained and frozen by kind
 
     def lines(self) -> list[str]:
@@ -57,6 +58,7 @@ class TrainingPlan:
             "supervised": f"{self.supervised_share:.1%} of the tokens, rendered with {self.chat_format}",
             **({"held out": self.held_out} if self.held_out else {}),
             "batches": self._batches(),
+            **({"  notes": "; ".join(self.notes)} if self.notes else {}),
             "step": self._step(),
             "length": f"{self.steps:,} steps ({self.epochs:.3g} epochs)",
             "precision": self.precision

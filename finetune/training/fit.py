@@ -112,6 +112,7 @@ def summarize_plan(settings: Mapping[str, Any], inputs: TrainingInputs, steps: i
         batching=sampler.batching,
         padding=padding_share(sampler) if sampler.batching == "padded" else 0.0,
         selects_logits=inputs.loaders.layout.selects_logits,
+        notes=inputs.loaders.layout.notes,
         loss_weighting=collator.weighting,
         attention=inputs.model.config._attn_implementation
         + (", per conversation" if sampler.batching != "padded" else ""),

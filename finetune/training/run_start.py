@@ -205,7 +205,6 @@ def _record_start(config: CheckpointConfig, facts: dict[str, Any], resumed: Resu
 
 
 def record_model(output_dir: Path, info: ModelInfo, layout: BatchLayout, notes: Sequence[str]) -> None:
-    """Show and record what is known once model and dataloaders are there; rank 0 writes."""
-    log_notes(layout.notes)
+    """Record what is known once model and dataloaders are there; rank 0 writes."""
     facts = {"model": info.facts(), "batching": layout.batching, "selects_logits": layout.selects_logits}
     run_on_rank_0(lambda: run_json.update_run_json(output_dir, {**facts, "notes": [*notes, *layout.notes]}))

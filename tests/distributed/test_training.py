@@ -298,7 +298,7 @@ def test_a_model_that_cannot_run_flat_gets_padded_rows_with_the_reason(train, tm
     output = train("padded", "--deepspeed", "zero3", model=folder)
 
     said = (tmp_path / "padded-logs/rank-0.log").read_text()
-    reason = "note: --batching flat: fallback to padded because its code does not take attention functions"
+    reason = "--batching flat: fallback to padded because its code does not take attention functions"
     assert said.count(reason) == 1 and "of the positions; logits at supervised positions only" in said
     run = json.loads((output / "run.json").read_text())
     assert run["batching"] == "padded" and any(note in f"{reason} from transformers" for note in run["notes"])
