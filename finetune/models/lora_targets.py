@@ -78,7 +78,8 @@ def resolve_targets(base: Any, wanted: str | Sequence[str]) -> LoraTargets:
                 f"{type(base).__name__} reads the weight past an adapter: its {_known(base, kinds)}"
             )
     wrapped = _renamed_by_peft(base, chosen.modules)
-    wrapped |= {name for name in chosen.modules if _is_block_diagonal(type(base.get_submodule(name)))}
+    classes: dict[str, Any] = {name: type(base.get_submodule(name)) for name in chosen.modules}
+    wrapped |= {name for name, layer in classes.items() if _is_block_diagonal(layer)}
     return replace(
         chosen,
         modules=tuple(name for name in chosen.modules if name not in wrapped),
