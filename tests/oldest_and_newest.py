@@ -7,8 +7,6 @@ requirements.txt pins. The last result is in CONTRIBUTING.md. Ends with status 1
 fails.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

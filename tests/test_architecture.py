@@ -1,7 +1,5 @@
 """The import direction of the packages, the modules that start without torch, and the sizes of files and functions."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -13,13 +13,7 @@ from typing import Any, NamedTuple
 from finetune import checkpoint
 from finetune.checkpoint.manifest import STAGE, Manifest
 from finetune.config.run_config import CheckpointConfig, SavedStep
-from finetune.distributed.collectives import (
-    StorageGroup,
-    all_gather_object,
-    get_rank,
-    host_names,
-    run_on_rank_0,
-)
+from finetune.distributed.collectives import StorageGroup, all_gather_object, get_rank, host_names, run_on_rank_0
 from finetune.run_dir import run_json
 from finetune.utils.errors import CheckpointError, ConfigError, format_faults, storage_errors
 from finetune.utils.user_files import MALFORMED, has_type

@@ -17,11 +17,10 @@ class Benchmark:
 
     name: str
     shots: int
-    task: str  # name in lm-eval, or in `tasks/` if `is_own`
+    task: str  # name in lm-eval, or in `tasks/` beside this file
     metric: str  # as lm-eval names it: metric,filter
     needs: tuple[str, ...]  # data sets on the hub, or other data
     departures: tuple[str, ...] = ()  # differences from the settings of the table
-    is_own: bool = False
     runs_code: bool = False
 
 
@@ -40,7 +39,6 @@ BENCHMARKS = (
             "published",
             "only standalone questions with options A to D and one answer, of seven subjects",
         ),
-        is_own=True,
     ),
     Benchmark(
         "HumanEval", 0, "humaneval", "pass@1,create_test", ("openai/openai_humaneval", "evaluate-metric/code_eval"),
@@ -61,7 +59,6 @@ BENCHMARKS = (
             "published",
             "only sets with four options, and questions with one answer",
         ),
-        is_own=True,
     ),
 )  # fmt: skip
 

@@ -177,17 +177,6 @@ def measure() -> None:
     seconds = (time.perf_counter() - began) / REPEATS
     factor = 2 * (order["world_size"] - 1) / order["world_size"]
     result = {"rank": order["rank"], "seconds": seconds, "bytes_per_second": BYTES / seconds * factor}
-    print(RESULT_PREFIX + json.dumps({**result, **_device_facts(torch, device)}), flush=True)
+    print(RESULT_PREFIX + json.dumps(result), flush=True)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _device_facts(torch: Any, device: Any) -> dict[str, Any]:
-    if device.type == "cpu":
-        return {"device": "CPU"}
-    gpu = torch.cuda.get_device_properties(device)
-    return {
-        "device": gpu.name, "memory": gpu.total_memory, "capability": [gpu.major, gpu.minor],
-        "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "bf16": torch.cuda.is_bf16_supported(),
-    }  # fmt: skip

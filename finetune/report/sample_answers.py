@@ -5,6 +5,7 @@ beside them, or those of a file.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, cast
 
 from finetune.conversation import Role, Turn, to_row
 from finetune.inference.generate import AnswerGenerator, AnswerStream
-from finetune.inference.load_result import MEMORY_FRACTION, LoadedModel, free_memory, load_for_inference
+from finetune.inference.load_result import MEMORY_FRACTION, free_memory, load_for_inference
 from finetune.inference.run_result import RunResult
 from finetune.run_dir.data_samples import RowSample
 from finetune.utils.atomic_io import write_text_atomically
@@ -142,25 +143,6 @@ def write_answers(folder: Path, run: dict[str, Any], answers: SampleAnswers) -> 
 # ---- generation
 
 
-@dataclass
-class _Clock:
-    """Divides the time that is left among the answers that are left; without a limit each has all of it."""
-
-    seconds: float | None
-    left: int
-    began: float = field(default_factory=time.monotonic)
-
-    def next(self) -> float | None:
-        """Return the seconds for the next answer; an error if none are left."""
-        if self.seconds is None:
-            return None
-        rest = self.seconds - (time.monotonic() - self.began)
-        if rest < MIN_SECONDS:
-            raise FinetuneError(f"{self.seconds:g} seconds were not enough")
-        self.left -= 1
-        return rest / (self.left + 1)
-
-
 def reason_not_answered(result: RunResult, seconds: float) -> str | None:
     """Return why base and result should not be loaded at the end of a run; None: they fit into memory and time."""
     parameters = (result.run.get("plan") or {}).get("parameters")
@@ -197,12 +179,30 @@ def generate_answers(
         seconds: for everything, loading included; None: no limit.
         each: called after each of the two answers to each prompt.
     """
-    clock = _Clock(seconds, 2 * len(prompts))
+    began, left = time.monotonic(), 2 * len(prompts)
+
+    def answer(model: Any, prompt: SamplePrompt) -> tuple[AnswerStream, bool]:
+        """Answer in an equal share of the time that is left; return whether that has cut the answer off, too."""
+        nonlocal left
+        options: dict[str, Any] = {}
+        if seconds is not None:
+            rest = seconds - (time.monotonic() - began)
+            if rest < MIN_SECONDS:
+                raise FinetuneError(f"{seconds:g} seconds were not enough")
+            options["max_time"] = rest / left
+        left, started = left - 1, time.monotonic()
+        generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
+        stream = generator.stream(prompt.turns, prompt=prompt.ids, max_new_tokens=new_tokens, **options)
+        for _ in stream:
+            pass
+        each()
+        return stream, time.monotonic() - started >= options.get("max_time", math.inf)
+
     try:
         loaded = load_for_inference(result, base_name=base_name)
         with loaded.base() as base:
-            before = [_answer(loaded, base, prompt, new_tokens, clock, each) for prompt in prompts]
-        after = [_answer(loaded, loaded.tuned, prompt, new_tokens, clock, each) for prompt in prompts]
+            before = [answer(base, prompt) for prompt in prompts]
+        after = [answer(loaded.tuned, prompt) for prompt in prompts]
     except (RuntimeError, ValueError, ImportError) as error:  # from torch and transformers
         raise FinetuneError(f"{type(error).__name__}: {first_line(error)}") from error
     answered = tuple(
@@ -216,17 +216,3 @@ def generate_answers(
         for prompt, (first, first_hurried), (second, second_hurried) in zip(prompts, before, after, strict=True)
     )
     return SampleAnswers(new_tokens, answered)
-
-
-def _answer(
-    loaded: LoadedModel, model: Any, prompt: SamplePrompt, new_tokens: int, clock: _Clock, each: Callable[[], Any]
-) -> tuple[AnswerStream, bool]:
-    """Return the answer, and whether the time limit cut it off."""
-    limit, began = clock.next(), time.monotonic()
-    generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
-    options: dict[str, Any] = {} if limit is None else {"max_time": limit}
-    stream = generator.stream(prompt.turns, prompt=prompt.ids, max_new_tokens=new_tokens, **options)
-    for _ in stream:
-        pass
-    each()
-    return stream, limit is not None and time.monotonic() - began >= limit

@@ -1,7 +1,5 @@
 """The preview page in a real Chromium."""
 
-from __future__ import annotations
-
 import json
 from html.parser import HTMLParser
 

@@ -1,7 +1,5 @@
 """The report in a real Chromium without a network: drawn, usable, readable in light and dark and on a phone."""
 
-from __future__ import annotations
-
 import json
 import re
 import threading

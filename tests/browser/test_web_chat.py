@@ -1,7 +1,5 @@
 """`finetune chat --web` in a real Chromium: sent, streamed, compared, stopped, in two languages, without a network."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import http.client

@@ -1,7 +1,5 @@
 """Runs of several ranks that differ in nothing but how a step is made up."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run learns does not depend on how ranks, accumulation and the form of the batches make up a step."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.helpers.batch_runs import LORA, assert_same, shape

@@ -1,7 +1,5 @@
 """Ranks that differ in data, code, libraries or model all end with one error before the first step."""
 
-from __future__ import annotations
-
 import os
 import signal
 

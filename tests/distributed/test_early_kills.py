@@ -1,7 +1,5 @@
 """A command that is killed in its first seconds leaves no process: not its launcher, no rank, no watchdog."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

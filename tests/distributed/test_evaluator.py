@@ -1,7 +1,5 @@
 """Evaluation while training: the same loss on any ranks as a stock model gives, and the training as without it."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """Faults injected into real runs: each ends on its own, with the right status and a message that names the remedy."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

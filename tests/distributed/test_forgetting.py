@@ -1,7 +1,5 @@
 """What a tune has forgotten, asked of real results: beside the base, on two ranks, of a broken model."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

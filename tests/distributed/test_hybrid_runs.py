@@ -1,7 +1,5 @@
 """Hybrid models and JetMoE on several ranks, without padding under every stage."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,8 +1,6 @@
 """Saves that are killed, disks that are full, files that are doctored: at every instant a checkpoint can be gone on
 from, and what is not whole is never loaded."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import random

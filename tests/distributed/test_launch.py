@@ -1,7 +1,5 @@
 """`finetune launch` on one machine: what it believes, what it passes on, and that nothing outlives it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The loss of a head under ZeRO: gradients are those of all ranks' logits, whatever each rank's number of chunks."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

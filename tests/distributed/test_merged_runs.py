@@ -1,7 +1,5 @@
 """What real runs leave, merged: ZeRO checkpoints of any stage and ranks, an adapter that answers as before."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import warnings

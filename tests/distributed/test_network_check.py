@@ -1,7 +1,5 @@
 """The ways between hosts, tried on this one: by either kind of address, by ranks that talk a lot."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

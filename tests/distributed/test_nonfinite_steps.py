@@ -1,7 +1,5 @@
 """Steps that are not finite, slow ranks, requests to stop, on real ranks."""
 
-from __future__ import annotations
-
 import json
 import signal
 from pathlib import Path

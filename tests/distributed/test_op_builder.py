@@ -1,7 +1,5 @@
 """One process builds, the others wait for it, and nobody waits for one that is dead."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Optimizers beside AdamW: what a resumed run does, and how large their states are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

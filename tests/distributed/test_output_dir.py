@@ -1,7 +1,5 @@
 """What a run leaves behind, what it refuses to overwrite, and what bad input becomes."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

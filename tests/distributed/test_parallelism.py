@@ -1,7 +1,5 @@
 """What DDP and a lone rank are told about gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,7 +1,5 @@
 """Preparing by several processes: one writes, the others wait, and one that is killed leaves nothing that counts."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """The real `deepspeed` launcher, in a subprocess, from an uninstalled clone: what a user types and what comes back."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

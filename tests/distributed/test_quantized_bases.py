@@ -1,7 +1,5 @@
 """Bases in 4 and 8 bits on real ranks: losses, resuming, serving, and merging into the base as it is stored."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

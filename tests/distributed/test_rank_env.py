@@ -1,7 +1,5 @@
 """Two processes that srun starts are one run of two ranks."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A run that is stopped and goes on is the run that was not stopped, to the last bit; what would not be is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

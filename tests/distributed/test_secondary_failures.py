@@ -1,7 +1,5 @@
 """What gloo reports on a rank whose peer was killed."""
 
-from __future__ import annotations
-
 import re
 import signal
 import socket

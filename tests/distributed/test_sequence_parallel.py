@@ -1,7 +1,5 @@
 """Two ranks that share each conversation learn what one rank learns from it whole."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.helpers import ranks

@@ -1,7 +1,5 @@
 """Random faults, see benchmarks/soak.py: twenty minutes in the slow tier, another seed in each of eight shares."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """The training story on real ranks: every ZeRO stage, full and adapters; what is saved loads with plain libraries."""
 
-from __future__ import annotations
-
 import json
 from itertools import product
 from pathlib import Path

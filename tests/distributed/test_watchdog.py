@@ -1,7 +1,5 @@
 """The watchdog: what the coordinator concludes from messages, and ranks that die, exit early or never arrive."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 All runs start when the first test asks for one, four at a time: together they take less than five minutes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Runs over the same rows in other shapes, and a strict comparison."""
 
-from __future__ import annotations
-
 import pytest
 
 # Eleven rows of very different lengths: a second step of three, for which some ranks have nothing.

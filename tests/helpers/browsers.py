@@ -1,7 +1,5 @@
 """A real Chromium, driven by playwright: what a page shows, and what happens when it is used."""
 
-from __future__ import annotations
-
 import shutil
 import struct
 import subprocess

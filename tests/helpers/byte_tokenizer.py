@@ -1,7 +1,5 @@
 """A tokenizer of 266 ids: one per byte, and the control tokens of the LingoWhale format."""
 
-from __future__ import annotations
-
 CONTROL_TOKENS = {"<pad>": 0, "</s>": 2, "<human>": 3, "<model>": 4}
 
 

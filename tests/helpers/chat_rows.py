@@ -1,7 +1,5 @@
 """Rows of conversations, the files they lie in, and what reading these says."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

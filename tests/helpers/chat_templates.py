@@ -1,8 +1,6 @@
 # ruff: noqa: E501 (templates read best as they are)
 """Chat templates of the project's own writing in the formats that published models use, with their control tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """A small checkpoint folder with its manifest."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

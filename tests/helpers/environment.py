@@ -3,8 +3,6 @@
 Import this before torch. Ranks inherit the environment.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Failures with messages that libraries and systems really print, by the code of their cause."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The published command's flags, parsed or refused."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.config import parse

@@ -1,7 +1,5 @@
 """What tests of flat attention share: lengths of conversations, and what a kernel is told of their boundaries."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Runs over several hosts: the command as it is typed on the first one, and what is read off it."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

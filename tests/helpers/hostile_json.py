@@ -1,7 +1,5 @@
 """JSON values as an attacker, or a damaged disk, would change them: seeded."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from random import Random

@@ -10,8 +10,6 @@ by these ssh and sshd. PID is that of the test run, so that what a killed run le
 clusters of one run have a number there (PID-2-node0).
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import shlex

@@ -1,7 +1,5 @@
 """What the tests share that ask the real launcher too."""
 
-from __future__ import annotations
-
 from hypothesis import HealthCheck, settings
 
 REFUSED = None

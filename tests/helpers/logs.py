@@ -1,7 +1,5 @@
 """What the package logs, as a list of messages."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

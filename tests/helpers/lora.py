@@ -1,7 +1,5 @@
 """LoRA adapters in few words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Results as a run leaves them, made without one: a base in a folder, an adapter or a model in another, run.json."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The server of `ranks` imports this module. What it holds is never collected: a c
 pages of every module.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 

@@ -1,7 +1,5 @@
 """Preview pages of hostile and multilingual conversations, and a strict parser of them."""
 
-from __future__ import annotations
-
 from html.parser import HTMLParser
 
 from finetune.chat_templates.text_segments import Segment

@@ -1,7 +1,5 @@
 """The published command and how the launcher is called."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

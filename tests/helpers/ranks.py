@@ -5,8 +5,6 @@ environment a launcher would give it and runs `finetune.train.main`. Only the st
 command, which has tests of its own.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

@@ -1,7 +1,5 @@
 """One conversation rendered, and what of it is learned."""
 
-from __future__ import annotations
-
 from finetune.chat_templates import IGNORE_INDEX, Renderer
 from finetune.conversation import Conversation, Turn
 

@@ -1,7 +1,5 @@
 """A report, parsed."""
 
-from __future__ import annotations
-
 import json
 from html.parser import HTMLParser
 

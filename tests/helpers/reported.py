@@ -1,7 +1,5 @@
 """Output folders as runs leave them, made by hand: whatever may stand in them, without training."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Six short conversations, and conversation files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Runs that are stopped and go on, and what is compared of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Runs of a few steps, and what they logged."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Conversations through a chat template, checked by another route than the package's."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from hypothesis import strategies as st

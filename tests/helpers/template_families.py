@@ -1,8 +1,6 @@
 # ruff: noqa: E501 (a family reads best on its own lines)
 """Families of chat templates: the template, the tokens of its tokenizer, and what a server gives it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from finetune.chat_templates.format_selection import HERMES

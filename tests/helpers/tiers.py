@@ -1,7 +1,5 @@
 """Which values of a matrix the fast tier sees; the slow tier sees the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Their weights are wide (`initializer_range` 0.2), so that a token that attends to a wrong one shows in the logits.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Drawn conversations with tools and reasoning, the messages of a server for them, and parsers of generated calls."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,8 +1,6 @@
 # ruff: noqa: E501 (templates read best as they are)
 """Chat templates with tools and reasoning, of the project's own writing after the syntax that model families document."""
 
-from __future__ import annotations
-
 CHATML_TOOLS = r"""
 {%- macro system(text) %}<|im_start|>system
 {{ text }}{% if tools %}{{ '\n\n' if text }}# Tools

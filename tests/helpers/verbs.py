@@ -1,7 +1,5 @@
 """Run `finetune VERB ...` as a process of its own that imports nothing: it is forked from the server of `ranks`."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

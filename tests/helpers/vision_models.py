@@ -1,7 +1,5 @@
 """Tiny random checkpoints of models that read images, too; training sees their text alone."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

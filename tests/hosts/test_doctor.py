@@ -1,7 +1,5 @@
 """`finetune doctor` beside three real hosts: all that is wrong with any of them at once, in seconds, before a run."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

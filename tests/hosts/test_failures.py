@@ -1,8 +1,6 @@
 """What goes wrong on one of three hosts ends the run on all of them, in time and with one page that says which; once it
 is repaired, the same command goes on from the newest checkpoint."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

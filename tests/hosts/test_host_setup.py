@@ -1,8 +1,6 @@
 """Hosts that are not as they have to be: nothing starts, one message names the host and says what to do, and once that
 is done the same command trains."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`finetune train` over a hostfile: two real hosts, real ssh; a rank, a launcher, a host or a network that goes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Three hosts, and four: the losses of as many ranks on one host, saved, gone on from, opened with plain libraries."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`finetune train --max_restarts`: hosts that die are replaced, and the result is that of the uninterrupted run."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The Slurm job of hostfiles/: a hostfile of its nodes, the doctor, the launch, a requeue when it is told to end."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The main command over a hostfile: two real hosts of one rank each, the real launcher, ssh and pdsh between them."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Training and loading from Python, without the command line."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

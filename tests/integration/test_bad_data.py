@@ -1,7 +1,5 @@
 """Bad and odd data files in one table: what becomes of each under both policies, through the real pipeline."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

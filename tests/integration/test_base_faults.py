@@ -1,7 +1,5 @@
 """A base model that cannot be trained: a run and the doctor end with the same status and say the same."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tasks of lm-evaluation-harness: a local one end to end, and the suite's settings against the installed harness."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 

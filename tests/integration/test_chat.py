@@ -1,7 +1,5 @@
 """`finetune chat`: a model that has learned its rows by heart answers as they do, and ends where they end."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """Results of every kind answer, beside their base: adapters, checkpoints, the LingoWhale format, code of their own."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

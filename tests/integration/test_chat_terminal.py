@@ -1,7 +1,5 @@
 """`finetune chat` in a terminal, typed to as a user types."""
 
-from __future__ import annotations
-
 import sys
 import time
 

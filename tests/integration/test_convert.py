@@ -1,7 +1,5 @@
 """Any layout becomes the project's own JSON, whole or not at all, and reads back the same."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """A model with Python files of its own and a sentencepiece tokenizer trains, saves with its files, and loads again."""
 
-from __future__ import annotations
-
 import json
 import os
 import pty

@@ -1,7 +1,5 @@
 """A base model whose files were damaged, in any way, is one `ConfigError` that names it, never another exception."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

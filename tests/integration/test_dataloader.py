@@ -1,7 +1,5 @@
 """A loader with worker processes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from accelerate import skip_first_batches

@@ -1,7 +1,5 @@
 """The matrix of environments of `finetune launch`, against what the launcher runs."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

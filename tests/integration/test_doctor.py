@@ -1,7 +1,5 @@
 """`finetune doctor` on one machine: the words it takes, what it finds, the status that the run would end with."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

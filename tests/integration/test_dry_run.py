@@ -1,7 +1,5 @@
 """A dry run fails where the run would."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.preflight import dry_run

@@ -1,7 +1,5 @@
 """The status a process ends with."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`failure.json` on disks that refuse and with many writers; the imports of a watchdog process."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """No flag of training is dead: each is given two values, and what the code makes of them differs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import typing

@@ -3,8 +3,6 @@
 The reference is none of the project's: the stock model with its own eager attention, one conversation at a time,
 `F.cross_entropy` of all logits, summed and divided by the number of learned tokens. All in float64."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

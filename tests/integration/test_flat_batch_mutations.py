@@ -1,7 +1,5 @@
 """Mistakes in the boundaries of flat rows change the loss or a gradient: each one is seen."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any

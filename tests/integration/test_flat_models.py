@@ -1,7 +1,5 @@
 """Models over flat rows: which run so, which are told that they cannot, and that a leak is caught."""
 
-from __future__ import annotations
-
 import copy
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """What is served is what was trained: the prompt, the answer's text, the tokens that end it, the text as it comes."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

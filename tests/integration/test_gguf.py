@@ -1,7 +1,5 @@
 """A GGUF file read again is the same model with the same tokenizer. The reader is transformers', the writer ours."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The measurement of a GPU, at toy sizes on a CPU: both tables, with the stock Trainer beside this project."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

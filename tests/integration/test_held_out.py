@@ -1,7 +1,5 @@
 """Held-out losses against a stock model, one conversation at a time, on one rank and on two."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

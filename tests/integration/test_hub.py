@@ -1,7 +1,5 @@
 """A hub that cannot be reached."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.cli.push import PushOptions, upload

@@ -1,7 +1,5 @@
 """Models that carry something from token to token: flat rows give what conversations give one by one."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

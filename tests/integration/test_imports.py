@@ -1,7 +1,5 @@
 """What starts without torch: flags, hostfiles, manifests, reports; `--help` waits for no library."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

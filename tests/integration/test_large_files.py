@@ -3,8 +3,6 @@
 `pytest -m faults -s tests/integration/test_large_files.py` prints the figures of the documentation.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

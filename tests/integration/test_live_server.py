@@ -1,7 +1,5 @@
 """A run in progress, watched: what is served follows the files, to this host alone, and ends with the run."""
 
-from __future__ import annotations
-
 import gzip
 import http.client
 import json

@@ -1,7 +1,5 @@
 """Losses by source and answer of real runs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A large model is merged in the memory of a shard."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

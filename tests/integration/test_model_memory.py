@@ -1,7 +1,5 @@
 """Memory and checkpoint sizes of real runs against the estimate."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

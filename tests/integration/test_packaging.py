@@ -1,7 +1,5 @@
 """An installed package finds its configs and its sample data without the clone."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """`finetune preview` in a pipe."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@ The published configs of their models lie in `tests/golden/model_configs`, in a 
 LingoWhale-8B's code is not here: the sizes of Llama 3.1 8B stand in for its own, as the recipe says.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

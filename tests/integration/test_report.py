@@ -1,7 +1,5 @@
 """Reports of runs that were really made."""
 
-from __future__ import annotations
-
 import json
 
 from finetune.report import read_run

@@ -6,8 +6,6 @@ the `files`. `preview`, `doctor` and the other verbs run in this process; `train
 server. Keep `train` for what only a run shows, and mark it SLOW if another line shows nearly the same.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

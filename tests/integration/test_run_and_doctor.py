@@ -4,8 +4,6 @@ Both resolve the command line in this process; some are also run on a rank of it
 fault and how the message begins, or the key of the DeepSpeed JSON that it names.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

@@ -1,7 +1,5 @@
 """Answers of base and result to the samples of runs that were really made."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.cli import report

@@ -1,7 +1,5 @@
 """Hosts are asked over ssh, by a program that stands in for it."""
 
-from __future__ import annotations
-
 import os
 import socket
 import stat

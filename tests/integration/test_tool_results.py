@@ -1,7 +1,5 @@
 """A model that is trained on rows with tools calls them: measured on held-out rows, and in a conversation."""
 
-from __future__ import annotations
-
 import json
 import sys
 

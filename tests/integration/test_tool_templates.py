@@ -1,7 +1,5 @@
 """Each answer stands behind the prompt that a server sends, whatever tools and reasoning a conversation has."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

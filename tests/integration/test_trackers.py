@@ -1,7 +1,5 @@
 """TensorBoard's files hold what was logged."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

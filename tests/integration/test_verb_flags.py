@@ -1,7 +1,5 @@
 """No option of a verb is dead: what the verb does with it and without it differs."""
 
-from __future__ import annotations
-
 import io
 import re
 import subprocess

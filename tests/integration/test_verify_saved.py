@@ -1,7 +1,5 @@
 """The result of a run, opened again: whole and the same, or an error that says what is not."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """What version 0.1 has written stays readable: run.json, a checkpoint, prepared data, samples, stored evaluations."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

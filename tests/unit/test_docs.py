@@ -1,7 +1,5 @@
 """The documents: commands parse, links resolve, the reference of flags is current."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import shlex

@@ -1,7 +1,5 @@
 """The functions of the package itself; the examples of all docstrings are run."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 

@@ -1,7 +1,5 @@
 """The workarounds of transformers do what it does, and are still needed."""
 
-from __future__ import annotations
-
 import time
 
 from finetune.chat_templates.compat import text_renderer

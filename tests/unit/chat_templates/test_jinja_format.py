@@ -1,7 +1,5 @@
 """Any chat template over real tokenizers: the ids of `apply_chat_template`, labels checked by another route."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """The proof of labels notices every way in which they can be wrong."""
 
-from __future__ import annotations
-
 from finetune.chat_templates import CHATML, IGNORE_INDEX, JinjaFormat, Renderer, tokenize_conversation
 from finetune.chat_templates.label_check import check_labels
 from finetune.conversation import Conversation, Turn

@@ -1,7 +1,5 @@
 """A template that cannot be followed is refused with the reason, and with what to do."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

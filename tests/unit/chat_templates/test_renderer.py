@@ -1,7 +1,5 @@
 """Labels against the published example's, ids against `apply_chat_template`."""
 
-from __future__ import annotations
-
 import copy
 import json
 import string

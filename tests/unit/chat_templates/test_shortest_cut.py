@@ -1,7 +1,5 @@
 """Shortened conversations against their definition, found by trying every possibility."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """A chat template that does not end, or grows without end, is stopped by one error."""
 
-from __future__ import annotations
-
 import resource
 import threading
 import time

@@ -1,7 +1,5 @@
 """An example becomes text again: nothing lost, every learned token marked, no character split."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 

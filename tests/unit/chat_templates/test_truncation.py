@@ -1,7 +1,5 @@
 """Conversations that are too long: cut between turns, split into windows, dropped, or an error."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.chat_templates import CHATML, IGNORE_INDEX, JinjaFormat, LingoWhaleFormat, Renderer

@@ -1,7 +1,5 @@
 """Checkpoints as files: what a manifest proves, what rotation may touch, what does not belong to it."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import hmac

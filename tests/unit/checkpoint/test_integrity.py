@@ -1,7 +1,5 @@
 """What a power cut may leave of a checkpoint: it is whole, or ours to remove, or the user's; never mistaken."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -1,7 +1,5 @@
 """A save on one rank: the room it needs, and disks that refuse in the midst of it."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from functools import partial

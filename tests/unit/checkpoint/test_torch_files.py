@@ -1,7 +1,5 @@
 """What a file of torch may name, and that only the bytes which were verified are loaded."""
 
-from __future__ import annotations
-
 import collections
 import io
 import os

@@ -1,7 +1,5 @@
 """`finetune convert-config`: configs of other programs as recipes; what has no flag here is listed."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.cli import convert_config

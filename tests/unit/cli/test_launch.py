@@ -1,7 +1,5 @@
 """`finetune launch`: the status it ends with, what it hides and refuses."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.cli.launch import outcome, start, without_secrets

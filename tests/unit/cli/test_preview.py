@@ -1,7 +1,5 @@
 """What preview shows in a terminal, as JSON and as a page, and which rows."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `finetune push` uploads, what it asks, and what it says of a hub that refuses."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

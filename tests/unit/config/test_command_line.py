@@ -1,7 +1,5 @@
 """What is typed behind `finetune train`: a recipe, flags in two spellings, flags of the launcher, foreign names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Flags from a file: --config with YAML, JSON, or the run.json of an earlier run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

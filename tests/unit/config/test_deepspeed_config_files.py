@@ -1,7 +1,5 @@
 """Finding a DeepSpeed config by path or name, and reading it strictly."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

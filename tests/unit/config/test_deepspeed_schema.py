@@ -1,7 +1,5 @@
 """What the installed DeepSpeed reads of a config, and what both it and the command line decide."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

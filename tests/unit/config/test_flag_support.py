@@ -1,7 +1,5 @@
 """Every flag of the installed transformers is served as the table says, and what is not served is said."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.config import parse

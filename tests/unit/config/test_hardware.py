@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from finetune.config.hardware import DetectedHardware, Gpu, detect_hardware, resolve_hardware

@@ -1,7 +1,5 @@
 """Flags whose packages are missing, or that exclude each other, end before anything is loaded."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 

@@ -1,7 +1,5 @@
 """An adapter as the model: its base is found, its shape is kept, and a flag that contradicts it is an error."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

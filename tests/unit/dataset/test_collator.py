@@ -1,7 +1,5 @@
 """Batches against plain loops over the examples; nothing predicts what belongs to another conversation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

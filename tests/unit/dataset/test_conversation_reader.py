@@ -1,7 +1,5 @@
 """Reading conversations: formats, faults and their places, duplicates, supervised turns and weights."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

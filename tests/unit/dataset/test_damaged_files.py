@@ -3,8 +3,6 @@
 `MUTATIONS=20000 pytest tests/unit/dataset/test_damaged_files.py` looks at more of them.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

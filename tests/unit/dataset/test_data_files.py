@@ -1,7 +1,5 @@
 """Bytes on disk -> rows: every kind of file, ways in which one can be broken, and the memory that reading takes."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

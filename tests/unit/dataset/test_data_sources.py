@@ -1,7 +1,5 @@
 """What --data_path may name, and what is said of names that stand for nothing."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

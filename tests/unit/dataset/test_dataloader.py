@@ -1,7 +1,5 @@
 """Micro-batches as a loader hands them out: their form, their rows, what they count for."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

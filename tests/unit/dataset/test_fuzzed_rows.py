@@ -1,7 +1,5 @@
 """A thousand conversations made at random: what is accepted is learned exactly as it stands, the rest has a reason."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """CSV and TSV files, trees of messages, columns with other names, remote files, and keys that decide something."""
 
-from __future__ import annotations
-
 import gzip
 import json
 

@@ -1,7 +1,5 @@
 """Groups that fill a number of tokens: whole, within it, and each length in the fullest group that takes it."""
 
-from __future__ import annotations
-
 import math
 import random
 

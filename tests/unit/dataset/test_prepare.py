@@ -1,7 +1,5 @@
 """Preparing: once, by one process, whole or not at all; every row accounted for."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 

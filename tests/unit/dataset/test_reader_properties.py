@@ -1,7 +1,5 @@
 """Any conversations are read back exactly; any other JSON and any bytes are refused with a place, or read rightly."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Repairs of rows: made by name alone, and said."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.conversation import BadRow

@@ -1,7 +1,5 @@
 """Conversations with tools and reasoning are read back as written; damaged rows are refused or read rightly."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random

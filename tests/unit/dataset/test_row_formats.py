@@ -1,7 +1,5 @@
 """Rows in the layouts that published data comes in, each against what a reader of its documentation would expect."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """No key of a data row is dead: without it, or with another value, something else is read."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

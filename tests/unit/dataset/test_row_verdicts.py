@@ -1,7 +1,5 @@
 """Rows and turns that say how good their answer is: bad answers are refused, other meanings of the keys are not."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.dataset.row_reading import RowReading

@@ -1,7 +1,5 @@
 """The sample data is what its README says, and teaches what it should without containing the questions it is asked."""
 
-from __future__ import annotations
-
 import json
 import re
 

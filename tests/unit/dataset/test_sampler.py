@@ -1,7 +1,5 @@
 """Which rows are in which micro-batch: each once an epoch, the same steps on any ranks, alike for all of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -1,7 +1,5 @@
 """Rows that --skip_rows names: read in both forms, found in the data, or each named that is not there."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Near-duplicates and questions in texts, against plain set arithmetic."""
 
-from __future__ import annotations
-
 import importlib.util
 import random
 

@@ -1,7 +1,5 @@
 """Rows with tool calls in the forms of published data, and each fault of calls, results and declarations."""
 
-from __future__ import annotations
-
 import copy
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """The page that a user reads after a failure: at most one page, whatever the failure contains."""
 
-from __future__ import annotations
-
 import re
 import traceback
 import unicodedata

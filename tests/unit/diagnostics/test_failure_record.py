@@ -1,7 +1,5 @@
 """The record of a failure, through JSON and back."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 

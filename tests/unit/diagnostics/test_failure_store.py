@@ -1,7 +1,5 @@
 """`failure.json`: what is written, and which of two records is kept."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -1,7 +1,5 @@
 """The first failure is told from the secondary ones that follow from it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The table of known causes: each entry is well formed and is found for messages that really occur."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import fields, replace
 

@@ -1,7 +1,5 @@
 """Messages of libraries that resemble those of known causes: a wrong cause is worse than none."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

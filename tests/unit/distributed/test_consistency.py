@@ -1,7 +1,5 @@
 """All ranks agree on data, code, libraries and model before the first step, or none begins."""
 
-from __future__ import annotations
-
 import time
 
 from finetune.distributed.consistency import RankFacts, describe_mismatch

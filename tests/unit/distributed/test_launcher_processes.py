@@ -1,7 +1,5 @@
 """Whether a rank still has the launcher that started it."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.distributed import launcher_processes

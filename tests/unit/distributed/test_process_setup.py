@@ -1,7 +1,5 @@
 """A process knows its rank, and its heap and garbage are told what phase it is in."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

@@ -1,7 +1,5 @@
 """A process knows its rank whatever has started it, and a job of several ranks is never several jobs of one."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.distributed.process_setup import first_host, init_rank_env

@@ -1,7 +1,5 @@
 """The buffers that DeepSpeed writes to /dev/shm for CPU ranks."""
 
-from __future__ import annotations
-
 from shutil import disk_usage
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Where a start went."""
 
-from __future__ import annotations
-
 import time
 
 from finetune.distributed import startup_timer

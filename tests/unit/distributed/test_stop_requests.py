@@ -1,7 +1,5 @@
 """Signals that ask a rank to stop: which is the first, which a second wish."""
 
-from __future__ import annotations
-
 import os
 import signal
 

@@ -1,7 +1,5 @@
 """What a tune has forgotten: the rules of the questions, how they are asked, and a verdict that sees a broken model."""
 
-from __future__ import annotations
-
 import re
 
 from finetune.evaluation.forgetting import (

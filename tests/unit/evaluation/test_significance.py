@@ -1,7 +1,5 @@
 """Intervals and exact tests against other ways to the same numbers."""
 
-from __future__ import annotations
-
 import math
 import random
 

@@ -1,7 +1,5 @@
 """Counts of tool calls: valid, right tool, right arguments, and calls where the data has none; as a table."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """What the model card says of a run, and what it keeps to itself."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

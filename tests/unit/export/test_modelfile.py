@@ -1,7 +1,5 @@
 """The Go template of a Modelfile renders what the chat template renders."""
 
-from __future__ import annotations
-
 import re
 from copy import deepcopy
 from pathlib import Path

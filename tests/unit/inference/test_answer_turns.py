@@ -1,7 +1,5 @@
 """Generated ids become turns: calls in the syntax of each template, reasoning, and everything else as text."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.chat_templates import JinjaFormat, answer_ids, decode_after, end_token_ids, prompt_ids, select_chat_format

@@ -1,7 +1,5 @@
 """The conversation of a chat with tools: what a message asks, what is undone, and what is saved."""
 
-from __future__ import annotations
-
 import html
 
 import pytest

@@ -1,7 +1,5 @@
 """The base of a result: where it lies, what of it is fetched, and that it is the one that was trained."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

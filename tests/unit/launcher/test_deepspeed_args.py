@@ -1,7 +1,5 @@
 """The launcher's flags and the hosts that they choose, read as the launcher reads them, or refused."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

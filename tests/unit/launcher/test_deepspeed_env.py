@@ -1,7 +1,5 @@
 """.deepspeed_env as characters, beside what the launcher makes of it; which names are secret, and which travel."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from types import SimpleNamespace

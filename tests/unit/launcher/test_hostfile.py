@@ -2,8 +2,6 @@
 
 The matrix has a column for the launcher, and it is asked: where we are stricter, the table shows what for."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """Stopping the processes of a run on this host."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.launcher.local_session import LocalSession

@@ -1,7 +1,5 @@
 """Whether a run that ended is started again, and on which hosts."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

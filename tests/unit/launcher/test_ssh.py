@@ -1,7 +1,5 @@
 """Hosts are asked and compared: what differs is named, by host, in seconds."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Other methods of peft by `--adapter_config`, and weights that `--freeze` and `--train_only` select."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

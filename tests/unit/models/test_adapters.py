@@ -1,7 +1,5 @@
 """Which layers LoRA is attached to, as `--lora_target_modules` says it; and saved adapters that are continued."""
 
-from __future__ import annotations
-
 import re
 
 import peft

@@ -1,7 +1,5 @@
 """Flat attention against a formula per conversation; which models run flat, and what gives the others away."""
 
-from __future__ import annotations
-
 import inspect
 from types import SimpleNamespace
 from typing import Any

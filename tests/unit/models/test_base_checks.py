@@ -1,7 +1,5 @@
 """A base model that is not whole is refused by name before its weights are read; one that is whole never is."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What bitsandbytes does without the patches: a test that fails when one is no longer needed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -1,7 +1,5 @@
 """What `all-linear` adapts in each family, which names it takes, and that plain peft loads the result."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

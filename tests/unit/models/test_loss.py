@@ -1,7 +1,5 @@
 """The loss and its gradient against torch's own, of logits and of a head, and what it does to memory."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

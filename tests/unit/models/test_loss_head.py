@@ -1,7 +1,5 @@
 """Which heads compute the loss themselves, and what a trial says of the others."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

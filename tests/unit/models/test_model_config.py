@@ -1,7 +1,5 @@
 """Fields that families name differently, and those that each layer has for itself."""
 
-from __future__ import annotations
-
 import pytest
 from transformers import CONFIG_MAPPING
 

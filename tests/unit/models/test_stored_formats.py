@@ -1,7 +1,5 @@
 """Checkpoints whose weights are stored quantized: dequantized while they load, or refused by name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Text training of a checkpoint with images keeps all of it: the class, every tensor, and names that fit."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

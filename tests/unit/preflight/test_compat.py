@@ -1,7 +1,5 @@
 """Each patch of torch's internals is still needed, and does what the device that trains does."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional

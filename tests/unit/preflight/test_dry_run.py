@@ -1,7 +1,5 @@
 """The chain in small: any architecture becomes small, and a rehearsal fails where the run would."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM

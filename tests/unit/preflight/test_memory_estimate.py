@@ -1,7 +1,5 @@
 """The arithmetic of the planner: against the ZeRO paper, DeepSpeed's own estimators, and itself."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

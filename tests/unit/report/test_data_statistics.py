@@ -1,7 +1,5 @@
 """The statistics of a data set, counted again from its examples."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

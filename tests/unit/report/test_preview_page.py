@@ -1,7 +1,5 @@
 """The page stands alone, shows every text exactly, and nothing in the data acts on it."""
 
-from __future__ import annotations
-
 import copy
 import re
 

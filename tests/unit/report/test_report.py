@@ -1,7 +1,5 @@
 """The report says what the files of a run say, whatever stands in them, and needs nothing else."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,16 +1,13 @@
 """Prompts out of the data or a file, answers that are made once, and what stands in their way."""
 
-from __future__ import annotations
-
 import json
-import time
 from dataclasses import replace
 
 import pytest
 
 from finetune.cli import report
 from finetune.conversation import Conversation, ToolCall, Turn
-from finetune.report import read_run, sample_answers
+from finetune.report import read_run
 from finetune.report.sample_answers import SamplePrompt, prompts_of, read_prompts
 from finetune.run_dir.data_samples import read_samples
 from finetune.utils.errors import ConfigError
@@ -80,12 +77,6 @@ def test_hurried_answers_are_made_again(tmp_path, monkeypatch):
     run = read_run(folder)
     assert not report._needs_answers(run, []) and not report._needs_answers(run, asked("Q"))
     assert report._needs_answers(run, asked("Other"))
-
-
-def test_the_time_is_divided_among_the_answers_that_are_left():
-    clock = sample_answers._Clock(10.0, 4, began=time.monotonic() - 2.0)
-    assert [round(clock.next()) for _ in range(4)] == [2, 3, 4, 8]
-    assert sample_answers._Clock(None, 2).next() is None
 
 
 def test_the_prompt_of_a_row_with_tools_is_that_of_serving():

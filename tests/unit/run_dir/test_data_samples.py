@@ -1,7 +1,5 @@
 """Sample rows are written and read back; a file written by 0.1 stays readable."""
 
-from __future__ import annotations
-
 import json
 
 from finetune.report import read_run, render_report

@@ -1,7 +1,5 @@
 """The output folder: kept for one run, or said that it cannot be."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.inference import run_result

@@ -1,7 +1,5 @@
 """The workarounds for library internals are still needed, and still find what they touch."""
 
-from __future__ import annotations
-
 import inspect
 from types import SimpleNamespace
 

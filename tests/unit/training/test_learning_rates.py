@@ -1,7 +1,5 @@
 """Learning rates of embeddings, head and LoRA+: against AdamW written out by hand, and against peft's groups."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

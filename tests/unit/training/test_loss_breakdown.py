@@ -1,7 +1,5 @@
 """Losses by source and answer: each learned token in its cell, sums as a plain loop makes them, all else as before."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a step logs: operations against a count made while a model runs, rates."""
 
-from __future__ import annotations
-
 import json
 from itertools import product
 

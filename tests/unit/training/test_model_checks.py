@@ -1,7 +1,5 @@
 """Vocabulary and positions of a model against tokenizer and data."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

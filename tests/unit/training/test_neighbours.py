@@ -1,7 +1,5 @@
 """What is said of padded batches in which a conversation changes the losses of those beside it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

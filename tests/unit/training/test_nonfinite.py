@@ -1,7 +1,5 @@
 """Numbers that are not finite: what is decided of a step, and when they end a run."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

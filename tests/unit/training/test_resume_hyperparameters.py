@@ -1,7 +1,5 @@
 """A resumed run trains with the hyperparameters that it asks for, at its step of its own schedule."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

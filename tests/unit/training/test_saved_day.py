@@ -1,7 +1,5 @@
 """A resumed run writes the date into its conversations that it wrote before."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import date
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Mistakes that are found before torch is imported: files, folders, room, ranks."""
 
-from __future__ import annotations
-
 import json
 from collections import namedtuple
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which rank is slow, and how often that is said."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.training.step_monitor import Stragglers, find_straggler

@@ -1,7 +1,5 @@
 """Digests tell which weights changed; a frozen one that did is an error, a kind that did not is named."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Whatever the encoding of a terminal or pipe, output does not raise, and drawings can still be read."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -1,7 +1,5 @@
 """Why a file cannot be written, in words: a file in the way of a folder, a folder that is gone."""
 
-from __future__ import annotations
-
 import errno
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Processes: what /proc says of them, and commands that call our functions."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """A page answers requests to its own name, from its own pages."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.utils.web_requests import is_own_request
