@@ -27,8 +27,6 @@ from types import ModuleType
 from typing import Any
 
 from finetune.chat_templates import stop_token_id
-from finetune.checkpoint import key_of
-from finetune.checkpoint.resume import saved_step
 from finetune.config import Arguments, RunArguments, flag_words, parse
 from finetune.config.hardware import DetectedHardware, detect_hardware
 from finetune.config.resolve import resolve_config
@@ -46,7 +44,7 @@ from finetune.training.fit import TrainingInputs, fit
 from finetune.training.flag_checks import check_training_flags
 from finetune.training.model_checks import check_against_data, check_model
 from finetune.training.resume_check import resume_facts, saved_day
-from finetune.training.start_checks import check_start
+from finetune.training.start_checks import check_start, saved_step
 from finetune.utils.errors import exit_on_error, process_exit_guard
 
 logger = logging.getLogger("finetune.train")  # the launcher may run this module as __main__
@@ -78,6 +76,7 @@ def run_training(argv: Sequence[str]) -> Path:
         arguments = parse(argv)
         timeout = arguments.given("ddp_timeout")
         run_start.set_timeouts(arguments.run)
+        check_start(arguments)
         detected = detect_hardware(use_cpu=bool(arguments.given("use_cpu")))
         config, info = resolve(arguments, detected, run_start.count_ranks())
         run, batch, hardware = config.run, config.batch, config.hardware
@@ -113,11 +112,7 @@ def resolve(arguments: Arguments, hardware: DetectedHardware, ranks: RankCounts)
     Raises:
         ConfigError: flags that exclude each other, or that the model, the hardware or the ranks cannot do.
     """
-    check_start(arguments)
-    may_reshape = arguments.run.resume_world_size == "any"
-    key = key_of(arguments.run.verify_key)
-    saved = saved_step(arguments.output_dir, arguments.resumes_from(), ranks.size, key) if may_reshape else None
-    config = resolve_config(arguments, hardware, ranks, saved)
+    config = resolve_config(arguments, hardware, ranks, saved_step(arguments, ranks.size))
     check_training_flags(
         config.training_values(),
         arguments.given_flags(),

@@ -7,6 +7,11 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+
 from finetune.chat_templates.example import ChatFormat, tokenize_conversation
 from finetune.chat_templates.jinja_format import History, JinjaFormat
 from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
@@ -88,12 +93,27 @@ def read_template(name: str) -> str:
     """Return the template that `--chat_template` names or the text of its file; lingowhale has none.
 
     Raises:
-        ConfigError: neither a name nor a file that can be read.
+        ConfigError: neither a name nor a file that can be read and is Jinja.
     """
     if name in NAMED or name == "lingowhale":
         return NAMED.get(name, "")
     shown = f"--chat_template {name}: expected lingowhale, chatml, hermes or a Jinja file"
-    return read_text(Path(name).expanduser(), shown)
+    text = read_text(Path(name).expanduser(), shown)
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(text)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"--chat_template {name}, line {error.lineno}: not Jinja: {error.message}") from None
+    return text
+
+
+class _GenerationTag(Extension):
+    """What transformers adds to Jinja: `{% generation %}` around answers."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def stop_token_id(chat_format: ChatFormat) -> int:

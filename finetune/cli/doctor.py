@@ -14,17 +14,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.config import Arguments, DoctorArguments, parse, split_command
 from finetune.config import build_parser as training_parser
 from finetune.distributed.process_setup import prepare_environment
 from finetune.launcher import LauncherArgs, parse_launcher_args, redact, resolve_resources
+from finetune.preflight import DoctorReport, PlannedRun, print_report
+from finetune.training.start_checks import PlannedRanks, check_start
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
 from finetune.utils.options import CommandParser, fill
-
-if TYPE_CHECKING:
-    from finetune.preflight import DoctorReport, PlannedRun
 
 
 def build_parser() -> CommandParser:
@@ -52,13 +51,16 @@ def main(argv: Sequence[str]) -> None:
     configure_logging(to_stderr=True, prefix="doctor: ")
     accept_all_characters(utf8=choice.json)
     prepare_environment()
-    from finetune.preflight import DoctorReport, examine_run, print_report  # they need torch; --help does not
-    from finetune.train import resolve
-
     report = DoctorReport()
     arguments = report.attempt("command", lambda: parse(words))
     run = arguments and report.attempt("command", lambda: _plan_run(choice, flags, words, arguments))
     if arguments and run:
+        planned = PlannedRanks.of_launch(flags, None, use_cpu=run.use_cpu) if run.slots is None else None
+        report.attempt("configuration", lambda: check_start(arguments, planned, is_launch=True))
+    if arguments and run and not report.status:
+        from finetune.preflight.examination import examine_run  # they need torch; a mistake costs a second
+        from finetune.train import resolve
+
         quiet_libraries()
         examine_run(report, run, partial(resolve, arguments))
     if choice.json:
@@ -69,8 +71,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _plan_run(choice: DoctorArguments, flags: LauncherArgs, words: list[str], arguments: Arguments) -> PlannedRun:
-    from finetune.preflight import PlannedRun
-
     resources = resolve_resources(flags)
     return PlannedRun(
         choice=choice,

@@ -25,7 +25,6 @@ from finetune.launcher import (
     LauncherArgs,
     Resources,
     environment_of_ranks,
-    local_slots,
     parse_launcher_args,
     redact,
     resolve_resources,
@@ -33,7 +32,7 @@ from finetune.launcher import (
     ssh,
 )
 from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, HostReport, LocalSession
-from finetune.training.start_checks import check_start
+from finetune.training.start_checks import PlannedRanks, check_start
 from finetune.utils.errors import ConfigError, StorageError
 from finetune.utils.proc import POLL_SECONDS
 
@@ -60,11 +59,9 @@ def supervise(flags: LauncherArgs) -> NoReturn:
         resources = restarts.without_spares(resources)
     arguments = parse(flags.script_args) if is_ours(flags) else None
     if arguments:
-        is_cpu = arguments.given("use_cpu") or not host_probe.count_gpus()
-        here = next(iter(map(ssh.is_here, resources.slots)), False) if resources else True
-        ranks = len(local_slots(flags, 0)) if resources is None else len(resources.slots[resources.first_host])
-        if here:
-            check_start(arguments, ranks if is_cpu else None, is_launch=True)
+        use_cpu = bool(arguments.given("use_cpu"))
+        if resources is None or ssh.is_here(resources.first_host):
+            check_start(arguments, PlannedRanks.of_launch(flags, resources, use_cpu=use_cpu), is_launch=True)
     words = as_flags(flags.script_args, build_parser().types) if arguments else flags.script_args
     words, environment = without_secrets(words)
     signals: list[int] = []

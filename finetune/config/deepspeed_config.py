@@ -107,6 +107,7 @@ def resolve_deepspeed_config(
     local_world_size: int,
     use_cpu: bool,
     sequence_parallel_size: int = 1,
+    imports_deepspeed: bool = True,
 ) -> ResolvedDeepSpeedConfig:
     """Fill every `"auto"` that the command line decides, and check every value that it contradicts.
 
@@ -114,6 +115,7 @@ def resolve_deepspeed_config(
         path: where `config` came from, for messages.
         local_world_size: ranks on this host (what ZeRO++ calls hpz).
         sequence_parallel_size: ranks that share each conversation, of which DeepSpeed must know from the start.
+        imports_deepspeed: False leaves out what only its own code can say, and takes no seconds.
 
     Raises:
         ConfigError: all faults at once, each naming both values and the fix.
@@ -123,12 +125,13 @@ def resolve_deepspeed_config(
     schedule = None
     if not faults:
         resolver.compare_sharing(sequence_parallel_size)
-        for key, text in schema_faults(resolved):
+        for key, text in schema_faults(resolved, imports_deepspeed=imports_deepspeed):
             faults.append(text)
             remove_key(resolved, key)
         resolve_precision(resolved, command, faults, notes)
         schedule = resolve_schedule(resolved, command, faults, notes)
-        resolve_optimizer(resolved, command, stage, use_cpu=use_cpu, faults=faults, notes=notes)
+        if imports_deepspeed:
+            resolve_optimizer(resolved, command, stage, use_cpu=use_cpu, faults=faults, notes=notes)
         resolve_values(resolved, command, world_size // sequence_parallel_size, faults)
         resolve_accumulation(resolved, command, stage, notes)
         resolver.resolve_zero(stage, world_size, local_world_size, use_cpu)

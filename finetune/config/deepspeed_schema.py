@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
+
+from finetune.utils.options import source_folder
 
 # Refused unless absent or one of these values: key -> (values, why).
 UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -56,6 +60,7 @@ DECIDED = {
     "gradient_clipping": 1.0,
 }
 FREE_FORM = (("optimizer", "params"), ("scheduler", "params"))
+NAME_OF_READERS = re.compile("config|constants")  # modules of DeepSpeed that read or declare keys
 COMMENT_MARKS = ("_", "//", "#")
 SHOWN_CHARACTERS = 60
 Key = tuple[str, ...]
@@ -124,10 +129,11 @@ def without_comments(config: Any) -> Any:
     return {key: without_comments(value) for key, value in config.items() if not key.startswith(COMMENT_MARKS)}
 
 
-def schema_faults(config: Mapping[str, Any]) -> list[tuple[Key, str]]:
+def schema_faults(config: Mapping[str, Any], *, imports_deepspeed: bool = True) -> list[tuple[Key, str]]:
     """Return what DeepSpeed would ignore or refuse, and what this toolkit does not serve: keys, and what is wrong.
 
-    Batch sizes and clipping are not looked at: the flags decide them.
+    Batch sizes and clipping are not looked at: the flags decide them. Without the import, which takes seconds, only
+    those unknown keys are found that are no word of DeepSpeed's sources.
     """
     rest: dict[str, Any] = json.loads(json.dumps({**config, **DECIDED}))
     faults = []
@@ -140,7 +146,25 @@ def schema_faults(config: Mapping[str, Any]) -> list[tuple[Key, str]]:
         if not any(type(value) is type(other) and value == other for other in allowed):
             faults.append((key, f"{dotted} is {_text(value)}: {why}: leave it out"))
             remove_key(rest, key)
-    return faults + _faults_of_deepspeed(rest)
+    return faults + (_faults_of_deepspeed(rest) if imports_deepspeed else list(_unknown_words(rest)))
+
+
+def _unknown_words(config: Mapping[str, Any], path: Key = ()) -> Iterator[tuple[Key, str]]:
+    words, names = _words_of_deepspeed()
+    for key, value in config.items():
+        if key not in words:
+            yield (*path, key), unknown_key((*path, key), names)
+        elif isinstance(value, dict) and (*path, key) not in FREE_FORM:
+            yield from _unknown_words(value, (*path, key))
+
+
+@cache
+def _words_of_deepspeed() -> tuple[set[str], set[str]]:
+    """Return all words of the modules that read a config, and those that are declared as a field or a constant."""
+    modules = [path for path in source_folder("deepspeed").rglob("*.py") if NAME_OF_READERS.search(path.stem)]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in modules)
+    declared = re.findall(r"^    (\w+): |= ['\"](\w+)['\"]$", text, re.MULTILINE)
+    return set(re.findall(r"\w+", text)), {field or constant for field, constant in declared}
 
 
 def _faults_of_deepspeed(config: dict[str, Any]) -> list[tuple[Key, str]]:
@@ -156,7 +180,7 @@ def _faults_of_deepspeed(config: dict[str, Any]) -> list[tuple[Key, str]]:
             return faults
         recorder, error = _build(config)
     faults += [(key, f"{_shown(config, key)}: {text}") for key, text in recorder.type_faults.items()]
-    faults += [(key, unknown_key(key, names)) for key, names in recorder.unread()]
+    faults += [(key, unknown_key(key, names, _model_names)) for key, names in recorder.unread()]
     for name in config.get("zero_optimization", {}):
         field = DeepSpeedZeroConfig.model_fields.get(name)
         extra = field.json_schema_extra if field else None
@@ -199,14 +223,14 @@ def _model_fault(config: dict[str, Any], section: Key, detail: Mapping[str, Any]
     if _section(config, key) is None:  # a model of several sections
         key = inner
     if detail["type"] == "extra_forbidden":
-        return key, unknown_key(key, set())
+        return key, unknown_key(key, set(), _model_names)
     return key, f"{'.'.join(key)} is {_text(detail['input'])}: {detail['msg']}"
 
 
-def unknown_key(path: Key, siblings: set[str]) -> str:
-    """Say that there is no such key, with the nearest one of its section, or of any that DeepSpeed declares."""
-    for names in (siblings,) if path[:2] in FREE_FORM else (siblings, _model_names()):
-        for close in get_close_matches(path[-1], names, n=1, cutoff=0.6):
+def unknown_key(path: Key, siblings: set[str], others: Callable[[], set[str]] = set) -> str:
+    """Say that there is no such key, with the nearest one of its section, or of the others."""
+    for names in (lambda: siblings, others):
+        for close in get_close_matches(path[-1], names(), n=1, cutoff=0.6):
             remedy = "it belongs to another section" if close == path[-1] else f'did you mean "{close}"?'
             return f'"{".".join(path)}" is not a DeepSpeed key: {remedy}'
     return f'"{".".join(path)}" is not a DeepSpeed key: leave it out'

@@ -6,8 +6,9 @@ decisions for an H100. Each decision comes with notes for the user; none where t
 
 import re
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.distributed.host_probe import versions
 from finetune.utils.errors import ConfigError
@@ -106,6 +107,19 @@ def detect_hardware(use_cpu: bool = False) -> DetectedHardware:
         cpu_bf16=torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         libraries=frozenset(versions()),
     )
+
+
+def hardware_of(hosts: Collection[Mapping[str, Any]], *, use_cpu: bool) -> DetectedHardware:
+    """Return the hardware of hosts as nvidia-smi reports it there (`host_probe.collect_host_facts`), without torch."""
+    gpus = []
+    for facts in hosts:
+        for gpu in facts["gpu_facts"]:
+            major, minor = map(int, gpu["capability"].split("."))
+            gpus.append(Gpu(gpu["name"], (major, minor)))
+        # Where nvidia-smi is too old to report the capability, that of data centre GPUs since 2020 is assumed.
+        gpus += [Gpu("GPU", AMPERE)] * (facts["gpus"] - len(facts["gpu_facts"]))
+    libraries = frozenset.intersection(*(frozenset(facts["versions"]) for facts in hosts))
+    return DetectedHardware(gpus=() if use_cpu else tuple(gpus), libraries=libraries)
 
 
 def resolve_hardware(

@@ -37,14 +37,21 @@ RECORDED_FLAGS = (
 
 
 def resolve_config(
-    arguments: Arguments, detected: DetectedHardware, ranks: RankCounts, saved: SavedStep | None = None
+    arguments: Arguments,
+    detected: DetectedHardware,
+    ranks: RankCounts,
+    saved: SavedStep | None = None,
+    *,
+    imports_deepspeed: bool = True,
 ) -> RunConfig:
     """Resolve flags that depend on the hardware, the ranks, the DeepSpeed JSON and the checkpoint to resume from.
 
-    `saved` is given where that checkpoint is from another number of ranks: the step keeps its rows.
+    Args:
+        saved: given where that checkpoint is from another number of ranks: the step keeps its rows.
+        imports_deepspeed: False takes no seconds, and leaves out what only DeepSpeed's own code can say of its JSON.
     """
     output_dir = arguments.output_dir
-    check_flags(arguments)
+    check_flags(arguments, ranks.size)
     evaluation = evaluation_options(arguments)
     move_aside = output_dir_lock.check_output_dir(
         output_dir, overwrite=arguments.run.overwrite_output_dir, resume=arguments.resumes_from() is not None
@@ -58,7 +65,7 @@ def resolve_config(
     )
     check_liger(arguments, hardware)
     batch, batch_notes = resolve_batch(arguments, ranks.size, saved)
-    deepspeed = _resolve_deepspeed(arguments, hardware, batch, ranks)
+    deepspeed = _resolve_deepspeed(arguments, hardware, batch, ranks, imports_deepspeed)
     _check_rates(arguments, deepspeed)
     bits, stage = arguments.model.quantized_bits(), deepspeed.stage if deepspeed else None
     check_quantization(bits, f"--load_in_{bits}bit True", arguments.adapter, stage)
@@ -102,13 +109,18 @@ def resolve_config(
     )
 
 
-def check_flags(arguments: Arguments) -> None:
-    """Check what depends neither on the hardware nor on the ranks, and needs no library."""
+def check_flags(arguments: Arguments, world_size: int | None = None) -> None:
+    """Check what does not depend on the hardware, and needs no library.
+
+    Args:
+        world_size: None where it is not known yet.
+    """
     output_dir, report_to, deepspeed = (arguments.given(name) for name in ("output_dir", "report_to", "deepspeed"))
     for source in filter(None, (arguments.model.model_name_or_path, arguments.model.adapter_name_or_path)):
         if arguments.output_dir.resolve() == Path(source).expanduser().resolve():
             raise ConfigError(f"--output_dir {output_dir} is the directory of the model itself: choose another one")
     evaluation_options(arguments)
+    _check_sequence_parallel(arguments, world_size)
     _check_sampling(arguments)
     check_trackers([report_to] if isinstance(report_to, str) else report_to or [])
     check_optimizer(str(arguments.given("optim")))
@@ -250,6 +262,19 @@ def _check_sampling(arguments: Arguments) -> None:
         raise ConfigError(f"--train_sampling_strategy {strategy}: expected {', '.join(SAMPLING_STRATEGIES)}")
 
 
+def _check_sequence_parallel(arguments: Arguments, world_size: int | None) -> None:
+    size = arguments.batch.sequence_parallel_size
+    if size == 1:
+        return
+    faults = {
+        "it needs DeepSpeed: give --deepspeed zero3": not arguments.given("deepspeed"),
+        f"it does not divide the {world_size} ranks": world_size is not None and world_size % size,
+        "ranks can only share flat or packed rows: leave out --batching padded": arguments.batch.batching == "padded",
+    }
+    if reasons := [reason for reason, applies in faults.items() if applies]:
+        raise ConfigError(f"--sequence_parallel_size {size}: " + "; ".join(reasons))
+
+
 def _check_rates(arguments: Arguments, deepspeed: ResolvedDeepSpeedConfig | None) -> None:
     """Check that the optimizer takes learning rates for groups of parameters, if flags give any."""
     optim = str(arguments.given("optim"))
@@ -266,7 +291,7 @@ def _check_rates(arguments: Arguments, deepspeed: ResolvedDeepSpeedConfig | None
 
 
 def _resolve_deepspeed(
-    arguments: Arguments, hardware: HardwareConfig, batch: BatchConfig, ranks: RankCounts
+    arguments: Arguments, hardware: HardwareConfig, batch: BatchConfig, ranks: RankCounts, imports_deepspeed: bool
 ) -> ResolvedDeepSpeedConfig | None:
     name = arguments.given("deepspeed")
     if not name:
@@ -289,6 +314,7 @@ def _resolve_deepspeed(
         local_world_size=ranks.local_size,
         use_cpu=hardware.use_cpu,
         sequence_parallel_size=batch.sequence_parallel_size,
+        imports_deepspeed=imports_deepspeed,
     )
 
 

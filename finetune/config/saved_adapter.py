@@ -7,6 +7,7 @@ from typing import Any
 from finetune.config.adapter_arguments import KINDS_OF_METHODS, UNSERVED
 from finetune.run_dir import run_json
 from finetune.utils.errors import ConfigError
+from finetune.utils.hub import adapter_on_hub
 from finetune.utils.options import raise_faults
 from finetune.utils.user_files import has_type, read_json_object
 
@@ -48,13 +49,17 @@ def continue_adapter(given: dict[str, Any]) -> list[str]:
     """
     model, adapter = given.get("model_name_or_path"), given.pop("adapter_name_or_path", None)
     if not adapter:
-        folder = Path(model or "").expanduser()
+        downloaded = adapter_on_hub(model or "", given.get("model_revision"))
+        if downloaded:
+            given.pop("model_revision", None)  # it is the adapter's
+        folder = downloaded or Path(model or "").expanduser()
         is_model = any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*"))
         if not model or is_model or not run_json.is_adapter(folder):
             return []
         shown = f"--model_name_or_path {model}"
     else:
-        folder, shown = Path(adapter).expanduser(), f"--adapter_name_or_path {adapter}"
+        folder = adapter_on_hub(adapter) or Path(adapter).expanduser()
+        shown = f"--adapter_name_or_path {adapter}"
         if not run_json.is_adapter(folder):
             raise ConfigError(f"{shown}: holds no {run_json.ADAPTER_CONFIG}: give the folder of a saved adapter")
     config, trained_with = read_adapter_config(folder), _recorded(folder, "arguments")
@@ -75,7 +80,7 @@ def continue_adapter(given: dict[str, Any]) -> list[str]:
             kept["model_revision"] = revision
     given.update(kept, adapter_name_or_path=str(folder))
     shape = f"r {config['r']}, alpha {config['lora_alpha']:g}, " if config["peft_type"] == "LORA" else ""
-    return [f"continuing the adapter {folder} ({shape}base {given['model_name_or_path']})"]
+    return [f"continuing the adapter {adapter or model} ({shape}base {given['model_name_or_path']})"]
 
 
 def recorded_weights(folder: Path) -> str | None:

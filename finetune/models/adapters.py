@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,7 +22,7 @@ from finetune.config.saved_adapter import recorded_weights
 from finetune.distributed.startup_timer import timed
 from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, damage_named, needs_new_embeddings, torch_dtype
-from finetune.models.lora_targets import ALL_LINEAR, LoraTargets, linear_names, resolve_targets
+from finetune.models.lora_targets import ALL_LINEAR, LoraTargets, linear_names, parse_target_modules, resolve_targets
 from finetune.models.model_folder import weights_fingerprint
 from finetune.models.module_kinds import EMBEDDINGS, HEAD, VISION
 from finetune.models.quantization import full_shape, quantized_layers
@@ -200,19 +199,6 @@ def _check_wrapped(targets: LoraTargets, options: dict[str, Any]) -> None:
 def wrapped_names(targets: LoraTargets) -> str:
     """Return the last parts of the names of the parameters that peft wraps."""
     return format_names(sorted({".".join(name.split(".")[-2:]) for name in targets.parameters}))
-
-
-def parse_target_modules(given: Sequence[str]) -> str | list[str]:
-    """Return what peft takes: names, also where commas separate them, `all-linear`, or one regular expression.
-
-    >>> parse_target_modules(["q_proj,v_proj"])
-    ['q_proj', 'v_proj']
-    >>> parse_target_modules([r".*layers\\.[0-3]\\..*_proj"])
-    '.*layers\\\\.[0-3]\\\\..*_proj'
-    """
-    if len(given) == 1 and not re.fullmatch(r"[\w.,\s]*", given[0]):  # all-linear is such a string, too
-        return given[0]
-    return [name for value in given for name in re.split(r"[,\s]+", value) if name]
 
 
 def _check_modules_to_save(model: Any, wanted: Sequence[str]) -> None:

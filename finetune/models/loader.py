@@ -25,6 +25,7 @@ from finetune.models.compat import leave_scales_out
 from finetune.models.model_folder import (
     check_folder,
     check_json_files,
+    check_revision,
     check_tokenizer_files,
     digest_of_files,
     local_model_dir,
@@ -269,11 +270,8 @@ def precision_of(dtype: torch.dtype | str | None) -> Precision:
 
 def _revision_options(name: str, revision: str | None) -> dict[str, str]:
     """Return the arguments of `from_pretrained` that select a revision of a repository and of its code."""
-    if revision is None:
-        return {}
-    if Path(name).expanduser().is_dir():
-        raise ConfigError(f"--model_revision {revision}: {name} is a folder; only models on the hub have revisions")
-    return {"revision": revision, **_code_revision_option(revision)}
+    check_revision(name, revision)
+    return {} if revision is None else {"revision": revision, **_code_revision_option(revision)}
 
 
 def _code_revision_option(revision: str | None) -> dict[str, str]:

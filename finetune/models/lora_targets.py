@@ -6,11 +6,12 @@ reads past the adapter get one, and experts that are one parameter for all (`tar
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from finetune.models.model_folder import MOST_PARTS
 from finetune.models.module_kinds import (
     EMBEDDINGS,
     HEAD,
@@ -25,6 +26,7 @@ from finetune.models.module_kinds import (
     module_kinds,
 )
 from finetune.utils.errors import ConfigError, format_names
+from finetune.utils.options import source_folder
 
 ALL_LINEAR = "all-linear"
 NOT_IN_ALL_LINEAR = (ROUTER, EMBEDDINGS, HEAD, VISION, MTP)
@@ -85,6 +87,44 @@ def resolve_targets(base: Any, wanted: str | Sequence[str]) -> LoraTargets:
         modules=tuple(name for name in chosen.modules if name not in wrapped),
         parameters=(*chosen.parameters, *(f"{name}.weight" for name in chosen.modules if name in wrapped)),
     )
+
+
+def parse_target_modules(given: Sequence[str]) -> str | list[str]:
+    """Return what peft takes: names, also where commas separate them, `all-linear`, or one regular expression.
+
+    >>> parse_target_modules(["q_proj,v_proj"])
+    ['q_proj', 'v_proj']
+    >>> parse_target_modules([r".*layers\\.[0-3]\\..*_proj"])
+    '.*layers\\\\.[0-3]\\\\..*_proj'
+    """
+    if len(given) == 1 and not re.fullmatch(r"[\w.,\s]*", given[0]):  # all-linear is such a string, too
+        return given[0]
+    return [name for value in given for name in re.split(r"[,\s]+", value) if name]
+
+
+def check_target_names(given: Sequence[str], model_config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Check names of `--lora_target_modules` before the model is built, which takes seconds.
+
+    A name is refused that is no word of the model's code in transformers, nor of the names of its stored tensors.
+
+    Raises:
+        ConfigError: naming the linear layers of that code.
+    """
+    wanted, kind = parse_target_modules(given), str(model_config.get("model_type")).replace("-", "_")
+    file = source_folder("transformers") / "models" / kind / f"modeling_{kind}.py"
+    if isinstance(wanted, str) or model_config.get("auto_map") or not file.is_file():
+        return
+    code = file.read_text(encoding="utf-8")
+    if re.search(r"^from \.\.\w+\.modeling", code, re.MULTILINE):  # layers of another model's code
+        return
+    known = {*re.findall(r"\w+", code), *(part for name in tensors for part in name.split("."))}
+    known.update(*FUSED_NAMES.values(), map(str, range(MOST_PARTS)))
+    if unknown := [name for name in wanted if not known.issuperset(name.split("."))]:
+        layers = sorted(set(re.findall(r"self\.(\w+) = (?:nn\.Linear|Conv1D)\(", code)) - {"lm_head"})
+        raise ConfigError(
+            f"--lora_target_modules {' '.join(unknown)}: {kind} has no such layer: expected all-linear, or some of "
+            f"{', '.join(layers)}"
+        )
 
 
 def linear_names(base: Any) -> str:

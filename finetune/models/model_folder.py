@@ -99,6 +99,18 @@ def check_folder(name: str) -> None:
     )
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Check that a revision is one of a model on the hub.
+
+    Raises:
+        ConfigError: The model is a folder.
+    """
+    if revision is not None and Path(name).expanduser().is_dir():
+        raise ConfigError(
+            f"--model_revision {revision}: {name} is a folder, and only models on the hub have revisions: leave it out"
+        )
+
+
 def check_tokenizer_files(name: str) -> None:
     """Check that a folder, if it is one, holds a tokenizer.
 

@@ -1,5 +1,4 @@
 """Preflight checks: the errors and warnings of a run before it starts, for `finetune doctor`."""
 
 from finetune.preflight.doctor_report import SECTIONS, DoctorReport, print_report
-from finetune.preflight.examination import examine_run
 from finetune.preflight.planned_run import PlannedRun

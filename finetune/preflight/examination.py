@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.config.adapter_arguments import KINDS_OF_METHODS
 from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
-from finetune.config.hardware import DetectedHardware, HardwareConfig, detect_hardware
+from finetune.config.hardware import DetectedHardware, HardwareConfig, detect_hardware, hardware_of
 from finetune.config.run_config import RankCounts, RunConfig
 from finetune.config.saved_adapter import read_adapter_config
 from finetune.dataset.prepare import PreparedData
@@ -29,7 +29,6 @@ from finetune.preflight.host_checks import (
     check_machine,
     check_network,
     check_operators,
-    hardware_of,
 )
 from finetune.preflight.memory import RunSpec
 from finetune.preflight.planned_run import PlannedRun
@@ -70,7 +69,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
     else:
         logger.info(f"asking {len(slots)} hosts")
         answers = check_hosts(report, run, slots)
-        hardware = hardware_of(answers, use_cpu=run.use_cpu) if answers else hardware
+        hardware = hardware_of(answers.values(), use_cpu=run.use_cpu) if answers else hardware
     logger.info("checking flags and model")
     counts = [len(ids) for ids in slots.values()]
     ranks = RankCounts(sum(counts), max(counts))

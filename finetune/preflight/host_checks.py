@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.config.hardware import AMPERE, DetectedHardware, Gpu
 from finetune.distributed.compat import is_file_open
 from finetune.distributed.op_builder import build_operators
 from finetune.distributed.process_setup import prepare_environment
@@ -87,19 +86,6 @@ def check_host(report: DoctorReport, host: str, facts: Mapping[str, Any], slots:
     if busy:
         text = f"{len(busy)} GPUs are in use by others (up to {max(busy) / 2**30:.1f} GiB)"
         report.warn("hosts", text, host=host)
-
-
-def hardware_of(answers: Answers, *, use_cpu: bool) -> DetectedHardware:
-    """Return the hardware of these hosts, as their own tools report it; this machine may have no GPU."""
-    gpus = []
-    for facts in answers.values():
-        for gpu in facts["gpu_facts"]:
-            major, minor = map(int, gpu["capability"].split("."))
-            gpus.append(Gpu(gpu["name"], (major, minor)))
-        # Where nvidia-smi is too old to report the capability, that of data centre GPUs since 2020 is assumed.
-        gpus += [Gpu("GPU", AMPERE)] * (facts["gpus"] - len(facts["gpu_facts"]))
-    libraries = frozenset.intersection(*(frozenset(facts["versions"]) for facts in answers.values()))
-    return DetectedHardware(gpus=() if use_cpu else tuple(gpus), libraries=libraries)
 
 
 # ---- the network

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.optional_packages import check_quantization
-from finetune.config.run_config import ActivationCheckpointing, BatchConfig, RunConfig
+from finetune.config.run_config import ActivationCheckpointing, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
 from finetune.distributed.startup_timer import timed
@@ -41,7 +41,7 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
         label = f"{info.flag} (stored in {info.bits} bits)"
         check_quantization(info.bits, label, config.adapter, config.zero_stage)
     adapter_notes = check_attachable(info, config.adapter, adds_tokens=bool(config.model.new_tokens))
-    check_sequence_parallel(config.batch, info.config, config.zero_stage)
+    check_attention_heads(config.batch.sequence_parallel_size, info.config)
     checkpointing, notes = resolve_activation_checkpointing(
         config.activation_checkpointing, config.adapter.kind(), info.can_checkpoint
     )
@@ -56,27 +56,21 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     return adapted, info
 
 
-def check_sequence_parallel(batch: BatchConfig, model_config: Any, zero_stage: int | None) -> None:
-    """Check that each rank of a group gets the same share of a conversation's tokens and of the attention heads.
+def check_attention_heads(size: int, model_config: Any) -> None:
+    """Check that each of the `size` ranks that share a conversation gets the same share of the attention heads.
 
     Raises:
-        ConfigError: `--sequence_parallel_size` fits neither the ranks nor the model; all reasons at once.
+        ConfigError: `--sequence_parallel_size` does not fit the model; all reasons at once.
     """
-    size = batch.sequence_parallel_size
-    if size == 1:
-        return
     counts = by_layer(model_config, "num_attention_heads")
     layers = dict.fromkeys(zip(counts, by_layer(model_config, "num_key_value_heads"), strict=True))
     faults = {
-        "it needs DeepSpeed: give --deepspeed zero3": zero_stage is None,
-        f"it does not divide the {batch.world_size} ranks": batch.world_size % size,
         **{f"it does not divide the model's {heads} attention heads": heads % size for heads, _ in layers},
         **{
             f"the model's {keys} key heads neither divide it nor are divided by it": keys % size and size % keys
             for _, keys in layers
             if keys
         },
-        "ranks can only share flat or packed rows: leave out --batching padded": batch.batching == "padded",
     }
     reasons = [reason for reason, applies in faults.items() if applies]
     if reasons:

@@ -6,39 +6,70 @@ Nothing here needs torch: a mistake costs a second, not the start of all ranks.
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from finetune import checkpoint
 from finetune.chat_templates.format_selection import read_template
+from finetune.checkpoint import resume
 from finetune.config import Arguments, DataArguments
-from finetune.config.resolve import check_flags
+from finetune.config.hardware import DetectedHardware, hardware_of
+from finetune.config.resolve import check_flags, resolve_config
+from finetune.config.run_config import RankCounts, SavedStep
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import find_sources, is_local
-from finetune.models.model_folder import check_folder, check_tokenizer_files, stored_bytes
+from finetune.distributed import host_probe
+from finetune.launcher import LauncherArgs, Resources, local_slots
+from finetune.models.lora_targets import check_target_names
+from finetune.models.model_folder import check_folder, check_revision, check_tokenizer_files, stored_bytes, weight_map
 from finetune.run_dir import output_dir_lock
 from finetune.utils.console import log_notes
 from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, StorageError, format_faults, format_names
+from finetune.utils.hub import hub_file
+from finetune.utils.user_files import read_json_object
 
 BYTES_OF_A_RANK = 400 * 2**20  # torch and transformers, before there is a model
 MOST_RANKS_PER_CORE = 8
 SECONDS_FOR_ROWS = 0.5
 
 
-def check_start(arguments: Arguments, ranks_here: int | None = None, *, is_launch: bool = False) -> None:
-    """Check what needs neither a library nor a rank; all faults in one error, of the class of the first.
+@dataclass(frozen=True)
+class PlannedRanks:
+    """The ranks of a run that has not started: how many, those on this host, and the hardware they get."""
+
+    counts: RankCounts
+    here: int
+    hardware: DetectedHardware
+
+    @classmethod
+    def of_launch(cls, flags: LauncherArgs, resources: Resources | None, *, use_cpu: bool) -> PlannedRanks | None:
+        """Plan from the flags of the launcher; None where only torch can tell what GPUs there are."""
+        if Path("/dev/kfd").exists():  # AMD
+            return None
+        without = use_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        gpus = {"gpus": host_probe.count_gpus(), "gpu_facts": host_probe.gpu_facts()}
+        hardware = hardware_of([{**gpus, "versions": host_probe.versions()}], use_cpu=without)
+        slots = resources.slots.values() if resources else [local_slots(flags, len(hardware.gpus))]
+        counts = [len(ids) for ids in slots]
+        return cls(RankCounts(sum(counts), max(counts)), counts[0], hardware)
+
+
+def check_start(arguments: Arguments, planned: PlannedRanks | None = None, *, is_launch: bool = False) -> None:
+    """Check what needs neither torch nor a rank; all faults in one error, of the class of the first.
 
     Args:
-        ranks_here: that start on the CPU of this host; None: unknown, or they have GPUs.
+        planned: None where the ranks have started, and look at their hardware themselves.
         is_launch: nothing of this run has started: whoever is in its folder is another. Ranks wait for one that ends,
             and look for the data when they read it.
 
     Raises:
-        FinetuneError: a file that is not there, a folder that cannot be used, too little room, too many ranks.
+        FinetuneError: a file that is not there, a folder that cannot be used, too little room, too many ranks, flags
+            that contradict each other or the DeepSpeed JSON.
     """
     errors: list[FinetuneError] = []
-    for check in _checks(arguments, ranks_here, is_launch):
+    for check in _checks(arguments, planned, is_launch):
         try:
             check()
         except FinetuneError as error:
@@ -47,9 +78,8 @@ def check_start(arguments: Arguments, ranks_here: int | None = None, *, is_launc
         raise type(errors[0])(format_faults(list(dict.fromkeys(map(str, errors))), "fault"))
 
 
-def _checks(arguments: Arguments, ranks_here: int | None, is_launch: bool) -> Iterator[Callable[[], object]]:
-    name = arguments.model.model_name_or_path
-    yield lambda: check_folder(name)
+def _checks(arguments: Arguments, planned: PlannedRanks | None, is_launch: bool) -> Iterator[Callable[[], object]]:
+    yield lambda: _check_model(arguments)
     yield lambda: check_tokenizer_files(arguments.model.tokenizer_source()[0])
     if is_launch:
         yield lambda: _check_data(arguments.data)
@@ -57,13 +87,41 @@ def _checks(arguments: Arguments, ranks_here: int | None, is_launch: bool) -> It
     template, resumed = arguments.data.chat_template, arguments.resumes_from()
     if template is not None:
         yield lambda: read_template(template)
-    yield lambda: check_flags(arguments)
+    yield lambda: _check_flags(arguments, planned)
     if resumed not in (None, "auto"):
         yield lambda: _check_resume(str(resumed))
     yield lambda: _check_output_dir(arguments, is_launch)
     yield lambda: _check_room(arguments)
-    if ranks_here is not None:
-        yield lambda: log_notes(check_ranks(ranks_here))
+    if planned is not None and not planned.hardware.gpus:
+        yield lambda: log_notes(check_ranks(planned.here))
+
+
+def _check_model(arguments: Arguments) -> None:
+    """Check the folder of the model, or the config on the hub, and the names of `--lora_target_modules` against it."""
+    name, revision = arguments.model.model_name_or_path, arguments.model.model_revision
+    folder, wanted = Path(name).expanduser(), arguments.adapter.lora_target_modules
+    check_folder(name)
+    check_revision(name, revision)
+    config = folder / "config.json" if folder.is_dir() else hub_file(name, "config.json", revision)
+    if arguments.adapter.kind() == "lora" and wanted:
+        tensors = [tensor for names in weight_map(folder).values() for tensor in names]
+        check_target_names(wanted, read_json_object(config), tensors)
+
+
+def _check_flags(arguments: Arguments, planned: PlannedRanks | None) -> None:
+    if planned is None:
+        check_flags(arguments)
+    else:
+        saved = saved_step(arguments, planned.counts.size)
+        resolve_config(arguments, planned.hardware, planned.counts, saved, imports_deepspeed=False)
+
+
+def saved_step(arguments: Arguments, world_size: int) -> SavedStep | None:
+    """Return the step of the checkpoint to resume from, where `--resume_world_size any` may divide it anew."""
+    if arguments.run.resume_world_size != "any":
+        return None
+    key = checkpoint.key_of(arguments.run.verify_key)
+    return resume.saved_step(arguments.output_dir, arguments.resumes_from(), world_size, key)
 
 
 def _check_data(data: DataArguments) -> None:

@@ -6,12 +6,15 @@ import re
 import socket
 import sys
 import tempfile
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlparse
 
-from finetune.utils.errors import FinetuneError, first_line
+from finetune.utils.errors import ConfigError, FinetuneError, first_line
 
 MODELSCOPE, MODELSCOPE_INSTALL = "modelscope:", "pip install 'modelscope>=1.18'"
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+FILES_OF_ADAPTERS = ["adapter_*", "*token*", "*.jinja", "vocab.*", "merges.txt", "*.model", "run.json"]
 TIMEOUT_SECONDS = 3.0
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
@@ -22,6 +25,57 @@ def use_cache_if_hub_unreachable() -> None:
 
     if constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT):
         use_cache()
+
+
+def hub_file(repo: str, name: str, revision: str | None = None) -> Path:
+    """Return a small file of a model on the hub, from the cache or downloaded.
+
+    Raises:
+        ConfigError: no such model, revision or file; no access; no network, and not in the cache.
+    """
+    use_cache_if_hub_unreachable()
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    flag, hub = f"--model_name_or_path {repo}", constants.ENDPOINT
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except errors.HFValidationError as error:
+        reason = f"no such folder, and no name of a model: {first_line(error)}"
+    except errors.LocalEntryNotFoundError:
+        reason = (
+            f"no such folder, not in the cache {constants.HF_HUB_CACHE}, and {hub} did not answer: give the folder of "
+            "a model, check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror"
+        )
+    except errors.GatedRepoError:
+        reason = f"ask for access at {hub}/{repo}, then run `hf auth login`, or set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        reason = f"--model_revision {revision}: {hub}/{repo} has no such branch, tag or commit: see its page"
+    except errors.EntryNotFoundError:
+        reason = f"{hub}/{repo} holds no {name}: give a model that transformers loads"
+    except errors.RepositoryNotFoundError:
+        reason = f"no such folder, and no such model at {hub}, or a private one: check the name, or run `hf auth login`"
+    except hub_errors() as error:
+        reason = f"{hub}: {first_line(error)}: try again later, or give the folder of a model"
+    raise ConfigError(f"{flag}: {reason}")
+
+
+def adapter_on_hub(repo: str, revision: str | None = None) -> Path | None:
+    """Return the folder of an adapter `owner/name`, from the cache or downloaded; None of all else."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or Path(repo).exists():
+        return None
+    from huggingface_hub import constants, file_exists, snapshot_download, try_to_load_from_cache
+
+    config, adapter = (try_to_load_from_cache(repo, name, revision=revision) for name in (MODEL_CONFIG, ADAPTER_CONFIG))
+    if isinstance(config, str) and not isinstance(adapter, str):
+        return None
+    try:
+        if not isinstance(adapter, str):
+            use_cache_if_hub_unreachable()
+            if constants.HF_HUB_OFFLINE or not file_exists(repo, ADAPTER_CONFIG, revision=revision):
+                return None
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES_OF_ADAPTERS))
+    except hub_errors():
+        return None  # what is wrong with the name is said where the model is looked for
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -56,11 +56,16 @@ def fill(group: type[Options], given: dict[str, Any]) -> Options:
 
 def declaration(library: str, file: str, name: str) -> ast.ClassDef | ast.FunctionDef:
     """Return a class or function of a library's source, for what it declares; importing it would take seconds."""
+    tree = ast.parse(source_folder(library).joinpath(file).read_text(encoding="utf-8"))
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name)
+
+
+def source_folder(library: str) -> Path:
+    """Return the folder of a library's source."""
     spec = find_spec(library)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"{library} is not installed: pip install -r requirements.txt")
-    tree = ast.parse(Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8"))
-    return next(node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name)
+    return Path(spec.submodule_search_locations[0])
 
 
 @dataclass(frozen=True)

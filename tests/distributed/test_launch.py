@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from finetune.distributed.host_probe import free_port
 from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, LocalSession
@@ -91,6 +93,19 @@ def test_a_run_is_complete_and_leaves_nothing_behind(named, tmp_path):
     assert run.returncode == 0, said
     assert (tmp_path / "output/RUN_COMPLETE").is_file() and "\nDone\n" in said
     assert "[INFO]" not in said
+
+
+def test_an_adapter_as_the_model_is_continued(trained, tiny_model, conversation_file, tmp_path):
+    first, output = trained("lora"), tmp_path / "output"
+    words = f"--model_name_or_path {first} --data_path {conversation_file} --output_dir {output}"
+    words += " --num_gpus 1 --max_steps 1 --learning_rate 1e-9 --save_strategy no --write_report False"
+    done = subprocess.run([FINETUNE, "train", *words.split()], capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"continuing the adapter {first}" in done.stdout
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, output))
+    assert before.keys() == after.keys() and any(tensor.any() for name, tensor in before.items() if "lora_B" in name)
+    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-6) for name in before)
 
 
 @pytest.mark.faults

@@ -49,6 +49,26 @@ def test_the_base_and_the_shape_are_those_of_the_adapter(tmp_path):
     assert parse(["--config", str(again)]).adapter == adapter
 
 
+def test_an_adapter_of_the_hub_is_downloaded(tmp_path, monkeypatch):
+    folder, asked = saved(tmp_path / "snapshot"), []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("finetune.utils.hub._is_reachable", lambda endpoint: True)
+
+    def file_exists(repo: str, name: str, revision: str | None) -> bool:
+        asked.append((repo, name, revision))
+        return repo == "me/adapter"
+
+    monkeypatch.setattr("huggingface_hub.file_exists", file_exists)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **options: folder)
+    arguments = parsed("me/adapter", "--model_revision", "v2")
+    assert asked == [("me/adapter", "adapter_config.json", "v2")]
+    assert (arguments.model.model_name_or_path, arguments.model.model_revision) == ("someone/base", "abc")
+    assert arguments.model.adapter_name_or_path == str(folder)
+    assert "continuing the adapter me/adapter" in arguments.notes[0]
+    assert parsed("mine", "--adapter_name_or_path", "me/adapter").model.adapter_name_or_path == str(folder)
+    assert parsed("me/model").model.adapter_name_or_path is None
+
+
 def test_virtual_tokens_are_continued_too(tmp_path):
     folder = saved(tmp_path / "a", peft_type="PREFIX_TUNING", num_virtual_tokens=7)
     assert (parsed(folder).adapter.kind(), parsed(folder).adapter.num_virtual_tokens) == ("prefix", 7)

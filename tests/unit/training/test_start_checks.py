@@ -1,15 +1,19 @@
 """Mistakes that are found before torch is imported: files, folders, room, ranks."""
 
+import builtins
 import json
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.config import parse
+from finetune.config.hardware import DetectedHardware
+from finetune.config.run_config import RankCounts
 from finetune.run_dir import output_dir_lock
 from finetune.training import start_checks
-from finetune.training.start_checks import check_ranks, check_start
+from finetune.training.start_checks import PlannedRanks, check_ranks, check_start
 from finetune.utils.errors import CheckpointError, ConfigError, DataError, FinetuneError, StorageError
 
 
@@ -21,24 +25,38 @@ def start(tmp_path, monkeypatch):
     model.mkdir()
     for name in ("model.safetensors", "tokenizer.json"):
         (model / name).write_bytes(b"0" * 1000)
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"model_type": "qwen3"}')
     Path("d.json").write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]}]')
 
-    def check(*words: str, ranks: int | None = None) -> None:
+    import_module = builtins.__import__
+
+    def import_quickly(name: str, *others: Any, **named: Any) -> Any:
+        is_slow = name.partition(".")[0] in ("torch", "transformers", "deepspeed", "peft")
+        assert named.get("level") or not is_slow, f"{name} takes seconds"
+        return import_module(name, *others, **named)
+
+    def check(*words: str, ranks: int = 1) -> None:
         named = ["--model_name_or_path", "./model", "--data_path", "d.json", "--output_dir", "o"]
-        check_start(parse([*named, *words]), ranks, is_launch=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(builtins, "__import__", import_quickly)
+            planned = PlannedRanks(RankCounts(ranks, ranks), ranks, DetectedHardware())
+            check_start(parse([*named, *words]), planned, is_launch=True)
 
     return check
 
 
-def refused(start, *words: str, ranks: int | None = None) -> FinetuneError:
+def refused(start, *words: str, ranks: int = 1) -> FinetuneError:
     with pytest.raises(FinetuneError) as raised:
         start(*words, ranks=ranks)
     return raised.value
 
 
 def test_a_run_that_can_start_passes(start):
-    start("--skip_rows", "d.json", "--chat_template", "chatml", "--deepspeed", "zero3", ranks=1)
+    Path("t.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    start("--skip_rows", "d.json", "--chat_template", "t.jinja", "--deepspeed", "zero3")
+    start("--use_lora", "--lora_target_modules", "q_proj", "layers.0.mlp.up_proj", "w2")
     Path("o").mkdir()
     Path("o/slurm-7.out").write_text("")
     start()
@@ -89,12 +107,23 @@ def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
         ("--output_dir papers", ConfigError, "papers: is not a run's folder, it holds thesis.tex"),
         ("--resume_from_checkpoint ./c", ConfigError, "--resume_from_checkpoint c: there is no such folder"),
         ("--resume_from_checkpoint papers", CheckpointError, "papers: holds no manifest.json"),
+        ("--chat_template loop.jinja", ConfigError, "--chat_template loop.jinja, line 2: not Jinja: unexpected '}'"),
+        ("--deepspeed stge.json", ConfigError, '"zero_optimization.stge" is not a DeepSpeed key: did you mean "stage"'),
+        ("--deepspeed seven.json", ConfigError, "train_batch_size is 7, but 8 per device"),
+        ("--sequence_parallel_size 2", ConfigError, "give --deepspeed zero3; it does not divide the 1 ranks"),
+        ("--model_revision main", ConfigError, "--model_revision main: ./model is a folder"),
+        ("--model_name_or_path a/b", ConfigError, "a/b: no such folder, not in the cache"),
+        ("--model_name_or_path a?b", ConfigError, "a?b: no such folder, and no name of a model"),
+        ("--use_lora --lora_target_modules q_prj v_proj", ConfigError, "--lora_target_modules q_prj: qwen3 has no"),
     ],
 )
 def test_a_mistake_is_named_with_value_and_remedy(start, words, kind, said):
     for folder in ("nothing", "papers", "above/hf", "mute"):
         Path(folder).mkdir(parents=True)
     Path("broken.json").write_text("{zero")
+    Path("loop.jinja").write_text("{% generation %}a{% endgeneration %}\n{{ messages[0] }")
+    Path("stge.json").write_text('{"zero_optimization": {"stge": 2}}')
+    Path("seven.json").write_text('{"train_batch_size": 7}')
     Path("papers/thesis.tex").write_text("")
     Path("above/hf/config.json").write_text("{}")
     for name in ("config.json", "model.safetensors"):
