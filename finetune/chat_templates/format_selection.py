@@ -100,10 +100,15 @@ def read_template(name: str) -> str:
     shown = f"--chat_template {name}: expected lingowhale, chatml, hermes or a Jinja file"
     text = read_text(Path(name).expanduser(), shown)
     try:
-        Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(text)
+        jinja_parser().parse(text)
     except TemplateSyntaxError as error:
         raise ConfigError(f"--chat_template {name}, line {error.lineno}: not Jinja: {error.message}") from None
     return text
+
+
+def jinja_parser() -> Environment:
+    """Return what parses chat templates as transformers does."""
+    return Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag])
 
 
 class _GenerationTag(Extension):

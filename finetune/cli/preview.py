@@ -15,6 +15,7 @@ from finetune.chat_templates.text_segments import Segmenter, segmenter
 from finetune.config import DataArguments, ModelArguments, RunArguments
 from finetune.config import build_parser as build_training_parser
 from finetune.config.argument_parser import below, data_faults, locate_model, missing, read_flags
+from finetune.dataset.data_sources import find_local_sources
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.text_overlap import check_datasketch
 from finetune.models.loader import code_note
@@ -99,6 +100,7 @@ def main(argv: Sequence[str]) -> None:
         check_replaceable(page)
     if options.stats:
         check_datasketch()
+    find_local_sources(data.data_path, data.eval_data_path)
     quiet_libraries()
     accept_all_characters(utf8=options.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):

@@ -164,7 +164,10 @@ def missing(given: dict[str, Any], required: Sequence[str]) -> list[str]:
 def _from_file(path: Path, parser: CommandParser) -> tuple[dict[str, Any], list[str]]:
     """Return the flags of a YAML or JSON mapping, or those in the `arguments` of a run.json; and its faults."""
     values, types = read_mapping(path, f"--config {path}"), parser.types
-    faults = parser.unknown([f"--{name}" for name in values if name not in types])
+    sections = {name: value for name, value in values.items() if isinstance(value, dict) and name not in types}
+    faults = [f"{name}: a recipe has no sections: write {', '.join(map(str, value))} without it"
+              for name, value in sections.items()]  # fmt: skip
+    faults += parser.unknown([f"--{name}" for name in values if name not in types and name not in sections])
     given = {}
     for name, value in values.items():
         if value is not None and name in types:
@@ -183,9 +186,12 @@ def read_mapping(path: Path, shown: str) -> dict[str, Any]:
         import yaml
 
         try:
-            values = yaml.safe_load(read_text(path, shown))
+            text = read_text(path, shown)
+            node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{shown}: not YAML: {error}") from None
+        keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        raise_faults(f"{shown}: {key} is given twice: keep one of them" for key in {*keys} if keys.count(key) > 1)
     else:
         values = read_json(path, shown)
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
@@ -343,7 +349,11 @@ def _with_config_read(adapter: AdapterArguments) -> AdapterArguments:
     if not given:
         return replace(adapter, adapter_config=None)
     try:
-        options = json.loads(given) if given.lstrip().startswith("{") else read_json(Path(given).expanduser())
+        options = (
+            json.loads(given)
+            if given.lstrip().startswith("{")
+            else read_json(Path(given).expanduser(), f"--adapter_config {given}")
+        )
     except ValueError as error:
         raise ConfigError(f"--adapter_config {given}: not JSON: {error}") from None
     if not isinstance(options, dict) or not isinstance(options.get("peft_type"), str):

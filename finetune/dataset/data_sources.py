@@ -95,6 +95,14 @@ def find_sources(paths: str | Path | Sequence[str | Path], columns: Sequence[str
     return sources
 
 
+def find_local_sources(training: Sequence[str], held_out: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names of local files, once each is known to be there, which takes no network and no library."""
+    local = list(filter(is_local, training)), list(filter(is_local, held_out))
+    for names in local:
+        find_sources(names)
+    return local
+
+
 def is_local(given: str) -> bool:
     """Return whether a name is one of files, which need neither a network nor a library."""
     name, _ = _split_weight(given)

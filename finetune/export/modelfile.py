@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 from transformers import AutoTokenizer, GenerationConfig
 
+from finetune.chat_templates.format_selection import jinja_parser
 from finetune.models.loader import eos_token_ids
 from finetune.utils.atomic_io import write_text_atomically
 
@@ -20,6 +22,9 @@ CONTENTS = ("7c0f", "7c1f", "7c2f", "7c3f", "7c4f", "7c5f")  # found again in a 
 LAST = "eq (len (slice $.Messages $i)) 1"
 WITHOUT_TEMPLATE = (
     "# The chat template has no form as a Go template. Write it as TEMPLATE, see https://docs.ollama.com/modelfile"
+)
+WITHOUT_TOOLS = (
+    "# Tools and tool calls are no part of TEMPLATE. vLLM, and llama-server --jinja, serve them by the chat template."
 )
 
 
@@ -67,6 +72,8 @@ def write_modelfile(gguf: Path, template_kwargs: dict[str, Any] | None = None) -
     if pieces is None:
         lines.append(WITHOUT_TEMPLATE)
     else:
+        if "tools" in meta.find_undeclared_variables(jinja_parser().parse(tokenizer.get_chat_template())):
+            lines.append(WITHOUT_TOOLS)
         lines.append(f'TEMPLATE """{pieces.go_template()}"""')
         if system := pieces.default_system():
             lines.append(f'SYSTEM """{system}"""')

@@ -22,7 +22,7 @@ _locks: list[Any] = []
 def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
     """Return whether `folder` holds an earlier run that must be moved aside; change nothing."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output_dir {folder}: is a file")
+        raise ConfigError(f"--output_dir {folder}: is a file: name a folder")
     existing = existing_parent(folder)
     if not existing.is_dir():
         raise ConfigError(f"--output_dir {folder}: {existing} is a file, not a folder")

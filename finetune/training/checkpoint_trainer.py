@@ -157,6 +157,8 @@ class CheckpointTrainer(Trainer):
                 if self.base_tensors is not None and self.base_tensors.untouched:
                     state_dict = self.base_tensors.without_frozen(state_dict or self.model.state_dict())
                 self.model.save_pretrained(folder, state_dict=state_dict)
+                if hasattr(self.model, "peft_config"):
+                    Path(folder, "README.md").unlink(missing_ok=True)  # peft's card; the result gets its own
                 if self.base_tensors is not None:
                     self.base_tensors.add_to(folder)
                 self.processing_class.save_pretrained(folder)

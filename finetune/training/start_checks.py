@@ -19,7 +19,7 @@ from finetune.config.hardware import DetectedHardware, hardware_of
 from finetune.config.resolve import check_flags, resolve_config
 from finetune.config.run_config import RankCounts, SavedStep
 from finetune.dataset.conversation_reader import read_conversations
-from finetune.dataset.data_sources import find_sources, is_local
+from finetune.dataset.data_sources import find_local_sources
 from finetune.distributed import host_probe
 from finetune.launcher import LauncherArgs, Resources, local_slots
 from finetune.models.lora_targets import check_target_names
@@ -126,9 +126,8 @@ def saved_step(arguments: Arguments, world_size: int) -> SavedStep | None:
 
 def _check_data(data: DataArguments) -> None:
     """Check that files of data are there, and the rows that can be read in a moment."""
-    training, held_out = (list(filter(is_local, paths)) for paths in (data.data_path, data.eval_data_path))
-    find_sources([*training, *held_out])
-    for paths in (training, held_out) if data.bad_rows == "error" else ():
+    local = find_local_sources(data.data_path, data.eval_data_path)
+    for paths in local if data.bad_rows == "error" else ():
         read_conversations(paths, repairs=data.repairs, columns=data.columns, seconds=SECONDS_FOR_ROWS)
 
 
@@ -145,8 +144,10 @@ def _check_resume(resumed: str) -> None:
         raise ConfigError(f"--resume_from_checkpoint {folder}: {reason}")
     if not checkpoint.is_complete(folder):
         inside = [checkpoint.checkpoint_folder(folder, step).name for step in checkpoint.steps_in(folder)]
-        hint = f"; it holds {format_names(inside)}" if inside else ""
-        raise CheckpointError(f"--resume_from_checkpoint {folder}: holds no {checkpoint.MANIFEST_FILE}{hint}")
+        hint = f"; it holds {format_names(inside)}" if inside else "; auto finds the newest one"
+        raise CheckpointError(
+            f"--resume_from_checkpoint {folder}: holds no {checkpoint.MANIFEST_FILE}: name a complete checkpoint{hint}"
+        )
 
 
 def _check_output_dir(arguments: Arguments, is_launch: bool) -> None:

@@ -97,6 +97,7 @@ def test_a_run_is_complete_and_leaves_nothing_behind(named, tmp_path):
 
 def test_an_adapter_as_the_model_is_continued(trained, tiny_model, conversation_file, tmp_path):
     first, output = trained("lora"), tmp_path / "output"
+    assert (first / "README.md").is_file() and not [*first.glob("checkpoint-*/README.md")]  # peft's card
     words = f"--model_name_or_path {first} --data_path {conversation_file} --output_dir {output}"
     words += " --num_gpus 1 --max_steps 1 --learning_rate 1e-9 --save_strategy no --write_report False"
     done = subprocess.run([FINETUNE, "train", *words.split()], capture_output=True, text=True, timeout=LIMIT_SECONDS)

@@ -82,6 +82,8 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
     [
         ("a.yaml", {"learning_rat": 1}, "unknown flag --learning_rat: did you mean --learning_rate?"),
         ("a.yaml", "{1: 2}", "unknown flag --1"),
+        ("a.yaml", "seed: 1\nseed: 2", "seed is given twice"),
+        ("a.yaml", "lora: {lora_r: 8}", "lora: a recipe has no sections: write lora_r without it"),
         ("a.json", {"lora_r": "eight"}, "--lora_r 'eight': expected a whole number"),
         ("a.json", {"seed": True}, "--seed True: expected a whole number"),
         ("a.json", {"output_dir": ["a", "b"]}, "output_dir"),
@@ -97,7 +99,7 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
         ("a.json", '{"seed": ' + "1" * 5_000 + "}", "digits"),
     ],
     ids=[
-        "unknown", "number-as-flag", "type", "boolean-for-int", "list-for-one", "array", "empty", "broken-yaml",
+        "unknown", "number-as-flag", "twice", "section", "type", "boolean-for-int", "list-for-one", "array", "empty", "broken-yaml",
         "bad-date", "broken-json", "latin-1-yaml", "latin-1-json", "deep-json", "deep-yaml", "digits",
     ],
 )  # fmt: skip

@@ -85,7 +85,13 @@ def test_it_names_the_file_the_default_system_prompt_and_the_end_tokens(smol_tok
     assert first == "FROM ./m-q8_0.gguf"
     assert 'SYSTEM """You are a helpful assistant"""\n' in rest
     assert rest.endswith('PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n')
-    assert "SYSTEM" not in written(tmp_path, smol_tokenizer, STYLES["chatml"].template)[2]
+    rest = written(tmp_path, smol_tokenizer, STYLES["chatml"].template)[2]
+    assert "SYSTEM" not in rest and rest.startswith("TEMPLATE")
+
+
+def test_it_says_that_tools_are_left_out(smol_tokenizer, tmp_path):
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + STYLES["chatml"].template
+    assert "Tools and tool calls are no part of TEMPLATE" in written(tmp_path, smol_tokenizer, template)[2]
 
 
 @pytest.mark.parametrize("template", [

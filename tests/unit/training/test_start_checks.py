@@ -56,6 +56,7 @@ def test_a_run_that_can_start_passes(start):
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     )
     start("--skip_rows", "d.json", "--chat_template", "t.jinja", "--deepspeed", "zero3")
+    start("--eval_data_path", "d.json", "--allow_seen_held_out")
     start("--use_lora", "--lora_target_modules", "q_proj", "layers.0.mlp.up_proj", "w2")
     Path("o").mkdir()
     Path("o/slurm-7.out").write_text("")
