@@ -28,8 +28,9 @@ class PlannedRun:
 
     @property
     def shared_words(self) -> list[str]:
-        """Words that may name files which every host needs."""
-        return ssh.shared_words(self.words)
+        """Words that may name files which every host needs; the base of an adapter is one that is not typed."""
+        base = [self.model.model_name_or_path] if self.model.adapter_name_or_path else []
+        return list(dict.fromkeys([*ssh.shared_words(self.words), *base]))
 
     @property
     def shell(self) -> SshShell:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import parse
+from finetune.config import DoctorArguments, parse
 from finetune.config.arguments import Arguments
+from finetune.launcher import parse_launcher_args
+from finetune.preflight import PlannedRun
 from finetune.run_dir.run_json import update_run_json
 from finetune.utils.errors import ConfigError
 
@@ -116,3 +118,14 @@ def test_an_adapter_without_weights_and_a_folder_that_is_none_are_errors(tmp_pat
     (saved(tmp_path / "a") / "adapter_model.safetensors").unlink()
     assert "holds no adapter_model" in refusal(tmp_path / "a")
     assert "holds no adapter_config.json" in refusal("base", "--adapter_name_or_path", str(tmp_path))
+
+
+def test_other_hosts_need_the_base_too(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    arguments = parsed(saved(tmp_path / "a", base_model_name_or_path=str(base)))
+    run = PlannedRun(
+        DoctorArguments(), parse_launcher_args(["finetune.py"]), None, ["--model_name_or_path", str(tmp_path / "a")],
+        arguments.model, arguments.data, "o", use_cpu=True, sequence_parallel_size=1,
+    )  # fmt: skip
+    assert run.shared_words == [str(tmp_path / "a"), str(base)]
