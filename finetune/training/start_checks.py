@@ -44,7 +44,7 @@ class PlannedRanks:
     hardware: DetectedHardware
 
     @classmethod
-    def of_launch(cls, flags: LauncherArgs, resources: Resources | None, *, use_cpu: bool) -> PlannedRanks | None:
+    def of_launch(cls, flags: LauncherArgs, resources: Resources | None, *, use_cpu: bool) -> "PlannedRanks | None":
         """Plan from the flags of the launcher; None where only torch can tell what GPUs there are."""
         if Path("/dev/kfd").exists():  # AMD
             return None
