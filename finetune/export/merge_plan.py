@@ -66,7 +66,7 @@ def plain_tensors(stored: StoredTensors, model: Any) -> list[OutputTensor]:
 
 def _tied_weights(model: Any) -> dict[str, str]:
     """Map the name of each tied weight to the weight that it shares."""
-    return dict(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else {}
+    return dict(model.all_tied_weights_keys)
 
 
 def _unchanged(stored: StoredTensors, name: str, output_name: str | None = None) -> OutputTensor:

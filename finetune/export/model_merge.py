@@ -168,7 +168,10 @@ def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -
     with damage_named(str(source)):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
     if getattr(config, "quantization_config", None):
-        raise ConfigError(f"{source}: is stored quantized: merge into the model that it was made from")
+        raise ConfigError(
+            f"{source}: is stored quantized, and cannot hold a merged adapter: serve both, as finetune chat does, or "
+            "train on the model that it was made from"
+        )
     config.get_text_config().vocab_size = vocab_size
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=trusts_code)

@@ -269,7 +269,7 @@ def embedding_names(model: Any) -> list[str]:
 
 
 def _is_tied(model: Any) -> bool:
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return bool(getattr(model.config, "tie_word_embeddings", False))  # that of the text model decides nothing
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

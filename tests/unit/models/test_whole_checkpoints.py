@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.arguments import ModelArguments
 from finetune.export.base_tensors import BaseTensors
+from finetune.export.merge_plan import plain_tensors
 from finetune.inference.load_result import load_strict
-from finetune.models.adapters import attach_peft
+from finetune.models.adapters import attach_peft, embedding_names
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import freeze_other_modalities, inspect_model
 from finetune.models.module_kinds import VISION
+from finetune.models.stored_tensors import StoredTensors
 from finetune.preflight.spec_from_config import spec_from_config
 from finetune.utils.errors import CheckpointError
 from tests.helpers import vision_models
@@ -84,6 +86,17 @@ def test_an_adapter_is_on_the_text_alone_and_fits_the_whole_model(family, tmp_pa
     again = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
     wanted = adapted.eval()(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(again(input_ids=IDS, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "is_tied"), [("qwen3_vl", False), ("mistral3", True)])
+def test_the_config_of_the_whole_model_says_whether_the_head_is_tied(family, is_tied, tmp_path):
+    """Qwen3-VL's text config says nothing, that of Mistral 3 the contrary."""
+    base = vision_models.save(family, tmp_path / "base")
+    _, model = loaded(base)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == is_tied
+    assert ("lm_head" in embedding_names(model)) != is_tied
+    stored = StoredTensors(base)
+    assert len(plain_tensors(stored, model)) == len(stored)
 
 
 def test_a_result_that_lacks_a_tensor_of_the_base_is_an_error(tmp_path):
