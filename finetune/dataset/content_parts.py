@@ -19,6 +19,10 @@ REMEDY = "leave the row out, or write what it says as text"
 _TEXTS = ("text", "input_text", "output_text")
 _CALLS = ("toolUse", "functionCall", "function_call")
 _RESULTS = ("toolResult", "functionResponse", "function_response")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "image_url")
+PART_KEYS = frozenset(
+    {"text", "json", "inlineData", "inline_data", "fileData", "file_data", *MEDIA, *_CALLS, *_RESULTS}
+)
 _READ = frozenset(
     {"type", "text", "thought", "reasoningContent", "reasoningText", *REASONING_KEYS, *_CALLS, *_RESULTS}
     | {"id", "toolUseId", "tool_use_id", "name", "input", "args", "arguments", "content", "response", "json"}

@@ -109,6 +109,15 @@ def matching(keys: Set[str]) -> list[PairFormat]:
     return [pair_format for pair_format in PAIRS if keys >= {*pair_format.needs}]
 
 
+def format_of_repeated(row: dict[str, Any], keys: Set[str]) -> PairFormat | None:
+    """The one format whose answer holds the texts of all other keys, as a solution holds the answer alone."""
+    matches = matching(keys)
+    if len(matches) != 1:
+        return None
+    answer = "\n".join(str(row[key]) for key in matches[0].answers if key in keys)
+    return matches[0] if all(str(row[key]).strip() in answer for key in keys - matches[0].keys) else None
+
+
 def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
     """Why a row with these keys of pairs is of no format."""
     if matches := matching(keys):
@@ -124,5 +133,7 @@ def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
     empty = next((key for key in MAIN_TURN_LISTS if key in row), None)
     if empty is not None:
         return f'expected "{empty}" to be a list of turns, found {shown(row[empty])}'
+    if "role" in row or "from" in row:
+        return "one message of a conversation: write whole conversations, or trees, as rows"
     names = ", ".join(shown(key)[1:-1] for key in [*row][:8]) or "none"
     return f"expected {EXPECTED}, found the keys {names}"

@@ -20,17 +20,13 @@ from finetune.dataset.row_formats import (
     SYSTEM_KEYS,
     TURN_LIST_KEYS,
     WATCHED,
+    format_of_repeated,
     matching,
     pair_format_of,
     why_no_format,
 )
 from finetune.dataset.row_verdicts import VERDICT_KEYS, VERDICTS_OF_TURNS, verdict_faults
-from finetune.dataset.tool_reading import (
-    TOOL_KEYS,
-    declared_tools,
-    is_empty,
-    read_calls,
-)
+from finetune.dataset.tool_reading import TOOL_KEYS, declared_tools, is_empty, read_calls
 from finetune.dataset.turn_reading import (
     PLAIN_ROLES,
     REFUSED,
@@ -44,8 +40,7 @@ from finetune.dataset.turn_reading import (
 )
 from finetune.dataset.written_calls import declared_in_text, written_calls
 
-# Texts that may stand beside a list of turns if they repeat one of them.
-OTHER_TEXTS = PAIR_KEYS | {"history", *REASONING_KEYS}
+OTHER_TEXTS = PAIR_KEYS | {"history", *REASONING_KEYS}  # may stand beside a list of turns if they repeat one of them
 
 
 class RowReading:
@@ -98,7 +93,7 @@ class RowReading:
             self._add_fatal(f"{self.place}: has both {names}: leave one of them out")
         elif lists and not (lists[0] == "data" and _advice(row)):
             self._turn_list(row, lists[0], keys)
-        elif row.get("text") is not None and not keys & PAIR_KEYS:
+        elif "text" in row and not keys & PAIR_KEYS:
             self._text(row)
         else:
             self._pair(row, keys)
@@ -112,7 +107,8 @@ class RowReading:
         """Read what stands beside the turns or texts."""
         self.unread = [key for key in row.keys() - WATCHED - NAMES_OF_ROWS if not is_empty(row[key])]
         is_verdict = {key for key in keys & VERDICT_KEYS if isinstance(row[key], int | float)}
-        self.faults += refusals(row, [*(keys & REFUSED_ROWS.keys()) - is_verdict], REFUSED_ROWS, self.place)
+        for fault in refusals(row, [*(keys & REFUSED_ROWS.keys()) - is_verdict], REFUSED_ROWS, self.place):
+            self._add_fatal(fault)
         if not self.ignores_verdicts and keys & VERDICT_KEYS:
             self.faults += verdict_faults(row, keys & VERDICT_KEYS, self.place)
         if keys & {*TOOL_KEYS}:
@@ -206,14 +202,18 @@ class RowReading:
         answers = keys & ANSWERS
         if len(answers) == 1 and self.turns and self.turns[-1].role == "human":
             self._add("model", row[min(answers)], self.place, min(answers))
-        for other in sorted(keys):
-            value = row[other]
-            text = str(value) if isinstance(value, str | int | float) else None
-            if value not in ("", []) and not (text and any(text in turn.text for turn in self.turns)):
-                self.faults.append(
-                    f'{self.place}: has "{other}" beside "{key}", and no turn says the same: which one is the '
-                    f"conversation? Leave the other one out, or name the one: --columns {key}={key}"
-                )
+        said = [turn.text for turn in self.turns]
+        values = {f'"{other}"': row[other] for other in sorted(keys) if row[other] not in ("", [])}
+        others = [
+            other
+            for other, value in values.items()
+            if not (isinstance(value, str | int | float) and any(str(value) in text for text in said))
+        ]
+        if others:
+            self.faults.append(
+                f'{self.place}: has {" and ".join(others)} beside "{key}", and no turn says the same: which one is the '
+                f"conversation? Leave the other one out, or name the one: --columns {key}={key}"
+            )
 
     def _turns(self, turns: list[Any]) -> str:
         """Read turns, those of the most frequent form faster than `_turn`; return the key of the last role."""
@@ -292,9 +292,11 @@ class RowReading:
         pair_format = pair_format_of(frozenset(keys))
         if pair_format is None and not matching(keys):
             pair_format = pair_format_of(PAIR_KEYS.intersection(row))
-        if pair_format is None:
-            self._add_fatal(f"{self.place}: {_advice(row) or why_no_format(row, keys)}")
+        if (pair_format := pair_format or format_of_repeated(row, keys)) is None:
+            if self.is_complete:
+                self._add_fatal(f"{self.place}: {_advice(row) or why_no_format(row, keys)}")
             return
+        self.unread = [*self.unread, *(keys - pair_format.keys)]
         names = ", ".join((*pair_format.asks, *pair_format.answers))
         self.format = f"{pair_format.name} ({names})"
         if row.get("history") is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.conversation import Role, ToolCall, Turn
-from finetune.dataset.content_parts import ONLY_TEXT, REASONING_KEYS, REMEDY, ContentParts
+from finetune.dataset.content_parts import MEDIA, ONLY_TEXT, PART_KEYS, REASONING_KEYS, REMEDY, ContentParts
 from finetune.dataset.json_decoder import decode_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, verdict_faults
@@ -38,7 +38,7 @@ ONLY_WHOLE_TURNS = "a turn is supervised as a whole"
 TEMPLATE_VARIABLES = ("enable_thinking", "reasoning_effort")
 # What a text chat cannot hold: a value under one of these keys is a fault, never dropped silently.
 REFUSED = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "image_url"), ONLY_TEXT),
+    **dict.fromkeys(MEDIA, ONLY_TEXT),
     **dict.fromkeys(("train_detail", "prefix", "partial"), ONLY_WHOLE_TURNS),
     **dict.fromkeys(("mask", "masked"), 'write "train": false for turns that are context'),
     **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
@@ -70,6 +70,9 @@ class TurnReading:
         self.role_key: str | None = None
         self.role_name: str | None = None
         self.unread: list[str] = []
+        pair = [*turn.items()][0] if isinstance(turn, dict) and len(turn) == 1 else turn
+        if isinstance(pair, list | tuple) and len(pair) == 2 and role_of(pair[0]) not in (None, "text"):
+            turn = {"from": pair[0], "value": pair[1]}  # written {role: text} or [role, text]
         if not isinstance(turn, dict):
             self._add_fatal(f'expected an object with "from" and "value", found {shown(turn)}')
             return
@@ -119,7 +122,7 @@ class TurnReading:
 
     def _read(self, turn: dict[str, Any], role: Role | None, field: str) -> None:
         """Read what the turn says, and add it."""
-        given = turn.get(field)
+        given, was_complete = turn.get(field), self.is_complete
         if (role == "tool" or self.calls_only) and _is_json_value(given):
             given = json.dumps(given, ensure_ascii=False)
         parts = ContentParts(given, field)
@@ -129,7 +132,7 @@ class TurnReading:
             self._add_fatal(wrong)
         self.unread += [f"{key} of parts" for key in parts.unread]
         value, calls = parts.text, [*parts.calls, *self._calls(turn)]
-        if not self.is_complete and is_empty(value):
+        if was_complete and not self.is_complete and is_empty(value):
             return
         if parts.results and self._add_results(parts, role, field) and is_blank(value):
             return
@@ -231,10 +234,11 @@ class TurnReading:
 
 
 def _is_json_value(value: Any) -> bool:
-    """Whether a result or a call is written as a JSON value in place of its text, and is no list of parts."""
+    """Whether a result or a call is written as a JSON value in place of its text, and is no part or list of parts."""
     items = value if isinstance(value, list) else [value]
     is_part = (
-        isinstance(item, dict) and (item.get("type", "function") != "function" or "text" in item) for item in items
+        isinstance(item, dict) and (item.get("type", "function") != "function" or not PART_KEYS.isdisjoint(item))
+        for item in items
     )
     return isinstance(value, dict | list | int | float) and not any(is_part)
 

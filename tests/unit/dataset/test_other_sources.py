@@ -160,6 +160,8 @@ def test_keys_that_can_be_honoured_are(tmp_path):
         {"text": "Plain text.", "weight": 2},
         {"messages": [CHAT[0], {**CHAT[1], "thought": "s", "reasoning_details": [{"data": "x"}, {"text": "s"}]}]},
         {"messages": [CHAT[0], {**CHAT[1], "thinking_blocks": [{"thinking": "t", "signature": "x"}]}]},
+        {"problem": "p", "solution": "It is 5.", "answer": "5"},
+        {"messages": [{"user": "q1"}, ["assistant", "a"]]},
     ]  # fmt: skip
     found = read(written(tmp_path / "a.json", rows))
 
@@ -173,7 +175,9 @@ def test_keys_that_can_be_honoured_are(tmp_path):
     assert spoken(found[6]) == [("system", "System"), ("human", "USER"), ("model", "ChatGPT")]
     assert spoken(found[7]) == [("system", "u"), *PAIR]
     assert found[8].turns == (Turn("text", "Plain text.", weight=2),)
-    assert [one.turns[1] for one in found[9:]] == [Turn("model", "a", reasoning=thought) for thought in "st"]
+    assert [one.turns[1] for one in found[9:11]] == [Turn("model", "a", reasoning=thought) for thought in "st"]
+    assert spoken(found[11]) == [("human", "p"), ("model", "It is 5.")]
+    assert spoken(found[12]) == [("human", "q1"), ("model", "a")]
 
 
 def test_other_keys_are_said_once_per_source(tmp_path):

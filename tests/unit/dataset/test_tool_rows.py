@@ -318,6 +318,9 @@ BAD = {
         rows_of(calling({"type": "custom", "name": "x"}), result(None), ANSWER), 'expected calls with "name"',
     ),
     "null result": (rows_of(calling(openai_call()), result(text=None), ANSWER), "found null: write it as text"),
+    "images as a result": (
+        rows_of(calling(openai_call()), result(text=[{"image": "x"}]), ANSWER), "only text is read",
+    ),
     "image as a result": (
         rows_of(calling(openai_call()), result(text={"type": "image", "image": "x"}), ANSWER), "write it as text",
     ),
