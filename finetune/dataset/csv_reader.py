@@ -27,7 +27,7 @@ def iter_csv_rows(file: DataFile, name: str, delimiter: str) -> Iterator[RawRow]
             if not any(cells):
                 continue
             if not header:
-                header = cells
+                header = ["index" if not number and not cell else cell.strip() for number, cell in enumerate(cells)]
                 if fault := _header_fault(header):
                     yield file_fault(f"{name}, line {begin}: {fault}")
                     return
@@ -55,6 +55,8 @@ def _header_fault(header: list[str]) -> str | None:
     repeated = next((column for column in header if header.count(column) > 1), None)
     if repeated is not None:
         return f"names the column {shown(repeated)} twice: only one could be read, take one out"
+    if len(header) == 1 and (other := next((mark for mark in ";|\t" if mark in header[0]), None)):
+        return f"names its columns with {shown(other)} between them: write commas (.csv) or tabs (.tsv)"
     return "names a column without a name: give it one" if "" in header else None
 
 

@@ -107,8 +107,8 @@ class RowReading:
         """Read what stands beside the turns or texts."""
         self.unread = [key for key in row.keys() - WATCHED - NAMES_OF_ROWS if not is_empty(row[key])]
         is_verdict = {key for key in keys & VERDICT_KEYS if isinstance(row[key], int | float)}
-        for fault in refusals(row, [*(keys & REFUSED_ROWS.keys()) - is_verdict], REFUSED_ROWS, self.place):
-            self._add_fatal(fault)
+        for refusal in refusals(row, [*(keys & REFUSED_ROWS.keys()) - is_verdict], REFUSED_ROWS, self.place):
+            self._add_fatal(refusal)
         if not self.ignores_verdicts and keys & VERDICT_KEYS:
             self.faults += verdict_faults(row, keys & VERDICT_KEYS, self.place)
         if keys & {*TOOL_KEYS}:

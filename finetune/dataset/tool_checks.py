@@ -37,7 +37,8 @@ def check_tools(
     Returns:
         The turns, without null arguments that no declaration knows (tables put them there), and the faults.
     """
-    declared, faults = _declared(tools, place)
+    declared, of_declarations = _declared(json.dumps(tools, default=str))
+    faults = [f"{place}: {fault}" for fault in of_declarations]
     turns = []
     for number, turn in numbered:
         calls = []
@@ -69,22 +70,23 @@ def _undeclared(call: ToolCall, declared: Mapping[str, Any]) -> str:
     )
 
 
-def _declared(tools: Sequence[Mapping[str, Any]], place: str) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
-    """The schema of each declared function, with its validator (None without or with a bad one); and faults."""
+@lru_cache(1024)
+def _declared(tools: str) -> tuple[dict[str, tuple[Any, Any]], tuple[str, ...]]:
+    """The schema of each function declared in JSON, with its validator (None without or with a bad one); and faults."""
     declared: dict[str, tuple[Any, Any]] = {}
     faults = []
-    for tool in tools:
+    for tool in json.loads(tools):
         function = tool["function"]
         name, schema = function["name"], function.get("parameters")
         if name in declared:
-            faults.append(f"{place}: declares {shown(name)} twice: leave one of them out")
+            faults.append(f"declares {shown(name)} twice: leave one of them out")
         validator = fault = None
         if schema:
             validator, fault = _validator(json.dumps(_for_checks(schema)))
         for reason in filter(None, (fault, surrogate_fault_in(tool, f"declaration of {name}"))):
-            faults.append(f"{place}: the declaration of {shown(name)} is no valid JSON Schema: {reason}")
+            faults.append(f"the declaration of {shown(name)} is no valid JSON Schema: {reason}")
         declared[name] = schema or {}, validator
-    return declared, faults
+    return declared, tuple(faults)
 
 
 @lru_cache(4096)

@@ -7,27 +7,22 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers import ranks
-from tests.helpers.batch_runs import ROWS, SGD, WEIGHTS
+from tests.helpers.batch_runs import ROWS, SGD
 from tests.helpers.rows import write_rows
 
 
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory) -> Path:
-    path = write_rows(tmp_path_factory.mktemp("data") / "rows.json", ROWS)
-    rows = json.loads(path.read_text())
-    for row, weight in WEIGHTS.items():
-        rows[row]["conversations"][1]["weight"] = weight
-    path.write_text(json.dumps(rows))
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.json", ROWS)
 
 
 @pytest.fixture
 def train_shaped(tmp_path, tiny_model, rows_file):
     """Train on rows of different lengths under SGD; metrics and weights."""
 
-    def run(name: str, world_size: int, *flags: str) -> tuple[list[dict], dict]:
+    def run(name: str, world_size: int, *flags: str, rows: Path = rows_file) -> tuple[list[dict], dict]:
         output = tmp_path / name
-        argv = ["--model_name_or_path", tiny_model, "--data_path", rows_file, "--output_dir", output, *SGD, *flags]
+        argv = ["--model_name_or_path", tiny_model, "--data_path", rows, "--output_dir", output, *SGD, *flags]
         outcome = ranks.train(tmp_path / f"{name}-logs", argv, world_size)
         assert outcome.succeeded, "\n".join(outcome.outputs)
         weights = next(output.glob("*model.safetensors"))

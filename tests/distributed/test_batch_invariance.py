@@ -1,5 +1,7 @@
 """What a run learns does not depend on how ranks, accumulation and the form of the batches make up a step."""
 
+import json
+
 import pytest
 
 from tests.helpers.batch_runs import LORA, assert_same, shape
@@ -24,6 +26,15 @@ def test_conversations_weigh_the_same_on_any_ranks(train_shaped):
     assert_same(first, train_shaped("2x2x2", 2, *shape(2, 2, "zero3"), *by_conversation), steps=4)
     by_token = train_shaped("tokens", 1, *shape(8, 1, "zero2"))
     assert abs(by_token[0][0]["loss"] - first[0][0]["loss"]) > 1e-3
+
+
+def test_weights_of_turns_count_the_same_on_two_ranks_and_alone(train_shaped, rows_file, tmp_path):
+    rows = json.loads(rows_file.read_text())
+    for row, weight in {1: 0.3, 4: 2.5, 9: 0}.items():  # batches without any weight stand beside others
+        rows[row]["conversations"][1]["weight"] = weight
+    (weighted := tmp_path / "weighted.json").write_text(json.dumps(rows))
+    alone = train_shaped("alone", 1, *shape(8, 1, "zero2")[:-2], rows=weighted)
+    assert_same(alone, train_shaped("2x2x2", 2, *shape(2, 2, "zero2")[:-2], rows=weighted), steps=4)
 
 
 def test_flat_padded_packed_and_budgeted_batches_learn_the_same(train_shaped):

@@ -7,7 +7,6 @@ ROWS = [
     [("human", "ab " * (3 * number % 11 + 1)), ("model", "xy " * (7 * number % 13 + 1)), ("human", "?"), ("model", "r")]
     for number in range(11)
 ]
-WEIGHTS = {1: 0.3, 4: 2.5, 9: 0}  # of the first answers of these rows: batches without any stand beside others
 # Under SGD weights differ by as little as gradients do; Adam turns the noise of a zero gradient into a whole step.
 SGD = (
     "--optim sgd --learning_rate 0.1 --lr_scheduler_type constant --max_grad_norm 0 --num_train_epochs 2 "

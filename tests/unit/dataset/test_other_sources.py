@@ -32,6 +32,8 @@ def test_cells_are_read_with_delimiters_quotes_and_line_breaks_in_them(suffix, m
 
     assert spoken(one) == [("human", f'a{mark} "b"\r\nc'), ("model", "河\u2028流")] and one.id == "7"
     assert spoken(two) == [("human", "d"), ("model", "e")] and two.id is None and two.row == 1
+    numbered = f"{mark}question{mark} answer\n0{mark}q{mark}a\n"  # as pandas writes its index
+    assert spoken(*read_conversations(written(tmp_path / f"b.{suffix}", numbered))) == [("human", "q"), ("model", "a")]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ def test_cells_are_read_with_delimiters_quotes_and_line_breaks_in_them(suffix, m
         ('question,answer\n"q\nq",a\nq3\n', "row 1, line 4: has 1 cells"),
         ("question,question\nq,a\n", 'line 1: names the column "question" twice'),
         ("question,\nq,a\n", "line 1: names a column without a name"),
+        ("question;answer\nq;a\n", 'line 1: names its columns with ";" between them'),
         ('question,answer\nq,"a\n', "line 2: no CSV: unexpected end of data; row 0 and what follows cannot be read"),
         ('question,answer\nq,"a"b\n', "line 2: no CSV: "),
         ("question,answer\n", "holds no conversations"),
