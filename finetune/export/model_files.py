@@ -57,8 +57,9 @@ def write_config(folder: Path, source: Path, *, dtype: str, vocab_size: int, unt
     """Write the source's config.json with the type, vocabulary size and weight tying of the merged model."""
     config = read_json_object(source / "config.json")
     for inner in (config, *(value for key, value in config.items() if key == "text_config")):
-        if "vocab_size" in inner:
-            inner["vocab_size"] = vocab_size
+        if inner.get("vocab_size", vocab_size) != vocab_size:
+            names = {"vocab_size", "vocab_size_per_layer_input"} & inner.keys()
+            inner.update(dict.fromkeys(names, vocab_size))
         if unties:
             inner["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)

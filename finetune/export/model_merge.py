@@ -32,6 +32,7 @@ from finetune.inference.run_result import RunResult
 from finetune.models.adapters import check_saved_adapter
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import damage_named, precision_of, torch_dtype
+from finetune.models.model_config import set_vocab_size
 from finetune.models.model_folder import stored_bytes
 from finetune.models.stored_tensors import StoredTensors
 from finetune.run_dir.output_dir_lock import existing_parent
@@ -172,7 +173,7 @@ def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -
             f"{source}: is stored quantized, and cannot hold a merged adapter: serve both, as finetune chat does, or "
             "train on the model that it was made from"
         )
-    config.get_text_config().vocab_size = vocab_size
+    set_vocab_size(config, vocab_size)
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=trusts_code)
     for module in model.modules():

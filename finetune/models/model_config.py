@@ -29,6 +29,14 @@ def largest(config: Any, *names: str) -> int:
     return 0
 
 
+def set_vocab_size(config: Any, rows: int) -> None:
+    """Set the number of tokens of a model that is not built yet, as `resize_token_embeddings` does."""
+    text = config.get_text_config()
+    if rows != text.vocab_size and getattr(text, "hidden_size_per_layer_input", None):  # Gemma 3n and 4
+        text.vocab_size_per_layer_input = rows
+    text.vocab_size = rows
+
+
 def experts_of(config: Any) -> tuple[int, int]:
     """Return the routed experts of a layer and how many of them each token takes; zeros without experts."""
     feed_forward = getattr(config.get_text_config(), "ffn_config", None)  # DBRX

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from finetune.models.attention import unsupported_config_reason
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import freeze_other_modalities, torch_dtype
-from finetune.models.model_config import experts_of, largest
+from finetune.models.model_config import experts_of, largest, set_vocab_size
 from finetune.models.module_kinds import LINEAR_ATTENTION, ROUTED_EXPERTS, ModuleKinds, module_kinds, unwrap_adapter
 from finetune.models.quantization import quantized_layers
 from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
@@ -68,7 +68,7 @@ def spec_from_config(
     config = copy.deepcopy(config)
     text = config.get_text_config()
     if vocabulary is not None and vocabulary > text.vocab_size:
-        text.vocab_size = vocabulary
+        set_vocab_size(config, vocabulary)
     try:
         model, kinds, quantizable = _on_meta(config, precision, attach, trust_remote_code)
         base = unwrap_adapter(model)

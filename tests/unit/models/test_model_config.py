@@ -1,10 +1,18 @@
 """Fields that families name differently, and those that each layer has for itself."""
 
 import pytest
+import torch
 from transformers import CONFIG_MAPPING
 
 from finetune.models.attention import sliding_window_of, unsupported_config_reason
-from finetune.models.model_config import attention_widths, by_layer, experts_of, largest, router_loss_weight
+from finetune.models.model_config import (
+    attention_widths,
+    by_layer,
+    experts_of,
+    largest,
+    router_loss_weight,
+    set_vocab_size,
+)
 from tests.helpers import tiny_models
 
 
@@ -36,3 +44,16 @@ def test_fields_of_each_layer_are_read_layer_by_layer():
     assert by_layer(config, "head_dim") == [12, 16] and largest(config, "head_dim") == 16
     assert attention_widths(config) == [48, 64]
     assert unsupported_config_reason(config, 16) is None and sliding_window_of(config, 16) == tiny_models.WINDOW
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_a_larger_vocabulary_is_that_of_a_model_with_resized_embeddings(family):
+    rows = tiny_models.VOCAB_SIZE + 2
+    with torch.device("meta"):
+        grown = tiny_models.build(family)
+        grown.resize_token_embeddings(rows, mean_resizing=False)
+        config = tiny_models.build(family).config
+        set_vocab_size(config, rows)
+        built = type(grown)(config)
+    wanted = {name: weight.shape for name, weight in grown.named_parameters()}
+    assert {name: weight.shape for name, weight in built.named_parameters()} == wanted
