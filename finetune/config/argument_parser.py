@@ -23,7 +23,7 @@ from finetune.config.arguments import (
 from finetune.config.command_line import as_flags
 from finetune.config.flag_support import flags_without_effect, refused_flags
 from finetune.config.foreign_names import FOREIGN_NAMES
-from finetune.config.recipes import with_shipped_data
+from finetune.config.recipes import shipped_recipes, with_shipped_data
 from finetune.config.saved_adapter import continue_adapter
 from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
@@ -132,6 +132,7 @@ def build_parser() -> CommandParser:
         epilog="Flags of transformers.TrainingArguments are accepted under their own names and explained in its "
         "documentation. docs/reference/flags.md explains ours.",
     )
+    parser.recipes = list(shipped_recipes())
     parser.neighbours = [name[2:] for name in launcher_options() if name.startswith("--")]
     parser.foreign = {**FOREIGN_NAMES, **dict.fromkeys(parser.neighbours, OF_THE_LAUNCHER)}
     section = parser.add_argument_group("Training (transformers.TrainingArguments)")

@@ -236,8 +236,11 @@ def local_slots(flags: LauncherArgs, gpus: int) -> list[int]:
     count = flags.num_gpus if flags.num_gpus > 0 else max(gpus, 1)
     if flags.include:
         return _parse_filter("include", flags.include).get(THIS_MACHINE) or list(range(count))
-    excluded = _parse_filter("exclude", flags.exclude).get(THIS_MACHINE, ()) if flags.exclude else ()
-    return [slot for slot in range(count) if slot not in excluded]
+    excluded = _parse_filter("exclude", flags.exclude).get(THIS_MACHINE, ()) if flags.exclude else (-1,)
+    slots = [slot for slot in range(count) if excluded and slot not in excluded]  # none is named: the whole host
+    if not slots:
+        raise ConfigError(f"--exclude {flags.exclude}: no slot of this machine is left: name fewer of its {count}")
+    return slots
 
 
 def _check_combination(flags: LauncherArgs) -> None:

@@ -114,7 +114,8 @@ class CommandParser(argparse.ArgumentParser):
 
     A bare boolean option means True. Without a `description`, the docstring of the first group describes the command.
     `kind` says whose options they are, where a command has those of two programs; `foreign` says for names of other
-    programs what they are here, and `neighbours` are names that an unknown one may be a misspelling of.
+    programs what they are here, and `neighbours` and `recipes` are names that an unknown flag or word may be
+    a misspelling of.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class CommandParser(argparse.ArgumentParser):
         self.kind = kind
         self.foreign: Mapping[str, str] = {}
         self.neighbours: Sequence[str] = ()
+        self.recipes: Sequence[str] = ()
         self.required: dict[str, str] = {}
         self.switches: set[str] = set()
         self.types: dict[str, OptionType] = {}
@@ -207,7 +209,9 @@ class CommandParser(argparse.ArgumentParser):
         """Return a fault for each unknown option among words that no option took; else one for the first word."""
         flags = [word.partition("=")[0] for word in words if re.match(r"--\S|-[A-Za-z]", word)]
         if words and not flags:
-            return [f"unexpected argument {words[0]!r}: every value belongs to a flag"]
+            close = get_close_matches(words[0], self.recipes, n=1)
+            hint = f"did you mean the recipe {close[0]}?" if close else "every value belongs to a flag"
+            return [f"unexpected argument {words[0]!r}: {hint}"]
         faults, known = [], [*self.types, *self.neighbours]
         for flag in flags:
             name = flag.lstrip("-").replace("-", "_")

@@ -137,6 +137,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--model_max", "5"], "unknown flag --model_max"),
         (["--zzz", "5"], "unknown flag --zzz: see --help"),
         (["stray"], "unexpected argument 'stray': every value belongs to a flag"),
+        (["qwen3_8b_lor"], "unexpected argument 'qwen3_8b_lor': did you mean the recipe qwen3_8b_lora?"),
         (["--lora_r", "eight"], "--lora_r eight: expected a whole number"),
         (["--learning_rate", "fast"], "--learning_rate fast: expected a number"),
         (["--bf16", "maybe"], "--bf16 maybe: expected True or False"),

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from finetune import launcher
+from finetune.launcher import local_slots, parse_launcher_args
 from finetune.utils.errors import ConfigError
 from tests.helpers.launcher_tests import REFUSED
 from tests.helpers.paths import ROOT
@@ -143,3 +144,11 @@ def test_a_file_that_is_not_there_is_named_with_its_like(tmp_path):
         assert said in str(caught.value)
     with pytest.raises(ConfigError, match="/proc/self/mem cannot be read: input/output error"):
         launcher.read_hostfile("/proc/self/mem")
+
+
+@pytest.mark.parametrize("words", ["--exclude localhost", "--exclude localhost:0"])
+def test_a_machine_without_a_slot_left_is_an_error(words):
+    flags = parse_launcher_args([*words.split(), "a.py"])
+    assert local_slots(parse_launcher_args(["--exclude", "localhost:0", "a.py"]), 3) == [1, 2]
+    with pytest.raises(ConfigError, match=f"{words}: no slot of this machine is left"):
+        local_slots(flags, 1)
