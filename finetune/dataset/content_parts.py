@@ -42,6 +42,8 @@ class ContentParts:
         self.faults: list[str] = []
         self.fatal: list[str] = []
         self.unread: set[str] = set()
+        if field == "parts" and isinstance(value, list):
+            value = [{"text": part} if isinstance(part, str) else part for part in value]
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
             texts: list[str] = []
             thoughts: list[str] = []

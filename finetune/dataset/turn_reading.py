@@ -29,8 +29,8 @@ CALL_ROLES = ("function_call", "tool_call")
 PLAIN_ROLES = {
     name: role for name, role in ROLES.items() if role in ("human", "model", "system") and name not in CALL_ROLES
 }
-# The key of the role -> the keys of the text.
-TURN_KEYS = {"from": ("value",), "role": ("content", "parts", "text")}
+TURN_KEYS = {"role": "content", "from": "value"}  # the key of the role -> the usual key of the text
+TEXT_KEYS = ("content", "parts", "value", "text")
 CALL_KEYS = ("tool_calls", "function_call")
 WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train")
 ONLY_WHOLE_TURNS = "a turn is supervised as a whole"
@@ -44,9 +44,7 @@ REFUSED = {
     **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
 }
 REASONING_LISTS = ("reasoning_details", "thinking_blocks")  # of parts: OpenRouter's, and Anthropic's beside the text
-_READ = frozenset(
-    {*TURN_KEYS, "value", "content", "parts", "text", *REASONING_KEYS, *REASONING_LISTS, *CALL_KEYS, *WEIGHTS}
-)
+_READ = frozenset({*TURN_KEYS, *TEXT_KEYS, *REASONING_KEYS, *REASONING_LISTS, *CALL_KEYS, *WEIGHTS})
 READ_IN_TURNS = _READ | {"tool_call_id", "name", *REFUSED, *VERDICTS_OF_TURNS}
 
 
@@ -98,16 +96,15 @@ class TurnReading:
 
     def _keys(self, turn: dict[str, Any]) -> tuple[str, str | None]:
         """The keys of the role and of the text; no key of the text if they contradict each other."""
-        texts = [key for key in TURN_KEYS["role"] if turn.get(key) is not None]
-        if turn.get("role") is None and (not texts or texts == ["text"]):
-            return "from", "value"
-        if turn.get("from") is not None or turn.get("value") is not None:
-            self._add_fatal('has keys of both "from", "value" and "role", "content": leave two out')
-            return "role", None
+        roles, texts = ([key for key in keys if turn.get(key) is not None] for keys in (TURN_KEYS, TEXT_KEYS))
+        role_key = roles[0] if roles else "role" if {*texts} & {"content", "parts"} else "from"
+        if len(roles) > 1 and turn["role"] != turn["from"]:
+            self._add_fatal('has keys of both "from" and "role": leave one of them out')
+            return role_key, None
         if len(texts) > 1 and any(turn[key] != turn[texts[0]] for key in texts):
             self._add_fatal(f"has both {' and '.join(map(shown, texts))}: leave one of them out")
-            return "role", None
-        return "role", texts[0] if texts else "content"
+            return role_key, None
+        return role_key, texts[0] if texts else TURN_KEYS[role_key]
 
     def _role(self, name: Any) -> Role | None:
         role = role_of(name)

@@ -220,7 +220,7 @@ ROWS = {
     ),
     "both-keys": (
         {"conversations": [{"from": "human", "role": "user", "value": "q"}]},
-        one_bad('has keys of both "from", "value" and "role", "content": leave two out', 0),
+        one_bad('has keys of both "from" and "role": leave one of them out', 0),
     ),
     "two-humans": (
         conversation("human", "human", "gpt"),

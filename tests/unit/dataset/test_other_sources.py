@@ -165,6 +165,8 @@ def test_keys_that_can_be_honoured_are(tmp_path):
         {"messages": [CHAT[0], {**CHAT[1], "thinking_blocks": [{"thinking": "t", "signature": "x"}]}]},
         {"problem": "p", "solution": "It is 5.", "answer": "5"},
         {"messages": [{"user": "q1"}, ["assistant", "a"]]},
+        {"messages": [{"role": "user", "value": "q2"}, {"from": "gpt", "content": "a"}]},
+        {"contents": [{"role": "user", "parts": ["q", "3"]}, {"role": "model", "parts": ["a"]}]},
     ]  # fmt: skip
     found = read(written(tmp_path / "a.json", rows))
 
@@ -180,7 +182,8 @@ def test_keys_that_can_be_honoured_are(tmp_path):
     assert found[8].turns == (Turn("text", "Plain text.", weight=2),)
     assert [one.turns[1] for one in found[9:11]] == [Turn("model", "a", reasoning=thought) for thought in "st"]
     assert spoken(found[11]) == [("human", "p"), ("model", "It is 5.")]
-    assert spoken(found[12]) == [("human", "q1"), ("model", "a")]
+    for number, one in enumerate(found[12:], start=1):
+        assert spoken(one) == [("human", f"q{number}"), ("model", "a")]
 
 
 def test_other_keys_are_said_once_per_source(tmp_path):

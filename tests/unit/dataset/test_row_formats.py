@@ -115,9 +115,12 @@ REFUSED = [
     ({"conversations": SAID, "history": HISTORY}, 'has "history" beside "conversations"'),
     (
         {"conversations": [{"from": "human", "role": "user", "value": "q"}, SAID[1]]},
-        'turn 0: has keys of both "from", "value" and "role", "content": leave two out',
+        'turn 0: has keys of both "from" and "role": leave one of them out',
     ),
-    ({"conversations": [{"from": "human", "content": "q"}, SAID[1]]}, 'turn 0: has keys of both "from", "value" and'),
+    (
+        {"conversations": [{"from": "human", "value": "q", "content": "r"}, SAID[1]]},
+        'turn 0: has both "content" and "value": leave one of them out',
+    ),
     (
         {"conversations": [{"from": "system", "value": "t"}, *SAID], "system": "s"},
         'has a system turn and another system prompt beside the turns: leave one of them out',
