@@ -16,7 +16,7 @@ length, never by id: a pad token that equals the end-of-turn token masks nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -58,6 +58,12 @@ def pop_targets(batch: dict[str, Any]) -> Targets:
     """
     targets = Targets(*(batch.pop(name, None) for name in LOSS_KEYS))
     return targets._replace(positions=None) if "logits_to_keep" in batch else targets
+
+
+def replace_distinct(batch: dict[str, Any], kind: type, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """Convert the entries of a type; entries that are the same object before are the same object after."""
+    converted = {id(value): convert(value) for value in batch.values() if isinstance(value, kind)}
+    return {name: converted.get(id(value), value) for name, value in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,7 @@ class Collator:
             batch = _part(batch, part, parts)
         if self.selects_logits:
             batch["logits_to_keep"] = batch["target_positions"]
-        return {
-            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()
-        }
+        return replace_distinct(batch, np.ndarray, torch.from_numpy)
 
     def _flat(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
         lengths = [*map(len, ids)]

@@ -1,20 +1,24 @@
 """The micro-batches of a run: their layout, their examples, and the counts that their losses are divided by."""
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from finetune.dataset.collator import Collator, LossCells
+from finetune.dataset.collator import Collator, LossCells, replace_distinct
 from finetune.dataset.prepared_cache import int_column
 from finetune.dataset.sampler import Batching, Order
 from finetune.dataset.sampler import Sampler as RowSampler
 from finetune.utils.errors import ConfigError
 
 ESTIMATE_STEPS = 20
+STEPS_AHEAD = 2  # whose batches are built while a step runs
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class MicroBatchDataset(Dataset):
         self.lengths, self.supervised = sampler.lengths, int_column(examples, "num_supervised")
         self.sampler, self.collate, self.rank = sampler, collate, rank
         self.counts_conversations = counts_conversations
+        self._totals: tuple[tuple[int, int], StepTotals] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -148,15 +153,15 @@ class MicroBatchDataset(Dataset):
         step, micro_batch = divmod(micro_batch_of_epoch, self.sampler.shape.accumulation)
         rows = self.rows(epoch, step, micro_batch)
         examples = self._examples(rows)
-        totals = self.totals(self._kept(self.sampler.step_rows(epoch, step)))
+        totals = self._step_totals(epoch, step)
         denominator = totals.rows if self.counts_conversations else totals.supervised_tokens
         return {
             **self.collate(examples),
-            "counts": BatchCounts(int(self.lengths[rows].sum()) if rows else 0, totals, max(denominator, 1)),
+            "counts": BatchCounts(int(self.lengths[rows].sum()), totals, max(denominator, 1)),
         }
 
-    def _examples(self, rows: list[int]) -> list[dict[str, Any]]:
-        if not rows:
+    def _examples(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        if not len(rows):
             return []
         columns = self.examples[rows]
         names = [name for name in ("input_ids", "labels", "weights") if name in columns]
@@ -168,14 +173,21 @@ class MicroBatchDataset(Dataset):
                 example["cells"] = self.cells.of(source, answers)
         return examples
 
-    def rows(self, epoch: int, step: int, micro_batch: int) -> list[int]:
+    def rows(self, epoch: int, step: int, micro_batch: int) -> np.ndarray:
         """Indices of the examples of a micro-batch of this rank."""
         return self._kept(self.sampler.micro_batch(epoch, step, self.rank, micro_batch))
 
-    def _kept(self, rows: list[int]) -> list[int]:
-        return [row for row in rows if not self.is_skipped[row]]
+    def _kept(self, rows: np.ndarray) -> np.ndarray:
+        return rows[~self.is_skipped[rows]]
 
-    def describe(self, rows: list[int], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+    def _step_totals(self, epoch: int, step: int) -> StepTotals:
+        cached = self._totals
+        if cached is None or cached[0] != (epoch, step):
+            totals = self.totals(self._kept(self.sampler.step_rows(epoch, step)))
+            cached = self._totals = ((epoch, step), totals)
+        return cached[1]
+
+    def describe(self, rows: np.ndarray, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
         """`source`, `row`, `id` and `text` of examples."""
         columns = self.all_columns.select_columns(["source", "row", "id", "input_ids"]).with_format(None)
         return [
@@ -198,7 +210,7 @@ class MicroBatchDataset(Dataset):
         example = self.examples[int(np.where(is_candidate, self.lengths, self.lengths.max() + 1).argmin())]
         return {name: example[name] for name in ("input_ids", "labels")}
 
-    def totals(self, rows: list[int]) -> StepTotals:
+    def totals(self, rows: np.ndarray) -> StepTotals:
         """The counts of these rows."""
         lengths = self.lengths[rows]
         return StepTotals(
@@ -241,3 +253,29 @@ class _EpochIndices(Sampler):
 def _single_batch(batches: list[dict[str, Any]]) -> dict[str, Any]:
     (batch,) = batches
     return batch
+
+
+class Prefetcher:
+    """Builds the next batches of an iterator in a thread, while a step runs.
+
+    Args:
+        pins: copy the tensors to pinned memory, from which a GPU reads while it computes.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Any]], *, pins: bool) -> None:
+        self.batches, self.pins = batches, pins
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._coming: deque[Future[dict[str, Any] | None]] = deque()
+
+    def take(self, count: int) -> list[dict[str, Any]]:
+        """Return the next `count` batches, fewer at the end, and begin with those of `STEPS_AHEAD` more steps."""
+        while len(self._coming) < count * (1 + STEPS_AHEAD):
+            self._coming.append(self._thread.submit(self._next))
+        taken = [self._coming.popleft().result() for _ in range(count)]
+        return [batch for batch in taken if batch is not None]
+
+    def _next(self) -> dict[str, Any] | None:
+        batch = next(self.batches, None)
+        if batch is None or not self.pins:
+            return batch
+        return replace_distinct(batch, torch.Tensor, torch.Tensor.pin_memory)

@@ -8,13 +8,12 @@ the ranks of a micro-batch.
 Everything is a pure function of its arguments: the step is the whole state, and to resume is to start at another step.
 """
 
-import heapq
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from finetune.dataset.packing import best_fit_decreasing, rectangles
+from finetune.dataset.packing import Groups, best_fit_decreasing, rectangles
 
 Batching = Literal["flat", "padded", "packed"]
 Order = Literal["random", "sequential", "group_by_length"]
@@ -23,6 +22,10 @@ Order = Literal["random", "sequential", "group_by_length"]
 # long and short rows stay mixed.
 BATCHES_FILLED_TOGETHER = 32
 STEPS_GROUPED_TOGETHER = 50
+# From so many micro-batches on, a quarter of them get their next unit at once: 16,384 units are dealt in 4 ms
+# instead of 25 ms, and the fullest micro-batch has 0.1 % more tokens.
+MICRO_BATCHES_DEALT_ONE_BY_ONE = 32
+NO_UNIT = -1
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 
@@ -76,15 +79,11 @@ class Sampler:
         self.lengths, self.shape, self.seed = np.asarray(lengths, dtype=np.int64), shape, seed
         self.batching, self.capacity, self.order, self.drop_last = batching, capacity, order, drop_last
         self.groups = None if capacity is None else self._pack(capacity)
-        self._unit_lengths = (
-            self.lengths
-            if self.groups is None
-            else np.array([self.lengths[group].sum() for group in self.groups], dtype=np.int64)
-        )
+        self._unit_lengths = self.lengths if self.groups is None else self.groups.sums(self.lengths)
         self._epoch: tuple[int, np.ndarray] | None = None
-        self._step: tuple[tuple[int, int], list[list[list[int]]]] | None = None
+        self._step: tuple[tuple[int, int], np.ndarray] | None = None
 
-    def _pack(self, capacity: int) -> list[np.ndarray]:
+    def _pack(self, capacity: int) -> Groups:
         """Groups of at most `capacity` tokens; their order differs between epochs, their rows do not."""
         rows = self._ordered(len(self.lengths), 0, "rows")
         windows = [rows]
@@ -92,7 +91,7 @@ class Sampler:
             filled = np.cumsum(self.lengths[rows]) // (capacity * BATCHES_FILLED_TOGETHER)
             windows = np.split(rows, np.flatnonzero(np.diff(filled)) + 1)
         fill = rectangles if self.batching == "padded" else best_fit_decreasing
-        return [window[members] for window in windows for members in fill(self.lengths[window].tolist(), capacity)]
+        return Groups.pack(self.lengths, capacity, fill, windows)
 
     @property
     def num_units(self) -> int:
@@ -120,27 +119,28 @@ class Sampler:
         """(epoch, step of that epoch) of a step counted over the whole run."""
         return divmod(global_step, self.steps_per_epoch)
 
-    def micro_batch(self, epoch: int, step: int, rank: int, micro_batch: int) -> list[int]:
-        """Row ids; none if nothing is left for this rank."""
-        if self._step is None or self._step[0] != (epoch, step):
-            self._step = ((epoch, step), self._divide(epoch, step))
-        return self._rows(self._step[1][micro_batch][rank])
+    def micro_batch(self, epoch: int, step: int, rank: int, micro_batch: int) -> np.ndarray:
+        """Row ids, int64; none if nothing is left for this rank."""
+        divided = self._step  # another thread may replace it
+        if divided is None or divided[0] != (epoch, step):
+            divided = self._step = ((epoch, step), self._divide(epoch, step))
+        units = divided[1][micro_batch, rank]
+        return self._rows(units[units != NO_UNIT])
 
-    def step_rows(self, epoch: int, step: int) -> list[int]:
-        """Row ids of a whole step, over all ranks and micro-batches."""
+    def step_rows(self, epoch: int, step: int) -> np.ndarray:
+        """Row ids of a whole step, int64, over all ranks and micro-batches."""
         return self._rows(self._units(epoch, step))
 
-    def _rows(self, units: np.ndarray | list[int]) -> list[int]:
-        if self.groups is None:
-            return [int(unit) for unit in units]
-        return [int(row) for unit in units for row in self.groups[unit]]
+    def _rows(self, units: np.ndarray) -> np.ndarray:
+        return units if self.groups is None else self.groups.rows_of(units)
 
     def _units(self, epoch: int, step: int) -> np.ndarray:
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch}")
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._epoch_order(epoch))
-        return self._epoch[1][step * self.shape.step_size : (step + 1) * self.shape.step_size]
+        ordered = self._epoch
+        if ordered is None or ordered[0] != epoch:
+            ordered = self._epoch = (epoch, self._epoch_order(epoch))
+        return ordered[1][step * self.shape.step_size : (step + 1) * self.shape.step_size]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         units = self._ordered(self.num_units, epoch, "units")
@@ -160,33 +160,39 @@ class Sampler:
     def _ordered(self, count: int, epoch: int, what: str) -> np.ndarray:
         return np.arange(count) if self.order == "sequential" else shuffled(count, self.seed, epoch, what)
 
-    def _divide(self, epoch: int, step: int) -> list[list[list[int]]]:
-        """Units by micro-batch and rank; every other micro-batch in reverse, so that no rank always has the most."""
-        units = self._units(epoch, step)
-        units = self._longest_first(units).tolist()
+    def _divide(self, epoch: int, step: int) -> np.ndarray:
+        """Units, or `NO_UNIT`, int64 [micro-batches, ranks, units of a rank].
+
+        Every other micro-batch is in reverse, so that no rank always has the most.
+        """
+        units = self._longest_first(self._units(epoch, step))
         world_size, size = self.shape.world_size, self.shape.per_device_batch
         count = self.micro_batches(step) * world_size
         if self.batching == "padded":
-            bins = [units[index * size : (index + 1) * size] for index in range(count)]
+            divided = np.full(count * size, NO_UNIT, dtype=np.int64)
+            divided[: len(units)] = units
         else:
-            bins = self._balanced(units, count, size)
-        micro_batches = [bins[begin : begin + world_size] for begin in range(0, count, world_size)]
-        return [ranks[::-1] if index % 2 else ranks for index, ranks in enumerate(micro_batches)]
+            divided = self._balanced(units, count, size)
+        micro_batches = divided.reshape(-1, world_size, size)
+        micro_batches[1::2] = micro_batches[1::2, ::-1].copy()
+        return micro_batches
 
-    def _balanced(self, units: list[int], count: int, size: int) -> list[list[int]]:
+    def _balanced(self, units: np.ndarray, count: int, size: int) -> np.ndarray:
         """`count` bins of at most `size` units, each unit put into the emptiest; the fullest bin first."""
-        bins: list[list[int]] = [[] for _ in range(count)]
-        heap = [(0, index) for index in range(count)]
-        full = []
-        for unit in units:
-            tokens, index = heapq.heappop(heap)
-            bins[index].append(unit)
-            filled = (tokens + int(self._unit_lengths[unit]), index)
-            if len(bins[index]) < size:
-                heapq.heappush(heap, filled)
-            else:
-                full.append(filled)
-        return [bins[index] for _, index in sorted(heap + full, key=lambda entry: (-entry[0], entry[1]))]
+        bins = np.full((count, size), NO_UNIT, dtype=np.int64)
+        held, tokens = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        at_once = 1 if count < MICRO_BATCHES_DEALT_ONE_BY_ONE else count // 4
+        begin = 0
+        while begin < len(units):
+            with_room = np.flatnonzero(held < size)
+            taken = min(at_once if begin else count, len(with_room), len(units) - begin)
+            emptiest = with_room[np.argsort(tokens[with_room], kind="stable")[:taken]]
+            dealt = units[begin : begin + taken]
+            bins[emptiest, held[emptiest]] = dealt
+            held[emptiest] += 1
+            tokens[emptiest] += self._unit_lengths[dealt]
+            begin += taken
+        return bins[np.argsort(-tokens, kind="stable")]
 
 
 def shuffled(count: int, seed: int, epoch: int, what: str = "") -> np.ndarray:

@@ -91,10 +91,10 @@ def all_gather_ints(values: list[int], device: Any) -> list[list[int]]:
         return [values]
     import torch
 
-    own = torch.tensor(values, dtype=torch.int64, device=device)
-    gathered = [torch.empty_like(own) for _ in range(get_world_size())]
-    _dist().all_gather(gathered, own)
-    return torch.stack(gathered).tolist()
+    gathered = torch.zeros(get_world_size(), len(values), dtype=torch.int64, device=device)
+    gathered[get_rank()] = torch.tensor(values)
+    _dist().all_reduce(gathered)  # one small tensor, where a gather makes one per rank
+    return gathered.tolist()
 
 
 def run_on_rank_0(action: Callable[[], Any]) -> Any:

@@ -92,7 +92,7 @@ def forecast_batches(
         for number in range(sampler.micro_batches(step)):
             for rank in range(sampler.shape.world_size):
                 rows = sampler.micro_batch(0, step, rank, number)
-                if rows:
+                if len(rows):
                     is_padded = sampler.batching == "padded"
                     shape = np.full(len(rows), lengths[rows].max()) if is_padded else lengths[rows].astype(int)
                     sizes = (len(rows), shape.sum(), supervised[rows].sum(), (shape**2).sum())

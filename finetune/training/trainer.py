@@ -12,8 +12,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from finetune.checkpoint import Manifest, remove_universal
 from finetune.checkpoint.saver import RunIdentity, resume_point
-from finetune.dataset.collator import pop_targets
-from finetune.dataset.dataloader import MicroBatchDataLoader, StepTotals
+from finetune.dataset.collator import pop_targets, replace_distinct
+from finetune.dataset.dataloader import MicroBatchDataLoader, Prefetcher, StepTotals
 from finetune.distributed import stop_requests
 from finetune.distributed.collectives import all_gather_object
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks
@@ -105,6 +105,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
             waits_in_each_backward=self.zero_stage == 2,
         )
         self.on_plan, self.logged_at = on_plan, 0
+        self._prefetcher: Prefetcher | None = None
         self._micro_losses: list[torch.Tensor] = []
         self._grad_norm: Any = None
         self._step_rate = 0.0
@@ -156,7 +157,6 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         return MicroBatchDataLoader(
             self.train_dataset,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             worker_init_fn=stop_requests.ignore_in_worker,
@@ -164,13 +164,22 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Return the micro-batches of one optimizer step; their totals are known without a collective."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if self._prefetcher is None or self._prefetcher.batches is not epoch_iterator:
+            pins = self.args.dataloader_pin_memory and device.type != "cpu"
+            self._prefetcher = Prefetcher(epoch_iterator, pins=pins)
+        batches = self._prefetcher.take(num_batches)
         if batches:
             step = batches[0]["counts"].step
             self.meter.add(step.tokens, step.supervised_tokens, self._flops_of(step))
             if not step.supervised_tokens:  # --skip_rows skipped all of it: its loss of 0 does not count
                 self.monitor.count.lost_since_log += 1
         return batches, None
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch on the device: one copy of each distinct tensor, which the host does not wait for."""
+        return replace_distinct(
+            inputs, torch.Tensor, partial(torch.Tensor.to, device=self.args.device, non_blocking=True)
+        )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,12 +1,14 @@
 """Micro-batches as a loader hands them out: their form, their rows, what they count for."""
 
+from concurrent.futures import wait
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from finetune.dataset.collator import Collator
-from finetune.dataset.dataloader import MicroBatchDataset, decide_layout, padding_share
+from finetune.dataset.dataloader import MicroBatchDataset, Prefetcher, decide_layout, padding_share
 from finetune.dataset.sampler import BatchShape, Sampler
 from finetune.utils.errors import ConfigError
 
@@ -96,3 +98,28 @@ def test_padding_is_counted_as_it_will_be():
     assert padding_share(batches.sampler) == pytest.approx(1 - 34 / 44)
     batch = batches[0, 0]
     assert batch["attention_mask"].sum() == 10 and torch.equal(batch["logits_to_keep"], batch["target_positions"])
+
+
+def test_tensors_that_are_the_same_are_copied_once():
+    batch = made([8, 2, 8, 4], BatchShape(4, 1, 1))[0, 0]
+    assert batch["logits_to_keep"] is batch["target_positions"] and batch["cu_seq_lens_q"] is batch["cu_seq_lens_k"]
+
+
+def test_batches_of_the_next_steps_are_built_ahead_and_come_in_order():
+    built = []
+    prefetcher = Prefetcher(({"number": built.append(number) or number} for number in range(9)), pins=False)
+
+    def taken() -> list[int]:
+        return [batch["number"] for batch in prefetcher.take(2)]
+
+    assert taken() == [0, 1]
+    wait([*prefetcher._coming])
+    assert built == [0, 1, 2, 3, 4, 5]  # two steps ahead, no more
+    assert [taken() for _ in range(5)] == [[2, 3], [4, 5], [6, 7], [8], []]
+
+
+def test_an_error_while_a_batch_is_built_comes_with_its_step():
+    prefetcher = Prefetcher(({"number": 1 // (2 - number)} for number in range(4)), pins=False)
+    assert len(prefetcher.take(2)) == 2
+    with pytest.raises(ZeroDivisionError):
+        prefetcher.take(1)

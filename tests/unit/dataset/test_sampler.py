@@ -1,6 +1,7 @@
 """Which rows are in which micro-batch: each once an epoch, the same steps on any ranks, alike for all of them."""
 
 import hashlib
+import heapq
 import json
 import random
 from collections import Counter
@@ -33,7 +34,7 @@ def epoch_of(sampler: Sampler, epoch: int) -> list[list[list[list[int]]]]:
     """Rows by step, micro-batch and rank."""
     return [
         [
-            [sampler.micro_batch(epoch, step, rank, number) for rank in range(sampler.shape.world_size)]
+            [sampler.micro_batch(epoch, step, rank, number).tolist() for rank in range(sampler.shape.world_size)]
             for number in range(sampler.micro_batches(step))
         ]
         for step in range(sampler.steps_per_epoch)
@@ -89,8 +90,10 @@ def test_epochs_and_seeds_differ_and_nothing_else_does():
     first, again, other_seed = (Sampler(lengths, BatchShape(4, 1, 2), seed=seed) for seed in (1, 1, 2))
     assert epoch_of(first, 0) == epoch_of(again, 0) != epoch_of(first, 1)
     assert epoch_of(first, 0) != epoch_of(other_seed, 0)
-    backwards = [first.micro_batch(0, step, rank, 0) for step in (4, 0) for rank in (1, 0)]  # in any order of asking
-    assert backwards == [again.micro_batch(0, step, rank, 0) for step in (4, 0) for rank in (1, 0)]
+    backwards = [
+        first.micro_batch(0, step, rank, 0).tolist() for step in (4, 0) for rank in (1, 0)
+    ]  # in any order of asking
+    assert backwards == [again.micro_batch(0, step, rank, 0).tolist() for step in (4, 0) for rank in (1, 0)]
     ordered = Sampler(lengths, BatchShape(4, 1, 2), seed=1, order="sequential")
     assert [sorted(rows_of(step)) for step in epoch_of(ordered, 7)][:2] == [list(range(8)), list(range(8, 16))]
 
@@ -133,6 +136,19 @@ def test_ranks_get_alike():
     seconds = [[lengths[rows].sum() for rows in step[1]] for step in epoch_of(sampler, 0)[:-1]]
     assert all(tokens == sorted(tokens, reverse=True) for tokens in firsts)
     assert all(tokens == sorted(tokens) for tokens in seconds)  # no rank always has the most
+
+
+@pytest.mark.parametrize(("ranks", "rows", "count"), [(64, 4, 256), (64, 4, 200), (256, 8, 2048), (32, 2, 64)])
+def test_many_ranks_get_as_alike_as_if_each_row_went_to_the_emptiest(ranks, rows, count):
+    lengths = np.clip(np.random.default_rng(count).lognormal(5.3, 0.8, count).astype(int), 8, 2048)
+    bins = [(0, number, 0) for number in range(ranks)]
+    full = []
+    for length in sorted(lengths, reverse=True):
+        tokens, number, held = heapq.heappop(bins)
+        heapq.heappush(bins, (tokens + length, number, held + 1)) if held + 1 < rows else full.append(tokens + length)
+    largest = max([tokens for tokens, _, _ in bins] + full)
+    (micro_batch,) = epoch_of(Sampler(lengths, BatchShape(rows, 1, ranks), seed=0), 0)[0]
+    assert max(lengths[rows].sum() for rows in micro_batch) <= 1.03 * largest
 
 
 def test_a_short_last_step_can_be_left_out():
