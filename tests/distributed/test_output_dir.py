@@ -117,7 +117,7 @@ BAD_INPUT = {
     "no model": (2, "/no/such/model: there is no such folder", {"--model_name_or_path": "/no/such/model"}),
     "no such name": (
         2,
-        "no such folder, and the model hub did not answer",
+        "some/body: no such folder",
         {"--model_name_or_path": "some/body"},
     ),
     "no config": (2, "--deepspeed zero9: there is no such file", {"--deepspeed": "zero9"}),

@@ -29,15 +29,17 @@ def result_of(output: Path) -> tuple[str, list[tuple]]:
 
 def train_noting_rows(argv: Sequence[str], notes: str) -> None:
     """Train, and note the rows of every micro-batch of this rank in `notes`-RANK.jsonl."""
+    from finetune.dataset import dataloader
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.train import main
 
+    dataloader.STEPS_AHEAD = 0  # none is noted that is not trained on
     plain = MicroBatchDataset.__getitem__
 
     def noted(self: Any, place: tuple[int, int]) -> dict[str, Any]:
         epoch, number = place
         step, micro_batch = divmod(number, self.sampler.shape.accumulation)
-        rows = self.sampler.micro_batch(epoch, step, self.rank, micro_batch)
+        rows = self.sampler.micro_batch(epoch, step, self.rank, micro_batch).tolist()
         with open(f"{notes}-{self.rank}.jsonl", "a") as file:
             file.write(json.dumps([epoch, step, micro_batch, rows]) + "\n")
         return plain(self, place)
@@ -148,9 +150,11 @@ def train_losing(argv: Sequence[str], notes: str, how: str, ids: Sequence[int], 
     The examples of each micro-batch are noted in `notes`-RANK.jsonl.
     """
     import finetune.training.trainer as trainer_room
+    from finetune.dataset import dataloader
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.train import main
 
+    dataloader.STEPS_AHEAD = 0  # none is noted that is not trained on
     plain_loss, plain_batch = trainer_room.supervised_loss, MicroBatchDataset.__getitem__
 
     def losing(model: Any, inputs: Any, targets: Any, **options: Any) -> Any:
@@ -167,7 +171,7 @@ def train_losing(argv: Sequence[str], notes: str, how: str, ids: Sequence[int], 
         epoch, number = place
         step, micro_batch = divmod(number, self.sampler.shape.accumulation)
         with open(f"{notes}-{self.rank}.jsonl", "a") as file:
-            file.write(json.dumps([epoch, step, micro_batch, self.rows(epoch, step, micro_batch)]) + "\n")
+            file.write(json.dumps([epoch, step, micro_batch, self.rows(epoch, step, micro_batch).tolist()]) + "\n")
         return plain_batch(self, place)
 
     trainer_room.supervised_loss, MicroBatchDataset.__getitem__ = losing, noted
