@@ -1,15 +1,18 @@
-"""Facts of a host. The text of this file is sent to the host's Python: of libraries it uses psutil alone.
+"""Facts of a host. The text of this file is sent to the host's Python, so it uses the standard library alone.
 
 Functions that `launcher.ssh.run_on_all_hosts` calls take and return a dictionary that JSON can hold.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import platform
 import random
+import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -17,8 +20,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import psutil
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "tokenizers", "datasets", "flash-attn",
              "flash-attn-3", "flash-attn-4", "kernels")  # fmt: skip
@@ -70,11 +71,11 @@ def collect_host_facts(order: dict) -> dict:
 
 
 def _resource_facts(places: dict) -> dict:
-    memory = psutil.virtual_memory()
+    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
     return {
         "time": time.time(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory": {"total": memory.total, "available": memory.available},
+        "memory": {"total": int(memory["MemTotal"]) << 10, "available": int(memory["MemAvailable"]) << 10},
         "gpu_facts": gpu_facts(),
         "space": {name: disk_space(Path(folder).expanduser()) for name, folder in places.items()},
         "programs": {name: shutil.which(name) is not None for name in ("c++", "g++", "nvcc", "pdsh", "rsync", "ninja")},
@@ -90,13 +91,24 @@ def disk_space(folder: Path) -> dict:
 
 
 def interfaces() -> dict:
-    """Name -> addresses of every network interface that is up: its IPv4 ones, and the IPv6 ones beyond the link."""
-    states, addresses = psutil.net_if_stats(), {}
-    for name, entries in psutil.net_if_addrs().items():
-        texts = [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
-        usable = [text for text in texts if "%" not in text]  # which names the link of a link-local address
-        if usable and name in states and states[name].isup:
-            addresses[name] = usable
+    """Name -> addresses of every network interface that is up: its IPv4 one, and the IPv6 ones beyond the link."""
+    addresses: dict = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        for _, name in socket.if_nameindex():
+            packed = struct.pack("256s", name.encode()[:15])
+            try:
+                flags = struct.unpack("16xh", fcntl.ioctl(query, 0x8913, packed)[:18])[0]  # SIOCGIFFLAGS
+                address = socket.inet_ntoa(fcntl.ioctl(query, 0x8915, packed)[20:24])  # SIOCGIFADDR
+            except OSError:  # it has no address
+                continue
+            if flags & 1:
+                addresses[name] = [address]
+    with suppress(OSError):  # IPv6 is switched off
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            packed_address, _, _, scope, _, name = line.split()
+            if scope in ("00", "10"):  # global, loopback
+                text = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(packed_address))
+                addresses.setdefault(name, []).append(text)
     return addresses
 
 

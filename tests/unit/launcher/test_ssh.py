@@ -1,11 +1,14 @@
 """Hosts are asked and compared: what differs is named, by host, in seconds."""
 
+import ast
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from finetune.distributed import host_probe
 from finetune.launcher import ssh
 from finetune.utils.errors import ConfigError
 
@@ -104,8 +107,6 @@ def test_this_machine_is_known_by_its_names(name, here):
 
 
 def test_large_files_are_told_apart_by_samples(tmp_path, monkeypatch):
-    from finetune.distributed import host_probe
-
     monkeypatch.setattr(host_probe, "WHOLE_BYTES", 1 << 20)
     monkeypatch.chdir(tmp_path)
     path = Path("big.jsonl")
@@ -125,3 +126,12 @@ def test_options_of_the_user_come_first_and_a_longer_time_to_connect_is_given_to
     assert shell.options()[:4] == ["-F", "conf", "-o", "ConnectTimeout=40"] and shell.extra_seconds() == 35
     monkeypatch.delenv("PDSH_SSH_ARGS_APPEND")
     assert shell.extra_seconds() == 0
+
+
+def test_what_is_sent_to_a_host_needs_no_library_there():
+    """A host whose environment is broken is the one that must answer."""
+    nodes = list(ast.walk(ast.parse(Path(str(host_probe.__file__)).read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {"socket", "pathlib"} <= names
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
