@@ -31,4 +31,6 @@ def test_a_script_trains_and_loads_the_result(tiny_model, conversation_file, tmp
     command = [sys.executable, "-c", SCRIPT, str(tiny_model), str(conversation_file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-3:] == ["refused True True", "as before True", "output PeftModelForCausalLM"]
+    lines = done.stdout.splitlines()
+    said = [line for line in lines if line.startswith(("refused ", "as before ", "output "))]
+    assert said == ["refused True True", "as before True", "output PeftModelForCausalLM"]

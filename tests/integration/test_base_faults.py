@@ -94,7 +94,7 @@ def whole(folder: Path) -> None:
         (only_config, "", "holds no weights"),
         (small_vocabulary, "--use_lora True", "--modules_to_save embed_tokens"),
         (few_positions, "", "has 16 position embeddings"),
-        (whole, "--use_lora True --lora_target_modules qkv_proj", "the model has no layer qkv_proj"),
+        (whole, "--use_lora True --lora_target_modules qkv_proj", "qkv_proj: llama has no such layer"),
     ],
 )
 def test_a_run_and_the_doctor_agree(

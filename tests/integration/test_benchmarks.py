@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,8 +212,8 @@ def test_the_suite_has_the_columns_of_the_table():
 @pytest.mark.parametrize("benchmark", lingowhale_benchmarks.BENCHMARKS, ids=lambda one: one.name)
 def test_settings_are_those_of_the_installed_harness(manager, benchmark):
     config = config_of(manager, benchmark.task)
-    path = str(manager.task_index[benchmark.task].yaml_path)
-    assert ("lm_eval/tasks" not in path) == benchmark.is_own
+    path = Path(manager.task_index[benchmark.task].yaml_path)
+    assert ("lm_eval/tasks" not in str(path)) == path.is_relative_to(Path(str(lingowhale_benchmarks.__file__)).parent)
     assert (
         bool(config.get("unsafe_code"))
         == benchmark.runs_code
@@ -231,7 +232,7 @@ def test_settings_are_those_of_the_installed_harness(manager, benchmark):
         assert has_examples or is_set
     if config.get("num_fewshot") is not None:
         assert config["num_fewshot"] == benchmark.shots
-    if not benchmark.is_own:
+    if "lm_eval/tasks" in str(path):
         assert config["dataset_path"] in benchmark.needs
 
 
