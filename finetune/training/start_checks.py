@@ -65,7 +65,7 @@ def check_start(arguments: Arguments, planned: PlannedRanks | None = None, *, is
             and look for the data when they read it.
 
     Raises:
-        FinetuneError: a file that is not there, a folder that cannot be used, too little room, too many ranks, flags
+        FinetuneError: a missing file, a folder that cannot be used, too little disk space, too many ranks, flags
             that contradict each other or the DeepSpeed JSON.
     """
     errors: list[FinetuneError] = []

@@ -75,7 +75,7 @@ def adapter_on_hub(repo: str, revision: str | None = None) -> Path | None:
                 return None
         return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES_OF_ADAPTERS))
     except hub_errors():
-        return None  # what is wrong with the name is said where the model is looked for
+        return None  # the loader reports the name
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
