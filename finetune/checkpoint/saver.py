@@ -266,14 +266,20 @@ class Saver:
         return f" on {os.uname().nodename}" if not self.storage.is_shared else ""
 
 
-def resume_point(newest: Path | None, identity: RunIdentity, output_dir: Path) -> tuple[str, str]:
-    """Where a run that fails can resume, in words, and the value of `--resume_from_checkpoint`."""
+def resume_advice(newest: Path | None, identity: RunIdentity, output_dir: Path, skipped_rows: Path | None) -> str:
+    """Say where a run that fails can resume, and how; `skipped_rows` is the file of rows to leave out."""
+    where, resume = "there is no checkpoint yet", "auto"
     if newest is not None:
-        return f"the newest checkpoint is {newest.name}", "auto"
-    if identity.manifest is not None and identity.folder is not None:
+        where = f"the newest checkpoint is {newest.name}"
+    elif identity.manifest is not None and identity.folder is not None:
+        where = f"the newest checkpoint is that of step {identity.manifest.step}"
         resume = "auto" if identity.folder.parent == output_dir else str(identity.folder)
-        return f"the newest checkpoint is that of step {identity.manifest.step}", resume
-    return "there is no checkpoint yet", "auto"
+    if skipped_rows is None:
+        return f"{where}: --resume_from_checkpoint {resume} resumes there"
+    return (
+        f"The rows, with their text, are in {skipped_rows}, and {where}: to resume without them, give "
+        f"--skip_rows {skipped_rows} --resume_from_checkpoint {resume}"
+    )
 
 
 def new_run_id() -> str:

@@ -3,13 +3,14 @@
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from finetune.dataset.collator import Collator, LossCells, replace_distinct
 from finetune.dataset.prepared_cache import int_column
@@ -224,12 +225,15 @@ class MicroBatchDataset(Dataset):
 class MicroBatchDataLoader(DataLoader):
     """Loads an epoch of a rank's micro-batches; all ranks have the same number.
 
-    It is a plain DataLoader over indices, so that accelerate's `skip_first_batches` can skip without reading.
+    It is a plain DataLoader over indices, so that accelerate's `skip_first_batches` can skip without reading. Its
+    seeds are drawn from a generator of its own: how often an epoch begins does not change what dropout draws.
     """
 
     def __init__(self, micro_batches: MicroBatchDataset, **options: Any) -> None:
         self._indices = _EpochIndices(micro_batches.sampler.micro_batches_per_epoch)
-        super().__init__(micro_batches, batch_sampler=self._indices, collate_fn=_single_batch, **options)
+        super().__init__(
+            micro_batches, batch_sampler=self._indices, collate_fn=_single_batch, generator=torch.Generator(), **options
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iterator."""
@@ -256,26 +260,42 @@ def _single_batch(batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Prefetcher:
-    """Builds the next batches of an iterator in a thread, while a step runs.
+    """Builds the next batches of an epoch in a thread, while a step runs.
 
     Args:
         pins: copy the tensors to pinned memory, from which a GPU reads while it computes.
     """
 
-    def __init__(self, batches: Iterator[dict[str, Any]], *, pins: bool) -> None:
-        self.batches, self.pins = batches, pins
+    def __init__(self, *, pins: bool) -> None:
+        self.pins = pins
+        self._batches: Iterator[dict[str, Any]] = iter(())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._coming: deque[Future[dict[str, Any] | None]] = deque()
 
-    def take(self, count: int) -> list[dict[str, Any]]:
+    def take(self, batches: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """Return the next `count` batches, fewer at the end, and begin with those of `STEPS_AHEAD` more steps."""
+        self._batches = batches
         while len(self._coming) < count * (1 + STEPS_AHEAD):
             self._coming.append(self._thread.submit(self._next))
         taken = [self._coming.popleft().result() for _ in range(count)]
         return [batch for batch in taken if batch is not None]
 
+    def end_epoch(self) -> None:
+        """Drop the batches that were built ahead; return when none is being built."""
+        for future in self._coming:
+            future.cancel()
+        wait(self._coming)
+        self._coming.clear()
+
+    def close(self) -> None:
+        """End the thread and the DataLoader's workers, which ignore SIGTERM: the exit of Python would wait for them."""
+        self.end_epoch()
+        self._thread.shutdown()
+        if isinstance(self._batches, _MultiProcessingDataLoaderIter):
+            self._batches._shutdown_workers()
+
     def _next(self) -> dict[str, Any] | None:
-        batch = next(self.batches, None)
+        batch = next(self._batches, None)
         if batch is None or not self.pins:
             return batch
         return replace_distinct(batch, torch.Tensor, torch.Tensor.pin_memory)

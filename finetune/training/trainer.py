@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl
 
 from finetune.checkpoint import Manifest, remove_universal
-from finetune.checkpoint.saver import RunIdentity, resume_point
+from finetune.checkpoint.saver import RunIdentity, resume_advice
 from finetune.dataset.collator import pop_targets, replace_distinct
 from finetune.dataset.dataloader import MicroBatchDataLoader, Prefetcher, StepTotals
 from finetune.distributed import stop_requests
@@ -105,7 +105,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
             waits_in_each_backward=self.zero_stage == 2,
         )
         self.on_plan, self.logged_at = on_plan, 0
-        self._prefetcher: Prefetcher | None = None
+        self.prefetcher = Prefetcher(pins=self.args.dataloader_pin_memory and self.args.device.type != "cpu")
         self._micro_losses: list[torch.Tensor] = []
         self._grad_norm: Any = None
         self._step_rate = 0.0
@@ -117,6 +117,13 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         if is_terminal():
             self.add_callback(ProgressBar())
         self.add_callback(ProgressLines(has_bar=is_terminal()))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does; no thread or process that builds batches is left."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.prefetcher.close()
 
     def get_sp_size(self) -> int:
         """Return 1: the loader counts the micro-batches of an epoch, whichever ranks share them."""
@@ -164,10 +171,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Return the micro-batches of one optimizer step; their totals are known without a collective."""
-        if self._prefetcher is None or self._prefetcher.batches is not epoch_iterator:
-            pins = self.args.dataloader_pin_memory and device.type != "cpu"
-            self._prefetcher = Prefetcher(epoch_iterator, pins=pins)
-        batches = self._prefetcher.take(num_batches)
+        batches = self.prefetcher.take(epoch_iterator, num_batches)
         if batches:
             step = batches[0]["counts"].step
             self.meter.add(step.tokens, step.supervised_tokens, self._flops_of(step))
@@ -190,10 +194,8 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         each = None if targets.cells is None else torch.empty(len(targets.tokens), device=targets.tokens.device)
         ranks = self._ranks_averaged_over()
         self.timer.before_forward()
-        smoothing = self.args.label_smoothing_factor
-        loss, outputs = supervised_loss(
-            model, inputs, targets, scale=ranks / counts.denominator, smoothing=smoothing, each=each
-        )
+        scale, smoothing = ranks / counts.denominator, self.args.label_smoothing_factor
+        loss, outputs = supervised_loss(model, inputs, targets, scale=scale, smoothing=smoothing, each=each)
         if each is not None:
             self.breakdown.add(targets.cells, each)
         balance = getattr(outputs, "aux_loss", None)  # load-balancing loss of a mixture of experts
@@ -285,6 +287,9 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         self._loss_scale = current_loss_scale(self.accelerator, self.model_wrapped)
         skip_nonfinite_steps(self.optimizer, self.model_wrapped, partial(setattr, self, "_is_skipped"))
 
+    def on_epoch_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.prefetcher.end_epoch()
+
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.loading.close()
         self.has_stepped = True
@@ -364,15 +369,9 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         )
 
     def resume_advice(self) -> str:
-        """Where the run can resume, and how."""
-        rows_file = self.monitor.rows_file
-        where, resume = resume_point(self.saver.newest, self.identity, rows_file.parent)
-        if not self.monitor.count.steps:
-            return f"{where}: --resume_from_checkpoint {resume} resumes there"
-        return (
-            f"The rows, with their text, are in {rows_file}, and {where}: to resume without them, give "
-            f"--skip_rows {rows_file} --resume_from_checkpoint {resume}"
-        )
+        """Return where the run can resume, and how."""
+        rows_file = self.monitor.rows_file if self.monitor.count.steps else None
+        return resume_advice(self.saver.newest, self.identity, self.output_dir, rows_file)
 
     def after_pause(self, seconds: float) -> None:
         """Leave a save or an evaluation out of the seconds of a step."""

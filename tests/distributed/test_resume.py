@@ -24,6 +24,7 @@ LORA = ("--use_lora", "True")  # with its dropout of 0.1
 PACKED = ("--batching", "packed", "--model_max_length", "128", "--per_device_train_batch_size", "1")
 PADDED = ("--batching", "padded")
 BUDGET = ("--tokens_per_device_batch", "150")
+WORKERS = ("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True")
 ACCUMULATED = ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "1")
 
 
@@ -79,7 +80,7 @@ def rows_seen(tmp_path: Path, name: str, world_size: int = 2) -> list[list]:
 CASES = {
     "zero1-lora-padded": ("zero1", *LORA, *PADDED),
     "zero2-full-accumulated": ("zero2", *ACCUMULATED),
-    "zero3-lora": ("zero3", *LORA),
+    "zero3-lora-workers": ("zero3", *LORA, *WORKERS),
 }
 MORE_CASES = {
     "zero1-full": ("zero1",),

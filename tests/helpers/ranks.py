@@ -86,6 +86,7 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # Linux' default, where a rank has its own interpreter
     function(*arguments)
 
 

@@ -29,11 +29,9 @@ def result_of(output: Path) -> tuple[str, list[tuple]]:
 
 def train_noting_rows(argv: Sequence[str], notes: str) -> None:
     """Train, and note the rows of every micro-batch of this rank in `notes`-RANK.jsonl."""
-    from finetune.dataset import dataloader
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.train import main
 
-    dataloader.STEPS_AHEAD = 0  # none is noted that is not trained on
     plain = MicroBatchDataset.__getitem__
 
     def noted(self: Any, place: tuple[int, int]) -> dict[str, Any]:

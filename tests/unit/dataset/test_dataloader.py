@@ -107,10 +107,11 @@ def test_tensors_that_are_the_same_are_copied_once():
 
 def test_batches_of_the_next_steps_are_built_ahead_and_come_in_order():
     built = []
-    prefetcher = Prefetcher(({"number": built.append(number) or number} for number in range(9)), pins=False)
+    batches = ({"number": built.append(number) or number} for number in range(9))
+    prefetcher = Prefetcher(pins=False)
 
     def taken() -> list[int]:
-        return [batch["number"] for batch in prefetcher.take(2)]
+        return [batch["number"] for batch in prefetcher.take(batches, 2)]
 
     assert taken() == [0, 1]
     wait([*prefetcher._coming])
@@ -119,7 +120,7 @@ def test_batches_of_the_next_steps_are_built_ahead_and_come_in_order():
 
 
 def test_an_error_while_a_batch_is_built_comes_with_its_step():
-    prefetcher = Prefetcher(({"number": 1 // (2 - number)} for number in range(4)), pins=False)
-    assert len(prefetcher.take(2)) == 2
+    prefetcher, batches = Prefetcher(pins=False), ({"number": 1 // (2 - number)} for number in range(4))
+    assert len(prefetcher.take(batches, 2)) == 2
     with pytest.raises(ZeroDivisionError):
-        prefetcher.take(1)
+        prefetcher.take(batches, 1)
