@@ -11,13 +11,7 @@ from jinja2 import TemplateError
 
 from finetune.chat_templates.answer_spans import OTHERWISE_LATER, TemplateText, build_skeleton
 from finetune.chat_templates.example import OPENED_RULE, STRIPPED_RULE, SYSTEM_RULE, UnrenderableError, system_in_front
-from finetune.chat_templates.messages import (
-    REASONING_END,
-    MessageStyle,
-    normalized,
-    replace_strings,
-    template_options,
-)
+from finetune.chat_templates.messages import REASONING_END, MessageStyle, normalized, replace_strings, template_options
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_limits import apply_template, template_limits
 from finetune.chat_templates.template_skeleton import (

@@ -10,12 +10,7 @@ from dataclasses import replace
 from os.path import commonprefix
 
 from finetune.chat_templates.chat_template import PROBES
-from finetune.chat_templates.example import (
-    ChatFormat,
-    TokenizedConversation,
-    UnrenderableError,
-    tokenize_conversation,
-)
+from finetune.chat_templates.example import ChatFormat, TokenizedConversation, UnrenderableError, tokenize_conversation
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.conversation import Conversation, ToolCall, Turn, trained_on
 

@@ -20,12 +20,7 @@ from finetune.config.run_config import BatchConfig, CheckpointConfig, RankCounts
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.skip_rows import rows_to_skip
 from finetune.distributed import watchdog
-from finetune.distributed.collectives import (
-    StorageGroup,
-    find_storage_group,
-    init_process_group,
-    run_on_rank_0,
-)
+from finetune.distributed.collectives import StorageGroup, find_storage_group, init_process_group, run_on_rank_0
 from finetune.distributed.compat import patch_build_lock
 from finetune.distributed.consistency import RankFacts, check_rank_consistency
 from finetune.distributed.launcher_processes import runner_arguments

@@ -15,11 +15,7 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
 from finetune.models import attention, padding_free
-from finetune.models.attention import (
-    FLAT_ATTENTION,
-    padding_free_attention,
-    supports_logits_to_keep,
-)
+from finetune.models.attention import FLAT_ATTENTION, padding_free_attention, supports_logits_to_keep
 from finetune.models.padding_free import LEAK, enable_padding_free
 from finetune.models.segments import by_segment_note
 from tests.helpers.flat_rows import LENGTHS, boundaries, kernel_row

@@ -7,15 +7,8 @@ import pytest
 
 from finetune.config import optional_packages
 from finetune.config.adapter_arguments import AdapterArguments
-from finetune.config.optional_packages import (
-    OPTIMIZER_PACKAGES as PACKAGES,
-)
-from finetune.config.optional_packages import (
-    TRACKERS,
-    check_optimizer,
-    check_quantization,
-    check_trackers,
-)
+from finetune.config.optional_packages import OPTIMIZER_PACKAGES as PACKAGES
+from finetune.config.optional_packages import TRACKERS, check_optimizer, check_quantization, check_trackers
 from finetune.utils.errors import ConfigError
 
 LORA = {"use_lora": True}

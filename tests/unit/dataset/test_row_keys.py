@@ -3,13 +3,7 @@
 import json
 from typing import Any
 
-from finetune.dataset.row_formats import (
-    PAIR_KEYS,
-    PAIRS,
-    SYSTEM_KEYS,
-    TURN_LISTS,
-    WATCHED,
-)
+from finetune.dataset.row_formats import PAIR_KEYS, PAIRS, SYSTEM_KEYS, TURN_LISTS, WATCHED
 from finetune.dataset.row_reading import RowReading
 from finetune.dataset.row_verdicts import BAD_KEYS, GOOD_KEYS, GRADES, VERDICT_KEYS
 from finetune.dataset.skip_rows import rows_to_skip
