@@ -64,9 +64,15 @@ def check_weights(
     Raises:
         FinetuneError: Of the class `error`, naming tensors that are missing, unexpected or misshapen.
     """
-    if not weight_map(folder, error=error) or is_packed_in_files(config):
-        return []  # packed tensors have other names and shapes
-    faults = find_faults(empty, StoredTensors(folder, error=error))
+    if not weight_map(folder, error=error):
+        return []
+    stored = StoredTensors(folder, error=error)
+    if is_packed_in_files(config):  # their names and shapes are others
+        ignored = empty._keys_to_ignore_on_load_unexpected or []
+        unused = [name for name in stored if any(re.search(pattern, name) for pattern in ignored)]
+        text = "not loaded, and as they are quantized a full or merged model is saved without them"
+        return [f"{text}: {format_names(unused)}"] if unused else []
+    faults = find_faults(empty, stored)
     notes, reasons = [], []
     random = [name for name in faults.missing if may_miss is None or _module_of(name) in may_miss]
     missing = [name for name in faults.missing if name not in random]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from finetune.config import AdapterArguments, ModelArguments
 from finetune.export.verify_saved import digests_to_save, verify_result
 from finetune.models.adapters import attach_adapter
+from finetune.models.base_checks import check_weights
 from finetune.models.loader import inspect_model, load_model
 from finetune.models.quantization import stored_bits
 from finetune.utils.errors import ConfigError
@@ -98,6 +99,17 @@ def test_dequantized_weights_are_trained_and_saved_as_plain_ones(family, tmp_pat
         loss=loss.item(), precision="float32", trust_remote_code=False,
     )  # fmt: skip
     assert "are those in memory" in verified
+
+
+def test_layers_for_later_tokens_that_are_quantized_are_named(tmp_path):
+    config = SimpleNamespace(quantization_config=FP8)
+    empty = SimpleNamespace(_keys_to_ignore_on_load_unexpected=[r"model\.layers\.61.*"])
+    later = {"model.layers.61.eh_proj.weight": torch.ones(2), "model.layers.61.eh_proj.weight_scale_inv": torch.ones(1)}
+    save_file({"model.layers.6.up_proj.weight": torch.ones(2), **later}, tmp_path / "model.safetensors")
+    (note,) = check_weights(tmp_path, empty, config, label="m")
+    assert note.endswith(f": {', '.join(later)}") and "quantized" in note
+    empty._keys_to_ignore_on_load_unexpected = None
+    assert check_weights(tmp_path, empty, config, label="m") == []
 
 
 @pytest.mark.parametrize(
