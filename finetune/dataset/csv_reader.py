@@ -10,6 +10,7 @@ from finetune.dataset.json_decoder import shown
 from finetune.dataset.json_reader import MOST_CHARACTERS, RawRow, file_fault
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+INDEX = "__index_level_0__"  # pandas' index: its name in Parquet, in CSV it has none
 
 
 def iter_csv_rows(file: DataFile, name: str, delimiter: str) -> Iterator[RawRow]:
@@ -27,7 +28,7 @@ def iter_csv_rows(file: DataFile, name: str, delimiter: str) -> Iterator[RawRow]
             if not any(cells):
                 continue
             if not header:
-                header = ["index" if not number and not cell else cell.strip() for number, cell in enumerate(cells)]
+                header = [cell.strip() or INDEX * (not number) for number, cell in enumerate(cells)]
                 if fault := _header_fault(header):
                     yield file_fault(f"{name}, line {begin}: {fault}")
                     return

@@ -110,12 +110,14 @@ def matching(keys: Set[str]) -> list[PairFormat]:
 
 
 def format_of_repeated(row: dict[str, Any], keys: Set[str]) -> PairFormat | None:
-    """The one format whose answer holds the texts of all other keys, as a solution holds the answer alone."""
+    """The one format whose answer holds all other answers, as a solution holds the answer alone; others are blank."""
     matches = matching(keys)
     if len(matches) != 1:
         return None
     answer = "\n".join(str(row[key]) for key in matches[0].answers if key in keys)
-    return matches[0] if all(str(row[key]).strip() in answer for key in keys - matches[0].keys) else None
+    others = {key: str(row[key]).strip() for key in keys - matches[0].keys}
+    is_repeated = all(text in answer if key in ANSWERS else not text for key, text in others.items())
+    return matches[0] if is_repeated else None
 
 
 def why_no_format(row: dict[str, Any], keys: set[str]) -> str:

@@ -32,8 +32,9 @@ def test_cells_are_read_with_delimiters_quotes_and_line_breaks_in_them(suffix, m
 
     assert spoken(one) == [("human", f'a{mark} "b"\r\nc'), ("model", "河\u2028流")] and one.id == "7"
     assert spoken(two) == [("human", "d"), ("model", "e")] and two.id is None and two.row == 1
-    numbered = f"{mark}question{mark} answer\n0{mark}q{mark}a\n"  # as pandas writes its index
-    assert spoken(*read_conversations(written(tmp_path / f"b.{suffix}", numbered))) == [("human", "q"), ("model", "a")]
+    for index in ("", f"{mark}index"):  # as pandas writes its index, and that of the table before
+        numbered = f"{index}{mark}question{mark} answer\n0{mark * bool(index)}{mark}q{mark}a\n"
+        assert spoken(*read_conversations(written(tmp_path / f"b.{suffix}", numbered))) == PAIR
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,20 @@ def test_keys_that_can_be_honoured_are(tmp_path):
     assert spoken(found[11]) == [("human", "p"), ("model", "It is 5.")]
     for number, one in enumerate(found[12:], start=1):
         assert spoken(one) == [("human", f"q{number}"), ("model", "a")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Which word is that?", "context": "cat", "answer": "cat"},
+        {"question": "Repeat this.", "prompt": "cat", "answer": "A cat."},
+        {"problem": "p", "instruction": "5", "solution": "It is 5."},
+    ],
+)
+def test_a_question_that_the_answer_repeats_is_not_lost(row, tmp_path):
+    (fault,) = faults(written(tmp_path / "a.json", [row]))
+
+    assert "and more texts, which would be lost" in fault
 
 
 def test_other_keys_are_said_once_per_source(tmp_path):
