@@ -31,7 +31,7 @@ from finetune.launcher import launcher_options
 from finetune.utils.errors import ConfigError
 from finetune.utils.hub import MODELSCOPE, modelscope_folder
 from finetune.utils.options import CommandParser, OptionType, declaration, describe, fill, one_of, raise_faults
-from finetune.utils.user_files import read_json, read_text
+from finetune.utils.user_files import read_json, read_text, unique_keys
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 NEVER_FROM_A_RUN = ("trust_remote_code",)  # a run.json may come from anyone
@@ -192,9 +192,10 @@ def read_mapping(path: Path, shown: str) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{shown}: not YAML: {error}") from None
         keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        raise_faults(f"{shown}: {key} is given twice: keep one of them" for key in {*keys} if keys.count(key) > 1)
+        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        raise_faults(f"{shown}: {key} is given twice: keep one of them" for key in twice)
     else:
-        values = read_json(path, shown)
+        values = read_json(path, shown, object_pairs_hook=unique_keys)
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
         values = {name: value for name, value in values["arguments"].items() if name not in NEVER_FROM_A_RUN}
     if not isinstance(values, dict):

@@ -27,7 +27,7 @@ from finetune.config.deepspeed_flags import (
 from finetune.config.deepspeed_schema import remove_key, schema_faults, without_comments
 from finetune.utils.errors import ConfigError, format_faults, missing_reason
 from finetune.utils.proc import shipped_folder
-from finetune.utils.user_files import json_kind, read_json_object
+from finetune.utils.user_files import json_kind, read_json_object, unique_keys
 
 STAGES = (0, 1, 2, 3)
 # Filled by transformers once the model's hidden size is known.
@@ -84,18 +84,10 @@ def find_config(name: str) -> Path:
 def load_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON strictly: a key given twice, a NaN or Infinity are errors, too."""
 
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in values:
-                raise ConfigError(f'{path}: the key "{key}" is given twice in one object: keep one of them')
-            values[key] = value
-        return values
-
     def no_constant(name: str) -> None:
         raise ConfigError(f"{path}: {name} is not JSON: give a number")
 
-    return read_json_object(path, object_pairs_hook=without_duplicates, parse_constant=no_constant)
+    return read_json_object(path, object_pairs_hook=unique_keys, parse_constant=no_constant)
 
 
 def resolve_deepspeed_config(

@@ -40,6 +40,14 @@ def read_json(path: Path, shown: str | None = None, **hooks: Any) -> Any:
         raise ConfigError(f"{shown}: {error}") from None
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, as a hook of `read_json`; a key that is given twice is a fault."""
+    names = [key for key, _ in pairs]
+    if twice := [key for key in dict.fromkeys(names) if names.count(key) > 1]:
+        raise ValueError(f'the key "{twice[0]}" is given twice in one object: keep one of them')
+    return dict(pairs)
+
+
 def read_json_object(path: Path, **hooks: Any) -> dict[str, Any]:
     """Return the object in a JSON file."""
     value = read_json(path, **hooks)
