@@ -115,7 +115,7 @@ def check_target_names(given: Sequence[str], model_config: Mapping[str, Any], te
     if isinstance(wanted, str) or model_config.get("auto_map") or not file.is_file():
         return
     code = file.read_text(encoding="utf-8")
-    if re.search(r"^from \.\.\w+\.modeling", code, re.MULTILINE):  # layers of another model's code
+    if re.search(r"^from \.\.(auto|\w+\.modeling)", code, re.MULTILINE):  # layers of another model's code
         return
     known = {*re.findall(r"\w+", code), *(part for name in tensors for part in name.split("."))}
     known.update(*FUSED_NAMES.values(), map(str, range(MOST_PARTS)))

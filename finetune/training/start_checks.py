@@ -45,13 +45,16 @@ class PlannedRanks:
 
     @classmethod
     def of_launch(cls, flags: LauncherArgs, resources: Resources | None, *, use_cpu: bool) -> "PlannedRanks | None":
-        """Plan from the flags of the launcher; None where only torch can tell what GPUs there are."""
-        if Path("/dev/kfd").exists():  # AMD
+        """Plan from the flags of the launcher; None where only torch can tell what GPUs the ranks get."""
+        gpus, visible = host_probe.count_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        hides_all = visible in ("", "-1")
+        is_choice = visible is not None and not hides_all and len(visible.split(",")) != gpus
+        # Of the devices, the first is AMD's; the other is there without nvidia-smi in some containers.
+        if is_choice or Path("/dev/kfd").exists() or (not gpus and Path("/dev/nvidiactl").exists()):
             return None
-        without = use_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        gpus = {"gpus": host_probe.count_gpus(), "gpu_facts": host_probe.gpu_facts()}
-        hardware = hardware_of([{**gpus, "versions": host_probe.versions()}], use_cpu=without)
-        slots = resources.slots.values() if resources else [local_slots(flags, len(hardware.gpus))]
+        facts = {"gpus": gpus, "gpu_facts": host_probe.gpu_facts(), "versions": host_probe.versions()}
+        hardware = hardware_of([facts], use_cpu=use_cpu or hides_all)
+        slots = resources.slots.values() if resources else [local_slots(flags, 0 if hides_all else gpus)]
         counts = [len(ids) for ids in slots]
         return cls(RankCounts(sum(counts), max(counts)), counts[0], hardware)
 

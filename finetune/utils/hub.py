@@ -65,16 +65,17 @@ def adapter_on_hub(repo: str, revision: str | None = None) -> Path | None:
         return None
     from huggingface_hub import constants, file_exists, snapshot_download, try_to_load_from_cache
 
-    config, adapter = (try_to_load_from_cache(repo, name, revision=revision) for name in (MODEL_CONFIG, ADAPTER_CONFIG))
-    if isinstance(config, str) and not isinstance(adapter, str):
-        return None
+    files = (MODEL_CONFIG, ADAPTER_CONFIG)
     try:
+        config, adapter = (try_to_load_from_cache(repo, name, revision=revision) for name in files)
         if not isinstance(adapter, str):
+            if isinstance(config, str):
+                return None
             use_cache_if_hub_unreachable()
             if constants.HF_HUB_OFFLINE or not file_exists(repo, ADAPTER_CONFIG, revision=revision):
                 return None
         return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES_OF_ADAPTERS))
-    except hub_errors():
+    except (*hub_errors(), ValueError):  # a ValueError: no name that the hub can have
         return None  # the loader reports the name
 
 

@@ -11,6 +11,7 @@ import pytest
 from finetune.config import parse
 from finetune.config.hardware import DetectedHardware
 from finetune.config.run_config import RankCounts
+from finetune.launcher import parse_launcher_args
 from finetune.run_dir import output_dir_lock
 from finetune.training import start_checks
 from finetune.training.start_checks import PlannedRanks, check_ranks, check_start
@@ -158,3 +159,41 @@ def test_ranks_are_compared_with_cores_and_memory(monkeypatch):
     monkeypatch.setattr(start_checks.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(10**9))
     with pytest.raises(ConfigError, match="1.0 GB are free: give --num_gpus 2"):
         check_ranks(4)
+
+
+@pytest.mark.parametrize(
+    ("visible", "words", "expected"),
+    [
+        (None, [], (8, 8)),
+        ("0,1,2,3,4,5,6,7", [], (8, 8)),
+        ("2,3", [], None),
+        ("", [], (1, 0)),
+        (None, ["--num_gpus", "2"], (2, 8)),
+    ],
+)
+def test_ranks_are_planned_only_where_their_gpus_are_known(visible, words, expected, monkeypatch):
+    monkeypatch.setattr(start_checks.host_probe, "count_gpus", lambda: 8)
+    monkeypatch.setattr(start_checks.host_probe, "gpu_facts", lambda: [{"name": "H100", "capability": "9.0"}] * 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    flags = parse_launcher_args([*words, "finetune.py"], supervised=True)
+
+    planned = PlannedRanks.of_launch(flags, None, use_cpu=False)
+    assert expected == (planned and (planned.counts.size, len(planned.hardware.gpus)))
+    if planned is not None:  # the launcher starts a rank for each GPU, whether the rank uses it or not
+        on_cpu = PlannedRanks.of_launch(flags, None, use_cpu=True)
+        assert on_cpu is not None and (on_cpu.here, on_cpu.hardware.gpus) == (expected[0], ())
+
+
+@pytest.mark.parametrize("name", ["foo/bar--baz", "a/b..c", "runs/x.git"])
+def test_a_name_that_no_hub_can_have_is_a_fault(start, name):
+    assert f"--model_name_or_path {name}: no such folder, and no name of a model" in str(
+        refused(start, "--model_name_or_path", name)
+    )
+
+
+@pytest.mark.parametrize("kind", ["mistral3", "llava", "paligemma", "gemma3"])
+def test_layers_of_a_language_model_inside_another_are_left_to_the_run(start, kind):
+    Path("model/config.json").write_text(json.dumps({"model_type": kind}))
+    start("--use_lora", "--lora_target_modules", "q_proj", "v_proj")
