@@ -75,15 +75,15 @@ def adapter_on_hub(repo: str, revision: str | None = None) -> Path | None:
             if constants.HF_HUB_OFFLINE or not file_exists(repo, ADAPTER_CONFIG, revision=revision):
                 return None
         return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES_OF_ADAPTERS))
-    except (*hub_errors(), ValueError):  # a ValueError: no name that the hub can have
+    except hub_errors():
         return None  # the loader reports the name
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """Return what the hub's clients raise: no network, no such file or repository, no permission."""
-    from huggingface_hub.errors import HfHubHTTPError
+    """Return what the hub's clients raise: no network, no such file, repository or name, no permission."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    return OSError, *(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
+    return OSError, HFValidationError, *(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
 
 
 def use_cache() -> None:
