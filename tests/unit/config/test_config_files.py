@@ -100,8 +100,9 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
         ("a.json", '{"seed": ' + "1" * 5_000 + "}", "digits"),
     ],
     ids=[
-        "unknown", "number-as-flag", "twice", "twice-json", "section", "type", "boolean-for-int", "list-for-one", "array",
-        "empty", "broken-yaml", "bad-date", "broken-json", "latin-1-yaml", "latin-1-json", "deep-json", "deep-yaml", "digits",
+        "unknown", "number-as-flag", "twice", "twice-json", "section", "type", "boolean-for-int", "list-for-one",
+        "array", "empty", "broken-yaml", "bad-date", "broken-json", "latin-1-yaml", "latin-1-json", "deep-json",
+        "deep-yaml", "digits",
     ],
 )  # fmt: skip
 def test_a_wrong_config_file_is_named_with_what_is_wrong(name, content, said, tmp_path):
