@@ -56,6 +56,8 @@ class PlannedRanks:
         hardware = hardware_of([facts], use_cpu=use_cpu or hides_all)
         slots = resources.slots.values() if resources else [local_slots(flags, 0 if hides_all else gpus)]
         counts = [len(ids) for ids in slots]
+        if counts[0] != gpus and len({*hardware.gpus}) > 1:  # which of unlike GPUs have these numbers, CUDA decides
+            return None
         return cls(RankCounts(sum(counts), max(counts)), counts[0], hardware)
 
 

@@ -186,6 +186,17 @@ def test_ranks_are_planned_only_where_their_gpus_are_known(visible, words, expec
         assert on_cpu is not None and (on_cpu.here, on_cpu.hardware.gpus) == (expected[0], ())
 
 
+def test_some_of_unlike_gpus_are_left_to_the_ranks(monkeypatch):
+    gpus = [{"name": "GT 1030", "capability": "6.1"}, {"name": "A6000", "capability": "8.6"}]
+    monkeypatch.setattr(start_checks.host_probe, "count_gpus", lambda: 2)
+    monkeypatch.setattr(start_checks.host_probe, "gpu_facts", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    flags = [parse_launcher_args([*words, "finetune.py"], supervised=True) for words in ([], ["--include=localhost:1"])]
+
+    both, one = (PlannedRanks.of_launch(each, None, use_cpu=False) for each in flags)
+    assert one is None and both is not None and both.hardware.weakest.name == "GT 1030"
+
+
 @pytest.mark.parametrize("name", ["foo/bar--baz", "a/b..c", "runs/x.git"])
 def test_a_name_that_no_hub_can_have_is_a_fault(start, name):
     assert f"--model_name_or_path {name}: no such folder, and no name of a model" in str(
