@@ -55,8 +55,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = report.attempt("command", lambda: parse(words))
     run = arguments and report.attempt("command", lambda: _plan_run(choice, flags, words, arguments))
     if arguments and run:
-        planned = PlannedRanks.of_launch(flags, None, use_cpu=run.use_cpu) if run.slots is None else None
-        report.attempt("configuration", lambda: check_start(arguments, planned, is_launch=True))
+        report.attempt("configuration", lambda: _check_start(flags, run, arguments))
     if arguments and run and not report.status:
         from finetune.preflight.examination import examine_run  # they need torch; a mistake costs a second
         from finetune.train import resolve
@@ -68,6 +67,11 @@ def main(argv: Sequence[str]) -> None:
     else:
         print_report(report, shlex.join(redact(run.command())) if run else "")
     sys.exit(report.status)
+
+
+def _check_start(flags: LauncherArgs, run: PlannedRun, arguments: Arguments) -> None:
+    planned = PlannedRanks.of_launch(flags, None, use_cpu=run.use_cpu) if run.slots is None else None
+    check_start(arguments, planned, is_launch=True)
 
 
 def _plan_run(choice: DoctorArguments, flags: LauncherArgs, words: list[str], arguments: Arguments) -> PlannedRun:
