@@ -144,12 +144,11 @@ def _measure(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) 
             with_base=not options.no_base,
             tokens_per_batch=options.tokens_per_batch,
             worst=options.worst,
-            bar=_bar,
         )
         conversations = tool_calls.rows_with_tools(prepared.sources, data.get("repairs", ()), options.tool_rows)
         if conversations:
             documents[HELD_OUT_FILE]["tool_calls"] = tool_calls.evaluate_tool_calls(
-                loaded, conversations, with_base=not options.no_base, bar=_bar
+                loaded, conversations, with_base=not options.no_base
             )
     if jobs:
         documents[BENCHMARKS_FILE] = benchmarks.evaluate_benchmarks(
@@ -162,8 +161,9 @@ def _measure(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) 
             allow_code=options.allow_code_execution,
         )
     if options.forgetting:
-        documents[FORGETTING_FILE] = forgetting.evaluate_forgetting(loaded, bar=_bar)
-    return {name: eval_results.versioned(document) for name, document in documents.items()}
+        documents[FORGETTING_FILE] = forgetting.evaluate_forgetting(loaded)
+    measured = {"result": str(result.folder), "base": options.base_model or result.base["name"]}
+    return {name: eval_results.versioned({**measured, **document}) for name, document in documents.items()}
 
 
 def _show(result: RunResult, documents: dict[str, dict[str, Any]], *, as_json: bool) -> None:
@@ -183,10 +183,3 @@ def _fail_if_below(document: dict[str, Any] | None, allowed: float | None) -> No
         )
         error.is_shared = True
         raise error
-
-
-def _bar(label: str, total: int, unit: str = " tokens") -> Any:
-    """Return a progress bar on stderr; it shows the share of rank 0."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, delay=2, disable=not is_rank_0())

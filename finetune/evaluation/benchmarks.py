@@ -14,6 +14,7 @@ import torch
 
 from finetune.evaluation import lingowhale_benchmarks
 from finetune.evaluation.forgetting import load_questions
+from finetune.evaluation.token_losses import MeasuredModel, measure_each
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.utils.errors import ConfigError, first_line, format_faults
 from finetune.utils.hub import use_cache, use_cache_if_hub_unreachable
@@ -162,7 +163,7 @@ def evaluate_benchmarks(
     if questions_per_batch == "auto" and not torch.cuda.is_available():
         questions_per_batch = CPU_BATCH_SIZE
 
-    def run(model: Any, _: str) -> list[dict[str, Any]]:
+    def run(model: MeasuredModel) -> list[dict[str, Any]]:
         results = []
         for job in jobs:
             try:
@@ -170,7 +171,7 @@ def evaluate_benchmarks(
                     warnings.simplefilter("ignore")
                     results.append(
                         harness.run_tasks(
-                            model,
+                            model.model,
                             loaded.tokenizer,
                             questions_per_batch,
                             tasks=job.tasks,
@@ -185,7 +186,7 @@ def evaluate_benchmarks(
                 raise ConfigError(f"--tasks {job.name}: lm-eval does not accept these settings: {reason}") from error
         return results
 
-    results = loaded.each(run, with_base=with_base)
+    results = measure_each(loaded, run, with_base=with_base)
     scores = [
         score
         for index, job in enumerate(jobs)
@@ -201,8 +202,6 @@ def evaluate_benchmarks(
     )
     is_suite = {job.name for job in jobs} & {benchmark.name for benchmark in lingowhale_benchmarks.BENCHMARKS}
     return {
-        "result": str(loaded.result.folder),
-        "base": loaded.base_name or loaded.result.base["name"],
         "lm_eval": version("lm_eval"),
         "verdict": verdict(scores),
         "scores": scores,

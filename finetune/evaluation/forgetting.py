@@ -12,13 +12,13 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.dataset.collator import pad_token_id
 from finetune.evaluation.question_answering import answers_of, scores_of
 from finetune.evaluation.significance import exact_mcnemar, score_interval
+from finetune.evaluation.token_losses import MeasuredModel, measure_each
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.utils.proc import shipped_folder
 
@@ -127,15 +127,13 @@ class AnsweredQuestion:
     is_right: bool
 
 
-def evaluate_forgetting(loaded: LoadedModel, *, bar: Callable[..., Any]) -> dict[str, Any]:
+def evaluate_forgetting(loaded: LoadedModel) -> dict[str, Any]:
     """Ask both models and return the content of `forgetting.json`, on every rank."""
     questions, began = load_questions(), time.monotonic()
-    answers = loaded.each(lambda model, label: ask_questions(loaded, model, questions, label=label, bar=bar))
+    answers = measure_each(loaded, lambda model: ask_questions(model, questions))
     pairs = list(zip(questions, answers[BASE], answers[TUNED], strict=True))
     groups = compare_answers(pairs)
     return {
-        "result": str(loaded.result.folder),
-        "base": loaded.base_name or loaded.result.base["name"],
         "verdict": [*verdict(groups), *repeated_answers(pairs)],
         "fell": -100 * groups[0]["difference"],
         "groups": groups,
@@ -151,33 +149,20 @@ def evaluate_forgetting(loaded: LoadedModel, *, bar: Callable[..., Any]) -> dict
     }  # fmt: skip
 
 
-def ask_questions(
-    loaded: LoadedModel, model: Any, questions: Sequence[Question], *, label: str, bar: Callable[..., Any]
-) -> list[AnsweredQuestion]:
+def ask_questions(model: MeasuredModel, questions: Sequence[Question]) -> list[AnsweredQuestion]:
     """Ask one model all questions, rendered as in training."""
-    has_virtual_tokens = label == TUNED and loaded.result.has_virtual_tokens
     written = [question for question in questions if question.is_written]
     choices = [question for question in questions if not question.is_written]
-    with bar(label, len(questions), " answers") as progress:
+    with model.bar(len(questions), " answers") as progress:
         texts = answers_of(
             model,
-            loaded.chat_format,
             [question.text for question in written],
-            stop_token_ids=loaded.stop_token_ids,
             max_new_tokens=MAX_NEW_TOKENS,
-            # With virtual tokens, peft leaves positions to the model, which would count padding.
-            batch_size=1 if has_virtual_tokens else WRITTEN_BATCH_SIZE,
+            batch_size=WRITTEN_BATCH_SIZE,
             done=progress.update,
         )
-        scores = scores_of(
-            model,
-            loaded.chat_format,
-            [(question.text, question.candidates) for question in choices],
-            pad_token_id=pad_token_id(loaded.tokenizer),
-            has_virtual_tokens=has_virtual_tokens,
-            batch_size=CHOICE_BATCH_SIZE,
-            done=progress.update,
-        )
+        candidates = [(question.text, question.candidates) for question in choices]
+        scores = scores_of(model, candidates, batch_size=CHOICE_BATCH_SIZE, done=progress.update)
     answers = {
         question.id: AnsweredQuestion(text, is_right(question, written=text))
         for question, text in zip(written, texts, strict=True)

@@ -3,20 +3,25 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from finetune.chat_templates.text_segments import segmenter
 from finetune.config import DataArguments
 from finetune.conversation import answer_numbers
-from finetune.dataset.collator import pad_token_id
 from finetune.dataset.data_sources import find_sources
 from finetune.dataset.prepare import PreparedData, check_dropped_share
 from finetune.dataset.prepared_cache import example_of, int_column
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
 from finetune.evaluation.significance import perplexity, ratio_interval
-from finetune.evaluation.token_losses import AnswerLoss, group_by_tokens, measure_token_losses, padding_free
+from finetune.evaluation.token_losses import (
+    AnswerLoss,
+    MeasuredModel,
+    group_by_tokens,
+    measure_each,
+    measure_token_losses,
+)
 from finetune.inference.load_result import BASE, TUNED, LoadedModel, chat_format_of, load_tokenizer
 from finetune.inference.run_result import RunResult
 from finetune.training.data_setup import prepare_sources
@@ -80,16 +85,10 @@ class RowLosses:
 
 
 def evaluate_held_out(
-    loaded: LoadedModel,
-    prepared: PreparedData,
-    *,
-    with_base: bool,
-    tokens_per_batch: int,
-    worst: int,
-    bar: Callable[[str, int], Any],
+    loaded: LoadedModel, prepared: PreparedData, *, with_base: bool, tokens_per_batch: int, worst: int
 ) -> dict[str, Any]:
     """Measure the rows and return the content of `evaluation.json`, with the text of the `worst`, on every rank."""
-    rows = measure_rows(loaded, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch, bar=bar)
+    rows = measure_rows(loaded, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch)
     groups = summarize(rows)
     segments_of = segmenter(loaded.chat_format)
 
@@ -99,8 +98,6 @@ def evaluate_held_out(
         return {**row.to_json(), "segments": segments}
 
     return {
-        "result": str(loaded.result.folder),
-        "base": loaded.base_name or loaded.result.base["name"],
         "data": {
             "path": [source.name for source in prepared.sources],
             "fingerprint": prepared.fingerprint,
@@ -124,12 +121,7 @@ def evaluate_held_out(
 
 
 def measure_rows(
-    loaded: LoadedModel,
-    prepared: PreparedData,
-    *,
-    with_base: bool,
-    tokens_per_batch: int,
-    bar: Callable[[str, int], Any],
+    loaded: LoadedModel, prepared: PreparedData, *, with_base: bool, tokens_per_batch: int
 ) -> list[RowLosses]:
     """Measure the models on all rows; ranks divide the work and all of them return all rows."""
     examples = prepared.examples
@@ -138,24 +130,15 @@ def measure_rows(
     num_tokens = sum(lengths[index] for group in groups for index in group)
     plain = examples.select_columns(["input_ids", "labels", "turn_spans"]).with_format(None)
 
-    def measure(model: Any, label: str) -> list[AnswerLoss]:
-        has_virtual_tokens = label == TUNED and loaded.result.has_virtual_tokens
-        with padding_free(model, longest=max(lengths), has_virtual_tokens=has_virtual_tokens) as reason:
+    def measure(model: MeasuredModel) -> list[AnswerLoss]:
+        with model.padding_free(max(lengths)) as reason:
             if reason:
-                logger.warning(f"{label}: conversations are measured one by one, because {reason}")
-            with bar(label, num_tokens) as progress:
-                losses = measure_token_losses(
-                    model,
-                    plain,
-                    groups,
-                    pad_token_id=pad_token_id(loaded.tokenizer),
-                    is_flat=reason is None,
-                    has_virtual_tokens=has_virtual_tokens,
-                    done=progress.update,
-                )
+                logger.warning(f"{model.name}: conversations are measured one by one, because {reason}")
+            with model.bar(num_tokens) as progress:
+                losses = measure_token_losses(model, plain, groups, is_flat=reason is None, done=progress.update)
         return [loss for losses_of_rank in all_gather_object(losses) for loss in losses_of_rank]
 
-    return collect_rows(examples, loaded.each(measure, with_base=with_base))
+    return collect_rows(examples, measure_each(loaded, measure, with_base=with_base))
 
 
 def collect_rows(examples: Any, losses: dict[str, list[AnswerLoss]]) -> list[RowLosses]:

@@ -12,7 +12,7 @@ import torch
 from finetune.chat_templates import IGNORE_INDEX, ChatFormat, UnrenderableError, prompt_ids, tokenize_conversation
 from finetune.conversation import Conversation, Turn
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
-from finetune.evaluation.token_losses import device_of, token_losses_of
+from finetune.evaluation.token_losses import MeasuredModel
 from finetune.inference.answer_turns import answer_turn
 from finetune.models.attention import supports_logits_to_keep
 from finetune.models.module_kinds import unwrap_adapter
@@ -33,30 +33,25 @@ Choice = list[Candidate]  # all of one question
 
 
 def scores_of(
-    model: Any,
-    chat_format: ChatFormat,
-    questions: Sequence[tuple[str, Sequence[str]]],
-    *,
-    pad_token_id: int,
-    has_virtual_tokens: bool,
-    batch_size: int,
-    done: Done,
+    model: MeasuredModel, questions: Sequence[tuple[str, Sequence[str]]], *, batch_size: int, done: Done
 ) -> list[list[float]]:
     """Compute log p per byte of each candidate of each (question, candidates), on every rank.
 
     A question is computed once and its cache serves all candidates, of which each question has the same number. Models
     without `position_ids` compute each conversation as a whole.
     """
-    choices = [[_tokenize(chat_format, question, text) for text in candidates] for question, candidates in questions]
-    forward = type(unwrap_adapter(model)).forward
-    uses_cache = not has_virtual_tokens and "position_ids" in inspect.signature(forward).parameters
+    choices = [
+        [_tokenize(model.chat_format, question, text) for text in candidates] for question, candidates in questions
+    ]
+    forward = type(unwrap_adapter(model.model)).forward
+    uses_cache = not model.has_virtual_tokens and "position_ids" in inspect.signature(forward).parameters
     scores: dict[int, list[float]] = {}
     for group in _groups_of_rank([len(choice[0].prompt) for choice in choices], batch_size):
         batch = [choices[index] for index in group]
         if uses_cache:
-            sums = _sums_with_cache(model, batch, pad_token_id)
+            sums = _sums_with_cache(model, batch)
         else:
-            sums = [_sums_of_whole(model, choice, pad_token_id, has_virtual_tokens) for choice in batch]
+            sums = [_sums_of_whole(model, choice) for choice in batch]
         for index, choice_sums in zip(group, sums, strict=True):
             scores[index] = [
                 total / candidate.num_bytes for total, candidate in zip(choice_sums, choices[index], strict=True)
@@ -88,23 +83,23 @@ def _tokenize(chat_format: ChatFormat, question: str, text: str) -> Candidate:
     return Candidate(tokenized.input_ids[: answer.start], tokenized.input_ids[answer.start : stop], len(text.encode()))
 
 
-def _sums_of_whole(model: Any, choice: Choice, pad_token_id: int, has_virtual_tokens: bool) -> list[float]:
+def _sums_of_whole(model: MeasuredModel, choice: Choice) -> list[float]:
     """Compute log p of each candidate from whole conversations."""
     examples = [
         {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer} for prompt, answer, _ in choice
     ]
-    losses = token_losses_of(model, examples, pad_token_id, False, has_virtual_tokens)
+    losses = model.token_losses(examples)
     ends = np.cumsum([len(candidate.answer) for candidate in choice])
     return [-float(part.sum()) for part in np.split(losses, ends[:-1])]
 
 
-def _sums_with_cache(model: Any, choices: Sequence[Choice], pad_token_id: int) -> list[list[float]]:
+def _sums_with_cache(measured: MeasuredModel, choices: Sequence[Choice]) -> list[list[float]]:
     """Compute log p of the candidates of a batch of questions.
 
     prompts      p p 1 2 3     candidates, a row each       7 8 9     positions  3 4 5
                  1 2 3 4 5     after the cached prompt      7 8 p                5 6 -
     """
-    device = device_of(model)
+    model, device, pad_token_id = measured.model, measured.device, measured.pad_token_id
     count = len(choices[0])
     prompts, mask = _pad([choice[0].prompt for choice in choices], pad_token_id, device, left=True)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -140,55 +135,43 @@ def _pad(
 
 
 def answers_of(
-    model: Any,
-    chat_format: ChatFormat,
-    questions: Sequence[str],
-    *,
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    done: Done,
+    model: MeasuredModel, questions: Sequence[str], *, max_new_tokens: int, batch_size: int, done: Done
 ) -> list[str]:
     """Generate a greedy answer to each question, on every rank: its text without reasoning."""
     try:
         asked = [Conversation((Turn("human", question),)) for question in questions]
-        prompts = [prompt_ids(chat_format, conversation) for conversation in asked]
+        prompts = [prompt_ids(model.chat_format, conversation) for conversation in asked]
     except UnrenderableError as error:
         raise ConfigError(f"the chat format cannot express a question: {error}") from None
-    generated = generate_ids(
-        model, prompts, stop_token_ids=stop_token_ids, max_new_tokens=max_new_tokens, batch_size=batch_size, done=done
-    )
+    generated = generate_ids(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, done=done)
     return [
-        answer_turn(chat_format, *answered).text.strip() for answered in zip(asked, prompts, generated, strict=True)
+        answer_turn(model.chat_format, *answered).text.strip()
+        for answered in zip(asked, prompts, generated, strict=True)
     ]
 
 
 def generate_ids(
-    model: Any,
-    prompts: Sequence[list[int]],
-    *,
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    done: Done,
+    model: MeasuredModel, prompts: Sequence[list[int]], *, max_new_tokens: int, batch_size: int, done: Done
 ) -> list[list[int]]:
     """Generate greedily behind each prompt, on every rank: the ids up to and without the first stop token.
 
     Prompts of similar length form a batch, padded on the left; the batches do not depend on the ranks.
     """
-    device, stops = device_of(model), {*stop_token_ids}
+    stops = list(model.stop_token_ids)
+    if model.has_virtual_tokens:  # peft leaves positions to the model then, which would count padding
+        batch_size = 1
     answers: dict[int, list[int]] = {}
     for group in _groups_of_rank([len(prompt) for prompt in prompts], batch_size):
-        ids, mask = _pad([prompts[index] for index in group], stop_token_ids[0], device, left=True)
+        ids, mask = _pad([prompts[index] for index in group], stops[0], model.device, left=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Position ids are not supported")
-            generated = model.generate(
+            generated = model.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                eos_token_id=list(stop_token_ids),
-                pad_token_id=stop_token_ids[0],
+                eos_token_id=stops,
+                pad_token_id=stops[0],
             )
         for index, row in zip(group, generated[:, ids.shape[1] :].tolist(), strict=True):
             answers[index] = [*takewhile(lambda token: token not in stops, row)]

@@ -8,20 +8,97 @@ Conversations are grouped by their lengths alone, and ranks get whole groups: on
 numbers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from finetune.chat_templates import supervised_turns_of
-from finetune.dataset.collator import Collator, pop_targets
+from finetune.chat_templates import ChatFormat, supervised_turns_of
+from finetune.dataset.collator import Collator, pad_token_id, pop_targets
+from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.models.attention import supports_logits_to_keep
 from finetune.models.loss import token_losses
 from finetune.models.module_kinds import unwrap_adapter
 from finetune.models.padding_free import enable_padding_free
+from finetune.utils.console import is_rank_0
+
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One of the two models of a result, with what asking it takes."""
+
+    name: str  # tuned or base
+    model: Any
+    chat_format: ChatFormat
+    pad_token_id: int
+    stop_token_ids: Sequence[int] = ()
+    has_virtual_tokens: bool = False  # an adapter puts them before each row
+
+    @property
+    def device(self) -> Any:
+        """The device for input ids; layers may be on several devices."""
+        return self.model.get_input_embeddings().weight.device
+
+    def bar(self, total: int, unit: str = " tokens", what: str = "") -> Any:
+        """Return a progress bar on stderr; it shows the share of rank 0."""
+        label = f"{self.name}{what}"
+        return tqdm(total=total, desc=label, unit=unit, unit_scale=True, delay=2, disable=not is_rank_0())
+
+    @contextmanager
+    def padding_free(self, longest: int) -> Iterator[str | None]:
+        """Switch to padding-free batches inside the block; yield why the model cannot run them, or None."""
+        if self.has_virtual_tokens:
+            yield "the adapter puts virtual tokens before each row"
+            return
+        base = unwrap_adapter(self.model)
+        stock = base.config._attn_implementation
+        vocab_size = base.config.get_text_config().vocab_size
+        reason = enable_padding_free(self.model, longest=longest, vocab_size=vocab_size, device=self.device)
+        try:
+            yield reason
+        finally:
+            if reason is None:
+                base.set_attn_implementation(stock)
+
+    def token_losses(self, examples: list[dict[str, Any]], *, is_flat: bool = False) -> np.ndarray:
+        """Return -log p of each supervised token of the examples, in order; float64 [P]."""
+        selects = supports_logits_to_keep(self.model)
+        collate = Collator(is_flat, self.pad_token_id, selects and not self.has_virtual_tokens)
+        batch = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in collate(examples).items()
+        }
+        targets = pop_targets(batch)
+        if not len(targets.tokens):
+            return np.zeros(0)
+        if self.has_virtual_tokens and selects:
+            # Positions counted from the end are the same with virtual tokens at the beginning.
+            kept = batch["logits_to_keep"] = targets.positions.shape[1] - int(targets.positions.any(dim=0).nonzero()[0])
+            targets = targets._replace(positions=targets.positions[:, -kept:])
+        losses = token_losses(self.model, {"use_cache": self.has_virtual_tokens, **batch}, targets)
+        return losses.double().cpu().numpy()
+
+
+def measure_each(
+    loaded: LoadedModel, measure: Callable[[MeasuredModel], Measured], *, with_base: bool = True
+) -> dict[str, Measured]:
+    """Measure the base (unless it is left out), then the tuned model; by their names."""
+    known = loaded.chat_format, pad_token_id(loaded.tokenizer), loaded.stop_token_ids
+    measured = {}
+    if with_base:
+        with loaded.base() as base:
+            measured[BASE] = measure(MeasuredModel(BASE, base, *known))
+    tuned = MeasuredModel(TUNED, loaded.tuned, *known, has_virtual_tokens=loaded.result.has_virtual_tokens)
+    measured[TUNED] = measure(tuned)
+    return measured
 
 
 @dataclass(frozen=True)
@@ -47,37 +124,13 @@ def group_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
     return groups
 
 
-@contextmanager
-def padding_free(model: Any, *, longest: int, has_virtual_tokens: bool) -> Iterator[str | None]:
-    """Switch the model to padding-free batches inside the block; yield why it cannot run them, or None."""
-    if has_virtual_tokens:
-        yield "the adapter puts virtual tokens before each row"
-        return
-    base = unwrap_adapter(model)
-    stock = base.config._attn_implementation
-    vocab_size = base.config.get_text_config().vocab_size
-    reason = enable_padding_free(model, longest=longest, vocab_size=vocab_size, device=device_of(model))
-    try:
-        yield reason
-    finally:
-        if reason is None:
-            base.set_attn_implementation(stock)
-
-
-def device_of(model: Any) -> Any:
-    """Return the device for the input ids of a model, whose layers may be on several devices."""
-    return model.get_input_embeddings().weight.device
-
-
 def measure_token_losses(
-    model: Any,
+    model: MeasuredModel,
     examples: Any,
     groups: Sequence[Sequence[int]],
     *,
-    pad_token_id: int,
     is_flat: bool,
-    has_virtual_tokens: bool = False,
-    done: Callable[[int], None] = lambda tokens: None,
+    done: Callable[[int], None],
 ) -> list[AnswerLoss]:
     """Compute the losses of these groups of examples; one entry per answer.
 
@@ -93,7 +146,7 @@ def measure_token_losses(
             {"input_ids": input_ids, "labels": labels}
             for input_ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
         ]
-        losses = token_losses_of(model, batch_examples, pad_token_id, is_flat, has_virtual_tokens)
+        losses = model.token_losses(batch_examples, is_flat=is_flat)
         for index, example, spans in zip(batch, batch_examples, columns["turn_spans"], strict=True):
             answers = [span for span in spans if span["role"] in ("model", "text")]
             turns = supervised_turns_of(
@@ -105,24 +158,3 @@ def measure_token_losses(
                 results.append(AnswerLoss(index, int(turn), int(in_turn.sum()), float(example_losses[in_turn].sum())))
         done(sum(len(example["input_ids"]) for example in batch_examples))
     return results
-
-
-def token_losses_of(
-    model: Any, examples: list[dict[str, Any]], pad_token_id: int, is_flat: bool, has_virtual_tokens: bool
-) -> np.ndarray:
-    """Return -log p of each supervised token of the examples, in order; float64 [P]."""
-    selects = supports_logits_to_keep(model) and not has_virtual_tokens
-    device = device_of(model)
-    batch = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in Collator(is_flat, pad_token_id, selects)(examples).items()
-    }
-    targets = pop_targets(batch)
-    if not len(targets.tokens):
-        return np.zeros(0)
-    if has_virtual_tokens and supports_logits_to_keep(model):
-        # Positions counted from the end are the same with virtual tokens at the beginning.
-        kept = batch["logits_to_keep"] = targets.positions.shape[1] - int(targets.positions.any(dim=0).nonzero()[0])
-        targets = targets._replace(positions=targets.positions[:, -kept:])
-    losses = token_losses(model, {"use_cache": has_virtual_tokens, **batch}, targets)
-    return losses.double().cpu().numpy()

@@ -7,7 +7,7 @@ generated   get_weather({"place": "Oslo"})         get_weather({"place": "Bergen
 
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import Source
 from finetune.dataset.tool_checks import check_tools
 from finetune.evaluation.question_answering import generate_ids
+from finetune.evaluation.token_losses import MeasuredModel, measure_each
 from finetune.inference.answer_turns import answer_turn, tools_of
-from finetune.inference.load_result import TUNED, LoadedModel
+from finetune.inference.load_result import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -49,26 +50,23 @@ def rows_with_tools(sources: Sequence[Source], repairs: Collection[str], limit: 
     return rows if any(turn.tool_calls for row in rows for turn in row.turns) else []
 
 
-def evaluate_tool_calls(
-    loaded: LoadedModel, rows: Sequence[Conversation], *, with_base: bool, bar: Callable[..., Any]
-) -> dict[str, Any]:
+def evaluate_tool_calls(loaded: LoadedModel, rows: Sequence[Conversation], *, with_base: bool) -> dict[str, Any]:
     """Let the models write the model turns of these rows, greedily; return JSON values, on every rank."""
     turns, left_out = _turns_of(loaded, rows)
     new_tokens = NEW_TOKENS + max((turn.length for turn in turns), default=0)
 
-    def write(model: Any, label: str) -> list[Turn]:
-        has_virtual_tokens = label == TUNED and loaded.result.has_virtual_tokens
-        with bar(f"{label}: tool calls", len(turns), " answers") as progress:
+    def write(model: MeasuredModel) -> list[Turn]:
+        prompts = [turn.prompt for turn in turns]
+        with model.bar(len(turns), " answers", ": tool calls") as progress:
             generated = generate_ids(
-                model, [turn.prompt for turn in turns], stop_token_ids=loaded.stop_token_ids,
-                max_new_tokens=new_tokens, batch_size=1 if has_virtual_tokens else BATCH_SIZE, done=progress.update,
-            )  # fmt: skip
+                model, prompts, max_new_tokens=new_tokens, batch_size=BATCH_SIZE, done=progress.update
+            )
         return [
             answer_turn(loaded.chat_format, turn.asked, turn.prompt, ids)
             for turn, ids in zip(turns, generated, strict=True)
         ]
 
-    answers = loaded.each(write, with_base=with_base)
+    answers = measure_each(loaded, write, with_base=with_base)
     return {
         "rows": len(rows),
         "with_call": sum(bool(turn.expected.tool_calls) for turn in turns),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TUNED, BASE = "tuned", "base"  # the two models of a result
-Measured = TypeVar("Measured")
 MEMORY_FRACTION = 0.8  # of the free memory that weights may take
 # Files besides the weights to download from the hub. A repository may hold the weights in several formats, also in
 # subfolders.
@@ -70,15 +69,6 @@ class LoadedModel:
         if self._base is None:
             self._base = load_base(self.result, self.tokenizer, name=self.base_name)
         yield self._base
-
-    def each(self, measure: Callable[[Any, str], Measured], *, with_base: bool = True) -> dict[str, Measured]:
-        """Measure the base (unless it is left out), then the tuned model; by their names."""
-        measured = {}
-        if with_base:
-            with self.base() as base:
-                measured[BASE] = measure(base, BASE)
-        measured[TUNED] = measure(self.tuned, TUNED)
-        return measured
 
 
 def load_for_inference(

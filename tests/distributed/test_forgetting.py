@@ -12,9 +12,8 @@ from finetune.conversation import Conversation, Turn
 from finetune.evaluation import forgetting
 from finetune.evaluation.forgetting import CATEGORIES, load_questions
 from finetune.evaluation.question_answering import answers_of, scores_of
+from finetune.evaluation.token_losses import MeasuredModel
 from finetune.inference.generate import AnswerGenerator
-from finetune.inference.load_result import load_for_inference
-from finetune.inference.run_result import read_result
 from finetune.run_dir.eval_results import read_sections
 from finetune.utils.errors import FinetuneError
 from tests.helpers import ranks
@@ -77,28 +76,18 @@ def test_two_ranks_answer_as_one(trained, few, tmp_path):
     assert together["answers"] == alone["answers"] and together["groups"] == alone["groups"]
 
 
-def test_a_broken_model_is_seen(small, tmp_path, trained):
+def test_a_broken_model_is_seen(small):
     """Weights of the small model with noise on them: it has forgotten, and the verdict says so."""
     model, chat_format = small
-    opened = load_for_inference(read_result(trained("lora")))
     chosen = [one for one in QUESTIONS if one.category == "choice" and one.language == "en"][::3]
-    opened.chat_format, opened.tokenizer = chat_format, chat_format.plain.tokenizer
-
-    def ask():
-        from contextlib import nullcontext
-
-        class Bar:
-            update = staticmethod(lambda count: None)
-
-        return forgetting.ask_questions(opened, model, chosen, label="base", bar=lambda *_: nullcontext(Bar))
-
-    before = ask()
+    asked = MeasuredModel("base", model, chat_format, 2, [2])
+    before = forgetting.ask_questions(asked, chosen)
     torch.manual_seed(0)
     kept = {name: one.clone() for name, one in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std())
-    after = ask()
+    after = forgetting.ask_questions(asked, chosen)
     model.load_state_dict(kept)
     pairs = list(zip(chosen, before, after, strict=True))
     group = forgetting._group("all questions", pairs)
@@ -117,9 +106,8 @@ def test_scores_are_those_of_whole_conversations_one_by_one(tiny_model, smol_tok
     asked = [(one.text, one.candidates) for one in QUESTIONS if one.candidates][::20]
     assert len(asked) > 5
     for kind in (False, True):  # from the cache; and whole, as behind virtual tokens
-        found = scores_of(
-            model, chat_format, asked, pad_token_id=2, has_virtual_tokens=kind, batch_size=5, done=lambda count: None
-        )
+        measured = MeasuredModel("tuned", model, chat_format, 2, has_virtual_tokens=kind)
+        found = scores_of(measured, asked, batch_size=5, done=lambda count: None)
         for (question, candidates), scores in zip(asked, found, strict=True):
             wanted = [stock_score(model, chat_format, question, candidate) for candidate in candidates]
             assert scores == pytest.approx(wanted, abs=1e-5) and max(wanted) - min(wanted) > 1e-3
@@ -140,7 +128,7 @@ def stock_score(model, chat_format, question, candidate):
 def test_answers_written_together_are_those_written_alone(small):
     model, chat_format = small
     questions = [one.text for one in QUESTIONS if one.is_written][::36]
-    options = {"stop_token_ids": [2], "max_new_tokens": 8, "done": lambda count: None}
-    together = answers_of(model, chat_format, questions, batch_size=8, **options)
+    measured = MeasuredModel("tuned", model, chat_format, 2, [2])
+    together = answers_of(measured, questions, max_new_tokens=8, batch_size=8, done=lambda count: None)
     alone = AnswerGenerator(model, chat_format, [2])
     assert together == [alone.answer([Turn("human", one)], max_new_tokens=8) for one in questions]

@@ -111,7 +111,7 @@ def verb(tiny_model, conversation_file, monkeypatch, tmp_path, capsys) -> Callab
 
 def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     """Leave out what needs a result or a model, and note how it is called."""
-    result = SimpleNamespace(folder=Path("output"), run={}, chat={"stop_token_id": 2})
+    result = SimpleNamespace(folder=Path("output"), run={}, base={"name": "base"}, chat={"stop_token_id": 2})
     result.with_template_kwargs = lambda text: calls.to("with_template_kwargs", result)(text)
     at = f"finetune.cli.{verb}"
     found = {
