@@ -1,4 +1,4 @@
-"""The micro-batches of a run: their layout, their examples, and the counts that their losses are divided by."""
+"""The micro-batches of a run: their examples, and the counts that their losses are divided by."""
 
 import json
 from collections import deque
@@ -14,63 +14,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from finetune.dataset.collator import Collator, LossCells, replace_distinct
 from finetune.dataset.prepared_cache import int_column
-from finetune.dataset.sampler import Batching, Order
 from finetune.dataset.sampler import Sampler as RowSampler
-from finetune.utils.errors import ConfigError
 
 ESTIMATE_STEPS = 20
 STEPS_AHEAD = 2  # whose batches are built while a step runs
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How micro-batches are made; `capacity` is the tokens of a packed group of rows, or None."""
-
-    batching: Batching
-    selects_logits: bool
-    capacity: int | None
-    order: Order
-    notes: tuple[str, ...] = ()
-
-
-def decide_layout(
-    wanted: Batching,
-    *,
-    obstacle: str | None,
-    full_logits_because: str | None,
-    tokens_per_device: int | None,
-    per_device_batch: int,
-    model_max_length: int,
-    longest: int,
-    strategy: str,
-) -> BatchLayout:
-    """Decide how batches are laid out, with a note for each deviation from what was asked.
-
-    Args:
-        obstacle: why rows cannot be padding-free, or None.
-        full_logits_because: why logits cannot be computed at supervised positions only, or None.
-        longest: tokens of the longest example.
-    """
-    notes = []
-    if tokens_per_device is not None and tokens_per_device < longest:
-        raise ConfigError(
-            f"--tokens_per_device_batch {tokens_per_device:,}: the longest example has {longest:,} tokens: give at "
-            "least as many, or a smaller --model_max_length"
-        )
-    batching: Batching = "padded" if obstacle else wanted
-    if obstacle and wanted != "padded":
-        notes.append(f"--batching {wanted}: fallback to padded because {obstacle}")
-    if full_logits_because:
-        notes.append(f"logits are computed at all positions, not only at supervised ones: {full_logits_because}")
-    capacity = tokens_per_device
-    if wanted == "packed":  # the fallback has as many tokens per batch
-        capacity = model_max_length if batching == "packed" else model_max_length * per_device_batch
-    order: Order = "sequential" if strategy == "sequential" else "random"
-    if strategy == "group_by_length":
-        order = "group_by_length" if batching == "padded" else "random"
-        if batching != "padded":
-            notes.append(f"group_by_length is off: {batching} batches have no padding that it could save")
-    return BatchLayout(batching, full_logits_because is None, capacity, order, tuple(notes))
 
 
 def padding_share(sampler: RowSampler) -> float:

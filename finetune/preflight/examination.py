@@ -4,14 +4,13 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune.config.adapter_arguments import KINDS_OF_METHODS
-from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
-from finetune.config.hardware import DetectedHardware, HardwareConfig, detect_hardware, hardware_of
+from finetune.config.hardware import DetectedHardware, detect_hardware, hardware_of
 from finetune.config.run_config import RankCounts, RunConfig
 from finetune.config.saved_adapter import read_adapter_config
 from finetune.dataset.prepare import PreparedData
@@ -30,18 +29,9 @@ from finetune.preflight.host_checks import (
     check_network,
     check_operators,
 )
-from finetune.preflight.memory import RunSpec
 from finetune.preflight.planned_run import PlannedRun
-from finetune.preflight.resource_checks import (
-    BatchForecast,
-    check_resources,
-    forecast_batches,
-    free_space,
-    note_batches,
-    run_spec,
-)
+from finetune.preflight.resource_checks import check_resources, forecast_batches, free_space, note_batches, run_spec
 from finetune.training.data_setup import check_data, prepare_run_data
-from finetune.training.flag_checks import ADAM_BYTES, optimizer_state_bytes
 from finetune.training.model_checks import check_against_data
 from finetune.utils.console import labelled
 from finetune.utils.options import without_flags
@@ -81,8 +71,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
         config, info = resolved
         fitted = read and report.attempt("configuration", lambda: check_against_data(config, info, *read))
         config = fitted or config
-        checkpointing = config.activation_checkpointing.enabled
-        _note_configuration(report, slots, info, config.hardware, config.deepspeed, checkpointing, config.notes)
+        _note_configuration(report, slots, info, config)
         if fitted and read:
             logger.info("computing memory and disk")
             tokenizer, data = read
@@ -91,7 +80,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
             batches = report.attempt("configuration", lambda: forecast(obstacle=obstacle))
             if batches is not None:
                 note_batches(report, config.batch, batches)
-                planned = planned_memory(config, batches, ranks_on_host=max(map(len, slots.values())))
+                planned = run_spec(config, batches, ranks_on_host=max(map(len, slots.values())))
                 free = free_space(config.hardware.use_cpu, slots, answers)
                 check_resources(report, planned, batches.first, free, info, tokenizer, config.adapter)
         names = operators_of(config.deepspeed.config if config.deepspeed else None, use_cpu=config.hardware.use_cpu)
@@ -104,14 +93,6 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
         check_network(report, run, slots, answers, "nccl" if hardware.gpus else "gloo")
     if run.choice.rehearse and not report.status:
         report.attempt("rehearsal", lambda: _rehearse(report, run))
-
-
-def planned_memory(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -> RunSpec:
-    """Return the run as the numbers of the memory estimate."""
-    return run_spec(
-        config.deepspeed, config.hardware, config.activation_checkpointing, config.batch, config.schedule, batches,
-        ranks_on_host=ranks_on_host, optimizer_bytes=_state_bytes(config),
-    )  # fmt: skip
 
 
 def _local_order(run: PlannedRun, words: list[str] | None = None) -> dict[str, Any]:
@@ -129,23 +110,9 @@ def _read(report: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
     return tokenizer, data
 
 
-def _state_bytes(config: RunConfig) -> float:
-    """Return the bytes of optimizer states for each trained parameter."""
-    section = config.deepspeed.config.get("optimizer") if config.deepspeed else None
-    if section is None:
-        return optimizer_state_bytes(config.training_values(), partitions=config.deepspeed is not None)
-    return 4.0 if str(section.get("type")).lower() in ("lion", "adagrad") else ADAM_BYTES
-
-
-def _note_configuration(
-    report: DoctorReport,
-    slots: dict[str, list[int]],
-    info: ModelInfo,
-    hardware: HardwareConfig,
-    zero: ResolvedDeepSpeedConfig | None,
-    checkpointing: bool,
-    notes: Sequence[str],
-) -> None:
+def _note_configuration(report: DoctorReport, slots: dict[str, list[int]], info: ModelInfo, config: RunConfig) -> None:
+    hardware, zero = config.hardware, config.deepspeed
+    checkpointing = "on" if config.activation_checkpointing.enabled else "off"
     ranks, hosts = sum(map(len, slots.values())), f"{len(slots)} host{'s' * (len(slots) > 1)}"
     by_host = ", ".join(f"{host}: {len(ids)}" for host, ids in slots.items())
     lines = {
@@ -153,17 +120,17 @@ def _note_configuration(
         "model": f"{info.name} ({info.config.model_type})",
         "ZeRO": f"stage {zero.stage}" + (", offloaded" * zero.offloads) if zero else "none (plain data parallel)",
         "precision": hardware.precision,
-        "attention": f"{info.attention}, activation checkpointing {'on' if checkpointing else 'off'}",
+        "attention": f"{info.attention}, activation checkpointing {checkpointing}",
     }
     report.facts["configuration"] = {
         "world_size": ranks,
         "slots": slots,
         "backend": hardware.backend,
-        "notes": list(notes),
+        "notes": list(config.notes),
         "precision": hardware.precision,
         "attention": info.attention,
         "deepspeed": zero.config if zero else None,
-        "lines": [*labelled(lines), *(f"note: {note}" for note in notes)],
+        "lines": [*labelled(lines), *(f"note: {note}" for note in config.notes)],
     }
 
 

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 
 from finetune.config import AdapterArguments
-from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
-from finetune.config.hardware import HardwareConfig, Precision
-from finetune.config.run_config import ActivationCheckpointing, BatchConfig, ScheduleConfig
-from finetune.dataset.dataloader import BatchLayout
+from finetune.config.hardware import Precision
+from finetune.config.run_config import BatchConfig, RunConfig, ScheduleConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.sampler import Sampler
 from finetune.models import loader
@@ -23,7 +21,8 @@ from finetune.preflight.doctor_report import DoctorReport, size
 from finetune.preflight.host_checks import Answers
 from finetune.preflight.memory import MemoryEstimate, ModelSpec, RunSpec, Suggestion
 from finetune.preflight.spec_from_config import spec_from_config
-from finetune.training.dataloaders import batch_layout, train_sampler
+from finetune.training.dataloaders import BatchLayout, decide_layout, train_sampler
+from finetune.training.flag_checks import ADAM_BYTES, optimizer_state_bytes
 from finetune.utils.console import labelled
 from finetune.utils.errors import FinetuneError, StorageError
 
@@ -85,7 +84,7 @@ def forecast_batches(
     examples = data.epoch(batch.seed).examples
     lengths, supervised = int_column(examples, "length"), int_column(examples, "num_supervised")
     longest = int(lengths.max())
-    layout = batch_layout(batch, longest, batch.padding_reason or obstacle)
+    layout = decide_layout(batch, longest, batch.padding_reason or obstacle)
     sampler = train_sampler(batch, layout, lengths)
     largest = first = np.zeros(4, dtype=int)
     for step in range(min(sampler.steps_per_epoch, MAX_STEPS)):
@@ -195,21 +194,12 @@ def _model_spec(info: ModelInfo, tokenizer: Any, precision: Precision, adapter: 
     )
 
 
-def run_spec(
-    zero: ResolvedDeepSpeedConfig | None,
-    hardware: HardwareConfig,
-    recompute: ActivationCheckpointing,
-    batch: BatchConfig,
-    schedule: ScheduleConfig,
-    batches: BatchForecast,
-    *,
-    ranks_on_host: int,
-    optimizer_bytes: float,
-) -> RunSpec:
+def run_spec(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -> RunSpec:
     """Return the run as the numbers of the estimate, with the sizes that DeepSpeed gets."""
+    recompute, hardware = config.activation_checkpointing, config.hardware
     return RunSpec(
-        **memory.from_deepspeed(zero.config if zero else None),
-        ranks=batch.world_size,
+        **memory.from_deepspeed(config.deepspeed.config if config.deepspeed else None),
+        ranks=config.batch.world_size,
         ranks_on_host=ranks_on_host,
         **asdict(batches.largest) | ({"pairs": 0} if hardware.attention.startswith("flash") else {}),
         longest=batches.longest,
@@ -218,11 +208,19 @@ def run_spec(
         use_cpu=hardware.use_cpu,
         checkpoint_every=recompute.every_n_layers if recompute.enabled else 0,
         checkpoints_to_host=recompute.enabled and recompute.offload,
-        accumulation=batch.accumulation,
-        optimizer_bytes=optimizer_bytes,
-        keep_checkpoints=_kept_checkpoints(schedule, batches),
-        only_model=schedule.save_only_model,
+        accumulation=config.batch.accumulation,
+        optimizer_bytes=_state_bytes(config),
+        keep_checkpoints=_kept_checkpoints(config.schedule, batches),
+        only_model=config.schedule.save_only_model,
     )
+
+
+def _state_bytes(config: RunConfig) -> float:
+    """Return the bytes of optimizer states for each trained parameter."""
+    section = config.deepspeed.config.get("optimizer") if config.deepspeed else None
+    if section is None:
+        return optimizer_state_bytes(config.training_values(), partitions=config.deepspeed is not None)
+    return 4.0 if str(section.get("type")).lower() in ("lion", "adagrad") else ADAM_BYTES
 
 
 def _kept_checkpoints(schedule: ScheduleConfig, batches: BatchForecast) -> int:

@@ -10,7 +10,7 @@ from finetune.config.run_config import BatchConfig
 from finetune.dataset.collator import Collator, LossWeighting, pad_token_id
 from finetune.dataset.prepare import ExampleSet, PreparedData
 from finetune.dataset.prepared_cache import int_column
-from finetune.dataset.sampler import Batching, BatchShape, Sampler
+from finetune.dataset.sampler import Batching, BatchShape, Order, Sampler
 from finetune.distributed.collectives import first_not_none, get_rank
 from finetune.distributed.startup_timer import timed
 from finetune.utils.errors import ConfigError
@@ -19,9 +19,20 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from finetune.dataset.dataloader import BatchLayout, MicroBatchDataset
+    from finetune.dataset.dataloader import MicroBatchDataset
 
 NO_LOGITS_TO_KEEP = "this model's code has no logits_to_keep"
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How micro-batches are made; `capacity` is the tokens of a packed group of rows, or None."""
+
+    batching: Batching
+    selects_logits: bool
+    capacity: int | None
+    order: Order
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def build_dataloaders(
         model, collator, vocab_size=size, device=device, autocast=autocast, gather_reason=first_not_none
     )
     full = None if no_head is None or collator.selects_logits else batch.full_logits_reason or NO_LOGITS_TO_KEEP
-    layout = batch_layout(batch, int(lengths.max()), reason, full)
+    layout = decide_layout(batch, int(lengths.max()), reason, full)
     base = unwrap_adapter(model)
     by_segment = by_segment_note(base)
     notes = (
@@ -149,27 +160,35 @@ def _padding_reason(
     return reason
 
 
-def batch_layout(
+def decide_layout(
     batch: BatchConfig, longest: int, padding_reason: str | None, full_logits_because: str | None = None
 ) -> BatchLayout:
-    """Decide the layout of micro-batches of examples up to `longest` tokens (`dataloader.decide_layout`).
+    """Decide how micro-batches are laid out, with a note for each deviation from what was asked.
 
     Args:
+        longest: tokens of the longest example.
         padding_reason: why rows must be padded, or None.
         full_logits_because: why logits must be computed at all positions, or None.
     """
-    from finetune.dataset.dataloader import decide_layout
-
-    return decide_layout(
-        batch.batching,
-        obstacle=padding_reason,
-        full_logits_because=full_logits_because,
-        tokens_per_device=batch.tokens_per_device,
-        per_device_batch=batch.per_device_batch,
-        model_max_length=batch.model_max_length,
-        longest=longest,
-        strategy=batch.sampling,
-    )
+    wanted, capacity, notes = batch.batching, batch.tokens_per_device, []
+    if capacity is not None and capacity < longest:
+        raise ConfigError(
+            f"--tokens_per_device_batch {capacity:,}: the longest example has {longest:,} tokens: give at least as "
+            "many, or a smaller --model_max_length"
+        )
+    batching: Batching = "padded" if padding_reason else wanted
+    if padding_reason and wanted != "padded":
+        notes.append(f"--batching {wanted}: fallback to padded because {padding_reason}")
+    if full_logits_because:
+        notes.append(f"logits are computed at all positions, not only at supervised ones: {full_logits_because}")
+    if wanted == "packed":  # the fallback has as many tokens per batch
+        capacity = batch.model_max_length * (1 if batching == "packed" else batch.per_device_batch)
+    order: Order = "sequential" if batch.sampling == "sequential" else "random"
+    if batch.sampling == "group_by_length":
+        order = "group_by_length" if batching == "padded" else "random"
+        if batching != "padded":
+            notes.append(f"group_by_length is off: {batching} batches have no padding that it could save")
+    return BatchLayout(batching, full_logits_because is None, capacity, order, tuple(notes))
 
 
 def train_sampler(batch: BatchConfig, layout: BatchLayout, lengths: np.ndarray) -> Sampler:

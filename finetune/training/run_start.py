@@ -29,6 +29,7 @@ from finetune.launcher import resources_of_command
 from finetune.models.loader import ModelInfo
 from finetune.run_dir import output_dir_lock, run_json
 from finetune.run_dir.data_samples import write_samples
+from finetune.training.dataloaders import BatchLayout
 from finetune.training.metrics import cut_metrics
 from finetune.training.resume_check import compare_with_checkpoint
 from finetune.utils.console import log_notes, log_to_file, quiet_libraries
@@ -36,8 +37,6 @@ from finetune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-    from finetune.dataset.dataloader import BatchLayout
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,7 @@ from finetune.distributed.process_setup import prepare_environment
 from finetune.models.attention import unsupported_config_reason
 from finetune.preflight.doctor_report import DoctorReport
 from finetune.preflight.dry_run import make_random_model
-from finetune.preflight.examination import planned_memory
-from finetune.preflight.resource_checks import FreeSpace, check_resources, forecast_batches
+from finetune.preflight.resource_checks import FreeSpace, check_resources, forecast_batches, run_spec
 from finetune.train import resolve
 from finetune.utils.errors import ConfigError
 from tests.helpers import ranks
@@ -127,7 +126,7 @@ def test_the_doctor_foresees_what_the_comment_says(path, hub, tmp_path, monkeypa
         config.batch, config.schedule, conversations_of_full_length(config),
         obstacle=unsupported_config_reason(info.config, config.data.model_max_length),
     )  # fmt: skip
-    run = planned_memory(config, batches, ranks_on_host=said.per_host)
+    run = run_spec(config, batches, ranks_on_host=said.per_host)
     report = DoctorReport()
     card = said.card * 1e9 * ROOM
     free = FreeSpace(card if gpus else math.inf, (2 if gpus else 1) * said.per_host * card, {})

@@ -8,49 +8,8 @@ import torch
 from datasets import Dataset
 
 from finetune.dataset.collator import Collator
-from finetune.dataset.dataloader import MicroBatchDataset, Prefetcher, decide_layout, padding_share
+from finetune.dataset.dataloader import MicroBatchDataset, Prefetcher, padding_share
 from finetune.dataset.sampler import BatchShape, Sampler
-from finetune.utils.errors import ConfigError
-
-ASKED = {
-    "obstacle": None, "full_logits_because": None, "tokens_per_device": None, "per_device_batch": 8,
-    "model_max_length": 512, "longest": 300, "strategy": "random",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("wanted", "changed", "form", "said"),
-    [
-        ("flat", {}, ("flat", True, None, "random"), []),
-        ("padded", {}, ("padded", True, None, "random"), []),
-        ("packed", {}, ("packed", True, 512, "random"), []),
-        ("flat", {"tokens_per_device": 400}, ("flat", True, 400, "random"), []),
-        ("flat", {"strategy": "sequential"}, ("flat", True, None, "sequential"), []),
-        ("flat", {"strategy": "batch_rebalance"}, ("flat", True, None, "random"), []),
-        ("flat", {"strategy": "group_by_length"}, ("flat", True, None, "random"), ["group_by_length is off: flat"]),
-        ("padded", {"strategy": "group_by_length"}, ("padded", True, None, "group_by_length"), []),
-        (
-            "flat",
-            {"obstacle": "why"},
-            ("padded", True, None, "random"),
-            ["--batching flat: fallback to padded"],
-        ),
-        ("packed", {"obstacle": "why"}, ("padded", True, 4096, "random"), ["--batching packed: fallback to padded"]),
-        ("padded", {"obstacle": "why"}, ("padded", True, None, "random"), []),
-        ("flat", {"full_logits_because": "no"}, ("flat", False, None, "random"), ["logits are computed at all"]),
-    ],
-)
-def test_the_form_is_as_asked_or_said(wanted, changed, form, said):
-    found = decide_layout(wanted, **{**ASKED, **changed})
-    assert (found.batching, found.selects_logits, found.capacity, found.order) == form
-    assert len(found.notes) == len(said)
-    assert all(note.startswith(begin) for note, begin in zip(found.notes, said, strict=True))
-
-
-def test_a_budget_must_hold_the_longest_example():
-    with pytest.raises(ConfigError, match="299: the longest example has 300 tokens"):
-        decide_layout("flat", **{**ASKED, "tokens_per_device": 299})
-    assert decide_layout("flat", **{**ASKED, "tokens_per_device": 300}).capacity == 300
 
 
 def made(
