@@ -13,7 +13,7 @@ from finetune.dataset.data_files import UnreadableFileError, open_data_file
 from finetune.dataset.data_sources import Source, find_sources
 from finetune.dataset.dedup import DuplicateIndex, digest_of_row, digest_of_turns, key_of_id
 from finetune.dataset.json_decoder import shown
-from finetune.dataset.json_reader import RawRow, file_fault, iter_json_rows
+from finetune.dataset.json_reader import RawRow, iter_json_rows
 from finetune.dataset.message_trees import rows_of_trees
 from finetune.dataset.parquet_reader import iter_dataset_rows, iter_parquet_rows
 from finetune.dataset.read_counts import ReadCounts
@@ -70,8 +70,11 @@ class ConversationReader:
         self._begin()
         for source_index, source in enumerate(self.sources):
             self._bytes_of_source = int
+            raw = None
             for raw in rows_of_trees(self._raw_rows(source)):
                 yield source_index, raw
+            if raw is None:
+                yield source_index, _file_fault(f"{source.name}: holds no conversations")
             self._bytes_before += source.num_bytes
         self._bytes_of_source = int
 
@@ -92,22 +95,22 @@ class ConversationReader:
         def progress(share: float) -> None:
             self._bytes_of_source = lambda: int(share * source.num_bytes)
 
-        if source.dataset is not None:
-            yield from iter_dataset_rows(source.dataset, source.name, progress)
-            return
         try:
-            with open_data_file(source.location) as file:
+            if source.dataset is not None:
+                yield from iter_dataset_rows(source.dataset, source.name, progress)
+                return
+            with open_data_file(source.location, source.name) as file:
                 if file.is_parquet:
                     yield from iter_parquet_rows(source.location, source.name, progress)
                     return
                 self._bytes_of_source = file.position
                 if source.delimiter is not None:
-                    yield from iter_csv_rows(file, source.name, source.delimiter)
+                    yield from iter_csv_rows(file, source.delimiter)
                 else:
-                    yield from iter_json_rows(file, source.name)
+                    yield from iter_json_rows(file)
                 self._bytes_of_source = int
         except UnreadableFileError as error:
-            yield file_fault(f"{source.name}: {error}")
+            yield _file_fault(str(error))
 
     def check(self, source_index: int, raw: RawRow) -> CheckedRow:
         """Read and check one row by itself."""
@@ -179,6 +182,10 @@ class ConversationReader:
             return BadRow(row.row, row.source, row.id, tuple(faults))
         counts.add(row, checked.reading)
         return row
+
+
+def _file_fault(fault: str) -> RawRow:
+    return RawRow(None, None, [fault], is_read=False)
 
 
 def _id_fault(value: Any) -> str | None:

@@ -5,19 +5,23 @@ import csv
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-from finetune.dataset.data_files import DataFile, conversion, is_gb18030, wide_encoding
+from finetune.dataset.data_files import DataFile, UnreadableFileError, is_gb18030, wide_encoding
 from finetune.dataset.json_decoder import shown
-from finetune.dataset.json_reader import MOST_CHARACTERS, RawRow, file_fault
+from finetune.dataset.json_reader import MOST_CHARACTERS, RawRow
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 INDEX = "__index_level_0__"  # pandas' index: its name in Parquet, in CSV it has none
 
 
-def iter_csv_rows(file: DataFile, name: str, delimiter: str) -> Iterator[RawRow]:
-    """All rows in order, cells as strings, empty ones as None; the faults have the line in which a row begins."""
+def iter_csv_rows(file: DataFile, delimiter: str) -> Iterator[RawRow]:
+    """All rows in order, cells as strings, empty ones as None; the faults have the line in which a row begins.
+
+    Raises:
+        UnreadableFileError: the file, or the rest of it, cannot be read.
+    """
+    name = file.name
     if encoding := wide_encoding(file.head):
-        yield file_fault(f"{name}: {conversion(encoding, name, file.packed)}")
-        return
+        raise UnreadableFileError(f"{name}: {file.conversion(encoding)}")
     csv.field_size_limit(MOST_CHARACTERS)
     reader = csv.reader(_lines(file.chunks()), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -30,8 +34,7 @@ def iter_csv_rows(file: DataFile, name: str, delimiter: str) -> Iterator[RawRow]
             if not header:
                 header = [cell.strip() or INDEX * (not number) for number, cell in enumerate(cells)]
                 if fault := _header_fault(header):
-                    yield file_fault(f"{name}, line {begin}: {fault}")
-                    return
+                    raise UnreadableFileError(f"{name}, line {begin}: {fault}")
             elif len(cells) != len(header):
                 fault = f"has {len(cells)} cells, and the first line names {len(header)} columns"
                 remedy = "put text that holds the delimiter, a line break or a quote into double quotes"
@@ -41,15 +44,14 @@ def iter_csv_rows(file: DataFile, name: str, delimiter: str) -> Iterator[RawRow]
                 yield RawRow(row, {key: cell or None for key, cell in zip(header, cells, strict=True)}, [])
                 row += 1
     except csv.Error as error:
-        yield file_fault(f"{name}, line {line + 1}: no CSV: {error}; row {row} and what follows cannot be read")
+        fault = f"{name}, line {line + 1}: no CSV: {error}"
+        raise UnreadableFileError(f"{fault}; row {row} and what follows cannot be read") from None
     except UnicodeDecodeError as error:
         why = f"not UTF-8 ({error.reason}): convert it, for example with iconv"
         if is_gb18030(error.object[error.start : error.start + 4096]):
-            why = conversion("GB18030", name, file.packed)
-        yield file_fault(f"{name}, line {reader.line_num + 1}: {why}; row {row} and what follows cannot be read")
-    else:
-        if not row:
-            yield file_fault(f"{name}: holds no conversations")
+            why = file.conversion("GB18030")
+        fault = f"{name}, line {reader.line_num + 1}: {why}"
+        raise UnreadableFileError(f"{fault}; row {row} and what follows cannot be read") from None
 
 
 def _header_fault(header: list[str]) -> str | None:

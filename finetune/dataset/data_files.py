@@ -28,14 +28,17 @@ _TAR_MAGIC_OFFSET = 257
 
 
 class UnreadableFileError(Exception):
-    """A file, or the rest of it, cannot be read; the message gives the reason without the file's name."""
+    """A file, or the rest of it, cannot be read; the message is complete."""
 
 
 class DataFile:
-    """A file open for reading, decompressed on the fly; `head` is the first chunk, which `chunks` yields again."""
+    """A file open for reading, decompressed on the fly; `head` is the first chunk, which `chunks` yields again.
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
+    `name` is for messages.
+    """
+
+    def __init__(self, raw: BinaryIO, name: str) -> None:
+        self._raw, self.name = raw, name
         magic = raw.read(16)
         raw.seek(0)
         self.packed = magic.startswith((GZIP, ZSTD))
@@ -60,24 +63,34 @@ class DataFile:
         try:
             return self._stream.read(CHUNK_BYTES)
         except EOFError:
-            raise UnreadableFileError("the gzip stream is cut short: fetch or pack the file again") from None
+            raise self._stream_fault("gzip", "cut short") from None
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise UnreadableFileError(f"the gzip stream is damaged ({error}): fetch or pack the file again") from None
+            raise self._stream_fault("gzip", f"damaged ({error})") from None
         except OSError as error:
             if error.errno is not None:
                 raise
             text = str(error).strip()
-            kind = "cut short" if "runcated" in text else f"damaged ({text})"
-            raise UnreadableFileError(f"the zstd stream is {kind}: fetch or pack the file again") from None
+            raise self._stream_fault("zstd", "cut short" if "runcated" in text else f"damaged ({text})") from None
+
+    def _stream_fault(self, kind: str, fault: str) -> UnreadableFileError:
+        return UnreadableFileError(f"{self.name}: the {kind} stream is {fault}: fetch or pack the file again")
 
     def _refuse_other_kinds(self) -> None:
-        for magic, reason in REFUSED_KINDS.items():
-            if self.head.startswith(magic):
-                raise UnreadableFileError(reason)
+        reason = next((reason for magic, reason in REFUSED_KINDS.items() if self.head.startswith(magic)), None)
         if self.head[_TAR_MAGIC_OFFSET : _TAR_MAGIC_OFFSET + 5] == b"ustar":
-            raise UnreadableFileError(REFUSED_SUFFIXES[".tar"])
+            reason = REFUSED_SUFFIXES[".tar"]
         if self.packed and self.head.startswith((GZIP, ZSTD, PARQUET)):
-            raise UnreadableFileError("a packed file inside a packed file: unpack it once")
+            reason = "a packed file inside a packed file: unpack it once"
+        if reason is not None:
+            raise UnreadableFileError(f"{self.name}: {reason}")
+
+    def conversion(self, encoding: str) -> str:
+        """Name the encoding of a text that is not UTF-8, and the command that converts it."""
+        convert = f"iconv -f {encoding} -t UTF-8 {self.name} > {self.name}.utf8"
+        if self.packed:
+            convert = f"unpack it, then iconv -f {encoding} -t UTF-8"
+        known_as = "GBK or GB18030" if encoding == "GB18030" else encoding
+        return f"the text is {known_as}, not UTF-8: convert it: {convert}"
 
 
 def _decompressor(raw: BinaryIO, magic: bytes) -> Any:
@@ -91,22 +104,13 @@ def _decompressor(raw: BinaryIO, magic: bytes) -> Any:
 
 
 @contextmanager
-def open_data_file(path: str) -> Iterator[DataFile]:
+def open_data_file(path: str, name: str) -> Iterator[DataFile]:
     """Open a file, or raise `UnreadableFileError` with the reason."""
     try:
         with open(path, "rb") as raw:
-            yield DataFile(raw)
+            yield DataFile(raw, name)
     except OSError as error:
-        raise UnreadableFileError(f"cannot be read: {error.strerror or error}") from None
-
-
-def conversion(encoding: str, name: str, packed: bool) -> str:
-    """Name the encoding of a text that is not UTF-8, and the command that converts it."""
-    convert = f"iconv -f {encoding} -t UTF-8 {name} > {name}.utf8"
-    if packed:
-        convert = f"unpack it, then iconv -f {encoding} -t UTF-8"
-    known_as = "GBK or GB18030" if encoding == "GB18030" else encoding
-    return f"the text is {known_as}, not UTF-8: convert it: {convert}"
+        raise UnreadableFileError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
 def wide_encoding(head: bytes) -> str | None:

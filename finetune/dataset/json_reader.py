@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from finetune.dataset.data_files import CHUNK_BYTES, DataFile, conversion, is_gb18030, wide_encoding
+from finetune.dataset.data_files import CHUNK_BYTES, DataFile, UnreadableFileError, is_gb18030, wide_encoding
 from finetune.dataset.json_decoder import (
     SPACE,
     Decoder,
@@ -46,37 +46,35 @@ class RawRow(NamedTuple):
     is_read: bool = True
 
 
-def file_fault(fault: str) -> RawRow:
-    """A row for the fault of a file that cannot be read."""
-    return RawRow(None, None, [fault], is_read=False)
+def iter_json_rows(file: DataFile) -> Iterator[RawRow]:
+    """All rows in order; an error in a row becomes its fault.
 
-
-def iter_json_rows(file: DataFile, name: str) -> Iterator[RawRow]:
-    """All rows in order; errors in the text become rows with faults."""
+    Raises:
+        UnreadableFileError: the file, or the rest of it, cannot be read.
+    """
     chunks = file.chunks()
     head = next(chunks, b"")
     while not head.removeprefix(codecs.BOM_UTF8).strip(_BLANK_BYTES) and (more := next(chunks, b"")):
         head += more
     encoding = wide_encoding(head)
     if encoding is not None:
-        yield file_fault(f"{name}: {conversion(encoding, name, file.packed)}")
-        return
+        raise UnreadableFileError(f"{file.name}: {file.conversion(encoding)}")
     begin = head.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK_BYTES)[:1]
     whole = chain([head], chunks)
     if not begin:
-        yield file_fault(f"{name}: the file is empty: expected a JSON array of conversations")
-    elif begin == b"[":
-        yield from _array_rows(_Window(whole, name, file.packed))
+        raise UnreadableFileError(f"{file.name}: the file is empty: expected a JSON array of conversations")
+    if begin == b"[":
+        yield from _array_rows(_Window(whole, file))
     elif begin == b"{":
         error = _first_line_error(head)
         is_cut = error is not None and is_blank(error.doc[error.pos :])
         rows = _object_or_line_rows if is_cut else _line_rows
-        yield from rows(whole, name, file.packed)
+        yield from rows(whole, file)
     elif b"\n{" in head or (error := _first_line_error(head)) is None:
-        yield from _line_rows(whole, name, file.packed)
+        yield from _line_rows(whole, file)
     else:
-        place = f"{name}, line {error.lineno}, column {error.colno}"
-        yield file_fault(f"{place}: {EXPECTED}: {explain_error(error, error.doc)}")
+        place = f"{file.name}, line {error.lineno}, column {error.colno}"
+        raise UnreadableFileError(f"{place}: {EXPECTED}: {explain_error(error, error.doc)}")
 
 
 def _first_line_error(head: bytes) -> json.JSONDecodeError | None:
@@ -99,8 +97,8 @@ def _first_line_error(head: bytes) -> json.JSONDecodeError | None:
 class _Window:
     """A sliding window over a text; `text[at]` is the next character."""
 
-    def __init__(self, chunks: Iterable[bytes], name: str, packed: bool) -> None:
-        self.name, self.packed = name, packed
+    def __init__(self, chunks: Iterable[bytes], file: DataFile) -> None:
+        self.file = file
         self.text, self.at = "", 0
         self._fault: str | None = None
         self._chunks = iter(chunks)
@@ -138,7 +136,7 @@ class _Window:
         """File, line and column of a position in the window."""
         line, column = line_and_column(self.text, at)
         column += self._columns_before if line == 1 else 0
-        return f"{self.name}, line {self._lines_before + line}, column {column}"
+        return f"{self.file.name}, line {self._lines_before + line}, column {column}"
 
     def _decode_chunk(self) -> str | None:
         if self._fault is not None:
@@ -154,7 +152,7 @@ class _Window:
     def _text_before(self, error: UnicodeDecodeError, chunk_bytes: int) -> str:
         begin = self._bytes_before - (len(error.object) - chunk_bytes)
         if is_gb18030(error.object[error.start : error.start + 4096]):
-            self._fault = conversion("GB18030", self.name, self.packed)
+            self._fault = self.file.conversion("GB18030")
         else:
             self._fault = _not_utf_8(begin + error.start)
         return error.object[: error.start].decode("utf-8-sig" if begin == 0 else "utf-8")
@@ -173,32 +171,28 @@ def _array_rows(window: _Window) -> Iterator[RawRow]:
             value = _next_value(window, decoder)
         except json.JSONDecodeError as error:
             fault = f"{window.place(error.pos)}: not JSON: {explain_error(error, window.text)}"
-            yield file_fault(f"{fault}; row {row} and what follows cannot be read")
-            return
+            raise UnreadableFileError(f"{fault}; row {row} and what follows cannot be read") from None
         except _NotText as error:
-            yield file_fault(f"{error}; row {row} and what follows cannot be read")
-            return
+            raise UnreadableFileError(f"{error}; row {row} and what follows cannot be read") from None
         except (RecursionError, _TooLong) as error:
             why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            yield file_fault(f"{window.place(window.at)}: row {row} is {why}; it and what follows cannot be read")
-            return
-        yield RawRow(row, value, mark_faults(value, f"{window.name}, row {row}") if decoder.markers else [])
+            fault = f"{window.place(window.at)}: row {row} is {why}"
+            raise UnreadableFileError(f"{fault}; it and what follows cannot be read") from None
+        yield RawRow(row, value, mark_faults(value, f"{window.file.name}, row {row}") if decoder.markers else [])
         row += 1
         delimiter = window.peek()
         closing = delimiter == "]"
         if not closing:
             between = _fault_between(window, delimiter)
             if between is not None:
-                yield file_fault(f"{between}; what follows row {row - 1} cannot be read")
-                return
+                raise UnreadableFileError(f"{between}; what follows row {row - 1} cannot be read")
     window.at += 1
     if window.peek():
         extra = f"{window.place(window.at)}: not JSON: content after the closing bracket of the array"
-        yield file_fault(f"{extra}: one array a file, with all rows in it; what follows row {row - 1} cannot be read")
-    elif (unread := window.fault()) is not None:
-        yield file_fault(unread)
-    elif not row:
-        yield file_fault(f"{window.name}: holds no conversations")
+        remedy = "one array a file, with all rows in it"
+        raise UnreadableFileError(f"{extra}: {remedy}; what follows row {row - 1} cannot be read")
+    if (unread := window.fault()) is not None:
+        raise UnreadableFileError(unread)
 
 
 def _fault_between(window: _Window, delimiter: str) -> str | None:
@@ -246,7 +240,7 @@ def _next_value(window: _Window, decoder: Decoder) -> Any:
         return value
 
 
-def _object_or_line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[RawRow]:
+def _object_or_line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[RawRow]:
     """One object over several lines, else JSON lines of which the first is broken."""
     read: list[bytes] = []
     chunks = iter(chunks)
@@ -256,30 +250,28 @@ def _object_or_line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> It
             read.append(chunk)
             yield chunk
 
-    window = _Window(recorded(), name, packed)
+    window = _Window(recorded(), file)
     window.peek()
     decoder = Decoder()
     try:
         value = _next_value(window, decoder)
     except _TooLong as error:
-        yield file_fault(
-            f"{name}: one object {error}, beginning with {window.text[:40]!r}: {EXPECTED}: write the list in it alone"
-        )
+        found = f"one object {error}, beginning with {window.text[:40]!r}"
+        raise UnreadableFileError(f"{file.name}: {found}: {EXPECTED}: write the list in it alone") from None
     except RecursionError:
-        yield file_fault(f"{name}: one object over several lines, nested too deeply: {EXPECTED}")
-    except _NotText:
-        yield from _line_rows(chain(read, chunks), name, packed)
-    except json.JSONDecodeError as error:
-        if is_blank(window.text[error.pos :]):
-            yield file_fault(f"{window.place(error.pos)}: not JSON: {explain_error(error, window.text)}")
-        else:
-            yield from _line_rows(chain(read, chunks), name, packed)
+        fault = f"{file.name}: one object over several lines, nested too deeply: {EXPECTED}"
+        raise UnreadableFileError(fault) from None
+    except (_NotText, json.JSONDecodeError) as error:
+        if isinstance(error, json.JSONDecodeError) and is_blank(window.text[error.pos :]):
+            fault = f"{window.place(error.pos)}: not JSON: {explain_error(error, window.text)}"
+            raise UnreadableFileError(fault) from None
+        yield from _line_rows(chain(read, chunks), file)
     else:
-        yield RawRow(0, value, mark_faults(value, f"{name}, row 0") if decoder.markers else [])
+        yield RawRow(0, value, mark_faults(value, f"{file.name}, row 0") if decoder.markers else [])
         if window.peek():
-            yield file_fault(f"{window.place(window.at)}: content after the object: {EXPECTED}")
-        elif (fault := window.fault()) is not None:
-            yield file_fault(fault)
+            raise UnreadableFileError(f"{window.place(window.at)}: content after the object: {EXPECTED}")
+        if (unread := window.fault()) is not None:
+            raise UnreadableFileError(unread)
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -296,8 +288,8 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(pieces)
 
 
-def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[RawRow]:
-    decoder, row, number, offset, is_utf_8 = Decoder(), 0, 0, 0, False
+def _line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[RawRow]:
+    decoder, name, row, number, offset, is_utf_8 = Decoder(), file.name, 0, 0, 0, False
     try:
         for number, line in enumerate(_lines(chunks), start=1):
             offset += len(line) + 1
@@ -311,8 +303,7 @@ def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[Raw
                 value = only_value(decoder, text, 0 if text[0] == "{" else _skip_spaces(text))
             except UnicodeDecodeError as error:
                 if not is_utf_8 and is_gb18030(line[error.start : error.start + 4096]):
-                    yield file_fault(f"{name}: {conversion('GB18030', name, packed)}")
-                    return
+                    raise UnreadableFileError(f"{name}: {file.conversion('GB18030')}") from None
                 byte = offset - 1 - len(line) + error.start
                 yield RawRow(row, None, [f"{name}, row {row}, line {number}: {_not_utf_8(byte)}"], is_read=False)
             except json.JSONDecodeError as error:
@@ -324,4 +315,5 @@ def _line_rows(chunks: Iterable[bytes], name: str, packed: bool) -> Iterator[Raw
                 yield RawRow(row, value, mark_faults(value, f"{name}, row {row}") if decoder.markers else [])
             row += 1
     except _TooLong as error:
-        yield file_fault(f"{name}, line {number + 1}: {error}: {EXPECTED}; it and what follows cannot be read")
+        fault = f"{name}, line {number + 1}: {error}: {EXPECTED}"
+        raise UnreadableFileError(f"{fault}; it and what follows cannot be read") from None

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from finetune.dataset.json_reader import RawRow, file_fault
+from finetune.dataset.data_files import UnreadableFileError
+from finetune.dataset.json_reader import RawRow
 from finetune.utils.errors import first_line
 
 BATCH_ROWS = 256
@@ -20,7 +21,8 @@ def iter_parquet_rows(path: str, name: str, progress: Progress) -> Iterator[RawR
             columns = file.schema_arrow.names
             repeated = next((column for column in columns if columns.count(column) > 1), None)
             if repeated:
-                raise _RepeatedColumn(repeated)
+                fault = f'has the column "{repeated}" twice: only one could be read, take one out'
+                raise UnreadableFileError(f"{name}: {fault}")
             for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
                 yield batch.to_pylist(), file.metadata.num_rows
 
@@ -34,12 +36,8 @@ def iter_dataset_rows(dataset: Any, name: str, progress: Progress) -> Iterator[R
     yield from _rows(batches, name, progress, "the saved data cannot be read ({}): ")
 
 
-class _RepeatedColumn(Exception):
-    """Two columns of one name."""
-
-
 def _rows(batches: Iterable[tuple[list[Any], int]], name: str, progress: Progress, reason: str) -> Iterator[RawRow]:
-    """The rows of batches of (rows, number of all rows)."""
+    """The rows of batches of (rows, number of all rows); `UnreadableFileError` if they cannot be read to the end."""
     import pyarrow
 
     row = 0
@@ -49,10 +47,6 @@ def _rows(batches: Iterable[tuple[list[Any], int]], name: str, progress: Progres
                 yield RawRow(row, value, [])
                 row += 1
             progress(row / count)
-    except _RepeatedColumn as repeated:
-        yield file_fault(f'{name}: has the column "{repeated}" twice: only one could be read, take one out')
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, ImportError) as error:
-        yield file_fault(f"{name}: {reason.format(first_line(error))}row {row} and what follows are lost")
-    else:
-        if not row:
-            yield file_fault(f"{name}: holds no conversations")
+        fault = f"{name}: {reason.format(first_line(error))}row {row} and what follows are lost"
+        raise UnreadableFileError(fault) from None

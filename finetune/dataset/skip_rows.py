@@ -13,6 +13,7 @@ import numpy as np
 
 from finetune.dataset.prepared_cache import int_column
 from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.user_files import read_text
 
 RowId = tuple[str, int]
 REASON = "left out by --skip_rows"
@@ -39,13 +40,8 @@ def rows_to_skip(paths: Sequence[str], rows_by_source: Mapping[str, int]) -> tup
 
 def _read_rows(path: Path) -> list[tuple[str, str, int]]:
     """(place, source, row) of each line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ConfigError(f"--skip_rows {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--skip_rows {path}: not UTF-8 at byte {error.start}") from None
     rows = []
+    lines = read_text(path, f"--skip_rows {path}").splitlines()
     for number, line in enumerate(map(str.strip, lines), start=1):
         if line and not line.startswith("#"):
             place = f"--skip_rows {path}, line {number}"
