@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.config.deepspeed_schema import is_tested_with_zero, optimizer_options, unknown_key
+from finetune.config.deepspeed_schema import is_tested_with_zero, optimizer_options, section_of, unknown_key
 from finetune.config.hardware import Precision
 
 AUTO = "auto"
@@ -204,7 +204,8 @@ def resolve_values(config: dict[str, Any], command: DeepSpeedFlags, world_size: 
 
 
 def _fill_or_compare(config: dict[str, Any], key: str, value: Any, other: str, remedy: str, faults: list[str]) -> None:
-    node, last = node_of(config, key)
+    path = tuple(key.split("."))
+    node, last = section_of(config, path), path[-1]
     if node is None or (last not in node and "." in key):
         return
     if node.get(last, AUTO) == AUTO:
@@ -213,15 +214,6 @@ def _fill_or_compare(config: dict[str, Any], key: str, value: Any, other: str, r
         faults.append(f'{key} is {json.dumps(node[last])}, but {other}: write "auto" there, {remedy}')
     else:
         node[last] = value  # "8" becomes 8: DeepSpeed compares without converting
-
-
-def node_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
-    """Return the section that holds a dotted key, or None, and the last part of the key."""
-    *parents, last = key.split(".")
-    node: Any = config
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    return (node if isinstance(node, dict) else None), last
 
 
 def _as_number(value: Any) -> Any:

@@ -139,7 +139,7 @@ def schema_faults(config: Mapping[str, Any], *, imports_deepspeed: bool = True) 
     faults = []
     for dotted, (allowed, why) in UNSERVED.items():
         key = tuple(dotted.split("."))
-        section = _section(rest, key)
+        section = section_of(rest, key)
         if section is None or key[-1] not in section:
             continue
         value = section[key[-1]]
@@ -220,7 +220,7 @@ def _refusals(config: dict[str, Any], recorder: ReadRecorder, error: Exception) 
 def _model_fault(config: dict[str, Any], section: Key, detail: Mapping[str, Any]) -> tuple[Key, str]:
     inner = tuple(map(str, detail["loc"]))
     key = (*section, *inner)
-    if _section(config, key) is None:  # a model of several sections
+    if section_of(config, key) is None:  # a model of several sections
         key = inner
     if detail["type"] == "extra_forbidden":
         return key, unknown_key(key, set(), _model_names)
@@ -298,7 +298,7 @@ def _type_fault(value: Any, default: Any) -> str | None:
     return None
 
 
-def _section(config: Any, key: Key) -> dict[str, Any] | None:
+def section_of(config: Any, key: Key) -> dict[str, Any] | None:
     """Return the section that holds a key, or None."""
     for part in key[:-1]:
         config = config.get(part) if isinstance(config, dict) else None
@@ -308,7 +308,7 @@ def _section(config: Any, key: Key) -> dict[str, Any] | None:
 def remove_key(config: dict[str, Any], key: Key) -> bool:
     """Remove a value, or what of its sections there is; return whether anything was removed."""
     for length in range(len(key), 0, -1):
-        section = _section(config, key[:length])
+        section = section_of(config, key[:length])
         if section is not None and key[length - 1] in section:
             del section[key[length - 1]]
             return True
@@ -316,7 +316,7 @@ def remove_key(config: dict[str, Any], key: Key) -> bool:
 
 
 def _shown(config: dict[str, Any], key: Key) -> str:
-    return f"{'.'.join(key)} is {_text((_section(config, key) or {}).get(key[-1] if key else ''))}"
+    return f"{'.'.join(key)} is {_text((section_of(config, key) or {}).get(key[-1] if key else ''))}"
 
 
 def _text(value: Any) -> str:
