@@ -66,6 +66,13 @@ def replace_distinct(batch: dict[str, Any], kind: type, convert: Callable[[Any],
     return {name: converted.get(id(value), value) for name, value in batch.items()}
 
 
+def to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    """Return a batch on a device: one copy of each distinct tensor, which the host does not wait for."""
+    import torch
+
+    return replace_distinct(batch, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+
+
 @dataclass(frozen=True)
 class Collator:
     """Callable: examples with `input_ids` and `labels` (int arrays of equal length) -> one batch of tensors.

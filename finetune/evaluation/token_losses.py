@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from finetune.chat_templates import ChatFormat, supervised_turns_of
-from finetune.dataset.collator import Collator, pad_token_id, pop_targets
+from finetune.dataset.collator import Collator, pad_token_id, pop_targets, to_device
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.models.attention import supports_logits_to_keep
 from finetune.models.loss import token_losses
@@ -72,10 +71,7 @@ class MeasuredModel:
         """Return -log p of each supervised token of the examples, in order; float64 [P]."""
         selects = supports_logits_to_keep(self.model)
         collate = Collator(is_flat, self.pad_token_id, selects and not self.has_virtual_tokens)
-        batch = {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
-            for name, value in collate(examples).items()
-        }
+        batch = to_device(collate(examples), self.device)
         targets = pop_targets(batch)
         if not len(targets.tokens):
             return np.zeros(0)

@@ -176,12 +176,12 @@ def check_finite(model: Any, folder: Path, *, label: str) -> None:
     names = [
         name
         for name, parameter in model.named_parameters()
-        if not (is_packed(parameter) or _is_finite(values_here(parameter)))
+        if not (is_packed(parameter) or is_finite(values_here(parameter)))
     ]
     if not names:
         return
     stored = StoredTensors(folder, error=ConfigError)
-    damaged = [name for name in stored if not _is_finite(stored[name])]
+    damaged = [name for name in stored if not is_finite(stored[name])]
     if not damaged:
         raise ConfigError(
             f"{label}: weights overflow in {str(model.dtype).removeprefix('torch.')}, though they are "
@@ -194,7 +194,7 @@ def check_finite(model: Any, folder: Path, *, label: str) -> None:
     )
 
 
-def _is_finite(values: torch.Tensor) -> bool:
+def is_finite(values: torch.Tensor) -> bool:
     """Whether all values are finite; minimum and maximum need no memory, and NaN is both."""
     import torch
 

@@ -11,11 +11,13 @@ import torch
 
 from finetune.chat_templates import IGNORE_INDEX
 from finetune.config.hardware import Precision
-from finetune.dataset.collator import Collator, pop_targets
+from finetune.dataset.collator import Collator, pop_targets, to_device
+from finetune.distributed.collectives import first_not_none
 from finetune.models.loader import torch_dtype
 from finetune.models.loss import Head, loss_of_head, supervised_loss, wanted_loss
 from finetune.models.module_kinds import loss_module
 from finetune.models.zero3 import gather_per_module
+from finetune.utils.errors import first_line
 
 # What models do to the output of their heads: a scale, a soft cap, another precision.
 ELEMENTWISE = {"mul", "div", "__mul__", "__rmul__", "__truediv__", "true_divide", "tanh", "float", "to", "contiguous"}
@@ -29,16 +31,14 @@ def enable_loss_head(
     vocab_size: int,
     device: torch.device | str,
     autocast: Precision = "float32",
-    gather_reason: Callable[[str | None], str | None] = lambda reason: reason,
 ) -> str | None:
     """Let the head compute the loss when it is asked for (`loss.supervised_loss`); return why it cannot, or None.
 
-    Under ZeRO-3 all ranks must call this together.
+    All ranks must call this together; the reason of one is that of all.
 
     Args:
         collate: makes the batches of the run.
         autocast: What autocast will compute in; float32: without autocast.
-        gather_reason: Maps the reason of this rank to that of all ranks, so that all of them take the same path.
     """
     module = loss_module(model)
     if module is None:
@@ -46,10 +46,7 @@ def enable_loss_head(
     ids = torch.randint(vocab_size, (TRIAL_TOKENS,), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[: TRIAL_TOKENS // 2] = IGNORE_INDEX
-    batch = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in collate([{"input_ids": ids.numpy(), "labels": labels.numpy()}]).items()
-    }
+    batch = to_device(collate([{"input_ids": ids.numpy(), "labels": labels.numpy()}]), device)
     head, was_training = LossHead(module), model.training
     try:
         model.eval()
@@ -58,10 +55,10 @@ def enable_loss_head(
         with gather_per_module(model), casts:
             reason = _reason(model, head, batch)
     except Exception as error:  # the code of a model may raise anything: its own logits are used
-        reason = f"a trial failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
+        reason = f"a trial failed: {first_line(error)[:200]}"
     finally:
         model.train(was_training)
-    reason = gather_reason(reason)
+    reason = first_not_none(reason)
     if reason:
         head.remove()
     return reason

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from finetune.config.hardware import Precision
+from finetune.distributed.collectives import first_not_none
 from finetune.models.attention import (
     FLAT_ATTENTION,
     has_kernel,
@@ -32,6 +33,7 @@ from finetune.models.segments import (
     split_carrying_modules,
 )
 from finetune.models.zero3 import gather_as_a_whole, gather_per_module, is_partitioned
+from finetune.utils.errors import first_line
 
 logger = logging.getLogger(__name__)
 ATTENTION_LOOP = partial(padding_free_attention, uses_kernel=False)
@@ -46,7 +48,6 @@ def enable_padding_free(
     device: torch.device | str,
     autocast: Precision = "float32",
     shared: bool = False,
-    gather_reason: Callable[[str | None], str | None] = lambda reason: reason,
 ) -> str | None:
     """Switch a model to flat rows; if it cannot run them, leave it unchanged and return the reason.
 
@@ -54,14 +55,13 @@ def enable_padding_free(
     Where torch's kernel for attention fails, attention runs conversation by conversation, as do layers that carry
     something from one to the next (a convolution over time, a recurrence). If padded rows differ from single
     conversations too, the whole model does.
-    Under ZeRO-3 all ranks must call this together.
+    All ranks must call this together, and decide alike.
 
     Args:
         longest: Tokens of the longest conversation.
         device: Device of the model's parameters, also of gathered ones.
         autocast: What autocast will compute in; float32: without autocast.
         shared: Ranks will share rows (sequence parallelism), for which attention must receive the positions.
-        gather_reason: Maps the reason of this rank to that of all ranks, so that all of them decide alike.
     """
     base = unwrap_adapter(model)
     was_training = model.training
@@ -70,7 +70,7 @@ def enable_padding_free(
     ropes = rows_decide_rope(base, longest)
     try:
         model.eval()
-        reason = gather_reason(_reason_against_flat_rows(trial, ropes, longest, shared, gather_reason))
+        reason = first_not_none(_reason_against_flat_rows(trial, ropes, longest, shared))
         if reason is None:
             if trial.is_partitioned:  # ranks have different numbers of conversations
                 gather_as_a_whole(by_segment(base))
@@ -80,11 +80,11 @@ def enable_padding_free(
         if shared:
             unfollow()
             return reason
-        differs = gather_reason(trial.padded_reason(longest) if not ropes else LONGEST_DECIDES)
+        differs = first_not_none(trial.padded_reason(longest) if not ropes else LONGEST_DECIDES)
         if differs and not trial.is_partitioned:
             run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
             run_by_segment([base.base_model], f"{reason}; {differs}")
-            if gather_reason(trial.reason()) is None:
+            if first_not_none(trial.reason()) is None:
                 return None
             trial.undo()
         unfollow()
@@ -95,9 +95,7 @@ def enable_padding_free(
         model.train(was_training)
 
 
-def _reason_against_flat_rows(
-    trial: Trial, ropes: list[Any], longest: int, shared: bool, gather_reason: Callable[[str | None], str | None]
-) -> str | None:
+def _reason_against_flat_rows(trial: Trial, ropes: list[Any], longest: int, shared: bool) -> str | None:
     base = trial.base
     reason = unsupported_config_reason(base.config, longest)
     if reason or (shared and ropes):
@@ -107,7 +105,7 @@ def _reason_against_flat_rows(
     run_by_segment(by_place, "they scale queries by the place in the row")  # Llama 4
     run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
     window = sliding_window_of(base.config, longest)
-    reason = trial.choose_attention(window, shared, gather_reason) if can_set else trial.reason(window, shared)
+    reason = trial.choose_attention(window, shared) if can_set else trial.reason(window, shared)
     while reason and trial.split_carrying_modules():
         reason = trial.reason(window, shared)
     if shared and reason is None and (note := by_segment_note(base)):
@@ -132,9 +130,7 @@ class Trial:
         is_16_bit = not {next(base.parameters()).dtype, self.autocast}.isdisjoint((torch.float16, torch.bfloat16))
         self.loose, self.tight = (5e-2, 1e-3) if is_16_bit else (1e-4, 1e-5)  # relative to the largest logit
 
-    def choose_attention(
-        self, window: int | None, shared: bool, gather_reason: Callable[[str | None], str | None]
-    ) -> str | None:
+    def choose_attention(self, window: int | None, shared: bool) -> str | None:
         """Take the first of flash attention, torch's kernel and a loop that gives what single conversations give.
 
         Returns:
@@ -145,12 +141,12 @@ class Trial:
         for self.attention in candidates:
             self._use_attention()
             reasons.append(self.reason(window, shared))
-            if gather_reason(reasons[-1]) is None:
+            if first_not_none(reasons[-1]) is None:
                 if len(reasons) > 1:
                     instead = "torch's kernel, or one" if self.attention is padding_free_attention else "one"
                     logger.info(f"note: fallback to attention by {instead} conversation at a time because {reasons[0]}")
                 return None
-            if gather_reason("another" if self.attention is None or self.calls_kernel else None) is None:
+            if first_not_none("another" if self.attention is None or self.calls_kernel else None) is None:
                 break
         self.attention = candidates[0]
         self._use_attention()
@@ -195,7 +191,7 @@ class Trial:
             with gather_per_module(self.model), torch.no_grad(), casts:
                 return run()
         except Exception as error:  # the code of a model may raise anything: fall back to padded rows
-            return f"a trial with random conversations failed: {str(error).partition(chr(10))[0][:200] or repr(error)}"
+            return f"a trial with random conversations failed: {first_line(error)[:200]}"
 
     def _alone(self) -> torch.Tensor:
         current = self.base.config._attn_implementation

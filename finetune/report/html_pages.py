@@ -16,13 +16,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from finetune.dataset.data_summary import STATUSES
 from finetune.run_dir.data_samples import RowSample, TurnSample
 from finetune.run_dir.eval_results import ResultSection
 from finetune.utils.atomic_io import replacing
 from finetune.utils.errors import ConfigError
 
 PREVIEW, REPORT = "finetune preview", "finetune report"
-STATUSES = ("kept", "cut", "split", "dropped")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 HEAD_BYTES = 1024  # the generator is named within these
 # Without a shape, or changing how others are read: controls, soft hyphen, zero widths, directions, hidden tags.

@@ -11,7 +11,7 @@ from finetune.dataset.collator import Collator, LossWeighting, pad_token_id
 from finetune.dataset.prepare import ExampleSet, PreparedData
 from finetune.dataset.prepared_cache import int_column
 from finetune.dataset.sampler import Batching, BatchShape, Order, Sampler
-from finetune.distributed.collectives import first_not_none, get_rank
+from finetune.distributed.collectives import get_rank
 from finetune.distributed.startup_timer import timed
 from finetune.utils.errors import ConfigError
 
@@ -85,9 +85,7 @@ def build_dataloaders(
         weighting=batch.loss_weighting,
     )
     size = _vocab_size(model)
-    no_head = enable_loss_head(
-        model, collator, vocab_size=size, device=device, autocast=autocast, gather_reason=first_not_none
-    )
+    no_head = enable_loss_head(model, collator, vocab_size=size, device=device, autocast=autocast)
     full = None if no_head is None or collator.selects_logits else batch.full_logits_reason or NO_LOGITS_TO_KEEP
     layout = decide_layout(batch, int(lengths.max()), reason, full)
     base = unwrap_adapter(model)
@@ -150,7 +148,6 @@ def _padding_reason(
             device=device,
             autocast=autocast,
             shared=batch.sequence_parallel_size > 1,
-            gather_reason=first_not_none,
         )
     if reason and batch.sequence_parallel_size > 1:
         raise ConfigError(

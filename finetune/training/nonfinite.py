@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.distributed.collectives import run_on_all_ranks
+from finetune.models.base_checks import is_finite
+from finetune.models.zero3 import values_here
 from finetune.utils.errors import NumericsError
 
 # One line for each row of a non-finite micro-batch: `source`, `row` (counted from 0 there), `id`, `text`, `step`,
@@ -100,23 +102,7 @@ def check_weights(model: Any, place: str, advice: str) -> None:
 
     def check() -> None:
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not _is_finite(_own_share(parameter)):
+            if parameter.requires_grad and not is_finite(values_here(parameter)):
                 raise NumericsError(f"{place} is not saved: the weights of {name} are not finite; {advice}")
 
     run_on_all_ranks(check)
-
-
-def _own_share(parameter: Any) -> Any:
-    """Return this rank's part of a weight under ZeRO-3, without the padding of the last part."""
-    shard = getattr(parameter, "ds_tensor", None)
-    if shard is None:
-        return parameter.detach()
-    begin = shard.numel() * parameter.ds_process_group.rank()
-    return shard.detach().flatten()[: max(0, parameter.ds_numel - begin)]
-
-
-def _is_finite(weights: Any) -> bool:
-    if weights.numel() == 0 or not weights.is_floating_point():
-        return True
-    least, most = weights.aminmax()
-    return math.isfinite(least) and math.isfinite(most)

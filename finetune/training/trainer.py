@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from finetune.checkpoint import Manifest, remove_universal
 from finetune.checkpoint.saver import RunIdentity, resume_advice
-from finetune.dataset.collator import pop_targets, replace_distinct
+from finetune.dataset.collator import pop_targets, to_device
 from finetune.dataset.dataloader import MicroBatchDataLoader, Prefetcher, StepTotals
 from finetune.distributed import stop_requests
 from finetune.distributed.collectives import all_gather_object
@@ -180,10 +180,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         return batches, None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch on the device: one copy of each distinct tensor, which the host does not wait for."""
-        return replace_distinct(
-            inputs, torch.Tensor, partial(torch.Tensor.to, device=self.args.device, non_blocking=True)
-        )
+        return to_device(inputs, self.args.device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

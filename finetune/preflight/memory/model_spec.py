@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Precision = Literal["bf16", "fp16", "float32"]
+from finetune.config.hardware import Precision
+
 OffloadDevice = Literal["none", "cpu", "nvme"]
 # With their scales (bitsandbytes 0.50): blocks of 64 weights in 4 bits share one of 8 bits, and 256 of these one of 32;
 # rows of weights in 8 bits share one of 32 bits, which is not counted.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config.arguments import ModelArguments
 from finetune.models import loader
-from finetune.models.base_checks import _is_finite, check_finite, check_weights
+from finetune.models.base_checks import check_finite, check_weights, is_finite
 from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers import tiny_models, vision_models
@@ -272,7 +272,7 @@ class TestValues:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         check_finite(model, folder, label="M")
         tensors["model.norm.weight"][3] = float("nan")
-        assert not any(_is_finite(tensors["model.norm.weight"].to(dtype)) for dtype in (torch.bfloat16, torch.float16))
+        assert not any(is_finite(tensors["model.norm.weight"].to(dtype)) for dtype in (torch.bfloat16, torch.float16))
         tensors["model.layers.1.mlp.up_proj.weight"][2, 2] = float("-inf")
         write(folder, tensors)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
