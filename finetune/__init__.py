@@ -101,7 +101,7 @@ def render(
     from finetune.chat_templates import Renderer, select_chat_format
     from finetune.config import DataArguments
     from finetune.conversation import BadRow
-    from finetune.utils.errors import DataError, format_faults
+    from finetune.utils.errors import DataError, raise_faults
 
     markers = DataArguments()
     chat_format, _ = select_chat_format(
@@ -109,9 +109,7 @@ def render(
     )
     renderer = Renderer(chat_format, max_length, too_long=too_long, train_on=train_on)
     rows = renderer.render_all(list(conversations))
-    faults = [fault for row in rows if isinstance(row, BadRow) for fault in row.faults]
-    if faults:
-        raise DataError(format_faults(faults, "fault"))
+    raise_faults((fault for row in rows if isinstance(row, BadRow) for fault in row.faults), DataError)
     return [row for row in rows if not isinstance(row, BadRow)]
 
 

@@ -25,8 +25,8 @@ from finetune.inference.load_result import BASE, TUNED, load_for_inference, read
 from finetune.inference.run_result import TRUST_HELP, RunResult, read_result
 from finetune.run_dir.run_json import RUN_FILE, holds_model
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_serving
-from finetune.utils.errors import ConfigError
-from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
+from finetune.utils.errors import ConfigError, raise_faults
+from finetune.utils.options import CommandParser, fill, option, positional
 from finetune.utils.user_files import read_json
 
 logger = logging.getLogger(__name__)

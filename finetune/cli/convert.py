@@ -20,8 +20,8 @@ from finetune.dataset.data_sources import find_sources
 from finetune.dataset.row_faults import RowFaults
 from finetune.utils.atomic_io import replacing
 from finetune.utils.console import configure_logging
-from finetune.utils.errors import ConfigError, DataError
-from finetune.utils.options import CommandParser, fill, positional, raise_faults
+from finetune.utils.errors import ConfigError, DataError, raise_faults
+from finetune.utils.options import CommandParser, fill, positional
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from finetune.report.preview_terminal import print_sections
 from finetune.run_dir import eval_results
 from finetune.run_dir.eval_results import BENCHMARKS_FILE, FORGETTING_FILE, HELD_OUT_FILE
 from finetune.utils.console import accept_all_characters, configure_logging, is_rank_0, quiet_libraries
-from finetune.utils.errors import FinetuneError
-from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
+from finetune.utils.errors import FinetuneError, raise_faults
+from finetune.utils.options import CommandParser, fill, option, positional
 
 SECONDS_TO_WAIT = 24 * 3600  # one rank may run the programs of a benchmark while the others wait
 FLAGS_OF_DATA = (

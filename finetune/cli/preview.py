@@ -26,8 +26,8 @@ from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of, t
 from finetune.run_dir.eval_results import ResultSection
 from finetune.training.data_setup import check_data, prepare_run_data
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
-from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError
-from finetune.utils.options import CommandParser, fill, option, raise_faults
+from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError, raise_faults
+from finetune.utils.options import CommandParser, fill, option
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from finetune.report.html_pages import REPORT, check_replaceable
 from finetune.report.live_server import watch as keep_watching
 from finetune.report.sample_answers import SamplePrompt, generate_answers, prompts_of, read_prompts, write_answers
 from finetune.utils.console import configure_logging, quiet_libraries
-from finetune.utils.errors import FinetuneError
-from finetune.utils.options import CommandParser, fill, option, positional, raise_faults
+from finetune.utils.errors import FinetuneError, raise_faults
+from finetune.utils.options import CommandParser, fill, option, positional
 
 logger = logging.getLogger(__name__)
 

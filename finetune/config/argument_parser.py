@@ -28,9 +28,9 @@ from finetune.config.saved_adapter import continue_adapter
 from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
 from finetune.launcher import launcher_options
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import ConfigError, raise_faults
 from finetune.utils.hub import MODELSCOPE, modelscope_folder
-from finetune.utils.options import CommandParser, OptionType, declaration, describe, fill, one_of, raise_faults
+from finetune.utils.options import CommandParser, OptionType, declaration, describe, fill, one_of
 from finetune.utils.user_files import read_json, read_text, unique_keys
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")

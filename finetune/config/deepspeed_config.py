@@ -25,7 +25,7 @@ from finetune.config.deepspeed_flags import (
     resolve_values,
 )
 from finetune.config.deepspeed_schema import remove_key, schema_faults, without_comments
-from finetune.utils.errors import ConfigError, format_faults, missing_reason
+from finetune.utils.errors import ConfigError, missing_reason, raise_faults
 from finetune.utils.proc import shipped_folder
 from finetune.utils.user_files import json_kind, read_json_object, unique_keys
 
@@ -135,8 +135,7 @@ def resolve_deepspeed_config(
             resolved["sequence_parallel_size"] = sequence_parallel_size
             resolved.pop("train_batch_size", None)  # transformers and DeepSpeed disagree on its meaning here
             resolved["zero_optimization"]["reduce_scatter"] = True  # see SupervisedTrainer._ranks_averaged_over
-    if resolver.faults:
-        raise ConfigError(format_faults([f"{path}: {fault}" for fault in resolver.faults], "fault"))
+    raise_faults(f"{path}: {fault}" for fault in resolver.faults)
     notes = [f"{path}: {note}" for note in notes]
     return ResolvedDeepSpeedConfig(str(path), resolved, stage, tuple(notes), schedule)
 

@@ -7,8 +7,7 @@ from importlib.util import find_spec
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.arguments import Arguments
 from finetune.config.hardware import HardwareConfig
-from finetune.utils.errors import ConfigError
-from finetune.utils.options import raise_faults
+from finetune.utils.errors import ConfigError, raise_faults
 
 # The trackers of transformers; the package and the modules of one where these have another name.
 TRACKERS = (

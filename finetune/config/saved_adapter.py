@@ -6,9 +6,8 @@ from typing import Any
 
 from finetune.config.adapter_arguments import KINDS_OF_METHODS, UNSERVED
 from finetune.run_dir import run_json
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import ConfigError, raise_faults
 from finetune.utils.hub import adapter_on_hub
-from finetune.utils.options import raise_faults
 from finetune.utils.user_files import has_type, read_json_object
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -15,7 +15,7 @@ from finetune.dataset.csv_reader import DELIMITERS
 from finetune.dataset.data_files import REFUSED_SUFFIXES
 from finetune.dataset.hub_datasets import hub_dataset, is_saved, saved_dataset
 from finetune.dataset.remote_files import fetch
-from finetune.utils.errors import DataError, format_faults, missing_reason
+from finetune.utils.errors import DataError, missing_reason, raise_faults
 from finetune.utils.hub import MODELSCOPE, modelscope_folder
 from finetune.utils.proc import shipped_folder
 
@@ -90,8 +90,7 @@ def find_sources(paths: str | Path | Sequence[str | Path], columns: Sequence[str
                 )
             else:
                 sources.append(replace(source, columns=pairs))
-    if faults:
-        raise DataError(format_faults(faults, "fault"))
+    raise_faults(faults, DataError)
     return sources
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from finetune.dataset.prepared_cache import int_column
-from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.errors import ConfigError, raise_faults
 from finetune.utils.user_files import read_text
 
 RowId = tuple[str, int]
@@ -33,8 +33,7 @@ def rows_to_skip(paths: Sequence[str], rows_by_source: Mapping[str, int]) -> tup
             faults.append(f"{place}: {source}:{row}: {known} has rows 0 to {rows_by_source[known] - 1:,}")
         else:
             rows.add((known, row))
-    if faults:
-        raise ConfigError(format_faults(faults, "row that --skip_rows names and the data does not have"))
+    raise_faults(faults, noun="row that --skip_rows names and the data does not have")
     return tuple(sorted(rows))
 
 

@@ -16,7 +16,7 @@ from finetune.evaluation import lingowhale_benchmarks
 from finetune.evaluation.forgetting import load_questions
 from finetune.evaluation.token_losses import MeasuredModel, measure_each
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
-from finetune.utils.errors import ConfigError, first_line, format_faults
+from finetune.utils.errors import ConfigError, first_line, raise_faults
 from finetune.utils.hub import use_cache, use_cache_if_hub_unreachable
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ def find_jobs(names: Sequence[str], *, num_fewshot: int | None, allow_code: bool
     """Find the tasks with these names and load their data, online where the hub can be reached."""
     use_cache_if_hub_unreachable()
     jobs, faults = load_jobs(names, num_fewshot=num_fewshot, allow_code=allow_code)
-    if faults:
-        raise ConfigError(format_faults(faults, "fault"))
+    raise_faults(faults)
     return jobs
 
 

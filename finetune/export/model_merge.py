@@ -37,7 +37,7 @@ from finetune.models.model_folder import stored_bytes
 from finetune.models.stored_tensors import StoredTensors
 from finetune.run_dir.output_dir_lock import existing_parent
 from finetune.run_dir.run_json import update_run_json
-from finetune.utils.errors import CheckpointError, ConfigError, StorageError, as_os_error, format_faults, os_reason
+from finetune.utils.errors import CheckpointError, ConfigError, StorageError, as_os_error, os_reason, raise_faults
 
 SPARE_DISK_BYTES = 64 << 20
 VERIFY_MEMORY_FACTOR = 2.4  # float32 copy of 16-bit weights, and some more
@@ -85,9 +85,7 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
         raise ConfigError(f"{target}: exists and is not replaced: choose another folder, or remove it")
     check_mergeable(result.adapter)
     if step_of(result.folder.absolute()) is not None:
-        faults = checkpoint.verify_checkpoint(result.folder)
-        if faults:
-            raise CheckpointError(format_faults(faults, "fault"))
+        raise_faults(checkpoint.verify_checkpoint(result.folder), CheckpointError)
     source = result.folder if result.adapter is None else base_folder(result, base_name)
     tokenizer = load_tokenizer(result)
     trusts_code = trusts_code_in(source, result)

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.checkpoint import key_of, step_of, steps_in, verify_checkpoint
 from finetune.config.hardware import Precision
 from finetune.run_dir.run_json import ADAPTER_CONFIG, RUN_FILE, check_is_folder, holds_model, load_run_json
-from finetune.utils.errors import CheckpointError, ConfigError, first_line, format_faults
+from finetune.utils.errors import CheckpointError, ConfigError, first_line, raise_faults
 from finetune.utils.user_files import UNREADABLE, has_type
 
 TRUST_HELP = "run the Python files of the model or of its base; what run.json says of the training is no permission"
@@ -77,9 +77,8 @@ def read_result(folder: Path, *, trust_remote_code: bool = False, verify_key: st
         verify_key: the environment variable with the key that the manifest of the checkpoint must be of.
     """
     check_is_folder(folder)
-    faults = [] if verify_key is None else verify_checkpoint(folder, key_of(verify_key))
-    if faults:
-        raise CheckpointError(format_faults(faults, "fault"))
+    if verify_key is not None:
+        raise_faults(verify_checkpoint(folder, key_of(verify_key)), CheckpointError)
     output_dir = folder.absolute().parent if step_of(folder.absolute()) is not None else folder
     run = load_run_json(output_dir)
     missing = [key for key in ("model", "chat", "precision") if key not in run]
@@ -94,8 +93,7 @@ def read_result(folder: Path, *, trust_remote_code: bool = False, verify_key: st
     found += [("precision", run["precision"], Precision), ("arguments", run.get("arguments", {}), dict[str, Any])]
     wrong = [f"{output_dir / RUN_FILE}: {name} is {shortened(value)}" for name, value, hint in found
              if not has_type(value, hint)]  # fmt: skip
-    if wrong:
-        raise ConfigError(format_faults(wrong, "wrong value"))
+    raise_faults(wrong, noun="wrong value")
     return RunResult(folder, run, adapter, trusts_code=trust_remote_code)
 
 

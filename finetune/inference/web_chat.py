@@ -21,8 +21,7 @@ from finetune.inference.generate import SamplingParams
 from finetune.inference.load_result import BASE
 from finetune.inference.web_session import WebAnswers, WebSession, spelled
 from finetune.run_dir.data_samples import read_samples
-from finetune.utils.errors import ConfigError, FinetuneError, exit_now
-from finetune.utils.options import raise_faults
+from finetune.utils.errors import ConfigError, FinetuneError, exit_now, raise_faults
 from finetune.utils.web_requests import LOCAL_NAMES, is_own_request
 
 MAX_CHARACTERS, MAX_REQUEST_BYTES = 200_000, 4_000_000

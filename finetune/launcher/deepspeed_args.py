@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, NoReturn
 
-from finetune.utils.errors import ConfigError
-from finetune.utils.options import CommandParser, OptionType, declaration, one_of, raise_faults
+from finetune.utils.errors import ConfigError, raise_faults
+from finetune.utils.options import CommandParser, OptionType, declaration, one_of
 
 LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
 PLACE = "flags of the launcher stand in front of the script, its own behind it"

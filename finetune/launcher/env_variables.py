@@ -18,7 +18,7 @@ from pathlib import Path
 
 from finetune.launcher.hostfile import decode_line, read_small_file
 from finetune.utils.atomic_io import replacing
-from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.errors import ConfigError, raise_faults
 
 HIDDEN = "***"
 
@@ -163,8 +163,7 @@ def read_environment_file(path: str | PathLike[str]) -> dict[str, str]:
             values.update(_parse_line(raw))
         except ValueError as error:
             faults.append(f"{path}, line {number}: {error}")
-    if faults:
-        raise ConfigError(format_faults(faults, "bad environment line"))
+    raise_faults(faults, noun="bad environment line")
     return values
 
 

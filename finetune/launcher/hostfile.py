@@ -23,7 +23,7 @@ from os import PathLike
 from pathlib import Path
 
 from finetune.launcher.deepspeed_args import LauncherArgs, parse_launcher_args
-from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.errors import ConfigError, raise_faults
 
 MAX_SLOTS = 1024  # more than any host has; it catches typing errors
 MAX_BYTES = 1 << 20  # four times a hostfile of 10,000 hosts
@@ -62,8 +62,7 @@ def _read_entries(path: Path) -> dict[str, tuple[int, bool]]:
         else:
             first_lines[identity] = number
             entries[entry[0]] = entry[1:]
-    if faults:
-        raise ConfigError(format_faults(faults, "bad hostfile line"))
+    raise_faults(faults, noun="bad hostfile line")
     if not entries:
         raise ConfigError(f'hostfile {path} names no host: write lines "HOST slots=N", or --hostfile="" to stay here')
     return entries

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.launcher.ssh import Answers, SshShell, in_brackets, is_here
-from finetune.utils.errors import ConfigError, FinetuneError, StorageError, format_faults
+from finetune.utils.errors import ConfigError, FinetuneError, StorageError, raise_faults
 from finetune.utils.proc import ROOT
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,7 @@ def send_folders(folders: Sequence[StagedFolder], shell: SshShell, work_folder: 
         return None
 
     with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
-        faults = [fault for fault in pool.map(send_to, hosts) if fault]
-    if faults:
-        raise StorageError(format_faults(faults, "fault"))
+        raise_faults(filter(None, pool.map(send_to, hosts)), StorageError)
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.utils.options import raise_faults
+from finetune.utils.errors import raise_faults
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -26,7 +26,7 @@ from finetune.models.lora_targets import check_target_names
 from finetune.models.model_folder import check_folder, check_revision, check_tokenizer_files, stored_bytes, weight_map
 from finetune.run_dir import output_dir_lock
 from finetune.utils.console import log_notes
-from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, StorageError, format_faults, format_names
+from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, StorageError, format_names, raise_faults
 from finetune.utils.hub import hub_file
 from finetune.utils.user_files import read_json_object
 
@@ -80,7 +80,7 @@ def check_start(arguments: Arguments, planned: PlannedRanks | None = None, *, is
         except FinetuneError as error:
             errors.append(error)
     if errors:
-        raise type(errors[0])(format_faults(list(dict.fromkeys(map(str, errors))), "fault"))
+        raise_faults(map(str, errors), type(errors[0]))
 
 
 def _checks(arguments: Arguments, planned: PlannedRanks | None, is_launch: bool) -> Iterator[Callable[[], object]]:
@@ -137,9 +137,9 @@ def _check_data(data: DataArguments) -> None:
 
 
 def _check_skip_rows(files: Sequence[str]) -> None:
-    missing = [f"--skip_rows {file}: there is no such file" for file in files if not Path(file).expanduser().is_file()]
-    if missing:
-        raise ConfigError(format_faults(missing, "fault"))
+    raise_faults(
+        f"--skip_rows {file}: there is no such file" for file in files if not Path(file).expanduser().is_file()
+    )
 
 
 def _check_resume(resumed: str) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -87,6 +87,13 @@ def format_faults(faults: Sequence[str], noun: str, *, count: int | None = None)
     if count > SHOWN_FAULTS:
         lines.append(f"  ... and {count - SHOWN_FAULTS:,} more")
     return "\n".join(lines)
+
+
+def raise_faults(faults: Iterable[str], error: type[FinetuneError] = ConfigError, noun: str = "fault") -> None:
+    """Raise one error with all faults, each once, if there are any."""
+    found = list(dict.fromkeys(faults))
+    if found:
+        raise error(format_faults(found, noun))
 
 
 def format_names(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.errors import ConfigError, raise_faults
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 HELP_WIDTH, USAGE_WIDTH = 80, 72
@@ -227,13 +227,6 @@ class CommandParser(argparse.ArgumentParser):
             f"{word}=True" if word in self.switches and after.lower() not in BOOLEANS else word
             for word, after in pairwise([*argv, ""])
         ]
-
-
-def raise_faults(faults: Iterable[str]) -> None:
-    """Raise `ConfigError` with all faults, if there are any."""
-    found = list(dict.fromkeys(faults))
-    if found:
-        raise ConfigError(format_faults(found, "fault"))
 
 
 def without_flags(words: Sequence[str], names: Sequence[str]) -> list[str]:
