@@ -18,16 +18,7 @@ from finetune.export import model_files, verify_saved
 from finetune.export.merge_plan import MergedTensors, OutputTensor, check_mergeable, master_tensors, plain_tensors
 from finetune.export.model_card import write_model_card
 from finetune.export.weight_names import WeightNames
-from finetune.inference.load_result import (
-    base_folder,
-    chat_format_of,
-    load_for_inference,
-    load_saved_adapter,
-    load_strict,
-    load_tokenizer,
-    memory_shortage,
-    trusts_code_in,
-)
+from finetune.inference import load_result
 from finetune.inference.run_result import RunResult
 from finetune.models.adapters import check_saved_adapter
 from finetune.models.auto_class import auto_class
@@ -86,14 +77,14 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
     check_mergeable(result.adapter)
     if step_of(result.folder.absolute()) is not None:
         raise_faults(checkpoint.verify_checkpoint(result.folder), CheckpointError)
-    source = result.folder if result.adapter is None else base_folder(result, base_name)
-    tokenizer = load_tokenizer(result)
-    trusts_code = trusts_code_in(source, result)
+    source = result.folder if result.adapter is None else load_result.base_folder(result, base_name)
+    tokenizer = load_result.load_tokenizer(result)
+    trusts_code = load_result.trusts_code_in(source, result)
     model = _model_without_memory(source, model_files.vocab_size_of(source, tokenizer), trusts_code=trusts_code)
     unties = False
     if result.adapter is not None:
         check_saved_adapter(result.folder)
-        merged = MergedTensors(StoredTensors(source), model, result.folder, load_saved_adapter)
+        merged = MergedTensors(StoredTensors(source), model, result.folder, load_result.load_saved_adapter)
         tensors, unties, origin = merged.outputs(), merged.unties, f"{result.folder} and its base {source}"
     elif (result.folder / "latest").is_file() and (dtype == "float32" or not stored_bytes(result.folder)):
         masters = MasterWeights(result.folder)
@@ -116,7 +107,7 @@ def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> 
     """
     result, target, tokenizer = plan.result, plan.target, plan.tokenizer
     _check_disk_space(target, plan.size)
-    chat_format = chat_format_of(result, tokenizer)
+    chat_format = load_result.chat_format_of(result, tokenizer)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
@@ -146,14 +137,15 @@ def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> 
 
 def _verify(plan: MergePlan, part: Path, chat_format: ChatFormat) -> str:
     """Load what was written and compare it with what was trained; return a line for the user."""
-    shortage = memory_shortage(plan.size * VERIFY_MEMORY_FACTOR)
+    shortage = load_result.memory_shortage(plan.size * VERIFY_MEMORY_FACTOR)
     if shortage:
         return f"not verified: {shortage}"
     result = plan.result
     if result.adapter is None and not stored_bytes(result.folder):
-        load_strict(part, torch.float32, trusts_code=plan.trusts_code)
+        load_result.load_strict(part, torch.float32, trusts_code=plan.trusts_code)
         return "it loads with plain transformers, and no weight is missing"
-    loaded = load_for_inference(result, base_name=str(plan.source) if result.adapter else None, unquantized=True)
+    base_name = str(plan.source) if result.adapter else None
+    loaded = load_result.load_for_inference(result, base_name=base_name, unquantized=True)
     max_length = getattr(loaded.tuned.config.get_text_config(), "max_position_embeddings", None)
     rows = verify_saved.verification_rows(chat_format, max_length)
     expected = verify_saved.logits_of(loaded.tuned, rows)

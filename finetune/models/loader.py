@@ -19,19 +19,10 @@ from finetune.config.arguments import ModelArguments
 from finetune.config.hardware import Precision
 from finetune.distributed.collectives import run_on_all_ranks
 from finetune.distributed.startup_timer import timed
+from finetune.models import model_folder
 from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_finite, check_weights
 from finetune.models.compat import leave_scales_out
-from finetune.models.model_folder import (
-    check_folder,
-    check_json_files,
-    check_revision,
-    check_tokenizer_files,
-    digest_of_files,
-    local_model_dir,
-    weight_files,
-    weights_fingerprint,
-)
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
 from finetune.models.quantization import is_packed_in_files, quantized_loading, stored_bits, stored_method
 from finetune.utils.console import log_notes
@@ -89,11 +80,11 @@ class ModelInfo:
     @property
     def files(self) -> Path:
         """Folder of the model's files; of a hub model in the cache, which may be empty."""
-        return local_model_dir(self.name, self.revision)
+        return model_folder.local_model_dir(self.name, self.revision)
 
     def is_downloaded(self) -> bool:
         """Whether the weights are here: always those of a local folder."""
-        files = [path.is_file() for path in weight_files(self.files)]
+        files = [path.is_file() for path in model_folder.weight_files(self.files)]
         return Path(self.name).expanduser().is_dir() or bool(files and all(files))
 
     def check_weights(self) -> list[str]:
@@ -116,7 +107,7 @@ class ModelInfo:
         """Fingerprint of the files of the model, and of the adapter to continue from; computed once."""
         base = model_fingerprint(self.name, self.revision)
         adapter_files = sorted(Path(self.adapter).glob("adapter_*")) if self.adapter else []
-        return base if self.adapter is None else f"{base}, adapter {digest_of_files(adapter_files)}"
+        return base if self.adapter is None else f"{base}, adapter {model_folder.digest_of_files(adapter_files)}"
 
     def facts(self) -> dict[str, Any]:
         """Identify the model in JSON values; `weights` is None while they are not downloaded."""
@@ -127,7 +118,7 @@ class ModelInfo:
             "folder": str(folder.absolute()) if folder.is_dir() else None,
             "revision": revision,
             "fingerprint": self.fingerprint,
-            "weights": weights_fingerprint(self.name, revision),
+            "weights": model_folder.weights_fingerprint(self.name, revision),
             "trusts_code": self.trusts_code,
         }
 
@@ -148,7 +139,7 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
     name, revision, trusts_code = model.model_name_or_path, model.model_revision, model.trusts_code()
     if not Path(name).exists():
         use_cache_if_hub_unreachable()
-    check_folder(name)
+    model_folder.check_folder(name)
     code = code_note(name, revision) if trusts_code else None
     config_file = f"--model_name_or_path {name}: config.json"
     with damage_named(config_file), _model_errors(name):
@@ -189,8 +180,8 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     """
     from transformers import AutoTokenizer
 
-    check_tokenizer_files(name)
-    check_json_files(Path(name).expanduser())
+    model_folder.check_tokenizer_files(name)
+    model_folder.check_json_files(Path(name).expanduser())
     files = [file for file in TOKENIZER_FILES if (Path(name).expanduser() / file).is_file()]
     fault = f"--model_name_or_path {name}: the tokenizer could not be loaded" + (
         f" ({', '.join(files)})" if files else ""
@@ -270,7 +261,7 @@ def precision_of(dtype: torch.dtype | str | None) -> Precision:
 
 def _revision_options(name: str, revision: str | None) -> dict[str, str]:
     """Return the arguments of `from_pretrained` that select a revision of a repository and of its code."""
-    check_revision(name, revision)
+    model_folder.check_revision(name, revision)
     return {} if revision is None else {"revision": revision, **_code_revision_option(revision)}
 
 
@@ -350,7 +341,7 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
     if not folder.is_dir():
         with _model_errors(name):
             return f"commit {_commit_of(name, revision) or 'unknown'}"
-    return digest_of_files(
+    return model_folder.digest_of_files(
         path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file()
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from finetune.config.hardware import Precision
 from finetune.distributed.collectives import first_not_none
+from finetune.models import segments
 from finetune.models.attention import (
     FLAT_ATTENTION,
     has_kernel,
@@ -21,17 +22,6 @@ from finetune.models.attention import (
 )
 from finetune.models.loader import torch_dtype
 from finetune.models.module_kinds import unwrap_adapter
-from finetune.models.segments import (
-    LONGEST_DECIDES,
-    by_segment,
-    by_segment_note,
-    follow_rows,
-    forget_longer_rows,
-    rows_decide_rope,
-    run_by_segment,
-    run_whole,
-    split_carrying_modules,
-)
 from finetune.models.zero3 import gather_as_a_whole, gather_per_module, is_partitioned
 from finetune.utils.errors import first_line
 
@@ -65,25 +55,25 @@ def enable_padding_free(
     """
     base = unwrap_adapter(model)
     was_training = model.training
-    unfollow = follow_rows(base)
+    unfollow = segments.follow_rows(base)
     trial = Trial(model, base, vocab_size, device, autocast)
-    ropes = rows_decide_rope(base, longest)
+    ropes = segments.rows_decide_rope(base, longest)
     try:
         model.eval()
         reason = first_not_none(_reason_against_flat_rows(trial, ropes, longest, shared))
         if reason is None:
             if trial.is_partitioned:  # ranks have different numbers of conversations
-                gather_as_a_whole(by_segment(base))
+                gather_as_a_whole(segments.by_segment(base))
             base.register_forward_pre_hook(_refuse_masks_and_caches, with_kwargs=True, prepend=True)
             return None
         trial.undo()
         if shared:
             unfollow()
             return reason
-        differs = first_not_none(trial.padded_reason(longest) if not ropes else LONGEST_DECIDES)
+        differs = first_not_none(trial.padded_reason(longest) if not ropes else segments.LONGEST_DECIDES)
         if differs and not trial.is_partitioned:
-            run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
-            run_by_segment([base.base_model], f"{reason}; {differs}")
+            segments.run_by_segment(ropes, segments.LONGEST_DECIDES, segments.forget_longer_rows)
+            segments.run_by_segment([base.base_model], f"{reason}; {differs}")
             if first_not_none(trial.reason()) is None:
                 return None
             trial.undo()
@@ -99,18 +89,18 @@ def _reason_against_flat_rows(trial: Trial, ropes: list[Any], longest: int, shar
     base = trial.base
     reason = unsupported_config_reason(base.config, longest)
     if reason or (shared and ropes):
-        return reason or LONGEST_DECIDES
+        return reason or segments.LONGEST_DECIDES
     can_set = "flash" in trial.stock or base._can_set_attn_implementation()
     by_place = [module for module in base.modules() if getattr(module, "attn_temperature_tuning", False)]
-    run_by_segment(by_place, "they scale queries by the place in the row")  # Llama 4
-    run_by_segment(ropes, LONGEST_DECIDES, forget_longer_rows)
+    segments.run_by_segment(by_place, "they scale queries by the place in the row")  # Llama 4
+    segments.run_by_segment(ropes, segments.LONGEST_DECIDES, segments.forget_longer_rows)
     window = sliding_window_of(base.config, longest)
     reason = trial.choose_attention(window, shared) if can_set else trial.reason(window, shared)
     while reason and trial.split_carrying_modules():
         reason = trial.reason(window, shared)
-    if shared and reason is None and (note := by_segment_note(base)):
+    if shared and reason is None and (note := segments.by_segment_note(base)):
         return f"ranks cannot share a conversation: {note}"
-    if not can_set and (reason or by_segment_note(base) is None):
+    if not can_set and (reason or segments.by_segment_note(base) is None):
         return "its code does not take attention functions from transformers"
     return reason
 
@@ -175,13 +165,13 @@ class Trial:
         def search() -> None:
             nonlocal count
             boundary = len(self.b) + len(self.a)
-            count = split_carrying_modules(self.base, row, boundary, boundary + len(self.b))
+            count = segments.split_carrying_modules(self.base, row, boundary, boundary + len(self.b))
 
         return not self._attempt(search) and count > 0
 
     def undo(self) -> None:
         """Let the model compute what it computed before."""
-        run_whole(self.base)
+        segments.run_whole(self.base)
         register_flat_attention()
         self.base.set_attn_implementation(self.stock)
 
