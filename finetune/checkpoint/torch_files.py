@@ -5,7 +5,6 @@ The gate is torch's unpickler for `weights_only=True`
 `distributed.process_setup` makes each `torch.load` use it, those of DeepSpeed included.
 """
 
-import functools
 import os
 import re
 import zipfile
@@ -30,9 +29,11 @@ def is_pickled(path: Path) -> bool:
     return path.suffix.lower() in PICKLED_SUFFIXES
 
 
-@functools.cache
 def allow_known_classes() -> None:
-    """Let torch's unpickler build what DeepSpeed's ZeRO (0.19) and random states contain beside tensors."""
+    """Let torch's unpickler build what DeepSpeed's ZeRO (0.19) and random states contain beside tensors.
+
+    Call it before each load: transformers takes the classes of random states away when it has loaded one.
+    """
     import numpy as np
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
