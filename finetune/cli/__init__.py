@@ -32,7 +32,9 @@ VERBS = {
 }
 EPILOG = """examples:
   finetune train --model_name_or_path Qwen/Qwen3-8B --data_path my.jsonl --output_dir output \\
-      --use_lora --bf16 --deepspeed zero2          LoRA on all GPUs of this machine
+      --use_lora --bf16 --deepspeed zero2          LoRA on all GPUs of this machine (four: --num_gpus 4)
+  finetune train qwen3_8b_24gb --data_path my.jsonl --output_dir output
+                                                   a recipe (`finetune recipes`): LoRA on one 24 GB card
   finetune train recipe.yaml learning_rate=1e-4    the flags of a file; the command line wins
   finetune train --hostfile hosts recipe.yaml      several hosts, "NAME slots=GPUS" a line
   finetune train --model_name_or_path output --data_path more.jsonl --output_dir output2

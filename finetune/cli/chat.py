@@ -28,6 +28,7 @@ from finetune.utils.console import accept_all_characters, configure_logging, qui
 from finetune.utils.errors import ConfigError, raise_faults
 from finetune.utils.options import CommandParser, fill, option, positional
 from finetune.utils.user_files import read_json
+from finetune.utils.web_requests import port_faults
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def _faults(options: ChatOptions) -> Iterator[str]:
         yield "--json is for a question from a pipe: echo '...' | finetune chat OUTPUT --json"
     if options.max_new_tokens < 1:
         yield f"--max_new_tokens {options.max_new_tokens}: expected at least 1"
+    yield from port_faults(options.port, least=1)
     yield from data_faults(DataArguments(chat_template_kwargs=options.chat_template_kwargs))
     yield from SamplingParams(options.temperature, options.top_p).faults()
     if options.system is not None and not options.system.strip():

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import build_parser as training_parser
-from finetune.config.argument_parser import REQUIRED, read_mapping, value_of
+from finetune.config.argument_parser import REQUIRED, value_of
 from finetune.config.foreign_names import FOREIGN_NAMES, OURS
+from finetune.config.recipes import read_mapping
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, OptionType, fill, positional
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +35,8 @@ class MergeOptions:
     base_model: str | None = option(None, "where the base model is now; default: where it was")
     dtype: Literal["bf16", "fp16", "float32"] | None = option(None, "default: the precision of the training")
     max_shard_size: str = option("5GB", "size of a file; about the memory that is needed")
-    gguf: str | None = option(
-        None, "also write a GGUF file of this type, and a Modelfile: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`, ..."
+    gguf: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = option(
+        None, "also write a GGUF file of this type, and a Modelfile"
     )
     trust_remote_code: bool = option(False, TRUST_HELP)
     verify_key: str | None = option(None, VERIFY_KEY_HELP)
@@ -57,6 +58,10 @@ def main(argv: Sequence[str]) -> None:
     default = output / "merged" if step is None else output.parent / f"merged-{step}"
     folder = Path(options.target) if options.target else default
     shard_bytes = bytes_of(options.max_shard_size)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: exists and is not replaced: choose another folder, or remove it")
+    if options.gguf is not None and find_spec("gguf") is None:
+        raise ConfigError(f"--gguf {options.gguf}: needs the package gguf: pip install 'gguf>=0.19'")
     from finetune.export.gguf_writer import check_gguf, write_gguf  # they need torch; --help does not
     from finetune.export.model_merge import merge_weights, plan_merge
     from finetune.export.modelfile import write_modelfile
@@ -64,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     plan = plan_merge(result, folder, base_name=options.base_model, dtype=options.dtype)
     if options.gguf is not None:
-        check_gguf(plan.source, options.gguf, plan.tokenizer)
+        check_gguf(plan.source, plan.tokenizer)
     logger.info(f"merging {plan.origin}: {len(plan.tensors):,} tensors, {plan.size / 1e9:.2f} GB")
     merged = merge_weights(plan, shard_bytes=shard_bytes, verify=not options.no_check)
     for note in merged.notes:

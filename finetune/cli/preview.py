@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from finetune.chat_templates import ChatFormat, RenderedConversation
+from finetune.chat_templates.format_selection import read_template
 from finetune.chat_templates.text_segments import Segmenter, segmenter
 from finetune.config import DataArguments, ModelArguments, RunArguments
 from finetune.config import build_parser as build_training_parser
@@ -19,6 +20,7 @@ from finetune.dataset.data_sources import find_local_sources
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.text_overlap import check_datasketch
 from finetune.models.loader import code_note
+from finetune.models.model_folder import check_tokenizer_files
 from finetune.report.data_statistics import statistics_section
 from finetune.report.html_pages import PreviewPage, check_replaceable, render_preview, write_page
 from finetune.report.preview_terminal import PreviewTerminal, harmless, print_sections
@@ -101,6 +103,9 @@ def main(argv: Sequence[str]) -> None:
     if options.stats:
         check_datasketch()
     find_local_sources(data.data_path, data.eval_data_path)
+    check_tokenizer_files(model.tokenizer_source()[0])
+    if data.chat_template is not None:
+        read_template(data.chat_template)
     quiet_libraries()
     accept_all_characters(utf8=options.json)
     if model.trusts_code() and (code := code_note(model.model_name_or_path, model.model_revision)):

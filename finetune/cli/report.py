@@ -14,6 +14,7 @@ from finetune.report.sample_answers import SamplePrompt, generate_answers, promp
 from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.errors import FinetuneError, raise_faults
 from finetune.utils.options import CommandParser, fill, option, positional
+from finetune.utils.web_requests import port_faults
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def _faults(options: ReportOptions, folders: Sequence[Path]) -> Iterator[str]:
         yield "--prompts: the answers are those of one run: not with --no_answers, --watch or a second run"
     if not options.every >= LEAST_SECONDS:
         yield f"--every {options.every:g}: expected at least {LEAST_SECONDS:g} seconds"
+    yield from port_faults(options.port)
 
 
 def names(folders: Sequence[Path]) -> list[str]:

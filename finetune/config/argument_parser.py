@@ -23,7 +23,7 @@ from finetune.config.arguments import (
 from finetune.config.command_line import as_flags
 from finetune.config.flag_support import flags_without_effect, refused_flags
 from finetune.config.foreign_names import FOREIGN_NAMES
-from finetune.config.recipes import shipped_recipes, with_shipped_data
+from finetune.config.recipes import read_mapping, shipped_recipes, with_shipped_data
 from finetune.config.saved_adapter import continue_adapter
 from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
@@ -31,10 +31,9 @@ from finetune.launcher import launcher_options
 from finetune.utils.errors import ConfigError, raise_faults
 from finetune.utils.hub import MODELSCOPE, modelscope_folder
 from finetune.utils.options import CommandParser, OptionType, declaration, describe, fill, one_of
-from finetune.utils.user_files import read_json, read_text, unique_keys
+from finetune.utils.user_files import read_json
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
-NEVER_FROM_A_RUN = ("trust_remote_code",)  # a run.json may come from anyone
 # Flags whose values are names, and where transformers lists these.
 NAMED = {
     "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
@@ -179,28 +178,6 @@ def _from_file(path: Path, parser: CommandParser) -> tuple[dict[str, Any], list[
     if "data_path" in given:
         given["data_path"] = with_shipped_data(path, given["data_path"])
     return given, [f"--config {path}: {fault}" for fault in faults]
-
-
-def read_mapping(path: Path, shown: str) -> dict[str, Any]:
-    """Read a mapping of a YAML or JSON file; `shown` names it in errors."""
-    if path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            text = read_text(path, shown)
-            node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{shown}: not YAML: {error}") from None
-        keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
-        raise_faults(f"{shown}: {key} is given twice: keep one of them" for key in twice)
-    else:
-        values = read_json(path, shown, object_pairs_hook=unique_keys)
-    if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
-        values = {name: value for name, value in values["arguments"].items() if name not in NEVER_FROM_A_RUN}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{shown}: expected a mapping of flags to values")
-    return values
 
 
 def value_of(shape: OptionType, value: Any) -> Any:

@@ -2,11 +2,15 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import ConfigError, first_line, raise_faults
 from finetune.utils.proc import shipped_folder
+from finetune.utils.user_files import read_json, read_text, unique_keys
 
 RECIPE_ENDINGS = (".yaml", ".yml", ".json")
+RECIPE_LINE = "write a key, an ASCII colon, a space and its value on each line, such as `learning_rate: 2e-4`"
+NEVER_FROM_A_RUN = ("trust_remote_code",)  # a run.json may come from anyone
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -42,3 +46,30 @@ def find_recipe(name: str) -> Path:
         hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(f"{name}: there is no such recipe; {hint}`finetune recipes` lists them")
     return recipes[name]
+
+
+def read_mapping(path: Path, shown: str) -> dict[str, Any]:
+    """Read a mapping of a YAML or JSON file; `shown` names it in errors."""
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            text = read_text(path, shown)
+            node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        except yaml.MarkedYAMLError as error:
+            mark, reason = error.problem_mark or error.context_mark, error.problem or error.context
+            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            hint = "indent with spaces, not tabs" if "'\\t'" in str(reason) else RECIPE_LINE
+            raise ConfigError(f"{shown}{place}: not YAML: {reason}: {hint}") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{shown}: not YAML: {first_line(error)}: {RECIPE_LINE}") from None
+        keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        raise_faults(f"{shown}: {key} is given twice: keep one of them" for key in twice)
+    else:
+        values = read_json(path, shown, object_pairs_hook=unique_keys)
+    if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
+        values = {name: value for name, value in values["arguments"].items() if name not in NEVER_FROM_A_RUN}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{shown}: expected a mapping of flags to values: {RECIPE_LINE}")
+    return values

@@ -53,9 +53,7 @@ def resolve_config(
     output_dir = arguments.output_dir
     check_flags(arguments, ranks.size)
     evaluation = evaluation_options(arguments)
-    move_aside = output_dir_lock.check_output_dir(
-        output_dir, overwrite=arguments.run.overwrite_output_dir, resume=arguments.resumes_from() is not None
-    )
+    move_aside = check_output_dir(arguments)
     hardware = resolve_hardware(
         detected,
         bf16=arguments.training.get("bf16"),
@@ -109,16 +107,25 @@ def resolve_config(
     )
 
 
+def check_output_dir(arguments: Arguments) -> bool:
+    """Check that the output folder is not the model's, and as `output_dir_lock.check_output_dir` does."""
+    for source in filter(None, (arguments.model.model_name_or_path, arguments.model.adapter_name_or_path)):
+        if arguments.output_dir.resolve() == Path(source).expanduser().resolve():
+            raise ConfigError(f"--output_dir {arguments.output_dir}: is the folder of the model: choose another one")
+    return output_dir_lock.check_output_dir(
+        arguments.output_dir,
+        overwrite=arguments.run.overwrite_output_dir,
+        resume=arguments.resumes_from() is not None,
+    )
+
+
 def check_flags(arguments: Arguments, world_size: int | None = None) -> None:
     """Check what does not depend on the hardware, and needs no library.
 
     Args:
         world_size: None where it is not known yet.
     """
-    output_dir, report_to, deepspeed = (arguments.given(name) for name in ("output_dir", "report_to", "deepspeed"))
-    for source in filter(None, (arguments.model.model_name_or_path, arguments.model.adapter_name_or_path)):
-        if arguments.output_dir.resolve() == Path(source).expanduser().resolve():
-            raise ConfigError(f"--output_dir {output_dir} is the directory of the model itself: choose another one")
+    report_to, deepspeed = (arguments.given(name) for name in ("report_to", "deepspeed"))
     evaluation_options(arguments)
     _check_sequence_parallel(arguments, world_size)
     _check_sampling(arguments)

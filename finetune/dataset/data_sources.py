@@ -146,6 +146,8 @@ def _split_weight(given: str) -> tuple[str, float]:
     try:
         weight = float(number)
     except ValueError:
+        if os.path.isfile(name):
+            raise DataError(f"{given}: expected a number after the colon, the weight of {name}") from None
         return given, 1.0
     if not (math.isfinite(weight) and weight > 0):
         raise DataError(f"{given}: expected a weight above 0 after the colon, found {number}")
@@ -183,7 +185,7 @@ def _folder(folder: str, weight: float) -> list[Source]:
 def _glob(pattern: str, weight: float) -> list[Source]:
     files = [file for file in sorted(glob.glob(pattern)) if os.path.isfile(file)]
     if not files:
-        raise DataError(f"{pattern}: no file matches")
+        raise DataError(f"{pattern}: no file matches in {Path.cwd()}: correct the pattern or the path")
     return [_file(file, weight) for file in files]
 
 
@@ -195,6 +197,9 @@ def _modelscope(given: str, weight: float) -> list[Source]:
 
 def _why_missing(path: Path) -> str:
     shipped = ", ".join(str(file) for file in shipped_files()) or "none in this installation"
+    several = [part for part in re.split("[,，;；]", str(path)) if part]  # noqa: RUF001
+    if len(several) > 1 and all(map(os.path.exists, several)):
+        return f"no file has this name: several are written with spaces between them: {' '.join(several)}"
     reason = NOT_SHIPPED.get(path.name) or missing_reason(path)
     return f"{reason}; conversations that come with it: {shipped}"
 

@@ -26,7 +26,7 @@ from finetune.utils.user_files import read_json_object
 
 try:
     import gguf
-except ImportError:  # an extra; `check_gguf` asks for it
+except ImportError:  # an extra; `finetune merge` asks for it
     gguf = None  # type: ignore[assignment]
 
 # By `model_type`: name of the architecture in gguf, and whether it rotates adjacent elements.
@@ -39,8 +39,7 @@ TYPES = {
     "q5_0": ("Q5_0", "Q8_0", "MOSTLY_Q5_0"), "q4_1": ("Q4_1", "Q8_0", "MOSTLY_Q4_1"),
     "q4_0": ("Q4_0", "Q8_0", "MOSTLY_Q4_0"),
 }  # fmt: skip
-INSTALL = "pip install 'gguf>=0.19'"
-ALTERNATIVE = "convert the merged folder with llama.cpp's convert_hf_to_gguf.py"
+ALTERNATIVE = "merge without --gguf, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -54,12 +53,8 @@ class _Tensor:
     type: Any
 
 
-def check_gguf(source: Path, kind: str, tokenizer: Any) -> None:
-    """Check that a file of this type can be written, before anything is merged."""
-    if kind not in TYPES:
-        raise ConfigError(f"--gguf {kind}: expected one of {', '.join(TYPES)}")
-    if gguf is None:
-        raise ConfigError(f"--gguf needs the package gguf: {INSTALL}")
+def check_gguf(source: Path, tokenizer: Any) -> None:
+    """Check that a file of this model can be written, before anything is merged."""
     config = read_json_object(source / "config.json")
     if config["model_type"] not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -249,17 +244,19 @@ class Vocabulary:
 def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
     """Return the vocabulary of a tokenizer, padded to the number of embedding rows."""
     if not tokenizer.is_fast:
-        raise ConfigError("--gguf: the tokenizer is Python code, and GGUF stores tables only")
+        raise ConfigError(f"--gguf: the tokenizer is Python code, and GGUF stores tables only: {ALTERNATIVE}")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     if parts["model"].get("type", "BPE") != "BPE":
-        raise ConfigError(f"--gguf: the tokenizer model {parts['model']['type']} is not supported, only BPE")
+        raise ConfigError(
+            f"--gguf: the tokenizer model {parts['model']['type']} is not supported, only BPE: {ALTERNATIVE}"
+        )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
     tokens, types = _tokens(tokenizer, vocab_size)
     steps = list(_flatten(parts["pre_tokenizer"]))
     if any(step["type"] == "ByteLevel" for step in steps):
         return Vocabulary("gpt2", _pre_tokenizer_name(steps), tokens, types, tokenizer, merges)
     if not parts["model"].get("byte_fallback"):
-        raise ConfigError("--gguf: the tokenizer is neither byte-level nor has it a byte fallback")
+        raise ConfigError(f"--gguf: the tokenizer is neither byte-level nor has it a byte fallback: {ALTERNATIVE}")
     score_of = {merge.replace(" ", ""): -float(rank) for rank, merge in enumerate(merges, start=1)}
     for token_id, token in enumerate(tokens):
         if types[token_id] == NORMAL and len(token) == 6 and token.startswith("<0x"):
@@ -299,4 +296,5 @@ def _pre_tokenizer_name(steps: list[dict[str, Any]]) -> str:
     expressions = [step["pattern"].get("Regex") for step in others if step["type"] == "Split"]
     if len(others) == len(expressions) == 1 and expressions[0] in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[expressions[0]]
-    raise ConfigError("--gguf: the pre-tokenizer of this model is not supported")
+    kinds = ", ".join(step["type"] for step in steps)
+    raise ConfigError(f"--gguf: the pre-tokenizer of this model ({kinds}) is not supported: {ALTERNATIVE}")

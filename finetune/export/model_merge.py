@@ -72,8 +72,6 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
         base_name: Path of the base model if it was moved.
         dtype: Type of the merged weights; None: the precision of the training.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: exists and is not replaced: choose another folder, or remove it")
     check_mergeable(result.adapter)
     if step_of(result.folder.absolute()) is not None:
         raise_faults(checkpoint.verify_checkpoint(result.folder), CheckpointError)

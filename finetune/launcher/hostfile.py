@@ -23,11 +23,11 @@ from os import PathLike
 from pathlib import Path
 
 from finetune.launcher.deepspeed_args import LauncherArgs, parse_launcher_args
-from finetune.utils.errors import ConfigError, raise_faults
+from finetune.utils.errors import ConfigError, near_paths, raise_faults
 
 MAX_SLOTS = 1024  # more than any host has; it catches typing errors
 MAX_BYTES = 1 << 20  # four times a hostfile of 10,000 hosts
-SHOWN_CHARACTERS, SHOWN_NAMES = 80, 3
+SHOWN_CHARACTERS = 80
 _ENTRY = re.compile(r"(\S+)[ \t]+slots=([0-9]{1,9})(?:[ \t]+(spare))?")
 _COMMENT = re.compile(r"[ \t]+#.*$", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -159,13 +159,7 @@ def _describe_missing(path: Path, noun: str) -> str:
     folder = path.absolute().parent
     if not folder.is_dir():
         return f"{noun} {path}: there is no folder {folder}"
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    except OSError:
-        names = []
-    similar = get_close_matches(path.name, names, n=SHOWN_NAMES, cutoff=0.5)
-    suggestion = f": did you mean {' or '.join(similar)}?" if similar else ""
-    return f"{noun} {path}: there is no such file in {folder}{suggestion}"
+    return f"{noun} {path}: there is no such file in {folder}{near_paths(path)}"
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 import json
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from finetune.run_dir.run_json import ADAPTER_CONFIG
-from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, format_names
+from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, format_names, near_paths
 from finetune.utils.user_files import UNREADABLE, read_json_object
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -70,9 +69,7 @@ def check_folder(name: str) -> None:
         raise ConfigError(f"{flag}: is a file: give the folder that holds config.json and the weights")
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            near = get_close_matches(folder.name, [path.name for path in folder.parent.glob("*/")], n=1)
-            hint = f": did you mean {folder.parent / near[0]}?" if near else ""
-            raise ConfigError(f"{flag}: there is no such folder{hint}")
+            raise ConfigError(f"{flag}: there is no such folder{near_paths(folder)}")
         return
     check_json_files(folder)
     if (folder / "config.json").is_file() and weight_map(folder, error=ConfigError):
@@ -112,13 +109,15 @@ def check_revision(name: str, revision: str | None) -> None:
 
 
 def check_tokenizer_files(name: str) -> None:
-    """Check that a folder, if it is one, holds a tokenizer.
+    """Check that a path, if it is one, is a folder with a tokenizer.
 
     Raises:
-        ConfigError: No file in it is a tokenizer's; what it is instead.
+        ConfigError: There is no such folder, or no file in it is a tokenizer's; what it is instead.
     """
     folder, flag = Path(name).expanduser(), f"--model_name_or_path {name}"
-    if folder.is_dir() and not any(TOKENIZER.search(path.name) for path in folder.iterdir()):
+    if not folder.is_dir():
+        check_folder(name)
+    elif not any(TOKENIZER.search(path.name) for path in folder.iterdir()):
         if not (folder / "config.json").is_file():
             check_folder(name)
         check_json_files(folder)

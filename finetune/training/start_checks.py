@@ -16,7 +16,7 @@ from finetune.chat_templates.format_selection import read_template
 from finetune.checkpoint import resume
 from finetune.config import Arguments, DataArguments
 from finetune.config.hardware import DetectedHardware, hardware_of
-from finetune.config.resolve import check_flags, resolve_config
+from finetune.config.resolve import check_flags, check_output_dir, resolve_config
 from finetune.config.run_config import RankCounts, SavedStep
 from finetune.dataset.conversation_reader import read_conversations
 from finetune.dataset.data_sources import find_local_sources
@@ -26,7 +26,15 @@ from finetune.models.lora_targets import check_target_names
 from finetune.models.model_folder import check_folder, check_revision, check_tokenizer_files, stored_bytes, weight_map
 from finetune.run_dir import output_dir_lock
 from finetune.utils.console import log_notes
-from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, StorageError, format_names, raise_faults
+from finetune.utils.errors import (
+    CheckpointError,
+    ConfigError,
+    FinetuneError,
+    StorageError,
+    format_names,
+    missing_reason,
+    raise_faults,
+)
 from finetune.utils.hub import hub_file
 from finetune.utils.user_files import read_json_object
 
@@ -137,9 +145,8 @@ def _check_data(data: DataArguments) -> None:
 
 
 def _check_skip_rows(files: Sequence[str]) -> None:
-    raise_faults(
-        f"--skip_rows {file}: there is no such file" for file in files if not Path(file).expanduser().is_file()
-    )
+    paths = [(file, Path(file).expanduser()) for file in files]
+    raise_faults(f"--skip_rows {file}: {missing_reason(path)}" for file, path in paths if not path.is_file())
 
 
 def _check_resume(resumed: str) -> None:
@@ -157,9 +164,7 @@ def _check_resume(resumed: str) -> None:
 
 def _check_output_dir(arguments: Arguments, is_launch: bool) -> None:
     folder = arguments.output_dir
-    output_dir_lock.check_output_dir(
-        folder, overwrite=arguments.run.overwrite_output_dir, resume=arguments.resumes_from() is not None
-    )
+    check_output_dir(arguments)
     if is_launch and output_dir_lock.is_locked(folder):
         raise ConfigError(output_dir_lock.in_use(folder))
 

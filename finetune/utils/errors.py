@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -160,9 +161,21 @@ def missing_reason(path: Path) -> str:
     """Say why there is no `path`: nothing has the name, or a folder above belongs to another user."""
     try:
         path.stat()
-    except OSError as error:
-        return denied(path) if isinstance(error, PermissionError) else "there is no such file"
-    return "there is no such file"
+    except PermissionError:
+        return denied(path)
+    except OSError:
+        pass
+    return f"there is no such file{near_paths(path)}"
+
+
+def near_paths(path: Path) -> str:
+    """Return `: did you mean X?` with what a folder holds of a name like that of a missing path; or nothing."""
+    try:
+        names = sorted(os.listdir(path.absolute().parent))
+    except OSError:
+        return ""
+    near = [str(path.with_name(name)) for name in get_close_matches(path.name, names, n=3, cutoff=0.7)]
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def denied(path: str | Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlparse
 
-from finetune.utils.errors import ConfigError, FinetuneError, first_line
+from finetune.utils.errors import ConfigError, FinetuneError, first_line, near_paths
 
 MODELSCOPE, MODELSCOPE_INSTALL = "modelscope:", "pip install 'modelscope>=1.18'"
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -43,8 +43,9 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> Path:
         reason = f"no such folder, and no name of a model: {first_line(error)}"
     except errors.LocalEntryNotFoundError:
         reason = (
-            f"no such folder, not in the cache {constants.HF_HUB_CACHE}, and {hub} did not answer: give the folder of "
-            "a model, check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror"
+            f"no such folder, not in the cache {constants.HF_HUB_CACHE}, and {hub} did not answer"
+            f"{near_paths(Path(repo).expanduser()) or ':'} give the folder of a model, check the network and "
+            "HTTPS_PROXY, or set HF_ENDPOINT to a mirror"
         )
     except errors.GatedRepoError:
         reason = f"ask for access at {hub}/{repo}, then run `hf auth login`, or set HF_TOKEN"

@@ -8,6 +8,7 @@ import re
 import textwrap
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ from finetune.utils.errors import ConfigError, raise_faults
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 HELP_WIDTH, USAGE_WIDTH = 80, 72
+FOLDER_FLAGS = ("model_name_or_path", "output_dir", "model", "adapter_name_or_path")
 Options = TypeVar("Options")
 
 
@@ -196,30 +198,51 @@ class CommandParser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """Return the values that were given, by name, and what is wrong with the others."""
         self._faults.clear()
+        argv = list(map(self._in_ascii, argv))
         if self.has_positionals:
             parsed, unknown = self.parse_known_intermixed_args(self._with_values(argv))
         else:
             parsed, unknown = self.parse_known_args(list(argv))
         given = vars(parsed)
         missing = [metavar for name, metavar in self.required.items() if not given.get(name)]
-        faults = [*self._faults, *self.unknown(unknown)]
+        faults = [*self._faults, *self.unknown(unknown, argv)]
         return given, [*faults, *([f"missing: {', '.join(missing)}"] if missing else [])]
 
-    def unknown(self, words: Sequence[str]) -> list[str]:
-        """Return a fault for each unknown option among words that no option took; else one for the first word."""
-        flags = [word.partition("=")[0] for word in words if re.match(r"--\S|-[A-Za-z]", word)]
+    def unknown(self, words: Sequence[str], argv: Sequence[str] = ()) -> list[str]:
+        """Return a fault for each unknown option among words of `argv` that none took; else one for the first word."""
+        flags = [word.partition("=")[0] for word in words if re.match(r"--\S|-[A-Za-z]", in_ascii(word))]
         if words and not flags:
-            close = get_close_matches(words[0], self.recipes, n=1)
-            hint = f"did you mean the recipe {close[0]}?" if close else "every value belongs to a flag"
-            return [f"unexpected argument {words[0]!r}: {hint}"]
+            return [f"unexpected argument {words[0]!r}: {self._why_unexpected(words[0], argv)}"]
         faults, known = [], [*self.types, *self.neighbours]
         for flag in flags:
-            name = flag.lstrip("-").replace("-", "_")
+            name = in_ascii(flag).lstrip("-").replace("-", "_")
             close = get_close_matches(name, known, n=3, cutoff=0.8) or get_close_matches(name, known, n=1)
             nearest = one_of([f"--{near}" for near in close])
-            remedy = self.foreign.get(name.lower()) or (f"did you mean {nearest}?" if close else "see --help")
-            faults.append(f"unknown {self.kind} {flag}: {remedy}")
+            remedy = self.foreign.get(name.lower()) or (f"did you mean {nearest}?" if close else "")
+            if "output" in self.required and name in FOLDER_FLAGS:
+                remedy = f"the folder stands without a flag, as {self.required['output']}"
+            faults.append(f"unknown {self.kind} {flag}: {remedy or f'see {self.prog} --help'}")
         return faults
+
+    def _in_ascii(self, word: str) -> str:
+        """Return a word; one of our flags in other characters than ASCII becomes a fault, and is in ASCII then."""
+        flag, sign, value = re.match("([^=\uff1d\uff1a]*)(.?)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        plain = in_ascii(flag)
+        if not (plain.startswith("--") and plain[2:] in self.types) or (plain == flag and sign in ("", "=")):
+            return word
+        self._faults.append(f"{word}: write the flag in ASCII characters: {plain}{'=' if sign else ''}{value}")
+        return f"{plain}={value}" if sign else plain
+
+    def _why_unexpected(self, word: str, argv: Sequence[str]) -> str:
+        """Return what may have been meant by a word that belongs to no option."""
+        if close := get_close_matches(word, self.recipes, n=1):
+            return f"did you mean the recipe {close[0]}?"
+        before = argv[: argv.index(word)] if word in argv else ()
+        name = next((other.partition("=")[0] for other in reversed(before) if other.startswith("--")), "")
+        shape = self.types.get(name.removeprefix("--"))
+        if shape is not None and not shape.is_list and shape.kind is not bool:
+            return f"{name} takes one value; quote a value that has spaces"
+        return " ".join(self.format_usage().split()) if self.has_positionals else "every value belongs to a flag"
 
     def _with_values(self, argv: Sequence[str]) -> list[str]:
         """Write True behind a bare switch, or it would take the positional argument that follows as its value."""
@@ -227,6 +250,15 @@ class CommandParser(argparse.ArgumentParser):
             f"{word}=True" if word in self.switches and after.lower() not in BOOLEANS else word
             for word, after in pairwise([*argv, ""])
         ]
+
+
+def in_ascii(word: str) -> str:
+    """Return a word with dashes and full-width characters, as editors and input methods put them, in ASCII.
+
+    >>> in_ascii("\u2014use_lora\uff1dTrue")
+    '--use_lora=True'
+    """
+    return re.sub("[\u2010-\u2013\u2212]", "-", unicodedata.normalize("NFKC", re.sub("[\u2014\u2015]", "--", word)))
 
 
 def without_flags(words: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from reprlib import repr as shortened
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import ConfigError, missing_reason
 
 # What reading JSON values raises where they are not as their writer made them, and reading their file as well.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -23,6 +23,8 @@ def read_text(path: Path, shown: str | None = None) -> str:
     shown = shown or str(path)
     try:
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{shown}: {missing_reason(path)}") from None
     except OSError as error:
         raise ConfigError(f"{shown}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -1,12 +1,13 @@
 """Which requests the pages of this machine answer: those to an own name, from pages of their own."""
 
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 ANY_ADDRESS = ("0.0.0.0", "::")
+LAST_PORT = 65_535
 
 
 def is_own_request(host: str, origin: str | None, listens_on: str = LOCAL_NAMES[0]) -> bool:
@@ -22,6 +23,12 @@ def is_own_request(host: str, origin: str | None, listens_on: str = LOCAL_NAMES[
         return _is_own_name(name, listens_on) and (origin is None or urlsplit(origin).netloc == host)
     except ValueError:
         return False
+
+
+def port_faults(port: int, *, least: int = 0) -> Iterator[str]:
+    """Yield a fault where a number is no port to listen on; 0 lets the system choose one."""
+    if not least <= port <= LAST_PORT:
+        yield f"--port {port}: expected {least} to {LAST_PORT}"
 
 
 def _is_own_name(name: str, listens_on: str) -> bool:

@@ -271,14 +271,6 @@ def test_an_adapter_of_another_size_is_refused_with_one_line(lora, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_holds_something_is_not_replaced(lora, tmp_path):
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged/mine").write_text("mine")
-    with pytest.raises(ConfigError, match="exists and is not replaced"):
-        merged(lora, tmp_path / "merged")
-    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine"]
-
-
 def test_a_disk_that_refuses_leaves_nothing(lora, tmp_path):
     with limited_file_size(10_000), pytest.raises(StorageError, match="merged: cannot be written: File too large"):
         merged(lora, tmp_path / "merged")

@@ -135,9 +135,19 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--data-path", "x"], "unknown flag --data-path: did you mean --data_path?"),
         (["--use_lra"], "unknown flag --use_lra: did you mean --use_lora"),
         (["--model_max", "5"], "unknown flag --model_max"),
-        (["--zzz", "5"], "unknown flag --zzz: see --help"),
-        (["stray"], "unexpected argument 'stray': every value belongs to a flag"),
+        (["--zzz", "5"], "unknown flag --zzz: see finetune train --help"),
+        (["stray"], "unexpected argument 'stray': --output_dir takes one value"),
         (["qwen3_8b_lor"], "unexpected argument 'qwen3_8b_lor': did you mean the recipe qwen3_8b_lora?"),
+        (["--learning_rate", "2e-4", "1e-4"], "unexpected argument '1e-4': --learning_rate takes one value"),
+        (
+            ["--output_dir=my", "output"],
+            "unexpected argument 'output': --output_dir takes one value; quote a value that",
+        ),
+        (["\u2014seed", "1"], "\u2014seed: write the flag in ASCII characters: --seed"),
+        (["\uff0d\uff0dseed\uff1d1"], "write the flag in ASCII characters: --seed=1"),
+        (["--seed\uff1a1"], "write the flag in ASCII characters: --seed=1"),
+        (["\u2013seed", "1"], "unknown flag \u2013seed: did you mean --seed?"),
+        (["\u2014sead", "1"], "unknown flag \u2014sead: did you mean --seed?"),
         (["--lora_r", "eight"], "--lora_r eight: expected a whole number"),
         (["--learning_rate", "fast"], "--learning_rate fast: expected a number"),
         (["--bf16", "maybe"], "--bf16 maybe: expected True or False"),
@@ -170,6 +180,13 @@ def test_a_warmup_ratio_is_a_share(ratio):
 )
 def test_a_wrong_flag_is_named_with_its_value(words, said):
     assert said in refusal(*words)
+
+
+def test_a_value_may_hold_any_characters():
+    wide = "\u2014a\uff1a1"
+    given = parsed("--run_name", wide, f"--hub_revision={wide}").training
+
+    assert given["run_name"] == given["hub_revision"] == wide
 
 
 def test_all_faults_are_named_at_once():

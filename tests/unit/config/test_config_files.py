@@ -90,7 +90,12 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
         ("a.json", {"output_dir": ["a", "b"]}, "output_dir"),
         ("a.json", "[1]", "expected a mapping of flags to values"),
         ("a.yaml", "", "expected a mapping of flags to values"),
-        ("a.yaml", "a: [", "not YAML"),
+        ("a.yaml", "a: [", "line 1, column 5: not YAML: "),
+        ("a.yaml", "seed: 1\n\tbf16: true", "line 2, column 1: not YAML: found character '\\t' that cannot start any "
+         "token: indent with spaces, not tabs"),
+        ("a.yaml", "seed\uff1a 1\nbf16: true", "line 2, column 5: not YAML: mapping values are not allowed here: "
+         "write a key, an ASCII colon, a space"),
+        ("a.yaml", "seed\uff1a 1", "expected a mapping of flags to values: write a key, an ASCII colon"),
         ("a.yaml", "run_name: 2020-13-45", "month"),
         ("a.json", "{,}", "line 1, column 2: not JSON"),
         ("a.yaml", b"run_name: \xe9", "UTF-8"),
@@ -101,7 +106,8 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
     ],
     ids=[
         "unknown", "number-as-flag", "twice", "twice-json", "section", "type", "boolean-for-int", "list-for-one",
-        "array", "empty", "broken-yaml", "bad-date", "broken-json", "latin-1-yaml", "latin-1-json", "deep-json",
+        "array", "empty", "broken-yaml", "tab", "wide-colon", "wide-colons",
+        "bad-date", "broken-json", "latin-1-yaml", "latin-1-json", "deep-json",
         "deep-yaml", "digits",
     ],
 )  # fmt: skip
@@ -117,7 +123,9 @@ def test_a_wrong_config_file_is_named_with_what_is_wrong(name, content, said, tm
 def test_a_missing_config_file_is_named(tmp_path):
     missing = tmp_path / "no.yaml"
 
-    assert refusal("--config", str(missing)) == f"--config {missing}: cannot be read: No such file or directory"
+    written(tmp_path / "now.yaml", {})
+    near = f": did you mean {tmp_path / 'now.yaml'}?"
+    assert refusal("--config", str(missing)) == f"--config {missing}: there is no such file{near}"
     assert refusal("--config", str(tmp_path)).startswith(f"--config {tmp_path}: ")
 
 

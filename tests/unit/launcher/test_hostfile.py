@@ -129,7 +129,7 @@ def test_a_file_that_is_not_there_is_named_with_its_like(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "weights").write_bytes(b"\n" * (1 << 20) + b"n0 slots=1")
     for name, said in {
-        "two_host": f"two_host: there is no such file in {tmp_path}: did you mean two_hosts?",
+        "two_host": f"two_host: there is no such file in {tmp_path}: did you mean {tmp_path / 'two_hosts'}?",
         "other": f"there is no such file in {tmp_path} (--hostfile",
         "no/hosts": f"there is no folder {tmp_path / 'no'}",
         "two_hosts/x": f"there is no folder {tmp_path / 'two_hosts'}",

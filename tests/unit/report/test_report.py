@@ -267,7 +267,7 @@ def test_no_other_file_is_replaced(tmp_path):
     ("changes", "said"),
     [
         ({"prompts": "x", "no_answers": True}, "not with --no_answers"),
-        ({"prompts": "nowhere.txt", "no_answers": False}, "--prompts nowhere.txt: cannot be read: No such file"),
+        ({"prompts": "nowhere.txt", "no_answers": False}, "--prompts nowhere.txt: there is no such file"),
         ({"every": 0.0}, "--every 0: expected at least"),
     ],
 )

@@ -103,10 +103,18 @@ def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
         ("--model_name_or_path ./mute", ConfigError, "mute: holds no tokenizer"),
         ("--data_path e.json", DataError, "e.json: there is no such file"),
         ("--eval_data_path *.csv", DataError, "*.csv: no file matches"),
+        (
+            "--data_path papers/a.json,papers/b.json",
+            DataError,
+            "written with spaces between them: papers/a.json papers/",
+        ),
+        ("--data_path papers/a.json:half", DataError, "expected a number after the colon, the weight of papers/a.json"),
+        ("--data_path papers/aa.json", DataError, "there is no such file: did you mean papers/a.json"),
+        ("--output_dir model", ConfigError, "--output_dir model: is the folder of the model: choose another one"),
         ("--skip_rows rows", ConfigError, "--skip_rows rows: there is no such file"),
         ("--chat_template t.jinja", ConfigError, "--chat_template t.jinja"),
         ("--deepspeed zero33", ConfigError, "did you mean zero3?"),
-        ("--output_dir papers", ConfigError, "papers: is not a run's folder, it holds thesis.tex"),
+        ("--output_dir papers", ConfigError, "papers: is not a run's folder, it holds a.json, b.json, thesis.tex"),
         ("--resume_from_checkpoint ./c", ConfigError, "--resume_from_checkpoint c: there is no such folder"),
         ("--resume_from_checkpoint papers", CheckpointError, "papers: holds no manifest.json"),
         ("--chat_template loop.jinja", ConfigError, "--chat_template loop.jinja, line 2: not Jinja: unexpected '}'"),
@@ -126,7 +134,8 @@ def test_a_mistake_is_named_with_value_and_remedy(start, words, kind, said):
     Path("loop.jinja").write_text("{% generation %}a{% endgeneration %}\n{{ messages[0] }")
     Path("stge.json").write_text('{"zero_optimization": {"stge": 2}}')
     Path("seven.json").write_text('{"train_batch_size": 7}')
-    Path("papers/thesis.tex").write_text("")
+    for name in ("thesis.tex", "a.json", "b.json"):
+        Path("papers", name).write_text("")
     Path("above/hf/config.json").write_text("{}")
     for name in ("config.json", "model.safetensors"):
         Path("mute", name).write_text("{}")

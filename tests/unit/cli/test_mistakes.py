@@ -1,0 +1,70 @@
+"""What the verbs say of everyday mistakes before they load a model."""
+
+from importlib import import_module
+
+import pytest
+
+from finetune.export.gguf_writer import TYPES
+from finetune.utils.errors import ConfigError
+
+
+@pytest.fixture
+def result(tmp_path, monkeypatch):
+    """The working directory holds a result without a model, a folder with a file, and a file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("result", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "result/run.json").write_text("{}")
+    (tmp_path / "full/mine").write_text("mine")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("chat result --web --port 99999", "--port 99999: expected 1 to 65535"),
+        ("chat result --web --port 0", "--port 0: expected 1 to 65535"),
+        ("report result --watch --port -1", "--port -1: expected 0 to 65535"),
+        (
+            "chat --model_name_or_path result",
+            "unknown flag --model_name_or_path: the folder stands without a flag, as OUTP",
+        ),
+        ("evaluate result --output_dir x", "unknown flag --output_dir: the folder stands without a flag, as OUTPUT"),
+        ("merge result a b", "unexpected argument 'b': usage: finetune merge OUTPUT [DIR]"),
+        ("merge result out --dtype bf16 fp16", "unexpected argument 'fp16': --dtype takes one value"),
+        ("merge result out --gguf q9", "--gguf q9: expected f32, f16, bf16, q8_0"),
+        (
+            "preview --model_name_or_path rows.jsonl --data_path rows.jsonl",
+            "rows.jsonl: is a file: give the folder that",
+        ),
+        ("preview --model_name_or_path ./rsult --data_path rows.jsonl", "no such folder: did you mean result?"),
+        (
+            "preview --model_name_or_path a/b --data_path rows.jsonl --chat_template rows.jinja",
+            "--chat_template rows.jinja: expected lingowhale, chatml, hermes or a Jinja file: ",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_value_and_remedy(command, said, result):
+    verb, *words = command.split()
+    with pytest.raises(ConfigError) as refused:
+        import_module(f"finetune.cli.{verb}").main(words)
+    assert said in str(refused.value)
+
+
+def test_a_folder_that_holds_something_is_not_replaced_by_a_merge(result, monkeypatch):
+    from finetune.cli import merge
+
+    monkeypatch.setattr(merge, "read_result", lambda folder, **_: None)
+    with pytest.raises(ConfigError, match="full: exists and is not replaced"):
+        merge.main(["result", "full"])
+    with pytest.raises(ConfigError, match="rows.jsonl: exists and is not replaced"):
+        merge.main(["result", "rows.jsonl"])
+    monkeypatch.setattr(merge, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="--gguf q8_0: needs the package gguf: pip install"):
+        merge.main(["result", "new", "--gguf", "q8_0"])
+
+
+def test_the_types_of_gguf_are_those_that_are_written():
+    from finetune.cli.merge import build_parser
+
+    assert build_parser().types["gguf"].choices == tuple(TYPES)
