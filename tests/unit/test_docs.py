@@ -154,3 +154,16 @@ def test_the_reference_of_flags_is_current():
     generated = runpy.run_path(str(ROOT / "docs" / "generate_flags.py"))["flags_page"]()
     assert generated.count("\n| `--") > 60
     assert (ROOT / "docs/reference/flags.md").read_text(encoding="utf-8") == generated, "run `make docs`"
+
+
+def test_the_chinese_reference_names_the_same_flags_with_the_same_defaults():
+    english, chinese = (flags_of(ROOT / "docs/reference" / name) for name in ("flags.md", "flags.zh.md"))
+    assert len(english) > 10 and chinese == english
+
+
+def flags_of(page: Path) -> list[dict[str, str]]:
+    """Return the default of each flag, one mapping for each table, without that of old names."""
+    tables = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    tables = [table for table in tables if not table.startswith("Old names")]
+    rows = [re.findall(r"^\| `--(\w+)` \| .*?(?:\[([^]]*)\] )?\|$", table, re.MULTILINE) for table in tables]
+    return [{name: default.replace("False", "") for name, default in row} for row in rows]
