@@ -155,6 +155,8 @@ def start(
         show(command)
         if not host_probe.count_gpus():  # else DeepSpeed warns, in each of its processes, that it found none
             environment = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), **environment}
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":  # DeepSpeed would look for a GPU of that number
+            environment = {**environment, "CUDA_VISIBLE_DEVICES": ""}
         return [LocalSession(command, environment, hostfile=None, host=os.uname().nodename)]
     if flags.launcher.lower() != "pdsh" or flags.launcher_args:
         given = f"--launcher_args {flags.launcher_args}" if flags.launcher_args else f"--launcher {flags.launcher}"

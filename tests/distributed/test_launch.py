@@ -99,8 +99,11 @@ def test_an_adapter_as_the_model_is_continued(trained, tiny_model, conversation_
     first, output = trained("lora"), tmp_path / "output"
     assert (first / "README.md").is_file() and not [*first.glob("checkpoint-*/README.md")]  # peft's card
     words = f"--model_name_or_path {first} --data_path {conversation_file} --output_dir {output}"
-    words += " --num_gpus 1 --max_steps 1 --learning_rate 1e-9 --save_strategy no --write_report False"
-    done = subprocess.run([FINETUNE, "train", *words.split()], capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    words += " --max_steps 1 --learning_rate 1e-9 --save_strategy no --write_report False"
+    done = subprocess.run(
+        [FINETUNE, "train", *words.split()], capture_output=True, text=True, timeout=LIMIT_SECONDS,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},  # no GPU, as people write it
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"continuing the adapter {first}" in done.stdout
     assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
