@@ -99,8 +99,8 @@ def run_training(argv: Sequence[str]) -> Path:
         set_leaf_modules(model, info.kinds, info.empty)
         loaders = build_dataloaders(batch, model, tokenizer, data, args.device, config.zero_stage, hardware.precision)
         run_start.record_model(config.checkpoint.output_dir, info, loaders.layout, config.notes)
-        inputs = TrainingInputs(model, tokenizer, data, loaders, args, info)
-        trainer = fit(inputs, identity, config.fit_options(chat_format.name))
+        inputs = TrainingInputs(model, tokenizer, chat_format, data, loaders, args, info)
+        trainer = fit(inputs, identity, config)
         finalize(trainer, info, is_adapter=config.adapter.kind() is not None, precision=hardware.precision)
         end_run(trainer, partial(write_report, run, trusts_code=config.model.trusts_code()))
     return config.checkpoint.output_dir

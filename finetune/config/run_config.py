@@ -114,18 +114,6 @@ class ActivationCheckpointing:
 
 
 @dataclass(frozen=True)
-class FitOptions:
-    """What the Trainer needs of the configuration beyond `TrainingArguments`."""
-
-    adapter: AdapterArguments
-    hardware: HardwareConfig
-    keep_checkpoints: int | None  # complete ones that stay; None or 0: all
-    early_stopping_patience: int | None
-    early_stopping_threshold: float
-    plan_settings: Mapping[str, Any]  # fields of the plan that the flags decide
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """All that a run does, resolved before data or weights are read."""
 
@@ -179,28 +167,3 @@ class RunConfig:
     def training_values(self) -> dict[str, Any]:
         """Return the keyword arguments of `transformers.TrainingArguments`."""
         return {**self.training, "activation_checkpointing": self.activation_checkpointing.enabled}
-
-    def fit_options(self, chat_format: str) -> FitOptions:
-        """Return the options of training, with what the plan shows of the flags and the chat format."""
-        plan_settings = {
-            "model": self.model.model_name_or_path,
-            "adapter": self.adapter.kind(),
-            "base_bits": self.model.quantized_bits(),
-            "zero_stage": self.zero_stage,
-            "offloads": bool(self.deepspeed and self.deepspeed.offloads),
-            "world_size": self.batch.world_size,
-            "sharing": self.batch.sequence_parallel_size,
-            "device": "CPU, gloo" if self.hardware.use_cpu else "GPU, nccl",
-            "precision": self.hardware.precision,
-            "checkpointing": self.activation_checkpointing.enabled,
-            "held_out_schedule": self.held_out_schedule,
-            "chat_format": chat_format,
-        }
-        return FitOptions(
-            self.adapter,
-            self.hardware,
-            self.checkpoint.keep,
-            self.run.early_stopping_patience,
-            self.run.early_stopping_threshold,
-            plan_settings,
-        )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.chat_templates import ChatFormat
 from finetune.checkpoint.saver import RunIdentity
 from finetune.config.hardware import HardwareConfig, measured_matmul_rate, peak_flops
-from finetune.config.run_config import FitOptions
+from finetune.config.run_config import RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import run_on_rank_0
 from finetune.distributed.startup_timer import start_up_seconds
@@ -35,13 +35,14 @@ class TrainingInputs:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    chat_format: ChatFormat
     data: PreparedData
     loaders: Dataloaders
     args: TrainingArguments
     base: ModelInfo
 
 
-def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> SupervisedTrainer:
+def fit(inputs: TrainingInputs, identity: RunIdentity, config: RunConfig) -> SupervisedTrainer:
     """Train to the end, or to a stop that was requested; the plan is shown once the number of steps is known.
 
     Raises:
@@ -53,7 +54,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
     from finetune.training.trainer import SupervisedTrainer
 
     def announce(steps: int) -> None:
-        plan = summarize_plan(options.plan_settings, inputs, steps)
+        plan = summarize_plan(config, inputs, steps)
         logger.info(section("Plan", plan.lines()) + "\n")
         warmup = inputs.args.get_warmup_steps(steps)
         if warmup >= steps:
@@ -61,7 +62,7 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
         run_on_rank_0(lambda: update_run_json(trainer.output_dir, {"plan": asdict(plan)}))
 
     # PiSSA and OLoRA change base weights; the adapter is saved relative to the original ones.
-    moves_weights = options.adapter.starts_from_weights()
+    moves_weights = config.adapter.starts_from_weights()
     try:
         trainer = SupervisedTrainer(
             model=inputs.model,
@@ -69,36 +70,47 @@ def fit(inputs: TrainingInputs, identity: RunIdentity, options: FitOptions) -> S
             loaders=inputs.loaders,
             kinds=inputs.base.kinds,
             identity=identity,
-            peak_flops=_peak_flops(options.hardware),
-            keep=options.keep_checkpoints,
+            peak_flops=_peak_flops(config.hardware),
+            keep=config.checkpoint.keep,
             processing_class=inputs.tokenizer,
             initial_lora=InitialLora(inputs.model) if moves_weights else None,
             on_plan=announce,
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses these flags: {error}") from error
-    set_learning_rates(trainer, options.adapter, inputs.base.kinds)
+    set_learning_rates(trainer, config.adapter, inputs.base.kinds)
     trainer.keep_base_tensors(inputs.base)
-    if options.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStopping(options.early_stopping_patience, options.early_stopping_threshold))
+    if config.run.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(config.run.early_stopping_patience, config.run.early_stopping_threshold))
     trainer.add_callback(PhaseReporter())
     trainer.train_from_checkpoint()
     return trainer
 
 
-def summarize_plan(settings: Mapping[str, Any], inputs: TrainingInputs, steps: int) -> TrainingPlan:
-    """Build the plan of a run of so many optimizer steps; `settings` are its fields that the flags decide."""
+def summarize_plan(config: RunConfig, inputs: TrainingInputs, steps: int) -> TrainingPlan:
+    """Build the plan of a run of so many optimizer steps."""
     from finetune.dataset.dataloader import padding_share
 
     trainable, parameters = count_parameters(inputs.model)
     batches, held_out = inputs.loaders.train, inputs.loaders.held_out
     sampler, collator = batches.sampler, batches.collate
-    known = {name: value for name, value in settings.items() if name != "held_out_schedule"}
+    held_out_line = None
     if held_out is not None:
-        tokens, schedule = int(held_out.lengths.sum()), settings["held_out_schedule"]
-        known["held_out"] = f"{len(held_out):,} examples, {tokens:,} tokens, evaluated {schedule}"
+        tokens = int(held_out.lengths.sum())
+        held_out_line = f"{len(held_out):,} examples, {tokens:,} tokens, evaluated {config.held_out_schedule}"
     return TrainingPlan(
-        **known,
+        model=config.model.model_name_or_path,
+        adapter=config.adapter.kind(),
+        base_bits=config.model.quantized_bits(),
+        zero_stage=config.zero_stage,
+        offloads=bool(config.deepspeed and config.deepspeed.offloads),
+        world_size=config.batch.world_size,
+        sharing=config.batch.sequence_parallel_size,
+        device="CPU, gloo" if config.hardware.use_cpu else "GPU, nccl",
+        precision=config.hardware.precision,
+        checkpointing=config.activation_checkpointing.enabled,
+        chat_format=inputs.chat_format.name,
+        held_out=held_out_line,
         parameters=parameters,
         trainable=trainable,
         per_device_batch=sampler.shape.per_device_batch,

@@ -189,8 +189,8 @@ def stopped(words: Words, monkeypatch: Any) -> Any:
     monkeypatch.setattr("finetune.training.fit._peak_flops", lambda _: None)
     held_out = parse([*words, "--validation_share", "0.5"])
     config, _ = train.resolve(held_out, DetectedHardware(), RankCounts(1, 1))
-    inputs = TrainingInputs(*[None] * 5, SimpleNamespace(kinds=None))  # type: ignore[arg-type]
-    fit(inputs, SimpleNamespace(folder=None), config.fit_options("chatml"))
+    inputs = TrainingInputs(*[None] * 6, SimpleNamespace(kinds=None))  # type: ignore[arg-type]
+    fit(inputs, SimpleNamespace(folder=None), config)
     history = [{"eval_loss": loss} for loss in (2.0, 1.9, 1.8, 1.79)]
     for one in callbacks:
         if hasattr(one, "patience"):
