@@ -43,7 +43,7 @@ from finetune.training.finalize import end_run, finalize
 from finetune.training.fit import TrainingInputs, fit
 from finetune.training.flag_checks import check_training_flags
 from finetune.training.model_checks import check_against_data, check_model
-from finetune.training.resume_check import resume_facts, saved_day
+from finetune.training.resume_check import saved_day
 from finetune.training.start_checks import check_start, saved_step
 from finetune.utils.errors import exit_on_error, process_exit_guard
 
@@ -87,10 +87,7 @@ def run_training(argv: Sequence[str]) -> Path:
         storage = run_start.find_storage(config.checkpoint.output_dir)
         data = run_start.skip_rows(data, run.skip_rows)
         args = run_start.build_training_arguments(config.training_values(), storage, batch.sequence_parallel_size)
-        facts = resume_facts(config.resume_flags, data, info.fingerprint, hardware.precision, config.deepspeed)
-        identity = run_start.start_run(
-            config.checkpoint, batch, storage, data, chat_format, facts, config.facts(), run.report_samples
-        )
+        identity = run_start.start_run(config, storage, data, chat_format, info.fingerprint)
         stop = stop_token_id(chat_format)
         model = load_model(info, tokenizer, config.weights_precision, stop, hardware.precision)
         model = attach_adapter(

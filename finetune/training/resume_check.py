@@ -15,9 +15,8 @@ from finetune.checkpoint.manifest import DAY, SKIPPED_ROWS, STAGE
 from finetune.checkpoint.resume import saved_manifest
 from finetune.config.adapter_arguments import LORA_DROPOUT
 from finetune.config.arguments import default_of
-from finetune.config.deepspeed_config import ResolvedDeepSpeedConfig
 from finetune.config.flag_support import WITHOUT_EFFECT
-from finetune.config.run_config import BatchConfig, CheckpointConfig
+from finetune.config.run_config import BatchConfig, CheckpointConfig, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.utils.errors import CheckpointError
 
@@ -57,18 +56,9 @@ STAGES_DIFFER = (
 SHOWN_CHARACTERS = 60
 
 
-def resume_facts(
-    flags: Mapping[str, Any],
-    data: PreparedData,
-    model_fingerprint: str,
-    precision: str,
-    zero: ResolvedDeepSpeedConfig | None,
-) -> dict[str, Any]:
-    """Collect what must be the same for a resumed run to equal the uninterrupted one, by the names that users know.
-
-    Args:
-        flags: of the run by name, `RunConfig.resume_flags`; those that do not decide numbers are left out here.
-    """
+def resume_facts(config: RunConfig, data: PreparedData, model_fingerprint: str) -> dict[str, Any]:
+    """Collect what must be the same for a resumed run to equal the uninterrupted one, by the names that users know."""
+    flags, precision, zero = config.resume_flags, config.hardware.precision, config.deepspeed
     facts = {f"--{name}": value for name, value in sorted(flags.items()) if name not in FREE}
     examples = len(data.epoch(flags["seed"]).examples)
     skipped = {SKIPPED_ROWS: [f"{source}:{row}" for source, row in data.skipped_rows]} if data.skipped_rows else {}

@@ -16,7 +16,7 @@ from finetune.checkpoint import MANIFEST_FILE
 from finetune.checkpoint.resume import ResumePoint, find_checkpoint
 from finetune.checkpoint.saver import RunIdentity, new_run_id
 from finetune.config import RunArguments
-from finetune.config.run_config import BatchConfig, CheckpointConfig, RankCounts
+from finetune.config.run_config import CheckpointConfig, RankCounts, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.skip_rows import rows_to_skip
 from finetune.distributed import watchdog
@@ -31,7 +31,7 @@ from finetune.run_dir import output_dir_lock, run_json
 from finetune.run_dir.data_samples import write_samples
 from finetune.training.dataloaders import BatchLayout
 from finetune.training.metrics import cut_metrics
-from finetune.training.resume_check import compare_with_checkpoint
+from finetune.training.resume_check import compare_with_checkpoint, resume_facts
 from finetune.utils.console import log_notes, log_to_file, quiet_libraries
 from finetune.utils.errors import ConfigError
 
@@ -128,29 +128,17 @@ def skip_rows(data: PreparedData, files: Sequence[str]) -> PreparedData:
 
 @timed("checkpoint")
 def start_run(
-    config: CheckpointConfig,
-    batch: BatchConfig,
-    storage: StorageGroup,
-    data: PreparedData,
-    chat_format: ChatFormat,
-    facts: dict[str, Any],
-    run_facts: dict[str, Any],
-    num_samples: int,
+    config: RunConfig, storage: StorageGroup, data: PreparedData, chat_format: ChatFormat, model_fingerprint: str
 ) -> RunIdentity:
-    """Lock `output_dir`, select the checkpoint to resume from, prepare the folder and record the start. All ranks.
-
-    Args:
-        facts: what a resumed run must have in common, from `resume_facts`.
-        run_facts: of run.json, from `RunConfig.facts`.
-        num_samples: rows of the data that are kept for the report.
-    """
-    output_dir = config.output_dir
+    """Lock `output_dir`, select the checkpoint to resume from, prepare the folder and record the start. All ranks."""
+    batch, output_dir = config.batch, config.checkpoint.output_dir
     watchdog.report_phase("model")
     notes = storage.run_on_writers(lambda: output_dir_lock.acquire_lock(output_dir))
     log_notes(filter(None, notes))
-    compare = partial(compare_with_checkpoint, facts, batch, config)
-    resumed = find_checkpoint(config, batch.world_size, storage, compare)
-    storage.run_on_writers(lambda: _prepare(config))
+    facts = resume_facts(config, data, model_fingerprint)
+    compare = partial(compare_with_checkpoint, facts, batch, config.checkpoint)
+    resumed = find_checkpoint(config.checkpoint, batch.world_size, storage, compare)
+    storage.run_on_writers(lambda: _prepare(config.checkpoint))
     folder, manifest = resumed.to_load(output_dir) if resumed else (None, None)
     identity = RunIdentity(
         run_id=resumed.manifest.run_id if resumed else run_on_rank_0(new_run_id),
@@ -159,19 +147,19 @@ def start_run(
         storage=storage,
         manifest=manifest,
         folder=folder,
-        verify_key=config.verify_key,
+        verify_key=config.checkpoint.verify_key,
     )
     watchdog.set_output_dir(output_dir, identity.run_id)
 
     def record() -> None:
         log_to_file(output_dir / run_json.LOG_FILE)
-        write_samples(output_dir, data.sample(num_samples, batch.seed), segmenter(chat_format))
+        write_samples(output_dir, data.sample(config.run.report_samples, batch.seed), segmenter(chat_format))
         data.write_ledger(output_dir / run_json.LEDGER_FILE)
-        recorded = {"run_id": identity.run_id, **run_facts}
+        recorded = {"run_id": identity.run_id, **config.facts()}
         recorded["chat"] |= {"format": chat_format.name, "stop_token_id": stop_token_id(chat_format)}
         recorded["data"] |= {"fingerprint": data.fingerprint, "summary": data.summary.facts()}
         recorded["data"]["left_out"] = [f"{source}:{row}" for source, row in data.skipped_rows]
-        _record_start(config, recorded, resumed)
+        _record_start(config.checkpoint, recorded, resumed)
 
     run_on_rank_0(record)
     return identity
