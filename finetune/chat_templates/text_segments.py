@@ -105,7 +105,6 @@ def _runs(tokens: Iterator[_Token]) -> Iterator[list[_Token]]:
 
 
 def _name(plain: PlainTextTokenizer, token_id: int) -> str:
-    """The spelling of a control token."""
     name = plain.added.get(token_id) or plain.decode([token_id])
     return name or str(plain.tokenizer.convert_ids_to_tokens(token_id))
 

@@ -114,7 +114,6 @@ class TokenPositions:
         return None
 
     def _ids_of(self, text: str) -> list[int] | None:
-        """The ids of a short text of the template."""
         if not text or len(text) > MAX_LEAD:
             return None if text else []
         if text not in self._leads:

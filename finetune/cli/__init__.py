@@ -125,7 +125,6 @@ def completion_script(shell: str) -> str:
 
 
 def _parsers(verb: str) -> list[CommandParser]:
-    """Return the parsers whose flags a verb takes."""
     from finetune import config, launcher
 
     if verb in ("launch", "train", "doctor"):

@@ -118,7 +118,6 @@ class TurnReading:
         return role
 
     def _read(self, turn: dict[str, Any], role: Role | None, field: str) -> None:
-        """Read what the turn says, and add it."""
         given, was_complete = turn.get(field), self.is_complete
         if (role == "tool" or self.calls_only) and _is_json_value(given):
             given = json.dumps(given, ensure_ascii=False)
@@ -209,7 +208,6 @@ class TurnReading:
         return None, None
 
     def _weight(self, turn: dict[str, Any], role: Role | None) -> tuple[bool, float]:
-        """Whether a turn is supervised, and its weight."""
         if len(turn) == 2:
             return True, 1.0
         found = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}

@@ -103,7 +103,6 @@ def read_benchmark_questions(names: Sequence[str]) -> tuple[dict[str, list[str]]
 
 
 def _questions(tasks: Sequence[Any]) -> list[str]:
-    """The question of each document that the tasks evaluate on."""
     each = [task for entry in tasks for task in (entry.get_all_tasks() if is_group(entry) else [entry])]
     return [text for task in each for document in task.eval_docs if isinstance(text := task.doc_to_text(document), str)]
 

@@ -60,13 +60,8 @@ def check_mergeable(adapter: str | None) -> None:
 
 def plain_tensors(stored: StoredTensors, model: Any) -> list[OutputTensor]:
     """Return the tensors of a full model, unchanged; of tied tensors only one if the files hold both."""
-    tied = _tied_weights(model)
-    return [_unchanged(stored, name) for name in stored if tied.get(name) not in stored]
-
-
-def _tied_weights(model: Any) -> dict[str, str]:
-    """Map the name of each tied weight to the weight that it shares."""
-    return dict(model.all_tied_weights_keys)
+    shared_by = model.all_tied_weights_keys
+    return [_unchanged(stored, name) for name in stored if shared_by.get(name) not in stored]
 
 
 def _unchanged(stored: StoredTensors, name: str, output_name: str | None = None) -> OutputTensor:
@@ -129,7 +124,7 @@ class MergedTensors:
 
     def __init__(self, stored: StoredTensors, model: Any, folder: Path, attach: Callable[[Any, Path], Any]) -> None:
         self.stored, self.names = stored, WeightNames(model)
-        self.tied = _tied_weights(model)
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)  # name of a weight -> the weight that it shares
         self.groups = self.names.group_files({name: stored.shape(name) for name in stored})
         self.group_of = {weight: group for group in self.groups for weight in group.weights}
         self.changed = dict(self._changed_weights(attach(model, folder)))

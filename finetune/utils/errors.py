@@ -70,18 +70,15 @@ class StorageError(FinetuneError):
     status = 6
 
 
-def format_faults(faults: Sequence[str], noun: str, *, count: int | None = None) -> str:
+def format_faults(faults: Sequence[str], noun: str) -> str:
     """Join faults to one message: the first 20 in full, then how many more there are.
 
     >>> print(format_faults(["a.json, row 0: no turns", "a.json, row 4: no turns"], "faulty row"))
     2 faulty rows:
       a.json, row 0: no turns
       a.json, row 4: no turns
-
-    Args:
-        count: of all faults, where `faults` holds only the first.
     """
-    count = len(faults) if count is None else count
+    count = len(faults)
     if count == 1:
         return faults[0]
     lines = [f"{count:,} {noun}s:", *(f"  {fault}" for fault in faults[:SHOWN_FAULTS])]

@@ -134,7 +134,6 @@ class Watchdog:
                 self._send({"failure": self._describe_death().to_json()})
 
     def _handle(self, message: dict[str, Any]) -> None:
-        """Handle one message of the rank."""
         if "phase" in message:
             if message["phase"] != self.progress.phase:
                 self.last_heartbeat = 0.0  # the coordinator knows it at once, should this host be lost
