@@ -13,7 +13,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 from finetune.config import Arguments, DoctorArguments, parse, split_command
@@ -54,14 +53,14 @@ def main(argv: Sequence[str]) -> None:
     report = DoctorReport()
     arguments = report.attempt("command", lambda: parse(words))
     run = arguments and report.attempt("command", lambda: _plan_run(choice, flags, words, arguments))
-    if arguments and run:
-        report.attempt("configuration", lambda: _check_start(flags, run, arguments))
-    if arguments and run and not report.status:
+    if run:
+        report.attempt("configuration", lambda: _check_start(run))
+    if run and not report.status:
         from finetune.preflight.examination import examine_run  # they need torch; a mistake costs a second
         from finetune.train import resolve
 
         quiet_libraries()
-        examine_run(report, run, partial(resolve, arguments))
+        examine_run(report, run, resolve)
     if choice.json:
         print(json.dumps(as_json(report), ensure_ascii=False, indent=1))
     else:
@@ -69,24 +68,14 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(report.status)
 
 
-def _check_start(flags: LauncherArgs, run: PlannedRun, arguments: Arguments) -> None:
-    planned = PlannedRanks.of_launch(flags, None, use_cpu=run.use_cpu) if run.slots is None else None
-    check_start(arguments, planned, is_launch=True)
+def _check_start(run: PlannedRun) -> None:
+    planned = PlannedRanks.of_launch(run.flags, None, use_cpu=run.use_cpu) if run.slots is None else None
+    check_start(run.arguments, planned, is_launch=True)
 
 
 def _plan_run(choice: DoctorArguments, flags: LauncherArgs, words: list[str], arguments: Arguments) -> PlannedRun:
     resources = resolve_resources(flags)
-    return PlannedRun(
-        choice=choice,
-        flags=flags,
-        slots=resources.slots if resources else None,
-        words=words,
-        model=arguments.model,
-        data=arguments.data,
-        output_dir=arguments.training["output_dir"],
-        use_cpu=bool(arguments.given("use_cpu")),
-        sequence_parallel_size=arguments.batch.sequence_parallel_size,
-    )
+    return PlannedRun(choice, flags, resources.slots if resources else None, words, arguments)
 
 
 def as_json(report: DoctorReport) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.config import Arguments
 from finetune.config.adapter_arguments import KINDS_OF_METHODS
 from finetune.config.hardware import DetectedHardware, detect_hardware, hardware_of
 from finetune.config.run_config import RankCounts, RunConfig
@@ -40,7 +41,7 @@ from finetune.utils.proc import ROOT
 logger = logging.getLogger(__name__)
 
 # Resolves the flags for the hardware and the ranks; see `train.resolve`.
-Resolve = Callable[[DetectedHardware, RankCounts], tuple[RunConfig, ModelInfo]]
+Resolve = Callable[[Arguments, DetectedHardware, RankCounts], tuple[RunConfig, ModelInfo]]
 
 
 def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None:
@@ -63,7 +64,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
     logger.info("checking flags and model")
     counts = [len(ids) for ids in slots.values()]
     ranks = RankCounts(sum(counts), max(counts))
-    resolved = report.attempt("configuration", lambda: resolve(hardware, ranks))
+    resolved = report.attempt("configuration", lambda: resolve(run.arguments, hardware, ranks))
     logger.info("reading the data")
     read = report.attempt("data", lambda: _read(report, run))
     check_machine(report, here)
@@ -102,11 +103,11 @@ def _local_order(run: PlannedRun, words: list[str] | None = None) -> dict[str, A
 
 
 def _read(report: DoctorReport, run: PlannedRun) -> tuple[Any, PreparedData]:
-    tokenizer, chat_format, data = prepare_run_data(run.model, run.data)
+    tokenizer, chat_format, data = prepare_run_data(run.arguments.model, run.arguments.data)
     summary = data.summary
     lines = [*summary.lines(), f"format    {chat_format.name}"]
     report.facts["data"] = {**summary.facts(), "fingerprint": data.fingerprint, "lines": lines}
-    check_data(data, run.data)
+    check_data(data, run.arguments.data)
     return tokenizer, data
 
 
@@ -147,19 +148,19 @@ def _stage(run: PlannedRun, hosts: list[str], here: dict[str, Any]) -> None:
 
 
 def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
-    output = Path(run.output_dir).expanduser().absolute()
+    base, output = run.arguments.model, run.arguments.output_dir.absolute()
     folder = output.with_name(f".{output.name}.rehearsal-{secrets.token_hex(4)}")
     model = folder / "model"
     folder.mkdir(parents=True)
     remote = [host for host in run.hosts_over_ssh() or () if not ssh.is_here(host)]
     try:
-        trusts_code = run.model.trusts_code()
+        trusts_code = base.trusts_code()
         parameters = dry_run.make_random_model(
-            run.model.model_name_or_path,
+            base.model_name_or_path,
             model,
-            revision=run.model.model_revision,
+            revision=base.model_revision,
             trust_remote_code=trusts_code,
-            heads=max(dry_run.HEADS, run.sequence_parallel_size),
+            heads=max(dry_run.HEADS, run.arguments.batch.sequence_parallel_size),
         )
         logger.info(f"rehearsing with a random model of {parameters:,} parameters")
         if remote:
@@ -168,7 +169,7 @@ def _rehearse(report: DoctorReport, run: PlannedRun) -> None:
             wanted = [staged for staged in staging.folders_to_stage(answers, here) if staged.path == model]
             staging.send_folders(wanted, run.shell, folder)
         words = without_flags(run.words, ("--model_revision", "--overwrite_output_dir", "--save_strategy"))
-        if adapter := run.model.adapter_name_or_path:  # its weights do not fit a small model: a new one of its kind
+        if adapter := base.adapter_name_or_path:  # its weights do not fit a small model: a new one of its kind
             saved = read_adapter_config(Path(adapter))
             kind = KINDS_OF_METHODS.get(saved["peft_type"])
             words += [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config import DataArguments, DoctorArguments, ModelArguments
+from finetune.config import Arguments, DoctorArguments
 from finetune.launcher import LauncherArgs, local_slots, ssh
 from finetune.launcher.ssh import SshShell
 from finetune.utils.proc import ROOT
@@ -20,16 +20,18 @@ class PlannedRun:
     flags: LauncherArgs  # of the launcher
     slots: dict[str, list[int]] | None  # of the hostfile; None: this machine only
     words: list[str]  # of the training, as they were typed
-    model: ModelArguments
-    data: DataArguments
-    output_dir: str
-    use_cpu: bool
-    sequence_parallel_size: int
+    arguments: Arguments  # what the words say
+
+    @property
+    def use_cpu(self) -> bool:
+        """Whether the ranks compute on CPUs although there may be GPUs."""
+        return bool(self.arguments.given("use_cpu"))
 
     @property
     def shared_words(self) -> list[str]:
         """Words that may name files which every host needs; the base of an adapter is one that is not typed."""
-        base = [self.model.model_name_or_path] if self.model.adapter_name_or_path else []
+        model = self.arguments.model
+        base = [model.model_name_or_path] if model.adapter_name_or_path else []
         return list(dict.fromkeys([*ssh.shared_words(self.words), *base]))
 
     @property
@@ -39,7 +41,8 @@ class PlannedRun:
 
     def probe_order(self) -> dict[str, Any]:
         """Return what hosts are asked for, as `distributed.host_probe.collect_host_facts` takes it."""
-        places = {"output": self.output_dir, "shm": "/dev/shm", "temporary": os.environ.get("TMPDIR", "/tmp")}
+        output, temporary = self.arguments.training["output_dir"], os.environ.get("TMPDIR", "/tmp")
+        places = {"output": output, "shm": "/dev/shm", "temporary": temporary}
         return {"places": places, "wanted": self.flags.master_port, "full": self.choice.full}
 
     def slots_by_host(self, gpus_here: int) -> dict[str, list[int]]:

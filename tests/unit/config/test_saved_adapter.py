@@ -124,8 +124,6 @@ def test_other_hosts_need_the_base_too(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     arguments = parsed(saved(tmp_path / "a", base_model_name_or_path=str(base)))
-    run = PlannedRun(
-        DoctorArguments(), parse_launcher_args(["finetune.py"]), None, ["--model_name_or_path", str(tmp_path / "a")],
-        arguments.model, arguments.data, "o", use_cpu=True, sequence_parallel_size=1,
-    )  # fmt: skip
+    words = ["--model_name_or_path", str(tmp_path / "a")]
+    run = PlannedRun(DoctorArguments(), parse_launcher_args(["finetune.py"]), None, words, arguments)
     assert run.shared_words == [str(tmp_path / "a"), str(base)]
