@@ -43,12 +43,9 @@ class Targets(NamedTuple):
 
     def loss_weights(self) -> Any:
         """What the loss of each target is multiplied by, float32 [P]; None: 1 each."""
-        import torch
-
-        if self.weights is None:
-            return None if self.per_example is None else 1 / self.per_example
-        weights = self.weights.view(torch.float32)
-        return weights if self.per_example is None else weights / self.per_example
+        if self.per_example is None:
+            return self.weights
+        return (1 if self.weights is None else self.weights) / self.per_example
 
 
 def pop_targets(batch: dict[str, Any]) -> Targets:
@@ -97,9 +94,8 @@ class Collator:
 
         `targets` int64 [P] are the supervised tokens; `target_positions` are where they are predicted: int64 [P]
         indices into a flat row, bool [rows, L] for padded rows. `targets_per_example` int64 [P] is the number of
-        targets in the example of a target (not a weight: floats of a batch are cast to the precision of the run).
-        `target_weights` int32 [P], if an example has `weights`, are the bits of float32 weights of the targets.
-        `target_cells` int64 [P], if examples have `cells`, are cells of the loss breakdown.
+        targets in the example of a target. `target_weights` float32 [P], if an example has `weights`, are those of
+        the targets. `target_cells` int64 [P], if examples have `cells`, are cells of the loss breakdown.
         """
         import torch
 
@@ -165,7 +161,7 @@ def _weights(example: dict[str, Any]) -> np.ndarray:
     given = example.get("weights", ())
     if not len(given):
         given = np.ones(np.count_nonzero(np.asarray(example["labels"]) != IGNORE_INDEX))
-    return np.asarray(given, dtype=np.float32).view(np.int32)
+    return np.asarray(given, dtype=np.float32)
 
 
 def _part(batch: dict[str, Any], part: int, parts: int) -> dict[str, Any]:

@@ -129,11 +129,11 @@ def test_ranks_that_share_a_row_have_it_between_them(rows, parts):
     assert all(sum(one["segment_lengths"]) == size * parts for one in shared)
 
 
-def test_weights_are_sent_as_bits_and_only_where_one_differs():
+def test_weights_are_sent_only_where_one_differs():
     collate = Collator(True, PAD, True)
     weighted = [*EXAMPLES[:-1], EXAMPLES[-1] | {"weights": [0.3]}]
     targets = pop_targets(collate(weighted))
-    assert targets.weights.dtype == torch.int32 and targets.tokens.tolist() == [6, 2, 9, 2]
+    assert targets.weights.dtype == torch.float32 and targets.tokens.tolist() == [6, 2, 9, 2]
     assert torch.equal(targets.loss_weights(), torch.tensor([1.0, 1.0, 1.0, 0.3]))
     assert "target_weights" not in collate([example | {"weights": []} for example in EXAMPLES])
 
