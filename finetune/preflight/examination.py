@@ -51,7 +51,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
     remote = run.hosts_over_ssh()
     if remote is not None and run.choice.stage:
         report.attempt("hosts", lambda: _stage(run, list(remote), here))
-    slots = run.slots_by_host(here["gpus"])
+    slots = run.slots_by_host(len(detect_hardware().gpus))  # as the launcher counts them, also for ranks on the CPU
     hardware = detect_hardware(use_cpu=run.use_cpu)
     if remote is None:
         name = list(slots)[max(run.flags.node_rank, 0)]  # the same command is typed on every host
