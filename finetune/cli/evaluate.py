@@ -11,6 +11,7 @@ from typing import Any
 from finetune.config import DataArguments
 from finetune.config.argument_parser import below, data_faults
 from finetune.config.arguments import VERIFY_KEY_HELP
+from finetune.dataset.data_sources import find_local_sources
 from finetune.distributed.collectives import destroy_process_group, init_process_group, run_on_rank_0
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks, prepare_environment
 from finetune.inference.run_result import TRUST_HELP, RunResult, read_result
@@ -102,6 +103,7 @@ def main(argv: Sequence[str]) -> None:
     result = read_result(
         Path(options.output), trust_remote_code=options.trust_remote_code, verify_key=options.verify_key
     ).with_template_kwargs(data.get("chat_template_kwargs"))
+    find_local_sources(data.get("data_path", ()), ())
     requested = {
         HELD_OUT_FILE: bool(data.get("data_path")),
         BENCHMARKS_FILE: bool(options.tasks),

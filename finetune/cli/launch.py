@@ -33,7 +33,7 @@ from finetune.launcher import (
 )
 from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, HostReport, LocalSession
 from finetune.training.start_checks import PlannedRanks, check_start
-from finetune.utils.errors import ConfigError, StorageError
+from finetune.utils.errors import ConfigError, StorageError, missing_reason
 from finetune.utils.proc import POLL_SECONDS
 
 SECONDS_FOR_OTHER_HOSTS = 20.0  # the ranks' watchdogs end a run in two or three
@@ -58,9 +58,12 @@ def supervise(flags: LauncherArgs) -> NoReturn:
         flags = replace(flags, given={name: flags.given[name] for name in flags.given.keys() - HOST_FILTERS})
         resources = restarts.without_spares(resources)
     arguments = parse(flags.script_args) if is_ours(flags) else None
+    starts_here = resources is None or ssh.is_here(resources.first_host)
+    if starts_here and not flags.module and not Path(flags.script).is_file():
+        raise ConfigError(f"SCRIPT {flags.script}: {missing_reason(Path(flags.script))}")
     if arguments:
         use_cpu = bool(arguments.given("use_cpu"))
-        if resources is None or ssh.is_here(resources.first_host):
+        if starts_here:
             check_start(arguments, PlannedRanks.of_launch(flags, resources, use_cpu=use_cpu), is_launch=True)
     words = as_flags(flags.script_args, build_parser().types) if arguments else flags.script_args
     words, environment = without_secrets(words)

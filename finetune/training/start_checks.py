@@ -33,6 +33,7 @@ from finetune.utils.errors import (
     StorageError,
     format_names,
     missing_reason,
+    near_paths,
     raise_faults,
 )
 from finetune.utils.hub import hub_file
@@ -152,7 +153,8 @@ def _check_skip_rows(files: Sequence[str]) -> None:
 def _check_resume(resumed: str) -> None:
     folder = Path(resumed).expanduser()
     if not folder.is_dir():
-        reason = "is a file: name the folder of a checkpoint" if folder.is_file() else "there is no such folder"
+        missing = f"there is no such folder{near_paths(folder)}; auto finds the newest checkpoint"
+        reason = "is a file: name the folder of a checkpoint" if folder.is_file() else missing
         raise ConfigError(f"--resume_from_checkpoint {folder}: {reason}")
     if not checkpoint.is_complete(folder):
         inside = [checkpoint.checkpoint_folder(folder, step).name for step in checkpoint.steps_in(folder)]

@@ -117,7 +117,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     found = {
         "preview": {"finetune.evaluation.benchmarks.use_cache": None},
         "evaluate": {
-            f"{at}.read_result": result, f"{at}.eval_results.check_writable": None,
+            f"{at}.read_result": result, f"{at}.eval_results.check_writable": None, f"{at}.find_local_sources": None,
             "finetune.evaluation.held_out.prepare_held_out": SimpleNamespace(sources=()),
             "finetune.evaluation.tool_calls.rows_with_tools": [],
             f"{at}.eval_results.versioned": {}, f"{at}.eval_results.write_results": None,

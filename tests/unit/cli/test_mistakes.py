@@ -1,11 +1,12 @@
 """What the verbs say of everyday mistakes before they load a model."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
 from finetune.export.gguf_writer import TYPES
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def result(tmp_path, monkeypatch):
             "unknown flag --model_name_or_path: the folder stands without a flag, as OUTP",
         ),
         ("evaluate result --output_dir x", "unknown flag --output_dir: the folder stands without a flag, as OUTPUT"),
+        ("launch rows.json", "SCRIPT rows.json: there is no such file: did you mean rows.jsonl?"),
         ("merge result a b", "unexpected argument 'b': usage: finetune merge OUTPUT [DIR]"),
         ("merge result out --dtype bf16 fp16", "unexpected argument 'fp16': --dtype takes one value"),
         ("merge result out --gguf q9", "--gguf q9: expected f32, f16, bf16, q8_0"),
@@ -62,6 +64,15 @@ def test_a_folder_that_holds_something_is_not_replaced_by_a_merge(result, monkey
     monkeypatch.setattr(merge, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="--gguf q8_0: needs the package gguf: pip install"):
         merge.main(["result", "new", "--gguf", "q8_0"])
+
+
+def test_held_out_rows_are_looked_for_before_anything_loads(result, monkeypatch):
+    from finetune.cli import evaluate
+
+    made = SimpleNamespace(with_template_kwargs=lambda _: None)
+    monkeypatch.setattr(evaluate, "read_result", lambda folder, **_: made)
+    with pytest.raises(DataError, match="rows.json: there is no such file: did you mean rows.jsonl?"):
+        evaluate.main(["result", "--data_path", "rows.json"])
 
 
 def test_the_types_of_gguf_are_those_that_are_written():

@@ -148,6 +148,11 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--seed\uff1a1"], "write the flag in ASCII characters: --seed=1"),
         (["\u2013seed", "1"], "unknown flag \u2013seed: did you mean --seed?"),
         (["\u2014sead", "1"], "unknown flag \u2014sead: did you mean --seed?"),
+        (
+            ["--use_lora", "--lora_target_modules", "q_proj,v_proj"],
+            "write names with spaces between them: q_proj v_proj",
+        ),
+        (["--freeze", "embed_tokens\uff0clayers.0-3"], "write names with spaces between them: embed_tokens layers.0-3"),
         (["--lora_r", "eight"], "--lora_r eight: expected a whole number"),
         (["--learning_rate", "fast"], "--learning_rate fast: expected a number"),
         (["--bf16", "maybe"], "--bf16 maybe: expected True or False"),

@@ -115,7 +115,7 @@ def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
         ("--chat_template t.jinja", ConfigError, "--chat_template t.jinja"),
         ("--deepspeed zero33", ConfigError, "did you mean zero3?"),
         ("--output_dir papers", ConfigError, "papers: is not a run's folder, it holds a.json, b.json, thesis.tex"),
-        ("--resume_from_checkpoint ./c", ConfigError, "--resume_from_checkpoint c: there is no such folder"),
+        ("--resume_from_checkpoint ./c", ConfigError, "c: there is no such folder; auto finds the newest checkpoint"),
         ("--resume_from_checkpoint papers", CheckpointError, "papers: holds no manifest.json"),
         ("--chat_template loop.jinja", ConfigError, "--chat_template loop.jinja, line 2: not Jinja: unexpected '}'"),
         ("--deepspeed stge.json", ConfigError, '"zero_optimization.stge" is not a DeepSpeed key: did you mean "stage"'),
