@@ -6,7 +6,7 @@ seconds and building it touches the devices. Flags that transformers has renamed
 """
 
 from finetune.config.adapter_arguments import AdapterArguments
-from finetune.config.argument_parser import build_parser, flag_words, known_flags, parse
+from finetune.config.argument_parser import build_parser, flag_words, parse
 from finetune.config.arguments import (
     Arguments,
     DataArguments,
@@ -14,6 +14,5 @@ from finetune.config.arguments import (
     ModelArguments,
     RunArguments,
     default_of,
-    training_flags,
 )
 from finetune.config.command_line import as_flags, split_command

@@ -144,11 +144,6 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def known_flags() -> list[str]:
-    """Return every accepted flag name, without dashes."""
-    return sorted(build_parser().types)
-
-
 def meaning(training_flag: str) -> str:
     """Return what a flag of transformers is, in our words or the first sentence of its own, with its default here."""
     own_words = training_flags()[training_flag].help.split(". ")[0].strip()

@@ -16,4 +16,4 @@ from finetune.launcher.env_variables import (
     redact,
     write_environment_file,
 )
-from finetune.launcher.hostfile import Resources, local_slots, read_hostfile, resolve_resources, resources_of_command
+from finetune.launcher.hostfile import Resources, local_slots, resolve_resources, resources_of_command

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from ipaddress import ip_address
-from os import PathLike
 from pathlib import Path
 
 from finetune.launcher.deepspeed_args import LauncherArgs, parse_launcher_args
@@ -38,13 +37,8 @@ JOB_HOSTFILE = Path("/job/hostfile")
 THIS_MACHINE = "localhost"
 
 
-def read_hostfile(path: str | PathLike[str]) -> dict[str, int]:
-    """Return host -> slots, in the order of the file, which is that of the ranks; one error names all bad lines."""
-    return {host: slots for host, (slots, _) in _read_entries(Path(path)).items()}
-
-
-def _read_entries(path: Path) -> dict[str, tuple[int, bool]]:
-    """Host -> (slots, whether it is a spare)."""
+def _read_hostfile(path: Path) -> dict[str, tuple[int, bool]]:
+    """Host -> (slots, whether it is a spare), in the order of the ranks; one error names all bad lines."""
     lines, _ = read_small_file(path, "hostfile", ' (--hostfile="" is this machine alone)')
     entries: dict[str, tuple[int, bool]] = {}
     first_lines: dict[str, int] = {}
@@ -199,7 +193,7 @@ def resolve_resources(flags: LauncherArgs) -> Resources | None:
     if not path:
         _check_this_machine(flags)
         return None
-    entries = _read_entries(Path(path))
+    entries = _read_hostfile(Path(path))
     pool = {host: count for host, (count, _) in entries.items()}
     if flags.include:
         named = _named_slots("include", flags.include, pool, path)

@@ -6,7 +6,7 @@ import pytest
 
 from finetune.cli import train
 from finetune.cli.launch import is_ours
-from finetune.config import build_parser, known_flags, parse
+from finetune.config import build_parser, parse
 from finetune.config.foreign_names import FOREIGN_NAMES, RENAMED
 from finetune.utils.errors import ConfigError
 from tests.helpers.flag_parsing import REQUIRED, refusal
@@ -69,7 +69,7 @@ def test_a_flag_of_the_launcher_behind_the_script_is_told():
 
 
 def test_foreign_names_lead_to_flags_that_exist():
-    known = set(known_flags())
+    known = set(build_parser().types)
     assert set(RENAMED) <= known and not set(FOREIGN_NAMES) & known
     named = [word.strip("`,;:") for remedy in FOREIGN_NAMES.values() for word in remedy.split() if word[:2] == "--"]
     assert len(named) > 60 and {word[2:] for word in named} <= known

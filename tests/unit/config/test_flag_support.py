@@ -4,9 +4,29 @@ import pytest
 
 from finetune.config import parse
 from finetune.config.arguments import TRAINING_DEFAULTS, training_flags
-from finetune.config.flag_support import HONOURED, REFUSED, SERVED_HERE, WITHOUT_EFFECT
+from finetune.config.flag_support import REFUSED, WITHOUT_EFFECT
 from finetune.utils.errors import ConfigError
 
+# By transformers, as it documents them.
+HONOURED = frozenset(
+    "num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+    "optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+    "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel use_cache neftune_noise_alpha "
+    "torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node log_level "
+    "log_level_replica include_num_input_tokens_seen run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id eval_steps eval_delay eval_on_start save_strategy save_steps load_best_model_at_end "
+    "full_determinism seed use_cpu dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_timeout debug "
+    "skip_memory_metrics do_train".split()
+)
+# By our batches, loss, evaluation, checkpoints, hardware decisions and launcher, or renamed by transformers itself.
+SERVED_HERE = frozenset(
+    "output_dir per_device_train_batch_size gradient_accumulation_steps label_smoothing_factor data_seed "
+    "train_sampling_strategy dataloader_drop_last activation_checkpointing activation_checkpointing_kwargs "
+    "gradient_checkpointing gradient_checkpointing_kwargs liger_kernel_config bf16 fp16 tf32 eval_strategy "
+    "per_device_eval_batch_size metric_for_best_model auto_find_batch_size save_only_model save_total_limit "
+    "resume_from_checkpoint deepspeed report_to ddp_find_unused_parameters local_rank".split()
+)
 REQUIRED = "--model_name_or_path m --data_path d --output_dir o".split()
 VALUES = {bool: "True", int: "3", float: "3", str: "some"}
 

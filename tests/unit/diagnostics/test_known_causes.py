@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import yaml
 
-from finetune.config import DoctorArguments, known_flags
+from finetune.config import DoctorArguments, build_parser
 from finetune.config.deepspeed_config import shipped_names
 from finetune.diagnostics import KINDS, PHASES, Failure, format_failure_page, likely_cause, load_known_causes
 from finetune.diagnostics.causes import KNOWN_CAUSES_FILE
@@ -63,7 +63,7 @@ def test_an_entry_has_all_texts_and_valid_conditions(entry):
 @pytest.mark.parametrize("known", load_known_causes(), ids=lambda known: known.cause.code)
 def test_the_texts_are_sentences_and_name_flags_and_configs_that_exist(known):
     others = {field.name for arguments in (DoctorArguments, LauncherArgs) for field in fields(arguments)}
-    flags = {*known_flags(), *others, *FLAGS_OF_OTHER_TOOLS}
+    flags = {*build_parser().types, *others, *FLAGS_OF_OTHER_TOOLS}
     assert not known.cause.title.endswith(".")
     for text in (known.cause.explanation, known.cause.remedy):
         assert set(re.findall(r"--([a-z][a-z0-9_-]*)", text)) <= flags

@@ -79,6 +79,11 @@ HOSTFILES = {
 }
 
 
+def hosts_of(path: object) -> dict[str, int]:
+    """Host -> slots of all lines of a hostfile."""
+    return launcher.resolve_resources(parse_launcher_args([f"--hostfile={path}", "finetune.py"])).pool
+
+
 @pytest.mark.parametrize("name", HOSTFILES)
 def test_hostfile_matrix(runner, tmp_path, name):
     content, of_the_launcher, ours = HOSTFILES[name]
@@ -91,10 +96,10 @@ def test_hostfile_matrix(runner, tmp_path, name):
         made = REFUSED
     assert made == of_the_launcher
     if isinstance(ours, dict):
-        assert list(launcher.read_hostfile(path).items()) == list(ours.items())
+        assert list(hosts_of(path).items()) == list(ours.items())
         return
     with pytest.raises(ConfigError) as caught:
-        launcher.read_hostfile(path)
+        hosts_of(path)
     assert ours in str(caught.value) and str(path) in str(caught.value)
 
 
@@ -110,7 +115,7 @@ def test_all_faults_of_a_hostfile_are_listed(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("n0 slots=2\nn1\n# fine\nn2 slots=2.5\nN0 slots=2\n" + "x" * 500 + " slots=two\n")
     with pytest.raises(ConfigError) as caught:
-        launcher.read_hostfile(path)
+        hosts_of(path)
     lines = str(caught.value).splitlines()
     assert lines[0] == "4 bad hostfile lines:"
     assert [line.split(", ")[1].split(":")[0] for line in lines[1:]] == ["line 2", "line 4", "line 5", "line 6"]
@@ -119,7 +124,7 @@ def test_all_faults_of_a_hostfile_are_listed(tmp_path):
 
 
 def test_the_shipped_hostfiles_are_good():
-    read = {path.name: launcher.read_hostfile(path) for path in (ROOT / "hostfiles").iterdir() if not path.suffix}
+    read = {path.name: hosts_of(path) for path in (ROOT / "hostfiles").iterdir() if not path.suffix}
     assert len(read) == 3 and all(read.values())
 
 
@@ -140,10 +145,10 @@ def test_a_file_that_is_not_there_is_named_with_its_like(tmp_path):
         "x" * 300: "cannot be read: file name too long",
     }.items():
         with pytest.raises(ConfigError) as caught:
-            launcher.read_hostfile(tmp_path / name)
+            hosts_of(tmp_path / name)
         assert said in str(caught.value)
     with pytest.raises(ConfigError, match="/proc/self/mem cannot be read: input/output error"):
-        launcher.read_hostfile("/proc/self/mem")
+        hosts_of("/proc/self/mem")
 
 
 @pytest.mark.parametrize("words", ["--exclude localhost", "--exclude localhost:0"])
