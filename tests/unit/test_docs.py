@@ -10,6 +10,10 @@ import pytest
 
 from finetune.cli import doctor, train
 from finetune.config import parse
+from finetune.dataset.content_parts import REASONING_KEYS
+from finetune.dataset.row_formats import ROW_WEIGHTS, SYSTEM_KEYS, TURN_LISTS
+from finetune.dataset.tool_reading import TOOL_KEYS
+from finetune.dataset.turn_reading import CALL_KEYS, ROLES, WEIGHTS
 from finetune.launcher import parse_launcher_args
 from tests.helpers.paths import ROOT
 
@@ -154,6 +158,13 @@ def test_the_reference_of_flags_is_current():
     generated = runpy.run_path(str(ROOT / "docs" / "generate_flags.py"))["flags_page"]()
     assert generated.count("\n| `--") > 60
     assert (ROOT / "docs/reference/flags.md").read_text(encoding="utf-8") == generated, "run `make docs`"
+
+
+@pytest.mark.parametrize("name", ["data-formats.md", "data-formats.zh.md"])
+def test_the_guide_to_data_names_every_key_that_is_read(name):
+    text = (ROOT / "docs/guides" / name).read_text(encoding="utf-8")
+    keys = {*TURN_LISTS, *SYSTEM_KEYS, *TOOL_KEYS, *REASONING_KEYS, *ROW_WEIGHTS, *WEIGHTS, *CALL_KEYS, *ROLES}
+    assert len(keys) > 50 and [key for key in sorted(keys) if not re.search(rf'[`"]{key}[`"]', text)] == []
 
 
 def test_the_chinese_reference_names_the_same_flags_with_the_same_defaults():
