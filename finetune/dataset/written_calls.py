@@ -161,12 +161,17 @@ def bracketed_calls(text: str, declared: Collection[str]) -> tuple[str, list[Too
         begins = [text.index("[", text.rfind("</think>") + 1)]
     else:
         begins = [match.start() for match in _LISTED.finditer(text) if match[1].strip() in declared]
+    may_end = text.rstrip().endswith("]")
     for begin in begins:
+        head = text[:begin].rstrip()
+        is_behind_text = bool(_behind_reasoning(head))
+        if is_behind_text and not may_end:  # no call, whatever it reads: a text may hold thousands
+            continue
         calls, end = python_calls(text, begin)
-        head, rest = text[:begin].rstrip(), text[end:].strip()
+        rest = text[end:].strip()
         if calls and not rest:
             return head, calls, None
-        if calls and not _behind_reasoning(head):
+        if calls and not is_behind_text:
             return text, [], BEHIND_CALL.format(shown(rest))
         if not calls and is_whole in declared:
             remedy = "write one list, with literals as values"

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import time
 from typing import Any
 
 import pytest
 
 from finetune.conversation import BadRow, Conversation, ToolCall, Turn
+from finetune.dataset.written_calls import bracketed_calls
 from tests.helpers.chat_rows import faults, read, written
 
 SCHEMA = {"type": "object", "properties": {"title": {"type": "string"}, "year": {"type": "integer"}},
@@ -230,6 +232,13 @@ def test_calls_of_toolace_are_checked(said, fault, tmp_path):
     assert fault in faults(written(tmp_path / "a.json", [toolace(said, FUNCTION)]))[0]
     system = "You may call functions: Find Book(title)."
     assert "no declarations are found" in faults(written(tmp_path / "b.json", [toolace(said, system=system)]))[0]
+
+
+@pytest.mark.parametrize("repeated", ["[f(", "[f(x=1)] and "])
+def test_a_text_that_repeats_itself_is_read_in_a_moment(repeated):
+    text, began = f"Say {repeated * 3000}", time.monotonic()
+    assert bracketed_calls(text, {"f"}) == (text, [], None)
+    assert time.monotonic() - began < 5
 
 
 def test_declarations_in_a_hermes_system_turn_are_checked_and_stay_text(tmp_path):
