@@ -99,7 +99,7 @@ def test_the_flag_keeps_what_the_file_holds(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--adapter_config", "none.json"], "none.json: cannot be read"),
+        (["--adapter_config", "none.json"], "none.json: there is no such file"),
         (["--adapter_config", '{"r": 4}'], 'expected a JSON object with a method, such as "peft_type"'),
         (["--adapter_config", '{"r": }'], "not JSON"),
         (["--adapter_config", '{"peft_type": "ADALORA"}'], "AdaLoRA moves its ranks"),
