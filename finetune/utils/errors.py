@@ -155,14 +155,16 @@ def storage_errors(path: Path, shown: str | None = None) -> Iterator[None]:
 
 
 def missing_reason(path: Path) -> str:
-    """Say why there is no `path`: nothing has the name, or a folder above belongs to another user."""
+    """Say why no file can be read at `path`: nothing or no file is there, or another user owns a folder above."""
     try:
         path.stat()
     except PermissionError:
         return denied(path)
-    except OSError:
-        pass
-    return f"there is no such file{near_paths(path)}"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"there is no such file{near_paths(path)}"
+    except OSError as error:  # a name that is too long, a loop of links
+        return error.strerror or str(error)
+    return "is a folder, not a file" if path.is_dir() else "is not a regular file"
 
 
 def near_paths(path: Path) -> str:

@@ -17,6 +17,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / f"torch_ext
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # else scikit-learn, under some methods of peft, starts a process to count cores
 if not Path(os.environ.get("XDG_CACHE_HOME", "")).name.startswith("finetune-tests-"):
     _CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")
     os.environ["XDG_CACHE_HOME"] = _CACHE.name

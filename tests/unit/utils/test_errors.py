@@ -1,3 +1,4 @@
+import os
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from finetune.utils.errors import (
     StorageError,
     exit_on_error,
     format_faults,
+    missing_reason,
 )
 
 BRANCHES = [(FinetuneError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4), (StorageError, 6)]
@@ -140,3 +142,18 @@ def test_a_path_of_another_user_is_named(capsys):
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: /private/model: permission denied")
     with pytest.raises(PermissionError), exit_on_error():
         raise PermissionError("a device that is busy")
+
+
+def test_what_is_no_file_is_said_for_what_it_is(tmp_path):
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    names = ["row.json", "rows.json/more", "", "loop", "pipe", "a" * 300]
+    assert [missing_reason(tmp_path / name) for name in names] == [
+        f"there is no such file: did you mean {tmp_path / 'rows.json'}?",
+        "there is no such file",
+        "is a folder, not a file",
+        "Too many levels of symbolic links",
+        "is not a regular file",
+        "File name too long",
+    ]
