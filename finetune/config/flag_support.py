@@ -1,4 +1,4 @@
-"""The flags of `transformers.TrainingArguments` that have no effect here, which is said, and those that are refused.
+"""Flags of `transformers.TrainingArguments` that have no effect here, and get a note, and those that are refused.
 
 A test knows what each of the others does, so that a new flag of transformers is not accepted without a decision.
 """
