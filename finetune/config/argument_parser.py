@@ -299,7 +299,7 @@ def below(least: int, name: str, value: float | None) -> Iterator[str]:
 
 
 def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:
-    for name in ("lora_target_modules", "modules_to_save", "freeze", "train_only"):
+    for name in ("modules_to_save", "freeze", "train_only"):
         for word in getattr(adapter, name):
             names = re.split("[,\uff0c\u3001]", word)
             if len(names) > 1 and all(re.fullmatch(r"[\w.-]+", part) for part in names):

@@ -97,9 +97,9 @@ def parse_target_modules(given: Sequence[str]) -> str | list[str]:
     >>> parse_target_modules([r".*layers\\.[0-3]\\..*_proj"])
     '.*layers\\\\.[0-3]\\\\..*_proj'
     """
-    if len(given) == 1 and not re.fullmatch(r"[\w.,\s]*", given[0]):  # all-linear is such a string, too
+    if len(given) == 1 and not re.fullmatch(r"[\w.,\uff0c\u3001\s]*", given[0]):  # all-linear is such a string, too
         return given[0]
-    return [name for value in given for name in re.split(r"[,\s]+", value) if name]
+    return [name for value in given for name in re.split(r"[,\uff0c\u3001\s]+", value) if name]
 
 
 def check_target_names(given: Sequence[str], model_config: Mapping[str, Any], tensors: Iterable[str]) -> None:

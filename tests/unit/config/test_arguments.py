@@ -150,8 +150,8 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["\u2013seed", "1"], "unknown flag \u2013seed: did you mean --seed?"),
         (["\u2014sead", "1"], "unknown flag \u2014sead: did you mean --seed?"),
         (
-            ["--use_lora", "--lora_target_modules", "q_proj,v_proj"],
-            "write names with spaces between them: q_proj v_proj",
+            ["--use_lora", "--modules_to_save", "lm_head,embed_tokens"],
+            "write names with spaces between them: lm_head embed_tokens",
         ),
         (["--freeze", "embed_tokens\uff0clayers.0-3"], "write names with spaces between them: embed_tokens layers.0-3"),
         (["--lora_r", "eight"], "--lora_r eight: expected a whole number"),

@@ -27,7 +27,9 @@ def adapted(*targets: str, family: str = "llama", **flags) -> list[str]:
     return sorted(re.sub(r"^base_model\.model\.|\.lora_A.*", "", name) for name in names)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj, v_proj"], ["q_proj v_proj"]])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj\uff0cv_proj"], ["q_proj v_proj"]]
+)
 def test_names_may_be_separated_by_commas(targets):
     attention = [f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")]
     assert adapted(*targets) == attention
