@@ -160,10 +160,10 @@ def missing_reason(path: Path) -> str:
         path.stat()
     except PermissionError:
         return denied(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # a loop of links
+            return error.strerror or str(error)
         return f"there is no such file{near_paths(path)}"
-    except OSError as error:  # a name that is too long, a loop of links
-        return error.strerror or str(error)
     return "is a folder, not a file" if path.is_dir() else "is not a regular file"
 
 

@@ -155,5 +155,5 @@ def test_what_is_no_file_is_said_for_what_it_is(tmp_path):
         "is a folder, not a file",
         "Too many levels of symbolic links",
         "is not a regular file",
-        "File name too long",
+        "there is no such file",
     ]
