@@ -37,7 +37,6 @@ class Turn:
 
     @property
     def is_supervised(self) -> bool:
-        """Whether the labels hold this turn."""
         return self.role in ("model", "text") and self.train
 
 
@@ -76,7 +75,6 @@ class BadRow:
 
     @property
     def reason(self) -> str:
-        """All faults, for the ledger."""
         return "; ".join(self.faults)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from finetune.chat_templates import stop_token_id
+from finetune.chat_templates import end_token_ids
 from finetune.config import Arguments, RunArguments, flag_words, parse
 from finetune.config.hardware import DetectedHardware, detect_hardware
 from finetune.config.resolve import resolve_config
@@ -88,7 +88,7 @@ def run_training(argv: Sequence[str]) -> Path:
         data = run_start.skip_rows(data, run.skip_rows)
         args = run_start.build_training_arguments(config.training_values(), storage, batch.sequence_parallel_size)
         identity = run_start.start_run(config, storage, data, chat_format, info.fingerprint)
-        stop = stop_token_id(chat_format)
+        stop = end_token_ids(chat_format)[0]
         model = load_model(info, tokenizer, config.weights_precision, stop, hardware.precision)
         model = attach_adapter(
             model, config.adapter, info, tokenizer, seed=batch.seed, precision=config.adapter_precision

@@ -21,7 +21,7 @@ from finetune.chat_templates.example import (
     supervised_turns_of,
     tokenize_conversation,
 )
-from finetune.chat_templates.format_selection import CHATML, select_chat_format, stop_token_id
+from finetune.chat_templates.format_selection import CHATML, select_chat_format
 from finetune.chat_templates.generation_prompt import (
     AnswerDecoder,
     answer_ids,

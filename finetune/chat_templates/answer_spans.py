@@ -255,7 +255,8 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
         more = alone
     if turn.tool_calls:
         last = DUMMY_VALUE if DUMMY_VALUE in alone else turn.tool_calls[-1].name
-        begin = max(begin, alone.rfind(last) + len(last))
+        plain = text.control.sub(lambda token: " " * len(token[0]), alone)  # a name may be part of a token
+        begin = max(begin, plain.rfind(last) + len(last))
     shared = _shared(more, alone, text)
     shared = shared if shared > begin else len(alone)  # what is written otherwise later does not count
     if turn.tool_calls:
@@ -307,7 +308,6 @@ def _openers(alone: str, first: int | None, generation_prompt: str, text: Templa
 
 
 def _as_written(number: int, rendered: str, spans: Sequence[SlotSpan], text: TemplateText) -> Answer | None:
-    """The answer as it stands in a conversation, from its first content to the control token after it."""
     own = [span for span in spans if span.slot.turn == number]
     match = text.control.match(rendered, _skip_blank(rendered, own[-1].stop)) if own else None
     return _answer(own[0].start, match.end(), rendered, spans, (match[0],)) if match else None
@@ -322,7 +322,6 @@ def _answer(
     *,
     is_appended: bool = False,
 ) -> Answer:
-    """The answer between two characters of a rendering."""
     first, last = (sum(span.stop <= place for span in spans) for place in (begin, stop))
     start_of_first = spans[first - 1].stop if first else 0
     end_of_last = spans[last].start if last < len(spans) else len(rendered)

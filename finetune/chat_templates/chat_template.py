@@ -23,6 +23,7 @@ from finetune.chat_templates.template_skeleton import (
     given_text,
     mark_spelled,
     next_turn,
+    rules_of_variables,
     shape_of,
     with_marks,
 )
@@ -52,7 +53,6 @@ class RenderedText:
 
     @property
     def rules(self) -> list[str]:
-        """The rules by which the template changes this conversation."""
         turns = self.conversation.turns
         strips = any(
             part == "text" and number is not None and turns[number].is_supervised and content != turns[number].text
@@ -60,10 +60,6 @@ class RenderedText:
         )
         system = [SYSTEM_RULE] if self.skeleton.system_in_front else []
         return [*system, *self.skeleton.rules, *([STRIPPED_RULE] if strips else [])]
-
-    def number_in_row(self, turn: int) -> int:
-        """The number that a turn has in its row."""
-        return turn + self.skeleton.system_in_front
 
     def extents(self, *, masks_reasoning: bool) -> list[Extent]:
         """The characters of each turn in the text, in order; an answer's are those that it is supervised on."""
@@ -98,7 +94,6 @@ class RenderedText:
         return self.text[:begin], self.text[begin:]
 
     def note(self, number: int) -> str:
-        """What a model turn holds besides its text, for display."""
         turn = self.conversation.turns[number]
         if turn.role != "model" or not (turn.reasoning or turn.tool_calls or REASONING_END in turn.text):
             return ""
@@ -110,7 +105,6 @@ class RenderedText:
         return ", ".join(["reasoning"] * reasons + ([f"calls {calls}"] if calls else []))
 
     def answer(self, extent: Extent) -> Answer | None:
-        """The answer of this extent, if it is supervised."""
         return self.skeleton.answers[extent.turn] if extent.is_supervised else None
 
 
@@ -134,7 +128,6 @@ class ChatTemplate:
         return apply_template(self.plain.tokenizer, messages, self.template, **options)
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[RenderedText | UnrenderableError]:
-        """Render each conversation and find its contents."""
         with template_limits(len(conversations)):
             prepared = [error_as_value(self._with_skeleton, conversation) for conversation in conversations]
             rows = [row for row in prepared if not isinstance(row, UnrenderableError)]
@@ -152,6 +145,8 @@ class ChatTemplate:
         if written:
             rules = [OPENED_RULE.format(turn=number) for number in written if not given[number].tool_calls]
             skeleton = replace(skeleton, rules=(*skeleton.rules, *rules))
+        if conversation.template_kwargs and (unused := rules_of_variables(conversation, self.template)):
+            skeleton = replace(skeleton, rules=(*skeleton.rules, *unused))
         if skeleton.system_in_front:
             conversation = replace(conversation, turns=system_in_front(conversation.turns))
         _check_supervised(conversation, skeleton)

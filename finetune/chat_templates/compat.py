@@ -32,13 +32,7 @@ def text_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[str]
         variables = {**tokenizer.special_tokens_map, **options}
         variables.setdefault("add_generation_prompt", False)
         variables.setdefault("documents", None)
-        return [
-            compiled.render(messages=_alias_reasoning_fields(_without_none(chat)), tools=tools, **variables)
-            for chat in chats
-        ]
+        given = ([{key: value for key, value in turn.items() if value is not None} for turn in chat] for chat in chats)
+        return [compiled.render(messages=_alias_reasoning_fields(chat), tools=tools, **variables) for chat in given]
 
     return render
-
-
-def _without_none(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in message.items() if value is not None} for message in chat]

@@ -61,7 +61,6 @@ class SupervisedSpan:
 
     @property
     def ended(self) -> bool:
-        """Whether the end of the turn is supervised."""
         return self.num_end > 0
 
 
@@ -84,7 +83,6 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        """Number of supervised labels."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
@@ -154,11 +152,6 @@ class TokenizedConversation:
             self.rules,
             self.spelled,
         )
-
-    @property
-    def supervised_length(self) -> int:
-        """Number of tokens up to and including the last supervised one; 0 if there is none."""
-        return max((span.stop for span in self.supervised_spans), default=0)
 
 
 class ChatFormat(Protocol):

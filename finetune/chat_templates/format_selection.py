@@ -12,11 +12,10 @@ from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 
-from finetune.chat_templates.example import ChatFormat, tokenize_conversation
+from finetune.chat_templates.example import ChatFormat
 from finetune.chat_templates.jinja_format import History, JinjaFormat
 from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
 from finetune.chat_templates.plain_text import add_control_tokens
-from finetune.conversation import Conversation, Turn
 from finetune.utils.errors import ConfigError
 from finetune.utils.user_files import read_text
 
@@ -119,9 +118,3 @@ class _GenerationTag(Extension):
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def stop_token_id(chat_format: ChatFormat) -> int:
-    """The token that ends a model turn in this format, as it is supervised."""
-    probe = tokenize_conversation(chat_format, Conversation((Turn("human", "a"), Turn("model", "b"))))
-    return probe.labels[probe.supervised_length - 1]

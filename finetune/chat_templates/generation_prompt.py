@@ -11,16 +11,15 @@ from os.path import commonprefix
 
 from finetune.chat_templates.chat_template import PROBES
 from finetune.chat_templates.example import ChatFormat, TokenizedConversation, UnrenderableError, tokenize_conversation
+from finetune.chat_templates.messages import sample_tool
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.conversation import Conversation, ToolCall, Turn, trained_on
 
 REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
 MAX_PENDING = 64  # tokens; no character has as many
 TEXT, REASONING = "textq1x", "reasonq1x"  # contents of an answer that shows what the template writes around them
-_CALL = Conversation(
-    (Turn("human", "a"), Turn("model", "", tool_calls=(ToolCall("f", {"x": "b"}),))),
-    tools=({"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}},),
-)
+_CALLED = (Turn("human", "a"), Turn("model", "", tool_calls=(ToolCall("f", {"x": "b"}),)))
+_CALL = Conversation(_CALLED, tools=(sample_tool("f", "x", "d"),))
 
 
 def with_answer(conversation: Conversation, answer: Turn) -> Conversation:
@@ -102,14 +101,12 @@ def answer_text(
 
 
 def _candidates(starts: Sequence[str]) -> Iterator[str]:
-    """Texts that may have been generated so."""
     for start in starts:
         for text in (start, start.removeprefix("\n\n"), start.removeprefix(" "), start.lstrip()):
             yield from (text, text.removesuffix("\n"), text.rstrip())
 
 
 def decode_after(plain: PlainTextTokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` that follow `before`."""
     decoder = AnswerDecoder(plain, before)
     return "".join([*map(decoder.add, ids), decoder.rest()])
 

@@ -70,7 +70,6 @@ class JinjaFormat:
         self._encoded_pieces: dict[str, list[int]] = {}
 
     def identity(self) -> dict[str, Any]:
-        """The template, its variables, and how histories and reasoning are treated."""
         return {
             "template": self.template,
             "day": self.day and self.day.isoformat(),
@@ -165,7 +164,6 @@ class JinjaFormat:
         return True
 
     def _by_offsets(self, rendered: RenderedText, encodings: Sequence[Any]) -> TokenizedConversation:
-        """Find the turns in the encodings of the text's parts."""
         extents = rendered.extents(masks_reasoning=self.masks_reasoning)
         ids: list[int] = []
         spans: list[TokenSpan] = []
@@ -242,11 +240,13 @@ class JinjaFormat:
         labels = [IGNORE_INDEX] * len(ids)
         tokenized = TokenizedConversation(ids, labels, rules=rendered.rules, spelled=rendered.spelled)
         for extent, (start, stop) in zip(extents, spans, strict=True):
-            turn, number, answer = turns[extent.turn], rendered.number_in_row(extent.turn), rendered.answer(extent)
+            turn, answer = turns[extent.turn], rendered.answer(extent)
+            number = extent.turn + rendered.skeleton.system_in_front
             if answer is not None:
                 text, num_end = rendered.text[extent.begin : extent.stop], len(answer.end_tokens)
                 if answer.is_appended:
-                    tokenized.add([self._end_id(answer.end_tokens[0])], supervised=False)
+                    end: Any = self.tokenizer.convert_tokens_to_ids(answer.end_tokens[0])
+                    tokenized.add([end], supervised=False)
                     stop += 1
                 else:
                     text = text[: len(text) - sum(map(len, answer.end_tokens))]
@@ -257,7 +257,3 @@ class JinjaFormat:
                 tokenized.supervised_spans.append(SupervisedSpan(number, start, stop, text, num_end, content, openings))
             tokenized.turn_spans.append(TurnSpan(number, turn.role, start, stop, rendered.note(extent.turn)))
         return tokenized
-
-    def _end_id(self, token: str) -> int:
-        token_id = self.tokenizer.convert_tokens_to_ids(token)
-        return token_id if isinstance(token_id, int) else token_id[0]

@@ -16,6 +16,7 @@ from finetune.chat_templates.example import (
 )
 from finetune.chat_templates.messages import with_reasoning_inside
 from finetune.chat_templates.plain_text import PlainTextTokenizer
+from finetune.chat_templates.template_skeleton import rules_of_variables
 from finetune.chat_templates.template_styles import WITH_TOOLS
 from finetune.conversation import Conversation
 from finetune.utils.errors import ConfigError
@@ -61,17 +62,21 @@ class LingoWhaleFormat:
         return [self._tokenize(conversation) for conversation in conversations]
 
     def identity(self) -> dict[str, Any]:
-        """The markers and the end token."""
         return {"name": self.name, "markers": self.markers, "end": self.end}
 
     def _tokenize(self, conversation: Conversation) -> TokenizedConversation | UnrenderableError:
         if conversation.tools or any(turn.role == "tool" or turn.tool_calls for turn in conversation.turns):
             return UnrenderableError(f"LingoWhale's format has no tools: {WITH_TOOLS}")
+        try:
+            rules = rules_of_variables(conversation, "")
+        except UnrenderableError as error:
+            return error
         turns = tuple(
             replace(turn, text=with_reasoning_inside(turn.reasoning, turn.text)) if turn.reasoning else turn
             for turn in conversation.turns
         )
-        tokenized = TokenizedConversation(spelled=sum(self.plain.spells_control_token(turn.text) for turn in turns))
+        spelled = sum(self.plain.spells_control_token(turn.text) for turn in turns)
+        tokenized = TokenizedConversation(rules=rules, spelled=spelled)
         num_system = 0
         if turns[0].role == "system":
             if turns[1].role != "human":

@@ -11,9 +11,8 @@ that they accept and in the key of the reasoning; `MessageStyle` holds these cho
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 from finetune.conversation import Conversation, ToolCall, Turn
@@ -60,6 +59,7 @@ def raw_parts(text: str) -> tuple[str, str]:
 
 def without_reasoning(turn: Turn) -> Turn:
     """The turn with its answer alone."""
+    turn = _normalized_turn(turn)
     inside = split_reasoning(turn.text) if turn.role == "model" else None
     return replace(turn, reasoning="", text=inside[1] if inside else turn.text)
 
@@ -87,14 +87,7 @@ class MessageStyle:
     beside_key: str | None = None
     inside_key: str | None = None
 
-    @classmethod
-    def of_tools(cls) -> Iterator[MessageStyle]:
-        """Styles of tool calls, the most frequent first."""
-        for short_ids, content, as_json in product((False, True), ("", None), (False, True)):
-            yield cls(arguments_as_json=as_json, empty_content=content, short_ids=short_ids)
-
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """The messages of all turns."""
         ids = _ToolCallIds(self.short_ids)
         return [self._message(turn, ids) for turn in conversation.turns]
 
@@ -145,6 +138,12 @@ class _ToolCallIds:
         id, name = self.open.pop(key, (turn.tool_call_id, ""))
         given = {"tool_call_id": id, "name": turn.tool_name or name}
         return {key: value for key, value in given.items() if value}
+
+
+def sample_tool(name: str, key: str, about: str) -> dict[str, Any]:
+    """A declaration of a function with one argument, a string."""
+    schema = {"type": "object", "properties": {key: {"type": "string"}}, "required": [key]}
+    return {"type": "function", "function": {"name": name, "description": about, "parameters": schema}}
 
 
 def template_options(conversation: Conversation, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:

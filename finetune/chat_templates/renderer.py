@@ -33,6 +33,7 @@ from finetune.utils.errors import DataError
 TooLong = Literal["turns", "windows", "drop", "error"]
 TrainOn = Literal["model_turns", "last_model_turn"]
 LEFT_OUT = REASONING_RULE.partition("{")[0]
+NOT_IN_FRONT = "turn {number}: only reasoning in front of an answer can be dropped (</think>): correct the row"
 HISTORY_REASON = "the chat template writes an answer otherwise once other turns follow"
 
 
@@ -65,7 +66,6 @@ class Renderer:
         self.drops_reasoning = drops_reasoning
 
     def render(self, conversation: Conversation) -> RenderedConversation:
-        """Render one conversation."""
         (row,) = self.render_all([conversation])
         if isinstance(row, BadRow):
             raise DataError("\n".join(row.faults))
@@ -123,7 +123,6 @@ class Renderer:
         return _Outcome("split", blocks, f"{len(blocks)} blocks of a text", blocks[0].spelled)
 
     def _joined(self, outcomes: Sequence[_Outcome]) -> _Outcome:
-        """The outcome of a row whose answers have several histories."""
         if len(outcomes) == 1:
             return outcomes[0]
         failed = next((outcome for outcome in outcomes if outcome.fault), None)
@@ -144,6 +143,9 @@ class Renderer:
             return _Outcome("dropped", fault=str(tokenized))
         if not supervised_turns(turns):
             return _Outcome("dropped", fault="no turn of it is supervised")
+        for number, turn in enumerate(turns if self.drops_reasoning else ()):
+            if turn.role == "model" and REASONING_END in turn.text:
+                return _Outcome("dropped", fault=NOT_IN_FRONT.format(number=number))
         fitted = truncate_to_fit(tokenized, self.max_length)
         if fitted is not None:
             return _Outcome("kept", [fitted], spelled=tokenized.spelled)
@@ -199,7 +201,6 @@ class Renderer:
         return f"{turn} keeps its first {kept:,} tokens, no end of turn"
 
     def _tokenizer_of(self, conversation: Conversation) -> Tokenize:
-        """Tokenizes some turns of the conversation."""
         return lambda turns: tokenize_conversation(self.format, replace(conversation, turns=tuple(turns)))
 
     def _rendered(

@@ -20,7 +20,7 @@ from datetime import date
 from typing import NamedTuple
 
 from finetune.chat_templates.example import UnrenderableError
-from finetune.chat_templates.messages import REASONING_BEGIN, REASONING_END, raw_parts, split_reasoning
+from finetune.chat_templates.messages import REASONING_BEGIN, REASONING_END, raw_parts, sample_tool, split_reasoning
 from finetune.conversation import Conversation, ToolCall, Turn
 
 _TEXT, _REASONING, _ANSWER, _JSON = "\ue002", "\ue003", "\ue004", "\ue005"
@@ -32,13 +32,7 @@ _SPACED_BEGIN, _SPACED_END = f"{REASONING_BEGIN}{_SPACE}", f"{_SPACE}{REASONING_
 _DUMMY = "q0x"  # part of each name and value of the placeholders of tools
 DUMMY_VALUE = "valueq0x"
 _DUMMY_ARGUMENTS = {"keyq0x": DUMMY_VALUE}
-_DUMMY_PARAMETERS = {"type": "object", "properties": {"keyq0x": {"type": "string"}}, "required": ["keyq0x"]}
-_DUMMY_TOOL = {
-    "type": "function",
-    "function": {"name": "nameq0x", "description": "aboutq0x", "parameters": _DUMMY_PARAMETERS},
-}
-
-
+_DUMMY_TOOL = sample_tool("nameq0x", "keyq0x", "aboutq0x")
 OTHER_TEMPLATE = "give another --chat_template (chatml and hermes suit every tokenizer)"
 
 
@@ -125,6 +119,15 @@ def shape_of(conversation: Conversation) -> tuple[str, bool, str]:
     return " ".join(map(_code, conversation.turns)), bool(conversation.tools), repr(kwargs) if kwargs else ""
 
 
+def rules_of_variables(conversation: Conversation, template: str) -> list[str]:
+    """What is said of variables of the row that the template does not use; `UnrenderableError` if content is lost."""
+    given = {name: value for name, value in conversation.template_kwargs.items() if value not in (None, "", [], {})}
+    unused = [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if lost := ", ".join(name for name in unused if not isinstance(given[name], int | float)):
+        raise UnrenderableError(f"the chat template does not use {lost} of the row: leave it out, or {OTHER_TEMPLATE}")
+    return [f"the chat template does not use {', '.join(unused)} of the row"] if unused else []
+
+
 def _code(turn: Turn) -> str:
     if turn.role != "model" or not (turn.reasoning or turn.tool_calls or REASONING_END in turn.text):
         return turn.role
@@ -166,7 +169,6 @@ def next_turn(turns: Sequence[Turn]) -> Turn:
 
 
 def marks_in(text: str) -> list[str]:
-    """The marks in a text, in order."""
     return [match[0] for match in _MARK.finditer(text)]
 
 
@@ -319,7 +321,6 @@ def _edges(piece: str, control: re.Pattern[str]) -> tuple[str, str | None]:
 
 
 def given_text(turn: Turn, part: str) -> str:
-    """The text that the data has for a slot of this turn."""
     if part == "text" or (part == "reasoning" and turn.reasoning):
         return turn.text if part == "text" else turn.reasoning
     return raw_parts(turn.text)[part == "answer"]

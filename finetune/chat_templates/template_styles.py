@@ -1,22 +1,15 @@
 """Find the style of messages that a chat template expects, by rendering samples."""
 
 from collections.abc import Callable
+from itertools import product
 
 from finetune.chat_templates.example import UnrenderableError
-from finetune.chat_templates.messages import REASONING_KEYS, MessageStyle, with_reasoning_inside
+from finetune.chat_templates.messages import REASONING_KEYS, MessageStyle, sample_tool, with_reasoning_inside
 from finetune.conversation import Conversation, ToolCall, Turn
 
 Render = Callable[[Conversation, MessageStyle], str | None]  # None: the template refuses the sample
 WITH_TOOLS = "--chat_template hermes has it, as have those of Qwen, Llama 3.1 and later, Mistral, DeepSeek, GLM"
 _NAME, _KEY, _VALUE, _RESULT, _TEXT, _REASON = "nameq1x", "keyq1x", "valueq1x", "resultq1x", "textq1x", "reasonq1x"
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _NAME,
-        "description": "aboutq1x",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]},
-    },
-}
 
 
 def tool_style(render: Render) -> MessageStyle:
@@ -30,9 +23,10 @@ def tool_style(render: Render) -> MessageStyle:
         Turn("human", "hi"), Turn("model", "", tool_calls=(call,)),
         Turn("tool", _RESULT, tool_call_id="id-1"), Turn("model", _TEXT),
     )  # fmt: skip
-    sample = Conversation(turns, tools=(_TOOL,))
+    sample = Conversation(turns, tools=(sample_tool(_NAME, _KEY, "aboutq1x"),))
     best = 0
-    for style in MessageStyle.of_tools():
+    for short_ids, content, as_json in product((False, True), ("", None), (False, True)):  # the most frequent first
+        style = MessageStyle(as_json, content, short_ids)
         text = render(sample, style)
         if text is None:
             continue

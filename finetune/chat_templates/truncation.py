@@ -18,7 +18,8 @@ def truncate_to_fit(tokenized: TokenizedConversation, max_length: int) -> Tokeni
     """The conversation if all supervised tokens fit; the template's text after them (a newline, say) may be dropped."""
     if len(tokenized.input_ids) <= max_length:
         return tokenized
-    return tokenized.truncate(max_length) if 0 < tokenized.supervised_length <= max_length else None
+    last = max((span.stop for span in tokenized.supervised_spans), default=0)
+    return tokenized.truncate(max_length) if 0 < last <= max_length else None
 
 
 def leading_turns(
@@ -94,5 +95,4 @@ def window_of(
 
 
 def supervised_turns(turns: Sequence[Turn]) -> list[int]:
-    """Numbers of the supervised turns."""
     return [number for number, turn in enumerate(turns) if turn.is_supervised]

@@ -42,7 +42,6 @@ class ConvertPaths:
 
 
 def build_parser() -> CommandParser:
-    """Build the parser of `finetune convert`."""
     usage = "IN [IN ...] OUT [--repairs RULE ...] [--columns KEY=COLUMN ...] [--bad_rows error|drop]"
     parser = CommandParser("finetune convert", usage, ConvertPaths)
     parser.add_group(DataArguments, only=("bad_rows", "repairs", "columns"))
@@ -113,7 +112,6 @@ class _BadRows:
                 yield row
 
     def check(self) -> None:
-        """Raise `DataError` if nothing may be written."""
         if self.unreadable or (self.stops and self.count):
             raise DataError(self.faults.message(rows=self.rows_by_source))
 

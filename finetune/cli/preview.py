@@ -62,7 +62,6 @@ class PreviewOptions:
 
 
 def build_parser() -> CommandParser:
-    """Build the parser of `finetune preview`."""
     usage = "[RECIPE.yaml] --model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]"
     parser = CommandParser("finetune preview", usage, PreviewOptions)
     for group in (ModelArguments, DataArguments):
@@ -205,7 +204,6 @@ def _show_rows(
 
 
 def _show_counts(terminal: PreviewTerminal, prepared: PreparedData, format_name: str) -> None:
-    """Print the first rows that were not kept whole, and the summary."""
     count = _num_not_kept(prepared)
     if count:
         terminal.say(["\n", (f"Rows not kept whole: {count:,}", "bold")])

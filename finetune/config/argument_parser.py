@@ -27,6 +27,7 @@ from finetune.config.recipes import read_mapping, shipped_recipes, with_shipped_
 from finetune.config.saved_adapter import continue_adapter
 from finetune.dataset.row_checks import REPAIRS
 from finetune.dataset.row_formats import COLUMN_KEYS
+from finetune.dataset.turn_reading import NOT_VARIABLES
 from finetune.launcher import launcher_options
 from finetune.utils.errors import ConfigError, raise_faults
 from finetune.utils.hub import MODELSCOPE, modelscope_folder
@@ -266,6 +267,8 @@ def data_faults(data: DataArguments) -> Iterator[str]:
         yield "--validation_share and --eval_data_path exclude each other: keep one of them"
     if data.template_kwargs() is None:
         yield f"--chat_template_kwargs {data.chat_template_kwargs}: expected a JSON object"
+    for name in NOT_VARIABLES & {*(data.template_kwargs() or ())}:
+        yield f"--chat_template_kwargs: {name} is no variable of chat templates: leave it out"
     for rule in data.repairs:
         if rule not in REPAIRS:
             yield f"--repairs {rule}: expected {one_of(tuple(REPAIRS))}"

@@ -16,6 +16,7 @@ from finetune.dataset.tool_reading import is_empty, read_calls
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 ONLY_TEXT = "only text is read"
 REMEDY = "leave the row out, or write what it says as text"
+ORDER = "templates write reasoning first, then text, then calls"
 _TEXTS = ("text", "input_text", "output_text")
 _CALLS = ("toolUse", "functionCall", "function_call")
 _RESULTS = ("toolResult", "functionResponse", "function_response")
@@ -57,18 +58,23 @@ class ContentParts:
             kind in kinds or any(isinstance(part.get(key), dict) for key in kinds)
             for kinds in ((*_CALLS, "tool_use"), (*_RESULTS, "tool_result"))
         )
+        has_text = bool("".join(texts).strip())
         holder = next((part[key] for key in (*_CALLS, *_RESULTS) if isinstance(part.get(key), dict)), part)
         self.unread |= {key for one in (part, holder) for key in one.keys() - _READ if not is_empty(one[key])}
         thought = _thought(part, kind)
         if is_call:
             self._call(holder)
         elif is_result:
-            if "".join(texts).strip():
+            if has_text:
                 self.faults.append(f'"{self.field}", part {number}: a tool result behind a text: put it in front')
             self._result(holder)
         elif thought is not None:
+            if self.calls or has_text:
+                self.faults.append(f'"{self.field}", part {number}: reasoning behind text or a call: {ORDER}')
             thoughts.append(thought)
-        elif isinstance(part.get("text"), str) and (kind in _TEXTS or part.keys() == {"text"}):
+        elif _is_text(part):
+            if self.calls and part["text"].strip():
+                self.faults.append(f'"{self.field}", part {number}: text behind a call: {ORDER}')
             texts.append(part["text"])
         else:
             self.fatal.append(f'"{self.field}", part {number}: {ONLY_TEXT}, found {shown(part)}: {REMEDY}')
@@ -76,14 +82,13 @@ class ContentParts:
     def _call(self, call: Mapping[str, Any]) -> None:
         own_id = call.get("toolUseId", call.get("id"))
         arguments = next((call[key] for key in ("args", "input", "arguments") if key in call), None)
-        named = {"name": call.get("name"), "arguments": arguments} | ({} if own_id is None else {"id": own_id})
-        calls, faults = read_calls(named)
+        calls, faults = read_calls({"name": call.get("name"), "arguments": arguments, "id": own_id})
         self.calls += calls
         self.faults += faults
 
     def _result(self, result: Mapping[str, Any]) -> None:
         own_id = next((result[key] for key in ("tool_use_id", "toolUseId", "id") if key in result), None)
-        said: Any = result.get("content", result.get("response"))
+        said: Any = result.get("content", result.get("response", ""))
         if isinstance(said, list):
             said = "".join(self._text_of_result(part) for part in said)
         elif isinstance(said, dict):
@@ -99,8 +104,11 @@ class ContentParts:
         return ""
 
 
+def _is_text(part: Mapping[str, Any]) -> bool:
+    return isinstance(part.get("text"), str) and (part.get("type") in _TEXTS or part.keys() == {"text"})
+
+
 def _thought(part: Mapping[str, Any], kind: Any) -> str | None:
-    """The reasoning that a part holds; None if it holds none."""
     if isinstance(inner := part.get("reasoningContent"), dict):  # Bedrock
         part, kind = inner.get("reasoningText", inner), "reasoning"
     if kind in REASONING_KEYS or part.get("thought") is True:
@@ -114,6 +122,6 @@ def text_of_parts(value: Any) -> Any:
     if isinstance(value, dict) and isinstance(value.get("parts"), list):
         value = value["parts"]
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        if all(part.keys() <= {"type", "text"} and isinstance(part.get("text"), str) for part in value):
+        if all(map(_is_text, value)):
             return "".join(part["text"] for part in value)
     return value

@@ -43,7 +43,6 @@ class Source:
 
     @property
     def location(self) -> str:
-        """The path of the file."""
         return self.path or self.name
 
     @property

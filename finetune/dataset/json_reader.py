@@ -133,7 +133,6 @@ class _Window:
         return self._fault and f"{self.place(len(self.text))}: {self._fault}"
 
     def place(self, at: int) -> str:
-        """File, line and column of a position in the window."""
         line, column = line_and_column(self.text, at)
         column += self._columns_before if line == 1 else 0
         return f"{self.file.name}, line {self._lines_before + line}, column {column}"

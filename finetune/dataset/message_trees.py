@@ -7,24 +7,22 @@ from finetune.dataset.json_reader import RawRow
 from finetune.dataset.turn_reading import role_of
 
 
-def is_tree(row: Any) -> bool:
-    """Whether a row holds a tree: a first message with `replies`, by itself or under `prompt`."""
-    if type(row) is not dict or ("prompt" not in row and "replies" not in row):
-        return False
-    root = row.get("prompt", row)
-    return type(root) is dict and isinstance(root.get("replies"), list)
+def _root(row: Any) -> dict[str, Any] | None:
+    """The first message of a tree, which has `replies`: the row, or what it has under `prompt`; None: no tree."""
+    root = row.get("prompt", row) if type(row) is dict else None
+    return root if type(root) is dict and isinstance(root.get("replies"), list) else None
 
 
 def rows_of_trees(raws: Iterator[RawRow]) -> Iterator[RawRow]:
     """The rows with the paths in place of trees, numbered anew; each answer is supervised in its first path alone."""
     added = 0
     for raw in raws:
-        if raw.row is None or not is_tree(raw.value):
+        if raw.row is None or (root := _root(raw.value)) is None:
             yield raw._replace(row=raw.row + added) if added and raw.row is not None else raw
             continue
         own_id = raw.value.get("message_tree_id")
         seen: set[int] = set()
-        for number, path in enumerate(_paths(raw.value.get("prompt", raw.value))):
+        for number, path in enumerate(_paths(root)):
             turns: list[Any] = []
             for message in path:
                 turn = {key: value for key, value in message.items() if key != "replies"}
@@ -33,8 +31,10 @@ def rows_of_trees(raws: Iterator[RawRow]) -> Iterator[RawRow]:
                 seen.add(id(message))
                 turns.append(turn)
             row_id = {"id": f"{own_id}/{number}"} if isinstance(own_id, str) else {}
+            of_tree = {} if root is raw.value else raw.value
+            beside = {key: value for key, value in of_tree.items() if key not in ("prompt", "message_tree_id")}
             added += number > 0
-            yield RawRow(raw.row + added, row_id | {"messages": turns}, raw.faults if number == 0 else [])
+            yield RawRow(raw.row + added, beside | row_id | {"messages": turns}, raw.faults if number == 0 else [])
 
 
 def _paths(root: dict[str, Any]) -> Iterator[list[Any]]:

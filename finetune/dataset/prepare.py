@@ -83,12 +83,10 @@ class PreparedData:
 
     @property
     def fingerprints(self) -> str:
-        """Fingerprints of the data and of separate held-out data."""
         return self.fingerprint if self.evaluation is None else f"{self.fingerprint} {self.evaluation.fingerprint}"
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example, held-out ones included."""
         return max(self.summary.longest, 0 if self.evaluation is None else self.evaluation.summary.longest)
 
     def renderings(self) -> Iterator[RenderedConversation]:
@@ -114,7 +112,6 @@ class PreparedData:
         return [(index, first[digest]) for index, digest in enumerate(held_out) if first[digest] >= 0]
 
     def place(self, index: int) -> str:
-        """The source and the row of an example."""
         example = self.examples.select_columns(["source", "row"])[index]
         return f"{example['source']}, row {example['row']}"
 
@@ -225,7 +222,9 @@ def prepare_dataset(
             prepared_cache.clear_damaged(folder)
         with prepared_cache.only_writer(folder) as is_writer:
             if is_writer:
-                processes = num_processes or _num_processes(sources)
+                is_small = sum(source.num_bytes for source in sources) < MIN_BYTES_FOR_PROCESSES
+                cores = 1 if is_small else len(os.sched_getaffinity(0))
+                processes = num_processes or min(MAX_PROCESSES, cores)
                 gc.freeze()  # objects of the libraries need not be copied on a fork
                 gc.enable()
                 gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
@@ -284,12 +283,6 @@ def _with_bar(batches: Iterator[Any], reader: ConversationReader, tally: DataTal
             rate = rows / max(bar.format_dict["elapsed"], 1e-3)
             postfix[0] = f"{rows:,} rows, {rate:,.0f} rows/s"
             bar.update(int(BAR_STEPS * reader.share_read()) - bar.n)
-
-
-def _num_processes(sources: Sequence[Source]) -> int:
-    if sum(source.num_bytes for source in sources) < MIN_BYTES_FOR_PROCESSES:
-        return 1
-    return max(1, min(MAX_PROCESSES, len(os.sched_getaffinity(0))))
 
 
 def _key(

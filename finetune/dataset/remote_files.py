@@ -44,7 +44,6 @@ def fetch(url: str) -> list[tuple[str, str]]:
 
 
 def _copy(store: Any, file: str) -> str:
-    """A local copy of the present version of a file."""
     version = f"{store.unstrip_protocol(file)} {store.ukey(file)}"
     folder = cache_folder("files") / hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
     copy = folder / Path(file).name

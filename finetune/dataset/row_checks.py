@@ -45,7 +45,6 @@ def surrogate_fault(text: str, field: str) -> str | None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text shows nothing."""
     return not text.strip(_BLANK)
 
 
@@ -85,8 +84,12 @@ def _mergeable(pair: tuple[int, Turn]) -> Any:
 
 
 def _reasoning_fault(turn: Turn) -> str | None:
-    """Why a text that begins with reasoning is no answer."""
+    """Why a text is no answer with reasoning."""
     _, end, answer = turn.text.partition("</think>")
+    if turn.reasoning and end:
+        return "has reasoning beside the text and in it (</think>): leave one of them out"
+    if not (turn.is_supervised and turn.text.lstrip().startswith("<think>")):
+        return None
     if not end:
         return "begins with <think> and has no </think>: was it cut off? End its reasoning, or leave the row out"
     if is_blank(answer) and not turn.tool_calls:
@@ -116,7 +119,7 @@ def order_faults(numbered: Sequence[tuple[int, Turn]], place: str) -> list[str]:
             faults.append(f"{place}, turn {number}: a second {turn.role} turn in a row: merge the two{remedy}")
         before = turn
     for number, turn in numbered:
-        if turn.is_supervised and turn.text.startswith("<think>") and (fault := _reasoning_fault(turn)):
+        if turn.role == "model" and (turn.reasoning or "<think>" in turn.text) and (fault := _reasoning_fault(turn)):
             faults.append(f"{place}, turn {number}: {fault}")
     last, turn = numbered[-1]
     if is_supervised and (turn.role == "human" or turn.role == "tool"):

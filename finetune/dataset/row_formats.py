@@ -9,7 +9,7 @@ from finetune.dataset.content_parts import REASONING_KEYS
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_verdicts import VERDICT_KEYS
 from finetune.dataset.tool_reading import TOOL_KEYS
-from finetune.dataset.turn_reading import REFUSED, TEMPLATE_VARIABLES
+from finetune.dataset.turn_reading import REFUSED, ROW_WEIGHTS, TEMPLATE_VARIABLES
 
 TURN_LISTS = ("conversations", "messages", "conversation", "contents", "dialog", "dialogue", "turns", "chat", "data")
 TURN_LIST_KEYS = frozenset(TURN_LISTS)
@@ -23,6 +23,7 @@ OWN_FORMAT = "conversations of from and value"
 COIG_FORMAT = "COIG (instruction, and conversations of question and answer)"
 SYSTEM_KEYS = (
     "system", "system_prompt", "system_message", "meta_instruction", "systemInstruction", "system_instruction",
+    "instructions", "preamble",
 )  # fmt: skip
 
 
@@ -44,17 +45,13 @@ class PairFormat:
         return frozenset({*self.asks, *self.answers, *self.ignored})
 
 
-def _pairs(*keys: tuple[str, str]) -> list[PairFormat]:
-    return [PairFormat("pairs", (ask,), (answer,), (ask, answer)) for ask, answer in keys]
-
-
 PAIRS = (
     PairFormat("Alpaca", ("instruction", "input"), ("output",), ("instruction", "output")),
     PairFormat("Dolly", ("instruction", "context", "input"), ("response",), ("instruction", "response")),
-    *_pairs(
+    *(PairFormat("pairs", (ask,), (answer,), (ask, answer)) for ask, answer in (
         ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("question", "response"),
         ("query", "response"), ("query", "answer"), ("problem", "solution"), ("input", "output"),
-    ),
+    )),
     PairFormat("xLAM", ("query",), ("answers",), ("query", "answers")),
     PairFormat(
         "COIG, translated", ("trans_instruction", "trans_input"), ("trans_output",),
@@ -74,7 +71,6 @@ REFUSED_ROWS = {key: reason for key, reason in REFUSED.items() if key not in TOO
     **dict.fromkeys(("round_0", "round_1"), "COIG's rounds are not read: write them as conversations"),
     "documents": "documents beside the turns are not read",
 }
-ROW_WEIGHTS = ("weight", "loss_weight")
 _KEYS = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *TOOL_KEYS, *REASONING_KEYS, *ROW_WEIGHTS, "history"})
 COLUMN_KEYS = _KEYS | {"id", "text"}  # --columns can name a column for these
 # Keys that are read, or refused, in some format.
@@ -105,7 +101,6 @@ def pair_format_of(keys: frozenset[str]) -> PairFormat | None:
 
 
 def matching(keys: Set[str]) -> list[PairFormat]:
-    """The formats whose keys are all there."""
     return [pair_format for pair_format in PAIRS if keys >= {*pair_format.needs}]
 
 
@@ -121,7 +116,6 @@ def format_of_repeated(row: dict[str, Any], keys: Set[str]) -> PairFormat | None
 
 
 def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
-    """Why a row with these keys of pairs is of no format."""
     if matches := matching(keys):
         names, choices = ", ".join(sorted(keys)), ["/".join((*match.asks, *match.answers)) for match in matches]
         columns = " ".join(f"{key}={key}" for key in (*matches[0].asks, *matches[0].answers) if key in keys)
@@ -135,7 +129,7 @@ def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
     empty = next((key for key in MAIN_TURN_LISTS if key in row), None)
     if empty is not None:
         return f'expected "{empty}" to be a list of turns, found {shown(row[empty])}'
-    if "role" in row or "from" in row:
+    if not row.keys().isdisjoint(("role", "from", "parent_id")):
         return "one message of a conversation: write whole conversations, or trees, as rows"
     names = ", ".join(shown(key)[1:-1] for key in [*row][:8]) or "none"
     return f"expected {EXPECTED}, found the keys {names}"

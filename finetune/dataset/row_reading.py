@@ -16,7 +16,6 @@ from finetune.dataset.row_formats import (
     NAMES_OF_ROWS,
     PAIR_KEYS,
     REFUSED_ROWS,
-    ROW_WEIGHTS,
     SYSTEM_KEYS,
     TURN_LIST_KEYS,
     WATCHED,
@@ -25,18 +24,18 @@ from finetune.dataset.row_formats import (
     pair_format_of,
     why_no_format,
 )
-from finetune.dataset.row_verdicts import VERDICT_KEYS, VERDICTS_OF_TURNS, verdict_faults
-from finetune.dataset.tool_reading import TOOL_KEYS, declared_tools, is_empty, read_calls
+from finetune.dataset.row_verdicts import VERDICT_KEYS, verdict_faults
+from finetune.dataset.tool_reading import TOOL_KEYS, declared_tools, is_empty
 from finetune.dataset.turn_reading import (
     PLAIN_ROLES,
-    REFUSED,
     TEMPLATE_VARIABLES,
+    TURN_KEYS,
     TurnReading,
-    number_of,
+    apply_weights,
+    is_mode,
     read_reasoning,
     refusals,
     template_kwargs_of,
-    weight_fault,
 )
 from finetune.dataset.written_calls import declared_in_text, written_calls
 
@@ -87,25 +86,27 @@ class RowReading:
         lists = [key for key in keys if key in TURN_LIST_KEYS and (key in MAIN_TURN_LISTS or type(row[key]) is list)]
         has_more = len(row) > 1 + ("id" in row)
         if has_more:
-            self._beside(row, keys)
+            self._beside(row, keys, lists)
         if len(lists) > 1:
             names = " and ".join(f'"{key}"' for key in sorted(lists))
             self._add_fatal(f"{self.place}: has both {names}: leave one of them out")
         elif lists and not (lists[0] == "data" and _advice(row)):
             self._turn_list(row, lists[0], keys)
-        elif "text" in row and not keys & PAIR_KEYS:
-            self._text(row)
+        elif "text" in row and not keys & PAIR_KEYS and row.keys().isdisjoint(("role", "parent_id")):
+            self._text(row, keys)
         else:
             self._pair(row, keys)
         has_results = any(turn.role == "tool" or turn.text.startswith("<tool_response>") for turn in self.turns)
         if self.declared or has_results or (self.turns and self.turns[0].role == "system"):
             self._written_calls(has_results=has_results)
         if has_more:
-            self._apply_to_all(row, keys)
+            self.faults += [f"{self.place}: {fault}" for fault in apply_weights(self.turns, row)]
 
-    def _beside(self, row: dict[str, Any], keys: set[str]) -> None:
-        """Read what stands beside the turns or texts."""
-        self.unread = [key for key in row.keys() - WATCHED - NAMES_OF_ROWS if not is_empty(row[key])]
+    def _beside(self, row: dict[str, Any], keys: set[str], lists: Sequence[str]) -> None:
+        modes = {key for key in keys & {*REASONING_KEYS} if is_mode(row[key])}
+        keys -= modes
+        read = (WATCHED - TURN_LIST_KEYS - modes).union(lists, NAMES_OF_ROWS)
+        self.unread = [key for key in row.keys() - read if not is_empty(row[key])]
         is_verdict = {key for key in keys & VERDICT_KEYS if isinstance(row[key], int | float)}
         for refusal in refusals(row, [*(keys & REFUSED_ROWS.keys()) - is_verdict], REFUSED_ROWS, self.place):
             self._add_fatal(refusal)
@@ -130,23 +131,19 @@ class RowReading:
             self._add("system", given[key], self.place, key)
             self.numbers[-1:] = [-1] * bool(self.numbers)
 
-    def _add(self, role: Role, text: Any, place: str, field: str, **values: Any) -> None:
+    def _add(self, role: Role, text: Any, place: str, field: str) -> None:
         fault = text_fault(text, field)
         if fault is None:
             self.numbers.append(len(self.turns))
-            self.turns.append(Turn(role, text, **values))
+            self.turns.append(Turn(role, text))
         else:
             self._add_fatal(f"{place}: {fault}")
 
-    def _text(self, row: dict[str, Any]) -> None:
+    def _text(self, row: dict[str, Any], keys: set[str]) -> None:
         self.format = "text, for continued pretraining"
-        if "role" in row or "parent_id" in row:
-            self._add_fatal(
-                f"{self.place}: one message of a conversation: write whole conversations, or trees, as rows"
-            )
-            return
-        if self.turns or self.tools:
-            self.faults.append(f'{self.place}: has a system prompt or tools beside "text", all of which is supervised')
+        if self.turns or self.tools or keys & OTHER_TEXTS:
+            others = "a system prompt, tools, reasoning or a history"
+            self.faults.append(f'{self.place}: has {others} beside "text", all of which is supervised')
             self.turns, self.numbers = [], []
         self.unread = [key for key in self.unread if key != "text"]
         self._add("text", row["text"], self.place, "text")
@@ -202,7 +199,8 @@ class RowReading:
         answers = keys & ANSWERS
         if len(answers) == 1 and self.turns and self.turns[-1].role == "human":
             self._add("model", row[min(answers)], self.place, min(answers))
-        said = [turn.text for turn in self.turns]
+            self._reasoning(row, keys)
+        said = [text for turn in self.turns for text in (turn.text, turn.reasoning)]
         values = {f'"{other}"': row[other] for other in sorted(keys) if row[other] not in ("", [])}
         others = [
             other
@@ -234,9 +232,8 @@ class RowReading:
         self.numbers += range(num_numbered, len(turns))
         return role_key
 
-    def _turn(self, turn: Any, number: int) -> str | None:
-        """Read one turn; return the key under which it has its role."""
-        place = f"{self.place}, turn {number}"
+    def _turn(self, turn: Any, number: int, noun: str = "turn") -> str | None:
+        place = f"{self.place}, {noun} {number}"
         reading = TurnReading(turn, place, ignores_verdicts=self.ignores_verdicts)
         self.faults += reading.faults
         self.is_complete &= reading.is_complete
@@ -253,7 +250,7 @@ class RowReading:
                 self.turns[-1] = replace(before, text=text, tool_calls=calls, reasoning=reasoning)
                 return reading.role_key
         self.turns += reading.turns
-        self.numbers += [number] * len(reading.turns)
+        self.numbers += [number if noun == "turn" else len(self.numbers)] * len(reading.turns)
         return reading.role_key
 
     def _exchanges(self, row: dict[str, Any], pairs: list[Any], ask: str, key: str, row_keys: set[str]) -> None:
@@ -272,17 +269,17 @@ class RowReading:
             question = pair.get(ask)
             if number == 0 and isinstance(question, str) and not is_blank(question):
                 question = prefix + question
-            self.faults += refusals(pair, [*pair.keys() & REFUSED.keys()], REFUSED, place)
-            if not self.ignores_verdicts:
-                self.faults += verdict_faults(pair, pair.keys() & VERDICTS_OF_TURNS, place)
-            read = {ask, answer, "system", *REFUSED, *VERDICTS_OF_TURNS}
-            unread = [f"{name} of turns" for name in pair.keys() - read if not is_empty(pair[name])]
-            self.unread = [*self.unread, *unread]
+            others = {name: pair[name] for name in sorted(pair.keys() - {ask, answer, "system"})}
+            if lost := ", ".join(name for name in others if name in PAIR_KEYS and not is_empty(pair[name])):
+                self._add_fatal(f"{place}: holds {ask}/{answer} and more texts, which would be lost: {lost}")
             system = pair.get("system")
             if not is_empty(system) and all(turn.text != system for turn in self.turns if turn.role == "system"):
                 self._add("system", system, place, "system")
             self._add("human", question, place, ask)
-            self._add("model", pair.get(answer), place, answer)
+            if fault := text_fault(pair.get(answer), answer):
+                self._add_fatal(f"{place}: {fault}")
+            else:
+                self._turn(others | {"from": "model", "value": pair[answer]}, number, "pair")
         self._check_other_texts(row, row_keys & OTHER_TEXTS - {"instruction" if ask == "question" else ""}, key)
 
     # ---- one question, one answer
@@ -301,31 +298,40 @@ class RowReading:
         self.format = f"{pair_format.name} ({names})"
         if row.get("history") is not None:
             self._history(row["history"])
-        if isinstance(row[pair_format.needs[0]], list) and isinstance(row[pair_format.needs[1]], list):
+        sides = [row[key] for key in pair_format.needs]
+        others = pair_format.keys - {*pair_format.needs}
+        if any(map(_is_turns, sides)) and all(is_empty(row.get(key)) for key in others):
             self.format = f"{pair_format.name} of turns ({names})"
-            self._turns([*row[pair_format.needs[0]], *row[pair_format.needs[1]]])
-            num_asked = len(row[pair_format.needs[0]])
-            self.turns = [
-                replace(turn, train=False) if turn.role == "model" and number < num_asked else turn
-                for turn, number in zip(self.turns, self.numbers, strict=True)
-            ]
-            return
-        self._add_joined("human", row, pair_format.asks, pair_format.needs)
-        if pair_format.name == "xLAM":
-            self._answer_calls(row["answers"])
-            return
-        reasoning, fault = read_reasoning({key: row.get(key) for key in REASONING_KEYS})
-        self.faults += [f"{self.place}: {fault}"] if fault else []
-        self._add_joined("model", row, pair_format.answers, pair_format.needs, reasoning=reasoning)
+            self._turns_of_pair(*sides)
+        else:
+            self._add_joined("human", row, pair_format.asks, pair_format.needs)
+            if pair_format.name == "xLAM":
+                self._turn({"from": "tool_call", "value": row["answers"]}, len(self.turns))
+            else:
+                self._add_joined("model", row, pair_format.answers, pair_format.needs)
+        self._reasoning(row, row_keys)
 
-    def _answer_calls(self, answers: Any) -> None:
-        calls, faults = read_calls(answers)
-        for fault in faults if calls or faults else ["holds no call, so there is nothing to learn: leave the row out"]:
-            self._add_fatal(f'{self.place}: "answers": {fault}')
-        self.numbers.append(len(self.turns))
-        self.turns.append(Turn("model", "", tool_calls=tuple(calls)))
+    def _turns_of_pair(self, ask: Any, answer: Any) -> None:
+        """Read turns, one turn or a text as question and as answer; the model turns of the question are context."""
+        begin = len(self.turns)
+        asked, answered = (
+            value if isinstance(value, list) else [value if isinstance(value, dict) else {"from": role, "value": value}]
+            for role, value in (("human", ask), ("model", answer))
+        )
+        self._turns([*asked, *answered])
+        for index in range(begin, len(self.turns)):
+            if self.turns[index].role == "model" and self.numbers[index] < len(asked):
+                self.turns[index] = replace(self.turns[index], train=False)
 
-    def _add_joined(self, role: Role, row: Any, keys: tuple[str, ...], needs: tuple[str, ...], **values: Any) -> None:
+    def _reasoning(self, row: dict[str, Any], keys: set[str]) -> None:
+        """Read the reasoning that stands beside an answer, the last turn."""
+        if (beside := keys & {*REASONING_KEYS}) and self.turns and self.turns[-1].role == "model":
+            given = {"the answer": self.turns[-1].reasoning} | {key: row[key] for key in sorted(beside)}
+            reasoning, fault = read_reasoning(given)
+            self.faults += [f"{self.place}: {fault}"] if fault else []
+            self.turns[-1] = replace(self.turns[-1], reasoning=reasoning)
+
+    def _add_joined(self, role: Role, row: Any, keys: tuple[str, ...], needs: tuple[str, ...]) -> None:
         texts, faults = [], []
         for key in keys:
             value: Any = text_of_parts(row.get(key))
@@ -336,11 +342,14 @@ class RowReading:
                 faults.append(fault)
                 self._add_fatal(f"{self.place}: {fault}")
         if not faults:
-            self._add(role, "\n".join(texts), self.place, next(key for key in keys if key in needs), **values)
+            self._add(role, "\n".join(texts), self.place, next(key for key in keys if key in needs))
 
     def _history(self, history: Any) -> None:
         if not isinstance(history, list):
             self._add_fatal(f'{self.place}: expected "history" to be a list of pairs, found {shown(history)}')
+            return
+        if any(map(_is_turns, history)):
+            self._turns(history)
             return
         for number, pair in enumerate(history):
             place = f'{self.place}, "history", pair {number}'
@@ -365,31 +374,17 @@ class RowReading:
             self._add_fatal(f"{self.place}, {fault}")
         self.turns, self.numbers = turns, numbers
 
-    def _apply_to_all(self, row: dict[str, Any], keys: set[str]) -> None:
-        """Apply the weight of the row, and the rule that its last answer alone is supervised."""
-        weight = 1.0
-        for key in ROW_WEIGHTS:
-            if key in keys and row[key] not in (0, ""):
-                fault = weight_fault(row[key], key)
-                self.faults += [f"{self.place}: {fault}"] if fault else []
-                weight *= 1.0 if fault else number_of(row[key])
-        last_only = row.get("only_last_turn_loss")
-        if last_only is not None and not isinstance(last_only, bool):
-            self.faults.append(f'{self.place}: expected "only_last_turn_loss" to be true or false')
-        if weight == 1 and last_only is not True:
-            return
-        last = max((index for index, turn in enumerate(self.turns) if turn.role == "model"), default=0)
-        for index, turn in enumerate(self.turns):
-            if turn.role in ("model", "text"):
-                train = turn.train and (last_only is not True or index == last)
-                self.turns[index] = replace(turn, train=train, weight=turn.weight * weight)
+
+def _is_turns(value: Any) -> bool:
+    turns = value if isinstance(value, list) else [value]
+    return any(isinstance(turn, dict) and not {*TURN_KEYS, "call_id"}.isdisjoint(turn) for turn in turns)
 
 
 def _advice(row: dict[str, Any]) -> str | None:
     """What to do with a row that holds a list of rows."""
     for key, value in row.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value[:3]):
-            if all(RowReading(item, "").is_complete for item in value[:3]):
+            if all(RowReading(item, "").is_complete and not {"text", "label"} <= item.keys() for item in value[:3]):
                 return (
                     f"an object whose {shown(key)} holds a list of {len(value):,} rows: write them one a line, for "
                     f"example with jq -c '.[{shown(key)}][]'"

@@ -15,7 +15,7 @@ GOOD_KEYS = (
     "label", "kto_tag", "kto_label", "chosen", "is_chosen", "preferred", "is_preferred", "accepted", "is_accepted",
     "approved", "desirable", "is_desirable", "good", "is_good", "correct", "is_correct", "valid", "is_valid", "keep",
     "passed", "success", "resolved", "thumbs_up", "review_result", "feedback", "verdict", "judgement", "judgment",
-    "quality", "training", "trainable", "supervised",
+    "quality", "training", "trainable", "supervised", "train_on_turn", "calculate_loss", "compute_loss",
 )  # fmt: skip
 # These of a row only: in a turn they are flags of the format, or weights.
 GOOD_KEYS_OF_ROWS = ("train", "weight", "loss_weight")
@@ -25,7 +25,10 @@ BAD_KEYS = (
     "is_undesirable", "thumbs_down", "discard", "discarded", "exclude", "excluded", "ignore", "skip", "deleted",
 )  # fmt: skip
 # A number grades the answer, and nothing says which numbers are good enough.
-GRADES = ("score", "reward", "rating", "grade", "reward_score", "quality_score", "overall_score", "instruct_reward")
+GRADES = (
+    "score", "reward", "rating", "grade", "reward_score", "quality_score", "overall_score", "instruct_reward",
+    "helpfulness", "correctness",
+)  # fmt: skip
 VERDICTS_OF_TURNS = frozenset({*GOOD_KEYS, *BAD_KEYS, *GRADES})
 VERDICT_KEYS = VERDICTS_OF_TURNS | frozenset(GOOD_KEYS_OF_ROWS)
 

@@ -45,7 +45,6 @@ class BatchShape:
 
     @property
     def step_size(self) -> int:
-        """Rows or groups of a full step."""
         return self.micro_batch_size * self.accumulation
 
 
@@ -100,7 +99,6 @@ class Sampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
         full, remainder = divmod(self.num_units, self.shape.step_size)
         return full + (remainder > 0 and not self.drop_last)
 

@@ -31,7 +31,6 @@ def check_datasketch() -> None:
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """A hash of each word, uint64 [words]."""
     return np.fromiter(map(xxh3_64_intdigest, map(str.encode, _WORD.findall(text.lower()))), np.uint64)
 
 

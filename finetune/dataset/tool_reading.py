@@ -13,8 +13,9 @@ NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null", False)
 # Arguments that are no JSON object: a fault of its own; the call still counts in the order of turns.
 UNREADABLE: Mapping[str, Any] = {}
 _LISTS = ("functionDeclarations", "function_declarations")  # Gemini's
-_SCHEMA_KEYS = ("input_schema", "inputSchema")
-_VALUES_OF_SCHEMAS = ("default", "const", "enum", "example", "examples")
+_SCHEMA_KEYS = ("input_schema", "inputSchema", "parametersJsonSchema", "parameters_json_schema", "arguments")
+_MAY_BE_NULL = ("default", "const", "example")
+_VALUES_OF_SCHEMAS = (*_MAY_BE_NULL, "enum", "examples")
 
 
 class ToolFault(ValueError):
@@ -22,8 +23,7 @@ class ToolFault(ValueError):
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value says that there is none."""
-    return (value.strip() if isinstance(value, str) else value) in NOTHING
+    return ("".join(value.split()) if isinstance(value, str) and len(value) < 16 else value) in NOTHING
 
 
 def is_empty(value: Any) -> bool:
@@ -34,7 +34,7 @@ def is_empty(value: Any) -> bool:
 def without_nulls(value: Any) -> Any:
     """Leave out the null keys that tables put into objects; values that a schema quotes stay."""
     if isinstance(value, dict):
-        kept = {key: child for key, child in value.items() if child is not None or key in _VALUES_OF_SCHEMAS}
+        kept = {key: child for key, child in value.items() if child is not None or key in _MAY_BE_NULL}
         return {key: child if key in _VALUES_OF_SCHEMAS else without_nulls(child) for key, child in kept.items()}
     return [without_nulls(child) for child in value] if isinstance(value, list) else value
 
@@ -56,7 +56,6 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def declared_tools(row: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
-    """The declarations of a row, and faults without their place."""
     tools: tuple[Mapping[str, Any], ...] = ()
     faults = []
     for key in TOOL_KEYS:
@@ -100,6 +99,8 @@ def read_calls(value: Any) -> tuple[list[ToolCall], list[str]]:
         value = _decoded(value, "the call") if isinstance(value, str) else value
     except ToolFault as fault:
         return [], [str(fault)]
+    if value == []:
+        return [], ["holds no call, so there is nothing to learn: leave it out"]
     calls, faults = [], []
     for item in value if isinstance(value, list) else [value]:
         call: Any = item.get("function", item) if isinstance(item, dict) else None

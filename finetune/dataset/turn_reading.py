@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from finetune.conversation import Role, ToolCall, Turn
@@ -21,6 +23,7 @@ ROLES: dict[str, Role] = {
     "bing": "model", "ai": "model", "system": "system", "developer": "system",
     "function_call": "model", "tool_call": "model",
     "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "ipython": "tool",
+    "tool_result": "tool", "function_response": "tool",
     "text": "text",
 }  # fmt: skip
 ACCEPTED_ROLES = "accepted as human: user; as model: gpt, assistant, bot, chatgpt; as tool: function, observation"
@@ -33,9 +36,16 @@ TURN_KEYS = {"role": "content", "from": "value"}  # the key of the role -> the u
 TEXT_KEYS = ("content", "parts", "value", "text")
 CALL_KEYS = ("tool_calls", "function_call")
 WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train")
+ROW_WEIGHTS = ("weight", "loss_weight")
 ONLY_WHOLE_TURNS = "a turn is supervised as a whole"
 # Variables of chat templates that may stand in a row itself.
 TEMPLATE_VARIABLES = ("enable_thinking", "reasoning_effort")
+# Options of `apply_chat_template`, and names that it needs itself.
+NOT_VARIABLES = frozenset(
+    "messages conversation tools chat_template template tokenizer self add_generation_prompt continue_final_message "
+    "tokenize padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs "
+    "processor_kwargs options".split()
+)
 # What a text chat cannot hold: a value under one of these keys is a fault, never dropped silently.
 REFUSED = {
     **dict.fromkeys(MEDIA, ONLY_TEXT),
@@ -44,13 +54,18 @@ REFUSED = {
     **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
 }
 REASONING_LISTS = ("reasoning_details", "thinking_blocks")  # of parts: OpenRouter's, and Anthropic's beside the text
+_MODES = frozenset("on off true false yes no none auto enabled disabled minimal low medium high".split())
 _READ = frozenset({*TURN_KEYS, *TEXT_KEYS, *REASONING_KEYS, *REASONING_LISTS, *CALL_KEYS, *WEIGHTS})
 READ_IN_TURNS = _READ | {"tool_call_id", "name", *REFUSED, *VERDICTS_OF_TURNS}
 
 
 def role_of(name: Any) -> Role | None:
     """The role that a name in the data stands for, upper and lower case alike."""
-    return (ROLES.get(name) or ROLES.get(name.lower())) if isinstance(name, str) else None
+    return (ROLES.get(name) or ROLES.get(_plain_name(name))) if isinstance(name, str) else None
+
+
+def _plain_name(role: str) -> str:
+    return re.sub(r"[\s-]+", "_", role.lower())
 
 
 class TurnReading:
@@ -74,6 +89,12 @@ class TurnReading:
         if not isinstance(turn, dict):
             self._add_fatal(f'expected an object with "from" and "value", found {shown(turn)}')
             return
+        if turn.get("type") in ("function_call", "function_call_output", "reasoning") and "role" not in turn:
+            if turn["type"] == "reasoning":
+                if turn.get("summary") or turn.get("content"):
+                    self._add_fatal('an item with reasoning: write it as "reasoning_content" of the message')
+                return
+            turn = _turn_of_item(turn)
         role_key, field = self._keys(turn)
         self.role_key = role_key
         if field is None:
@@ -114,7 +135,7 @@ class TurnReading:
             )
             return None
         self.role_name = name
-        self.calls_only = name.lower() in CALL_ROLES
+        self.calls_only = _plain_name(name) in CALL_ROLES
         return role
 
     def _read(self, turn: dict[str, Any], role: Role | None, field: str) -> None:
@@ -141,7 +162,7 @@ class TurnReading:
                 self._add(wrong)
         if calls and role not in ("model", None):
             self._add(f"has tool calls, but only a model turn calls: {REMEDY}")
-        reasoning = self._reasoning(turn, parts.reasoning, value, role)
+        reasoning = self._reasoning(turn, parts.reasoning, role)
         is_supervised, weight = self._weight(turn, role)
         result_of = self._result_of(turn, role)
         if role == "model" and (calls or self.calls_only) and (value is None or value == ""):
@@ -178,13 +199,11 @@ class TurnReading:
                     self._add(f'"{key}": {fault}')
         return calls
 
-    def _reasoning(self, turn: dict[str, Any], thought: str, text: Any, role: Role | None) -> str:
+    def _reasoning(self, turn: dict[str, Any], thought: str, role: Role | None) -> str:
         keys = (*REASONING_KEYS, *REASONING_LISTS)
         reasoning, fault = read_reasoning({"parts": thought} | {key: turn[key] for key in keys if key in turn})
         if reasoning and role not in ("model", None):
             fault = f"has reasoning, but only a model turn reasons: {REMEDY}"
-        elif reasoning and isinstance(text, str) and "</think>" in text:
-            fault = "has reasoning beside the text and in it (</think>): leave one of them out"
         if fault is not None:
             self._add(fault)
         return reasoning
@@ -228,6 +247,14 @@ class TurnReading:
         return train != 0 and weight != 0, weight or 1.0
 
 
+def _turn_of_item(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A call or a result, as OpenAI's Responses API has them beside messages, as a turn."""
+    if item["type"] == "function_call":
+        call = {"name": item.get("name"), "arguments": item.get("arguments"), "id": item.get("call_id")}
+        return {"from": "tool_call", "value": call}
+    return {"from": "tool", "value": item.get("output"), "tool_call_id": item.get("call_id")}
+
+
 def _is_json_value(value: Any) -> bool:
     """Whether a result or a call is written as a JSON value in place of its text, and is no part or list of parts."""
     items = value if isinstance(value, list) else [value]
@@ -249,11 +276,17 @@ def read_reasoning(holder: Mapping[str, Any]) -> tuple[str, str | None]:
             elif not found[key]:
                 return "", f'has reasoning under "{key}" that is no text, found {shown(given)}: leave it out'
     for key, value in found.items():
-        if (fault := text_fault(value, key)) is not None:
+        fault = f'has "{key}": {shown(value)}, which is no reasoning: leave it out' if is_mode(value) else None
+        if (fault := fault or text_fault(value, key)) is not None:
             return "", fault
     if len({"".join(value.split()) for value in found.values()}) > 1:
         return "", f"has reasoning under {' and '.join(found)}, which differ: leave one of them out"
     return next(iter(found.values()), ""), None
+
+
+def is_mode(value: Any) -> bool:
+    """Whether a value under a key of reasoning says how to reason, not what."""
+    return isinstance(value, bool | dict) or (isinstance(value, str) and value.strip().casefold() in _MODES)
 
 
 def _thought_in(part: Any) -> str | None:
@@ -281,6 +314,22 @@ def number_of(value: Any) -> float:
         return math.nan
 
 
+def apply_weights(turns: list[Turn], row: Mapping[str, Any]) -> list[str]:
+    """Apply the weight of a row, and the rule that its last answer alone is supervised; faults without their place."""
+    given = {key: row[key] for key in ROW_WEIGHTS if row.get(key) not in (None, 0, "")}
+    faults = [fault for key, value in given.items() if (fault := weight_fault(value, key))]
+    weight = 1.0 if faults else math.prod(map(number_of, given.values()))
+    last_only = row.get("only_last_turn_loss")
+    if last_only is not None and not isinstance(last_only, bool):
+        faults.append('expected "only_last_turn_loss" to be true or false')
+    last = max((index for index, turn in enumerate(turns) if turn.role == "model"), default=0)
+    for index, turn in enumerate(turns if weight != 1 or last_only is True else ()):
+        if turn.role in ("model", "text"):
+            train = turn.train and (last_only is not True or index == last)
+            turns[index] = replace(turn, train=train, weight=turn.weight * weight)
+    return faults
+
+
 def refusals(holder: Mapping[str, Any], keys: list[str], reasons: Mapping[str, str], place: str) -> list[str]:
     """A fault for each reason for which values of a row or a turn cannot be read; those of other rows read the same."""
     by_reason: dict[str, list[str]] = {}
@@ -301,6 +350,8 @@ def template_kwargs_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str |
     if not isinstance(value, dict):
         return {}, f'expected "chat_template_kwargs" to be an object, found {shown(value)}'
     value = {key: row[key] for key in TEMPLATE_VARIABLES if not is_empty(row.get(key))} | value
+    if taken := ", ".join(sorted(value.keys() & NOT_VARIABLES)):
+        return {}, f'"chat_template_kwargs" has {taken}, no variable of chat templates: leave it out'
     if not isinstance(thinks := value.get("enable_thinking", True), bool):
         return {}, f'expected "enable_thinking" to be true or false, found {shown(thinks)}'
     return value, None

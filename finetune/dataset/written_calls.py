@@ -1,5 +1,6 @@
 """Tool declarations, calls and results that stand in the texts of turns.
 
+Others      <TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>   <functioncall> {...}   [TOOL_CALLS] [...]
 Hermes      <tools>[...]</tools>   <tool_call>{"name": ..., "arguments": {...}}</tool_call>   <tool_response>
 ToolACE     a JSON list of functions in the system text     [name(key="value"), other_name()]
 """
@@ -16,6 +17,12 @@ from finetune.dataset.json_decoder import decode_text, shown
 from finetune.dataset.tool_reading import ToolFault, read_calls, read_tools
 
 _CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
+# What models write in front of calls in JSON, and of calls in other syntaxes, which are not read.
+_MARKER = re.compile(
+    r"<functioncall>|<TOOLCALL>|\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_call\|>|functools(?=\[)"
+    r"|<function=|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>"
+)
+_AT_END = re.compile(r"(?:</functioncall>|</TOOLCALL>|<\|/tool_call\|>|<\|endoftext\|>|<\|eo[mt]_id\|>|</s>)?\s*$")
 _RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 _DECLARED = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
 _LIST = re.compile(r"\[\s*\{")
@@ -29,7 +36,6 @@ _LISTED = re.compile(r"\[" + _NAME.pattern)
 _NEXT_CALL, _LAST_CALL = re.compile(r"\s*,"), re.compile(r"\s*\]")
 _LITERALS = {"true": "True", "false": "False", "null": "None"}
 BEHIND_CALL = "text behind a call, where no template writes it: {}: put it in front of the call"
-UNCLOSED = "<tool_call> without </tool_call>: {}: close it, or leave the row out"
 _UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
@@ -69,8 +75,8 @@ def tagged_calls(text: str) -> tuple[str, list[ToolCall], list[str]]:
         read, wrong = read_calls(_json_of_literal(match[1]))
         calls, faults, position = [*calls, *read], [*faults, *wrong], match.end()
     if rest := text[position:].strip():
-        unclosed = rest.startswith("<tool_call>")
-        faults.append(UNCLOSED.format(shown(rest)) if unclosed else BEHIND_CALL.format(shown(rest)))
+        unclosed = f"<tool_call> without </tool_call>: {shown(rest)}: close it, or leave the row out"
+        faults.append(unclosed if rest.startswith("<tool_call>") else BEHIND_CALL.format(shown(rest)))
     return text[:begin].rstrip(), calls, faults
 
 
@@ -155,8 +161,8 @@ def json_calls(text: str, declared: Collection[str]) -> list[ToolCall]:
     return read_calls(values)[0]
 
 
-def bracketed_calls(text: str, declared: Collection[str]) -> tuple[str, list[ToolCall], str | None]:
-    """Split a text with `[name(key=value)]` at its end: the text before, the calls, a fault."""
+def bracketed_calls(text: str, declared: Collection[str]) -> tuple[str, list[ToolCall], list[str]]:
+    """Split a text with `[name(key=value)]` at its end: the text before, the calls, faults."""
     if is_whole := first_python_call(text):
         begins = [text.index("[", text.rfind("</think>") + 1)]
     else:
@@ -170,13 +176,13 @@ def bracketed_calls(text: str, declared: Collection[str]) -> tuple[str, list[Too
         calls, end = python_calls(text, begin)
         rest = text[end:].strip()
         if calls and not rest:
-            return head, calls, None
+            return head, calls, []
         if calls and not is_behind_text:
-            return text, [], BEHIND_CALL.format(shown(rest))
+            return text, [], [BEHIND_CALL.format(shown(rest))]
         if not calls and is_whole in declared:
             remedy = "write one list, with literals as values"
-            return text, [], f"a call that cannot be read as [name(key=value)]: {shown(text[begin:])}: {remedy}"
-    return text, [], None
+            return text, [], [f"a call that cannot be read as [name(key=value)]: {shown(text[begin:])}: {remedy}"]
+    return text, [], []
 
 
 def _python_arguments(text: str, begin: int) -> tuple[Mapping[str, Any], int]:
@@ -208,6 +214,21 @@ def tagged_results(text: str) -> list[str]:
     return results if position == len(text) else []
 
 
+def _split(text: str, declared: Collection[str]) -> tuple[str, list[ToolCall], list[str]]:
+    """Split a model's text: the text before its calls, the calls, faults."""
+    if "<tool_call>" in text:
+        return tagged_calls(text)
+    if marker := _MARKER.search(text):
+        calls, wrong = read_calls(_json_of_literal(_AT_END.sub("", text[marker.end() :])))
+        faults = [f'{shown(marker[0])}: {fault}: write calls as JSON, or under "tool_calls"' for fault in wrong]
+        return text[: marker.start()].rstrip(), calls, faults
+    if not ("[" in text or '"name"' in text):
+        return text, [], []
+    if calls := json_calls(text, declared):
+        return text[: text.rfind("</think>") + len("</think>")] if "</think>" in text else "", calls, []
+    return bracketed_calls(text, declared)
+
+
 def written_calls(
     turns: Sequence[Turn], numbers: Sequence[int], tools: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Turn], list[int], list[str]]:
@@ -218,17 +239,10 @@ def written_calls(
     names = {tool["function"]["name"] for tool in tools}
     for number, turn in zip(numbers, turns, strict=True):
         found = [turn]
-        if turn.role == "model" and "<tool_call>" in turn.text:
-            text, calls, wrong = tagged_calls(turn.text)
+        if turn.role == "model" and (not turn.tool_calls or "<tool_call>" in turn.text):
+            text, calls, wrong = _split(turn.text, names)
             faults += [f"turn {number}: {fault}" for fault in wrong]
-            found = [replace(turn, text=text, tool_calls=(*turn.tool_calls, *calls))]
-        elif turn.role == "model" and not turn.tool_calls and ("[" in turn.text or '"name"' in turn.text):
-            calls, fault = json_calls(turn.text, names), None
-            text = turn.text[: turn.text.rfind("</think>") + len("</think>")] if "</think>" in turn.text else ""
-            if not calls:
-                text, calls, fault = bracketed_calls(turn.text, names)
-            faults += [f"turn {number}: {fault}"] if fault else []
-            found = [replace(turn, text=text, tool_calls=tuple(calls))]
+            found = [replace(turn, text=text, tool_calls=(*turn.tool_calls, *calls))] if calls else found
         elif turn.role == "human" and "<tool_response>" in turn.text:
             found = [Turn("tool", result) for result in tagged_results(turn.text)] or [turn]
         read += found

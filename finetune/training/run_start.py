@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.chat_templates import ChatFormat, stop_token_id
+from finetune.chat_templates import ChatFormat, end_token_ids
 from finetune.chat_templates.text_segments import segmenter
 from finetune.checkpoint import MANIFEST_FILE
 from finetune.checkpoint.resume import ResumePoint, find_checkpoint
@@ -156,7 +156,7 @@ def start_run(
         write_samples(output_dir, data.sample(config.run.report_samples, batch.seed), segmenter(chat_format))
         data.write_ledger(output_dir / run_json.LEDGER_FILE)
         recorded = {"run_id": identity.run_id, **config.facts()}
-        recorded["chat"] |= {"format": chat_format.name, "stop_token_id": stop_token_id(chat_format)}
+        recorded["chat"] |= {"format": chat_format.name, "stop_token_id": end_token_ids(chat_format)[0]}
         recorded["data"] |= {"fingerprint": data.fingerprint, "summary": data.summary.facts()}
         recorded["data"]["left_out"] = [f"{source}:{row}" for source, row in data.skipped_rows]
         _record_start(config.checkpoint, recorded, resumed)

@@ -16,8 +16,8 @@ from finetune.chat_templates import (
     PlainTextTokenizer,
     Renderer,
     add_control_tokens,
+    end_token_ids,
     select_chat_format,
-    stop_token_id,
     supervised_turns_of,
 )
 from finetune.conversation import Conversation, Turn
@@ -207,7 +207,7 @@ class TestWhatIsLearned:
             tuple(Turn(*turn, train=flag) for turn, flag in zip(self.turns, flags, strict=True)), 0, "rows.json"
         )
         (outcome,) = Renderer(chat_format, 1000, **options).render_all([row])
-        end = tokenizer.decode([stop_token_id(chat_format)])
+        end = tokenizer.decode([end_token_ids(chat_format)[0]])
         return [text.removesuffix(end) for text in said(tokenizer, outcome.examples[0])], outcome.examples[0]
 
     def test_a_turn_with_train_false_is_context(self, formats, name):
@@ -264,11 +264,11 @@ def test_what_is_learned_is_the_model_turns_and_their_ends(formats, pairs, name)
 
     (example,) = render(chat_format, *turns).examples
 
-    end = tokenizer.decode([stop_token_id(chat_format)])
+    end = tokenizer.decode([end_token_ids(chat_format)[0]])
     assert tokenizer.decode(learned(example), clean_up_tokenization_spaces=False) == "".join(
         model + end for _, model in pairs
     )
-    assert learned(example).count(stop_token_id(chat_format)) == len(pairs)
+    assert learned(example).count(end_token_ids(chat_format)[0]) == len(pairs)
 
 
 def test_a_tokenizer_without_template_gets_chatml_and_its_markers(tmp_path):

@@ -237,7 +237,7 @@ def test_calls_of_toolace_are_checked(said, fault, tmp_path):
 @pytest.mark.parametrize("repeated", ["[f(", "[f(x=1)] and "])
 def test_a_text_that_repeats_itself_is_read_in_a_moment(repeated):
     text, began = f"Say {repeated * 3000}", time.monotonic()
-    assert bracketed_calls(text, {"f"}) == (text, [], None)
+    assert bracketed_calls(text, {"f"}) == (text, [], [])
     assert time.monotonic() - began < 5
 
 

@@ -1,0 +1,61 @@
+"""Reasoning in front of calls, ends of calls, and variables of rows, in templates of several families."""
+
+import copy
+
+import pytest
+
+from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, LingoWhaleFormat, Renderer
+from finetune.conversation import BadRow, Conversation, ToolCall, Turn
+from tests.helpers.template_families import FAMILIES, prepared
+
+PLAIN = (Turn("human", "q"), Turn("model", "answer"))
+
+
+def renderer(smol_tokenizer, family: str, **options) -> Renderer:
+    tokenizer = prepared(copy.deepcopy(smol_tokenizer), FAMILIES[family])
+    return Renderer(JinjaFormat(tokenizer, tokenizer.chat_template, family), 10_000, **options)
+
+
+def supervised(renderer: Renderer, conversation: Conversation) -> list[str]:
+    """The supervised text of each example."""
+    tokenizer = renderer.format.tokenizer
+    labels = [example.labels for example in renderer.render(conversation).examples]
+    return [tokenizer.decode([label for label in row if label != IGNORE_INDEX]) for row in labels]
+
+
+def called(name: str, text: str) -> Conversation:
+    tool = {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"x": {}}}}}
+    turns = (Turn("human", "q"), Turn("model", text, tool_calls=(ToolCall(name, {"x": "1"}),)))
+    return Conversation((*turns, Turn("tool", "RESULT"), Turn("model", "<think>WHY</think>Done")), tools=(tool,))
+
+
+@pytest.mark.parametrize("family", ["hermes", "qwen3", "deepseek r1"])
+def test_dropped_reasoning_is_that_in_front_of_calls_too(smol_tokenizer, family):
+    texts = supervised(renderer(smol_tokenizer, family, drops_reasoning=True), called("weather", "<think>WHY</think>"))
+    assert "weather" in "".join(texts) and "Done" in "".join(texts) and "WHY" not in "".join(texts)
+
+
+@pytest.mark.parametrize("text", ["<think>a</think>b<think>c</think>d", "Well. <think>a</think>b"])
+def test_reasoning_that_cannot_be_dropped_is_a_fault(smol_tokenizer, text):
+    row = Conversation((PLAIN[0], Turn("model", text)), 0, "rows.json")
+    (bad,) = renderer(smol_tokenizer, "hermes", drops_reasoning=True).render_all([row])
+    assert isinstance(bad, BadRow) and "turn 1: only reasoning in front of an answer can be dropped" in bad.reason
+
+
+@pytest.mark.parametrize("name", ["f", "end", "sentence"])
+def test_a_call_ends_with_its_own_token_whatever_the_function_is_called(smol_tokenizer, name):
+    first, last = supervised(renderer(smol_tokenizer, "deepseek r1", drops_reasoning=True), called(name, ""))
+    assert first.endswith("<｜tool▁calls▁end｜><｜end▁of▁sentence｜>") and last == "Done<｜end▁of▁sentence｜>"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi4", "lingowhale"])
+def test_variables_of_a_row_that_a_template_does_not_use_are_said_or_refused(smol_tokenizer, golden_tokenizer, family):
+    chat = renderer(smol_tokenizer, "phi4" if family == "lingowhale" else family)
+    if family == "lingowhale":
+        chat = Renderer(LingoWhaleFormat(golden_tokenizer, [3], [4]), 1000)
+    rows = [Conversation(PLAIN, 0, "a.json", template_kwargs=kwargs) for kwargs in (
+        {"enable_thinking": True, "unknown": ""}, {"enable_thinking": True, "custom_instructions": "Be brief."},
+    )]  # fmt: skip
+    kept, bad = chat.render_all(rows)
+    assert kept.reason == (None if family == "qwen3" else "the chat template does not use enable_thinking of the row")
+    assert isinstance(bad, BadRow) and "does not use custom_instructions of the row" in bad.reason

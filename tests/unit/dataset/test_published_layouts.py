@@ -1,0 +1,162 @@
+"""Rows as published data sets and logs of APIs have them: what decides something is read, or refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune.conversation import BadRow
+from tests.helpers.chat_rows import faults, read, spoken, written
+
+ASKED, ANSWERED = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CHAT = [ASKED, ANSWERED]
+PAIR = [("human", "q"), ("model", "a")]
+NAME = {"type": "string"}
+DECLARED = [{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": NAME}}}]
+CALLED, RESULT = {"name": "f", "arguments": {"x": "1"}}, {"role": "tool", "content": "r"}
+
+
+def only(row: dict[str, Any], tmp_path) -> Any:
+    (one,) = read(written(tmp_path / "a.json", [row]))
+    assert not isinstance(one, BadRow), one.faults
+    return one
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": [ASKED], "output": "a", "reasoning": "off", "version": "1"},
+        {"prompt": "q", "completion": [ANSWERED], "thinking": {"type": "enabled", "budget_tokens": 9}},
+        {"prompt": ASKED, "response": ANSWERED},
+        {"messages": CHAT, "reasoning": "on"},
+        {"conversation": [{"human": "q", "assistant": "a", "reasoning": ""}]},
+    ],
+)
+def test_turns_may_stand_on_either_side_of_a_pair_and_a_mode_is_no_reasoning(row, tmp_path):
+    one = only(row, tmp_path)
+    assert spoken(one) == PAIR and not one.turns[1].reasoning and one.turns[1].is_supervised
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED], "reasoning": "r", "answer": "a"},
+        {"query": "q", "response": "a", "thought": "r"},
+        {"prompt": [ASKED], "completion": "a", "reasoning_content": "r"},
+        {"turns": [{"question": "q", "answer": "a", "thinking": "r"}]},
+    ],
+)
+def test_reasoning_beside_an_answer_is_that_of_the_answer(row, tmp_path):
+    one = only(row, tmp_path)
+    assert spoken(one) == PAIR and one.turns[1].reasoning == "r"
+
+
+def test_flags_of_an_exchange_and_of_a_history_decide_what_is_supervised(tmp_path):
+    exchanges = [{"human": f"q{flag}", "assistant": "a"} | flag for flag in ({"train": False}, {"weight": 0}, {})]
+    assert [turn.train for turn in only({"conversation": exchanges}, tmp_path).turns[1::2]] == [False, False, True]
+    row = {"prompt": [ASKED, ANSWERED, ASKED], "completion": "b", "history": [["h", "i"]]}
+    assert [turn.train for turn in only(row, tmp_path).turns[1::2]] == [True, False, True]
+    row = {"prompt": "q", "response": "a", "history": [{"role": "user", "content": "h"}, ANSWERED | {"train": False}]}
+    assert [turn.train for turn in only(row, tmp_path).turns[1::2]] == [False, True]
+
+
+@pytest.mark.parametrize("key", ["system", "instructions", "preamble"])
+def test_a_system_prompt_may_be_parts_with_more_keys(key, tmp_path):
+    parts = [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}]
+    assert spoken(only({"input": "q", "output": "a", key: parts}, tmp_path)) == [("system", "s"), *PAIR]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        f"<TOOLCALL>[{json.dumps(CALLED)}]</TOOLCALL>",
+        '<functioncall> {"name": "f", "arguments": \'{"x": "1"}\'} <|endoftext|>',
+        f"[TOOL_CALLS] [{json.dumps(CALLED)}]</s>",
+        f"<|python_tag|>{json.dumps(CALLED)}<|eom_id|>",
+        f"functools[{json.dumps(CALLED)}]",
+    ],
+)
+def test_calls_behind_the_marker_of_a_model_are_calls(call, tmp_path):
+    turns = [ASKED, {"role": "assistant", "content": f"Let me see. {call}"}, RESULT, ANSWERED]
+    one = only({"messages": turns, "tools": DECLARED}, tmp_path)
+    assert one.turns[1].text == "Let me see."
+    assert [(found.name, found.arguments) for found in one.turns[1].tool_calls] == [("f", {"x": "1"})]
+
+
+@pytest.mark.parametrize("names", [("function-call", "function-response"), ("Tool Call", "tool result")])
+def test_names_of_roles_may_be_written_with_other_separators(names, tmp_path):
+    turns = [ASKED, {"role": names[0], "content": CALLED}, {"role": names[1], "content": {"y": 1}}, ANSWERED]
+    one = only({"messages": turns, "tools": DECLARED}, tmp_path)
+    assert [turn.role for turn in one.turns] == ["human", "model", "tool", "model"] and one.turns[1].tool_calls
+
+
+def test_items_of_the_responses_api_are_calls_and_results(tmp_path):
+    items = [
+        ASKED, {"type": "reasoning", "summary": []},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"x": "1"}'},
+        {"type": "function_call_output", "call_id": "c", "output": "r"},
+    ]  # fmt: skip
+    output = [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]}]
+    one = only({"input": items, "output": output, "tools": [{"type": "function", **DECLARED[0]}]}, tmp_path)
+    assert [(turn.role, turn.is_supervised) for turn in one.turns] == [
+        ("human", False), ("model", False), ("tool", False), ("model", True),
+    ]  # fmt: skip
+    assert one.turns[1].tool_calls[0].id == one.turns[2].tool_call_id == "c"
+
+
+@pytest.mark.parametrize("key", ["parametersJsonSchema", "arguments"])
+def test_schemas_have_other_keys_and_nulls_of_tables_are_none(key, tmp_path):
+    schema = {"type": "object", "properties": {"x": {"type": "string", "enum": None, "examples": None}, "y": None}}
+    row = {"messages": [ASKED, {"role": "assistant", "tool_calls": [CALLED]}], "tools": [{"name": "f", key: schema}]}
+    assert only(row, tmp_path).tools[0]["function"]["parameters"] == {"type": "object", "properties": {"x": NAME}}
+
+
+def test_keys_beside_a_tree_of_messages_decide_as_elsewhere(tmp_path):
+    tree = {"prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": "a", "replies": []}]}}
+    assert spoken(only(tree | {"system": "s"}, tmp_path)) == [("system", "s"), *PAIR]
+    assert "not to be imitated" in faults(written(tmp_path / "b.json", [tree | {"label": False}]))[0]
+
+
+REFUSED = [
+    ({"messages": [ASKED, ANSWERED | {"reasoning": "off"}]}, 'has "reasoning": "off", which is no reasoning'),
+    ({"prompt": "q", "response": "<think>r</think>a", "reasoning": "r"}, "reasoning beside the text and in it"),
+    ({"messages": [ASKED, {"role": "assistant", "content": "\n<think>r"}]}, "has no </think>: was it cut off?"),
+    ({"text": "t", "reasoning": "r"}, 'beside "text", all of which is supervised'),
+    ({"conversation": [{"instruction": "i", "input": "q", "output": "a"}]}, "more texts, which would be lost: instruc"),
+    ({"turns": [{"question": "q", "context": "c", "answer": "a"}]}, "more texts, which would be lost: context"),
+    ({"segments": [{"label": False, "text": "q"}, {"label": True, "text": "a"}]}, "found the keys segments"),
+    ({"prompt": "q", "response": "a", "helpfulness": 0}, '"helpfulness" grades the answer'),
+    ({"messages": [ASKED, ANSWERED | {"train_on_turn": False}]}, "not to be imitated"),
+    ({"messages": CHAT, "chat_template_kwargs": {"tools": DECLARED}}, "has tools, no variable of chat templates"),
+    ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "x"}}, "no variable of chat templates"),
+    ({"messages": [ASKED, {"role": "tool_call", "content": "[]"}]}, "holds no call"),
+    ({"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": "[ ]"}]}, '"content" is empty'),
+    (
+        {"messages": [ASKED, {"role": "assistant", "content": "<tool_call>[]</tool_call>"}], "tools": DECLARED},
+        "no call",
+    ),
+    (
+        {"messages": [ASKED, {"role": "assistant", "content": "<function=f>1"}], "tools": DECLARED},
+        "write calls as JSON",
+    ),
+    ({"messages": [ASKED, {"type": "reasoning", "summary": ["r"]}, ANSWERED]}, "an item with reasoning"),
+    (
+        {"messages": [ASKED, {"role": "assistant", "content": [{"type": "tool_use", **CALLED}, {"text": "behind"}]}]},
+        "text behind a call",
+    ),
+    (
+        {"messages": [ASKED, {"role": "assistant", "content": [{"text": "a"}, {"type": "thinking", "thinking": "r"}]}]},
+        "reasoning behind text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), REFUSED)
+def test_what_cannot_be_read_is_refused_with_its_reason(row, said, tmp_path):
+    assert said in faults(written(tmp_path / "a.json", [row]))[0]
+
+
+def test_a_key_of_a_list_of_turns_with_another_value_is_named(tmp_path):
+    from finetune.dataset.row_reading import RowReading
+
+    assert RowReading({"prompt": "q", "response": "a", "turns": 3, "data": ""}, "row 0").unread == ["turns"]
