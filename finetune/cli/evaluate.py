@@ -14,6 +14,7 @@ from finetune.config.arguments import VERIFY_KEY_HELP
 from finetune.dataset.data_sources import find_local_sources
 from finetune.distributed.collectives import destroy_process_group, init_process_group, run_on_rank_0
 from finetune.distributed.process_setup import enable_gc, keep_freed_blocks, prepare_environment
+from finetune.evaluation.task_names import check_names
 from finetune.inference.run_result import TRUST_HELP, RunResult, read_result
 from finetune.report.preview_terminal import print_sections
 from finetune.run_dir import eval_results
@@ -104,6 +105,8 @@ def main(argv: Sequence[str]) -> None:
         Path(options.output), trust_remote_code=options.trust_remote_code, verify_key=options.verify_key
     ).with_template_kwargs(data.get("chat_template_kwargs"))
     find_local_sources(data.get("data_path", ()), ())
+    if options.tasks:
+        check_names(options.tasks)
     requested = {
         HELD_OUT_FILE: bool(data.get("data_path")),
         BENCHMARKS_FILE: bool(options.tasks),

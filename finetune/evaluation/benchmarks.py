@@ -1,6 +1,5 @@
 """Benchmarks of lm-evaluation-harness: load the tasks, then run them on the base and the tuned model."""
 
-import importlib.util
 import logging
 import os
 import warnings
@@ -14,6 +13,7 @@ import torch
 
 from finetune.evaluation import lingowhale_benchmarks
 from finetune.evaluation.forgetting import load_questions
+from finetune.evaluation.task_names import SUFFIXES, split_names
 from finetune.evaluation.token_losses import MeasuredModel, measure_each
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
 from finetune.utils.errors import ConfigError, first_line, raise_faults
@@ -21,7 +21,6 @@ from finetune.utils.hub import use_cache, use_cache_if_hub_unreachable
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 CPU_BATCH_SIZE = 8  # for --batch_size auto
 Z_95 = 1.96  # standard errors in a 95 % interval
 MAX_REASON = 300  # characters of another library's error
@@ -51,11 +50,7 @@ def load_jobs(
     names: Sequence[str], *, num_fewshot: int | None, allow_code: bool
 ) -> tuple[list[BenchmarkJob], list[str]]:
     """Load the tasks with these names; also return why some cannot be loaded."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(f"--tasks needs lm-evaluation-harness, which is not installed: {INSTALL}")
-    names = [part for name in names for part in name.split(",") if part]
-    if not names:
-        raise ConfigError("--tasks names no task")
+    names = split_names(names)
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     harness = import_harness()
@@ -119,10 +114,7 @@ def import_harness() -> Any:
 def _load(harness: Any, manager: Any, job: BenchmarkJob, allow_code: bool) -> str | None:
     """Load the tasks of a job; return why that is not possible, or None."""
     name = job.task_name
-    is_file = Path(name).suffix in harness.SUFFIXES
-    if is_file and not Path(name).is_file():
-        return f"--tasks {name}: there is no such file"
-    if not is_file and name not in manager.task_index:
+    if Path(name).suffix not in SUFFIXES and name not in manager.task_index:
         return f"--tasks {name}: lm-eval {version('lm_eval')} knows no such task: see lm-eval ls tasks"
     if not allow_code and harness.runs_code(manager, name):
         return f"--tasks {name}: runs programs that the model writes: allow it with --allow_code_execution"

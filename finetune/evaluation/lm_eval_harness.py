@@ -15,11 +15,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
+from finetune.evaluation.task_names import OWN_TASKS, SUFFIXES
 from finetune.utils.console import is_rank_0
 from finetune.utils.errors import ConfigError
 
-OWN_TASKS = Path(__file__).resolve().parent / "tasks"
-SUFFIXES = (".yaml", ".yml")
 BOOTSTRAP_ITERS = 1000  # for metrics that are not means; the standard error of a mean has a formula
 
 

@@ -138,7 +138,7 @@ def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained
         "finetune.inference.load_result.load_for_inference", lambda *_, **__: pytest.fail("the model was loaded")
     )
     output = trained("lora")
-    with pytest.raises(ConfigError, match="knows no such task"):
+    with pytest.raises(ConfigError, match="lm-eval knows no such task"):
         run(output, "--tasks", "no_such_task")
     with pytest.raises(ConfigError, match="no such file"):
         run(output, "--tasks", tasks / "nothing.yaml")

@@ -75,6 +75,24 @@ def test_held_out_rows_are_looked_for_before_anything_loads(result, monkeypatch)
         evaluate.main(["result", "--data_path", "rows.json"])
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("hellaswga,gsm8k rows.jsonl", "--tasks hellaswga: lm-eval knows no such task: did you mean hellaswag?"),
+        ("sums.yaml", "--tasks sums.yaml: there is no such file"),
+        (",", "--tasks names no task"),
+    ],
+)
+def test_names_of_tasks_are_looked_up_before_anything_loads(names, said, result, monkeypatch):
+    from finetune.cli import evaluate
+
+    made = SimpleNamespace(with_template_kwargs=lambda _: None)
+    monkeypatch.setattr(evaluate, "read_result", lambda folder, **_: made)
+    with pytest.raises(ConfigError) as refused:
+        evaluate.main(["result", "--tasks", *names.split()])
+    assert str(refused.value).startswith(said)
+
+
 def test_the_types_of_gguf_are_those_that_are_written():
     from finetune.cli.merge import build_parser
 
