@@ -18,7 +18,7 @@ from finetune.utils.options import HELP_WIDTH, CommandParser, one_of
 VERBS = {
     "chat": "talk with a result: in a terminal, from a pipe, or in a browser",
     "convert": "write conversations in any supported layout as one JSON file",
-    "convert-config": "write a config of LLaMA-Factory, axolotl or ms-swift as a recipe",
+    "convert-config": "write a config of LLaMA-Factory, axolotl, ms-swift or TRL as a recipe",
     "doctor": "check whether a training command will run and fit, on all its hosts",
     "evaluate": "measure a result beside its base: held-out loss, benchmarks, forgetting",
     "launch": "start a script of your own as the deepspeed command does, and supervise it",

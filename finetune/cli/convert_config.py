@@ -1,5 +1,6 @@
-"""`finetune convert-config`: a config of LLaMA-Factory, axolotl or ms-swift as a recipe, and what differs."""
+"""`finetune convert-config`: a config of LLaMA-Factory, axolotl, ms-swift or TRL as a recipe, and what differs."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from finetune.config import build_parser as training_parser
 from finetune.config.argument_parser import REQUIRED, value_of
+from finetune.config.flag_support import REFUSED
 from finetune.config.foreign_names import FOREIGN_NAMES, OURS
 from finetune.config.recipes import read_mapping
 from finetune.utils.errors import ConfigError
@@ -20,7 +22,8 @@ LORA: dict[str, dict[str, Any]] = {
     "full": {},
 }
 PRECISIONS = {"bfloat16": {"bf16": True}, "float16": {"fp16": True}, "float32": {"bf16": False}, "auto": {}}
-ATTENTION = {"fa2": {"attn_implementation": "flash_attention_2"}, "auto": {}, "disabled": {}}
+FLASH = {"attn_implementation": "flash_attention_2"}
+ATTENTION = {"fa2": FLASH, "flash_attn": FLASH, "true": FLASH, "auto": {}, "disabled": {}, "false": {}}
 ALL_LINEAR = ("all", "all-linear", "true")
 
 
@@ -35,7 +38,7 @@ def _bits(value: Any) -> dict[str, Any] | None:
 def _names(key: str, value: Any) -> dict[str, Any] | None:
     """Return a list from a list, from text with commas, or from axolotl's list of mappings with a `path`."""
     values = value if isinstance(value, list) else str(value).split(",")
-    names = [str(one.get("path") if isinstance(one, dict) else one).strip() for one in values]
+    names = [str(one["path"] if isinstance(one, dict) else one).strip() for one in values]
     return {key: ["all-linear"] if len(names) == 1 and names[0].lower() in ALL_LINEAR else names}
 
 
@@ -48,7 +51,10 @@ def _share(value: Any) -> dict[str, Any] | None:
 VALUES: dict[str, Callable[[Any], dict[str, Any] | None]] = {
     **dict.fromkeys(("finetuning_type", "train_type", "tuner_type", "adapter"), partial(_flags, LORA)),
     **dict.fromkeys(("torch_dtype", "dtype"), partial(_flags, PRECISIONS)),
-    **dict.fromkeys(("flash_attn",), partial(_flags, ATTENTION)),
+    **dict.fromkeys(
+        ("flash_attn", "flash_attention", "attn_impl"),
+        lambda name: ATTENTION.get(str(name).lower(), {"attn_implementation": name}),
+    ),
     **dict.fromkeys(("quantization_bit", "quant_bits"), _bits),
     **dict.fromkeys(("dataset", "datasets"), partial(_names, "data_path")),
     **dict.fromkeys(("eval_dataset", "val_dataset", "test_datasets"), partial(_names, "eval_data_path")),
@@ -57,13 +63,19 @@ VALUES: dict[str, Callable[[Any], dict[str, Any] | None]] = {
     **dict.fromkeys(("val_size", "val_set_size", "split_dataset_ratio"), _share),
     **dict.fromkeys(("packing", "sample_packing", "neat_packing"), lambda on: {"batching": "packed"} if on else {}),
     "lora_target_linear": lambda on: {"lora_target_modules": ["all-linear"]} if on else {},
-    "flash_attention": lambda on: {"attn_implementation": "flash_attention_2"} if on else {},
+    "use_peft": lambda on: {"use_lora": True} if on else {},
+    "pissa_init": lambda on: {"init_lora_weights": "pissa"} if on else {},
+    "mask_history": lambda on: {"train_on": "last_model_turn"} if on else {},
+    "new_special_tokens": partial(_names, "new_tokens"),
+    **{name: lambda _: None for name in REFUSED},
     "template": lambda name: None,
+    "chat_template": lambda name: {"chat_template": name} if re.fullmatch(r"chatml|.*\.jinja", name) else None,
     "bf16": lambda value: {"bf16": str(value).lower() in ("true", "auto")},
 }
 PROGRAMS = {
     "LLaMA-Factory": ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir"),
     "axolotl": ("base_model", "sequence_len", "micro_batch_size", "datasets", "sample_packing", "val_set_size"),
+    "TRL": ("use_peft", "dataset_name", "dataset_text_field", "assistant_only_loss", "completion_only_loss"),
     "ms-swift": ("train_type", "tuner_type", "target_modules", "split_dataset_ratio", "quant_bits", "attn_impl"),
 }
 DIFFERENCES = (
@@ -79,7 +91,7 @@ DIFFERENCES = (
 
 @dataclass(frozen=True)
 class ConvertConfigOptions:
-    """Write a config of LLaMA-Factory, axolotl or ms-swift as a recipe, and list what differs in meaning."""
+    """Write a config of LLaMA-Factory, axolotl, ms-swift or TRL as a recipe, and list what differs in meaning."""
 
     file: str = positional("FILE", "its YAML or JSON file")
     recipe: str | None = positional("RECIPE.yaml", "where the recipe goes; default: stdout", None)
@@ -123,10 +135,16 @@ def convert(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         name = str(key)
         if value is None or value == "":
             continue
-        flags = VALUES[name](value) if name in VALUES else {OURS.get(name, name): value}
+        try:
+            flags = VALUES[name](value) if name in VALUES else {OURS.get(name, name): value}
+        except (LookupError, TypeError, ValueError):
+            flags = None
         faults = _faults(flags, types)
-        if flags is None or faults:
-            remedy = FOREIGN_NAMES.get(name.lower()) or (faults[0] if faults else "this value has no flag here")
+        other = [flag for flag in flags or () if flag in recipe and recipe[flag] != flags[flag]]
+        if flags is None or faults or other:
+            remedy = REFUSED.get(name) or FOREIGN_NAMES.get(name.lower()) or (*faults, "this value has no flag here")[0]
+            if other:
+                remedy = f"another key says --{other[0]} {recipe[other[0]]}"
             left_out.append(f"{name}: {value!r:.60}: {remedy}")
             continue
         recipe |= flags

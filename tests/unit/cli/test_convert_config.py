@@ -49,6 +49,24 @@ loss_scale: default
 """
 
 
+TRL = """
+model_name_or_path: Qwen/Qwen3-8B
+model_name: my-robot
+dataset_name: my.jsonl
+use_peft: true
+lora_r: 32
+lora_target_linear: true
+lora_target_modules: [q_proj]
+attn_implementation: sdpa
+new_special_tokens: <a>,<b>
+chat_template: llama3
+push_to_hub: true
+eval_dataset: [{ds_type: json}]
+val_size: [1]
+output_dir: o
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "program", "expected", "left_out"),
     [
@@ -71,6 +89,15 @@ loss_scale: default
             "ms-swift",
             {"bf16": True, "model_max_length": 8192, "validation_share": 0.01, "use_lora": False},
             ("loss_scale: 'default'",),
+        ),
+        (
+            TRL,
+            "TRL",
+            {"model_name_or_path": "Qwen/Qwen3-8B", "use_lora": True, "lora_target_modules": ["all-linear"],
+             "attn_implementation": "sdpa", "new_tokens": ["<a>", "<b>"], "chat_template": None},
+            ("model_name: 'my-robot': another key says --model_name_or_path Qwen/Qwen3-8B",
+             "lora_target_modules: ['q_proj']: another key says", "push_to_hub: True: it would upload rows", "val_size",
+             "eval_dataset", "chat_template: 'llama3'"),
         ),
     ],
 )  # fmt: skip
