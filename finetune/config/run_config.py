@@ -68,7 +68,7 @@ class CheckpointConfig:
     """Where a run saves, what it keeps, and what it resumes from."""
 
     output_dir: Path
-    move_aside: bool  # `output_dir` holds an earlier run that is renamed first
+    overwrite: bool  # an earlier run in `output_dir` is renamed first
     keep: int | None  # complete checkpoints that stay; None or 0: all
     resume_from: str | None  # "auto", the folder of a checkpoint, or None
     allow_inexact: bool  # resume although the numbers will differ

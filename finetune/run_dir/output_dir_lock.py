@@ -72,11 +72,11 @@ def contains_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in MARKS_OF_A_RUN) or any(folder.glob("checkpoint-*"))
 
 
-def prepare_output_dir(folder: Path, *, move_aside: bool) -> str | None:
+def prepare_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> str | None:
     """Create the folder after renaming an earlier run in it; return a line for the user. One process may call this."""
     note = None
     with storage_errors(folder, f"--output_dir {folder}"):
-        if move_aside:
+        if check_output_dir(folder, overwrite=overwrite, resume=resume):
             aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
             folder.rename(aside)
             note = f"the earlier run was moved to {aside}"

@@ -166,7 +166,10 @@ def start_run(
 
 
 def _prepare(config: CheckpointConfig) -> None:
-    moved = output_dir_lock.prepare_output_dir(config.output_dir, move_aside=config.move_aside)
+    """Prepare the folder that is locked now: another run may have ended in it since the flags were checked."""
+    moved = output_dir_lock.prepare_output_dir(
+        config.output_dir, overwrite=config.overwrite, resume=config.resume_from is not None
+    )
     if moved:
         logger.warning(moved)
         output_dir_lock.acquire_lock(config.output_dir)

@@ -135,7 +135,7 @@ def examined(words: Words, _: Any) -> Any:
         config, _ = train.resolve(parse(words), DetectedHardware(), RankCounts(2, 2))
     except FinetuneError as error:
         return str(error)
-    return config.hardware, config.deepspeed and config.deepspeed.config, config.checkpoint.move_aside, config.notes
+    return config.hardware, config.deepspeed and config.deepspeed.config, config.checkpoint.overwrite, config.notes
 
 
 def settled(words: Words, monkeypatch: Any) -> Any:

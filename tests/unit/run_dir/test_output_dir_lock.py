@@ -41,6 +41,16 @@ def test_an_adapter_whose_config_is_broken_is_not_taken_for_a_full_model(content
         run_result.read_result(tmp_path)
 
 
+def test_a_run_that_ended_while_another_waited_for_its_lock_is_kept(tmp_path):
+    """Both were started into an empty folder."""
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ConfigError, match="already holds a run, nothing was changed"):
+        output_dir_lock.prepare_output_dir(tmp_path, overwrite=False, resume=False)
+    assert output_dir_lock.prepare_output_dir(tmp_path, overwrite=False, resume=True) is None
+    assert "was moved to" in output_dir_lock.prepare_output_dir(tmp_path, overwrite=True, resume=False)
+    assert not list(tmp_path.iterdir()) and list(tmp_path.parent.glob("*before*/adapter_config.json"))
+
+
 def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(output_dir_lock, "SECONDS_FOR_A_DYING_RUN", 0.2)
     assert output_dir_lock.acquire_lock(tmp_path) is None
