@@ -25,15 +25,16 @@ from finetune.launcher import (
     LauncherArgs,
     Resources,
     environment_of_ranks,
+    local_slots,
     parse_launcher_args,
     redact,
-    resolve_resources,
     restarts,
     ssh,
 )
 from finetune.launcher.local_session import HOSTFILE_PLACEHOLDER, HostReport, LocalSession
 from finetune.training.start_checks import PlannedRanks, check_start
 from finetune.utils.errors import ConfigError, StorageError, missing_reason
+from finetune.utils.options import source_folder
 from finetune.utils.proc import POLL_SECONDS
 
 SECONDS_FOR_OTHER_HOSTS = 20.0  # the ranks' watchdogs end a run in two or three
@@ -53,14 +54,15 @@ def main(argv: Sequence[str]) -> None:
 
 def supervise(flags: LauncherArgs) -> NoReturn:
     """Check the command and the hosts, run the script, exit with its status."""
-    resources = resolve_resources(flags)
-    if resources is not None and resources.spares:
+    resources = restarts.resources_of_first_start(flags)
+    if resources is not None and resources.spares:  # its hosts are what the filters have left
         flags = replace(flags, given={name: flags.given[name] for name in flags.given.keys() - HOST_FILTERS})
-        resources = restarts.without_spares(resources)
     arguments = parse(flags.script_args) if is_ours(flags) else None
     starts_here = resources is None or ssh.is_here(resources.first_host)
     if starts_here and not flags.module and not Path(flags.script).is_file():
         raise ConfigError(f"SCRIPT {flags.script}: {missing_reason(Path(flags.script))}")
+    for library in ("torch", *(("accelerate", "datasets", "peft") if arguments else ())):
+        source_folder(library)  # an error if it is not installed: not by every rank
     if arguments:
         use_cpu = bool(arguments.given("use_cpu"))
         if starts_here:
@@ -155,10 +157,14 @@ def start(
         port = flags.given.get("master_port") or host_probe.free_port()
         kept = passed_on(flags, "hostfile", "master_addr")
         command = [*deepspeed(), *kept, f"--master_port={port}", *script]
+        gpus = host_probe.count_gpus()
+        if resources is None:
+            local_slots(flags, gpus)
         show(command)
-        if not host_probe.count_gpus():  # else DeepSpeed warns, in each of its processes, that it found none
+        has_none = not gpus and not host_probe.has_unlisted_gpus()
+        if has_none:  # else DeepSpeed warns, in each of its processes, that it found none
             environment = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), **environment}
-        if os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":  # DeepSpeed would look for a GPU of that number
+        if has_none or os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":  # DeepSpeed would look for those numbers
             environment = {**environment, "CUDA_VISIBLE_DEVICES": ""}
         return [LocalSession(command, environment, hostfile=None, host=os.uname().nodename)]
     if flags.launcher.lower() != "pdsh" or flags.launcher_args:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -187,14 +188,14 @@ def exit_on_error() -> Iterator[None]:
     """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status, and Ctrl-C into status 130.
 
     Names the path of a file or folder that another user owns, with status 2: asking whether one exists may already
-    raise a `PermissionError`.
+    raise a `PermissionError`; and a package that is not installed.
 
     Rank 0 prints at once. Other ranks wait a few seconds: after the same error on rank 0 the launcher ends the ranks of
     that host before they print. A rank that is still alive then has an error of its own, or is on another host. Rank 0
     alone prints an error with `is_shared`.
     """
     try:
-        with _paths_of_others():
+        with _paths_and_packages():
             yield
     except FinetuneError as error:
         rank = int(os.environ.get("RANK", "0"))
@@ -210,9 +211,17 @@ def exit_on_error() -> Iterator[None]:
 
 
 @contextmanager
-def _paths_of_others() -> Iterator[None]:
+def _paths_and_packages() -> Iterator[None]:
     try:
         yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or find_spec(package) is not None:
+            raise
+        raise ConfigError(
+            f"the package {package} is not installed for {sys.executable}: run `make install` in the clone, then use "
+            "its .venv/bin; or install the wheel again"
+        ) from error
     except PermissionError as error:
         if error.filename is None:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import re
 import textwrap
 import types
@@ -66,7 +67,7 @@ def source_folder(library: str) -> Path:
     """Return the folder of a library's source."""
     spec = find_spec(library)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{library} is not installed: pip install -r requirements.txt")
+        raise ModuleNotFoundError(f"No module named {library!r}", name=library)
     return Path(spec.submodule_search_locations[0])
 
 
@@ -101,9 +102,12 @@ class OptionType:
         if self.kind is int and not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
             raise ValueError("expected a whole number")
         try:
-            return self.kind(text)
+            value = self.kind(text)
         except ValueError:
             raise ValueError("expected a number") from None
+        if self.kind is float and not math.isfinite(value):
+            raise ValueError("expected a finite number")
+        return value
 
 
 def one_of(choices: Sequence[str]) -> str:

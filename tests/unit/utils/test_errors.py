@@ -1,5 +1,6 @@
 import os
 import time
+from importlib import import_module
 
 import pytest
 
@@ -14,6 +15,7 @@ from finetune.utils.errors import (
     format_faults,
     missing_reason,
 )
+from finetune.utils.options import source_folder
 
 BRANCHES = [(FinetuneError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4), (StorageError, 6)]
 
@@ -157,3 +159,14 @@ def test_what_is_no_file_is_said_for_what_it_is(tmp_path):
         "is not a regular file",
         "there is no such file",
     ]
+
+
+def test_a_package_that_is_not_installed_is_named_and_a_broken_one_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        import_module("no_such_package.part")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the package no_such_package is not installed for /")
+    with pytest.raises(ModuleNotFoundError), exit_on_error():
+        import_module("json.no_such_part")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        source_folder("no_such_library")
