@@ -18,7 +18,7 @@ from typing import Any
 from finetune.config import Arguments, DoctorArguments, parse, split_command
 from finetune.config import build_parser as training_parser
 from finetune.distributed.process_setup import prepare_environment
-from finetune.launcher import LauncherArgs, parse_launcher_args, redact, resolve_resources
+from finetune.launcher import LauncherArgs, parse_launcher_args, redact, restarts
 from finetune.preflight import DoctorReport, PlannedRun, print_report
 from finetune.training.start_checks import PlannedRanks, check_start
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
@@ -74,7 +74,7 @@ def _check_start(run: PlannedRun) -> None:
 
 
 def _plan_run(choice: DoctorArguments, flags: LauncherArgs, words: list[str], arguments: Arguments) -> PlannedRun:
-    resources = resolve_resources(flags)
+    resources = restarts.resources_of_first_start(flags)
     return PlannedRun(choice, flags, resources.slots if resources else None, words, arguments)
 
 

@@ -204,6 +204,11 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU ") for line in _nvidia_smi("-L"))
 
 
+def has_unlisted_gpus() -> bool:
+    """Whether nvidia-smi may not list all GPUs: those of AMD, and those of a container without the program."""
+    return os.path.exists("/dev/kfd") or (os.path.exists("/dev/nvidiactl") and not count_gpus())
+
+
 def gpu_facts() -> list:
     """Name, memory (bytes), compute capability and driver of each NVIDIA GPU; empty if nvidia-smi is too old."""
     gpus = []

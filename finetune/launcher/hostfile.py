@@ -219,14 +219,31 @@ def resources_of_command(words: Sequence[str]) -> Resources | None:
 
 
 def local_slots(flags: LauncherArgs, gpus: int) -> list[int]:
-    """The slots of this machine without a hostfile: those of --include or --num_gpus, else its GPUs, or one."""
+    """The slots of this machine without a hostfile: those of --include or --num_gpus, else its GPUs, or one.
+
+    Without such flags the launcher takes the numbers in CUDA_VISIBLE_DEVICES; with them it ignores the variable.
+    """
     count = flags.num_gpus if flags.num_gpus > 0 else max(gpus, 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace("-1", "") if gpus else ""
+    if not re.fullmatch(r"([0-9]{1,4}(,[0-9]{1,4})*)?", visible):
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible}: the launcher takes numbers only (`nvidia-smi -L`)")
+    numbers = [int(word) for word in visible.split(",") if word]
     if flags.include:
-        return _parse_filter("include", flags.include).get(THIS_MACHINE) or list(range(count))
-    excluded = _parse_filter("exclude", flags.exclude).get(THIS_MACHINE, ()) if flags.exclude else (-1,)
-    slots = [slot for slot in range(count) if excluded and slot not in excluded]  # none is named: the whole host
-    if not slots:
-        raise ConfigError(f"--exclude {flags.exclude}: no slot of this machine is left: name fewer of its {count}")
+        slots = _parse_filter("include", flags.include).get(THIS_MACHINE) or list(range(count))
+    elif flags.exclude:
+        excluded = _parse_filter("exclude", flags.exclude).get(THIS_MACHINE)  # none is named: the whole host
+        slots = [slot for slot in range(count) if excluded and slot not in excluded]
+        if not slots:
+            raise ConfigError(f"--exclude {flags.exclude}: no slot of this machine is left: name fewer of its {count}")
+    elif flags.num_gpus <= 0 and numbers:
+        return numbers
+    else:
+        slots = list(range(count))
+    if hidden := [slot for slot in slots if numbers and slot not in numbers]:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={visible}: the launcher ignores it beside --num_gpus, --include or --exclude, and "
+            f"would take GPU {hidden[0]}: leave that flag out, or unset the variable"
+        )
     return slots
 
 

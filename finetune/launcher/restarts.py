@@ -12,7 +12,8 @@ from pathlib import Path
 
 from finetune.diagnostics import Failure, likely_cause
 from finetune.distributed.stop_requests import EXIT_STOPPED, STOP_FILE
-from finetune.launcher.hostfile import Resources
+from finetune.launcher.deepspeed_args import LauncherArgs
+from finetune.launcher.hostfile import Resources, resolve_resources
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import without_flags
 
@@ -47,12 +48,20 @@ def failed_host(failure: Failure | None, resources: Resources) -> str | None:
     return next(iter(hosts)) if len(hosts) == 1 and hosts <= resources.slots.keys() else None
 
 
+def resources_of_first_start(flags: LauncherArgs) -> Resources | None:
+    """Return the hosts of the first start, without spares; None for this machine alone."""
+    resources = resolve_resources(flags)
+    return without_spares(resources) if resources is not None and resources.spares else resources
+
+
 def without_spares(resources: Resources) -> Resources:
     """Return the resources of the first start: the hosts that are used, and no spare.
 
     Raises:
-        ConfigError: there are spares, and a filter leaves out the first slots of a host.
+        ConfigError: there are spares, and a filter leaves out the first slots of a host, or there are spares only.
     """
+    if len(resources.spares) == len(resources.slots):
+        raise ConfigError(f"{resources.path}: every host is a spare: take the word off those that train first")
     if resources.spares and any(ids != list(range(len(ids))) for ids in resources.slots.values()):
         raise ConfigError(
             f"{resources.path} has spares: --include and --exclude may leave out last slots of a host only"

@@ -29,6 +29,7 @@ from finetune.preflight.host_checks import (
     check_machine,
     check_network,
     check_operators,
+    with_gpus_of,
 )
 from finetune.preflight.planned_run import PlannedRun
 from finetune.preflight.resource_checks import check_resources, forecast_batches, free_space, note_batches, run_spec
@@ -55,8 +56,8 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
     hardware = detect_hardware(use_cpu=run.use_cpu)
     if remote is None:
         name = list(slots)[max(run.flags.node_rank, 0)]  # the same command is typed on every host
-        answers: Answers = {name: here}
-        check_host(report, name, here, len(slots[name]))
+        answers: Answers = {name: with_gpus_of(slots[name], here)}
+        check_host(report, name, answers[name], len(slots[name]))
     else:
         logger.info(f"asking {len(slots)} hosts")
         answers = check_hosts(report, run, slots)
@@ -82,7 +83,7 @@ def examine_run(report: DoctorReport, run: PlannedRun, resolve: Resolve) -> None
             if batches is not None:
                 note_batches(report, config.batch, batches)
                 planned = run_spec(config, batches, ranks_on_host=max(map(len, slots.values())))
-                free = free_space(config.hardware.use_cpu, slots, answers)
+                free = free_space(config.hardware.use_cpu, answers)
                 check_resources(report, planned, batches.first, free, info, tokenizer, config.adapter)
         names = operators_of(config.deepspeed.config if config.deepspeed else None, use_cpu=config.hardware.use_cpu)
         with_code = [host for host in answers if answers[host]["code"]]

@@ -41,7 +41,11 @@ def check_hosts(report: DoctorReport, run: PlannedRun, slots: Mapping[str, list[
     """Probe all hosts, note their facts and findings, and return the answers of those that gave one."""
     answers = ssh.probe_hosts(list(slots), run.shell, run.shared_words, run.probe_order())
     report.add_errors("hosts", ssh.faults_of(answers, slots))
-    answered = {host: answer for host, answer in answers.items() if not isinstance(answer, str) and "space" in answer}
+    answered = {
+        host: with_gpus_of(slots[host], answer)
+        for host, answer in answers.items()
+        if not isinstance(answer, str) and "space" in answer
+    }
     for host, facts in answered.items():
         check_host(report, host, facts, len(slots[host]))
     first = next(iter(slots))
@@ -61,6 +65,14 @@ def check_hosts(report: DoctorReport, run: PlannedRun, slots: Mapping[str, list[
         for host, ids in slots.items()
     }
     return answered
+
+
+def with_gpus_of(slots: Sequence[int], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of a host with those of its GPUs that have these numbers; of unlike ones CUDA decides which."""
+    gpus = facts["gpu_facts"]
+    if len({gpu["name"] for gpu in gpus}) > 1:
+        return facts
+    return {**facts, "gpu_facts": [gpus[slot] for slot in slots if slot < len(gpus)]}
 
 
 def check_host(report: DoctorReport, host: str, facts: Mapping[str, Any], slots: int) -> None:

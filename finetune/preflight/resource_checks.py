@@ -235,11 +235,11 @@ def _kept_checkpoints(schedule: ScheduleConfig, batches: BatchForecast) -> int:
     return min(saved, limit) if limit and limit > 0 else saved
 
 
-def free_space(use_cpu: bool, slots: dict[str, list[int]], answers: Answers) -> FreeSpace:
+def free_space(use_cpu: bool, answers: Answers) -> FreeSpace:
     """Collect what the hosts said of their memory and disks."""
     disks = {host: facts["space"]["output"]["free"] for host, facts in answers.items()}
     host = min((facts["memory"]["available"] for facts in answers.values()), default=math.inf)
-    gpus = [gpu["memory"] for name, facts in answers.items() for gpu in facts["gpu_facts"][: len(slots[name])]]
+    gpus = [gpu["memory"] for facts in answers.values() for gpu in facts["gpu_facts"]]
     return FreeSpace(min(gpus) if gpus and not use_cpu else None, host, disks)
 
 

@@ -157,3 +157,27 @@ def test_a_machine_without_a_slot_left_is_an_error(words):
     assert local_slots(parse_launcher_args(["--exclude", "localhost:0", "a.py"]), 3) == [1, 2]
     with pytest.raises(ConfigError, match=f"{words}: no slot of this machine is left"):
         local_slots(flags, 1)
+
+
+@pytest.mark.parametrize(
+    ("visible", "words", "expected"),
+    [
+        ("2,3", "", [2, 3]),
+        ("-1", "", [0, 1, 2, 3]),
+        ("0,1,2,3", "--num_gpus 2", [0, 1]),
+        ("2,3", "--num_gpus 2", "CUDA_VISIBLE_DEVICES=2,3: the launcher ignores it beside .* take GPU 0"),
+        ("2,3", "--exclude localhost:2", "take GPU 0"),
+        ("2,3", "--include localhost:3,1", "take GPU 1"),
+        ("GPU-8932f937", "", "CUDA_VISIBLE_DEVICES=GPU-8932f937: the launcher takes numbers only"),
+        ("0,MIG-1", "--num_gpus 1", "the launcher takes numbers only"),
+    ],
+)
+def test_the_gpus_that_are_visible_are_those_of_the_launcher(visible, words, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    flags = parse_launcher_args([*words.split(), "a.py"])
+    if isinstance(expected, list):
+        assert local_slots(flags, 4) == expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            local_slots(flags, 4)
+        assert local_slots(flags, 0)  # without a GPU the variable says nothing

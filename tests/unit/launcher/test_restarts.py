@@ -39,6 +39,8 @@ def test_spares_are_those_that_the_filters_leave(resources, filters, hosts, spar
     assert chosen.pool == hosts and list(chosen.spares) == spares
     with pytest.raises(ConfigError, match="may leave out last slots of a host only"):
         resolve("--exclude=a:0")
+    with pytest.raises(ConfigError, match="every host is a spare: take the word off those that train first"):
+        resolve("--include=c")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune.config.hardware import DetectedHardware, Gpu
+from finetune.config.hardware import DetectedHardware, Gpu, hardware_of
 from finetune.preflight import DoctorReport, examination
+from finetune.preflight.host_checks import with_gpus_of
+from finetune.preflight.resource_checks import free_space
+
+
+def test_only_the_gpus_of_the_slots_count():
+    sizes = [80, 80, 24, 24]
+    gpus = [{"name": "A", "capability": "8.0", "memory": size << 30, "used": size << 29} for size in sizes]
+    facts = {"gpus": 4, "gpu_facts": gpus, "versions": {}, "memory": {"available": 1}, "space": {"output": {"free": 1}}}
+    first = with_gpus_of([0, 1], facts)
+    assert free_space(use_cpu=False, answers={"h": first}).device == 80 << 30
+    assert len(hardware_of([first], use_cpu=False).gpus) == 2
+    unlike = {**facts, "gpu_facts": [{**gpus[0], "name": "B", "capability": "7.0"}, *gpus[1:]]}
+    assert hardware_of([with_gpus_of([2, 3], unlike)], use_cpu=False).weakest == Gpu("B", (7, 0))
 
 
 class Counted(Exception):
