@@ -32,7 +32,7 @@ from finetune.launcher import launcher_options
 from finetune.utils.errors import ConfigError, raise_faults
 from finetune.utils.hub import MODELSCOPE, modelscope_folder
 from finetune.utils.options import CommandParser, OptionType, declaration, describe, fill, one_of
-from finetune.utils.user_files import read_json
+from finetune.utils.user_files import parse_object, read_json
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 # Flags whose values are names, and where transformers lists these.
@@ -42,7 +42,9 @@ NAMED = {
     "eval_strategy": ("trainer_utils.py", "IntervalStrategy"),
     "logging_strategy": ("trainer_utils.py", "IntervalStrategy"),
     "optim": ("training_args.py", "OptimizerNames"),
+    "attn_implementation": ("modeling_utils.py", "AttentionInterface"),
 }
+OBJECTS = ("lr_scheduler_kwargs", "liger_kernel_config")  # flags of JSON objects
 OF_ALL_KINDS = ("use_lora", "adapter", "adapter_config", "embedding_learning_rate")
 UNSET: tuple[Any, ...] = (None, "", [], [""])
 # The lowest value of each number that makes sense.
@@ -57,14 +59,16 @@ LOWEST = {
     **dict.fromkeys(
         "report_answers report_seconds report_samples meeting_timeout start_timeout step_timeout save_timeout "
         "early_stopping_threshold save_total_limit dataloader_num_workers eval_delay warmup_steps weight_decay "
-        "adam_beta1 adam_beta2 max_grad_norm label_smoothing_factor seed data_seed".split(),
+        "max_grad_norm seed data_seed".split(),
         0,
     ),
 }
 OF_THE_LAUNCHER = "a flag of the launcher: it stands in front of the script, and anywhere in `finetune train`"
 ABOVE_0 = (
     "logging_steps", "save_steps", "eval_steps", "adam_epsilon", "loraplus_lr_ratio", "embedding_learning_rate",
+    "lora_alpha",
 )  # fmt: skip
+SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor", "lora_dropout")
 HIGHEST_SEED = 2**32 - 1  # of numpy
 
 
@@ -215,6 +219,7 @@ def _faults(arguments: Arguments, on_command_line: Collection[str], *, adapter_r
         yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
     yield from refused_flags(arguments)
     yield from _name_faults(arguments)
+    yield from _object_faults(arguments)
     yield from _adapter_faults(arguments.adapter)
     if arguments.model.load_in_4bit and arguments.model.load_in_8bit:
         yield "--load_in_4bit and --load_in_8bit exclude each other: keep one of them"
@@ -226,16 +231,25 @@ def _faults(arguments: Arguments, on_command_line: Collection[str], *, adapter_r
 
 def _name_faults(arguments: Arguments) -> Iterator[str]:
     """Yield values that are none of the names which transformers knows, read from its source."""
+    given = {**arguments.training, "attn_implementation": arguments.model.attn_implementation}
     for name, (file, names) in NAMED.items():
-        value = arguments.training.get(name)
-        if value is None:
+        value = given.get(name)
+        if value is None or (name == "attn_implementation" and "/" in value):  # a kernel on the hub
             continue
         nodes = [node.value for node in declaration("transformers", file, names).body if isinstance(node, ast.Assign)]
-        known = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
+        words = [str(part.value) for node in nodes for part in ast.walk(node) if isinstance(part, ast.Constant)]
+        known = [word.removeprefix("paged|") for word in words]  # "paged|eager" is that of serving
         if value not in known:
-            close = get_close_matches(str(value), known, n=1)
+            close = [word for word in known if word.startswith(str(value))] or get_close_matches(str(value), known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             yield f"--{name} {value}: {hint}expected {one_of(known)}"
+
+
+def _object_faults(arguments: Arguments) -> Iterator[str]:
+    for name in OBJECTS:
+        value = arguments.training.get(name)
+        if value and parse_object(value) is None:
+            yield f'--{name} {value}: expected a JSON object such as {{"name": 1}}'
 
 
 def _number_faults(arguments: Arguments) -> Iterator[str]:
@@ -247,6 +261,8 @@ def _number_faults(arguments: Arguments) -> Iterator[str]:
             yield from below(LOWEST[name], name, value)
         if name in ABOVE_0 and value is not None and value <= 0:
             yield f"--{name} {value:g}: expected more than 0"
+        if name in SHARES and value is not None and not 0 <= value < 1:
+            yield f"--{name} {value}: expected a share from 0 up to 1"
         if name in ("seed", "data_seed") and value is not None and value > HIGHEST_SEED:
             yield f"--{name} {value}: expected at most {HIGHEST_SEED}"
     steps = arguments.training.get("max_steps", -1)
@@ -321,8 +337,6 @@ def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:
         yield f"--adapter_config: {method}"
     if adapter.freeze and adapter.train_only:
         yield "--freeze and --train_only exclude each other: keep one of them"
-    if adapter.lora_dropout is not None and not 0 <= adapter.lora_dropout < 1:
-        yield f"--lora_dropout {adapter.lora_dropout}: expected a share from 0 up to 1"
 
 
 def _with_config_read(adapter: AdapterArguments) -> AdapterArguments:

@@ -4,7 +4,6 @@ This is the only home of a default of ours.
 """
 
 import ast
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.utils.options import OptionType, declaration, default_of_field, option
+from finetune.utils.user_files import parse_object
 
 # The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
 # Only at the newest commit of its main branch, which is named: a revision may be a pull request by anyone.
@@ -201,11 +201,7 @@ class DataArguments:
 
     def template_kwargs(self) -> dict[str, Any] | None:
         """Return the variables for the chat template; None if they are not a JSON object."""
-        try:
-            value = json.loads(self.chat_template_kwargs or "{}")
-        except json.JSONDecodeError:
-            return None
-        return value if isinstance(value, dict) else None
+        return parse_object(self.chat_template_kwargs or "{}")
 
     def chat_facts(self) -> dict[str, Any]:
         """Return what run.json records, so that the result is served as it was trained."""

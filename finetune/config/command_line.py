@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from finetune.config.recipes import recipe_path
 from finetune.launcher import launcher_options
+from finetune.utils.errors import ConfigError
 from finetune.utils.options import BOOLEANS, OptionType
 
 SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
@@ -32,15 +33,18 @@ def split_command(
         name, equals, _ = words[place].partition("=")
         if script is None and equals and f"--{name}" in options:
             words[place], name = f"--{words[place]}", f"--{name}"
-        plain = name.removeprefix("--")
+        plain, following = name.removeprefix("--"), (words[place + 1 :] or [""])[0]
         if plain in own_names and name != plain:
             target = ours
-            takes_value = not equals and place + 1 < len(words) and words[place + 1].lower() in BOOLEANS
+            takes_value = not equals and following.lower() in BOOLEANS
         elif script is not None:
             target, takes_value = (launcher if place < script else training), False
         else:
             is_launcher = name in options and plain not in types
-            target, takes_value = (launcher if is_launcher else training), is_launcher and options[name] and not equals
+            target = launcher if is_launcher else training
+            takes_value = is_launcher and options[name] and not equals
+            if takes_value and (place + 1 == len(words) or following.startswith("--")):
+                raise ConfigError(f"{name}: a value is missing behind it")
         if place != script:
             target += words[place : place + 1 + takes_value]
         place += 1 + takes_value

@@ -24,10 +24,10 @@ from finetune.config.deepspeed_flags import (
     resolve_schedule,
     resolve_values,
 )
-from finetune.config.deepspeed_schema import remove_key, schema_faults, without_comments
+from finetune.config.deepspeed_schema import remove_key, schema_faults, section_faults, without_comments
 from finetune.utils.errors import ConfigError, missing_reason, raise_faults
 from finetune.utils.proc import shipped_folder
-from finetune.utils.user_files import json_kind, read_json_object, unique_keys
+from finetune.utils.user_files import read_json_object, unique_keys
 
 STAGES = (0, 1, 2, 3)
 # Filled by transformers once the model's hidden size is known.
@@ -149,11 +149,8 @@ class _Resolver:
         self.notes: list[str] = []
 
     def stage(self) -> int:
-        zero = self.config.get("zero_optimization", {})
-        if not isinstance(zero, dict):
-            self.faults.append(f"zero_optimization: expected an object, found {json_kind(zero)}")
-            return 0
-        stage = zero.get("stage", 0)
+        self.faults += section_faults(self.config)
+        stage = 0 if self.faults else self.config.get("zero_optimization", {}).get("stage", 0)
         if isinstance(stage, bool) or stage not in STAGES:
             self.faults.append(f"zero_optimization.stage is {json.dumps(stage)}: expected 0, 1, 2 or 3")
             return 0

@@ -116,9 +116,6 @@ def resolve_schedule(
         "cos_min_ratio": (0, start + "ends at 0"),
         "last_batch_iteration": (-1, "a checkpoint decides where a run resumes"),
     }
-    if not isinstance(params, dict):
-        faults.append(f"scheduler.params is {json.dumps(params)}: expected an object")
-        return None
     for key, value in params.items():
         if key not in decided:
             faults.append(f"{unknown_key(('scheduler', 'params', key), set(decided))}")

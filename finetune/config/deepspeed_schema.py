@@ -59,6 +59,11 @@ DECIDED = {
     "train_batch_size": 1,
     "gradient_clipping": 1.0,
 }
+# Sections that are read before DeepSpeed sees the config.
+SECTIONS = (
+    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "bf16", "fp16",
+    "optimizer", "optimizer.params", "scheduler", "scheduler.params", "activation_checkpointing", "data_types",
+)  # fmt: skip
 FREE_FORM = (("optimizer", "params"), ("scheduler", "params"))
 NAME_OF_READERS = re.compile("config|constants")  # modules of DeepSpeed that read or declare keys
 COMMENT_MARKS = ("_", "//", "#")
@@ -147,6 +152,15 @@ def schema_faults(config: Mapping[str, Any], *, imports_deepspeed: bool = True) 
             faults.append((key, f"{dotted} is {_text(value)}: {why}: leave it out"))
             remove_key(rest, key)
     return faults + (_faults_of_deepspeed(rest) if imports_deepspeed else list(_unknown_words(rest)))
+
+
+def section_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the sections that are read here and are no objects."""
+    for dotted in SECTIONS:
+        key = tuple(dotted.split("."))
+        value = (section_of(config, key) or {}).get(key[-1], {})
+        if not isinstance(value, dict) and (value is not None or dotted == "zero_optimization"):
+            yield f"{dotted} is {_text(value)}: expected an object"
 
 
 def _unknown_words(config: Mapping[str, Any], path: Key = ()) -> Iterator[tuple[Key, str]]:

@@ -46,6 +46,12 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"--report_to {name}: it is not installed: pip install {package}")
 
 
+def check_kernels(attention: str | None) -> None:
+    """Check that attention from the hub, `owner/name`, has the package that loads it."""
+    if attention and "/" in attention and find_spec("kernels") is None:
+        raise ConfigError(f"--attn_implementation {attention}: kernels is not installed: pip install kernels")
+
+
 def check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:
     """Check that Liger's kernels are installed and can run, if the flags name them."""
     if not arguments.given("use_liger_kernel"):

@@ -1,6 +1,5 @@
 """Resolve a command line for this hardware and number of ranks into a `RunConfig`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,13 @@ from finetune.config.deepspeed_config import (
     resolve_deepspeed_config,
 )
 from finetune.config.hardware import DetectedHardware, HardwareConfig, resolve_hardware
-from finetune.config.optional_packages import check_liger, check_optimizer, check_quantization, check_trackers
+from finetune.config.optional_packages import (
+    check_kernels,
+    check_liger,
+    check_optimizer,
+    check_quantization,
+    check_trackers,
+)
 from finetune.config.run_config import (
     ActivationCheckpointing,
     BatchConfig,
@@ -25,8 +30,12 @@ from finetune.config.run_config import (
 )
 from finetune.run_dir import output_dir_lock
 from finetune.utils.errors import ConfigError
+from finetune.utils.options import one_of
+from finetune.utils.user_files import has_type, parse_object
 
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is always done
+# Those of torch.utils.checkpoint after our two.
+CHECKPOINTING = {"every_n_layers": int, **dict.fromkeys(("offload", "use_reentrant", "preserve_rng_state"), bool)}
 GROUPS_ITSELF = ("galore", "apollo", "lomo", "adalomo", "muon", "dion")  # beginnings of names of --optim
 # Recorded in checkpoints even where the user leaves them to their defaults, which transformers may change.
 RECORDED_FLAGS = (
@@ -53,7 +62,7 @@ def resolve_config(
     output_dir = arguments.output_dir
     check_flags(arguments, ranks.size)
     evaluation = evaluation_options(arguments)
-    move_aside = check_output_dir(arguments)
+    check_output_dir(arguments)
     hardware = resolve_hardware(
         detected,
         bf16=arguments.training.get("bf16"),
@@ -71,7 +80,7 @@ def resolve_config(
         deepspeed.config.setdefault("checkpoint", {})["load_universal"] = True
     checkpoint = CheckpointConfig(
         output_dir=output_dir,
-        move_aside=move_aside,
+        overwrite=arguments.run.overwrite_output_dir,
         keep=arguments.given("save_total_limit"),
         resume_from=arguments.resumes_from(),
         allow_inexact=arguments.run.allow_inexact_resume,
@@ -107,12 +116,12 @@ def resolve_config(
     )
 
 
-def check_output_dir(arguments: Arguments) -> bool:
+def check_output_dir(arguments: Arguments) -> None:
     """Check that the output folder is not the model's, and as `output_dir_lock.check_output_dir` does."""
     for source in filter(None, (arguments.model.model_name_or_path, arguments.model.adapter_name_or_path)):
         if arguments.output_dir.resolve() == Path(source).expanduser().resolve():
             raise ConfigError(f"--output_dir {arguments.output_dir}: is the folder of the model: choose another one")
-    return output_dir_lock.check_output_dir(
+    output_dir_lock.check_output_dir(
         arguments.output_dir,
         overwrite=arguments.run.overwrite_output_dir,
         resume=arguments.resumes_from() is not None,
@@ -131,6 +140,7 @@ def check_flags(arguments: Arguments, world_size: int | None = None) -> None:
     _check_sampling(arguments)
     check_trackers([report_to] if isinstance(report_to, str) else report_to or [])
     check_optimizer(str(arguments.given("optim")))
+    check_kernels(arguments.model.attn_implementation)
     bits = arguments.model.quantized_bits()
     check_quantization(bits, f"--load_in_{bits}bit True", arguments.adapter, None)
     if deepspeed:
@@ -243,7 +253,8 @@ def _training_values(
     if hardware.use_cpu:
         values["dataloader_pin_memory"] = False
     # Liger's fused loss would compute logits of its own; its norms, rotary embeddings and gates are wanted.
-    values.setdefault("liger_kernel_config", {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    liger = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+    values["liger_kernel_config"] = parse_object(arguments.training.get("liger_kernel_config") or "") or liger
     return values
 
 
@@ -328,11 +339,12 @@ def _resolve_deepspeed(
 def activation_checkpointing(arguments: Arguments) -> ActivationCheckpointing:
     """Read `--gradient_checkpointing` and its options, a JSON object."""
     given = arguments.given("activation_checkpointing_kwargs") or "{}"
-    try:
-        options = json.loads(given)
-        every, offload = int(options.get("every_n_layers", 1)), bool(options.get("offload", False))
-    except (ValueError, TypeError, AttributeError):
+    options = parse_object(given)
+    known = options is not None and all(has_type(value, CHECKPOINTING.get(key)) for key, value in options.items())
+    if options is None or not known or options.get("every_n_layers", 1) < 1:
         raise ConfigError(
-            f'--activation_checkpointing_kwargs {given}: expected a JSON object such as {{"every_n_layers": 2}}'
-        ) from None
+            f'--activation_checkpointing_kwargs {given}: expected a JSON object such as {{"every_n_layers": 2}}: '
+            f"every_n_layers is at least 1, {one_of([*CHECKPOINTING][1:])} true or false"
+        )
+    every, offload = options.get("every_n_layers", 1), options.get("offload", False)
     return ActivationCheckpointing(bool(arguments.given("activation_checkpointing")), every, offload)

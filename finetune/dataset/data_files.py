@@ -23,6 +23,9 @@ REFUSED_SUFFIXES = {
     ".xlsx": "a spreadsheet: write it as CSV, with the names of the columns in the first line",
     ".tar": "a tar archive: unpack it and name the files in it",
     ".tgz": "a tar archive: unpack it and name the files in it",
+    ".docx": "a document: write its conversations as JSON lines",
+    ".yaml": "a YAML file: a recipe stands without a flag, as in `finetune train FILE.yaml`; data is JSON or Parquet",
+    ".safetensors": "the weights of a model: give the folder of the model as --model_name_or_path",
 }
 _TAR_MAGIC_OFFSET = 257
 

@@ -15,13 +15,14 @@ from finetune.dataset.csv_reader import DELIMITERS
 from finetune.dataset.data_files import REFUSED_SUFFIXES
 from finetune.dataset.hub_datasets import hub_dataset, is_saved, saved_dataset
 from finetune.dataset.remote_files import fetch
-from finetune.utils.errors import DataError, missing_reason, raise_faults
+from finetune.utils.errors import ConfigError, DataError, format_names, missing_reason, raise_faults
 from finetune.utils.hub import MODELSCOPE, modelscope_folder
 from finetune.utils.proc import shipped_folder
 
 NOT_SHIPPED = {"coig_10k.json": "COIG's 10,000 conversations are not part of this project"}
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 PACKED_SUFFIXES = (".gz", ".zst")
+MODEL_FILES = {"config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "run.json"}
 # owner/name, then :split or :config/split
 _HUB_NAME = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(:((?P<config>[\w.-]+)/)?(?P<split>[\w.-]+))?")
 _BLOCK_BYTES = 4 << 20
@@ -172,6 +173,11 @@ def _folder(folder: str, weight: float) -> list[Source]:
     names = sorted(os.listdir(folder))
     files = [os.path.join(folder, name) for name in names if _is_data_file(name) and not name.startswith(".")]
     files = [file for file in files if os.path.isfile(file)]
+    if of_model := sorted(MODEL_FILES.intersection(names)):
+        raise ConfigError(
+            f"{folder}: is the folder of a model or a run, it holds {format_names(of_model)}: name files of "
+            "conversations, or the folder that holds them"
+        )
     if not files:
         found = ", ".join(names[:8]) or "nothing"
         raise DataError(

@@ -1,12 +1,24 @@
 """Read the fields of model configs that families name differently, or that each layer has for itself (Gemma 4)."""
 
+from types import SimpleNamespace
 from typing import Any
+
+from finetune.utils.errors import ConfigError
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "moe_k",
 )  # fmt: skip
 ROUTER_LOSS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+
+
+class StoredConfig(SimpleNamespace):
+    """The values of a config.json as they are, without the names and defaults that transformers gives them."""
+
+    def get_text_config(self) -> "StoredConfig":
+        """Return the part about the text model, as the method of transformers' configs."""
+        nested = getattr(self, "text_config", None)
+        return StoredConfig(**nested) if isinstance(nested, dict) else self
 
 
 def by_layer(config: Any, name: str) -> list[Any]:
@@ -22,11 +34,30 @@ def by_layer(config: Any, name: str) -> list[Any]:
 
 def largest(config: Any, *names: str) -> int:
     """Return the largest value that a layer has for the first of these fields that is set; 0 where none is."""
-    for name in names:
-        values = [part for value in by_layer(config, name) for part in (value if isinstance(value, list) else [value])]
-        if numbers := [value for value in values if value]:
-            return max(numbers)
-    return 0
+    return next((max(numbers) for name in names if (numbers := _numbers(config, name))), 0)
+
+
+def _numbers(config: Any, name: str) -> list[int]:
+    """Return the different numbers that layers have for a field, in their order."""
+    values = [part for value in by_layer(config, name) for part in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(value for value in values if value and isinstance(value, int | float)))
+
+
+def check_attention_heads(size: int, config: Any) -> None:
+    """Check that each of the `size` ranks that share a conversation gets the same share of the attention heads.
+
+    Raises:
+        ConfigError: `--sequence_parallel_size` does not fit the model; all reasons at once.
+    """
+    heads, key_heads = _numbers(config, "num_attention_heads"), _numbers(config, "num_key_value_heads")
+    reasons = [f"it does not divide the model's {count} attention heads" for count in heads if count % size]
+    reasons += [
+        f"the model's {count} key heads neither divide it nor are divided by it"
+        for count in key_heads
+        if count % size and size % count
+    ]
+    if reasons:
+        raise ConfigError(f"--sequence_parallel_size {size}: " + "; ".join(reasons))
 
 
 def set_vocab_size(config: Any, rows: int) -> None:

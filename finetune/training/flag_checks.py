@@ -5,10 +5,8 @@ Whatever transformers or torch refuses is reported with the flags that cause it:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.utils.errors import raise_faults
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
 
 # What the constructors raise for values that they do not take.
 REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-MAY_BE_FILES = ("deepspeed", "fsdp_config", "accelerator_config")  # the others take JSON only
 IGNORES_OPTIONS = ("constant", "constant_with_warmup")  # schedules that drop --lr_scheduler_kwargs
 NEEDS_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that look for layers by name
 LARGE, ADAM_BYTES = 512, 8.0  # width of a layer whose states are measured; bytes where they cannot be
@@ -39,10 +36,6 @@ def check_training_flags(values: Mapping[str, Any], given: Mapping[str, Any], *,
     """
     values = {**values, "use_cpu": True, "tf32": None, "deepspeed": None, "save_on_each_node": False}
     faults = []
-    for name, value in given.items():
-        if name in _dict_flags() and isinstance(value, str) and not _is_object(name, value):
-            faults.append(f'--{name} {value}: expected a JSON object such as {{"name": 1}}')
-            values.pop(name, None)
     while (refusal := _refusal(values, builds_optimizer)) is not None:
         causes = [name for name in given if name in values and _is_cause(name, values, refusal, builds_optimizer)]
         shown = " ".join(f"--{name} {given[name]}" for name in causes) or "the training flags"
@@ -139,18 +132,3 @@ def _arguments_class() -> Any:
         _n_gpu, distributed_state = 0, None
 
     return DevicelessArguments
-
-
-def _dict_flags() -> list[str]:
-    from transformers import TrainingArguments
-
-    return TrainingArguments._VALID_DICT_FIELDS
-
-
-def _is_object(name: str, text: str) -> bool:
-    if name in MAY_BE_FILES and not text.startswith("{"):
-        return Path(text).is_file() or name == "deepspeed"
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False

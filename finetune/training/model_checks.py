@@ -16,7 +16,7 @@ from finetune.distributed.op_builder import build_notes
 from finetune.distributed.startup_timer import timed
 from finetune.models.adapters import check_attachable, embedding_names
 from finetune.models.loader import ModelInfo, embedding_rows, inspect_model, needs_new_embeddings
-from finetune.models.model_config import by_layer
+from finetune.models.model_config import check_attention_heads
 from finetune.models.module_kinds import VISION
 from finetune.models.quantization import is_packed_in_files
 from finetune.utils.console import log_notes
@@ -54,27 +54,6 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
         notes=(*config.notes, *info.notes, *adapter_notes, *notes),
     )
     return adapted, info
-
-
-def check_attention_heads(size: int, model_config: Any) -> None:
-    """Check that each of the `size` ranks that share a conversation gets the same share of the attention heads.
-
-    Raises:
-        ConfigError: `--sequence_parallel_size` does not fit the model; all reasons at once.
-    """
-    counts = by_layer(model_config, "num_attention_heads")
-    layers = dict.fromkeys(zip(counts, by_layer(model_config, "num_key_value_heads"), strict=True))
-    faults = {
-        **{f"it does not divide the model's {heads} attention heads": heads % size for heads, _ in layers},
-        **{
-            f"the model's {keys} key heads neither divide it nor are divided by it": keys % size and size % keys
-            for _, keys in layers
-            if keys
-        },
-    }
-    reasons = [reason for reason, applies in faults.items() if applies]
-    if reasons:
-        raise ConfigError(f"--sequence_parallel_size {size}: " + "; ".join(reasons))
 
 
 def resolve_activation_checkpointing(

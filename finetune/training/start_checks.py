@@ -23,6 +23,7 @@ from finetune.dataset.data_sources import find_local_sources
 from finetune.distributed import host_probe
 from finetune.launcher import LauncherArgs, Resources, local_slots
 from finetune.models.lora_targets import check_target_names
+from finetune.models.model_config import StoredConfig, check_attention_heads
 from finetune.models.model_folder import check_folder, check_revision, check_tokenizer_files, stored_bytes, weight_map
 from finetune.run_dir import output_dir_lock
 from finetune.utils.console import log_notes
@@ -55,11 +56,8 @@ class PlannedRanks:
     @classmethod
     def of_launch(cls, flags: LauncherArgs, resources: Resources | None, *, use_cpu: bool) -> "PlannedRanks | None":
         """Plan from the flags of the launcher; None where only torch can tell what GPUs the ranks get."""
-        gpus, visible = host_probe.count_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
-        hides_all = visible in ("", "-1")
-        is_choice = visible is not None and not hides_all and len(visible.split(",")) != gpus
-        # Of the devices, the first is AMD's; the other is there without nvidia-smi in some containers.
-        if is_choice or Path("/dev/kfd").exists() or (not gpus and Path("/dev/nvidiactl").exists()):
+        gpus, hides_all = host_probe.count_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if host_probe.has_unlisted_gpus():
             return None
         facts = {"gpus": gpus, "gpu_facts": host_probe.gpu_facts(), "versions": host_probe.versions()}
         hardware = hardware_of([facts], use_cpu=use_cpu or hides_all)
@@ -98,6 +96,7 @@ def _checks(arguments: Arguments, planned: PlannedRanks | None, is_launch: bool)
     if is_launch:
         yield lambda: _check_data(arguments.data)
     yield lambda: _check_skip_rows(arguments.run.skip_rows)
+    yield lambda: checkpoint.key_of(arguments.run.verify_key)
     template, resumed = arguments.data.chat_template, arguments.resumes_from()
     if template is not None:
         yield lambda: read_template(template)
@@ -111,15 +110,16 @@ def _checks(arguments: Arguments, planned: PlannedRanks | None, is_launch: bool)
 
 
 def _check_model(arguments: Arguments) -> None:
-    """Check the folder of the model, or the config on the hub, and the names of `--lora_target_modules` against it."""
+    """Check the folder of the model, or the config on the hub, and the flags that its config contradicts."""
     name, revision = arguments.model.model_name_or_path, arguments.model.model_revision
     folder, wanted = Path(name).expanduser(), arguments.adapter.lora_target_modules
     check_folder(name)
     check_revision(name, revision)
-    config = folder / "config.json" if folder.is_dir() else hub_file(name, "config.json", revision)
+    config = read_json_object(folder / "config.json" if folder.is_dir() else hub_file(name, "config.json", revision))
+    check_attention_heads(arguments.batch.sequence_parallel_size, StoredConfig(**config))
     if arguments.adapter.kind() == "lora" and wanted:
         tensors = [tensor for names in weight_map(folder).values() for tensor in names]
-        check_target_names(wanted, read_json_object(config), tensors)
+        check_target_names(wanted, config, tensors)
 
 
 def _check_flags(arguments: Arguments, planned: PlannedRanks | None) -> None:

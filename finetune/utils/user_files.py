@@ -58,6 +58,15 @@ def read_json_object(path: Path, **hooks: Any) -> dict[str, Any]:
     return value
 
 
+def parse_object(text: str) -> dict[str, Any] | None:
+    """Return the object in a JSON text; None if it holds none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def json_kind(value: Any) -> str:
     """Return the name that JSON has for the type of a value."""
     return KINDS.get(type(value), "a number")

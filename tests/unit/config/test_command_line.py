@@ -44,6 +44,13 @@ def test_values_that_look_like_flags_stay_values():
     assert arguments.data.columns == ["question=Q", "answer=A"] and arguments.data.data_path == ["b.json", "c.json"]
 
 
+@pytest.mark.parametrize("words", ["a.yaml --hostfile --use_lora", "--seed 3 --num_gpus"])
+def test_a_flag_of_the_launcher_takes_no_flag_for_its_value(recipe, words):
+    with pytest.raises(ConfigError, match="--(hostfile|num_gpus): a value is missing behind it"):
+        train.parse_options(words.split())
+    assert train.parse_options(["a.yaml", "--hostfile", ""]).hostfile == ""
+
+
 def test_a_second_recipe_is_refused(recipe):
     with pytest.raises(ConfigError, match="a.yaml and b.yaml"):
         parse(["a.yaml", "b.yaml"])

@@ -26,7 +26,7 @@ def start(tmp_path, monkeypatch):
     model.mkdir()
     for name in ("model.safetensors", "tokenizer.json"):
         (model / name).write_bytes(b"0" * 1000)
-    (model / "config.json").write_text('{"model_type": "qwen3"}')
+    (model / "config.json").write_text('{"model_type": "qwen3", "num_attention_heads": 9}')
     Path("d.json").write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]}]')
 
     import_module = builtins.__import__
@@ -124,15 +124,41 @@ def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
         ("--model_revision main", ConfigError, "--model_revision main: ./model is a folder"),
         ("--model_name_or_path a/b", ConfigError, "a/b: no such folder, not in the cache"),
         ("--model_name_or_path a?b", ConfigError, "a?b: no such folder, and no name of a model"),
+        (
+            "--sequence_parallel_size 2 --deepspeed zero3",
+            ConfigError,
+            "it does not divide the model's 9 attention heads",
+        ),
+        ("--attn_implementation sdp", ConfigError, "--attn_implementation sdp: did you mean sdpa? expected flash_"),
+        ("--attn_implementation a/b", ConfigError, "--attn_implementation a/b: kernels is not installed: pip install"),
+        ("--data_path model", ConfigError, "model: is the folder of a model or a run, it holds config.json, tokeni"),
+        ("--eval_data_path ended:2", ConfigError, "ended: is the folder of a model or a run, it holds run.json"),
+        ("--data_path model/model.safetensors", DataError, "the weights of a model: give the folder of the model as"),
+        (
+            "--verify_key my-secret",
+            ConfigError,
+            "--verify_key: expected the name of an environment var",
+        ),
+        (
+            '--gradient_checkpointing --gradient_checkpointing_kwargs {"every_n_layers":0}',
+            ConfigError,
+            "every_n_layers is at least 1, offload, use_reentrant",
+        ),
+        (
+            '--activation_checkpointing_kwargs {"offlod":true}',
+            ConfigError,
+            '{"offlod":true}: expected a JSON',
+        ),
         ("--use_lora --lora_target_modules q_prj v_proj", ConfigError, "--lora_target_modules q_prj: qwen3 has no"),
     ],
 )
 def test_a_mistake_is_named_with_value_and_remedy(start, words, kind, said):
-    for folder in ("nothing", "papers", "above/hf", "mute"):
+    for folder in ("nothing", "papers", "above/hf", "mute", "ended"):
         Path(folder).mkdir(parents=True)
     Path("broken.json").write_text("{zero")
     Path("loop.jinja").write_text("{% generation %}a{% endgeneration %}\n{{ messages[0] }")
     Path("stge.json").write_text('{"zero_optimization": {"stge": 2}}')
+    Path("ended/run.json").write_text("{}")
     Path("seven.json").write_text('{"train_batch_size": 7}')
     for name in ("thesis.tex", "a.json", "b.json"):
         Path("papers", name).write_text("")
@@ -175,7 +201,7 @@ def test_ranks_are_compared_with_cores_and_memory(monkeypatch):
     [
         (None, [], (8, 8)),
         ("0,1,2,3,4,5,6,7", [], (8, 8)),
-        ("2,3", [], None),
+        ("2,3", [], (2, 8)),
         ("", [], (1, 0)),
         (None, ["--num_gpus", "2"], (2, 8)),
     ],
@@ -183,6 +209,7 @@ def test_ranks_are_compared_with_cores_and_memory(monkeypatch):
 def test_ranks_are_planned_only_where_their_gpus_are_known(visible, words, expected, monkeypatch):
     monkeypatch.setattr(start_checks.host_probe, "count_gpus", lambda: 8)
     monkeypatch.setattr(start_checks.host_probe, "gpu_facts", lambda: [{"name": "H100", "capability": "9.0"}] * 8)
+    monkeypatch.setattr(start_checks.host_probe, "has_unlisted_gpus", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -190,9 +217,11 @@ def test_ranks_are_planned_only_where_their_gpus_are_known(visible, words, expec
 
     planned = PlannedRanks.of_launch(flags, None, use_cpu=False)
     assert expected == (planned and (planned.counts.size, len(planned.hardware.gpus)))
-    if planned is not None:  # the launcher starts a rank for each GPU, whether the rank uses it or not
-        on_cpu = PlannedRanks.of_launch(flags, None, use_cpu=True)
-        assert on_cpu is not None and (on_cpu.here, on_cpu.hardware.gpus) == (expected[0], ())
+    # the launcher starts a rank for each GPU, whether the rank uses it or not
+    on_cpu = PlannedRanks.of_launch(flags, None, use_cpu=True)
+    assert on_cpu is not None and (on_cpu.here, on_cpu.hardware.gpus) == (expected[0], ())
+    monkeypatch.setattr(start_checks.host_probe, "has_unlisted_gpus", lambda: True)  # only torch can tell
+    assert PlannedRanks.of_launch(flags, None, use_cpu=False) is None
 
 
 def test_some_of_unlike_gpus_are_left_to_the_ranks(monkeypatch):
