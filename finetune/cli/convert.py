@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from finetune.conversation import BadRow, Conversation, to_row
 from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import find_sources
 from finetune.dataset.row_faults import RowFaults
-from finetune.utils.atomic_io import replacing
+from finetune.utils.atomic_io import check_new, replacing
 from finetune.utils.console import configure_logging
 from finetune.utils.errors import ConfigError, DataError, raise_faults
 from finetune.utils.options import CommandParser, fill, positional
@@ -163,9 +162,6 @@ def _with_bar(reader: ConversationReader) -> Iterator[Conversation | BadRow]:
 def _check_new(out: Path) -> None:
     if out.is_dir():
         raise ConfigError(f"{out}: is a folder: name the file to write, for example {out / 'conversations.json'}")
-    if os.path.lexists(out):
-        raise ConfigError(f"{out}: exists and is not replaced: name another file, or remove it")
+    check_new(out)
     if out.suffix in OTHER_KINDS:
         raise ConfigError(f"{out}: expected a name that ends in .json or .jsonl, found {out.suffix}")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}: make it first")

@@ -13,7 +13,7 @@ from finetune.config.argument_parser import REQUIRED, value_of
 from finetune.config.flag_support import REFUSED
 from finetune.config.foreign_names import FOREIGN_NAMES, OURS
 from finetune.config.recipes import read_mapping
-from finetune.utils.errors import ConfigError
+from finetune.utils.atomic_io import write_new
 from finetune.utils.options import CommandParser, OptionType, fill, positional
 
 LORA: dict[str, dict[str, Any]] = {
@@ -111,10 +111,8 @@ def main(argv: Sequence[str]) -> None:
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     if options.recipe is None:
         print(text, end="")
-    elif Path(options.recipe).exists():
-        raise ConfigError(f"{options.recipe}: exists already: name another file")
     else:
-        Path(options.recipe).write_text(text, encoding="utf-8")
+        write_new(Path(options.recipe), text)
     notes = [f"reads like a config of {program_of(given)}", *(f"left out: {line}" for line in left_out)]
     notes += [f"missing in the recipe: {', '.join(missing)}"] if missing else []
     for note in [*notes, *DIFFERENCES]:

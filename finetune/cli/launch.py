@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,6 +62,8 @@ def supervise(flags: LauncherArgs) -> NoReturn:
     starts_here = resources is None or ssh.is_here(resources.first_host)
     if starts_here and not flags.module and not Path(flags.script).is_file():
         raise ConfigError(f"SCRIPT {flags.script}: {missing_reason(Path(flags.script))}")
+    if starts_here and flags.module and not PathFinder.find_spec(flags.script.partition(".")[0], ["", *sys.path]):
+        raise ConfigError(f"--module {flags.script}: there is no such module here, nor in {sys.prefix}")
     for library in ("torch", *(("accelerate", "datasets", "peft") if arguments else ())):
         source_folder(library)  # an error if it is not installed: not by every rank
     if arguments:

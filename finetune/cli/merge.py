@@ -17,6 +17,7 @@ from typing import Literal
 from finetune.checkpoint import step_of
 from finetune.config.arguments import VERIFY_KEY_HELP
 from finetune.inference.run_result import TRUST_HELP, read_result
+from finetune.run_dir.output_dir_lock import check_writable
 from finetune.utils.console import configure_logging, quiet_libraries
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, fill, option, positional
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     shard_bytes = bytes_of(options.max_shard_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists and is not replaced: choose another folder, or remove it")
+    check_writable(folder, str(folder))
     if options.gguf is not None and find_spec("gguf") is None:
         raise ConfigError(f"--gguf {options.gguf}: needs the package gguf: pip install 'gguf>=0.19'")
     from finetune.export.gguf_writer import check_gguf, write_gguf  # they need torch; --help does not

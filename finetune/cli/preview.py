@@ -82,6 +82,7 @@ def parse_options(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, P
 
 def _faults(options: PreviewOptions) -> Iterator[str]:
     yield from below(1, "rows", None if options.rows is None else len(options.rows))
+    yield from below(0, "rows", min(options.rows or [0]))
     yield from below(1, "sample", options.sample)
     yield from below(1, "limit", options.limit)
     chosen = [f"--{name}" for name in ("rows", "sample") if getattr(options, name) is not None]

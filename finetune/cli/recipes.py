@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from finetune.config.recipes import find_recipe, shipped_recipes
+from finetune.utils.atomic_io import write_new
 from finetune.utils.console import accept_all_characters
-from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, fill, positional
 from finetune.utils.user_files import read_text
 
@@ -38,11 +38,5 @@ def main(argv: Sequence[str]) -> None:
         return
     text = read_text(find_recipe(options.name.removesuffix(".yaml")))
     target = Path(options.target or f"{options.name.removesuffix('.yaml')}.yaml")
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{target}: exists already, nothing was changed: name another file") from None
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
+    write_new(target, text)
     print(f"Wrote {target}. Train: finetune train {target} --data_path my.jsonl --output_dir output")

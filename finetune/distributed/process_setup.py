@@ -127,8 +127,15 @@ def init_rank_env(environment: MutableMapping[str, str]) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT if RANK is not set.
 
     A process that nothing has started becomes rank 0 of 1.
+
+    Raises:
+        ConfigError: a variable that a launcher sets is no number, or one of them is missing.
     """
     if "RANK" in environment:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            value = environment.get(name, "" if name == "WORLD_SIZE" else "0")
+            if not value.isdecimal():
+                raise ConfigError(f"{name}={value}: expected a number, as a launcher sets it: unset it, and RANK")
         return
     for starter, names in STARTERS.items():
         if environment.keys() >= set(names[:3]):

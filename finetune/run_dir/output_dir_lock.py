@@ -23,11 +23,7 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
     """Return whether `folder` holds an earlier run that must be moved aside; change nothing."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_dir {folder}: is a file: name a folder")
-    existing = existing_parent(folder)
-    if not existing.is_dir():
-        raise ConfigError(f"--output_dir {folder}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise StorageError(f"--output_dir {folder}: no permission to write in {existing}")
+    check_writable(folder, f"--output_dir {folder}")
     if not contains_run(folder):
         foreign = foreign_files(folder)
         if foreign:
@@ -44,6 +40,15 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
         f"--output_dir {folder}: already holds a run, nothing was changed: choose another folder, or give "
         "--overwrite_output_dir True to move it aside"
     )
+
+
+def check_writable(folder: Path, shown: str) -> None:
+    """Check that a folder can be made, or be written to; change nothing."""
+    existing = existing_parent(folder)
+    if not existing.is_dir():
+        raise ConfigError(f"{shown}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"{shown}: no permission to write in {existing}")
 
 
 def existing_parent(folder: Path) -> Path:

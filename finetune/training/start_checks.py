@@ -97,6 +97,8 @@ def _checks(arguments: Arguments, planned: PlannedRanks | None, is_launch: bool)
         yield lambda: _check_data(arguments.data)
     yield lambda: _check_skip_rows(arguments.run.skip_rows)
     yield lambda: checkpoint.key_of(arguments.run.verify_key)
+    if cache := arguments.data.data_cache_dir:
+        yield lambda: output_dir_lock.check_writable(Path(cache).expanduser(), f"--data_cache_dir {cache}")
     template, resumed = arguments.data.chat_template, arguments.resumes_from()
     if template is not None:
         yield lambda: read_template(template)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.utils.errors import storage_errors
+from finetune.utils.errors import ConfigError, storage_errors
 
 # What network file systems answer that cannot sync a folder; the file itself is on the disk.
 FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -47,6 +47,21 @@ def replacing(path: Path, shown: str | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it is in place, or was never made
             part.unlink()
+
+
+def check_new(path: Path) -> None:
+    """Check that nothing has the name of a file that is to be written, and that its folder is there."""
+    if os.path.lexists(path):
+        raise ConfigError(f"{path}: exists and is not replaced: name another file, or remove it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}: make it first")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that must not be there yet."""
+    check_new(path)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -198,7 +198,7 @@ def exit_on_error() -> Iterator[None]:
         with _paths_and_packages():
             yield
     except FinetuneError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = int(value) if (value := os.environ.get("RANK", "")).isdecimal() else 0
         if rank != 0:
             time.sleep(SECONDS_FOR_A_LINE if error.is_shared else SECONDS_FOR_RANK_0)
         if rank != 0 and error.is_shared:

@@ -188,8 +188,8 @@ def test_a_recipe_is_copied_but_never_over_a_file(tmp_path, monkeypatch):
     copies = [tmp_path / "qwen3_8b_lora.yaml", tmp_path / "mine.yaml"]
     assert [copy.read_text() for copy in copies] == [RECIPES["qwen3_8b_lora"].read_text()] * 2
     for words, fault in {
-        ("qwen3_8b_lora",): "qwen3_8b_lora.yaml: exists already",
-        ("qwen3_8b_lora", "absent/mine.yaml"): "absent/mine.yaml: cannot be written",
+        ("qwen3_8b_lora",): "qwen3_8b_lora.yaml: exists and is not replaced",
+        ("qwen3_8b_lora", "absent/mine.yaml"): "absent/mine.yaml: there is no folder absent",
         ("qwen3_8b_lroa",): "did you mean qwen3_8b_lora?",
     }.items():
         with pytest.raises(ConfigError, match=re.escape(fault)):

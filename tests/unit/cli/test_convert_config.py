@@ -111,5 +111,5 @@ def test_a_config_becomes_a_recipe_that_parses(text, program, expected, left_out
     assert program in said and [part for part in left_out if f"left out: {part}" not in said] == []
     for difference in ("mask:", "truncation:", "loss:", "line break after the answer:"):
         assert f"convert-config: {difference}" in said
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists and is not replaced"):
         convert_config.main([str(tmp_path / "theirs.yaml"), str(recipe)])

@@ -32,6 +32,10 @@ def result(tmp_path, monkeypatch):
         ),
         ("evaluate result --output_dir x", "unknown flag --output_dir: the folder stands without a flag, as OUTPUT"),
         ("launch rows.json", "SCRIPT rows.json: there is no such file: did you mean rows.jsonl?"),
+        ("launch --module no_such.module", "--module no_such.module: there is no such module here, nor in "),
+        ("preview --model_name_or_path m --data_path rows.jsonl --rows 3 -1", "--rows -1: expected 0 or more"),
+        ("recipes qwen3_8b_lora full", "full: exists and is not replaced"),
+        ("recipes qwen3_8b_lora none/a.yaml", "none/a.yaml: there is no folder none: make it first"),
         ("merge result a b", "unexpected argument 'b': usage: finetune merge OUTPUT [DIR]"),
         ("merge result out --dtype bf16 fp16", "unexpected argument 'fp16': --dtype takes one value"),
         ("merge result out --gguf q9", "--gguf q9: expected f32, f16, bf16, q8_0"),
@@ -57,6 +61,8 @@ def test_a_folder_that_holds_something_is_not_replaced_by_a_merge(result, monkey
     from finetune.cli import merge
 
     monkeypatch.setattr(merge, "read_result", lambda folder, **_: None)
+    with pytest.raises(ConfigError, match="rows.jsonl is a file, not a folder"):
+        merge.main(["result", "rows.jsonl/out"])
     with pytest.raises(ConfigError, match="full: exists and is not replaced"):
         merge.main(["result", "full"])
     with pytest.raises(ConfigError, match="rows.jsonl: exists and is not replaced"):

@@ -18,9 +18,17 @@ def placed(**variables: str) -> dict[str, str]:
 
 
 def test_what_deepspeed_or_torchrun_has_said_stays():
-    variables = {"RANK": "3", **OPEN_MPI}
+    said = {"RANK": "3", "WORLD_SIZE": "4", **OPEN_MPI}
+    variables = dict(said)
     init_rank_env(variables)
-    assert variables == {"RANK": "3", **OPEN_MPI}
+    assert variables == said
+
+
+@pytest.mark.parametrize("said", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "-1"},
+                                  {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0.5"}])  # fmt: skip
+def test_what_is_no_number_of_a_launcher_is_named(said):
+    with pytest.raises(ConfigError, match="(RANK=x?|WORLD_SIZE=(-1)?|LOCAL_RANK=0.5): expected a number"):
+        init_rank_env(said)
 
 
 @pytest.mark.parametrize(

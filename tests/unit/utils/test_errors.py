@@ -170,3 +170,10 @@ def test_a_package_that_is_not_installed_is_named_and_a_broken_one_keeps_its_tra
         import_module("json.no_such_part")
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         source_folder("no_such_library")
+
+
+def test_a_rank_that_is_no_number_hides_no_message(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(SystemExit), exit_on_error():
+        raise ConfigError("RANK=x: expected a number")
+    assert capsys.readouterr().err == "error: RANK=x: expected a number\n"
