@@ -158,6 +158,8 @@ def start(
     script = [*(["--module"] if flags.module else []), flags.script, *words]
     if resources is None or flags.no_ssh:
         port = flags.given.get("master_port") or host_probe.free_port()
+        if flags.node_rank <= 0 and host_probe.is_taken(port):
+            raise ConfigError(port_taken(port))
         kept = passed_on(flags, "hostfile", "master_addr")
         command = [*deepspeed(), *kept, f"--master_port={port}", *script]
         gpus = host_probe.count_gpus()
@@ -216,12 +218,17 @@ def check_hosts(
     ssh.compare_hosts(answers, resources.slots)
     first = answers[resources.first_host]
     if not isinstance(first, str) and first["wanted_is_taken"]:
-        raise ConfigError(
-            f"{hosts[0]}: --master_port {given_port} is taken: leave the flag out, and a free port is found; or end "
-            f"what listens there (`ss -ltnp | grep {given_port}` shows it)"
-        )
+        raise ConfigError(f"{hosts[0]}: {port_taken(given_port)}")
     address, port = ssh.rendezvous_address(answers, address=flags.master_addr, port=given_port)
     return address, port, ssh.interfaces_between(answers)
+
+
+def port_taken(port: int | None) -> str:
+    """Return the error where something listens at the port of the rendezvous."""
+    return (
+        f"--master_port {port} is taken: leave the flag out, and a free port is found; or end what listens there "
+        f"(`ss -ltnp | grep {port}` shows it)"
+    )
 
 
 def deepspeed() -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ NAMED = {
     "optim": ("training_args.py", "OptimizerNames"),
     "attn_implementation": ("modeling_utils.py", "AttentionInterface"),
 }
+EXCLUSIVE = (
+    ("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"), ("freeze", "train_only"),
+    ("tokens_per_device_batch", "per_device_train_batch_size"),
+)  # fmt: skip
 OBJECTS = ("lr_scheduler_kwargs", "liger_kernel_config")  # flags of JSON objects
 OF_ALL_KINDS = ("use_lora", "adapter", "adapter_config", "embedding_learning_rate")
 UNSET: tuple[Any, ...] = (None, "", [], [""])
@@ -219,12 +224,14 @@ def _faults(arguments: Arguments, on_command_line: Collection[str], *, adapter_r
         yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
     yield from refused_flags(arguments)
     yield from _name_faults(arguments)
-    yield from _object_faults(arguments)
+    for name in OBJECTS:
+        if (value := arguments.training.get(name)) and parse_object(value) is None:
+            yield f'--{name} {value}: expected a JSON object such as {{"name": 1}}'
     yield from _adapter_faults(arguments.adapter)
-    if arguments.model.load_in_4bit and arguments.model.load_in_8bit:
-        yield "--load_in_4bit and --load_in_8bit exclude each other: keep one of them"
-    if arguments.given("bf16") and arguments.given("fp16"):
-        yield "--bf16 True and --fp16 True exclude each other: keep one of them"
+    given = arguments.flat()
+    for first, second in EXCLUSIVE:
+        if given.get(first) and given.get(second):
+            yield f"--{first} and --{second} exclude each other: keep one of them"
     if not adapter_refused:  # --use_lora False: the settings of a file do not count
         yield from _unused_adapter_flags(arguments.adapter, on_command_line)
 
@@ -234,7 +241,11 @@ def _name_faults(arguments: Arguments) -> Iterator[str]:
     given = {**arguments.training, "attn_implementation": arguments.model.attn_implementation}
     for name, (file, names) in NAMED.items():
         value = given.get(name)
-        if value is None or (name == "attn_implementation" and "/" in value):  # a kernel on the hub
+        if value is None:
+            continue
+        if name == "attn_implementation" and "/" in value:  # a kernel on the hub
+            if find_spec("kernels") is None:
+                yield f"--{name} {value}: kernels is not installed: pip install kernels"
             continue
         nodes = [node.value for node in declaration("transformers", file, names).body if isinstance(node, ast.Assign)]
         words = [str(part.value) for node in nodes for part in ast.walk(node) if isinstance(part, ast.Constant)]
@@ -243,13 +254,6 @@ def _name_faults(arguments: Arguments) -> Iterator[str]:
             close = [word for word in known if word.startswith(str(value))] or get_close_matches(str(value), known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             yield f"--{name} {value}: {hint}expected {one_of(known)}"
-
-
-def _object_faults(arguments: Arguments) -> Iterator[str]:
-    for name in OBJECTS:
-        value = arguments.training.get(name)
-        if value and parse_object(value) is None:
-            yield f'--{name} {value}: expected a JSON object such as {{"name": 1}}'
 
 
 def _number_faults(arguments: Arguments) -> Iterator[str]:
@@ -335,8 +339,6 @@ def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:
         yield "--adapter_config and --use_lora or --adapter exclude each other: the file says what is trained"
     elif method := UNSERVED.get(options["peft_type"]):
         yield f"--adapter_config: {method}"
-    if adapter.freeze and adapter.train_only:
-        yield "--freeze and --train_only exclude each other: keep one of them"
 
 
 def _with_config_read(adapter: AdapterArguments) -> AdapterArguments:
@@ -384,8 +386,6 @@ def _unused(name: str, trained: str, remedy: str) -> str:
 
 def _batch_faults(arguments: Arguments) -> Iterator[str]:
     batch, budget = arguments.batch, arguments.batch.tokens_per_device_batch
-    if budget is not None and "per_device_train_batch_size" in arguments.training:
-        yield "--tokens_per_device_batch and --per_device_train_batch_size exclude each other: keep one of them"
     if budget is not None and batch.batching == "packed":
         yield (
             "--tokens_per_device_batch and --batching packed exclude each other: packed rows hold "

@@ -130,13 +130,7 @@ def resolve_schedule(
 
 
 def resolve_optimizer(
-    config: dict[str, Any],
-    command: DeepSpeedFlags,
-    stage: int,
-    *,
-    use_cpu: bool,
-    faults: list[str],
-    notes: list[str],
+    config: dict[str, Any], command: DeepSpeedFlags, stage: int, *, use_cpu: bool, faults: list[str], notes: list[str]
 ) -> None:
     """Check the `optimizer` section, and leave to `resolve_values` what it does not say of the hyperparameters."""
     section, optim = config.get("optimizer"), command.given.get("optim")

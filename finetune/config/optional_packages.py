@@ -31,11 +31,7 @@ BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that each tracker of `--report_to` is one, and installed, without importing it.
-
-    Raises:
-        ConfigError: the line that installs it, or all names.
-    """
+    """Check that each tracker of `--report_to` is one, and installed, without importing it."""
     for name in names:
         if name in ("all", "none"):
             continue
@@ -44,12 +40,6 @@ def check_trackers(names: Sequence[str]) -> None:
         if not any(find_spec(module) for module in TRACKER_MODULES.get(name, [name])):
             package = TRACKER_PACKAGES.get(name, name)
             raise ConfigError(f"--report_to {name}: it is not installed: pip install {package}")
-
-
-def check_kernels(attention: str | None) -> None:
-    """Check that attention from the hub, `owner/name`, has the package that loads it."""
-    if attention and "/" in attention and find_spec("kernels") is None:
-        raise ConfigError(f"--attn_implementation {attention}: kernels is not installed: pip install kernels")
 
 
 def check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:
@@ -63,11 +53,7 @@ def check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:
 
 
 def check_optimizer(optim: str) -> None:
-    """Check that the package of an optimizer of transformers is installed.
-
-    Raises:
-        ConfigError: the line that installs it.
-    """
+    """Check that the package of an optimizer of transformers is installed."""
     for names, module, package in OPTIMIZER_PACKAGES:
         if re.fullmatch(names, optim):
             if find_spec(module) is None:
@@ -81,9 +67,6 @@ def check_quantization(bits: int | None, label: str, adapter: AdapterArguments, 
     Args:
         bits: 4, 8 or None.
         label: What quantizes them, for messages.
-
-    Raises:
-        ConfigError: all reasons why not.
     """
     if bits is None:
         return

@@ -12,13 +12,7 @@ from finetune.config.deepspeed_config import (
     resolve_deepspeed_config,
 )
 from finetune.config.hardware import DetectedHardware, HardwareConfig, resolve_hardware
-from finetune.config.optional_packages import (
-    check_kernels,
-    check_liger,
-    check_optimizer,
-    check_quantization,
-    check_trackers,
-)
+from finetune.config.optional_packages import check_liger, check_optimizer, check_quantization, check_trackers
 from finetune.config.run_config import (
     ActivationCheckpointing,
     BatchConfig,
@@ -122,9 +116,7 @@ def check_output_dir(arguments: Arguments) -> None:
         if arguments.output_dir.resolve() == Path(source).expanduser().resolve():
             raise ConfigError(f"--output_dir {arguments.output_dir}: is the folder of the model: choose another one")
     output_dir_lock.check_output_dir(
-        arguments.output_dir,
-        overwrite=arguments.run.overwrite_output_dir,
-        resume=arguments.resumes_from() is not None,
+        arguments.output_dir, overwrite=arguments.run.overwrite_output_dir, resume=arguments.resumes_from() is not None
     )
 
 
@@ -140,7 +132,6 @@ def check_flags(arguments: Arguments, world_size: int | None = None) -> None:
     _check_sampling(arguments)
     check_trackers([report_to] if isinstance(report_to, str) else report_to or [])
     check_optimizer(str(arguments.given("optim")))
-    check_kernels(arguments.model.attn_implementation)
     bits = arguments.model.quantized_bits()
     check_quantization(bits, f"--load_in_{bits}bit True", arguments.adapter, None)
     if deepspeed:

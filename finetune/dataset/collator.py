@@ -149,12 +149,7 @@ class Collator:
             tokens[row, : len(row_ids)], mask[row, : len(row_ids)] = row_ids, 1
             targets[row, : len(row_ids) - 1] = row_labels[1:]
         predicts = targets != IGNORE_INDEX
-        return {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "target_positions": predicts,
-            "targets": targets[predicts],
-        }
+        return {"input_ids": tokens, "attention_mask": mask, "target_positions": predicts, "targets": targets[predicts]}
 
 
 def _weights(example: dict[str, Any]) -> np.ndarray:

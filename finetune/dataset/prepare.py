@@ -286,12 +286,7 @@ def _with_bar(batches: Iterator[Any], reader: ConversationReader, tally: DataTal
 
 
 def _key(
-    data: str,
-    sources: Sequence[Source],
-    renderer: Renderer,
-    bad_rows: str,
-    repairs: Sequence[str],
-    limit: int | None,
+    data: str, sources: Sequence[Source], renderer: Renderer, bad_rows: str, repairs: Sequence[str], limit: int | None
 ) -> str:
     """The cache key: a digest of the data, of how it is rendered, and of the code that does it."""
     parts = {

@@ -121,12 +121,7 @@ def group_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
 
 
 def measure_token_losses(
-    model: MeasuredModel,
-    examples: Any,
-    groups: Sequence[Sequence[int]],
-    *,
-    is_flat: bool,
-    done: Callable[[int], None],
+    model: MeasuredModel, examples: Any, groups: Sequence[Sequence[int]], *, is_flat: bool, done: Callable[[int], None]
 ) -> list[AnswerLoss]:
     """Compute the losses of these groups of examples; one entry per answer.
 

@@ -25,12 +25,7 @@ TRIAL_TOKENS = 12
 
 
 def enable_loss_head(
-    model: Any,
-    collate: Collator,
-    *,
-    vocab_size: int,
-    device: torch.device | str,
-    autocast: Precision = "float32",
+    model: Any, collate: Collator, *, vocab_size: int, device: torch.device | str, autocast: Precision = "float32"
 ) -> str | None:
     """Let the head compute the loss when it is asked for (`loss.supervised_loss`); return why it cannot, or None.
 

@@ -44,11 +44,7 @@ def _numbers(config: Any, name: str) -> list[int]:
 
 
 def check_attention_heads(size: int, config: Any) -> None:
-    """Check that each of the `size` ranks that share a conversation gets the same share of the attention heads.
-
-    Raises:
-        ConfigError: `--sequence_parallel_size` does not fit the model; all reasons at once.
-    """
+    """Check that each of the `size` ranks that share a conversation gets the same share of the attention heads."""
     heads, key_heads = _numbers(config, "num_attention_heads"), _numbers(config, "num_key_value_heads")
     reasons = [f"it does not divide the model's {count} attention heads" for count in heads if count % size]
     reasons += [

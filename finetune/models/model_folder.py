@@ -97,11 +97,7 @@ def check_folder(name: str) -> None:
 
 
 def check_revision(name: str, revision: str | None) -> None:
-    """Check that a revision is one of a model on the hub.
-
-    Raises:
-        ConfigError: The model is a folder.
-    """
+    """Check that a revision is one of a model on the hub."""
     if revision is not None and Path(name).expanduser().is_dir():
         raise ConfigError(
             f"--model_revision {revision}: {name} is a folder, and only models on the hub have revisions: leave it out"
@@ -125,11 +121,7 @@ def check_tokenizer_files(name: str) -> None:
 
 
 def check_json_files(folder: Path) -> None:
-    """Check that the JSON files of a model or tokenizer are objects, with values that a model may have.
-
-    Raises:
-        ConfigError: Naming the file.
-    """
+    """Check that the JSON files of a model or tokenizer are objects, with values that a model may have."""
     for path in filter(Path.is_file, (folder / file for file in JSON_FILES)):
         values = read_json_object(path)
         nested = values.get("text_config")

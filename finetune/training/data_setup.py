@@ -62,11 +62,7 @@ def load_data(
 
 
 def check_data(prepared: PreparedData, data: DataArguments) -> None:
-    """Check the shares of bad rows, and that no held-out example is a training example.
-
-    Raises:
-        DataError: a run should not start with this data.
-    """
+    """Check the shares of bad rows, and that no held-out example is a training example."""
     for part in filter(None, (prepared, prepared.evaluation)):
         check_dropped_share(part, data.max_dropped_rows)
     seen = prepared.seen_held_out()
@@ -106,10 +102,7 @@ def prepare_run_data(
     prepared = prepare_sources(sources, chat_format, data, limit=limit, watch=shown)
     evaluation = prepare_sources(held_out_sources, chat_format, data, limit=limit) if held_out_sources else None
     prepared = replace(
-        prepared,
-        validation_share=data.validation_share,
-        evaluation=evaluation,
-        day=chat_format.identity().get("day"),
+        prepared, validation_share=data.validation_share, evaluation=evaluation, day=chat_format.identity().get("day")
     )
     return tokenizer, chat_format, prepared
 

@@ -43,11 +43,7 @@ class TrainingInputs:
 
 
 def fit(inputs: TrainingInputs, identity: RunIdentity, config: RunConfig) -> SupervisedTrainer:
-    """Train to the end, or to a stop that was requested; the plan is shown once the number of steps is known.
-
-    Raises:
-        ConfigError: the Trainer refuses the flags.
-    """
+    """Train to the end, or to a stop that was requested; the plan is shown once the number of steps is known."""
     from finetune.training.callbacks import PhaseReporter
     from finetune.training.evaluator import EarlyStopping
     from finetune.training.learning_rates import set_learning_rates

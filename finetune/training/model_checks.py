@@ -30,11 +30,7 @@ POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed\w*)$")
 
 @timed("checks")
 def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
-    """Inspect the model, and adapt the config to what its code can do.
-
-    Raises:
-        ConfigError: what the model cannot do.
-    """
+    """Inspect the model, and adapt the config to what its code can do."""
     saved = config.adapter.saved_modules()
     info = inspect_model(config.model, config.hardware.attention, saved if config.model.allow_missing_weights else ())
     if is_packed_in_files(info.config):
@@ -81,11 +77,7 @@ def resolve_activation_checkpointing(
 def check_against_data(
     config: RunConfig, info: ModelInfo, tokenizer: PreTrainedTokenizerBase, data: PreparedData
 ) -> RunConfig:
-    """Check vocabulary and positions of the model against the prepared data; return the config with notes about them.
-
-    Raises:
-        ConfigError: of `check_vocabulary` or `check_positions`.
-    """
+    """Check vocabulary and positions of the model against the prepared data; return the config with notes."""
     adds_tokens = bool(config.model.new_tokens)
     notes = check_vocabulary(info, tokenizer, config.adapter, adds_tokens=adds_tokens)
     notes += check_positions(info, data.longest, config.adapter)
@@ -100,9 +92,6 @@ def check_vocabulary(
 
     Args:
         adds_tokens: `--new_tokens` is given.
-
-    Raises:
-        ConfigError: an adapter that cannot train embeddings, or one whose user has not asked for it.
     """
     if not needs_new_embeddings(info, tokenizer):
         return []
@@ -130,9 +119,6 @@ def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) ->
 
     Args:
         longest: tokens of the longest example.
-
-    Raises:
-        ConfigError: it is longer than the table of position embeddings.
     """
     config = info.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)

@@ -107,9 +107,6 @@ def compare_with_checkpoint(
 
     Args:
         facts: of this run, from `resume_facts`.
-
-    Raises:
-        CheckpointError: a difference that no run can resume over, or that was not allowed.
     """
     if not manifest.is_resumable:
         raise CheckpointError(

@@ -55,9 +55,6 @@ def count_ranks() -> RankCounts:
 
     The launcher takes a hostfile that does not exist for an order to train on this host alone. `finetune train` sets
     how many ranks there must be; a bare `deepspeed` command on this host is read from its process.
-
-    Raises:
-        ConfigError: the hostfile names another number of ranks than were started.
     """
     size = int(os.environ["WORLD_SIZE"])
     stated, words = os.environ.get("FINETUNE_WORLD_SIZE"), runner_arguments(watchdog.launcher_pid())
@@ -101,11 +98,7 @@ def find_storage(output_dir: Path) -> StorageGroup:
 def build_training_arguments(
     values: Mapping[str, Any], storage: StorageGroup, sequence_parallel_size: int
 ) -> TrainingArguments:
-    """Build `transformers.TrainingArguments`, which touches the devices.
-
-    Raises:
-        ConfigError: a value that transformers refuses.
-    """
+    """Build `transformers.TrainingArguments`, which touches the devices."""
     from accelerate.parallelism_config import ParallelismConfig
     from transformers import TrainingArguments
 

@@ -52,11 +52,7 @@ class WeightProof:
         }
 
     def compare(self) -> WeightChanges:
-        """Compare with the weights of now. All ranks.
-
-        Raises:
-            CheckpointError: a frozen weight changed.
-        """
+        """Compare with the weights of now. All ranks."""
         changed = {name for name, digest in self._digests().items() if digest != self.before[name]}
         changed = set().union(*all_gather_object(changed))
         by_kind: dict[str, dict[str, int]] = {}

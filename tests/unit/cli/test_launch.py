@@ -1,5 +1,7 @@
 """`finetune launch`: the status it ends with, what it hides and refuses."""
 
+import socket
+
 import pytest
 
 from finetune.cli.launch import outcome, start, without_secrets
@@ -54,3 +56,13 @@ def test_another_way_to_hosts_is_refused(tmp_path, word):
     flags = parse_launcher_args([f"--hostfile={tmp_path / 'hosts'}", word, "x.py"])
     with pytest.raises(ConfigError, match=f"{word.replace('=', ' ')}: finetune launch reaches hosts over ssh"):
         start(flags, resolve_resources(flags), [], {})
+
+
+@pytest.mark.parametrize("words", [[], ["--no_ssh", "--node_rank=0"]])
+def test_a_port_that_is_taken_is_named_before_deepspeed_starts(words):
+    from finetune.launcher import parse_launcher_args
+
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--master_port {port} is taken: leave the flag out"):
+            start(parse_launcher_args([f"--master_port={port}", *words, "x.py"]), None, [], {})

@@ -165,7 +165,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--adapter", "ia3"], "--adapter ia3: expected lora, prefix or prompt"),
         (["--seed"], "--seed: expected one argument"),
         (["--use_lora", "True", "--adapter", "prefix"], "--use_lora True and --adapter prefix exclude each other"),
-        (["--bf16", "--fp16", "True"], "--bf16 True and --fp16 True exclude each other"),
+        (["--bf16", "--fp16", "True"], "--bf16 and --fp16 exclude each other"),
         (["--load_in_4bit", "--load_in_8bit"], "--load_in_4bit and --load_in_8bit exclude each other"),
         (["--sequence_parallel_size", "2", "--validation_share", "0.1"], "--sequence_parallel_size 2: held-out"),
         (["--use_lora", "--adapter", "prompt"], "--use_lora True and --adapter prompt exclude each other"),
