@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ LOWEST = {
         0,
     ),
 }
-OF_THE_LAUNCHER = "a flag of the launcher: it stands in front of the script, and anywhere in `finetune train`"
+OF_THE_LAUNCHER = "a flag of the launcher: type it in front of the script, or anywhere in `finetune train`"
 ABOVE_0 = (
     "logging_steps", "save_steps", "eval_steps", "adam_epsilon", "loraplus_lr_ratio", "embedding_learning_rate",
     "lora_alpha",
@@ -88,6 +89,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     ours = {declared.name for group in GROUPS for declared in fields(group)}
     training = {name: value for name, value in given.items() if name not in ours and name not in TRANSLATED}
     notes = [*located, *_translate(given, training)]
+    flags = [word.partition("=")[0] for word in as_flags(argv, parser.types)]
+    twice = [name for name, shape in parser.types.items() if shape.is_list and flags.count(f"--{name}") > 1]
+    notes += [f"--{name} is given twice: the last one counts; one flag takes several values" for name in twice]
     model, data, batch, adapter, run = groups
     adapter = _with_config_read(adapter)
     arguments = Arguments(model, data, batch, adapter, run, {**TRAINING_DEFAULTS, **training}, notes)
@@ -108,7 +112,8 @@ def read_flags(
     words = as_flags(argv, parser.types)
     given, faults = parser.read(words)
     on_command_line = {*given}
-    recipes = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    named = [(word.partition("="), after) for word, after in pairwise([*words, ""])]
+    recipes = [path or after for (flag, _, path), after in named if flag == "--config"]
     if len(recipes) > 1:
         raise ConfigError(f"--config: {' and '.join(recipes)} are given: a run has one recipe")
     if given.get("config"):

@@ -51,7 +51,16 @@ def test_a_flag_of_the_launcher_takes_no_flag_for_its_value(recipe, words):
     assert train.parse_options(["a.yaml", "--hostfile", ""]).hostfile == ""
 
 
+@pytest.mark.parametrize("words", ["--data_path a --seed 3 --data_path b", "data_path=a data_path=b"])
+def test_a_list_that_is_given_twice_is_noted(recipe, words):
+    found = parse(["a.yaml", "--use_lora", *words.split()])
+    assert found.data.data_path == ["b"] and "--data_path is given twice: the last one counts" in found.notes[-1]
+    assert parse(["a.yaml", "--use_lora", "data_path=a", "seed=1", "seed=2"]).notes == []
+
+
 def test_a_second_recipe_is_refused(recipe):
+    with pytest.raises(ConfigError, match="a.yaml and b.yaml"):
+        parse(["--config", "a.yaml", "--config", "b.yaml"])
     with pytest.raises(ConfigError, match="a.yaml and b.yaml"):
         parse(["a.yaml", "b.yaml"])
 
