@@ -138,7 +138,7 @@ def convert(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         except (LookupError, TypeError, ValueError):
             flags = None
         faults = _faults(flags, types)
-        other = [flag for flag in flags or () if flag in recipe and recipe[flag] != flags[flag]]
+        other = [flag for flag, said in (flags or {}).items() if flag in recipe and recipe[flag] != said]
         if flags is None or faults or other:
             remedy = REFUSED.get(name) or FOREIGN_NAMES.get(name.lower()) or (*faults, "this value has no flag here")[0]
             if other:

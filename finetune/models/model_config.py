@@ -40,7 +40,7 @@ def largest(config: Any, *names: str) -> int:
 def _numbers(config: Any, name: str) -> list[int]:
     """Return the different numbers that layers have for a field, in their order."""
     values = [part for value in by_layer(config, name) for part in (value if isinstance(value, list) else [value])]
-    return list(dict.fromkeys(value for value in values if value and isinstance(value, int | float)))
+    return list(dict.fromkeys(value for value in values if value and isinstance(value, int)))
 
 
 def check_attention_heads(size: int, config: Any) -> None:
