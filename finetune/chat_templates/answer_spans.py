@@ -66,6 +66,7 @@ class TemplateText:
     Args:
         render: renders the first turns, with the prompt of the next answer or without.
         render_more: renders the first turns and one that follows them.
+        render_bare: renders the turns in front of one, and its text alone.
         control: matches a control token.
         eos: the tokenizer's own end token, which may open turns as well.
         next_role_ends: whether nothing ends an answer but the token that opens the next turn.
@@ -74,6 +75,7 @@ class TemplateText:
 
     render: Callable[[int, bool], str]
     render_more: Callable[[int], str]
+    render_bare: Callable[[int], str]
     control: re.Pattern[str]
     eos: str | None
     next_role_ends: bool
@@ -141,8 +143,9 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
         answer = None if isinstance(found, str) else found.in_rendering(rendered, spans)
         if answer is not None:
             answer = replace(answer, served_opening=_served_opening(number, text))
-        elif as_is and not _loses(turn, number, spans):
-            answer = _as_written(number, rendered, spans, text)
+        elif as_is and not _loses(turn, number, spans) and (here := [at for at in spans if at.slot.turn == number]):
+            if match := text.control.match(rendered, _skip_blank(rendered, here[-1].stop)):  # as it is written here
+                answer = _answer(here[0].start, match.end(), rendered, spans, (match[0],))
         if answer is not None:
             answers[number] = answer
         else:
@@ -185,11 +188,16 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
     if isinstance(end, str):
         return end
     first = spans[0].start if spans else None
-    if end.tokens[0] in _openers(alone, first, prompt[len(commonprefix([prompt, before])) :], text) - {text.eos}:
+    opening = prompt[len(commonprefix([prompt, before])) :]
+    if end.tokens[0] in _openers(alone, first, opening, text) - {text.eos}:
         return OPENING_END.format(turn=number, token=end.tokens[0])
+    if marks_reasoning(turn) and opening.rstrip().endswith(REASONING_END):
+        return CLOSED_REASONING.format(turn=number)
     loses, opens_reasoning = _loses(turn, number, spans), _opens_reasoning(prompt)
     if loses and not opens_reasoning:
         return LOST_REASONING.format(turn=number)
+    if prompt == before and first is not None and marks_reasoning(turn):  # what opens reasoning is no header
+        first = min(first, len(commonprefix([text.render_bare(number), alone])))
     if prompt == before and first is not None and _opens_reasoning(alone[:first]):
         first = alone.rindex(REASONING_BEGIN, 0, first)
     if alone.startswith(prompt) and not loses:
@@ -201,7 +209,6 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         return _Found(alone[: end.stop], begin, end)
     if first is not None and not loses and (prompt == before or alone[:first].rstrip() == prompt.rstrip()):
         return _Found(alone[: end.stop], first, end)
-    opening = prompt[len(commonprefix([prompt, before])) :]
     header = alone.rfind(opening, 0, first) if opening.strip() and not loses else -1
     if header >= 0:  # the template writes what is in front of the prompt otherwise once the answer is there
         return _completion(turn, number, prompt, alone[header + len(opening) : end.stop], end, text)
@@ -218,9 +225,9 @@ def _completion(turn: Turn, number: int, prompt: str, tail: str, end: _End, text
     """The answer behind the prompt of serving; reasoning that the prompt opens is closed."""
     rules = []
     if _opens_reasoning(prompt):
-        prompt = prompt if prompt.endswith("\n") else f"{prompt}\n"
+        line = "\n" if prompt.endswith("\n") else ""
         reasoning = marks_in(turn.reasoning + turn.text)[0] if marks_reasoning(turn) else ""
-        tail = f"{reasoning}\n{REASONING_END}\n\n{tail.lstrip()}"
+        tail = f"{reasoning}{line}{REASONING_END}{2 * line}{tail.lstrip()}"
         rules = [] if reasoning else [CLOSED_RULE.format(turn=number)]
     whole = prompt + tail
     return _separate(number, whole, len(prompt), len(whole), end, text, rules)
@@ -305,12 +312,6 @@ def _openers(alone: str, first: int | None, generation_prompt: str, text: Templa
         return {match[0] for match in text.control.finditer(generation_prompt)}
     controls = [*text.control.finditer(alone[:first])] if first is not None else []
     return {controls[-1][0]} if controls and not alone[controls[-1].end() : first].strip() else set()
-
-
-def _as_written(number: int, rendered: str, spans: Sequence[SlotSpan], text: TemplateText) -> Answer | None:
-    own = [span for span in spans if span.slot.turn == number]
-    match = text.control.match(rendered, _skip_blank(rendered, own[-1].stop)) if own else None
-    return _answer(own[0].start, match.end(), rendered, spans, (match[0],)) if match else None
 
 
 def _answer(

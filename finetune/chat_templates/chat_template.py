@@ -18,6 +18,7 @@ from finetune.chat_templates.template_skeleton import (
     OTHER_TEMPLATE,
     Answer,
     TemplateSkeleton,
+    bare_turn,
     find_contents,
     find_pieces,
     given_text,
@@ -251,6 +252,7 @@ class ChatTemplate:
         return TemplateText(
             lambda count, prompt: text(turns[:count], prompt),
             lambda count: text((*turns, next_turn(turns))[: count + 1], False),
+            lambda number: text((*turns[:number], bare_turn(number)), False),
             self.plain.control_pattern,
             self.plain.tokenizer.eos_token,
             has_calls and self._next_role_ends,
@@ -311,7 +313,7 @@ class ChatTemplate:
         for slot, piece in zip(skeleton.slots[first:], skeleton.pieces[first + 1 :], strict=True):
             given = slot.part if slot.turn is None else given_text(conversation.turns[last], slot.part).strip()
             parts += [given, piece]
-        return prompt + "\n" * (not prompt.endswith("\n") and parts[0].startswith(REASONING_END)) + "".join(parts)
+        return prompt + "".join(parts)
 
     def _text(self, conversation: Conversation, *, prompt: bool = False) -> str:
         try:

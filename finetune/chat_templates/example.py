@@ -177,7 +177,6 @@ class ChatFormat(Protocol):
 
 
 def tokenize_conversation(chat_format: ChatFormat, conversation: Conversation) -> TokenizedConversation:
-    """Tokenize one conversation, or raise `UnrenderableError`."""
     (tokenized,) = chat_format.tokenize_all([conversation])
     if isinstance(tokenized, UnrenderableError):
         raise tokenized

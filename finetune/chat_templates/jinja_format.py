@@ -235,7 +235,6 @@ class JinjaFormat:
     def _labelled(
         self, rendered: RenderedText, ids: list[int], extents: Sequence[Extent], spans: Sequence[TokenSpan]
     ) -> TokenizedConversation:
-        """Set the labels and spans of the turns."""
         turns = rendered.conversation.turns
         labels = [IGNORE_INDEX] * len(ids)
         tokenized = TokenizedConversation(ids, labels, rules=rendered.rules, spelled=rendered.spelled)

@@ -168,6 +168,11 @@ def next_turn(turns: Sequence[Turn]) -> Turn:
     return Turn("tool" if turns[-1].tool_calls else "human", _mark(len(turns), _TEXT))
 
 
+def bare_turn(number: int) -> Turn:
+    """A model turn with the mark of its text alone."""
+    return Turn("model", _mark(number, _TEXT))
+
+
 def marks_in(text: str) -> list[str]:
     return [match[0] for match in _MARK.finditer(text)]
 
@@ -231,7 +236,6 @@ def _with_own_space(slot: Slot, rendered: str, start: int, stop: int) -> SlotSpa
 
 
 def pieces_between(rendered: str, spans: Sequence[SlotSpan]) -> list[str]:
-    """The text before, between and after the slots."""
     begins = [0, *(span.stop for span in spans)]
     ends = [*(span.start for span in spans), len(rendered)]
     return [rendered[begin:end] for begin, end in zip(begins, ends, strict=True)]

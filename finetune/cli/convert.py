@@ -59,7 +59,6 @@ def parse_options(argv: Sequence[str]) -> tuple[DataArguments, str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Take what to read, the file to write, and `--bad_rows` and `--repairs` as training does."""
     data, name = parse_options(argv)
     configure_logging()
     out = Path(name)

@@ -94,7 +94,6 @@ def _faults(options: PreviewOptions) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Show rows in the terminal, as JSON lines, or as a page."""
     model, data, options = parse_options(argv)
     configure_logging(to_stderr=True)
     page = Path(options.html).expanduser() if options.html is not None else None

@@ -94,7 +94,6 @@ class Sampler:
 
     @property
     def num_units(self) -> int:
-        """Rows, or groups of rows if there is a capacity."""
         return len(self._unit_lengths)
 
     @property

@@ -10,7 +10,7 @@ from finetune.conversation import Conversation, ToolCall, Turn
 from tests.helpers.template_families import Family
 
 ROLES = {"human": "user", "model": "assistant", "system": "system", "tool": "tool"}
-NAMES = ("get_weather", "add", "find.all-2")
+NAMES = ("get_weather", "end", "find.all-2")
 LETTERS = st.characters(exclude_categories=["Cs", "Cc", "Co", "Cn"]) | st.sampled_from(" \n\t\"\\{}[]:,<>|/'")
 MARK = "\ue100{}\ue101"  # a control token that is one, not its spelling
 

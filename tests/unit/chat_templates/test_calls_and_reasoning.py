@@ -48,6 +48,20 @@ def test_a_call_ends_with_its_own_token_whatever_the_function_is_called(smol_tok
     assert first.endswith("<｜tool▁calls▁end｜><｜end▁of▁sentence｜>") and last == "Done<｜end▁of▁sentence｜>"
 
 
+@pytest.mark.parametrize("opening", ["[THINK]", "<think>\n"])
+@pytest.mark.parametrize("header", ["", "model:\n"])
+def test_the_model_opens_its_reasoning_where_the_template_has_no_generation_prompt(smol_tokenizer, opening, header):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content + '<|im_start|>' }}{% else %}"
+        "{{ HEADER }}{{ OPENING + m.reasoning_content + '[END]' if m.reasoning_content }}{{ m.content + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}"
+    )
+    template = template.replace("HEADER", repr(header)).replace("OPENING", repr(opening))
+    turns = (*PLAIN, PLAIN[0], Turn("model", "answer", reasoning="why"))
+    (text,) = supervised(Renderer(JinjaFormat(smol_tokenizer, template, "x"), 1000), Conversation(turns))
+    assert text == f"answer<|im_end|>{opening}why[END]answer<|im_end|>"
+
+
 @pytest.mark.parametrize("family", ["qwen3", "phi4", "lingowhale"])
 def test_variables_of_a_row_that_a_template_does_not_use_are_said_or_refused(smol_tokenizer, golden_tokenizer, family):
     chat = renderer(smol_tokenizer, "phi4" if family == "lingowhale" else family)

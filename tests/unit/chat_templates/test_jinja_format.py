@@ -91,6 +91,7 @@ MODEL, SERVING = "the model writes it (supervised)", "serving writes it (not sup
         (BLOCK, BLOCK, [(BLOCK, SERVING)]),
         (HEADER, HEADER, [(HEADER, SERVING)]),
         ("", OPEN, [(CLOSE, MODEL), (OPEN, SERVING)]),
+        ("", "<think>", [("</think>", MODEL), ("<think>", SERVING)]),
     ],
 )
 def test_the_opening_in_front_of_answers_is_named(smol_tokenizer, written, served, openings):

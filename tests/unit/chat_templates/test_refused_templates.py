@@ -32,6 +32,11 @@ CALLS = (
             TURNS + "{{ m.content }}</s>{% endfor %}" + PROMPT.replace("THINK", "<think></think>"),
             REASONED, "has no reasoning, or closes it", "--chat_template_kwargs",
         ),
+        (
+            TURNS + "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}</s>{% endfor %}"
+            + PROMPT.replace("THINK", "<think></think>"),
+            REASONED, "has no reasoning, or closes it", "--chat_template_kwargs",
+        ),
         (CALLS + PROMPT.replace("THINK", "Yes: "), CALLED, "writes another prompt in front of", "--chat_template"),
         (TURNS + "{{ m.content | upper }}</s>{% endfor %}", PLAIN, "rewrites the text of turn 0", "chatml"),
         (TURNS + "</s>{% endfor %}", PLAIN, "leaves out, repeats or rewrites turn 0", "chatml"),
