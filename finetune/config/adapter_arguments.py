@@ -18,6 +18,15 @@ UNSERVED = {
     "SHADOW": "this method changes what a layer returns: use LORA",
     "XLORA": "this method mixes adapters that are trained already: use LORA",
 }
+UNSERVED_OPTIONS = {
+    "alora_invocation_tokens": "the row of a batch may hold several conversations, of which it looks at the last",
+    "arrow_config": "it mixes adapters that are trained already",
+    "bias": "biases are not trained",
+    "kasa_config": "it changes the base, and has a loss of its own",
+    "layer_replication": "the base keeps its layers",
+    "monteclora_config": "it has a loss of its own",
+    "use_qalora": "it adapts weights of GPTQ",
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import safe_open
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune.chat_templates import ChatFormat, UnrenderableError, tokenize_conversation
 from finetune.config.hardware import Precision
@@ -23,7 +24,8 @@ from finetune.inference.load_result import load_saved_adapter, load_strict, memo
 from finetune.models.adapters import check_saved_adapter
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import embedding_rows, torch_dtype
-from finetune.models.quantization import quantized_loading
+from finetune.models.model_folder import local_model_dir, stored_bytes
+from finetune.models.quantization import is_packed_in_files, quantized_loading
 from finetune.models.zero3 import gathered
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.errors import CheckpointError, format_names
@@ -69,6 +71,10 @@ def digests_to_save(model: Any) -> dict[str, TensorDigest]:
     Partitioned ones (ZeRO-3) are gathered one by one; other ranks than 0 may return no digests.
     """
     is_adapter, digests = hasattr(model, "peft_config"), {}
+    if is_adapter and model.active_peft_config.is_prompt_learning:
+        with gathered(weight for weight in model.parameters() if weight.requires_grad):
+            embeddings = model.get_prompt_embedding_to_save(model.active_adapter)
+        return {"prompt_encoder.default.embedding.weight": TensorDigest.of(embeddings)}
     for name, parameter in model.named_parameters():
         if is_adapter and not parameter.requires_grad:
             continue
@@ -106,7 +112,7 @@ def verify_result(
         CheckpointError: A weight is missing, empty, unexpected, or not the one in memory.
     """
     has_adapter = is_adapter(folder)
-    kind, weights_folder = ("adapter", Path(base)) if has_adapter else ("model", folder)
+    kind, weights_folder = ("adapter", local_model_dir(str(base))) if has_adapter else ("model", folder)
     if has_adapter:
         check_saved_adapter(folder)
     else:
@@ -114,11 +120,15 @@ def verify_result(
     # peft loads whole modules in the precision of the base, LoRA matrices in that of the file.
     whole = {digest.dtype for name, digest in trained.items() if ".lora_" not in name}
     loaded: Precision = "float32" if torch.float32 in whole else precision
-    stored = sum(path.stat().st_size for path in weights_folder.glob("*.safetensors"))
-    shortage = memory_shortage(stored * MEMORY_FACTORS[loaded])
+    shortage = memory_shortage((stored_bytes(weights_folder) or 0) * MEMORY_FACTORS[loaded])
     if shortage:
         return f"the saved {kind} has all its weights; they were not compared: {shortage}"
-    model = _load_saved(folder, str(base), has_adapter, torch_dtype(loaded), trust_remote_code, base_bits)
+    unset_hf_deepspeed_config()  # under ZeRO-3 this copy would be partitioned, too
+    dtype = torch_dtype(loaded)
+    if has_adapter:
+        model = _load_adapter(folder, str(base), dtype, trust_remote_code, base_bits)
+    else:
+        model = load_strict(folder, dtype, trusts_code=trust_remote_code)
     differing = _differing_tensors(model, trained)
     if differing:
         raise CheckpointError(
@@ -162,17 +172,6 @@ def _check_no_empty_tensors(folder: Path) -> None:
             raise CheckpointError(f"{path}: {empty[0] if empty else 'the file'} is empty")
 
 
-def _load_saved(
-    folder: Path, base: str, has_adapter: bool, dtype: torch.dtype, trusts_code: bool, bits: int | None
-) -> Any:
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # under ZeRO-3 this copy would be partitioned, too
-    if has_adapter:
-        return _load_adapter(folder, base, dtype, trusts_code, bits)
-    return load_strict(folder, dtype, trusts_code=trusts_code)
-
-
 def _loss_of(model: Any, input_ids: Sequence[int], labels: Sequence[int]) -> float:
     ids = torch.tensor([list(input_ids)], device=model.device)
     with torch.no_grad():
@@ -187,6 +186,8 @@ def _load_adapter(folder: Path, base: str, dtype: torch.dtype, trusts_code: bool
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trusts_code)
     options = {"dtype": dtype, "trust_remote_code": trusts_code, **quantized_loading(bits, dtype, config)}
+    if bits or is_packed_in_files(config):  # transformers would load it beside the trained model on the GPU
+        options["device_map"] = {"": "cpu"}
     cls = auto_class(config)
     if cls is AutoModelForCausalLM:
         return AutoPeftModelForCausalLM.from_pretrained(folder, **options)

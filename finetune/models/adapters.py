@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,14 @@ from finetune.config.saved_adapter import recorded_weights
 from finetune.distributed.startup_timer import timed
 from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, damage_named, needs_new_embeddings, torch_dtype
-from finetune.models.lora_targets import ALL_LINEAR, LoraTargets, linear_names, parse_target_modules, resolve_targets
+from finetune.models.lora_targets import (
+    ALL_LINEAR,
+    LoraTargets,
+    linear_names,
+    named_modules,
+    parse_target_modules,
+    resolve_targets,
+)
 from finetune.models.model_folder import weights_fingerprint
 from finetune.models.module_kinds import EMBEDDINGS, HEAD, VISION
 from finetune.models.quantization import full_shape, quantized_layers
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
 # Fields of a saved adapter's configuration that are those of its run.
 OF_THIS_RUN = {"inference_mode": False, "base_model_name_or_path": None, "peft_version": None, "auto_mapping": None}
 ADAPTER_FILE = "adapter_model.safetensors"
+NOT_ON_EXPERTS = ("lora_dropout", "use_dora", "init_lora_weights", "layers_to_transform")
 
 
 @timed("model")
@@ -97,6 +106,7 @@ def attach_peft(
         ConfigError: A name matches no layer, or peft rejects an option.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType, get_peft_model
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     options = {**adapter.peft_options(), "task_type": TaskType.CAUSAL_LM, **OF_THIS_RUN}
     method = options["peft_type"]
@@ -107,10 +117,13 @@ def attach_peft(
                           f"{', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}")  # fmt: skip
     if unknown := sorted(set(options) - {declared.name for declared in fields(config_class)}):
         raise ConfigError(f"--adapter_config: {label} has no option {', '.join(unknown)}")
-    saved = list(options.get("modules_to_save") or [])
-    _check_modules_to_save(model, saved)
+    saved = named_modules(model, options.get("modules_to_save") or ())
     if train_embeddings:
         saved += [name for name in embedding_names(model) if name not in saved]
+    ties, ends = _is_tied(model), embedding_names(model, with_head=True)[:2]
+    if ties and not (method == "LORA" and set(ends) <= set(EMBEDDING_LAYER_NAMES)):
+        ties = False  # peft trains a copy of each, and of one alone would leave the other as it is
+        saved += [name for name in ends if name not in saved] if set(ends) & set(saved) else []
     if saved:
         options["modules_to_save"] = saved
     if method == "LORA" and not (options.get("exclude_modules") or options.get("target_parameters")):
@@ -118,7 +131,7 @@ def attach_peft(
     elif options.get("target_modules") == ALL_LINEAR:
         options["target_modules"] = list(resolve_targets(model, ALL_LINEAR).modules)
     if method == "LORA":
-        options["ensure_weight_tying"] = _is_tied(model) and bool(saved)
+        options["ensure_weight_tying"] = ties and bool(saved)
         options["init_lora_weights"] = options.get("init_lora_weights", True) if computes_initial else True
     try:
         # In the precision of the base; DeepSpeed converts to it under ZeRO-1 and 2 and keeps float32 master weights.
@@ -177,6 +190,9 @@ def _resolved(model: Any, options: dict[str, Any]) -> LoraTargets:
     """Resolve the target modules of these options for a model without an adapter, and set its dropout for them."""
     wanted = options.get("target_modules") or ALL_LINEAR
     targets = resolve_targets(model, parse_target_modules([wanted] if isinstance(wanted, str) else wanted))
+    saved = [f".{name}." for name in options.get("modules_to_save") or ()]  # layers inside of which peft leaves out
+    parameters = (name for name in targets.parameters if not any(part in f".{name}" for part in saved))
+    targets = replace(targets, parameters=tuple(parameters))
     _check_wrapped(targets, options)
     if options.get("lora_dropout", 0.0) is None:
         options["lora_dropout"] = 0.0 if targets.parameters else LORA_DROPOUT
@@ -185,7 +201,7 @@ def _resolved(model: Any, options: dict[str, Any]) -> LoraTargets:
 
 def _check_wrapped(targets: LoraTargets, options: dict[str, Any]) -> None:
     """Check that the options hold for weights that peft wraps as parameters: those of fused experts."""
-    values = {name: options.get(name) for name in ("lora_dropout", "use_dora", "init_lora_weights")}
+    values = {name: options.get(name) for name in NOT_ON_EXPERTS}
     if values["init_lora_weights"] in (True, "gaussian"):
         del values["init_lora_weights"]
     refused = [f"--{name} {value}" for name, value in values.items() if value]
@@ -199,17 +215,6 @@ def _check_wrapped(targets: LoraTargets, options: dict[str, Any]) -> None:
 def wrapped_names(targets: LoraTargets) -> str:
     """Return the last parts of the names of the parameters that peft wraps."""
     return format_names(sorted({".".join(name.split(".")[-2:]) for name in targets.parameters}))
-
-
-def _check_modules_to_save(model: Any, wanted: Sequence[str]) -> None:
-    """Check that each name is a layer's; peft takes a list in which one is."""
-    known = [f".{name}" for name, _ in model.named_modules()]
-    unknown = [name for name in wanted if not any(full.endswith(f".{name}") for full in known)]
-    if unknown:
-        raise ConfigError(
-            f"LoRA cannot be attached: the model has no layer {', '.join(unknown)} (--modules_to_save): its "
-            f"{linear_names(model)}"
-        )
 
 
 def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens: bool = False) -> list[str]:
@@ -229,8 +234,8 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens:
             f"{info.flag}: the adapter {info.adapter} was trained on other weights (fingerprint {trained_on[:12]}, "
             f"here {str(weights)[:12]}): give its base"
         )
-    packed = {name.rpartition(".")[2] for name in quantized_layers(info.empty)} if info.bits else set()
-    if in_full := sorted(packed & set(adapter.saved_modules() or ())):
+    packed = [f".{name}." for name in quantized_layers(info.empty)] if info.bits else []
+    if in_full := [name for name in adapter.saved_modules() or () if any(f".{name}." in path for path in packed)]:
         raise ConfigError(
             f"--modules_to_save {' '.join(in_full)}: --load_in_{info.bits}bit quantizes these layers, and such weights "
             "cannot be trained: leave them out"
@@ -259,9 +264,10 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens:
     return [f"--lora_dropout is 0, not {LORA_DROPOUT}: peft wraps the weights of experts ({wrapped_names(targets)})"]
 
 
-def embedding_names(model: Any) -> list[str]:
+def embedding_names(model: Any, *, with_head: bool = False) -> list[str]:
     """Return the last part of the names of the modules with a row per token: embeddings and, unless tied, the head."""
-    wanted = [model.get_input_embeddings()] + ([] if _is_tied(model) else [model.get_output_embeddings()])
+    has_head = with_head or not _is_tied(model)
+    wanted = [model.get_input_embeddings()] + ([model.get_output_embeddings()] if has_head else [])
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):  # Gemma 3n and 4
         wanted.append(model.get_per_layer_input_embeddings())
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
@@ -292,7 +298,7 @@ class InitialLora:
     def __init__(self, model: Any) -> None:
         with gathered(_trained(model)):
             self.tensors = {
-                name.replace(".default.", "."): parameter.detach().cpu().clone()
+                name.replace(".default", ""): parameter.detach().cpu().clone()
                 for name, parameter in model.named_parameters()
                 if ".lora_" in name
             }
@@ -303,9 +309,9 @@ class InitialLora:
         from safetensors.torch import load_file, save_file
 
         saved = load_file(folder / ADAPTER_FILE)
-        for name in [name for name in saved if ".lora_A." in name or ".lora_B." in name]:
+        for name in [name for name in saved if re.search(r"\.lora_(embedding_)?[AB](\.|$)", name)]:
             initial = self.tensors[name].to(saved[name].dtype)
-            if ".lora_A." in name:
+            if re.search(r"\.lora_(embedding_)?A", name):
                 saved[name] = torch.cat([saved[name], initial], dim=0).contiguous()
             else:
                 saved[name] = torch.cat([saved[name], -initial], dim=1).contiguous()

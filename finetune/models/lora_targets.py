@@ -127,6 +127,23 @@ def check_target_names(given: Sequence[str], model_config: Mapping[str, Any], te
         )
 
 
+def named_modules(base: Any, wanted: Sequence[str]) -> list[str]:
+    """Return names by which peft finds the layers of `--modules_to_save` alone: it compares ends of names as texts.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    names = [name for name, _ in base.named_modules()]
+    layers = {name: _matched([name], names) for name in wanted}
+    if unknown := [name for name in wanted if not layers[name]]:
+        raise ConfigError(
+            f"LoRA cannot be attached: the model has no layer {', '.join(unknown)} (--modules_to_save): its "
+            f"{linear_names(base)}"
+        )
+    is_exact = {name: sum(full.endswith(name) for full in names) == len(layers[name]) for name in wanted}
+    return [part for name in wanted for part in ([name] if is_exact[name] else _exact_suffixes(layers[name], names))]
+
+
 def linear_names(base: Any) -> str:
     """Return the last parts of the names of what LoRA can be attached to, by kind."""
     return _known(base, module_kinds(base))
@@ -202,7 +219,8 @@ def _by_name(
         ]
         for name in wanted:
             layers = _matched([name], [*modules, *others])
-            fused = [full for full in parameters if _matched([name], [full]) or _is_part_of(name, full)]
+            fused = [full for full in parameters
+                     if _matched([name], [full]) or name in FUSED_NAMES.get(full.rpartition(".")[2], ())]  # fmt: skip
             if not layers and not fused:
                 unknown.append(name)
             chosen = LoraTargets((*chosen.modules, *layers), (*chosen.parameters, *fused))
@@ -212,11 +230,6 @@ def _by_name(
             f"{_known(base, kinds)}"
         )
     return LoraTargets(tuple(dict.fromkeys(chosen.modules)), tuple(dict.fromkeys(chosen.parameters)))
-
-
-def _is_part_of(name: str, parameter: str) -> bool:
-    """Whether a parameter of fused experts holds the layer that had this name when each expert was a module."""
-    return name in FUSED_NAMES.get(parameter.rpartition(".")[2], ())
 
 
 def _renamed_by_peft(base: Any, modules: Sequence[str]) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME
 
@@ -23,6 +24,9 @@ from finetune.training.compat import write_no_recovery_script
 from finetune.training.evaluator import best_checkpoint
 from finetune.training.nonfinite import check_weights
 from finetune.utils.console import is_rank_0
+
+# What is trained, where the saved adapter is made from it: PiSSA and OLoRA, virtual tokens of an encoder.
+TRAINED_FILE = "trained_parameters.safetensors"
 
 
 class CheckpointTrainer(Trainer):
@@ -103,6 +107,9 @@ class CheckpointTrainer(Trainer):
 
         transformers (5.23) looks for the names in memory, and leaves a weight that the files name otherwise as it is.
         """
+        if (trained := Path(resume_from_checkpoint, TRAINED_FILE)).is_file():
+            self.model.load_state_dict(load_file(trained), strict=False)
+            return
         if hasattr(self.model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -162,6 +169,11 @@ class CheckpointTrainer(Trainer):
                 if self.base_tensors is not None:
                     self.base_tensors.add_to(folder)
                 self.processing_class.save_pretrained(folder)
+                config: Any = getattr(self.model, "active_peft_config", None)
+                is_other = self.initial_lora is not None or (config is not None and config.is_prompt_learning)
+                if is_other and folder != self.output_dir and not self.is_deepspeed_enabled:
+                    trained = ((name, self.model.get_parameter(name)) for name in self.trained)
+                    save_file({name: weight.detach().cpu() for name, weight in trained}, folder / TRAINED_FILE)
                 if self.initial_lora is not None:
                     self.initial_lora.rewrite(folder)
 

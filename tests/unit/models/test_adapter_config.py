@@ -107,6 +107,8 @@ def test_the_flag_keeps_what_the_file_holds(tmp_path):
         (["--adapter_config", '{"peft_type": "LORA"}', "--lora_r", "4"], "--adapter_config and --lora_r exclude"),
         (["--adapter_config", '{"peft_type": "IA3"}', "--loraplus_lr_ratio", "4"], "a ia3 adapter would be trained"),
         (["--adapter_config", '{"peft_type": "LORA", "init_lora_weights": "eva"}'], "--init_lora_weights eva"),
+        (["--adapter_config", '{"peft_type": "LORA", "bias": "all"}'], "bias all: biases are not trained: leave"),
+        (["--adapter_config", '{"peft_type": "LORA", "kasa_config": {}}'], "kasa_config {}: it changes the base"),
         (["--use_lora", "--freeze", "embed_tokens"], "--freeze: a lora adapter is trained"),
         (["--freeze", "a", "--train_only", "b"], "--freeze and --train_only exclude each other"),
         (["--loraplus_lr_ratio", "4"], "all parameters would be trained: add --use_lora True"),

@@ -1,5 +1,6 @@
 """Which layers LoRA is attached to, as `--lora_target_modules` says it; and saved adapters that are continued."""
 
+import json
 import re
 
 import peft
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.config.adapter_arguments import AdapterArguments
-from finetune.models.adapters import attach_adapter, load_adapter
+from finetune.models.adapters import InitialLora, attach_adapter, attach_peft, check_attachable, load_adapter
 from finetune.models.loader import ModelInfo
 from finetune.utils.errors import ConfigError
 from tests.helpers import made_results as made
@@ -130,3 +131,71 @@ def test_new_tokens_train_every_module_with_a_row_per_token(family, names, tmp_p
     saved = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "adapter_model.safetensors")}
     assert grown <= saved  # peft adds a tied head
     assert {name.split(".")[-2] for name in grown} == names
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "layers"), [("llama", "norm", {"model.norm"}), ("qwen3_next", "gate", {"mlp.gate"})]
+)
+def test_a_layer_to_save_is_one_of_this_name_and_none_whose_name_ends_with_it(family, name, layers):
+    """peft compares the ends of names as texts: `norm` would be `input_layernorm`, too, and `gate` shared experts'."""
+    base = tiny_models.build(family)
+    model = attach_lora(base, r=2, alpha=2, dropout=0, target_modules=["q_proj"], modules_to_save=[name])
+    names = [each for each, weight in model.named_parameters() if weight.requires_grad and "modules_to_save" in each]
+    assert {".".join(each.partition(".modules_to_save")[0].split(".")[-2:]) for each in names} == layers
+
+
+def test_layers_inside_one_that_is_trained_in_full_have_no_lora(tmp_path):
+    """peft does so with layers, not with fused experts, and could not load what it saves."""
+    base = tiny_models.build("mixtral")
+    model = attach_lora(base, r=2, alpha=2, dropout=0, target_modules=["all-linear"], modules_to_save=["mlp"])
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert {("lora" in name, "mlp" in name) for name in names} == {(True, False), (False, True)}
+    wanted = made.logits(made.with_random_weights(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(made.logits(peft.PeftModel.from_pretrained(tiny_models.build("mixtral"), tmp_path)), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning")
+@pytest.mark.parametrize("method", ["LORA", "IA3"])
+@pytest.mark.parametrize(("family", "names"), [("gpt2", ["wte"]), ("llama", ["embed_tokens"]), ("llama", ["lm_head"])])
+def test_both_sides_of_tied_embeddings_are_trained(family, names, method, tmp_path):
+    """peft ties the copies of LoRA alone, and only those of some names."""
+
+    def build():
+        return tiny_models.build(family, tie_word_embeddings=True)
+
+    target = "c_attn" if family == "gpt2" else "k_proj"
+    options = {"peft_type": method, "target_modules": [target], "modules_to_save": names}
+    options |= {"fan_in_fan_out": family == "gpt2"} | ({"feedforward_modules": []} if method == "IA3" else {})
+    model = attach_peft(build(), AdapterArguments(adapter_config=json.dumps(options)))
+    base = model.get_base_model()
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        assert module.modules_to_save["default"].weight.requires_grad
+    wanted = made.logits(made.with_random_weights(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(made.logits(peft.PeftModel.from_pretrained(build(), tmp_path)), wanted)
+
+
+def test_a_module_with_layers_in_4_bits_cannot_be_trained_in_full():
+    with torch.device("meta"):
+        base = tiny_models.build("llama")
+    info = ModelInfo("llama", None, False, base.config, "eager", base, (), (), bits=4)
+    for name in ("mlp", "self_attn.q_proj"):
+        with pytest.raises(ConfigError, match=f"--modules_to_save {name}: --load_in_4bit quantizes these layers"):
+            check_attachable(info, AdapterArguments(use_lora=True, modules_to_save=[name]))
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")
+def test_moved_weights_beside_adapted_embeddings_are_saved_as_plain_lora(tmp_path):
+    flags = {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]}
+    model = attach_lora(tiny_models.build("llama"), r=4, alpha=8, dropout=0, **flags)
+    initial = InitialLora(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                weight += 0.05 * torch.randn_like(weight)
+    wanted = made.logits(model)
+    model.save_pretrained(tmp_path)
+    initial.rewrite(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+    torch.testing.assert_close(made.logits(loaded), wanted, atol=1e-4, rtol=1e-4)
