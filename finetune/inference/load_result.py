@@ -236,12 +236,13 @@ def _load(folder: Path, result: RunResult, bits: int | None = None) -> Any:
         check_installed(f"{result.folder}: its base was trained in {bits} bits")
         options["dtype"] = loader.torch_dtype(result.precision) if torch.cuda.is_available() else torch.float32
     config = model_config(folder, trusts_code)
-    if bits or result.is_trained:
-        options |= quantized_loading(bits, options["dtype"], config)
     try:
+        if bits or result.is_trained:
+            options |= quantized_loading(bits, options["dtype"], config)
         return auto_class(config).from_pretrained(folder, trust_remote_code=trusts_code, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: its weights do not load: {first_line(error)}") from None
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
+        kind = ConfigError if isinstance(error, ImportError) else CheckpointError  # a package is missing
+        raise kind(f"{folder}: its weights do not load: {first_line(error)}") from None
 
 
 def _device_map() -> str | dict[str, int]:

@@ -24,7 +24,7 @@ from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_finite, check_weights
 from finetune.models.compat import leave_scales_out
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
-from finetune.models.quantization import is_packed_in_files, quantized_loading, stored_bits, stored_method
+from finetune.models.quantization import base_bits, is_packed_in_files, quantized_loading, stored_method
 from finetune.utils.console import log_notes
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
 from finetune.utils.hub import use_cache_if_hub_unreachable
@@ -61,11 +61,6 @@ class ModelInfo:
     notes: tuple[str, ...]
     bits: int | None = None
     adapter: str | None = None
-
-    @property
-    def can_checkpoint(self) -> bool:
-        """Whether the model supports activation checkpointing."""
-        return bool(self.empty.supports_gradient_checkpointing)
 
     @property
     def parameters(self) -> int:
@@ -119,6 +114,7 @@ class ModelInfo:
             "revision": revision,
             "fingerprint": self.fingerprint,
             "weights": model_folder.weights_fingerprint(self.name, revision),
+            "auto_class": auto_class(self.config).__name__,
             "trusts_code": self.trusts_code,
         }
 
@@ -144,7 +140,7 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
     config_file = f"--model_name_or_path {name}: config.json"
     with damage_named(config_file), _model_errors(name):
         config = AutoConfig.from_pretrained(name, **_revision_options(name, revision), trust_remote_code=trusts_code)
-        stored = stored_bits(name, config)
+        bits = base_bits(name, config, model.quantized_bits())
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
             with damage_named(config_file), _model_errors(name), torch.device("meta"):
@@ -159,13 +155,12 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
                 raise
             continue
         notes = [code] if code else []
-        if is_packed_in_files(config) and stored is None:
+        if is_packed_in_files(config) and bits is None:
             notes.append(f"weights are stored as {stored_method(config)} and dequantized while they load")
         if candidate != attention:
             notes.append(f"fallback to {candidate} attention because the model does not support {attention}")
         info = ModelInfo(
-            name, revision, trusts_code, config, candidate, empty, may_miss, (), stored or model.quantized_bits(),
-            model.adapter_name_or_path,
+            name, revision, trusts_code, config, candidate, empty, may_miss, (), bits, model.adapter_name_or_path
         )  # fmt: skip
         return replace(info, notes=(*notes, *info.check_weights()))
     raise AssertionError("the last candidate either returned or raised")

@@ -24,17 +24,25 @@ DEQUANTIZED = {
 READERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "quanto": "optimum-quanto", "hqq": "hqq", "torchao": "torchao"}
 
 
-def stored_bits(name: str, config: Any) -> int | None:
-    """Return 4 or 8 where the weights are stored as bitsandbytes packs them; None where they load as plain weights.
+def base_bits(name: str, config: Any, wanted: int | None = None) -> int | None:
+    """Return 4 or 8 where bitsandbytes packs the weights, in the files or while they load; None for plain weights.
+
+    Args:
+        wanted: bits to pack plain weights into.
 
     Raises:
-        ConfigError: They are quantized in a way that cannot be trained here (GPTQ, AWQ, ...), or a package is missing.
+        ConfigError: They are quantized in a way that cannot be trained here (GPTQ, AWQ, ...), or in another than is
+            wanted, or a package is missing.
     """
     method = stored_method(config)
     if method is None:
-        return None
-    if method.startswith("bitsandbytes"):
-        return 4 if _facts(config).get("load_in_4bit") else 8
+        return wanted
+    stored = (4 if _facts(config).get("load_in_4bit") else 8) if method.startswith("bitsandbytes") else None
+    if wanted not in (None, stored) and (stored or method in DEQUANTIZED):
+        how = f"in {stored} bits" if stored else f"as {method}, and are dequantized while they load"
+        raise ConfigError(f"--load_in_{wanted}bit True: the weights of {name} are stored {how}: leave it out")
+    if stored:
+        return stored
     if method in DEQUANTIZED:
         package = DEQUANTIZED[method][1]
         if package is None or find_spec(package.replace("-", "_")):
@@ -82,9 +90,10 @@ def quantized_loading(bits: int | None, dtype: torch.dtype, stored: Any = None) 
     import transformers
 
     method = None if stored is None else stored_method(stored)
-    if bits is None:
-        config_type = DEQUANTIZED[method][0] if method in DEQUANTIZED else None
-        return {"quantization_config": getattr(transformers, config_type)(dequantize=True)} if config_type else {}
+    if method in DEQUANTIZED:
+        return {"quantization_config": getattr(transformers, DEQUANTIZED[method][0])(dequantize=True)}
+    if bits is None and method is None:
+        return {}
     keep_packing()
     if method:
         return {}

@@ -97,7 +97,7 @@ def summarize_plan(config: RunConfig, inputs: TrainingInputs, steps: int) -> Tra
     return TrainingPlan(
         model=config.model.model_name_or_path,
         adapter=config.adapter.kind(),
-        base_bits=config.model.quantized_bits(),
+        base_bits=inputs.base.bits,
         zero_stage=config.zero_stage,
         offloads=bool(config.deepspeed and config.deepspeed.offloads),
         world_size=config.batch.world_size,

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.config import AdapterArguments, ModelArguments
-from finetune.export.verify_saved import digests_to_save, verify_result
+from finetune.export.verify_saved import _load_adapter, digests_to_save, verify_result
 from finetune.models.adapters import attach_adapter
 from finetune.models.base_checks import check_weights
 from finetune.models.loader import inspect_model, load_model
-from finetune.models.quantization import stored_bits
+from finetune.models.quantization import base_bits
 from finetune.utils.errors import ConfigError
 from tests.helpers import tiny_models
 from tests.helpers.byte_tokenizer import byte_tokenizer
@@ -101,6 +101,18 @@ def test_dequantized_weights_are_trained_and_saved_as_plain_ones(family, tmp_pat
     assert "are those in memory" in verified
 
 
+def test_a_base_that_is_packed_is_not_loaded_a_second_time_on_the_gpu(tmp_path, monkeypatch):
+    """transformers would put it beside the trained model, which the GPU may have no room for."""
+    given: list[dict] = []
+    monkeypatch.setattr(
+        "peft.AutoPeftModelForCausalLM.from_pretrained", lambda folder, **options: given.append(options)
+    )
+    tiny_models.build("llama").save_pretrained(tmp_path)
+    for bits in (None, 4):
+        _load_adapter(tmp_path, str(tmp_path), torch.float32, False, bits)
+    assert [options.get("device_map") for options in given] == [None, {"": "cpu"}]
+
+
 def test_layers_for_later_tokens_that_are_quantized_are_named(tmp_path):
     config = SimpleNamespace(quantization_config=FP8)
     empty = SimpleNamespace(_keys_to_ignore_on_load_unexpected=[r"model\.layers\.61.*"])
@@ -124,4 +136,26 @@ def test_layers_for_later_tokens_that_are_quantized_are_named(tmp_path):
 )
 def test_other_formats_are_one_error_before_anything_loads(facts, message):
     with pytest.raises(ConfigError, match=message):
-        stored_bits("m", SimpleNamespace(quantization_config=facts))
+        base_bits("m", SimpleNamespace(quantization_config=facts))
+
+
+@pytest.mark.parametrize(
+    ("facts", "how"),
+    [
+        (METHODS["gpt_oss"], "as mxfp4, and are dequantized while they load"),
+        (FP8, "as fp8, and are dequantized while they load"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "in 8 bits"),
+    ],
+)
+def test_bits_that_the_files_do_not_have_are_refused(facts, how):
+    """They were taken, and did nothing."""
+    with pytest.raises(ConfigError, match=f"--load_in_4bit True: the weights of m are stored {how}: leave it out"):
+        base_bits("m", SimpleNamespace(quantization_config=facts), wanted=4)
+
+
+def test_bits_that_are_wanted_are_those_of_plain_weights_or_of_the_files():
+    plain, packed = SimpleNamespace(quantization_config={}), SimpleNamespace(quantization_config={"load_in_4bit": True})
+    for each in (plain, packed):
+        each.get_text_config = lambda each=each: each
+    assert [base_bits("m", plain, wanted) for wanted in (None, 4)] == [None, 4]
+    assert [base_bits("m", packed, wanted) for wanted in (None, 4)] == [4, 4]
