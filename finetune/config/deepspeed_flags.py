@@ -143,6 +143,8 @@ def resolve_optimizer(
                 f"zero_optimization.offload_optimizer is {json.dumps(offload)}, for which accelerate takes DeepSpeed's "
                 f"CPU Adam, but --optim is {optim}: leave one of them out"
             )
+        if str(optim).startswith("schedule_free"):
+            faults.append(f"--optim {optim}: DeepSpeed never saves the weights that it averages: leave one of them out")
         return
     kind, params = section.get("type"), section.get("params") or {}
     section["params"] = params

@@ -228,6 +228,13 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
             raise NumericsError(self.error)
         self.timer.restart()
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save as transformers does; of a schedule-free optimizer the averaged weights."""
+        control = self.control
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            self.optimizer.eval()  # type: ignore[union-attr]  # each training step returns to those that it trains
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def _get_learning_rate(self) -> float:
         """Return the rate of this step: a schedule that DeepSpeed steps is past it when transformers asks."""
         return self._step_rate
@@ -292,7 +299,8 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         self.has_stepped = True
         stop_requests.watch_stop_file(self.output_dir / stop_requests.STOP_FILE)  # a stop can wait for the step's end
         self._micro_losses, self._grad_norm, self._is_skipped = [], None, False
-        self._step_rate = super()._get_learning_rate()
+        rates = self._hyperparameters.base_rates  # the first group, whose rate is read, may have one of its own
+        self._step_rate = super()._get_learning_rate() * (self.args.learning_rate / rates[0] if rates else 1)
         self._loss_before = self._tr_loss.clone()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
@@ -366,12 +374,10 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         )
 
     def resume_advice(self) -> str:
-        """Return where the run can resume, and how."""
         rows_file = self.monitor.rows_file if self.monitor.count.steps else None
         return resume_advice(self.saver.newest, self.identity, self.output_dir, rows_file)
 
     def after_pause(self, seconds: float) -> None:
-        """Leave a save or an evaluation out of the seconds of a step."""
         self.meter.since += seconds
         self.timer.restart()
 

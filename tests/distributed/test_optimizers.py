@@ -64,6 +64,7 @@ def test_a_resumed_run_ends_in_the_same_bits(run, optim, config):
     whole = run("whole", *flags)
     resumed = run("resumed", *flags, "--resume_from_checkpoint", str(whole / "checkpoint-3"))
     assert losses(resumed) == losses(whole)[3:]
+    assert set(losses(whole, "learning_rate")) == {1e-3}  # not that of the embeddings, which are the first group
     assert runs.result_of(resumed)[0] == runs.result_of(whole)[0]
 
 

@@ -150,6 +150,11 @@ def test_an_optimizer_and_the_flags_agree_or_are_both_named(section, given, agre
     assert all(f"--{name} is {value}" in message for name, value in given.items())
 
 
+def test_an_optimizer_whose_averaged_weights_deepspeed_does_not_save_is_refused():
+    for optim in ("schedule_free_adamw", "schedule_free_sgd"):
+        assert f"--optim {optim}: DeepSpeed never saves" in refusal(STAGE_2, replace(FLAGS, given={"optim": optim}))
+
+
 @pytest.mark.parametrize(("optim", "agrees"), [("adamw_torch", True), ("sgd", False), ("adamw_torch_8bit", False)])
 def test_offloading_keeps_the_optimizer_of_the_flag_or_both_are_named(optim, agrees):
     """accelerate puts DeepSpeed's CPU Adam in the place of any other."""
