@@ -31,7 +31,7 @@ FILES = (
     CARD, RUN_FILE, "config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors",
     "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "*.gguf", "Modelfile",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "chat_template.jinja", "preprocessor_config.json", "*.py",
+    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "chat_template.jinja", "*processor_config.json", "*.py",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 

@@ -31,12 +31,12 @@ class BaseTensors:
 
     def __init__(self, folder: Path, empty: Any, model: Any) -> None:
         self.stored = StoredTensors(folder)
-        self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        weights = dict(model.named_parameters(remove_duplicate=False))  # also those that share one
+        self.frozen = {name for name, parameter in weights.items() if not parameter.requires_grad}
         tied = dict(getattr(empty, "all_tied_weights_keys", None) or {})
         groups = WeightNames(empty).group_files({name: self.stored.shape(name) for name in self.stored})
         self.tied = {name for group in groups for name, _ in group.files if set(group.weights) & tied.keys()}
-        loaded = {name for name, _ in model.named_parameters(remove_duplicate=False)} - self.frozen
-        loaded |= {name for name, _ in model.named_buffers()}
+        loaded = weights.keys() - self.frozen | {name for name, _ in model.named_buffers()}
         self.weights_of = {name: group.weights for group in groups for name, _ in group.files}
         self.untouched = [
             name
@@ -52,7 +52,8 @@ class BaseTensors:
         """Write the untouched tensors beside those that a trained model was saved with, and the index of all."""
         if not self.untouched:
             return
-        saved = _by_file(folder)
+        own = StoredTensors(folder)
+        saved = {file: [name for name in own if own.path(name).name == file] for file in weight_map(folder)}
         files = [*saved]
         for number, names in enumerate(self._shards()):
             path = folder / f".base-{number}.safetensors"
@@ -104,9 +105,3 @@ class BaseTensors:
         same = len(result & set(self.stored)) - len(moved)
         added = len(result - set(self.stored))
         return {"changed": len(moved), "identical": same, "missing": 0, "added": added}
-
-
-def _by_file(folder: Path) -> dict[str, list[str]]:
-    """Return the files of a saved model, with the tensors in each."""
-    stored = StoredTensors(folder)
-    return {file: [name for name in stored if stored.path(name).name == file] for file in weight_map(folder)}

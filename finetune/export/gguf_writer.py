@@ -60,7 +60,7 @@ def check_gguf(source: Path, tokenizer: Any) -> None:
         known = ", ".join(ARCHITECTURES)
         raise ConfigError(f"--gguf: {config['model_type']} is not supported, only {known}: {ALTERNATIVE}")
     scaling = _rope(config)
-    if scaling.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+    if scaling["rope_type"] not in ("default", "linear", "llama3", "yarn"):
         raise ConfigError(f"--gguf: rope_type {scaling['rope_type']} is not supported: {ALTERNATIVE}")
     vocabulary_of(tokenizer, embedding_rows(tokenizer))
 
@@ -95,7 +95,8 @@ def write_gguf(folder: Path, kind: str, *, stop_token_id: int) -> Path:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters of the rotary embedding, whichever version of transformers wrote the config."""
-    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return {**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
 
 
 def _tensors(config: dict[str, Any], stored: StoredTensors, arch: Any, kind: str) -> Iterator[_Tensor]:
@@ -160,10 +161,10 @@ def _add_config(writer: Any, config: dict[str, Any], vocab_size: int, kind: str,
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = _rope(config)
     writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0))
-    if rope.get("rope_type") in ("linear", "yarn"):
+    if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
-    if rope.get("rope_type") == "yarn":
+    if rope["rope_type"] == "yarn":
         original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(original)
     if config.get("sliding_window") and config.get("use_sliding_window", True):
@@ -177,7 +178,7 @@ def _rope_factors(config: dict[str, Any]) -> Any:
     between are interpolated (`rope_scaling` in the config of Llama 3.1).
     """
     rope = _rope(config)
-    if rope.get("rope_type") != "llama3":
+    if rope["rope_type"] != "llama3":
         return None
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)

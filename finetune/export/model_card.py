@@ -37,6 +37,15 @@ from transformers import AutoTokenizer
 
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
 ```"""
+# The class above would take the text model alone of a base that reads images, too.
+USE_ADAPTER_OF_ALL = """\
+```python
+from peft import PeftModel
+from transformers import AUTO_CLASS, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = PeftModel.from_pretrained(AUTO_CLASS.from_pretrained("BASE"), "FOLDER")
+```"""
 
 
 def write_model_card(result: RunResult, *, merges: bool = False) -> None:
@@ -52,6 +61,9 @@ def model_card(result: RunResult, *, merges: bool = False) -> str:
     """Return the text of a model card."""
     base, is_on_hub = base_name(result.base)
     is_adapter = result.adapter is not None and not merges
+    auto_class, use = result.base.get("auto_class", "AutoModelForCausalLM"), USE_ADAPTER if is_adapter else USE_MERGED
+    if is_adapter and auto_class != "AutoModelForCausalLM":
+        use = USE_ADAPTER_OF_ALL.replace("AUTO_CLASS", auto_class).replace("BASE", base)
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers",
                              "pipeline_tag": "text-generation"}  # fmt: skip
     if is_on_hub:
@@ -67,7 +79,7 @@ def model_card(result: RunResult, *, merges: bool = False) -> str:
         f"[{base}](https://huggingface.co/{base})" if is_on_hub else f"`{base}`",
         "trained on conversations; only model turns and their end-of-turn tokens are supervised.", "",
         "| | |", "| --- | --- |", facts, "", "## Flags", "", "Others have their defaults.", "",
-        f"```yaml\n{_yaml(flags)}```", "", "## Use", "", USE_ADAPTER if is_adapter else USE_MERGED, "",
+        f"```yaml\n{_yaml(flags)}```", "", "## Use", "", use, "",
         "`run.json` in this folder holds all arguments, versions and fingerprints of the run.", "",
     ])  # fmt: skip
 

@@ -17,7 +17,7 @@ from finetune.models.loader import add_eos_token, embedding_rows
 from finetune.utils.user_files import read_json_object
 
 # Files copied from the source: what the model needs to run, and licenses.
-COPIED_FILES = ("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.tiktoken", "preprocessor_config.json")
+COPIED_FILES = ("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.tiktoken", "*processor_config.json")
 # The LingoWhale format: a marker before each turn, the end token after each model turn.
 LINGOWHALE_TEMPLATE = (
     "{%% set ns = namespace(system='') %%}{%% for message in messages %%}{%% if message['role'] == 'system' %%}"
@@ -30,12 +30,7 @@ PROBE_ROLES = ("system", "user", "assistant", "user")
 
 
 def write_weights(folder: Path, tensors: Sequence[OutputTensor], dtypes: Sequence[torch.dtype], limit: int) -> None:
-    """Write all tensors, file by file, with a progress bar.
-
-    Args:
-        dtypes: Type in which each is written.
-        limit: Size of a file in bytes; only a tensor that is larger exceeds it.
-    """
+    """Write tensors in these types, in files of at most `limit` bytes or one larger tensor, with a progress bar."""
     outputs = {tensor.name: (tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)}
     empty = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, (tensor, dtype) in outputs.items()}
     shards = split_torch_state_dict_into_shards(empty, max_shard_size=limit)

@@ -13,6 +13,7 @@ from finetune.config.hardware import Precision
 from finetune.distributed import stop_requests, watchdog
 from finetune.distributed.collectives import destroy_process_group, run_on_rank_0
 from finetune.export.model_card import write_model_card
+from finetune.export.model_files import copy_other_files
 from finetune.export.verify_saved import LOSS_TOKENS, digests_to_save, verify_result
 from finetune.inference.run_result import read_result
 from finetune.models.loader import ModelInfo
@@ -58,6 +59,8 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
             base_bits=None if is_packed_in_files(base.config) else base.bits,
         )
         _record(trainer, checked, "adapter" if is_adapter else "full model", changes)
+        if not is_adapter:
+            copy_other_files(trainer.output_dir, base.files)
         write_model_card(read_result(trainer.output_dir))
 
     run_on_rank_0(conclude)

@@ -179,11 +179,15 @@ def test_without_deepspeed_weights_that_files_name_otherwise_are_resumed_too(tra
 
     folder = vision_models.save("gemma3", tmp_path / "base", vocab_size=270)
     byte_tokenizer().save_pretrained(folder)
+    processors = {"preprocessor_config.json", "processor_config.json"}
+    for name in processors:
+        (folder / name).write_text('{"image_size": 16}')
     flags = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
     output = train("run", *flags, world_size=1, model=folder)
     whole = losses(output)
     resumed = train("run", *flags, "--resume_from_checkpoint", str(output / "checkpoint-1"), world_size=1, model=folder)
     assert losses(resumed) == whole and len(whole) == 2
+    assert processors <= {path.name for path in resumed.iterdir()}
     run = json.loads((resumed / "run.json").read_text())
     assert run["result"]["base_tensors"]["missing"] == 0
 

@@ -1,5 +1,6 @@
 """A GGUF file read again is the same model with the same tokenizer. The reader is transformers', the writer ours."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -107,3 +108,21 @@ def test_the_factors_of_llama_3_are_what_transformers_divides_by():
     plain = 5e5 ** -(np.arange(0, 128, 2) / 128)
     assert np.allclose(plain / _rope_factors(config.to_dict()), scaled.numpy(), rtol=1e-5)
     assert len(set(_rope_factors(config.to_dict()).round(3))) > 3, "short, long and mixed waves"
+
+
+def test_rope_scaling_under_its_older_key_is_written_or_refused(tmp_path, smol_tokenizer):
+    """As the cards of Qwen2.5 tell users to write it; transformers reads it, and a merge keeps the base's config."""
+    from gguf import GGUFReader
+
+    folder = saved(tmp_path / "merged", smol_tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    for kind in ("yarn", "dynamic"):
+        config["rope_scaling"] = {"type": kind, "factor": 4.0}
+        (folder / "config.json").write_text(json.dumps(config))
+        if kind == "yarn":
+            fields = GGUFReader(write_gguf(folder, "f16", stop_token_id=2)).fields
+            scaling = [fields[f"llama.rope.scaling.{name}"].contents() for name in ("type", "factor")]
+            assert scaling == ["yarn", 4.0]
+    with pytest.raises(ConfigError, match="rope_type dynamic is not supported"):
+        check_gguf(folder, smol_tokenizer)

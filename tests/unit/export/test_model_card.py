@@ -69,3 +69,9 @@ def test_the_base_has_its_name_on_the_hub_and_its_license(tmp_path):
     assert (found["base_model"], found["license"]) == ("Qwen/Qwen3-8B", "apache-2.0")
     local = model_card(result(model={"name": "x/base", "folder": str(tmp_path / "base")}))
     assert "base_model" not in front(local) and "`base`" in local and str(tmp_path) not in local
+
+
+def test_an_adapter_is_loaded_on_all_of_a_base_that_reads_images():
+    card = model_card(result(model={"auto_class": "AutoModelForMultimodalLM"}))
+    assert 'AutoModelForMultimodalLM.from_pretrained("org/base")' in card and "AutoPeft" not in card
+    assert "AutoPeftModelForCausalLM" in model_card(result())

@@ -16,12 +16,13 @@ from finetune.export.merge_plan import plain_tensors
 from finetune.inference.load_result import load_strict
 from finetune.models.adapters import attach_peft, embedding_names
 from finetune.models.auto_class import auto_class
+from finetune.models.freezing import freeze
 from finetune.models.loader import freeze_other_modalities, inspect_model
 from finetune.models.module_kinds import VISION
 from finetune.models.stored_tensors import StoredTensors
 from finetune.preflight.spec_from_config import spec_from_config
 from finetune.utils.errors import CheckpointError
-from tests.helpers import vision_models
+from tests.helpers import tiny_models, vision_models
 from tests.helpers.tiers import mostly_slow
 
 IDS = torch.arange(3, 15)[None]
@@ -114,3 +115,15 @@ def test_a_checkpoint_of_the_text_alone_is_loaded_as_it_is():
     assert auto_class(transformers.LlamaConfig()) is transformers.AutoModelForCausalLM
     assert auto_class(transformers.Qwen3_5Config()) is transformers.AutoModelForMultimodalLM
     assert auto_class(transformers.T5Gemma2Config()) is transformers.AutoModelForCausalLM  # which refuses it
+
+
+def test_a_frozen_weight_that_two_modules_share_is_saved_once(tmp_path):
+    tiny_models.build("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    info, model = loaded(tmp_path / "base")
+    freeze(model, info.kinds, ["embed_tokens"], [])
+    kept = BaseTensors(tmp_path / "base", info.empty, model)
+    model.save_pretrained(tmp_path / "out", state_dict=kept.without_frozen(model.state_dict()))
+    kept.add_to(tmp_path / "out")
+    assert kept.untouched == ["model.embed_tokens.weight"]
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(tmp_path / "base").keys()
+    assert kept.report(tmp_path / "out", set())["added"] == 0
