@@ -120,7 +120,7 @@ def open_verified(folder: Path, name: str, record: FileRecord) -> BinaryIO:
             raise CheckpointError(f"{path} is a link, or lies behind one: a checkpoint holds files only")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        file = open(path, "rb", opener=_open_no_link)
+        file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size != record.size:
             raise CheckpointError(f"{path} has {status.st_size:,} bytes of {record.size:,}")
@@ -137,10 +137,6 @@ def open_verified(folder: Path, name: str, record: FileRecord) -> BinaryIO:
             raise
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     return file
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def find_strangers(folder: Path, manifest: Manifest) -> list[str]:

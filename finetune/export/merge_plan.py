@@ -74,7 +74,8 @@ def master_tensors(masters: MasterWeights, names: WeightNames) -> list[OutputTen
     outputs = []
     for group in by_layer(masters.shapes):
         shapes = names.as_stored({name: torch.empty(masters.shapes[name], device="meta") for name in group})
-        layer = _ComputedTogether(partial(_stored_layer, masters, names, group), len(shapes))
+        get_all = partial(lambda group: names.as_stored({name: masters.get(name) for name in group}), group)
+        layer = _ComputedTogether(get_all, len(shapes))
         for name, tensor in shapes.items():
             get = partial(layer.take, name)
             outputs.append(OutputTensor(name, tuple(tensor.shape), torch.float32, get, computed=True))
@@ -82,10 +83,6 @@ def master_tensors(masters: MasterWeights, names: WeightNames) -> list[OutputTen
         if name in names.state:
             outputs.append(OutputTensor(name, tuple(buffer.shape), buffer.dtype, buffer.detach))
     return outputs
-
-
-def _stored_layer(masters: MasterWeights, names: WeightNames, group: list[str]) -> dict[str, torch.Tensor]:
-    return names.as_stored({name: masters.get(name) for name in group})
 
 
 class _ComputedTogether:

@@ -104,7 +104,9 @@ def merge_weights(plan: MergePlan, *, shard_bytes: int, verify: bool = True) -> 
         verify: Load the merged model and compare its logits with those of what was trained, if memory allows.
     """
     result, target, tokenizer = plan.result, plan.target, plan.tokenizer
-    _check_disk_space(target, plan.size)
+    free = shutil.disk_usage(existing_parent(target)).free
+    if free < plan.size + SPARE_DISK_BYTES:
+        raise StorageError(f"{target}: the merged model takes {plan.size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
     chat_format = load_result.chat_format_of(result, tokenizer)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
@@ -169,12 +171,6 @@ def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -
             zeros = torch.zeros((), dtype=torch.float32).expand(weight.shape)
             setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
     return model
-
-
-def _check_disk_space(target: Path, size: int) -> None:
-    free = shutil.disk_usage(existing_parent(target)).free
-    if free < size + SPARE_DISK_BYTES:
-        raise StorageError(f"{target}: the merged model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
 
 
 def _output_dtype(tensor: OutputTensor, dtype: torch.dtype, usual: torch.dtype) -> torch.dtype:

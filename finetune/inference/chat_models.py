@@ -65,8 +65,3 @@ class ChatModels:
         temperature, top_p = self.sampling.temperature, self.sampling.top_p
         method = f"temperature {temperature:g}, top_p {top_p:g}" if temperature else "greedy"
         return f"{method}, at most {self.max_new_tokens:,} tokens per answer"
-
-    @property
-    def trained_length(self) -> int | None:
-        """--model_max_length of the training, in tokens."""
-        return self.loaded.result.run.get("arguments", {}).get("model_max_length")

@@ -89,16 +89,13 @@ def read_result(folder: Path, *, trust_remote_code: bool = False, verify_key: st
         remedy = f"use a checkpoint, the last is {output_dir}/checkpoint-{steps[0]}" if steps else "train first"
         raise ConfigError(f"{folder}: holds no model, because the run has not finished: {remedy}")
     adapter = _adapter_type(folder)
-    found = [(f"{part}.{name}", _get(run[part], name), hint) for part in TYPES for name, hint in TYPES[part].items()]
+    found = [(f"{part}.{name}", run[part].get(name) if isinstance(run[part], dict) else run[part], hint)
+             for part in TYPES for name, hint in TYPES[part].items()]  # fmt: skip
     found += [("precision", run["precision"], Precision), ("arguments", run.get("arguments", {}), dict[str, Any])]
     wrong = [f"{output_dir / RUN_FILE}: {name} is {shortened(value)}" for name, value, hint in found
              if not has_type(value, hint)]  # fmt: skip
     raise_faults(wrong, noun="wrong value")
     return RunResult(folder, run, adapter, trusts_code=trust_remote_code)
-
-
-def _get(values: Any, name: str) -> Any:
-    return values.get(name) if isinstance(values, dict) else values
 
 
 def _adapter_type(folder: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import termios
@@ -22,7 +21,7 @@ from finetune.inference.chat_models import ChatModels
 from finetune.inference.chat_session import TOOL_COMMAND, ChatSession, save_conversation
 from finetune.inference.generate import AnswerStream, is_generating
 from finetune.inference.load_result import BASE, TUNED
-from finetune.utils.errors import FinetuneError
+from finetune.utils.errors import FinetuneError, exit_now
 
 MIN_COLUMNS_FOR_TABLE = 72
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -112,7 +111,7 @@ class TerminalChat:
             except KeyboardInterrupt:
                 self.handle_interrupt()
         if is_generating():
-            _exit_at_once()
+            exit_now(0)  # not waiting for a model that is still generating
 
     def handle_message(self) -> None:
         """Read one message or command and act on it."""
@@ -170,7 +169,7 @@ class TerminalChat:
 
     def pieces(self, stream: AnswerStream, name: str, answers: dict[str, Turn]) -> Iterator[str]:
         """Yield the pieces of an answer; store it in `answers`, also when it is interrupted."""
-        trained = self.models.trained_length
+        trained = self.models.loaded.result.run.get("arguments", {}).get("model_max_length")
         if trained and len(stream.prompt) > trained:
             self.note(
                 f"the conversation is longer than the {trained:,} tokens of the training (--model_max_length); "
@@ -252,13 +251,6 @@ def _line_reader(console: Console) -> Callable[[str], str]:
         return input(f"{color}{prompt}{reset}")
 
     return read
-
-
-def _exit_at_once() -> None:
-    """Exit without waiting for a model that is still generating."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 # ---- answers on the screen, one after the other or in columns side by side

@@ -137,9 +137,5 @@ class _Recorded(torch.Tensor):
         others = (*args[1:], *(kwargs or {}).values())
         if any(isinstance(other, torch.Tensor) for other in others):
             return result
-        step = partial(_apply, function, args[1:], kwargs or {})
+        step = partial(lambda rest, options, values: function(values, *rest, **options), args[1:], kwargs or {})
         return cls.of(result, [*source.steps, *([step] if result.data_ptr() != source.data_ptr() else [])])
-
-
-def _apply(function: Any, args: tuple, kwargs: dict[str, Any], values: torch.Tensor) -> torch.Tensor:
-    return function(values, *args, **kwargs)

@@ -106,7 +106,10 @@ def module_kinds(base: Any) -> ModuleKinds:
             kinds[name] = HEAD
         elif module is embeddings:
             kinds[name] = EMBEDDINGS
-        elif inside is not None and (id(module) not in inside or _looks_at_images(path)):
+        elif inside is not None and (
+            id(module) not in inside
+            or any(OF_IMAGES.match(part) or "CrossAttention" in type(outer).__name__ for part, outer, _ in path)
+        ):
             kinds[name] = VISION
         elif any(MTP_NAME.search(part) for part in name.split(".")):
             kinds[name] = MTP
@@ -121,10 +124,6 @@ def language_model(base: Any) -> Any | None:
         return None
     decoder = base.get_decoder()
     return None if decoder is None or decoder is base else decoder
-
-
-def _looks_at_images(path: list[tuple[str, Any, Any]]) -> bool:
-    return any(OF_IMAGES.match(part) or "CrossAttention" in type(module).__name__ for part, module, _ in path)
 
 
 def _path(name: str, modules: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

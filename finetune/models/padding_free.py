@@ -70,7 +70,8 @@ def enable_padding_free(
         if shared:
             unfollow()
             return reason
-        differs = first_not_none(trial.padded_reason(longest) if not ropes else segments.LONGEST_DECIDES)
+        tried = None if ropes else trial.attempt(lambda: trial.padded_reason(longest))
+        differs = first_not_none(segments.LONGEST_DECIDES if ropes else tried)
         if differs and not trial.is_partitioned:
             segments.run_by_segment(ropes, segments.LONGEST_DECIDES, segments.forget_longer_rows)
             segments.run_by_segment([base.base_model], f"{reason}; {differs}")
@@ -151,11 +152,7 @@ class Trial:
 
     def reason(self, window: int | None = None, shared: bool = False) -> str | None:
         """Return why flat rows do not give what single conversations give, or None."""
-        return self._attempt(lambda: self._flat_reason(window, shared))
-
-    def padded_reason(self, longest: int) -> str | None:
-        """Return why padded rows of `longest` tokens do not give what single conversations give, or None."""
-        return self._attempt(lambda: self._padded_reason(longest))
+        return self.attempt(lambda: self._flat_reason(window, shared))
 
     def split_carrying_modules(self) -> bool:
         """Let modules that carry something over the boundary before the last b run by segment, if there are any."""
@@ -167,7 +164,7 @@ class Trial:
             boundary = len(self.b) + len(self.a)
             count = segments.split_carrying_modules(self.base, row, boundary, boundary + len(self.b))
 
-        return not self._attempt(search) and count > 0
+        return not self.attempt(search) and count > 0
 
     def undo(self) -> None:
         """Let the model compute what it computed before."""
@@ -175,7 +172,8 @@ class Trial:
         register_flat_attention()
         self.base.set_attn_implementation(self.stock)
 
-    def _attempt(self, run: Callable[[], str | None]) -> str | None:
+    def attempt(self, run: Callable[[], str | None]) -> str | None:
+        """Return what `run` returns, or why it failed."""
         try:
             casts = torch.autocast(self.a.device.type, self.autocast, enabled=self.autocast != torch.float32)
             with gather_per_module(self.model), torch.no_grad(), casts:
@@ -190,7 +188,8 @@ class Trial:
         self.base.set_attn_implementation(current)
         return logits
 
-    def _padded_reason(self, longest: int) -> str | None:
+    def padded_reason(self, longest: int) -> str | None:
+        """Return why padded rows of `longest` tokens do not give what single conversations give, or None."""
         rows = torch.zeros(2, max(longest, len(self.b)), dtype=torch.int64, device=self.b.device)
         rows[0], rows[1, : len(self.b)] = self.b.repeat(rows.shape[1])[: rows.shape[1]], self.b
         mask = torch.ones_like(rows)

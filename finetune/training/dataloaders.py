@@ -160,13 +160,7 @@ def _padding_reason(
 def decide_layout(
     batch: BatchConfig, longest: int, padding_reason: str | None, full_logits_because: str | None = None
 ) -> BatchLayout:
-    """Decide how micro-batches are laid out, with a note for each deviation from what was asked.
-
-    Args:
-        longest: tokens of the longest example.
-        padding_reason: why rows must be padded, or None.
-        full_logits_because: why logits must be computed at all positions, or None.
-    """
+    """Decide how micro-batches are laid out, with a note for each deviation from what was asked."""
     wanted, capacity, notes = batch.batching, batch.tokens_per_device, []
     if capacity is not None and capacity < longest:
         raise ConfigError(

@@ -34,7 +34,8 @@ def check_training_flags(values: Mapping[str, Any], given: Mapping[str, Any], *,
     values = {**values, "use_cpu": True, "tf32": None, "deepspeed": None, "save_on_each_node": False}
     faults = []
     while (refusal := _refusal(values, builds_optimizer)) is not None:
-        causes = [name for name in given if name in values and _is_cause(name, values, refusal, builds_optimizer)]
+        without = {name: {other: values[other] for other in values if other != name} for name in given}
+        causes = [name for name in given if name in values and _refusal(without[name], builds_optimizer) != refusal]
         shown = " ".join(f"--{name} {given[name]}" for name in causes) or "the training flags"
         faults.append(f"{shown}: {refusal}")
         if not causes:
@@ -42,11 +43,6 @@ def check_training_flags(values: Mapping[str, Any], given: Mapping[str, Any], *,
         for name in causes:
             del values[name]
     raise_faults(faults)
-
-
-def _is_cause(name: str, values: Mapping[str, Any], refusal: str, builds_optimizer: bool) -> bool:
-    rest = {other: value for other, value in values.items() if other != name}
-    return _refusal(rest, builds_optimizer) != refusal
 
 
 def _refusal(values: Mapping[str, Any], builds_optimizer: bool) -> str | None:

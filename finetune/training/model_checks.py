@@ -39,7 +39,7 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     adapter_notes = check_attachable(info, config.adapter, adds_tokens=bool(config.model.new_tokens))
     check_attention_heads(config.batch.sequence_parallel_size, info.config)
     checkpointing, notes = resolve_activation_checkpointing(
-        config.activation_checkpointing, config.adapter.kind(), info.can_checkpoint
+        config.activation_checkpointing, config.adapter.kind(), info.empty.supports_gradient_checkpointing
     )
     if config.deepspeed is not None:
         notes += build_notes(Path(os.environ["TORCH_EXTENSIONS_DIR"]), use_cpu=config.hardware.use_cpu)
@@ -55,11 +55,7 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
 def resolve_activation_checkpointing(
     requested: ActivationCheckpointing, adapter: str | None, supported: bool
 ) -> tuple[ActivationCheckpointing, list[str]]:
-    """Switch activation checkpointing off where the adapter or the model's code does not support it.
-
-    Args:
-        adapter: lora, prefix, prompt or None.
-        supported: whether the model's code can recompute activations.
+    """Switch activation checkpointing off where the kind of adapter or the model's code does not support it.
 
     Returns:
         What is done, and lines for the user.

@@ -72,12 +72,7 @@ def count_ranks() -> RankCounts:
 def start_processes(
     data: PreparedData, info: ModelInfo, data_path: Sequence[str], backend: str, zero_stage: int | None, timeout: int
 ) -> None:
-    """Start the process group, and check that all ranks have the same data, code, libraries and base model.
-
-    Args:
-        data_path: as on the command line, for the message.
-        timeout: of collectives, seconds.
-    """
+    """Start the process group, and check that all ranks have the same data, code, libraries and base model."""
     facts = RankFacts.here(data=data.fingerprints, model=info.fingerprint, day=data.day)
     watchdog.report_phase("rendezvous")
     patch_build_lock()
