@@ -95,6 +95,12 @@ class AdapterArguments:
             "modules_to_save": self.modules_to_save,
         }
 
+    def unserved_options(self) -> list[str]:
+        """Return a fault for each option of the method that would do nothing, or something else."""
+        given = {name: value for name, value in self.peft_options().items() if value not in (None, "none", False)}
+        reasons = ((name, reason) for name, reason in UNSERVED_OPTIONS.items() if name in given)
+        return [f"--adapter_config: {name} {given[name]}: {reason}: leave it out" for name, reason in reasons]
+
     def saved_modules(self) -> tuple[str, ...] | None:
         """Names of the layers of the base that are saved with the result; None: all."""
         return None if self.kind() is None else tuple(self.peft_options().get("modules_to_save") or ())

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from finetune.config.adapter_arguments import UNSERVED, UNSERVED_OPTIONS, AdapterArguments
+from finetune.config.adapter_arguments import UNSERVED, AdapterArguments
 from finetune.config.arguments import (
     GROUPS,
     TRAINING_DEFAULTS,
@@ -344,9 +344,7 @@ def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:
         yield "--adapter_config and --use_lora or --adapter exclude each other: the file says what is trained"
     elif method := UNSERVED.get(options["peft_type"]):
         yield f"--adapter_config: {method}"
-    for name, reason in UNSERVED_OPTIONS.items():
-        if options.get(name) not in (None, "none", False):
-            yield f"--adapter_config: {name} {options[name]}: {reason}: leave it out"
+    yield from adapter.unserved_options()
 
 
 def _with_config_read(adapter: AdapterArguments) -> AdapterArguments:
