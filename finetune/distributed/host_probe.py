@@ -5,6 +5,7 @@ Functions that `launcher.ssh.run_on_all_hosts` calls take and return a dictionar
 
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -190,6 +191,7 @@ def connect(order: dict) -> dict:
     return {"error": error}
 
 
+@functools.cache
 def versions() -> dict:
     """The versions of the installed libraries that affect a result."""
     installed = {}

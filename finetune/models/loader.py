@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,6 +314,11 @@ def needs_new_embeddings(info: ModelInfo, tokenizer: PreTrainedTokenizerBase) ->
 
 def embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of embedding rows that the tokenizer needs."""
+    return _embedding_rows(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=1)
+def _embedding_rows(tokenizer: PreTrainedTokenizerBase, _: int) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 

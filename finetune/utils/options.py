@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -57,6 +57,7 @@ def fill(group: type[Options], given: dict[str, Any]) -> Options:
     return group(**{name: given[name] for name in names if name in given})
 
 
+@cache
 def declaration(library: str, file: str, name: str) -> ast.ClassDef | ast.FunctionDef:
     """Return a class or function of a library's source, for what it declares; importing it would take seconds."""
     tree = ast.parse(source_folder(library).joinpath(file).read_text(encoding="utf-8"))

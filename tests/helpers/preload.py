@@ -23,6 +23,11 @@ for name in (
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
+from finetune.config.argument_parser import build_parser  # noqa: E402
+from finetune.distributed.host_probe import versions  # noqa: E402
+
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once
+build_parser()  # reads the sources of libraries, once
+versions()
 gc.collect()
 gc.freeze()
