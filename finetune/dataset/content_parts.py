@@ -110,10 +110,10 @@ def _is_text(part: Mapping[str, Any]) -> bool:
 
 def _thought(part: Mapping[str, Any], kind: Any) -> str | None:
     if isinstance(inner := part.get("reasoningContent"), dict):  # Bedrock
-        part, kind = inner.get("reasoningText", inner), "reasoning"
+        text = inner.get("reasoningText")
+        part, kind = text if isinstance(text, dict) else inner, "reasoning"
     if kind in REASONING_KEYS or part.get("thought") is True:
-        found = (part[key] for key in ("text", kind, "content") if isinstance(part.get(key), str))
-        return next(found, None)
+        return next((part[key] for key in ("text", *REASONING_KEYS, "content") if isinstance(part.get(key), str)), None)
     return None
 
 

@@ -127,6 +127,8 @@ def explain_error(error: json.JSONDecodeError, text: str) -> str:
     here, before, after = text[pos : pos + 1], text[:pos].rstrip(SPACE)[-1:], text[pos + 1 :].lstrip(SPACE)[:1]
     if here and here in "]}" and before == "," or here == "," and after and after in "]}":
         return f"a comma before the closing bracket, {near}: take it out"
+    if here == "," and not after:
+        return f"a comma behind the value, {near}: take it out"
     if here == "'":
         return f"a single quote, {near}: JSON strings stand in double quotes"
     if text.startswith(("//", "/*", "#"), pos):

@@ -165,7 +165,7 @@ class TurnReading:
         reasoning = self._reasoning(turn, parts.reasoning, role)
         is_supervised, weight = self._weight(turn, role)
         result_of = self._result_of(turn, role)
-        if role == "model" and (calls or self.calls_only) and (value is None or value == ""):
+        if role == "model" and value in (None, "") and (calls or not self.is_complete):
             self.turns.append(Turn("model", "", is_supervised, reasoning, tuple(calls), weight=weight))
             return
         may_be_blank = isinstance(value, str) and (bool(calls) if role == "model" else role == "tool")

@@ -178,7 +178,7 @@ def test_a_syntax_error_ends_an_array_with_its_place(content, said, before, tmp_
 
 
 BROKEN_LINES = {
-    "comma": (f"{GOOD},", f"column {len(GOOD) + 1}: not JSON: content after the value"),
+    "comma": (f"{GOOD},", f"column {len(GOOD) + 1}: not JSON: a comma behind the value"),
     "two": (f"{GOOD} {GOOD}", f"column {len(GOOD) + 2}: not JSON: content after the value"),
     "cut": (GOOD[:-3], f"column {len(GOOD) - 2}: not JSON: the text ends in the middle"),
     "cut-in-string": (GOOD[:-6], "column "),

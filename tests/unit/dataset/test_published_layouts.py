@@ -130,6 +130,11 @@ REFUSED = [
     ({"messages": CHAT, "chat_template_kwargs": {"tools": DECLARED}}, "has tools, no variable of chat templates"),
     ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "x"}}, "no variable of chat templates"),
     ({"messages": [ASKED, {"role": "tool_call", "content": "[]"}]}, "holds no call"),
+    ({"messages": [ASKED, {"role": "tool_call"}]}, 'expected "content" to be a string, found null'),
+    (
+        {"messages": [ASKED, {"role": "assistant", "content": [{"reasoningContent": {"reasoningText": "r"}}]}]},
+        "only text",
+    ),
     ({"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": "[ ]"}]}, '"content" is empty'),
     (
         {"messages": [ASKED, {"role": "assistant", "content": "<tool_call>[]</tool_call>"}], "tools": DECLARED},
