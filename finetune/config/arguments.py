@@ -58,6 +58,9 @@ class TrainingFlag:
     help: str
 
 
+LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+
+
 @cache
 def training_flags() -> dict[str, TrainingFlag]:
     """The fields of the installed `transformers.TrainingArguments`, read from its source with `ast`."""
@@ -75,7 +78,8 @@ def _training_flag(node: ast.AnnAssign, field_call: ast.Call) -> TrainingFlag:
     if "str" in kinds and kind is bool:
         kind = str
     name, default = ast.unparse(node.target), _literal(keywords.get("default"))
-    return TrainingFlag(name, OptionType(kind, "list[str]" in kinds), default, metadata.get("help", ""))
+    choices = LOG_LEVELS if name.startswith("log_level") else tuple(metadata.get("choices", ()))
+    return TrainingFlag(name, OptionType(kind, "list[str]" in kinds, choices), default, metadata.get("help", ""))
 
 
 def _literal(node: ast.AST | None) -> Any:

@@ -27,7 +27,6 @@ from finetune.utils.errors import ConfigError
 from finetune.utils.options import one_of
 from finetune.utils.user_files import has_type, parse_object
 
-SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # the last is always done
 # Those of torch.utils.checkpoint after our two.
 CHECKPOINTING = {"every_n_layers": int, **dict.fromkeys(("offload", "use_reentrant", "preserve_rng_state"), bool)}
 GROUPS_ITSELF = ("galore", "apollo", "lomo", "adalomo", "muon", "dion")  # beginnings of names of --optim
@@ -129,7 +128,11 @@ def check_flags(arguments: Arguments, world_size: int | None = None) -> None:
     report_to, deepspeed = (arguments.given(name) for name in ("report_to", "deepspeed"))
     evaluation_options(arguments)
     _check_sequence_parallel(arguments, world_size)
-    _check_sampling(arguments)
+    if arguments.given("auto_find_batch_size"):
+        raise ConfigError(
+            "--auto_find_batch_size True: a step must keep its size; give --tokens_per_device_batch, or a smaller "
+            "--per_device_train_batch_size with more --gradient_accumulation_steps"
+        )
     check_trackers([report_to] if isinstance(report_to, str) else report_to or [])
     check_optimizer(str(arguments.given("optim")))
     bits = arguments.model.quantized_bits()
@@ -258,17 +261,6 @@ def _saving_notes(arguments: Arguments) -> list[str]:
     if keep and keep > 0 and not arguments.was_given("save_total_limit"):
         notes.append(f"the newest {keep} checkpoints are kept, older ones are removed: --save_total_limit 0 keeps all")
     return notes
-
-
-def _check_sampling(arguments: Arguments) -> None:
-    if arguments.given("auto_find_batch_size"):
-        raise ConfigError(
-            "--auto_find_batch_size True: a step must keep its size; give --tokens_per_device_batch, or a smaller "
-            "--per_device_train_batch_size with more --gradient_accumulation_steps"
-        )
-    strategy = arguments.given("train_sampling_strategy")
-    if strategy not in SAMPLING_STRATEGIES:
-        raise ConfigError(f"--train_sampling_strategy {strategy}: expected {', '.join(SAMPLING_STRATEGIES)}")
 
 
 def _check_sequence_parallel(arguments: Arguments, world_size: int | None) -> None:

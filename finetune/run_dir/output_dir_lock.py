@@ -49,6 +49,9 @@ def check_writable(folder: Path, shown: str) -> None:
         raise ConfigError(f"{shown}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"{shown}: no permission to write in {existing}")
+    disk = os.statvfs(existing)
+    if disk.f_blocks and not disk.f_bavail:
+        raise StorageError(f"{shown}: no space is left on the disk of {existing}: free some, or name another folder")
 
 
 def existing_parent(folder: Path) -> Path:

@@ -51,6 +51,8 @@ def _refusal(values: Mapping[str, Any], builds_optimizer: bool) -> str | None:
 
     try:
         arguments = _arguments_class()(**values)
+        if (compiler := arguments.torch_compile and arguments.torch_compile_backend) not in (None, False, "inductor"):
+            torch._dynamo.lookup_backend(compiler)
         optimizer = _build_optimizer(arguments, torch.nn.Linear(2, 2)) if builds_optimizer else None
         _build_schedule(arguments, optimizer)
     except REFUSALS as error:

@@ -36,7 +36,7 @@ def other_value(name: str) -> str:
     flag = training_flags()[name]
     if flag.shape.kind is bool:
         return str(not TRAINING_DEFAULTS.get(name, flag.default))
-    return VALUES[flag.shape.kind]
+    return next((choice for choice in flag.shape.choices if choice != flag.default), VALUES[flag.shape.kind])
 
 
 def test_every_flag_is_in_exactly_one_class():

@@ -1,10 +1,13 @@
 """The output folder: kept for one run, or said that it cannot be."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
 from finetune.inference import run_result
 from finetune.run_dir import output_dir_lock, run_json
-from finetune.utils.errors import CheckpointError, ConfigError
+from finetune.utils.errors import CheckpointError, ConfigError, StorageError
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,15 @@ def test_a_run_that_ended_while_another_waited_for_its_lock_is_kept(tmp_path):
     assert output_dir_lock.prepare_output_dir(tmp_path, overwrite=False, resume=True) is None
     assert "was moved to" in output_dir_lock.prepare_output_dir(tmp_path, overwrite=True, resume=False)
     assert not list(tmp_path.iterdir()) and list(tmp_path.parent.glob("*before*/adapter_config.json"))
+
+
+@pytest.mark.parametrize(("blocks", "free", "is_full"), [(600, 0, True), (600, 1, False), (0, 0, False)])
+def test_a_disk_without_space_is_said_before_anything_starts(tmp_path, monkeypatch, blocks, free, is_full):
+    """Some file systems know no sizes."""
+    disk = SimpleNamespace(f_blocks=blocks, f_bavail=free)
+    monkeypatch.setattr(output_dir_lock.os, "statvfs", lambda path: disk)
+    with pytest.raises(StorageError, match="o: no space is left on the disk of /") if is_full else nullcontext():
+        output_dir_lock.check_writable(tmp_path / "o", "o")
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch):
