@@ -75,7 +75,9 @@ ABOVE_0 = (
     "lora_alpha",
 )  # fmt: skip
 SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor", "lora_dropout")
-HIGHEST_SEED = 2**32 - 1  # of numpy
+# Of numpy; and what is a typing error on any host.
+HIGHEST = {**dict.fromkeys(("seed", "data_seed"), 2**32 - 1),
+           **dict.fromkeys(("dataloader_num_workers", "preprocessing_num_workers"), 1024)}  # fmt: skip
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -272,8 +274,7 @@ def _number_faults(arguments: Arguments) -> Iterator[str]:
             yield f"--{name} {value:g}: expected more than 0"
         if name in SHARES and value is not None and not 0 <= value < 1:
             yield f"--{name} {value}: expected a share from 0 up to 1"
-        if name in ("seed", "data_seed") and value is not None and value > HIGHEST_SEED:
-            yield f"--{name} {value}: expected at most {HIGHEST_SEED}"
+        yield from above(name, value)
     steps = arguments.training.get("max_steps", -1)
     if steps < -1 or steps == 0:
         yield f"--max_steps {steps}: no step would be made: expected at least 1, or -1 to train by epochs"
@@ -284,6 +285,7 @@ def data_faults(data: DataArguments) -> Iterator[str]:
     for name, number in vars(data).items():
         if name in LOWEST:
             yield from below(LOWEST[name], name, number)
+        yield from above(name, number)
     if not 0 <= data.max_dropped_rows <= 1:
         yield f"--max_dropped_rows {data.max_dropped_rows}: expected a share from 0 to 1"
     if not 0 <= data.validation_share < 1:
@@ -324,6 +326,12 @@ def below(least: int, name: str, value: float | None) -> Iterator[str]:
     """Yield a fault where a number that was given is below the least that makes sense."""
     if value is not None and value < least:
         yield f"--{name} {value}: expected {'at least 1' if least else '0 or more'}"
+
+
+def above(name: str, value: Any) -> Iterator[str]:
+    """Yield a fault where a number that was given is above the highest that makes sense."""
+    if name in HIGHEST and value is not None and value > HIGHEST[name]:
+        yield f"--{name} {value}: expected at most {HIGHEST[name]}"
 
 
 def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:

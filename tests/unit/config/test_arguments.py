@@ -162,6 +162,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--lr_scheduler_kwargs", "{bad}"], '--lr_scheduler_kwargs {bad}: expected a JSON object such as {"name": 1}'),
         (["--adam_beta2", "1"], "--adam_beta2 1.0: expected a share from 0 up to 1"),
         (["--lora_alpha", "-1", "--use_lora"], "--lora_alpha -1: expected more than 0"),
+        (["--preprocessing_num_workers", "100000"], "--preprocessing_num_workers 100000: expected at most 1024"),
         (["--log_level", "loud"], "--log_level loud: expected detail, debug, info"),
         (["--optim", "adamw"], "--optim adamw: did you mean adamw_torch?"),
         (["--weight_decay", "nan", "--max_grad_norm", "inf"], "--weight_decay nan: expected a finite number"),
