@@ -13,6 +13,7 @@ from finetune.utils.options import one_of, source_folder
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 OWN_TASKS = Path(__file__).resolve().parent / "tasks"
 SUFFIXES = (".yaml", ".yml")
+SUFFIXES_OF_TEXTS = (*SUFFIXES, "")  # what a YAML file includes has none
 _DECLARED = re.compile(r"^[ -]*\"?(?:task|group|tag)\"?: *[\"']?([\w.-]+)", re.MULTILINE)
 
 
@@ -37,8 +38,9 @@ def check_names(given: Sequence[str]) -> None:
     unknown = {name for name, is_there in names.items() if not is_there} - {*paths}
     faults = [f"--tasks {name}: {missing_reason(Path(name))}" for name in paths if not names[name]]
     if unknown:
-        texts = [file.read_text("utf-8", "replace") for folder in (OWN_TASKS, source_folder("lm_eval") / "tasks",
-                 *filter(Path.is_dir, map(Path, names))) for file in folder.rglob("*yaml")]  # fmt: skip
+        folders = (OWN_TASKS, source_folder("lm_eval") / "tasks", *filter(Path.is_dir, map(Path, names)))
+        files = [file for folder in folders for file in folder.rglob("*") if file.suffix in SUFFIXES_OF_TEXTS]
+        texts = [file.read_text("utf-8", "replace") for file in files if file.is_file()]
         spelled = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, unknown))})(?![\w-])")
         unknown = unknown.difference(*(spelled.findall(text) for text in texts))
         known = {name for text in texts for name in _DECLARED.findall(text)} if unknown else ()
