@@ -6,7 +6,7 @@ seconds and building it touches the devices. Flags that transformers has renamed
 """
 
 from finetune.config.adapter_arguments import AdapterArguments
-from finetune.config.argument_parser import build_parser, flag_words, parse
+from finetune.config.argument_parser import build_parser, parse
 from finetune.config.arguments import (
     Arguments,
     DataArguments,
@@ -15,4 +15,4 @@ from finetune.config.arguments import (
     RunArguments,
     default_of,
 )
-from finetune.config.command_line import as_flags, split_command
+from finetune.config.command_line import as_flags, flag_words, split_command

@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -305,21 +305,6 @@ def data_faults(data: DataArguments) -> Iterator[str]:
             yield f"--columns {pair}: expected KEY=COLUMN with a key that is read, such as question, answer, system"
         elif keys.count(key) > 1:
             yield f"--columns {pair}: {key} is named twice: keep one of them"
-
-
-def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Return flags by name as the words of a command line; None is left out.
-
-    >>> flag_words({"use_lora": True, "data_path": ["a.json", "b.json"], "seed": None})
-    ['--use_lora=True', '--data_path', 'a.json', 'b.json']
-    """
-    words = []
-    for name, value in flags.items():
-        if isinstance(value, list | tuple):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
 
 
 def below(least: int, name: str, value: float | None) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """What is typed behind `finetune train` or `finetune doctor`: a recipe, `--flag value`, and `flag=value`."""
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from finetune.config.recipes import recipe_path
 from finetune.launcher import launcher_options
@@ -79,3 +81,18 @@ def as_flags(words: Sequence[str], types: Mapping[str, OptionType]) -> list[str]
             flag, word = None, f"--config={recipe}"
         result.append(word)
     return result
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags by name as the words of a command line; None is left out.
+
+    >>> flag_words({"use_lora": True, "data_path": ["a.json", "b.json"], "seed": None})
+    ['--use_lora=True', '--data_path', 'a.json', 'b.json']
+    """
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
