@@ -30,13 +30,13 @@ test-faults: install-dev model tokenizers ## inject faults into real runs, and w
 	$(PYTEST) -m "faults or slow" --share $(SHARE)
 
 test-hosts: install-dev model tokenizers ## run on several real hosts over ssh, as root (SHARE=K/N)
-	$(PYTEST) -m "hosts and not faults" --share $(SHARE)
+	$(PYTEST) tests/hosts -m "hosts and not faults" --share $(SHARE)
 
 test-browser: install-dev model ## open the pages in a real Chromium
-	$(PYTEST) -m browser
+	$(PYTEST) tests/browser -m browser
 
 test-gpu: install-dev model tokenizers ## run what needs a GPU
-	$(PYTEST) -m gpu
+	$(PYTEST) tests/gpu -m gpu
 
 test-all: install-dev model tokenizers ## run every test, slow tiers included
 	$(PYTEST) -m ""

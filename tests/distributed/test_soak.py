@@ -1,4 +1,4 @@
-"""Random faults, see benchmarks/soak.py: twenty minutes in the slow tier, another seed in each of eight shares."""
+"""Random faults, see benchmarks/soak.py: twenty minutes in the slow tier, 2.5 for each seed."""
 
 import subprocess
 import sys
