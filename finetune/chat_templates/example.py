@@ -155,8 +155,6 @@ class TokenizedConversation:
 
 
 class ChatFormat(Protocol):
-    """Tokenizes conversations in one format."""
-
     name: str
     plain: PlainTextTokenizer
 

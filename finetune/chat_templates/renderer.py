@@ -33,7 +33,12 @@ from finetune.utils.errors import DataError
 TooLong = Literal["turns", "windows", "drop", "error"]
 TrainOn = Literal["model_turns", "last_model_turn"]
 LEFT_OUT = REASONING_RULE.partition("{")[0]
-NOT_IN_FRONT = "turn {number}: only reasoning in front of an answer can be dropped (</think>): correct the row"
+# What begins reasoning in texts of published data in place of <think>.
+OTHER_REASONING = ("<|begin_of_thought|>", "<thinking>", "<reasoning>", "<thought>", "<seed:think>", "[THINK]")
+NOT_IN_FRONT = (
+    "turn {number}: --reasoning drop and context know reasoning that stands in front of the answer, in <think> and "
+    "</think>, or beside the text: write it so, or use --reasoning learn"
+)
 HISTORY_REASON = "the chat template writes an answer otherwise once other turns follow"
 
 
@@ -143,8 +148,10 @@ class Renderer:
             return _Outcome("dropped", fault=str(tokenized))
         if not supervised_turns(turns):
             return _Outcome("dropped", fault="no turn of it is supervised")
-        for number, turn in enumerate(turns if self.drops_reasoning else ()):
-            if turn.role == "model" and REASONING_END in turn.text:
+        leaves_out = self.drops_reasoning or getattr(self.format, "masks_reasoning", False)
+        for number, turn in enumerate(turns if leaves_out else ()):
+            answer = without_reasoning(turn).text if turn.role == "model" else ""
+            if REASONING_END in answer or answer.lstrip().startswith(OTHER_REASONING):
                 return _Outcome("dropped", fault=NOT_IN_FRONT.format(number=number))
         fitted = truncate_to_fit(tokenized, self.max_length)
         if fitted is not None:

@@ -198,8 +198,6 @@ def mark_spelled(text: str, spelled: list[str], control: re.Pattern[str]) -> str
 
 
 class SlotSpan(NamedTuple):
-    """A slot and where its mark is in a rendering."""
-
     slot: Slot
     start: int
     stop: int

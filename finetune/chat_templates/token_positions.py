@@ -29,8 +29,6 @@ class Extent(NamedTuple):
 
 
 class TokenSpan(NamedTuple):
-    """Tokens `start` to `stop` of a turn."""
-
     start: int
     stop: int
 

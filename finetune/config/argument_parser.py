@@ -294,7 +294,7 @@ def data_faults(data: DataArguments) -> Iterator[str]:
         yield "--validation_share and --eval_data_path exclude each other: keep one of them"
     if data.template_kwargs() is None:
         yield f"--chat_template_kwargs {data.chat_template_kwargs}: expected a JSON object"
-    for name in NOT_VARIABLES & {*(data.template_kwargs() or ())}:
+    for name in sorted(NOT_VARIABLES.intersection(data.template_kwargs() or ())):
         yield f"--chat_template_kwargs: {name} is no variable of chat templates: leave it out"
     for rule in data.repairs:
         if rule not in REPAIRS:

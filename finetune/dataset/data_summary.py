@@ -124,8 +124,6 @@ class DataSummary:
 
 @dataclass
 class DataTally:
-    """Accumulates a summary."""
-
     statuses: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)

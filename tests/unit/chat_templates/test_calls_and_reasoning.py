@@ -11,9 +11,10 @@ from tests.helpers.template_families import FAMILIES, prepared
 PLAIN = (Turn("human", "q"), Turn("model", "answer"))
 
 
-def renderer(smol_tokenizer, family: str, **options) -> Renderer:
+def renderer(smol_tokenizer, family: str, *, masks: bool = False, **options) -> Renderer:
     tokenizer = prepared(copy.deepcopy(smol_tokenizer), FAMILIES[family])
-    return Renderer(JinjaFormat(tokenizer, tokenizer.chat_template, family), 10_000, **options)
+    chat_format = JinjaFormat(tokenizer, tokenizer.chat_template, family, masks_reasoning=masks)
+    return Renderer(chat_format, 10_000, **options)
 
 
 def supervised(renderer: Renderer, conversation: Conversation) -> list[str]:
@@ -35,11 +36,18 @@ def test_dropped_reasoning_is_that_in_front_of_calls_too(smol_tokenizer, family)
     assert "weather" in "".join(texts) and "Done" in "".join(texts) and "WHY" not in "".join(texts)
 
 
-@pytest.mark.parametrize("text", ["<think>a</think>b<think>c</think>d", "Well. <think>a</think>b"])
-def test_reasoning_that_cannot_be_dropped_is_a_fault(smol_tokenizer, text):
-    row = Conversation((PLAIN[0], Turn("model", text)), 0, "rows.json")
-    (bad,) = renderer(smol_tokenizer, "hermes", drops_reasoning=True).render_all([row])
-    assert isinstance(bad, BadRow) and "turn 1: only reasoning in front of an answer can be dropped" in bad.reason
+@pytest.mark.parametrize("drops", [True, False])
+def test_reasoning_that_cannot_be_told_from_the_answer_is_a_fault(smol_tokenizer, drops):
+    texts = (
+        "<think>a</think>b<think>c</think>d",
+        "Well. <think>a</think>b",
+        "<|begin_of_thought|>a<|end_of_thought|>b",
+    )
+    rows = [Conversation((PLAIN[0], Turn("model", text)), 0, "a.json") for text in (*texts, "<think>a</think>b")]
+    *bad, good = renderer(smol_tokenizer, "hermes", masks=not drops, drops_reasoning=drops).render_all(rows)
+    for row in bad:
+        assert isinstance(row, BadRow) and "turn 1: --reasoning drop and context know reasoning that" in row.reason
+    assert good.status == "kept"
 
 
 @pytest.mark.parametrize("name", ["f", "end", "sentence"])
