@@ -43,6 +43,8 @@ SECONDS_TO_KILL = 8.0
 HostSession = LocalSession | ssh.RemoteSession
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / "finetune.py"
 HOST_FILTERS = {"include", "exclude"}
+PORT_TAKEN = ("--master_port {0} is taken: leave the flag out, and a free port is found; or end what listens there "
+              "(`ss -ltnp | grep {0}` shows it)")  # fmt: skip
 # Flags that `finetune launch` itself acts on; all others are passed to `deepspeed`.
 NOT_PASSED_ON = ("hostfile", "master_addr", "master_port", "ssh_port", "venv_script", "no_ssh_check", "launcher",
                  "launcher_args", "force_multi", "max_restarts", "num_nodes")  # fmt: skip
@@ -159,7 +161,7 @@ def start(
     if resources is None or flags.no_ssh:
         port = flags.given.get("master_port") or host_probe.free_port()
         if flags.node_rank <= 0 and host_probe.is_taken(port):
-            raise ConfigError(port_taken(port))
+            raise ConfigError(PORT_TAKEN.format(port))
         kept = passed_on(flags, "hostfile", "master_addr")
         command = [*deepspeed(), *kept, f"--master_port={port}", *script]
         gpus = host_probe.count_gpus()
@@ -218,17 +220,9 @@ def check_hosts(
     ssh.compare_hosts(answers, resources.slots)
     first = answers[resources.first_host]
     if not isinstance(first, str) and first["wanted_is_taken"]:
-        raise ConfigError(f"{hosts[0]}: {port_taken(given_port)}")
+        raise ConfigError(f"{hosts[0]}: {PORT_TAKEN.format(given_port)}")
     address, port = ssh.rendezvous_address(answers, address=flags.master_addr, port=given_port)
     return address, port, ssh.interfaces_between(answers)
-
-
-def port_taken(port: int | None) -> str:
-    """Return the error where something listens at the port of the rendezvous."""
-    return (
-        f"--master_port {port} is taken: leave the flag out, and a free port is found; or end what listens there "
-        f"(`ss -ltnp | grep {port}` shows it)"
-    )
 
 
 def deepspeed() -> list[str]:

@@ -25,11 +25,7 @@ MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read the config of a saved adapter.
-
-    Raises:
-        ConfigError: it is missing, not an object, or names a module that peft would import.
-    """
+    """Read the config of a saved adapter; one that names a module which peft would import is an error."""
     path = folder / run_json.ADAPTER_CONFIG
     config = read_json_object(path)
     if not isinstance(config.get("peft_type"), str) or config.get("megatron_config"):

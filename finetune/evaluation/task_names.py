@@ -28,11 +28,7 @@ def split_names(given: Sequence[str]) -> list[str]:
 
 
 def check_names(given: Sequence[str]) -> None:
-    """Check that files and folders of tasks are there, and that some file of lm-eval has each other name as a word.
-
-    Raises:
-        ConfigError: all that are not, with similar names.
-    """
+    """Check that files and folders of tasks are there, and that some file of lm-eval has each other name as a word."""
     names = {name: Path(name).exists() for name in split_names(given) if name != SUITE}
     paths = [name for name in names if "/" in name or name.endswith(SUFFIXES)]
     unknown = {name for name, is_there in names.items() if not is_there} - {*paths}

@@ -89,9 +89,6 @@ class BaseTensors:
 
         Args:
             changed: weights in memory that training changed.
-
-        Raises:
-            CheckpointError: the saved model lacks tensors of the base.
         """
         result = set(StoredTensors(folder))
         missing = [

@@ -83,11 +83,7 @@ class ModelInfo:
         return Path(self.name).expanduser().is_dir() or bool(files and all(files))
 
     def check_weights(self) -> list[str]:
-        """Check the files against the model's code, if they are here; return notes for the user.
-
-        Raises:
-            ConfigError: Tensors are missing, unexpected or misshapen.
-        """
+        """Check the files against the model's code, if they are here; return notes for the user."""
         if not self.is_downloaded():
             return []
         return check_weights(self.files, self.empty, self.config, label=self.flag, may_miss=self.may_miss)
@@ -265,11 +261,7 @@ def _code_revision_option(revision: str | None) -> dict[str, str]:
 
 
 def code_note(name: str, revision: str | None = None) -> str | None:
-    """Say whose Python files would run, and which revision, without running them; None if there are none.
-
-    Raises:
-        ConfigError: No such model.
-    """
+    """Say whose Python files would run, and which revision, without running them; None if there are none."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("*.py") if path.is_file())

@@ -105,11 +105,7 @@ def check_revision(name: str, revision: str | None) -> None:
 
 
 def check_tokenizer_files(name: str) -> None:
-    """Check that a path, if it is one, is a folder with a tokenizer.
-
-    Raises:
-        ConfigError: There is no such folder, or no file in it is a tokenizer's; what it is instead.
-    """
+    """Check that a path, if it is one, is a folder with a tokenizer."""
     folder, flag = Path(name).expanduser(), f"--model_name_or_path {name}"
     if not folder.is_dir():
         check_folder(name)

@@ -7,6 +7,7 @@ travel as JSON in an element that is never run. All other text is escaped.
 import json
 import shutil
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,7 +59,7 @@ def render_state(runs: Sequence[RunRecord]) -> tuple[dict[str, str], dict[str, A
             "facts": report_tables,
             "outcome": run_outcome,
             "likely_cause": likely_cause,
-            "made": report_tables.made_at(),
+            "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
             "answers": report_tables.answers(runs),
             "differing": report_tables.differences(runs) if len(runs) > 1 else [],
         }

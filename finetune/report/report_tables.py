@@ -4,7 +4,6 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +84,9 @@ def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         for run in runs
     ]
     names = dict.fromkeys(name for table in tables for name in table)
-    rows = [(name, [table.get(name, _default(name)) for table in tables]) for name in names]
+    defaults = {name: spelled(default_of(name[2:])) if name.startswith("--") else DASH for name in names}
+    rows = [(name, [table.get(name, default) for table in tables]) for name, default in defaults.items()]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _default(name: str) -> str:
-    return spelled(default_of(name[2:])) if name.startswith("--") else DASH
 
 
 @dataclass(frozen=True)
@@ -143,8 +139,3 @@ def answers_note(runs: Sequence[RunRecord]) -> str:
 def quoted(path: Path) -> str:
     """Return a path as it can be typed in a shell."""
     return shlex.quote(str(path))
-
-
-def made_at() -> str:
-    """Return the time for the foot of a page."""
-    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")

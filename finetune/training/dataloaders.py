@@ -58,10 +58,6 @@ def build_dataloaders(
 
     Args:
         precision: the run computes in; without DeepSpeed autocast does.
-
-    Raises:
-        ConfigError: nothing would be trained: no parameter, no row, no full step; or ranks are to share conversations
-            and this model cannot.
     """
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.models.adapters import count_parameters

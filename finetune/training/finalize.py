@@ -28,11 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, precision: Precision) -> None:
-    """Save the result, verify it, record how the run ended, and show it; or record that it was stopped. All ranks.
-
-    Raises:
-        CheckpointError: the saved result is not what was trained.
-    """
+    """Save the result, verify it, record how the run ended, and show it; or record that it was stopped. All ranks."""
     if trainer.stopped_by is not None:
         _finalize_stopped(trainer)
         return

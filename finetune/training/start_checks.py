@@ -5,8 +5,9 @@ Nothing here needs torch: a mistake costs a second, not the start of all ranks.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -75,10 +76,6 @@ def check_start(arguments: Arguments, planned: PlannedRanks | None = None, *, is
         planned: None where the ranks have started, and look at their hardware themselves.
         is_launch: nothing of this run has started: whoever is in its folder is another. Ranks wait for one that ends,
             and look for the data when they read it.
-
-    Raises:
-        FinetuneError: a missing file, a folder that cannot be used, too little disk space, too many ranks, flags
-            that contradict each other or the DeepSpeed JSON.
     """
     errors: list[FinetuneError] = []
     for check in _checks(arguments, planned, is_launch):
@@ -95,7 +92,9 @@ def _checks(arguments: Arguments, planned: PlannedRanks | None, is_launch: bool)
     yield lambda: check_tokenizer_files(arguments.model.tokenizer_source()[0])
     if is_launch:
         yield lambda: _check_data(arguments.data)
-    yield lambda: _check_skip_rows(arguments.run.skip_rows)
+    for file in map(Path, arguments.run.skip_rows):
+        if not file.expanduser().is_file():
+            yield partial(raise_faults, [f"--skip_rows {file}: {missing_reason(file.expanduser())}"])
     yield lambda: checkpoint.key_of(arguments.run.verify_key)
     if cache := arguments.data.data_cache_dir:
         yield lambda: output_dir_lock.check_writable(Path(cache).expanduser(), f"--data_cache_dir {cache}")
@@ -145,11 +144,6 @@ def _check_data(data: DataArguments) -> None:
     local = find_local_sources(data.data_path, data.eval_data_path)
     for paths in local if data.bad_rows == "error" else ():
         read_conversations(paths, repairs=data.repairs, columns=data.columns, seconds=SECONDS_FOR_ROWS)
-
-
-def _check_skip_rows(files: Sequence[str]) -> None:
-    paths = [(file, Path(file).expanduser()) for file in files]
-    raise_faults(f"--skip_rows {file}: {missing_reason(path)}" for file, path in paths if not path.is_file())
 
 
 def _check_resume(resumed: str) -> None:
