@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from finetune.distributed.compat import patch_build_lock
 from finetune.distributed.host_probe import free_port
+from finetune.distributed.process_setup import prepare_environment
 
-LIMIT_SECONDS = 300  # a run may have to compile an operator first
+LIMIT_SECONDS = 300
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.helpers.preload"])
 
@@ -45,6 +48,7 @@ def run(
     folder: Path, function: Callable[..., Any], arguments: tuple, world_size: int = 2, **environment: str
 ) -> Outcome:
     """Run `function(*arguments)` on every rank, with these variables; output goes to `folder`/rank-N.log."""
+    compile_operator()
     folder.mkdir(parents=True, exist_ok=True)
     environment["MASTER_PORT"] = str(free_port())
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
@@ -56,6 +60,23 @@ def run(
         one.start()
     _end_together(ranks)
     return Outcome([one.exitcode for one in ranks], [log.read_text(errors="replace") for log in logs])
+
+
+@cache
+def compile_operator() -> None:
+    """Compile the operator that every run on a CPU needs, however long that takes: a run has a limit."""
+    compiler = FORKSERVER.Process(target=_compile)
+    compiler.start()
+    compiler.join()
+    assert compiler.exitcode == 0, "DeepSpeed's communication operator was not built"
+
+
+def _compile() -> None:
+    prepare_environment()
+    patch_build_lock()
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
 
 
 def _end_together(ranks: list) -> None:
