@@ -14,8 +14,9 @@ from finetune.dataset.json_decoder import shown
 GOOD_KEYS = (
     "label", "kto_tag", "kto_label", "chosen", "is_chosen", "preferred", "is_preferred", "accepted", "is_accepted",
     "approved", "desirable", "is_desirable", "good", "is_good", "correct", "is_correct", "valid", "is_valid", "keep",
-    "passed", "success", "resolved", "thumbs_up", "review_result", "feedback", "verdict", "judgement", "judgment",
-    "quality", "training", "trainable", "supervised", "train_on_turn", "calculate_loss", "compute_loss",
+    "passed", "success", "resolved", "is_safe", "safe", "thumbs_up", "review_result", "feedback", "verdict",
+    "judgement", "judgment", "quality", "training", "trainable", "supervised", "train_on_turn", "calculate_loss",
+    "compute_loss",
 )  # fmt: skip
 # These of a row only: in a turn they are flags of the format, or weights.
 GOOD_KEYS_OF_ROWS = ("train", "weight", "loss_weight")
@@ -23,12 +24,12 @@ GOOD_KEYS_OF_ROWS = ("train", "weight", "loss_weight")
 BAD_KEYS = (
     "rejected", "is_rejected", "bad", "is_bad", "wrong", "is_wrong", "incorrect", "is_incorrect", "undesirable",
     "is_undesirable", "thumbs_down", "discard", "discarded", "exclude", "excluded", "ignore", "skip", "deleted",
+    "toxic", "is_toxic", "harmful", "is_harmful", "unsafe", "is_unsafe",
 )  # fmt: skip
 # A number grades the answer, and nothing says which numbers are good enough.
-GRADES = (
-    "score", "reward", "rating", "grade", "reward_score", "quality_score", "overall_score", "instruct_reward",
-    "helpfulness", "correctness",
-)  # fmt: skip
+GRADES = tuple(
+    "score reward rating grade reward_score quality_score overall_score instruct_reward helpfulness correctness".split()
+)
 VERDICTS_OF_TURNS = frozenset({*GOOD_KEYS, *BAD_KEYS, *GRADES})
 VERDICT_KEYS = VERDICTS_OF_TURNS | frozenset(GOOD_KEYS_OF_ROWS)
 

@@ -126,6 +126,8 @@ REFUSED = [
     ({"turns": [{"question": "q", "context": "c", "answer": "a"}]}, "more texts, which would be lost: context"),
     ({"segments": [{"label": False, "text": "q"}, {"label": True, "text": "a"}]}, "found the keys segments"),
     ({"prompt": "q", "response": "a", "helpfulness": 0}, '"helpfulness" grades the answer'),
+    ({"prompt": "q", "response": "a", "category": {"x": True}, "is_safe": False}, "not to be imitated"),
+    ({"conversation": [ASKED, ANSWERED | {"toxic": True}]}, "not to be imitated"),
     ({"messages": [ASKED, ANSWERED | {"train_on_turn": False}]}, "not to be imitated"),
     ({"messages": CHAT, "chat_template_kwargs": {"tools": DECLARED}}, "has tools, no variable of chat templates"),
     ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "x"}}, "no variable of chat templates"),
