@@ -34,7 +34,7 @@ from finetune.launcher import launcher_options
 from finetune.utils.errors import ConfigError, raise_faults
 from finetune.utils.hub import MODELSCOPE, modelscope_folder
 from finetune.utils.options import CommandParser, OptionType, declaration, describe, fill, one_of
-from finetune.utils.user_files import parse_object, read_json
+from finetune.utils.user_files import has_type, parse_object, read_json
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 # Flags whose values are names, and where transformers lists these.
@@ -355,6 +355,8 @@ def _with_config_read(adapter: AdapterArguments) -> AdapterArguments:
         raise ConfigError(f"--adapter_config {given}: not JSON: {error}") from None
     if not isinstance(options, dict) or not isinstance(options.get("peft_type"), str):
         raise ConfigError(f'--adapter_config {given}: expected a JSON object with a method, such as "peft_type": "IA3"')
+    if not has_type(options.get("modules_to_save"), list[str] | None):
+        raise ConfigError(f"--adapter_config {given}: modules_to_save {options['modules_to_save']}: expected a list")
     return replace(adapter, adapter_config=json.dumps(options, sort_keys=True))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.config.adapter_arguments import KINDS_OF_METHODS, UNSERVED
 from finetune.run_dir import run_json
-from finetune.utils.errors import ConfigError, raise_faults
+from finetune.utils.errors import ConfigError, near_paths, raise_faults
 from finetune.utils.hub import adapter_on_hub
 from finetune.utils.user_files import has_type, read_json_object
 
@@ -56,7 +56,8 @@ def continue_adapter(given: dict[str, Any]) -> list[str]:
         folder = adapter_on_hub(adapter) or Path(adapter).expanduser()
         shown = f"--adapter_name_or_path {adapter}"
         if not run_json.is_adapter(folder):
-            raise ConfigError(f"{shown}: holds no {run_json.ADAPTER_CONFIG}: give the folder of a saved adapter")
+            lacks = f"holds no {run_json.ADAPTER_CONFIG}" if folder.is_dir() else f"no such folder{near_paths(folder)}"
+            raise ConfigError(f"{shown}: {lacks}: give the folder of a saved adapter")
     config, trained_with = read_adapter_config(folder), _recorded(folder, "arguments")
     raise_faults(f"{shown}: {reason}" for reason in _obstacles(folder, config))
     kept = _kept_flags(config)

@@ -37,6 +37,7 @@ from finetune.models.quantization import full_shape, quantized_layers
 from finetune.models.zero3 import gathered
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError, first_line, format_names
+from finetune.utils.user_files import MALFORMED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +138,7 @@ def attach_peft(
         # In the precision of the base; DeepSpeed converts to it under ZeRO-1 and 2 and keeps float32 master weights.
         # peft's default is float32, which ZeRO-3 would keep: the stages would compute different numbers.
         return get_peft_model(model, config_class(**options), autocast_adapter_dtype=False, revision=base_revision)
-    except (TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{label} cannot be attached: {error}; its {linear_names(model)}") from None
 
 

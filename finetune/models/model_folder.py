@@ -68,6 +68,8 @@ def check_folder(name: str) -> None:
     if folder.is_file():
         raise ConfigError(f"{flag}: is a file: give the folder that holds config.json and the weights")
     if not folder.is_dir():
+        if "://" in name:
+            raise ConfigError(f"{flag}: is an address: give the model's name, owner/name, or a folder with its files")
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ConfigError(f"{flag}: there is no such folder{near_paths(folder)}")
         return

@@ -222,10 +222,11 @@ def _paths_and_packages() -> Iterator[None]:
             f"the package {package} is not installed for {sys.executable}: run `make install` in the clone, then use "
             "its .venv/bin; or install the wheel again"
         ) from error
-    except PermissionError as error:
-        if error.filename is None:
+    except OSError as error:
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
-        raise ConfigError(f"{error.filename}: {denied(error.filename)}") from error
+        reason = denied(error.filename) if isinstance(error, PermissionError) else f"{error.strerror}: shorten it"
+        raise ConfigError(f"{error.filename}: {reason}") from error
 
 
 @contextmanager

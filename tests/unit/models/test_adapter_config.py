@@ -102,6 +102,7 @@ def test_the_flag_keeps_what_the_file_holds(tmp_path):
         (["--adapter_config", "none.json"], "none.json: there is no such file"),
         (["--adapter_config", '{"r": 4}'], 'expected a JSON object with a method, such as "peft_type"'),
         (["--adapter_config", '{"r": }'], "not JSON"),
+        (["--adapter_config", '{"peft_type": "LORA", "modules_to_save": 3}'], "modules_to_save 3: expected a list"),
         (["--adapter_config", '{"peft_type": "ADALORA"}'], "AdaLoRA moves its ranks"),
         (["--adapter_config", '{"peft_type": "IA3"}', "--use_lora"], "exclude each other: the file says what is"),
         (["--adapter_config", '{"peft_type": "LORA"}', "--lora_r", "4"], "--adapter_config and --lora_r exclude"),

@@ -129,6 +129,12 @@ def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
             ConfigError,
             "it does not divide the model's 9 attention heads",
         ),
+        (
+            "--model_name_or_path https://hf.co/a",
+            ConfigError,
+            "https://hf.co/a: is an address: give the mod",
+        ),
+        ("--adapter_name_or_path ./modle", ConfigError, "modle: no such folder: did you mean model?"),
         ("--attn_implementation sdp", ConfigError, "--attn_implementation sdp: did you mean sdpa? expected flash_"),
         ("--attn_implementation a/b", ConfigError, "--attn_implementation a/b: kernels is not installed: pip install"),
         ("--data_path model", ConfigError, "model: is the folder of a model or a run, it holds config.json, tokeni"),

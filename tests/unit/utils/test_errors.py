@@ -1,6 +1,7 @@
 import os
 import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -177,3 +178,9 @@ def test_a_rank_that_is_no_number_hides_no_message(monkeypatch, capsys):
     with pytest.raises(SystemExit), exit_on_error():
         raise ConfigError("RANK=x: expected a number")
     assert capsys.readouterr().err == "error: RANK=x: expected a number\n"
+
+
+def test_a_name_that_is_too_long_is_an_error_of_the_command(capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        Path("x" * 300).exists()
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("x: File name too long: shorten it\n")
