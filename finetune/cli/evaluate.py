@@ -107,6 +107,8 @@ def main(argv: Sequence[str]) -> None:
     find_local_sources(data.get("data_path", ()), ())
     if options.tasks:
         check_names(options.tasks)
+    if result.adapter is not None or not options.no_base:
+        result.base_path(options.base_model)
     requested = {
         HELD_OUT_FILE: bool(data.get("data_path")),
         BENCHMARKS_FILE: bool(options.tasks),

@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists and is not replaced: choose another folder, or remove it")
     check_writable(folder, str(folder))
+    if result.adapter is not None:
+        result.base_path(options.base_model)
     if options.gguf is not None and find_spec("gguf") is None:
         raise ConfigError(f"--gguf {options.gguf}: needs the package gguf: pip install 'gguf>=0.19'")
     from finetune.export.gguf_writer import check_gguf, write_gguf  # they need torch; --help does not

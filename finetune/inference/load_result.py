@@ -144,11 +144,8 @@ def base_folder(result: RunResult, name: str | None = None) -> Path:
 
     A base on the hub is taken from the cache; missing files are downloaded.
     """
-    trained_from = result.base["folder"] or result.base["name"]
-    folder = Path(name or trained_from).expanduser()
+    folder = result.base_path(name)
     if not folder.is_dir():
-        if name or result.base["folder"]:
-            raise ConfigError(f"{result.folder}: its base {folder} does not exist: give its folder with --base_model")
         folder = _download_base(result)
     fingerprint = weights_fingerprint(str(folder))
     if fingerprint is None:
@@ -157,7 +154,7 @@ def base_folder(result: RunResult, name: str | None = None) -> Path:
         )
     if fingerprint != result.base["weights"]:
         raise CheckpointError(
-            f"{result.folder}: was trained on {trained_from}, but {folder} holds other weights (fingerprint "
+            f"{result.folder}: was trained on {result.base['name']}, but {folder} holds other weights (fingerprint "
             f"{fingerprint[:12]}, expected {str(result.base['weights'])[:12]}): give the right folder with --base_model"
         )
     return folder

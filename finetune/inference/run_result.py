@@ -40,6 +40,13 @@ class RunResult:
         """The base model; the keys are those of `finetune.models.loader.ModelInfo.facts`."""
         return self.run["model"]
 
+    def base_path(self, name: str | None = None) -> Path:
+        """Return where the base is, `name` if it was moved; one on the hub is not looked for."""
+        folder = Path(name or self.base["folder"] or self.base["name"]).expanduser()
+        if (name or self.base["folder"]) and not folder.is_dir():
+            raise ConfigError(f"{self.folder}: its base {folder} does not exist: give its folder with --base_model")
+        return folder
+
     @property
     def chat(self) -> dict[str, Any]:
         """The chat format: `format`, `human_token_ids`, `model_token_ids`, `content_tokens`, `stop_token_id`;

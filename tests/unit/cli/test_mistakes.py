@@ -1,12 +1,14 @@
 """What the verbs say of everyday mistakes before they load a model."""
 
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from finetune.export.gguf_writer import TYPES
-from finetune.utils.errors import ConfigError, DataError
+from finetune.inference.run_result import RunResult
+from finetune.utils.errors import ConfigError, DataError, StorageError
 
 
 @pytest.fixture
@@ -57,10 +59,30 @@ def test_a_mistake_is_named_with_value_and_remedy(command, said, result):
     assert said in str(refused.value)
 
 
-def test_a_folder_that_holds_something_is_not_replaced_by_a_merge(result, monkeypatch):
+@pytest.mark.parametrize("words", ["merge result out", "evaluate result --forgetting", "chat result"])
+def test_a_base_that_is_gone_is_said_before_anything_loads(words, result, tmp_path, monkeypatch):
+    verb, *rest = words.split()
+    module = import_module(f"finetune.cli.{verb}")
+    made = RunResult(tmp_path, {"model": {"folder": "none", "name": "m"}}, "LORA")
+    monkeypatch.setattr(module, "read_result", lambda folder, **_: made)
+    with pytest.raises(ConfigError, match="its base none does not exist: give its folder with --base_model"):
+        module.main(rest)
+    with pytest.raises(ConfigError, match="its base moved does not exist"):
+        module.main([*rest, "--base_model", "moved"])
+
+
+def test_a_model_that_cannot_be_kept_is_said_with_its_folder(result):
+    from finetune.cli.quickstart import obtain_model
+
+    with pytest.raises(StorageError, match="--model_dir rows.jsonl/model: .*rows.jsonl is a file, not a folder"):
+        obtain_model(Path("rows.jsonl/model"))
+
+
+def test_a_folder_that_holds_something_is_not_replaced_by_a_merge(result, tmp_path, monkeypatch):
     from finetune.cli import merge
 
-    monkeypatch.setattr(merge, "read_result", lambda folder, **_: None)
+    made = RunResult(tmp_path, {"model": {"folder": "none", "name": "m"}}, None)
+    monkeypatch.setattr(merge, "read_result", lambda folder, **_: made)
     with pytest.raises(ConfigError, match="rows.jsonl is a file, not a folder"):
         merge.main(["result", "rows.jsonl/out"])
     with pytest.raises(ConfigError, match="full: exists and is not replaced"):
