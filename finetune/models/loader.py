@@ -197,9 +197,6 @@ def load_model(
         precision: Of the weights.
         stop_token_id: Token that ends a turn in training; generation stops there too.
         compute_precision: That quantized weights are multiplied in.
-
-    Raises:
-        ConfigError: The weights do not load, do not fit the config or are not finite.
     """
     was_checked = info.is_downloaded()
     with _model_errors(info.name):
