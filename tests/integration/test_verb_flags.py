@@ -112,12 +112,14 @@ def verb(tiny_model, conversation_file, monkeypatch, tmp_path, capsys) -> Callab
 def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
     """Leave out what needs a result or a model, and note how it is called."""
     result = SimpleNamespace(folder=Path("output"), run={}, base={"name": "base"}, chat={"stop_token_id": 2})
+    result.adapter, result.base_path = "LORA", lambda name=None: Path("base")
     result.with_template_kwargs = lambda text: calls.to("with_template_kwargs", result)(text)
     at = f"finetune.cli.{verb}"
     found = {
         "preview": {"finetune.evaluation.benchmarks.use_cache": None},
         "evaluate": {
             f"{at}.read_result": result, f"{at}.eval_results.check_writable": None, f"{at}.find_local_sources": None,
+            f"{at}.check_names": None,
             "finetune.evaluation.held_out.prepare_held_out": SimpleNamespace(sources=()),
             "finetune.evaluation.tool_calls.rows_with_tools": [],
             f"{at}.eval_results.versioned": {}, f"{at}.eval_results.write_results": None,
