@@ -40,11 +40,11 @@ model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("FOLDER"), AutoToken
 # The class above would take the text model alone of a base that reads images, too.
 USE_ADAPTER_OF_ALL = """\
 ```python
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AUTO_CLASS, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = PeftModel.from_pretrained(AUTO_CLASS.from_pretrained("BASE"), "FOLDER")
+base = AUTO_CLASS.from_pretrained(PeftConfig.from_pretrained("FOLDER").base_model_name_or_path)
+model, tokenizer = PeftModel.from_pretrained(base, "FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
 ```"""
 
 
@@ -63,7 +63,7 @@ def model_card(result: RunResult, *, merges: bool = False) -> str:
     is_adapter = result.adapter is not None and not merges
     auto_class, use = result.base.get("auto_class", "AutoModelForCausalLM"), USE_ADAPTER if is_adapter else USE_MERGED
     if is_adapter and auto_class != "AutoModelForCausalLM":
-        use = USE_ADAPTER_OF_ALL.replace("AUTO_CLASS", auto_class).replace("BASE", base)
+        use = USE_ADAPTER_OF_ALL.replace("AUTO_CLASS", auto_class)
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers",
                              "pipeline_tag": "text-generation"}  # fmt: skip
     if is_on_hub:

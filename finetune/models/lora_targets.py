@@ -169,9 +169,11 @@ def _candidates(base: Any, kinds: ModuleKinds) -> tuple[list[str], list[str]]:
         if isinstance(module, torch.nn.Linear | Conv1D):
             modules.append(name)
         elif kind in (ROUTED_EXPERTS, SHARED_EXPERTS):
+            outer, _, leaf = name.rpartition(".")
             for part, weight in module.named_parameters(recurse=False):
                 dimensions = len(getattr(weight, "ds_shape", weight.shape))  # partitioned ones (ZeRO-3) are flat
-                parameters += [f"{name}.{part}"] * (dimensions in (2, 3) and "bias" not in part)
+                is_read = _reads(type(base.get_submodule(outer)), leaf, part)  # past the wrapper (DBRX)
+                parameters += [f"{name}.{part}"] * (dimensions in (2, 3) and "bias" not in part and not is_read)
     return modules, parameters
 
 
@@ -186,6 +188,12 @@ def _bypassed(base: Any, kinds: ModuleKinds, modules: Iterable[str]) -> list[str
 def _read_as_weights(mixer: Any) -> set[str]:
     code = inspect.getsource(mixer)
     return set(re.findall(r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim))", code))
+
+
+@cache
+def _reads(outer: Any, leaf: str, part: str) -> bool:
+    """Whether the code of a module reads a parameter of one inside it."""
+    return re.search(rf"self\.{leaf}\.{part}\b", inspect.getsource(outer)) is not None
 
 
 @cache

@@ -73,5 +73,5 @@ def test_the_base_has_its_name_on_the_hub_and_its_license(tmp_path):
 
 def test_an_adapter_is_loaded_on_all_of_a_base_that_reads_images():
     card = model_card(result(model={"auto_class": "AutoModelForMultimodalLM"}))
-    assert 'AutoModelForMultimodalLM.from_pretrained("org/base")' in card and "AutoPeft" not in card
+    assert "AutoModelForMultimodalLM.from_pretrained(" in card and "AutoPeft" not in card
     assert "AutoPeftModelForCausalLM" in model_card(result())
