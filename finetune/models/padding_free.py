@@ -23,7 +23,7 @@ from finetune.models.attention import (
 from finetune.models.loader import torch_dtype
 from finetune.models.module_kinds import unwrap_adapter
 from finetune.models.zero3 import gather_as_a_whole, gather_per_module, is_partitioned
-from finetune.utils.errors import first_line
+from finetune.utils.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 ATTENTION_LOOP = partial(padding_free_attention, uses_kernel=False)
@@ -86,6 +86,23 @@ def enable_padding_free(
         model.train(was_training)
 
 
+def check_causal(model: Any, *, vocab_size: int, device: torch.device | str, autocast: Precision) -> None:
+    """Check that no token attends to later ones: answers would be read before they are predicted. All ranks.
+
+    Raises:
+        ConfigError: some do (BERT; PaliGemma with `sdpa` in transformers 5.23).
+    """
+    trial, was_training = Trial(model, unwrap_adapter(model), vocab_size, device, autocast), model.training
+    model.eval()
+    trial.attempt(trial.look_ahead)
+    model.train(was_training)
+    if first_not_none("" if trial.looks_ahead else None) is not None:
+        raise ConfigError(
+            f"the tokens of this model attend to later ones with {trial.stock} attention, so that it would read what "
+            "it is to predict: give --attn_implementation eager, or a causal language model"
+        )
+
+
 def _reason_against_flat_rows(trial: Trial, ropes: list[Any], longest: int, shared: bool) -> str | None:
     base = trial.base
     reason = unsupported_config_reason(base.config, longest)
@@ -113,7 +130,7 @@ class Trial:
         self.model, self.base, self.stock = model, base, base.config._attn_implementation
         self.attention: Callable | None = padding_free_attention  # of flat rows; None: the stock one
         self.calls_kernel = False
-        self.is_partitioned = is_partitioned(base)
+        self.is_partitioned, self.looks_ahead = is_partitioned(base), False
         generator = torch.Generator().manual_seed(0)
         self.a, self.b = (torch.randint(vocab_size, (size,), generator=generator).to(device) for size in (7, 5))
         self.changed = torch.cat([self.a[:-1], (self.a[-1:] + 1) % vocab_size])
@@ -165,6 +182,14 @@ class Trial:
             count = segments.split_carrying_modules(self.base, row, boundary, boundary + len(self.b))
 
         return not self.attempt(search) and count > 0
+
+    def look_ahead(self) -> None:
+        """Find out whether another token at the end of a conversation changes the logits before it."""
+        rows = (
+            self.base(input_ids=ids[None], use_cache=False).logits[0, :-1].float() for ids in (self.a, self.changed)
+        )
+        logits, other = rows
+        self.looks_ahead = bool((logits - other).abs().max() > self.loose * logits.abs().max())
 
     def undo(self) -> None:
         """Let the model compute what it computed before."""

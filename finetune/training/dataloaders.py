@@ -64,6 +64,7 @@ def build_dataloaders(
     from finetune.models.attention import supports_logits_to_keep
     from finetune.models.loss_head import enable_loss_head
     from finetune.models.module_kinds import unwrap_adapter
+    from finetune.models.padding_free import check_causal
     from finetune.models.segments import by_segment_note
 
     if not count_parameters(model)[0]:
@@ -73,6 +74,8 @@ def build_dataloaders(
     if zero_stage is None or zero_stage < 3:
         model.to(device)
     autocast: Precision = precision if zero_stage is None else "float32"
+    size = _vocab_size(model)
+    check_causal(model, vocab_size=size, device=device, autocast=autocast)
     reason = _padding_reason(batch, model, data.longest, device, autocast)
     collator = Collator(
         flat=batch.batching != "padded" and not reason,
@@ -80,7 +83,6 @@ def build_dataloaders(
         selects_logits=supports_logits_to_keep(model) and not batch.full_logits_reason,
         weighting=batch.loss_weighting,
     )
-    size = _vocab_size(model)
     no_head = enable_loss_head(model, collator, vocab_size=size, device=device, autocast=autocast)
     full = None if no_head is None or collator.selects_logits else batch.full_logits_reason or NO_LOGITS_TO_KEEP
     layout = decide_layout(batch, int(lengths.max()), reason, full)

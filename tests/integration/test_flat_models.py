@@ -1,7 +1,7 @@
 """Models over flat rows: which run so, which are told that they cannot, and that a leak is caught."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,19 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
-from transformers import AttentionInterface, modeling_utils
+from transformers import AttentionInterface, BertConfig, BertLMHeadModel, modeling_utils
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
 from finetune.models import attention, padding_free
 from finetune.models.attention import FLAT_ATTENTION, padding_free_attention, supports_logits_to_keep
-from finetune.models.padding_free import LEAK, enable_padding_free
+from finetune.models.padding_free import LEAK, check_causal, enable_padding_free
 from finetune.models.segments import by_segment_note
+from finetune.utils.errors import ConfigError
 from tests.helpers.flat_rows import LENGTHS, boundaries, kernel_row
 from tests.helpers.logs import logged
 from tests.helpers.lora import attach_lora
 from tests.helpers.tiers import mostly_slow
-from tests.helpers.tiny_models import CHUNK, LONGEST, VOCAB_SIZE, WINDOW, build
+from tests.helpers.tiny_models import CHUNK, LONGEST, SIZES, VOCAB_SIZE, WINDOW, build
 
 FLAT = "llama qwen3 mistral gemma gemma2 gemma3 mixtral phi phi3 gpt_neox gpt2 opt gpt_oss deepseek_v3 stablelm".split()
 
@@ -319,3 +320,11 @@ def test_what_a_trial_gathers_it_releases(monkeypatch, fails):
     reason = flattened(model)
     assert reason is None or (fails and "argument must be callable" in reason)
     assert 0 < most < 16 < len(held_by_all) and not held
+
+
+def test_a_model_that_reads_what_it_is_to_predict_is_refused():
+    options = {"vocab_size": VOCAB_SIZE, "device": "cpu", "autocast": "float32"}
+    for is_causal in (True, False):
+        config = BertConfig(**SIZES, is_decoder=is_causal)
+        with nullcontext() if is_causal else pytest.raises(ConfigError, match="attend to later ones"):
+            check_causal(BertLMHeadModel(config), **options)
