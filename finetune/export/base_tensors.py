@@ -21,13 +21,7 @@ SHARD_BYTES = 5 << 30
 
 
 class BaseTensors:
-    """The tensors in the files of a base model, and which of them training leaves alone.
-
-    Args:
-        folder: of the base.
-        empty: the base on the meta device.
-        model: what is trained; without an adapter.
-    """
+    """The tensors in the files of a base model, and which of them the training of `model`, all of it, leaves alone."""
 
     def __init__(self, folder: Path, empty: Any, model: Any) -> None:
         self.stored = StoredTensors(folder)
@@ -85,11 +79,7 @@ class BaseTensors:
         yield names
 
     def report(self, folder: Path, changed: set[str]) -> dict[str, int]:
-        """Compare a saved model with its base, tensor by tensor; return numbers of tensors.
-
-        Args:
-            changed: weights in memory that training changed.
-        """
+        """Compare a saved model, in which these weights changed, with its base; return numbers of tensors."""
         result = set(StoredTensors(folder))
         missing = [
             name

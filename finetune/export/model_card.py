@@ -49,11 +49,7 @@ model, tokenizer = PeftModel.from_pretrained(base, "FOLDER"), AutoTokenizer.from
 
 
 def write_model_card(result: RunResult, *, merges: bool = False) -> None:
-    """Write README.md into the folder of a result, in place of peft's.
-
-    Args:
-        merges: the adapter has been merged into the weights.
-    """
+    """Write README.md into the folder of a result, in place of peft's; `merges`: its adapter is part of the weights."""
     write_text_atomically(result.folder / CARD, model_card(result, merges=merges))
 
 

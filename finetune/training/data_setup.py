@@ -87,13 +87,7 @@ def prepare_run_data(
     limit: int | None = None,
     watch: Callable[[ChatFormat, Iterator[RenderedConversation]], None] | None = None,
 ) -> tuple[PreTrainedTokenizerBase, ChatFormat, PreparedData]:
-    """Return the tokenizer, the chat format, and the prepared training and held-out data.
-
-    Args:
-        day: for a chat template that writes today's date; default: today's.
-        limit: prepare the first so many rows of each only.
-        watch: is given rows of the training data as `prepare_dataset` says.
-    """
+    """Return tokenizer, chat format and data, the first `limit` rows of each prepared; `watch`: as `prepare_dataset`."""
     sources = find_sources(data.data_path, data.columns)
     held_out_sources = find_sources(data.eval_data_path, data.columns) if data.eval_data_path else None
     tokenizer, chat_format, notes = load_chat_format(model, data, day)

@@ -79,11 +79,7 @@ def _finalize_stopped(trainer: SupervisedTrainer) -> None:
 
 
 def end_run(trainer: SupervisedTrainer, write_report: Callable[[Path, bool], None]) -> None:
-    """Leave the process group, write the report and mark the run complete, or exit with 75 where it was stopped.
-
-    Args:
-        write_report: (output_dir, whether the run was stopped).
-    """
+    """Leave the process group, write the report and mark the run complete, or exit with 75 where it was stopped."""
     output_dir, was_stopped = trainer.output_dir, trainer.stopped_by is not None
     is_writer = trainer.saver.storage.is_writer  # ranks are known to a process group only
     destroy_process_group()

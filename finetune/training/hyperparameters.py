@@ -34,12 +34,7 @@ class Hyperparameters:
 
     @classmethod
     def read(cls, optimizer: Any, scheduler: Any) -> Hyperparameters:
-        """Read them before a checkpoint is loaded.
-
-        Args:
-            optimizer: as accelerate wraps it; inside may be DeepSpeed's wrapper of the optimizer.
-            scheduler: of transformers, or in accelerate's wrapper.
-        """
+        """Read them of what accelerate and DeepSpeed may wrap, before a checkpoint is loaded."""
         inner, states = innermost(optimizer), _states_in_groups(innermost(optimizer))
         schedule = _unwrapped(scheduler)
         engine_optimizer = getattr(optimizer, "optimizer", optimizer)

@@ -84,11 +84,7 @@ def check_against_data(
 def check_vocabulary(
     info: ModelInfo, tokenizer: PreTrainedTokenizerBase, adapter: AdapterArguments, *, adds_tokens: bool
 ) -> list[str]:
-    """Check that embeddings which grow for tokens of the tokenizer are meant to be trained; return notes for the user.
-
-    Args:
-        adds_tokens: `--new_tokens` is given.
-    """
+    """Check that embeddings which grow for tokens of the tokenizer are meant to be trained; return notes."""
     if not needs_new_embeddings(info, tokenizer):
         return []
     rows, known = embedding_rows(tokenizer), info.config.get_text_config().vocab_size
@@ -111,11 +107,7 @@ def check_vocabulary(
 
 
 def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) -> list[str]:
-    """Check the longest example against the positions of the model; return notes for the user.
-
-    Args:
-        longest: tokens of the longest example.
-    """
+    """Check the longest example against the positions of the model; return notes for the user."""
     config = info.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     virtual = adapter.virtual_tokens()

@@ -103,11 +103,7 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
 def compare_with_checkpoint(
     facts: Mapping[str, Any], batch: BatchConfig, config: CheckpointConfig, folder: Path, manifest: Manifest
 ) -> list[str]:
-    """Return what differs from the run that wrote the checkpoint, one line each.
-
-    Args:
-        facts: of this run, from `resume_facts`.
-    """
+    """Return what differs from the run that wrote the checkpoint, one line each; `facts` are of this run."""
     if not manifest.is_resumable:
         raise CheckpointError(
             f"{folder}: was saved with --save_only_model True: no run can resume without the optimizer state"
