@@ -58,7 +58,7 @@ class Pieces:
 
 
 def write_modelfile(gguf: Path, template_kwargs: dict[str, Any] | None = None) -> Path:
-    """Write `Modelfile` beside a GGUF file in the folder of a merged model, whose tokenizer is read; return its path."""
+    """Write `Modelfile` beside a GGUF file in a merged model's folder, whose tokenizer is read; return its path."""
     folder = gguf.parent
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = GenerationConfig.from_pretrained(folder)

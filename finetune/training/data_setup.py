@@ -87,7 +87,7 @@ def prepare_run_data(
     limit: int | None = None,
     watch: Callable[[ChatFormat, Iterator[RenderedConversation]], None] | None = None,
 ) -> tuple[PreTrainedTokenizerBase, ChatFormat, PreparedData]:
-    """Return tokenizer, chat format and data, the first `limit` rows of each prepared; `watch`: as `prepare_dataset`."""
+    """Return tokenizer, chat format and data, the first `limit` rows of each; `watch` is that of `prepare_dataset`."""
     sources = find_sources(data.data_path, data.columns)
     held_out_sources = find_sources(data.eval_data_path, data.columns) if data.eval_data_path else None
     tokenizer, chat_format, notes = load_chat_format(model, data, day)
