@@ -170,9 +170,10 @@ def _candidates(base: Any, kinds: ModuleKinds) -> tuple[list[str], list[str]]:
             modules.append(name)
         elif kind in (ROUTED_EXPERTS, SHARED_EXPERTS):
             outer, _, leaf = name.rpartition(".")
+            around: Any = type(base.get_submodule(outer))
             for part, weight in module.named_parameters(recurse=False):
                 dimensions = len(getattr(weight, "ds_shape", weight.shape))  # partitioned ones (ZeRO-3) are flat
-                is_read = _reads(type(base.get_submodule(outer)), leaf, part)  # past the wrapper (DBRX)
+                is_read = _reads(around, leaf, part)  # past the wrapper (DBRX)
                 parameters += [f"{name}.{part}"] * (dimensions in (2, 3) and "bias" not in part and not is_read)
     return modules, parameters
 
