@@ -229,7 +229,7 @@ def test_a_disk_that_refuses(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match=r"out\.json: cannot be written: No space left on device"):
         run(source, tmp_path / "out.json")
     assert [one.name for one in tmp_path.iterdir()] == ["in.jsonl"]
