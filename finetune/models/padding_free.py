@@ -87,10 +87,10 @@ def enable_padding_free(
 
 
 def check_causal(model: Any, *, vocab_size: int, device: torch.device | str, autocast: Precision) -> None:
-    """Check that no token attends to later ones: answers would be read before they are predicted. All ranks.
+    """Check that no token attends to later ones (BERT; PaliGemma with `sdpa` in transformers 5.23). All ranks.
 
     Raises:
-        ConfigError: some do (BERT; PaliGemma with `sdpa` in transformers 5.23).
+        ConfigError: some do: they would read what they are to predict.
     """
     trial, was_training = Trial(model, unwrap_adapter(model), vocab_size, device, autocast), model.training
     model.eval()
@@ -98,8 +98,8 @@ def check_causal(model: Any, *, vocab_size: int, device: torch.device | str, aut
     model.train(was_training)
     if first_not_none("" if trial.looks_ahead else None) is not None:
         raise ConfigError(
-            f"the tokens of this model attend to later ones with {trial.stock} attention, so that it would read what "
-            "it is to predict: give --attn_implementation eager, or a causal language model"
+            f"the tokens of this model attend to later ones with {trial.stock} attention, and would read what they "
+            "are to predict: give --attn_implementation eager, or a causal language model"
         )
 
 

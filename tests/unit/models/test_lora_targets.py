@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DbrxConfig, DbrxForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
@@ -153,6 +153,18 @@ def test_a_layer_whose_weight_the_code_reads_past_an_adapter_is_refused():
         ConfigError, match=r"dt_proj: the code of MambaForCausalLM reads the weight .*: its layers are in_proj"
     ):
         adapt(tiny_models.build("mamba"), "dt_proj")
+
+
+def test_experts_whose_weights_the_code_reads_past_a_wrapper_stay_frozen():
+    config = DbrxConfig(
+        vocab_size=tiny_models.VOCAB_SIZE, d_model=32, n_heads=4, n_layers=1, max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    )  # fmt: skip
+    base = DbrxForCausalLM(config)
+    kinds, model = module_kinds(base), adapt(base)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert [kinds.count(model)[kind].state for kind in (ATTENTION, ROUTED_EXPERTS)] == ["trained", "frozen"]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "jamba", "llama4"])
