@@ -168,6 +168,8 @@ class TurnReading:
         if role == "model" and value in (None, "") and (calls or not self.is_complete):
             self.turns.append(Turn("model", "", is_supervised, reasoning, tuple(calls), weight=weight))
             return
+        if role == "system" and is_empty(value):
+            return
         may_be_blank = isinstance(value, str) and (bool(calls) if role == "model" else role == "tool")
         if not (may_be_blank and is_blank(value)) and (fault := text_fault(value, field)) is not None:
             self._add_fatal(fault)

@@ -23,6 +23,7 @@ READ = [
     ({"conversation": CHAT}, PAIR, "conversation of role and content (user as human, assistant as model)"),
     ({"messages": CHAT, "prompt": "q", "prompt_id": "7"}, PAIR, "messages of role and content (user as human, assi"),
     ({"messages": CHAT, "tools": None, "system": "", "history": []}, PAIR, "messages of role and content (user as "),
+    ({"messages": [{"role": "system", "content": ""}, *CHAT]}, PAIR, "messages of role and content (user as "),
     ({"conversations": SAID, "system": "s"}, WITH_SYSTEM, "conversations of from and value (gpt as model)"),
     ({"messages": CHAT, "system_prompt": "s", "system": None}, WITH_SYSTEM, "messages of role and content (user as "),
     ({"instruction": "q", "input": "", "output": "a"}, PAIR, "Alpaca (instruction, input, output)"),
