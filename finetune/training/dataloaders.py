@@ -54,11 +54,7 @@ def build_dataloaders(
     zero_stage: int | None,
     precision: Precision = "float32",
 ) -> Dataloaders:
-    """Build the micro-batches of this rank, as requested or as this model can take them. All ranks.
-
-    Args:
-        precision: the run computes in; without DeepSpeed autocast does.
-    """
+    """Build the micro-batches of this rank, as requested or as this model can take them. All ranks."""
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.models.adapters import count_parameters
     from finetune.models.attention import supports_logits_to_keep
