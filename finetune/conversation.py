@@ -37,6 +37,7 @@ class Turn:
 
     @property
     def is_supervised(self) -> bool:
+        """Whether the labels hold this turn."""
         return self.role in ("model", "text") and self.train
 
 
@@ -75,6 +76,7 @@ class BadRow:
 
     @property
     def reason(self) -> str:
+        """All faults, for the ledger."""
         return "; ".join(self.faults)
 
 

@@ -54,6 +54,7 @@ class RenderedText:
 
     @property
     def rules(self) -> list[str]:
+        """The rules by which the template changes this conversation."""
         turns = self.conversation.turns
         strips = any(
             part == "text" and number is not None and turns[number].is_supervised and content != turns[number].text
@@ -95,6 +96,7 @@ class RenderedText:
         return self.text[:begin], self.text[begin:]
 
     def note(self, number: int) -> str:
+        """What a model turn holds besides its text, for display."""
         turn = self.conversation.turns[number]
         if turn.role != "model" or not (turn.reasoning or turn.tool_calls or REASONING_END in turn.text):
             return ""
@@ -106,6 +108,7 @@ class RenderedText:
         return ", ".join(["reasoning"] * reasons + ([f"calls {calls}"] if calls else []))
 
     def answer(self, extent: Extent) -> Answer | None:
+        """The answer of this extent, if it is supervised."""
         return self.skeleton.answers[extent.turn] if extent.is_supervised else None
 
 
@@ -129,6 +132,7 @@ class ChatTemplate:
         return apply_template(self.plain.tokenizer, messages, self.template, **options)
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[RenderedText | UnrenderableError]:
+        """Render each conversation and find its contents."""
         with template_limits(len(conversations)):
             prepared = [error_as_value(self._with_skeleton, conversation) for conversation in conversations]
             rows = [row for row in prepared if not isinstance(row, UnrenderableError)]

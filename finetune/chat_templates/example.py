@@ -61,6 +61,7 @@ class SupervisedSpan:
 
     @property
     def ended(self) -> bool:
+        """Whether the end of the turn is supervised."""
         return self.num_end > 0
 
 
@@ -83,6 +84,7 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
+        """Number of supervised labels."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
@@ -155,6 +157,8 @@ class TokenizedConversation:
 
 
 class ChatFormat(Protocol):
+    """Tokenizes conversations in one format."""
+
     name: str
     plain: PlainTextTokenizer
 
@@ -175,6 +179,7 @@ class ChatFormat(Protocol):
 
 
 def tokenize_conversation(chat_format: ChatFormat, conversation: Conversation) -> TokenizedConversation:
+    """Tokenize one conversation, or raise `UnrenderableError`."""
     (tokenized,) = chat_format.tokenize_all([conversation])
     if isinstance(tokenized, UnrenderableError):
         raise tokenized

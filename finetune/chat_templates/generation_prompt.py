@@ -107,6 +107,7 @@ def _candidates(starts: Sequence[str]) -> Iterator[str]:
 
 
 def decode_after(plain: PlainTextTokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` that follow `before`."""
     decoder = AnswerDecoder(plain, before)
     return "".join([*map(decoder.add, ids), decoder.rest()])
 

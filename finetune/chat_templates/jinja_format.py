@@ -70,6 +70,7 @@ class JinjaFormat:
         self._encoded_pieces: dict[str, list[int]] = {}
 
     def identity(self) -> dict[str, Any]:
+        """The template, its variables, and how histories and reasoning are treated."""
         return {
             "template": self.template,
             "day": self.day and self.day.isoformat(),

@@ -62,6 +62,7 @@ class LingoWhaleFormat:
         return [self._tokenize(conversation) for conversation in conversations]
 
     def identity(self) -> dict[str, Any]:
+        """The markers and the end token."""
         return {"name": self.name, "markers": self.markers, "end": self.end}
 
     def _tokenize(self, conversation: Conversation) -> TokenizedConversation | UnrenderableError:

@@ -88,6 +88,7 @@ class MessageStyle:
     inside_key: str | None = None
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        """The messages of all turns."""
         ids = _ToolCallIds(self.short_ids)
         return [self._message(turn, ids) for turn in conversation.turns]
 

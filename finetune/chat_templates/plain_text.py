@@ -98,6 +98,7 @@ class PlainTextTokenizer:
         return digest.hexdigest()
 
     def spells_control_token(self, text: str) -> bool:
+        """Whether the text contains the spelling of a control token."""
         if not any(letter in text for letter in self._first_letters):
             return False
         return any(token in text for token in self.control_texts)

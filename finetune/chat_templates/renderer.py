@@ -71,6 +71,7 @@ class Renderer:
         self.drops_reasoning = drops_reasoning
 
     def render(self, conversation: Conversation) -> RenderedConversation:
+        """Render one conversation."""
         (row,) = self.render_all([conversation])
         if isinstance(row, BadRow):
             raise DataError("\n".join(row.faults))

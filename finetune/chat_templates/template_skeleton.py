@@ -174,6 +174,7 @@ def bare_turn(number: int) -> Turn:
 
 
 def marks_in(text: str) -> list[str]:
+    """The marks in a text, in order."""
     return [match[0] for match in _MARK.finditer(text)]
 
 
@@ -198,6 +199,8 @@ def mark_spelled(text: str, spelled: list[str], control: re.Pattern[str]) -> str
 
 
 class SlotSpan(NamedTuple):
+    """A slot and where its mark is in a rendering."""
+
     slot: Slot
     start: int
     stop: int
@@ -234,6 +237,7 @@ def _with_own_space(slot: Slot, rendered: str, start: int, stop: int) -> SlotSpa
 
 
 def pieces_between(rendered: str, spans: Sequence[SlotSpan]) -> list[str]:
+    """The text before, between and after the slots."""
     begins = [0, *(span.stop for span in spans)]
     ends = [*(span.start for span in spans), len(rendered)]
     return [rendered[begin:end] for begin, end in zip(begins, ends, strict=True)]
@@ -323,6 +327,7 @@ def _edges(piece: str, control: re.Pattern[str]) -> tuple[str, str | None]:
 
 
 def given_text(turn: Turn, part: str) -> str:
+    """The text that the data has for a slot of this turn."""
     if part == "text" or (part == "reasoning" and turn.reasoning):
         return turn.text if part == "text" else turn.reasoning
     return raw_parts(turn.text)[part == "answer"]

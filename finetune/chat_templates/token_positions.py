@@ -29,6 +29,8 @@ class Extent(NamedTuple):
 
 
 class TokenSpan(NamedTuple):
+    """Tokens `start` to `stop` of a turn."""
+
     start: int
     stop: int
 

@@ -95,4 +95,5 @@ def window_of(
 
 
 def supervised_turns(turns: Sequence[Turn]) -> list[int]:
+    """Numbers of the supervised turns."""
     return [number for number, turn in enumerate(turns) if turn.is_supervised]

@@ -41,6 +41,7 @@ class ConvertPaths:
 
 
 def build_parser() -> CommandParser:
+    """Build the parser of `finetune convert`."""
     usage = "IN [IN ...] OUT [--repairs RULE ...] [--columns KEY=COLUMN ...] [--bad_rows error|drop]"
     parser = CommandParser("finetune convert", usage, ConvertPaths)
     parser.add_group(DataArguments, only=("bad_rows", "repairs", "columns"))
@@ -59,6 +60,7 @@ def parse_options(argv: Sequence[str]) -> tuple[DataArguments, str]:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Take what to read, the file to write, and `--bad_rows` and `--repairs` as training does."""
     data, name = parse_options(argv)
     configure_logging()
     out = Path(name)

@@ -62,6 +62,7 @@ class PreviewOptions:
 
 
 def build_parser() -> CommandParser:
+    """Build the parser of `finetune preview`."""
     usage = "[RECIPE.yaml] --model_name_or_path M --data_path D [--rows N ...|--sample N] [--html FILE|--json]"
     parser = CommandParser("finetune preview", usage, PreviewOptions)
     for group in (ModelArguments, DataArguments):
@@ -94,6 +95,7 @@ def _faults(options: PreviewOptions) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Show rows in the terminal, as JSON lines, or as a page."""
     model, data, options = parse_options(argv)
     configure_logging(to_stderr=True)
     page = Path(options.html).expanduser() if options.html is not None else None

@@ -75,7 +75,11 @@ def contents_of(result: RunResult) -> dict[str, Path | bytes]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files of a result that may be uploaded, by name."""
+    """Return the files of a result that may be uploaded, by name.
+
+    Raises:
+        ConfigError: no weights are among them.
+    """
     paths = sorted(path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, p) for p in FILES))
     if not any(path.suffix in (".safetensors", ".gguf") for path in paths):
         raise ConfigError(f"{folder}: holds no weights in safetensors: `finetune merge {folder}` writes them")

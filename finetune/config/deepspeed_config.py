@@ -108,6 +108,9 @@ def resolve_deepspeed_config(
         local_world_size: ranks on this host (what ZeRO++ calls hpz).
         sequence_parallel_size: ranks that share each conversation, of which DeepSpeed must know from the start.
         imports_deepspeed: False leaves out what only its own code can say, and takes no seconds.
+
+    Raises:
+        ConfigError: all faults at once, each naming both values and the fix.
     """
     resolver = _Resolver(without_comments(config))
     resolved, stage, faults, notes = resolver.config, resolver.stage(), resolver.faults, resolver.notes

@@ -31,7 +31,11 @@ BITSANDBYTES = "bitsandbytes>=0.50,<0.51"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that each tracker of `--report_to` is one, and installed, without importing it."""
+    """Check that each tracker of `--report_to` is one, and installed, without importing it.
+
+    Raises:
+        ConfigError: the line that installs it, or all names.
+    """
     for name in names:
         if name in ("all", "none"):
             continue
@@ -53,7 +57,11 @@ def check_liger(arguments: Arguments, hardware: HardwareConfig) -> None:
 
 
 def check_optimizer(optim: str) -> None:
-    """Check that the package of an optimizer of transformers is installed."""
+    """Check that the package of an optimizer of transformers is installed.
+
+    Raises:
+        ConfigError: the line that installs it.
+    """
     for names, module, package in OPTIMIZER_PACKAGES:
         if re.fullmatch(names, optim):
             if find_spec(module) is None:
@@ -67,6 +75,9 @@ def check_quantization(bits: int | None, label: str, adapter: AdapterArguments, 
     Args:
         bits: 4, 8 or None.
         label: What quantizes them, for messages.
+
+    Raises:
+        ConfigError: all reasons why not.
     """
     if bits is None:
         return

@@ -35,7 +35,11 @@ def with_shipped_data(recipe: Path, names: list[str]) -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a shipped recipe."""
+    """Return the file of a shipped recipe.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
     recipes = shipped_recipes()
     if name not in recipes:
         close = get_close_matches(name, recipes, n=1)

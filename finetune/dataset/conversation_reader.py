@@ -113,6 +113,7 @@ class ConversationReader:
             yield _file_fault(str(error))
 
     def check(self, source_index: int, raw: RawRow) -> CheckedRow:
+        """Read and check one row by itself."""
         name = self.sources[source_index].name
         if not raw.is_read or raw.row is None:
             return CheckedRow(BadRow(raw.row, name, None, tuple(raw.faults)), None, [], None)

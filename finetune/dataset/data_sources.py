@@ -44,6 +44,7 @@ class Source:
 
     @property
     def location(self) -> str:
+        """The path of the file."""
         return self.path or self.name
 
     @property

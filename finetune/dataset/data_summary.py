@@ -106,6 +106,7 @@ class DataSummary:
         return rows
 
     def most_reasons(self) -> list[tuple[str, int]]:
+        """Kinds of reasons with their counts, the most frequent first."""
         return Counter(self.reasons).most_common()
 
     def lines(self) -> list[str]:
@@ -124,6 +125,8 @@ class DataSummary:
 
 @dataclass
 class DataTally:
+    """Accumulates a summary."""
+
     statuses: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -138,6 +141,7 @@ class DataTally:
     unreadable: bool = False
 
     def add(self, rows: Iterable[RenderedConversation | BadRow]) -> None:
+        """Count these rows."""
         for row in rows:
             if isinstance(row, BadRow):
                 self._add_bad(row)
@@ -173,6 +177,7 @@ class DataTally:
         self.reasons[kind_of(row.faults[0])] += 1
 
     def merge(self, other: DataTally) -> None:
+        """Add another tally to this one."""
         for name, counter in vars(self).items():
             if isinstance(counter, Counter):
                 counter.update(getattr(other, name))
@@ -180,6 +185,7 @@ class DataTally:
         self.unreadable |= other.unreadable
 
     def summary(self) -> DataSummary:
+        """The counts so far."""
         longest = max(self.lengths, default=0)
         alike: dict[str, Any] = {status: self.statuses[status] for status in STATUSES}
         alike |= {name: dict(getattr(self, name)) for name in BY_NAME}

@@ -8,6 +8,7 @@ from finetune.utils.hub import hub_errors, use_cache_if_hub_unreachable
 
 
 def is_saved(folder: str) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
     has_state, has_info, has_splits = (
         os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_info.json", "dataset_dict.json")
     )

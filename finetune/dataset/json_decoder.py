@@ -145,8 +145,10 @@ def explain_error(error: json.JSONDecodeError, text: str) -> str:
 
 
 def line_and_column(text: str, pos: int) -> tuple[int, int]:
+    """Line and column of a position in a text, both from 1."""
     return text.count("\n", 0, pos) + 1, pos - text.rfind("\n", 0, pos)
 
 
 def is_blank(text: str) -> bool:
+    """Whether the text is white space, as JSON has it."""
     return not text.strip(SPACE)

@@ -36,6 +36,7 @@ class MojibakeCounter:
         self._first = ""
 
     def add(self, texts: list[str], row: int) -> None:
+        """Count a row with these texts."""
         non_ascii = [text for text in texts if not text.isascii()]
         self.non_ascii_rows += bool(non_ascii)
         pair = next(((text, intended) for text in non_ascii if (intended := intended_text(text)) is not None), None)
@@ -48,6 +49,7 @@ class MojibakeCounter:
             self._first = f"row {row}: {text!r} was {intended!r}"
 
     def merge(self, other: MojibakeCounter) -> None:
+        """Add the counts of later rows."""
         self.rows += other.rows
         self.non_ascii_rows += other.non_ascii_rows
         self._first = self._first or other._first

@@ -25,11 +25,13 @@ class Groups:
         return len(self.starts) - 1
 
     def rows_of(self, groups: np.ndarray) -> np.ndarray:
+        """Rows of these groups, one group after the other."""
         sizes = self.starts[groups + 1] - self.starts[groups]
         begins = self.starts[groups] - (np.cumsum(sizes) - sizes)
         return self.rows[np.repeat(begins, sizes) + np.arange(sizes.sum())]
 
     def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum of a value of each row by group: [groups]."""
         return np.add.reduceat(values[self.rows], self.starts[:-1]) if len(self) else values[:0]
 
     @classmethod

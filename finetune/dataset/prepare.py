@@ -83,10 +83,12 @@ class PreparedData:
 
     @property
     def fingerprints(self) -> str:
+        """Fingerprints of the data and of separate held-out data."""
         return self.fingerprint if self.evaluation is None else f"{self.fingerprint} {self.evaluation.fingerprint}"
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest example, held-out ones included."""
         return max(self.summary.longest, 0 if self.evaluation is None else self.evaluation.summary.longest)
 
     def renderings(self) -> Iterator[RenderedConversation]:
@@ -112,6 +114,7 @@ class PreparedData:
         return [(index, first[digest]) for index, digest in enumerate(held_out) if first[digest] >= 0]
 
     def place(self, index: int) -> str:
+        """The source and the row of an example."""
         example = self.examples.select_columns(["source", "row"])[index]
         return f"{example['source']}, row {example['row']}"
 

@@ -34,6 +34,8 @@ FirstRows = Sequence[tuple[int | None, int | None]]
 
 @dataclass(frozen=True)
 class StoredBatch:
+    """One record batch, its ledger lines and its counts."""
+
     examples: pa.RecordBatch
     ledger: list[str]
     tally: DataTally

@@ -140,6 +140,7 @@ class CacheWriter:
         return self
 
     def add(self, batch: pa.RecordBatch, ledger: Sequence[str]) -> None:
+        """Append a record batch and its ledger lines."""
         if self._stream is None:
             self._stream = pa.ipc.new_stream(self._examples, batch.schema)
         if batch.num_rows:
@@ -255,6 +256,7 @@ def renderings_of(
 
 
 def read_not_kept(folder: Path) -> Iterator[RenderedConversation]:
+    """The rows that were cut, split or dropped, in order, without their examples."""
     with open(folder / LEDGER_FILE, encoding="utf-8") as lines:
         yield from (_from_entry(entry) for entry in map(json.loads, lines) if entry["status"] != "kept")
 
@@ -288,6 +290,7 @@ def _key_of(values: dict[str, Any]) -> tuple[str, int]:
 
 
 def example_of(values: dict[str, Any]) -> Example:
+    """The example in a row of the stored table."""
     spans = tuple(TurnSpan(**span) for span in values["turn_spans"])
     weights = tuple(values.get("weights", ()))  # version 0.1 had none
     return Example(

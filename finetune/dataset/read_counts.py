@@ -24,6 +24,7 @@ class ReadCounts:
     mojibake: dict[str, MojibakeCounter] = field(default_factory=lambda: defaultdict(MojibakeCounter))
 
     def add(self, conversation: Conversation, reading: RowReading) -> None:
+        """Count a good row."""
         source = conversation.source
         self.formats[source, reading.format] += 1
         for name in reading.role_names:
@@ -33,6 +34,7 @@ class ReadCounts:
         self.mojibake[source].add([turn.text for turn in conversation.turns], conversation.row)
 
     def merge(self, other: ReadCounts) -> None:
+        """Add the counts of later rows."""
         self.formats.update(other.formats)
         self.role_names.update(other.role_names)
         self.unread.update(other.unread)

@@ -21,6 +21,7 @@ _BLANK = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + I
 
 
 def text_fault(text: Any, field: str) -> str | None:
+    """Why a value cannot be the text of a turn; None if it can."""
     if not isinstance(text, str):
         parts = isinstance(text, list) and any(isinstance(part, dict) and "text" in part for part in text)
         remedy = "join the texts of its parts into one string" if parts else "write it as text, or leave the row out"
@@ -44,6 +45,7 @@ def surrogate_fault(text: str, field: str) -> str | None:
 
 
 def is_blank(text: str) -> bool:
+    """Whether a text shows nothing."""
     return not text.strip(_BLANK)
 
 

@@ -36,6 +36,7 @@ class RowFaults:
             self._add((source, kind_of(text)), _Kind(text, 1, 1, place.partition(",")[0], [place]))
 
     def merge(self, other: RowFaults) -> None:
+        """Add the faults of later rows."""
         self._first += other._first[: SHOWN_FAULTS - len(self._first)]
         for kind, faults in other._kinds.items():
             self._add(kind, faults)

@@ -101,6 +101,7 @@ def pair_format_of(keys: frozenset[str]) -> PairFormat | None:
 
 
 def matching(keys: Set[str]) -> list[PairFormat]:
+    """The formats whose keys are all there."""
     return [pair_format for pair_format in PAIRS if keys >= {*pair_format.needs}]
 
 
@@ -116,6 +117,7 @@ def format_of_repeated(row: dict[str, Any], keys: Set[str]) -> PairFormat | None
 
 
 def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
+    """Why a row with these keys of pairs is of no format."""
     if matches := matching(keys):
         names, choices = ", ".join(sorted(keys)), ["/".join((*match.asks, *match.answers)) for match in matches]
         columns = " ".join(f"{key}={key}" for key in (*matches[0].asks, *matches[0].answers) if key in keys)

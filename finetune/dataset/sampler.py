@@ -45,6 +45,7 @@ class BatchShape:
 
     @property
     def step_size(self) -> int:
+        """Rows or groups of a full step."""
         return self.micro_batch_size * self.accumulation
 
 
@@ -94,10 +95,12 @@ class Sampler:
 
     @property
     def num_units(self) -> int:
+        """Rows, or groups of rows if there is a capacity."""
         return len(self._unit_lengths)
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
         full, remainder = divmod(self.num_units, self.shape.step_size)
         return full + (remainder > 0 and not self.drop_last)
 

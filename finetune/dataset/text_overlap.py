@@ -25,11 +25,13 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: 2**64 over the golden ratio, as 
 
 
 def check_datasketch() -> None:
+    """Raise `ConfigError` if datasketch is not installed."""
     if importlib.util.find_spec("datasketch") is None:
         raise ConfigError(f"--stats needs datasketch, which is not installed: {INSTALL}")
 
 
 def word_hashes(text: str) -> np.ndarray:
+    """A hash of each word, uint64 [words]."""
     return np.fromiter(map(xxh3_64_intdigest, map(str.encode, _WORD.findall(text.lower()))), np.uint64)
 
 

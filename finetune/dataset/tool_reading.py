@@ -23,6 +23,7 @@ class ToolFault(ValueError):
 
 
 def is_nothing(value: Any) -> bool:
+    """Whether a value says that there is none."""
     return ("".join(value.split()) if isinstance(value, str) and len(value) < 16 else value) in NOTHING
 
 
@@ -56,6 +57,7 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def declared_tools(row: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
+    """The declarations of a row, and faults without their place."""
     tools: tuple[Mapping[str, Any], ...] = ()
     faults = []
     for key in TOOL_KEYS:

@@ -298,6 +298,7 @@ def _thought_in(part: Any) -> str | None:
 
 
 def weight_fault(value: Any, key: str) -> str | None:
+    """Why a value is no weight of a loss; None if it is one."""
     if isinstance(value, bool):
         return None
     if key == "train":

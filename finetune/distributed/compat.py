@@ -25,7 +25,11 @@ SHARED_BUFFER_BYTES = 69_206_024  # of `struct allreduce_workspace`
 
 
 def check_shared_memory() -> None:
-    """Check that DeepSpeed's buffers for the CPU ranks of this host fit into /dev/shm."""
+    """Check that DeepSpeed's buffers for the CPU ranks of this host fit into /dev/shm.
+
+    Raises:
+        StorageError: they do not.
+    """
     ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     needed, free = SHARED_BUFFER_BYTES * ranks, shutil.disk_usage(SHARED_MEMORY).free
     if free < needed and ranks == int(os.environ.get("WORLD_SIZE", "1")):  # on several hosts they use the network

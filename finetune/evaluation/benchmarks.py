@@ -81,7 +81,11 @@ def _benchmark_job(benchmark: lingowhale_benchmarks.Benchmark, num_fewshot: int 
 
 
 def read_benchmark_questions(names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the questions by benchmark, those of `--forgetting` first, and why others cannot be read; no downloads."""
+    """Return the questions by benchmark, those of `--forgetting` first, and why others cannot be read; no downloads.
+
+    Args:
+        names: as in `finetune evaluate --tasks`.
+    """
     questions = {"forgetting": [question.text for question in load_questions()]}
     use_cache()
     try:

@@ -107,6 +107,9 @@ def verify_result(
         base_bits: 4 or 8 where the base was quantized.
         labels: Those of the unpadded conversation, unshifted.
         loss: Loss of the model in memory, a mean over supervised tokens.
+
+    Raises:
+        CheckpointError: A weight is missing, empty, unexpected, or not the one in memory.
     """
     has_adapter = is_adapter(folder)
     kind, weights_folder = ("adapter", local_model_dir(str(base))) if has_adapter else ("model", folder)

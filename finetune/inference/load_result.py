@@ -257,7 +257,11 @@ def _cpu_dtype(folder: Path) -> torch.dtype | str:
 
 
 def check_saved_weights(folder: Path, *, trusts_code: bool, may_miss: tuple[str, ...] | None = ()) -> None:
-    """Check that a saved model holds every weight, and no other; see `check_weights`."""
+    """Check that a saved model holds every weight, and no other; see `check_weights`.
+
+    Raises:
+        CheckpointError: Weights are missing, unexpected or of another shape.
+    """
     import torch
 
     with loader.damage_named(f"{folder}: its weights do not load", CheckpointError), torch.device("meta"):

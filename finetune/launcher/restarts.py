@@ -55,7 +55,11 @@ def resources_of_first_start(flags: LauncherArgs) -> Resources | None:
 
 
 def without_spares(resources: Resources) -> Resources:
-    """Return the resources of the first start: the hosts that are used, and no spare."""
+    """Return the resources of the first start: the hosts that are used, and no spare.
+
+    Raises:
+        ConfigError: there are spares, and a filter leaves out the first slots of a host.
+    """
     if len(resources.spares) == len(resources.slots):
         raise ConfigError(f"{resources.path}: every host is a spare: take the word off those that train first")
     if resources.spares and any(ids != list(range(len(ids))) for ids in resources.slots.values()):

@@ -67,6 +67,9 @@ def attach_adapter(
         seed: of the drawn matrices; the Trainer sets it only later, and loading draws numbers under ZeRO-3.
         precision: of what is trained; None: that of the base.
         computes_initial: start as --init_lora_weights says, or as saved; else plain, for a model without weights.
+
+    Raises:
+        ConfigError: no such module, or peft rejects an option.
     """
     if adapter.kind() is None:
         freeze(base, info.kinds, adapter.freeze, adapter.train_only)
@@ -99,6 +102,9 @@ def attach_peft(
         base_revision: Revision of the base model's repository, stored in the adapter.
         train_embeddings: Also train and save the embeddings and the head, because new tokens start untrained.
         computes_initial: As in `attach_adapter`.
+
+    Raises:
+        ConfigError: A name matches no layer, or peft rejects an option.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType, get_peft_model
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -157,6 +163,9 @@ def load_adapter(
     Args:
         precision: As in `attach_adapter`.
         loads_weights: False where the model has none.
+
+    Raises:
+        ConfigError: It does not fit the model.
     """
     from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 
@@ -214,6 +223,9 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens:
 
     Args:
         adds_tokens: New tokens will make embeddings trained.
+
+    Raises:
+        ConfigError: No such module, peft rejects an option, or nothing has the learning rate of a flag.
     """
     import torch
 

@@ -164,7 +164,11 @@ def _ordered(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_finite(model: Any, folder: Path, *, label: str) -> None:
-    """Check that the loaded weights hold no NaN or infinity; under ZeRO-3 those of this rank's partitions."""
+    """Check that the loaded weights hold no NaN or infinity; under ZeRO-3 those of this rank's partitions.
+
+    Raises:
+        ConfigError: Naming the tensors, and the files that hold them.
+    """
     names = [
         name
         for name, parameter in model.named_parameters()

@@ -9,7 +9,11 @@ from finetune.utils.errors import ConfigError, format_names
 
 
 def freeze(model: Any, kinds: ModuleKinds, frozen: Sequence[str], trained: Sequence[str]) -> None:
-    """Freeze the weights that `frozen` selects, or all but those that `trained` selects; of tied ones both."""
+    """Freeze the weights that `frozen` selects, or all but those that `trained` selects; of tied ones both.
+
+    Raises:
+        ConfigError: a selection matches no weight, or no weight is left to train.
+    """
     if not frozen and not trained:
         return
     flag, selections = ("--freeze", frozen) if frozen else ("--train_only", trained)

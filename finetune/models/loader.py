@@ -83,7 +83,11 @@ class ModelInfo:
         return Path(self.name).expanduser().is_dir() or bool(files and all(files))
 
     def check_weights(self) -> list[str]:
-        """Check the files against the model's code, if they are here; return notes for the user."""
+        """Check the files against the model's code, if they are here; return notes for the user.
+
+        Raises:
+            ConfigError: Tensors are missing, unexpected or misshapen.
+        """
         if not self.is_downloaded():
             return []
         return check_weights(self.files, self.empty, self.config, label=self.flag, may_miss=self.may_miss)
@@ -197,6 +201,9 @@ def load_model(
         precision: Of the weights.
         stop_token_id: Token that ends a turn in training; generation stops there too.
         compute_precision: That quantized weights are multiplied in.
+
+    Raises:
+        ConfigError: The weights do not load, do not fit the config or are not finite.
     """
     was_checked = info.is_downloaded()
     with _model_errors(info.name):
@@ -258,7 +265,11 @@ def _code_revision_option(revision: str | None) -> dict[str, str]:
 
 
 def code_note(name: str, revision: str | None = None) -> str | None:
-    """Say whose Python files would run, and which revision, without running them; None if there are none."""
+    """Say whose Python files would run, and which revision, without running them; None if there are none.
+
+    Raises:
+        ConfigError: No such model.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("*.py") if path.is_file())

@@ -106,6 +106,9 @@ def check_target_names(given: Sequence[str], model_config: Mapping[str, Any], te
     """Check names of `--lora_target_modules` before the model is built, which takes seconds.
 
     A name is refused that is no word of the model's code in transformers, nor of the names of its stored tensors.
+
+    Raises:
+        ConfigError: naming the linear layers of that code.
     """
     wanted, kind = parse_target_modules(given), str(model_config.get("model_type")).replace("-", "_")
     file = source_folder("transformers") / "models" / kind / f"modeling_{kind}.py"

@@ -99,7 +99,11 @@ def check_folder(name: str) -> None:
 
 
 def check_revision(name: str, revision: str | None) -> None:
-    """Check that a revision is one of a model on the hub."""
+    """Check that a revision is one of a model on the hub.
+
+    Raises:
+        ConfigError: The model is a folder.
+    """
     if revision is not None and Path(name).expanduser().is_dir():
         raise ConfigError(
             f"--model_revision {revision}: {name} is a folder, and only models on the hub have revisions: leave it out"
@@ -107,7 +111,11 @@ def check_revision(name: str, revision: str | None) -> None:
 
 
 def check_tokenizer_files(name: str) -> None:
-    """Check that a path, if it is one, is a folder with a tokenizer."""
+    """Check that a path, if it is one, is a folder with a tokenizer.
+
+    Raises:
+        ConfigError: There is no such folder, or no file in it is a tokenizer's; what it is instead.
+    """
     folder, flag = Path(name).expanduser(), f"--model_name_or_path {name}"
     if not folder.is_dir():
         check_folder(name)
@@ -119,7 +127,11 @@ def check_tokenizer_files(name: str) -> None:
 
 
 def check_json_files(folder: Path) -> None:
-    """Check that the JSON files of a model or tokenizer are objects, with values that a model may have."""
+    """Check that the JSON files of a model or tokenizer are objects, with values that a model may have.
+
+    Raises:
+        ConfigError: Naming the file.
+    """
     for path in filter(Path.is_file, (folder / file for file in JSON_FILES)):
         values = read_json_object(path)
         nested = values.get("text_config")

@@ -62,7 +62,11 @@ def load_data(
 
 
 def check_data(prepared: PreparedData, data: DataArguments) -> None:
-    """Check the shares of bad rows, and that no held-out example is a training example."""
+    """Check the shares of bad rows, and that no held-out example is a training example.
+
+    Raises:
+        DataError: a run should not start with this data.
+    """
     for part in filter(None, (prepared, prepared.evaluation)):
         check_dropped_share(part, data.max_dropped_rows)
     seen = prepared.seen_held_out()

@@ -54,7 +54,15 @@ def build_dataloaders(
     zero_stage: int | None,
     precision: Precision = "float32",
 ) -> Dataloaders:
-    """Build the micro-batches of this rank, as requested or as this model can take them. All ranks."""
+    """Build the micro-batches of this rank, as requested or as this model can take them. All ranks.
+
+    Args:
+        precision: the run computes in; without DeepSpeed autocast does.
+
+    Raises:
+        ConfigError: nothing would be trained: no parameter, no row, no full step; or ranks are to share conversations
+            and this model cannot.
+    """
     from finetune.dataset.dataloader import MicroBatchDataset
     from finetune.models.adapters import count_parameters
     from finetune.models.attention import supports_logits_to_keep
@@ -154,7 +162,13 @@ def _padding_reason(
 def decide_layout(
     batch: BatchConfig, longest: int, padding_reason: str | None, full_logits_because: str | None = None
 ) -> BatchLayout:
-    """Decide how micro-batches are laid out, with a note for each deviation from what was asked."""
+    """Decide how micro-batches are laid out, with a note for each deviation from what was asked.
+
+    Args:
+        longest: tokens of the longest example.
+        padding_reason: why rows must be padded, or None.
+        full_logits_because: why logits must be computed at all positions, or None.
+    """
     wanted, capacity, notes = batch.batching, batch.tokens_per_device, []
     if capacity is not None and capacity < longest:
         raise ConfigError(

@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, precision: Precision) -> None:
-    """Save the result, verify it, record how the run ended, and show it; or record that it was stopped. All ranks."""
+    """Save the result, verify it, record how the run ended, and show it; or record that it was stopped. All ranks.
+
+    Raises:
+        CheckpointError: the saved result is not what was trained.
+    """
     if trainer.stopped_by is not None:
         _finalize_stopped(trainer)
         return
@@ -79,7 +83,11 @@ def _finalize_stopped(trainer: SupervisedTrainer) -> None:
 
 
 def end_run(trainer: SupervisedTrainer, write_report: Callable[[Path, bool], None]) -> None:
-    """Leave the process group, write the report and mark the run complete, or exit with 75 where it was stopped."""
+    """Leave the process group, write the report and mark the run complete, or exit with 75 where it was stopped.
+
+    Args:
+        write_report: (output_dir, whether the run was stopped).
+    """
     output_dir, was_stopped = trainer.output_dir, trainer.stopped_by is not None
     is_writer = trainer.saver.storage.is_writer  # ranks are known to a process group only
     destroy_process_group()

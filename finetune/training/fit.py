@@ -43,7 +43,11 @@ class TrainingInputs:
 
 
 def fit(inputs: TrainingInputs, identity: RunIdentity, config: RunConfig) -> SupervisedTrainer:
-    """Train to the end, or to a stop that was requested; the plan is shown once the number of steps is known."""
+    """Train to the end, or to a stop that was requested; the plan is shown once the number of steps is known.
+
+    Raises:
+        ConfigError: the Trainer refuses the flags.
+    """
     from finetune.training.callbacks import PhaseReporter
     from finetune.training.evaluator import EarlyStopping
     from finetune.training.learning_rates import set_learning_rates

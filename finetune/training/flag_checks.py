@@ -30,6 +30,9 @@ def check_training_flags(values: Mapping[str, Any], given: Mapping[str, Any], *,
             on them is left out: the hardware may be that of another host.
         given: the training flags that the user gave, by name.
         builds_optimizer: False where DeepSpeed builds it.
+
+    Raises:
+        ConfigError: every fault, each beginning with the flags and their values.
     """
     values = {**values, "use_cpu": True, "tf32": None, "deepspeed": None, "save_on_each_node": False}
     faults = []

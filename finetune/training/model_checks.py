@@ -30,7 +30,11 @@ POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed\w*)$")
 
 @timed("checks")
 def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
-    """Inspect the model, and adapt the config to what its code can do."""
+    """Inspect the model, and adapt the config to what its code can do.
+
+    Raises:
+        ConfigError: what the model cannot do.
+    """
     saved = config.adapter.saved_modules()
     info = inspect_model(config.model, config.hardware.attention, saved if config.model.allow_missing_weights else ())
     if is_packed_in_files(info.config):
@@ -107,7 +111,14 @@ def check_vocabulary(
 
 
 def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) -> list[str]:
-    """Check the longest example against the positions of the model; return notes for the user."""
+    """Check the longest example against the positions of the model; return notes for the user.
+
+    Args:
+        longest: tokens of the longest example.
+
+    Raises:
+        ConfigError: it is longer than the table of position embeddings.
+    """
     config = info.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     virtual = adapter.virtual_tokens()

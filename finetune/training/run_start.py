@@ -55,6 +55,9 @@ def count_ranks() -> RankCounts:
 
     The launcher takes a hostfile that does not exist for an order to train on this host alone. `finetune train` sets
     how many ranks there must be; a bare `deepspeed` command on this host is read from its process.
+
+    Raises:
+        ConfigError: the hostfile names another number of ranks than were started.
     """
     size = int(os.environ["WORLD_SIZE"])
     stated, words = os.environ.get("FINETUNE_WORLD_SIZE"), runner_arguments(watchdog.launcher_pid())
@@ -72,7 +75,12 @@ def count_ranks() -> RankCounts:
 def start_processes(
     data: PreparedData, info: ModelInfo, data_path: Sequence[str], backend: str, zero_stage: int | None, timeout: int
 ) -> None:
-    """Start the process group, and check that all ranks have the same data, code, libraries and base model."""
+    """Start the process group, and check that all ranks have the same data, code, libraries and base model.
+
+    Args:
+        data_path: as on the command line, for the message.
+        timeout: of collectives, seconds.
+    """
     facts = RankFacts.here(data=data.fingerprints, model=info.fingerprint, day=data.day)
     watchdog.report_phase("rendezvous")
     patch_build_lock()
@@ -93,7 +101,11 @@ def find_storage(output_dir: Path) -> StorageGroup:
 def build_training_arguments(
     values: Mapping[str, Any], storage: StorageGroup, sequence_parallel_size: int
 ) -> TrainingArguments:
-    """Build `transformers.TrainingArguments`, which touches the devices."""
+    """Build `transformers.TrainingArguments`, which touches the devices.
+
+    Raises:
+        ConfigError: a value that transformers refuses.
+    """
     from accelerate.parallelism_config import ParallelismConfig
     from transformers import TrainingArguments
 

@@ -76,6 +76,10 @@ def check_start(arguments: Arguments, planned: PlannedRanks | None = None, *, is
         planned: None where the ranks have started, and look at their hardware themselves.
         is_launch: nothing of this run has started: whoever is in its folder is another. Ranks wait for one that ends,
             and look for the data when they read it.
+
+    Raises:
+        FinetuneError: a missing file, a folder that cannot be used, too little disk space, too many ranks, flags
+            that contradict each other or the DeepSpeed JSON.
     """
     errors: list[FinetuneError] = []
     for check in _checks(arguments, planned, is_launch):

@@ -374,10 +374,12 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         )
 
     def resume_advice(self) -> str:
+        """Return where the run can resume, and how."""
         rows_file = self.monitor.rows_file if self.monitor.count.steps else None
         return resume_advice(self.saver.newest, self.identity, self.output_dir, rows_file)
 
     def after_pause(self, seconds: float) -> None:
+        """Leave a save or an evaluation out of the seconds of a step."""
         self.meter.since += seconds
         self.timer.restart()
 

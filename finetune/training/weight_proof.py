@@ -52,7 +52,11 @@ class WeightProof:
         }
 
     def compare(self) -> WeightChanges:
-        """Compare with the weights of now. All ranks."""
+        """Compare with the weights of now. All ranks.
+
+        Raises:
+            CheckpointError: a frozen weight changed.
+        """
         now = {name: (digest, self.before[name]) for name, digest in self._digests().items()}
         # A partition that was or is on NVMe has no values here.
         changed = {name for name, (after, before) in now.items() if after != before and after.shape == before.shape}

@@ -111,7 +111,11 @@ def _is_reachable(endpoint: str) -> bool:
 
 
 def modelscope_folder(given: str, what: Literal["model", "data set"], error: type[FinetuneError]) -> str:
-    """Download a model or a data set `modelscope:owner/name` unless it is there already; return its local folder."""
+    """Download a model or a data set `modelscope:owner/name` unless it is there already; return its local folder.
+
+    Raises:
+        FinetuneError: of the class `error`: another name, no such package, nothing to download.
+    """
     name = given.removeprefix(MODELSCOPE)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise error(f"{given}: expected modelscope:owner/name")
