@@ -184,12 +184,16 @@ class Trial:
         return not self.attempt(search) and count > 0
 
     def look_ahead(self) -> None:
-        """Find out whether another token at the end of a conversation changes the logits before it."""
+        """Find out whether another token at the end of a conversation changes the logits at all places before it.
+
+        At some places they may change in a causal model: an expert that works on other tokens rounds otherwise, and a
+        router further up decides a tie the other way.
+        """
         rows = (
             self.base(input_ids=ids[None], use_cache=False).logits[0, :-1].float() for ids in (self.a, self.changed)
         )
         logits, other = rows
-        self.looks_ahead = bool((logits - other).abs().max() > self.loose * logits.abs().max())
+        self.looks_ahead = bool((logits - other).abs().amax(-1).min() > self.loose * logits.abs().max())
 
     def undo(self) -> None:
         """Let the model compute what it computed before."""

@@ -328,3 +328,14 @@ def test_a_model_that_reads_what_it_is_to_predict_is_refused():
         config = BertConfig(**SIZES, is_decoder=is_causal)
         with nullcontext() if is_causal else pytest.raises(ConfigError, match="attend to later ones"):
             check_causal(BertLMHeadModel(config), **options)
+
+
+def test_another_expert_at_one_place_is_no_look_at_later_tokens():
+    model, runs = build("llama"), iter(range(2))
+
+    def change_third_place(_: Any, __: Any, logits: torch.Tensor) -> None:
+        logits[:, 2] += 9 * next(runs)
+
+    model.lm_head.register_forward_hook(change_third_place)
+    check_causal(model, vocab_size=VOCAB_SIZE, device="cpu", autocast="float32")
+    assert next(runs, None) is None
