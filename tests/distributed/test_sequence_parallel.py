@@ -31,7 +31,7 @@ def test_packed_rows_and_token_budgets_are_shared_too(train_shaped, tmp_path):
 
 
 REFUSED = {
-    "three ranks": (2, 3, "it does not divide the 2 ranks"),
+    "four ranks": (2, 4, "it does not divide the 2 ranks"),
     "no DeepSpeed": (2, 2, "it needs DeepSpeed"),
     "padded": (2, 2, "ranks can only share flat or packed rows: leave out --batching padded"),
     "eager": (2, 2, "--attn_implementation eager"),
