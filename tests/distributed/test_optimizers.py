@@ -36,6 +36,7 @@ def run(tmp_path: Path, tiny_model: Path, conversation_file: Path):
     return start
 
 
+@pytest.mark.slow  # DeepSpeed compiles FusedAdam first
 def test_muon_trains_resumes_and_merges_under_both_stages(run, tmp_path):
     whole = {stage: run(stage, "--deepspeed", stage) for stage in ("zero2_muon", "zero3_muon")}
     assert losses(whole["zero3_muon"]) == pytest.approx(losses(whole["zero2_muon"]), abs=1e-4)

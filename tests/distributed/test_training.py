@@ -37,9 +37,8 @@ def test_every_zero_stage_gives_the_same_losses(train, adapter):
     assert by_stage["zero3"] == pytest.approx(by_stage["zero1"], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config", mostly_slow(["zero2_offload", "zero3_offload", "zeropp"], ["zero3_offload", "zeropp"])
-)
+# Offloaded optimizers wait for DeepSpeed to compile CPUAdam, minutes on a slow machine.
+@pytest.mark.parametrize("config", mostly_slow(["zero2_offload", "zero3_offload", "zeropp"], ["zeropp"]))
 def test_offload_and_zeropp_give_the_losses_of_their_stage(train, config, tmp_path):
     linear = ("--lr_scheduler_type", "linear")
     plain, other = train("plain", "--deepspeed", "zero3", *linear), train(config, "--deepspeed", config, *linear)

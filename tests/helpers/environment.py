@@ -14,6 +14,8 @@ OUTER_ENVIRONMENT = dict(os.environ)  # for the tests marked `gpu`
 # A build records its include paths: checkouts that share one environment through a link have one build each.
 _LINKED = f"-{zlib.crc32(sys.prefix.encode()):x}" if Path(sys.prefix).is_symlink() else ""
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / f"torch_extensions{_LINKED}"))
+# One `ninja` for all processes: two versions build anew what the other one built.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
