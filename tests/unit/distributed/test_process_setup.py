@@ -44,7 +44,7 @@ def test_the_environment_of_a_launcher_and_of_the_user_is_kept(monkeypatch):
 
 def test_ranks_share_the_cores_and_the_allocator_grows_its_segments(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    monkeypatch.setattr(os, "environ", {"RANK": "0", "LOCAL_WORLD_SIZE": "8"})
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"})
 
     prepare_environment()
 
