@@ -341,7 +341,8 @@ def another_value(one: Any, hint: Any) -> Any:
         return next(choice for choice in choices if choice != default)
     special = {
         "repairs": ["merge_turns"], "columns": ["question=Q"], "init_lora_weights": "pissa",
-        "adapter_config": '{"peft_type": "IA3"}', "chat_template_kwargs": '{"enable_thinking": false}',
+        "adapter_config": '{"peft_type": "IA3"}', "attn_implementation": "eager",
+        "chat_template_kwargs": '{"enable_thinking": false}',
     }  # fmt: skip
     if one.name in special:
         return special[one.name]
