@@ -105,6 +105,7 @@ def test_a_local_task_end_to_end(trained, tasks, capsys):
     assert "Benchmarks" in [one.title for one in read_sections(output)]
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(trained, tasks, tmp_path):
     output = trained("lora")
     flags = ["--tasks", tasks, "--batch_size", "2"]
