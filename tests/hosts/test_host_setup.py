@@ -115,8 +115,7 @@ def listening(host: hosts.Host, port: int) -> Iterator[None]:
 def test_a_bare_deepspeed_whose_port_is_taken_names_it(job, three_nodes):
     job.write_hostfile("node0 slots=1", "node1 slots=1")
     with listening(three_nodes[0], 29500):
-        page = job.failed(job.start_deepspeed(*FLAGS), "on node0", "--master_port 29501", within=100)
-        assert "the port is taken" in page, page
+        job.failed(job.start_deepspeed(*FLAGS), "on node0", "EADDRINUSE", "--master_port", within=100)
 
 
 def test_a_bare_deepspeed_whose_hosts_have_other_data_ends_on_all_with_one_error(job, tmp_path, three_nodes):
