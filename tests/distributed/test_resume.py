@@ -17,8 +17,8 @@ from tests.helpers.rows import write_rows
 
 FLAGS = (
     "--num_train_epochs 3 --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_steps 2 --logging_steps 1 "
-    "--save_strategy steps --save_steps 1 --save_total_limit 0 --use_cpu True --per_device_train_batch_size 2 "
-    "--write_report False"
+    "--save_strategy steps --save_steps 1 --save_total_limit 0 --use_cpu True --write_report False "
+    "--per_device_train_batch_size 2"
 ).split()
 LORA = ("--use_lora", "True")  # with its dropout of 0.1
 PACKED = ("--batching", "packed", "--model_max_length", "128", "--per_device_train_batch_size", "1")
