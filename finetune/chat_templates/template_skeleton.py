@@ -120,7 +120,11 @@ def shape_of(conversation: Conversation) -> tuple[str, bool, str]:
 
 
 def rules_of_variables(conversation: Conversation, template: str) -> list[str]:
-    """What is said of variables of the row that the template does not use; `UnrenderableError` if content is lost."""
+    """Return notes about variables of the row that the template does not use.
+
+    Raises:
+        UnrenderableError: content would be lost.
+    """
     given = {name: value for name, value in conversation.template_kwargs.items() if value not in (None, "", [], {})}
     unused = [name for name in given if not re.search(rf"\b{re.escape(name)}\b", template)]
     if lost := ", ".join(name for name in unused if not isinstance(given[name], int | float)):
