@@ -8,6 +8,7 @@ comes to a rank when those before it have ended.
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of <sysexits.h>
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_BETWEEN_FILE_CHECKS = 1.0
+SECONDS_TO_ASK_AGAIN = 0.1
 
 
 class _StopRequest:
@@ -93,12 +95,15 @@ def ignore_in_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _handle(number: int, _: Any) -> None:
+def _handle(number: int, frame: Any) -> None:
     previous, _request.signal_number = _request.signal_number, number
     if _request.is_leaving:
         return
     name = signal.Signals(number).name
     if not _request.can_save:
+        if _is_in_destructor(frame):  # Python prints and drops what is raised there: ask again behind it
+            threading.Timer(SECONDS_TO_ASK_AGAIN, os.kill, (os.getpid(), number)).start()
+            return
         _request.is_leaving = True
         _write(f"{name}: nothing was trained yet, nothing is saved")
         raise SystemExit(EXIT_STOPPED)
@@ -109,6 +114,12 @@ def _handle(number: int, _: Any) -> None:
         os._exit(128 + number)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         _write(f"{name}: saving at the end of this step, then exiting; send it again to exit at once")
+
+
+def _is_in_destructor(frame: Any) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _write(line: str) -> None:

@@ -143,7 +143,7 @@ def _send(message: dict[str, Any]) -> None:
     try:
         _watchdog.stdin.write(json.dumps(message).encode() + b"\n")
     except OSError:
-        if "failure" in message:  # the rank ends anyway, with an error of its own
+        if "failure" in message or "exit" in message:  # the rank ends anyway, with a status of its own
             return
         _print_error(f"the watchdog of rank {os.environ['RANK']} has died: the rank ends")
         os._exit(1)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -40,3 +41,16 @@ def test_the_launchers_signal_after_ctrl_c_is_the_same_wish(rank, signals, ended
     assert stop_requests.stop_requested() and rank == ended
     assert stop_requests.was_interrupted() == ("SIGINT" in signals)
     assert not stop_requests.was_interrupted()
+
+
+def test_a_signal_within_a_destructor_ends_the_rank_behind_it(rank, monkeypatch, capfd):
+    monkeypatch.setattr(stop_requests._request, "can_save", False)
+
+    class Interrupted:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        Interrupted()
+        time.sleep(5)
+    assert ended.value.code == stop_requests.EXIT_STOPPED and "Traceback" not in capfd.readouterr().err
