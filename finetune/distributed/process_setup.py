@@ -127,6 +127,9 @@ def init_rank_env(environment: MutableMapping[str, str]) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT if RANK is not set.
 
     A process that nothing has started becomes rank 0 of 1.
+
+    Raises:
+        ConfigError: a variable that a launcher sets is no number, or one of them is missing.
     """
     if "RANK" in environment:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
