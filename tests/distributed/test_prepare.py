@@ -17,6 +17,7 @@ from finetune.dataset.prepare import prepare_dataset
 from finetune.dataset.prepare_workers import BATCH_ROWS
 from finetune.utils.errors import StorageError, exit_on_error
 from tests.helpers.rows import write_rows
+from tests.helpers.tiers import mostly_slow
 
 
 def many(count: int) -> list[list[tuple[str, str]]]:
@@ -88,7 +89,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", mostly_slow([1, 2], [2]))
 def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path, renderer, processes):
     path = write_rows(tmp_path / "a.json", many(20_000))
     cache = tmp_path / "cache"

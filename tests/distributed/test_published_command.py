@@ -97,7 +97,12 @@ def test_plain_python_and_torchrun_work_too(launcher, tiny_model, conversation_f
 @pytest.mark.parametrize(
     ("changed", "status", "message"),
     [
-        (("--learning_rat", "1"), 2, "unknown flag --learning_rat: did you mean --learning_rate?"),
+        pytest.param(
+            ("--learning_rat", "1"),
+            2,
+            "unknown flag --learning_rat: did you mean --learning_rate?",
+            marks=pytest.mark.slow,
+        ),
         (("--data_path", "finetune/data/coig_10k.json"), 3, "COIG's 10,000 conversations are not part of this project"),
     ],
     ids=["usage", "data"],

@@ -78,11 +78,11 @@ def rows_seen(tmp_path: Path, name: str, world_size: int = 2) -> list[list]:
 
 
 CASES = {
-    "zero1-lora-padded": ("zero1", *LORA, *PADDED),
     "zero2-full-accumulated": ("zero2", *ACCUMULATED),
     "zero3-lora-workers": ("zero3", *LORA, *WORKERS),
 }
 MORE_CASES = {
+    "zero1-lora-padded": ("zero1", *LORA, *PADDED),
     "zero1-full": ("zero1",),
     "zero2-lora-packed": ("zero2", *LORA, *PACKED),
     "zero2-full-budget": ("zero2", *BUDGET),

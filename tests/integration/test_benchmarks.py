@@ -253,6 +253,7 @@ def test_questions_are_divided_the_same_way_each_time():
     assert drawn.agieval_examples(rows) == examples
 
 
+@pytest.mark.slow
 def test_gaokao_end_to_end(trained, tmp_path, monkeypatch, capsys):
     """Questions in the layout of GAOKAO-Bench: those with four options and one answer are asked behind five others."""
     folder = tmp_path / "Data" / "Objective_Questions"

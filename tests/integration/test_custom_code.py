@@ -77,9 +77,9 @@ def load(output: Path, adapter: bool) -> str:
 @pytest.mark.parametrize(
     ("stage", "adapter"),
     [
-        ("zero2", ()),
+        pytest.param("zero2", (), marks=pytest.mark.slow),
         ("zero3", ()),
-        ("zero3", ("--use_lora", "True", "--lora_target_modules", "qkv_proj")),
+        pytest.param("zero3", ("--use_lora", "True", "--lora_target_modules", "qkv_proj"), marks=pytest.mark.slow),
     ],
     ids=["full-zero2", "full-zero3", "lora-zero3"],
 )
