@@ -5,12 +5,11 @@ Bedrock     {"toolUse": {"toolUseId", "name", "input"}}          {"toolResult": 
 Gemini      {"functionCall": {"name", "args"}}                   {"functionResponse": {"name", "response": {...}}}
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from finetune.conversation import ToolCall
-from finetune.dataset.json_decoder import shown
+from finetune.dataset.json_decoder import json_text, shown
 from finetune.dataset.tool_reading import is_empty, read_calls
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
@@ -92,12 +91,12 @@ class ContentParts:
         if isinstance(said, list):
             said = "".join(self._text_of_result(part) for part in said)
         elif isinstance(said, dict):
-            said = json.dumps(said, ensure_ascii=False)
+            said = json_text(said)
         self.results.append((own_id, result.get("name"), said))
 
     def _text_of_result(self, part: Any) -> str:
         if isinstance(part, dict) and "json" in part:
-            return json.dumps(part["json"], ensure_ascii=False)
+            return json_text(part["json"])
         if isinstance(part, dict) and isinstance(part.get("text"), str):
             return str(part["text"])
         self.fatal.append(f'"{self.field}", a tool result: {ONLY_TEXT}, found {shown(part)}: {REMEDY}')

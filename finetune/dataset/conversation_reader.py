@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,15 +69,23 @@ class ConversationReader:
     def raw_rows(self) -> Iterator[tuple[int, RawRow]]:
         """Every row in order, with the index of its source."""
         self._begin()
+        columns = {column: key for source in self.sources for key, column in source.columns}
+        found: set[str] = set()
         for source_index, source in enumerate(self.sources):
             self._bytes_of_source = int
             raw = None
-            for raw in rows_of_trees(self._raw_rows(source)):
+            for raw in rows_of_trees(self._raw_rows(source), partial(self._has_faults, source_index)):
+                if columns and isinstance(raw.value, dict) and not columns.keys() <= found:
+                    found.update(raw.value)
                 yield source_index, raw
             if raw is None:
                 yield source_index, _file_fault(f"{source.name}: holds no conversations")
             self._bytes_before += source.num_bytes
         self._bytes_of_source = int
+        for column, key in columns.items() if found else ():
+            if column not in found:
+                fault = f"--columns {key}={column}: no row has {shown(column)}: correct the name, or leave it out"
+                yield len(self.sources) - 1, _file_fault(fault)
 
     def share_read(self) -> float:
         """Share that has been read, 0 to 1: of the bytes of files as they are on disk, of the rows of data sets."""
@@ -104,7 +113,7 @@ class ConversationReader:
                     yield from iter_parquet_rows(source.location, source.name, progress)
                     return
                 self._bytes_of_source = file.position
-                if source.delimiter is not None:
+                if source.delimiter is not None and file.head.lstrip()[:2] not in (b'{"', b"[{"):
                     yield from iter_csv_rows(file, source.delimiter)
                 else:
                     yield from iter_json_rows(file)
@@ -112,12 +121,23 @@ class ConversationReader:
         except UnreadableFileError as error:
             yield _file_fault(str(error))
 
+    def _has_faults(self, source_index: int, raw: RawRow) -> bool:
+        checked = self.check(source_index, raw)
+        return isinstance(checked.row, BadRow) or bool(checked.faults)
+
     def check(self, source_index: int, raw: RawRow) -> CheckedRow:
         """Read and check one row by itself."""
+        name, faults = self.sources[source_index].name, raw.faults
+        if raw.is_read and raw.row is not None:
+            try:
+                return self._check(source_index, raw, raw.row)
+            except RecursionError:
+                faults = [f"{name}, row {raw.row}: nested too deeply: write it with fewer levels"]
+        return CheckedRow(BadRow(raw.row, name, None, tuple(faults)), None, [], None)
+
+    def _check(self, source_index: int, raw: RawRow, row: int) -> CheckedRow:
         name = self.sources[source_index].name
-        if not raw.is_read or raw.row is None:
-            return CheckedRow(BadRow(raw.row, name, None, tuple(raw.faults)), None, [], None)
-        place = f"{name}, row {raw.row}"
+        place = f"{name}, row {row}"
         columns = self.sources[source_index].columns
         value = with_columns(raw.value, columns) if columns else raw.value
         reading = RowReading(value, place, ignores_verdicts="ignore_verdicts" in self.repairs)
@@ -142,12 +162,17 @@ class ConversationReader:
             faults.append(f"{place}: {fault}")
             own_id = None
         if is_plain:
-            digest = digest_of_turns(turns)
+            digest: bytes | None = digest_of_turns(turns)
         else:
             digest = digest_of_row(to_row(turns, None, reading.tools, reading.template_kwargs))
-        conversation = Conversation(turns, raw.row, name, own_id, repairs, reading.tools, reading.template_kwargs)
+            if digest is None and not raw.faults:
+                faults.append(
+                    f"{place}: its tools, calls or template variables hold a date, bytes, NaN or another value that "
+                    "JSON does not have: write it as text"
+                )
+        conversation = Conversation(turns, row, name, own_id, repairs, reading.tools, reading.template_kwargs)
         id_key = None if own_id is None else key_of_id(own_id)
-        keys = RowKeys(source_index, raw.row, id_key, digest if turns else None, bool(faults))
+        keys = RowKeys(source_index, row, id_key, digest if turns else None, bool(faults))
         return CheckedRow(conversation, reading, faults, keys)
 
     def first_rows(self, keys: RowKeys | None) -> tuple[int | None, int | None]:

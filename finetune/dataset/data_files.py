@@ -125,9 +125,9 @@ def wide_encoding(head: bytes) -> str | None:
     begin = head[:4]
     if len(begin) < 4:
         return None
-    if begin[0] in b"[{ \t\r\n" and begin[1] == begin[3] == 0 != begin[2]:
+    if begin[1] == begin[3] == 0 not in begin[::2]:
         return "UTF-16LE"
-    if begin[1] in b"[{ \t\r\n" and begin[0] == begin[2] == 0 != begin[3]:
+    if begin[0] == begin[2] == 0 not in begin[1::2]:
         return "UTF-16BE"
     return None
 

@@ -140,7 +140,8 @@ def _hub_name(name: str) -> re.Match[str] | None:
 
 
 def _split_weight(given: str) -> tuple[str, float]:
-    """Split off the number after the last colon, unless the whole is a file."""
+    """Split off the number after the last colon, unless the whole is a file; `~` is the home folder."""
+    given = os.path.expanduser(given)
     name, colon, number = given.rpartition(":")
     if not (colon and name) or os.path.exists(given):
         return given, 1.0
@@ -189,7 +190,7 @@ def _folder(folder: str, weight: float) -> list[Source]:
 
 
 def _glob(pattern: str, weight: float) -> list[Source]:
-    files = [file for file in sorted(glob.glob(pattern)) if os.path.isfile(file)]
+    files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
     if not files:
         raise DataError(f"{pattern}: no file matches in {Path.cwd()}: correct the pattern or the path")
     return [_file(file, weight) for file in files]

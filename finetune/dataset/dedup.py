@@ -35,9 +35,12 @@ class DuplicateIndex:
         return None
 
 
-def digest_of_row(row: Mapping[str, Any]) -> bytes:
-    """A digest of a row in this project's format, for conversations of more than roles and texts."""
-    text = json.dumps(row, ensure_ascii=False, default=str)
+def digest_of_row(row: Mapping[str, Any]) -> bytes | None:
+    """A digest of a row in this project's format, for conversations of more than roles and texts; None: no JSON."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        return None
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 

@@ -4,7 +4,9 @@
 decoder puts a marker into the value instead, so that a fault can name its place and the rest of the row is checked too.
 """
 
+import ast
 import json
+from contextlib import suppress
 from typing import Any
 
 SPACE = " \t\r\n"
@@ -80,6 +82,21 @@ def decode_text(text: str) -> Any:
     if decoder.markers:
         raise ValueError("; ".join(fault.lstrip(", :") for fault in mark_faults(value, "")))
     return value
+
+
+def json_text(value: Any) -> str:
+    """A JSON value as text; of a table also dates and the like, as Python shows them."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def decode_literal(text: str) -> Any:
+    """Decode a JSON text, or a Python literal, as tables and some data have it; raises as `decode_text`."""
+    try:
+        return decode_text(text)
+    except ValueError:
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return decode_text(json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False))
+        raise
 
 
 def mark_faults(value: Any, place: str) -> list[str]:

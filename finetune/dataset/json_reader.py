@@ -26,6 +26,7 @@ MOST_CHARACTERS = 64 << 20
 NEAR_THE_END = 24
 EXPECTED = "expected a JSON array of conversations, or one JSON object a line"
 _BLANK_BYTES = SPACE.encode()
+_LISTED_TURN = re.compile(rb"""(\xef\xbb\xbf)?\s*\[\s*\{\s*"(role|from)"\s*:""")  # a row is a list of turns
 _SPACES = re.compile(f"[{SPACE}]*")
 
 
@@ -63,7 +64,9 @@ def iter_json_rows(file: DataFile) -> Iterator[RawRow]:
     whole = chain([head], chunks)
     if not begin:
         raise UnreadableFileError(f"{file.name}: the file is empty: expected a JSON array of conversations")
-    if begin == b"[":
+    if begin == b"[" and b"\n[" in head and _LISTED_TURN.match(head) and _first_line_error(head) is None:
+        yield from _line_rows(whole, file)
+    elif begin == b"[":
         yield from _array_rows(_Window(whole, file))
     elif begin == b"{":
         error = _first_line_error(head)
@@ -74,7 +77,8 @@ def iter_json_rows(file: DataFile) -> Iterator[RawRow]:
         yield from _line_rows(whole, file)
     else:
         place = f"{file.name}, line {error.lineno}, column {error.colno}"
-        raise UnreadableFileError(f"{place}: {EXPECTED}: {explain_error(error, error.doc)}")
+        other = 'tables need a name in .csv or .tsv, and plain text is written as {"text": "..."}'
+        raise UnreadableFileError(f"{place}: {EXPECTED}: {explain_error(error, error.doc)}; {other}")
 
 
 def _first_line_error(head: bytes) -> json.JSONDecodeError | None:
@@ -173,7 +177,7 @@ def _array_rows(window: _Window) -> Iterator[RawRow]:
             raise UnreadableFileError(f"{fault}; row {row} and what follows cannot be read") from None
         except _NotText as error:
             raise UnreadableFileError(f"{error}; row {row} and what follows cannot be read") from None
-        except (RecursionError, _TooLong) as error:
+        except (RecursionError, TooLongError) as error:
             why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             fault = f"{window.place(window.at)}: row {row} is {why}"
             raise UnreadableFileError(f"{fault}; it and what follows cannot be read") from None
@@ -206,7 +210,7 @@ def _fault_between(window: _Window, delimiter: str) -> str | None:
     return None
 
 
-class _TooLong(Exception):
+class TooLongError(Exception):
     """A value that is too long to be a row."""
 
 
@@ -224,7 +228,7 @@ def _next_value(window: _Window, decoder: Decoder) -> Any:
             if not is_cut:
                 raise
             if len(window.text) - window.at > MOST_CHARACTERS:
-                raise _TooLong(f"longer than {MOST_CHARACTERS >> 20} Mi characters") from None
+                raise TooLongError(f"longer than {MOST_CHARACTERS >> 20} Mi characters") from None
             before = window.at
             if window.more():
                 continue
@@ -254,7 +258,7 @@ def _object_or_line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[Ra
     decoder = Decoder()
     try:
         value = _next_value(window, decoder)
-    except _TooLong as error:
+    except TooLongError as error:
         found = f"one object {error}, beginning with {window.text[:40]!r}"
         raise UnreadableFileError(f"{file.name}: {found}: {EXPECTED}: write the list in it alone") from None
     except RecursionError:
@@ -273,7 +277,7 @@ def _object_or_line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[Ra
             raise UnreadableFileError(unread)
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def byte_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     pieces: list[bytes] = []
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
@@ -283,14 +287,14 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             pieces = [others.pop()]
             yield from others
         elif sum(map(len, pieces)) > MOST_CHARACTERS:
-            raise _TooLong(f"longer than {MOST_CHARACTERS >> 20} MiB")
+            raise TooLongError(f"longer than {MOST_CHARACTERS >> 20} MiB")
     yield b"".join(pieces)
 
 
 def _line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[RawRow]:
     decoder, name, row, number, offset, is_utf_8 = Decoder(), file.name, 0, 0, 0, False
     try:
-        for number, line in enumerate(_lines(chunks), start=1):
+        for number, line in enumerate(byte_lines(chunks), start=1):
             offset += len(line) + 1
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -313,6 +317,6 @@ def _line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[RawRow]:
             else:
                 yield RawRow(row, value, mark_faults(value, f"{name}, row {row}") if decoder.markers else [])
             row += 1
-    except _TooLong as error:
+    except TooLongError as error:
         fault = f"{name}, line {number + 1}: {error}: {EXPECTED}"
         raise UnreadableFileError(f"{fault}; it and what follows cannot be read") from None

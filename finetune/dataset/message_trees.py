@@ -1,6 +1,6 @@
 """Trees of messages, as Open Assistant publishes them: each path from the root to a last answer is a row."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from finetune.dataset.json_reader import RawRow
@@ -13,8 +13,11 @@ def _root(row: Any) -> dict[str, Any] | None:
     return root if type(root) is dict and isinstance(root.get("replies"), list) else None
 
 
-def rows_of_trees(raws: Iterator[RawRow]) -> Iterator[RawRow]:
-    """The rows with the paths in place of trees, numbered anew; each answer is supervised in its first path alone."""
+def rows_of_trees(raws: Iterator[RawRow], has_faults: Callable[[RawRow], bool]) -> Iterator[RawRow]:
+    """The rows with the paths in place of trees, numbered anew.
+
+    Each answer is supervised once: in its first path without faults, so that leaving out bad rows does not lose it.
+    """
     added = 0
     for raw in raws:
         if raw.row is None or (root := _root(raw.value)) is None:
@@ -28,13 +31,15 @@ def rows_of_trees(raws: Iterator[RawRow]) -> Iterator[RawRow]:
                 turn = {key: value for key, value in message.items() if key != "replies"}
                 if id(message) in seen and role_of(message.get("role")) == "model":
                     turn["train"] = False
-                seen.add(id(message))
                 turns.append(turn)
             row_id = {"id": f"{own_id}/{number}"} if isinstance(own_id, str) else {}
             of_tree = {} if root is raw.value else raw.value
             beside = {key: value for key, value in of_tree.items() if key not in ("prompt", "message_tree_id")}
             added += number > 0
-            yield RawRow(raw.row + added, beside | row_id | {"messages": turns}, raw.faults if number == 0 else [])
+            row = RawRow(raw.row + added, beside | row_id | {"messages": turns}, raw.faults if number == 0 else [])
+            if not has_faults(row):
+                seen.update(map(id, path))
+            yield row
 
 
 def _paths(root: dict[str, Any]) -> Iterator[list[Any]]:

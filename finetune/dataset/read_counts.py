@@ -6,12 +6,17 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from finetune.conversation import Conversation
+from finetune.dataset.json_decoder import shown
 from finetune.dataset.mojibake import MojibakeCounter
 from finetune.dataset.row_formats import OWN_FORMAT
 from finetune.dataset.row_reading import RowReading
 from finetune.dataset.turn_reading import role_of
 
 SHOWN_KEYS = 20
+# Keys that may hold reasoning, or an explanation that is no part of the answer.
+LIKE_REASONING = frozenset(
+    "cot complex_cot chain_of_thought rationale rationales think thoughts thought_process reasoning_trace".split()
+)
 
 
 @dataclass
@@ -55,7 +60,9 @@ class ReadCounts:
                 lines.append(f"{source}: {rows:,} row{'s' * (rows != 1)} read as {row_format}{names}")
         for source in dict.fromkeys(source for source, _ in self.unread):
             keys = sorted((key, rows) for (owner, key), rows in self.unread.items() if owner == source)
-            shown = [f"{key} ({rows:,} row{'s' * (rows != 1)})" for key, rows in keys[:SHOWN_KEYS]]
+            named = [f"{shown(key)[1:-1]} ({rows:,} row{'s' * (rows != 1)})" for key, rows in keys[:SHOWN_KEYS]]
             more = [f"{len(keys) - SHOWN_KEYS:,} more"] if len(keys) > SHOWN_KEYS else []
-            lines.append(f"{source}: keys not read: {', '.join([*shown, *more])}")
+            thoughts = [key for key, _ in keys if key.lower() in LIKE_REASONING]
+            hint = f"; if {thoughts[0]} is reasoning: --columns reasoning={thoughts[0]}" if thoughts else ""
+            lines.append(f"{source}: keys not read: {', '.join([*named, *more])}{hint}")
         return lines + [note for name, counter in self.mojibake.items() if (note := counter.note(name)) is not None]

@@ -72,6 +72,7 @@ REFUSED_ROWS = {key: reason for key, reason in REFUSED.items() if key not in TOO
     "documents": "documents beside the turns are not read",
 }
 _KEYS = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *TOOL_KEYS, *REASONING_KEYS, *ROW_WEIGHTS, "history"})
+DECIDING_KEYS = PAIR_KEYS.union(TURN_LISTS, ["text"])
 COLUMN_KEYS = _KEYS | {"id", "text"}  # --columns can name a column for these
 # Keys that are read, or refused, in some format.
 WATCHED = _KEYS.union(REFUSED_ROWS, VERDICT_KEYS, TEMPLATE_VARIABLES, ("chat_template_kwargs", "only_last_turn_loss"))
@@ -84,13 +85,21 @@ EXPECTED = (
 
 
 def with_columns(row: Any, columns: Sequence[tuple[str, str]]) -> Any:
-    """The row with its columns under the keys that they stand for; other columns decide no format then."""
+    """The row with its columns under the keys that they stand for; where these decide the format, others do not."""
     if not isinstance(row, dict) or not any(column in row for _, column in columns):
         return row
     taken = {column for _, column in columns}
-    decides = PAIR_KEYS.union(TURN_LISTS, ["text"])
+    decides = DECIDING_KEYS if any(key in DECIDING_KEYS for key, _ in columns) else ()
     others = {f"column {key}" if key in decides else key: value for key, value in row.items() if key not in taken}
     return others | {key: row[column] for key, column in columns if column in row}
+
+
+def in_lower_case(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with keys that are read in lower case, if no key decides the format as it is written."""
+    if not DECIDING_KEYS.isdisjoint(row):
+        return row
+    lower = {key.lower() if key.lower() in WATCHED else key: value for key, value in row.items()}
+    return row if len(lower) < len(row) else lower
 
 
 @cache
@@ -128,10 +137,16 @@ def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
             f"{ways}: it has the keys {names}: leave out those that do not count, or name the others, as in "
             f"--columns {columns}"
         )
+    if isinstance(chat := row.get("chat"), str | dict):
+        how = "in one text" if isinstance(chat, str) else f"under the keys {', '.join([*chat][:2])}"
+        return (
+            f'"chat" holds the turns {how}: write them as a list of "role" and "content", without the marks that '
+            "the texts have for roles and ends"
+        )
     empty = next((key for key in MAIN_TURN_LISTS if key in row), None)
     if empty is not None:
         return f'expected "{empty}" to be a list of turns, found {shown(row[empty])}'
     if not row.keys().isdisjoint(("role", "from", "parent_id")):
         return "one message of a conversation: write whole conversations, or trees, as rows"
-    names = ", ".join(shown(key)[1:-1] for key in [*row][:8]) or "none"
-    return f"expected {EXPECTED}, found the keys {names}"
+    names = ", ".join(shown(key)[1:-1] for key in [*row][:8])
+    return f"expected {EXPECTED}, found {f'the keys {names}' if names else 'no keys'}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.conversation import Role, Turn
 from finetune.dataset.content_parts import REASONING_KEYS, text_of_parts
-from finetune.dataset.json_decoder import decode_text, shown
+from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_formats import (
     ANSWERS,
@@ -20,6 +20,7 @@ from finetune.dataset.row_formats import (
     TURN_LIST_KEYS,
     WATCHED,
     format_of_repeated,
+    in_lower_case,
     matching,
     pair_format_of,
     why_no_format,
@@ -33,6 +34,7 @@ from finetune.dataset.turn_reading import (
     TurnReading,
     apply_weights,
     is_mode,
+    listed_turns,
     read_reasoning,
     refusals,
     template_kwargs_of,
@@ -63,8 +65,10 @@ class RowReading:
         self.numbers: list[int] = []
         self.role_names: list[str] = []
         self.faults: list[str] = []
+        if isinstance(row, list) and row and all(isinstance(turn, dict) and _is_turns(turn) for turn in row):
+            row = {"messages": row}
         if isinstance(row, dict):
-            self._read(row)
+            self._read(in_lower_case(row))
         else:
             self._add_fatal(f'{place}: expected an object with "conversations", found {shown(row)}')
 
@@ -90,7 +94,7 @@ class RowReading:
         if len(lists) > 1:
             names = " and ".join(f'"{key}"' for key in sorted(lists))
             self._add_fatal(f"{self.place}: has both {names}: leave one of them out")
-        elif lists and not (lists[0] == "data" and _advice(row)):
+        elif lists and not (lists[0] == "data" and self.place and _advice(row)):
             self._turn_list(row, lists[0], keys)
         elif "text" in row and not keys & PAIR_KEYS and row.keys().isdisjoint(("role", "parent_id")):
             self._text(row, keys)
@@ -152,12 +156,11 @@ class RowReading:
 
     def _turn_list(self, row: dict[str, Any], key: str, row_keys: set[str]) -> None:
         turns = row[key]
-        if isinstance(turns, str) and turns.lstrip().startswith("["):
-            try:
-                turns = decode_text(turns)
-            except (ValueError, RecursionError) as error:
-                self._add_fatal(f'{self.place}: "{key}" cannot be read as JSON ({error}): {shown(turns)}')
-                return
+        try:
+            turns = listed_turns(turns)
+        except (ValueError, RecursionError) as error:
+            self._add_fatal(f'{self.place}: "{key}" cannot be read as JSON ({error}): {shown(turns)}')
+            return
         if not isinstance(turns, list):
             self._add_fatal(f'{self.place}: expected "{key}" to be a list of turns, found {shown(turns)}')
             return
@@ -291,7 +294,8 @@ class RowReading:
             pair_format = pair_format_of(PAIR_KEYS.intersection(row))
         if (pair_format := pair_format or format_of_repeated(row, keys)) is None:
             if self.is_complete:
-                self._add_fatal(f"{self.place}: {_advice(row) or why_no_format(row, keys)}")
+                advice = self.place and _advice(row)  # rows inside a row have no place: they are not looked into
+                self._add_fatal(f"{self.place}: {advice or why_no_format(row, keys)}")
             return
         self.unread = [*self.unread, *(keys - pair_format.keys)]
         names = ", ".join((*pair_format.asks, *pair_format.answers))
@@ -382,11 +386,12 @@ def _is_turns(value: Any) -> bool:
 
 def _advice(row: dict[str, Any]) -> str | None:
     """What to do with a row that holds a list of rows."""
-    for key, value in row.items():
+    for key, value in [*row.items(), ("", [*row.values()])]:
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value[:3]):
             if all(RowReading(item, "").is_complete and not {"text", "label"} <= item.keys() for item in value[:3]):
+                what = f"whose {shown(key)} holds a list of" if key else "that holds"
+                example = f".[{shown(key)}][]" if key else ".[]"
                 return (
-                    f"an object whose {shown(key)} holds a list of {len(value):,} rows: write them one a line, for "
-                    f"example with jq -c '.[{shown(key)}][]'"
+                    f"an object {what} {len(value):,} rows: write them one a line, for example with jq -c '{example}'"
                 )
     return None

@@ -1,11 +1,11 @@
 """Tool declarations, calls and results: the forms in which data have them -> the one form of this project."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from finetune.conversation import ToolCall
-from finetune.dataset.json_decoder import decode_text, shown
+from finetune.dataset.json_decoder import decode_literal, decode_text, shown
 from finetune.dataset.row_checks import surrogate_fault
 
 TOOL_KEYS = ("tools", "functions", "available_tools", "toolConfig")
@@ -127,7 +127,7 @@ def read_calls(value: Any) -> tuple[list[ToolCall], list[str]]:
 def _arguments(name: str, value: Any) -> Mapping[str, Any]:
     found = value
     if isinstance(value, str):
-        value = _decoded(value, f"the arguments of the call {shown(name)}") if value.strip() else {}
+        value = _decoded(value, f"the arguments of the call {shown(name)}", decode_text) if value.strip() else {}
     if value is None:
         value = {}
     if not isinstance(value, dict):
@@ -135,9 +135,9 @@ def _arguments(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _decoded(text: str, what: str) -> Any:
+def _decoded(text: str, what: str, decode: Callable[[str], Any] = decode_literal) -> Any:
     try:
-        return decode_text(text)
+        return decode(text)
     except RecursionError:
         raise ToolFault(f"{what}: nested too deeply") from None
     except ValueError as error:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from finetune.conversation import Role, ToolCall, Turn
 from finetune.dataset.content_parts import MEDIA, ONLY_TEXT, PART_KEYS, REASONING_KEYS, REMEDY, ContentParts
-from finetune.dataset.json_decoder import decode_text, shown
+from finetune.dataset.json_decoder import decode_literal, decode_text, json_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, verdict_faults
 from finetune.dataset.tool_reading import is_empty, is_nothing, read_calls
@@ -141,7 +141,7 @@ class TurnReading:
     def _read(self, turn: dict[str, Any], role: Role | None, field: str) -> None:
         given, was_complete = turn.get(field), self.is_complete
         if (role == "tool" or self.calls_only) and _is_json_value(given):
-            given = json.dumps(given, ensure_ascii=False)
+            given = json_text(given)
         parts = ContentParts(given, field)
         for wrong in parts.faults:
             self._add(wrong)
@@ -351,12 +351,27 @@ def template_kwargs_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str |
     value = {} if is_nothing(value) else value
     if not isinstance(value, dict):
         return {}, f'expected "chat_template_kwargs" to be an object, found {shown(value)}'
-    value = {key: row[key] for key in TEMPLATE_VARIABLES if not is_empty(row.get(key))} | value
+    value = {key: row[key] for key in TEMPLATE_VARIABLES if not is_empty(row.get(key))} | {
+        key: given for key, given in value.items() if given is not None
+    }
     if taken := ", ".join(sorted(value.keys() & NOT_VARIABLES)):
         return {}, f'"chat_template_kwargs" has {taken}, no variable of chat templates: leave it out'
     if not isinstance(thinks := value.get("enable_thinking", True), bool):
         return {}, f'expected "enable_thinking" to be true or false, found {shown(thinks)}'
     return value, None
+
+
+def listed_turns(value: Any) -> Any:
+    """A list of turns that is written as JSON, as a Python literal or as an object of lists; other values as they are.
+
+    Raises:
+        ValueError, RecursionError: a text that is neither.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        return decode_literal(value)
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, turn, strict=True)) for turn in zip_longest(*value.values())]
+    return value
 
 
 def _present(turn: Mapping[str, Any], keys: Any) -> list[str]:

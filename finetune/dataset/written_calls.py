@@ -72,26 +72,12 @@ def tagged_calls(text: str) -> tuple[str, list[ToolCall], list[str]]:
     faults: list[str] = []
     position = begin
     while match := _CALL.match(text, position):
-        read, wrong = read_calls(_json_of_literal(match[1]))
+        read, wrong = read_calls(match[1])
         calls, faults, position = [*calls, *read], [*faults, *wrong], match.end()
     if rest := text[position:].strip():
         unclosed = f"<tool_call> without </tool_call>: {shown(rest)}: close it, or leave the row out"
         faults.append(unclosed if rest.startswith("<tool_call>") else BEHIND_CALL.format(shown(rest)))
     return text[:begin].rstrip(), calls, faults
-
-
-def _json_of_literal(text: str) -> str:
-    """A Python literal as JSON, as some data write calls; any other text as it is."""
-    try:
-        decode_text(text)
-    except RecursionError:
-        return text  # reading it says so
-    except ValueError:
-        try:
-            return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False)
-        except _UNREADABLE:
-            return text  # reading it as JSON says why it is neither
-    return text
 
 
 def declared_in_text(
@@ -219,7 +205,7 @@ def _split(text: str, declared: Collection[str]) -> tuple[str, list[ToolCall], l
     if "<tool_call>" in text:
         return tagged_calls(text)
     if marker := _MARKER.search(text):
-        calls, wrong = read_calls(_json_of_literal(_AT_END.sub("", text[marker.end() :])))
+        calls, wrong = read_calls(_AT_END.sub("", text[marker.end() :]))
         faults = [f'{shown(marker[0])}: {fault}: write calls as JSON, or under "tool_calls"' for fault in wrong]
         return text[: marker.start()].rstrip(), calls, faults
     if not ("[" in text or '"name"' in text):

@@ -105,7 +105,8 @@ def rows_that_stand_there(text: str) -> list[list]:
 
 def meant(row: object) -> list | None:
     try:
-        # Without its last letter the key is one that is read too.
+        # Without its last letter, and with capitals, the key is one that is read too.
+        row = {key.lower(): value for key, value in row.items()}
         turns = row["conversations" if "conversations" in row else "conversation"]
         return [(ROLES[turn["from"].lower()], turn["value"]) for turn in turns]
     except (KeyError, TypeError, AttributeError):

@@ -78,6 +78,15 @@ def test_the_same_file_twice_is_refused_under_whichever_name(folder):
     assert refused("data").startswith("data/z.json: is named twice, as data/a.json too: leave one out")
 
 
+def test_globs_look_into_all_folders_and_the_home_folder_is_known(folder, monkeypatch):
+    Path("data/deep/er").mkdir(parents=True)
+    written(Path("data/deep/er/d.jsonl"), "")
+    monkeypatch.setenv("HOME", str(Path("data").absolute()))
+
+    assert [source.name for source in find_sources("data/**/*.jsonl")] == ["data/b.jsonl", "data/deep/er/d.jsonl"]
+    assert find_sources("~/a.json:2")[0].weight == 2
+
+
 def test_all_faults_of_all_names_are_found(folder):
     os.mkdir("nothing")
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import datetime
 
 import fsspec
 import pyarrow
@@ -43,15 +44,21 @@ def test_cells_are_read_with_delimiters_quotes_and_line_breaks_in_them(suffix, m
         ("question,answer\nq,a\nq2,a,2\n", "row 1, line 3: has 3 cells, and the first line names 2 columns"),
         ('question,answer\n"q\nq",a\nq3\n', "row 1, line 4: has 1 cells"),
         ("question,question\nq,a\n", 'line 1: names the column "question" twice'),
-        ("question,\nq,a\n", "line 1: names a column without a name"),
-        ("question;answer\nq;a\n", 'line 1: names its columns with ";" between them'),
-        ('question,answer\nq,"a\n', "line 2: no CSV: unexpected end of data; row 0 and what follows cannot be read"),
+        ("question,answer,\nq,a,note\n", 'row 0, line 2: has "note" in a column without a name'),
+        (
+            'question,answer\nq,"say \\"hi\\""\n',
+            "a quote inside a quoted cell is written twice; row 0 and what follows",
+        ),
+        ("question,answer\rq,a\r", "a line ends with \\r alone"),
+        (b"question,answer\nq,a\n\xe9t\xe9,b\n", "line 3: not UTF-8 (invalid continuation byte)"),
+        ('question,answer\nq,"a\n', "line 2: no CSV: unexpected end of data: a quoted cell does not end"),
         ('question,answer\nq,"a"b\n', "line 2: no CSV: "),
         ("question,answer\n", "holds no conversations"),
         ("", "holds no conversations"),
         ("frage,antwort\nq,a\n", "row 0: expected an object with"),
         ("question,answer\nq,\n", 'row 0: expected "answer" to be a string, found null'),
         ("question,answer\nq,a\n".encode("utf-16"), "UTF-16, not UTF-8"),
+        ("question,answer\nq,a\n".encode("utf-16-be"), "UTF-16BE, not UTF-8"),
         ("question,answer\n什么是河流，今天,天气很好。\n".encode("gb18030"), "GBK or GB18030, not UTF-8"),
     ],
 )
@@ -59,6 +66,22 @@ def test_a_broken_table_says_where(content, said, tmp_path):
     found = faults(written(tmp_path / "a.csv", content))
 
     assert found and said in found[-1], found
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "question,answer,,\nq,a,,\n",
+        "question,answer\nq,a,\n",
+        '"question";"answer"\n"q";"a"\n',
+        "Question,Answer,ID\nq,a,1\n",
+        '[{"question": "q", "answer": "a"}]',
+        f'messages,n\n"{CHAT}",1\n',
+    ],
+    ids=["nameless", "longer", "semicolons", "capitals", "json", "literal"],
+)
+def test_tables_as_spreadsheets_and_pandas_write_them_are_read(content, tmp_path):
+    assert spoken(*read_conversations(written(tmp_path / "a.csv", content))) == PAIR
 
 
 def test_columns_with_other_names_are_named(tmp_path):
@@ -70,6 +93,22 @@ def test_columns_with_other_names_are_named(tmp_path):
     assert reader.counts.notes()[-1] == f"{path}: keys not read: column answer (1 row), note (1 row)"
     turns = written(tmp_path / "b.json", [{"talk": CHAT}])
     assert spoken(next(iter(ConversationReader(find_sources(str(turns), ["messages=talk"]))))) == PAIR
+
+
+def test_a_column_that_no_row_has_is_named(tmp_path):
+    path = written(tmp_path / "a.csv", "question,answer,Cot\nq,a,t\n")
+
+    def read_with(*columns: str) -> list:
+        return list(ConversationReader(find_sources(str(path), columns)))
+
+    (one,) = read_with("reasoning=Cot")
+    assert spoken(one) == PAIR and one.turns[1].reasoning == "t"
+    assert read_with("system=S", "reasoning=Cot")[1].faults == (
+        '--columns system=S: no row has "S": correct the name, or leave it out',
+    )
+    reader = ConversationReader(find_sources(str(path)))
+    assert len(list(reader)) == 1
+    assert reader.counts.notes()[-1].endswith("Cot (1 row); if Cot is reasoning: --columns reasoning=Cot")
 
 
 # ---- trees
@@ -104,6 +143,15 @@ def test_an_answer_that_several_paths_share_is_supervised_in_the_first(tmp_path)
 
     assert [turn.train for turn in one.turns] == [True] * 4
     assert [turn.train for turn in two.turns] == [True, False, True, True]
+
+
+def test_a_bad_path_does_not_take_the_answers_that_others_share(tmp_path):
+    ends = [message("prompter", "x", message("assistant", text)) for text in ("", "y", "z")]
+    tree = message("prompter", "q", message("assistant", "a", *ends))
+    bad, one, two = read(written(tmp_path / "a.json", [{"prompt": tree}]))
+
+    assert isinstance(bad, BadRow)
+    assert [[turn.train for turn in row.turns] for row in (one, two)] == [[True] * 4, [True, False, True, True]]
 
 
 # ---- keys that decide something
@@ -245,6 +293,9 @@ FORMATS = [
     {"messages": [{"role": "user", "content": [{"text": "q"}]}, {"role": "assistant", "content": [{"text": "a"}]}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, CHAT[1]]},
     {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    CHAT,
+    {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
+    {"Prompt": "q", "Completion": "a", "\ud800": "b"},
 ]
 
 
@@ -254,6 +305,27 @@ def test_more_formats_are_read(row, tmp_path):
 
     assert isinstance(one, Conversation), one
     assert spoken(one) == PAIR
+
+
+def test_a_line_may_be_a_list_of_turns(tmp_path):
+    reader = ConversationReader(find_sources(str(written(tmp_path / "a.jsonl", f"{json.dumps(CHAT)}\n" * 2))))
+    one, two = reader
+    assert spoken(one) == PAIR and "says the same" in two.reason
+
+
+def test_what_json_does_not_have_is_a_fault_where_it_is_read(tmp_path):
+    tools = json.dumps([{"name": "f", "parameters": {"type": "object"}}])
+    for value in (datetime(2026, 11, 30), b"x", float("nan")):
+        call = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": {"x": value}}}],
+        }
+        row = {"messages": [CHAT[0], call, {"role": "tool", "content": "r"}, CHAT[1]], "tools": tools}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path := str(tmp_path / "a.parquet"))
+        assert "another value that JSON does not have" in faults(path)[0]
+        pyarrow.parquet.write_table(pyarrow.table({"messages": [CHAT], "seen": [value]}), path)
+        assert spoken(*read(path)) == PAIR
 
 
 def test_gemini_and_bedrock_system_prompts_are_read(tmp_path):
