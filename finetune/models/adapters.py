@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.adapter_arguments import LORA_DROPOUT, AdapterArguments
 from finetune.config.hardware import Precision
 from finetune.config.saved_adapter import recorded_weights
-from finetune.distributed.startup_timer import timed
 from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, damage_named, needs_new_embeddings, torch_dtype
 from finetune.models.lora_targets import (
@@ -48,7 +47,6 @@ ADAPTER_FILE = "adapter_model.safetensors"
 NOT_ON_EXPERTS = ("lora_dropout", "use_dora", "init_lora_weights", "layers_to_transform")
 
 
-@timed("model")
 def attach_adapter(
     base: Any,
     adapter: AdapterArguments,

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.arguments import ModelArguments
 from finetune.config.hardware import Precision
 from finetune.distributed.collectives import run_on_all_ranks
-from finetune.distributed.startup_timer import timed
 from finetune.models import model_folder
 from finetune.models.auto_class import auto_class
 from finetune.models.base_checks import check_finite, check_weights
@@ -187,7 +186,6 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         )
 
 
-@timed("model")
 def load_model(
     info: ModelInfo,
     tokenizer: PreTrainedTokenizerBase,

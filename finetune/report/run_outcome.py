@@ -114,8 +114,9 @@ def duration(seconds: float) -> str:
 
 def stored_plan(run: RunRecord) -> TrainingPlan | None:
     """Return the plan that the run printed; None where run.json has none, or that of another version."""
+    values = {name: value for name, value in run.part("plan").items() if name != "start_up"}  # of 0.1
     try:
-        return from_json(TrainingPlan, run.part("plan"), "plan:")
+        return from_json(TrainingPlan, values, "plan:")
     except TypeError:
         return None
 
@@ -136,7 +137,6 @@ def against_the_plan(run: RunRecord) -> list[tuple[str, str, str]]:
             ("Tokens in total", f"about {plan.tokens * plan.epochs:,.0f}", f"about {tokens:,.0f}" if logged else ""),
             ("Supervised share", f"{plan.supervised_share:.1%}", f"{supervised / tokens:.1%}" if tokens else ""),
             ("Trained parameters", f"{plan.trainable:,} ({plan.trainable / plan.parameters:.2%} of the model's)", ""),
-            ("Start-up", "", duration(sum(plan.start_up.values()))),
         ]
     if lines:
         rows.append(("Time in steps", "", duration(sum(seconds_of(run)))))

@@ -37,7 +37,6 @@ class TrainingPlan:
     checkpointing: bool
     epochs: float
     steps: int
-    start_up: dict[str, float]
     held_out: str | None = None
     base_bits: int | None = None
     notes: Sequence[str] = ()  # why batches are not flat, and what runs conversation by conversation
@@ -64,8 +63,6 @@ class TrainingPlan:
             "precision": self.precision
             + (f", linear layers of the base in {self.base_bits} bits" if self.base_bits else ""),
             "attention": f"{self.attention}, activation checkpointing {'on' if self.checkpointing else 'off'}",
-            "start-up": f"{sum(self.start_up.values()):.1f} s: "
-            + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.start_up.items() if seconds >= 0.05),
         }
         return labelled(facts)
 

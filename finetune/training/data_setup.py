@@ -16,7 +16,6 @@ from finetune.chat_templates import ChatFormat, RenderedConversation, Renderer, 
 from finetune.config import DataArguments, ModelArguments
 from finetune.dataset.data_sources import Source, find_sources
 from finetune.dataset.prepare import PreparedData, check_dropped_share, prepare_dataset
-from finetune.distributed.startup_timer import timed
 from finetune.models import loader
 from finetune.utils.console import log_notes, section
 from finetune.utils.errors import SHOWN_FAULTS, DataError
@@ -82,7 +81,6 @@ def check_data(prepared: PreparedData, data: DataArguments) -> None:
         )
 
 
-@timed("data")
 def prepare_run_data(
     model: ModelArguments,
     data: DataArguments,

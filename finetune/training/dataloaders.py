@@ -12,7 +12,6 @@ from finetune.dataset.prepare import ExampleSet, PreparedData
 from finetune.dataset.prepared_cache import int_column
 from finetune.dataset.sampler import Batching, BatchShape, Order, Sampler
 from finetune.distributed.collectives import get_rank
-from finetune.distributed.startup_timer import timed
 from finetune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ class Dataloaders:
     layout: BatchLayout
 
 
-@timed("model")
 def build_dataloaders(
     batch: BatchConfig,
     model: Any,

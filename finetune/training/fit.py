@@ -12,7 +12,6 @@ from finetune.config.hardware import HardwareConfig, measured_matmul_rate, peak_
 from finetune.config.run_config import RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import run_on_rank_0
-from finetune.distributed.startup_timer import start_up_seconds
 from finetune.models.adapters import InitialLora, count_parameters
 from finetune.models.loader import ModelInfo
 from finetune.run_dir.run_json import update_run_json
@@ -130,7 +129,6 @@ def summarize_plan(config: RunConfig, inputs: TrainingInputs, steps: int) -> Tra
         + (", per conversation" if sampler.batching != "padded" else ""),
         epochs=steps / sampler.steps_per_epoch,
         steps=steps,
-        start_up=start_up_seconds(),
         kinds={kind: count.facts() for kind, count in inputs.base.kinds.count(inputs.model).items()},
     )
 

@@ -13,7 +13,6 @@ from finetune.config.optional_packages import check_quantization
 from finetune.config.run_config import ActivationCheckpointing, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
-from finetune.distributed.startup_timer import timed
 from finetune.models.adapters import check_attachable, embedding_names
 from finetune.models.loader import ModelInfo, embedding_rows, inspect_model, needs_new_embeddings
 from finetune.models.model_config import check_attention_heads
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed\w*)$")
 
 
-@timed("checks")
 def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     """Inspect the model, and adapt the config to what its code can do.
 

@@ -24,7 +24,6 @@ from finetune.distributed.collectives import StorageGroup, find_storage_group, i
 from finetune.distributed.compat import patch_build_lock
 from finetune.distributed.consistency import RankFacts, check_rank_consistency
 from finetune.distributed.launcher_processes import runner_arguments
-from finetune.distributed.startup_timer import timed
 from finetune.launcher import resources_of_command
 from finetune.models.loader import ModelInfo
 from finetune.run_dir import output_dir_lock, run_json
@@ -71,7 +70,6 @@ def count_ranks() -> RankCounts:
     return RankCounts(size, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size))
 
 
-@timed("processes")
 def start_processes(
     data: PreparedData, info: ModelInfo, data_path: Sequence[str], backend: str, zero_stage: int | None, timeout: int
 ) -> None:
@@ -97,7 +95,6 @@ def find_storage(output_dir: Path) -> StorageGroup:
     return storage
 
 
-@timed("processes")
 def build_training_arguments(
     values: Mapping[str, Any], storage: StorageGroup, sequence_parallel_size: int
 ) -> TrainingArguments:
@@ -126,7 +123,6 @@ def skip_rows(data: PreparedData, files: Sequence[str]) -> PreparedData:
     return replace(data, skipped_rows=rows)
 
 
-@timed("checkpoint")
 def start_run(
     config: RunConfig, storage: StorageGroup, data: PreparedData, chat_format: ChatFormat, model_fingerprint: str
 ) -> RunIdentity:

@@ -14,7 +14,7 @@ PLAN = TrainingPlan(
     device="CPU, gloo", per_device_batch=2, accumulation=1, data_ranks=2, sharing=1, examples=40, groups=None,
     group_tokens=None, tokens=4000, supervised_share=0.5, batching="flat", padding=0.0, selects_logits=True,
     loss_weighting="token", chat_format="chatml", precision="float32", attention="sdpa", checkpointing=False,
-    epochs=2.0, steps=20, start_up={"imports": 1.5, "model": 0.5},
+    epochs=2.0, steps=20,
 )  # fmt: skip
 SUMMARY = DataSummary(
     rows=42, kept=39, cut=1, split=0, dropped=2, bad=1, faults=1, spelled=3, examples=40, tokens=4000,
