@@ -7,7 +7,6 @@ data, so only requests to this host under its own name are answered; from elsewh
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import logging
 import threading
@@ -50,24 +49,18 @@ class Snapshot:
     @cached_property
     def page(self) -> bytes:
         """The whole page, compressed."""
-        html = render_report(self.runs, every=self.every, served=True)
-        return gzip.compress(html.encode("utf-8", "backslashreplace"), 6, mtime=0)
+        return gzip.compress(render_report(self.runs, every=self.every).encode("utf-8", "backslashreplace"))
 
     @cached_property
     def now(self) -> bytes:
         """Parts and numbers as JSON, compressed."""
         parts, numbers = render_state(self.runs)
         state = {"parts": parts, "numbers": numbers, "ended": self.ended}
-        return gzip.compress(json.dumps(state, allow_nan=False).encode(), 6, mtime=0)
-
-    @cached_property
-    def tag(self) -> str:
-        """The entity tag of `now`."""
-        return f'"{hashlib.blake2b(self.now, digest_size=12).hexdigest()}"'
+        return gzip.compress(json.dumps(state, allow_nan=False).encode())
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """GET and HEAD of `/` and `/now`, nothing else."""
+    """GET of `/` and `/now`, nothing else."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -75,27 +68,22 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, snapshot = urlsplit(self.path).path, self.server.snapshot
         if not is_own_request(self.headers.get("Host", ""), self.headers.get("Origin")):
-            self._answer(403, b"", {})
+            self._answer(403)
         elif path == "/":
-            self._answer(200, snapshot.page, {"Content-Type": "text/html; charset=utf-8"})
-        elif path != "/now":
-            self._answer(404, b"", {})
-        elif self.headers.get("If-None-Match") == snapshot.tag:
-            self._answer(304, b"", {"ETag": snapshot.tag})
+            self._answer(200, snapshot.page, "text/html; charset=utf-8")
+        elif path == "/now":
+            self._answer(200, snapshot.now, "application/json")
         else:
-            self._answer(200, snapshot.now, {"Content-Type": "application/json", "ETag": snapshot.tag})
+            self._answer(404)
 
-    do_HEAD = do_GET
-
-    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def _answer(self, status: int, content: bytes = b"", kind: str = "text/plain") -> None:
         self.send_response(status)
-        if status != 304:
-            headers |= {"Content-Length": str(len(content))} | ({"Content-Encoding": "gzip"} if content else {})
-        for name, value in (HEADERS | headers).items():
+        own = {"Content-Type": kind, "Content-Length": str(len(content))}
+        own |= {"Content-Encoding": "gzip"} if content else {}
+        for name, value in (HEADERS | own).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged."""
@@ -123,10 +111,10 @@ def watch(folders: Folders, path: Path, *, every: float, port: int) -> None:
     while not all((folder / run_json.RUN_FILE).is_file() for folder, _ in folders):
         time.sleep(min(every, 1.0))
     if _have_ended(folders):
-        _write(folders, path, every=None)
+        _write(folders, path, every, ended=True)
     else:
         with _serving(port) as server:
-            server.snapshot = _write(folders, path, every=every)
+            server.snapshot = _write(folders, path, every)
             threading.Thread(target=server.serve_forever, daemon=True).start()
             own = server.server_port
             logger.info(f"{path} is updated every {every:g} s; Ctrl-C stops this")
@@ -139,7 +127,7 @@ def watch(folders: Folders, path: Path, *, every: float, port: int) -> None:
                 ended, state = _have_ended(folders), _state_of(folders)
                 if ended or state != before:
                     before = state
-                    server.snapshot = _write(folders, path, every=None if ended else every)
+                    server.snapshot = _write(folders, path, every, ended=ended)
             time.sleep(every + SECONDS_FOR_LAST_REQUESTS)  # open pages ask once more
             server.shutdown()
     logger.info(f"{path}: the run has ended")
@@ -169,7 +157,7 @@ def _state_of(folders: Folders) -> list[Any]:
     return state
 
 
-def _write(folders: Folders, path: Path, *, every: float | None) -> Snapshot:
+def _write(folders: Folders, path: Path, every: float, *, ended: bool = False) -> Snapshot:
     runs = [read_run(folder, name) for folder, name in folders]
-    write_report(runs, path, every=every)
-    return Snapshot(runs, every=every or 1.0, ended=every is None)
+    write_report(runs, path)
+    return Snapshot(runs, every=every, ended=ended)

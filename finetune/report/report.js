@@ -206,43 +206,18 @@
 
   // ---- a run in progress
 
-  const zooms = () => Object.fromEntries([...document.querySelectorAll(".plot")].map((figure) => {
-    const at = figure.querySelector(".drawing").layout;
-    return [figure.id, at && !at.xaxis.autorange ? [at.xaxis.range, at.yaxis.range] : null];
-  }));
-
-  function reload() {
-    sessionStorage.setItem("finetune", JSON.stringify({ choice, zooms: zooms(), scroll: scrollY }));
-    location.reload();
-  }
-
-  async function restore() {
-    const kept = JSON.parse(sessionStorage.getItem("finetune") || "null");
-    sessionStorage.removeItem("finetune");
-    if (!kept) return;
-    choice = kept.choice;
-    tools();
-    await draw();
-    for (const [id, zoom] of Object.entries(kept.zooms)) {
-      const figure = byId(id);
-      if (figure && zoom) Plotly.relayout(figure.querySelector(".drawing"),
-        { "xaxis.range": zoom[0], "yaxis.range": zoom[1] });
-    }
-    scrollTo(0, kept.scroll);
-  }
-
-  let seen = null;
   const shown = {};  // the HTML of each part, as it came
+  let seen = null;
   async function look() {
-    let answer;
+    let text;
     try {
-      answer = await fetch("now", { cache: "no-store", headers: seen ? { "If-None-Match": seen } : {} });
+      text = await (await fetch("now", { cache: "no-store" })).text();
     } catch (gone) {
       return;  // the watch has ended: what was seen last stays
     }
-    if (answer.status === 200) {
-      seen = answer.headers.get("ETag");
-      const news = await answer.json();
+    if (text !== seen) {
+      seen = text;
+      const news = JSON.parse(text);
       for (const [name, html] of Object.entries(news.parts)) {
         const part = document.querySelector(`[data-part="${name}"]`);
         if (shown[name] === html) continue;
@@ -259,9 +234,5 @@
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
   tools();
-  draw().then(() => {
-    if (!every) return;
-    if (location.protocol === "file:") restore().then(() => setTimeout(reload, every * 1000));
-    else look();
-  });
+  draw().then(() => every && look());
 })();

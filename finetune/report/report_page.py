@@ -29,12 +29,11 @@ from finetune.utils.user_files import MALFORMED
 PARTS = ("head", "answers", "body")
 
 
-def render_report(runs: Sequence[RunRecord], *, every: float | None = None, served: bool = False) -> str:
+def render_report(runs: Sequence[RunRecord], *, every: float | None = None) -> str:
     """Return the page of one run, or of several compared.
 
     Args:
-        every: seconds after which the page looks for changes; None: never.
-        served: by `live_server`, which the page may ask, instead of reloading itself from the disk.
+        every: seconds after which a page of `live_server` asks it for changes; None: a file, which stays as it is.
     """
     parts, numbers = render_state(runs)
     return render_page(
@@ -42,7 +41,7 @@ def render_report(runs: Sequence[RunRecord], *, every: float | None = None, serv
         title=title(runs),
         parts=parts,
         generator=REPORT,
-        policy="; img-src data: blob:" + ("; connect-src 'self'" if served else ""),
+        policy="; img-src data: blob:" + ("" if every is None else "; connect-src 'self'"),
         style=asset("base.css") + asset("report.css"),
         numbers=as_script_data(numbers),
         scripts=(plotly_script(), asset("report.js")),
@@ -96,9 +95,9 @@ FILE = "report.html"
 BYTES_TO_LEAVE = 64 << 20
 
 
-def write_report(runs: Sequence[RunRecord], path: Path, *, every: float | None = None) -> None:
+def write_report(runs: Sequence[RunRecord], path: Path) -> None:
     """Write the page of these runs. An earlier report is replaced, no other file."""
-    write_page(path, render_report(runs, every=every), REPORT)
+    write_page(path, render_report(runs), REPORT)
 
 
 def write_at_the_end(folder: Path, *, answers: int, seconds: float, trusts_code: bool = False) -> str:

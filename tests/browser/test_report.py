@@ -259,18 +259,3 @@ def test_a_page_that_is_watched_changes_in_place(tmp_path):
         assert page.locator(".trouble").text_content().count("the disk is full") == 1
     watch.join(20)
     assert not watch.is_alive()
-
-
-def test_a_file_that_is_watched_comes_back_where_it_was(tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text(render_report([read_run(a_run(tmp_path / "one"))], every=1.0), encoding="utf-8")
-    with open_page(offline=True) as page:
-        page.goto(path.as_uri())
-        page.wait_for_selector("#plot-loss .main-svg")
-        page.get_by_role("button", name="tokens").click()
-        page.evaluate("Plotly.relayout(document.querySelector('#plot-loss .drawing'), {'xaxis.range': [500, 900]})")
-        page.evaluate("window.old = true; scrollTo(0, 500)")
-        until(page, "window.old === undefined")
-        until(page, "document.querySelector('#plot-loss .drawing')?.layout?.xaxis?.range?.[0] === 500")
-        until(page, "scrollY === 500")
-        assert page.get_by_role("button", name="tokens").get_attribute("aria-pressed") == "true"
