@@ -5,7 +5,6 @@ decisions for an H100. Each decision comes with notes for the user; none where t
 """
 
 import re
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -178,19 +177,6 @@ def peak_flops(name: str, precision: Precision, tf32: bool | None) -> float | No
     half, tf32_rate, full = PEAK_TFLOPS[words] if words else (None, None, None)
     rate = half if precision != "float32" else tf32_rate if tf32 else full
     return None if rate is None else rate * 1e12
-
-
-def measured_matmul_rate(size: int = 768, repeats: int = 4) -> float:
-    """Measure the floating point operations per second of float32 matrix products on the CPU; the best of a few."""
-    import torch
-
-    left, right = torch.ones(size, size), torch.ones(size, size)
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
 
 
 def _flash_unsupported_reason(detected: DetectedHardware, precision: Precision) -> str | None:

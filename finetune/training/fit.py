@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates import ChatFormat
 from finetune.checkpoint.saver import RunIdentity
-from finetune.config.hardware import HardwareConfig, measured_matmul_rate, peak_flops
+from finetune.config.hardware import HardwareConfig, peak_flops
 from finetune.config.run_config import RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.collectives import run_on_rank_0
@@ -134,9 +134,9 @@ def summarize_plan(config: RunConfig, inputs: TrainingInputs, steps: int) -> Tra
 
 
 def _peak_flops(hardware: HardwareConfig) -> float | None:
-    """Peak rate of one rank's device, floating point operations per second; measured on a CPU."""
+    """Peak rate of one rank's GPU, floating point operations per second; None if unknown, and on a CPU."""
     if hardware.use_cpu:
-        return measured_matmul_rate()
+        return None
     import torch
 
     return peak_flops(torch.cuda.get_device_name(), hardware.precision, hardware.tf32)

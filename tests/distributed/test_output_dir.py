@@ -53,7 +53,6 @@ def test_what_a_run_leaves_behind(train, tmp_path, conversation_file):
         assert all(isinstance(entry[name], int | float) and math.isfinite(entry[name]) for name in entry)
         assert entry["tokens_per_second"] > entry["supervised_tokens_per_second"] > 0
         assert entry["peak_memory_bytes"] > 100e6
-        assert 0 < entry["mfu"] < 1
     assert "auto" not in json.dumps(run["deepspeed"])
     assert "1 per device x 1 accumulated x 2 ranks = 2 examples" in said and "6 steps (2 epochs)" in said
     assert "loss by step" in said and "Next:" in said

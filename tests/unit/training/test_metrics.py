@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from finetune.config.hardware import PEAK_TFLOPS, measured_matmul_rate, peak_flops
+from finetune.config.hardware import PEAK_TFLOPS, peak_flops
 from finetune.models.module_kinds import module_kinds
 from finetune.training import metrics
 from finetune.training.metrics import StepMeter, model_flops
@@ -108,7 +108,3 @@ def test_peak_rates_go_by_the_name_of_the_device(name, precision, tf32, expected
 def test_a_name_is_not_hidden_by_a_shorter_one():
     names = list(PEAK_TFLOPS)
     assert not [(long, short) for number, short in enumerate(names) for long in names[number + 1 :] if short in long]
-
-
-def test_a_measured_rate_is_one_of_a_processor():
-    assert 1e7 < measured_matmul_rate(size=128, repeats=2) < 1e14
