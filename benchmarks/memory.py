@@ -172,13 +172,13 @@ def print_published() -> None:
     import transformers
 
     from finetune.config import AdapterArguments
-    from finetune.models.adapters import attach_lora
+    from finetune.models.adapters import attach_peft
     from finetune.preflight.memory import RunSpec, estimate_memory
     from finetune.preflight.memory.device_memory import FRAMEWORK
     from finetune.preflight.spec_from_config import spec_from_config
 
     def attach(base: Any) -> Any:
-        return attach_lora(base, AdapterArguments(lora_dropout=0.0), base_revision=None, train_embeddings=False)
+        return attach_peft(base, AdapterArguments(use_lora=True, lora_dropout=0.0))
 
     for what, prefix, sizes, adapter, job, figure, source in PUBLISHED:
         config = getattr(transformers, f"{prefix}Config")(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -243,7 +243,7 @@ def predict(case: Case, folder: Path, tokens: int, logits: int) -> Any:
     from transformers import AutoConfig
 
     from finetune.config import AdapterArguments
-    from finetune.models.adapters import attach_lora
+    from finetune.models.adapters import attach_peft
     from finetune.models.model_folder import stored_bytes
     from finetune.preflight.memory import RunSpec, estimate_memory
     from finetune.preflight.spec_from_config import spec_from_config
@@ -251,7 +251,7 @@ def predict(case: Case, folder: Path, tokens: int, logits: int) -> Any:
     dropout = 0.0 if case.model == "mixtral" else 0.1
 
     def attach(base: Any) -> Any:
-        return attach_lora(base, AdapterArguments(lora_dropout=dropout), base_revision=None, train_embeddings=False)
+        return attach_peft(base, AdapterArguments(use_lora=True, lora_dropout=dropout))
 
     shape = spec_from_config(
         AutoConfig.from_pretrained(folder),

@@ -144,11 +144,10 @@ def _formula(text: Any, precision: Precision) -> Activations:
 
 @dataclass
 class _Pass:
-    """Bytes alive at the end of the forward pass, the peak of both passes, and all that the forward one allocated."""
+    """Bytes alive at the end of the forward pass, and the peak of both passes."""
 
     kept: int
     peak: int
-    allocated: int
 
 
 def layers_of(base: Any) -> list[Any]:
@@ -208,7 +207,6 @@ def _measured(model: Any, base: Any, layers: list[Any]) -> Activations:
         logit_working=max((many.peak - some.peak) / logits - logit, 0.0),
         fixed=max(small.kept - FEW * kept - logit, 0.0) / count,
         frozen_inputs=max(frozen, 0.0) / count,
-        passing=max((plain.allocated - small.allocated) / tokens - kept, 0.0) / count,
     )
 
 
@@ -260,14 +258,14 @@ def _run(model: Any, tokens: int, logits: int, started: list[_LiveBytes] | None 
     try:
         with live:
             scores = model(**inputs).logits
-            kept, allocated = live.now, live.allocated
+            kept = live.now
             scores.backward(gradient=scores.detach())
     finally:
         for hook in hooks:
             hook.remove()
         if collecting:
             gc.enable()
-    return _Pass(kept, live.peak, allocated)
+    return _Pass(kept, live.peak)
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -275,7 +273,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.now = self.peak = self.allocated = 0
+        self.now = self.peak = 0
         self.sizes = {own.untyped_storage()._cdata: 0 for own in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -291,7 +289,6 @@ class _LiveBytes(TorchDispatchMode):
             return
         size = self.sizes[key] = storage.nbytes()
         self.now += size
-        self.allocated += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._remove, key)
 

@@ -4,10 +4,11 @@ From DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, stage3.py, partitioned_par
 coalesced_collectives.py. N is the number of trained parameters, G the ranks.
 
 On a CPU it is the growth of the rank's resident set while a model is loaded and trained. Memory that is allocated but
-never written does not count (most of a gradient bucket). Freed memory may stay: blocks above 32 MiB return to the
-system at once, smaller ones stay in glibc's heap, where fragmentation keeps torch's aligned blocks from being reused.
-How much is lost to it is measured.
+never written does not count (most of a gradient bucket). What activations took stays in glibc's heap once it is freed,
+and a part of the heap is lost to fragmentation.
 """
+
+from dataclasses import replace
 
 from finetune.preflight.memory.model_spec import ModelSpec, RunSpec
 
@@ -20,11 +21,9 @@ NAMES = (WEIGHTS, MASTERS, ADAM, GRADIENTS, BUCKETS, GATHERED, ACTIVATIONS, LOGI
 GPU_CONTEXT = 1_500_000_000
 GPU_FRAGMENTATION = 0.04  # of what the caching allocator hands out: an allowance too
 FILES = "files that are read"
-HEAP_BLOCK = 32 << 20  # bytes; glibc's limit for what it keeps in the heap, and what process.keep_freed_blocks sets
-# Measured on glibc 2.36, see benchmarks/README.md. Shares of freed memory that the heap does not reuse: of what a
-# forward pass frees, of what checkpointing drops, of gathered parameters with activations in between. Then the heap
-# that gradients take, as a multiple of their bytes.
-LOST_OF_PASSING, LOST_OF_RECOMPUTED, LOST_OF_GATHERED, GRADIENTS_TAKE = 0.3, 0.15, 0.6, 1.15
+# Lost to fragmentation, as a share of the activations without recomputing: measured on glibc 2.36, see
+# docs/explanation/benchmarks.md.
+LOST = 0.4
 # Late imports, the engine's tables, threads and buffers of gloo; measured with a model of 60 kB.
 LIBRARIES = 70_000_000
 
@@ -88,7 +87,7 @@ def gathered(model: ModelSpec, run: RunSpec) -> tuple[float, float]:
         return 0.0, 0.0
     threshold = 10 * model.hidden if run.persistence_threshold is None else run.persistence_threshold
     prefetch = int(0.9 * model.hidden**2) if run.prefetch_bucket is None else run.prefetch_bucket
-    kept = min(model.parameters, run.max_live / 2 + prefetch + model.elements(up_to=threshold))
+    kept = min(model.parameters, run.max_live / 2 + prefetch + model.small_parameters(threshold))
     kept = max(kept, min(model.parameters, model.largest_module))
     return model.weight_bytes(run.size, kept), model.weight_bytes(run.size, model.largest_module)
 
@@ -132,7 +131,40 @@ def loss_head(model: ModelSpec, run: RunSpec, positions: float) -> float:
 
 
 def gpu_phases(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
-    """Return the bytes of a rank's GPU in each phase of a step.
+    """Return the bytes of a rank's GPU in each phase of a step, and while a packed model is loaded under ZeRO-3."""
+    phases = _step_phases(model, run)
+    if run.stage == 3 and model.bits:  # each rank packs the whole model before it is partitioned
+        whole = model.weight_bytes(run.size) + run.size * model.unpacked_layer
+        phases["loading"] = {**states(model, run), WEIGHTS: whole}
+    return {
+        name: {**parts, FRAMEWORK: GPU_CONTEXT + GPU_FRAGMENTATION * sum(parts.values())}
+        for name, parts in phases.items()
+    }
+
+
+def cpu_phases(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
+    """Return the growth of a rank's resident set in each phase, from before the model is built.
+
+    Nothing is offloaded: the host is the device. While the model is loaded, the pages of its files stay mapped until
+    all are read, and experts, which are stored one by one and joined to one tensor of a layer, exist twice.
+    """
+    run = replace(run, offload_optimizer="none", offload_parameters="none")
+    phases = _step_phases(model, run)
+    if run.stage == 3 and model.bits is None:
+        weights = run.size * model.parameters / run.ranks
+    else:
+        size = 4 if run.stage is None else run.size
+        weights = model.weight_bytes(size) + size * (model.expert_parameters + model.unpacked_layer)
+    all_kept = activations(model, replace(run, checkpoint_every=0))
+    heap = max(parts.get(ACTIVATIONS, 0) for parts in phases.values())
+    heap += LOST * max(parts[ACTIVATIONS] for parts in all_kept)
+    phases = {name: {**parts, ACTIVATIONS: heap} for name, parts in phases.items()}
+    phases["loading"] = {WEIGHTS: weights, FILES: model.stored_bytes}
+    return {name: {**parts, FRAMEWORK: LIBRARIES} for name, parts in phases.items()}
+
+
+def _step_phases(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
+    """Return the bytes of the tensors of a rank in each phase of a step.
 
     forward    at its end: all activations, and the logits
     backward   inside a layer: gradients appear, activations are freed
@@ -159,15 +191,9 @@ def gpu_phases(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
         "reduction": {GRADIENTS: whole, BUCKETS: bucket + (0 if run.stage == 1 else copy), GATHERED: kept},
         "update": {GRADIENTS: updating(model, run), BUCKETS: bucket * stays},
     }
-    if run.stage == 3 and model.bits:  # each rank packs the whole model before it is partitioned
-        found["loading"] = {WEIGHTS: model.weight_bytes(run.size) + run.size * model.unpacked_layer, BUCKETS: 0}
     # Without ZeRO-3 and with offloaded optimizer states, gradients leave the GPU through a buffer of the largest one.
     offloading = run.size * largest if run.offload_optimizer != "none" and run.stage in (1, 2) else 0
-    phases = {name: {**held, **parts, BUCKETS: parts[BUCKETS] + offloading} for name, parts in found.items()}
-    return {
-        name: {**parts, FRAMEWORK: GPU_CONTEXT + GPU_FRAGMENTATION * sum(parts.values())}
-        for name, parts in phases.items()
-    }
+    return {name: {**held, **parts, BUCKETS: parts[BUCKETS] + offloading} for name, parts in found.items()}
 
 
 def gradients(model: ModelSpec, run: RunSpec) -> tuple[float, float]:
@@ -197,91 +223,3 @@ def updating(model: ModelSpec, run: RunSpec) -> float:
     share = model.trainable / run.ranks
     worked_on = min(share, run.sub_group) if run.stage == 3 else share
     return run.size * (share + worked_on) + (4 * worked_on if run.size != 4 else 0)
-
-
-def cpu_phases(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
-    """Return the growth of a rank's resident set in each phase, from before the model is built."""
-    phases = {"loading": _cpu_loading(model, run), "building": _cpu_building(model, run), **_cpu_steps(model, run)}
-    return {name: {**parts, FRAMEWORK: LIBRARIES} for name, parts in phases.items()}
-
-
-def _cpu_loading(model: ModelSpec, run: RunSpec) -> Parts:
-    """Weights, and the pages of their files, which stay mapped until all are read.
-
-    Experts are stored one by one and joined to one tensor of a layer, so they exist twice for a while.
-    """
-    if run.stage == 3 and model.bits is None:
-        return {WEIGHTS: run.size * model.parameters / run.ranks, FILES: model.stored_bytes}
-    size = 4 if run.stage is None else run.size
-    loaded = model.weight_bytes(size) + size * (model.expert_parameters + model.unpacked_layer)
-    return {WEIGHTS: loaded, FILES: model.stored_bytes}
-
-
-def _cpu_building(model: ModelSpec, run: RunSpec) -> Parts:
-    """Stages 1 and 2 flatten the trained weights beside the old ones, then copy a share of them twice."""
-    if run.stage == 3:
-        share = model.trainable / run.ranks
-        return {
-            WEIGHTS: model.weight_bytes(run.size) / run.ranks,
-            MASTERS: 4 * share,
-            GRADIENTS: (run.size + 4) * share,
-        }
-    if run.stage in (None, 0):
-        return {WEIGHTS: model.weight_bytes(4)}
-    weights = model.weight_bytes(run.size)
-    share = 4 * model.trainable / run.ranks
-    return {WEIGHTS: weights + max(run.size * model.trainable, 2 * share)}
-
-
-def _cpu_steps(model: ModelSpec, run: RunSpec) -> dict[str, Parts]:
-    held = states(model, run)
-    if run.offload_optimizer != "none":  # the host is the device
-        share = model.trainable / (run.ranks if run.stage else 1)
-        held = {**held, MASTERS: 4 * share, ADAM: model.state_bytes(run) * share, GRADIENTS: 4 * share}
-    if run.offload_parameters != "none":
-        held[WEIGHTS] = model.weight_bytes(run.size) / run.ranks
-    bucket, copy = buckets(model, run)
-    kept, gathering = gathered(model, run)
-    heap, logits = _heap(model, run, kept)
-    # All gradients of the heap are there in the place of activations.
-    in_heap = 4 * model.elements(trained=True, up_to=HEAP_BLOCK // 4)
-    with_gradients = max(heap, GRADIENTS_TAKE * in_heap + _lost(model, run))
-    large = 4 * model.elements(trained=True, above=HEAP_BLOCK // 4)
-    share = 4 * model.trainable / (run.ranks if run.stage else 1)
-    waits = run.accumulation > 1
-    if run.stage in (None, 0):
-        own = large if run.stage == 0 or run.ranks == 1 else 0
-        return {"update": {**held, GRADIENTS: own, BUCKETS: bucket, ACTIVATIONS: with_gradients}}
-    if run.stage == 3:
-        heap_parts = {ACTIVATIONS: heap, GATHERED: kept}
-        largest = 4 * model.largest_trained
-        return {
-            "forward": {**held, **heap_parts, GRADIENTS: share, BUCKETS: bucket, LOGITS: max(logits, gathering)},
-            "backward": {**held, **heap_parts, GRADIENTS: share + largest, BUCKETS: bucket + copy},
-            "update": {**held, **heap_parts, GRADIENTS: updating(model, run), GATHERED: 0},
-        }
-    waiting = share * waits if run.stage == 2 else 0
-    whole = {**held, ACTIVATIONS: with_gradients if run.stage == 1 else heap}
-    return {
-        "forward": {**whole, GRADIENTS: waiting, LOGITS: logits},
-        "backward": {**whole, GRADIENTS: large * (run.stage == 1) + waiting, BUCKETS: bucket * (run.stage == 2)},
-        "reduction": {**whole, GRADIENTS: waiting, BUCKETS: bucket + copy},
-        "update": {**whole, GRADIENTS: updating(model, run)},
-    }
-
-
-def _heap(model: ModelSpec, run: RunSpec, kept: float) -> tuple[float, float]:
-    """Return the growth of the heap by activations, and the bytes of logits too large for it."""
-    at_head, in_layer = activations(model, run)
-    heap = max(at_head[ACTIVATIONS], in_layer[ACTIVATIONS]) + _lost(model, run)
-    if run.stage == 3:
-        heap += LOST_OF_GATHERED * min(kept, at_head[ACTIVATIONS])
-    logits = at_head[LOGITS]
-    return (heap + logits, 0.0) if logits < HEAP_BLOCK else (heap, logits)
-
-
-def _lost(model: ModelSpec, run: RunSpec) -> float:
-    """Return the bytes of the heap lost to fragmentation."""
-    each = LOST_OF_PASSING * model.activations.passing * model.layers
-    each += LOST_OF_RECOMPUTED * model.activations.layer * run.checkpointed_layers(model.layers)
-    return each * run.tokens / run.sequence_parallel

@@ -49,8 +49,8 @@ def cpu_hosts(model: ModelSpec, run: RunSpec, totals: Mapping[str, float]) -> tu
 
     `totals` is the growth of a rank's process in each phase.
     """
-    loading = PROCESS_ON_CPU + max(totals["loading"], totals["building"])
-    training = PROCESS_ON_CPU + max(total for name, total in totals.items() if name not in ("loading", "building"))
+    loading = PROCESS_ON_CPU + totals["loading"]
+    training = PROCESS_ON_CPU + max(total for name, total in totals.items() if name != "loading")
     copies = 1 if run.stage in (3, None) else run.on_host
     return run.on_host * loading, run.on_host * training, run.on_host * training + copies * result(model, run)
 

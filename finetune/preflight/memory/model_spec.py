@@ -39,7 +39,6 @@ class Activations:
     recomputing: float  # peak of recomputing one checkpointed layer and its backward pass
     logit: float  # per position with logits: these, and what the head keeps
     logit_working: float  # peak beyond it
-    passing: float  # in one layer; allocated in the forward pass and freed again
     fixed: float = 0.0  # in one layer, independent of the tokens: copies of weights that an adapter on experts makes
     frozen_inputs: float = 0.0  # in one layer; inputs that ZeRO-3's linear layers keep even if the weight is frozen
     scores: float = (
@@ -109,13 +108,9 @@ class ModelSpec:
         """Elements of the largest trained tensor."""
         return max((block.size for block in self.blocks if block.trained), default=0)
 
-    def elements(self, *, trained: bool | None = None, above: int = -1, up_to: int | None = None) -> int:
-        """Return the parameters in tensors of more than `above` and at most `up_to` elements."""
-        return sum(
-            block.elements
-            for block in self.blocks
-            if block.size > above and (up_to is None or block.size <= up_to) and trained in (None, block.trained)
-        )
+    def small_parameters(self, most: int) -> int:
+        """Return the parameters in tensors of at most so many elements."""
+        return sum(block.elements for block in self.blocks if block.size <= most)
 
 
 def plain_activations(
@@ -140,7 +135,6 @@ def plain_activations(
         recomputing=layer + size * (2 * hidden + 2 * intermediate),
         logit=size * (hidden + vocabulary),
         logit_working=size * hidden,
-        passing=size * (6 * hidden + heads * head_dim),
         is_traced=False,
     )
 

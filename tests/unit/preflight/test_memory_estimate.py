@@ -24,7 +24,7 @@ from finetune.preflight.memory import (
 from finetune.preflight.memory.device_memory import ADAM, GRADIENTS, MASTERS, WEIGHTS, gpu_phases, states
 
 PAPER = 7_500_000_000  # parameters of the ZeRO paper's example, on 64 GPUs
-NOTHING = Activations(layer=0, outside=0, layer_input=0, working=0, recomputing=0, logit=0, logit_working=0, passing=0)
+NOTHING = Activations(layer=0, outside=0, layer_input=0, working=0, recomputing=0, logit=0, logit_working=0)
 GB = 1e9
 
 
