@@ -26,7 +26,7 @@ from xxhash import xxh3_128_hexdigest
 
 from finetune.utils.atomic_io import fsync_dir, replace_text
 from finetune.utils.errors import CheckpointError, ConfigError
-from finetune.utils.user_files import from_json, has_type
+from finetune.utils.user_files import from_json, has_type, unique_keys
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -97,7 +97,7 @@ def read_manifest(folder: Path, key: bytes | None = None) -> Manifest:
             raise CheckpointError(f"{path} is missing: its save was not finished, or it was made by another tool")
         if path.is_symlink() or not path.is_file():
             raise ValueError("it is a link or no file")
-        values = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        values = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else None
             raise CheckpointError(f"{path}: format {shortened(found)}, this version reads {FORMAT}")
@@ -138,13 +138,6 @@ def key_of(variable: str | None) -> bytes | None:
             "set on every host"
         )
     return key
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key stands twice")
-    return values
 
 
 def _canonical(values: dict[str, Any]) -> bytes:

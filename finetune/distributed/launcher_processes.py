@@ -27,17 +27,15 @@ _reports: list[Callable[[str], None]] = []
 _launchers: list[int | None] = []  # of this process, once it is known
 
 
-def die_with_launcher(report: Callable[[str], None] | None = None) -> int | None:
+def die_with_launcher(report: Callable[[str], None] | None = None) -> None:
     """End this process when its launcher ends and, under `deepspeed`, when the launcher's parent ends.
 
     A rank calls it before its slow imports, in which time its launcher may die, and again with `report`, which then
-    receives what has died. Returns the launcher's process id; None for a process that no launcher has started, or
-    without /proc.
+    receives what has died. Nothing happens in a process that no launcher has started, or without /proc.
     """
     _reports[:] = [report] if report else []
     if not _launchers:
         _launchers.append(_watch_launcher())
-    return _launchers[0]
 
 
 def _watch_launcher() -> int | None:
@@ -79,8 +77,14 @@ def _end(process: str) -> NoReturn:
     os._exit(1)
 
 
-def world_info_of(launcher: int | None) -> dict[str, list[int]]:
+def launcher_pid() -> int | None:
+    """Return the process that started this rank, once `die_with_launcher` has found it."""
+    return _launchers[0] if _launchers else None
+
+
+def world_info() -> dict[str, list[int]]:
     """Return host -> slots in the order of the ranks, as `deepspeed` told its launcher; empty if that is unknown."""
+    launcher = launcher_pid()
     for word in command_of(launcher) if launcher else ():
         name, _, value = word.partition("=")
         if name == "--world_info":
@@ -91,8 +95,9 @@ def world_info_of(launcher: int | None) -> dict[str, list[int]]:
     return {}
 
 
-def runner_arguments(launcher: int | None) -> list[str] | None:
+def runner_arguments() -> list[str] | None:
     """Return the arguments of this host's `deepspeed` command; None if there is none, or on another machine."""
+    launcher = launcher_pid()
     runner = parent_of(launcher) if launcher else None
     return _runner_words(runner) if runner else None
 

@@ -59,7 +59,7 @@ def count_ranks() -> RankCounts:
         ConfigError: the hostfile names another number of ranks than were started.
     """
     size = int(os.environ["WORLD_SIZE"])
-    stated, words = os.environ.get("FINETUNE_WORLD_SIZE"), runner_arguments(watchdog.launcher_pid())
+    stated, words = os.environ.get("FINETUNE_WORLD_SIZE"), runner_arguments()
     expected, where = int(stated or size), "the hostfile"
     if stated is None and words is not None:
         resources = resources_of_command(words)

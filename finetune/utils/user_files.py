@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as shortened
@@ -44,10 +45,11 @@ def read_json(path: Path, shown: str | None = None, **hooks: Any) -> Any:
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON, as a hook of `read_json`; a key that is given twice is a fault."""
-    names = [key for key, _ in pairs]
-    if twice := [key for key in dict.fromkeys(names) if names.count(key) > 1]:
-        raise ValueError(f'the key "{twice[0]}" is given twice in one object: keep one of them')
-    return dict(pairs)
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f'the key "{key}" is given twice in one object: keep one of them')
+    return values
 
 
 def read_json_object(path: Path, **hooks: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 
 from finetune.diagnostics import Failure
 from finetune.distributed import stop_requests
-from finetune.distributed.launcher_processes import PARENT, die_with_launcher, world_info_of
+from finetune.distributed.launcher_processes import PARENT, die_with_launcher, launcher_pid, world_info
 from finetune.distributed.watchdog.transport import PRINT_STACKS
 from finetune.utils.errors import FinetuneError
 from finetune.utils.proc import state_of
@@ -26,7 +26,6 @@ from finetune.utils.proc import state_of
 SECONDS_STOPPED = 20  # the others miss its heartbeat after 30
 PYYAML = Path(yaml.__file__).parent.parent
 _watchdog: subprocess.Popen[bytes] | None = None
-_launcher: int | None = None
 _progress: dict[str, Any] = {"phase": "start", "step": None}
 
 
@@ -36,8 +35,8 @@ def start_watchdog() -> Iterator[None]:
 
     Only three ends are good: the end of the block, status 75, and status 0 before the rendezvous (`--help`).
     """
-    global _watchdog, _launcher
-    _launcher = die_with_launcher(_report_launcher)
+    global _watchdog
+    die_with_launcher(_report_launcher)
     _watchdog = _start()
     former_handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # no other may install handlers
@@ -95,11 +94,6 @@ def set_output_dir(output_dir: Path, run_id: str) -> None:
     _send({"run": {"output_dir": str(output_dir.absolute()), "run_id": run_id}})
 
 
-def launcher_pid() -> int | None:
-    """Return the process that started this rank; None for a rank that no launcher has started."""
-    return _launcher
-
-
 def _start() -> subprocess.Popen[bytes]:
     environment = os.environ
     address, port = environment.get("MASTER_ADDR", "127.0.0.1"), environment.get("MASTER_PORT", "0")
@@ -111,9 +105,9 @@ def _start() -> subprocess.Popen[bytes]:
         "address": address,
         "port": port,
         "key": environment.get("FINETUNE_LAUNCH_KEY") or [address, port, words],
-        "hosts": [host for host, slots in world_info_of(_launcher).items() for _ in slots],
+        "hosts": [host for host, slots in world_info().items() for _ in slots],
         "pid": os.getpid(),
-        "launcher": _launcher,
+        "launcher": launcher_pid(),
         "launch_dir": environment.get("FINETUNE_LAUNCH_DIR"),
         "supervisor": int(environment.get(PARENT, "0:").partition(":")[0]),
     }
