@@ -316,7 +316,7 @@ def test_a_manifest_that_is_changed_in_any_way_is_damaged(tmp_path):
             assert read == manifest or number % 4 == 0
     assert damaged > 270
     path.write_bytes(text.replace(b'"step": 4', b'"step": 4, "step": 4'))
-    with pytest.raises(CheckpointError, match="stands twice"):
+    with pytest.raises(CheckpointError, match="is given twice"):
         checkpoint.read_manifest(folder)
     path.write_bytes(text.replace(b'"torch": "2.13.0"', b'"torch": "2.13.1"'))
     with pytest.raises(CheckpointError, match="its checksum is of another text"):
