@@ -23,10 +23,10 @@ from finetune.chat_templates.template_skeleton import (
     Answer,
     SlotSpan,
     TemplateSkeleton,
-    check_all_written,
     find_slots,
     marks_in,
     marks_reasoning,
+    not_written,
     pieces_between,
 )
 from finetune.conversation import Conversation, Turn
@@ -129,16 +129,20 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
     turns = conversation.turns
     rendered = text.render(len(turns), False)
     spans = find_slots(rendered, text.spelled)
-    check_all_written(turns, spans)
+    last = len(turns) - 1
+    all_found = {number: _find(turn, number, text) for number, turn in enumerate(turns) if turn.role == "model"}
+    completion = all_found.get(last)
+    if isinstance(completion, TemplateSkeleton) and not as_is and not not_written(turns, completion.slots):
+        own = replace(completion.answers[last], served_opening=_served_opening(last, text))
+        return replace(completion, answers={last: own})
+    if missing := not_written(turns, [span.slot for span in spans]):
+        raise UnrenderableError(
+            f"the chat template leaves out, repeats or rewrites turn {missing[0]}: {OTHER_TEMPLATE}"
+        )
     answers, refused = dict[int, Answer](), dict[int, str]()
-    for number, turn in enumerate(turns):
-        if turn.role != "model":
-            continue
-        found = _find(turn, number, text)
+    for number, found in all_found.items():
+        turn = turns[number]
         if isinstance(found, TemplateSkeleton):
-            if number == len(turns) - 1 and not as_is:
-                own = replace(found.answers[number], served_opening=_served_opening(number, text))
-                return replace(found, answers={number: own})
             found = OTHER_PROMPT.format(turn=number)
         answer = None if isinstance(found, str) else found.in_rendering(rendered, spans)
         if answer is not None:
@@ -183,7 +187,8 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         before, prompt = (text.render(number, False), text.render(number, True)) if number else ("", "")
     except UnrenderableError as error:
         return str(error)
-    spans = [span for span in find_slots(alone, text.spelled) if span.slot.turn == number]
+    every = find_slots(alone, text.spelled)
+    spans, others = ([span for span in every if (span.slot.turn == number) is own] for own in (True, False))
     end = _end(turn, number, alone, spans, text)
     if isinstance(end, str):
         return end
@@ -191,7 +196,7 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
     opening = prompt[len(commonprefix([prompt, before])) :]
     if end.tokens[0] in _openers(alone, first, opening, text) - {text.eos}:
         return OPENING_END.format(turn=number, token=end.tokens[0])
-    if marks_reasoning(turn) and opening.rstrip().endswith(REASONING_END):
+    if marks_reasoning(turn) and prompt.rstrip().endswith(REASONING_END):
         return CLOSED_REASONING.format(turn=number)
     loses, opens_reasoning = _loses(turn, number, spans), _opens_reasoning(prompt)
     if loses and not opens_reasoning:
@@ -207,11 +212,21 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         elif text.joins(prompt):
             return _separate(number, alone, begin, end.stop, end, text)
         return _Found(alone[: end.stop], begin, end)
+    asked = find_slots(prompt, text.spelled)
+    context = others[-1].stop if others else 0
+    if (
+        len(asked) > len(others) and not loses
+    ):  # some write the system turn with the last question, until it is answered
+        header = prompt[asked[-1].stop :]
+        if alone.startswith(header, context):
+            return _completion(turn, number, prompt, alone[context + len(header) : end.stop], end, text)
+    if prompt == before and first is not None and not loses and prompt.rstrip().endswith(REASONING_END):
+        return _completion(turn, number, prompt, alone[first : end.stop], end, text)
     if first is not None and not loses and (prompt == before or alone[:first].rstrip() == prompt.rstrip()):
         return _Found(alone[: end.stop], first, end)
-    header = alone.rfind(opening, 0, first) if opening.strip() and not loses else -1
-    if header >= 0:  # the template writes what is in front of the prompt otherwise once the answer is there
-        return _completion(turn, number, prompt, alone[header + len(opening) : end.stop], end, text)
+    begin = alone.rfind(opening, context, first) if opening.strip() and not loses else -1
+    if begin >= 0:  # the template writes what is in front of the prompt otherwise once the answer is there
+        return _completion(turn, number, prompt, alone[begin + len(opening) : end.stop], end, text)
     if marks_reasoning(turn) and not opens_reasoning:
         return CLOSED_REASONING.format(turn=number)
     if turn.tool_calls and not opens_reasoning:

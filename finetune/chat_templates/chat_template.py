@@ -252,10 +252,15 @@ class ChatTemplate:
                 raise found
             return found
 
+        def following(count: int) -> tuple[Turn, ...]:
+            # No model ends its answer with what opens a system turn.
+            is_usual = count < len(turns) and turns[count].role != "system"
+            return turns[count : count + 1] if is_usual else (next_turn(turns[:count]),)
+
         turns, has_calls = marked.turns, any(turn.tool_calls for turn in marked.turns)
         return TemplateText(
             lambda count, prompt: text(turns[:count], prompt),
-            lambda count: text((*turns, next_turn(turns))[: count + 1], False),
+            lambda count: text((*turns[:count], *following(count)), False),
             lambda number: text((*turns[:number], bare_turn(number)), False),
             self.plain.control_pattern,
             self.plain.tokenizer.eos_token,

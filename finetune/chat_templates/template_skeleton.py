@@ -247,14 +247,10 @@ def pieces_between(rendered: str, spans: Sequence[SlotSpan]) -> list[str]:
     return [rendered[begin:end] for begin, end in zip(begins, ends, strict=True)]
 
 
-def check_all_written(turns: Sequence[Turn], spans: Sequence[SlotSpan]) -> None:
-    """Raise `UnrenderableError` unless each text with a mark is written once."""
-    written = [span.slot.turn for span in spans if span.slot.part in ("text", "answer")]
-    for number, turn in enumerate(turns):
-        if turn.text and written.count(number) != 1:
-            raise UnrenderableError(
-                f"the chat template leaves out, repeats or rewrites turn {number}: {OTHER_TEMPLATE}"
-            )
+def not_written(turns: Sequence[Turn], slots: Sequence[Slot]) -> list[int]:
+    """The numbers of the turns whose texts are not written once."""
+    written = [slot.turn for slot in slots if slot.part in ("text", "answer")]
+    return [number for number, turn in enumerate(turns) if turn.text and written.count(number) != 1]
 
 
 def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) -> list[str]:

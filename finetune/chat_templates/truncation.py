@@ -6,9 +6,10 @@ windows    h m h m          the same, and each later model turn gets a window of
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from finetune.chat_templates.example import TokenizedConversation
+from finetune.chat_templates.example import TokenizedConversation, UnrenderableError
 from finetune.conversation import Turn, trained_on
 
 Tokenize = Callable[[Sequence[Turn]], TokenizedConversation]
@@ -32,9 +33,12 @@ def leading_turns(
     num_likely = sum(stops.get(number, 0) <= max_length for number in model_turns)
     # One turn more than the whole conversation suggests: some templates render a prefix shorter.
     for number in reversed(model_turns[: num_likely + 1]):
-        fitted = truncate_to_fit(tokenize(turns[: number + 1]), max_length)
-        if fitted is not None:
-            return fitted, number + 1
+        with suppress(
+            UnrenderableError
+        ):  # its last answer may need the prompt of serving, which the others do not have
+            fitted = truncate_to_fit(tokenize(turns[: number + 1]), max_length)
+            if fitted is not None:
+                return fitted, number + 1
     return None
 
 

@@ -1,0 +1,98 @@
+# ruff: noqa: E501 (templates read best as they are)
+"""Each answer is supervised behind the prompt of serving, in templates that write something else around answers."""
+
+import copy
+
+import pytest
+from tokenizers import AddedToken
+
+from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, Renderer
+from finetune.conversation import Conversation, ToolCall, Turn
+
+ROLES = {"human": "user", "model": "assistant", "system": "system"}
+TALK = (
+    Turn("system", "Be brief."), Turn("human", "q"), Turn("model", "a", reasoning="r"), Turn("human", "q2"),
+    Turn("model", "a2"),
+)  # fmt: skip
+PLAIN = (*TALK[:2], Turn("model", "a"), *TALK[3:])
+# The system turn stands with the last question, as long as nobody has answered it.
+MISTRAL_2407 = r"""
+{%- if messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}{% else %}{% set rest = messages %}{% endif %}
+{{- bos_token }}
+{%- for message in rest %}
+{%- if message.role == 'user' %}{{- '[INST]' + (system + '\n\n' if loop.last and system is defined else '') + message.content + '[/INST]' }}
+{%- else %}{{- message.content + eos_token }}{% endif %}
+{%- endfor %}"""
+# There is no generation prompt; closed reasoning stands at the end of everything.
+HUNYUAN = r"""
+{%- for message in messages %}
+{{- '<|startoftext|>' if message.role == 'user' or loop.first }}{{- message.content + {'user': '<|extra_0|>', 'system': '<|extra_4|>', 'assistant': '<|eos|>'}[message.role] }}
+{%- endfor %}
+{{- '<think>\n\n</think>\n' if enable_thinking is defined and not enable_thinking }}"""
+# Every prompt opens reasoning; answers without it are written without it.
+OPENS = r"""
+{{- tools | tojson if tools }}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' }}
+{%- if message.reasoning_content %}{{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}
+{%- endif %}
+{{- message.content }}{% for call in message.tool_calls or [] %}{{- '\n<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}{{- '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"""
+# The token of the next turn ends an answer.
+NEXT_ROLE = r"""
+{%- for message in messages %}{{- '<|' + message.role + '|>\n' + message.content }}{% endfor %}{{- '<|assistant|>\n' if add_generation_prompt }}"""
+
+CASES = {
+    "mistral": (MISTRAL_2407, "[INST] [/INST] <s> </s>", PLAIN, {}, ["a</s>", "a2</s>"]),
+    "hunyuan": (HUNYUAN, "<|startoftext|> <|extra_0|> <|extra_4|> <|eos|>", PLAIN, {"enable_thinking": False}, ["a<|eos|>", "a2<|eos|>"]),
+    "none": (OPENS, "<|im_start|> <|im_end|>", TALK, {}, ["r\n</think>\n\na<|im_end|>", "\n</think>\n\na2<|im_end|>"]),
+    "next role": (NEXT_ROLE, "<|user|> <|assistant|> <|system|>", (*PLAIN[1:3], *PLAIN[:1], *PLAIN[3:]), {}, ["a<|user|>", "a2<|user|>"]),
+}  # fmt: skip
+
+
+def renderer_of(smol_tokenizer, template: str, special: str, kwargs: dict) -> Renderer:
+    tokenizer, tokens = copy.deepcopy(smol_tokenizer), special.split()
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens, "bos_token": tokens[0], "eos_token": tokens[-1]})
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>", "<tool_call>")])
+    return Renderer(JinjaFormat(tokenizer, template, "test", template_kwargs=kwargs), 10_000)
+
+
+def prompts_and_answers(renderer: Renderer, conversation: Conversation) -> list[tuple[list[int], str]]:
+    """The ids in front of each supervised run, and its text."""
+    rendering, found = renderer.render(conversation), []
+    for example in rendering.examples:
+        is_supervised = [label != IGNORE_INDEX for label in [*example.labels, IGNORE_INDEX]]
+        begins = [place for place, is_own in enumerate(is_supervised) if is_own and not is_supervised[place - 1]]
+        for begin in begins:
+            end = is_supervised.index(False, begin)
+            found.append((example.input_ids[:begin], renderer.format.tokenizer.decode(example.labels[begin:end])))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_ids_in_front_of_an_answer_are_those_of_serving(smol_tokenizer, name):
+    template, special, turns, kwargs, answers = CASES[name]
+    renderer = renderer_of(smol_tokenizer, template, special, kwargs)
+    found = prompts_and_answers(renderer, Conversation(turns, 0, "a.json"))
+
+    assert [text for _, text in found] == answers
+    numbers = [number for number, turn in enumerate(turns) if turn.role == "model"]
+    for number, (ids, _) in zip(numbers, found, strict=True):
+        messages = [
+            {"role": ROLES[turn.role], "content": turn.text}
+            | ({"reasoning_content": turn.reasoning} if turn.reasoning else {})
+            for turn in turns[:number]
+        ]
+        options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False, **kwargs}
+        assert ids == renderer.format.tokenizer.apply_chat_template(messages, **options)
+
+
+def test_an_answer_does_not_begin_at_the_header_of_an_earlier_one(smol_tokenizer):
+    renderer = renderer_of(smol_tokenizer, OPENS, "<|im_start|> <|im_end|>", {})
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+    call = Turn("model", "t", reasoning="r", tool_calls=(ToolCall("f", {"x": 1}),))
+    turns = (TALK[1], call, Turn("tool", "result"), Turn("model", "done"))
+    (_, first), (_, last) = prompts_and_answers(renderer, Conversation(turns, 0, "a.json", None, (), (tool,)))
+
+    assert first.startswith("r\n</think>\n\nt\n<tool_call>") and last == "\n</think>\n\ndone<|im_end|>"
