@@ -81,7 +81,7 @@ def flags_without_effect(arguments: Arguments) -> Iterator[str]:
         (ADAM_FLAGS, not adam, f"--optim is {get('optim')}"),
         (("liger_kernel_config",), not get("use_liger_kernel"), "--use_liger_kernel is False"),
         (("activation_checkpointing_kwargs",), not get("activation_checkpointing"),
-         "--gradient_checkpointing is False"),
+         "--activation_checkpointing is False"),
         (("dataloader_prefetch_factor", "dataloader_persistent_workers"), not get("dataloader_num_workers"),
          "--dataloader_num_workers is 0"),
         (DDP_FLAGS, bool(get("deepspeed")), "DeepSpeed averages the gradients"),

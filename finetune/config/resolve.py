@@ -320,7 +320,7 @@ def _resolve_deepspeed(
 
 
 def activation_checkpointing(arguments: Arguments) -> ActivationCheckpointing:
-    """Read `--gradient_checkpointing` and its options, a JSON object."""
+    """Read `--activation_checkpointing` and its options, a JSON object."""
     given = arguments.given("activation_checkpointing_kwargs") or "{}"
     options = parse_object(given)
     known = options is not None and all(has_type(value, CHECKPOINTING.get(key)) for key, value in options.items())

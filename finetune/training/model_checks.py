@@ -68,7 +68,7 @@ def resolve_activation_checkpointing(
     elif not supported:
         reason = "this model's code does not support it"
     if requested.enabled and reason:
-        return replace(requested, enabled=False), [f"--gradient_checkpointing is off: {reason}"]
+        return replace(requested, enabled=False), [f"--activation_checkpointing is off: {reason}"]
     return requested, requested.notes()
 
 

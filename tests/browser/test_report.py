@@ -112,7 +112,7 @@ def test_labels_are_in_the_language_of_the_reader_and_the_data_stay(tmp_path):
         assert page.locator("h1 span").inner_text() == "training"
         assert page.locator(".asked .text").all_inner_texts() == ["before", "loss", "after", "as it says"]
         assert page.locator(".answer:has(.badge.cut) h3").all_inner_texts() == ["微调后"]
-        assert [one["name"] for one in drawn(page, "loss")] == ["训练", "验证"]
+        assert [one["name"] for one in drawn(page, "loss")] == ["训练", "评估"]
     with shown(tmp_path, folder) as page:
         assert not re.search("[一-鿿]", page.locator("h2").all_inner_texts()[1])
 

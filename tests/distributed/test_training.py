@@ -111,7 +111,7 @@ def test_prefix_tuning_switches_checkpointing_off_with_a_line(train, tmp_path):
     with_it = train("with", "--adapter", "prefix", "--deepspeed", "zero2", "--gradient_checkpointing", "True")
     without = train("without", "--adapter", "prefix", "--deepspeed", "zero2")
     assert losses(with_it) == pytest.approx(losses(without), abs=1e-6)
-    assert "--gradient_checkpointing is off: prefix tuning" in (tmp_path / "with-logs/rank-0.log").read_text()
+    assert "--activation_checkpointing is off: prefix tuning" in (tmp_path / "with-logs/rank-0.log").read_text()
 
 
 @pytest.mark.parametrize(

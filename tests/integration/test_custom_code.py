@@ -103,7 +103,7 @@ def test_it_trains_saves_its_code_and_loads(stand_in, conversation_file, tmp_pat
     assert outcome.succeeded, outcome.outputs[0]
     assert outcome.outputs[0].count(f"trusting the Python files in {stand_in}: modeling_qkv.py (sha256 ") == 1
     assert "trusting" not in outcome.outputs[1]
-    assert "--gradient_checkpointing is off: this model's code does not support it" in outcome.outputs[0]
+    assert "--activation_checkpointing is off: this model's code does not support it" in outcome.outputs[0]
     if not adapter:
         assert (output / "modeling_qkv.py").is_file()
     ids = load(output, bool(adapter))

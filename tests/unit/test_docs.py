@@ -175,6 +175,6 @@ def test_the_chinese_reference_names_the_same_flags_with_the_same_defaults():
 def flags_of(page: Path) -> list[dict[str, str]]:
     """Return the default of each flag, one mapping for each table, without that of old names."""
     tables = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    tables = [table for table in tables if not table.startswith("Old names")]
+    tables = [table for table in tables if not table.startswith(("Old names", "旧名字"))]
     rows = [re.findall(r"^\| `--(\w+)` \| .*?(?:\[([^]]*)\] )?\|$", table, re.MULTILINE) for table in tables]
     return [{name: default.replace("False", "") for name, default in row} for row in rows]

@@ -179,7 +179,9 @@ def _single_changes(start: Suggestion, with_adapter: ModelSpec | None, max_ranks
     """Yield the run of `start` with each single change."""
     run = start.run
     if not run.checkpoint_every:
-        yield start.then({"--gradient_checkpointing": "True"}, "recompute activations", RECOMPUTING, checkpoint_every=1)
+        yield start.then(
+            {"--activation_checkpointing": "True"}, "recompute activations", RECOMPUTING, checkpoint_every=1
+        )
     yield from _smaller_batches(start)
     if run.ranks > 1 and run.offload_optimizer == "none":
         for stage, slower in STAGES.items():

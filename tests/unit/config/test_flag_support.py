@@ -75,7 +75,7 @@ def test_a_flag_without_effect_is_said(name):
         ("--optim sgd --adam_beta1 0.5", "--adam_beta1 0.5 has no effect: --optim is sgd"),
         ("--dataloader_prefetch_factor 4", "--dataloader_prefetch_factor 4 has no effect"),
         ("--deepspeed zero2 --ddp_bucket_cap_mb 4", "--ddp_bucket_cap_mb 4 has no effect"),
-        ('--gradient_checkpointing_kwargs {"every_n_layers":2}', "has no effect: --gradient_checkpointing is False"),
+        ('--gradient_checkpointing_kwargs {"every_n_layers":2}', "has no effect: --activation_checkpointing is False"),
     ],
 )
 def test_a_flag_without_effect_beside_others_is_said(flags, named):
