@@ -4,6 +4,7 @@ finetune recipes                     # names, and what each is for
 finetune recipes qwen3_8b_lora       # to qwen3_8b_lora.yaml here
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from finetune.config.recipes import find_recipe, shipped_recipes
 from finetune.utils.atomic_io import write_new
-from finetune.utils.console import accept_all_characters
+from finetune.utils.console import accept_all_characters, print_wrapped
 from finetune.utils.options import CommandParser, fill, positional
 from finetune.utils.user_files import read_text
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     accept_all_characters()
     if options.name is None:
         for name, path in shipped_recipes().items():
-            print(f"{name:<24} {read_text(path).splitlines()[0].removeprefix('# ')}")
+            print_wrapped(f"{name:<24} {read_text(path).splitlines()[0].removeprefix('# ')}", sys.stdout)
         print("\nTrain: finetune train NAME --data_path my.jsonl --output_dir output. Copy one: finetune recipes NAME")
         return
     text = read_text(find_recipe(options.name.removesuffix(".yaml")))

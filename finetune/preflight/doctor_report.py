@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.utils.console import labelled
+from finetune.utils.console import labelled, print_wrapped
 from finetune.utils.errors import FinetuneError
 
 # In the order in which a run comes to them: it would end with the first that fails.
@@ -94,7 +94,7 @@ def print_report(report: DoctorReport, command: str) -> None:
         if lines:
             console.print(Text(f"\n{title}", style="bold"))
             for line in lines:
-                console.print(f"  {line}")
+                print_wrapped(f"  {line}", sys.stdout)
     if facts.get("hosts"):
         if not console.is_terminal:
             console.width = WIDTH_OF_A_FILE
@@ -115,7 +115,7 @@ def _print_findings(console: Console, report: DoctorReport, command: str) -> Non
         if findings:
             console.print(Text(f"\n{title}", style=style))
         for number, finding in enumerate(findings, start=1):
-            console.print(f"  {number}. [{finding.section}] {finding}")
+            print_wrapped(f"  {number}. [{finding.section}] {finding}", sys.stdout)
     console.print()
     if report.status:
         console.print(Text(f"This run would end with status {report.status}.", style="bold red"))

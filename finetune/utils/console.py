@@ -69,7 +69,7 @@ class _ConsoleHandler(logging.Handler):
             line = (default if self.prefix is None else self.prefix) + record.getMessage()
             stream = sys.stderr if self.to_stderr else sys.stdout
             if not getattr(record, "file_only", False):
-                write_line(wrapped(line) if stream.isatty() else line, stream)
+                write_line(line, stream)
             self.early.append(line)
             self.write_file()
 
@@ -99,17 +99,23 @@ def wrapped(text: str) -> str:
     columns = min(width(), 80)
     lines = []
     for line in text.split("\n"):
-        label = re.match(r" *(?:[a-z]+: |\S{1,12}(?: \S{1,12})? {2,})?", line)
+        label = re.match(r" *(?:[a-z]+: |\d+\. |\S{1,24}(?: \S{1,12})? {2,})?", line)
         indent = " " * (label.end() if label and label.end() < columns // 2 else 2)
         is_text = len(line) > columns and line.isprintable()
-        lines += textwrap.wrap(line, columns, subsequent_indent=indent, drop_whitespace=True) if is_text else [line]
+        keep = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+        lines += textwrap.wrap(line, columns, subsequent_indent=indent, **keep) if is_text else [line]
     return "\n".join(lines)
+
+
+def print_wrapped(text: str, stream: TextIO) -> None:
+    """Print a text, wrapped where it goes to a terminal."""
+    print(wrapped(text) if stream.isatty() else text, file=stream, flush=True)
 
 
 def write_line(line: str, stream: TextIO) -> None:
     """Print a line; once the reader of a pipe is gone, its lines are dropped, and the run continues."""
     try:
-        print(line, file=stream, flush=True)
+        print_wrapped(line, stream)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for all that write there, libraries too
         if stream is not sys.stderr:

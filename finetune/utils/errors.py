@@ -14,6 +14,7 @@ import atexit
 import errno
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,12 +22,12 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 SHOWN_FAULTS, SHOWN_NAMES = 20, 8
 DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 EXIT_UNFLUSHED = 120  # as Python itself, when the last output cannot be written
-INTERRUPTED = 130  # as a shell says it of Ctrl-C
+INTERRUPTED, UNREAD = 130, 141  # as a shell says it of Ctrl-C, and of SIGPIPE
 SECONDS_FOR_RANK_0, SECONDS_FOR_A_LINE = 8.0, 2.0
 
 
@@ -187,6 +188,8 @@ def denied(path: str | Path) -> str:
 def exit_on_error() -> Iterator[None]:
     """Turn a `FinetuneError` into one `error: ...` on stderr and its exit status, and Ctrl-C into status 130.
 
+    Ends quietly with status 141 where nobody reads stdout any more, as in `finetune recipes | head -3`.
+
     Names the path of a file or folder that another user owns, with status 2: asking whether one exists may already
     raise a `PermissionError`; and a package that is not installed.
 
@@ -208,6 +211,20 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        sys.exit(UNREAD)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether the reader of a pipe is gone; what is still to be written is dropped then."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return True
 
 
 @contextmanager

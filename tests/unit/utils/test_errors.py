@@ -1,4 +1,5 @@
 import os
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -70,6 +71,18 @@ def test_a_new_error_has_the_status_of_the_branch_it_inherits_from(monkeypatch, 
 
     assert ended.value.code == ConfigError.status
     assert "error: no tokenizer" in capsys.readouterr().err
+
+
+def test_a_reader_that_is_gone_ends_the_command_quietly(monkeypatch, capfd):
+    reading, writing = os.pipe()
+    with open(writing, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(BrokenPipeError), exit_on_error():
+            raise BrokenPipeError  # of another pipe
+        os.close(reading)
+        with pytest.raises(SystemExit) as ended, exit_on_error():
+            print("a line")
+    assert ended.value.code == 141 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("rank", [None, "0"])
