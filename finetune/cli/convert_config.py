@@ -10,10 +10,11 @@ from typing import Any
 
 from finetune.config import build_parser as training_parser
 from finetune.config.argument_parser import REQUIRED, value_of
-from finetune.config.flag_support import REFUSED
+from finetune.config.flag_support import REFUSED, WITHOUT_EFFECT
 from finetune.config.foreign_names import FOREIGN_NAMES, OURS
 from finetune.config.recipes import read_mapping
 from finetune.utils.atomic_io import write_new
+from finetune.utils.console import print_wrapped
 from finetune.utils.options import CommandParser, OptionType, fill, positional
 
 LORA: dict[str, dict[str, Any]] = {
@@ -24,6 +25,13 @@ LORA: dict[str, dict[str, Any]] = {
 PRECISIONS = {"bfloat16": {"bf16": True}, "float16": {"fp16": True}, "float32": {"bf16": False}, "auto": {}}
 FLASH = {"attn_implementation": "flash_attention_2"}
 ATTENTION = {"fa2": FLASH, "flash_attn": FLASH, "true": FLASH, "auto": {}, "disabled": {}, "false": {}}
+UNUSED = {**REFUSED, **WITHOUT_EFFECT}
+# Of values that cannot be said here.
+REMEDIES = {
+    **UNUSED,
+    "dataset": "NAME#500 takes 500 rows there; here --data_path NAME:0.1 takes a tenth of the rows",
+    "chat_template": FOREIGN_NAMES["template"],
+}
 ALL_LINEAR = ("all", "all-linear", "true")
 
 
@@ -39,6 +47,8 @@ def _names(key: str, value: Any) -> dict[str, Any] | None:
     """Return a list from a list, from text with commas, or from axolotl's list of mappings with a `path`."""
     values = value if isinstance(value, list) else str(value).split(",")
     names = [str(one["path"] if isinstance(one, dict) else one).strip() for one in values]
+    if key.endswith("data_path") and any("#" in name for name in names):  # so many rows, in ms-swift
+        return None
     return {key: ["all-linear"] if len(names) == 1 and names[0].lower() in ALL_LINEAR else names}
 
 
@@ -67,8 +77,7 @@ VALUES: dict[str, Callable[[Any], dict[str, Any] | None]] = {
     "pissa_init": lambda on: {"init_lora_weights": "pissa"} if on else {},
     "mask_history": lambda on: {"train_on": "last_model_turn"} if on else {},
     "new_special_tokens": partial(_names, "new_tokens"),
-    **{name: lambda _: None for name in REFUSED},
-    "template": lambda name: None,
+    **{name: lambda _: None for name in UNUSED},
     "chat_template": lambda name: {"chat_template": name} if re.fullmatch(r"chatml|.*\.jinja", name) else None,
     "bf16": lambda value: {"bf16": str(value).lower() in ("true", "auto")},
 }
@@ -83,7 +92,7 @@ DIFFERENCES = (
     "line break after the answer: it is not supervised here; templates of LLaMA-Factory and ms-swift may supervise it",
     "truncation: a long conversation loses whole turns here (--too_long turns), nothing is cut inside a turn",
     "loss: a mean over the supervised tokens of a step, of all ranks; a mean over micro-batches weighs otherwise",
-    "data: files, folders and hub names; names of a dataset_info.json are not known here",
+    "data: files, folders and hub names (of ModelScope with modelscope: in front), not names of a dataset_info.json",
     "chat template: the tokenizer's own; `finetune preview` shows each row with its supervised tokens",
     "batch: a step has per_device_train_batch_size x gradient_accumulation_steps x ranks conversations",
 )
@@ -113,15 +122,16 @@ def main(argv: Sequence[str]) -> None:
         print(text, end="")
     else:
         write_new(Path(options.recipe), text)
-    notes = [f"reads like a config of {program_of(given)}", *(f"left out: {line}" for line in left_out)]
+    notes = [f"reads like {program_of(given)}", *(f"left out: {line}" for line in left_out)]
     notes += [f"missing in the recipe: {', '.join(missing)}"] if missing else []
     for note in [*notes, *DIFFERENCES]:
-        print(f"convert-config: {note}", file=sys.stderr)
+        print_wrapped(f"convert-config: {note}", sys.stderr)
 
 
 def program_of(given: dict[str, Any]) -> str:
     """Return whose keys most of these are."""
-    return max(PROGRAMS, key=lambda program: sum(key in given for key in PROGRAMS[program]))
+    counts = {program: sum(key in given for key in keys) for program, keys in PROGRAMS.items()}
+    return f"a config of {max(counts, key=counts.__getitem__)}" if any(counts.values()) else "a recipe"
 
 
 def convert(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -140,11 +150,15 @@ def convert(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         faults = _faults(flags, types)
         other = [flag for flag, said in (flags or {}).items() if flag in recipe and recipe[flag] != said]
         if flags is None or faults or other:
-            remedy = REFUSED.get(name) or FOREIGN_NAMES.get(name.lower()) or (*faults, "this value has no flag here")[0]
+            known = REMEDIES.get(name) or FOREIGN_NAMES.get(name.lower())
+            remedy = known or (*faults, "this value has no flag here")[0]
             if other:
                 remedy = f"another key says --{other[0]} {recipe[other[0]]}"
             left_out.append(f"{name}: {value!r:.60}: {remedy}")
             continue
+        left_out += [f"{name}.{part}: {said!r:.60}: {FOREIGN_NAMES.get(part, 'unknown here')}"
+                     for mapping in (value if isinstance(value, list) else ()) if isinstance(mapping, dict)
+                     for part, said in mapping.items() if part != "path"]  # fmt: skip
         recipe |= flags
     return recipe, left_out
 

@@ -34,6 +34,7 @@ lora_target_linear: true
 sample_packing: true
 bf16: auto
 val_set_size: 0.05
+hub_model_id: me/x
 output_dir: o
 zorro: 3
 """
@@ -46,6 +47,7 @@ max_length: 8192
 split_dataset_ratio: 0.01
 output_dir: o
 loss_scale: default
+val_dataset: [x#5]
 """
 
 
@@ -82,13 +84,14 @@ output_dir: o
             "axolotl",
             {"use_lora": True, "load_in_4bit": True, "data_path": ["my.jsonl"], "per_device_train_batch_size": 2,
              "lora_target_modules": ["all-linear"], "batching": "packed", "bf16": True, "validation_share": 0.05},
-            ("zorro: 3: unknown here",),
+            ("zorro: 3: unknown here", "datasets.type: 'chat_template': formats of rows",
+             "hub_model_id: 'me/x': `finetune push`"),
         ),
         (
             SWIFT,
             "ms-swift",
             {"bf16": True, "model_max_length": 8192, "validation_share": 0.01, "use_lora": False},
-            ("loss_scale: 'default'",),
+            ("loss_scale: 'default'", "val_dataset: ['x#5']: "),
         ),
         (
             TRL,
