@@ -297,7 +297,7 @@ def report_failure(failure: Failure, arguments: Arguments | None) -> None:
     record = Path(arguments.training["output_dir"]).expanduser() / FAILURE_FILE if arguments else None
     if record and record.parent.is_dir() and failure.kind in ("launcher", "lost"):
         write_failure(record.parent, failure)  # a record that the run has left stays as it is
-    if failure.kind != "error" or failure.phase not in ("start", "data", "rendezvous"):
+    if not failure.is_said():
         where = str(record) if record and record.is_file() else ""
         page = format_failure_page(failure, colour=sys.stderr.isatty(), record=where)
         print(f"\n{page}", file=sys.stderr, flush=True)

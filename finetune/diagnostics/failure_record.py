@@ -14,6 +14,7 @@ from finetune.utils.user_files import has_type
 
 KINDS = ("error", "exception", "died", "stuck", "missing", "lost", "launcher")
 PHASES = ("start", "data", "rendezvous", "model", "step", "evaluation", "save", "end")
+BEFORE_TRAINING = ("start", "data", "rendezvous", "model")
 RENAMED_PHASES = {"meeting": "rendezvous"}  # in records of version 0.1
 ERROR_LINES, TRACEBACK_LINES, LINE_LENGTH, ALSO_LENGTH = 40, 60, 2000, 64
 SIGNALS = frozenset(int(number) for number in signal.Signals if number < 32)
@@ -74,6 +75,10 @@ class Failure:
             raise ValueError(f'expected an object with a "kind", got {str(values)[:80]!r}')
         hints = get_type_hints(cls)
         return cls(**{name: value for name, value in values.items() if name in hints and has_type(value, hints[name])})
+
+    def is_said(self) -> bool:
+        """Whether the `error: ...` of its rank says all: an error before the first step."""
+        return self.kind == "error" and self.phase in BEFORE_TRAINING
 
     def killed_by(self) -> int | None:
         """Return the signal that ended the process, also as read from an exit status: -9, 137 and 247 are SIGKILL.

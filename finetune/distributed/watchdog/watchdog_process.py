@@ -283,7 +283,7 @@ class Watchdog:
         if failure is None or (supervisor and state_of(supervisor) not in "?Z"):
             return
         speaks_for_host = self.order["local_rank"] == 0 and (failure.kind == "lost" or self.connection is None)
-        if (self.rank == 0 or speaks_for_host) and (failure.kind != "error" or self.run):
+        if (self.rank == 0 or speaks_for_host) and not failure.is_said():
             record = str(Path(self.run["output_dir"], FAILURE_FILE)) if self.run else ""
             page = format_failure_page(failure, colour=sys.stderr.isatty(), record=record)
             print(f"\n{page}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from finetune.cli.launch import outcome, start, without_secrets
+from finetune.cli.launch import outcome, report_failure, start, without_secrets
 from finetune.diagnostics import Failure
 from finetune.launcher.local_session import HostReport
 from finetune.launcher.ssh import shared_words
@@ -32,6 +32,14 @@ def test_the_exit_status_is_that_of_what_failed_first(given, signals, expected):
     status, failure = outcome(reports(**given), {"a": 1, "b": 1}, ours=True, signals=signals)
     assert status == expected
     assert (failure is None) == (expected in (0, 75, 143))
+
+
+@pytest.mark.parametrize(("phase", "pages"), [("data", 0), ("model", 0), ("step", 1)])
+def test_an_error_before_the_first_step_is_said_once_by_its_rank(phase, pages, capsys):
+    report_failure(Failure("error", "no such layer", phase=phase, rank=0), None)
+    report_failure(Failure("exception", "ValueError: 1", phase=phase, rank=0), None)
+    said = capsys.readouterr().err
+    assert said.count("no such layer") == pages and said.count("ValueError: 1") == 1
 
 
 def test_a_script_that_is_not_ours_is_believed():
