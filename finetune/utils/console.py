@@ -102,8 +102,11 @@ def wrapped(text: str) -> str:
         label = re.match(r" *(?:[a-z]+: |\d+\. |\S{1,24}(?: \S{1,12})? {2,})?", line)
         indent = " " * (label.end() if label and label.end() < columns // 2 else 2)
         is_text = len(line) > columns and line.isprintable()
-        keep = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
-        lines += textwrap.wrap(line, columns, subsequent_indent=indent, **keep) if is_text else [line]
+        # Paths and flags stay whole.
+        wrapper = textwrap.TextWrapper(
+            columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        lines += wrapper.wrap(line) if is_text else [line]
     return "\n".join(lines)
 
 
