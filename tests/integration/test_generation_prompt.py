@@ -159,7 +159,11 @@ def test_the_prompt_is_what_training_rendered(served, kind, name):
         if name not in IN_WORDS and not any("\n b" in turn.text for turn in turns):
             for number, turn in enumerate(turns):
                 if turn.role == "model":
-                    before, _ = trained(chat_format, turns[: number + 1])
+                    try:
+                        before, _ = trained(chat_format, turns[: number + 1])
+                    except DataError as error:
+                        assert "spells a control token" in str(error)
+                        continue
                     assert prompt_ids(chat_format, Conversation(tuple(turns[:number]))) == before
     assert compared >= 8
 
