@@ -309,8 +309,10 @@ with start_watchdog():
 
 def test_a_stopped_watchdog_continues_when_its_rank_is_killed_and_ends():
     rank = subprocess.Popen([sys.executable, "-c", RANK], env={**os.environ, **ALONE}, stdout=subprocess.PIPE)
-    watchdog = os.pidfd_open(int(rank.stdout.readline()))
-    time.sleep(0.5)  # it is past its imports
+    pid = int(rank.stdout.readline())
+    watchdog, used = os.pidfd_open(pid), None
+    while used != (used := Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]):
+        time.sleep(0.5)  # until it is past its imports, which take processor time
     signal.pidfd_send_signal(watchdog, signal.SIGSTOP)
     rank.kill()
     rank.wait()
