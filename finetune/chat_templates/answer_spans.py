@@ -214,9 +214,8 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         return _Found(alone[: end.stop], begin, end)
     asked = find_slots(prompt, text.spelled)
     context = others[-1].stop if others else 0
-    if (
-        len(asked) > len(others) and not loses
-    ):  # some write the system turn with the last question, until it is answered
+    # Some templates write the system turn with the last question, until it is answered.
+    if len(asked) > len(others) and not loses:
         header = prompt[asked[-1].stop :]
         if alone.startswith(header, context):
             return _completion(turn, number, prompt, alone[context + len(header) : end.stop], end, text)

@@ -33,9 +33,8 @@ def leading_turns(
     num_likely = sum(stops.get(number, 0) <= max_length for number in model_turns)
     # One turn more than the whole conversation suggests: some templates render a prefix shorter.
     for number in reversed(model_turns[: num_likely + 1]):
-        with suppress(
-            UnrenderableError
-        ):  # its last answer may need the prompt of serving, which the others do not have
+        # Its last answer may need the prompt of serving, which the others do not have.
+        with suppress(UnrenderableError):
             fitted = truncate_to_fit(tokenize(turns[: number + 1]), max_length)
             if fitted is not None:
                 return fitted, number + 1
