@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from finetune.utils.options import CommandParser, OptionType, declaration, descr
 from finetune.utils.user_files import has_type, parse_object, read_json
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
+MANY = 16  # names, which are not all listed when one of them is near
 # Flags whose values are names, and where transformers lists these.
 NAMED = {
     "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
@@ -179,12 +180,14 @@ def _from_file(path: Path, parser: CommandParser) -> tuple[dict[str, Any], list[
     sections = {name: value for name, value in values.items() if isinstance(value, dict) and name not in types}
     faults = [f"{name}: a recipe has no sections: write {', '.join(map(str, value))} without it"
               for name, value in sections.items()]  # fmt: skip
-    faults += parser.unknown([f"--{name}" for name in values if name not in types and name not in sections])
+    names = [*(name for name in values if name not in sections), *chain.from_iterable(sections.values())]
+    faults += parser.unknown([f"--{name}" for name in names if name not in types])
     given = {}
     for name, value in values.items():
         if value is not None and name in types:
+            is_word = value is False and name in NAMED  # YAML reads the plain words `no` and `off` as false
             try:
-                given[name] = value_of(types[name], value)
+                given[name] = value_of(types[name], "no" if is_word else value)
             except ValueError as error:
                 faults.append(f"--{name} {value!r}: {error}")
     if "data_path" in given:
@@ -260,7 +263,7 @@ def _name_faults(arguments: Arguments) -> Iterator[str]:
         if value not in known:
             close = [word for word in known if word.startswith(str(value))] or get_close_matches(str(value), known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            yield f"--{name} {value}: {hint}expected {one_of(known)}"
+            yield f"--{name} {value}: {hint}" + (f"expected {one_of(known)}" if len(known) <= MANY or not hint else "")
 
 
 def _number_faults(arguments: Arguments) -> Iterator[str]:
@@ -293,7 +296,8 @@ def data_faults(data: DataArguments) -> Iterator[str]:
     if data.validation_share and data.eval_data_path:
         yield "--validation_share and --eval_data_path exclude each other: keep one of them"
     if data.template_kwargs() is None:
-        yield f"--chat_template_kwargs {data.chat_template_kwargs}: expected a JSON object"
+        example = '{"enable_thinking": false}'
+        yield f"--chat_template_kwargs {data.chat_template_kwargs}: expected a JSON object, such as {example}"
     for name in sorted(NOT_VARIABLES.intersection(data.template_kwargs() or ())):
         yield f"--chat_template_kwargs: {name} is no variable of chat templates: leave it out"
     for rule in data.repairs:

@@ -122,8 +122,7 @@ def resolve_deepspeed_config(
             remove_key(resolved, key)
         resolve_precision(resolved, command, faults, notes)
         schedule = resolve_schedule(resolved, command, faults, notes)
-        if imports_deepspeed:
-            resolve_optimizer(resolved, command, stage, use_cpu=use_cpu, faults=faults, notes=notes)
+        resolve_optimizer(resolved, command, stage, use_cpu=use_cpu, faults=faults, notes=notes)
         resolve_values(resolved, command, world_size // sequence_parallel_size, faults)
         resolve_accumulation(resolved, command, stage, notes)
         resolver.resolve_zero(stage, world_size, local_world_size, use_cpu)

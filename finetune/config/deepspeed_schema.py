@@ -7,7 +7,7 @@ not exist, and the defaults that it asks with show the types.
 
 from __future__ import annotations
 
-import inspect
+import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from finetune.utils.options import source_folder
+from finetune.utils.options import declaration, source_folder
 
 # Refused unless absent or one of these values: key -> (values, why).
 UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -43,15 +43,15 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "DeepSpeed quantizes before weights are there"),
     "zero_optimization.zenflow": ((None,), "it updates parameters with old gradients"),
 }
-# The optimizers that DeepSpeed builds by type: class names below `deepspeed.ops`, on the GPU and offloaded.
+# The optimizers that DeepSpeed builds by type: module and class below `deepspeed/ops`, on the GPU and offloaded.
 DEEPSPEED_CLASSES = {
-    "adam": ("adam.FusedAdam", "adam.DeepSpeedCPUAdam"),
-    "adamw": ("adam.FusedAdam", "adam.DeepSpeedCPUAdam"),
-    "lion": ("lion.FusedLion", "lion.DeepSpeedCPULion"),
-    "lamb": ("lamb.FusedLamb", "lamb.FusedLamb"),
-    "adagrad": ("", "adagrad.DeepSpeedCPUAdagrad"),
+    "adam": ("adam/fused_adam.FusedAdam", "adam/cpu_adam.DeepSpeedCPUAdam"),
+    "adamw": ("adam/fused_adam.FusedAdam", "adam/cpu_adam.DeepSpeedCPUAdam"),
+    "lion": ("lion/fused_lion.FusedLion", "lion/cpu_lion.DeepSpeedCPULion"),
+    "lamb": ("lamb/fused_lamb.FusedLamb", "lamb/fused_lamb.FusedLamb"),
+    "adagrad": ("", "adagrad/cpu_adagrad.DeepSpeedCPUAdagrad"),
 }
-NEEDS_GPU = ("lion.FusedLion", "lamb.FusedLamb")
+NEEDS_GPU = ("lion/fused_lion.FusedLion", "lamb/fused_lamb.FusedLamb")
 # Compared with the flags elsewhere.
 DECIDED = {
     "train_micro_batch_size_per_gpu": 1,
@@ -141,6 +141,9 @@ def schema_faults(config: Mapping[str, Any], *, imports_deepspeed: bool = True) 
     those unknown keys are found that are no word of DeepSpeed's sources.
     """
     rest: dict[str, Any] = json.loads(json.dumps({**config, **DECIDED}))
+    optimizer = rest.get("optimizer") or {}
+    if not isinstance(optimizer.get("type", ""), str):
+        optimizer["type"] = "AdamW"  # `optimizer_options` says what is wrong
     faults = []
     for dotted, (allowed, why) in UNSERVED.items():
         key = tuple(dotted.split("."))
@@ -264,36 +267,43 @@ def _model_names() -> set[str]:
 
 
 def optimizer_options(kind: Any, params: Mapping[str, Any], *, offloads: bool, use_cpu: bool) -> set[str]:
-    """Return the names that `optimizer.params` may hold.
+    """Return the names that `optimizer.params` may hold, as the sources of DeepSpeed and torch declare them.
 
     Raises:
         ValueError: DeepSpeed cannot build this optimizer here.
     """
-    import deepspeed.ops  # noqa: F401  # its submodules
-    import torch
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
     if not isinstance(kind, str):
         raise ValueError("expected a name, such as AdamW")
-    known, name = kind.lower() in DEEPSPEED_OPTIMIZERS, kind.lower()
+    name = kind.lower()
     if name == "muon":
         return {"lr", "muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps", "weight_decay", "adam_w_mode"}
     is_adam = name in ("adam", "adamw")
-    path = DEEPSPEED_CLASSES.get(name, ("", ""))[offloads] if known else ""
+    path = DEEPSPEED_CLASSES.get(name, ("", ""))[offloads]
     if is_adam and params.get("torch_adam"):
         path, kind = "", "AdamW"
     if use_cpu and path in NEEDS_GPU:
         raise ValueError("its kernels need a GPU")
-    if path:
-        module, _, cls_name = path.partition(".")
-        cls: Any = getattr(getattr(deepspeed.ops, module), cls_name)
-    else:
-        cls = getattr(torch.optim, "Adagrad" if name == "adagrad" else kind, None)
-        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-            names = ", ".join([*DEEPSPEED_CLASSES, "muon"])
-            raise ValueError(f"neither DeepSpeed nor torch.optim can build it: expected {names}")
-    options = set(list(inspect.signature(cls).parameters)[1:])
+    library, folder = ("deepspeed", "ops") if path else ("torch", "optim")
+    module, _, cls_name = (path or _torch_optimizer("Adagrad" if name == "adagrad" else kind)).partition(".")
+    cls = declaration(library, f"{folder}/{module}.py", cls_name)
+    [init] = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    options = {argument.arg for argument in [*init.args.args[2:], *init.args.kwonlyargs]}
     return options | ({"adam_w_mode", "torch_adam", "fp32_optimizer_states"} if is_adam else set())
+
+
+def _torch_optimizer(kind: str) -> str:
+    """Return the module and class of an optimizer below `torch/optim`, or raise ValueError with the nearest name."""
+    text = source_folder("torch").joinpath("optim/__init__.py").read_text(encoding="utf-8")
+    modules = {
+        cls_name: module for module, cls_name in re.findall(r"^from torch\.optim\.(\w+) import ([A-Z]\w+)", text, re.M)
+    }
+    del modules["Optimizer"]
+    if kind in modules:
+        return f"{modules[kind]}.{kind}"
+    known = {name.lower(): name for name in ("AdamW", "Adam", "Lion", "Lamb", "Muon", *modules)}
+    close = get_close_matches(kind.lower(), known, n=1, cutoff=0.7)
+    remedy = f'did you mean "{known[close[0]]}"?' if close else f"expected one of {', '.join(known.values())}"
+    raise ValueError(f"neither DeepSpeed nor torch.optim can build it: {remedy}")
 
 
 def is_tested_with_zero(kind: str) -> bool:

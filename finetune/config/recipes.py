@@ -10,6 +10,12 @@ from finetune.utils.user_files import read_json, read_text, unique_keys
 
 RECIPE_ENDINGS = (".yaml", ".yml", ".json")
 RECIPE_LINE = "write a key, an ASCII colon, a space and its value on each line, such as `learning_rate: 2e-4`"
+# What the YAML parser says -> the remedy, where it is not that line alone.
+YAML_REMEDIES = {
+    "'\\t'": "indent with spaces, not tabs",
+    "mapping values": f"{RECIPE_LINE}; a value that has a colon stands in quotes",
+    "another document": "a recipe is one document: leave the line --- out",
+}
 NEVER_FROM_A_RUN = ("trust_remote_code",)  # a run.json may come from anyone
 
 
@@ -59,7 +65,7 @@ def read_mapping(path: Path, shown: str) -> dict[str, Any]:
         except yaml.MarkedYAMLError as error:
             mark, reason = error.problem_mark or error.context_mark, error.problem or error.context
             place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            hint = "indent with spaces, not tabs" if "'\\t'" in str(reason) else RECIPE_LINE
+            hint = next((remedy for sign, remedy in YAML_REMEDIES.items() if sign in str(reason)), RECIPE_LINE)
             raise ConfigError(f"{shown}{place}: not YAML: {reason}: {hint}") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{shown}: not YAML: {first_line(error)}: {RECIPE_LINE}") from None

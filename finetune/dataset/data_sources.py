@@ -204,9 +204,10 @@ def _modelscope(given: str, weight: float) -> list[Source]:
 
 def _why_missing(path: Path) -> str:
     shipped = ", ".join(str(file) for file in shipped_files()) or "none in this installation"
-    several = [part for part in re.split("[,，;；]", str(path)) if part]  # noqa: RUF001
+    several = [part for part in re.split("[,，;；\\s]+", str(path)) if part]  # noqa: RUF001
     if len(several) > 1 and all(map(os.path.exists, several)):
-        return f"no file has this name: several are written with spaces between them: {' '.join(several)}"
+        words, items = " ".join(several), ", ".join(several)
+        return f"no file has this name: several are written with spaces between them: {words}; in a recipe as [{items}]"
     reason = NOT_SHIPPED.get(path.name) or missing_reason(path)
     return f"{reason}; conversations that come with it: {shipped}"
 

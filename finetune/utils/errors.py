@@ -171,6 +171,8 @@ def missing_reason(path: Path) -> str:
 
 def near_paths(path: Path) -> str:
     """Return `: did you mean X?` with what a folder holds of a name like that of a missing path; or nothing."""
+    if "$" in str(path):
+        return ": a variable is replaced by the shell alone, not in a recipe or in '': write the path itself"
     try:
         names = sorted(os.listdir(path.absolute().parent))
     except OSError:

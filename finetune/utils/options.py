@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 import re
 import textwrap
 import types
@@ -242,6 +243,8 @@ class CommandParser(argparse.ArgumentParser):
         """Return what may have been meant by a word that belongs to no option."""
         if close := get_close_matches(word, self.recipes, n=1):
             return f"did you mean the recipe {close[0]}?"
+        if self.recipes and os.path.isfile(word):
+            return "a recipe ends with .yaml, .yml or .json"
         before = argv[: argv.index(word)] if word in argv else ()
         name = next((other.partition("=")[0] for other in reversed(before) if other.startswith("--")), "")
         shape = self.types.get(name.removeprefix("--"))

@@ -141,6 +141,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--model_max", "5"], "unknown flag --model_max"),
         (["--zzz", "5"], "unknown flag --zzz: see finetune train --help"),
         (["stray"], "unexpected argument 'stray': --output_dir takes one value"),
+        ([__file__], "a recipe ends with .yaml, .yml or .json"),
         (["qwen3_8b_lor"], "unexpected argument 'qwen3_8b_lor': did you mean the recipe qwen3_8b_lora?"),
         (["--learning_rate", "2e-4", "1e-4"], "unexpected argument '1e-4': --learning_rate takes one value"),
         (
@@ -183,7 +184,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--num_virtual_tokens", "-1"], "--num_virtual_tokens -1: expected at least 1"),
         (["--lora_dropout", "1"], "--lora_dropout 1.0: expected a share from 0 up to 1"),
         (["--lora_dropout", "nan"], "--lora_dropout nan: expected a finite number"),
-        (["--optim", "adamw_trch"], "--optim adamw_trch: did you mean adamw_torch? expected "),
+        (["--optim", "adamw_trch"], "--optim adamw_trch: did you mean adamw_torch?"),
         (["--save_strategy", "x"], "--save_strategy x: expected no, steps, epoch or best"),
         (["--lora_r", "8"], "--lora_r is given, but all parameters would be trained"),
         (["--lora_r", "16"], "--lora_r is given, but all parameters would be trained: add --use_lora True, or leave"),

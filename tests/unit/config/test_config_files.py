@@ -43,6 +43,15 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
     assert json.loads(training["lr_scheduler_kwargs"]) == {"a": 1}
 
 
+def test_yaml_words_that_mean_no_are_the_choice_of_that_name(tmp_path):
+    path = written(tmp_path / "a.yaml", "save_strategy: no\neval_strategy: off\nlogging_strategy: 'no'\nbf16: off\n")
+
+    training = parsed("--config", str(path)).training
+
+    assert [training[f"{kind}_strategy"] for kind in ("save", "eval", "logging")] == ["no"] * 3
+    assert training["bf16"] is False
+
+
 def test_a_config_file_may_hold_the_required_flags(tmp_path):
     path = written(tmp_path / "a.json", {"model_name_or_path": "m", "data_path": "d", "output_dir": "o"})
 
@@ -85,6 +94,8 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
         ("a.yaml", "seed: 1\nseed: 2", "seed is given twice"),
         ("a.json", '{"seed": 1, "seed": 2}', 'the key "seed" is given twice'),
         ("a.yaml", "lora: {lora_r: 8}", "lora: a recipe has no sections: write lora_r without it"),
+        ("a.yaml", "run_name: my: run", "a value that has a colon stands in quotes"),
+        ("a.yaml", "seed: 1\n---\nseed: 2", "leave the line --- out"),
         ("a.json", {"lora_r": "eight"}, "--lora_r 'eight': expected a whole number"),
         ("a.json", {"seed": True}, "--seed True: expected a whole number"),
         ("a.json", {"output_dir": ["a", "b"]}, "output_dir"),
@@ -105,8 +116,8 @@ def test_the_command_line_wins_under_a_flag_s_old_name_too(stored, words, name, 
         ("a.json", '{"seed": ' + "1" * 5_000 + "}", "digits"),
     ],
     ids=[
-        "unknown", "number-as-flag", "twice", "twice-json", "section", "type", "boolean-for-int", "list-for-one",
-        "array", "empty", "broken-yaml", "tab", "wide-colon", "wide-colons",
+        "unknown", "number-as-flag", "twice", "twice-json", "section", "colon", "documents", "type",
+        "boolean-for-int", "list-for-one", "array", "empty", "broken-yaml", "tab", "wide-colon", "wide-colons",
         "bad-date", "broken-json", "latin-1-yaml", "latin-1-json", "deep-json",
         "deep-yaml", "digits",
     ],
@@ -118,6 +129,13 @@ def test_a_wrong_config_file_is_named_with_what_is_wrong(name, content, said, tm
 
     assert message.startswith(f"--config {path}")
     assert said in message
+
+
+def test_unknown_names_in_a_section_are_named_with_it(tmp_path):
+    message = refusal("--config", str(written(tmp_path / "a.yaml", "lora: {rank: 8, lora_r: 8}")))
+
+    assert "lora: a recipe has no sections" in message and "unknown flag --rank: here --lora_r" in message
+    assert "--lora_r:" not in message
 
 
 def test_a_missing_config_file_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """What the installed DeepSpeed reads of a config, and what both it and the command line decide."""
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,13 @@ from transformers import get_scheduler
 from finetune.config import deepspeed_schema
 from finetune.config.deepspeed_config import DeepSpeedFlags, load_config, resolve_deepspeed_config
 from finetune.config.deepspeed_flags import SCHEDULES
-from finetune.config.deepspeed_schema import UNSERVED, optimizer_options, schema_faults, without_comments
+from finetune.config.deepspeed_schema import (
+    DEEPSPEED_CLASSES,
+    UNSERVED,
+    optimizer_options,
+    schema_faults,
+    without_comments,
+)
 from finetune.utils.errors import ConfigError
 from tests.helpers.paths import ROOT
 
@@ -24,9 +31,11 @@ FLAGS = DeepSpeedFlags(
 STAGE_2 = {"zero_optimization": {"stage": 2}}
 
 
-def resolved(config: dict, flags: DeepSpeedFlags = FLAGS, ranks: int = 1, *, use_cpu: bool = False) -> Any:
+def resolved(
+    config: dict, flags: DeepSpeedFlags = FLAGS, ranks: int = 1, *, use_cpu: bool = False, **options: Any
+) -> Any:
     return resolve_deepspeed_config(
-        Path("mine.json"), config, flags, world_size=ranks, local_world_size=ranks, use_cpu=use_cpu
+        Path("mine.json"), config, flags, world_size=ranks, local_world_size=ranks, use_cpu=use_cpu, **options
     )
 
 
@@ -117,6 +126,47 @@ def test_an_optimizer_takes_what_its_class_takes(kind, gpu, cpu, takes):
         else:
             with pytest.raises(ValueError, match=r"GPU|can build it"):
                 optimizer_options(kind, {}, offloads=False, use_cpu=use_cpu)
+
+
+def test_the_sources_name_the_options_that_the_classes_of_optimizers_have():
+    import deepspeed.ops.adagrad
+    import deepspeed.ops.adam
+
+    classes = [cls for cls in vars(torch.optim).values() if isinstance(cls, type) and cls is not torch.optim.Optimizer]
+    assert len(classes) > 10
+    for cls in classes:
+        taken = [*inspect.signature(cls).parameters][1:]
+        if cls.__name__.lower() not in (*DEEPSPEED_CLASSES, "muon"):
+            assert optimizer_options(cls.__name__, {}, offloads=False, use_cpu=True) == {*taken}
+    for kind, cls in (
+        ("Adam", deepspeed.ops.adam.DeepSpeedCPUAdam),
+        ("Adagrad", deepspeed.ops.adagrad.DeepSpeedCPUAdagrad),
+    ):
+        taken = [*inspect.signature(cls).parameters][1:]
+        assert {*taken} <= optimizer_options(kind, {}, offloads=True, use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (
+            {"type": "AdamWW"},
+            'optimizer.type is "AdamWW": neither DeepSpeed nor torch.optim can build it: did you mean "AdamW"?',
+        ),
+        ({"type": "adamax"}, 'did you mean "Adamax"?'),
+        ({"type": "OneBitAdam"}, "expected one of AdamW, Adam, Lion, "),
+        ({"type": 3}, "optimizer.type is 3: expected a name, such as AdamW"),
+        (
+            {"type": "AdamW", "params": {"beta": [0.9, 0.95]}},
+            'optimizer.params.beta" is not a DeepSpeed key: did you mean "betas"?',
+        ),
+        ({"type": "SGD", "params": {"momemtum": 0.9}}, 'did you mean "momentum"?'),
+    ],
+)
+def test_an_optimizer_section_is_checked_alike_before_and_with_the_import_of_deepspeed(section, said):
+    config = {"zero_allow_untested_optimizer": True, **STAGE_2, "optimizer": section}
+    message = refusal(config, imports_deepspeed=False)
+    assert said in message and message == refusal(config)
 
 
 def test_what_an_optimizer_section_leaves_out_comes_from_the_flags():

@@ -141,6 +141,19 @@ def test_a_name_that_looks_like_a_file_is_no_name_on_a_hub(name, folder):
     assert refused(name).startswith(f"{name}: there is no such file; ")
 
 
+@pytest.mark.parametrize("sign", [",", ", ", "\uff0c", " "])
+def test_several_files_in_one_word_are_taken_apart_for_the_user(sign, folder):
+    message = refused(f"data/a.json{sign}data/b.jsonl")
+
+    assert "with spaces between them: data/a.json data/b.jsonl; in a recipe as [data/a.json, data/b.jsonl]" in message
+    assert "there is no such file" in refused(f"data/a.json{sign}data/none.jsonl")
+
+
+@pytest.mark.parametrize("name", ["$DATA/a.json", "data/${NAME}.json"])
+def test_a_variable_that_no_shell_replaced_is_said(name, folder):
+    assert f"{name}: there is no such file: a variable is replaced by the shell alone" in refused(name)
+
+
 def test_the_file_of_the_published_command_is_known_not_to_be_shipped():
     message = refused("finetune/data/coig_10k.json")
 
