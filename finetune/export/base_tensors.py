@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from finetune.export.weight_names import WeightNames
 from finetune.models.base_checks import COMPUTED_BUFFERS
 from finetune.models.model_folder import weight_map
-from finetune.models.stored_tensors import StoredTensors
+from finetune.models.stored_tensors import StoredTensors, save_tensors
 from finetune.utils.errors import CheckpointError, format_names
 
 SHARD_BYTES = 5 << 30
@@ -26,20 +24,22 @@ class BaseTensors:
     def __init__(self, folder: Path, empty: Any, model: Any) -> None:
         self.stored = StoredTensors(folder)
         weights = dict(model.named_parameters(remove_duplicate=False))  # also those that share one
-        self.frozen = {name for name, parameter in weights.items() if not parameter.requires_grad}
+        frozen = {name for name, parameter in weights.items() if not parameter.requires_grad}
         tied = dict(getattr(empty, "all_tied_weights_keys", None) or {})
         groups = WeightNames(empty).group_files({name: self.stored.shape(name) for name in self.stored})
         self.tied = {name for group in groups for name, _ in group.files if set(group.weights) & tied.keys()}
-        loaded = weights.keys() - self.frozen | {name for name, _ in model.named_buffers()}
+        loaded = weights.keys() - frozen | {name for name, _ in model.named_buffers()}
         self.weights_of = {name: group.weights for group in groups for name, _ in group.files}
         self.untouched = [
             name
             for name, weights in self.weights_of.items()
             if not loaded & set(weights) and not COMPUTED_BUFFERS.search(name)
         ]
+        copied = {weight for name in self.untouched for weight in self.weights_of[name]}
+        self.frozen = {name for name in frozen if name in copied or tied.get(name) in copied}
 
     def without_frozen(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return what of a state is saved from memory."""
+        """Return what of a state is saved from memory: all but frozen weights that the files of the base hold."""
         return {name: tensor for name, tensor in state.items() if name not in self.frozen}
 
     def add_to(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class BaseTensors:
         files = [*saved]
         for number, names in enumerate(self._shards()):
             path = folder / f".base-{number}.safetensors"
-            save_file({name: self.stored[name].contiguous() for name in names}, path, metadata={"format": "pt"})
+            save_tensors({name: self.stored[name] for name in names}, path)
             files.append(path.name)
             saved[path.name] = names
         placed = {}

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.chat_templates import ChatFormat, LingoWhaleFormat
 from finetune.export.merge_plan import OutputTensor
 from finetune.models.loader import add_eos_token, embedding_rows
+from finetune.models.stored_tensors import save_tensors
 from finetune.utils.user_files import read_json_object
 
 # Files copied from the source: what the model needs to run, and licenses.
@@ -40,9 +40,9 @@ def write_weights(folder: Path, tensors: Sequence[OutputTensor], dtypes: Sequenc
             values = {}
             for name in names:
                 tensor, dtype = outputs[name]
-                values[name] = tensor.get().to(dtype).contiguous()
+                values[name] = tensor.get().to(dtype)
                 bar.update(empty[name].nbytes)
-            save_file(values, folder / file_name, metadata={"format": "pt"})
+            save_tensors(values, folder / file_name)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

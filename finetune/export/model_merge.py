@@ -21,7 +21,7 @@ from finetune.export.weight_names import WeightNames
 from finetune.inference import load_result
 from finetune.inference.run_result import RunResult
 from finetune.models.adapters import check_saved_adapter
-from finetune.models.auto_class import auto_class
+from finetune.models.auto_class import empty_model
 from finetune.models.loader import damage_named, precision_of, torch_dtype
 from finetune.models.model_config import set_vocab_size
 from finetune.models.model_folder import stored_bytes
@@ -164,8 +164,7 @@ def _model_without_memory(source: Path, vocab_size: int, *, trusts_code: bool) -
             "train on the model that it was made from"
         )
     set_vocab_size(config, vocab_size)
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=trusts_code)
+    model = empty_model(config, trust_remote_code=trusts_code)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=torch.float32).expand(weight.shape)

@@ -22,7 +22,7 @@ from finetune.conversation import Conversation, Turn
 from finetune.distributed.collectives import get_rank
 from finetune.inference.load_result import load_saved_adapter, load_strict, memory_shortage
 from finetune.models.adapters import check_saved_adapter
-from finetune.models.auto_class import auto_class
+from finetune.models.auto_class import auto_class, empty_model
 from finetune.models.loader import embedding_rows, torch_dtype
 from finetune.models.model_folder import local_model_dir, stored_bytes
 from finetune.models.quantization import is_packed_in_files, quantized_loading
@@ -185,7 +185,8 @@ def _load_adapter(folder: Path, base: str, dtype: torch.dtype, trusts_code: bool
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trusts_code)
-    options = {"dtype": dtype, "trust_remote_code": trusts_code, **quantized_loading(bits, dtype, config)}
+    empty = empty_model(config, trust_remote_code=trusts_code)
+    options = {"dtype": dtype, "trust_remote_code": trusts_code, **quantized_loading(bits, dtype, config, empty)}
     if bits or is_packed_in_files(config):  # transformers would load it beside the trained model on the GPU
         options["device_map"] = {"": "cpu"}
     cls = auto_class(config)

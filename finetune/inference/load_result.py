@@ -17,7 +17,7 @@ from finetune.config.arguments import needs_no_trust
 from finetune.config.optional_packages import check_installed
 from finetune.inference.run_result import RunResult
 from finetune.models import loader
-from finetune.models.auto_class import auto_class
+from finetune.models.auto_class import auto_class, empty_model
 from finetune.models.base_checks import check_weights
 from finetune.models.model_folder import WEIGHTS_FILES, local_model_dir, stored_bytes, weights_fingerprint
 from finetune.models.quantization import quantized_loading
@@ -223,7 +223,7 @@ def _load(folder: Path, result: RunResult, bits: int | None = None) -> Any:
 
     may_miss = None if result.run.get("arguments", {}).get("allow_missing_weights") else ()
     trusts_code = trusts_code_in(folder, result)
-    check_saved_weights(folder, trusts_code=trusts_code, may_miss=may_miss)
+    empty = check_saved_weights(folder, trusts_code=trusts_code, may_miss=may_miss)
     options: dict[str, Any]
     if torch.cuda.is_available():
         options = {"dtype": loader.torch_dtype(result.precision), "device_map": _device_map()}
@@ -235,7 +235,7 @@ def _load(folder: Path, result: RunResult, bits: int | None = None) -> Any:
     config = model_config(folder, trusts_code)
     try:
         if bits or result.is_trained:
-            options |= quantized_loading(bits, options["dtype"], config)
+            options |= quantized_loading(bits, options["dtype"], config, empty)
         return auto_class(config).from_pretrained(folder, trust_remote_code=trusts_code, **options)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         kind = ConfigError if isinstance(error, ImportError) else CheckpointError  # a package is missing
@@ -256,18 +256,17 @@ def _cpu_dtype(folder: Path) -> torch.dtype | str:
     return torch.float32 if 2 * stored <= MEMORY_FRACTION * free_memory() else "auto"
 
 
-def check_saved_weights(folder: Path, *, trusts_code: bool, may_miss: tuple[str, ...] | None = ()) -> None:
-    """Check that a saved model holds every weight, and no other; see `check_weights`.
+def check_saved_weights(folder: Path, *, trusts_code: bool, may_miss: tuple[str, ...] | None = ()) -> Any:
+    """Check that a saved model holds every weight, and no other, see `check_weights`; return it on the meta device.
 
     Raises:
         CheckpointError: Weights are missing, unexpected or of another shape.
     """
-    import torch
-
-    with loader.damage_named(f"{folder}: its weights do not load", CheckpointError), torch.device("meta"):
+    with loader.damage_named(f"{folder}: its weights do not load", CheckpointError):
         config = model_config(folder, trusts_code)
-        empty = auto_class(config).from_config(config, trust_remote_code=trusts_code)
+        empty = empty_model(config, trust_remote_code=trusts_code)
     check_weights(folder, empty, config, label=str(folder), may_miss=may_miss, error=CheckpointError)
+    return empty
 
 
 def model_config(folder: Path, trusts_code: bool) -> Any:

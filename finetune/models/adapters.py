@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -21,7 +21,7 @@ from finetune.config.adapter_arguments import LORA_DROPOUT, AdapterArguments
 from finetune.config.hardware import Precision
 from finetune.config.saved_adapter import recorded_weights
 from finetune.models.freezing import freeze
-from finetune.models.loader import ModelInfo, damage_named, needs_new_embeddings, torch_dtype
+from finetune.models.loader import ModelInfo, damage_named, freeze_other_modalities, needs_new_embeddings, torch_dtype
 from finetune.models.lora_targets import (
     ALL_LINEAR,
     LoraTargets,
@@ -31,8 +31,8 @@ from finetune.models.lora_targets import (
     resolve_targets,
 )
 from finetune.models.model_folder import weights_fingerprint
-from finetune.models.module_kinds import EMBEDDINGS, HEAD, VISION
-from finetune.models.quantization import full_shape, quantized_layers
+from finetune.models.module_kinds import EMBEDDINGS, HEAD, ROUTED_EXPERTS, VISION, full_shape
+from finetune.models.quantization import quantized_layers
 from finetune.models.zero3 import gathered
 from finetune.run_dir.run_json import ADAPTER_CONFIG
 from finetune.utils.errors import CheckpointError, ConfigError, first_line, format_names
@@ -206,14 +206,14 @@ def _check_wrapped(targets: LoraTargets, options: dict[str, Any]) -> None:
     refused = [f"--{name} {value}" for name, value in values.items() if value]
     if targets.parameters and refused:
         raise ConfigError(
-            f"{', '.join(refused)}: peft cannot do this with the weights of fused experts ({wrapped_names(targets)}): "
-            "leave it out, or name other layers in --lora_target_modules"
+            f"{', '.join(refused)}: peft cannot do this with the weights of fused experts "
+            f"({_parameter_names(targets.parameters)}): leave it out, or name other layers in --lora_target_modules"
         )
 
 
-def wrapped_names(targets: LoraTargets) -> str:
-    """Return the last parts of the names of the parameters that peft wraps."""
-    return format_names(sorted({".".join(name.split(".")[-2:]) for name in targets.parameters}))
+def _parameter_names(names: Iterable[str]) -> str:
+    """Return the last two parts of the names of parameters, each once."""
+    return format_names(sorted({".".join(name.split(".")[-2:]) for name in names}))
 
 
 def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens: bool = False) -> list[str]:
@@ -233,19 +233,16 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens:
             f"{info.flag}: the adapter {info.adapter} was trained on other weights (fingerprint {trained_on[:12]}, "
             f"here {str(weights)[:12]}): give its base"
         )
-    packed = [f".{name}." for name in quantized_layers(info.empty)] if info.bits else []
-    if in_full := [name for name in adapter.saved_modules() or () if any(f".{name}." in path for path in packed)]:
-        raise ConfigError(
-            f"--modules_to_save {' '.join(in_full)}: --load_in_{info.bits}bit quantizes these layers, and such weights "
-            "cannot be trained: leave them out"
-        )
+    notes = _check_quantized(info, adapter) if info.bits else []
+    base = deepcopy(info.empty)
+    freeze_other_modalities(base, info.kinds)
     try:
         with torch.device("meta"):
-            model = attach_adapter(deepcopy(info.empty), adapter, info, None, computes_initial=False)
+            model = attach_adapter(base, adapter, info, None, computes_initial=False)
     except (NotImplementedError, RuntimeError) as error:  # it computes from weights that are not there yet
         if adapter.adapter_config is None:
             raise
-        return [f"--adapter_config: checked only once the model is loaded: {first_line(error)}"]
+        return [*notes, f"--adapter_config: checked only once the model is loaded: {first_line(error)}"]
     counts = info.kinds.count(model)
     if adapter.kind() and counts[VISION].trained:
         raise ConfigError(f"{adapter.kind()}: the adapter would train {VISION}, which text does not: name other layers")
@@ -256,11 +253,32 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens:
             f"{' '.join(embedding_names(info.empty))}, or leave it out"
         )
     if adapter.kind() is None or info.adapter or adapter.peft_options().get("lora_dropout", 0.0) is not None:
-        return []
+        return notes
     targets = resolve_targets(info.empty, parse_target_modules(adapter.lora_target_modules))
-    if not targets.parameters:
+    if targets.parameters:
+        of_experts = f"peft wraps the weights of experts ({_parameter_names(targets.parameters)})"
+        notes.append(f"--lora_dropout is 0, not {LORA_DROPOUT}: {of_experts}")
+    return notes
+
+
+def _check_quantized(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
+    """Check that no layer that is quantized is trained in full; return a note about experts that are not quantized."""
+    layers = quantized_layers(info.empty)
+    packed = [f".{name}." for name in layers]
+    if in_full := [name for name in adapter.saved_modules() or () if any(f".{name}." in path for path in packed)]:
+        raise ConfigError(
+            f"--modules_to_save {' '.join(in_full)}: --load_in_{info.bits}bit quantizes these layers, and such weights "
+            "cannot be trained: leave them out"
+        )
+    size = sum(math.prod(full_shape(layer.weight)) for layer in layers.values())
+    whole = [name for name, _ in info.empty.named_parameters() if info.kinds.of(name) == ROUTED_EXPERTS
+             and name.rpartition(".")[0] not in layers]  # fmt: skip
+    if not whole:
         return []
-    return [f"--lora_dropout is 0, not {LORA_DROPOUT}: peft wraps the weights of experts ({wrapped_names(targets)})"]
+    return [
+        f"{info.bits} bits: {size:,} of {info.parameters:,} parameters are quantized: bitsandbytes quantizes linear "
+        f"layers, not experts that share a parameter ({_parameter_names(whole)})"
+    ]
 
 
 def embedding_names(model: Any, *, with_head: bool = False) -> list[str]:

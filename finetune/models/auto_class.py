@@ -25,3 +25,11 @@ def auto_class(config: Any) -> Any:
         if getattr(text_class, "__name__", "") in (config.architectures or ()):
             return AutoModelForCausalLM
     return AutoModelForMultimodalLM
+
+
+def empty_model(config: Any, **options: Any) -> Any:
+    """Return the model of a config on the meta device; `options` are those of `from_config`."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(config).from_config(config, **options)

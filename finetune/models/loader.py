@@ -19,7 +19,7 @@ from finetune.config.arguments import ModelArguments
 from finetune.config.hardware import Precision
 from finetune.distributed.collectives import run_on_all_ranks
 from finetune.models import model_folder
-from finetune.models.auto_class import auto_class
+from finetune.models.auto_class import auto_class, empty_model
 from finetune.models.base_checks import check_finite, check_weights
 from finetune.models.compat import leave_scales_out
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
@@ -128,7 +128,6 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
         ConfigError: No such model, or no model; not a causal language model; quantized; Python code without
             `--trust_remote_code True`; a revision of a local folder; weights that do not fit the config.
     """
-    import torch
     from transformers import AutoConfig
 
     name, revision, trusts_code = model.model_name_or_path, model.model_revision, model.trusts_code()
@@ -142,13 +141,9 @@ def inspect_model(model: ModelArguments, attention: str, may_miss: Collection[st
         bits = base_bits(name, config, model.quantized_bits())
     for candidate in dict.fromkeys((attention, "sdpa", "eager")):
         try:
-            with damage_named(config_file), _model_errors(name), torch.device("meta"):
-                empty = auto_class(config).from_config(
-                    config,
-                    attn_implementation=candidate,
-                    trust_remote_code=trusts_code,
-                    **_code_revision_option(revision),
-                )
+            with damage_named(config_file), _model_errors(name):
+                options = {"trust_remote_code": trusts_code, **_code_revision_option(revision)}
+                empty = empty_model(config, attn_implementation=candidate, **options)
         except ConfigError:
             if candidate == "eager":
                 raise
@@ -212,7 +207,7 @@ def load_model(
             dtype=torch_dtype(precision),
             attn_implementation=info.attention,
             trust_remote_code=info.trusts_code,
-            **quantized_loading(info.bits, torch_dtype(compute_precision), info.config),
+            **quantized_loading(info.bits, torch_dtype(compute_precision), info.config, info.empty),
         )
     if info.bits:
         leave_scales_out(model)

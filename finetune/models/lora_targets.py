@@ -16,7 +16,6 @@ from finetune.models.module_kinds import (
     EMBEDDINGS,
     HEAD,
     KINDS,
-    LINEAR_ATTENTION,
     MTP,
     ROUTED_EXPERTS,
     ROUTER,
@@ -66,7 +65,7 @@ def resolve_targets(base: Any, wanted: str | Sequence[str]) -> LoraTargets:
     """
     kinds = module_kinds(base)
     modules, parameters = _candidates(base, kinds)
-    bypassed = set(_bypassed(base, kinds, modules))
+    bypassed = set(kinds.read_past(base))
     if wanted == ALL_LINEAR:
         chosen = LoraTargets(
             tuple(name for name in modules if kinds.of(name) not in NOT_IN_ALL_LINEAR and name not in bypassed),
@@ -151,7 +150,7 @@ def linear_names(base: Any) -> str:
 
 def _known(base: Any, kinds: ModuleKinds) -> str:
     modules, parameters = _candidates(base, kinds)
-    bypassed = set(_bypassed(base, kinds, modules))
+    bypassed = set(kinds.read_past(base))
     by_kind: dict[str, set[str]] = {kind: set() for kind in KINDS}
     for name in (*modules, *parameters):
         if name not in bypassed:
@@ -179,19 +178,6 @@ def _candidates(base: Any, kinds: ModuleKinds) -> tuple[list[str], list[str]]:
                 is_read = _reads(around, leaf, part)  # past the wrapper (DBRX)
                 parameters += [f"{name}.{part}"] * (dimensions in (2, 3) and "bias" not in part and not is_read)
     return modules, parameters
-
-
-def _bypassed(base: Any, kinds: ModuleKinds, modules: Iterable[str]) -> list[str]:
-    """Return the layers of state-space mixers whose weight the code hands to a kernel, so that no adapter is seen."""
-    mixers: dict[str, Any] = {name: type(module) for name, module in base.named_modules()}
-    split = [name.rpartition(".") for name in modules if kinds.of(name) == LINEAR_ATTENTION]
-    return [f"{outer}.{part}" for outer, _, part in split if part in _read_as_weights(mixers[outer])]
-
-
-@cache
-def _read_as_weights(mixer: Any) -> set[str]:
-    code = inspect.getsource(mixer)
-    return set(re.findall(r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim))", code))
 
 
 @cache

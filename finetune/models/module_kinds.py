@@ -8,13 +8,13 @@ The nearest module around a weight that one of the rules knows decides, by its n
     model.visual.blocks.0.attn.qkv                vision: it is outside of the language model
 """
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
-
-from finetune.models.quantization import full_shape
 
 ATTENTION, LINEAR_ATTENTION, DENSE_MLP = "attention", "linear attention and state space", "dense MLP"
 ROUTED_EXPERTS, SHARED_EXPERTS, ROUTER = "routed experts", "shared experts", "router"
@@ -89,6 +89,27 @@ class ModuleKinds:
                 count.frozen += size
         return counts
 
+    def read_past(self, base: Any) -> list[str]:
+        """Return the modules whose weight the code around them uses without calling them.
+
+        State-space mixers hand it to a kernel, Gemma 3n clamps it. It would not see an adapter, nor packed values.
+        """
+        classes: dict[str, Any] = {name: type(module) for name, module in base.named_modules()}
+        split = [name.rpartition(".") for name, kind in self.by_module.items() if kind in (LINEAR_ATTENTION, OTHERS)]
+        return [f"{outer}.{part}" for outer, _, part in split if part in _read_weights(classes[outer])]
+
+
+@cache
+def _read_weights(outer: Any) -> set[str]:
+    code = inspect.getsource(outer)
+    return set(re.findall(r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim))", code))
+
+
+def full_shape(parameter: Any) -> Any:
+    """Return the shape of a parameter as a whole, also of one that is packed (4 bits) or partitioned (ZeRO-3)."""
+    state = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape
+
 
 def module_kinds(base: Any) -> ModuleKinds:
     """Return the kinds of the modules of a model without an adapter that have parameters of their own."""
@@ -106,9 +127,9 @@ def module_kinds(base: Any) -> ModuleKinds:
             kinds[name] = HEAD
         elif module is embeddings:
             kinds[name] = EMBEDDINGS
-        elif inside is not None and (
-            id(module) not in inside
-            or any(OF_IMAGES.match(part) or "CrossAttention" in type(outer).__name__ for part, outer, _ in path)
+        elif any(OF_IMAGES.match(part) for part, _, _ in path) or (
+            inside is not None
+            and (id(module) not in inside or any("CrossAttention" in type(outer).__name__ for _, outer, _ in path))
         ):
             kinds[name] = VISION
         elif any(MTP_NAME.search(part) for part in name.split(".")):

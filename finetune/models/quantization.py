@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from finetune.models.compat import keep_packing
+from finetune.models.module_kinds import module_kinds
 from finetune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,17 +80,18 @@ def _facts(config: Any) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else facts.to_dict() if facts else {}
 
 
-def quantized_loading(bits: int | None, dtype: torch.dtype, stored: Any = None) -> dict[str, Any]:
+def quantized_loading(bits: int | None, dtype: torch.dtype, config: Any, empty: Any) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for weights that are quantized: stored so, or while they load.
 
     Args:
         bits: 4 or 8 under bitsandbytes; None for plain weights, which are dequantized if they are stored otherwise.
         dtype: To compute in. Packed weights are stored as elements of it, too: ZeRO-3 partitions one type of weights.
-        stored: Config of the model's files.
+        config: Of the model's files.
+        empty: The model on the meta device.
     """
     import transformers
 
-    method = None if stored is None else stored_method(stored)
+    method = stored_method(config)
     if method in DEQUANTIZED:
         return {"quantization_config": getattr(transformers, DEQUANTIZED[method][0])(dequantize=True)}
     if bits is None and method is None:
@@ -97,26 +99,27 @@ def quantized_loading(bits: int | None, dtype: torch.dtype, stored: Any = None) 
     keep_packing()
     if method:
         return {}
-    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    kept = _kept_whole(empty)
+    packing = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     if bits == 4:
-        config = transformers.BitsAndBytesConfig(
+        packing = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=kept,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,
         )
-    return {"quantization_config": config}
+    return {"quantization_config": packing}
 
 
 def quantized_layers(empty: Any) -> dict[str, torch.nn.Module]:
-    """Return the layers of a model that would be quantized, by name: linear ones, but not the head or tied ones."""
+    """Return the layers of a model that would be quantized, by name: linear ones, but not all of them."""
     import torch
     from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = [*get_keys_to_not_convert(empty), *(empty._keep_in_fp32_modules or [])]
+    kept = [*_kept_whole(empty), *(empty._keep_in_fp32_modules or [])]
     return {
         name: module
         for name, module in empty.named_modules()
@@ -124,12 +127,13 @@ def quantized_layers(empty: Any) -> dict[str, torch.nn.Module]:
     }
 
 
+def _kept_whole(empty: Any) -> list[str]:
+    """Return the layers that are not quantized: head, tied ones, and those whose weight the code reads itself."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return [*get_keys_to_not_convert(empty), *module_kinds(empty).read_past(empty)]
+
+
 def is_packed(parameter: Any) -> bool:
     """Whether a parameter holds 4-bit weights, whose elements are no numbers."""
     return getattr(parameter, "quant_state", None) is not None
-
-
-def full_shape(parameter: Any) -> torch.Size:
-    """Return the shape of a parameter as a whole, also of one that is packed (4 bits) or partitioned (ZeRO-3)."""
-    state = getattr(parameter, "quant_state", None)
-    return getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape

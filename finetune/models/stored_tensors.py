@@ -1,4 +1,4 @@
-"""Read the tensors of a model's folder by name, one at a time."""
+"""Read the tensors of a model's folder by name, one at a time, and write files of them."""
 
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -7,6 +7,19 @@ from typing import Any, NamedTuple
 
 from finetune.models.model_folder import weight_map
 from finetune.utils.errors import CheckpointError, FinetuneError, first_line, format_names, os_reason
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Write a safetensors file; tensors that share memory, as those of a `.bin` file may, are written each."""
+    from safetensors.torch import save_file
+
+    own, memories = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if memory in memories else tensor
+        own[name] = own[name].contiguous()
+        memories.add(memory)
+    save_file(own, path, metadata={"format": "pt"})
 
 
 class _Place(NamedTuple):

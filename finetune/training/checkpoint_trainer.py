@@ -163,8 +163,11 @@ class CheckpointTrainer(Trainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 if self.base_tensors is not None and self.base_tensors.untouched:
                     state_dict = self.base_tensors.without_frozen(state_dict or self.model.state_dict())
-                self.model.save_pretrained(folder, state_dict=state_dict)
-                if hasattr(self.model, "peft_config"):
+                is_adapter = hasattr(self.model, "peft_config")
+                # What is trained: peft's default adds frozen embeddings and heads that LoRA is on, but for ZeRO-3.
+                options: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
+                self.model.save_pretrained(folder, state_dict=state_dict, **options)
+                if is_adapter:
                     Path(folder, "README.md").unlink(missing_ok=True)  # peft's card; the result gets its own
                 if self.base_tensors is not None:
                     self.base_tensors.add_to(folder)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from finetune.models.model_config import attention_widths, experts_of
-from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds
-from finetune.models.quantization import full_shape
+from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, full_shape
 from finetune.training.nonfinite import finite_or_none
 from finetune.utils.atomic_io import append_json_lines, write_text_atomically
 

@@ -43,6 +43,8 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     checkpointing, notes = resolve_activation_checkpointing(
         config.activation_checkpointing, config.adapter.kind(), info.empty.supports_gradient_checkpointing
     )
+    if weight := getattr(info.config.get_text_config(), "z_loss_coefficient", 0):  # Bamba
+        notes.append(f"z_loss_coefficient {weight:g} of the model's config is left out: the loss is the cross-entropy")
     if config.deepspeed is not None:
         notes += build_notes(Path(os.environ["TORCH_EXTENSIONS_DIR"]), use_cpu=config.hardware.use_cpu)
     adapted = replace(

@@ -17,6 +17,7 @@ from finetune.config.adapter_arguments import LORA_DROPOUT
 from finetune.config.arguments import default_of
 from finetune.config.flag_support import WITHOUT_EFFECT
 from finetune.config.run_config import BatchConfig, CheckpointConfig, RunConfig
+from finetune.config.saved_adapter import MOVES_BASE
 from finetune.dataset.prepare import PreparedData
 from finetune.utils.errors import CheckpointError
 
@@ -153,6 +154,8 @@ def _is_refused(name: str, old: Any, new: Any, *, flags: Mapping[str, Any]) -> b
         return OF_FLAGS in types or (types[0] != types[1] and any(kind not in ("Adam", "AdamW") for kind in types))
     if name in GROUP_FLAGS:
         return None in (old, new)
+    if name == "--init_lora_weights":  # the base is moved at the start, before the checkpoint is loaded
+        return any(str(start).startswith(MOVES_BASE) for start in (old, new))
     if name in SCHEDULE_FLAGS:
         return any(value in ADAPTIVE_SCHEDULES for value in (flags["--lr_scheduler_type"], old, new))
     return name in NEVER

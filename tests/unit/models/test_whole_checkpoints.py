@@ -127,3 +127,32 @@ def test_a_frozen_weight_that_two_modules_share_is_saved_once(tmp_path):
     assert kept.untouched == ["model.embed_tokens.weight"]
     assert tensors_of(tmp_path / "out").keys() == tensors_of(tmp_path / "base").keys()
     assert kept.report(tmp_path / "out", set())["added"] == 0
+
+
+def test_tensors_of_a_bin_file_that_share_memory_are_carried_over_each(tmp_path):
+    """As a head that is stored beside the embeddings it is tied to."""
+    base = vision_models.save("qwen3_5", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors |= {"mtp.embed.weight": tensors["mtp.fc.weight"], "mtp.norm.weight": tensors["mtp.fc.weight"][0]}
+    torch.save(tensors, base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    info, model = loaded(base)
+    kept = BaseTensors(base, info.empty, model)
+    model.save_pretrained(tmp_path / "out", state_dict=kept.without_frozen(model.state_dict()))
+    kept.add_to(tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    assert after.keys() == tensors.keys()
+    assert all(torch.equal(after[name], tensors[name]) for name in tensors if name.startswith("mtp"))
+
+
+def test_frozen_weights_that_the_base_lacks_are_saved(tmp_path):
+    base = tiny_models.build("llama")
+    base.save_pretrained(tmp_path / "base", state_dict={k: v for k, v in base.state_dict().items() if "norm" not in k})
+    with torch.device("meta"):
+        empty = tiny_models.build("llama")
+    for name, weight in base.named_parameters():
+        weight.requires_grad_("mlp" in name)
+    kept = BaseTensors(tmp_path / "base", empty, base)
+    assert {name for name in base.state_dict() if "norm" in name or "mlp" in name} == set(
+        kept.without_frozen(base.state_dict())
+    )

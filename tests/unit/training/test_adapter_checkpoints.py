@@ -65,3 +65,25 @@ def test_the_digest_of_virtual_tokens_is_that_of_the_embeddings_which_are_saved(
     loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
     assert TensorDigest.of(loaded.get_parameter(name)) == digest
     assert digest.shape == tuple(load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape)
+
+
+@pytest.mark.parametrize("start", ["default", "pissa"])
+@pytest.mark.parametrize("saved", [[], ["lm_head"]])
+def test_the_adapter_holds_what_is_trained_and_no_frozen_head(start, saved, tmp_path):
+    """peft would add the frozen weights, those that PiSSA has moved, and another loader would take them for its own."""
+    targets = ["q_proj", "embed_tokens", *(["lm_head"] if not saved else [])]
+    options = {"lora_target_modules": targets, "modules_to_save": saved, "init_lora_weights": start}
+    model = attach_peft(tiny_models.build("llama"), AdapterArguments(use_lora=True, lora_dropout=0.0, **options))
+    initial = InitialLora(model) if start == "pissa" else None
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.add_(0.1 * torch.randn_like(weight))
+
+    trainer_of(model, tmp_path, initial)._save(str(tmp_path))
+
+    names = {name.replace(".default", "").replace("modules_to_save.", "") for name in trained}
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == names
+    loaded, ids = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path), torch.arange(3, 15)[None]
+    wanted = model.eval()(ids).logits
+    torch.testing.assert_close(loaded.eval()(ids).logits, wanted, atol=1e-4, rtol=1e-4)

@@ -225,6 +225,7 @@ def compare(tmp_path: Path):
             "--learning_rate: 1.0, now 2.0",
         ),
         ({"--lora_r": 8}, {"--lora_r": 4}, "--lora_r: 8, now 4"),
+        ({"--init_lora_weights": "pissa_niter_4"}, {}, "--init_lora_weights: pissa_niter_4, now default"),
     ],
 )
 def test_what_no_state_fits_is_refused_whatever_is_allowed(compare, old, new, named):
@@ -240,6 +241,7 @@ def test_what_no_state_fits_is_refused_whatever_is_allowed(compare, old, new, na
         ({"--learning_rate": 1.0}, {"--learning_rate": 2.0}),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, {"optimizer": {"type": "AdamW", "params": {"lr": 2}}}),
         ({"--lr_scheduler_type": "cosine"}, {"--lr_scheduler_type": "linear"}),
+        ({"--init_lora_weights": "default"}, {"--init_lora_weights": "gaussian"}),
     ],
 )
 def test_what_is_applied_afresh_may_change_where_the_user_allows_it(compare, old, new):
