@@ -291,6 +291,16 @@ def embedding_names(model: Any, *, with_head: bool = False) -> list[str]:
     return [names[id(module)] for module in wanted if module is not None]
 
 
+def saved_rows(folder: Path, names: Iterable[str]) -> int:
+    """Return the rows of the layers with these names that a saved adapter holds in full; 0: it holds none."""
+    from peft import load_peft_weights
+
+    with damage_named(f"the adapter {folder}"):
+        weights = load_peft_weights(str(folder), device="cpu")
+    ends = {f"{name}.weight" for name in names}
+    return next((len(weight) for name, weight in weights.items() if ".".join(name.split(".")[-2:]) in ends), 0)
+
+
 def _is_tied(model: Any) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))  # that of the text model decides nothing
 

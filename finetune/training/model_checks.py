@@ -13,7 +13,7 @@ from finetune.config.optional_packages import check_quantization
 from finetune.config.run_config import ActivationCheckpointing, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
-from finetune.models.adapters import check_attachable, embedding_names
+from finetune.models.adapters import check_attachable, embedding_names, saved_rows
 from finetune.models.loader import ModelInfo, embedding_rows, inspect_model, needs_new_embeddings
 from finetune.models.model_config import check_attention_heads
 from finetune.models.module_kinds import VISION
@@ -97,6 +97,12 @@ def check_vocabulary(
     grows = f"the tokenizer has {rows:,} tokens, the model embeddings for {known:,}: none for {format_names(tokens)}"
     if kind in ("prefix", "prompt"):
         raise ConfigError(f"{grows}: --adapter {kind} cannot train embeddings: use --use_lora True")
+    saved = set(names) & set(adapter.saved_modules() or ())
+    if info.adapter and (trained := saved_rows(Path(info.adapter), saved)) != rows:
+        raise ConfigError(
+            f"{grows}. The adapter {info.adapter} holds {f'{trained:,} trained' if trained else 'no'} embeddings, and "
+            "takes no more: merge it and train the merged model, or use the adapter's own tokenizer"
+        )
     size = rows * sum(
         module.weight.shape[1] for name, module in info.empty.named_modules() if name.rpartition(".")[2] in names
     )

@@ -1,11 +1,13 @@
 """Vocabulary and positions of a model against tokenizer and data."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from finetune.config.adapter_arguments import AdapterArguments
+from finetune.models.adapters import attach_peft
 from finetune.models.loader import ModelInfo
 from finetune.training.model_checks import check_positions, check_vocabulary
 from finetune.utils.errors import ConfigError
@@ -53,6 +55,16 @@ class TestVocabulary:
     def test_half_of_them_is_not_all(self):
         with pytest.raises(ConfigError, match="--modules_to_save embed_tokens lm_head"):
             self.check(info(), AdapterArguments(use_lora=True, modules_to_save=["lm_head"]))
+
+    @pytest.mark.parametrize(("saved", "told"), [([], "holds no embeddings"), (["embed_tokens", "lm_head"], "holds 205")])
+    def test_an_adapter_that_is_continued_takes_no_new_tokens(self, saved, told, tmp_path):
+        flags = AdapterArguments(use_lora=True, modules_to_save=saved)
+        attach_peft(tiny_models.build("llama", vocab_size=205), flags).save_pretrained(tmp_path)
+        model = replace(info(), adapter=str(tmp_path))
+        with pytest.raises(ConfigError, match=f"{told}.*merge it"):
+            self.check(model, flags, adds_tokens=True)
+        if saved:
+            assert "are trained in full" in self.check(model, flags, size=205)[0]
 
     def test_full_training_says_that_they_grow(self):
         assert "all rows are trained" in " ".join(self.check(info(), FULL))
