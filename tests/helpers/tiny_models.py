@@ -165,6 +165,8 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, attention: str | N
         changed: fields of the config that go over those of the family.
     """
     prefix, own = {**FAMILIES, **HYBRID, **OTHERS}[family]
+    if "vocab_size_per_layer_input" in own and "vocab_size" in changed:
+        changed["vocab_size_per_layer_input"] = changed["vocab_size"]
     config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**{**SIZES, **own, **changed})
     config._attn_implementation = attention
     if dtype == torch.float64:
