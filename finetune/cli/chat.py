@@ -74,10 +74,10 @@ def main(argv: Sequence[str]) -> None:
     raise_faults(_faults(options))
     configure_logging(to_stderr=True)
     accept_all_characters(utf8=options.json)
+    tools = _read_tools(options.tools) if options.tools else ()
     result = _read(options).with_template_kwargs(options.chat_template_kwargs)
     if result.adapter is not None or options.base or options.compare:
         result.base_path(options.base_model)
-    tools = _read_tools(options.tools) if options.tools else ()
     question = None if options.web or _is_typed() else read_question(sys.stdin)
     if options.web:
         check_gradio()

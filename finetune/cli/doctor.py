@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     accept_all_characters(utf8=choice.json)
     prepare_environment()
     report = DoctorReport()
-    arguments = report.attempt("command", lambda: parse(words))
+    arguments = report.attempt("command", lambda: parse(words, vars(choice)))
     run = arguments and report.attempt("command", lambda: _plan_run(choice, flags, words, arguments))
     if run:
         report.attempt("configuration", lambda: _check_start(run))
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         quiet_libraries()
         examine_run(report, run, resolve)
     if choice.json:
-        print(json.dumps(as_json(report), ensure_ascii=False, indent=1))
+        print(json.dumps(as_json(report), ensure_ascii=False, indent=1), flush=True)
     else:
         print_report(report, shlex.join(redact(run.command())) if run else "")
     sys.exit(report.status)

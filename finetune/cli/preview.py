@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -114,32 +113,28 @@ def main(argv: Sequence[str]) -> None:
     terminal = PreviewTerminal()
     is_first = not (options.json or page or options.rows or options.sample)
     watch = _print_json if options.json else _FirstRows(terminal) if is_first else None
+    _, chat_format, prepared = prepare_run_data(model, data, limit=options.limit, watch=watch)
     try:
-        _, chat_format, prepared = prepare_run_data(model, data, limit=options.limit, watch=watch)
-        try:
-            check_data(prepared, data)
-        except DataError as error:
-            logger.warning(f"training would refuse this data: {error}")
-        in_segments = segmenter(chat_format)
-        statistics = _statistics(prepared, chat_format, options.tasks) if options.stats else None
-        if page is not None:
-            facts = {
-                "Model": model.model_name_or_path,
-                "Format": chat_format.name,
-                "Limit": f"{data.model_max_length:,} tokens (--too_long {data.too_long})",
-            }
-            description, rows = _select(prepared, options)
-            write_page(page, render_preview(_page(description, rows, prepared, facts, in_segments, statistics)))
-            print(f"{page}: {len(rows):,} of {prepared.summary.rows:,} rows")
-        elif not options.json:
-            if not is_first:
-                _show_rows(terminal, _select(prepared, options)[1], in_segments)
-            _show_counts(terminal, prepared, chat_format.name)
-            if statistics is not None:
-                print_sections(statistics)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has closed the pipe; what is still buffered must not fail at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        check_data(prepared, data)
+    except DataError as error:
+        logger.warning(f"training would refuse this data: {error}")
+    in_segments = segmenter(chat_format)
+    statistics = _statistics(prepared, chat_format, options.tasks) if options.stats else None
+    if page is not None:
+        facts = {
+            "Model": model.model_name_or_path,
+            "Format": chat_format.name,
+            "Limit": f"{data.model_max_length:,} tokens (--too_long {data.too_long})",
+        }
+        description, rows = _select(prepared, options)
+        write_page(page, render_preview(_page(description, rows, prepared, facts, in_segments, statistics)))
+        print(f"{page}: {len(rows):,} of {prepared.summary.rows:,} rows")
+    elif not options.json:
+        if not is_first:
+            _show_rows(terminal, _select(prepared, options)[1], in_segments)
+        _show_counts(terminal, prepared, chat_format.name)
+        if statistics is not None:
+            print_sections(statistics)
 
 
 # ---- while the rows are prepared

@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from finetune.dataset.data_sources import shipped_files
 from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import LoadedModel, load_for_inference
 from finetune.inference.run_result import read_result
-from finetune.utils.console import quiet_libraries
+from finetune.utils.console import quiet_libraries, rich_console
 from finetune.utils.errors import ConfigError, FinetuneError, storage_errors
 from finetune.utils.options import CommandParser, fill, option
 
@@ -62,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
     options = fill(QuickstartOptions, build_parser().parse(argv))
     began = time.monotonic()
     quiet_libraries()
+    if os.path.isfile(options.output_dir):
+        raise ConfigError(f"--output_dir {options.output_dir}: is a file: name a folder")
     obtain_model(Path(options.model_dir))
     if options.only_model:
         return
@@ -143,6 +144,6 @@ def _show(questions: list[str], before: list[str], after: list[str]) -> int:
         hit = any(name in second.casefold() for name in NAMES)
         named += hit
         table.add_row(question, first, second, "yes" if hit else "no")
-    Console().print(table)
+    rich_console().print(table)
     print(f"{named} of {len(questions)} answers give the new name or maker.")
     return named

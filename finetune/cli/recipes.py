@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from finetune.config.recipes import find_recipe, shipped_recipes
+from finetune.config.recipes import RECIPE_ENDINGS, find_recipe, shipped_recipes
 from finetune.utils.atomic_io import write_new
 from finetune.utils.console import accept_all_characters, print_wrapped
+from finetune.utils.errors import ConfigError
 from finetune.utils.options import CommandParser, fill, positional
 from finetune.utils.user_files import read_text
 
@@ -38,6 +39,9 @@ def main(argv: Sequence[str]) -> None:
         print("\nTrain: finetune train NAME --data_path my.jsonl --output_dir output. Copy one: finetune recipes NAME")
         return
     text = read_text(find_recipe(options.name.removesuffix(".yaml")))
-    target = Path(options.target or f"{options.name.removesuffix('.yaml')}.yaml")
+    file_name = f"{options.name.removesuffix('.yaml')}.yaml"
+    target = Path(options.target or file_name)
+    if target.suffix not in RECIPE_ENDINGS:
+        raise ConfigError(f"{target}: a recipe ends with .yaml: name the file, such as {target / file_name}")
     write_new(target, text)
     print(f"Wrote {target}. Train: finetune train {target} --data_path my.jsonl --output_dir output")

@@ -37,7 +37,6 @@ from finetune.utils.options import CommandParser, OptionType, declaration, descr
 from finetune.utils.user_files import has_type, parse_object, read_json
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
-MANY = 16  # names, which are not all listed when one of them is near
 # Flags whose values are names, and where transformers lists these.
 NAMED = {
     "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
@@ -81,9 +80,14 @@ HIGHEST = {**dict.fromkeys(("seed", "data_seed"), 2**32 - 1),
            **dict.fromkeys(("dataloader_num_workers", "preprocessing_num_workers"), 1024)}  # fmt: skip
 
 
-def parse(argv: Sequence[str]) -> Arguments:
-    """Parse the training command line, without the program's name, to checked plain values."""
+def parse(argv: Sequence[str], other_flags: Collection[str] = ()) -> Arguments:
+    """Parse the training command line, without the program's name, to checked plain values.
+
+    Args:
+        other_flags: names that an unknown flag may be a misspelling of, too.
+    """
     parser = build_parser()
+    parser.neighbours = [*parser.neighbours, *other_flags]
     given, on_command_line, faults = read_flags(argv, parser, parser)
     given.pop("local_rank", None)  # the launcher passes it; RANK and LOCAL_RANK in the environment say the same
     raise_faults([*faults, *missing(given, REQUIRED)])
@@ -180,14 +184,13 @@ def _from_file(path: Path, parser: CommandParser) -> tuple[dict[str, Any], list[
     sections = {name: value for name, value in values.items() if isinstance(value, dict) and name not in types}
     faults = [f"{name}: a recipe has no sections: write {', '.join(map(str, value))} without it"
               for name, value in sections.items()]  # fmt: skip
-    names = [*(name for name in values if name not in sections), *chain.from_iterable(sections.values())]
-    faults += parser.unknown([f"--{name}" for name in names if name not in types])
+    names = chain(values, *sections.values())
+    faults += parser.unknown([f"--{name}" for name in names if name not in types and name not in sections])
     given = {}
     for name, value in values.items():
         if value is not None and name in types:
-            is_word = value is False and name in NAMED  # YAML reads the plain words `no` and `off` as false
-            try:
-                given[name] = value_of(types[name], "no" if is_word else value)
+            try:  # YAML reads the plain words `no` and `off` as false
+                given[name] = value_of(types[name], "no" if value is False and name in NAMED else value)
             except ValueError as error:
                 faults.append(f"--{name} {value!r}: {error}")
     if "data_path" in given:
@@ -263,7 +266,7 @@ def _name_faults(arguments: Arguments) -> Iterator[str]:
         if value not in known:
             close = [word for word in known if word.startswith(str(value))] or get_close_matches(str(value), known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            yield f"--{name} {value}: {hint}" + (f"expected {one_of(known)}" if len(known) <= MANY or not hint else "")
+            yield f"--{name} {value}: {hint}expected {one_of(known)}"
 
 
 def _number_faults(arguments: Arguments) -> Iterator[str]:
@@ -296,8 +299,7 @@ def data_faults(data: DataArguments) -> Iterator[str]:
     if data.validation_share and data.eval_data_path:
         yield "--validation_share and --eval_data_path exclude each other: keep one of them"
     if data.template_kwargs() is None:
-        example = '{"enable_thinking": false}'
-        yield f"--chat_template_kwargs {data.chat_template_kwargs}: expected a JSON object, such as {example}"
+        yield f'--chat_template_kwargs {data.chat_template_kwargs}: expected a JSON object such as {{"name": 1}}'
     for name in sorted(NOT_VARIABLES.intersection(data.template_kwargs() or ())):
         yield f"--chat_template_kwargs: {name} is no variable of chat templates: leave it out"
     for rule in data.repairs:

@@ -77,5 +77,6 @@ def read_mapping(path: Path, shown: str) -> dict[str, Any]:
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
         values = {name: value for name, value in values["arguments"].items() if name not in NEVER_FROM_A_RUN}
     if not isinstance(values, dict):
-        raise ConfigError(f"{shown}: expected a mapping of flags to values: {RECIPE_LINE}")
+        hint = "a file of conversations stands behind --data_path" if isinstance(values, list) else RECIPE_LINE
+        raise ConfigError(f"{shown}: expected a mapping of flags to values: {hint}")
     return values

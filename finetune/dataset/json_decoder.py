@@ -1,4 +1,4 @@
-"""A strict JSON decoder, and explanations of syntax errors.
+"""A strict JSON decoder, and what its markers mean.
 
 `json` by itself accepts NaN, keeps the last of two equal keys, and raises at a number of more than 4,300 digits. This
 decoder puts a marker into the value instead, so that a fault can name its place and the rest of the row is checked too.
@@ -9,7 +9,8 @@ import json
 from contextlib import suppress
 from typing import Any
 
-SPACE = " \t\r\n"
+from finetune.utils.user_files import SPACE
+
 SHOWN_CHARACTERS = 60
 
 
@@ -134,31 +135,6 @@ def shown(value: Any) -> str:
         text = f"a {type(value).__name__} of many levels"
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
-
-
-def explain_error(error: json.JSONDecodeError, text: str) -> str:
-    """Explain a syntax error: what is wrong, the remedy, and a few characters of the text around it."""
-    pos = error.pos
-    around = text[max(0, pos - 16) : pos + 16].encode("utf-8", "backslashreplace").decode()
-    near = f"near {around!r}"
-    here, before, after = text[pos : pos + 1], text[:pos].rstrip(SPACE)[-1:], text[pos + 1 :].lstrip(SPACE)[:1]
-    if here and here in "]}" and before == "," or here == "," and after and after in "]}":
-        return f"a comma before the closing bracket, {near}: take it out"
-    if here == "," and not after:
-        return f"a comma behind the value, {near}: take it out"
-    if here == "'":
-        return f"a single quote, {near}: JSON strings stand in double quotes"
-    if text.startswith(("//", "/*", "#"), pos):
-        return f"a comment, {near}: JSON has none, take it out"
-    if here == "\0":
-        return f"a NUL character, {near}: was the file cut short by a crash or a full disk?"
-    if error.msg.startswith("Unterminated string"):
-        return f"a string that does not end, {near}: was the text cut off?"
-    if not text[pos:].strip(SPACE):
-        return f"the text ends in the middle, {near}: was it cut off?"
-    if error.msg.startswith("Invalid control character"):
-        return f'a bare control character in a string, {near}: write it as an escape such as \\n or "\\u0001"'
-    return f"{error.msg}, {near}"
 
 
 def line_and_column(text: str, pos: int) -> tuple[int, int]:

@@ -11,15 +11,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from finetune.dataset.data_files import CHUNK_BYTES, DataFile, UnreadableFileError, is_gb18030, wide_encoding
-from finetune.dataset.json_decoder import (
-    SPACE,
-    Decoder,
-    explain_error,
-    is_blank,
-    line_and_column,
-    mark_faults,
-    only_value,
-)
+from finetune.dataset.json_decoder import Decoder, is_blank, line_and_column, mark_faults, only_value
+from finetune.utils.user_files import SPACE, explain_error
 
 MOST_CHARACTERS = 64 << 20
 # A syntax error this near to the end of the window may disappear once more has been read.

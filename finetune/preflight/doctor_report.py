@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.utils.console import labelled, print_wrapped
+from finetune.utils.console import labelled, print_wrapped, rich_console
 from finetune.utils.errors import FinetuneError
 
 # In the order in which a run comes to them: it would end with the first that fails.
@@ -80,7 +80,7 @@ class DoctorReport:
 
 def print_report(report: DoctorReport, command: str) -> None:
     """Print everything on stdout; `command` starts the run."""
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, file=sys.stdout)
+    console = rich_console(highlight=False, markup=False, emoji=False, soft_wrap=True, file=sys.stdout)
     facts = report.facts
     for title, lines in (
         ("Configuration", facts.get("configuration", {}).get("lines", [])),

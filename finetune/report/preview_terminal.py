@@ -8,6 +8,7 @@ from finetune.chat_templates.text_segments import Segment
 from finetune.report.html_pages import SHAPELESS, name_of
 from finetune.run_dir.data_samples import TurnSample
 from finetune.run_dir.eval_results import ResultSection, ResultTable
+from finetune.utils.console import rich_console
 
 PIPED_WIDTH, MAX_NAME_WIDTH = 120, 24  # of tables
 CONTEXT, SUPERVISED, CONTROL, END = "dim", "bold green", "reverse magenta", "reverse green"
@@ -17,9 +18,7 @@ class PreviewTerminal:
     """Stdout, in colour where the terminal has colours."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console = rich_console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.in_colour = self.console.color_system is not None and not self.console.no_color
 
     def say(self, parts: Iterable[str | tuple[str, str]] = ()) -> None:

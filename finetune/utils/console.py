@@ -4,6 +4,8 @@ Modules log with `logging.getLogger(__name__)`: progress as INFO, notes for the 
 prints both on rank 0.
 """
 
+from __future__ import annotations
+
 import codecs
 import io
 import locale
@@ -16,7 +18,10 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Before peft imports it wherever it is installed: of a kernel of the hub, and of the type of each product in 8 bits.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -113,6 +118,17 @@ def wrapped(text: str) -> str:
 def print_wrapped(text: str, stream: TextIO) -> None:
     """Print a text, wrapped where it goes to a terminal."""
     print(wrapped(text) if stream.isatty() else text, file=stream, flush=True)
+
+
+def rich_console(**options: Any) -> Console:
+    """Return a console of rich; where the reader of a pipe is gone, it raises `BrokenPipeError` as `print` does."""
+    from rich.console import Console
+
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PlainConsole(**options)
 
 
 def write_line(line: str, stream: TextIO) -> None:

@@ -165,6 +165,8 @@ def missing_reason(path: Path) -> str:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # a loop of links
             return error.strerror or str(error)
+        if os.path.islink(path):
+            return f"is a link to {os.readlink(path)}, which does not exist"
         return f"there is no such file{near_paths(path)}"
     return "is a folder, not a file" if path.is_dir() else "is not a regular file"
 
@@ -242,6 +244,10 @@ def _paths_and_packages() -> Iterator[None]:
             "its .venv/bin; or install the wheel again"
         ) from error
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename is None:
+            raise ConfigError(
+                "the working directory is gone, it was moved or deleted: change to another one"
+            ) from error
         if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
         reason = denied(error.filename) if isinstance(error, PermissionError) else f"{error.strerror}: shorten it"
@@ -282,6 +288,8 @@ def exit_now(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
+        except BrokenPipeError:
+            status = status or UNREAD
         except (OSError, ValueError, AttributeError):  # None is a stream that was closed before the start
             status = status or EXIT_UNFLUSHED
     os._exit(status)

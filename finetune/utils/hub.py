@@ -45,7 +45,7 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> Path:
         reason = (
             f"no such folder, not in the cache {constants.HF_HUB_CACHE}, and {hub} did not answer"
             f"{near_paths(Path(repo).expanduser()) or ':'} give the folder of a model, check the network and "
-            "HTTPS_PROXY, or set HF_ENDPOINT to a mirror"
+            "HTTPS_PROXY, or set HF_ENDPOINT to the https:// address of a mirror"
         )
     except errors.GatedRepoError:
         reason = f"ask for access at {hub}/{repo}, then run `hf auth login`, or set HF_TOKEN"

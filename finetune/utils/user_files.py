@@ -15,6 +15,7 @@ from finetune.utils.errors import ConfigError, missing_reason
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 UNREADABLE = (OSError, *MALFORMED)
 KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+SPACE = " \t\r\n"  # of JSON
 MAX_DEPTH, MAX_INT = 20, 2**63
 Made = TypeVar("Made")
 
@@ -38,9 +39,36 @@ def read_json(path: Path, shown: str | None = None, **hooks: Any) -> Any:
     try:
         return json.loads(text, **hooks)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{shown}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        place = f"{shown}, line {error.lineno}, column {error.colno}"
+        reason = explain_error(error, error.doc) if text.strip() else "it is empty"
+        raise ConfigError(f"{place}: not JSON: {reason}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{shown}: {error}") from None
+
+
+def explain_error(error: json.JSONDecodeError, text: str) -> str:
+    """Explain a syntax error: what is wrong, the remedy, and a few characters of the text around it."""
+    pos = error.pos
+    around = text[max(0, pos - 16) : pos + 16].encode("utf-8", "backslashreplace").decode()
+    near = f"near {around!r}"
+    here, before, after = text[pos : pos + 1], text[:pos].rstrip(SPACE)[-1:], text[pos + 1 :].lstrip(SPACE)[:1]
+    if here and here in "]}" and before == "," or here == "," and after and after in "]}":
+        return f"a comma before the closing bracket, {near}: take it out"
+    if here == "," and not after:
+        return f"a comma behind the value, {near}: take it out"
+    if here == "'":
+        return f"a single quote, {near}: JSON strings stand in double quotes"
+    if text.startswith(("//", "/*", "#"), pos):
+        return f"a comment, {near}: JSON has none, take it out"
+    if here == "\0":
+        return f"a NUL character, {near}: was the file cut short by a crash or a full disk?"
+    if error.msg.startswith("Unterminated string"):
+        return f"a string that does not end, {near}: was the text cut off?"
+    if not text[pos:].strip(SPACE):
+        return f"the text ends in the middle, {near}: was it cut off?"
+    if error.msg.startswith("Invalid control character"):
+        return f'a bare control character in a string, {near}: write it as an escape such as \\n or "\\u0001"'
+    return f"{error.msg}, {near}"
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -29,5 +29,5 @@ def test_a_reader_that_has_seen_enough(tokenizer_folder, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert json.loads(running.stdout.readline())["row"] == 0
         running.stdout.close()
-        assert running.wait(60) == 0
+        assert running.wait(60) == 141
         assert "Traceback" not in running.stderr.read()

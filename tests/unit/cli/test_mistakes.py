@@ -20,6 +20,7 @@ def result(tmp_path, monkeypatch):
     (tmp_path / "result/run.json").write_text("{}")
     (tmp_path / "full/mine").write_text("mine")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "array.json").write_text('[{"text": "a"}]')
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,15 @@ def result(tmp_path, monkeypatch):
         ("launch rows.json", "SCRIPT rows.json: there is no such file: did you mean rows.jsonl?"),
         ("launch --module no_such.module", "--module no_such.module: there is no such module here, nor in "),
         ("preview --model_name_or_path m --data_path rows.jsonl --rows 3 -1", "--rows -1: expected 0 or more"),
-        ("recipes qwen3_8b_lora full", "full: exists and is not replaced"),
+        (
+            "recipes qwen3_8b_lora full",
+            "full: a recipe ends with .yaml: name the file, such as full/qwen3_",
+        ),
+        ("recipes qwen3_8b_lora none/", "such as none/qwen3_8b_lora.yaml"),
+        ("chat result --tools none.json", "--tools none.json: there is no such file"),
+        ("quickstart --output_dir rows.jsonl", "--output_dir rows.jsonl: is a file: name a folder"),
+        ("preview array.json", "--config array.json: expected a mapping of flags to values: a file of conversations"),
+        ("evaluate result --jsn", "unknown flag --jsn: did you mean --json?"),
         ("recipes qwen3_8b_lora none/a.yaml", "none/a.yaml: there is no folder none: make it first"),
         ("merge result a b", "unexpected argument 'b': usage: finetune merge OUTPUT [DIR]"),
         ("merge result out --dtype bf16 fp16", "unexpected argument 'fp16': --dtype takes one value"),
@@ -57,6 +66,14 @@ def test_a_mistake_is_named_with_value_and_remedy(command, said, result):
     with pytest.raises(ConfigError) as refused:
         import_module(f"finetune.cli.{verb}").main(words)
     assert said in str(refused.value)
+
+
+def test_a_flag_of_the_doctor_is_near_too(result, capsys):
+    from finetune.cli.doctor import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["--rehearze"])
+    assert "unknown flag --rehearze: did you mean --rehearse?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", ["merge result out", "evaluate result --forgetting", "chat result"])

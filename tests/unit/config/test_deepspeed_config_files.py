@@ -75,11 +75,14 @@ def test_a_byte_order_mark_is_no_part_of_the_config(tmp_path):
     ("content", "said"),
     [
         ('{\n  "bf16": {,}\n}', ", line 2, column 12: not JSON: "),
-        ("", ", line 1, column 1: not JSON: "),
+        ("", ", line 1, column 1: not JSON: it is empty"),
         ("{} {}", ", line 1, column 4: not JSON: "),
         ('{"bf16": {"enabled": true, "enabled": false}}', ': the key "enabled" is given twice'),
         ('{"gradient_clipping": NaN}', ": NaN is not JSON"),
         ('{"gradient_clipping": -Infinity}', ": -Infinity is not JSON"),
+        ('{"fp16": {},}', ", line 1, column 13: not JSON: a comma before the closing bracket, near "),
+        ("{'fp16': {}}", ", line 1, column 2: not JSON: a single quote, near "),
+        ('{"fp16": {} // off\n}', ", line 1, column 13: not JSON: a comment, near "),
         ("[1]", ": expected a JSON object, found an array"),
         ("null", ": expected a JSON object, found null"),
         ('"zero3"', ": expected a JSON object, found a string"),
@@ -90,8 +93,8 @@ def test_a_byte_order_mark_is_no_part_of_the_config(tmp_path):
         ('{"a": ' + "1" * 5_000 + "}", ""),
     ],
     ids=[
-        "comma", "empty", "two-values", "duplicate", "NaN", "Infinity", "array", "null", "string", "number", "boolean",
-        "latin-1", "too-deep", "too-many-digits",
+        "comma", "empty", "two-values", "duplicate", "NaN", "Infinity", "last-comma", "quotes",
+        "comment", "array", "null", "string", "number", "boolean", "latin-1", "too-deep", "too-many-digits",
     ],
 )  # fmt: skip
 def test_what_is_not_a_json_object_is_refused_with_its_place(content, said, tmp_path):

@@ -149,6 +149,12 @@ def test_several_files_in_one_word_are_taken_apart_for_the_user(sign, folder):
     assert "there is no such file" in refused(f"data/a.json{sign}data/none.jsonl")
 
 
+def test_a_link_that_leads_nowhere_is_told_from_a_missing_file(folder, tmp_path):
+    (tmp_path / "there.json").symlink_to("gone.json")
+
+    assert "there.json: is a link to gone.json, which does not exist; " in refusal(tmp_path / "there.json")
+
+
 @pytest.mark.parametrize("name", ["$DATA/a.json", "data/${NAME}.json"])
 def test_a_variable_that_no_shell_replaced_is_said(name, folder):
     assert f"{name}: there is no such file: a variable is replaced by the shell alone" in refused(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.utils import errors
+from finetune.utils.console import rich_console
 from finetune.utils.errors import (
     CheckpointError,
     ConfigError,
@@ -83,6 +84,26 @@ def test_a_reader_that_is_gone_ends_the_command_quietly(monkeypatch, capfd):
         with pytest.raises(SystemExit) as ended, exit_on_error():
             print("a line")
     assert ended.value.code == 141 and capfd.readouterr().err == ""
+
+
+def test_a_working_directory_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit, match="2"), exit_on_error():
+        Path.cwd()
+    assert "the working directory is gone" in capsys.readouterr().err
+
+
+def test_a_table_that_nobody_reads_ends_the_command_as_a_line_does(monkeypatch):
+    reading, writing = os.pipe()
+    with open(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        os.close(reading)
+        with pytest.raises(SystemExit) as ended, exit_on_error():
+            rich_console().print("a cell")
+    assert ended.value.code == 141
 
 
 @pytest.mark.parametrize("rank", [None, "0"])
