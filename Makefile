@@ -8,6 +8,7 @@ TOKENIZERS := .models/tokenizers
 PYTEST := $(VENV)/bin/python -m pytest
 SHARE ?= 0/1
 JOBS ?= 2
+PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart install install-dev model tokenizers prerequisites lint format \
@@ -21,13 +22,14 @@ quickstart: install ## fine-tune a small model and ask it before and after (QUIC
 	$(VENV)/bin/python -m finetune quickstart $(QUICKSTART_FLAGS)
 
 test: install-dev model tokenizers ## run all tests but the slow tiers below (JOBS=2 at a time)
-	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(PYTEST) $(PARALLEL)
 
 test-unit: install-dev model tokenizers ## run the tests that start no process
 	$(PYTEST) -n $(JOBS) tests/unit
 
-test-faults: install-dev model tokenizers ## inject faults into real runs, and whole matrices (SHARE=K/N: one share of N, K from 0)
-	$(PYTEST) -m "faults or slow" --share $(SHARE)
+test-faults: install-dev model tokenizers ## run whole matrices and inject faults into real runs (SHARE=K/N: one share of N, K from 0)
+	$(PYTEST) -m "slow and not faults and not hosts" --share $(SHARE) $(PARALLEL)
+	$(PYTEST) -m "faults or (slow and hosts)" --share $(SHARE)
 
 test-hosts: install-dev model tokenizers ## run on several real hosts over ssh, as root (SHARE=K/N)
 	$(PYTEST) tests/hosts -m "hosts and not faults" --share $(SHARE)

@@ -7,14 +7,10 @@ import pytest
 from tests.helpers.batch_runs import LORA, assert_same, shape
 
 ON_HEAD = (*LORA, "--lora_target_modules", "q_proj", "lm_head")
-SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    [pytest.param((), marks=SLOW), LORA, pytest.param(ON_HEAD, marks=SLOW)],
-    ids=["full", "lora", "lora on the head"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [(), LORA, ON_HEAD], ids=["full", "lora", "lora on the head"])
 def test_ranks_accumulation_and_stages_make_up_the_same_steps(train_shaped, adapter):
     first = train_shaped("1x8", 1, *shape(8, 1, "zero1"), *adapter)
     assert first[0][-1]["loss"] < first[0][0]["loss"]
@@ -52,7 +48,8 @@ def test_flat_padded_packed_and_budgeted_batches_learn_the_same(train_shaped):
     assert_same(flat, train_shaped("budget-padded", 2, *budget, "--batching", "padded"), steps=2)
 
 
-@pytest.mark.parametrize("adapter", [(), pytest.param(LORA, marks=SLOW)], ids=["full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
 def test_without_deepspeed_the_steps_are_the_same_on_two_ranks_and_alone(train_shaped, adapter):
     def plain(rows: int, accumulated: int) -> tuple[str, ...]:
         return shape(rows, accumulated, "zero2")[:-2] + adapter

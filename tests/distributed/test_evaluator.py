@@ -108,11 +108,11 @@ def test_a_run_stops_early_and_one_that_goes_on_stops_there_too(train, held_out)
     flags = ("--deepspeed", "zero2", *LORA, "--eval_data_path", str(held_out), "--eval_strategy", "steps",
              "--eval_steps", "1", "--num_train_epochs", "9", "--learning_rate", "3", "--early_stopping_patience", "3",
              "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "0")  # fmt: skip
-    output = train("early", *flags)
+    output = train("early", *flags, world_size=1)
     steps = [line["step"] for line in evaluations(output)]
     values = [line["eval_loss"] for line in evaluations(output)]
     assert 3 < len(steps) < 27 and without_progress(values, 0.0) == 3
-    train("early", *flags, "--resume_from_checkpoint", str(output / f"checkpoint-{steps[-1] - 1}"))
+    train("early", *flags, "--resume_from_checkpoint", str(output / f"checkpoint-{steps[-1] - 1}"), world_size=1)
     assert [line["step"] for line in evaluations(output)] == steps
     assert [line["eval_loss"] for line in evaluations(output)] == values
 
@@ -169,6 +169,7 @@ def test_what_is_not_finite_is_counted_and_never_the_best():
     assert without_progress([2.0, 1.5, math.nan, 1.49, 1.6], 0.1) == 3
 
 
+@pytest.mark.slow
 def test_micro_batches_that_are_not_finite_are_counted(held_out, conversation_file, tiny_model, tmp_path):
     output = tmp_path / "lost"
     flags = ("--eval_data_path", held_out, "--max_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1")

@@ -18,6 +18,7 @@ from finetune.run_dir.eval_results import read_sections
 from finetune.utils.errors import FinetuneError
 from tests.helpers import ranks
 from tests.helpers.paths import PRETRAINED
+from tests.helpers.tiers import mostly_slow
 
 QUESTIONS = load_questions()
 
@@ -44,7 +45,7 @@ def few(monkeypatch):
     return chosen
 
 
-@pytest.mark.parametrize("kind", ["lora", "prompt"])
+@pytest.mark.parametrize("kind", mostly_slow(["lora", "prompt"], ["lora"]))
 def test_a_result_is_asked_beside_its_base(trained, few, kind, capsys):
     output = trained(kind)
     evaluate.main([str(output), "--forgetting"])
@@ -65,6 +66,7 @@ def _few_on_a_rank(argv, ids):
     evaluate.main(argv)
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_as_one(trained, few, tmp_path):
     output = trained("lora")
     evaluate.main([str(output), "--forgetting"])
@@ -76,6 +78,7 @@ def test_two_ranks_answer_as_one(trained, few, tmp_path):
     assert together["answers"] == alone["answers"] and together["groups"] == alone["groups"]
 
 
+@pytest.mark.slow
 def test_a_broken_model_is_seen(small):
     """Weights of the small model with noise on them: it has forgotten, and the verdict says so."""
     model, chat_format = small
@@ -125,6 +128,7 @@ def stock_score(model, chat_format, question, candidate):
     return -total / len(candidate.encode())
 
 
+@pytest.mark.slow
 def test_answers_written_together_are_those_written_alone(small, monkeypatch):
     model, chat_format = small
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 3.0)  # of a base; answers are greedy

@@ -95,6 +95,7 @@ def test_a_run_is_complete_and_leaves_nothing_behind(named, tmp_path):
     assert "[INFO]" not in said
 
 
+@pytest.mark.slow
 def test_an_adapter_as_the_model_is_continued(trained, tiny_model, conversation_file, tmp_path):
     first, output = trained("lora"), tmp_path / "output"
     assert (first / "README.md").is_file() and not [*first.glob("checkpoint-*/README.md")]  # peft's card

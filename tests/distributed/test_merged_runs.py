@@ -13,6 +13,7 @@ from finetune.inference.run_result import read_result
 from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.errors import CheckpointError
 from tests.helpers.made_results import logits
+from tests.helpers.tiers import mostly_slow
 from tests.helpers.verbs import finetune_text
 
 SAVING = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "0")
@@ -38,7 +39,7 @@ def elsewhere(tmp_path):
     return moved
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [("zero1", 1), ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("stage", "ranks"), mostly_slow([("zero1", 1), ("zero2", 2), ("zero3", 2)], [("zero3", 2)]))
 def test_a_checkpoint_of_any_stage_and_ranks_becomes_a_model(train, elsewhere, stage, ranks, tmp_path):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from transformers import AutoModelForCausalLM
@@ -67,6 +68,7 @@ def test_a_checkpoint_of_any_stage_and_ranks_becomes_a_model(train, elsewhere, s
     assert {tensor.name for tensor in as_saved.tensors} == set(masters.shapes), "a tied head is stored once"
 
 
+@pytest.mark.slow
 def test_a_part_that_is_missing_or_damaged_is_told(train, tmp_path):
     output = train("zero3", "--deepspeed", "zero3", *SAVING)
     folder = output / "checkpoint-2"

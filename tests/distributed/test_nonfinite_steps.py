@@ -213,7 +213,7 @@ def rows_seen(tmp_path: Path, name: str, world_size: int = 2) -> dict[int, list[
 
 
 @pytest.mark.parametrize(
-    "config", ["zero2", *(pytest.param(one, marks=FAULTS) for one in ("zero3", "zero3-lora", "plain", "plain-lora"))]
+    "config", [*(pytest.param(one, marks=FAULTS) for one in ("zero2", "zero3", "zero3-lora", "plain", "plain-lora"))]
 )
 def test_three_in_a_row_end_the_run_and_without_their_rows_it_goes_on(lose, tmp_path, ids_of, config):
     flags, ids, output = CONFIGS[config], ids_of(4, 7, 8), tmp_path / "run"

@@ -10,9 +10,10 @@ import pytest
 
 from tests.helpers import ranks
 from tests.helpers.short_runs import LORA, SHORT, losses
+from tests.helpers.tiers import mostly_slow
 
 
-@pytest.mark.parametrize("lost", ["loss", "grad_norm"])
+@pytest.mark.parametrize("lost", mostly_slow(["loss", "grad_norm"], ["loss"]))
 def test_numbers_that_are_not_finite_end_the_run_with_status_5(tmp_path, tiny_model, conversation_file, lost):
     folder = tiny_model
     if lost == "loss":  # finite weights, products that are not: the first loss already
@@ -65,16 +66,16 @@ def test_what_a_run_leaves_behind(train, tmp_path, conversation_file):
 
 
 def test_an_earlier_run_is_never_overwritten_silently(train, tmp_path, tiny_model, conversation_file):
-    output = train("run", *LORA, "--deepspeed", "zero2")
+    output = train("run", *LORA, "--deepspeed", "zero2", world_size=1)
     written = {path.name: path.read_bytes() for path in output.iterdir()}
     again = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output, *SHORT]
 
-    refused = ranks.train(tmp_path / "refused", [*again, "--deepspeed", "zero2"])
+    refused = ranks.train(tmp_path / "refused", [*again, "--deepspeed", "zero2"], 1)
     assert refused.statuses[0] == 2
     assert "already holds a run, nothing was changed" in refused.outputs[0]
     assert {path.name: path.read_bytes() for path in output.iterdir()} == written
 
-    moved = ranks.train(tmp_path / "moved", [*again, "--deepspeed", "zero2", "--overwrite_output_dir", "True"])
+    moved = ranks.train(tmp_path / "moved", [*again, "--deepspeed", "zero2", "--overwrite_output_dir", "True"], 1)
     assert moved.succeeded, moved.outputs[0]
     (aside,) = output.parent.glob("run.before-*")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == written
@@ -141,7 +142,9 @@ BAD_INPUT = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_INPUT)
+@pytest.mark.parametrize(
+    "name", mostly_slow(BAD_INPUT, ["bad JSON", "no config", "unknown flag", "mismatch", "too short"])
+)
 def test_bad_input_is_one_clear_error(tmp_path, tiny_model, conversation_file, name):
     status, message, changed = BAD_INPUT[name]
     (tmp_path / "bad.json").write_text('[{"conversations": ]')

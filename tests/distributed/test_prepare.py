@@ -89,7 +89,8 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("processes", mostly_slow([1, 2], [2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_writer_that_is_killed_leaves_nothing_that_counts(tmp_path, renderer, processes):
     path = write_rows(tmp_path / "a.json", many(20_000))
     cache = tmp_path / "cache"
@@ -139,7 +140,7 @@ def _in_a_process(function) -> None:
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", mostly_slow([2, 3], [2]))
 def test_several_processes_give_the_same_data_in_the_same_order(tmp_path, renderer, processes):
     rows = many(3 * BATCH_ROWS + 5)
     first = write_rows(tmp_path / "a.json", [*rows, rows[0], *[[("human", f"{n}"), ("human", "x")] for n in range(30)]])

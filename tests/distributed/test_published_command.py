@@ -11,7 +11,6 @@ import pytest
 from tests.helpers.paths import ROOT
 from tests.helpers.published_command import LIMIT_SECONDS, launch
 from tests.helpers.rows import ROWS, write_rows
-from tests.helpers.tiers import mostly_slow
 from tests.helpers.verbs import finetune_text
 
 # DESIGN: the main command line as it was published; only names and paths are filled in.
@@ -74,7 +73,8 @@ def test_a_hostfile_of_this_host_and_a_module_launch_from_another_folder(tiny_mo
     assert (tmp_path / "output/adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("launcher", mostly_slow(["python", "torchrun"], ["python"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_plain_python_and_torchrun_work_too(launcher, tiny_model, conversation_file, tmp_path):
     named = ["--data_path", conversation_file, "--model_name_or_path", tiny_model, "--output_dir", tmp_path / "output"]
     flags = "--deepspeed zero3 --max_steps 1 --save_strategy no".split()
@@ -94,15 +94,11 @@ def test_plain_python_and_torchrun_work_too(launcher, tiny_model, conversation_f
     assert json.loads((tmp_path / "output/run.json").read_text())["completed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "status", "message"),
     [
-        pytest.param(
-            ("--learning_rat", "1"),
-            2,
-            "unknown flag --learning_rat: did you mean --learning_rate?",
-            marks=pytest.mark.slow,
-        ),
+        (("--learning_rat", "1"), 2, "unknown flag --learning_rat: did you mean --learning_rate?"),
         (("--data_path", "finetune/data/coig_10k.json"), 3, "COIG's 10,000 conversations are not part of this project"),
     ],
     ids=["usage", "data"],

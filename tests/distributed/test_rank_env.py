@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers import ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.short_runs import SHORT
 
 
+@pytest.mark.slow
 def test_two_processes_of_srun_are_one_run_of_two_ranks(tiny_model, conversation_file, tmp_path):
     output = tmp_path / "output"
     named = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output, *SHORT]

@@ -10,6 +10,7 @@ import pytest
 
 from finetune.diagnostics import find_first_failure, is_secondary, likely_cause
 from tests.helpers.failure_samples import at, died, raised
+from tests.helpers.tiers import mostly_slow
 
 WORKER = """
 import datetime, os, signal, sys
@@ -34,7 +35,8 @@ for _ in range(100):
 
 
 @pytest.mark.parametrize(
-    ("operation", "victim"), [("all_reduce", 1), ("barrier", 0), ("all_gather_object", 1), ("new_group", 0)]
+    ("operation", "victim"),
+    mostly_slow([("all_reduce", 1), ("barrier", 0), ("all_gather_object", 1), ("new_group", 0)], [("all_reduce", 1)]),
 )
 def test_the_failure_of_a_rank_whose_peer_was_killed_is_secondary(tmp_path, operation, victim):
     with socket.socket() as free:

@@ -4,6 +4,7 @@ import pytest
 
 from tests.helpers import ranks
 from tests.helpers.batch_runs import LORA, assert_same, shape
+from tests.helpers.tiers import mostly_slow
 
 SHARED = ("--sequence_parallel_size", "2")
 
@@ -11,11 +12,11 @@ SHARED = ("--sequence_parallel_size", "2")
 @pytest.mark.parametrize(
     ("config", "more"),
     [
-        ("zero1", ()),
+        pytest.param("zero1", (), marks=pytest.mark.slow),
         pytest.param("zero2", LORA, marks=pytest.mark.slow),
         pytest.param("zero3", (), marks=pytest.mark.slow),
         ("zero3", (*LORA, "--gradient_checkpointing", "True")),
-        ("zero2", ("--loss_weighting", "conversation")),
+        pytest.param("zero2", ("--loss_weighting", "conversation"), marks=pytest.mark.slow),
     ],
     ids=["zero1-full", "zero2-lora", "zero3-full", "zero3-lora-checkpointed", "conversations"],
 )
@@ -24,6 +25,7 @@ def test_shared_rows_give_the_losses_gradients_and_weights_of_whole_ones(train_s
     assert_same(alone, train_shaped("shared", 2, *shape(4, 2, config), *more, *SHARED), steps=4)
 
 
+@pytest.mark.slow
 def test_packed_rows_and_token_budgets_are_shared_too(train_shaped, tmp_path):
     budget = ("--deepspeed", "zero2", "--tokens_per_device_batch", "300", "--gradient_accumulation_steps", "2")
     assert_same(train_shaped("alone", 1, *budget), train_shaped("shared", 2, *budget, *SHARED), steps=4)
@@ -39,7 +41,7 @@ REFUSED = {
 MORE = {"padded": ("--batching", "padded"), "eager": ("--attn_implementation", "eager")}
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", mostly_slow(REFUSED, ["four ranks", "padded"]))
 def test_what_cannot_be_shared_is_refused(tmp_path, tiny_model, conversation_file, name):
     status, size, message = REFUSED[name]
     argv = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", tmp_path / "out"]

@@ -307,6 +307,7 @@ with start_watchdog():
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_watchdog_continues_when_its_rank_is_killed_and_ends():
     rank = subprocess.Popen([sys.executable, "-c", RANK], env={**os.environ, **ALONE}, stdout=subprocess.PIPE)
     pid = int(rank.stdout.readline())
@@ -399,6 +400,7 @@ def _train_but_rank_1_never_comes(argv: list[str]) -> None:
     main(argv)
 
 
+@pytest.mark.slow
 def test_ranks_that_never_arrive_are_named_in_the_time_stated(argv, tmp_path):
     began = time.monotonic()
     outcome = ranks.run(tmp_path / "logs", _train_but_rank_1_never_comes, ([*argv, "--meeting_timeout", "4"],))

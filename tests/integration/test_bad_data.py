@@ -326,6 +326,7 @@ def test_mojibake_is_told_from_text_in_any_language(said):
 NASTY = ("null", "nesting-2000", "raw-NUL", "truncated", "GBK", "400-digits-beside")
 
 
+@pytest.mark.slow
 def test_the_nastiest_files_neither_kill_nor_stop_the_command(pretrained, tmp_path):
     command = [sys.executable, "-m", "finetune", "preview", "--model_name_or_path", str(pretrained), "--json"]
     started = {}

@@ -134,6 +134,7 @@ def test_each_rank_answers_its_share_and_gets_all_answers(monkeypatch, count):
         assert harness.SharedModel._divided(None, answer, requests, True) == [f"answer {one}" for one in requests]
 
 
+@pytest.mark.slow
 def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained, tasks, monkeypatch):
     monkeypatch.setattr(
         "finetune.inference.load_result.load_for_inference", lambda *_, **__: pytest.fail("the model was loaded")
@@ -153,6 +154,7 @@ def test_a_task_that_cannot_be_asked_is_explained_before_the_model_loads(trained
         run(output, "--tasks", "mmlu")
 
 
+@pytest.mark.slow
 def test_settings_that_a_task_cannot_have_are_an_error_of_one_line(trained, tasks):
     with pytest.raises(ConfigError, match="sums.yaml: lm-eval does not accept these settings: .*few"):
         run(trained("lora"), "--tasks", tasks / "sums.yaml", "--num_fewshot", 50, "--no_base")
@@ -166,6 +168,7 @@ def test_another_number_of_examples_is_a_departure():
     )
 
 
+@pytest.mark.slow
 def test_without_a_network_what_must_be_downloaded_is_named(trained, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("GAOKAO_BENCH", str(tmp_path))
     with pytest.raises(ConfigError) as failure:
@@ -210,6 +213,7 @@ def test_the_suite_has_the_columns_of_the_table():
     assert [one.name for one in lingowhale_benchmarks.BENCHMARKS if one.runs_code] == ["HumanEval"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", lingowhale_benchmarks.BENCHMARKS, ids=lambda one: one.name)
 def test_settings_are_those_of_the_installed_harness(manager, benchmark):
     config = config_of(manager, benchmark.task)
@@ -237,6 +241,7 @@ def test_settings_are_those_of_the_installed_harness(manager, benchmark):
         assert config["dataset_path"] in benchmark.needs
 
 
+@pytest.mark.slow
 def test_the_sets_of_agieval_are_those_of_the_harness(manager):
     from lm_eval.tasks._yaml_loader import load_yaml
 

@@ -9,6 +9,7 @@ from finetune.inference.generate import AnswerGenerator
 from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
 from finetune.utils.errors import CheckpointError, ConfigError
+from tests.helpers.tiers import mostly_slow
 
 ASKED = [Turn("human", "Who are you?")]
 KINDS = {
@@ -41,7 +42,7 @@ def by_whole_passes(model, opened, tokens=6):
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # peft, of its own generate
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ["lora"]))
 def test_a_result_and_its_base_answer_in_turn(train, tiny_model, kind, tmp_path):
     output = train(kind, *KINDS[kind], "--deepspeed", "zero2", world_size=1)
     opened = load_for_inference(read_result(output))

@@ -8,6 +8,7 @@ import pytest
 from finetune.dataset.conversation_reader import read_conversations
 from tests.helpers.paths import ROOT
 from tests.helpers.terminals import Terminal
+from tests.helpers.tiers import mostly_slow
 
 
 def chat(folder, *flags, **sizes):
@@ -46,6 +47,7 @@ def test_a_conversation(learned_by_heart, tmp_path):
     assert [turn.text for turn in row.turns] == said
 
 
+@pytest.mark.slow
 def test_several_lines_and_pastes_are_one_message(learned_by_heart, tmp_path):
     with chat(learned_by_heart, "--max_new_tokens", "3") as terminal:
         for typed in ("one\\\ntwo\n", '"""\nthree\n\n/four\n"""\n', "\x1b[200~five\n第六\x1b[201~\n"):
@@ -59,6 +61,7 @@ def test_several_lines_and_pastes_are_one_message(learned_by_heart, tmp_path):
     assert [turn.text for turn in row.turns if turn.role == "human"] == ["one\ntwo", "three\n\n/four", "five\n第六"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(learned_by_heart):
     with chat(learned_by_heart, "--base", "--max_new_tokens", "2000", "--temperature", "5") as terminal:
         terminal.wait_for("\n> ")
@@ -73,7 +76,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(learned_by_heart):
     assert "Traceback" not in terminal.shown
 
 
-@pytest.mark.parametrize("columns", [100, 50])
+@pytest.mark.parametrize("columns", mostly_slow([100, 50], [100]))
 def test_tuned_and_base_next_to_each_other_or_below(learned_by_heart, columns):
     with chat(learned_by_heart, "--compare", "--max_new_tokens", "12", columns=columns, lines=12) as terminal:
         assert "the tuned answers are kept" in terminal.wait_for("\n> ").replace("\n", " ")

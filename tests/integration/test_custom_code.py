@@ -14,6 +14,7 @@ import pytest
 from tests.helpers import made_results, ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS
+from tests.helpers.tiers import mostly_slow
 from tests.helpers.verbs import finetune_text
 
 FLAGS = (
@@ -199,7 +200,7 @@ def _waiting_bytes(keyboard: int) -> bytes:
         os.close(keyboard)
 
 
-@pytest.fixture(params=["model", "tokenizer", "base of an adapter"])
+@pytest.fixture(params=mostly_slow(["model", "tokenizer", "base of an adapter"], ["model"]))
 def result_with_code(request, tiny_model, tmp_path) -> Path:
     """An output folder whose run.json says that its code is trusted, and whose code leaves `tmp_path / "marker"`."""
     kind = "tokenizer" if request.param == "tokenizer" else "model"
@@ -262,6 +263,7 @@ print(json.dumps([load(*one, **flags) for one, flags in json.loads(sys.argv[2])]
 """
 
 
+@pytest.mark.slow
 def test_a_revision_pins_the_code_and_the_one_exception_names_its_commit(tiny_model, tmp_path):
     """A hub's cache with two commits of two repositories; nothing is fetched."""
     marker, published = tmp_path / "marker", "deeplang-ai/LingoWhale-8B"

@@ -144,6 +144,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_the_status_of_the_first(n
     assert found_by(done)["findings"][0]["section"] == "command" and "--gradient_clipping" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_compilers_own_words_are_shown_and_a_terminal_gets_lines(named, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text(
@@ -163,6 +164,7 @@ def test_the_compilers_own_words_are_shown_and_a_terminal_gets_lines(named, tmp_
         assert f"\n{title}\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_where_the_command_is_typed_on_every_host_no_other_host_is_asked(named, tmp_path):
     (tmp_path / "hostfile").write_text("nowhere0 slots=1\nnowhere1 slots=1\n")
     place = ("--no_ssh", "--node_rank=1", "--master_addr=nowhere0")

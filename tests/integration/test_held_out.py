@@ -23,6 +23,7 @@ from tests.helpers import ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import write_rows
 from tests.helpers.short_runs import KINDS_OF_RESULTS
+from tests.helpers.tiers import mostly_slow
 
 HELD_OUT = [
     [("human", "Where is Nori from?"), ("model", "From Tidepool.")],
@@ -75,7 +76,7 @@ def stock(result, tokenizer):
     return opener.from_pretrained(result.folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_RESULTS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS_OF_RESULTS, ["lora", "prefix"]))
 def test_losses_are_those_of_a_stock_model(trained, files, kind, capsys):
     folder = trained(kind)
     document = evaluated(folder, files)
@@ -100,6 +101,7 @@ def test_losses_are_those_of_a_stock_model(trained, files, kind, capsys):
     assert names == ["all rows", *map(str, files), "answer 1", "answer 2", "answer 3"]
 
 
+@pytest.mark.slow
 def test_which_rows_are_measured_together_changes_nothing(trained, files):
     folder = trained("lora")
     whole = evaluated(folder, files)
@@ -112,7 +114,7 @@ def test_which_rows_are_measured_together_changes_nothing(trained, files):
             )
 
 
-@pytest.mark.parametrize("kind", ["full", "prefix"])
+@pytest.mark.parametrize("kind", mostly_slow(["full", "prefix"], ["prefix"]))
 def test_two_ranks_find_what_one_finds(trained, files, tmp_path, kind):
     folder = trained(kind)
     alone = evaluated(folder, files, "--tokens_per_batch", 100)
@@ -128,6 +130,7 @@ def test_two_ranks_find_what_one_finds(trained, files, tmp_path, kind):
     assert "Held-out conversations" in outcome.outputs[0] and "Held-out conversations" not in outcome.outputs[1]
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_it_on_two_ranks(trained, files):
     """`deepspeed` puts --local_rank in front of the verb."""
     folder = trained("lora")

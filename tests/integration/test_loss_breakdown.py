@@ -27,6 +27,7 @@ def test_a_run_writes_them_and_their_means_are_the_loss(train, two_sources):
     assert {"1", "2"} <= {name for line in read[1] for name in line.get("loss_by_turn", {})}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_same_parts(train, two_sources):
     saving = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "0", "--max_steps", "4")
     flags = ("--deepspeed", "zero2", "--data_path", *map(str, two_sources), "--logging_steps", "2", *saving)

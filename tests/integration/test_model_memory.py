@@ -46,7 +46,7 @@ def sizes_of(output: Path) -> dict[str, int]:
     return {**found, "result": sum(path.stat().st_size for path in output.glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize(("stage", "adapter"), [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize(("stage", "adapter"), mostly_slow([(1, False), (2, True), (3, False)], [(3, False)]))
 def test_checkpoints_are_as_large_as_they_are(train, tiny_model: Path, stage: int, adapter: bool):
     flags = ["--deepspeed", f"zero{stage}", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
     output = train("run", *flags, *(LORA if adapter else ()))

@@ -48,7 +48,7 @@ REHEARSED = (
     "qwen3_30b_a3b_lora", "qwen3_8b_24gb",
 )  # fmt: skip
 LONGEST_LINE = 120
-FAST = ("cpu_rehearsal", "llama33_70b_full_4hosts", "qwen3_30b_a3b_lora", "qwen3_8b_24gb")
+FAST = ("cpu_rehearsal", "llama33_70b_full_4hosts")
 ROOM = 0.9  # of a card, and of the host's memory: twice that of its cards
 
 

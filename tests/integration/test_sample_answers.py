@@ -14,6 +14,7 @@ from finetune.run_dir.data_samples import read_samples
 from finetune.run_dir.run_json import load_run_json
 from finetune.utils.errors import FinetuneError
 from tests.helpers.short_runs import LORA
+from tests.helpers.tiers import mostly_slow
 
 
 def asked(*texts: str) -> list[SamplePrompt]:
@@ -32,7 +33,7 @@ def test_samples_of_a_run_hold_the_words_of_the_data(train, conversation_file):
     assert any(prompt.turns[0].role == "system" for prompt in prompts_of(cards, 6))
 
 
-@pytest.mark.parametrize("kind", ["adapter", "full"])
+@pytest.mark.parametrize("kind", mostly_slow(["adapter", "full"], ["adapter"]))
 def test_answers_are_those_of_base_and_result_and_are_kept(train, kind, capsys):
     output = train("output", *(LORA if kind == "adapter" else ()), "--deepspeed", "zero2", world_size=1)
     report.main([str(output)])
@@ -62,6 +63,7 @@ def test_an_adapter_whose_base_is_gone_gets_a_report_without_answers(train, tmp_
     assert "None were made yet" in (output / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_time_and_memory_that_do_not_suffice(train, monkeypatch):
     output = train("output", *LORA, "--max_steps", "1", world_size=1)
     result = read_result(output)

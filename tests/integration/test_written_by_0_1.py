@@ -38,6 +38,7 @@ def test_a_checkpoint_is_verified_byte_by_byte():
     assert (manifest.step, manifest.world_size, manifest.position) == (3, 1, {"epoch": 1, "step": 0})
 
 
+@pytest.mark.slow
 def test_its_universal_form_is_written_and_nothing_outside_of_it(tmp_path):
     folder = shutil.copytree(OLD / "full" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
     manifest, target = checkpoint.read_manifest(folder), checkpoint.universal_folder(tmp_path / "run", 3)

@@ -109,7 +109,7 @@ def test_the_share_that_was_read_grows_to_1(tmp_path):
 
 @pytest.mark.parametrize(
     ("form", "pack"),
-    mostly_slow(product(FORMS, [bytes, gzip.compress]), [("array", gzip.compress), ("lines", bytes)]),
+    mostly_slow(product(FORMS, [bytes, gzip.compress]), [("array", gzip.compress)]),
 )
 def test_reading_takes_the_memory_of_a_window_not_of_the_file(form, pack, tmp_path):
     text = "some words that are said again and again " * 25

@@ -19,6 +19,7 @@ from finetune.conversation import Conversation, Turn
 from finetune.dataset.data_sources import find_sources
 from finetune.dataset.prepare import check_dropped_share, prepare_dataset
 from tests.helpers.chat_rows import written
+from tests.helpers.tiers import mostly_slow
 
 COUNT, LIMIT = 1_000, 600
 HUMANS, MODELS = ("human", "user"), ("model", "gpt", "assistant", "bot")
@@ -164,7 +165,7 @@ def control_ids_of(renderer: Renderer, row: Any, among: set[int]) -> list[int]:
     return [number for number in example.input_ids if number in among]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", mostly_slow(FORMATS, ["own template", "lingowhale"]))
 def test_a_thousand_conversations_at_random(name, smol_tokenizer, golden_tokenizer, tmp_path):
     tokenizer = golden_tokenizer if name == "lingowhale" else smol_tokenizer
     formats = {

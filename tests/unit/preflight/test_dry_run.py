@@ -11,9 +11,7 @@ FAMILIES = "llama mistral qwen2 qwen3 qwen3_moe mixtral gemma2 gemma3_text gpt_n
 gpt_oss gemma4_text starcoder2 granitemoe qwen3_next falcon mamba smollm3".split()
 
 
-@pytest.mark.parametrize(
-    "family", mostly_slow(FAMILIES, ["llama", "gemma3_text", "gemma4_text", "deepseek_v3", "gpt2", "mamba"])
-)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["llama", "gemma3_text", "deepseek_v3", "gpt2", "mamba"]))
 def test_any_architecture_becomes_small_and_still_runs(family):
     config = CONFIG_MAPPING[family]()
     small = shrink_config(config)
