@@ -19,6 +19,7 @@ def test_ranks_accumulation_and_stages_make_up_the_same_steps(train_shaped, adap
     assert_same(first, train_shaped("1x1x8", 1, *shape(1, 8, "zero2"), *adapter), steps=4)
 
 
+@pytest.mark.slow
 def test_conversations_weigh_the_same_on_any_ranks(train_shaped):
     by_conversation = ("--loss_weighting", "conversation")
     first = train_shaped("1x8", 1, *shape(8, 1, "zero2"), *by_conversation)

@@ -220,6 +220,7 @@ def test_every_change_that_would_show_is_refused_with_both_values(train, tmp_pat
         assert not list((tmp_path / name).glob("*.safetensors")) and not (tmp_path / name / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_an_inexact_resume_is_allowed_by_flag_and_recorded_but_not_into_another_shape(train, tmp_path):
     flags = ("--deepspeed", "zero2", *LORA, "--resume_from_checkpoint", tmp_path / "whole/checkpoint-3")
     train("whole", *flags[:4], "--save_steps", "3")

@@ -8,7 +8,6 @@ import pytest
 from finetune.dataset.conversation_reader import read_conversations
 from tests.helpers.paths import ROOT
 from tests.helpers.terminals import Terminal
-from tests.helpers.tiers import mostly_slow
 
 
 def chat(folder, *flags, **sizes):
@@ -76,7 +75,8 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(learned_by_heart):
     assert "Traceback" not in terminal.shown
 
 
-@pytest.mark.parametrize("columns", mostly_slow([100, 50], [100]))
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [100, 50])
 def test_tuned_and_base_next_to_each_other_or_below(learned_by_heart, columns):
     with chat(learned_by_heart, "--compare", "--max_new_tokens", "12", columns=columns, lines=12) as terminal:
         assert "the tuned answers are kept" in terminal.wait_for("\n> ").replace("\n", " ")

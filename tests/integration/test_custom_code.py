@@ -61,18 +61,22 @@ def make(folder: Path) -> None:
     )
 
 
-def load(output: Path, adapter: bool) -> str:
-    """Load a result in a fresh interpreter that knows nothing of the stand-in; returns the generated ids."""
-    loader = "peft import AutoPeftModelForCausalLM" if adapter else "transformers import AutoModelForCausalLM"
-    name = loader.split()[-1]
+def load(output: Path, adapter: bool) -> list[str]:
+    """Load a result, and what it is merged into, in a fresh interpreter that knows nothing of the stand-in.
+
+    Returns the ids that each generates.
+    """
     code = (
-        f"from {loader}; import torch\n"
-        f"m = {name}.from_pretrained({str(output)!r}, trust_remote_code=True)\n"
-        "print(m.generate(input_ids=torch.tensor([[3, 20, 30, 4]]), max_new_tokens=3, do_sample=False).tolist())"
+        "from peft import AutoPeftModelForCausalLM; from transformers import AutoModelForCausalLM; import torch\n"
+        f"for kind, folder in (({'AutoPeftModelForCausalLM' if adapter else 'AutoModelForCausalLM'}, '.'),\n"
+        "                     (AutoModelForCausalLM, 'merged')):\n"
+        "    model = kind.from_pretrained(folder, trust_remote_code=True)\n"
+        "    ids = torch.tensor([[3, 20, 30, 4]])\n"
+        "    print(model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=output)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -107,12 +111,11 @@ def test_it_trains_saves_its_code_and_loads(stand_in, conversation_file, tmp_pat
     assert "--activation_checkpointing is off: this model's code does not support it" in outcome.outputs[0]
     if not adapter:
         assert (output / "modeling_qkv.py").is_file()
-    ids = load(output, bool(adapter))
-    assert "[[3, 20, 30, 4" in ids
     merged = finetune_text("merge", output, "--trust_remote_code")
     assert merged.returncode == 0, merged.stderr
     assert (output / "merged/modeling_qkv.py").is_file() and "the first choice is the same" in merged.stdout
-    assert load(output / "merged", False) == ids
+    ids, of_merged = load(output, bool(adapter))
+    assert "[[3, 20, 30, 4" in ids and of_merged == ids
 
 
 def test_without_the_flag_the_error_names_it(stand_in, conversation_file, tmp_path):

@@ -41,7 +41,8 @@ FORMATS = [
 
 
 FAST_FORMATS = [pair for pair in FORMATS[:10] if pair[0] != "deepseek"]
-FAST_FORMATS += [pair for number, pair in enumerate(FORMATS[10:]) if pair[0] != "deepseek" and number % 4 == 0]
+for kind, step in (("smollm2", 3), ("mistral", 8)):
+    FAST_FORMATS += [pair for pair in FORMATS[10:] if pair[0] == kind][::step]
 PLAIN = "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
 
 

@@ -76,7 +76,7 @@ def stock(result, tokenizer):
     return opener.from_pretrained(result.folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS_OF_RESULTS, ["lora", "prefix"]))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS_OF_RESULTS, ["lora"]))
 def test_losses_are_those_of_a_stock_model(trained, files, kind, capsys):
     folder = trained(kind)
     document = evaluated(folder, files)
