@@ -70,7 +70,6 @@ class TemplateText:
         control: matches a control token.
         eos: the tokenizer's own end token, which may open turns as well.
         next_role_ends: whether nothing ends an answer but the token that opens the next turn.
-        joins: whether the tokenizer would join the end of a prompt with the first letters of an answer.
     """
 
     render: Callable[[int, bool], str]
@@ -79,7 +78,6 @@ class TemplateText:
     control: re.Pattern[str]
     eos: str | None
     next_role_ends: bool
-    joins: Callable[[str], bool]
     spelled: Sequence[str] = ()
 
 
@@ -102,6 +100,7 @@ class _Found:
     before: str
     begin: int
     end: _End
+    has_prompt: bool = True
 
     def in_rendering(self, rendered: str, spans: Sequence[SlotSpan]) -> Answer | None:
         """The answer in a rendering; None if the template does not write it so there."""
@@ -114,7 +113,8 @@ class _Found:
             if not is_appended and not rendered.startswith(self.end.tokens[0], start):
                 return None
             stop = stop if is_appended else start + len(self.end.tokens[0])
-        return _answer(self.begin, stop, rendered, spans, self.end.tokens, is_appended=is_appended)
+        answer = _answer(self.begin, stop, rendered, spans, self.end.tokens, is_appended=is_appended)
+        return replace(answer, has_prompt=self.has_prompt)
 
 
 def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: bool) -> TemplateSkeleton:
@@ -206,12 +206,10 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
     if prompt == before and first is not None and _opens_reasoning(alone[:first]):
         first = alone.rindex(REASONING_BEGIN, 0, first)
     if alone.startswith(prompt) and not loses:
-        begin = len(prompt)
-        if prompt == before and first is not None and alone[begin:first].strip():
-            begin = first  # no prompt is written: the header in front of the answer stands for it
-        elif text.joins(prompt):
-            return _separate(number, alone, begin, end.stop, end, text)
-        return _Found(alone[: end.stop], begin, end)
+        # Where no prompt is written, the header in front of the answer stands for it.
+        if prompt == before and first is not None and alone[len(prompt) : first].strip():
+            return _Found(alone[: end.stop], first, end, has_prompt=False)
+        return _Found(alone[: end.stop], len(prompt), end)
     asked = find_slots(prompt, text.spelled)
     context = others[-1].stop if others else 0
     # Some templates write the system turn with the last question, until it is answered.
@@ -221,8 +219,10 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
             return _completion(turn, number, prompt, alone[context + len(header) : end.stop], end, text)
     if prompt == before and first is not None and not loses and prompt.rstrip().endswith(REASONING_END):
         return _completion(turn, number, prompt, alone[first : end.stop], end, text)
-    if first is not None and not loses and (prompt == before or alone[:first].rstrip() == prompt.rstrip()):
-        return _Found(alone[: end.stop], first, end)
+    if first is not None and not loses and prompt == before:
+        return _Found(alone[: end.stop], first, end, has_prompt=False)
+    if first is not None and not loses and alone[:first].rstrip() == prompt.rstrip():
+        return _completion(turn, number, prompt, alone[first : end.stop], end, text)
     begin = alone.rfind(opening, context, first) if opening.strip() and not loses else -1
     if begin >= 0:  # the template writes what is in front of the prompt otherwise once the answer is there
         return _completion(turn, number, prompt, alone[begin + len(opening) : end.stop], end, text)
@@ -244,22 +244,14 @@ def _completion(turn: Turn, number: int, prompt: str, tail: str, end: _End, text
         tail = f"{reasoning}{line}{REASONING_END}{2 * line}{tail.lstrip()}"
         rules = [] if reasoning else [CLOSED_RULE.format(turn=number)]
     whole = prompt + tail
-    return _separate(number, whole, len(prompt), len(whole), end, text, rules)
-
-
-def _separate(
-    number: int, rendered: str, begin: int, stop: int, end: _End, text: TemplateText, rules: Sequence[str] | None = None
-) -> TemplateSkeleton:
-    """The skeleton of an answer that is encoded by itself, as is its prompt; a completion if it has rules."""
-    spans = find_slots(rendered, text.spelled)
-    answer = _answer(begin, stop, rendered, spans, end.tokens, is_appended=end.is_of_next_turn)
+    spans = find_slots(whole, text.spelled)
+    answer = _answer(len(prompt), len(whole), whole, spans, end.tokens, is_appended=end.is_of_next_turn)
     return TemplateSkeleton(
-        tuple(pieces_between(rendered, spans)),
+        tuple(pieces_between(whole, spans)),
         tuple(span.slot for span in spans),
         {number: answer},
-        is_separate=True,
-        is_completion=rules is not None,
-        rules=tuple(rules or ()),
+        is_completion=True,
+        rules=tuple(rules),
     )
 
 

@@ -1,6 +1,8 @@
 """Conversations as text: a chat template of a tokenizer applied to them, with the skeleton of each."""
 
 import json
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,11 +31,9 @@ from finetune.chat_templates.template_skeleton import (
     with_marks,
 )
 from finetune.chat_templates.template_styles import reasoning_key, tool_style
-from finetune.chat_templates.token_positions import Extent
+from finetune.chat_templates.token_positions import NO_PROMPT, Extent
 from finetune.conversation import Conversation, ToolCall, Turn
 
-# Answers that no template changes, of several scripts: tokenizers differ in what they join with a space.
-PROBES = ("a", "好", "1", "-", "🙂")
 MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _PLAIN_STYLE = MessageStyle()
@@ -76,24 +76,38 @@ class RenderedText:
             if number is None:
                 continue
             begin, stop = ends[index], starts[index + 1]
-            found[number] = Extent(number, found[number].begin if number in found else begin, stop, False)
+            begin_of_turn = found[number].begin if number in found else begin
+            found[number] = Extent(number, begin_of_turn, stop, False, NO_PROMPT)
             if masks_reasoning and part == "reasoning":
                 reasoned[number] = stop
             elif masks_reasoning and turns[number].role == "model" and REASONING_END in self.contents[index]:
                 reasoned[number] = begin + len(self.contents[index].partition(REASONING_END)[0].rstrip())
         for number, answer in self.skeleton.answers.items():
-            begin = reasoned.get(number, starts[answer.begin[0]] + answer.begin[1])
-            found[number] = Extent(number, begin, ends[answer.end[0]] - answer.end[1], turns[number].is_supervised)
+            prompt_end, stop = starts[answer.begin[0]] + answer.begin[1], ends[answer.end[0]] - answer.end[1]
+            begin = reasoned.get(number, prompt_end)
+            prompt_end = prompt_end if answer.has_prompt else NO_PROMPT
+            found[number] = Extent(number, begin, stop, turns[number].is_supervised, prompt_end)
         return sorted(found.values(), key=lambda extent: extent.begin)
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The texts that are encoded each by itself: the whole, or the prompt and its answer, as a server does."""
-        if not self.skeleton.is_separate:
-            return (self.text,)
-        index, offset = self.skeleton.answers[len(self.conversation.turns) - 1].begin
-        begin = sum(map(len, (*self.skeleton.pieces[:index], *self.contents[:index]))) + offset
-        return self.text[:begin], self.text[begin:]
+    def control_tokens(self, plain: PlainTextTokenizer) -> list[re.Match[str]]:
+        """The control tokens of the text: those of the template, and of answers those that are not special."""
+        found, begin = list[re.Match[str]](), 0
+        in_answers = plain.control_ids - plain.for_answers.control_ids
+        names = {plain.token(token_id) for token_id in in_answers}
+        ranges = list[tuple[int, int, bool]]()  # of the contents
+        for piece, content, (number, _) in zip(self.skeleton.pieces, self.contents, self.skeleton.slots, strict=False):
+            begin += len(piece)
+            is_answer = number is not None and self.conversation.turns[number].role == "model"
+            ranges.append((begin, begin + len(content), is_answer))
+            begin += len(content)
+        begins = [begin for begin, _, _ in ranges]
+        for match in plain.control_pattern.finditer(self.text):
+            index = bisect_right(begins, match.start()) - 1
+            is_inside = index >= 0 and match.start() < ranges[index][1]
+            stop = ranges[index][1] if is_inside else [*begins, len(self.text)][index + 1]
+            if match.end() <= stop and (not is_inside or (ranges[index][2] and match[0] in names)):
+                found.append(match)
+        return found
 
     def note(self, number: int) -> str:
         """What a model turn holds besides its text, for display."""
@@ -123,7 +137,6 @@ class ChatTemplate:
         self._skeletons: dict[Shape, TemplateSkeleton | UnrenderableError] = {}
         self._marked: dict[tuple[Any, ...], str | UnrenderableError] = {}
         self._styles: dict[str, Any] = {}
-        self._joined: dict[str, bool] = {}
 
     def apply(self, conversation: Conversation, style: MessageStyle | None = None, **options: Any) -> Any:
         """What `apply_chat_template` returns for the conversation with these options."""
@@ -265,25 +278,8 @@ class ChatTemplate:
             self.plain.control_pattern,
             self.plain.tokenizer.eos_token,
             has_calls and self._next_role_ends,
-            self._joins,
             spelled,
         )
-
-    def _joins(self, prompt: str) -> bool:
-        """Whether a text behind the prompt changes its tokens, as "\\n\\n" does in vocabularies like GPT-2's."""
-        if prompt == prompt.rstrip():
-            return False
-        controls = [*self.plain.control_pattern.finditer(prompt)]
-        end = prompt[controls[-1].start() if controls else len(prompt.rstrip()) :]
-        if end not in self._joined:
-            alone, *both = (self._ids(end + text) for text in ("", *PROBES))
-            self._joined[end] = any(ids[: len(alone)] != alone for ids in both) and all(
-                self.plain.decode_all([alone + self._ids(text)])[0] == end + text for text in PROBES
-            )
-        return self._joined[end]
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.plain.tokenizer.encode(text, add_special_tokens=False))
 
     @cached_property
     def _next_role_ends(self) -> bool:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os.path import commonprefix
 
-from finetune.chat_templates.chat_template import PROBES
 from finetune.chat_templates.example import ChatFormat, TokenizedConversation, UnrenderableError, tokenize_conversation
 from finetune.chat_templates.messages import sample_tool
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.conversation import Conversation, ToolCall, Turn, trained_on
 
+# Answers that no template changes, of several scripts: tokenizers differ in what they join with a space.
+PROBES = ("a", "好", "1", "-", "🙂")
 REPLACEMENT = "\ufffd"  # what the bytes of an incomplete character decode to
 MAX_PENDING = 64  # tokens; no character has as many
 TEXT, REASONING = "textq1x", "reasonq1x"  # contents of an answer that shows what the template writes around them

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetune.chat_templates.chat_template import MAX_SKELETONS, ChatTemplate, RenderedText, error_as_value
+from finetune.chat_templates.chat_template import ChatTemplate, RenderedText, error_as_value
 from finetune.chat_templates.example import (
     IGNORE_INDEX,
     SupervisedSpan,
@@ -18,9 +16,9 @@ from finetune.chat_templates.example import (
     UnrenderableError,
 )
 from finetune.chat_templates.messages import normalized, without_reasoning
-from finetune.chat_templates.plain_text import PlainTextTokenizer, with_plain_offsets
+from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE, shape_of, with_date
-from finetune.chat_templates.token_positions import ControlTokenLeak, Extent, TokenPositions, TokenSpan
+from finetune.chat_templates.token_positions import Extent, TokenPositions, TokenSpan
 from finetune.conversation import Conversation, trained_on
 
 if TYPE_CHECKING:
@@ -34,9 +32,8 @@ class JinjaFormat:
 
     Each conversation is rendered once and must consist of the pieces of its skeleton around its contents (see
     `template_skeleton`). One tokenization of the whole then gives exactly the ids of `apply_chat_template`, and
-    `token_positions` tells which tokens belong to a model turn. A conversation that spells a control token is instead
-    encoded piece by piece, its contents as plain text; so is any other if the tokenizer has no offsets where they are
-    needed, and its pieces must then give the ids of the whole.
+    `token_positions` tells which tokens belong to a model turn, and whether those in front of it are the ids of the
+    prompt alone. If not, or if contents spell a control token, what stands between control tokens is encoded by itself.
 
     Args:
         day: the date that the template writes; default: today in UTC.
@@ -67,7 +64,6 @@ class JinjaFormat:
         self.positions = TokenPositions(self.plain)
         self.chat_template = ChatTemplate(self.plain, self.template, self.template_kwargs, as_is=history == "as_is")
         self._verified: set[Any] = set()
-        self._encoded_pieces: dict[str, list[int]] = {}
 
     def identity(self) -> dict[str, Any]:
         """The template, its variables, and how histories and reasoning are treated."""
@@ -113,8 +109,7 @@ class JinjaFormat:
             for index, rendered in enumerate(results)
             if isinstance(rendered, RenderedText) and not rendered.spelled
         }
-        ids_of_whole = self._encode_all([rendered.text for rendered in whole.values()])
-        missed = {}
+        ids_of_whole = self.plain.encode_chats([rendered.text for rendered in whole.values()])
         for (index, rendered), ids in zip(whole.items(), ids_of_whole, strict=True):
             if not self._is_verified(rendered, ids):
                 results[index] = UnrenderableError(
@@ -124,36 +119,15 @@ class JinjaFormat:
                 continue
             extents = rendered.extents(masks_reasoning=self.masks_reasoning)
             has_results = any(turn.role == "tool" for turn in rendered.conversation.turns)
-            spans = None
-            if not rendered.skeleton.is_separate:
-                spans = self.positions.by_controls(rendered.text, ids, extents, has_results=has_results)
-            if spans is None:
-                missed[index] = rendered
-            else:
+            spans = self.positions.by_controls(rendered.text, ids, extents, has_results=has_results)
+            if spans is not None:
                 results[index] = self._labelled(rendered, ids, extents, spans)
-        if missed and self.tokenizer.is_fast:
-            texts = [part for rendered in missed.values() for part in rendered.parts]
-            encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-            for index, rendered in missed.items():
-                own = [next(encodings) for _ in rendered.parts]
-                with suppress(ControlTokenLeak):
-                    results[index] = error_as_value(self._by_offsets, rendered, own)
         return [
-            error_as_value(self._piece_by_piece, result) if isinstance(result, RenderedText) else result
+            error_as_value(self._by_segments, result) if isinstance(result, RenderedText) else result
             for result in results
         ]
 
     # ---- tokens
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        if not self.tokenizer.is_fast:
-            return [list(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
-        return [encoding.ids for encoding in encodings]
-
-    @cached_property
-    def _backend(self) -> Any:
-        return with_plain_offsets(self.tokenizer.backend_tokenizer)
 
     def _is_verified(self, rendered: RenderedText, ids: list[int]) -> bool:
         """Whether the ids are those of the tokenizer's own method; compared once per shape."""
@@ -164,74 +138,18 @@ class JinjaFormat:
             self._verified.add(shape)
         return True
 
-    def _by_offsets(self, rendered: RenderedText, encodings: Sequence[Any]) -> TokenizedConversation:
+    def _by_segments(self, rendered: RenderedText) -> TokenizedConversation:
         extents = rendered.extents(masks_reasoning=self.masks_reasoning)
-        ids: list[int] = []
-        spans: list[TokenSpan] = []
-        left = 0
-        for text, encoding in zip(rendered.parts, encodings, strict=True):
-            right = left + len(text)
-            is_last = right == len(rendered.text)
-            own = [
-                extent._replace(begin=extent.begin - left, stop=extent.stop - left)
-                for extent in extents
-                if left <= extent.begin and (extent.begin < right or is_last)
-            ]
-            found = self.positions.by_offsets(text, encoding, own)
-            spans += [TokenSpan(start + len(ids), stop + len(ids)) for start, stop in found]
-            ids += encoding.ids
-            left = right
-        return self._labelled(rendered, ids, extents, spans)
-
-    def _piece_by_piece(self, rendered: RenderedText) -> TokenizedConversation:
-        """Encode the template's text and the contents each by itself, so that no content becomes a control token."""
-        extents = rendered.extents(masks_reasoning=self.masks_reasoning)
-        edges = sorted({place for extent in extents for place in (extent.begin, extent.stop)})
-        ids: list[int] = []
-        tokens_before = {0: 0}
-        place = 0
-        for index, piece in enumerate(rendered.skeleton.pieces):
-            inner = [edge - place for edge in edges if place < edge < place + len(piece)]
-            for begin, end in zip([0, *inner], [*inner, len(piece)], strict=True):
-                tokens_before[place + begin] = len(ids)
-                ids += self._piece(piece[begin:end])
-            place += len(piece)
-            tokens_before[place] = len(ids)
-            if index < len(rendered.contents):
-                number, content = rendered.skeleton.slots[index].turn, rendered.contents[index]
-                is_answer = number is not None and rendered.conversation.turns[number].role == "model"
-                plain = self.plain.for_answers if is_answer else self.plain
-                parts = [content]
-                inner = [edge for edge in edges if place < edge < place + len(content)]
-                if inner:
-                    parts = [content[: inner[0] - place], content[inner[0] - place :]]
-                    tokens_before[inner[0]] = len(ids) + len(plain.encode(parts[0]))
-                ids += [token_id for part in plain.encode_all(parts) for token_id in part]
-                place += len(content)
-                tokens_before[place] = len(ids)
-        spans = [TokenSpan(tokens_before[extent.begin], tokens_before[extent.stop]) for extent in extents]
-        self._check_pieces(rendered, ids)
-        return self._labelled(rendered, ids, extents, spans)
-
-    def _check_pieces(self, rendered: RenderedText, ids: list[int]) -> None:
-        (whole,) = self._encode_all([rendered.text])
-        if not self.tokenizer.is_fast and not rendered.spelled and whole != ids:
+        ids, joined, spans = self.positions.by_segments(rendered.text, rendered.control_tokens(self.plain), extents)
+        (whole,) = self.plain.encode_chats([rendered.text])
+        found, own = ([number for number in of if number in self.plain.control_ids] for of in (whole, joined))
+        # What contents spell is a control token in the whole alone.
+        if whole != joined if found == own else any(found.count(number) < own.count(number) for number in {*own}):
             raise UnrenderableError(
-                "this tokenizer has no offsets and gives other tokens for the whole conversation than for its parts: "
+                "this tokenizer encodes the texts between control tokens otherwise inside a conversation: "
                 + OTHER_TEMPLATE
             )
-        if any(whole.count(token_id) < ids.count(token_id) for token_id in self.plain.control_ids.intersection(ids)):
-            raise UnrenderableError(
-                "this tokenizer encodes the template's control tokens otherwise inside a conversation: "
-                + OTHER_TEMPLATE
-            )
-
-    def _piece(self, piece: str) -> list[int]:
-        if piece not in self._encoded_pieces:
-            if len(self._encoded_pieces) >= MAX_SKELETONS:
-                self._encoded_pieces.clear()
-            self._encoded_pieces[piece] = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
-        return self._encoded_pieces[piece]
+        return self._labelled(rendered, ids, extents, spans)
 
     def _labelled(
         self, rendered: RenderedText, ids: list[int], extents: Sequence[Extent], spans: Sequence[TokenSpan]

@@ -139,6 +139,18 @@ class PlainTextTokenizer:
         finally:
             backend.encode_special_tokens = False
 
+    def encode_chats(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode each text; the control tokens that it spells are tokens."""
+        if not self.tokenizer.is_fast:
+            return [list(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        encodings = self._chat_backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _chat_backend(self) -> Any:
+        backend = self.tokenizer.backend_tokenizer
+        return _copy(backend) if backend.truncation or backend.padding else backend
+
     def decode_all(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Decode each sequence of ids, control tokens to their spelling, without any cleaning up."""
         if self._bytes is not None:
@@ -171,13 +183,6 @@ class _TokenBytes(dict[int, bytes]):
         is_bytes = all(letter in self.letters for letter in token)
         self[token_id] = bytes(map(self.letters.__getitem__, token)) if is_bytes else token.encode("utf-8")
         return self[token_id]
-
-
-def with_plain_offsets(backend: Any) -> Any:
-    """The Rust tokenizer, or a copy of it that does not truncate or pad, and whose offsets include leading spaces."""
-    processor = backend.post_processor
-    trims = processor is not None and b'"trim_offsets":true' in processor.__getstate__()
-    return _copy(backend) if trims or backend.truncation or backend.padding else backend
 
 
 def _copy(backend: Any, added_tokens: Sequence[str] | None = None) -> Any:

@@ -19,6 +19,7 @@ from finetune.chat_templates.example import (
 from finetune.chat_templates.label_check import check_labels
 from finetune.chat_templates.messages import REASONING_END, without_reasoning
 from finetune.chat_templates.raw_text import tokenize_text
+from finetune.chat_templates.token_positions import JoinedPromptError
 from finetune.chat_templates.truncation import (
     Tokenize,
     first_turn_cut,
@@ -40,6 +41,8 @@ NOT_IN_FRONT = (
     "</think>, or beside the text: write it so, or use --reasoning learn"
 )
 HISTORY_REASON = "the chat template writes an answer otherwise once other turns follow"
+JOINED_REASON = "the tokenizer would join the end of a prompt with its answer"
+_Tokenized = TokenizedConversation | UnrenderableError
 
 
 class Renderer:
@@ -87,7 +90,9 @@ class Renderer:
             if row[0].turns[0].role == "text":
                 outcomes.append(self._text_outcome(row[0].turns[0]))
             else:
-                outcomes.append(self._joined([self._outcome(part, next(tokenized)) for part in row]))
+                results = [result for part in row for result in self._with_own_prompts(part, next(tokenized))]
+                reason = HISTORY_REASON if len(results) == len(row) else JOINED_REASON
+                outcomes.append(self._joined([self._outcome(*result) for result in results], reason))
         checked = iter(check_labels(self.format, [window for outcome in outcomes for window in outcome.windows]))
         return [
             self._rendered(conversation, outcome, [next(checked) for _ in outcome.windows])
@@ -119,6 +124,16 @@ class Renderer:
             conversation = replace(conversation, turns=turns)
         return self.format.split_history(conversation)
 
+    def _with_own_prompts(self, part: Conversation, tokenized: _Tokenized) -> list[tuple[Conversation, _Tokenized]]:
+        """A conversation for each answer if the tokenizer would join one that others follow with its prompt."""
+        if not isinstance(tokenized, JoinedPromptError):
+            return [(part, tokenized)]
+        parts = [
+            replace(part, turns=trained_on(part.turns[: number + 1], {number}))
+            for number in supervised_turns(part.turns)
+        ]
+        return list(zip(parts, self.format.tokenize_all(parts), strict=True))
+
     def _text_outcome(self, turn: Turn) -> _Outcome:
         try:
             blocks = tokenize_text(self.format.plain, turn.text, self.max_length)
@@ -128,7 +143,7 @@ class Renderer:
             return _Outcome("kept", blocks, spelled=blocks[0].spelled)
         return _Outcome("split", blocks, f"{len(blocks)} blocks of a text", blocks[0].spelled)
 
-    def _joined(self, outcomes: Sequence[_Outcome]) -> _Outcome:
+    def _joined(self, outcomes: Sequence[_Outcome], own_reason: str) -> _Outcome:
         if len(outcomes) == 1:
             return outcomes[0]
         failed = next((outcome for outcome in outcomes if outcome.fault), None)
@@ -140,7 +155,7 @@ class Renderer:
             window.rules = [rule for rule in window.rules if not rule.startswith(LEFT_OUT)]
         reasons = dict.fromkeys(outcome.reason for outcome in outcomes if outcome.reason)
         status: Status = "split" if len(windows) > 1 else "cut"
-        reason = "; ".join([f"{len(windows)} examples: {HISTORY_REASON}", *reasons])
+        reason = "; ".join([f"{len(windows)} examples: {own_reason}", *reasons])
         return _Outcome(status, windows, reason, max(outcome.spelled for outcome in outcomes))
 
     def _outcome(self, conversation: Conversation, tokenized: TokenizedConversation | UnrenderableError) -> _Outcome:

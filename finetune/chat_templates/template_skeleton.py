@@ -47,8 +47,9 @@ class Slot(NamedTuple):
 class Answer:
     """The characters that a model turn is supervised on, its end tokens included.
 
-    `served_opening` is what the prompt of serving has behind the header of the turn (`<think>`). Pieces differ between
-    conversations only where declarations and calls are: in their middle.
+    `served_opening` is what the prompt of serving has behind the header of the turn (`<think>`). `has_prompt` is False
+    where the header stands for a prompt that the template does not write. Pieces differ between conversations only
+    where declarations and calls are: in their middle.
     """
 
     begin: tuple[int, int]  # index of the piece, characters from its start
@@ -56,6 +57,7 @@ class Answer:
     end_tokens: tuple[str, ...]
     is_appended: bool = False  # the text ends without the end token
     served_opening: str = ""
+    has_prompt: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,7 @@ class TemplateSkeleton:
     """The `pieces` around the contents of the `slots`, of which there is one less, and the answers among them.
 
     `refused` has the reason for each model turn that cannot be supervised in this conversation. With `is_completion`
-    the last answer stands behind the prompt of serving, not as the template writes it. `is_separate`: prompt and answer
-    are encoded each by itself, as a server does.
+    the last answer stands behind the prompt of serving, not as the template writes it.
     """
 
     pieces: tuple[str, ...]
@@ -72,7 +73,6 @@ class TemplateSkeleton:
     answers: dict[int, Answer] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     is_completion: bool = False
-    is_separate: bool = False
     system_in_front: bool = False
     rules: tuple[str, ...] = ()
 

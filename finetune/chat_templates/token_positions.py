@@ -5,27 +5,35 @@
     ids       1 ...  2  3 ...  2
 
 A boundary is next to a control token, or behind one and some text of the template (`<|im_start|>assistant\n`), whose
-ids then stand there. This needs no offsets, which cost the tokenizer time; where it fails, offsets tell.
+ids then stand there: the tokens in front of an answer are those of the prompt alone. Where this fails, the segments
+between control tokens are encoded each by itself.
 """
 
+import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from finetune.chat_templates.example import UnrenderableError
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE
 
 MAX_LEAD = 200  # characters of a template's text behind a control token that are compared
+NO_PROMPT = -1  # the end of the prompt in front of a turn that is not generated
+JOINED = "the tokenizer joins the end of a prompt with its answer: let the answer not begin with white space"
+
+Encode = Callable[[str], list[int]]
 
 
 class Extent(NamedTuple):
-    """Characters `begin` to `stop` of a rendering that belong to a turn."""
+    """Characters `begin` to `stop` of a rendering that belong to a turn; `prompt_end`: of the prompt of an answer."""
 
     turn: int
     begin: int
     stop: int
     is_supervised: bool
+    prompt_end: int
 
 
 class TokenSpan(NamedTuple):
@@ -35,8 +43,8 @@ class TokenSpan(NamedTuple):
     stop: int
 
 
-class ControlTokenLeak(Exception):
-    """The tokenizer makes a control token of a text that does not spell it, or the other way round."""
+class JoinedPromptError(UnrenderableError):
+    """The tokenizer joins a prompt with its answer, and other turns follow, for which a server would join them."""
 
 
 class TokenPositions:
@@ -46,7 +54,7 @@ class TokenPositions:
         self.plain = plain
         unknown = {plain.tokenizer.unk_token_id} - {plain.tokenizer.eos_token_id, plain.tokenizer.bos_token_id}
         self.control_ids = plain.control_ids - unknown
-        self._ids_of_text = {plain.token(token_id): token_id for token_id in self.control_ids}
+        self._ids_of_text = {plain.token(token_id): token_id for token_id in plain.control_ids}
         backend = plain.tokenizer.backend_tokenizer if plain.tokenizer.is_fast else None
         # Only normalization makes a control token of a text that does not spell it.
         self._normalizes = backend is None or backend.normalizer is not None
@@ -59,7 +67,11 @@ class TokenPositions:
 
         With `has_results` that of a context turn may hold some of the template's text: of several results of tools.
         """
-        controls = [match for match in self.plain.control_pattern.finditer(text) if match[0] in self._ids_of_text]
+        controls = [
+            match
+            for match in self.plain.control_pattern.finditer(text)
+            if self._ids_of_text[match[0]] in self.control_ids
+        ]
         places = self._control_places(ids, [self._ids_of_text[match[0]] for match in controls])
         if places is None:
             return None
@@ -70,7 +82,12 @@ class TokenPositions:
         for extent in extents:
             before, after = bisect_right(ends, extent.begin) - 1, bisect_left(begins, extent.stop)
             edge = (ends[before], places[before] + 1) if before >= 0 else (0, 0)
-            start, stop = self._after(text, ids, *edge, extent), None
+            start, stop = self._after(text, ids, *edge, extent.begin), None
+            if extent.is_supervised and NO_PROMPT < extent.prompt_end < extent.begin:  # its reasoning is context
+                before = bisect_right(ends, extent.prompt_end) - 1
+                edge = (ends[before], places[before] + 1) if before >= 0 else (0, 0)
+                if self._after(text, ids, *edge, extent.prompt_end) is None:
+                    return None
             if after and ends[after - 1] == extent.stop and extent.stop > extent.begin:
                 stop = places[after - 1] + 1
             else:
@@ -100,9 +117,9 @@ class TokenPositions:
         is_complete = all(ids.count(token_id) == controls.count(token_id) for token_id in {*controls})
         return places if is_complete else None
 
-    def _after(self, text: str, ids: Sequence[int], control_end: int, place: int, extent: Extent) -> int | None:
+    def _after(self, text: str, ids: Sequence[int], control_end: int, place: int, begin: int) -> int | None:
         """The token at the beginning of an extent, behind a control token and the template's text after that."""
-        lead = self._ids_of(text[control_end : extent.begin])
+        lead = self._ids_of(text[control_end:begin])
         return place + len(lead) if lead is not None and ids[place : place + len(lead)] == lead else None
 
     def _before(self, text: str, ids: Sequence[int], control_begin: int, place: int, extent: Extent) -> int | None:
@@ -122,46 +139,73 @@ class TokenPositions:
             self._leads[text] = list(self.plain.tokenizer.encode(text, add_special_tokens=False))
         return self._leads[text]
 
-    def by_offsets(self, text: str, encoding: Any, extents: Sequence[Extent]) -> list[TokenSpan]:
-        """The tokens of each extent by the offsets of the tokens.
+    def by_segments(
+        self, text: str, controls: Sequence[re.Match[str]], extents: Sequence[Extent]
+    ) -> tuple[list[int], list[int], list[TokenSpan]]:
+        """Encode what stands between these control tokens by itself: nothing else of the text becomes one.
+
+        A tokenizer may join the end of a prompt with the first letters of the answer, `<think>\\n` and `\\n</think>` to
+        `\\n\\n`. A server encodes the prompt alone, so the last answer is then encoded by itself as well.
+
+        Returns:
+            The ids, what they were without this separation, and the tokens of each extent.
 
         Raises:
-            ControlTokenLeak: the control tokens are not those of the text.
-            UnrenderableError: one token holds text of the template and of an answer.
+            JoinedPromptError: an answer that other turns follow is joined with its prompt.
+            UnrenderableError: the answer alone is encoded to another text.
         """
-        found = [token_id for token_id in encoding.ids if token_id in self.control_ids]
-        written = [self._ids_of_text.get(match[0]) for match in self.plain.control_pattern.finditer(text)]
-        if found != [token_id for token_id in written if token_id is not None]:
-            raise ControlTokenLeak
-        return [self._between(text, encoding, extent) for extent in extents]
+        prompt_ends = {extent.prompt_end for extent in extents if extent.is_supervised}
+        edges = sorted({edge for extent in extents for edge in (extent.begin, extent.stop, extent.prompt_end)})
+        begins, stops = [0, *(match.end() for match in controls)], [*(match.start() for match in controls), len(text)]
+        names = ["", *(match[0] for match in controls), ""]
+        segments = [text[begin:stop] for begin, stop in zip(begins, stops, strict=True)]
+        ids, joined = list[int](), list[int]()
+        places: dict[int, int] = {}
+        around = zip(names, segments, names[1:], strict=False)
+        encoded = self.plain.encode_chats(["".join(parts) for parts in around])
+        for begin, stop, before, segment, after, own in zip(
+            begins, stops, names, segments, names[1:], encoded, strict=False
+        ):
+            if before:
+                places[begin - len(before)] = len(ids)
+                ids.append(self._ids_of_text[before])
+                joined.append(ids[-1])
+            inside = None if self.plain.control_pattern.search(segment) else self._inside(own, before, after)
+            encode = self.plain.encode if inside is None else partial(self._behind, before)
+            own = encode(segment) if inside is None else inside
+            joined += own
+            places[begin] = len(ids)
+            for edge in (edge for edge in edges if begin < edge < stop):
+                head = encode(text[begin:edge])
+                if own[: len(head)] != head and edge not in prompt_ends:
+                    head = encode(text[begin:edge].rstrip())  # a token may hold the space in front of a word
+                elif own[: len(head)] != head:
+                    if edge != extents[-1].prompt_end:
+                        raise JoinedPromptError(JOINED)
+                    own = self._separated(head, text[edge:stop], own, encode)
+                    ids += head
+                    begin, head = edge, []
+                places[edge] = len(ids) + min(len(head), len(own))
+            ids += own
+            places[stop] = len(ids)
+        return ids, joined, [TokenSpan(places[extent.begin], places[extent.stop]) for extent in extents]
 
-    def _between(self, text: str, encoding: Any, extent: Extent) -> TokenSpan:
-        begin, end = extent.begin, extent.stop
-        start = encoding.char_to_token(begin)
-        stop = encoding.char_to_token(end) if end < len(text) else len(encoding)
-        if (
-            start is not None and stop is not None and start < stop
-            and encoding.token_to_chars(start)[0] == begin
-            and (end == len(text) or encoding.token_to_chars(stop)[0] == end)
-        ):  # fmt: skip
-            return TokenSpan(start, stop)
-        if begin == end and not extent.is_supervised:
-            place = sum(left < begin for left, _ in encoding.offsets)
-            return TokenSpan(place, place)
-        inside = []
-        for index, (token_id, (left, right)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
-            if right <= begin or left >= end or left == right:
-                continue
-            outside = (text[left:begin] + text[end : max(right, end)]).strip()
-            content = text[max(left, begin) : min(right, end)].strip()
-            if outside and content and extent.is_supervised and token_id not in self.control_ids:
-                raise UnrenderableError(
-                    f"one token holds the template's {outside!r} and {content!r} of turn {extent.turn}: give a "
-                    "--chat_template that writes a control token or white space between them"
-                )
-            # White space that is part of a token of the template is context.
-            if (content or not outside) and not (token_id in self.control_ids and outside):
-                inside.append(index)
-        if not inside:
-            raise UnrenderableError(f"turn {extent.turn} has no token of its own: {OTHER_TEMPLATE}, or correct the row")
-        return TokenSpan(inside[0], inside[-1] + 1)
+    def _inside(self, ids: list[int], before: str, after: str) -> list[int] | None:
+        """The ids between those of two control tokens; None if there are others."""
+        inside = ids[bool(before) : len(ids) - bool(after)]
+        is_between = not before or ids[0] == self._ids_of_text[before]
+        return inside if is_between and self.control_ids.isdisjoint(inside) else None
+
+    def _behind(self, before: str, text: str) -> list[int]:
+        (ids,) = self.plain.encode_chats([before + text])
+        inside = self._inside(ids, before, "")
+        return self.plain.encode(text) if inside is None else inside
+
+    def _separated(self, head: list[int], text: str, joined: list[int], encode: Encode) -> list[int]:
+        """The ids of an answer alone; a line in front keeps some tokenizers from writing a space there."""
+        line, behind_line = encode("\n"), encode("\n" + text)
+        candidates = [encode(text), *([behind_line[len(line) :]] if behind_line[: len(line)] == line else [])]
+        expected, *texts = self.plain.decode_all([joined, *(head + ids for ids in candidates)])
+        if expected not in texts:
+            raise UnrenderableError(f"this tokenizer cannot encode an answer apart from its prompt: {OTHER_TEMPLATE}")
+        return candidates[texts.index(expected)]

@@ -54,20 +54,32 @@ def messages(turns, *, merged: bool):
 
 def runs(labels):
     """The learned runs of labels, found without knowing where they should be."""
-    found, run = [], []
-    for label in [*labels, IGNORE_INDEX]:
-        if label != IGNORE_INDEX:
-            run.append(label)
-        elif run:
-            found.append(run)
-            run = []
-    return found
+    return [labels[start:stop] for start, stop in places_of_runs(labels)]
+
+
+def places_of_runs(labels):
+    """Where the learned runs of labels begin and end."""
+    learned = [False, *(label != IGNORE_INDEX for label in labels), False]
+    edges = [place for place in range(len(labels) + 1) if learned[place] != learned[place + 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def served_prompts(tokenizer, turns, merged):
+    """The ids that a server sends for each model turn, and whether the template writes a prompt in them."""
+    prompts, is_written = [], True
+    for number in [number for number, (role, _) in enumerate(turns) if role == "model" and number]:
+        before = messages(turns[:number], merged=merged)
+        prompts.append(tokenizer.apply_chat_template(before, return_dict=False, add_generation_prompt=True))
+        is_written &= prompts[-1] != tokenizer.apply_chat_template(before, return_dict=False)
+    return prompts, is_written
 
 
 def check(tokenizer, rendering, turns):
-    """Ids are apply_chat_template's for a beginning of the conversation; each model turn is learned once, with its end.
+    """Each answer stands behind the ids that a server sends, is learned once, with its end, and nothing else is.
 
-    An answer that the template writes otherwise once other turns follow is the last one of an example of its own.
+    The ids are apply_chat_template's for a beginning of the conversation, but for a prompt that the tokenizer would
+    join with the answer. An answer that the template writes otherwise once other turns follow, or that is joined so, is
+    the last one of an example of its own.
     """
     merged = "system turn put in front" in (rendering.reason or "")
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -78,6 +90,9 @@ def check(tokenizer, rendering, turns):
             label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels, strict=True)
         )
         learned += runs(example.labels)
+        prompts, is_written = served_prompts(tokenizer, turns, merged)
+        if is_written and not rendering.spelled:
+            assert all(example.input_ids[:start] in prompts for start, _ in places_of_runs(example.labels))
     said = [text for role, text in turns if role == "model"]
     assert len(learned) == len(said)
     for run, text in zip(learned, said, strict=True):
@@ -95,7 +110,11 @@ def ids_of(tokenizer, example, turns, merged, spelled):
     """Whether the ids are those of these turns; of a turn that spells a control token, these stay text."""
     expected = tokenizer.apply_chat_template(messages(turns, merged=merged), return_dict=False)
     if not spelled:
-        return example.input_ids in (expected, [*expected, example.labels[-1]])
+        whole = [expected, [*expected, max(example.labels[-1], 0)]]
+        ((start, _),) = places_of_runs(example.labels)[-1:]
+        is_apart = example.input_ids[:start] == served_prompts(tokenizer, turns, merged)[0][-1]
+        texts = [tokenizer.decode(ids) for ids in whole] if is_apart else []
+        return example.input_ids in whole or tokenizer.decode(example.input_ids) in texts
     contents = Counter()
     for role, text in turns:
         for token in tokenizer.encode(text, add_special_tokens=False):

@@ -96,3 +96,38 @@ def test_an_answer_does_not_begin_at_the_header_of_an_earlier_one(smol_tokenizer
     (_, first), (_, last) = prompts_and_answers(renderer, Conversation(turns, 0, "a.json", None, (), (tool,)))
 
     assert first.startswith("r\n</think>\n\nt\n<tool_call>") and last == "\n</think>\n\ndone<|im_end|>"
+
+
+# An answer without reasoning has it empty, so that "\n" of the prompt and "\n" of the answer are one token in the whole.
+CLOSES = r"""
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + ('<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' if message.role == 'assistant' else '') + message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"""
+
+
+def served_ids(renderer: Renderer, template: str, turns: tuple[Turn, ...]) -> list[int]:
+    messages = [{"role": ROLES[turn.role], "content": turn.text} for turn in turns]
+    options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
+    return renderer.format.tokenizer.apply_chat_template(messages, **options)
+
+
+def test_an_answer_is_encoded_apart_from_a_prompt_that_the_tokenizer_would_join_with_it(smol_tokenizer):
+    renderer = renderer_of(smol_tokenizer, CLOSES, "<|im_start|> <|im_end|>", {})
+    turns = (Turn("human", "q"), Turn("model", "a"), Turn("human", "q2"), Turn("model", "a2"))
+    found = prompts_and_answers(renderer, Conversation(turns, 0, "a.json"))
+
+    assert [text for _, text in found] == ["\n</think>\n\na<|im_end|>", "\n</think>\n\na2<|im_end|>"]
+    assert [ids for ids, _ in found] == [served_ids(renderer, CLOSES, turns[:number]) for number in (1, 3)]
+    context = Conversation((*turns[:1], Turn("model", "a", train=False), *turns[2:]), 0, "a.json")
+    assert prompts_and_answers(renderer, context) == found[1:]
+
+
+def test_a_spelled_control_token_changes_no_token_of_other_turns(smol_tokenizer):
+    renderer = renderer_of(smol_tokenizer, OPENS, "<|im_start|> <|im_end|>", {})
+    turns = [(Turn("human", text), Turn("model", "- a", reasoning="r")) for text in ("q", "<|im_end|>")]
+    ((_, plain),), ((_, spelled),) = (prompts_and_answers(renderer, Conversation(pair, 0, "a.json")) for pair in turns)
+    (one,), (other,) = (renderer.render(Conversation(pair, 0, "a.json")).examples for pair in turns)
+
+    learned = [[label for label in example.labels if label != IGNORE_INDEX] for example in (one, other)]
+    assert plain == spelled == "r\n</think>\n\n- a<|im_end|>" and learned[0] == learned[1]
