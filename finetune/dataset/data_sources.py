@@ -14,9 +14,9 @@ from typing import Any
 from finetune.dataset.csv_reader import DELIMITERS
 from finetune.dataset.data_files import REFUSED_SUFFIXES
 from finetune.dataset.hub_datasets import hub_dataset, is_saved, saved_dataset
-from finetune.dataset.remote_files import fetch
+from finetune.dataset.remote_files import check_address, fetch
 from finetune.utils.errors import ConfigError, DataError, format_names, missing_reason, raise_faults
-from finetune.utils.hub import MODELSCOPE, modelscope_folder
+from finetune.utils.hub import MODELSCOPE, check_modelscope, modelscope_folder
 from finetune.utils.proc import shipped_folder
 
 NOT_SHIPPED = {"coig_10k.json": "COIG's 10,000 conversations are not part of this project"}
@@ -96,8 +96,13 @@ def find_sources(paths: str | Path | Sequence[str | Path], columns: Sequence[str
 
 
 def find_local_sources(training: Sequence[str], held_out: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the names of local files, once each is known to be there, which takes no network and no library."""
+    """Return the names of local files, once each is known to be there; addresses are checked without the network."""
     local = list(filter(is_local, training)), list(filter(is_local, held_out))
+    for name, _ in map(_split_weight, (*training, *held_out)):
+        if name.startswith(MODELSCOPE):
+            check_modelscope(name, "data set", DataError)
+        elif "://" in name:
+            check_address(name)
     for names in local:
         find_sources(names)
     return local

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def fetch(url: str) -> list[tuple[str, str]]:
     """
     import fsspec
 
-    scheme = url.partition("://")[0]
+    check_address(url)
     try:
         store, path = fsspec.core.url_to_fs(url)
         paths = store.glob(path) if any(sign in path for sign in "*?[") else [path]
@@ -30,10 +31,6 @@ def fetch(url: str) -> list[tuple[str, str]]:
             paths = store.ls(path, detail=False)
         files = [file for file in sorted(paths) if store.isfile(file)]
         copies = [(store.unstrip_protocol(file), _copy(store, file)) for file in files]
-    except ImportError as error:
-        package = PACKAGES.get(scheme)
-        remedy = f": pip install {package}" if package else ""
-        raise DataError(f"{url}: {scheme}:// needs a package that is missing{remedy} ({first_line(error)})") from None
     # Each store raises errors of its own: those of its client for credentials, names and connections.
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -41,6 +38,27 @@ def fetch(url: str) -> list[tuple[str, str]]:
     if not copies:
         raise DataError(f"{url}: there is no such file")
     return copies
+
+
+def check_address(url: str) -> None:
+    """Check the kind of an address, without the network.
+
+    Raises:
+        DataError: the page of a data set; no file system is known for this kind of address, or its package is missing.
+    """
+    from fsspec.registry import get_filesystem_class
+
+    if page := re.fullmatch(r"https?://[^/]+/datasets/(\w[\w.-]*/\w[\w.-]*)/?", url):
+        raise DataError(f"{url}: is the page of a data set: write its name, {page[1]}")
+    scheme = url.partition("://")[0]
+    try:
+        get_filesystem_class(scheme)
+    except ValueError:
+        raise DataError(f"{url}: {scheme}:// is no known kind of address, as https:// or s3:// is") from None
+    except ImportError as error:
+        package = PACKAGES.get(scheme)
+        remedy = f": pip install {package}" if package else ""
+        raise DataError(f"{url}: {scheme}:// needs a package that is missing{remedy} ({first_line(error)})") from None
 
 
 def _copy(store: Any, file: str) -> str:

@@ -110,17 +110,23 @@ def _is_reachable(endpoint: str) -> bool:
         return False
 
 
+def check_modelscope(given: str, what: str, error: type[FinetuneError]) -> str:
+    """Return `owner/name` of `modelscope:owner/name`, or raise `error`: another name, or the package is missing."""
+    name = given.removeprefix(MODELSCOPE)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise error(f"{given}: expected modelscope:owner/name")
+    if importlib.util.find_spec("modelscope") is None:
+        raise error(f"{given}: {what}s on ModelScope need a package that is missing: {MODELSCOPE_INSTALL}")
+    return name
+
+
 def modelscope_folder(given: str, what: Literal["model", "data set"], error: type[FinetuneError]) -> str:
     """Download a model or a data set `modelscope:owner/name` unless it is there already; return its local folder.
 
     Raises:
         FinetuneError: of the class `error`: another name, no such package, nothing to download.
     """
-    name = given.removeprefix(MODELSCOPE)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise error(f"{given}: expected modelscope:owner/name")
-    if importlib.util.find_spec("modelscope") is None:
-        raise error(f"{given}: {what}s on ModelScope need a package that is missing: {MODELSCOPE_INSTALL}")
+    name = check_modelscope(given, what, error)
     from filelock import FileLock
     from modelscope.hub import errors
     from modelscope.hub.snapshot_download import dataset_snapshot_download, snapshot_download

@@ -10,8 +10,9 @@ import datasets
 import pytest
 
 from finetune.config.argument_parser import locate_model
+from finetune.dataset import data_sources
 from finetune.dataset.conversation_reader import read_conversations
-from finetune.dataset.data_sources import Source, find_sources, fingerprint_sources, shipped_files
+from finetune.dataset.data_sources import Source, find_local_sources, find_sources, fingerprint_sources, shipped_files
 from finetune.utils.errors import ConfigError, DataError
 from tests.helpers.chat_rows import good_row, read, refusal, spoken, written
 from tests.helpers.paths import ROOT
@@ -224,6 +225,29 @@ def test_a_name_on_the_hub_is_loaded_with_its_configuration_and_split(monkeypatc
 
     assert asked == [("owner/chats", None, None), ("owner/chats", None, "test"), ("owner/chats", "small", "train")]
     assert [one.source for one in found] == ["owner/chats", "owner/chats:test", "owner/chats:small/train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("oss2://bucket/a.json", "oss2:// is no known kind of address"),
+        ("https://huggingface.co/datasets/owner/chats", "is the page of a data set: write its name, owner/chats"),
+        ("https://mirror.example/datasets/owner/chats/", "write its name, owner/chats"),
+        ("gs://bucket/a.json:2", "gs:// needs a package that is missing: pip install gcsfs"),
+        ("modelscope:chats:2", "modelscope:chats: expected modelscope:owner/name"),
+    ],
+)
+def test_an_address_is_checked_without_the_network(name, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setattr(data_sources, "fetch", None)
+    for names in ([name], []), ([], [name]):
+        with pytest.raises(DataError) as refused:
+            find_local_sources(*names)
+        assert said in str(refused.value)
+    assert find_local_sources(["https://host.example/datasets/a.json", "hf://datasets/owner/chats/a.json"], []) == (
+        [],
+        [],
+    )
 
 
 def test_modelscope_without_its_package_says_how_to_install_it(monkeypatch):

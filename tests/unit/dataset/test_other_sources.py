@@ -353,7 +353,7 @@ def test_remote_files_are_read_and_fetched_again_when_they_change(tmp_path, monk
     assert [source.weight for source in find_sources("memory://bucket/a.json:0.5")] == [0.5]
     store.pipe("/bucket/a.json", json.dumps([good_row(1), good_row(2)]).encode())
     assert len(read_conversations("memory://bucket/a.json")) == 2
-    for url, said in (("memory://bucket/z.json", "no such file"), ("nowhere://x", "cannot be fetched")):
+    for url, said in (("memory://bucket/z.json", "no such file"), ("nowhere://x", "no known kind of address")):
         with pytest.raises(DataError, match=said):
             find_sources(url)
 
