@@ -161,9 +161,12 @@ class MergedTensors:
 
     def _stored_group(self, group: StoredWeight) -> dict[str, torch.Tensor]:
         weights = self.names.weights_of(group, self.stored.__getitem__)
-        return self.names.as_stored(
+        tensors = self.names.as_stored(
             {name: self.changed[name].take() if name in self.changed else weights[name] for name in weights}
         )
+        # transformers reads the experts of Qwen3-VL in both layouts, and writes that of the memory.
+        is_turned = {name: tuple(tensor.shape) != self.stored.shape(name) for name, tensor in tensors.items()}
+        return {name: tensor.mT if is_turned[name] else tensor for name, tensor in tensors.items()}
 
     def _changed_weights(self, adapted: Any) -> Iterator[tuple[str, _ChangedWeight]]:
         for path, module in adapted.named_modules():

@@ -44,6 +44,7 @@ class WeightNames:
         self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self.state = model.state_dict()
+        model.get_parameter = self.state.__getitem__  # rules compare shapes, also once an adapter wraps its layers
 
     def group_files(self, shapes: Mapping[str, Iterable[int]]) -> list[StoredWeight]:
         """Group the tensors of the files (name -> shape) by the weights that they form; unused tensors form none."""

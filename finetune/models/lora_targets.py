@@ -65,18 +65,18 @@ def resolve_targets(base: Any, wanted: str | Sequence[str]) -> LoraTargets:
     """
     kinds = module_kinds(base)
     modules, parameters = _candidates(base, kinds)
-    bypassed = set(kinds.read_past(base))
+    unfit = _unfit(base, kinds, modules)
     if wanted == ALL_LINEAR:
         chosen = LoraTargets(
-            tuple(name for name in modules if kinds.of(name) not in NOT_IN_ALL_LINEAR and name not in bypassed),
+            tuple(name for name in modules if kinds.of(name) not in NOT_IN_ALL_LINEAR and name not in unfit),
             tuple(parameters),
         )
     else:
         chosen = _by_name(wanted, modules, parameters, kinds, base)
-        if refused := [name for name in chosen.modules if name in bypassed]:
+        if refused := [name for name in chosen.modules if name in unfit]:
             raise ConfigError(
-                f"LoRA cannot be attached to {format_names(_last_parts(refused))}: the code of "
-                f"{type(base).__name__} reads the weight past an adapter: its {_known(base, kinds)}"
+                f"LoRA cannot be attached to {format_names(_last_parts(refused))} of {type(base).__name__}: "
+                f"{unfit[refused[0]]}: its {_known(base, kinds)}"
             )
     wrapped = _renamed_by_peft(base, chosen.modules)
     classes: dict[str, Any] = {name: type(base.get_submodule(name)) for name in chosen.modules}
@@ -150,10 +150,10 @@ def linear_names(base: Any) -> str:
 
 def _known(base: Any, kinds: ModuleKinds) -> str:
     modules, parameters = _candidates(base, kinds)
-    bypassed = set(kinds.read_past(base))
+    unfit = _unfit(base, kinds, modules)
     by_kind: dict[str, set[str]] = {kind: set() for kind in KINDS}
     for name in (*modules, *parameters):
-        if name not in bypassed:
+        if name not in unfit:
             by_kind[kinds.of(name)].add(name.rpartition(".")[2] if name in modules else ".".join(name.split(".")[-2:]))
     return "layers are " + "; ".join(f"{', '.join(sorted(names))} ({kind})" for kind, names in by_kind.items() if names)
 
@@ -246,6 +246,26 @@ def _renamed_by_peft(base: Any, modules: Sequence[str]) -> set[str]:
         if not is_kept:
             renamed |= {name for name in modules if name.rpartition(".")[2] == leaf}
     return renamed
+
+
+def _unfit(base: Any, kinds: ModuleKinds, modules: Sequence[str]) -> dict[str, str]:
+    """Return the linear layers that LoRA cannot be attached to, each with the reason.
+
+    peft renames tensors of an adapter by the rules that transformers has for the files of the base. In those of
+    Inkling 2 the weight of `k_sconv.weight_proj` is called so itself: peft would not find its LoRA again.
+    """
+    import torch
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    names = {f"base_model.model.{name}.lora_A.weight": name for name in modules}
+    saved = {name: torch.empty(1, 1) for name in names}
+    loaded = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), saved)
+    renamed = [name for key, name in names.items() if key not in loaded]
+    return {
+        **dict.fromkeys(renamed, "peft renames the adapter when it loads it"),
+        **dict.fromkeys(kinds.read_past(base), "the code reads the weight past an adapter"),
+    }
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

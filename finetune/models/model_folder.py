@@ -11,10 +11,12 @@ from finetune.utils.errors import CheckpointError, ConfigError, FinetuneError, f
 from finetune.utils.user_files import UNREADABLE, read_json_object
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-PARTS, MOST_PARTS = re.compile(r"(layers?|experts?|per_tok)$"), 4096
-SIZES = re.compile(r"(size|heads?|(?<!feature_)layers?|experts?|dim|rank|embd|inner|positions|embeddings|per_tok)$")
+PARTS, MOST_PARTS = re.compile(r"(layers?|experts?|per_tok)$"), 16384
+SIZES = re.compile(
+    r"(size|heads?|(?<!feature_)(?<!vision_)layers?|experts?|dim|rank|embd|inner|positions|embeddings|per_tok)$"
+)
 NEVER_ZERO = re.compile(
-    r"(hidden_size|vocab_size|hidden_layers|heads|n_(head|embd|layer|positions)|embeddings|per_tok)$"
+    r"(hidden_size|^vocab_size|hidden_layers|heads|n_(head|embd|layer|positions)|embeddings|per_tok)$"
 )
 TOKENIZER = re.compile(r"^(tokeniz|vocab|merges)|\.(model|tiktoken|bpe|gguf)$|spm|bpe")
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards

@@ -22,6 +22,7 @@ MARKS = dict(boi_token_index=191, eoi_token_index=192, image_token_index=190)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5", tiny_models.LINEAR, QWEN_VIT, IMAGE),
     "qwen3_vl": ("Qwen3VL", {"rope_parameters": MROPE}, QWEN_VIT, IMAGE),
+    "qwen3_vl_moe": ("Qwen3VLMoe", {"rope_parameters": MROPE, **tiny_models.ROUTED}, QWEN_VIT, IMAGE),
     "gemma3": ("Gemma3", tiny_models.MIXED, VIT, {**MARKS, "mm_tokens_per_image": 4}),
     "gemma4": (
         "Gemma4",

@@ -149,9 +149,19 @@ def test_a_wrong_name_lists_the_right_ones_by_kind():
 
 def test_a_layer_whose_weight_the_code_reads_past_an_adapter_is_refused():
     with pytest.raises(
-        ConfigError, match=r"dt_proj: the code of MambaForCausalLM reads the weight .*: its layers are in_proj"
+        ConfigError, match=r"dt_proj of MambaForCausalLM: the code reads the weight .*: its layers are in_proj"
     ):
         adapt(tiny_models.build("mamba"), "dt_proj")
+
+
+def test_a_layer_whose_adapter_peft_renames_when_it_loads_it_has_none():
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(CONFIG_MAPPING["inkling2_text"](num_hidden_layers=6))
+    assert [name for name, _ in base.named_modules() if name.endswith("sconv.weight_proj")]
+    chosen = resolve_targets(base, ALL_LINEAR).modules
+    assert chosen and not [name for name in chosen if name.endswith("weight_proj")]
+    with pytest.raises(ConfigError, match="weight_proj of Inkling2ForCausalLM: peft renames"):
+        resolve_targets(base, ["weight_proj"])
 
 
 def test_experts_whose_weights_the_code_reads_past_a_wrapper_stay_frozen():

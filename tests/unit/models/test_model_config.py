@@ -13,6 +13,7 @@ from finetune.models.model_config import (
     router_loss_weight,
     set_vocab_size,
 )
+from finetune.models.model_folder import check_json_files
 from tests.helpers import tiny_models
 
 
@@ -30,6 +31,12 @@ from tests.helpers import tiny_models
 )
 def test_experts_are_counted_whatever_the_fields_are_called(family, fields, experts):
     assert experts_of(CONFIG_MAPPING[family](**fields)) == experts
+
+
+@pytest.mark.parametrize("family", ["idefics", "doge", "granite4_vision", "mamba"])
+def test_the_values_that_configs_have_by_default_are_possible(family, tmp_path):
+    CONFIG_MAPPING[family]().save_pretrained(tmp_path)
+    check_json_files(tmp_path)
 
 
 def test_the_weight_of_the_router_loss_has_several_names():

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.arguments import ModelArguments
 from finetune.export.base_tensors import BaseTensors
-from finetune.export.merge_plan import plain_tensors
-from finetune.inference.load_result import load_strict
+from finetune.export.merge_plan import MergedTensors, plain_tensors
+from finetune.inference.load_result import load_saved_adapter, load_strict
 from finetune.models.adapters import attach_peft, embedding_names
 from finetune.models.auto_class import auto_class
 from finetune.models.freezing import freeze
 from finetune.models.loader import freeze_other_modalities, inspect_model
 from finetune.models.module_kinds import VISION
-from finetune.models.stored_tensors import StoredTensors
+from finetune.models.stored_tensors import StoredTensors, save_tensors
 from finetune.preflight.spec_from_config import spec_from_config
 from finetune.utils.errors import CheckpointError
 from tests.helpers import tiny_models, vision_models
@@ -87,6 +87,32 @@ def test_an_adapter_is_on_the_text_alone_and_fits_the_whole_model(family, tmp_pa
     again = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
     wanted = adapted.eval()(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(again(input_ids=IDS, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_experts_are_merged_in_the_layout_of_the_files(tmp_path):
+    """transformers reads those of Qwen3-VL-MoE in two, and asks the model for their shapes."""
+    base = vision_models.save("qwen3_vl_moe", tmp_path / "base")
+    stored = {name: weight.mT if "experts." in name else weight for name, weight in tensors_of(base).items()}
+    save_tensors(stored, base / "model.safetensors")
+    _, model = loaded(base)
+    adapted = attach_peft(model, AdapterArguments(use_lora=True))
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    _, plain = loaded(base)
+    plan = MergedTensors(StoredTensors(base), plain, tmp_path / "adapter", load_saved_adapter)
+
+    merged = {output.name: output.get() for output in plan.outputs()}
+
+    assert {name: weight.shape for name, weight in merged.items()} == {
+        name: weight.shape for name, weight in stored.items()
+    }
+    save_tensors(merged, base / "model.safetensors")
+    again = load_strict(base, torch.float32, trusts_code=False)
+    wanted = adapted.eval()(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(again(input_ids=IDS, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "is_tied"), [("qwen3_vl", False), ("mistral3", True)])
