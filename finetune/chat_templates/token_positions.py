@@ -13,6 +13,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from typing import NamedTuple
 
 from finetune.chat_templates.example import UnrenderableError
@@ -55,9 +56,6 @@ class TokenPositions:
         unknown = {plain.tokenizer.unk_token_id} - {plain.tokenizer.eos_token_id, plain.tokenizer.bos_token_id}
         self.control_ids = plain.control_ids - unknown
         self._ids_of_text = {plain.token(token_id): token_id for token_id in plain.control_ids}
-        backend = plain.tokenizer.backend_tokenizer if plain.tokenizer.is_fast else None
-        # Only normalization makes a control token of a text that does not spell it.
-        self._normalizes = backend is None or backend.normalizer is not None
         self._leads: dict[str, list[int]] = {}
 
     def by_controls(
@@ -102,20 +100,9 @@ class TokenPositions:
         return spans
 
     def _control_places(self, ids: Sequence[int], controls: Sequence[int]) -> list[int] | None:
-        """Where these control tokens are among the ids, in order; None if others are there, or more of them."""
-        if self._normalizes:
-            places = [place for place, token_id in enumerate(ids) if token_id in self.control_ids]
-            return places if [ids[place] for place in places] == controls else None
-        places, place = [], 0
-        for token_id in controls:
-            try:
-                place = ids.index(token_id, place)
-            except ValueError:
-                return None
-            places.append(place)
-            place += 1
-        is_complete = all(ids.count(token_id) == controls.count(token_id) for token_id in {*controls})
-        return places if is_complete else None
+        """Where the control tokens are among the ids, in order; None if they are not exactly these."""
+        places = [*compress(range(len(ids)), map(self.control_ids.__contains__, ids))]
+        return places if [ids[place] for place in places] == controls else None
 
     def _after(self, text: str, ids: Sequence[int], control_end: int, place: int, begin: int) -> int | None:
         """The token at the beginning of an extent, behind a control token and the template's text after that."""
