@@ -28,8 +28,8 @@ test-unit: install-dev model tokenizers ## run the tests that start no process
 	$(PYTEST) -n $(JOBS) tests/unit
 
 test-faults: install-dev model tokenizers ## run whole matrices and inject faults into real runs (SHARE=K/N: one share of N, K from 0)
-	$(PYTEST) -m "slow and not faults and not hosts" --share $(SHARE) $(PARALLEL)
-	$(PYTEST) -m "faults or (slow and hosts)" --share $(SHARE)
+	$(PYTEST) -m slow --share $(SHARE) $(PARALLEL)
+	$(PYTEST) tests/distributed tests/hosts tests/integration -m faults --share $(SHARE)
 
 test-hosts: install-dev model tokenizers ## run on several real hosts over ssh, as root (SHARE=K/N)
 	$(PYTEST) tests/hosts -m "hosts and not faults" --share $(SHARE)

@@ -65,7 +65,11 @@ def test_a_full_model_loads_with_plain_transformers(train, tiny_model):
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [
-        ("lora", ("--use_lora", "True", "--deepspeed", "zero3", "--gradient_checkpointing", "True")),
+        pytest.param(
+            "lora",
+            ("--use_lora", "True", "--deepspeed", "zero3", "--gradient_checkpointing", "True"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "named",
             ("--adapter", "lora", "--lora_target_modules", "q_proj", "v_proj", "--deepspeed", "zero2"),

@@ -33,6 +33,7 @@ from finetune.training.run_start import set_timeouts, skip_rows
 from finetune.utils.errors import FinetuneError
 from tests.helpers.logs import logged
 from tests.helpers.rows import ROWS, write_rows
+from tests.helpers.tiers import mostly_slow
 
 Words = list[str]
 
@@ -274,8 +275,14 @@ ELSEWHERE = {
     "report_samples", "load_in_4bit", "load_in_8bit", "embedding_learning_rate", "loraplus_lr_ratio",
 }  # fmt: skip
 
+# What they do to rows has tests of its own; here each prepares data twice.
+IN_SLOW_TIER = {
+    "validation_share", "too_long", "bad_rows", "max_dropped_rows", "allow_seen_held_out", "columns",
+    "preprocessing_num_workers", "human_token_ids", "history",
+}  # fmt: skip
 
-@pytest.mark.parametrize("flag", SHOWN)
+
+@pytest.mark.parametrize("flag", mostly_slow(SHOWN, SHOWN.keys() - IN_SLOW_TIER))
 def test_a_flag_has_an_effect(flag, named, baselines, monkeypatch):
     observe, others, given = SHOWN[flag]
     assert f"--{flag} " in given
