@@ -253,6 +253,7 @@ def _lines(
     largest_first = sorted(estimate.device.items(), key=lambda part: -part[1])
     parts = [f"{name} {size(value)}" for name, value in largest_first if value >= 0.01 * estimate.device_total]
     of = "" if free.device is None else f" of {size(free.device)}"
+    free_disk = f"; {size(min(free.disks.values()))} free" if free.disks else ""  # else no host has answered
     kept = "" if estimate.kept is None or not run.keep_checkpoints else f"; at most {size(estimate.kept)} in total"
     return {
         "trained": f"{model.trainable:,} of {model.parameters:,} parameters"
@@ -265,8 +266,8 @@ def _lines(
         + f"{'without' if run.checkpoint_every else 'with'} activation checkpointing",
         "each host": f"{size(estimate.host_loading)} while loading, {size(estimate.host_training)} while training, "
         f"{size(estimate.host_saving)} while saving" + (f"; {size(free.host)} free" if free.disks else ""),
-        "disk": f"{size(estimate.checkpoint_total)} per checkpoint, {size(estimate.result)} for the result{kept}; "
-        f"{size(min(free.disks.values(), default=0))} free",
+        "disk": f"{size(estimate.checkpoint_total)} per checkpoint, {size(estimate.result)} for the result{kept}"
+        + free_disk,
     }
 
 

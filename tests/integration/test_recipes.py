@@ -133,6 +133,7 @@ def test_the_doctor_foresees_what_the_comment_says(path, hub, tmp_path, monkeypa
     check_resources(report, run, batches.first, free, info, golden_tokenizer, config.adapter)
 
     assert report.findings == []
+    assert " free" not in str(report.facts["memory"]["lines"])  # where no host has answered
     assert batches.layout.batching == "flat" and batches.layout.selects_logits
     assert report.facts["memory"]["device"]["total"] / 1e9 == pytest.approx(said.needed, abs=0.6)
 
