@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.adapter_arguments import LORA_DROPOUT, AdapterArguments
 from finetune.config.hardware import Precision
-from finetune.config.saved_adapter import recorded_weights
+from finetune.config.saved_adapter import MOVES_BASE, recorded_weights
 from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, damage_named, freeze_other_modalities, needs_new_embeddings, torch_dtype
 from finetune.models.lora_targets import (
@@ -193,6 +193,13 @@ def _resolved(model: Any, options: dict[str, Any]) -> LoraTargets:
     parameters = (name for name in targets.parameters if not any(part in f".{name}" for part in saved))
     targets = replace(targets, parameters=tuple(parameters))
     _check_wrapped(targets, options)
+    start, head = options.get("init_lora_weights"), model.get_output_embeddings()
+    if _is_tied(model) and str(start).startswith(MOVES_BASE):
+        if tied := [name for name in targets.modules if model.get_submodule(name) is head]:
+            raise ConfigError(
+                f"--init_lora_weights {start}: it moves the weight of {tied[0]}, which is that of the embeddings, too: "
+                "leave it out, or name other layers in --lora_target_modules"
+            )
     if options.get("lora_dropout", 0.0) is None:
         options["lora_dropout"] = 0.0 if targets.parameters else LORA_DROPOUT
     return targets
@@ -289,16 +296,6 @@ def embedding_names(model: Any, *, with_head: bool = False) -> list[str]:
         wanted.append(model.get_per_layer_input_embeddings())
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     return [names[id(module)] for module in wanted if module is not None]
-
-
-def saved_rows(folder: Path, names: Iterable[str]) -> int:
-    """Return the rows of the layers with these names that a saved adapter holds in full; 0: it holds none."""
-    from peft import load_peft_weights
-
-    with damage_named(f"the adapter {folder}"):
-        weights = load_peft_weights(str(folder), device="cpu")
-    ends = {f"{name}.weight" for name in names}
-    return next((len(weight) for name, weight in weights.items() if ".".join(name.split(".")[-2:]) in ends), 0)
 
 
 def _is_tied(model: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from finetune.config.optional_packages import check_quantization
 from finetune.config.run_config import ActivationCheckpointing, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
-from finetune.models.adapters import check_attachable, embedding_names, saved_rows
-from finetune.models.loader import ModelInfo, embedding_rows, inspect_model, needs_new_embeddings
+from finetune.models.adapters import check_attachable, embedding_names
+from finetune.models.loader import ModelInfo, damage_named, embedding_rows, inspect_model, needs_new_embeddings
 from finetune.models.model_config import check_attention_heads
 from finetune.models.module_kinds import VISION
 from finetune.models.quantization import is_packed_in_files
@@ -98,7 +99,7 @@ def check_vocabulary(
     if kind in ("prefix", "prompt"):
         raise ConfigError(f"{grows}: --adapter {kind} cannot train embeddings: use --use_lora True")
     saved = set(names) & set(adapter.saved_modules() or ())
-    if info.adapter and (trained := saved_rows(Path(info.adapter), saved)) != rows:
+    if info.adapter and (trained := _saved_rows(Path(info.adapter), saved)) != rows:
         raise ConfigError(
             f"{grows}. The adapter {info.adapter} holds {f'{trained:,} trained' if trained else 'no'} embeddings, and "
             "takes no more: merge it and train the merged model, or use the adapter's own tokenizer"
@@ -114,6 +115,16 @@ def check_vocabulary(
         )
     how = f"{' and '.join(names)} ({size:,} parameters) are trained in full" if kind else "all rows are trained"
     return [f"{grows}; the embeddings grow, new rows start near the mean of the others, and {how}"]
+
+
+def _saved_rows(folder: Path, names: Iterable[str]) -> int:
+    """Return the rows of the layers with these names that a saved adapter holds in full; 0: it holds none."""
+    from peft import load_peft_weights
+
+    with damage_named(f"the adapter {folder}"):
+        weights = load_peft_weights(str(folder), device="cpu")
+    ends = {f"{name}.weight" for name in names}
+    return next((len(weight) for name, weight in weights.items() if ".".join(name.split(".")[-2:]) in ends), 0)
 
 
 def check_positions(info: ModelInfo, longest: int, adapter: AdapterArguments) -> list[str]:

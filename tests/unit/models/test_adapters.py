@@ -185,6 +185,15 @@ def test_a_module_with_layers_in_4_bits_cannot_be_trained_in_full():
             check_attachable(info, AdapterArguments(use_lora=True, modules_to_save=[name]))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_moves_the_head_would_move_tied_embeddings(family, start):
+    flags = {"use_lora": True, "lora_dropout": 0.0, "lora_target_modules": ["lm_head"], "init_lora_weights": start}
+    attach_peft(tiny_models.build(family, tie_word_embeddings=False), AdapterArguments(**flags))
+    with pytest.raises(ConfigError, match=f"--init_lora_weights {start}: .* lm_head, which is that of the embeddings"):
+        attach_peft(tiny_models.build(family, tie_word_embeddings=True), AdapterArguments(**flags))
+
+
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")
 def test_moved_weights_beside_adapted_embeddings_are_saved_as_plain_lora(tmp_path):
     flags = {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]}
