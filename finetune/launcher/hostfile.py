@@ -92,7 +92,8 @@ def _name_fault(host: str) -> str:
     if host.startswith("-"):
         return f"host {host!r} would be read as an option: a name begins with a letter or digit"
     if ":" in name:
-        return "" if _is_address(name) and not at else "not an IPv6 address that pdsh takes: write a name for it"
+        remedy = "write a name for it; a port stands in ~/.ssh/config"
+        return "" if _is_address(name) and not at else f"not an IPv6 address that pdsh takes: {remedy}"
     if not _NAME.fullmatch(name):
         return f"host {host!r}: expected letters, digits and . _ - only, as in node0, 10.0.0.5 or user@node0"
     if _NUMBERS.fullmatch(name) and not _is_address(name):

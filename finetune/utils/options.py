@@ -106,7 +106,7 @@ class OptionType:
         try:
             value = self.kind(text)
         except ValueError:
-            raise ValueError("expected a number") from None
+            raise ValueError("expected a number such as 0.5 or 2e-5") from None
         if self.kind is float and not math.isfinite(value):
             raise ValueError("expected a finite number")
         return value

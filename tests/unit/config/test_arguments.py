@@ -160,6 +160,10 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--freeze", "embed_tokens\uff0clayers.0-3"], "write names with spaces between them: embed_tokens layers.0-3"),
         (["--lora_r", "eight"], "--lora_r eight: expected a whole number"),
         (["--learning_rate", "fast"], "--learning_rate fast: expected a number"),
+        (
+            ["--warmup_ratio", "3%", "--learning_rate", "1,5e-4"],
+            "--learning_rate 1,5e-4: expected a number such as 0.5",
+        ),
         (["--lr_scheduler_kwargs", "{bad}"], '--lr_scheduler_kwargs {bad}: expected a JSON object such as {"name": 1}'),
         (["--adam_beta2", "1"], "--adam_beta2 1.0: expected a share from 0 up to 1"),
         (["--lora_alpha", "-1", "--use_lora"], "--lora_alpha -1: expected more than 0"),
