@@ -212,9 +212,8 @@ def rows_seen(tmp_path: Path, name: str, world_size: int = 2) -> dict[int, list[
     return {step: sorted(rows) for step, rows in found.items()}
 
 
-@pytest.mark.parametrize(
-    "config", [*(pytest.param(one, marks=FAULTS) for one in ("zero2", "zero3", "zero3-lora", "plain", "plain-lora"))]
-)
+@FAULTS
+@pytest.mark.parametrize("config", ["zero2", "zero3", "zero3-lora", "plain", "plain-lora"])
 def test_three_in_a_row_end_the_run_and_without_their_rows_it_goes_on(lose, tmp_path, ids_of, config):
     flags, ids, output = CONFIGS[config], ids_of(4, 7, 8), tmp_path / "run"
     check_ended(lose("run", *flags, ids=ids), output, step=5, rows=[4, 7, 8], newest=2)
@@ -328,17 +327,11 @@ def _train_with_a_broken_weight(argv: list[str]) -> None:
     main(argv)
 
 
+@FAULTS
 @pytest.mark.parametrize(
     ("number", "rank", "config"),
-    [
-        (signal.SIGTERM, 1, "zero2"),
-        *(
-            pytest.param(*one, marks=FAULTS)
-            for one in [
-                (signal.SIGUSR1, 1, "zero3"), (signal.SIGTERM, 0, "plain"), (signal.SIGINT, 1, "zero3-lora"),
-            ]
-        ),
-    ],
+    [(signal.SIGTERM, 1, "zero2"), (signal.SIGUSR1, 1, "zero3"), (signal.SIGTERM, 0, "plain"),
+     (signal.SIGINT, 1, "zero3-lora")],
 )  # fmt: skip
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_saved(start, tmp_path, number, rank, config):
     flags = [*CONFIGS[config], "--save_strategy", "no", "--dataloader_num_workers", "1"]

@@ -124,12 +124,10 @@ class TestPreview:
         golden = [json.loads(line) for line in (ROOT / "tests/golden/lingowhale_labels.jsonl").read_text().splitlines()]
         rows = [[(turn["from"], turn["value"]) for turn in row["conversations"]] for row in golden]
 
-        command = [
-            sys.executable, "-m", "finetune", "preview", "--model_name_or_path", tmp_path / "tokenizer",
-            "--data_path", write_rows(tmp_path / "rows.json", rows), "--chat_template", "lingowhale",
-            "--human_token_ids", "3", "--model_token_ids", "4", "--json",
-        ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+        done = self.preview(
+            "--model_name_or_path", tmp_path / "tokenizer", "--data_path", write_rows(tmp_path / "rows.json", rows),
+            "--chat_template", "lingowhale", "--human_token_ids", "3", "--model_token_ids", "4", "--json",
+        )  # fmt: skip
 
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in done.stdout.splitlines()]

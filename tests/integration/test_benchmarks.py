@@ -93,6 +93,7 @@ def test_questions_are_read_without_asking_the_hub(tasks, monkeypatch):
     assert unread == ["absent.yaml: finetune evaluate OUTPUT --tasks says why they cannot be read"]
 
 
+@pytest.mark.slow
 def test_a_local_task_end_to_end(trained, tasks, capsys):
     output = trained("lora")
     document = run(output, "--tasks", tasks / "sums.yaml", "--num_fewshot", 2)

@@ -26,7 +26,7 @@ from tests.helpers import tiny_models, vision_models
 from tests.helpers.tiers import mostly_slow
 
 IDS = torch.arange(3, 15)[None]
-families = pytest.mark.parametrize("family", mostly_slow(vision_models.FAMILIES, ["qwen3_5", "gemma3"]))
+families = pytest.mark.parametrize("family", mostly_slow(vision_models.FAMILIES, ["qwen3_5"]))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
