@@ -136,7 +136,8 @@ def _code(turn: Turn) -> str:
     if turn.role != "model" or not (turn.reasoning or turn.tool_calls or REASONING_END in turn.text):
         return turn.role
     inside = "" if turn.reasoning else _kind_inside(turn)
-    return f"model{inside}{'+' if turn.reasoning else ''}{'' if turn.text.strip() else '-'}{len(turn.tool_calls)}"
+    ids = "".join("c" if call.id is None else "i" for call in turn.tool_calls)
+    return f"model{inside}{'+' if turn.reasoning else ''}{'' if turn.text.strip() else '-'}{ids}"
 
 
 def _kind_inside(turn: Turn) -> str:
@@ -147,12 +148,13 @@ def _kind_inside(turn: Turn) -> str:
 
 def with_marks(conversation: Conversation, *, real_tools: bool) -> Conversation:
     """The conversation with placeholders as its texts, and of its tools and calls unless `real_tools`."""
-    turns = tuple(_marked(number, turn, real_tools) for number, turn in enumerate(conversation.turns))
+    ids: dict[str | None, str | None] = {}  # of calls, with their placeholders
+    turns = tuple(_marked(number, turn, None if real_tools else ids) for number, turn in enumerate(conversation.turns))
     tools = conversation.tools if real_tools or not conversation.tools else (_DUMMY_TOOL,)
     return replace(conversation, turns=turns, tools=tools)
 
 
-def _marked(number: int, turn: Turn, real_tools: bool) -> Turn:
+def _marked(number: int, turn: Turn, ids: dict[str | None, str | None] | None) -> Turn:
     text, calls = _mark(number, _TEXT), turn.tool_calls
     if turn.role == "model":
         kind = "" if turn.reasoning else _kind_inside(turn)
@@ -162,8 +164,12 @@ def _marked(number: int, turn: Turn, real_tools: bool) -> Turn:
             text = f"{_SPACED_BEGIN}{_mark(number, _REASONING)}{_SPACED_END}{_mark(number, _ANSWER)}"
         elif kind:
             text = kind + _mark(number, _ANSWER)
-    if not real_tools:
-        calls = tuple(ToolCall(f"nameq0x{index}", _DUMMY_ARGUMENTS, call.id) for index, call in enumerate(calls))
+    if ids is not None:
+        ids |= {call.id: call.id and f"id{_DUMMY}{number:02}{index:02}" for index, call in enumerate(calls)}
+        calls = tuple(
+            ToolCall(f"name{_DUMMY}{index}", _DUMMY_ARGUMENTS, ids[call.id]) for index, call in enumerate(calls)
+        )
+        turn = replace(turn, tool_call_id=ids.get(turn.tool_call_id), tool_name=None)
     return replace(turn, text=text, reasoning=turn.reasoning and _mark(number, _REASONING), tool_calls=calls)
 
 

@@ -131,3 +131,30 @@ def test_a_spelled_control_token_changes_no_token_of_other_turns(smol_tokenizer)
 
     learned = [[label for label in example.labels if label != IGNORE_INDEX] for example in (one, other)]
     assert plain == spelled == "r\n</think>\n\n- a<|im_end|>" and learned[0] == learned[1]
+
+
+# Ids of calls are written, and nothing opens an answer.
+WITH_IDS = r"""
+{{- tools | tojson if tools }}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + (message.tool_call_id or '') + ' ' if message.role != 'assistant' }}{{- message.content }}
+{%- for call in message.tool_calls or [] %}{{- '<tool_call>' + call.id + call.function | tojson }}{% endfor %}{{- '<|im_end|>' }}
+{%- endfor %}"""
+
+
+def test_conversations_of_one_shape_may_have_other_ids_and_functions(smol_tokenizer):
+    renderer = renderer_of(smol_tokenizer, WITH_IDS, "<|im_start|> <|im_end|>", {})
+    tools = tuple({"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg")
+
+    def turns(name: str, ids: list[str]) -> tuple[Turn, ...]:
+        calls = [
+            (Turn("model", "", tool_calls=(ToolCall(name, {}, id),)), Turn("tool", "r", tool_call_id=id)) for id in ids
+        ]
+        return (Turn("human", "q"), *(turn for pair in calls for turn in pair), Turn("model", "a"))
+
+    for name, ids in (("f", ["1"]), ("f", ["2", "3"]), ("g", ["4", "5", "6"])):
+        found = prompts_and_answers(renderer, Conversation(turns(name, ids), 0, "a.json", None, (), tools))
+        assert [
+            text.count(f'<tool_call>{id}{{"name": "{name}"') for (_, text), id in zip(found, ids, strict=False)
+        ] == [1 for _ in ids]
+        assert len(found) == len(ids) + 1
