@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 COMPUTED_BUFFERS = re.compile(
     r"(^|\.)(inv_freq|masked_bias|position_ids|_extra_state|(attn|attention|self_attention)\.bias)$"
 )
+# Tensors that bitsandbytes stores beside packed weights, in 4 and in 8 bits.
+PACKED = re.compile(r"\.(quant_state\.|SCB$)")
+EXPERT = re.compile(r"experts\.\d+(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,12 @@ def check_weights(
         return []
     stored = StoredTensors(folder, error=error)
     if is_packed_in_files(config):  # their names and shapes are others
+        joins = not any(EXPERT.search(name) for name, _ in empty.named_modules())
+        if joins and any(EXPERT.search(name) and PACKED.search(name) for name in stored):
+            raise error(
+                f"{label}: bitsandbytes has packed its experts one by one, as transformers 4 kept them; transformers 5 "
+                "joins experts, and cannot read these: give the model that it was made from, with --load_in_4bit True"
+            )
         ignored = empty._keys_to_ignore_on_load_unexpected or []
         unused = [name for name in stored if any(re.search(pattern, name) for pattern in ignored)]
         text = "not loaded, and as they are quantized a full or merged model is saved without them"

@@ -115,13 +115,27 @@ def test_a_base_that_is_packed_is_not_loaded_a_second_time_on_the_gpu(tmp_path, 
 
 def test_layers_for_later_tokens_that_are_quantized_are_named(tmp_path):
     config = SimpleNamespace(quantization_config=FP8)
-    empty = SimpleNamespace(_keys_to_ignore_on_load_unexpected=[r"model\.layers\.61.*"])
+    empty = tiny_models.build("llama")
+    empty._keys_to_ignore_on_load_unexpected = [r"model\.layers\.61.*"]
     later = {"model.layers.61.eh_proj.weight": torch.ones(2), "model.layers.61.eh_proj.weight_scale_inv": torch.ones(1)}
     save_file({"model.layers.6.up_proj.weight": torch.ones(2), **later}, tmp_path / "model.safetensors")
     (note,) = check_weights(tmp_path, empty, config, label="m")
     assert note.endswith(f": {', '.join(later)}") and "quantized" in note
     empty._keys_to_ignore_on_load_unexpected = None
     assert check_weights(tmp_path, empty, config, label="m") == []
+
+
+@pytest.mark.parametrize("mark", ["weight.quant_state.bitsandbytes__nf4", "SCB"])
+@pytest.mark.parametrize(("family", "layer"), [("mixtral", "block_sparse_moe.experts.0.w1"), ("qwen3", "mlp.up_proj")])
+def test_experts_that_were_packed_one_by_one_are_refused(family, layer, mark, tmp_path):
+    config = SimpleNamespace(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    save_file({f"model.layers.0.{layer}.{mark}": torch.ones(1)}, tmp_path / "model.safetensors")
+    empty = tiny_models.build(family)
+    if family == "qwen3":
+        assert check_weights(tmp_path, empty, config, label="m") == []
+        return
+    with pytest.raises(ConfigError, match="m: bitsandbytes has packed its experts .* --load_in_4bit True"):
+        check_weights(tmp_path, empty, config, label="m")
 
 
 @pytest.mark.parametrize(
