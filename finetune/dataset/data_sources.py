@@ -83,6 +83,9 @@ def find_sources(paths: str | Path | Sequence[str | Path], columns: Sequence[str
             faults.append(str(error))
             continue
         for source in resolved:
+            if source.name.encode("utf-8", "replace").decode() != source.name:
+                faults.append(f"{ascii(source.name)}: the name is not UTF-8, as records of runs are: rename it")
+                continue
             first_name = seen.setdefault(_identity(source), source.name)
             if any(source.name == other.name for other in sources) or first_name != source.name:
                 alias = f", as {first_name} too" if first_name != source.name else ""
@@ -177,19 +180,30 @@ def _file(name: str, weight: float) -> Source:
 
 
 def _folder(folder: str, weight: float) -> list[Source]:
-    names = sorted(os.listdir(folder))
-    files = [os.path.join(folder, name) for name in names if _is_data_file(name) and not name.startswith(".")]
-    files = [file for file in files if os.path.isfile(file)]
-    if of_model := sorted(MODEL_FILES.intersection(names)):
-        raise ConfigError(
-            f"{folder}: is the folder of a model or a run, it holds {format_names(of_model)}: name files of "
-            "conversations, or the folder that holds them"
-        )
+    """The data files of a folder and of those in it, but for folders of models and hidden ones."""
+    files: list[str] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        of_model = sorted(MODEL_FILES.intersection(names))
+        if of_model and place != folder:
+            folders.clear()
+            continue
+        if of_model:
+            raise ConfigError(
+                f"{place}: is the folder of a model or a run, it holds {format_names(of_model)}: name files of "
+                "conversations, or the folder that holds them"
+            )
+        if place != folder and is_saved(place):
+            raise DataError(
+                f"{place}: is a data set that save_to_disk wrote: name it by itself, not a folder around it"
+            )
+        data = sorted(name for name in names if _is_data_file(name) and not name.startswith("."))
+        files += [file for file in (os.path.join(place, name) for name in data) if os.path.isfile(file)]
     if not files:
-        found = ", ".join(names[:8]) or "nothing"
+        found = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
         raise DataError(
             f"{folder}: the folder holds no data: expected files that end in {', '.join(DATA_SUFFIXES)} "
-            f"(or these with {' or '.join(PACKED_SUFFIXES)}), found {found}; folders in it are not looked into"
+            f"(or these with {' or '.join(PACKED_SUFFIXES)}), found {found}"
         )
     return [Source(file, weight) for file in files]
 

@@ -40,11 +40,12 @@ def refused(*paths: str) -> str:
     return str(raised.value)
 
 
-def test_a_folder_stands_for_its_data_files_sorted_and_for_no_folder_in_it(folder):
-    expected = ["data/a.json", "data/b.jsonl", "data/c.parquet", "data/d.json.gz"]
+def test_a_folder_stands_for_its_data_files_sorted_those_of_folders_in_it_last(folder):
+    expected = ["data/a.json", "data/b.jsonl", "data/c.parquet", "data/d.json.gz", "data/inner/e.json"]
 
     assert names("data") == expected
     assert names("data/inner", "data/b.jsonl") == ["data/inner/e.json", "data/b.jsonl"]
+    assert refused("data", "data/inner").startswith("data/inner/e.json: is named twice")
 
 
 def test_a_glob_stands_for_the_files_that_match(folder):
@@ -59,7 +60,7 @@ def test_a_weight_is_the_number_behind_the_last_colon(folder):
     }
 
     assert weights == {"data/b.jsonl": 0.5, "data/c.parquet": 2.0, "data/a.json:2": 1.0}
-    assert [source.weight for source in find_sources(["data:3"])] == [3.0] * 4
+    assert [source.weight for source in find_sources(["data:3"])] == [3.0] * 5
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-0.0"])
@@ -109,8 +110,31 @@ def test_a_folder_without_data_says_what_it_looked_for_and_found(folder):
     assert refused("nothing") == (
         "nothing: the folder holds no data: expected files that end in .json, .jsonl, .ndjson, .parquet, .csv, "
         ".tsv "
-        "(or these with .gz or .zst), found notes.txt; folders in it are not looked into"
+        "(or these with .gz or .zst), found notes.txt"
     )
+
+
+def test_folders_in_a_folder_are_read_but_for_models_and_hidden_ones(folder):
+    for name in (
+        "nest/a.json",
+        "nest/deep/b.jsonl",
+        "nest/.git/c.json",
+        "nest/model/config.json",
+        "nest/model/x/d.json",
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        written(Path(name), "")
+
+    assert [source.name for source in find_sources("nest")] == ["nest/a.json", "nest/deep/b.jsonl"]
+    for name in ("state.json", "dataset_info.json"):
+        written(Path("nest/deep") / name, "{}")
+    assert refused("nest").startswith("nest/deep: is a data set that save_to_disk wrote")
+
+
+def test_a_name_that_is_not_utf_8_is_refused(folder):
+    written(Path(os.fsdecode(b"data/\xff.jsonl")), "")
+
+    assert refused("data") == "'data/\\udcff.jsonl': the name is not UTF-8, as records of runs are: rename it"
 
 
 @pytest.mark.parametrize(
