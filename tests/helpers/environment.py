@@ -19,6 +19,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the import of bitsandbytes takes two seconds more, for a compiler
 os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # else scikit-learn, under some methods of peft, starts a process to count cores
 if not Path(os.environ.get("XDG_CACHE_HOME", "")).name.startswith("finetune-tests-"):
     _CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")
