@@ -28,6 +28,12 @@ FLAGS_OF_DATA = (
     "data_path", "model_max_length", "too_long", "train_on", "bad_rows", "max_dropped_rows", "repairs", "columns",
     "data_cache_dir", "preprocessing_num_workers", "chat_template_kwargs",
 )  # fmt: skip
+# What is measured -> the flags that have no effect without it.
+FLAGS_ABOUT = {
+    "data_path": ("tokens_per_batch", "tool_rows", "worst", *FLAGS_OF_DATA[1:-1]),
+    "tasks": ("num_fewshot", "limit", "batch_size", "apply_chat_template", "allow_code_execution"),
+    "forgetting": ("fail_below",),
+}
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,12 @@ def parse_options(argv: Sequence[str]) -> tuple[EvaluateOptions, dict[str, Any]]
     given = build_parser().parse(argv)
     options = fill(EvaluateOptions, given)
     data = {name: given[name] for name in FLAGS_OF_DATA if name in given}
-    raise_faults([*data_faults(fill(DataArguments, data)), *_faults(options, data)])
+    raise_faults([*data_faults(fill(DataArguments, data)), *_faults(options, given)])
     return options, data
 
 
-def _faults(options: EvaluateOptions, data: dict[str, Any]) -> Iterator[str]:
-    if not data.get("data_path") and not options.tasks and not options.forgetting:
+def _faults(options: EvaluateOptions, given: dict[str, Any]) -> Iterator[str]:
+    if not any(map(given.get, FLAGS_ABOUT)):
         yield "nothing to evaluate: give --data_path, --tasks or --forgetting"
     for name in ("tokens_per_batch", "limit"):
         yield from below(1, name, getattr(options, name))
@@ -91,8 +97,9 @@ def _faults(options: EvaluateOptions, data: dict[str, Any]) -> Iterator[str]:
         yield f"--batch_size {options.batch_size}: expected a number or auto"
     if options.forgetting and options.no_base:
         yield "--forgetting compares with the base: leave --no_base out"
-    if options.fail_below is not None and not options.forgetting:
-        yield "--fail_below is about --forgetting: give it too"
+    for measured, names in FLAGS_ABOUT.items():
+        if not given.get(measured):
+            yield from (f"--{name} is about --{measured}: give it too" for name in names if name in given)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -45,6 +45,8 @@ def result(tmp_path, monkeypatch):
         ("chat result --tools none.json", "--tools none.json: there is no such file"),
         ("quickstart --output_dir rows.jsonl", "--output_dir rows.jsonl: is a file: name a folder"),
         ("preview array.json", "--config array.json: expected a mapping of flags to values: a file of conversations"),
+        ("evaluate result --forgetting --limit 2", "--limit is about --tasks: give it too"),
+        ("evaluate result --tasks t --too_long drop --worst 3", "--too_long is about --data_path: give it too"),
         ("evaluate result --jsn", "unknown flag --jsn: did you mean --json?"),
         ("recipes qwen3_8b_lora none/a.yaml", "none/a.yaml: there is no folder none: make it first"),
         ("merge result a b", "unexpected argument 'b': usage: finetune merge OUTPUT [DIR]"),
