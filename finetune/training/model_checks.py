@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,15 @@ from finetune.models.model_config import check_attention_heads
 from finetune.models.module_kinds import VISION
 from finetune.models.quantization import is_packed_in_files
 from finetune.utils.console import log_notes
-from finetune.utils.errors import SHOWN_NAMES, ConfigError, format_names
+from finetune.utils.errors import SHOWN_NAMES, ConfigError, first_line, format_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed\w*)$")
+
+TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache", "labels",
+               "logits_to_keep", "kwargs"}  # fmt: skip
 
 
 def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
@@ -39,6 +43,7 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     if is_packed_in_files(info.config):
         label = f"{info.flag} (stored in {info.bits} bits)"
         check_quantization(info.bits, label, config.adapter, config.zero_stage)
+    check_reads_text(info)
     adapter_notes = check_attachable(info, config.adapter, adds_tokens=bool(config.model.new_tokens))
     check_attention_heads(config.batch.sequence_parallel_size, info.config)
     checkpointing, notes = resolve_activation_checkpointing(
@@ -55,6 +60,34 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
         notes=(*config.notes, *info.notes, *adapter_notes, *notes),
     )
     return adapted, info
+
+
+def check_reads_text(info: ModelInfo) -> None:
+    """Check that a model of several modalities runs without images and sound, as training does: on the meta device.
+
+    Raises:
+        ConfigError: its code asks for another input, or has no embeddings of text.
+    """
+    import torch
+
+    try:
+        info.empty.get_input_embeddings()
+    except NotImplementedError:  # Qwen2.5-Omni, of several models
+        raise ConfigError(
+            f"{info.flag}: {type(info.empty).__name__} names no embeddings of text: give the language model in it"
+        ) from None
+    if VISION not in info.kinds.by_module.values():
+        return
+    try:
+        with torch.no_grad():
+            info.empty(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=False)
+    except Exception as error:  # also of layers that need values, which there are none of on this device
+        others = signature(info.empty.forward).parameters.keys() - TEXT_INPUTS
+        if isinstance(error, TypeError | ValueError) and others & set(re.findall(r"\w+", str(error))):
+            raise ConfigError(
+                f"{info.flag}: {type(info.empty).__name__} does not run on text alone: "
+                f"{first_line(error).rstrip('.')}: give its text model, or one that reads text without images or sound"
+            ) from None
 
 
 def resolve_activation_checkpointing(

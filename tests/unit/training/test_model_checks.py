@@ -1,15 +1,17 @@
 """Vocabulary and positions of a model against tokenizer and data."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.models.adapters import attach_peft
 from finetune.models.loader import ModelInfo
-from finetune.training.model_checks import check_positions, check_vocabulary
+from finetune.training.model_checks import check_positions, check_reads_text, check_vocabulary
 from finetune.utils.errors import ConfigError
 from tests.helpers import tiny_models
 
@@ -72,6 +74,24 @@ class TestVocabulary:
     def test_virtual_tokens_cannot_train_them(self):
         with pytest.raises(ConfigError, match="--adapter prefix cannot train embeddings"):
             self.check(info(), AdapterArguments(adapter="prefix"))
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("idefics", "text alone: .*pixel_values"),
+        ("voxtral_realtime", "text alone: .*input_features"),
+        ("pp_formulanet", "no embeddings of text"),
+        ("smolvlm", None),
+    ],
+)
+def test_a_model_that_does_not_run_without_images_or_sound_is_refused(family, told):
+    config = CONFIG_MAPPING[family]()
+    config.get_text_config().num_hidden_layers = 1
+    with torch.device("meta"):
+        empty = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)](config)
+    with nullcontext() if told is None else pytest.raises(ConfigError, match=f"{type(empty).__name__} .*{told}"):
+        check_reads_text(ModelInfo(family, None, False, config, "eager", empty, (), ()))
 
 
 class TestPositions:
