@@ -43,7 +43,7 @@ from peers.measured import CHATML_WITH_TOOLS
 
 SECONDS_FOR_A_RUN = 3_600
 # One thread in each process, so that processes are what is compared.
-ONE_THREAD = {"RAYON_NUM_THREADS": "1", "PRETRAINEDS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 CONTENDERS = (

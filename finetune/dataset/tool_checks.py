@@ -23,6 +23,7 @@ _TYPES = {
 _WORDS = ("description", "title", "$comment")
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_SCHEMAS = ("items", "additionalProperties", "not")
 
 
 def check_tools(
@@ -83,7 +84,8 @@ def _declared(tools: str) -> tuple[dict[str, tuple[Any, Any]], tuple[str, ...]]:
         validator = fault = None
         if schema:
             validator, fault = _validator(json.dumps(_for_checks(schema)))
-        for reason in filter(None, (fault, surrogate_fault_in(tool, f"declaration of {name}"))):
+        lone = surrogate_fault_in(tool, f"declaration of {name}") if "\\ud" in tools else None
+        for reason in filter(None, (fault, lone)):
             faults.append(f"the declaration of {shown(name)} is no valid JSON Schema: {reason}")
         declared[name] = schema or {}, validator
     return declared, tuple(faults)
@@ -112,25 +114,31 @@ def _for_checks(schema: Any) -> Any:
     """The schema with the types named as JSON Schema does, without words: declarations that differ in these are one."""
     if not isinstance(schema, dict):
         return schema
-    checked = {key: value for key, value in schema.items() if key not in _WORDS or not isinstance(value, str)}
-    if isinstance(own := schema.get("type"), str):
-        head = re.match(r"\w*", own.strip())
-        name = _TYPES.get(head[0].lower(), own) if head else own
-        checked["type"] = name
-        if name is None:
-            del checked["type"]
-    if isinstance(schema.get("required"), bool):
-        del checked["required"]
-    for key in _OF_SCHEMAS:
-        if isinstance(schema.get(key), dict):
-            checked[key] = {name: _for_checks(child) for name, child in schema[key].items()}
-    for key in _LISTS_OF_SCHEMAS:
-        if isinstance(schema.get(key), list):
-            checked[key] = [_for_checks(child) for child in schema[key]]
-    for key in ("items", "additionalProperties", "not"):
-        if isinstance(schema.get(key), dict):
-            checked[key] = _for_checks(schema[key])
+    checked: dict[str, Any] = {}
+    for key, value in schema.items():
+        if isinstance(value, str):
+            name = _type_name(value) if key == "type" else value
+            if key in _WORDS or name is None:
+                continue
+            value = name
+        elif isinstance(value, dict):
+            if key in _OF_SCHEMAS:
+                value = {name: _for_checks(child) for name, child in value.items()}
+            elif key in _SCHEMAS:
+                value = _for_checks(value)
+        elif isinstance(value, list):
+            if key in _LISTS_OF_SCHEMAS:
+                value = [_for_checks(child) for child in value]
+        elif key == "required" and isinstance(value, bool):
+            continue
+        checked[key] = value
     return checked
+
+
+def _type_name(written: str) -> str | None:
+    """The name of a type in JSON Schema; None for any value."""
+    head = re.match(r"\w*", written.strip())
+    return _TYPES.get(head[0].lower(), written) if head else written
 
 
 def _checked(call: ToolCall, declaration: tuple[Any, Any]) -> tuple[ToolCall, str | None]:

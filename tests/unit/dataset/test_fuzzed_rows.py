@@ -143,20 +143,20 @@ def check_accepted(one: RenderedConversation, row: Any, tokenizer: Any, end: int
 
     `control_ids` are those of the same turns with harmless texts.
     """
-    (example,) = one.examples
     texts = [text for role, text, learned in said(row) if role == "model" and learned]
-    runs = learned_runs(example.labels)
+    runs = [run for example in one.examples for run in learned_runs(example.labels)]
     assert runs and len(runs) <= len(texts)
     for number, (run, text) in enumerate(zip(runs, texts, strict=False)):
         is_cut = one.status == "cut" and number == len(runs) - 1 and run[-1] != end
         read = tokenizer.decode(run if is_cut else run[:-1], clean_up_tokenization_spaces=False)
         assert text.startswith(read.rstrip("\ufffd")) if is_cut else (read == text and run[-1] == end)
-    found = [number for number in example.input_ids if number in control_ids[0]]
     harmless = control_ids[1]
-    if one.status == "kept":
-        assert len(runs) == len(texts) and found == harmless
-    else:
-        assert one.reason and len(example.input_ids) <= LIMIT and len(found) <= len(harmless)
+    for example in one.examples:
+        found = [number for number in example.input_ids if number in control_ids[0]]
+        assert len(example.input_ids) <= LIMIT and len(found) <= len(harmless)
+        assert one.status != "kept" or found == harmless
+    assert (one.status == "kept" and len(one.examples) == 1) or one.reason
+    assert len(runs) == len(texts) or one.status == "cut"
 
 
 def control_ids_of(renderer: Renderer, row: Any, among: set[int]) -> list[int]:
