@@ -274,7 +274,12 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
     shared = shared if shared > begin else len(alone)  # what is written otherwise later does not count
     if turn.tool_calls:
         if not text.next_role_ends:
-            controls = [match for match in text.control.finditer(alone, begin) if match.end() <= shared]
+            every = [*text.control.finditer(alone, begin)]
+            controls = [match for match in every if match.end() <= shared]
+            # Olmo 3 ends its last turn with another token than earlier ones.
+            ends_otherwise = len(every) == len(controls) + 1 and text.control.match(more, every[-1].start())
+            if ends_otherwise and not alone[every[-1].end() :].strip():
+                return _End(every[-1].end(), (every[-1][0],))
             if controls and not alone[controls[-1].end() : shared].strip():
                 return _End(controls[-1].end(), (controls[-1][0],))
         begin = len(alone.rstrip())

@@ -9,9 +9,12 @@ from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 20
 GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
+ARROW_STREAM = b"\xff\xff\xff\xff"  # what save_to_disk writes
 REFUSED_KINDS = {
     b"PK\x03\x04": "a zip archive: unpack it and name the files in it",
-    ARROW: "an Arrow file: name the folder that save_to_disk wrote, or write it as Parquet",
+    **dict.fromkeys(
+        (ARROW, ARROW_STREAM), "an Arrow file: name the folder that save_to_disk wrote, or write it as Parquet"
+    ),
     b"\xfd7zXZ": "an xz file: unpack it, or pack it with gzip or zstd",
     b"BZh": "a bzip2 file: unpack it, or pack it with gzip or zstd",
     b"7z\xbc\xaf": "a 7z archive: unpack it and name the files in it",

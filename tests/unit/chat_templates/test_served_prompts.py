@@ -158,3 +158,22 @@ def test_conversations_of_one_shape_may_have_other_ids_and_functions(smol_tokeni
             text.count(f'<tool_call>{id}{{"name": "{name}"') for (_, text), id in zip(found, ids, strict=False)
         ] == [1 for _ in ids]
         assert len(found) == len(ids) + 1
+
+
+# Another token ends the last turn, as in Olmo 3.
+OTHER_END = r"""
+{{- tools | tojson if tools }}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content }}{% for call in message.tool_calls or [] %}{{- '<call>' + call.function | tojson + '</call>' }}{% endfor %}{{- eos_token if loop.last and message.role == 'assistant' else '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
+
+
+@pytest.mark.parametrize("special", ["<|im_start|> <|im_end|> <eos>", "<|im_start|> <call> </call> <|im_end|> <eos>"])
+def test_a_call_ends_with_the_token_of_the_last_turn(smol_tokenizer, special):
+    renderer = renderer_of(smol_tokenizer, OTHER_END, special, {})
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    turns = (TALK[1], Turn("model", "", tool_calls=(ToolCall("f", {}),)), Turn("tool", "r"), Turn("model", "a"))
+    found = prompts_and_answers(renderer, Conversation(turns, 0, "a.json", None, (), (tool,)))
+
+    assert [text for _, text in found] == ['<call>{"name": "f", "arguments": {}}</call><eos>', "a<eos>"]
