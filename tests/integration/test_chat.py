@@ -51,7 +51,7 @@ def test_a_text_of_any_letters_comes_whole(real_tokenizers):
 
     plains = [PlainTextTokenizer(tokenizer) for tokenizer in real_tokenizers.values()]
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=200, deadline=None, derandomize=True)
     @given(
         st.text(
             st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("你好🙂👩\u200d👧🏳️\u200d🌈 \n"),

@@ -96,6 +96,14 @@ def test_a_sentencepiece_tokenizer_gets_scores_in_the_order_of_its_merges(tmp_pa
         )
 
 
+@pytest.mark.slow
+def test_a_whole_vocabulary_is_read_again(tmp_path, smol_tokenizer):
+    _, again = read_again(
+        write_gguf(saved(tmp_path / "merged", smol_tokenizer), "f16", stop_token_id=2), tmp_path / "a"
+    )
+    assert [again(text)["input_ids"] for text in TEXTS] == [smol_tokenizer(text)["input_ids"] for text in TEXTS]
+
+
 def test_what_cannot_be_written_is_told_before_anything_is_merged(tmp_path, smol_tokenizer, real_tokenizers):
     folder = saved(tmp_path / "gemma", smol_tokenizer, "gemma")
     with pytest.raises(ConfigError, match="--gguf: gemma is not supported, only llama, mistral, qwen2, qwen3: "):
