@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -64,8 +63,6 @@ def main(argv: Sequence[str]) -> None:
     check_writable(folder, str(folder))
     if result.adapter is not None:
         result.base_path(options.base_model)
-    if options.gguf is not None and find_spec("gguf") is None:
-        raise ConfigError(f"--gguf {options.gguf}: needs the package gguf: pip install 'gguf>=0.19'")
     from finetune.export.gguf_writer import check_gguf, write_gguf  # they need torch; --help does not
     from finetune.export.model_merge import merge_weights, plan_merge
     from finetune.export.modelfile import write_modelfile

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +87,6 @@ def obtain_model(folder: Path) -> None:
     """Make `folder` a plain safetensors copy of SmolLM2-135M-Instruct unless it is one already."""
     if (folder / "tokenizer_config.json").is_file() and (folder / "model.safetensors").is_file():
         return
-    if find_spec("gguf") is None:
-        raise ConfigError("the small model comes as a GGUF file; to read it: pip install 'gguf>=0.19'")
     with storage_errors(folder, f"--model_dir {folder}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

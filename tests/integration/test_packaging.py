@@ -11,12 +11,9 @@ import tomllib
 import zipfile
 from unittest import mock
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from finetune.cli import quickstart
-from finetune.utils.errors import ConfigError
 from tests.helpers.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -104,10 +101,3 @@ def test_the_page_of_the_package_has_no_link_to_a_file_beside_it():
         runpy.run_path(str(ROOT / "setup.py"))
     text = setup.call_args.kwargs["long_description"]
     assert "](https://" in text and re.findall(r"\]\((?!https?:|#)", text) == []
-
-
-def test_a_quickstart_that_cannot_read_the_model_downloads_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install 'gguf>=0.19'"):
-        quickstart.obtain_model(tmp_path / "models" / "small")
-    assert list(tmp_path.iterdir()) == []

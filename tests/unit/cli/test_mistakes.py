@@ -108,9 +108,6 @@ def test_a_folder_that_holds_something_is_not_replaced_by_a_merge(result, tmp_pa
         merge.main(["result", "full"])
     with pytest.raises(ConfigError, match="rows.jsonl: exists and is not replaced"):
         merge.main(["result", "rows.jsonl"])
-    monkeypatch.setattr(merge, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match="--gguf q8_0: needs the package gguf: pip install"):
-        merge.main(["result", "new", "--gguf", "q8_0"])
 
 
 def test_held_out_rows_are_looked_for_before_anything_loads(result, monkeypatch):
