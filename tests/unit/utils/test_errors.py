@@ -1,6 +1,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def test_a_table_that_nobody_reads_ends_the_command_as_a_line_does(monkeypatch):
         with pytest.raises(SystemExit) as ended, exit_on_error():
             rich_console().print("a cell")
     assert ended.value.code == 141
+
+
+def test_a_full_disk_under_the_output_is_an_error_of_storage(monkeypatch, capsys):
+    with open("/dev/full", "w", buffering=1) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit, match="6"), exit_on_error():
+            print("a line")
+        with suppress(OSError):  # what is still in the buffer
+            stream.close()
+    assert "the output cannot be written: No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [None, "0"])
