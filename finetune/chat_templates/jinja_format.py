@@ -120,7 +120,9 @@ class JinjaFormat:
             extents = rendered.extents(masks_reasoning=self.masks_reasoning)
             has_results = any(turn.role == "tool" for turn in rendered.conversation.turns)
             spans = self.positions.by_controls(rendered.text, ids, extents, has_results=has_results)
-            if spans is not None:
+            if spans is None:
+                results[index] = error_as_value(self._by_segments, rendered, ids)
+            else:
                 results[index] = self._labelled(rendered, ids, extents, spans)
         return [
             error_as_value(self._by_segments, result) if isinstance(result, RenderedText) else result
@@ -138,10 +140,12 @@ class JinjaFormat:
             self._verified.add(shape)
         return True
 
-    def _by_segments(self, rendered: RenderedText) -> TokenizedConversation:
+    def _by_segments(self, rendered: RenderedText, whole: list[int] | None = None) -> TokenizedConversation:
+        if whole is None:
+            (whole,) = self.plain.encode_chats([rendered.text])
         extents = rendered.extents(masks_reasoning=self.masks_reasoning)
-        ids, joined, spans = self.positions.by_segments(rendered.text, rendered.control_tokens(self.plain), extents)
-        (whole,) = self.plain.encode_chats([rendered.text])
+        controls = rendered.control_tokens(self.plain)
+        ids, joined, spans = self.positions.by_segments(rendered.text, whole, controls, extents)
         found, own = ([number for number in of if number in self.plain.control_ids] for of in (whole, joined))
         # What contents spell is a control token in the whole alone.
         if whole != joined if found == own else any(found.count(number) < own.count(number) for number in {*own}):

@@ -24,7 +24,7 @@ MAX_LEAD = 200  # characters of a template's text behind a control token that ar
 NO_PROMPT = -1  # the end of the prompt in front of a turn that is not generated
 JOINED = "the tokenizer joins the end of a prompt with its answer: let the answer not begin with white space"
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 class Extent(NamedTuple):
@@ -127,7 +127,7 @@ class TokenPositions:
         return self._leads[text]
 
     def by_segments(
-        self, text: str, controls: Sequence[re.Match[str]], extents: Sequence[Extent]
+        self, text: str, ids_of_text: list[int], controls: Sequence[re.Match[str]], extents: Sequence[Extent]
     ) -> tuple[list[int], list[int], list[TokenSpan]]:
         """Encode what stands between these control tokens by itself: nothing else of the text becomes one.
 
@@ -149,7 +149,7 @@ class TokenPositions:
         ids, joined = list[int](), list[int]()
         places: dict[int, int] = {}
         around = zip(names, segments, names[1:], strict=False)
-        encoded = self.plain.encode_chats(["".join(parts) for parts in around])
+        encoded = self.plain.encode_chats(["".join(parts) for parts in around]) if controls else [ids_of_text]
         for begin, stop, before, segment, after, own in zip(
             begins, stops, names, segments, names[1:], encoded, strict=False
         ):
@@ -158,20 +158,23 @@ class TokenPositions:
                 ids.append(self._ids_of_text[before])
                 joined.append(ids[-1])
             inside = None if self.plain.control_pattern.search(segment) else self._inside(own, before, after)
-            encode = self.plain.encode if inside is None else partial(self._behind, before)
-            own = encode(segment) if inside is None else inside
+            encode = self.plain.encode_all if inside is None else partial(self._behind, before)
+            own = self.plain.encode(segment) if inside is None else inside
             joined += own
             places[begin] = len(ids)
-            for edge in (edge for edge in edges if begin < edge < stop):
-                head = encode(text[begin:edge])
+            inner, separated = [edge for edge in edges if begin < edge < stop], begin
+            for edge, head in zip(inner, encode([text[begin:edge] for edge in inner]), strict=True):
+                if separated > begin:
+                    (head,) = encode([text[separated:edge]])
                 if own[: len(head)] != head and edge not in prompt_ends:
-                    head = encode(text[begin:edge].rstrip())  # a token may hold the space in front of a word
+                    # A token may hold the space in front of a word.
+                    (head,) = encode([text[separated:edge].rstrip()])
                 elif own[: len(head)] != head:
                     if edge != extents[-1].prompt_end:
                         raise JoinedPromptError(JOINED)
                     own = self._separated(head, text[edge:stop], own, encode)
                     ids += head
-                    begin, head = edge, []
+                    separated, head = edge, []
                 places[edge] = len(ids) + min(len(head), len(own))
             ids += own
             places[stop] = len(ids)
@@ -183,15 +186,15 @@ class TokenPositions:
         is_between = not before or ids[0] == self._ids_of_text[before]
         return inside if is_between and self.control_ids.isdisjoint(inside) else None
 
-    def _behind(self, before: str, text: str) -> list[int]:
-        (ids,) = self.plain.encode_chats([before + text])
-        inside = self._inside(ids, before, "")
-        return self.plain.encode(text) if inside is None else inside
+    def _behind(self, before: str, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self.plain.encode_chats([before + text for text in texts])
+        inside = [self._inside(ids, before, "") for ids in encoded]
+        return [self.plain.encode(text) if ids is None else ids for text, ids in zip(texts, inside, strict=True)]
 
     def _separated(self, head: list[int], text: str, joined: list[int], encode: Encode) -> list[int]:
         """The ids of an answer alone; a line in front keeps some tokenizers from writing a space there."""
-        line, behind_line = encode("\n"), encode("\n" + text)
-        candidates = [encode(text), *([behind_line[len(line) :]] if behind_line[: len(line)] == line else [])]
+        line, behind_line, alone = encode(["\n", "\n" + text, text])
+        candidates = [alone, *([behind_line[len(line) :]] if behind_line[: len(line)] == line else [])]
         expected, *texts = self.plain.decode_all([joined, *(head + ids for ids in candidates)])
         if expected not in texts:
             raise UnrenderableError(f"this tokenizer cannot encode an answer apart from its prompt: {OTHER_TEMPLATE}")
