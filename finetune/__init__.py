@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         """
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["load_for_inference", "read_conversations", "render", "train"]
 
 
