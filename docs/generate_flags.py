@@ -40,10 +40,24 @@ RENAMED = """\
 
 Names that transformers has changed still work:
 """
+
+
+def names(flags: typing.Iterable[str]) -> str:
+    """Write flags as `--one`, `--two`."""
+    return ", ".join(f"`--{flag}`" for flag in flags)
+
+
 VERBS = {
-    "finetune preview": ("Also takes the flags of the model and the data.", preview.PreviewOptions),
+    "finetune preview": (
+        "Also takes `--config` and the flags of the model and the data, without "
+        f"{names(sorted(preview.NOT_OF_PREVIEW))}.",
+        preview.PreviewOptions,
+    ),
     "finetune doctor": ("Takes the whole training command line, launcher flags included.", DoctorArguments),
-    "finetune evaluate OUTPUT": ("Also takes the flags of the data.", evaluate.EvaluateOptions),
+    "finetune evaluate OUTPUT": (
+        f"Also takes these flags of the data: {names(evaluate.FLAGS_OF_DATA)}.",
+        evaluate.EvaluateOptions,
+    ),
     "finetune chat OUTPUT": ("OUTPUT is a result or any chat model.", chat.ChatOptions),
     "finetune merge OUTPUT [DIR]": ("DIR is where the model goes.", merge.MergeOptions),
     "finetune push OUTPUT REPO": ("REPO is owner/name on the Hugging Face hub.", push.PushOptions),

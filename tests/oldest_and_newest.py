@@ -46,7 +46,7 @@ def tried(end: str, folder: Path) -> tuple[dict[str, str], str, bool]:
     (torch,) = re.findall(r"^torch==.*", (ROOT / "requirements.txt").read_text(), re.M)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = [str(folder / "bin" / "python"), "-m"]
-    wanted = [*(at_end(one, end, torch) for one in required()), "setuptools", "pytest>=8", "hypothesis>=6.100", "gguf"]
+    wanted = [*(at_end(one, end, torch) for one in required()), "setuptools", "pytest>=8", "hypothesis>=6.100"]
     install = [*python, "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", *wanted]
     installed = subprocess.run(install, capture_output=True, text=True)
     if installed.returncode:

@@ -73,7 +73,7 @@ def build_parser() -> CommandParser:
     """Build the parser of `finetune evaluate`."""
     usage = "OUTPUT [--data_path D [D ...]] [--tasks T [T ...]] [--forgetting]"
     parser = CommandParser("finetune evaluate", usage, EvaluateOptions)
-    parser.add_group(DataArguments, only=FLAGS_OF_DATA)
+    parser.add_group(DataArguments, only=FLAGS_OF_DATA, is_optional=True)
     return parser
 
 

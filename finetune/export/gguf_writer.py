@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -23,11 +24,6 @@ from finetune.models.stored_tensors import StoredTensors
 from finetune.utils.atomic_io import replacing
 from finetune.utils.errors import ConfigError
 from finetune.utils.user_files import read_json_object
-
-try:
-    import gguf
-except ImportError:  # an extra; `finetune merge` asks for it
-    gguf = None  # type: ignore[assignment]
 
 # By `model_type`: name of the architecture in gguf, and whether it rotates adjacent elements.
 ARCHITECTURES = {"llama": ("LLAMA", True), "mistral": ("LLAMA", True), "qwen2": ("QWEN2", False),

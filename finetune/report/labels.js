@@ -26,6 +26,8 @@ const label = (() => {
     "JavaScript is disabled: the curves need it.": "JavaScript 已禁用，无法绘制曲线。",
     "Answers before and after": "微调前后的回答", "Greedy decoding, at most # tokens each.*":
       "贪心解码，每个回答至多 # 个 token。*",
+    " Time ran out: some are cut off; finetune report OUTPUT generates them in full.":
+      "时间用完，有的回答被截断；用 finetune report OUTPUT 可以完整生成。",
     "before": "微调前", "after": "微调后", "in the data": "数据中的回答", "cut off": "已截断", "(empty)": "（空）",
     "None were made yet: * makes them.": "尚未生成：运行 * 生成。",
     "human": "用户", "model": "模型", "system": "系统", "tool": "工具", "text": "文本",

@@ -153,13 +153,19 @@ class CommandParser(argparse.ArgumentParser):
         """Raise instead of exiting: a value is missing, or an abbreviation is ambiguous."""
         raise ConfigError(message.removeprefix("argument "))
 
-    def add_group(self, group: type, *, only: Iterable[str] | None = None, is_titled: bool = True) -> None:
-        """Add the fields of a dataclass, or some of them, under its docstring as the title."""
+    def add_group(
+        self, group: type, *, only: Iterable[str] | None = None, is_titled: bool = True, is_optional: bool = False
+    ) -> None:
+        """Add the fields of a dataclass, or some of them, under its docstring as the title.
+
+        `is_optional`: this command requires none of them, whatever their help says.
+        """
         section = self.add_argument_group((group.__doc__ or "").rstrip(".")) if is_titled else self
         hints = typing.get_type_hints(group)
         for declared in fields(group):
             if only is None or declared.name in only:
                 text = describe(declared.metadata["help"], default_of_field(declared))
+                text = text.removesuffix(" (required)") if is_optional else text
                 metavar = declared.metadata.get("metavar")
                 if metavar is not None and declared.default is MISSING:
                     self.required[declared.name] = metavar

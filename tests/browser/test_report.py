@@ -103,7 +103,7 @@ OURS = "h2, h3, dt, button, summary, figcaption, .tiles span, .legend > span, .s
 
 
 def test_labels_are_in_the_language_of_the_reader_and_the_data_stay(tmp_path):
-    folder = a_run(tmp_path / "training", answers=[answer("before", "loss", "after", cut=["after"])])
+    folder = a_run(tmp_path / "training", answers=[answer("before", "loss", "after", cut=["after"], hurried=True)])
     diagnostics.write_failure(folder, Failure("error", "the disk is full", run="run-1", also=("x",)))
     with shown(tmp_path, folder, locale="zh-CN") as page:
         texts = "all => all.filter(one => !one.closest('.flags, [translate=no]')).map(one => one.textContent.trim())"
@@ -112,6 +112,7 @@ def test_labels_are_in_the_language_of_the_reader_and_the_data_stay(tmp_path):
         assert page.locator("h1 span").inner_text() == "training"
         assert page.locator(".asked .text").all_inner_texts() == ["before", "loss", "after", "as it says"]
         assert page.locator(".answer:has(.badge.cut) h3").all_inner_texts() == ["微调后"]
+        assert "时间用完" in page.locator(".note", has_text="贪心解码").inner_text()
         assert [one["name"] for one in drawn(page, "loss")] == ["训练", "评估"]
     with shown(tmp_path, folder) as page:
         assert not re.search("[一-鿿]", page.locator("h2").all_inner_texts()[1])
