@@ -26,7 +26,8 @@ class BaseTensors:
         weights = dict(model.named_parameters(remove_duplicate=False))  # also those that share one
         frozen = {name for name, parameter in weights.items() if not parameter.requires_grad}
         tied = dict(getattr(empty, "all_tied_weights_keys", None) or {})
-        groups = WeightNames(empty).group_files({name: self.stored.shape(name) for name in self.stored})
+        self.names = WeightNames(empty)
+        groups = self.names.group_files(self.stored.shapes())
         self.tied = {name for group in groups for name, _ in group.files if set(group.weights) & tied.keys()}
         loaded = weights.keys() - frozen | {name for name, _ in model.named_buffers()}
         self.weights_of = {name: group.weights for group in groups for name, _ in group.files}
@@ -42,7 +43,17 @@ class BaseTensors:
         """Return what of a state is saved from memory: all but frozen weights that the files of the base hold."""
         return {name: tensor for name, tensor in state.items() if name not in self.frozen}
 
-    def add_to(self, folder: Path) -> None:
+    def save(self, model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+        """Save a trained model whose tensors have the names and shapes of the base; those left alone are its own.
+
+        Args:
+            state: weights of the model; None: those in it.
+        """
+        with self.names.layout_of_files(model):
+            model.save_pretrained(folder, state_dict=self.without_frozen(state or model.state_dict()))
+        self._add_untouched(folder)
+
+    def _add_untouched(self, folder: Path) -> None:
         """Write the untouched tensors beside those that a trained model was saved with, and the index of all."""
         if not self.untouched:
             return

@@ -122,7 +122,7 @@ class MergedTensors:
     def __init__(self, stored: StoredTensors, model: Any, folder: Path, attach: Callable[[Any, Path], Any]) -> None:
         self.stored, self.names = stored, WeightNames(model)
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)  # name of a weight -> the weight that it shares
-        self.groups = self.names.group_files({name: stored.shape(name) for name in stored})
+        self.groups = self.names.group_files(stored.shapes())
         self.group_of = {weight: group for group in self.groups for weight in group.weights}
         self.changed = dict(self._changed_weights(attach(model, folder)))
         for name in self.changed:
@@ -161,12 +161,9 @@ class MergedTensors:
 
     def _stored_group(self, group: StoredWeight) -> dict[str, torch.Tensor]:
         weights = self.names.weights_of(group, self.stored.__getitem__)
-        tensors = self.names.as_stored(
+        return self.names.as_stored(
             {name: self.changed[name].take() if name in self.changed else weights[name] for name in weights}
         )
-        # transformers reads the experts of Qwen3-VL in both layouts, and writes that of the memory.
-        is_turned = {name: tuple(tensor.shape) != self.stored.shape(name) for name, tensor in tensors.items()}
-        return {name: tensor.mT if is_turned[name] else tensor for name, tensor in tensors.items()}
 
     def _changed_weights(self, adapted: Any) -> Iterator[tuple[str, _ChangedWeight]]:
         for path, module in adapted.named_modules():

@@ -85,8 +85,10 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
         merged = MergedTensors(StoredTensors(source), model, result.folder, load_result.load_saved_adapter)
         tensors, unties, origin = merged.outputs(), merged.unties, f"{result.folder} and its base {source}"
     elif (result.folder / "latest").is_file() and (dtype == "float32" or not stored_bytes(result.folder)):
-        masters = MasterWeights(result.folder)
-        tensors = master_tensors(masters, WeightNames(model))
+        masters, names = MasterWeights(result.folder), WeightNames(model)
+        if stored_bytes(result.folder):
+            names.group_files(StoredTensors(result.folder).shapes())
+        tensors = master_tensors(masters, names)
         origin = f"the float32 weights of {masters.world_size} ranks in {result.folder} (ZeRO stage {masters.stage})"
     else:
         tensors, origin = plain_tensors(StoredTensors(result.folder), model), str(result.folder)

@@ -9,6 +9,7 @@ layer); it holds the rules and reverts them when it saves (transformers 5, `core
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,7 @@ class WeightNames:
         self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self.state = model.state_dict()
         model.get_parameter = self.state.__getitem__  # rules compare shapes, also once an adapter wraps its layers
+        self.in_files: dict[str, torch.Tensor] = {}  # weights that are one tensor of the files, empty, as these have it
 
     def group_files(self, shapes: Mapping[str, Iterable[int]]) -> list[StoredWeight]:
         """Group the tensors of the files (name -> shape) by the weights that they form; unused tensors form none."""
@@ -61,6 +63,8 @@ class WeightNames:
             group = StoredWeight(tuple(files), (first,), by_pattern[files[0][1]])
             empty = {name: torch.empty(tuple(shapes[name]), device="meta") for name, _ in files}
             groups.append(replace(group, weights=tuple(self.weights_of(group, empty.__getitem__))))
+            if len(files) == 1:
+                self.in_files[first] = empty[files[0][0]]
         return groups
 
     def weights_of(self, group: StoredWeight, get: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,7 +79,22 @@ class WeightNames:
 
     def as_stored(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Convert weights in memory to tensors of files; all weights of a group or layer at once."""
-        return revert_weight_conversion(self.model, dict(weights))
+        with self.layout_of_files(self.model):
+            return revert_weight_conversion(self.model, dict(weights))
+
+    @contextmanager
+    def layout_of_files(self, model: Any) -> Iterator[None]:
+        """Let transformers save `model` in the layout of the files that were grouped.
+
+        It reads the experts of Qwen3-VL-MoE in two layouts, and transposes those whose shape is not the one that the
+        model names. When it saves, that is the shape in the files; else it would write the layout of the memory.
+        """
+        get_parameter = model.get_parameter
+        model.get_parameter = lambda name: self.in_files[name] if name in self.in_files else get_parameter(name)
+        try:
+            yield
+        finally:
+            model.get_parameter = get_parameter
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         prefix = self.model.base_model_prefix

@@ -79,6 +79,10 @@ class StoredTensors(Mapping[str, Any]):
         """Return the shape of a tensor; its values are not read."""
         return self._places[name].shape
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors by name."""
+        return {name: place.shape for name, place in self._places.items()}
+
     def _read_headers(self, path: Path) -> Iterator[tuple[str, _Place]]:
         file = self._open(path)
         for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)

@@ -161,16 +161,14 @@ class CheckpointTrainer(Trainer):
         with gather_virtual_tokens(self.model, saves=self.args.should_save), self.saver.collect_errors(folder):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                if self.base_tensors is not None and self.base_tensors.untouched:
-                    state_dict = self.base_tensors.without_frozen(state_dict or self.model.state_dict())
-                is_adapter = hasattr(self.model, "peft_config")
-                # What is trained: peft's default adds frozen embeddings and heads that LoRA is on, but for ZeRO-3.
-                options: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
-                self.model.save_pretrained(folder, state_dict=state_dict, **options)
-                if is_adapter:
-                    Path(folder, "README.md").unlink(missing_ok=True)  # peft's card; the result gets its own
                 if self.base_tensors is not None:
-                    self.base_tensors.add_to(folder)
+                    self.base_tensors.save(self.model, folder, state_dict)
+                elif hasattr(self.model, "peft_config"):
+                    # What is trained: peft's default adds frozen embeddings and heads that LoRA is on, but for ZeRO-3.
+                    self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+                    Path(folder, "README.md").unlink(missing_ok=True)  # peft's card; the result gets its own
+                else:
+                    self.model.save_pretrained(folder, state_dict=state_dict)
                 self.processing_class.save_pretrained(folder)
                 config: Any = getattr(self.model, "active_peft_config", None)
                 is_other = self.initial_lora is not None or (config is not None and config.is_prompt_learning)

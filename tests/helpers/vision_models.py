@@ -46,7 +46,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
 
 
 def save(family: str, folder: Path, **text: Any) -> Path:
-    """Save a model in bf16; one of Qwen3.5 with a head for multi-token prediction, which transformers does not load."""
+    """Save a model in bf16, as it is published.
+
+    That of Qwen3.5 has a head for multi-token prediction, which transformers does not load; the experts of Qwen3-VL-MoE
+    are transposed, which transformers also reads as they are in memory, and writes so.
+    """
     prefix, own, vision, others = FAMILIES[family]
     config = getattr(transformers, f"{prefix}Config")(
         text_config={**TEXT, **own, **text}, vision_config=vision, **others
@@ -56,8 +60,10 @@ def save(family: str, folder: Path, **text: Any) -> Path:
     with warnings.catch_warnings():  # a rotation of complex numbers, which is not saved
         warnings.simplefilter("ignore")
         model.to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
     if family == "qwen3_5":
-        tensors = load_file(folder / "model.safetensors")
         tensors["mtp.fc.weight"] = torch.randn(32, 64, dtype=torch.bfloat16)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if family == "qwen3_vl_moe":
+        tensors |= {name: weight.mT.contiguous() for name, weight in tensors.items() if "experts." in name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
