@@ -74,6 +74,8 @@ def iter_csv_rows(file: DataFile, delimiter: str) -> Iterator[RawRow]:
 
 def _fault(cells: list[str], header: list[str]) -> str | None:
     """Why cells are no row under these names; empty cells without a name are no fault."""
+    if [cell.strip() for cell in cells] == header:
+        return "names the columns once more: take the line out"
     if len(cells) < len(header) or any(cells[len(header) :]):
         fault = f"has {len(cells)} cells, and the first line names {len(header)} columns"
         return f"{fault}: put text that holds the delimiter, a line break or a quote into double quotes"

@@ -24,7 +24,7 @@ def iter_parquet_rows(path: str, name: str, progress: Progress) -> Iterator[RawR
                 fault = f'has the column "{repeated}" twice: only one could be read, take one out'
                 raise UnreadableFileError(f"{name}: {fault}")
             for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
-                yield batch.to_pylist(), file.metadata.num_rows
+                yield batch.to_pylist(maps_as_pydicts="strict"), file.metadata.num_rows
 
     yield from _rows(batches(), name, progress, "the Parquet file cannot be read ({}): fetch or write it again; ")
 
@@ -32,7 +32,7 @@ def iter_parquet_rows(path: str, name: str, progress: Progress) -> Iterator[RawR
 def iter_dataset_rows(dataset: Any, name: str, progress: Progress) -> Iterator[RawRow]:
     """All rows of a `datasets.Dataset` in order, columns as they are stored; `progress` as above."""
     tables = dataset.with_format("arrow").iter(BATCH_ROWS)
-    batches = ((table.to_pylist(), len(dataset)) for table in tables)
+    batches = ((table.to_pylist(maps_as_pydicts="strict"), len(dataset)) for table in tables)
     yield from _rows(batches, name, progress, "the saved data cannot be read ({}): ")
 
 
@@ -47,6 +47,6 @@ def _rows(batches: Iterable[tuple[list[Any], int]], name: str, progress: Progres
                 yield RawRow(row, value, [])
                 row += 1
             progress(row / count)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, ImportError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError, ImportError) as error:
         fault = f"{name}: {reason.format(first_line(error))}row {row} and what follows are lost"
         raise UnreadableFileError(fault) from None

@@ -64,6 +64,7 @@ PAIRS = (
 )  # fmt: skip
 ANSWERS = frozenset(answer for pair_format in PAIRS for answer in pair_format.answers if len(pair_format.needs) == 2)
 PAIR_KEYS = frozenset().union(*(pair_format.keys for pair_format in PAIRS))
+OTHER_TEXTS = PAIR_KEYS | {"history", *REASONING_KEYS}  # may stand beside a list of turns if they repeat one of them
 PREFERENCES = "preferences are not for supervised fine-tuning"
 # A value under one of these keys of a row is a fault, as under those of a turn.
 REFUSED_ROWS = {key: reason for key, reason in REFUSED.items() if key not in TOOL_KEYS} | {
@@ -100,6 +101,15 @@ def in_lower_case(row: dict[str, Any]) -> dict[str, Any]:
         return row
     lower = {key.lower() if key.lower() in WATCHED else key: value for key, value in row.items()}
     return row if len(lower) < len(row) else lower
+
+
+def key_of_question(exchange: Any) -> str | None:
+    """The key of the question in a turn that is an exchange, in a table of several kinds one with a value."""
+    if not isinstance(exchange, dict) or "from" in exchange or "role" in exchange:
+        return None
+    asks = [ask for ask, answer in EXCHANGES.items() if {ask, answer} <= exchange.keys()]
+    asks += ["question"] if not asks and "question" in exchange else []
+    return max(asks, key=lambda ask: exchange[ask] is not None, default=None)
 
 
 @cache

@@ -14,6 +14,7 @@ from finetune.dataset.row_formats import (
     EXCHANGES,
     MAIN_TURN_LISTS,
     NAMES_OF_ROWS,
+    OTHER_TEXTS,
     PAIR_KEYS,
     REFUSED_ROWS,
     SYSTEM_KEYS,
@@ -21,6 +22,7 @@ from finetune.dataset.row_formats import (
     WATCHED,
     format_of_repeated,
     in_lower_case,
+    key_of_question,
     matching,
     pair_format_of,
     why_no_format,
@@ -33,15 +35,15 @@ from finetune.dataset.turn_reading import (
     TURN_KEYS,
     TurnReading,
     apply_weights,
+    is_listed,
     is_mode,
     listed_turns,
     read_reasoning,
     refusals,
     template_kwargs_of,
+    turns_in_text,
 )
 from finetune.dataset.written_calls import declared_in_text, written_calls
-
-OTHER_TEXTS = PAIR_KEYS | {"history", *REASONING_KEYS}  # may stand beside a list of turns if they repeat one of them
 
 
 class RowReading:
@@ -57,7 +59,6 @@ class RowReading:
     tools: tuple[Mapping[str, Any], ...] = ()
     declared: tuple[Mapping[str, Any], ...] = ()
     template_kwargs: Mapping[str, Any] = {}
-    unread: Sequence[str] = ()
 
     def __init__(self, row: Any, place: str, *, ignores_verdicts: bool = False) -> None:
         self.place, self.ignores_verdicts = place, ignores_verdicts
@@ -65,6 +66,7 @@ class RowReading:
         self.numbers: list[int] = []
         self.role_names: list[str] = []
         self.faults: list[str] = []
+        self.unread: list[str] = []
         if isinstance(row, list) and row and all(isinstance(turn, dict) and _is_turns(turn) for turn in row):
             row = {"messages": row}
         if isinstance(row, dict):
@@ -87,7 +89,7 @@ class RowReading:
 
     def _read(self, row: dict[str, Any]) -> None:
         keys = {key for key in row if key in WATCHED and row[key] is not None}
-        lists = [key for key in keys if key in TURN_LIST_KEYS and (key in MAIN_TURN_LISTS or type(row[key]) is list)]
+        lists = [key for key in keys if key in TURN_LIST_KEYS and (key in MAIN_TURN_LISTS or is_listed(row[key]))]
         has_more = len(row) > 1 + ("id" in row)
         if has_more:
             self._beside(row, keys, lists)
@@ -117,7 +119,7 @@ class RowReading:
         if not self.ignores_verdicts and keys & VERDICT_KEYS:
             self.faults += verdict_faults(row, keys & VERDICT_KEYS, self.place)
         if keys & {*TOOL_KEYS}:
-            self.tools, faults = declared_tools(row)
+            self.tools, faults = declared_tools(row, self.unread)
             self.faults += [f"{self.place}: {fault}" for fault in faults]
             self.declared = self.tools
         if keys & {"chat_template_kwargs", *TEMPLATE_VARIABLES}:
@@ -155,24 +157,14 @@ class RowReading:
     # ---- a list of turns
 
     def _turn_list(self, row: dict[str, Any], key: str, row_keys: set[str]) -> None:
-        turns = row[key]
-        try:
-            turns = listed_turns(turns)
-        except (ValueError, RecursionError) as error:
-            self._add_fatal(f'{self.place}: "{key}" cannot be read as JSON ({error}): {shown(turns)}')
-            return
-        if not isinstance(turns, list):
-            self._add_fatal(f'{self.place}: expected "{key}" to be a list of turns, found {shown(turns)}')
+        if (turns := self._listed(row, key, "turns")) is None:
             return
         first = turns[0] if turns else None
         num_system = len(self.turns)
-        if isinstance(first, dict) and not ("from" in first or "role" in first):
-            ask = next((ask for ask, answer in EXCHANGES.items() if {ask, answer} <= first.keys()), None)
-            ask = "question" if ask is None and first.get("question") is not None else ask
-            if ask is not None:
-                self._exchanges(row, turns, ask, key, row_keys)
-                self._check_system(num_system)
-                return
+        if (ask := key_of_question(first)) is not None:
+            self._exchanges(row, turns, ask, key, row_keys)
+            self._check_system(num_system)
+            return
         if isinstance(first, str):
             self.format = f"{key}, texts in turn"
             for number, text in enumerate(turns):
@@ -184,6 +176,18 @@ class RowReading:
             self._check_system(num_system)
         if len(row_keys) > 1:
             self._check_other_texts(row, row_keys & OTHER_TEXTS, key)
+
+    def _listed(self, row: dict[str, Any], key: str, what: str) -> list[Any] | None:
+        """A list in a row, also one that is written as JSON; None after a fault."""
+        try:
+            value = listed_turns(row[key])
+        except (ValueError, RecursionError) as error:
+            self._add_fatal(f'{self.place}: "{key}" cannot be read as JSON ({error}): {shown(row[key])}')
+            return None
+        if not isinstance(value, list):
+            self._add_fatal(f'{self.place}: expected "{key}" to be a list of {what}, found {shown(value)}')
+            return None
+        return value
 
     def _check_system(self, num_system: int) -> None:
         """A system turn that says the same as the system prompt beside the turns is one."""
@@ -240,7 +244,7 @@ class RowReading:
         reading = TurnReading(turn, place, ignores_verdicts=self.ignores_verdicts)
         self.faults += reading.faults
         self.is_complete &= reading.is_complete
-        self.unread = [*self.unread, *(f"{key} of turns" for key in reading.unread)]
+        self.unread += [f"{key} of turns" for key in reading.unread]
         if reading.role_name is not None:
             self.role_names.append(reading.role_name)
         if reading.calls_only and reading.turns and self.turns and self.turns[-1].role == "model":
@@ -297,12 +301,14 @@ class RowReading:
                 advice = self.place and _advice(row)  # rows inside a row have no place: they are not looked into
                 self._add_fatal(f"{self.place}: {advice or why_no_format(row, keys)}")
             return
-        self.unread = [*self.unread, *(keys - pair_format.keys)]
+        self.unread += keys - pair_format.keys
         names = ", ".join((*pair_format.asks, *pair_format.answers))
         self.format = f"{pair_format.name} ({names})"
         if row.get("history") is not None:
-            self._history(row["history"])
+            self._history(self._listed(row, "history", "pairs") or [])
         sides = [row[key] for key in pair_format.needs]
+        if isinstance(sides[0], str) and _is_turns(asked := turns_in_text(sides[0])):
+            sides = [asked, turns_in_text(sides[1])]
         others = pair_format.keys - {*pair_format.needs}
         if any(map(_is_turns, sides)) and all(is_empty(row.get(key)) for key in others):
             self.format = f"{pair_format.name} of turns ({names})"
@@ -348,10 +354,7 @@ class RowReading:
         if not faults:
             self._add(role, "\n".join(texts), self.place, next(key for key in keys if key in needs))
 
-    def _history(self, history: Any) -> None:
-        if not isinstance(history, list):
-            self._add_fatal(f'{self.place}: expected "history" to be a list of pairs, found {shown(history)}')
-            return
+    def _history(self, history: list[Any]) -> None:
         if any(map(_is_turns, history)):
             self._turns(history)
             return
@@ -373,7 +376,7 @@ class RowReading:
             self.declared, self.tools = in_text, ()
         if fault or not (self.declared or has_results):
             return
-        turns, numbers, faults = written_calls(self.turns, self.numbers, self.declared)
+        turns, numbers, faults = written_calls(self.turns, self.numbers, self.declared, self.unread)
         for fault in faults:
             self._add_fatal(f"{self.place}, {fault}")
         self.turns, self.numbers = turns, numbers

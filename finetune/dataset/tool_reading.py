@@ -13,6 +13,7 @@ NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null", False)
 # Arguments that are no JSON object: a fault of its own; the call still counts in the order of turns.
 UNREADABLE: Mapping[str, Any] = {}
 _LISTS = ("functionDeclarations", "function_declarations")  # Gemini's
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
 _SCHEMA_KEYS = ("input_schema", "inputSchema", "parametersJsonSchema", "parameters_json_schema", "arguments")
 _MAY_BE_NULL = ("default", "const", "example")
 _VALUES_OF_SCHEMAS = (*_MAY_BE_NULL, "enum", "examples")
@@ -40,8 +41,11 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(child) for child in value] if isinstance(value, list) else value
 
 
-def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """Declarations as chat templates take them; a string is read as JSON. Raises `ToolFault`."""
+def read_tools(value: Any, unread: list[str] | None = None) -> tuple[dict[str, Any], ...]:
+    """Declarations as chat templates take them; a string is read as JSON. Raises `ToolFault`.
+
+    Keys beside the function that are not read are added to `unread`.
+    """
     if isinstance(value, str):
         value = _decoded(value, "the declarations")
     if isinstance(value, dict):  # Bedrock's toolConfig, or one function
@@ -53,18 +57,18 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
         tool = _decoded(tool, "a declaration") if isinstance(tool, str) else tool
         listed = [tool[key] for key in _LISTS if isinstance(tool, dict) and isinstance(tool.get(key), list)]
         tools += listed[0] if listed else [tool]
-    return tuple(map(_declaration, tools))
+    return tuple(_declaration(tool, unread) for tool in tools)
 
 
-def declared_tools(row: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
-    """The declarations of a row, and faults without their place."""
+def declared_tools(row: Mapping[str, Any], unread: list[str]) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
+    """The declarations of a row, and faults without their place; `unread` as in `read_tools`."""
     tools: tuple[Mapping[str, Any], ...] = ()
     faults = []
     for key in TOOL_KEYS:
         if is_nothing(row.get(key)):
             continue
         try:
-            read = read_tools(row[key])
+            read = read_tools(row[key], unread)
         except ToolFault as fault:
             faults.append(f'"{key}": {fault}')
             continue
@@ -74,7 +78,7 @@ def declared_tools(row: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...
     return tools, faults
 
 
-def _declaration(tool: Any) -> dict[str, Any]:
+def _declaration(tool: Any, unread: list[str] | None) -> dict[str, Any]:
     function: Any = tool.get("function", tool.get("toolSpec", tool)) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip() or tool.get("type") not in (None, "function"):
@@ -82,6 +86,7 @@ def _declaration(tool: Any) -> dict[str, Any]:
     function = {"parameters" if key in _SCHEMA_KEYS else key: value for key, value in function.items()}
     if function is not tool:
         function.pop("type", None)
+        _add_others(unread, tool, ("type", "function", "toolSpec"), "tools")
     function = without_nulls(function)
     if not isinstance(function.get("description", ""), str):
         raise ToolFault(f"expected the description of {shown(name)} to be a string")
@@ -95,8 +100,17 @@ def _declaration(tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def read_calls(value: Any) -> tuple[list[ToolCall], list[str]]:
-    """Calls of OpenAI, of this project or of a JSON text: one, or a list; and faults without their place."""
+def _add_others(unread: list[str] | None, holder: Mapping[str, Any], read: Iterable[str], of: str) -> None:
+    """Add the keys with a value beside those that are read."""
+    if unread is not None:
+        unread += [f"{key} of {of}" for key in holder.keys() - {*read} if not is_empty(holder[key])]
+
+
+def read_calls(value: Any, unread: list[str] | None = None) -> tuple[list[ToolCall], list[str]]:
+    """Calls of OpenAI, of this project or of a JSON text: one, or a list; and faults without their place.
+
+    Keys of calls that are not read are added to `unread`.
+    """
     try:
         value = _decoded(value, "the call") if isinstance(value, str) else value
     except ToolFault as fault:
@@ -110,13 +124,16 @@ def read_calls(value: Any) -> tuple[list[ToolCall], list[str]]:
         if not isinstance(name, str) or not name.strip() or item.get("type") not in (None, "function"):
             faults.append(f'expected calls with "name" and "arguments", found {shown(item)}')
             continue
-        arguments = next((call[key] for key in ("arguments", "parameters", "input", "args") if key in call), None)
+        field = next((key for key in _ARGUMENTS if key in call), _ARGUMENTS[0])
+        _add_others(unread, call, ("name", "id", "type", field), "calls")
+        if call is not item:
+            _add_others(unread, item, ("function", "id", "type"), "calls")
         own_id = item.get("id", call.get("id"))
         if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int)):
             faults.append(f'expected the "id" of a call to be a string, found {shown(own_id)}')
             own_id = None
         try:
-            arguments = _arguments(name, arguments)
+            arguments = _arguments(name, call.get(field))
         except ToolFault as fault:
             faults.append(str(fault))
             arguments = UNREADABLE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -54,6 +55,7 @@ REFUSED = {
     **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
 }
 REASONING_LISTS = ("reasoning_details", "thinking_blocks")  # of parts: OpenRouter's, and Anthropic's beside the text
+_LIST = re.compile(r"""\s*\[\s*["'\[{]""")
 _MODES = frozenset("on off true false yes no none auto enabled disabled minimal low medium high".split())
 _READ = frozenset({*TURN_KEYS, *TEXT_KEYS, *REASONING_KEYS, *REASONING_LISTS, *CALL_KEYS, *WEIGHTS})
 READ_IN_TURNS = _READ | {"tool_call_id", "name", *REFUSED, *VERDICTS_OF_TURNS}
@@ -155,7 +157,7 @@ class TurnReading:
             return
         if self.calls_only and isinstance(value, str):
             head, end, rest = value.partition("</think>") if value.lstrip().startswith("<think>") else ("", "", value)
-            read, faults = read_calls(rest)
+            read, faults = read_calls(rest, self.unread)
             calls, value = [*calls, *read], head + end
             self.is_complete &= bool(read)
             for wrong in faults:
@@ -194,7 +196,7 @@ class TurnReading:
         calls: list[ToolCall] = []
         for key in CALL_KEYS:
             if not is_nothing(turn.get(key)):
-                read, faults = read_calls(turn[key])
+                read, faults = read_calls(turn[key], self.unread)
                 calls += read
                 self.is_complete &= bool(read)
                 for fault in faults:
@@ -361,6 +363,11 @@ def template_kwargs_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str |
     return value, None
 
 
+def is_listed(value: Any) -> bool:
+    """Whether a value is a list, or the JSON or Python literal of one that holds texts, lists or objects."""
+    return type(value) is list or (isinstance(value, str) and _LIST.match(value) is not None)
+
+
 def listed_turns(value: Any) -> Any:
     """A list of turns that is written as JSON, as a Python literal or as an object of lists; other values as they are.
 
@@ -372,6 +379,16 @@ def listed_turns(value: Any) -> Any:
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         return [dict(zip(value, turn, strict=True)) for turn in zip_longest(*value.values())]
     return value
+
+
+def turns_in_text(text: str) -> Any:
+    """The list of turns that a text is as JSON, as tables have it; any other text as it is."""
+    if is_listed(text):
+        with suppress(ValueError, RecursionError):
+            turns = listed_turns(text)
+            if all(isinstance(turn, dict) and role_of(turn.get("role") or turn.get("from")) for turn in turns):
+                return turns
+    return text
 
 
 def _present(turn: Mapping[str, Any], keys: Any) -> list[str]:

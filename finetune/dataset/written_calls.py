@@ -65,14 +65,17 @@ def tools_in_prose(text: str) -> tuple[dict[str, Any], ...]:
     return ()
 
 
-def tagged_calls(text: str) -> tuple[str, list[ToolCall], list[str]]:
-    """Split a model's text with `<tool_call>{...}</tool_call>` at its end: the text before, the calls, faults."""
+def tagged_calls(text: str, unread: list[str]) -> tuple[str, list[ToolCall], list[str]]:
+    """Split a model's text with `<tool_call>{...}</tool_call>` at its end: the text before, the calls, faults.
+
+    Keys of calls that are not read are added to `unread`.
+    """
     begin = text.find("<tool_call>")
     calls: list[ToolCall] = []
     faults: list[str] = []
     position = begin
     while match := _CALL.match(text, position):
-        read, wrong = read_calls(match[1])
+        read, wrong = read_calls(match[1], unread)
         calls, faults, position = [*calls, *read], [*faults, *wrong], match.end()
     if rest := text[position:].strip():
         unclosed = f"<tool_call> without </tool_call>: {shown(rest)}: close it, or leave the row out"
@@ -132,7 +135,7 @@ def python_calls(text: str, begin: int = 0) -> tuple[list[ToolCall], int]:
     return [], begin
 
 
-def json_calls(text: str, declared: Collection[str]) -> list[ToolCall]:
+def json_calls(text: str, declared: Collection[str], unread: list[str]) -> list[ToolCall]:
     """Calls of declared functions as JSON, behind reasoning or not, and nothing else; none for any other text."""
     text = _behind_reasoning(text)
     try:
@@ -144,7 +147,7 @@ def json_calls(text: str, declared: Collection[str]) -> list[ToolCall]:
         named = isinstance(function, dict) and any(key in function for key in ("arguments", "parameters"))
         if not named or function.get("name") not in declared:
             return []
-    return read_calls(values)[0]
+    return read_calls(values, unread)[0]
 
 
 def bracketed_calls(text: str, declared: Collection[str]) -> tuple[str, list[ToolCall], list[str]]:
@@ -200,25 +203,28 @@ def tagged_results(text: str) -> list[str]:
     return results if position == len(text) else []
 
 
-def _split(text: str, declared: Collection[str]) -> tuple[str, list[ToolCall], list[str]]:
+def _split(text: str, declared: Collection[str], unread: list[str]) -> tuple[str, list[ToolCall], list[str]]:
     """Split a model's text: the text before its calls, the calls, faults."""
     if "<tool_call>" in text:
-        return tagged_calls(text)
+        return tagged_calls(text, unread)
     if marker := _MARKER.search(text):
-        calls, wrong = read_calls(_AT_END.sub("", text[marker.end() :]))
+        calls, wrong = read_calls(_AT_END.sub("", text[marker.end() :]), unread)
         faults = [f'{shown(marker[0])}: {fault}: write calls as JSON, or under "tool_calls"' for fault in wrong]
         return text[: marker.start()].rstrip(), calls, faults
     if not ("[" in text or '"name"' in text):
         return text, [], []
-    if calls := json_calls(text, declared):
+    if calls := json_calls(text, declared, unread):
         return text[: text.rfind("</think>") + len("</think>")] if "</think>" in text else "", calls, []
     return bracketed_calls(text, declared)
 
 
 def written_calls(
-    turns: Sequence[Turn], numbers: Sequence[int], tools: Sequence[Mapping[str, Any]]
+    turns: Sequence[Turn], numbers: Sequence[int], tools: Sequence[Mapping[str, Any]], unread: list[str]
 ) -> tuple[list[Turn], list[int], list[str]]:
-    """Read the calls and results that stand in texts; turns, their numbers in the row, faults with their turn."""
+    """Read the calls and results that stand in texts; turns, their numbers in the row, faults with their turn.
+
+    Keys of calls that are not read are added to `unread`.
+    """
     read: list[Turn] = []
     of: list[int] = []
     faults: list[str] = []
@@ -226,7 +232,7 @@ def written_calls(
     for number, turn in zip(numbers, turns, strict=True):
         found = [turn]
         if turn.role == "model" and (not turn.tool_calls or "<tool_call>" in turn.text):
-            text, calls, wrong = _split(turn.text, names)
+            text, calls, wrong = _split(turn.text, names, unread)
             faults += [f"turn {number}: {fault}" for fault in wrong]
             found = [replace(turn, text=text, tool_calls=(*turn.tool_calls, *calls))] if calls else found
         elif turn.role == "human" and "<tool_response>" in turn.text:

@@ -79,6 +79,20 @@ def test_parquet_is_read_with_null_as_absent(tmp_path):
     assert reader.share_read() == 1.0
 
 
+def test_maps_of_parquet_are_objects(tmp_path):
+    turns = pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    for name, more in (("a", []), ("twice", [("from", "gpt")])):
+        table = {"conversations": [[[("from", "human"), ("value", "q")], [("from", "model"), ("value", "a"), *more]]]}
+        table["conversations"] = pyarrow.array(table["conversations"], turns)
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / f"{name}.parquet")
+
+    (one,) = read(tmp_path / "a.parquet")
+    (other,) = read(tmp_path / "twice.parquet")
+
+    assert [(turn.role, turn.text) for turn in one.turns] == [("human", "q"), ("model", "a")]
+    assert "duplicate" in other.reason and "row 0 and what follows are lost" in other.reason
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_row_may_be_larger_than_what_is_read_at_once(form, tmp_path):
     long = turns(("human", "é" * CHUNK_BYTES), ("model", "中" * (2 * CHUNK_BYTES)))

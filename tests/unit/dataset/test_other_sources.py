@@ -43,6 +43,7 @@ def test_cells_are_read_with_delimiters_quotes_and_line_breaks_in_them(suffix, m
     [
         ("question,answer\nq,a\nq2,a,2\n", "row 1, line 3: has 3 cells, and the first line names 2 columns"),
         ('question,answer\n"q\nq",a\nq3\n', "row 1, line 4: has 1 cells"),
+        ("question, answer\nq,a\nquestion,answer\nq2,a\n", "row 1, line 3: names the columns once more"),
         ("question,question\nq,a\n", 'line 1: names the column "question" twice'),
         ("question,answer,\nq,a,note\n", 'row 0, line 2: has "note" in a column without a name'),
         (
@@ -77,8 +78,12 @@ def test_a_broken_table_says_where(content, said, tmp_path):
         "Question,Answer,ID\nq,a,1\n",
         '[{"question": "q", "answer": "a"}]',
         f'messages,n\n"{CHAT}",1\n',
+        "messages;dialogue;text\n;['q', 'a'];\n",
+        f'prompt,completion\n"{CHAT[:1]}","{CHAT[1:]}"\n',
+        f'prompt,response\n"{CHAT[:1]}",a\n',
+        "instruction;output;history\nq;a;[]\n",
     ],
-    ids=["nameless", "longer", "semicolons", "capitals", "json", "literal"],
+    ids=lambda content: content[:24],
 )
 def test_tables_as_spreadsheets_and_pandas_write_them_are_read(content, tmp_path):
     assert spoken(*read_conversations(written(tmp_path / "a.csv", content))) == PAIR
@@ -258,6 +263,25 @@ def test_other_keys_are_said_once_per_source(tmp_path):
     assert reader.counts.notes()[-1] == f"{path}: keys not read: source_url (2 rows), stamp of turns (1 row)"
 
 
+def test_keys_of_calls_and_declarations_are_said_and_text_that_is_no_list_of_turns_stays(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}, "cache": True}]
+    call = {"function": {"name": "f", "arguments": {}, "note": "n"}, "signature": "s", "index": None}
+    tagged = "".join(f"<tool_call>{json.dumps({'name': 'f', **more})}</tool_call>" for more in ({}, {"why": "w"}))
+    rows = [
+        [CHAT[0], {"role": "assistant", "tool_calls": [call]}],
+        [{"from": "human", "value": "q2"}, {"from": "function_call", "value": json.dumps(call)}],
+        [{"from": "human", "value": "q3"}, {"from": "gpt", "value": tagged}],
+    ]
+    text = {"prompt": '[{"from": "Paris", "to": "Rome"}]', "response": json.dumps(CHAT)}
+    path = written(tmp_path / "a.json", [*({"messages": row, "tools": tools} for row in rows), text])
+    reader = ConversationReader(find_sources(str(path)))
+
+    *_, one = reader
+    assert spoken(one) == [("human", text["prompt"]), ("model", text["response"])]
+    expected = "cache of tools (3 rows), note of calls of turns (2 rows), signature of calls of turns (2 rows)"
+    assert reader.counts.notes()[-1] == f"{path}: keys not read: {expected}, why of calls (1 row)"
+
+
 def test_what_cannot_be_learned_is_refused_once_per_kind_with_its_count(tmp_path):
     rows = [{"prompt": f"q{number}", "chosen": f"a{number}", "rejected": "b"} for number in range(60)]
     path = written(tmp_path / "a.json", rows)
@@ -293,6 +317,7 @@ FORMATS = [
     {"messages": [{"role": "user", "content": [{"text": "q"}]}, {"role": "assistant", "content": [{"text": "a"}]}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, CHAT[1]]},
     {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    {"conversation": [{"human": None, "assistant": None, "input": "q", "output": "a"}]},
     CHAT,
     {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
     {"Prompt": "q", "Completion": "a", "\ud800": "b"},
