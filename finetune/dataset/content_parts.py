@@ -5,11 +5,13 @@ Bedrock     {"toolUse": {"toolUseId", "name", "input"}}          {"toolResult": 
 Gemini      {"functionCall": {"name", "args"}}                   {"functionResponse": {"name", "response": {...}}}
 """
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from finetune.conversation import ToolCall
-from finetune.dataset.json_decoder import json_text, shown
+from finetune.dataset.json_decoder import decode_literal, json_text, shown
 from finetune.dataset.tool_reading import is_empty, read_calls
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
@@ -20,6 +22,7 @@ _TEXTS = ("text", "input_text", "output_text")
 _CALLS = ("toolUse", "functionCall", "function_call")
 _RESULTS = ("toolResult", "functionResponse", "function_response")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "image_url")
+_PARTS = re.compile(r"""\s*(\{\s*['"]parts['"]|\[\s*\{\s*['"](type|text)['"])\s*:""")
 PART_KEYS = frozenset(
     {"text", "json", "inlineData", "inline_data", "fileData", "file_data", *MEDIA, *_CALLS, *_RESULTS}
 )
@@ -114,6 +117,14 @@ def _thought(part: Mapping[str, Any], kind: Any) -> str | None:
     if kind in REASONING_KEYS or part.get("thought") is True:
         return next((part[key] for key in ("text", *REASONING_KEYS, "content") if isinstance(part.get(key), str)), None)
     return None
+
+
+def system_text(value: Any) -> Any:
+    """`text_of_parts` of a system prompt, whose parts a table may hold as JSON."""
+    if isinstance(value, str) and _PARTS.match(value):
+        with suppress(ValueError, RecursionError):
+            return text_of_parts(decode_literal(value))
+    return text_of_parts(value)
 
 
 def text_of_parts(value: Any) -> Any:

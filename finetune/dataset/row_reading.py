@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.conversation import Role, Turn
-from finetune.dataset.content_parts import REASONING_KEYS, text_of_parts
+from finetune.dataset.content_parts import REASONING_KEYS, system_text, text_of_parts
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_formats import (
@@ -128,7 +128,7 @@ class RowReading:
         self._system(row)
 
     def _system(self, row: dict[str, Any]) -> None:
-        given = {key: text_of_parts(row[key]) for key in SYSTEM_KEYS if row.get(key) not in (None, "", [])}
+        given = {key: system_text(row[key]) for key in SYSTEM_KEYS if row.get(key) not in (None, "", [])}
         given = {key: text for key, text in given.items() if not (isinstance(text, str) and is_blank(text))}
         if len({str(text) for text in given.values()}) > 1:
             names = " and ".join(f'"{key}"' for key in given)

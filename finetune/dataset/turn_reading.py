@@ -369,13 +369,18 @@ def is_listed(value: Any) -> bool:
 
 
 def listed_turns(value: Any) -> Any:
-    """A list of turns that is written as JSON, as a Python literal or as an object of lists; other values as they are.
+    """A list of turns that is, or whose turns are, written as JSON, as Python literals or as an object of lists.
+
+    Other values are returned as they are.
 
     Raises:
         ValueError, RecursionError: a text that is neither.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        return decode_literal(value)
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        value = decode_literal(value)
+    if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
+        turns = turns_in_text(f"[{', '.join(value)}]") if value[0].lstrip().startswith("{") else None
+        return turns if isinstance(turns, list) else value
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         return [dict(zip(value, turn, strict=True)) for turn in zip_longest(*value.values())]
     return value

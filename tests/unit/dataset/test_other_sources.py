@@ -81,6 +81,7 @@ def test_a_broken_table_says_where(content, said, tmp_path):
         "messages;dialogue;text\n;['q', 'a'];\n",
         f'prompt,completion\n"{CHAT[:1]}","{CHAT[1:]}"\n',
         f'prompt,response\n"{CHAT[:1]}",a\n',
+        "messages\n\"{'role': ['user', 'assistant'], 'content': ['q', 'a']}\"\n",
         "instruction;output;history\nq;a;[]\n",
     ],
     ids=lambda content: content[:24],
@@ -319,6 +320,7 @@ FORMATS = [
     {"prompt": CHAT[:1], "completion": CHAT[1:]},
     {"conversation": [{"human": None, "assistant": None, "input": "q", "output": "a"}]},
     CHAT,
+    {"messages": [json.dumps(turn) for turn in CHAT]},
     {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
     {"Prompt": "q", "Completion": "a", "\ud800": "b"},
 ]
@@ -359,7 +361,12 @@ def test_gemini_and_bedrock_system_prompts_are_read(tmp_path):
     bedrock = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"text": "a"}]}]
     rows = [{"systemInstruction": {"parts": parts}, "contents": turns}, {"system": parts, "messages": bedrock}]
 
-    assert [one.turns[0] for one in read(written(tmp_path / "a.json", rows))] == [Turn("system", "s")] * 2
+    texts = [{**row, key: json.dumps(row[key])} for row in rows for key in row if key.startswith("system")]
+    broken = {"system": '[{"type": "rule"}]', "messages": CHAT}
+
+    for table in (rows, texts):
+        assert [one.turns[0] for one in read(written(tmp_path / "a.json", table))] == [Turn("system", "s")] * 2
+    assert 'expected "system" to be a string' in read(written(tmp_path / "b.json", [broken]))[0].reason
 
 
 # ---- remote files, Parquet
