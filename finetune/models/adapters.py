@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.adapter_arguments import LORA_DROPOUT, AdapterArguments
 from finetune.config.hardware import Precision
 from finetune.config.saved_adapter import MOVES_BASE, recorded_weights
+from finetune.models.embeddings import check_token_ids, embedding_names, is_tied
 from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, damage_named, freeze_other_modalities, needs_new_embeddings, torch_dtype
 from finetune.models.lora_targets import (
@@ -116,10 +117,11 @@ def attach_peft(
                           f"{', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}")  # fmt: skip
     if unknown := sorted(set(options) - {declared.name for declared in fields(config_class)}):
         raise ConfigError(f"--adapter_config: {label} has no option {', '.join(unknown)}")
+    check_token_ids(model, options)
     saved = named_modules(model, options.get("modules_to_save") or ())
     if train_embeddings:
         saved += [name for name in embedding_names(model) if name not in saved]
-    ties, ends = _is_tied(model), embedding_names(model, with_head=True)[:2]
+    ties, ends = is_tied(model), embedding_names(model, with_head=True)[:2]
     if ties and not (method == "LORA" and set(ends) <= set(EMBEDDING_LAYER_NAMES)):
         ties = False  # peft trains a copy of each, and of one alone would leave the other as it is
         saved += [name for name in ends if name not in saved] if set(ends) & set(saved) else []
@@ -194,7 +196,7 @@ def _resolved(model: Any, options: dict[str, Any]) -> LoraTargets:
     targets = replace(targets, parameters=tuple(parameters))
     _check_wrapped(targets, options)
     start, head = options.get("init_lora_weights"), model.get_output_embeddings()
-    if _is_tied(model) and str(start).startswith(MOVES_BASE):
+    if is_tied(model) and str(start).startswith(MOVES_BASE):
         if tied := [name for name in targets.modules if model.get_submodule(name) is head]:
             raise ConfigError(
                 f"--init_lora_weights {start}: it moves the weight of {tied[0]}, which is that of the embeddings, too: "
@@ -286,20 +288,6 @@ def _check_quantized(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
         f"{info.bits} bits: {size:,} of {info.parameters:,} parameters are quantized: bitsandbytes quantizes linear "
         f"layers, not experts that share a parameter ({_parameter_names(whole)})"
     ]
-
-
-def embedding_names(model: Any, *, with_head: bool = False) -> list[str]:
-    """Return the last part of the names of the modules with a row per token: embeddings and, unless tied, the head."""
-    has_head = with_head or not _is_tied(model)
-    wanted = [model.get_input_embeddings()] + ([model.get_output_embeddings()] if has_head else [])
-    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):  # Gemma 3n and 4
-        wanted.append(model.get_per_layer_input_embeddings())
-    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-    return [names[id(module)] for module in wanted if module is not None]
-
-
-def _is_tied(model: Any) -> bool:
-    return bool(getattr(model.config, "tie_word_embeddings", False))  # that of the text model decides nothing
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -15,7 +15,8 @@ from finetune.config.optional_packages import check_quantization
 from finetune.config.run_config import ActivationCheckpointing, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
-from finetune.models.adapters import check_attachable, embedding_names
+from finetune.models.adapters import check_attachable
+from finetune.models.embeddings import embedding_names
 from finetune.models.loader import ModelInfo, damage_named, embedding_rows, inspect_model, needs_new_embeddings
 from finetune.models.model_config import check_attention_heads
 from finetune.models.module_kinds import VISION

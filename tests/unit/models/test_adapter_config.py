@@ -28,6 +28,7 @@ METHODS = {
         "base_model_name_or_path": "elsewhere",
     },
     "P-tuning": {"peft_type": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 8},
+    "some tokens": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 6]},
 }  # fmt: skip
 
 
@@ -73,6 +74,18 @@ def test_a_method_of_peft_trains_and_is_saved(name, tmp_path):
         ({**IA3, "feedforward_modules": ["up_proj"]}, "peft's IA3 cannot be attached: .*its layers are"),
         ({"peft_type": "LORA", "target_modules": ["w_q"]}, "the model has no layer w_q"),
         ({**IA3, "modules_to_save": ["head"]}, "no layer head"),
+        ({"peft_type": "LORA", "trainable_token_indices": [5, 200]}, r" \[200\]: .* has 200 rows.* --new_tokens"),
+        (
+            {"peft_type": "LORA", "trainable_token_indices": {"lm_head": [-1]}},
+            r" \[-1\]: expected ids from 0 to 199: lm",
+        ),
+        (
+            {"peft_type": "LORA", "trainable_token_indices": {"q_proj": [1]}},
+            "of q_proj: expected embed_tokens or lm_head",
+        ),
+        ({"peft_type": "LORA", "trainable_token_indices": 7}, r"trainable_token_indices \[7\]: expected ids"),
+        ({"peft_type": "TRAINABLE_TOKENS"}, r" token_indices \[None\]: expected ids from 0 to 199"),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 1000]}, r"\[1000\]: .* --new_tokens"),
     ],
 )
 def test_what_peft_does_not_know_is_an_error_before_the_model_loads(options, message):

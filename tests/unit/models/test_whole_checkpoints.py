@@ -14,8 +14,9 @@ from finetune.config.arguments import ModelArguments
 from finetune.export.base_tensors import BaseTensors
 from finetune.export.merge_plan import MergedTensors, plain_tensors
 from finetune.inference.load_result import load_saved_adapter, load_strict
-from finetune.models.adapters import attach_peft, embedding_names
+from finetune.models.adapters import attach_peft
 from finetune.models.auto_class import auto_class
+from finetune.models.embeddings import embedding_names
 from finetune.models.freezing import freeze
 from finetune.models.loader import freeze_other_modalities, inspect_model
 from finetune.models.module_kinds import VISION
