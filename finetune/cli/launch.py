@@ -177,7 +177,7 @@ def start(
     if flags.launcher.lower() != "pdsh" or flags.launcher_args:
         given = f"--launcher_args {flags.launcher_args}" if flags.launcher_args else f"--launcher {flags.launcher}"
         raise ConfigError(
-            f"{given}: finetune launch reaches hosts over ssh by itself: leave the flag out, or "
+            f"{given}: this command reaches hosts over ssh by itself: leave the flag out, or "
             "use the deepspeed command, without supervision"
         )
     shell = ssh.SshShell(flags.ssh_port, flags.venv_script)

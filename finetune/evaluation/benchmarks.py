@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
 from finetune.evaluation import lingowhale_benchmarks
 from finetune.evaluation.forgetting import load_questions
@@ -126,6 +127,8 @@ def _load(harness: Any, manager: Any, job: BenchmarkJob, allow_code: bool) -> st
         reason = first_line(error)[:MAX_REASON]
         needs = next((suite.needs for suite in lingowhale_benchmarks.BENCHMARKS if suite.task == name), ())
         if not needs:
+            remedy = f": copy {constants.HF_HOME} from where it is loaded, or set HF_ENDPOINT to a mirror"
+            reason += remedy * constants.HF_HUB_OFFLINE
             return f"--tasks {name}: its data or its code cannot be loaded: {reason}"
         remedies = "; and ".join(map(lingowhale_benchmarks.how_to_get, needs))
         return f"--tasks {name}: its data is missing ({reason}): get {remedies}"

@@ -26,7 +26,7 @@ from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
 from finetune.models.quantization import base_bits, is_packed_in_files, quantized_loading, stored_method
 from finetune.utils.console import log_notes
 from finetune.utils.errors import ConfigError, FinetuneError, first_line
-from finetune.utils.hub import use_cache_if_hub_unreachable
+from finetune.utils.hub import hub_file, use_cache_if_hub_unreachable
 
 if TYPE_CHECKING:
     import torch
@@ -351,8 +351,10 @@ def _model_errors(name: str) -> Iterator[None]:
         if "Unrecognized configuration class" in str(error):
             raise ConfigError(f"{flag}: not a causal language model") from None
         if isinstance(error, OSError):
-            where = "the folder exists, but" if path.exists() else "no such folder, and the model hub did not answer:"
-            raise ConfigError(f"{flag}: {where} {first_line(error)}") from None
+            if not path.exists():
+                hub_file(name, "config.json")  # says why there is no such model
+            where = "the folder exists, but " if path.exists() else ""
+            raise ConfigError(f"{flag}: {where}{first_line(error)}") from None
         raise
 
 

@@ -146,7 +146,7 @@ class _Statistics:
         """What the tables say, one sentence each."""
         largest = sorted(self.supervised_of_rows, reverse=True)[: -(-len(self.supervised_of_rows) // 100)]
         share = sum(largest) / max(sum(self.supervised_of_rows), 1)
-        yield f"{len(largest):,} of {self.rows[TRAINING]:,} rows (1 %) hold {share:.1%} of the supervised tokens"
+        yield f"{len(largest):,} of {self.rows[TRAINING]:,} rows hold {share:.1%} of the supervised tokens"
         for part, other in ((TRAINING, TRAINING), (HELD_OUT, TRAINING), (HELD_OUT, HELD_OUT)):
             if self.rows[part]:
                 count = f"{self.similar[part, other]:,} of {self.rows[part]:,} {part} rows"

@@ -66,7 +66,7 @@ def a_page(cards=CARDS, **changes) -> html_pages.PreviewPage:
 
 STATISTICS = ResultSection(
     "Statistics",
-    ["1 of 7 rows (1 %) hold 60.0% of the supervised tokens"],
+    ["1 of 7 rows hold 60.0% of the supervised tokens"],
     [
         ResultTable(
             "Tokens by role", ["Source", "Tokens", "Letters"], [["rows.json: <b>", "1,234", "Latin 60%, CJK 40%"]] * 3

@@ -62,7 +62,7 @@ def test_another_way_to_hosts_is_refused(tmp_path, word):
 
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     flags = parse_launcher_args([f"--hostfile={tmp_path / 'hosts'}", word, "x.py"])
-    with pytest.raises(ConfigError, match=f"{word.replace('=', ' ')}: finetune launch reaches hosts over ssh"):
+    with pytest.raises(ConfigError, match=f"{word.replace('=', ' ')}: this command reaches hosts over ssh"):
         start(flags, resolve_resources(flags), [], {})
 
 

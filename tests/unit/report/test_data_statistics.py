@@ -64,8 +64,7 @@ def test_rows_that_dominate(section):
     assert len(rows) == 5 and first[0] in ("a.json, row 6", "a.json, row 7")
     assert first[2] == f"{int(first[1]) / summary.supervised_tokens:.2%}"
     assert (
-        found.verdict[0]
-        == f"1 of 8 rows (1 %) hold {int(first[1]) / summary.supervised_tokens:.1%} of the supervised tokens"
+        found.verdict[0] == f"1 of 8 rows hold {int(first[1]) / summary.supervised_tokens:.1%} of the supervised tokens"
     )
 
 
