@@ -129,7 +129,7 @@ def resolve_deepspeed_config(
         resolver.check_quantized_gradients(command.precision)
         resolver.check_leftover_autos(resolved)
         if any((resolved.get("activation_checkpointing") or {}).values()):
-            notes.append("activation_checkpointing has no effect: --gradient_checkpointing True decides")
+            notes.append("the section activation_checkpointing has no effect: --activation_checkpointing True decides")
         if sequence_parallel_size > 1:
             resolved["sequence_parallel_size"] = sequence_parallel_size
             resolved.pop("train_batch_size", None)  # transformers and DeepSpeed disagree on its meaning here

@@ -13,10 +13,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from finetune.utils.options import declaration, source_folder
 
+Key = tuple[str, ...]
 # Refused unless absent or one of these values: key -> (values, why).
 UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bfloat16": ((), 'the old name of "bf16": write that'),
@@ -64,11 +65,24 @@ SECTIONS = (
     "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "bf16", "fp16",
     "optimizer", "optimizer.params", "scheduler", "scheduler.params", "activation_checkpointing", "data_types",
 )  # fmt: skip
+# Those that DeepSpeed declares as a pydantic model: its file and name; and types of fields as they are written there.
+MODELS: dict[Key, tuple[str, str]] = {
+    ("zero_optimization",): ("runtime/zero/config.py", "DeepSpeedZeroConfig"),
+    ("zero_optimization", "offload_param"): ("runtime/zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig"),
+    ("zero_optimization", "offload_optimizer"): (
+        "runtime/zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig",
+    ),
+    ("bf16",): ("runtime/precision_config.py", "DeepSpeedBF16Config"),
+    ("fp16",): ("runtime/precision_config.py", "DeepSpeedFP16Config"),
+}  # fmt: skip
+TYPES: dict[str, Any] = {
+    "bool": bool, "int": int, "float": float, "Optional[bool]": bool,
+    "OffloadDeviceEnum": Literal["none", "cpu", "nvme"],
+}  # fmt: skip
 FREE_FORM = (("optimizer", "params"), ("scheduler", "params"))
 NAME_OF_READERS = re.compile("config|constants")  # modules of DeepSpeed that read or declare keys
 COMMENT_MARKS = ("_", "//", "#")
 SHOWN_CHARACTERS = 60
-Key = tuple[str, ...]
 
 
 class ReadRecorder(dict):
@@ -138,7 +152,7 @@ def schema_faults(config: Mapping[str, Any], *, imports_deepspeed: bool = True) 
     """Return what DeepSpeed would ignore or refuse, and what this toolkit does not serve: keys, and what is wrong.
 
     Batch sizes and clipping are not looked at: the flags decide them. Without the import, which takes seconds, only
-    those unknown keys are found that are no word of DeepSpeed's sources.
+    what DeepSpeed's sources show is found.
     """
     rest: dict[str, Any] = json.loads(json.dumps({**config, **DECIDED}))
     optimizer = rest.get("optimizer") or {}
@@ -154,7 +168,10 @@ def schema_faults(config: Mapping[str, Any], *, imports_deepspeed: bool = True) 
         if not any(type(value) is type(other) and value == other for other in allowed):
             faults.append((key, f"{dotted} is {_text(value)}: {why}: leave it out"))
             remove_key(rest, key)
-    return faults + (_faults_of_deepspeed(rest) if imports_deepspeed else list(_unknown_words(rest)))
+    for key, text in list(_faults_of_sources(rest)):
+        faults.append((key, text))
+        remove_key(rest, key)
+    return faults + (_faults_of_deepspeed(rest) if imports_deepspeed else [])
 
 
 def section_faults(config: Mapping[str, Any]) -> Iterator[str]:
@@ -166,22 +183,45 @@ def section_faults(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{dotted} is {_text(value)}: expected an object"
 
 
-def _unknown_words(config: Mapping[str, Any], path: Key = ()) -> Iterator[tuple[Key, str]]:
-    words, names = _words_of_deepspeed()
-    for key, value in config.items():
-        if key not in words:
-            yield (*path, key), unknown_key((*path, key), names)
-        elif isinstance(value, dict) and (*path, key) not in FREE_FORM:
-            yield from _unknown_words(value, (*path, key))
+def _faults_of_sources(config: Mapping[str, Any], path: Key = ()) -> Iterator[tuple[Key, str]]:
+    """Yield keys that are no word of DeepSpeed's or belong to another section, and values of another type."""
+    from pydantic import TypeAdapter, ValidationError
+
+    words, fields, constants = _words_of_deepspeed()
+    own = _fields_of(path)
+    misplaced = {name for section in MODELS for name in _fields_of(section)} - constants if not path else set()
+    for name, value in config.items():
+        key = (*path, name)
+        if name not in words or name in misplaced or (own and name not in own):
+            yield key, unknown_key(key, {*own} or fields | constants, lambda: fields)
+        elif isinstance(value, dict) and key not in FREE_FORM:
+            yield from _faults_of_sources(value, key)
+        elif value != "auto" and own.get(name) in TYPES:
+            try:
+                TypeAdapter(TYPES[own[name]]).validate_python(value)
+            except ValidationError as error:
+                yield key, f"{'.'.join(key)} is {_text(value)}: {error.errors()[0]['msg']}"
 
 
 @cache
-def _words_of_deepspeed() -> tuple[set[str], set[str]]:
-    """Return all words of the modules that read a config, and those that are declared as a field or a constant."""
+def _words_of_deepspeed() -> tuple[set[str], set[str], set[str]]:
+    """Return all words of the modules that read a config, and those that are declared as a field, and as a constant."""
     modules = [path for path in source_folder("deepspeed").rglob("*.py") if NAME_OF_READERS.search(path.stem)]
     text = "\n".join(path.read_text(encoding="utf-8") for path in modules)
-    declared = re.findall(r"^    (\w+): |= ['\"](\w+)['\"]$", text, re.MULTILINE)
-    return set(re.findall(r"\w+", text)), {field or constant for field, constant in declared}
+    fields, constants = (re.findall(sign, text, re.MULTILINE) for sign in (r"^    (\w+): ", r"= ['\"](\w+)['\"]$"))
+    return set(re.findall(r"\w+", text)), set(fields), set(constants)
+
+
+@cache
+def _fields_of(section: Key) -> dict[str, str]:
+    """Return the fields of DeepSpeed's model of a section, by name and alias, with their types as they are written."""
+    fields: dict[str, str] = {}
+    for node in declaration("deepspeed", *MODELS[section]).body if section in MODELS else ():
+        if isinstance(node, ast.AnnAssign):
+            options = node.value.keywords if isinstance(node.value, ast.Call) else []
+            names = [ast.unparse(node.target), *(ast.literal_eval(o.value) for o in options if o.arg == "alias")]
+            fields |= dict.fromkeys(names, ast.unparse(node.annotation))
+    return fields
 
 
 def _faults_of_deepspeed(config: dict[str, Any]) -> list[tuple[Key, str]]:
@@ -248,7 +288,8 @@ def unknown_key(path: Key, siblings: set[str], others: Callable[[], set[str]] = 
     """Say that there is no such key, with the nearest one of its section, or of the others."""
     for names in (lambda: siblings, others):
         for close in get_close_matches(path[-1], names(), n=1, cutoff=0.6):
-            remedy = "it belongs to another section" if close == path[-1] else f'did you mean "{close}"?'
+            home = next((".".join(section) for section in MODELS if close in _fields_of(section)), "another section")
+            remedy = f"it belongs to {home}" if close == path[-1] else f'did you mean "{close}"?'
             return f'"{".".join(path)}" is not a DeepSpeed key: {remedy}'
     return f'"{".".join(path)}" is not a DeepSpeed key: leave it out'
 

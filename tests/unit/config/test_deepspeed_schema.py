@@ -88,8 +88,21 @@ def test_a_misspelt_key_at_any_depth_is_named_with_the_nearest():
         "partition_activation": 'did you mean "partition_activations"?',
         "typ": 'did you mean "type"?',
         "thread_count": "leave it out",
-        "stage": "it belongs to another section",
+        "stage": "it belongs to zero_optimization",
     }
+    without_import = dict(schema_faults(config, imports_deepspeed=False))
+    assert without_import.items() <= faults.items()
+    assert {"gradient_cliping", "overlap_com", "devise", "stage"} <= {key[-1] for key in without_import}
+
+
+def test_the_sources_show_the_same_wrong_types_as_the_models():
+    offload = {"device": "gpu", "pin_memory": "perhaps", "ratio": 2}
+    zero = {"overlap_comm": "x", "reduce_bucket_size": "5e8", "sub_group_size": "auto", "offload_optimizer": offload}
+    config = {"zero_optimization": {"stage": 2, **zero}, "bf16": {"enabled": "auto"}, "overlap_comm": True}
+    faults = dict(schema_faults(config))
+    ratio = ("zero_optimization", "offload_optimizer", "ratio")  # a bound, of which the types say nothing
+    assert len(faults) == 6 and ratio in faults
+    assert dict(schema_faults(config, imports_deepspeed=False)) == {k: v for k, v in faults.items() if k != ratio}
 
 
 def test_a_refusal_that_comes_after_all_keys_are_read_names_the_section_that_causes_it():
