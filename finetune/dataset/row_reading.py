@@ -27,7 +27,7 @@ from finetune.dataset.row_formats import (
     pair_format_of,
     why_no_format,
 )
-from finetune.dataset.row_verdicts import VERDICT_KEYS, verdict_faults
+from finetune.dataset.row_verdicts import VERDICT_KEYS, is_remark, verdict_faults
 from finetune.dataset.tool_reading import TOOL_KEYS, declared_tools, is_empty
 from finetune.dataset.turn_reading import (
     PLAIN_ROLES,
@@ -109,9 +109,10 @@ class RowReading:
             self.faults += [f"{self.place}: {fault}" for fault in apply_weights(self.turns, row)]
 
     def _beside(self, row: dict[str, Any], keys: set[str], lists: Sequence[str]) -> None:
-        modes = {key for key in keys & {*REASONING_KEYS} if is_mode(row[key])}
-        keys -= modes
-        read = (WATCHED - TURN_LIST_KEYS - modes).union(lists, NAMES_OF_ROWS)
+        remarks = {key for key in keys & {*REASONING_KEYS} if is_mode(row[key])}
+        remarks |= {key for key in keys & VERDICT_KEYS - REFUSED_ROWS.keys() if is_remark(row[key])}
+        keys -= remarks
+        read = (WATCHED - TURN_LIST_KEYS - remarks).union(lists, NAMES_OF_ROWS)
         self.unread = [key for key in row.keys() - read if not is_empty(row[key])]
         is_verdict = {key for key in keys & VERDICT_KEYS if isinstance(row[key], int | float)}
         for refusal in refusals(row, [*(keys & REFUSED_ROWS.keys()) - is_verdict], REFUSED_ROWS, self.place):
@@ -172,8 +173,7 @@ class RowReading:
         else:
             role_key = self._turns(turns)
             self.format = f"{key} of {role_key} and {'value' if role_key == 'from' else 'content'}"
-        if num_system:
-            self._check_system(num_system)
+        self._check_system(num_system)
         if len(row_keys) > 1:
             self._check_other_texts(row, row_keys & OTHER_TEXTS, key)
 

@@ -46,6 +46,15 @@ def verdict_faults(holder: Mapping[str, Any], keys: Iterable[str], place: str) -
     return [f"{place}: {verdict}: {REMEDY}" for key in sorted(keys) if (verdict := _verdict(key, holder[key]))]
 
 
+def is_remark(value: Any) -> bool:
+    """Whether a value under a key of a verdict is none, and not empty: it is not read then."""
+    return value not in ("", [], {}) and _number(value) is None and not _is_bad_word(value)
+
+
+def _is_bad_word(value: Any) -> bool:
+    return isinstance(value, str) and re.sub(r"[\s-]+", "_", value.strip().casefold()) in BAD_WORDS
+
+
 def _verdict(key: str, value: Any) -> str | None:
     number = _number(value)
     if key in GRADES and number is not None and not isinstance(value, bool):
@@ -53,7 +62,7 @@ def _verdict(key: str, value: Any) -> str | None:
     if number is not None:
         is_bad = number > 0 if key in BAD_KEYS else number <= 0
     else:
-        is_bad = isinstance(value, str) and re.sub(r"[\s-]+", "_", value.strip().casefold()) in BAD_WORDS
+        is_bad = _is_bad_word(value)
     return f'"{key}": {shown(value)} says that the answer is not to be imitated' if is_bad else None
 
 

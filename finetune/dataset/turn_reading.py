@@ -14,7 +14,7 @@ from finetune.conversation import Role, ToolCall, Turn
 from finetune.dataset.content_parts import MEDIA, ONLY_TEXT, PART_KEYS, REASONING_KEYS, REMEDY, ContentParts
 from finetune.dataset.json_decoder import decode_literal, decode_text, json_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
-from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, verdict_faults
+from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, is_remark, verdict_faults
 from finetune.dataset.tool_reading import is_empty, is_nothing, read_calls
 from finetune.dataset.written_calls import tagged_results
 
@@ -106,6 +106,7 @@ class TurnReading:
             self.faults += verdict_faults(turn, _present(turn, VERDICTS_OF_TURNS), place)
         self.faults += refusals(turn, _present(turn, REFUSED), REFUSED, place)
         self.unread = [key for key in turn.keys() - READ_IN_TURNS if not is_empty(turn[key])]
+        self.unread += [key for key in _present(turn, VERDICTS_OF_TURNS) if is_remark(turn[key])]
         if turn.get("channel") in ("analysis", "commentary"):
             self._add_fatal('a "channel" of gpt-oss: write it as "reasoning_content" or "tool_calls" of the answer')
         self._read(turn, role, field)
@@ -369,9 +370,7 @@ def is_listed(value: Any) -> bool:
 
 
 def listed_turns(value: Any) -> Any:
-    """A list of turns that is, or whose turns are, written as JSON, as Python literals or as an object of lists.
-
-    Other values are returned as they are.
+    """Decode a list of turns, or each turn, from JSON, a Python literal or an object of lists; keep other values.
 
     Raises:
         ValueError, RecursionError: a text that is neither.

@@ -3,6 +3,7 @@
 import pytest
 
 from finetune.dataset.row_reading import RowReading
+from finetune.dataset.row_verdicts import VERDICT_KEYS
 from tests.helpers.chat_rows import good_row
 
 BAD = [
@@ -42,7 +43,10 @@ def test_an_answer_that_is_called_bad_is_refused(key, value):
 
 @pytest.mark.parametrize(("key", "value"), FINE)
 def test_other_values_and_other_meanings_are_read(key, value):
-    assert [read(row).faults for row in rows_with(key, value)] == [[]] * len(rows_with(key, value))
+    is_named = key not in VERDICT_KEYS or (isinstance(value, str | list | dict) and bool(value))
+    for row in rows_with(key, value):
+        reading = read(row)
+        assert reading.faults == [] and [key in name for name in reading.unread] == [True] * is_named
 
 
 def test_a_human_turn_may_be_called_what_it_likes():
