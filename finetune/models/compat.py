@@ -1,6 +1,11 @@
-"""Patches of bitsandbytes, written for 0.50."""
+"""Patches of bitsandbytes, written for 0.50, and of transformers, written for 5.23."""
 
+from collections.abc import Callable
+from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Any
+
+from finetune.models.module_kinds import full_shape
 
 
 def keep_packing() -> None:
@@ -29,3 +34,28 @@ def leave_scales_out(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             module.register_state_dict_post_hook(remove)
+
+
+@cache
+def convert_by_whole_shapes() -> None:
+    """Let transformers load and save weights that it converts by the model's shapes where ZeRO-3 partitions them.
+
+    A partitioned parameter has no elements: experts in the layout of the memory would be transposed (Qwen3-VL-MoE),
+    weights that are stored as one would not be split.
+    """
+    import torch
+    from transformers.core_model_loading import Split, Transpose
+
+    def by_whole_shapes(convert: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(convert)
+        def converted(operation: Any, *tensors: Any, model: Any, **names: Any) -> Any:
+            def empty(name: str) -> torch.Tensor:
+                return torch.empty(full_shape(model.get_parameter(name)), device="meta")
+
+            return convert(operation, *tensors, model=SimpleNamespace(get_parameter=empty), **names)
+
+        return converted
+
+    operations: tuple[Any, ...] = (Split, Transpose)
+    for operation in operations:
+        operation.convert = by_whole_shapes(operation.convert)

@@ -21,7 +21,7 @@ from finetune.distributed.collectives import run_on_all_ranks
 from finetune.models import model_folder
 from finetune.models.auto_class import auto_class, empty_model
 from finetune.models.base_checks import check_finite, check_weights
-from finetune.models.compat import leave_scales_out
+from finetune.models.compat import convert_by_whole_shapes, leave_scales_out
 from finetune.models.module_kinds import VISION, ModuleKinds, module_kinds
 from finetune.models.quantization import base_bits, is_packed_in_files, quantized_loading, stored_method
 from finetune.utils.console import log_notes
@@ -199,6 +199,7 @@ def load_model(
         ConfigError: The weights do not load, do not fit the config or are not finite.
     """
     was_checked = info.is_downloaded()
+    convert_by_whole_shapes()
     with _model_errors(info.name):
         model = auto_class(info.config).from_pretrained(
             info.name,

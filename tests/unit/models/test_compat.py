@@ -1,8 +1,11 @@
-"""What bitsandbytes does without the patches: a test that fails when one is no longer needed."""
+"""What bitsandbytes and transformers do without the patches: a test that fails when one is no longer needed."""
+
+from inspect import unwrap
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers.core_model_loading import Split, Transpose
 
 from finetune.models import compat
 
@@ -31,3 +34,29 @@ def test_the_state_of_a_packed_layer_holds_scales_beside_its_weight(layer):
     assert len(model.state_dict()) > 1
     compat.leave_scales_out(model)
     assert list(model.state_dict()) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "targets", "shapes"),
+    [(Transpose(0, 1, check_dims=True), ["a"], [(4, 2)]), (Split(), "ab", [(3, 2), (1, 2)])],
+)
+def test_weights_are_converted_by_the_shapes_of_partitions(operation, targets, shapes, monkeypatch):
+    """Each weight of the memory lies in the files as it is, or joined with the other."""
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.empty(0)) for name in targets})
+    for name, shape in zip(targets, shapes, strict=True):
+        model[name].ds_shape = torch.Size(shape)
+    stored, names = torch.arange(8.0).reshape(4, 2), {"source_patterns": ["s"], "target_patterns": [*targets]}
+
+    def convert() -> list[tuple[int, ...]]:
+        converted = operation.convert({"s": stored}, full_layer_name="a", model=model, **names)
+        return [tuple(weight.shape) for weight in converted.values()]
+
+    for patched in (Split, Transpose):  # both are taken back after the test
+        monkeypatch.setattr(patched, "convert", unwrap(patched.convert))
+    try:
+        by_partitions = convert()
+    except RuntimeError:  # split into parts of no rows
+        by_partitions = []
+    assert by_partitions != shapes
+    compat.convert_by_whole_shapes.__wrapped__()
+    assert convert() == shapes
