@@ -9,7 +9,7 @@ from finetune.dataset.content_parts import REASONING_KEYS
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_verdicts import VERDICT_KEYS
 from finetune.dataset.tool_reading import TOOL_KEYS
-from finetune.dataset.turn_reading import REFUSED, ROW_WEIGHTS, TEMPLATE_VARIABLES
+from finetune.dataset.turn_reading import REFUSED, ROW_WEIGHTS, TEMPLATE_VARIABLES, role_of
 
 TURN_LISTS = ("conversations", "messages", "conversation", "contents", "dialog", "dialogue", "turns", "chat", "data")
 TURN_LIST_KEYS = frozenset(TURN_LISTS)
@@ -104,12 +104,15 @@ def in_lower_case(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_of_question(exchange: Any) -> str | None:
-    """The key of the question in a turn that is an exchange, in a table of several kinds one with a value."""
+    """The key of the question in a turn that is an exchange, of several such keys one with a value."""
     if not isinstance(exchange, dict) or "from" in exchange or "role" in exchange:
         return None
     asks = [ask for ask, answer in EXCHANGES.items() if {ask, answer} <= exchange.keys()]
     asks += ["question"] if not asks and "question" in exchange else []
-    return max(asks, key=lambda ask: exchange[ask] is not None, default=None)
+    ask = max(asks, key=lambda ask: exchange[ask] is not None, default=None)
+    # A table has {role: text} with nulls under the other role.
+    is_one_turn = ask and role_of(ask) and None in (exchange[ask], exchange[EXCHANGES[ask]])
+    return None if is_one_turn else ask
 
 
 @cache

@@ -29,19 +29,16 @@ from finetune.dataset.row_formats import (
 )
 from finetune.dataset.row_verdicts import VERDICT_KEYS, is_remark, verdict_faults
 from finetune.dataset.tool_reading import TOOL_KEYS, declared_tools, is_empty
+from finetune.dataset.turn_lists import is_listed, is_turns, listed_turns, turns_in_text
 from finetune.dataset.turn_reading import (
     PLAIN_ROLES,
     TEMPLATE_VARIABLES,
-    TURN_KEYS,
     TurnReading,
     apply_weights,
-    is_listed,
     is_mode,
-    listed_turns,
     read_reasoning,
     refusals,
     template_kwargs_of,
-    turns_in_text,
 )
 from finetune.dataset.written_calls import declared_in_text, written_calls
 
@@ -67,7 +64,7 @@ class RowReading:
         self.role_names: list[str] = []
         self.faults: list[str] = []
         self.unread: list[str] = []
-        if isinstance(row, list) and row and all(isinstance(turn, dict) and _is_turns(turn) for turn in row):
+        if isinstance(row, list) and row and all(isinstance(turn, dict) and is_turns(turn) for turn in row):
             row = {"messages": row}
         if isinstance(row, dict):
             self._read(in_lower_case(row))
@@ -307,10 +304,10 @@ class RowReading:
         if row.get("history") is not None:
             self._history(self._listed(row, "history", "pairs") or [])
         sides = [row[key] for key in pair_format.needs]
-        if isinstance(sides[0], str) and _is_turns(asked := turns_in_text(sides[0])):
+        if isinstance(sides[0], str) and is_turns(asked := turns_in_text(sides[0])):
             sides = [asked, turns_in_text(sides[1])]
         others = pair_format.keys - {*pair_format.needs}
-        if any(map(_is_turns, sides)) and all(is_empty(row.get(key)) for key in others):
+        if any(map(is_turns, sides)) and all(is_empty(row.get(key)) for key in others):
             self.format = f"{pair_format.name} of turns ({names})"
             self._turns_of_pair(*sides)
         else:
@@ -355,7 +352,7 @@ class RowReading:
             self._add(role, "\n".join(texts), self.place, next(key for key in keys if key in needs))
 
     def _history(self, history: list[Any]) -> None:
-        if any(map(_is_turns, history)):
+        if any(map(is_turns, history)):
             self._turns(history)
             return
         for number, pair in enumerate(history):
@@ -380,11 +377,6 @@ class RowReading:
         for fault in faults:
             self._add_fatal(f"{self.place}, {fault}")
         self.turns, self.numbers = turns, numbers
-
-
-def _is_turns(value: Any) -> bool:
-    turns = value if isinstance(value, list) else [value]
-    return any(isinstance(turn, dict) and not {*TURN_KEYS, "call_id"}.isdisjoint(turn) for turn in turns)
 
 
 def _advice(row: dict[str, Any]) -> str | None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 from finetune.conversation import Role, ToolCall, Turn
 from finetune.dataset.content_parts import MEDIA, ONLY_TEXT, PART_KEYS, REASONING_KEYS, REMEDY, ContentParts
-from finetune.dataset.json_decoder import decode_literal, decode_text, json_text, shown
+from finetune.dataset.json_decoder import decode_text, json_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, is_remark, verdict_faults
 from finetune.dataset.tool_reading import is_empty, is_nothing, read_calls
@@ -55,7 +53,7 @@ REFUSED = {
     **dict.fromkeys(("tools", "functions"), "tools are declared by the row, not by a turn"),
 }
 REASONING_LISTS = ("reasoning_details", "thinking_blocks")  # of parts: OpenRouter's, and Anthropic's beside the text
-_LIST = re.compile(r"""\s*\[\s*["'\[{]""")
+_OBJECT = re.compile(r"""\s*\{\s*["'].*\}\s*""", re.DOTALL)
 _MODES = frozenset("on off true false yes no none auto enabled disabled minimal low medium high".split())
 _READ = frozenset({*TURN_KEYS, *TEXT_KEYS, *REASONING_KEYS, *REASONING_LISTS, *CALL_KEYS, *WEIGHTS})
 READ_IN_TURNS = _READ | {"tool_call_id", "name", *REFUSED, *VERDICTS_OF_TURNS}
@@ -85,9 +83,7 @@ class TurnReading:
         self.role_key: str | None = None
         self.role_name: str | None = None
         self.unread: list[str] = []
-        pair = [*turn.items()][0] if isinstance(turn, dict) and len(turn) == 1 else turn
-        if isinstance(pair, list | tuple) and len(pair) == 2 and role_of(pair[0]) not in (None, "text"):
-            turn = {"from": pair[0], "value": pair[1]}  # written {role: text} or [role, text]
+        turn = _with_usual_keys(turn)
         if not isinstance(turn, dict):
             self._add_fatal(f'expected an object with "from" and "value", found {shown(turn)}')
             return
@@ -252,6 +248,18 @@ class TurnReading:
         return train != 0 and weight != 0, weight or 1.0
 
 
+def _with_usual_keys(turn: Any) -> Any:
+    """A turn that is written {role: text} or [role, text] under the usual keys; other values as they are."""
+    if isinstance(turn, list | tuple) and len(turn) == 2 and role_of(turn[0]) not in (None, "text"):
+        return {"from": turn[0], "value": turn[1]}
+    if isinstance(turn, dict) and turn.keys().isdisjoint((*TURN_KEYS, *TEXT_KEYS, "type")):
+        given = {key: value for key, value in turn.items() if value is not None}
+        names = [key for key in given if role_of(key)]
+        if len(names) == 1:
+            return {"from": names[0], "value": given.pop(names[0])} | given
+    return turn
+
+
 def _turn_of_item(item: Mapping[str, Any]) -> dict[str, Any]:
     """A call or a result, as OpenAI's Responses API has them beside messages, as a turn."""
     if item["type"] == "function_call":
@@ -291,7 +299,9 @@ def read_reasoning(holder: Mapping[str, Any]) -> tuple[str, str | None]:
 
 def is_mode(value: Any) -> bool:
     """Whether a value under a key of reasoning says how to reason, not what."""
-    return isinstance(value, bool | dict) or (isinstance(value, str) and value.strip().casefold() in _MODES)
+    if isinstance(value, str):
+        return value.strip().casefold() in _MODES or _OBJECT.fullmatch(value) is not None
+    return isinstance(value, bool | dict)
 
 
 def _thought_in(part: Any) -> str | None:
@@ -319,12 +329,17 @@ def number_of(value: Any) -> float:
         return math.nan
 
 
+def _flag(value: Any) -> Any:
+    """A value that is true or false, also from a table of texts; other values as they are."""
+    return {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def apply_weights(turns: list[Turn], row: Mapping[str, Any]) -> list[str]:
     """Apply the weight of a row, and the rule that its last answer alone is supervised; faults without their place."""
     given = {key: row[key] for key in ROW_WEIGHTS if row.get(key) not in (None, 0, "")}
     faults = [fault for key, value in given.items() if (fault := weight_fault(value, key))]
     weight = 1.0 if faults else math.prod(map(number_of, given.values()))
-    last_only = row.get("only_last_turn_loss")
+    last_only = _flag(row.get("only_last_turn_loss"))
     if last_only is not None and not isinstance(last_only, bool):
         faults.append('expected "only_last_turn_loss" to be true or false')
     last = max((index for index, turn in enumerate(turns) if turn.role == "model"), default=0)
@@ -354,7 +369,7 @@ def template_kwargs_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str |
     value = {} if is_nothing(value) else value
     if not isinstance(value, dict):
         return {}, f'expected "chat_template_kwargs" to be an object, found {shown(value)}'
-    value = {key: row[key] for key in TEMPLATE_VARIABLES if not is_empty(row.get(key))} | {
+    value = {key: _flag(row[key]) for key in TEMPLATE_VARIABLES if not is_empty(row.get(key))} | {
         key: given for key, given in value.items() if given is not None
     }
     if taken := ", ".join(sorted(value.keys() & NOT_VARIABLES)):
@@ -362,37 +377,6 @@ def template_kwargs_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str |
     if not isinstance(thinks := value.get("enable_thinking", True), bool):
         return {}, f'expected "enable_thinking" to be true or false, found {shown(thinks)}'
     return value, None
-
-
-def is_listed(value: Any) -> bool:
-    """Whether a value is a list, or the JSON or Python literal of one that holds texts, lists or objects."""
-    return type(value) is list or (isinstance(value, str) and _LIST.match(value) is not None)
-
-
-def listed_turns(value: Any) -> Any:
-    """Decode a list of turns, or each turn, from JSON, a Python literal or an object of lists; keep other values.
-
-    Raises:
-        ValueError, RecursionError: a text that is neither.
-    """
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        value = decode_literal(value)
-    if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
-        turns = turns_in_text(f"[{', '.join(value)}]") if value[0].lstrip().startswith("{") else None
-        return turns if isinstance(turns, list) else value
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        return [dict(zip(value, turn, strict=True)) for turn in zip_longest(*value.values())]
-    return value
-
-
-def turns_in_text(text: str) -> Any:
-    """The list of turns that a text is as JSON, as tables have it; any other text as it is."""
-    if is_listed(text):
-        with suppress(ValueError, RecursionError):
-            turns = listed_turns(text)
-            if all(isinstance(turn, dict) and role_of(turn.get("role") or turn.get("from")) for turn in turns):
-                return turns
-    return text
 
 
 def _present(turn: Mapping[str, Any], keys: Any) -> list[str]:

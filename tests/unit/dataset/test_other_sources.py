@@ -83,6 +83,7 @@ def test_a_broken_table_says_where(content, said, tmp_path):
         f'prompt,response\n"{CHAT[:1]}",a\n',
         "messages\n\"{'role': ['user', 'assistant'], 'content': ['q', 'a']}\"\n",
         "instruction;output;history\nq;a;[]\n",
+        "question;answer;only_last_turn_loss;thinking\nq;a;True;{'budget': 9}\n",
     ],
     ids=lambda content: content[:24],
 )
@@ -321,7 +322,8 @@ FORMATS = [
     {"conversation": [{"human": None, "assistant": None, "input": "q", "output": "a"}]},
     CHAT,
     {"messages": [json.dumps(turn) for turn in CHAT]},
-    {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
+    {"messages": {"role": ["user", "assistant"], "content": ["q", "a"], "name": None}},
+    {"messages": [{"user": "q", "assistant": None}, {"user": None, "assistant": "a", "mood": "m"}]},
     {"Prompt": "q", "Completion": "a", "\ud800": "b"},
 ]
 

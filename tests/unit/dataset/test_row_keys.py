@@ -44,7 +44,8 @@ def test_keys_that_decide_something_are_honoured_or_refused():
         return RowReading({"messages": [asked, answer | values], **row}, "row 0")
 
     assert of({}, enable_thinking=False).template_kwargs == {"enable_thinking": False}
-    assert 'expected "enable_thinking" to be true or false' in of({}, enable_thinking="false").faults[0]
+    assert of({}, enable_thinking="False").template_kwargs == {"enable_thinking": False}
+    assert 'expected "enable_thinking" to be true or false' in of({}, enable_thinking="off").faults[0]
     assert [turn.train for turn in of({"loss_mask": 0}).turns] == [True, False]
     assert of({}, weight="0.5").turns[1].weight == of({"weight": "0.5"}).turns[1].weight == 0.5
     for key, value in {"mask": True, "partial": True, "channel": "analysis"}.items():
