@@ -40,7 +40,7 @@ const label = (() => {
     "batches": "批次", "length": "长度", "precision": "精度", "attention": "注意力", "trained": "训练的",
     "frozen": "冻结的", "absent": "没有的",
     "Data": "数据", "Rows": "行", "Tokens": "token", "Lengths": "长度", "Repeated": "重复", "Source": "来源",
-    "Spelled": "写有控制 token", "Format": "格式", "Tokenizer": "分词器", "Examples": "样本", "Reason": "原因", "File": "文件",
+    "Spelled": "写有控制 token", "Format": "格式", "Limit": "上限", "Tokenizer": "分词器", "Examples": "样本", "Reason": "原因", "File": "文件",
     "Row": "行", "Status": "状态", "Row #": "第 # 行", "All # rows": "全部 # 行", "Examples by length": "样本长度分布",
     "# tokens": "# 个 token", "# tokens, # supervised (#)": "# 个 token，# 个计入损失（#）", "# tokens, # supervised":
       "# 个 token，# 个计入损失", "Sample rows": "样本行", "# more rows": "另外 # 行",
@@ -60,6 +60,16 @@ const label = (() => {
     "Likely cause": "可能的原因", "Possible cause": "可能的原因之一", "What to do": "怎么办", "When": "时间",
     "Exit status": "退出状态", "Observed": "观察到", "Newest checkpoint": "最新检查点",
     "# secondary failures": "# 个次生失败", "End of the traceback": "回溯的末尾", "Statistics": "统计",
+    "Lengths in tokens, and scripts": "长度（token）与文字", "Tokens by role": "按角色的 token", "Longest": "最长", "Letters": "文字",
+    "Supervised": "计入损失", "Share": "占比", "Of all supervised": "占全部计入损失的",
+    "Rows with the most supervised tokens": "计入损失的 token 最多的行", "Near-duplicates, the first": "近似重复，最先的几个",
+    "Earlier row": "较早的行", "Similarity": "相似度", "Benchmark questions in the training data": "训练数据中的评测题目",
+    "Benchmark": "评测", "Questions": "题数", "Of # words or more": "不少于 # 词", "In the data": "数据中出现", "First in": "最先出现于",
+    "# of # rows hold # of the supervised tokens": "# / # 行占有 # 的计入损失的 token",
+    "# of # training rows are near-duplicates of an earlier training row": "# / # 训练行与较早的训练行近似重复",
+    "# of # held-out rows are near-duplicates of a training row": "# / # 留出行与训练行近似重复",
+    "# of # held-out rows are near-duplicates of an earlier held-out row": "# / # 留出行与较早的留出行近似重复",
+    "# of # benchmark questions are in the training data": "# / # 道评测题目出现在训练数据中",
   };
   const KINDS = "[translate], .text, .between, .reason, bdi, dd, td, pre, code, script, style";
   if (!/^zh\b/i.test(navigator.language)) return Object.assign((text) => text, { translate() {} });

@@ -81,7 +81,7 @@ def test_what_a_browser_understands(tmp_path):
 
 @pytest.mark.browser
 def test_rows_are_filtered_and_labels_are_in_the_language_of_the_reader(tmp_path):
-    (tmp_path / "page.html").write_text(html_pages.render_preview(a_page()), encoding="utf-8")
+    (tmp_path / "page.html").write_text(html_pages.render_preview(a_page(statistics=STATISTICS)), encoding="utf-8")
     with open_page(width=390, offline=True, locale="zh-CN") as page:
         page.goto((tmp_path / "page.html").as_uri())
         for label, rows in (
@@ -94,6 +94,9 @@ def test_rows_are_filtered_and_labels_are_in_the_language_of_the_reader(tmp_path
             assert page.locator("tr.row:visible").count() == (label != "截断")
         assert page.locator(".text").first.inner_text() == "Who are you? <|im_end|>"
         assert page.locator(".reason").last.inner_text().startswith("the context before")
+        assert {"统计", "按角色的 token", "1 / 7 行占有 60.0% 的计入损失的 token"} <= set(
+            page.locator("h2, h3, p").all_inner_texts()
+        )
 
 
 @pytest.mark.browser
