@@ -40,10 +40,9 @@ class WeightNames:
     """Maps the names of one model without an adapter; the values of its weights are not used."""
 
     def __init__(self, model: Any) -> None:
-        rules = get_model_conversion_mapping(model) or []
-        self.model = model
-        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self.model, self.rules = model, get_model_conversion_mapping(model) or []
+        self.renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
+        self.converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
         self.state = model.state_dict()
         model.get_parameter = self.state.__getitem__  # rules compare shapes, also once an adapter wraps its layers
         self.in_files: dict[str, torch.Tensor] = {}  # weights that are one tensor of the files, empty, as these have it
@@ -65,6 +64,8 @@ class WeightNames:
             groups.append(replace(group, weights=tuple(self.weights_of(group, empty.__getitem__))))
             if len(files) == 1:
                 self.in_files[first] = empty[files[0][0]]
+        # As transformers does when it loads: a rule that these files do not need is not reverted.
+        self.model._weight_conversions = [rule for rule in self.rules if rule.was_used()]
         return groups
 
     def weights_of(self, group: StoredWeight, get: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
