@@ -129,8 +129,11 @@ def _is_typed() -> bool:
 def _read(options: ChatOptions) -> RunResult:
     """Return what the folder holds; a model without run.json uses its own chat template."""
     folder = Path(options.output).expanduser()
-    of_a_run = step_of(folder.absolute()) is not None and (folder.absolute().parent / RUN_FILE).is_file()
-    if of_a_run or options.verify_key or (folder / RUN_FILE).is_file() or not holds_model(folder):
+    output_dir = folder.absolute().parent if step_of(folder.absolute()) is not None else folder
+    has_run = (folder / RUN_FILE).is_file() or (output_dir / RUN_FILE).is_file()
+    if folder.is_dir() and not has_run and not holds_model(folder):
+        raise ConfigError(f"{folder}: holds no {RUN_FILE} and no model: give the output_dir of a run, or a chat model")
+    if has_run or options.verify_key or not folder.is_dir():
         return read_result(folder, trust_remote_code=options.trust_remote_code, verify_key=options.verify_key)
     if options.base or options.compare or options.base_model:
         raise ConfigError(f"{folder}: has no {RUN_FILE}: which base it was trained from is not known: leave --base out")

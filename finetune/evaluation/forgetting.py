@@ -135,7 +135,7 @@ def evaluate_forgetting(loaded: LoadedModel) -> dict[str, Any]:
     groups = compare_answers(pairs)
     return {
         "verdict": [*verdict(groups), *repeated_answers(pairs)],
-        "fell": -100 * groups[0]["difference"],
+        "fell": 100 * (groups[0]["lost"] - groups[0]["won"]) / len(pairs),  # not -0.0
         "groups": groups,
         "notes": [*lost_answers(pairs), f"{len(questions)} questions, {time.monotonic() - began:.0f} seconds"],
         "answers": [

@@ -42,6 +42,7 @@ def result(tmp_path, monkeypatch):
             "full: a recipe ends with .yaml: name the file, such as full/qwen3_",
         ),
         ("recipes qwen3_8b_lora none/", "such as none/qwen3_8b_lora.yaml"),
+        ("chat full", "full: holds no run.json and no model: give the output_dir of a run, or a chat model"),
         ("chat result --tools none.json", "--tools none.json: there is no such file"),
         ("quickstart --output_dir rows.jsonl", "--output_dir rows.jsonl: is a file: name a folder"),
         ("preview array.json", "--config array.json: expected a mapping of flags to values: a file of conversations"),
