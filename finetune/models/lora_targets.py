@@ -65,15 +65,15 @@ def resolve_targets(base: Any, wanted: str | Sequence[str]) -> LoraTargets:
     """
     kinds = module_kinds(base)
     modules, parameters = _candidates(base, kinds)
-    unfit = _unfit(base, kinds, modules)
+    unfit = _unfit(base, kinds, modules, parameters)
     if wanted == ALL_LINEAR:
         chosen = LoraTargets(
             tuple(name for name in modules if kinds.of(name) not in NOT_IN_ALL_LINEAR and name not in unfit),
-            tuple(parameters),
+            tuple(name for name in parameters if name not in unfit),
         )
     else:
         chosen = _by_name(wanted, modules, parameters, kinds, base)
-        if refused := [name for name in chosen.modules if name in unfit]:
+        if refused := [name for name in (*chosen.modules, *chosen.parameters) if name in unfit]:
             raise ConfigError(
                 f"LoRA cannot be attached to {format_names(_last_parts(refused))} of {type(base).__name__}: "
                 f"{unfit[refused[0]]}: its {_known(base, kinds)}"
@@ -150,7 +150,7 @@ def linear_names(base: Any) -> str:
 
 def _known(base: Any, kinds: ModuleKinds) -> str:
     modules, parameters = _candidates(base, kinds)
-    unfit = _unfit(base, kinds, modules)
+    unfit = _unfit(base, kinds, modules, parameters)
     by_kind: dict[str, set[str]] = {kind: set() for kind in KINDS}
     for name in (*modules, *parameters):
         if name not in unfit:
@@ -248,20 +248,22 @@ def _renamed_by_peft(base: Any, modules: Sequence[str]) -> set[str]:
     return renamed
 
 
-def _unfit(base: Any, kinds: ModuleKinds, modules: Sequence[str]) -> dict[str, str]:
-    """Return the linear layers that LoRA cannot be attached to, each with the reason.
+def _unfit(base: Any, kinds: ModuleKinds, modules: Sequence[str], parameters: Sequence[str]) -> dict[str, str]:
+    """Return the linear layers, and parameters of experts, that LoRA cannot be attached to, each with the reason.
 
     peft renames tensors of an adapter by the rules that transformers has for the files of the base. In those of
-    Inkling 2 the weight of `k_sconv.weight_proj` is called so itself: peft would not find its LoRA again.
+    Inkling 2 the weight of `k_sconv.weight_proj` is called so itself, in those of Mistral Large 4 `mlp.experts` is
+    `experts`: peft would not find its LoRA again.
     """
     import torch
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
-    names = {f"base_model.model.{name}.lora_A.weight": name for name in modules}
-    saved = {name: torch.empty(1, 1) for name in names}
+    places = {name: name for name in modules} | {name: name.rpartition(".")[0] for name in parameters}
+    keys = {name: f"base_model.model.{place}.lora_A.weight" for name, place in places.items()}
+    saved = {key: torch.empty(1, 1) for key in keys.values()}
     loaded = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), saved)
-    renamed = [name for key, name in names.items() if key not in loaded]
+    renamed = [name for name, key in keys.items() if key not in loaded]
     return {
         **dict.fromkeys(renamed, "peft renames the adapter when it loads it"),
         **dict.fromkeys(kinds.read_past(base), "the code reads the weight past an adapter"),

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.models.adapters import attach_peft, check_attachable
+from finetune.models.auto_class import empty_model
 from finetune.models.loader import ModelInfo
 from finetune.models.lora_targets import ALL_LINEAR, resolve_targets
 from finetune.models.module_kinds import (
@@ -162,6 +163,15 @@ def test_a_layer_whose_adapter_peft_renames_when_it_loads_it_has_none():
     assert chosen and not [name for name in chosen if name.endswith("weight_proj")]
     with pytest.raises(ConfigError, match="weight_proj of Inkling2ForCausalLM: peft renames"):
         resolve_targets(base, ["weight_proj"])
+
+
+def test_experts_whose_adapter_peft_renames_when_it_loads_it_have_none():
+    base = empty_model(CONFIG_MAPPING["mistral_large4"](text_config={"num_hidden_layers": 2}))
+    assert [name for name, _ in base.named_parameters() if name.endswith("experts.gate_up_proj")]
+    chosen = resolve_targets(base, ALL_LINEAR)
+    assert chosen.modules and not chosen.parameters
+    with pytest.raises(ConfigError, match="gate_up_proj of .*: peft renames"):
+        resolve_targets(base, ["gate_up_proj"])
 
 
 def test_experts_whose_weights_the_code_reads_past_a_wrapper_stay_frozen():
