@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     if options.name is None:
         for name, path in shipped_recipes().items():
             print_wrapped(f"{name:<24} {read_text(path).splitlines()[0].removeprefix('# ')}", sys.stdout)
-        print("\nTrain: finetune train NAME --data_path my.jsonl --output_dir output. Copy one: finetune recipes NAME")
+        print("\nTrain: finetune train NAME --data_path my.jsonl --output_dir output\nCopy one: finetune recipes NAME")
         return
     text = read_text(find_recipe(options.name.removesuffix(".yaml")))
     file_name = f"{options.name.removesuffix('.yaml')}.yaml"
