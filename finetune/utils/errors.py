@@ -249,7 +249,7 @@ def _paths_and_packages() -> Iterator[None]:
                 "the working directory is gone, it was moved or deleted: change to another one"
             ) from error
         if error.filename is None and error.errno in DISK_CODES:
-            raise StorageError(f"the output cannot be written: {error.strerror}: make room where it goes") from error
+            raise StorageError(f"the output cannot be written: {error.strerror}: free some space there") from error
         if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
         reason = denied(error.filename) if isinstance(error, PermissionError) else f"{error.strerror}: shorten it"
