@@ -90,18 +90,25 @@ class WeightNames:
         It reads the experts of Qwen3-VL-MoE in two layouts, and transposes those whose shape is not the one that the
         model names. When it saves, that is the shape in the files; else it would write the layout of the memory.
         """
-        get_parameter = model.get_parameter
+        get_parameter, conversions = model.get_parameter, getattr(model, "_weight_conversions", None)
         model.get_parameter = lambda name: self.in_files[name] if name in self.in_files else get_parameter(name)
+        model._weight_conversions = getattr(self.model, "_weight_conversions", None)
         try:
             yield
         finally:
-            model.get_parameter = get_parameter
+            model.get_parameter, model._weight_conversions = get_parameter, conversions
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         prefix = self.model.base_model_prefix
+        used = [rule.was_used() for rule in self.rules]
         renamed, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.state)
         if renamed not in self.state and name in self.state:
-            return name, None
+            renamed, pattern = name, None
+        if (
+            renamed == name and pattern is None
+        ):  # a rule that matched it and left it as it is does not tell how the files name others
+            for rule, was_used in zip(self.rules, used, strict=True):
+                rule._was_used = was_used
         return renamed, pattern
 
 

@@ -137,6 +137,21 @@ def test_a_result_that_lacks_a_tensor_of_the_base_is_an_error(tmp_path):
         kept.report(tmp_path / "out", set())
 
 
+def test_a_base_that_was_saved_with_the_names_of_the_memory_keeps_them(tmp_path):
+    """As `save_original_format=False` writes it: a rule of transformers would rename what already has its name."""
+    fields = {**tiny_models.SIZES, **tiny_models.GROUPED, **tiny_models.ROUTED}
+    config = transformers.LagunaConfig(**fields, head_dim=8, shared_expert_intermediate_size=16)
+    transformers.LagunaForCausalLM(config).save_pretrained(tmp_path / "base", save_original_format=False)
+    info, model = loaded(tmp_path / "base")
+    kept = BaseTensors(tmp_path / "base", info.empty, model)
+
+    kept.save(model, tmp_path / "out")
+
+    assert "model.layers.1.mlp.shared_experts.up_proj.weight" in kept.stored
+    assert tensors_of(tmp_path / "out").keys() == set(kept.stored)
+    assert kept.report(tmp_path / "out", set())["identical"] == len(kept.stored)
+
+
 def test_a_checkpoint_of_the_text_alone_is_loaded_as_it_is():
     config = transformers.Qwen3_5Config(architectures=["Qwen3_5ForCausalLM"])
     assert auto_class(config) is transformers.AutoModelForCausalLM
