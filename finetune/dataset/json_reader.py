@@ -19,13 +19,8 @@ MOST_CHARACTERS = 64 << 20
 NEAR_THE_END = 24
 EXPECTED = "expected a JSON array of conversations, or one JSON object a line"
 _BLANK_BYTES = SPACE.encode()
-_LISTED_TURN = re.compile(rb"""(\xef\xbb\xbf)?\s*\[\s*\{\s*"(role|from)"\s*:""")  # a row is a list of turns
+_LISTED_TURN = re.compile(rb'\[\s*\{\s*"(role|from)"\s*:')  # a row is a list of turns
 _SPACES = re.compile(f"[{SPACE}]*")
-
-
-def _skip_spaces(text: str, start: int = 0) -> int:
-    match = _SPACES.match(text, start)
-    return match.end() if match else start
 
 
 class RawRow(NamedTuple):
@@ -40,6 +35,18 @@ class RawRow(NamedTuple):
     is_read: bool = True
 
 
+class TooLongError(Exception):
+    """A value that is too long, or nested too deeply, to be a row."""
+
+
+class _SyntaxFault(Exception):
+    """What comes next is no JSON, or no UTF-8; the message is complete. `is_cut`: nothing stands behind that place."""
+
+    def __init__(self, message: str, *, is_cut: bool = False) -> None:
+        super().__init__(message)
+        self.is_cut = is_cut
+
+
 def iter_json_rows(file: DataFile) -> Iterator[RawRow]:
     """All rows in order; an error in a row becomes its fault.
 
@@ -48,25 +55,18 @@ def iter_json_rows(file: DataFile) -> Iterator[RawRow]:
     """
     chunks = file.chunks()
     head = next(chunks, b"")
-    while not head.removeprefix(codecs.BOM_UTF8).strip(_BLANK_BYTES) and (more := next(chunks, b"")):
+    while not (body := head.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK_BYTES)) and (more := next(chunks, b"")):
         head += more
-    encoding = wide_encoding(head)
-    if encoding is not None:
+    if (encoding := wide_encoding(head)) is not None:
         raise UnreadableFileError(f"{file.name}: {file.conversion(encoding)}")
-    begin = head.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK_BYTES)[:1]
-    whole = chain([head], chunks)
-    if not begin:
+    if not body:
         raise UnreadableFileError(f"{file.name}: the file is empty: expected a JSON array of conversations")
-    if begin == b"[" and b"\n[" in head and _LISTED_TURN.match(head) and _first_line_error(head) is None:
-        yield from _line_rows(whole, file)
-    elif begin == b"[":
+    begin, whole, error = body[:1], chain([head], chunks), _first_line_error(head)
+    if begin == b"[" and not (b"\n[" in head and _LISTED_TURN.match(body) and error is None):
         yield from _array_rows(_Window(whole, file))
-    elif begin == b"{":
-        error = _first_line_error(head)
-        is_cut = error is not None and is_blank(error.doc[error.pos :])
-        rows = _object_or_line_rows if is_cut else _line_rows
-        yield from rows(whole, file)
-    elif b"\n{" in head or (error := _first_line_error(head)) is None:
+    elif begin == b"{" and error is not None and is_blank(error.doc[error.pos :]):
+        yield from _object_or_line_rows(whole, file)
+    elif begin in (b"[", b"{") or b"\n{" in head or error is None:
         yield from _line_rows(whole, file)
     else:
         place = f"{file.name}, line {error.lineno}, column {error.colno}"
@@ -81,14 +81,18 @@ def _first_line_error(head: bytes) -> json.JSONDecodeError | None:
     end = text.find("\n", begin)
     if end < 0 and len(head) >= CHUNK_BYTES:
         return None
-    text = text if end < 0 else text[:end]
     try:
-        only_value(Decoder(), text, begin)
+        only_value(Decoder(), text if end < 0 else text[:end], begin)
     except json.JSONDecodeError as error:
         return error
     except RecursionError:
         return None  # nested too deeply: a fault of its own, reported where rows are read
     return None
+
+
+def _skip_spaces(text: str, start: int = 0) -> int:
+    match = _SPACES.match(text, start)
+    return match.end() if match else start
 
 
 class _Window:
@@ -99,31 +103,40 @@ class _Window:
         self.text, self.at = "", 0
         self._fault: str | None = None
         self._chunks = iter(chunks)
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._utf_8, self._json = codecs.getincrementaldecoder("utf-8-sig")(), Decoder()
         self._lines_before = self._columns_before = self._bytes_before = 0
 
     def peek(self) -> str:
         """Skip white space; the next character, or the empty string at the end."""
         while True:
             self.at = _skip_spaces(self.text, self.at)
-            if self.at < len(self.text) or not self.more():
+            if self.at < len(self.text) or not self._more():
                 return self.text[self.at : self.at + 1]
 
-    def more(self) -> bool:
-        """Drop what has been read, and at least double the rest; False at the end."""
-        consumed, rest = self.text[: self.at], self.text[self.at :]
-        line, column = line_and_column(consumed, len(consumed))
-        self._columns_before = column - 1 + (self._columns_before if line == 1 else 0)
-        self._lines_before += line - 1
-        parts, length = [rest], 0
-        while not length or length < len(rest):
-            part = self._decode_chunk()
-            if part is None:
-                break
-            parts.append(part)
-            length += len(part)
-        self.text, self.at = "".join(parts), 0
-        return length > 0
+    def row(self, row: int) -> RawRow:
+        """Decode the value at `at`, and move past it; raises `TooLongError` or `_SyntaxFault`."""
+        while True:
+            begin = self.at
+            try:
+                value, end = self._json.value(self.text, begin)
+            except RecursionError:
+                raise TooLongError("nested too deeply") from None
+            except json.JSONDecodeError as error:
+                is_cut = error.pos >= len(self.text) - NEAR_THE_END or error.msg.startswith("Unterminated string")
+                if is_cut and len(self.text) - begin > MOST_CHARACTERS:
+                    raise TooLongError(f"longer than {MOST_CHARACTERS >> 20} Mi characters") from None
+                if is_cut and self._more():
+                    continue
+                if is_cut and (unread := self.fault()) is not None:
+                    raise _SyntaxFault(unread) from None
+                error.pos -= begin - self.at
+                fault = f"{self.place(error.pos)}: not JSON: {explain_error(error, self.text)}"
+                raise _SyntaxFault(fault, is_cut=is_blank(self.text[error.pos :])) from None
+            # A number at the very end of the window may continue after it.
+            if end == len(self.text) and isinstance(value, int | float) and self._more():
+                continue
+            self.at = end
+            return _row(self.file, row, value, self._json)
 
     def fault(self) -> str | None:
         """Why the text stops before the end of the file; None if it does not."""
@@ -134,54 +147,60 @@ class _Window:
         column += self._columns_before if line == 1 else 0
         return f"{self.file.name}, line {self._lines_before + line}, column {column}"
 
+    def _more(self) -> bool:
+        """Drop what has been read, and at least double the rest; False at the end."""
+        consumed, rest = self.text[: self.at], self.text[self.at :]
+        line, column = line_and_column(consumed, len(consumed))
+        self._columns_before = column - 1 + (self._columns_before if line == 1 else 0)
+        self._lines_before += line - 1
+        parts, length = [rest], 0
+        while (not length or length < len(rest)) and (part := self._decode_chunk()) is not None:
+            parts.append(part)
+            length += len(part)
+        self.text, self.at = "".join(parts), 0
+        return length > 0
+
     def _decode_chunk(self) -> str | None:
+        """The text of the next chunk; None at the end of the file, or of what is UTF-8 in it."""
         if self._fault is not None:
             return None
         chunk = next(self._chunks, None)
-        try:
-            part = self._decoder.decode(chunk or b"", final=chunk is None)
-        except UnicodeDecodeError as error:
-            return self._text_before(error, len(chunk or b""))
         self._bytes_before += len(chunk or b"")
-        return part if chunk is not None else None
-
-    def _text_before(self, error: UnicodeDecodeError, chunk_bytes: int) -> str:
-        begin = self._bytes_before - (len(error.object) - chunk_bytes)
-        if is_gb18030(error.object[error.start : error.start + 4096]):
-            self._fault = self.file.conversion("GB18030")
-        else:
+        try:
+            part = self._utf_8.decode(chunk or b"", final=chunk is None)
+        except UnicodeDecodeError as error:
+            begin = self._bytes_before - len(error.object)  # which may begin in the chunk before
             self._fault = _not_utf_8(begin + error.start)
-        return error.object[: error.start].decode("utf-8-sig" if begin == 0 else "utf-8")
+            if is_gb18030(error.object[error.start : error.start + 4096]):
+                self._fault = self.file.conversion("GB18030")
+            return error.object[: error.start].decode("utf-8-sig" if begin == 0 else "utf-8")
+        return part if chunk is not None else None
 
 
 def _not_utf_8(byte: int) -> str:
     return f"not UTF-8 at byte {byte}: convert it, for example with iconv"
 
 
+def _row(file: DataFile, row: int, value: Any, decoder: Decoder) -> RawRow:
+    return RawRow(row, value, mark_faults(value, f"{file.name}, row {row}") if decoder.markers else [])
+
+
 def _array_rows(window: _Window) -> Iterator[RawRow]:
     window.peek()
     window.at += 1
-    decoder, row, closing = Decoder(), 0, window.peek() == "]"
-    while not closing:
+    row, delimiter = 0, window.peek()
+    while delimiter != "]":
         try:
-            value = _next_value(window, decoder)
-        except json.JSONDecodeError as error:
-            fault = f"{window.place(error.pos)}: not JSON: {explain_error(error, window.text)}"
-            raise UnreadableFileError(f"{fault}; row {row} and what follows cannot be read") from None
-        except _NotText as error:
-            raise UnreadableFileError(f"{error}; row {row} and what follows cannot be read") from None
-        except (RecursionError, TooLongError) as error:
-            why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            fault = f"{window.place(window.at)}: row {row} is {why}"
+            yield window.row(row)
+        except TooLongError as error:
+            fault = f"{window.place(window.at)}: row {row} is {error}"
             raise UnreadableFileError(f"{fault}; it and what follows cannot be read") from None
-        yield RawRow(row, value, mark_faults(value, f"{window.file.name}, row {row}") if decoder.markers else [])
-        row += 1
+        except _SyntaxFault as error:
+            raise UnreadableFileError(f"{error}; row {row} and what follows cannot be read") from None
         delimiter = window.peek()
-        closing = delimiter == "]"
-        if not closing:
-            between = _fault_between(window, delimiter)
-            if between is not None:
-                raise UnreadableFileError(f"{between}; what follows row {row - 1} cannot be read")
+        if delimiter != "]" and (between := _fault_between(window, delimiter)) is not None:
+            raise UnreadableFileError(f"{between}; what follows row {row} cannot be read")
+        row += 1
     window.at += 1
     if window.peek():
         extra = f"{window.place(window.at)}: not JSON: content after the closing bracket of the array"
@@ -203,39 +222,6 @@ def _fault_between(window: _Window, delimiter: str) -> str | None:
     return None
 
 
-class TooLongError(Exception):
-    """A value that is too long to be a row."""
-
-
-class _NotText(Exception):
-    """The bytes that come next are not UTF-8; the message is complete."""
-
-
-def _next_value(window: _Window, decoder: Decoder) -> Any:
-    """Decode the value at `window.at`, and move past it."""
-    while True:
-        try:
-            value, end = decoder.value(window.text, window.at)
-        except json.JSONDecodeError as error:
-            is_cut = error.pos >= len(window.text) - NEAR_THE_END or error.msg.startswith("Unterminated string")
-            if not is_cut:
-                raise
-            if len(window.text) - window.at > MOST_CHARACTERS:
-                raise TooLongError(f"longer than {MOST_CHARACTERS >> 20} Mi characters") from None
-            before = window.at
-            if window.more():
-                continue
-            if (fault := window.fault()) is not None:
-                raise _NotText(fault) from None
-            error.pos -= before
-            raise
-        # A number at the very end of the window may continue after it.
-        if end == len(window.text) and isinstance(value, int | float) and window.more():
-            continue
-        window.at = end
-        return value
-
-
 def _object_or_line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[RawRow]:
     """One object over several lines, else JSON lines of which the first is broken."""
     read: list[bytes] = []
@@ -248,26 +234,20 @@ def _object_or_line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[Ra
 
     window = _Window(recorded(), file)
     window.peek()
-    decoder = Decoder()
     try:
-        value = _next_value(window, decoder)
+        yield window.row(0)
     except TooLongError as error:
         found = f"one object {error}, beginning with {window.text[:40]!r}"
         raise UnreadableFileError(f"{file.name}: {found}: {EXPECTED}: write the list in it alone") from None
-    except RecursionError:
-        fault = f"{file.name}: one object over several lines, nested too deeply: {EXPECTED}"
-        raise UnreadableFileError(fault) from None
-    except (_NotText, json.JSONDecodeError) as error:
-        if isinstance(error, json.JSONDecodeError) and is_blank(window.text[error.pos :]):
-            fault = f"{window.place(error.pos)}: not JSON: {explain_error(error, window.text)}"
-            raise UnreadableFileError(fault) from None
+    except _SyntaxFault as error:
+        if error.is_cut:
+            raise UnreadableFileError(str(error)) from None
         yield from _line_rows(chain(read, chunks), file)
-    else:
-        yield RawRow(0, value, mark_faults(value, f"{file.name}, row 0") if decoder.markers else [])
-        if window.peek():
-            raise UnreadableFileError(f"{window.place(window.at)}: content after the object: {EXPECTED}")
-        if (unread := window.fault()) is not None:
-            raise UnreadableFileError(unread)
+        return
+    if window.peek():
+        raise UnreadableFileError(f"{window.place(window.at)}: content after the object: {EXPECTED}")
+    if (unread := window.fault()) is not None:
+        raise UnreadableFileError(unread)
 
 
 def byte_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -300,15 +280,16 @@ def _line_rows(chunks: Iterable[bytes], file: DataFile) -> Iterator[RawRow]:
             except UnicodeDecodeError as error:
                 if not is_utf_8 and is_gb18030(line[error.start : error.start + 4096]):
                     raise UnreadableFileError(f"{name}: {file.conversion('GB18030')}") from None
-                byte = offset - 1 - len(line) + error.start
-                yield RawRow(row, None, [f"{name}, row {row}, line {number}: {_not_utf_8(byte)}"], is_read=False)
+                fault = f": {_not_utf_8(offset - 1 - len(line) + error.start)}"
             except json.JSONDecodeError as error:
-                place = f"{name}, row {row}, line {number}, column {error.pos + 1}"
-                yield RawRow(row, None, [f"{place}: not JSON: {explain_error(error, text)}"], is_read=False)
+                fault = f", column {error.pos + 1}: not JSON: {explain_error(error, text)}"
             except RecursionError:
-                yield RawRow(row, None, [f"{name}, row {row}, line {number}: nested too deeply"], is_read=False)
+                fault = ": nested too deeply"
             else:
-                yield RawRow(row, value, mark_faults(value, f"{name}, row {row}") if decoder.markers else [])
+                fault = ""
+                yield _row(file, row, value, decoder)
+            if fault:
+                yield RawRow(row, None, [f"{name}, row {row}, line {number}{fault}"], is_read=False)
             row += 1
     except TooLongError as error:
         fault = f"{name}, line {number + 1}: {error}: {EXPECTED}"
