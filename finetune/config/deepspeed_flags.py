@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.config.deepspeed_schema import is_tested_with_zero, optimizer_options, section_of, unknown_key
+from finetune.config.deepspeed_optimizers import TESTED_WITH_ZERO, optimizer_options
+from finetune.config.deepspeed_schema import section_of, unknown_key
 from finetune.config.hardware import Precision
 
 AUTO = "auto"
@@ -118,7 +119,7 @@ def resolve_schedule(
     }
     for key, value in params.items():
         if key not in decided:
-            faults.append(f"{unknown_key(('scheduler', 'params', key), set(decided))}")
+            faults.append(unknown_key(("scheduler", "params", key), decided))
         elif value != AUTO and _as_number(value) != _as_number(decided[key][0]):
             faults.append(
                 f"scheduler.params.{key} is {json.dumps(value)}, but {decided[key][1]}: "
@@ -154,7 +155,7 @@ def resolve_optimizer(
     except ValueError as error:
         faults.append(f"{where}: {error}")
         return
-    faults += [f"{unknown_key(('optimizer', 'params', key), options)}" for key in params if key not in options]
+    faults += [unknown_key(("optimizer", "params", key), options) for key in params if key not in options]
     for key, flags in HYPERPARAMETERS.items():
         if key in options:
             params.setdefault(key, AUTO)
@@ -168,7 +169,7 @@ def resolve_optimizer(
     is_plain_adam = name == "adam" and params.get("adam_w_mode") is False
     if optim is not None and (is_plain_adam or optim not in OPTIM.get(name, ())):
         faults.append(f"{where}, but --optim is {optim}: leave one of them out")
-    if stage > 0 and not is_tested_with_zero(name) and config.get("zero_allow_untested_optimizer") is not True:
+    if stage > 0 and name not in TESTED_WITH_ZERO and config.get("zero_allow_untested_optimizer") is not True:
         faults.append(f'{where}: DeepSpeed partitions it only with "zero_allow_untested_optimizer": true')
     if name not in ("adam", "adamw"):
         notes.append(f"the optimizer is DeepSpeed's {kind}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal
@@ -44,15 +44,6 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "DeepSpeed quantizes before weights are there"),
     "zero_optimization.zenflow": ((None,), "it updates parameters with old gradients"),
 }
-# The optimizers that DeepSpeed builds by type: module and class below `deepspeed/ops`, on the GPU and offloaded.
-DEEPSPEED_CLASSES = {
-    "adam": ("adam/fused_adam.FusedAdam", "adam/cpu_adam.DeepSpeedCPUAdam"),
-    "adamw": ("adam/fused_adam.FusedAdam", "adam/cpu_adam.DeepSpeedCPUAdam"),
-    "lion": ("lion/fused_lion.FusedLion", "lion/cpu_lion.DeepSpeedCPULion"),
-    "lamb": ("lamb/fused_lamb.FusedLamb", "lamb/fused_lamb.FusedLamb"),
-    "adagrad": ("", "adagrad/cpu_adagrad.DeepSpeedCPUAdagrad"),
-}
-NEEDS_GPU = ("lion/fused_lion.FusedLion", "lamb/fused_lamb.FusedLamb")
 # Compared with the flags elsewhere.
 DECIDED = {
     "train_micro_batch_size_per_gpu": 1,
@@ -117,9 +108,8 @@ class ReadRecorder(dict):
     def get(self, key: str, default: Any = None) -> Any:
         self._note(key)
         value = super().get(key, default)
-        expected = _type_fault(value, default) if super().__contains__(key) else None
-        if expected:
-            self.root.type_faults[(*self.path, key)] = expected
+        if super().__contains__(key) and (expected := _expected(value, default)):
+            self.root.type_faults[(*self.path, key)] = f"expected {expected}"
         return value
 
     def keys(self) -> Any:
@@ -139,6 +129,14 @@ class ReadRecorder(dict):
                 yield (*self.path, key), self.keys_read
             elif isinstance(value, ReadRecorder):
                 yield from value.unread()
+
+
+def _expected(value: Any, default: Any) -> str | None:
+    """Return what a value that is read with this default should be; None if it is."""
+    for kinds, noun in ((bool, "true or false"), (int | float, "a number"), (dict, "an object")):
+        if isinstance(default, kinds):
+            return None if isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool) else noun
+    return None
 
 
 def without_comments(config: Any) -> Any:
@@ -168,10 +166,10 @@ def schema_faults(config: Mapping[str, Any], *, imports_deepspeed: bool = True) 
         if not any(type(value) is type(other) and value == other for other in allowed):
             faults.append((key, f"{dotted} is {_text(value)}: {why}: leave it out"))
             remove_key(rest, key)
-    for key, text in list(_faults_of_sources(rest)):
-        faults.append((key, text))
+    of_sources = [*_faults_of_sources(rest)]
+    for key, _ in of_sources:
         remove_key(rest, key)
-    return faults + (_faults_of_deepspeed(rest) if imports_deepspeed else [])
+    return [*faults, *of_sources, *(_faults_of_deepspeed(rest) if imports_deepspeed else [])]
 
 
 def section_faults(config: Mapping[str, Any]) -> Iterator[str]:
@@ -189,11 +187,11 @@ def _faults_of_sources(config: Mapping[str, Any], path: Key = ()) -> Iterator[tu
 
     words, fields, constants = _words_of_deepspeed()
     own = _fields_of(path)
-    misplaced = {name for section in MODELS for name in _fields_of(section)} - constants if not path else set()
+    misplaced = set() if path else {name for section in MODELS for name in _fields_of(section)} - constants
     for name, value in config.items():
         key = (*path, name)
         if name not in words or name in misplaced or (own and name not in own):
-            yield key, unknown_key(key, {*own} or fields | constants, lambda: fields)
+            yield key, unknown_key(key, own or fields | constants)
         elif isinstance(value, dict) and key not in FREE_FORM:
             yield from _faults_of_sources(value, key)
         elif value != "auto" and own.get(name) in TYPES:
@@ -208,8 +206,9 @@ def _words_of_deepspeed() -> tuple[set[str], set[str], set[str]]:
     """Return all words of the modules that read a config, and those that are declared as a field, and as a constant."""
     modules = [path for path in source_folder("deepspeed").rglob("*.py") if NAME_OF_READERS.search(path.stem)]
     text = "\n".join(path.read_text(encoding="utf-8") for path in modules)
-    fields, constants = (re.findall(sign, text, re.MULTILINE) for sign in (r"^    (\w+): ", r"= ['\"](\w+)['\"]$"))
-    return set(re.findall(r"\w+", text)), set(fields), set(constants)
+    signs = (r"\w+", r"(?:^    |alias=['\"])(\w+)(?:: |['\"])", r"= ['\"](\w+)['\"]$")
+    words, fields, constants = (set(re.findall(sign, text, re.MULTILINE)) for sign in signs)
+    return words, fields, constants
 
 
 @cache
@@ -222,6 +221,18 @@ def _fields_of(section: Key) -> dict[str, str]:
             names = [ast.unparse(node.target), *(ast.literal_eval(o.value) for o in options if o.arg == "alias")]
             fields |= dict.fromkeys(names, ast.unparse(node.annotation))
     return fields
+
+
+def unknown_key(path: Key, siblings: Collection[str]) -> str:
+    """Say that there is no such key, with the nearest one of its section, or of any."""
+    _, fields, _ = _words_of_deepspeed()
+    for names in (siblings, () if path[:-1] in FREE_FORM else fields):
+        for close in get_close_matches(path[-1], names, n=1, cutoff=0.6):
+            home = next((".".join(section) for section in MODELS if close in _fields_of(section)), None)
+            if close != path[-1] or home:
+                remedy = f"it belongs to {home}" if close == path[-1] else f'did you mean "{close}"?'
+                return f'"{".".join(path)}" is not a DeepSpeed key: {remedy}'
+    return f'"{".".join(path)}" is not a DeepSpeed key: leave it out'
 
 
 def _faults_of_deepspeed(config: dict[str, Any]) -> list[tuple[Key, str]]:
@@ -237,7 +248,7 @@ def _faults_of_deepspeed(config: dict[str, Any]) -> list[tuple[Key, str]]:
             return faults
         recorder, error = _build(config)
     faults += [(key, f"{_shown(config, key)}: {text}") for key, text in recorder.type_faults.items()]
-    faults += [(key, unknown_key(key, names, _model_names)) for key, names in recorder.unread()]
+    faults += [(key, unknown_key(key, names)) for key, names in recorder.unread()]
     for name in config.get("zero_optimization", {}):
         field = DeepSpeedZeroConfig.model_fields.get(name)
         extra = field.json_schema_extra if field else None
@@ -280,87 +291,8 @@ def _model_fault(config: dict[str, Any], section: Key, detail: Mapping[str, Any]
     if section_of(config, key) is None:  # a model of several sections
         key = inner
     if detail["type"] == "extra_forbidden":
-        return key, unknown_key(key, set(), _model_names)
+        return key, unknown_key(key, ())
     return key, f"{'.'.join(key)} is {_text(detail['input'])}: {detail['msg']}"
-
-
-def unknown_key(path: Key, siblings: set[str], others: Callable[[], set[str]] = set) -> str:
-    """Say that there is no such key, with the nearest one of its section, or of the others."""
-    for names in (lambda: siblings, others):
-        for close in get_close_matches(path[-1], names(), n=1, cutoff=0.6):
-            home = next((".".join(section) for section in MODELS if close in _fields_of(section)), "another section")
-            remedy = f"it belongs to {home}" if close == path[-1] else f'did you mean "{close}"?'
-            return f'"{".".join(path)}" is not a DeepSpeed key: {remedy}'
-    return f'"{".".join(path)}" is not a DeepSpeed key: leave it out'
-
-
-def _model_names() -> set[str]:
-    """The keys of all sections that DeepSpeed declares as pydantic models."""
-    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-
-    names: set[str] = set()
-    models = [*DeepSpeedConfigModel.__subclasses__()]
-    for model in models:
-        models += model.__subclasses__()
-        for name, declared in model.model_fields.items():
-            names.add(declared.alias or name)
-    return names
-
-
-def optimizer_options(kind: Any, params: Mapping[str, Any], *, offloads: bool, use_cpu: bool) -> set[str]:
-    """Return the names that `optimizer.params` may hold, as the sources of DeepSpeed and torch declare them.
-
-    Raises:
-        ValueError: DeepSpeed cannot build this optimizer here.
-    """
-    if not isinstance(kind, str):
-        raise ValueError("expected a name, such as AdamW")
-    name = kind.lower()
-    if name == "muon":
-        return {"lr", "muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps", "weight_decay", "adam_w_mode"}
-    is_adam = name in ("adam", "adamw")
-    path = DEEPSPEED_CLASSES.get(name, ("", ""))[offloads]
-    if is_adam and params.get("torch_adam"):
-        path, kind = "", "AdamW"
-    if use_cpu and path in NEEDS_GPU:
-        raise ValueError("its kernels need a GPU")
-    library, folder = ("deepspeed", "ops") if path else ("torch", "optim")
-    module, _, cls_name = (path or _torch_optimizer("Adagrad" if name == "adagrad" else kind)).partition(".")
-    cls = declaration(library, f"{folder}/{module}.py", cls_name)
-    [init] = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
-    options = {argument.arg for argument in [*init.args.args[2:], *init.args.kwonlyargs]}
-    return options | ({"adam_w_mode", "torch_adam", "fp32_optimizer_states"} if is_adam else set())
-
-
-def _torch_optimizer(kind: str) -> str:
-    """Return the module and class of an optimizer below `torch/optim`, or raise ValueError with the nearest name."""
-    text = source_folder("torch").joinpath("optim/__init__.py").read_text(encoding="utf-8")
-    modules = {
-        cls_name: module for module, cls_name in re.findall(r"^from torch\.optim\.(\w+) import ([A-Z]\w+)", text, re.M)
-    }
-    del modules["Optimizer"]
-    if kind in modules:
-        return f"{modules[kind]}.{kind}"
-    known = {name.lower(): name for name in ("AdamW", "Adam", "Lion", "Lamb", "Muon", *modules)}
-    close = get_close_matches(kind.lower(), known, n=1, cutoff=0.7)
-    remedy = f'did you mean "{known[close[0]]}"?' if close else f"expected one of {', '.join(known.values())}"
-    raise ValueError(f"neither DeepSpeed nor torch.optim can build it: {remedy}")
-
-
-def is_tested_with_zero(kind: str) -> bool:
-    """Whether DeepSpeed partitions this optimizer without `zero_allow_untested_optimizer`."""
-    return kind.lower() in ("adam", "adamw", "adagrad", "lion", "muon")
-
-
-def _type_fault(value: Any, default: Any) -> str | None:
-    if isinstance(default, bool):
-        return None if isinstance(value, bool) else "expected true or false"
-    if isinstance(default, int | float):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return None if is_number else "expected a number"
-    if isinstance(default, dict):
-        return None if isinstance(value, dict) else "expected an object"
-    return None
 
 
 def section_of(config: Any, key: Key) -> dict[str, Any] | None:

@@ -13,13 +13,8 @@ from transformers import get_scheduler
 from finetune.config import deepspeed_schema
 from finetune.config.deepspeed_config import DeepSpeedFlags, load_config, resolve_deepspeed_config
 from finetune.config.deepspeed_flags import SCHEDULES
-from finetune.config.deepspeed_schema import (
-    DEEPSPEED_CLASSES,
-    UNSERVED,
-    optimizer_options,
-    schema_faults,
-    without_comments,
-)
+from finetune.config.deepspeed_optimizers import DEEPSPEED_CLASSES, optimizer_options
+from finetune.config.deepspeed_schema import UNSERVED, schema_faults, without_comments
 from finetune.utils.errors import ConfigError
 from tests.helpers.paths import ROOT
 
