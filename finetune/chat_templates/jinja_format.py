@@ -18,7 +18,7 @@ from finetune.chat_templates.example import (
 from finetune.chat_templates.messages import normalized, without_reasoning
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE, shape_of, with_date
-from finetune.chat_templates.token_positions import Extent, TokenPositions, TokenSpan
+from finetune.chat_templates.token_positions import Extent, JoinedPromptError, TokenPositions, TokenSpan
 from finetune.conversation import Conversation, trained_on
 
 if TYPE_CHECKING:
@@ -145,7 +145,10 @@ class JinjaFormat:
             (whole,) = self.plain.encode_chats([rendered.text])
         extents = rendered.extents(masks_reasoning=self.masks_reasoning)
         controls = rendered.control_tokens(self.plain)
-        ids, joined, spans = self.positions.by_segments(rendered.text, whole, controls, extents)
+        try:
+            ids, joined, spans = self.positions.by_segments(rendered.text, whole, controls, extents)
+        except JoinedPromptError as error:
+            raise JoinedPromptError([turn + rendered.skeleton.system_in_front for turn in error.turns]) from None
         found, own = ([number for number in of if number in self.plain.control_ids] for of in (whole, joined))
         # What contents spell is a control token in the whole alone.
         if whole != joined if found == own else any(found.count(number) < own.count(number) for number in {*own}):

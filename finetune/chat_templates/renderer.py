@@ -125,13 +125,12 @@ class Renderer:
         return self.format.split_history(conversation)
 
     def _with_own_prompts(self, part: Conversation, tokenized: _Tokenized) -> list[tuple[Conversation, _Tokenized]]:
-        """A conversation for each answer if the tokenizer would join one that others follow with its prompt."""
+        """A conversation for each answer that the tokenizer would join with its prompt, and one for all others."""
         if not isinstance(tokenized, JoinedPromptError):
             return [(part, tokenized)]
-        parts = [
-            replace(part, turns=trained_on(part.turns[: number + 1], {number}))
-            for number in supervised_turns(part.turns)
-        ]
+        turns, others = part.turns, {*supervised_turns(part.turns)} - {*tokenized.turns}
+        parts = [replace(part, turns=trained_on(turns[: number + 1], {number})) for number in sorted(tokenized.turns)]
+        parts += [replace(part, turns=trained_on(turns, others))] if others else []
         return list(zip(parts, self.format.tokenize_all(parts), strict=True))
 
     def _text_outcome(self, turn: Turn) -> _Outcome:

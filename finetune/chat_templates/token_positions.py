@@ -21,6 +21,7 @@ from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE
 
 MAX_LEAD = 200  # characters of a template's text behind a control token that are compared
+ENCODED_AT_ONCE = 6  # beginnings of a segment; behind more edges, what has been encoded is not encoded again
 NO_PROMPT = -1  # the end of the prompt in front of a turn that is not generated
 JOINED = "the tokenizer joins the end of a prompt with its answer: let the answer not begin with white space"
 
@@ -45,7 +46,11 @@ class TokenSpan(NamedTuple):
 
 
 class JoinedPromptError(UnrenderableError):
-    """The tokenizer joins a prompt with its answer, and other turns follow, for which a server would join them."""
+    """The tokenizer joins the answers `turns` with their prompts, and other turns follow them."""
+
+    def __init__(self, turns: Sequence[int]) -> None:
+        super().__init__(JOINED)
+        self.turns = turns
 
 
 class TokenPositions:
@@ -138,15 +143,15 @@ class TokenPositions:
             The ids, what they were without this separation, and the tokens of each extent.
 
         Raises:
-            JoinedPromptError: an answer that other turns follow is joined with its prompt.
+            JoinedPromptError: answers that other turns follow are joined with their prompts.
             UnrenderableError: the answer alone is encoded to another text.
         """
-        prompt_ends = {extent.prompt_end for extent in extents if extent.is_supervised}
+        prompts = {extent.prompt_end: extent.turn for extent in extents if extent.is_supervised}
         edges = sorted({edge for extent in extents for edge in (extent.begin, extent.stop, extent.prompt_end)})
         begins, stops = [0, *(match.end() for match in controls)], [*(match.start() for match in controls), len(text)]
         names = ["", *(match[0] for match in controls), ""]
         segments = [text[begin:stop] for begin, stop in zip(begins, stops, strict=True)]
-        ids, joined = list[int](), list[int]()
+        ids, joined, joined_turns = list[int](), list[int](), list[int]()
         places: dict[int, int] = {}
         around = zip(names, segments, names[1:], strict=False)
         encoded = self.plain.encode_chats(["".join(parts) for parts in around]) if controls else [ids_of_text]
@@ -162,23 +167,49 @@ class TokenPositions:
             own = self.plain.encode(segment) if inside is None else inside
             joined += own
             places[begin] = len(ids)
-            inner, separated = [edge for edge in edges if begin < edge < stop], begin
-            for edge, head in zip(inner, encode([text[begin:edge] for edge in inner]), strict=True):
-                if separated > begin:
-                    (head,) = encode([text[separated:edge]])
-                if own[: len(head)] != head and edge not in prompt_ends:
-                    # A token may hold the space in front of a word.
-                    (head,) = encode([text[separated:edge].rstrip()])
-                elif own[: len(head)] != head:
-                    if edge != extents[-1].prompt_end:
-                        raise JoinedPromptError(JOINED)
-                    own = self._separated(head, text[edge:stop], own, encode)
-                    ids += head
-                    separated, head = edge, []
-                places[edge] = len(ids) + min(len(head), len(own))
+            inner = edges[bisect_right(edges, begin) : bisect_left(edges, stop)]
+            heads = encode([text[begin:edge] for edge in inner[:ENCODED_AT_ONCE]])
+            first, known = begin, (begin, 0)
+            for index, edge in enumerate(inner):
+                head = heads[index] if index < len(heads) and first == begin else None
+                if edge in prompts:
+                    head = encode([text[first:edge]])[0] if head is None else head
+                    if own[: len(head)] != head and edge == extents[-1].prompt_end:
+                        own = self._separated(head, text[edge:stop], own, encode)
+                        ids += head
+                        first, head = edge, []
+                    elif own[: len(head)] != head:
+                        joined_turns.append(prompts[edge])
+                    known, count = (edge, len(head)), len(head)
+                elif head is not None and own[: len(head)] == head:
+                    known, count = (edge, len(head)), len(head)
+                else:
+                    known, count = self._boundary(text, own, first, known, edge, encode)
+                places[edge] = len(ids) + min(count, len(own))
             ids += own
             places[stop] = len(ids)
+        if joined_turns:
+            raise JoinedPromptError(joined_turns)
         return ids, joined, [TokenSpan(places[extent.begin], places[extent.stop]) for extent in extents]
+
+    def _boundary(
+        self, text: str, ids: list[int], first: int, known: tuple[int, int], edge: int, encode: Encode
+    ) -> tuple[tuple[int, int], int]:
+        """How many of the ids stand in front of an edge, and a boundary: a character with the ids in front of it.
+
+        `ids` are those of the text from `first` on. The text from the `known` boundary on is encoded, in order not to
+        encode all in front of it again for each edge. A token may hold the space in front of a word.
+        """
+        begin, count = known
+        parts = (text[begin:edge], text[begin:edge].rstrip())
+        ways = [encode(parts)] if begin == first else [encode(parts), self._behind_line(parts, encode)]
+        for part, head in ((part, head) for way in ways for part, head in zip(parts, way, strict=False)):
+            if ids[count : count + len(head)] == head:
+                return (begin + len(part), count + len(head)), count + len(head)
+        whole, stripped = encode([text[first:edge], text[first:edge].rstrip()])
+        if ids[: len(whole)] == whole:
+            return (edge, len(whole)), len(whole)
+        return known, len(stripped)
 
     def _inside(self, ids: list[int], before: str, after: str) -> list[int] | None:
         """The ids between those of two control tokens; None if there are others."""
@@ -192,10 +223,15 @@ class TokenPositions:
         return [self.plain.encode(text) if ids is None else ids for text, ids in zip(texts, inside, strict=True)]
 
     def _separated(self, head: list[int], text: str, joined: list[int], encode: Encode) -> list[int]:
-        """The ids of an answer alone; a line in front keeps some tokenizers from writing a space there."""
-        line, behind_line, alone = encode(["\n", "\n" + text, text])
-        candidates = [alone, *([behind_line[len(line) :]] if behind_line[: len(line)] == line else [])]
+        """The ids of an answer alone, of which the text is that of the ids joined with the prompt."""
+        candidates = [*encode([text]), *self._behind_line([text], encode)]
         expected, *texts = self.plain.decode_all([joined, *(head + ids for ids in candidates)])
         if expected not in texts:
             raise UnrenderableError(f"this tokenizer cannot encode an answer apart from its prompt: {OTHER_TEMPLATE}")
         return candidates[texts.index(expected)]
+
+    def _behind_line(self, texts: Sequence[str], encode: Encode) -> list[list[int]]:
+        """The ids of texts behind a line, where some tokenizers write no space; none if one begins in the line."""
+        line, *behind = encode(["\n", *("\n" + text for text in texts)])
+        found = [ids[len(line) :] for ids in behind if ids[: len(line)] == line]
+        return found if len(found) == len(texts) else []
