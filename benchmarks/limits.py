@@ -36,27 +36,27 @@ class Sizes:
         return [*attention, (self.hidden, self.inner), (self.hidden, self.inner), (self.inner, self.hidden)]
 
 
-def padding_and_logits_limit(sizes: Sizes, useful: float, learned: float, adapter: str) -> float:
+def padding_and_logits_limit(sizes: Sizes, useful: float, supervised: float, adapter: str) -> float:
     """How many times the stock Trainer's rate is left to gain: without padding, and without unused logits.
 
     1 / useful share of the padded positions x 1 / (1 - head's share of the arithmetic x share of tokens that are not
-    learned). A trained weight costs 6 operations a position, a frozen one 4 (Kaplan et al., 2020); attention is left
+    supervised). A trained weight costs 6 operations a position, a frozen one 4 (Kaplan et al., 2020); attention is left
     out, which makes the head's share, and so the limit, a little too large.
 
     With a head as large as all the rest:
 
     >>> sizes = Sizes(hidden=2, inner=2, heads=1, key_heads=1, layers=1, vocabulary=14)
-    >>> round(padding_and_logits_limit(sizes, useful=0.5, learned=0.5, adapter="full"), 4)
+    >>> round(padding_and_logits_limit(sizes, useful=0.5, supervised=0.5, adapter="full"), 4)
     2.6667
     """
     cost = 6 if adapter == "full" else 4
     body = cost * sizes.layers * sum(inputs * outputs for inputs, outputs in sizes.products)
     head = cost * sizes.hidden * sizes.vocabulary
-    return 1 / useful / (1 - head / (body + head) * (1 - learned))
+    return 1 / useful / (1 - head / (body + head) * (1 - supervised))
 
 
-def roof_tokens_per_second(sizes: Sizes, tokens: int, learned: int, adapter: str, threads: int) -> float:
-    """Tokens per second if a step of `tokens`, `learned` of them learned, were its matrix products and nothing else.
+def roof_tokens_per_second(sizes: Sizes, tokens: int, supervised: int, adapter: str, threads: int) -> float:
+    """Tokens per second if a step of so many tokens, `supervised` of them, were its matrix products and nothing else.
 
     Each product runs by itself in its own shape, forwards and for both gradients (with LoRA, for that of its input).
     """
@@ -64,7 +64,7 @@ def roof_tokens_per_second(sizes: Sizes, tokens: int, learned: int, adapter: str
 
     torch.set_num_threads(threads)
     seconds = sizes.layers * sum(_seconds(tokens, inputs, outputs, adapter) for inputs, outputs in sizes.products)
-    return tokens / (seconds + _seconds(learned, sizes.hidden, sizes.vocabulary, adapter))
+    return tokens / (seconds + _seconds(supervised, sizes.hidden, sizes.vocabulary, adapter))
 
 
 def _seconds(rows: int, inputs: int, outputs: int, adapter: str) -> float:

@@ -223,12 +223,12 @@ def make_model(name: str, folder: Path) -> Path:
 def measured_and_predicted(case: Case, folder: Path, work: Path) -> dict[str, Any]:
     """Bytes; of the measured ones those of the rank that grew most."""
     seen = run_ranks(case, folder, work)
-    tokens, learned = (max(one[name] for one in seen) for name in ("tokens", "supervised"))
-    found = predict(case, folder, tokens, learned)
+    tokens, supervised = (max(one[name] for one in seen) for name in ("tokens", "supervised"))
+    found = predict(case, folder, tokens, supervised)
     return {
         **vars(case),
         "tokens": tokens,
-        "supervised": learned,
+        "supervised": supervised,
         "before": max(one["before"] for one in seen),
         "measured": max(one["growth"] for one in seen),
         "least": min(one["growth"] for one in seen),

@@ -72,8 +72,8 @@ CONTENDERS = (
     Trained("trl_packed", "TRL 1.16.0, packed", "train_trl_sft.py", *TRL, form="packed"),
 )
 COLUMNS = (
-    "", "tokens/s", "from - to", "learned/s", "to stock", "to best other", "to roof", "RSS GB", "to leanest", "start s",
-    "padding", "loss 1, 2",
+    "", "tokens/s", "from - to", "supervised/s", "to stock", "to best other", "to roof", "RSS GB", "to leanest",
+    "start s", "padding", "loss 1, 2",
 )  # fmt: skip
 PEERS = ("llamafactory", "swift", "trl", "trl_packed")
 
@@ -275,8 +275,8 @@ def _print_table(
     stock, best_peer = rate.get("stock"), max((rate[name] for name in PEERS if name in rate), default=None)
     leanest = min((by_name[name].figure("peak_rss_bytes") for name in PEERS if name in rate), default=None)
     counted = by_name.get("flat") or group[0]
-    tokens, learned = (median(counted.runs[0][name]) for name in ("tokens", "supervised_tokens"))
-    roof = sizes and roof_tokens_per_second(sizes, round(tokens), round(learned), adapter, given.threads)
+    tokens, supervised = (median(counted.runs[0][name]) for name in ("tokens", "supervised_tokens"))
+    roof = sizes and roof_tokens_per_second(sizes, round(tokens), round(supervised), adapter, given.threads)
     limits: dict[str, float] = {"roof_tokens_per_second": roof} if roof else {}
     table = Table(title=f"training, {adapter}: real tokens/s, to the stock Trainer's and the best other toolkit's")
     for name in COLUMNS:
@@ -298,17 +298,17 @@ def _print_table(
             f"{1 - real / positions:.0%}",
             ", ".join(f"{loss:.4f}" for loss in one.runs[0]["losses"][:2]),
         )
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    Console(width=None if sys.stdout.isatty() else 175).print(table)
     if sizes is None or roof is None:
         return limits
     if "stock" in by_name:
         run = by_name["stock"].runs[0]
         useful = sum(run["tokens"]) / sum(run["positions"])
-        learned_share = sum(run["supervised_tokens"]) / sum(run["tokens"])
-        limits["to_stock"] = padding_and_logits_limit(sizes, useful, learned_share, adapter)
+        supervised_share = sum(run["supervised_tokens"]) / sum(run["tokens"])
+        limits["to_stock"] = padding_and_logits_limit(sizes, useful, supervised_share, adapter)
         print(
             f"limit to stock: {limits['to_stock']:.2f} = 1 / {useful:.3f} useful positions, and logits of "
-            f"{learned_share:.1%} of the tokens"
+            f"{supervised_share:.1%} of the tokens"
             + (f"; flat reaches {rate['flat'] / stock / limits['to_stock']:.2f} of it" if "flat" in rate else "")
         )
     print(f"roof: {roof:,.0f} tokens/s, the matrix products of a step alone, each as fast as it runs here by itself\n")

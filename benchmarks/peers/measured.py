@@ -128,7 +128,7 @@ def report(task: Task, clock: Clock, *, rows: int, reading: Clock | None = None,
 
 
 def token_counts(input_ids: Iterable[Sequence[int]], labels: Iterable[Sequence[int]]) -> dict[str, int]:
-    """How many tokens there are, and how many are learned: contenders that do the same work agree on both."""
+    """How many tokens there are, and how many are supervised: contenders that do the same work agree on both."""
     tokens = sum(map(len, input_ids))
-    learned = sum(sum(label != -100 for label in row) for row in labels)
-    return {"tokens": tokens, "learned_tokens": learned}
+    supervised = sum(sum(label != -100 for label in row) for row in labels)
+    return {"tokens": tokens, "supervised_tokens": supervised}

@@ -31,7 +31,7 @@ def main() -> None:
     with warm:  # on top of the above: mapping the examples, as a training run does
         assert len(again.examples) == prepared.summary.examples
     summary = prepared.summary
-    figures = {"tokens": summary.tokens, "learned_tokens": summary.supervised_tokens, "kept": summary.kept}
+    figures = {"tokens": summary.tokens, "supervised_tokens": summary.supervised_tokens, "kept": summary.kept}
     report(task, cold, rows=summary.rows, second_start_seconds=warm.seconds, **figures)
 
 
