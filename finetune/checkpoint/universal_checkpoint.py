@@ -16,7 +16,7 @@ from typing import Any
 from finetune.checkpoint.integrity import file_names, fsync_and_hash, zero_tag
 from finetune.checkpoint.manifest import FileRecord, Manifest, read_manifest
 from finetune.checkpoint.torch_files import load_data, verified_loads
-from finetune.utils.errors import CheckpointError, StorageError, storage_errors
+from finetune.utils.errors import CheckpointError, StorageError, lines_of, storage_errors
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -65,8 +65,7 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> dict
     environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no reason given"
+        reason = lines_of(done.stderr or done.stdout)[-1]
         raise CheckpointError(f"{folder}: DeepSpeed could not convert it for another number of ranks: {reason}")
     with storage_errors(target, f"{target}, which is to hold {folder.name} for another number of ranks"):
         for name in manifest.files:

@@ -5,14 +5,13 @@ The file of a verb is imported when that verb runs, so `finetune --help` waits f
 
 import argparse
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import finetune
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import ConfigError, did_you_mean
 from finetune.utils.options import HELP_WIDTH, CommandParser, one_of
 
 VERBS = {
@@ -84,8 +83,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"no command: expected {one_of(tuple(VERBS))}")
     verb = argv[place]
     if verb not in VERBS:
-        close = get_close_matches(verb, VERBS, n=1)
-        raise ConfigError(f"unknown command {verb}: " + (f"did you mean {close[0]}?" if close else "see --help"))
+        raise ConfigError(f"unknown command {verb}: {did_you_mean(verb, VERBS, 'see --help')}")
     module_of(verb).main(argv[place + 1 :])
 
 

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from finetune.config.deepspeed_flags import (
     resolve_values,
 )
 from finetune.config.deepspeed_schema import remove_key, schema_faults, section_faults, without_comments
-from finetune.utils.errors import ConfigError, missing_reason, raise_faults
+from finetune.utils.errors import ConfigError, did_you_mean, missing_reason, raise_faults
 from finetune.utils.proc import shipped_folder
 from finetune.utils.user_files import read_json_object, unique_keys
 
@@ -73,12 +72,9 @@ def find_config(name: str) -> Path:
         return shipped_folder("ds_configs") / f"{path.stem}.json"
     if os.path.isdir(path):
         raise ConfigError(f"--deepspeed {name}: is a folder: name the JSON file in it")
-    close = get_close_matches(path.stem, shipped_names(), n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise ConfigError(
-        f"--deepspeed {name}: {missing_reason(path)}; {hint}the shipped ones can be given by name: "
-        + ", ".join(shipped_names())
-    )
+    named = f"the shipped ones can be given by name: {', '.join(shipped_names())}"
+    hint = did_you_mean(path.stem, shipped_names(), cutoff=0.4)
+    raise ConfigError(f"--deepspeed {name}: {missing_reason(path)}; {hint + ' ' if hint else ''}{named}")
 
 
 def load_config(path: Path) -> dict[str, Any]:

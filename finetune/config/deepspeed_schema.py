@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal
 
+from finetune.utils.errors import shorten
 from finetune.utils.options import declaration, source_folder
 
 Key = tuple[str, ...]
@@ -73,7 +74,6 @@ TYPES: dict[str, Any] = {
 FREE_FORM = (("optimizer", "params"), ("scheduler", "params"))
 NAME_OF_READERS = re.compile("config|constants")  # modules of DeepSpeed that read or declare keys
 COMMENT_MARKS = ("_", "//", "#")
-SHOWN_CHARACTERS = 60
 
 
 class ReadRecorder(dict):
@@ -317,5 +317,4 @@ def _shown(config: dict[str, Any], key: Key) -> str:
 
 
 def _text(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+    return shorten(json.dumps(value, default=str))

@@ -1,10 +1,9 @@
 """The recipes that come with this project: YAML files of flags, commented; `finetune recipes` lists and copies them."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from finetune.utils.errors import ConfigError, first_line, raise_faults
+from finetune.utils.errors import ConfigError, did_you_mean, first_line, raise_faults
 from finetune.utils.proc import shipped_folder
 from finetune.utils.user_files import read_json, read_text, unique_keys
 
@@ -48,9 +47,8 @@ def find_recipe(name: str) -> Path:
     """
     recipes = shipped_recipes()
     if name not in recipes:
-        close = get_close_matches(name, recipes, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"{name}: there is no such recipe; {hint}`finetune recipes` lists them")
+        remedy = did_you_mean(name, recipes, "`finetune recipes` lists them")
+        raise ConfigError(f"{name}: there is no such recipe: {remedy}")
     return recipes[name]
 
 

@@ -14,11 +14,7 @@ from finetune.dataset.row_faults import RowFaults, kind_of
 from finetune.utils.user_files import from_json
 
 STATUSES = ("kept", "cut", "split", "dropped")
-# Counts that a tally and its summary have alike.
-BY_NAME = (
-    "reasons", "rows_by_source", "examples_by_source", "tokens_by_source", "supervised_by_source", "written_openings",
-    "served_openings",
-)  # fmt: skip
+COUNTS = ("bad", "spelled", "repeated_tokens", "with_reasoning")
 HISTOGRAM_BINS = 24
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_REASONS = SHOWN_SOURCES = SHOWN_OPENINGS = 5
@@ -125,7 +121,7 @@ class DataSummary:
 
 @dataclass
 class DataTally:
-    """Accumulates a summary."""
+    """Accumulates a summary, which has most counts under the same names."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -160,7 +156,7 @@ class DataTally:
                 self.lengths[len(example.input_ids)] += 1
                 self.tokens_by_source[row.source] += len(example.input_ids)
                 self.supervised_by_source[row.source] += example.num_supervised
-                self.counts["repeated"] += sum(
+                self.counts["repeated_tokens"] += sum(
                     span.stop - span.start for span in example.turn_spans if span.turn in seen
                 )
                 seen.update(span.turn for span in example.turn_spans)
@@ -187,22 +183,19 @@ class DataTally:
     def summary(self) -> DataSummary:
         """The counts so far."""
         longest = max(self.lengths, default=0)
-        alike: dict[str, Any] = {status: self.statuses[status] for status in STATUSES}
-        alike |= {name: dict(getattr(self, name)) for name in BY_NAME}
+        alike: dict[str, Any] = {name: self.statuses[name] for name in STATUSES}
+        alike |= {name: self.counts[name] for name in COUNTS}
+        by_name = {name: dict(counter) for name, counter in vars(self).items() if isinstance(counter, Counter)}
         return DataSummary(
             rows=self.statuses.total(),
-            bad=self.counts["bad"],
             faults=self.faults.count,
-            spelled=self.counts["spelled"],
             examples=self.lengths.total(),
             tokens=sum(length * count for length, count in self.lengths.items()),
             supervised_tokens=self.supervised_by_source.total(),
             longest=longest,
             length_histogram=_histogram(self.lengths, longest),
             length_percentiles=[_percentile(self.lengths, share) for share in (0.5, 0.9, 0.99)],
-            repeated_tokens=self.counts["repeated"],
-            with_reasoning=self.counts["with_reasoning"],
-            **alike,
+            **alike | {name: by_name[name] for name in by_name.keys() & DataSummary.__annotations__},
         )
 
 

@@ -9,9 +9,8 @@ import json
 from contextlib import suppress
 from typing import Any
 
+from finetune.utils.errors import shorten
 from finetune.utils.user_files import SPACE
-
-SHOWN_CHARACTERS = 60
 
 
 class _Constant(float):
@@ -133,8 +132,7 @@ def shown(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False, default=lambda other: f"({type(other).__name__})")
     except RecursionError:
         text = f"a {type(value).__name__} of many levels"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    return shorten(text.encode("utf-8", "backslashreplace").decode())
 
 
 def line_and_column(text: str, pos: int) -> tuple[int, int]:

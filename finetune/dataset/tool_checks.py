@@ -11,6 +11,7 @@ from typing import Any
 from finetune.conversation import ToolCall, Turn
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.tool_reading import UNREADABLE, surrogate_fault_in
+from finetune.utils.errors import shorten
 
 Numbered = Sequence[tuple[int, Turn]]
 SHOWN_ERRORS = 3
@@ -169,8 +170,7 @@ def _checked(call: ToolCall, declaration: tuple[Any, Any]) -> tuple[ToolCall, st
 
 def shown_reason(text: str) -> str:
     """A reason of another library on one line, of a length that fits a message."""
-    text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    return shorten(" ".join(text.encode("utf-8", "backslashreplace").decode().split()), 160)
 
 
 def _result_faults(numbered: Numbered, place: str) -> list[str]:

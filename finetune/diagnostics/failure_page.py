@@ -8,7 +8,7 @@ from unicodedata import east_asian_width
 
 from finetune.diagnostics.causes import likely_cause
 from finetune.diagnostics.failure_record import Failure
-from finetune.utils.errors import format_names
+from finetune.utils.errors import format_names, lines_of
 
 ASKED_TO_END = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
 PHASE_TEXTS = {
@@ -31,8 +31,7 @@ def summarize_failure(failure: Failure) -> str:
     >>> summarize_failure(Failure("exception", "RuntimeError: Connection reset by peer", rank=1, host="node0"))
     'rank 1 on node0: RuntimeError: Connection reset by peer'
     """
-    message = next((line.strip() for line in failure.error.splitlines() if line.strip()), "") or what_happened(failure)
-    return f"{who_failed(failure)}: {message}"
+    return f"{who_failed(failure)}: {lines_of(failure.error, what_happened(failure))[0]}"
 
 
 def who_failed(failure: Failure) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.distributed.compat import patch_build_lock
+from finetune.utils.errors import lines_of
 
 MAX_ERROR_CHARACTERS = 400
 
@@ -55,7 +56,7 @@ def _build(builder: Any) -> str | None:
     try:
         builder.load(verbose=False)
     except Exception as error:  # a compiler, a linker, a missing header: all raise with a text
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        lines = lines_of(str(error), repr(error))
         from torch.utils.cpp_extension import CUDA_HOME
         from torch.version import cuda
 

@@ -20,6 +20,7 @@ from finetune.evaluation.question_answering import answers_of, scores_of
 from finetune.evaluation.significance import exact_mcnemar, score_interval
 from finetune.evaluation.token_losses import MeasuredModel, measure_each
 from finetune.inference.load_result import BASE, TUNED, LoadedModel
+from finetune.utils.errors import shorten
 from finetune.utils.proc import shipped_folder
 
 CATEGORIES = ("choice", "arithmetic", "format", "refusing")
@@ -269,5 +270,4 @@ def lost_answers(pairs: Sequence[AnswerPair]) -> list[str]:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return f"«{line[:80]}{'…' if len(line) > 80 else ''}»"
+    return f"«{shorten(' '.join(text.split()), 80)}»"

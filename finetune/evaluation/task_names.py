@@ -3,12 +3,11 @@
 import importlib.util
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from finetune.evaluation.lingowhale_benchmarks import SUITE
-from finetune.utils.errors import ConfigError, missing_reason, raise_faults
-from finetune.utils.options import one_of, source_folder
+from finetune.utils.errors import ConfigError, did_you_mean, missing_reason, raise_faults
+from finetune.utils.options import source_folder
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 OWN_TASKS = Path(__file__).resolve().parent / "tasks"
@@ -41,7 +40,6 @@ def check_names(given: Sequence[str]) -> None:
         unknown = unknown.difference(*(spelled.findall(text) for text in texts))
         known = {name for text in texts for name in _DECLARED.findall(text)} if unknown else ()
         for name in sorted(unknown):
-            close = get_close_matches(name, known, n=3, cutoff=0.8)
-            remedy = f"did you mean {one_of(close)}?" if close else "see lm-eval ls tasks"
+            remedy = did_you_mean(name, known, "see lm-eval ls tasks", most=3, cutoff=0.8)
             faults.append(f"--tasks {name}: lm-eval knows no such task: {remedy}")
     raise_faults(faults)

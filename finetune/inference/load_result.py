@@ -23,7 +23,7 @@ from finetune.models.model_folder import WEIGHTS_FILES, local_model_dir, stored_
 from finetune.models.quantization import quantized_loading
 from finetune.run_dir.run_json import is_adapter
 from finetune.utils.console import log_notes
-from finetune.utils.errors import CheckpointError, ConfigError, first_line
+from finetune.utils.errors import CheckpointError, ConfigError, first_line, lines_of
 from finetune.utils.hub import hub_errors
 
 if TYPE_CHECKING:
@@ -214,8 +214,8 @@ def load_saved_adapter(base: Any, folder: Path) -> Any:
     try:
         return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
     except (RuntimeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(f"{folder}: the adapter does not fit its base: {lines[min(1, len(lines) - 1)]}") from None
+        reason = lines_of(str(error))[:2][-1]  # the first is a title
+        raise CheckpointError(f"{folder}: the adapter does not fit its base: {reason}") from None
 
 
 def _load(folder: Path, result: RunResult, bits: int | None = None) -> Any:

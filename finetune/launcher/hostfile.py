@@ -17,12 +17,11 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
 
 from finetune.launcher.deepspeed_args import LauncherArgs, parse_launcher_args
-from finetune.utils.errors import ConfigError, near_paths, raise_faults
+from finetune.utils.errors import ConfigError, did_you_mean, format_names, near_paths, raise_faults, shorten
 
 MAX_SLOTS = 1024  # more than any host has; it catches typing errors
 MAX_BYTES = 1 << 20  # four times a hostfile of 10,000 hosts
@@ -52,7 +51,8 @@ def _read_hostfile(path: Path) -> dict[str, tuple[int, bool]]:
             if identity in first_lines:
                 raise ValueError(f"the host of line {first_lines[identity]} again: write one line with all its slots")
         except ValueError as error:
-            faults.append(f"{path}, line {number}: {_abridge(raw)}: {error}")
+            line = raw.decode("utf-8", errors="backslashreplace").strip(" \t")
+            faults.append(f"{path}, line {number}: {shorten(line, SHOWN_CHARACTERS)!r}: {error}")
         else:
             first_lines[identity] = number
             entries[entry[0]] = entry[1:]
@@ -112,11 +112,6 @@ def _identity(host: str) -> str:
     """A name as the resolver compares it: without case, final dot, user, and with one form for each address."""
     name = host.rpartition("@")[2].lower()
     return str(ip_address(name)) if _is_address(name) else name.rstrip(".")
-
-
-def _abridge(raw: bytes) -> str:
-    line = raw.decode("utf-8", errors="backslashreplace").strip(" \t")
-    return repr(line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + "...")
 
 
 def read_small_file(path: Path, noun: str, hint: str = "") -> tuple[list[tuple[int, bytes]], os.stat_result]:
@@ -293,8 +288,7 @@ def _named_slots(name: str, text: str, pool: Mapping[str, int], path: str) -> di
     named = _parse_filter(name, text)
     for host, numbers in named.items():
         if host not in pool:
-            close = get_close_matches(host, pool, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(list(pool)[:8])}"
+            hint = did_you_mean(host, pool, f"it has {format_names(list(pool))}")
             if any(character in "".join(pool) for character in "@:"):
                 hint += " (a host written with @ or : cannot be named here, give it a plain name)"
             raise ConfigError(f"--{name} {text}: no host {host!r} in {path}: {hint}")

@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune.distributed import host_probe
 from finetune.launcher.ssh import SshShell, add_interface, in_brackets, run_on_all_hosts, run_program_on_hosts
+from finetune.utils.errors import lines_of
 from finetune.utils.proc import command_calling
 
 SECONDS_TO_CONNECT = 10
@@ -139,8 +140,7 @@ def _run_rank(order: dict[str, Any], environment: dict[str, str], deadline: floa
         return {"rank": order["rank"], "error": "the ranks did not find each other in time"}
     results = [line for line in done.stdout.splitlines() if line.startswith(RESULT_PREFIX)]  # NCCL prints there, too
     if done.returncode or not results:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it printed nothing"]
-        return {"rank": order["rank"], "error": lines[-1]}
+        return {"rank": order["rank"], "error": lines_of(done.stderr)[-1]}
     return json.loads(results[-1].removeprefix(RESULT_PREFIX))
 
 

@@ -14,7 +14,7 @@ from finetune.diagnostics import Failure, likely_cause
 from finetune.distributed.stop_requests import EXIT_STOPPED, STOP_FILE
 from finetune.launcher.deepspeed_args import LauncherArgs
 from finetune.launcher.hostfile import Resources, resolve_resources
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import ConfigError, lines_of
 from finetune.utils.options import without_flags
 
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds; each wait is twice the one before
@@ -34,7 +34,7 @@ def cause_of(status: int, failure: Failure | None, output_dir: Path) -> str | No
         return None
     cause = likely_cause(failure)
     if failure.kind in KINDS or (cause is not None and cause.code in TRANSIENT):
-        return (failure.error.splitlines() or [failure.kind])[0]
+        return lines_of(failure.error, failure.kind)[0]
     return None
 
 

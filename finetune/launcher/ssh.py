@@ -19,7 +19,7 @@ from finetune.diagnostics import Failure
 from finetune.distributed import host_probe
 from finetune.distributed.watchdog.transport import is_loopback
 from finetune.launcher.local_session import REPORT_PREFIX, SECONDS_TO_FORWARD, HostReport, forward_output, run_agent
-from finetune.utils.errors import ConfigError, format_faults
+from finetune.utils.errors import ConfigError, format_faults, lines_of
 from finetune.utils.proc import ROOT, command_calling
 
 SECONDS_TO_CONNECT = 5
@@ -138,9 +138,8 @@ def _run_on_host(host: str, shell: SshShell | None, command: Sequence[str], text
     except OSError as error:
         return f"{words[0]}: {error.strerror}: install it on this machine"
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it printed nothing"]
         what = f"`ssh {host}` fails" if done.returncode == LOST and not here else f"{command[0]} cannot be run there"
-        return f"{what}: {lines[-1]}"
+        return f"{what}: {lines_of(done.stderr)[-1]}"
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.launcher.ssh import Answers, SshShell, in_brackets, is_here
-from finetune.utils.errors import ConfigError, FinetuneError, StorageError, raise_faults
+from finetune.utils.errors import ConfigError, FinetuneError, StorageError, lines_of, raise_faults
 from finetune.utils.proc import ROOT
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def _make_folder(host: str, folder: Path, shell: SshShell) -> None:
     done = _run(shell.command(host, ["mkdir", "-p", str(folder)], with_venv=False))
     if done.returncode:
-        raise StorageError(f"{folder}: {(done.stderr.strip().splitlines() or ['mkdir failed'])[-1]}")
+        raise StorageError(f"{folder}: {lines_of(done.stderr, 'mkdir failed')[-1]}")
 
 
 def _copy(folder: StagedFolder, shell: SshShell, stamp: str) -> None:
@@ -104,7 +104,7 @@ def _copy(folder: StagedFolder, shell: SshShell, stamp: str) -> None:
     target = f"{in_brackets(folder.host)}:{into}/"
     done = _run([*command, source, target])
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"rsync ended with status {done.returncode}"]
+        lines = lines_of(done.stderr, f"rsync ended with status {done.returncode}")
         telling = next((line for line in lines if "not found" in line or "No space" in line), lines[0])
         hint = ": apt-get install rsync there" if "not found" in telling else ""
         raise StorageError(f"{path}: {telling}{hint}")

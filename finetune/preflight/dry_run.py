@@ -23,7 +23,7 @@ from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
 from finetune.models.auto_class import auto_class
 from finetune.run_dir.run_json import METRICS_FILE
-from finetune.utils.errors import FinetuneError
+from finetune.utils.errors import FinetuneError, lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,9 @@ def _run(command: Sequence[str], what: str) -> None:
     except subprocess.TimeoutExpired:
         raise FinetuneError(f"{what}: not done after {SECONDS_FOR_A_RUN} s") from None
     if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        lines = lines_of(done.stdout + done.stderr)
         errors = [line for line in lines if "error:" in line.lower()]
-        raise FinetuneError(f"{what}: status {done.returncode}: {(errors or lines or ['no output'])[-1]}")
+        raise FinetuneError(f"{what}: status {done.returncode}: {(errors or lines)[-1]}")
 
 
 def _losses(output: Path) -> list[float]:

@@ -19,7 +19,7 @@ from finetune.config.flag_support import WITHOUT_EFFECT
 from finetune.config.run_config import BatchConfig, CheckpointConfig, RunConfig
 from finetune.config.saved_adapter import MOVES_BASE
 from finetune.dataset.prepare import PreparedData
-from finetune.utils.errors import CheckpointError
+from finetune.utils.errors import CheckpointError, shorten
 
 # Flags that do not change the numbers of a run, or whose effect is compared under another name: the data by content,
 # the model by its files, the batch by its product where the number of ranks may change.
@@ -54,7 +54,6 @@ SINCE_0_2 = ("loss scaling", DAY)  # facts that older manifests lack
 STAGES_DIFFER = (
     "stages 1 and 2 partition optimizer states, stage 3 each parameter, and DeepSpeed converts neither into the other"
 )
-SHOWN_CHARACTERS = 60
 
 
 def resume_facts(config: RunConfig, data: PreparedData, model_fingerprint: str) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def compare_with_checkpoint(
         harmless.append(f"{SKIPPED_ROWS}: {len(old)}, now {len(new)}")
     if set(differences.get(STAGE, ())) == {1, 2}:  # both partition the same optimizer states
         harmless.append("ZeRO stage: {}, now {}".format(*differences.pop(STAGE)))
-    lines = [f"{name}: {_shortened(old)}, now {_shortened(new)}" for name, (old, new) in differences.items()]
+    lines = [f"{name}: {shorten(str(old))}, now {shorten(str(new))}" for name, (old, new) in differences.items()]
     refused = {name for name, values in differences.items() if _is_refused(name, *values, flags=facts)}
     never = [line for line, name in zip(lines, differences, strict=True) if name in refused]
     if never:
@@ -159,8 +158,3 @@ def _is_refused(name: str, old: Any, new: Any, *, flags: Mapping[str, Any]) -> b
     if name in SCHEDULE_FLAGS:
         return any(value in ADAPTIVE_SCHEDULES for value in (flags["--lr_scheduler_type"], old, new))
     return name in NEVER
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

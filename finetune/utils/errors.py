@@ -106,13 +106,33 @@ def format_names(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message, or the type of an error without one.
+def shorten(text: str, most: int = 60) -> str:
+    """Return a text, or its beginning and `...`, in at most so many characters.
 
-    >>> first_line(ValueError("\\n  no such layer\\nsee the manual"))
-    'no such layer'
+    >>> shorten("conversations", 10)
+    'convers...'
     """
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", *, most: int = 1, cutoff: float = 0.6) -> str:
+    """Return `did you mean X or Y?` with those of the known words that are most alike, else what to say `otherwise`."""
+    close = get_close_matches(word, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def lines_of(text: str, otherwise: str = "it printed nothing") -> list[str]:
+    """Return the lines of a program's output that are not blank, or one line that says so.
+
+    >>> lines_of("\\n  no such layer\\nsee the manual\\n")
+    ['no such layer', 'see the manual']
+    """
+    return [line.strip() for line in text.splitlines() if line.strip()] or [otherwise]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message, or the type of an error without one."""
+    return lines_of(str(error), type(error).__name__)[0]
 
 
 def as_os_error(error: Exception) -> OSError | None:
@@ -179,8 +199,8 @@ def near_paths(path: Path) -> str:
         names = sorted(os.listdir(path.absolute().parent))
     except OSError:
         return ""
-    near = [str(path.with_name(name)) for name in get_close_matches(path.name, names, n=3, cutoff=0.7)]
-    return f": did you mean {' or '.join(near)}?" if near else ""
+    near = get_close_matches(path.name, names, n=3, cutoff=0.7)
+    return f": did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else ""
 
 
 def denied(path: str | Path) -> str:
