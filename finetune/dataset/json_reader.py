@@ -19,7 +19,8 @@ MOST_CHARACTERS = 64 << 20
 NEAR_THE_END = 24
 EXPECTED = "expected a JSON array of conversations, or one JSON object a line"
 _BLANK_BYTES = SPACE.encode()
-_LISTED_TURN = re.compile(rb'\[\s*\{\s*"(role|from)"\s*:')  # a row is a list of turns
+_LISTED_TURN = re.compile(rb'\[\s*\{\s*"(role|from|content|value)"\s*:')  # a row is a list of turns
+_NAME_OF_LINES = re.compile(r"\.(jsonl|ndjson)\b")
 _SPACES = re.compile(f"[{SPACE}]*")
 
 
@@ -62,7 +63,8 @@ def iter_json_rows(file: DataFile) -> Iterator[RawRow]:
     if not body:
         raise UnreadableFileError(f"{file.name}: the file is empty: expected a JSON array of conversations")
     begin, whole, error = body[:1], chain([head], chunks), _first_line_error(head)
-    if begin == b"[" and not (b"\n[" in head and _LISTED_TURN.match(body) and error is None):
+    has_lines = b"\n[" in head or _NAME_OF_LINES.search(file.name)  # an array alone in a file holds rows else
+    if begin == b"[" and not (has_lines and _LISTED_TURN.match(body) and error is None):
         yield from _array_rows(_Window(whole, file))
     elif begin == b"{" and error is not None and is_blank(error.doc[error.pos :]):
         yield from _object_or_line_rows(whole, file)

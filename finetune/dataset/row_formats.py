@@ -160,6 +160,6 @@ def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
     if empty is not None:
         return f'expected "{empty}" to be a list of turns, found {shown(row[empty])}'
     if not row.keys().isdisjoint(("role", "from", "parent_id")):
-        return "one message of a conversation: write whole conversations, or trees, as rows"
+        return 'one message of a conversation: write whole conversations as rows, [[{"role": ...}, ...], ...], or trees'
     names = ", ".join(shown(key)[1:-1] for key in [*row][:8])
     return f"expected {EXPECTED}, found {f'the keys {names}' if names else 'no keys'}"

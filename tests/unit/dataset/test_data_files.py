@@ -328,3 +328,17 @@ def test_a_syntax_error_stops_the_reading_there(tmp_path, monkeypatch):
 
     assert len(content) > 10 * CHUNK_BYTES
     assert max(seen) < 0.2
+
+
+@pytest.mark.parametrize("key", ["role", "content"])
+def test_a_line_that_is_a_list_of_turns_is_one_conversation_also_alone(tmp_path, key):
+    """In a file whose name says JSON lines; an array in a .json file holds rows."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    line = json.dumps([{key: turn[key], **turn} for turn in turns])
+    (found,) = read(written(tmp_path / "a.jsonl", line))
+
+    assert spoken(found) == [("human", "q"), ("model", "a")]
+    assert spoken(read(written(tmp_path / "b.json", f"[{line}]"))[0]) == spoken(found)
+    assert "row 0: one message of a conversation" in faults(written(tmp_path / "c.json", line))[0]
+    (other,) = read(written(tmp_path / "d.jsonl", json.dumps([{"messages": turns}])))
+    assert spoken(other) == spoken(found)
