@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.conversation import ToolCall
 from finetune.dataset.json_decoder import decode_literal, json_text, shown
-from finetune.dataset.tool_reading import is_empty, read_calls
+from finetune.dataset.tool_reading import is_empty, read_calls, without_struct_nulls
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 ONLY_TEXT = "only text is read"
@@ -51,7 +51,7 @@ class ContentParts:
             texts: list[str] = []
             thoughts: list[str] = []
             for number, part in enumerate(value):
-                self._read(part, number, texts, thoughts)
+                self._read(_given(part), number, texts, thoughts)
             self.text, self.reasoning = "".join(texts), "\n".join(thoughts)
 
     def _read(self, part: dict[str, Any], number: int, texts: list[str], thoughts: list[str]) -> None:
@@ -61,7 +61,7 @@ class ContentParts:
             for kinds in ((*_CALLS, "tool_use"), (*_RESULTS, "tool_result"))
         )
         has_text = bool("".join(texts).strip())
-        holder = next((part[key] for key in (*_CALLS, *_RESULTS) if isinstance(part.get(key), dict)), part)
+        holder = _given(next((part[key] for key in (*_CALLS, *_RESULTS) if isinstance(part.get(key), dict)), part))
         self.unread |= {key for one in (part, holder) for key in one.keys() - _READ if not is_empty(one[key])}
         thought = _thought(part, kind)
         if is_call:
@@ -94,20 +94,25 @@ class ContentParts:
         if isinstance(said, list):
             said = "".join(self._text_of_result(part) for part in said)
         elif isinstance(said, dict):
-            said = json_text(said)
+            said = json_text(without_struct_nulls(said))
         self.results.append((own_id, result.get("name"), said))
 
     def _text_of_result(self, part: Any) -> str:
-        if isinstance(part, dict) and "json" in part:
-            return json_text(part["json"])
+        if isinstance(part, dict) and part.get("json") is not None:
+            return json_text(without_struct_nulls(part["json"]))
         if isinstance(part, dict) and isinstance(part.get("text"), str):
             return str(part["text"])
         self.fatal.append(f'"{self.field}", a tool result: {ONLY_TEXT}, found {shown(part)}: {REMEDY}')
         return ""
 
 
+def _given(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The part without the null keys that tables put there."""
+    return {key: value for key, value in part.items() if value is not None}
+
+
 def _is_text(part: Mapping[str, Any]) -> bool:
-    return isinstance(part.get("text"), str) and (part.get("type") in _TEXTS or part.keys() == {"text"})
+    return isinstance(part.get("text"), str) and (part.get("type") in _TEXTS or _given(part).keys() == {"text"})
 
 
 def _thought(part: Mapping[str, Any], kind: Any) -> str | None:

@@ -153,7 +153,9 @@ class ConversationReader:
             faults += order_faults(numbered, place)
             if not (is_plain := reading.is_plain):
                 allows = "undeclared_tools" in self.repairs
-                numbered, tool_faults = check_tools(numbered, reading.declared, place, allows_undeclared=allows)
+                numbered, tool_faults = check_tools(
+                    numbered, reading.declared, place, allows_undeclared=allows, unread=reading.unread
+                )
                 faults += tool_faults
             if self.repairs or not is_plain:
                 turns = tuple(turn for _, turn in numbered)

@@ -10,11 +10,13 @@ from typing import Any
 
 from finetune.conversation import ToolCall, Turn
 from finetune.dataset.json_decoder import shown
-from finetune.dataset.tool_reading import UNREADABLE, surrogate_fault_in
+from finetune.dataset.tool_reading import UNREADABLE, StructObject, surrogate_fault_in
 from finetune.utils.errors import shorten
 
 Numbered = Sequence[tuple[int, Turn]]
 SHOWN_ERRORS = 3
+NULLS = "null arguments"  # as a key that is not read
+_OF_OBJECTS = ("properties", "required")
 # Names of types that published declarations have in place of those of JSON Schema; None: any value.
 _TYPES = {
     "str": "string", "int": "integer", "float": "number", "double": "number", "bool": "boolean", "dict": "object",
@@ -28,16 +30,23 @@ _SCHEMAS = ("items", "additionalProperties", "not")
 
 
 def check_tools(
-    numbered: Numbered, tools: Sequence[Mapping[str, Any]], place: str, *, allows_undeclared: bool = False
+    numbered: Numbered,
+    tools: Sequence[Mapping[str, Any]],
+    place: str,
+    *,
+    allows_undeclared: bool = False,
+    unread: list[str] | None = None,
 ) -> tuple[list[tuple[int, Turn]], list[str]]:
     """Check the calls of a row.
 
     Args:
         tools: the declarations that calls may name.
         allows_undeclared: whether a row without declarations may hold calls, which cannot be checked then.
+        unread: gets a remark if null arguments of a table are left out that a declaration allows.
 
     Returns:
-        The turns, without null arguments that no declaration knows (tables put them there), and the faults.
+        The turns, without null arguments that no declaration knows, of tables without all that none requires (they put
+        them there), and the faults.
     """
     declared, of_declarations = _declared(json.dumps(tools, default=str))
     faults = [f"{place}: {fault}" for fault in of_declarations]
@@ -46,6 +55,10 @@ def check_tools(
         calls = []
         for call in turn.tool_calls:
             fault = None
+            if isinstance(call.arguments, StructObject):
+                call, is_sure = _without_struct_nulls(call, declared.get(call.name, ({}, None))[1])
+                if unread is not None and not is_sure:
+                    unread.append(NULLS)
             if call.name in declared:
                 call, fault = _checked(call, declared[call.name])
             elif tools or not allows_undeclared:
@@ -140,6 +153,29 @@ def _type_name(written: str) -> str | None:
     """The name of a type in JSON Schema; None for any value."""
     head = re.match(r"\w*", written.strip())
     return _TYPES.get(head[0].lower(), written) if head else written
+
+
+def _without_struct_nulls(call: ToolCall, validator: Any) -> tuple[ToolCall, bool]:
+    """The call without null arguments that need not be its own, and whether none that it leaves out may be meant."""
+    unsure: list[str] = []
+
+    def kept(value: Any, schema: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(item, schema.get("items") if isinstance(schema, dict) else None) for item in value]
+        if not isinstance(value, dict):
+            return value
+        properties, required = ((schema if isinstance(schema, dict) else {}).get(key, ()) for key in _OF_OBJECTS)
+        for name in [name for name, child in value.items() if child is None and name not in required]:
+            is_free = validator is None or not properties
+            if is_free or (name in properties and validator.evolve(schema=properties[name]).is_valid(None)):
+                unsure.append(name)
+        return {
+            name: kept(child, properties[name] if name in properties else None)
+            for name, child in value.items()
+            if child is not None or name in required
+        }
+
+    return replace(call, arguments=kept(call.arguments, validator and validator.schema)), not unsure
 
 
 def _checked(call: ToolCall, declaration: tuple[Any, Any]) -> tuple[ToolCall, str | None]:

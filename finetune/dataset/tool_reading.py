@@ -1,7 +1,7 @@
 """Tool declarations, calls and results: the forms in which data have them -> the one form of this project."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from finetune.conversation import ToolCall
@@ -13,10 +13,14 @@ NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null", False)
 # Arguments that are no JSON object: a fault of its own; the call still counts in the order of turns.
 UNREADABLE: Mapping[str, Any] = {}
 _LISTS = ("functionDeclarations", "function_declarations")  # Gemini's
-_ARGUMENTS = ("arguments", "parameters", "input", "args")
+ARGUMENTS = ("arguments", "parameters", "input", "args")
 _SCHEMA_KEYS = ("input_schema", "inputSchema", "parametersJsonSchema", "parameters_json_schema", "arguments")
 _MAY_BE_NULL = ("default", "const", "example")
 _VALUES_OF_SCHEMAS = (*_MAY_BE_NULL, "enum", "examples")
+
+
+class StructObject(dict[str, Any]):
+    """An object from a struct column of a table: a null key may be one that only other rows have."""
 
 
 class ToolFault(ValueError):
@@ -33,12 +37,17 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
 
-def without_nulls(value: Any) -> Any:
-    """Leave out the null keys that tables put into objects; values that a schema quotes stay."""
+def without_nulls(value: Any, quoting: Collection[str] = ()) -> Any:
+    """Leave out the null keys of objects; values under the keys `quoting` stay as they are."""
     if isinstance(value, dict):
-        kept = {key: child for key, child in value.items() if child is not None or key in _MAY_BE_NULL}
-        return {key: child if key in _VALUES_OF_SCHEMAS else without_nulls(child) for key, child in kept.items()}
-    return [without_nulls(child) for child in value] if isinstance(value, list) else value
+        kept = {key: child for key, child in value.items() if child is not None or key in _MAY_BE_NULL and quoting}
+        return {key: child if key in quoting else without_nulls(child, quoting) for key, child in kept.items()}
+    return [without_nulls(child, quoting) for child in value] if isinstance(value, list) else value
+
+
+def without_struct_nulls(value: Any) -> Any:
+    """Leave out the null keys of an object from a table; other values as they are."""
+    return without_nulls(value) if isinstance(value, StructObject) else value
 
 
 def read_tools(value: Any, unread: list[str] | None = None) -> tuple[dict[str, Any], ...]:
@@ -79,15 +88,15 @@ def declared_tools(row: Mapping[str, Any], unread: list[str]) -> tuple[tuple[Map
 
 
 def _declaration(tool: Any, unread: list[str] | None) -> dict[str, Any]:
-    function: Any = tool.get("function", tool.get("toolSpec", tool)) if isinstance(tool, dict) else None
+    function: Any = (tool.get("function") or tool.get("toolSpec") or tool) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip() or tool.get("type") not in (None, "function"):
         raise ToolFault(f'expected declared functions with a "name", found {shown(tool)}: write them so')
-    function = {"parameters" if key in _SCHEMA_KEYS else key: value for key, value in function.items()}
     if function is not tool:
-        function.pop("type", None)
         _add_others(unread, tool, ("type", "function", "toolSpec"), "tools")
-    function = without_nulls(function)
+    function = {"parameters" if key in _SCHEMA_KEYS else key: value for key, value in function.items()}
+    function.pop("type", None)
+    function = without_nulls(function, () if isinstance(tool, StructObject) else _VALUES_OF_SCHEMAS)
     if not isinstance(function.get("description", ""), str):
         raise ToolFault(f"expected the description of {shown(name)} to be a string")
     parameters = function.get("parameters", {})
@@ -119,16 +128,16 @@ def read_calls(value: Any, unread: list[str] | None = None) -> tuple[list[ToolCa
         return [], ["holds no call, so there is nothing to learn: leave it out"]
     calls, faults = [], []
     for item in value if isinstance(value, list) else [value]:
-        call: Any = item.get("function", item) if isinstance(item, dict) else None
+        call: Any = (item.get("function") or item) if isinstance(item, dict) else None
         name = call.get("name") if isinstance(call, dict) else None
         if not isinstance(name, str) or not name.strip() or item.get("type") not in (None, "function"):
             faults.append(f'expected calls with "name" and "arguments", found {shown(item)}')
             continue
-        field = next((key for key in _ARGUMENTS if key in call), _ARGUMENTS[0])
+        field = next((key for key in ARGUMENTS if call.get(key) is not None), ARGUMENTS[0])
         _add_others(unread, call, ("name", "id", "type", field), "calls")
         if call is not item:
             _add_others(unread, item, ("function", "id", "type"), "calls")
-        own_id = item.get("id", call.get("id"))
+        own_id = call.get("id") if item.get("id") is None else item["id"]
         if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int)):
             faults.append(f'expected the "id" of a call to be a string, found {shown(own_id)}')
             own_id = None

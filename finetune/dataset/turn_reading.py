@@ -138,8 +138,11 @@ class TurnReading:
         return role
 
     def _read(self, turn: dict[str, Any], role: Role | None, field: str) -> None:
-        given, was_complete = turn.get(field), self.is_complete
-        if (role == "tool" or self.calls_only) and _is_json_value(given):
+        given, was_complete, calls = turn.get(field), self.is_complete, list[ToolCall]()
+        is_json = (role == "tool" or self.calls_only) and _is_json_value(given)
+        if is_json and self.calls_only:
+            calls, given = self._read_calls(given), ""
+        elif is_json:
             given = json_text(given)
         parts = ContentParts(given, field)
         for wrong in parts.faults:
@@ -147,18 +150,14 @@ class TurnReading:
         for wrong in parts.fatal:
             self._add_fatal(wrong)
         self.unread += [f"{key} of parts" for key in parts.unread]
-        value, calls = parts.text, [*parts.calls, *self._calls(turn)]
+        value, calls = parts.text, [*calls, *parts.calls, *self._calls(turn)]
         if was_complete and not self.is_complete and is_empty(value):
             return
         if parts.results and self._add_results(parts, role, field) and is_blank(value):
             return
-        if self.calls_only and isinstance(value, str):
+        if self.calls_only and isinstance(value, str) and not is_json:
             head, end, rest = value.partition("</think>") if value.lstrip().startswith("<think>") else ("", "", value)
-            read, faults = read_calls(rest, self.unread)
-            calls, value = [*calls, *read], head + end
-            self.is_complete &= bool(read)
-            for wrong in faults:
-                self._add(wrong)
+            calls, value = [*calls, *self._read_calls(rest)], head + end
         if calls and role not in ("model", None):
             self._add(f"has tool calls, but only a model turn calls: {REMEDY}")
         reasoning = self._reasoning(turn, parts.reasoning, role)
@@ -190,14 +189,14 @@ class TurnReading:
         return True
 
     def _calls(self, turn: dict[str, Any]) -> list[ToolCall]:
-        calls: list[ToolCall] = []
-        for key in CALL_KEYS:
-            if not is_nothing(turn.get(key)):
-                read, faults = read_calls(turn[key], self.unread)
-                calls += read
-                self.is_complete &= bool(read)
-                for fault in faults:
-                    self._add(f'"{key}": {fault}')
+        given = [key for key in CALL_KEYS if not is_nothing(turn.get(key))]
+        return [call for key in given for call in self._read_calls(turn[key], f'"{key}": ')]
+
+    def _read_calls(self, value: Any, field: str = "") -> list[ToolCall]:
+        calls, faults = read_calls(value, self.unread)
+        self.is_complete &= bool(calls)
+        for fault in faults:
+            self._add(field + fault)
         return calls
 
     def _reasoning(self, turn: dict[str, Any], thought: str, role: Role | None) -> str:

@@ -342,3 +342,69 @@ def test_a_line_that_is_a_list_of_turns_is_one_conversation_also_alone(tmp_path,
     assert "row 0: one message of a conversation" in faults(written(tmp_path / "c.json", line))[0]
     (other,) = read(written(tmp_path / "d.jsonl", json.dumps([{"messages": turns}])))
     assert spoken(other) == spoken(found)
+
+
+PROPERTIES = {
+    "city": {"type": "string"},
+    "unit": {"type": ["string", "null"]},
+    "note": {"type": ["string", "null"]},
+    "where": {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}},
+}
+DECLARED = [
+    {"name": "weather", "parameters": {"type": "object", "properties": PROPERTIES, "required": ["note"]}},
+    {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer", "default": 0}}}},
+]
+# With "note", which is required, as null; without "unit", which may be null.
+ARGUMENTS = [{"city": "Oslo", "note": None, "where": {"x": 1}}, {"a": 1}, {"note": "n", "unit": "C", "where": {"y": 2}}]
+
+
+def calls_of(style: str) -> list[dict]:
+    """Rows with a call each; tables give each struct the keys of all rows."""
+    rows = []
+    for number, arguments in enumerate(ARGUMENTS):
+        name = "add" if "a" in arguments else "weather"
+        call = {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+        result = {"functionResponse": {"name": name, "response": {f"r{number}": number}}}
+        turns = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "tool_calls": [call]}]
+        turns.append({"role": "tool", "content": f"r{number}", "tool_call_id": "c"})
+        if style == "gemini":
+            part = {"functionCall": {"name": name, "args": arguments}}
+            turns[1:] = [{"role": "model", "parts": [part]}, {"role": "user", "parts": [result]}]
+            turns[0] = {"role": "user", "parts": [{"text": f"q{number}"}]}
+        row = {"messages": [*turns, {"role": "assistant", "content": "a"}], "tools": DECLARED}
+        if style == "gemini":
+            row["messages"][-1] = {"role": "model", "parts": [{"text": "a"}]}
+        if style == "xlam":
+            row = {"query": f"q{number}", "answers": [{"name": name, "arguments": arguments}], "tools": DECLARED}
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("style", ["openai", "gemini", "xlam"])
+def test_null_keys_that_a_table_adds_to_arguments_results_and_declarations_are_left_out(tmp_path, style):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(calls_of(style)), tmp_path / "a.parquet")
+    reader = ConversationReader(find_sources([str(tmp_path / "a.parquet")]))
+    found = list(reader)
+
+    expected = list(read(written(tmp_path / "a.json", calls_of(style))))
+    assert [one.turns for one in found] == [one.turns for one in expected]
+    assert [one.tools for one in found] == [one.tools for one in expected]
+    assert [dict(one.turns[1].tool_calls[0].arguments) for one in found] == ARGUMENTS
+    (note,) = [note for note in reader.counts.notes() if "keys not read" in note]
+    assert note.endswith("keys not read: null arguments (1 row)")
+
+
+def test_null_arguments_that_a_table_holds_as_json_stay(tmp_path):
+    rows = calls_of("openai")
+    for row in rows:
+        function = row["messages"][1]["tool_calls"][0]["function"]
+        function["arguments"] = json.dumps(
+            function["arguments"] | ({"unit": None} if "a" not in function["arguments"] else {})
+        )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    assert [one.turns[1].tool_calls[0].arguments.get("unit", "-") for one in read(tmp_path / "a.parquet")] == [
+        None,
+        "-",
+        None,
+    ]
