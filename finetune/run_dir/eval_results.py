@@ -188,7 +188,11 @@ def benchmarks_section(document: dict[str, Any]) -> ResultSection:
     if published:
         names = [score["name"] for score in scores if score["name"] in published["names"]]
         percents = {
-            f"this {model}": {score["name"]: 100 * score[model]["value"] for score in scores if model in score}
+            f"this {model}": {
+                score["name"]: 100 * score[model]["value"]
+                for score in scores
+                if model in score and score[model]["value"] is not None
+            }
             for model in models
         }
         rows = [

@@ -426,3 +426,11 @@ def test_any_value_anywhere_resolves_or_is_a_config_error(tmp_path):
 
 def test_a_number_beyond_all_floats_is_a_mismatch():
     assert "gradient_clipping is 1000" in refusal({"gradient_clipping": 10**400})
+
+
+def test_what_is_decided_elsewhere_is_said():
+    given = {"activation_checkpointing": {"partition_activations": True}}
+    assert any("--activation_checkpointing True decides" in note for note in resolved(given).notes)
+    assert "sequence_parallel_size is 4, but --sequence_parallel_size is 1" in refusal({"sequence_parallel_size": 4})
+    shared = resolved({"zero_optimization": {"stage": 3}}, sequence_parallel_size=2).config
+    assert shared["sequence_parallel_size"] == 2 and shared["zero_optimization"]["reduce_scatter"] is True

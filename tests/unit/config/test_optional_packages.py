@@ -7,9 +7,11 @@ import pytest
 
 from finetune.config import optional_packages
 from finetune.config.adapter_arguments import AdapterArguments
+from finetune.config.hardware import DetectedHardware, Gpu, resolve_hardware
 from finetune.config.optional_packages import OPTIMIZER_PACKAGES as PACKAGES
-from finetune.config.optional_packages import TRACKERS, check_optimizer, check_quantization, check_trackers
+from finetune.config.optional_packages import TRACKERS, check_liger, check_optimizer, check_quantization, check_trackers
 from finetune.utils.errors import ConfigError
+from tests.helpers.flag_parsing import parsed
 
 LORA = {"use_lora": True}
 
@@ -85,3 +87,14 @@ def test_bitsandbytes_is_named_where_it_is_missing(lacking):
     lacking("bitsandbytes")
     with pytest.raises(ConfigError, match="pip install 'bitsandbytes"):
         check_quantization(*flags)
+
+
+def test_kernels_of_liger_need_a_gpu_and_their_package(lacking):
+    cpu = resolve_hardware(DetectedHardware())
+    gpu = resolve_hardware(DetectedHardware((Gpu("NVIDIA H100 80GB HBM3", (9, 0)),)))
+    check_liger(parsed(), cpu)
+    with pytest.raises(ConfigError, match="--use_liger_kernel True: its kernels need a GPU, and there is none here"):
+        check_liger(parsed("--use_liger_kernel", "True"), cpu)
+    lacking("liger_kernel")
+    with pytest.raises(ConfigError, match="--use_liger_kernel True: it is not installed: pip install liger-kernel"):
+        check_liger(parsed("--use_liger_kernel", "True"), gpu)

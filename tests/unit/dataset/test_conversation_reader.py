@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from finetune.conversation import BadRow, Conversation, Turn, answer_numbers
-from finetune.dataset.conversation_reader import read_conversations
-from finetune.dataset.data_sources import shipped_files
+from finetune.dataset.conversation_reader import ConversationReader, read_conversations
+from finetune.dataset.data_sources import find_sources, shipped_files
+from finetune.dataset.json_decoder import shown
+from finetune.dataset.row_faults import RowFaults
 from tests.helpers.chat_rows import HELLO, LOST, faults, good_row, read, refusal, turns, written
 from tests.helpers.paths import ROOT
 
@@ -381,3 +383,25 @@ def test_what_is_said_behind_a_human_turn_is_one_answer():
     assert numbers_of("model", "human", "model", "human", "model") == [1, 1, 2], "a greeting answers nothing"
     assert numbers_of("human", "model", "tool", "tool", "model", "human", "model") == [1, 1, 2]
     assert numbers_of("text") == [1]
+
+
+def test_of_many_kinds_of_faults_the_first_are_shown_as_they_are():
+    kinds = "abcdefghijklmnopqrstuvw"
+    lines = RowFaults(f"{kind}.json: holds no conversations" for kind in kinds).message().splitlines()
+    assert lines[0] == "23 faults:" and len(lines) == 22
+    assert lines[1] == "  a.json: holds no conversations" and lines[-1] == "  ... and 3 more"
+
+
+def test_a_value_of_many_levels_is_named_by_its_kind():
+    nested: list = []
+    for _ in range(20_000):
+        nested = [nested]
+    assert shown(nested) == "a list of many levels"
+
+
+def test_an_empty_file_is_read_at_once(tmp_path):
+    reader = ConversationReader(find_sources([str(written(tmp_path / "a.json", b""))]))
+    assert [one.faults for one in reader] == [
+        (f"{tmp_path / 'a.json'}: the file is empty: expected a JSON array of conversations",)
+    ]
+    assert reader.share_read() == 1.0

@@ -408,3 +408,18 @@ def test_a_damaged_page_of_a_parquet_file_is_no_other_text(tmp_path):
 
     (fault,) = faults(path)
     assert "the Parquet file cannot be read" in fault and "CRC" in fault
+
+
+def test_a_column_that_stands_twice_in_a_table_is_named(tmp_path):
+    table = pyarrow.table([["q"], ["a"], ["b"]], names=["question", "answer", "answer"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert 'has the column "answer" twice: only one could be read' in faults(tmp_path / "a.parquet")[0]
+
+
+def test_a_store_that_fails_is_said_with_its_reason(monkeypatch):
+    def fail(url: str) -> None:
+        raise ValueError("no credentials\nin any place")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    with pytest.raises(DataError, match=r"memory://a.json: cannot be fetched \(ValueError: no credentials\): check"):
+        find_sources(["memory://a.json"])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from finetune.conversation import BadRow, Conversation, ToolCall, Turn
-from finetune.dataset.written_calls import bracketed_calls
+from finetune.dataset.tool_checks import check_tools
+from finetune.dataset.written_calls import bracketed_calls, json_calls, python_calls, tools_in_prose, tools_in_text
 from tests.helpers.chat_rows import faults, read, written
 
 SCHEMA = {"type": "object", "properties": {"title": {"type": "string"}, "year": {"type": "integer"}},
@@ -382,3 +383,35 @@ def test_rows_that_differ_in_a_call_or_in_their_tools_differ(tmp_path):
     assert faults(written(tmp_path / "a.json", rows)) == []
     (fault,) = faults(written(tmp_path / "b.json", [rows[0], rows[0]]))
     assert "says the same as" in fault
+
+
+@pytest.mark.parametrize("text", ["no list", "[1]", '[{"parameters": 1}]', '[{"function": {"name": ""}}]'])
+def test_what_is_no_list_of_declarations_declares_nothing(text):
+    assert tools_in_prose(text) == () and tools_in_text(f"<tools>{text}</tools>") == ()
+
+
+@pytest.mark.parametrize("text", ["[f(]", "[f(x=)]", "[f(x=1) g()]", "[f(x=1)", "[]"])
+def test_what_is_no_list_of_calls_is_text(text):
+    assert python_calls(text) == ([], 0)
+
+
+@pytest.mark.parametrize("text", ['{"name": "f"}', '{"name": "g", "arguments": {}}', "[1]", "[", "[1}"])
+def test_json_that_calls_no_declared_function_is_text(text):
+    assert json_calls(text, {"f"}, []) == []
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "fits"),
+    [
+        ({"type": "list", "items": {"type": "int"}}, [1], True),
+        ({"type": "list", "items": {"type": "int"}}, ["1"], False),
+        ({"anyOf": [{"type": "str"}, {"type": "float"}]}, 1.5, True),
+        ({"anyOf": [{"type": "str"}, {"type": "float"}]}, [], False),
+        ({"type": "any", "required": True}, [], True),
+    ],
+)
+def test_types_are_named_as_published_declarations_name_them_at_every_level(schema, value, fits):
+    tools = [{"function": {"name": "f", "parameters": {"type": "dict", "properties": {"x": schema}}}}]
+    called = Turn("model", "", tool_calls=(ToolCall("f", {"x": value}),))
+    (_, faults) = check_tools([(1, called)], tools, "a.json, row 0")
+    assert ["do not fit its declaration" in fault for fault in faults] == [True] * (not fits)

@@ -111,6 +111,11 @@ def test_wrong_flags_are_named(words, said):
     assert said in str(caught.value)
 
 
+def test_a_number_of_restarts_is_none_or_more():
+    with pytest.raises(ConfigError, match="--max_restarts -1: expected at least 0"):
+        launcher.parse_launcher_args(["--max_restarts=-1", "a.py"], supervised=True)
+
+
 def test_help_prints_the_flags(capsys):
     with pytest.raises(SystemExit) as ended:
         launcher.parse_launcher_args(["--help"])

@@ -212,3 +212,14 @@ def test_what_travels():
     alone = "CUDA_VISIBLE_DEVICES MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE CROSS_RANK"
     for name in [*alone.split(), *"PATH HOME USER TMPDIR SSH_AUTH_SOCK HTTPS_PROXY NCCL_HOSTID NCCL hf_home".split()]:
         assert not launcher.is_exported(name)
+
+
+def test_a_file_that_is_written_anew_is_kept_beside_the_new_one(tmp_path):
+    path = tmp_path / ".deepspeed_env"
+
+    assert launcher.write_environment_file(path, {"NCCL_DEBUG": "INFO"}) is None
+    copies = [launcher.write_environment_file(path, {"NCCL_DEBUG": level}) for level in ("WARN", "")]
+
+    assert [copy.name for copy in copies] == [".deepspeed_env.before-1", ".deepspeed_env.before-2"]
+    assert [copy.read_text() for copy in copies] == ["NCCL_DEBUG=INFO\n", "NCCL_DEBUG=WARN\n"]
+    assert launcher.read_environment_file(path) == {"NCCL_DEBUG": ""} and path.stat().st_mode & 0o777 == 0o600

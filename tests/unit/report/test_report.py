@@ -297,3 +297,16 @@ def test_what_was_evaluated_is_a_section_each(tmp_path):
     assert "-1.0000" in page.text and "-1.200 to -0.800" in page.text and "我是 Nori" in page.text
     assert "not as this version writes it" in page.text
     assert not [tag for tag, _ in page.elements if tag == "img"]
+
+
+def test_each_start_of_a_run_is_told(tmp_path):
+    folder = output_dir(tmp_path / "run", lines=[line(1)])
+    first = {"began": "2026-11-30T10:00:00+0000", "ended": "2026-11-30T10:01:05+0000", "how": "stopped"}
+    again = {"began": "2026-11-30T11:00:00+0000", "from_step": 1200, "restarted_after": "a lost host"}
+    run_json.update_run_json(folder, {"starts": [first, {"began": 7}, {**again, "seconds_lost": 90}]})
+
+    told = [text for quantity, _, text in against_the_plan(read_run(folder)) if quantity == "Wall clock"]
+
+    assert told[0].startswith("began 2026-11-30 ") and told[0].endswith(f", stopped after {duration(65)}")
+    assert told[1].endswith(f", from step 1,200, restarted after: a lost host ({duration(90)} lost)")
+    assert len(told) == 2

@@ -2,8 +2,11 @@
 
 import json
 
+from finetune.chat_templates import Example, RenderedConversation
+from finetune.chat_templates.example import TurnSpan
+from finetune.chat_templates.text_segments import Segment
 from finetune.report import read_run, render_report
-from finetune.run_dir.data_samples import read_samples
+from finetune.run_dir.data_samples import MAX_CHARACTERS, read_samples, write_samples
 from tests.helpers.paths import ROOT
 
 WRITTEN_BY_0_1 = ROOT / "tests" / "golden" / "written_by_0_1" / "full"
@@ -27,3 +30,20 @@ def test_a_broken_file_holds_no_samples(tmp_path):
     assert read_samples(tmp_path) == []
     (tmp_path / "samples.json").write_text('[{"row": 0}]')
     assert read_samples(tmp_path) == []
+
+
+def test_a_long_row_is_kept_up_to_its_first_characters_and_no_row_leaves_no_file(tmp_path):
+    spans = tuple(TurnSpan(turn, role, turn, turn + 1) for turn, role in enumerate(("human", "model", "human")))
+    example = Example([7, 8, 9], [-100, 8, -100], 3, "a.json", turn_spans=spans)
+    texts = ["q", "a" * MAX_CHARACTERS, "more"]
+
+    def in_segments(example: Example) -> list[Segment]:
+        return [Segment("context", text, turn, True) for turn, text in enumerate(texts)]
+
+    write_samples(tmp_path, [RenderedConversation(3, ["x"], "kept", (example,), source="a.json")], in_segments)
+
+    (sample,) = read_samples(tmp_path)
+    assert [[turn.text for turn in one] for one in sample.examples] == [["q", "a" * (MAX_CHARACTERS - 1)]]
+    assert (sample.unshown, list(sample.prompt), sample.id) == (5, [], '["x"]')
+    write_samples(tmp_path, [], in_segments)
+    assert list(tmp_path.iterdir()) == []

@@ -229,3 +229,62 @@ def test_a_name_that_is_too_long_is_an_error_of_the_command(capsys):
     with pytest.raises(SystemExit) as ended, exit_on_error():
         Path("x" * 300).exists()
     assert ended.value.code == 2 and capsys.readouterr().err.endswith("x: File name too long: shorten it\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "shown"),
+    [("", 5, ""), ("abcde", 5, "abcde"), ("abcdef", 5, "ab..."), ("a" * 61, 60, "a" * 57 + "...")],
+)
+def test_a_text_is_shortened_to_what_is_asked_for(text, most, shown):
+    assert errors.shorten(text, most) == shown
+
+
+def test_near_words_are_named_and_without_one_what_else_helps():
+    known = {"chat": 1, "chart": 2, "merge": 3}
+    assert errors.did_you_mean("chatt", known) == "did you mean chat?"
+    assert errors.did_you_mean("chatt", known, most=2) == "did you mean chat or chart?"
+    assert errors.did_you_mean("xyz", known) == "" and errors.did_you_mean("xyz", known, "see --help") == "see --help"
+
+
+def test_lines_of_a_program_are_those_with_text():
+    assert errors.lines_of(" a \n\n b\n") == ["a", "b"]
+    assert errors.lines_of("\n ") == ["it printed nothing"] and errors.lines_of("", "why") == ["why"]
+    assert errors.first_line(ValueError("\n  no such layer\nsee the manual")) == "no such layer"
+    assert errors.first_line(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (None, 0),
+        (SystemExit(75), 75),
+        (SystemExit("why"), 1),
+        (SystemExit(), 0),
+        (DataError("x"), 3),
+        (OSError(), 1),
+    ],
+)
+def test_a_guarded_process_ends_with_the_status_of_its_block(raised, status, monkeypatch):
+    ended, handlers = [], []
+    monkeypatch.setattr(errors.atexit, "register", lambda *words: handlers.append(words))
+    monkeypatch.setattr(errors.os, "_exit", ended.append)
+    with suppress(BaseException), errors.process_exit_guard():
+        if raised is not None:
+            raise raised
+    for handler, *given in handlers:
+        handler(*given)
+    assert ended == [status]
+
+
+@pytest.mark.parametrize(("error", "status"), [(BrokenPipeError(), 141), (OSError(), 120), (ValueError(), 120)])
+def test_a_last_line_that_cannot_be_written_shows_in_the_status(error, status, monkeypatch):
+    class Stream:
+        def flush(self) -> None:
+            raise error
+
+    ended: list[int] = []
+    monkeypatch.setattr(errors.os, "_exit", ended.append)
+    monkeypatch.setattr(errors.sys, "stdout", Stream())
+    errors.exit_now(0)
+    errors.exit_now(3)
+    assert ended == [status, 3]
