@@ -30,16 +30,22 @@ VERBS = {
     "train": "fine-tune a model, as a recipe and flags say",
 }
 EPILOG = """examples:
-  finetune train --model_name_or_path Qwen/Qwen3-8B --data_path my.jsonl --output_dir output \\
-      --use_lora --bf16 --deepspeed zero2          LoRA on all GPUs of this machine (four: --num_gpus 4)
+  # LoRA on all GPUs of this machine (on four: --num_gpus 4)
+  finetune train --model_name_or_path Qwen/Qwen3-8B --data_path my.jsonl \\
+      --output_dir output --use_lora --bf16 --deepspeed zero2
+  # a recipe (`finetune recipes`): LoRA on one 24 GB card
   finetune train qwen3_8b_24gb --data_path my.jsonl --output_dir output
-                                                   a recipe (`finetune recipes`): LoRA on one 24 GB card
-  finetune train recipe.yaml learning_rate=1e-4    the flags of a file; the command line wins
-  finetune train --hostfile hosts recipe.yaml      several hosts, "NAME slots=GPUS" a line
-  finetune train --model_name_or_path output --data_path more.jsonl --output_dir output2
-                                                   continue the adapter in output
-  finetune chat output --compare                   talk with the result, next to its base
-  finetune merge output served --gguf q8_0         for vLLM, and a Modelfile for Ollama
+  # the flags of a file; the command line wins
+  finetune train recipe.yaml learning_rate=1e-4
+  # several hosts, "NAME slots=GPUS" a line
+  finetune train --hostfile hosts recipe.yaml
+  # continue the adapter in output
+  finetune train --model_name_or_path output --data_path more.jsonl \\
+      --output_dir output2
+  # talk with the result, next to its base
+  finetune chat output --compare
+  # for vLLM, and a Modelfile for Ollama
+  finetune merge output served --gguf q8_0
 
 `finetune VERB --help` lists the flags of a verb."""
 

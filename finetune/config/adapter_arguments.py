@@ -31,7 +31,7 @@ UNSERVED_OPTIONS = {
 
 @dataclass(frozen=True)
 class AdapterArguments:
-    """What is trained: an adapter, or all parameters but those that are frozen; and how fast."""
+    """What is trained: an adapter or all parameters; and how fast."""
 
     use_lora: bool = option(False, "train LoRA adapters, the same as `--adapter lora`")
     adapter: Literal["lora", "prefix", "prompt"] | None = option(None, "what is trained instead of all parameters")

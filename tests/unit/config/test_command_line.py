@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from finetune import cli
 from finetune.cli import train
 from finetune.cli.launch import is_ours
 from finetune.config import build_parser, parse
 from finetune.config.foreign_names import FOREIGN_NAMES, RENAMED
 from finetune.utils.errors import ConfigError
+from finetune.utils.options import HELP_WIDTH
 from tests.helpers.flag_parsing import REQUIRED, refusal
 
 
@@ -94,3 +96,9 @@ def test_foreign_names_lead_to_flags_that_exist():
 def test_the_help_names_recipe_and_launcher():
     text = " ".join(build_parser().format_help().split())
     assert "[RECIPE.yaml]" in text and "--num_gpus N" in text
+
+
+def test_no_line_of_a_help_is_wider_than_a_terminal():
+    parsers = [cli.build_parser(), *(parser for verb in cli.VERBS for parser in cli._parsers(verb))]
+    lines = [line for parser in parsers for line in parser.format_help().splitlines()]
+    assert len(lines) > 500 and [line for line in lines if len(line) > HELP_WIDTH] == []
