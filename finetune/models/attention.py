@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from finetune.models.model_config import largest
 from finetune.models.module_kinds import unwrap_adapter
 from finetune.models.segments import lengths_of_row
 
 FLAT_ATTENTION = "flat_attention"
+SCORES_AT_ONCE = 2**24  # of all heads, where no fused kernel computes them
 
 
 def padding_free_attention(
@@ -165,7 +167,7 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scaling: Any, window: int | None
 ) -> torch.Tensor:
     length = query.shape[2]
-    mask = _causal_mask(length, window, query.device) if window is not None and window < length else None
+    mask = _causal_mask(length, length, window, query.device) if window is not None and window < length else None
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -183,23 +185,41 @@ def _attend_unfused(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Compute attention without a fused kernel, for scores that none supports."""
+    """Compute attention without a fused kernel, for scores that none supports.
+
+    The scores of a block of queries exist at a time: the backward pass computes them again.
+    """
     heads, length, width = query.shape[1:]
     key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
-    scores = query @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.float().masked_fill(~_causal_mask(length, window, query.device), float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.float().view(1, heads, 1, 1).expand(1, heads, length, 1)], dim=-1)
-    weights = scores.softmax(-1)[..., :length].to(query.dtype)
-    return F.dropout(weights, dropout) @ value
+    scale = width**-0.5 if scaling is None else scaling
+    precise = torch.promote_types(query.dtype, torch.float32)
+    sinks = None if sinks is None else sinks.to(precise).view(1, heads, 1, 1)
+    block = max(1, min(length, SCORES_AT_ONCE // (heads * length)))
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        mask = _causal_mask(query.shape[2], key.shape[2], window, query.device)
+        scores = query @ key.transpose(2, 3) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.to(precise).masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.expand(1, heads, len(mask), 1)], dim=-1)
+        weights = scores.softmax(-1)[..., : key.shape[2]].to(query.dtype)
+        return F.dropout(weights, dropout) @ value
+
+    outputs = []
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        first = 0 if window is None else max(0, begin - window + 1)
+        states = query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end]
+        outputs.append(checkpoint(attend, *states, use_reentrant=False, preserve_rng_state=dropout > 0))
+    return torch.cat(outputs, dim=2)
 
 
-def _causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return bool [length, length]: row i attends to columns i - window + 1 .. i, or 0 .. i without a window."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
+def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return bool [queries, keys]: the last queries attend to the keys up to themselves, or to `window` of these."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries + 1 - window)
 
 
 def unsupported_config_reason(config: Any, longest: int) -> str | None:

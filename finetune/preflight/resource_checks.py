@@ -33,12 +33,11 @@ OUT_OF_MEMORY_STATUS = 1  # exit status of a run that runs out of memory
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """The most rows, tokens (padding included), logits and squared lengths of any micro-batch of a rank."""
+    """The most rows, tokens (padding included) and logits of any micro-batch of a rank."""
 
     rows: int = 0
     tokens: int = 0
     logits: int = 0
-    pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def forecast_batches(
     longest = int(lengths.max())
     layout = decide_layout(batch, longest, batch.padding_reason or obstacle)
     sampler = train_sampler(batch, layout, lengths)
-    largest = first = np.zeros(4, dtype=int)
+    largest = first = np.zeros(3, dtype=int)
     for step in range(min(sampler.steps_per_epoch, MAX_STEPS)):
         for number in range(sampler.micro_batches(step)):
             for rank in range(sampler.shape.world_size):
@@ -94,7 +93,7 @@ def forecast_batches(
                 if len(rows):
                     is_padded = sampler.batching == "padded"
                     shape = np.full(len(rows), lengths[rows].max()) if is_padded else lengths[rows].astype(int)
-                    sizes = (len(rows), shape.sum(), supervised[rows].sum(), (shape**2).sum())
+                    sizes = (len(rows), shape.sum(), supervised[rows].sum())
                     largest = np.maximum(largest, sizes)
         first = largest if step < FIRST_STEPS else first
     steps = schedule.max_steps
@@ -141,8 +140,7 @@ def check_resources(
         return
     estimate = memory.estimate_memory(model, run)
     other = memory.estimate_memory(model, replace(run, checkpoint_every=0 if run.checkpoint_every else 1))
-    pairs = min(run.pairs, first_batch.pairs)
-    first = memory.estimate_memory(model, replace(run, **asdict(replace(first_batch, pairs=pairs))))
+    first = memory.estimate_memory(model, replace(run, **asdict(first_batch)))
     facts: dict[str, Any] = {"fits": free.holds(estimate), **estimate.facts()}
     facts["device"] |= {
         "capacity": free.device,
@@ -201,7 +199,8 @@ def run_spec(config: RunConfig, batches: BatchForecast, *, ranks_on_host: int) -
         **memory.from_deepspeed(config.deepspeed.config if config.deepspeed else None),
         ranks=config.batch.world_size,
         ranks_on_host=ranks_on_host,
-        **asdict(batches.largest) | ({"pairs": 0} if hardware.attention.startswith("flash") else {}),
+        **asdict(batches.largest),
+        flash_attention=hardware.attention.startswith("flash"),
         longest=batches.longest,
         padded=batches.layout.batching == "padded",
         precision=hardware.precision,

@@ -169,11 +169,11 @@ def trace_activations(model: Any, base: Any, precision: Precision) -> Activation
     if unsupported_config_reason(base.config, 1) or LINEAR_ATTENTION in module_kinds(base).by_module.values():
         return None
     try:
-        scores = _take_fused_attention(base, copies=precision == "float32")
+        scores = _take_attention_without_content(base, copies=precision == "float32")
         with _fewer_layers(base) as layers, kernels_on_meta(fused_dropout=precision != "float32"):
             found = _measured(model, base, layers)
-        kept, working = (sum(each) / len(layers) for each in zip((0, 0), *scores.values(), strict=True))
-        return replace(found, scores=kept, scores_working=working)
+        kept, working, heads = (sum(each) / len(layers) for each in zip((0, 0, 0), *scores.values(), strict=True))
+        return replace(found, scores=kept, scores_working=working, scored_heads=round(heads))
     except Exception:  # any model's code may need what tensors without content lack: the formula is used instead
         return None
 
@@ -296,46 +296,49 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Memory of flash attention: keeps its inputs, the result and a float32 for each head and token."""
+class _Attention(torch.autograd.Function):
+    """Memory of attention: keeps its inputs; if fused, also the result and a float32 for each head and token."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_fused: bool) -> torch.Tensor:
         rows, heads, tokens, _ = query.shape
         result = query.new_empty(rows, tokens, heads, value.shape[3])
-        ctx.save_for_backward(query, key, value, result, query.new_empty(rows, heads, tokens, dtype=torch.float32))
+        of_kernel = [result, query.new_empty(rows, heads, tokens, dtype=torch.float32)] if is_fused else []
+        ctx.save_for_backward(query, key, value, *of_kernel)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+        return *map(torch.empty_like, ctx.saved_tensors[:3]), None
 
 
-def _take_fused_attention(base: Any, *, copies: bool) -> dict[int, tuple[int, int]]:
-    """Let the model attend without content; return (bytes of scores kept, peak beyond) by layer, once it has run.
+def _take_attention_without_content(base: Any, *, copies: bool) -> dict[int, tuple[int, int, int]]:
+    """Let the model attend without content; return, by layer, bytes of scores and their heads, once it has run.
 
-    As `models.attention` computes softcaps and sinks: kept are the softmax in float32, the same in 16 bits, what tanh
-    returns, and a mask; at the peak of the backward pass there are two gradients of the scores beside them.
+    They are what is kept for the backward pass, and the peak beyond it. As `models.attention` computes softcaps and
+    sinks: kept are the softmax in float32, the same in 16 bits, what tanh returns, and a mask; at the peak there are
+    two gradients of the scores beside them.
     """
     from transformers import AttentionInterface
 
     if not base._can_set_attn_implementation():
         raise ValueError("its code does not take attention functions from transformers")
 
-    scores: dict[int, tuple[int, int]] = {}
+    scores: dict[int, tuple[int, int, int]] = {}
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, mask: Any = None, *, softcap: Any = None, s_aux: Any = None,
         **_: Any,
     ) -> tuple[Any, None]:  # fmt: skip
         heads, size = query.shape[1], query.element_size()
-        scores[id(module)] = (0, 0)
-        if softcap is not None or s_aux is not None:
+        scores[id(module)] = (0, 0, 0)
+        is_fused = softcap is None and s_aux is None
+        if not is_fused:
             kept = 4 + (size if size < 4 else 0) + (0 if softcap is None else size)
-            scores[id(module)] = (heads * kept + 1, heads * (8 + size))
+            scores[id(module)] = (heads * kept + 1, heads * (8 + size), heads)
             key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
-        result: Any = _FusedAttention.apply(query, key, value)
-        return (result.clone() if copies else result), None
+        result: Any = _Attention.apply(query, key, value, is_fused)
+        return (result.clone() if copies and is_fused else result), None
 
     AttentionInterface.register(FUSED, attend)
     base.set_attn_implementation(FUSED)

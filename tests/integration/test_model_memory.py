@@ -30,8 +30,7 @@ TOKENS, LEARNED = [40, 24], 20
 def predicted(shape: ModelSpec) -> float:
     kept = shape.activations
     held = kept.outside + kept.layer * shape.layers
-    scores = kept.scores * sum(tokens**2 for tokens in TOKENS)
-    return sum(TOKENS) * held + LEARNED * kept.logit + (kept.fixed + scores) * shape.layers
+    return sum(TOKENS) * held + LEARNED * kept.logit + kept.fixed * shape.layers
 
 
 def sizes_of(output: Path) -> dict[str, int]:

@@ -97,6 +97,8 @@ def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
 
     Ranks that share rows share tokens and logits.
     """
+    from finetune.models.attention import SCORES_AT_ONCE
+
     kept, tokens = model.activations, run.tokens / run.sequence_parallel
     logits = run.logits / run.sequence_parallel  # positions
     checkpointed = run.checkpointed_layers(model.layers)
@@ -105,9 +107,15 @@ def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
     held = kept.outside + (kept.layer + frozen) * (model.layers - checkpointed) + inputs
     fixed: float = run.rows * run.longest**2 if run.padded and run.longest else 0  # the mask
     fixed += kept.fixed * (model.layers - checkpointed) + run.size * model.unpacked_layer
-    fixed += kept.scores * run.pairs / run.sequence_parallel * (model.layers - checkpointed)
-    at_once = run.pairs if run.padded else min(run.pairs, run.longest**2)  # flat rows: one conversation after the other
-    scores = (kept.scores_working * at_once + kept.scores * run.pairs * (checkpointed > 0)) / run.sequence_parallel
+    scores = 0.0
+    if kept.scored_heads and not run.flash_attention:
+        pairs = run.longest**2  # at once: all of a padded batch, some of one conversation of a flat row
+        pairs = (
+            run.rows * pairs if run.padded else min(pairs, SCORES_AT_ONCE * run.sequence_parallel // kept.scored_heads)
+        )
+        of_layer = kept.scores * pairs / run.sequence_parallel
+        fixed += of_layer * (model.layers - checkpointed) * run.padded
+        scores = kept.scores_working * pairs / run.sequence_parallel + of_layer * (checkpointed > 0 or not run.padded)
     layer = kept.recomputing + frozen if checkpointed else kept.working
     at_head = {ACTIVATIONS: tokens * held + fixed, LOGITS: loss_head(model, run, logits)}
     in_layer = {ACTIVATIONS: tokens * (held + layer) + fixed + kept.fixed + scores, LOGITS: 0.0}

@@ -228,5 +228,4 @@ def _smaller_batches(start: Suggestion) -> Iterator[Suggestion]:
             accumulation=accumulation,
             tokens=tokens,
             logits=min(run.logits, tokens),
-            pairs=max(-(-run.pairs // parts), min(run.longest**2, run.pairs)),
         )

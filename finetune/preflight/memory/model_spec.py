@@ -41,10 +41,10 @@ class Activations:
     logit_working: float  # peak beyond it
     fixed: float = 0.0  # in one layer, independent of the tokens: copies of weights that an adapter on experts makes
     frozen_inputs: float = 0.0  # in one layer; inputs that ZeRO-3's linear layers keep even if the weight is frozen
-    scores: float = (
-        0.0  # in one layer, for each pair of tokens of a conversation: what attention without a kernel keeps
-    )
-    scores_working: float = 0.0  # peak beyond it
+    # In one layer, per pair of tokens, if attention has no fused kernel: what a padded row keeps, the peak beyond it.
+    scores: float = 0.0
+    scores_working: float = 0.0
+    scored_heads: int = 0  # of that attention
     is_traced: bool = True  # measured on the model; else from the formula for a plain decoder
 
 
@@ -147,12 +147,12 @@ class RunSpec:
     ranks: int
     tokens: int  # positions of the largest micro-batch, padding included
     logits: int  # those of them that get logits; all, if the model's code cannot select
-    pairs: int = 0  # squared lengths of its rows, summed; 0 where a kernel attends
     precision: Precision = "bf16"
     use_cpu: bool = False
     ranks_on_host: int | None = None  # on the host that has most
     rows: int = 1  # of the largest micro-batch
     longest: int = 0  # tokens of its longest row
+    flash_attention: bool = False
     padded: bool = False  # rows are padded to the longest one, so attention gets a mask
     checkpoint_every: int = 0  # activations of each n-th layer are recomputed; 0: of none
     checkpoints_to_host: bool = False  # the inputs that these layers keep are in host memory

@@ -82,6 +82,22 @@ def test_values_and_gradients_are_those_of_the_formula(variant, key_heads):
         assert_alike(found, written_out(*inputs, LENGTHS, **options), wanted_from, 1e-12)
 
 
+@pytest.mark.parametrize("scores_at_once", [1, 4 * 8 * 3])
+@pytest.mark.parametrize("variant", [name for name, options in VARIANTS.items() if {"softcap", "s_aux"} & {*options}])
+def test_queries_in_blocks_without_a_fused_kernel(variant, scores_at_once, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores_at_once)
+    test_values_and_gradients_are_those_of_the_formula(variant, 2)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 1.5}, {"s_aux": torch.zeros(4)}], ids=["softcap", "sinks"])
+def test_no_scores_are_kept_for_the_backward_pass(options):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda one: one):
+        output, _ = padding_free_attention(None, *drawn(lengths=[60]), None, segment_lengths=[60], **options)
+    assert output.requires_grad and (1, 4, 60, 8) in kept
+    assert not [shape for shape in kept if shape[-2:] == (60, 60)]
+
+
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"softcap": 1.5}], ids=["plain", "window", "softcap"])
 def test_in_float32(options):
     inputs = drawn(key_heads=2, dtype=torch.float32)

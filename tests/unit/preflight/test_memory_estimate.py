@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.config.deepspeed_config import find_config, load_config, shipped_names
+from finetune.models.attention import SCORES_AT_ONCE
 from finetune.preflight.memory import (
     Activations,
     Block,
@@ -21,7 +22,16 @@ from finetune.preflight.memory import (
     plain_activations,
     suggest_changes,
 )
-from finetune.preflight.memory.device_memory import ADAM, GRADIENTS, MASTERS, WEIGHTS, gpu_phases, states
+from finetune.preflight.memory.device_memory import (
+    ACTIVATIONS,
+    ADAM,
+    GRADIENTS,
+    MASTERS,
+    WEIGHTS,
+    activations,
+    gpu_phases,
+    states,
+)
 
 PAPER = 7_500_000_000  # parameters of the ZeRO paper's example, on 64 GPUs
 NOTHING = Activations(layer=0, outside=0, layer_input=0, working=0, recomputing=0, logit=0, logit_working=0)
@@ -270,3 +280,23 @@ def test_a_cpu_lends_what_is_written_to_only():
     gpu, cpu = (estimate_memory(shape, replace(job, use_cpu=use_cpu)).device_total for use_cpu in (False, True))
     assert gpu > 4 * 500_000_000
     assert cpu < 4 * 500_000_000
+
+
+SCORED = replace(NOTHING, scores=40, scores_working=60, scored_heads=8)
+
+
+def test_scores_of_attention_without_a_kernel():
+    """A padded batch keeps them in each layer; a flat row has those of a block of queries at a time."""
+    shape = shape_with(10_000, activations=SCORED)
+    row = RunSpec(stage=2, ranks=1, tokens=4_000, logits=0, rows=4, longest=1_000)
+
+    def scores(run: RunSpec) -> float:
+        return (
+            activations(shape, run)[1][ACTIVATIONS]
+            - activations(shape, replace(run, flash_attention=True))[1][ACTIVATIONS]
+        )
+
+    assert scores(row) == 100 * 1_000**2
+    assert scores(replace(row, longest=100_000)) == 100 * SCORES_AT_ONCE / 8
+    assert scores(replace(row, padded=True)) == (40 * shape.layers + 60) * 4 * 1_000**2
+    assert scores(replace(row, padded=True, checkpoint_every=1)) == 100 * 4 * 1_000**2
