@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,6 +108,32 @@ def skip_nonfinite_steps(wrapped: Any, engine: Any, on_norm: Callable[[bool], No
                 parameter.grad = None
 
     optimizer.register_step_pre_hook(drop)
+
+
+def free_training_memory(model: Any, optimizer: Any, accelerator: Accelerator) -> None:
+    """Free weights, gradients and optimizer states after the last step; none of them can be used any more.
+
+    Hooks of the model and DeepSpeed's engine refer to each other, so that dropping references would free nothing.
+    (accelerate 1.15, DeepSpeed 0.19.8)
+    """
+    accelerator.free_memory()  # DeepSpeed's buckets, and parts of its flat buffers that parameters refer to
+    held: list[Any] = [vars(parameter) for parameter in model.parameters()]
+    while optimizer is not None:
+        held.append(vars(optimizer))
+        optimizer = vars(optimizer).get("optimizer")
+    for tensor in [*model.parameters(), *_tensors_in(held)]:
+        if tensor.is_leaf:
+            tensor.grad = None
+        tensor.data = tensor.data.new_empty(0)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested lists and dictionaries, keys included."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple | set):
+        for inner in [*value, *(value.values() if isinstance(value, dict) else ())]:
+            yield from _tensors_in(inner)
 
 
 def separate_step_counters(optimizer: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from finetune.config.hardware import Precision
 from finetune.distributed import stop_requests, watchdog
 from finetune.distributed.collectives import destroy_process_group, run_on_rank_0
+from finetune.distributed.process_setup import allocate_outside_heap
 from finetune.export.model_card import write_model_card
 from finetune.export.model_files import copy_other_files
 from finetune.export.verify_saved import LOSS_TOKENS, digests_to_save, verify_result
@@ -19,6 +20,7 @@ from finetune.inference.run_result import read_result
 from finetune.models.loader import ModelInfo
 from finetune.models.quantization import is_packed_in_files
 from finetune.run_dir import output_dir_lock, run_json
+from finetune.training.compat import free_training_memory
 from finetune.training.metrics import loss_curve
 from finetune.training.trainer import SupervisedTrainer
 from finetune.training.weight_proof import WeightChanges
@@ -43,6 +45,8 @@ def finalize(trainer: SupervisedTrainer, base: ModelInfo, *, is_adapter: bool, p
     trained = digests_to_save(trainer.model)
     example = trainer.train_dataset.shortest_example(LOSS_TOKENS)
     loss = trainer.loss_of(example)
+    free_training_memory(trainer.model, trainer.optimizer, trainer.accelerator)
+    allocate_outside_heap()
 
     logger.info("Loading it again, to compare it with what was trained")
 

@@ -82,3 +82,21 @@ def test_a_tied_embedding_has_sparse_gradients_unless_the_model_is_compiled():
         )
         configure_ddp(model, accelerator, None)
         assert model.get_input_embeddings().sparse is sparse
+
+
+def test_weights_gradients_and_optimizer_states_are_freed_whatever_refers_to_them():
+    from finetune.training.compat import free_training_memory
+
+    model, asked = torch.nn.Linear(3, 2), []
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    wrapped = _Wrapped(optimizer)
+    wrapped.optimizer.flat_groups, model.weight.ds_tensor = [{"fp32": torch.ones(6)}], torch.ones(4)
+    states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    held = [*model.parameters(), *states, optimizer.flat_groups[0]["fp32"], model.weight.ds_tensor]
+    assert [tensor.numel() for tensor in held] == [6, 2, 6, 6, 2, 2, 6, 4] and model.weight.grad is not None
+
+    free_training_memory(model, wrapped, SimpleNamespace(free_memory=lambda: asked.append(True)))
+    assert asked and not any(tensor.numel() for tensor in held)
+    assert all(parameter.grad is None for parameter in model.parameters())
