@@ -32,7 +32,7 @@ from finetune.models.lora_targets import (
     resolve_targets,
 )
 from finetune.models.model_folder import weights_fingerprint
-from finetune.models.module_kinds import EMBEDDINGS, HEAD, ROUTED_EXPERTS, VISION, full_shape
+from finetune.models.module_kinds import EMBEDDINGS, HEAD, ROUTED_EXPERTS, VISION, full_shape, output_embeddings
 from finetune.models.quantization import quantized_layers
 from finetune.models.zero3 import gathered
 from finetune.run_dir.run_json import ADAPTER_CONFIG
@@ -106,6 +106,7 @@ def attach_peft(
         ConfigError: A name matches no layer, or peft rejects an option.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     options = {**adapter.peft_options(), "task_type": TaskType.CAUSAL_LM, **OF_THIS_RUN}
@@ -139,7 +140,9 @@ def attach_peft(
         # peft's default is float32, which ZeRO-3 would keep: the stages would compute different numbers.
         return get_peft_model(model, config_class(**options), autocast_adapter_dtype=False, revision=base_revision)
     except MALFORMED as error:
-        raise ConfigError(f"{label} cannot be attached: {error}; its {linear_names(model)}") from None
+        is_whole = not any(isinstance(module, BaseTunerLayer) for module in model.modules())  # else names of peft's
+        layers = f"; its {linear_names(model)}" if is_whole else ""
+        raise ConfigError(f"{label} cannot be attached: {error}{layers}") from None
 
 
 def _converted(model: Any, precision: Precision | None) -> Any:
@@ -195,7 +198,7 @@ def _resolved(model: Any, options: dict[str, Any]) -> LoraTargets:
     parameters = (name for name in targets.parameters if not any(part in f".{name}" for part in saved))
     targets = replace(targets, parameters=tuple(parameters))
     _check_wrapped(targets, options)
-    start, head = options.get("init_lora_weights"), model.get_output_embeddings()
+    start, head = options.get("init_lora_weights"), output_embeddings(model)
     if is_tied(model) and str(start).startswith(MOVES_BASE):
         if tied := [name for name in targets.modules if model.get_submodule(name) is head]:
             raise ConfigError(

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from finetune.models.module_kinds import full_shape
+from finetune.models.module_kinds import full_shape, output_embeddings
 from finetune.utils.errors import ConfigError
 
 
 def embedding_names(model: Any, *, with_head: bool = False) -> list[str]:
     """Return the last part of the names of the modules with a row per token: embeddings and, unless tied, the head."""
     has_head = with_head or not is_tied(model)
-    wanted = [model.get_input_embeddings()] + ([model.get_output_embeddings()] if has_head else [])
+    wanted = [model.get_input_embeddings()] + ([output_embeddings(model)] if has_head else [])
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):  # Gemma 3n and 4
         wanted.append(model.get_per_layer_input_embeddings())
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}

@@ -71,6 +71,12 @@ def resolve_targets(base: Any, wanted: str | Sequence[str]) -> LoraTargets:
             tuple(name for name in modules if kinds.of(name) not in NOT_IN_ALL_LINEAR and name not in unfit),
             tuple(name for name in parameters if name not in unfit),
         )
+        if not (chosen.modules or chosen.parameters):
+            reasons = "; ".join(dict.fromkeys(unfit.values())) or "it has none that training adapts"
+            raise ConfigError(
+                f"an adapter cannot be attached to any layer of {type(base).__name__}: {reasons}: train it in full "
+                "(--use_lora False)"
+            )
     else:
         chosen = _by_name(wanted, modules, parameters, kinds, base)
         if refused := [name for name in (*chosen.modules, *chosen.parameters) if name in unfit]:

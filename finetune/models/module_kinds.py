@@ -115,7 +115,7 @@ def module_kinds(base: Any) -> ModuleKinds:
     """Return the kinds of the modules of a model without an adapter that have parameters of their own."""
     modules = dict(base.named_modules())
     language = language_model(base)
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    head, embeddings = output_embeddings(base), base.get_input_embeddings()
     inside = {id(module) for module in language.modules()} if language is not None else None
     prefix = re.split("For[A-Z]|Model|LMHead", type(base).__name__)[0]
     kinds = {}
@@ -183,8 +183,15 @@ def unwrap_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def output_embeddings(model: Any) -> Any:
+    """Return the head; of a model of several modalities it may be that of the language model in it (Nemotron Omni)."""
+    base = unwrap_adapter(model)
+    head, language = base.get_output_embeddings(), language_model(base)
+    return language.get_output_embeddings() if head is None and language is not None else head
+
+
 def loss_module(model: Any) -> Any:
     """Return the module that computes logits of hidden states; of one that is trained as a copy, the copy."""
-    module: Any = unwrap_adapter(model).get_output_embeddings()
+    module: Any = output_embeddings(model)
     copies = getattr(module, "modules_to_save", None)
     return module if copies is None else copies[module.active_adapter]

@@ -29,7 +29,14 @@ from finetune.models.attention import unsupported_config_reason
 from finetune.models.auto_class import auto_class
 from finetune.models.loader import freeze_other_modalities, torch_dtype
 from finetune.models.model_config import experts_of, largest, set_vocab_size
-from finetune.models.module_kinds import LINEAR_ATTENTION, ROUTED_EXPERTS, ModuleKinds, module_kinds, unwrap_adapter
+from finetune.models.module_kinds import (
+    LINEAR_ATTENTION,
+    ROUTED_EXPERTS,
+    ModuleKinds,
+    module_kinds,
+    output_embeddings,
+    unwrap_adapter,
+)
 from finetune.models.quantization import quantized_layers
 from finetune.preflight.compat import kernels_on_meta, linear_of_zero3
 from finetune.preflight.memory.model_spec import BYTES, Activations, Block, ModelSpec, Precision, plain_activations
@@ -72,7 +79,7 @@ def spec_from_config(
     try:
         model, kinds, quantizable = _on_meta(config, precision, attach, trust_remote_code)
         base = unwrap_adapter(model)
-        embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
+        embedding, head = base.get_input_embeddings().weight, output_embeddings(base)
     except FinetuneError:
         raise
     except Exception as error:  # any model's code may need what tensors without content lack

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from finetune.models.model_config import attention_widths, experts_of
-from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, full_shape
+from finetune.models.module_kinds import ROUTED_EXPERTS, ModuleKinds, full_shape, output_embeddings
 from finetune.training.nonfinite import finite_or_none
 from finetune.utils.atomic_io import append_json_lines, write_text_atomically
 
@@ -51,7 +51,7 @@ def model_flops(model: Any, kinds: ModuleKinds) -> ModelFlops:
     """
     experts, chosen = experts_of(model.config)
     active_share = chosen / max(experts, 1)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), output_embeddings(model)
     embedding_ids = {id(weight) for weight in embedding.parameters()} if embedding is not None else set()
     head_ids = {id(weight) for weight in head.parameters()} if head is not None else set()
     per_token = per_logit = 0.0

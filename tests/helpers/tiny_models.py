@@ -150,6 +150,7 @@ OTHERS = {
 CONFIGS = {
     "Qwen3_5": "Qwen3_5TextConfig",
     "Qwen3_5Moe": "Qwen3_5MoeTextConfig",
+    "Qwen4Exp": "Qwen4ExpTextConfig",
     "Gemma4": "Gemma4TextConfig",
     "Gemma3": "Gemma3TextConfig",
     "Llama4": "Llama4TextConfig",

@@ -55,9 +55,10 @@ FAMILIES: dict[str, tuple[set[str], dict[str, Any]]] = {
         "cohere2_moe granitemoe_swa granitemoeshared hunyuan_v1_moe kolibri1 qwen2_moe solar_open".split(), (SHARED, {})
     ),
     **dict.fromkeys(
-        "afmoe dots1 ernie4_5_moe exaone_moe hy_v3 laguna".split(), ({*SHARED, DENSE_MLP}, {})
+        "afmoe dots1 ernie4_5_moe exaone_moe hy_v3".split(), ({*SHARED, DENSE_MLP}, {})
     ),
     "mimo_v2_flash": ({*ROUTED, DENSE_MLP}, {}),
+    "laguna": ({*ROUTED, DENSE_MLP}, {}),  # peft would not find LoRA on its shared experts again
     "lfm3": ({*DENSE, LINEAR_ATTENTION}, {}),
     **dict.fromkeys("deepseek_v2 glm4_moe_lite axk1".split(), ({*SHARED, DENSE_MLP}, LATENT)),
     **dict.fromkeys("minicpm3 youtu".split(), (DENSE, LATENT)),

@@ -72,6 +72,7 @@ def test_a_method_of_peft_trains_and_is_saved(name, tmp_path):
         ({"peft_type": "LORAX"}, "has no method LORAX: expected one of .*IA3"),
         ({**IA3, "rank": 4}, "peft's IA3 has no option rank"),
         ({**IA3, "feedforward_modules": ["up_proj"]}, "peft's IA3 cannot be attached: .*its layers are"),
+        ({"peft_type": "LOHA", "target_modules": ["q_proj", "embed_tokens"]}, "LOHA cannot be attached: .* supported"),
         ({"peft_type": "LORA", "target_modules": ["w_q"]}, "the model has no layer w_q"),
         ({**IA3, "modules_to_save": ["head"]}, "no layer head"),
         ({"peft_type": "LORA", "trainable_token_indices": [5, 200]}, r" \[200\]: .* has 200 rows.* --new_tokens"),

@@ -174,6 +174,21 @@ def test_experts_whose_adapter_peft_renames_when_it_loads_it_have_none():
         resolve_targets(base, ["gate_up_proj"])
 
 
+def test_a_model_whose_adapter_peft_would_not_find_again_is_refused_with_the_reason():
+    """Of DeepSeek-OCR 2 it renames all layers of the language model."""
+    text = {"num_hidden_layers": 2, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]}
+    base = empty_model(CONFIG_MAPPING["deepseek_ocr2"](text_config=text))
+    with pytest.raises(ConfigError, match="any layer of DeepseekOcr2.*peft renames .* train it in full"):
+        adapt(base)
+
+
+def test_the_head_of_the_language_model_inside_of_another_is_frozen():
+    text = {**tiny_models.SIZES, **tiny_models.HYBRID["nemotron_h"][1]}
+    base = empty_model(CONFIG_MAPPING["nemotron_h_omni"](text_config=text))
+    assert base.get_output_embeddings() is None and module_kinds(base).of("language_model.lm_head") == HEAD
+    assert not [name for name in resolve_targets(base, ALL_LINEAR).modules if name.endswith("lm_head")]
+
+
 def test_experts_whose_weights_the_code_reads_past_a_wrapper_stay_frozen():
     config = DbrxConfig(
         vocab_size=tiny_models.VOCAB_SIZE, d_model=32, n_heads=4, n_layers=1, max_seq_len=64,
@@ -215,7 +230,7 @@ def test_in_every_family_of_transformers_what_is_resolved_is_what_peft_adapts():
                 base = auto.from_config(config)
         except Exception:  # many configs have no defaults that make a model
             continue
-        if config.is_encoder_decoder or model_type == "pi0":  # which generates no text
+        if config.is_encoder_decoder or model_type in ("pi0", "unlimited_ocr"):  # no text; no name that peft keeps
             continue
         kinds, targets = module_kinds(base), resolve_targets(base, ALL_LINEAR)
         with torch.device("meta"), warnings.catch_warnings():
