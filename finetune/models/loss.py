@@ -106,7 +106,8 @@ def loss_of_logits(logits: torch.Tensor, terms: LossTerms) -> torch.Tensor:
 def loss_of_head(head: Head, terms: LossTerms, hidden: torch.Tensor) -> torch.Tensor:
     """Set the loss of hidden states [..., H]; return logits [1, 0, V] of no position, which depend on it."""
     rows = terms.select(hidden)
-    terms.loss, logits = _ChunkedLoss.apply(head, terms, torch.is_grad_enabled(), rows, *head.trained())
+    parameters, head.stand_in = head.trained() if head.stand_in is None else [head.stand_in], None
+    terms.loss, logits = _ChunkedLoss.apply(head, terms, torch.is_grad_enabled(), rows, *parameters)
     return logits
 
 
@@ -126,7 +127,12 @@ class Head:
         forward: of the module.
         after: elementwise functions that the model applies to the output.
         vocabulary: the number of logits.
+
+    Attributes:
+        stand_in: what passes the gradient of the next call on to the weight, or None for the weight itself.
     """
+
+    stand_in: torch.Tensor | None = None
 
     def __init__(
         self,

@@ -59,6 +59,14 @@ def enable_loss_head(
     return reason
 
 
+def make_gradient_sparse(embedding: torch.nn.Embedding, head: torch.nn.Module) -> None:
+    """Let a trained embedding have sparse gradients, added in place to those of the head that shares its weight."""
+    embedding.sparse = True
+    computes_loss = vars(head).get("forward")
+    if isinstance(computes_loss, LossHead) and computes_loss.head.is_plain and head.bias is None:
+        embedding.register_forward_pre_hook(computes_loss.before_embedding)
+
+
 class LossHead:
     """Stands for the `forward` of a module."""
 
@@ -70,12 +78,29 @@ class LossHead:
         """Let the module compute logits again."""
         del self.head.module.forward
 
+    def before_embedding(self, embedding: Any, _: Any) -> None:
+        """Let a tied embedding's gradient be there first, to be added to that of the head."""
+        is_wanted = wanted_loss() is not None and torch.is_grad_enabled()
+        self.head.stand_in = _PassedOnLast.apply(embedding.weight) if is_wanted else None
+
     @torch.compiler.disable
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         terms = wanted_loss()
         if terms is None or not self.head.vocabulary:
             return self.head.forward(hidden, *args, **kwargs)
         return loss_of_head(self.head, terms, hidden)
+
+
+class _PassedOnLast(torch.autograd.Function):
+    """The identity: autograd runs the backward passes of functions that are called after it first."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
 
 
 def _reason(model: Any, head: LossHead, batch: dict[str, Any]) -> str | None:

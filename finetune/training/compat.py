@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 
+from finetune.models.loss_head import make_gradient_sparse
 from finetune.models.model_config import experts_of
 from finetune.models.module_kinds import unwrap_adapter
 from finetune.training.nonfinite import LossScale
@@ -41,8 +42,9 @@ def configure_ddp(model: Any, accelerator: Accelerator, find_unused: bool | None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if accelerator.device.type != "cpu" or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         return
-    if isinstance(embedding, torch.nn.Embedding) and head is not None:
-        embedding.sparse = embedding.weight is head.weight and embedding.weight.requires_grad
+    is_tied = isinstance(embedding, torch.nn.Embedding) and head is not None and embedding.weight is head.weight
+    if is_tied and embedding.weight.requires_grad:
+        make_gradient_sparse(embedding, head)
 
 
 def _may_skip_weights(config: Any) -> bool:

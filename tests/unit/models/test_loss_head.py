@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from finetune.dataset.collator import Collator
+from finetune.dataset.collator import Collator, pop_targets
 from finetune.models import loss as loss_module
 from finetune.models.attention import supports_logits_to_keep
-from finetune.models.loss_head import enable_loss_head
+from finetune.models.loss import supervised_loss
+from finetune.models.loss_head import enable_loss_head, make_gradient_sparse
 from finetune.models.module_kinds import loss_module as module_of
 from tests.helpers.lora import attach_lora
 from tests.helpers.tiny_models import GROUPED, SIZES, VOCAB_SIZE, build
@@ -55,6 +57,28 @@ def test_of_a_head_that_is_saved_whole_the_copy_computes_the_loss():
     model = attach_lora(build("llama"), **options)
     assert reason_of(model) is None
     assert type(module_of(model)) is torch.nn.Linear and module_of(model).weight.requires_grad
+
+
+@pytest.mark.parametrize("after", [{}, {"final_logit_softcapping": 2.0}], ids=["plain", "soft cap"])
+def test_the_gradient_of_a_tied_embedding_is_added_to_that_of_the_head_in_place(after):
+    model = build("gemma2" if after else "llama", tie_word_embeddings=True, **after)
+    weight, collate = model.get_input_embeddings().weight, Collator(flat=False, pad_token_id=0, selects_logits=True)
+    example = {"input_ids": np.array([5, 6, 7, 5, 9, 8]), "labels": np.array([-100, 6, 7, 5, 9, 8])}
+
+    def backward() -> tuple[torch.Tensor, bool]:
+        weight.grad, batch = None, collate([example])
+        loss, _ = supervised_loss(model, batch, pop_targets(batch), scale=0.2)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            loss.backward()
+        events = [event for event in profile.events() if event.name in ("aten::add", "aten::embedding_dense_backward")]
+        return weight.grad, any(event.cpu_memory_usage >= weight.nbytes for event in events)
+
+    expected, has_copy = backward()
+    assert has_copy and reason_of(model) is None
+    make_gradient_sparse(model.get_input_embeddings(), module_of(model))
+    for _ in range(2):
+        gradient, has_copy = backward()
+        assert torch.allclose(gradient, expected, atol=1e-6) and not has_copy
 
 
 def shifts(logits: torch.Tensor) -> torch.Tensor:
