@@ -6,7 +6,8 @@
 An answer begins where the prompt of serving ends (`add_generation_prompt=True`), and ends with the end tokens that it
 has as the last turn. If the template writes it otherwise once other turns follow (Qwen3 leaves out earlier reasoning),
 it cannot be supervised there: it needs a conversation that ends with it. If the prompt does not lead to what the
-template writes (R1's ends with `<think>`), the answer is put behind the prompt.
+template writes (R1's ends with `<think>`), the answer is put behind the prompt. Reasoning that the template leaves out,
+writing an empty `<think></think>` for it (Kimi-K2-Thinking), is put there.
 """
 
 import re
@@ -32,6 +33,8 @@ from finetune.chat_templates.template_skeleton import (
 from finetune.conversation import Conversation, Turn
 
 MAX_SHOWN = 24  # characters of a template's text in messages
+_EMPTY_REASONING = re.compile(rf"{REASONING_BEGIN}(\s*){REASONING_END}\s*$")
+FILLED_RULE = "the reasoning of turn {turn} stands where the chat template writes an empty one"
 CLOSED_RULE = "the reasoning that the prompt opens is closed empty in front of turn {turn}"
 LOST_REASONING = (
     "the chat template leaves out the reasoning of turn {turn}, so the answer would be trained without it: use "
@@ -200,7 +203,13 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         return CLOSED_REASONING.format(turn=number)
     loses, opens_reasoning = _loses(turn, number, spans), _opens_reasoning(prompt)
     if loses and not opens_reasoning:
-        return LOST_REASONING.format(turn=number)
+        empty = _EMPTY_REASONING.search(alone[:first])
+        if empty is None or not opening.strip() or not alone[: empty.start()].endswith(opening):
+            return LOST_REASONING.format(turn=number)
+        half, reasoning = empty[1][: len(empty[1]) // 2], marks_in(turn.reasoning + turn.text)[0]
+        tail = f"{REASONING_BEGIN}{half}{reasoning}{half}{alone[empty.end(1) : end.stop]}"
+        filled = _completion(turn, number, prompt, tail, end, text)
+        return replace(filled, rules=(FILLED_RULE.format(turn=number),))
     if prompt == before and first is not None and marks_reasoning(turn):  # what opens reasoning is no header
         first = min(first, len(commonprefix([text.render_bare(number), alone])))
     if prompt == before and first is not None and _opens_reasoning(alone[:first]):
@@ -259,7 +268,7 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
     """Where the answer ends in `alone`; or why it does not end.
 
     It ends with the first control token after it and those directly behind that one, as far as the template writes
-    them whether another turn follows or not.
+    them whether another turn follows or not. What closes an answer on lines of its own (`\\n</response>\\n`) is no end.
     """
     begin = spans[-1].stop if spans else 0
     try:
@@ -270,6 +279,7 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
         last = DUMMY_VALUE if DUMMY_VALUE in alone else turn.tool_calls[-1].name
         plain = text.control.sub(lambda token: " " * len(token[0]), alone)  # a name may be part of a token
         begin = max(begin, plain.rfind(last) + len(last))
+    own = spans[-1].start if spans and not turn.tool_calls else 0  # reasoning in front of it may be left out later
     shared = _shared(more, alone, text)
     shared = shared if shared > begin else len(alone)  # what is written otherwise later does not count
     if turn.tool_calls:
@@ -285,13 +295,18 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
         begin = len(alone.rstrip())
     else:
         match = text.control.match(alone, _skip_blank(alone, begin))
+        if not match and (further := text.control.search(alone, begin)) and alone[own : further.end()] in more:
+            match = further
         if match:
             tokens, stop = [match[0]], match.end()
             while (match := text.control.match(alone, stop)) and match.end() <= shared:
                 tokens.append(match[0])
                 stop = match.end()
+            while text.eos not in tokens and (match := text.control.match(alone, _skip_blank(alone, stop))):
+                if alone[own : match.end()] not in more:
+                    break
+                tokens, stop = [match[0]], match.end()
             return _End(stop, tuple(tokens))
-    own = spans[-1].start if spans and not turn.tool_calls else 0  # reasoning in front of it may be left out later
     place = more.find(alone[own:begin])
     if place >= 0 and (match := text.control.match(more, _skip_blank(more, place + begin - own))):
         return _End(begin, (match[0],), is_of_next_turn=True)

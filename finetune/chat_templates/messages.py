@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from finetune.conversation import Conversation, ToolCall, Turn
 
 TEMPLATE_ROLES = {"human": "user", "model": "assistant", "system": "system", "tool": "tool"}
 REASONING_BEGIN, REASONING_END = "<think>", "</think>"
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought")
+PARTS = "content"  # the key of reasoning that is a part of the content, as in Mistral's templates
+CallIds = Literal["given", "short", "named"]
 
 
 def split_reasoning(text: str) -> tuple[str, str] | None:
@@ -78,18 +80,19 @@ class MessageStyle:
     """How a template expects messages.
 
     `beside_key` is the key of reasoning that the data has beside the text, `inside_key` of that inside it; None: it is
-    inside the content. `short_ids`: ids of nine characters, as Mistral's templates demand.
+    inside the content. `call_ids`: those of the data, ids of nine characters as Mistral's templates demand, or
+    `functions.NAME:0`, of which Kimi's templates write the name.
     """
 
     arguments_as_json: bool = False
     empty_content: str | None = ""
-    short_ids: bool = False
+    call_ids: CallIds = "given"
     beside_key: str | None = None
     inside_key: str | None = None
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """The messages of all turns."""
-        ids = _ToolCallIds(self.short_ids)
+        ids = _ToolCallIds(self.call_ids)
         return [self._message(turn, ids) for turn in conversation.turns]
 
     def _message(self, turn: Turn, ids: _ToolCallIds) -> dict[str, Any]:
@@ -104,7 +107,10 @@ class MessageStyle:
             key = self.inside_key
             reasoning, answer = inside if key else ("", turn.text)
         message["content"] = with_reasoning_inside(reasoning, answer) if reasoning and not key else answer
-        if reasoning and key:
+        if reasoning and key == PARTS:
+            texts = [{"type": "text", "text": answer}] if answer else []
+            message["content"] = [{"type": "thinking", "thinking": reasoning}, *texts]
+        elif reasoning and key:
             message[key] = reasoning
         if turn.tool_calls:
             message["content"] = message["content"] or self.empty_content
@@ -120,15 +126,18 @@ class MessageStyle:
 class _ToolCallIds:
     """The ids of the calls of a conversation, and the calls that its results belong to."""
 
-    def __init__(self, short: bool) -> None:
-        self.short, self.count = short, 0
+    def __init__(self, form: CallIds) -> None:
+        self.form, self.count = form, 0
         self.open: dict[str | None, tuple[str | None, str]] = {}  # id in the data -> id for the template, name
 
     def of_calls(self, turn: Turn) -> list[tuple[ToolCall, str | None]]:
         self.open, pairs = {}, list[tuple[ToolCall, str | None]]()
         for call in turn.tool_calls:
-            has_short_id = call.id is not None and len(call.id) == 9 and call.id.isalnum()
-            id = f"call{self.count:05}" if self.short and not has_short_id else call.id
+            id, named = call.id, f"functions.{call.name}:"
+            if self.form == "short" and not (id and len(id) == 9 and id.isalnum()):
+                id = f"call{self.count:05}"
+            elif self.form == "named" and not (id and id.startswith(named)):
+                id = f"{named}{self.count}"
             self.count += 1
             self.open[call.id or f"{len(pairs)} of those without an id"] = id, call.name
             pairs.append((call, id))

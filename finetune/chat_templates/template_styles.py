@@ -1,10 +1,21 @@
 """Find the style of messages that a chat template expects, by rendering samples."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
+from typing import get_args
 
 from finetune.chat_templates.example import UnrenderableError
-from finetune.chat_templates.messages import REASONING_KEYS, MessageStyle, sample_tool, with_reasoning_inside
+from finetune.chat_templates.messages import (
+    PARTS,
+    REASONING_BEGIN,
+    REASONING_END,
+    REASONING_KEYS,
+    CallIds,
+    MessageStyle,
+    sample_tool,
+    with_reasoning_inside,
+)
 from finetune.conversation import Conversation, ToolCall, Turn
 
 Render = Callable[[Conversation, MessageStyle], str | None]  # None: the template refuses the sample
@@ -25,13 +36,15 @@ def tool_style(render: Render) -> MessageStyle:
     )  # fmt: skip
     sample = Conversation(turns, tools=(sample_tool(_NAME, _KEY, "aboutq1x"),))
     best = 0
-    for short_ids, content, as_json in product((False, True), ("", None), (False, True)):  # the most frequent first
-        style = MessageStyle(as_json, content, short_ids)
+    for ids, content, as_json in product(get_args(CallIds), ("", None), (False, True)):  # the most frequent first
+        style = MessageStyle(as_json, content, ids)
         text = render(sample, style)
         if text is None:
             continue
-        is_json = "'" + _KEY not in text and '\\"' + _KEY not in text
-        written = ("aboutq1x" in text, text.count(_VALUE) == 1 and is_json, _RESULT in text and _TEXT in text)
+        asked, called = (render(replace(sample, turns=turns[:count]), style) or "" for count in (1, 2))
+        has_name = not called or called.count(_NAME) > asked.count(_NAME)
+        is_call = has_name and text.count(_VALUE) == 1 and "'" + _KEY not in text and '\\"' + _KEY not in text
+        written = ("aboutq1x" in text, is_call, _RESULT in text and _TEXT in text)
         if all(written):
             return style
         best = max(best, written.index(False) + 1)
@@ -40,13 +53,20 @@ def tool_style(render: Render) -> MessageStyle:
 
 
 def reasoning_key(render: Render, *, inside: bool) -> str | None:
-    """The key under which the template writes reasoning that the data has inside a text, or beside it; None: inside."""
+    """The key under which the template writes reasoning that the data has inside a text, or beside it; None: inside.
+
+    Reasoning inside the text of a template that closes reasoning of its own in front of it would be a second one.
+    """
     turn = Turn("model", with_reasoning_inside(_REASON, _TEXT)) if inside else Turn("model", _TEXT, reasoning=_REASON)
     sample = Conversation((Turn("human", "hi"), turn))
     found: dict[str | None, str] = {}
-    for key in (*REASONING_KEYS, None):
-        text = render(sample, MessageStyle(inside_key=key) if inside else MessageStyle(beside_key=key))
-        if text is not None and _REASON in text and text.count(_TEXT) == 1:
+    for key in (*REASONING_KEYS, PARTS, None):
+        text = render(sample, MessageStyle(inside_key=key) if inside else MessageStyle(beside_key=key)) or ""
+        is_quoted = f"'{_REASON}" in text or f'"{_REASON}' in text  # the list of parts itself
+        if _REASON in text and text.count(_TEXT) == 1 and not is_quoted:
             found[key] = text
-    key = next(iter(found), None)
-    return None if inside and found.get(None) == found.get(key) else key
+    in_front = found.get(None, "").partition(_REASON)[0].rstrip().removesuffix(REASONING_BEGIN).rstrip()
+    if in_front.endswith(REASONING_END):
+        del found[None]
+    key = next(iter(found), REASONING_KEYS[0] if in_front.endswith(REASONING_END) else None)
+    return None if inside and None in found and found[None] == found[key] else key
