@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
+from itertools import chain, count
 from pathlib import Path
 
 from finetune.checkpoint.integrity import find_damage, find_strangers
@@ -131,11 +132,9 @@ def _run_of(folder: Path) -> str | None:
 
 def quarantine(folder: Path, reason: str) -> Path:
     """Rename a folder so that it no longer counts as a checkpoint; nothing in it changes."""
-    renamed = folder.with_name(f"{folder.name}.{reason}-{time.strftime('%Y%m%d-%H%M%S')}")
-    number = 1
-    while renamed.exists():
-        number += 1
-        renamed = folder.with_name(f"{folder.name}.{reason}-{time.strftime('%Y%m%d-%H%M%S')}-{number}")
+    name = f"{folder.name}.{reason}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    renamed = next(path for path in map(folder.with_name, names) if not path.exists())
     folder.rename(renamed)
     fsync_dir(folder.parent)
     return renamed

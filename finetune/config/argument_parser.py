@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -74,7 +74,7 @@ ABOVE_0 = (
     "logging_steps", "save_steps", "eval_steps", "adam_epsilon", "loraplus_lr_ratio", "embedding_learning_rate",
     "lora_alpha",
 )  # fmt: skip
-SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor", "lora_dropout")
+SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor", "lora_dropout", "validation_share")
 # Of numpy; and what is a typing error on any host.
 HIGHEST = {**dict.fromkeys(("seed", "data_seed"), 2**32 - 1),
            **dict.fromkeys(("dataloader_num_workers", "preprocessing_num_workers"), 1024)}  # fmt: skip
@@ -228,13 +228,16 @@ def _translate(given: dict[str, Any], training: dict[str, Any]) -> list[str]:
 def _faults(arguments: Arguments, on_command_line: Collection[str], *, adapter_refused: bool) -> Iterator[str]:
     """Yield what is wrong with values that have the right types."""
     yield from data_faults(arguments.data)
-    yield from _number_faults(arguments)
+    yield from _number_faults(vars(arguments.batch) | vars(arguments.adapter) | vars(arguments.run))
+    yield from _number_faults(arguments.training)
     yield from _batch_faults(arguments)
     rate, epochs, steps = (arguments.given(name) for name in ("learning_rate", "num_train_epochs", "max_steps"))
     if not rate > 0:
         yield f"--learning_rate {rate:g}: no weight would change: give one above 0, such as 2e-5"
     if not epochs > 0 and steps <= 0:
         yield f"--num_train_epochs {epochs:g}: no step would be made: give more than 0, or --max_steps"
+    if steps < -1 or steps == 0:
+        yield f"--max_steps {steps}: no step would be made: expected at least 1, or -1 to train by epochs"
     yield from refused_flags(arguments)
     yield from _name_faults(arguments)
     for name in OBJECTS:
@@ -269,33 +272,24 @@ def _name_faults(arguments: Arguments) -> Iterator[str]:
             yield f"--{name} {value}: {hint}expected {one_of(known)}"
 
 
-def _number_faults(arguments: Arguments) -> Iterator[str]:
-    """Yield numbers below the lowest that makes sense; those of the data are looked at with the data."""
-    groups = (arguments.batch, arguments.adapter, arguments.run)
-    numbers = {name: value for group in groups for name, value in vars(group).items()} | arguments.training
-    for name, value in numbers.items():
+def _number_faults(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield numbers outside of what makes sense."""
+    for name, value in values.items():
         if name in LOWEST:
             yield from below(LOWEST[name], name, value)
         if name in ABOVE_0 and value is not None and value <= 0:
             yield f"--{name} {value:g}: expected more than 0"
         if name in SHARES and value is not None and not 0 <= value < 1:
             yield f"--{name} {value}: expected a share from 0 up to 1"
-        yield from above(name, value)
-    steps = arguments.training.get("max_steps", -1)
-    if steps < -1 or steps == 0:
-        yield f"--max_steps {steps}: no step would be made: expected at least 1, or -1 to train by epochs"
+        if name in HIGHEST and value is not None and value > HIGHEST[name]:
+            yield f"--{name} {value}: expected at most {HIGHEST[name]}"
 
 
 def data_faults(data: DataArguments) -> Iterator[str]:
     """Yield what is wrong with the flags of the data."""
-    for name, number in vars(data).items():
-        if name in LOWEST:
-            yield from below(LOWEST[name], name, number)
-        yield from above(name, number)
+    yield from _number_faults(vars(data))
     if not 0 <= data.max_dropped_rows <= 1:
         yield f"--max_dropped_rows {data.max_dropped_rows}: expected a share from 0 to 1"
-    if not 0 <= data.validation_share < 1:
-        yield f"--validation_share {data.validation_share:g}: expected a share from 0 to 1"
     if data.validation_share and data.eval_data_path:
         yield "--validation_share and --eval_data_path exclude each other: keep one of them"
     if data.template_kwargs() is None:
@@ -317,12 +311,6 @@ def below(least: int, name: str, value: float | None) -> Iterator[str]:
     """Yield a fault where a number that was given is below the least that makes sense."""
     if value is not None and value < least:
         yield f"--{name} {value}: expected {'at least 1' if least else '0 or more'}"
-
-
-def above(name: str, value: Any) -> Iterator[str]:
-    """Yield a fault where a number that was given is above the highest that makes sense."""
-    if name in HIGHEST and value is not None and value > HIGHEST[name]:
-        yield f"--{name} {value}: expected at most {HIGHEST[name]}"
 
 
 def _adapter_faults(adapter: AdapterArguments) -> Iterator[str]:

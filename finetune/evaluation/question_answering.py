@@ -3,11 +3,13 @@
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune.chat_templates import IGNORE_INDEX, ChatFormat, UnrenderableError, prompt_ids, tokenize_conversation
 from finetune.conversation import Conversation, Turn
@@ -102,7 +104,7 @@ def _sums_with_cache(measured: MeasuredModel, choices: Sequence[Choice]) -> list
     """
     model, device, pad_token_id = measured.model, measured.device, measured.pad_token_id
     count = len(choices[0])
-    prompts, mask = _pad([choice[0].prompt for choice in choices], pad_token_id, device, left=True)
+    prompts, mask = _pad([choice[0].prompt for choice in choices], pad_token_id, device, side="left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ids, ids_mask = _pad([candidate.answer for choice in choices for candidate in choice], pad_token_id, device)
     last_only = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
@@ -123,16 +125,13 @@ def _sums_with_cache(measured: MeasuredModel, choices: Sequence[Choice]) -> list
 
 
 def _pad(
-    rows: Sequence[list[int]], pad_token_id: int, device: Any, *, left: bool = False
+    rows: Sequence[list[int]], pad_token_id: int, device: Any, *, side: str = "right"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return padded ids and their attention mask, int64 [rows, longest]."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad_token_id)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        columns = slice(longest - len(row), None) if left else slice(0, len(row))
-        ids[index, columns], mask[index, columns] = torch.tensor(row), 1
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor(row, dtype=torch.int64, device=device) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    return pad(ids, padding_value=pad_token_id), pad(mask)
 
 
 def answers_of(
@@ -163,7 +162,7 @@ def generate_ids(
         batch_size = 1
     answers: dict[int, list[int]] = {}
     for group in _groups_of_rank([len(prompt) for prompt in prompts], batch_size):
-        ids, mask = _pad([prompts[index] for index in group], stops[0], model.device, left=True)
+        ids, mask = _pad([prompts[index] for index in group], stops[0], model.device, side="left")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Position ids are not supported")
             generated = model.model.generate(

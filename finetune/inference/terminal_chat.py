@@ -7,7 +7,6 @@ import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -45,17 +44,10 @@ KEYS_HELP = (
 )
 
 
-@dataclass(frozen=True)
-class Command:
-    """An input line that begins with a slash."""
+def read_message(read: Callable[[str], str]) -> str | tuple[str, str]:
+    """Read the next message, or the name and argument of a command, which begins with a slash.
 
-    name: str
-    argument: str
-
-
-def read_message(read: Callable[[str], str]) -> str | Command:
-    """Read the next message or command; `read` shows a prompt and returns a line without its line end.
-
+    `read` shows a prompt and returns a line without its line end.
     A line that ends with a backslash continues in the next one; lines in triple quotes are one message, unchanged.
     A terminal with bracketed paste delivers a paste of several lines as one line, which is kept whole.
     """
@@ -64,7 +56,7 @@ def read_message(read: Callable[[str], str]) -> str | Command:
         return _read_block(line.lstrip().removeprefix(BLOCK), read)
     if line.startswith("/") and "\n" not in line:
         name, _, argument = line[1:].strip().partition(" ")
-        return Command(name, argument.strip())
+        return name, argument.strip()
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1].removesuffix("\\")
@@ -117,8 +109,8 @@ class TerminalChat:
         """Read one message or command and act on it."""
         message = read_message(self.read)
         try:
-            if isinstance(message, Command):
-                self.run_command(message)
+            if isinstance(message, tuple):
+                self.run_command(*message)
             elif message.strip():
                 self.ask(message)
         except FinetuneError as error:
@@ -182,15 +174,15 @@ class TerminalChat:
         if not stream.ended:
             yield f" [cut off at {len(stream.ids):,} tokens, see --max_new_tokens]"
 
-    def run_command(self, command: Command) -> None:
+    def run_command(self, name: str, argument: str) -> None:
         """Run a command."""
-        if command.name not in COMMANDS:
+        if name not in COMMANDS:
             self.note(
-                f"unknown command /{command.name}: /help lists the commands; enclose a message that begins with / in "
+                f"unknown command /{name}: /help lists the commands; enclose a message that begins with / in "
                 '""" and """'
             )
         else:
-            getattr(self, f"do_{command.name}")(command.argument)
+            getattr(self, f"do_{name}")(argument)
 
     def do_help(self, _: str) -> None:
         usages = {f"/{name} {argument}": effect for name, (argument, effect) in COMMANDS.items()}

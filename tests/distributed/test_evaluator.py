@@ -187,7 +187,7 @@ def test_micro_batches_that_are_not_finite_are_counted(held_out, conversation_fi
         (("--eval_strategy", "epoch"), "--eval_strategy: needs held-out conversations"),
         (("--load_best_model_at_end", "True"), "--load_best_model_at_end: needs held-out conversations"),
         (("--early_stopping_patience", "2"), "--early_stopping_patience: needs held-out conversations"),
-        (("--validation_share", "1.5"), "--validation_share 1.5: expected a share from 0 to 1"),
+        (("--validation_share", "1.5"), "--validation_share 1.5: expected a share from 0 up to 1"),
         (("--validation_share", "0.5", "--eval_data_path", "x"), "exclude each other"),
         (("--validation_share", "0.5", "--metric_for_best_model", "accuracy"), "expected eval_loss"),
         (("--validation_share", "0.5", "--early_stopping_patience", "0"), "expected at least 1"),

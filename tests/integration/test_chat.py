@@ -16,7 +16,7 @@ from finetune.inference.chat_session import save_conversation
 from finetune.inference.generate import AnswerGenerator, SamplingParams
 from finetune.inference.load_result import load_for_inference
 from finetune.inference.run_result import read_result
-from finetune.inference.terminal_chat import Command, read_message
+from finetune.inference.terminal_chat import read_message
 from finetune.utils.errors import ConfigError, FinetuneError
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import ROWS
@@ -138,8 +138,8 @@ class TestLines:
             (['"""one line"""'], "one line"),
             (['"""', "/reset", '"""'], "/reset"),
             (["pasted\nlines"], "pasted\nlines"),
-            (["/system Be brief."], Command("system", "Be brief.")),
-            (["/reset"], Command("reset", "")),
+            (["/system Be brief."], ("system", "Be brief.")),
+            (["/reset"], ("reset", "")),
             (["/etc/hosts\nis a file"], "/etc/hosts\nis a file"),
         ],
     )

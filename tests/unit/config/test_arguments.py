@@ -186,7 +186,7 @@ def test_a_warmup_ratio_is_a_share(ratio):
         (["--model_max_length", "0"], "--model_max_length 0: expected at least 1"),
         (["--max_steps", "0"], "--max_steps 0: no step would be made: expected at least 1, or -1"),
         (["--max_dropped_rows", "1.5"], "--max_dropped_rows 1.5: expected a share from 0 to 1"),
-        (["--validation_share", "1"], "--validation_share 1: expected a share from 0 to 1"),
+        (["--validation_share", "1"], "--validation_share 1.0: expected a share from 0 up to 1"),
         (["--validation_share", "0.1", "--eval_data_path", "e"], "--validation_share and --eval_data_path exclude"),
         (["--chat_template_kwargs", "[]"], "--chat_template_kwargs []: expected a JSON object"),
         (["--chat_template_kwargs", '{"tools": []}'], "--chat_template_kwargs: tools is no variable of chat templates"),
