@@ -87,7 +87,7 @@ class TurnReading:
         if not isinstance(turn, dict):
             self._add_fatal(f'expected an object with "from" and "value", found {shown(turn)}')
             return
-        if turn.get("type") in ("function_call", "function_call_output", "reasoning") and "role" not in turn:
+        if turn.get("type") in ("function_call", "function_call_output", "reasoning") and turn.get("role") is None:
             if turn["type"] == "reasoning":
                 if turn.get("summary") or turn.get("content"):
                     self._add_fatal('an item with reasoning: write it as "reasoning_content" of the message')
