@@ -92,7 +92,7 @@ class _BadRows:
     """Bad rows: the first ones in full, and counts of all."""
 
     def __init__(self, *, stops: bool) -> None:
-        self.stops, self.unreadable = stops, False
+        self.stops, self.has_stopped = stops, False
         self.rows, self.faults = RowFaults(), RowFaults()
         self.count = self.duplicates = 0
         self.rows_by_source: Counter[str] = Counter()
@@ -105,14 +105,14 @@ class _BadRows:
                 self.duplicates += 1
             elif isinstance(row, BadRow):
                 self.count += 1
-                self.unreadable |= row.row is None
+                self.has_stopped |= self.stops or row.row is None  # None: the rest of a file cannot be read
                 self.rows.add("; ".join(row.faults))
                 self.faults.add(*row.faults)
-            elif not (self.unreadable or (self.stops and self.count)):
+            elif not self.has_stopped:
                 yield row
 
     def check(self) -> None:
-        if self.unreadable or (self.stops and self.count):
+        if self.has_stopped:
             raise DataError(self.faults.message(rows=self.rows_by_source))
 
 

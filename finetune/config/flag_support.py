@@ -10,20 +10,19 @@ from finetune.config.arguments import SECRETS, Arguments, default_of
 WITHOUT_EFFECT = {
     "logging_nan_inf_filter": "a non-finite loss is always logged as that",
     "disable_tqdm": "the progress bar is drawn on terminals only",
-    "prediction_loss_only": "only the loss is computed on held-out conversations",
-    "eval_do_concat_batches": "only the loss is computed on held-out conversations",
-    "eval_use_gather_object": "only the loss is computed on held-out conversations",
-    "eval_accumulation_steps": "only the loss is computed on held-out conversations",
-    "include_for_metrics": "only the loss is computed on held-out conversations",
-    "batch_eval_metrics": "only the loss is computed on held-out conversations",
-    "bf16_full_eval": "held-out conversations are evaluated in the precision of training",
-    "fp16_full_eval": "held-out conversations are evaluated in the precision of training",
+    **dict.fromkeys(
+        "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
+        "include_for_metrics batch_eval_metrics".split(),
+        "only the loss is computed on held-out conversations",
+    ),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"), "held-out conversations are evaluated in the precision of training"
+    ),
     "greater_is_better": "the best checkpoint is that with the lowest held-out loss",
     "save_on_each_node": "it is found out which hosts share --output_dir",
     "restore_callback_states_from_checkpoint": "checkpoints hold no states of callbacks",
     "dataloader_multiprocessing_context": "workers are forked",
-    "remove_unused_columns": "batches hold exactly what the model needs",
-    "label_names": "batches hold exactly what the model needs",
+    **dict.fromkeys(("remove_unused_columns", "label_names"), "batches hold exactly what the model needs"),
     "length_column_name": "lengths are those of the prepared examples",
     "ddp_backend": "NCCL connects GPUs, gloo CPUs",
     "do_eval": "--eval_data_path or --validation_share hold conversations out",
@@ -41,8 +40,7 @@ REFUSED = {
     "parallelism_config": "--sequence_parallel_size and --deepspeed say how ranks share the work",
     "dataloader_in_order": "rows must be seen in the order that a resumed run repeats",
     "push_to_hub": "it would upload rows of the data, too: `finetune push OUTPUT REPO` uploads the result alone",
-    "fsdp": "--deepspeed zero3 partitions the parameters",
-    "fsdp_config": "--deepspeed zero3 partitions the parameters",
+    **dict.fromkeys(("fsdp", "fsdp_config"), "--deepspeed zero3 partitions the parameters"),
 }
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 ADAM_OPTIMIZERS = ("adam", "lion", "galore", "apollo")  # parts of the names of optimizers that take them

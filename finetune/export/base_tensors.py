@@ -5,9 +5,11 @@ multi-token prediction). What is trained comes from memory; together they have t
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from finetune.export.weight_names import WeightNames
 from finetune.models.base_checks import COMPUTED_BUFFERS
@@ -60,7 +62,9 @@ class BaseTensors:
         own = StoredTensors(folder)
         saved = {file: [name for name in own if own.path(name).name == file] for file in weight_map(folder)}
         files = [*saved]
-        for number, names in enumerate(self._shards()):
+        empty = {name: torch.empty_like(self.stored[name], device="meta") for name in self.untouched}
+        shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD_BYTES)
+        for number, names in enumerate(shards.filename_to_tensors.values()):
             path = folder / f".base-{number}.safetensors"
             save_tensors({name: self.stored[name] for name in names}, path)
             files.append(path.name)
@@ -76,18 +80,6 @@ class BaseTensors:
         places = {tensor: name for name, tensors in placed.items() for tensor in tensors}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _shards(self) -> Iterator[list[str]]:
-        names: list[str] = []
-        size = 0
-        for name in self.untouched:
-            tensor = self.stored[name]
-            if names and size + tensor.nbytes > SHARD_BYTES:
-                yield names
-                names, size = [], 0
-            names.append(name)
-            size += tensor.nbytes
-        yield names
 
     def report(self, folder: Path, changed: set[str]) -> dict[str, int]:
         """Compare a saved model, in which these weights changed, with its base; return numbers of tensors."""
