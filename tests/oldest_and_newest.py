@@ -3,8 +3,8 @@
     python tests/oldest_and_newest.py [oldest] [newest]
 
 Each end gets a new environment (about 1.5 GB, removed afterwards) under `$TMPDIR`; torch is in both the one that
-requirements.txt pins. The last result is in CONTRIBUTING.md. Ends with status 1 where an end does not install or a test
-fails.
+requirements.txt pins. The last result is in docs/installation.md. Ends with status 1 where an end does not install or
+a test fails.
 """
 
 import os

@@ -43,8 +43,7 @@ def start_watchdog() -> Iterator[None]:
         former_handlers = {number: signal.getsignal(number) for number in stop_requests.SIGNALS}
         stop_requests.install_signal_handlers()
     faulthandler.enable()  # a crash in compiled code leaves its stack
-    if hasattr(faulthandler, "register"):
-        faulthandler.register(PRINT_STACKS, all_threads=True, chain=False)
+    faulthandler.register(PRINT_STACKS, all_threads=True, chain=False)
     try:
         yield
     except FinetuneError as error:
