@@ -10,7 +10,7 @@ from finetune.run_dir.data_samples import TurnSample
 from finetune.run_dir.eval_results import ResultSection, ResultTable
 from finetune.utils.console import rich_console
 
-PIPED_WIDTH, MAX_NAME_WIDTH = 120, 24  # of tables
+PIPED_WIDTH, MAX_NAME_WIDTH, COLUMN_GAP = 120, 24, 2  # of tables
 CONTEXT, SUPERVISED, CONTROL, END = "dim", "bold green", "reverse magenta", "reverse green"
 
 
@@ -100,19 +100,29 @@ def print_sections(section: ResultSection) -> None:
 
 
 def _show_table(terminal: PreviewTerminal, table: ResultTable) -> None:
-    """Print a table. In a narrow terminal the names and the head are folded, never the numbers."""
+    """Print a table. In a narrow terminal names and head are folded, and columns that do not fit follow below."""
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
+    if not terminal.console.is_terminal:
+        terminal.console.width = max(terminal.console.width, PIPED_WIDTH)
+    columns = [[name, *(harmless(row[place]) for row in table.rows)] for place, name in enumerate(table.head)]
+    widths = [max(map(cell_len, cells)) for cells in columns]
+    if sum(widths) + COLUMN_GAP * (len(widths) - 1) > terminal.console.width:
+        widths = [max(map(cell_len, [*name.split(), *cells]), default=0) for name, *cells in columns]
+        widths[0] = min(widths[0], MAX_NAME_WIDTH)
+    shown = min(2, len(widths))  # names and numbers, however narrow it is
+    while shown < len(widths) and sum(widths[: shown + 1]) + COLUMN_GAP * shown <= terminal.console.width:
+        shown += 1
     grid = Table(title=Text(table.title), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column, name in enumerate(table.head):
-        cells = [row[column] for row in table.rows]
-        if column == 0:
-            grid.add_column(Text(name), overflow="fold", min_width=min(MAX_NAME_WIDTH, max(map(len, cells), default=0)))
-        else:
-            widest = max(map(len, [*cells, *name.split()]))
-            grid.add_column(Text(name), justify="right", overflow="fold", min_width=widest)
-    for row in table.rows:
-        grid.add_row(*(Text(harmless(cell)) for cell in row))
-    width = terminal.console.width if terminal.console.is_terminal else max(terminal.console.width, PIPED_WIDTH)
-    terminal.console.print(grid, soft_wrap=False, crop=False, width=width)
+    for place in range(shown):
+        grid.add_column(
+            Text(table.head[place]), justify="right" if place else "left", overflow="fold", width=widths[place]
+        )
+    for cells in zip(*(cells[1:] for cells in columns[:shown]), strict=True):
+        grid.add_row(*map(Text, cells))
+    terminal.console.print(grid, soft_wrap=False, crop=False)
+    if shown < len(widths):
+        head, *rows = (cells[:1] + cells[shown:] for cells in (table.head, *table.rows))
+        _show_table(terminal, ResultTable("", head, rows))
