@@ -3,7 +3,9 @@
 import pytest
 
 from finetune.chat_templates import CHATML, IGNORE_INDEX, JinjaFormat, LingoWhaleFormat, Renderer
-from finetune.conversation import BadRow, Conversation, Turn
+from finetune.chat_templates.example import SupervisedSpan, TokenizedConversation, TurnSpan
+from finetune.chat_templates.truncation import first_turn_cut, window_of
+from finetune.conversation import BadRow, Conversation, ToolCall, Turn
 from tests.helpers.rendered import conversation, learned, render, said
 
 
@@ -139,3 +141,30 @@ def test_other_policies_for_what_is_too_long(golden_tokenizer, policy, status):
     else:
         assert isinstance(outcome, BadRow)
         assert outcome.faults == ("rows.json, row 0: 21 tokens, more than --model_max_length 20",)
+
+
+def in_turns_of(size: int):
+    """A format that writes every turn in so many tokens."""
+
+    def tokenize(turns) -> TokenizedConversation:
+        tokenized = TokenizedConversation([1] * size * len(turns), [1] * size * len(turns))
+        for number, turn in enumerate(turns):
+            tokenized.turn_spans.append(TurnSpan(number, turn.role, number * size, (number + 1) * size))
+        last = len(turns) - 1
+        tokenized.supervised_spans.append(SupervisedSpan(last, last * size, (last + 1) * size, "", 1))
+        return tokenized
+
+    return tokenize
+
+
+@pytest.mark.parametrize(("max_length", "turns_kept"), [(30, 6), (29, 4), (11, 2), (9, 2), (5, 1)])
+def test_a_template_that_writes_a_window_shorter_leaves_room_for_more_turns(max_length, turns_kept):
+    turns = [Turn(role, "x") for _ in range(3) for role in ("human", "model")]
+    window = window_of(turns, 5, in_turns_of(10)(turns), max_length, in_turns_of(5))
+    assert window is None if turns_kept == 1 else len(window.turn_spans) == turns_kept
+
+
+def test_half_a_call_is_no_call():
+    turns = [Turn("human", "q"), Turn("model", "", tool_calls=(ToolCall("f", {}),))]
+    assert first_turn_cut(turns, 15, in_turns_of(10)) is None
+    assert first_turn_cut([turns[0], Turn("model", "a")], 15, in_turns_of(10)) is not None

@@ -90,6 +90,14 @@ def test_a_misspelt_key_at_any_depth_is_named_with_the_nearest():
     assert {"gradient_cliping", "overlap_com", "devise", "stage"} <= {key[-1] for key in without_import}
 
 
+@pytest.mark.parametrize("section", ["comms_logger", "csv_monitor", "zero_optimization.leaf_module", "tensor_parallel"])
+def test_a_key_of_another_section_is_said_to_belong_there_in_every_section(section):
+    faults = schema_faults(config_with(f"{section}.stage", 1))
+    assert [text for _, text in faults] == [
+        f'"{section}.stage" is not a DeepSpeed key: it belongs to zero_optimization'
+    ]
+
+
 def test_the_sources_show_the_same_wrong_types_as_the_models():
     offload = {"device": "gpu", "pin_memory": "perhaps", "ratio": 2}
     zero = {"overlap_comm": "x", "reduce_bucket_size": "5e8", "sub_group_size": "auto", "offload_optimizer": offload}
