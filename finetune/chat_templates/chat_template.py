@@ -30,13 +30,12 @@ from finetune.chat_templates.template_skeleton import (
     shape_of,
     with_marks,
 )
-from finetune.chat_templates.template_styles import reasoning_key, tool_style
+from finetune.chat_templates.template_styles import reasoning_key, takes_only_parts, tool_style
 from finetune.chat_templates.token_positions import NO_PROMPT, Extent
 from finetune.conversation import Conversation, ToolCall, Turn
 
 MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-_PLAIN_STYLE = MessageStyle()
 
 Result = TypeVar("Result")
 Shape = tuple[str, bool, str]
@@ -331,9 +330,9 @@ class ChatTemplate:
     def _style(self, conversation: Conversation) -> MessageStyle:
         """How the template expects the messages of this conversation; found once by rendering samples."""
         answers = [turn for turn in conversation.turns if turn.role == "model"]
-        style = _PLAIN_STYLE
+        style = self._plain_style
         if conversation.tools or any(turn.tool_calls for turn in answers):
-            style = self._found("tools", tool_style)
+            style = replace(self._found("tools", tool_style), texts_as_parts=style.texts_as_parts)
         if any(turn.reasoning for turn in answers):
             style = replace(style, beside_key=self._found("beside", lambda render: reasoning_key(render, inside=False)))
         if any(REASONING_END in turn.text for turn in answers):
@@ -347,7 +346,14 @@ class ChatTemplate:
             raise self._styles[what]
         return self._styles[what]
 
+    @cached_property
+    def _plain_style(self) -> MessageStyle:
+        return MessageStyle(texts_as_parts=takes_only_parts(self._written))
+
     def _sample_text(self, conversation: Conversation, style: MessageStyle) -> str | None:
+        return self._written(conversation, replace(style, texts_as_parts=self._plain_style.texts_as_parts))
+
+    def _written(self, conversation: Conversation, style: MessageStyle) -> str | None:
         with suppress(*TEMPLATE_ERRORS):
             return str(self.apply(conversation, style, tokenize=False))
         return None

@@ -81,7 +81,8 @@ class MessageStyle:
 
     `beside_key` is the key of reasoning that the data has beside the text, `inside_key` of that inside it; None: it is
     inside the content. `call_ids`: those of the data, ids of nine characters as Mistral's templates demand, or
-    `functions.NAME:0`, of which Kimi's templates write the name.
+    `functions.NAME:0`, of which Kimi's templates write the name. `texts_as_parts`: contents are lists of parts, as
+    templates of models with images have them.
     """
 
     arguments_as_json: bool = False
@@ -89,11 +90,16 @@ class MessageStyle:
     call_ids: CallIds = "given"
     beside_key: str | None = None
     inside_key: str | None = None
+    texts_as_parts: bool = False
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """The messages of all turns."""
         ids = _ToolCallIds(self.call_ids)
-        return [self._message(turn, ids) for turn in conversation.turns]
+        messages = [self._message(turn, ids) for turn in conversation.turns]
+        for message in messages if self.texts_as_parts else ():
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        return messages
 
     def _message(self, turn: Turn, ids: _ToolCallIds) -> dict[str, Any]:
         message: dict[str, Any] = {"role": TEMPLATE_ROLES[turn.role], "content": turn.text}

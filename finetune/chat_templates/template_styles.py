@@ -52,6 +52,13 @@ def tool_style(render: Render) -> MessageStyle:
     raise UnrenderableError(f"this chat template does not write {what}: {WITH_TOOLS}")
 
 
+def takes_only_parts(render: Render) -> bool:
+    """Whether the template writes texts only if contents are lists of parts."""
+    sample = Conversation((Turn("human", "hi"), Turn("model", _TEXT)))
+    text, parts = (render(sample, MessageStyle(texts_as_parts=as_parts)) or "" for as_parts in (False, True))
+    return _TEXT not in text and _TEXT in parts and f"'{_TEXT}" not in parts and f'"{_TEXT}' not in parts
+
+
 def reasoning_key(render: Render, *, inside: bool) -> str | None:
     """The key under which the template writes reasoning that the data has inside a text, or beside it; None: inside.
 

@@ -245,3 +245,23 @@ def test_reasoning_stands_where_the_template_writes_none(smol_tokenizer, gap):
             f"<think>{line * 2}</think>a2<|im_end|>",
         ]
         assert [ids for ids, _ in found] == [served_ids(renderer, template, turns) for turns in (TALK[:2], PLAIN[:4])]
+
+
+# As in LLaVA's and SmolVLM's templates, a content is a list of parts; a string would be lost.
+LISTS = r"""
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + ': ' }}
+{%- if message.reasoning_content %}{{- '<think>' + message.reasoning_content + '</think>' }}{% endif %}
+{%- for part in message.content | selectattr('type', 'equalto', 'text') %}{{- part.text }}{% endfor %}{{- '<|im_end|>' }}
+{%- endfor %}
+{{- '<|im_start|>assistant:' if add_generation_prompt }}"""
+
+
+def test_texts_are_parts_where_a_template_reads_only_these(smol_tokenizer):
+    renderer = renderer_of(smol_tokenizer, LISTS, "<|im_start|> <|im_end|>", {})
+    found = prompts_and_answers(renderer, Conversation(TALK, 0, "a.json"))
+
+    assert [text for _, text in found] == [" <think>r</think>a<|im_end|>", " a2<|im_end|>"]
+    messages = [{"role": ROLES[turn.role], "content": [{"type": "text", "text": turn.text}]} for turn in TALK]
+    options = {"chat_template": LISTS, "add_generation_prompt": True, "return_dict": False}
+    assert found[0][0] == renderer.format.tokenizer.apply_chat_template(messages[:2], **options)
