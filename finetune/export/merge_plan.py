@@ -69,8 +69,12 @@ def _unchanged(stored: StoredTensors, name: str, output_name: str | None = None)
     return OutputTensor(output_name or name, tuple(tensor.shape), tensor.dtype, partial(stored.__getitem__, name))
 
 
-def master_tensors(masters: MasterWeights, names: WeightNames) -> list[OutputTensor]:
-    """Return the tensors of a full model from the float32 weights in its optimizer states."""
+def master_tensors(masters: MasterWeights, names: WeightNames, stored: StoredTensors | None) -> list[OutputTensor]:
+    """Return the tensors of a full model from the float32 weights in its optimizer states.
+
+    Args:
+        stored: files with what was not trained: frozen weights, and tensors that the model's code does not load.
+    """
     outputs = []
     for group in by_layer(masters.shapes):
         shapes = names.as_stored({name: torch.empty(masters.shapes[name], device="meta") for name in group})
@@ -82,7 +86,9 @@ def master_tensors(masters: MasterWeights, names: WeightNames) -> list[OutputTen
     for name, buffer in masters.buffers.items():
         if name in names.state:
             outputs.append(OutputTensor(name, tuple(buffer.shape), buffer.dtype, buffer.detach))
-    return outputs
+    trained = {output.name for output in outputs}
+    of_files = plain_tensors(stored, names.model) if stored is not None else []
+    return outputs + [output for output in of_files if output.name not in trained]
 
 
 class _ComputedTogether:

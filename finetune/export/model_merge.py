@@ -86,9 +86,13 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
         tensors, unties, origin = merged.outputs(), merged.unties, f"{result.folder} and its base {source}"
     elif (result.folder / "latest").is_file() and (dtype == "float32" or not stored_bytes(result.folder)):
         masters, names = MasterWeights(result.folder), WeightNames(model)
-        if stored_bytes(result.folder):
-            names.group_files(StoredTensors(result.folder).shapes())
-        tensors = master_tensors(masters, names)
+        untrained = names.state.keys() - {*masters.shapes, *masters.buffers, *model.all_tied_weights_keys}
+        has_weights = stored_bytes(result.folder) is not None
+        stored = None
+        if has_weights or untrained:
+            stored = StoredTensors(result.folder if has_weights else load_result.base_folder(result, base_name))
+            names.group_files(stored.shapes())
+        tensors = master_tensors(masters, names, stored)
         origin = f"the float32 weights of {masters.world_size} ranks in {result.folder} (ZeRO stage {masters.stage})"
     else:
         tensors, origin = plain_tensors(StoredTensors(result.folder), model), str(result.folder)

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from safetensors.torch import load_file
 from finetune.config.adapter_arguments import AdapterArguments
 from finetune.config.arguments import ModelArguments
 from finetune.export.base_tensors import BaseTensors
-from finetune.export.merge_plan import MergedTensors, plain_tensors
+from finetune.export.merge_plan import MergedTensors, master_tensors, plain_tensors
+from finetune.export.weight_names import WeightNames
 from finetune.inference.load_result import load_saved_adapter, load_strict
 from finetune.models.adapters import attach_peft
 from finetune.models.auto_class import auto_class
@@ -115,6 +118,22 @@ def test_experts_are_merged_in_the_layout_of_the_files(tmp_path):
     again = load_strict(base, torch.float32, trusts_code=False)
     wanted = adapted.eval()(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(again(input_ids=IDS, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_of_optimizer_states_has_what_was_not_trained_from_the_files(tmp_path):
+    base = vision_models.save("qwen3_5", tmp_path / "base")
+    info, model = loaded(base)
+    stored, names = StoredTensors(base), WeightNames(info.empty)
+    names.group_files(stored.shapes())
+    trained = {name: weight.detach() + 1 for name, weight in model.named_parameters() if weight.requires_grad}
+    masters: Any = SimpleNamespace(shapes={name: weight.shape for name, weight in trained.items()},
+                                   get=trained.__getitem__, buffers={})  # fmt: skip
+
+    merged = {output.name: output.get() for output in master_tensors(masters, names, stored)}
+
+    assert merged.keys() == set(stored) and "mtp.fc.weight" in merged
+    same = {name for name in stored if torch.equal(merged[name], stored[name])}
+    assert same == {name for name in stored if name.startswith(("mtp", "model.visual"))}
 
 
 @pytest.mark.parametrize(("family", "is_tied"), [("qwen3_vl", False), ("mistral3", True)])
