@@ -25,7 +25,6 @@ PACKED_SUFFIXES = (".gz", ".zst")
 MODEL_FILES = {"config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "run.json"}
 # owner/name, then :split or :config/split
 _HUB_NAME = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(:((?P<config>[\w.-]+)/)?(?P<split>[\w.-]+))?")
-_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -249,12 +248,8 @@ def fingerprint_sources(sources: Sequence[Source]) -> str:
 
 
 def _file_digest(source: Source) -> bytes:
-    digest = hashlib.blake2b(digest_size=32)
-    block = memoryview(bytearray(_BLOCK_BYTES))
     try:
         with open(source.location, "rb", buffering=0) as file:
-            while count := file.readinto(block):
-                digest.update(block[:count])
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).digest()
     except OSError as error:
         raise DataError(f"{source.name}: cannot be read: {error.strerror or error}") from None
-    return digest.digest()
