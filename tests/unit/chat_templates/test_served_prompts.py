@@ -51,11 +51,11 @@ CASES = {
 }  # fmt: skip
 
 
-def renderer_of(smol_tokenizer, template: str, special: str, kwargs: dict) -> Renderer:
+def renderer_of(smol_tokenizer, template: str, special: str, kwargs: dict, **options: str) -> Renderer:
     tokenizer, tokens = copy.deepcopy(smol_tokenizer), special.split()
     tokenizer.add_special_tokens({"additional_special_tokens": tokens, "bos_token": tokens[0], "eos_token": tokens[-1]})
     tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>", "<tool_call>")])
-    return Renderer(JinjaFormat(tokenizer, template, "test", template_kwargs=kwargs), 10_000)
+    return Renderer(JinjaFormat(tokenizer, template, "test", template_kwargs=kwargs, **options), 10_000)
 
 
 def prompts_and_answers(renderer: Renderer, conversation: Conversation) -> list[tuple[list[int], str]]:
@@ -86,6 +86,26 @@ def test_the_ids_in_front_of_an_answer_are_those_of_serving(smol_tokenizer, name
         ]
         options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False, **kwargs}
         assert ids == renderer.format.tokenizer.apply_chat_template(messages, **options)
+
+
+# The last question is marked, so no earlier answer stands behind the prompt of serving.
+MARKED = r"""
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + ('!' if message.role == 'user' and loop.revindex <= 2 else '') + '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
+
+
+@pytest.mark.parametrize(("history", "num_examples"), [("as_served", 2), ("as_is", 1)])
+def test_as_is_supervises_all_answers_where_the_template_writes_them(smol_tokenizer, history, num_examples):
+    renderer = renderer_of(smol_tokenizer, MARKED, "<|im_start|> <|im_end|>", {}, history=history)
+    conversation = Conversation(PLAIN[1:], 0, "a.json")
+    messages = [{"role": ROLES[turn.role], "content": turn.text} for turn in conversation.turns]
+    examples = renderer.render(conversation).examples
+
+    whole = renderer.format.tokenizer.apply_chat_template(messages, chat_template=MARKED, return_dict=False)
+    assert len(examples) == num_examples and examples[-1].input_ids == whole
+    assert [text for _, text in prompts_and_answers(renderer, conversation)] == ["a<|im_end|>", "a2<|im_end|>"]
 
 
 def test_an_answer_does_not_begin_at_the_header_of_an_earlier_one(smol_tokenizer):
