@@ -104,7 +104,7 @@ def kernel_options(
 ) -> dict[str, Any] | None:
     """Return the options with which torch's variable-length kernel computes the input; None if it cannot.
 
-    They follow its signature: torch 2.10 has `is_causal`, later ones `scale` and `window_size`, 2.13 `enable_gqa`.
+    They follow its signature: torch 2.10 has `is_causal`, 2.11 `scale` and `window_size`, 2.12 `enable_gqa`.
     """
     if not has_kernel(query, key, value):
         return None
