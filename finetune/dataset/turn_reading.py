@@ -154,6 +154,7 @@ class TurnReading:
         if was_complete and not self.is_complete and is_empty(value):
             return
         if parts.results and self._add_results(parts, role, field) and is_blank(value):
+            self._result_of(turn, role)  # names the keys that are not read
             return
         if self.calls_only and isinstance(value, str) and not is_json:
             head, end, rest = value.partition("</think>") if value.lstrip().startswith("<think>") else ("", "", value)

@@ -53,6 +53,8 @@ def test_keys_that_decide_something_are_honoured_or_refused():
     assert sorted(of({"seen": 0}, parallel_tool_calls=False, level="", tags=[]).unread) == [
         "parallel_tool_calls", "seen of turns",
     ]  # fmt: skip
+    results = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "r"}], "name": "Ann"}
+    assert RowReading({"messages": [asked, answer, results]}, "row 0").unread == ["name of turns"]
 
 
 def test_reasoning_without_an_end_or_an_answer_is_a_fault(tmp_path):
