@@ -33,7 +33,8 @@ def freeze(model: Any, kinds: ModuleKinds, frozen: Sequence[str], trained: Seque
         if (id(weight) in chosen) == bool(frozen):
             weight.requires_grad_(False)
     if not any(weight.requires_grad for weight in named.values()):
-        raise ConfigError(f"{flag} {' '.join(selections)}: no weight is left to train (of {format_names([*named])})")
+        reason = "text does not train what it names" if trained else f"of {format_names([*named])}"
+        raise ConfigError(f"{flag} {' '.join(selections)}: no weight is left to train ({reason})")
 
 
 def selects(selection: str, name: str, kind: str) -> bool:

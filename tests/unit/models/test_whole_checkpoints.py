@@ -25,7 +25,7 @@ from finetune.models.loader import freeze_other_modalities, inspect_model
 from finetune.models.module_kinds import VISION
 from finetune.models.stored_tensors import StoredTensors, save_tensors
 from finetune.preflight.spec_from_config import spec_from_config
-from finetune.utils.errors import CheckpointError
+from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers import tiny_models, vision_models
 from tests.helpers.tiers import mostly_slow
 
@@ -177,6 +177,12 @@ def test_a_checkpoint_of_the_text_alone_is_loaded_as_it_is():
     assert auto_class(transformers.LlamaConfig()) is transformers.AutoModelForCausalLM
     assert auto_class(transformers.Qwen3_5Config()) is transformers.AutoModelForMultimodalLM
     assert auto_class(transformers.T5Gemma2Config()) is transformers.AutoModelForCausalLM  # which refuses it
+
+
+def test_a_vision_tower_is_nothing_that_text_trains(tmp_path):
+    info, model = loaded(vision_models.save("qwen3_5", tmp_path / "base"))
+    with pytest.raises(ConfigError, match="--train_only visual: .*text does not train what it names"):
+        freeze(model, info.kinds, [], ["visual"])
 
 
 def test_a_frozen_weight_that_two_modules_share_is_saved_once(tmp_path):
