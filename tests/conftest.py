@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from tests.helpers.short_runs import KINDS_OF_RESULTS, SHORT
 
 settings.register_profile("tests", deadline=None)  # other tests may have the processor
 settings.load_profile("tests")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell, and then in all that is started
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
