@@ -47,7 +47,7 @@ def _seconds_to_first_step(name: str, output: Path) -> tuple[float, str]:
     else:
         named = ["--model_name_or_path", model, "--data_path", data, "--output_dir", str(output)]
         flags = "--deepspeed zero2 --use_lora True --max_steps 1 --save_strategy no".split()
-        script, marker = [str(ROOT / "finetune" / "finetune.py"), *named, *flags], "start-up"
+        script, marker = [str(ROOT / "finetune" / "finetune.py"), *named, *flags], "Plan"
     environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}"}
     environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     began = time.time()
@@ -57,7 +57,7 @@ def _seconds_to_first_step(name: str, output: Path) -> tuple[float, str]:
     )  # fmt: skip
     found = None
     for line in process.stdout or ():
-        if marker in line and found is None:
+        if line.strip().endswith(marker) and found is None:
             found = (time.time() - began, line.strip())
     if process.wait() or found is None:
         sys.exit(f"{name} ended with status {process.returncode} before its first step")
