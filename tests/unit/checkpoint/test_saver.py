@@ -77,6 +77,19 @@ def test_a_full_disk_names_the_checkpoint_that_the_run_began_with(saver, monkeyp
         saver.begin(4, MANIFEST.run_id)
 
 
+def test_a_result_that_cannot_be_written_leaves_the_files_of_before(saver, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(StorageError, match="No space left on device: the result was not saved"), saver.saving_result():
+        with saver.collect_errors(tmp_path / "model.safetensors"):
+            (tmp_path / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+    with saver.saving_result(), saver.collect_errors(tmp_path / "model.safetensors"):
+        (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
 def test_an_error_of_torch_that_names_the_disk_is_one_of_it(saver):
     folder = saver.begin(2, MANIFEST.run_id)
     with saver.collect_errors(folder / "file"):
