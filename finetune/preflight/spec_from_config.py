@@ -4,8 +4,8 @@ The model is built on the meta device, where tensors have shapes and no content.
 included. A micro-batch runs forwards and backwards while the bytes of all live tensors are added up, which tells what a
 step keeps for each token and each logit. So it is known for any architecture that transformers runs, mixtures of
 experts and softcaps among them. Attention is taken to be fused: it keeps its inputs, its output and one number for each
-head and token; with softcaps or sinks, which flash attention alone fuses, also the scores. Where the model cannot be
-traced, a formula replaces the measurement.
+head and token; with softcaps or sinks, which flash attention alone fuses, only its inputs, and what scores take is
+counted beside it. Where the model cannot be traced, a formula replaces the measurement.
 """
 
 from __future__ import annotations

@@ -97,8 +97,6 @@ def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
 
     Ranks that share rows share tokens and logits.
     """
-    from finetune.models.attention import SCORES_AT_ONCE
-
     kept, tokens = model.activations, run.tokens / run.sequence_parallel
     logits = run.logits / run.sequence_parallel  # positions
     checkpointed = run.checkpointed_layers(model.layers)
@@ -107,19 +105,25 @@ def activations(model: ModelSpec, run: RunSpec) -> tuple[Parts, Parts]:
     held = kept.outside + (kept.layer + frozen) * (model.layers - checkpointed) + inputs
     fixed: float = run.rows * run.longest**2 if run.padded and run.longest else 0  # the mask
     fixed += kept.fixed * (model.layers - checkpointed) + run.size * model.unpacked_layer
-    scores = 0.0
-    if kept.scored_heads and not run.flash_attention:
-        pairs = run.longest**2  # at once: all of a padded batch, some of one conversation of a flat row
-        pairs = (
-            run.rows * pairs if run.padded else min(pairs, SCORES_AT_ONCE * run.sequence_parallel // kept.scored_heads)
-        )
-        of_layer = kept.scores * pairs / run.sequence_parallel
-        fixed += of_layer * (model.layers - checkpointed) * run.padded
-        scores = kept.scores_working * pairs / run.sequence_parallel + of_layer * (checkpointed > 0 or not run.padded)
+    pairs = _scored_pairs(model, run) / run.sequence_parallel
+    if run.padded:
+        fixed += kept.scores * pairs * (model.layers - checkpointed)
+    scores = (kept.scores_working + kept.scores * (checkpointed > 0 or not run.padded)) * pairs
     layer = kept.recomputing + frozen if checkpointed else kept.working
     at_head = {ACTIVATIONS: tokens * held + fixed, LOGITS: loss_head(model, run, logits)}
     in_layer = {ACTIVATIONS: tokens * (held + layer) + fixed + kept.fixed + scores, LOGITS: 0.0}
     return at_head, in_layer
+
+
+def _scored_pairs(model: ModelSpec, run: RunSpec) -> int:
+    """Return how many pairs of tokens have scores at once: those of a padded batch, or a block of a conversation."""
+    from finetune.models.attention import SCORES_AT_ONCE
+
+    heads = model.activations.scored_heads
+    if run.flash_attention or not heads:
+        return 0
+    whole = run.longest**2
+    return run.rows * whole if run.padded else min(whole, SCORES_AT_ONCE * run.sequence_parallel // heads)
 
 
 def loss_head(model: ModelSpec, run: RunSpec, positions: float) -> float:
