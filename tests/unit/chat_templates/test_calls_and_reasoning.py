@@ -50,6 +50,13 @@ def test_reasoning_that_cannot_be_told_from_the_answer_is_a_fault(smol_tokenizer
     assert good.status == "kept"
 
 
+@pytest.mark.parametrize(("family", "opening"), [("qwen3", "<think>\n"), ("gpt-oss", "<|channel|>analysis<|message|>")])
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_opening_of_reasoning_that_is_context_counts_as_not_supervised(smol_tokenizer, family, opening, masks):
+    row = Conversation((PLAIN[0], Turn("model", "<think>\nWHY\n</think>\n\nDone")))
+    assert renderer(smol_tokenizer, family, masks=masks).render(row).openings == ((opening, not masks),)
+
+
 @pytest.mark.parametrize("name", ["f", "end", "sentence"])
 def test_a_call_ends_with_its_own_token_whatever_the_function_is_called(smol_tokenizer, name):
     first, last = supervised(renderer(smol_tokenizer, "deepseek r1", drops_reasoning=True), called(name, ""))

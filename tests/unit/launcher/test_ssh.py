@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,6 +104,13 @@ def test_options_of_ssh_that_no_shell_would_read_are_named(monkeypatch):
 
 @pytest.mark.parametrize(("name", "here"), [("localhost", True), (os.uname().nodename, True), ("no-such.host", False)])
 def test_this_machine_is_known_by_its_names(name, here):
+    assert ssh.is_here(name) is here
+
+
+@pytest.mark.parametrize(("name", "here"), [("user@192.0.2.7", True), ("192.0.2.8", False), ("fd00::7", True)])
+def test_this_machine_is_known_by_the_addresses_of_its_interfaces(monkeypatch, name, here):
+    addresses = [SimpleNamespace(address=address) for address in ("192.0.2.7", "fd00::7%eth0")]
+    monkeypatch.setattr(ssh.psutil, "net_if_addrs", lambda: {"eth0": addresses})
     assert ssh.is_here(name) is here
 
 
