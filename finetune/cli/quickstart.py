@@ -115,15 +115,18 @@ def _convert(gguf_folder: Path, target: Path) -> None:
 
 
 def train(options: QuickstartOptions, data: Path) -> None:
-    """Fine-tune with `finetune train`, on one GPU or on this machine's CPU."""
+    """Fine-tune with `finetune train`, on one GPU or on this machine's CPU.
+
+    Raises:
+        SystemExit: the status of a run that failed.
+    """
     flags = [
         *("--num_gpus", "1", "--model_name_or_path", options.model_dir, "--data_path", str(data)),
         *("--output_dir", options.output_dir, *TRAINING_FLAGS, *(SHORT_LENGTH if options.short else LENGTH)),
     ]
     print(f"\nfinetune train {shlex.join(flags)}\n", flush=True)
-    status = subprocess.run([sys.executable, "-m", "finetune", "train", *flags]).returncode
-    if status:
-        raise FinetuneError(f"the training run ended with status {status}: see its messages above")
+    if status := subprocess.run([sys.executable, "-m", "finetune", "train", *flags]).returncode:
+        sys.exit(status if status > 0 else 128 - status)  # it has said why
 
 
 def _answers(loaded: LoadedModel, model: Any, questions: list[str], label: str) -> list[str]:

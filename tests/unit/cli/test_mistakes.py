@@ -98,6 +98,16 @@ def test_a_model_that_cannot_be_kept_is_said_with_its_folder(result):
         obtain_model(Path("rows.jsonl/model"))
 
 
+@pytest.mark.parametrize(("of_the_run", "status"), [(6, 6), (75, 75), (-9, 137)])
+def test_the_quickstart_ends_with_the_status_of_its_run(of_the_run, status, monkeypatch):
+    from finetune.cli import quickstart
+
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command: SimpleNamespace(returncode=of_the_run))
+    with pytest.raises(SystemExit) as ended:
+        quickstart.train(quickstart.QuickstartOptions(), Path("data.json"))
+    assert ended.value.code == status
+
+
 def test_a_folder_that_holds_something_is_not_replaced_by_a_merge(result, tmp_path, monkeypatch):
     from finetune.cli import merge
 
