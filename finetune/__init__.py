@@ -99,14 +99,10 @@ def render(
         DataError: every conversation that the template cannot express.
     """
     from finetune.chat_templates import Renderer, select_chat_format
-    from finetune.config import DataArguments
     from finetune.conversation import BadRow
     from finetune.utils.errors import DataError, raise_faults
 
-    markers = DataArguments()
-    chat_format, _ = select_chat_format(
-        tokenizer, chat_template, human_token_ids=markers.human_token_ids, model_token_ids=markers.model_token_ids
-    )
+    chat_format, _ = select_chat_format(tokenizer, chat_template)
     renderer = Renderer(chat_format, max_length, too_long=too_long, train_on=train_on)
     rows = renderer.render_all(list(conversations))
     raise_faults((fault for row in rows if isinstance(row, BadRow) for fault in row.faults), DataError)

@@ -1,4 +1,4 @@
-"""The types that all packages share: turns, conversations, and rows that could not be read."""
+"""The types that all packages share: turns, conversations, how these are rendered, and rows that could not be read."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +57,30 @@ class Conversation:
     repairs: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How conversations are rendered, beside the chat template; run.json records it, so that a result is served so.
+
+    Attributes:
+        human_token_ids, model_token_ids: the markers before turns in the LingoWhale format.
+        content_tokens: added tokens that human turns may use, too.
+        reasoning: that of model turns is supervised, is context, or is left out.
+        history: `as_served` supervises each answer behind the prompt that serving would send; `as_is` all answers
+            where the template writes them.
+        template_kwargs: variables for the template, such as `enable_thinking`.
+    """
+
+    human_token_ids: Sequence[int] = (3,)
+    model_token_ids: Sequence[int] = (4,)
+    content_tokens: Sequence[str] = ()
+    reasoning: Literal["learn", "context", "drop"] = "learn"
+    history: Literal["as_served", "as_is"] = "as_served"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+DEFAULT_SETTINGS = ChatSettings()
 
 
 @dataclass(frozen=True, slots=True)

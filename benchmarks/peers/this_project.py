@@ -19,7 +19,7 @@ def main() -> None:
     def start() -> tuple[PreparedData, Clock]:
         template = task.data.with_suffix(".jinja")
         name = str(template) if template.is_file() else "chatml"
-        chat_format, _ = select_chat_format(tokenizer, name, human_token_ids=[3], model_token_ids=[4])
+        chat_format, _ = select_chat_format(tokenizer, name)
         renderer = Renderer(chat_format, MAX_LENGTH)
         sources = find_sources([str(task.data)])
         with Clock() as clock:

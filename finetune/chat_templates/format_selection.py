@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.ext import Extension
@@ -13,9 +12,10 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 
 from finetune.chat_templates.example import ChatFormat
-from finetune.chat_templates.jinja_format import History, JinjaFormat
+from finetune.chat_templates.jinja_format import JinjaFormat
 from finetune.chat_templates.lingowhale_format import LingoWhaleFormat
 from finetune.chat_templates.plain_text import add_control_tokens
+from finetune.conversation import DEFAULT_SETTINGS, ChatSettings
 from finetune.utils.errors import ConfigError
 from finetune.utils.user_files import read_text
 
@@ -35,35 +35,29 @@ NAMED = {"chatml": CHATML, "hermes": HERMES}
 def select_chat_format(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None = None,
+    settings: ChatSettings = DEFAULT_SETTINGS,
     *,
-    human_token_ids: Sequence[int],
-    model_token_ids: Sequence[int],
     is_lingowhale: bool = False,
-    content_tokens: Sequence[str] = (),
     day: date | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-    history: History = "as_served",
-    masks_reasoning: bool = False,
 ) -> tuple[ChatFormat, list[str]]:
     """Select the chat format of a run; also return notes about choices that the user did not make.
 
     Args:
         chat_template: `lingowhale`, `chatml`, `hermes` (ChatML with tools) or a Jinja file; None: the tokenizer's own
             template, else LingoWhale's format for LingoWhale, else ChatML. The tokenizer gets markers that it lacks.
-        content_tokens: added tokens that human turns may use, too.
         day: for a template that writes today's date; default: today's in UTC.
-        template_kwargs, history, masks_reasoning: as `JinjaFormat` has them.
     """
     notes = []
     if chat_template is None and tokenizer.chat_template is None:
         chat_template = "lingowhale" if is_lingowhale else "chatml"
         notes.append(f"the tokenizer has no chat template: conversations are rendered in the {chat_template} format")
     if chat_template == "lingowhale":
-        if template_kwargs or masks_reasoning:
+        if settings.template_kwargs or settings.reasoning == "context":
             raise ConfigError(
                 "--chat_template lingowhale: --chat_template_kwargs and --reasoning context need a Jinja template"
             )
-        return LingoWhaleFormat(tokenizer, human_token_ids, model_token_ids, content_tokens), notes
+        markers = settings.human_token_ids, settings.model_token_ids
+        return LingoWhaleFormat(tokenizer, *markers, settings.content_tokens), notes
     if chat_template in NAMED:
         missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
         if missing:
@@ -76,10 +70,7 @@ def select_chat_format(
         tokenizer.chat_template = read_template(chat_template)
     # The result is saved with this tokenizer, so that serving renders as training did.
     name = chat_template or "the tokenizer's own chat template"
-    chat_format = JinjaFormat(
-        tokenizer, tokenizer.get_chat_template(), name, content_tokens, day,
-        template_kwargs=template_kwargs, history=history, masks_reasoning=masks_reasoning,
-    )  # fmt: skip
+    chat_format = JinjaFormat(tokenizer, tokenizer.get_chat_template(), name, settings, day)
     if chat_format.day is not None:
         notes.append(
             f"the chat template writes today's date into every conversation: {chat_format.day} (UTC), which a resumed "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from finetune.chat_templates.chat_template import ChatTemplate, RenderedText, error_as_value
 from finetune.chat_templates.example import (
@@ -19,12 +19,10 @@ from finetune.chat_templates.messages import normalized, without_reasoning
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE, shape_of, with_date
 from finetune.chat_templates.token_positions import Extent, JoinedPromptError, TokenPositions, TokenSpan
-from finetune.conversation import Conversation, trained_on
+from finetune.conversation import DEFAULT_SETTINGS, ChatSettings, Conversation, trained_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-History = Literal["as_served", "as_is"]
 
 
 class JinjaFormat:
@@ -37,10 +35,6 @@ class JinjaFormat:
 
     Args:
         day: the date that the template writes; default: today in UTC.
-        template_kwargs: variables for the template, such as `enable_thinking`.
-        history: `as_served` supervises each answer behind the prompt that serving would send; `as_is` all answers
-            where the template writes them.
-        masks_reasoning: the reasoning of answers is context.
     """
 
     def __init__(
@@ -48,21 +42,19 @@ class JinjaFormat:
         tokenizer: PreTrainedTokenizerBase,
         template: str,
         name: str,
-        content_tokens: Sequence[str] = (),
+        settings: ChatSettings = DEFAULT_SETTINGS,
         day: date | None = None,
-        *,
-        template_kwargs: Mapping[str, Any] | None = None,
-        history: History = "as_served",
-        masks_reasoning: bool = False,
     ) -> None:
         self.day = (day or datetime.now(UTC).date()) if "strftime_now" in template else None
         self.template = with_date(template, self.day) if self.day else template
         self.tokenizer, self.name = tokenizer, name
-        self.template_kwargs = dict(template_kwargs or {})
-        self.history, self.masks_reasoning = history, masks_reasoning
-        self.plain = PlainTextTokenizer(tokenizer, content_tokens)
+        self.template_kwargs, self.history = dict(settings.template_kwargs), settings.history
+        self.masks_reasoning = settings.reasoning == "context"
+        self.plain = PlainTextTokenizer(tokenizer, settings.content_tokens)
         self.positions = TokenPositions(self.plain)
-        self.chat_template = ChatTemplate(self.plain, self.template, self.template_kwargs, as_is=history == "as_is")
+        self.chat_template = ChatTemplate(
+            self.plain, self.template, self.template_kwargs, as_is=self.history == "as_is"
+        )
         self._verified: set[Any] = set()
 
     def identity(self) -> dict[str, Any]:

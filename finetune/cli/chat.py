@@ -137,8 +137,7 @@ def _read(options: ChatOptions) -> RunResult:
         return read_result(folder, trust_remote_code=options.trust_remote_code, verify_key=options.verify_key)
     if options.base or options.compare or options.base_model:
         raise ConfigError(f"{folder}: has no {RUN_FILE}: which base it was trained from is not known: leave --base out")
-    markers = {name: list(getattr(DataArguments(), name)) for name in ("human_token_ids", "model_token_ids")}
-    return read_model(folder, markers=markers, trust_remote_code=options.trust_remote_code)
+    return read_model(folder, trust_remote_code=options.trust_remote_code)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.config.adapter_arguments import AdapterArguments
-from finetune.utils.options import OptionType, declaration, default_of_field, option
+from finetune.conversation import ChatSettings
+from finetune.utils.options import OptionType, declaration, default_of_field, fill, option
 from finetune.utils.user_files import parse_object
 
 # The one repository whose code is trusted without the flag: it cannot load otherwise, and this project grew out of it.
@@ -200,17 +201,20 @@ class DataArguments:
         "added tokens that human turns may use as tokens, too, e.g. `'<think>'`; in model turns all that are not "
         "special are tokens, all others are plain text",
     )
-    human_token_ids: list[int] = option([3], "LingoWhale format: the marker before a human turn")
-    model_token_ids: list[int] = option([4], "LingoWhale format: the marker before a model turn")
+    human_token_ids: list[int] = option(
+        [*ChatSettings.human_token_ids], "LingoWhale format: the marker before a human turn"
+    )
+    model_token_ids: list[int] = option(
+        [*ChatSettings.model_token_ids], "LingoWhale format: the marker before a model turn"
+    )
 
     def template_kwargs(self) -> dict[str, Any] | None:
         """Return the variables for the chat template; None if they are not a JSON object."""
         return parse_object(self.chat_template_kwargs or "{}")
 
-    def chat_facts(self) -> dict[str, Any]:
-        """Return what run.json records, so that the result is served as it was trained."""
-        names = ("human_token_ids", "model_token_ids", "content_tokens", "reasoning", "history")
-        return {name: getattr(self, name) for name in names} | {"template_kwargs": self.template_kwargs()}
+    def chat_settings(self) -> ChatSettings:
+        """Return how conversations are rendered."""
+        return fill(ChatSettings, {**vars(self), "template_kwargs": self.template_kwargs()})
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class RunConfig:
             "world_size": self.batch.world_size,
             "precision": self.hardware.precision,
             "attention": self.hardware.attention,
-            "chat": data.chat_facts(),
+            "chat": asdict(data.chat_settings()),
             "data": {"path": data.data_path},
         }
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from finetune.chat_templates import ChatFormat, end_token_ids, select_chat_format
 from finetune.config.arguments import needs_no_trust
 from finetune.config.optional_packages import check_installed
+from finetune.conversation import DEFAULT_SETTINGS, ChatSettings
 from finetune.inference.run_result import RunResult
 from finetune.models import loader
 from finetune.models.auto_class import auto_class, empty_model
@@ -25,6 +26,7 @@ from finetune.run_dir.run_json import is_adapter
 from finetune.utils.console import log_notes
 from finetune.utils.errors import CheckpointError, ConfigError, first_line, lines_of
 from finetune.utils.hub import hub_errors
+from finetune.utils.options import fill
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +100,8 @@ def load_for_inference(
     return LoadedModel(result, tuned.eval(), tokenizer, chat_format, base_name)
 
 
-def read_model(folder: Path, *, markers: dict[str, list[int]], trust_remote_code: bool) -> RunResult:
-    """Describe a model without run.json as a result without a base; `markers` are those of a LingoWhale model."""
+def read_model(folder: Path, *, trust_remote_code: bool) -> RunResult:
+    """Describe a model without run.json as a result without a base."""
     if is_adapter(folder):
         raise ConfigError(f"{folder}: an adapter without run.json: its base and chat format are unknown")
     from transformers import AutoConfig
@@ -113,7 +115,7 @@ def read_model(folder: Path, *, markers: dict[str, list[int]], trust_remote_code
     format_name = "the tokenizer's own chat template" if tokenizer.chat_template else "lingowhale"
     run = {
         "model": {"name": str(folder), "folder": str(folder.absolute())},
-        "chat": {"format": format_name, **markers, "content_tokens": [], "stop_token_id": None},
+        "chat": {"format": format_name, **asdict(DEFAULT_SETTINGS), "stop_token_id": None},
         "precision": loader.precision_of(config.dtype),
     }
     return RunResult(folder, run, None, is_trained=False, trusts_code=trust_remote_code)
@@ -126,17 +128,9 @@ def load_tokenizer(result: RunResult) -> PreTrainedTokenizerBase:
 
 def chat_format_of(result: RunResult, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     """Return the chat format of the training; a template is part of the saved tokenizer."""
-    chat = result.chat
-    chat_format, _ = select_chat_format(
-        tokenizer,
-        "lingowhale" if chat["format"] == "lingowhale" else None,
-        human_token_ids=chat["human_token_ids"],
-        model_token_ids=chat["model_token_ids"],
-        content_tokens=chat["content_tokens"],
-        template_kwargs=chat.get("template_kwargs"),
-        masks_reasoning=chat.get("reasoning") == "context",
-    )
-    return chat_format
+    settings = replace(fill(ChatSettings, result.chat), history="as_served")
+    template = "lingowhale" if result.chat["format"] == "lingowhale" else None
+    return select_chat_format(tokenizer, template, settings)[0]
 
 
 def base_folder(result: RunResult, name: str | None = None) -> Path:

@@ -49,8 +49,7 @@ class RunResult:
 
     @property
     def chat(self) -> dict[str, Any]:
-        """The chat format: `format`, `human_token_ids`, `model_token_ids`, `content_tokens`, `stop_token_id`;
-        newer runs have `template_kwargs`, `reasoning` and `history`, too."""
+        """The chat format: `format`, `stop_token_id` and the fields of `ChatSettings`, not all of them in old runs."""
         return self.run["chat"]
 
     def with_template_kwargs(self, text: str | None) -> RunResult:

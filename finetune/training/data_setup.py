@@ -36,14 +36,9 @@ def load_chat_format(
     chat_format, notes = select_chat_format(
         tokenizer,
         data.chat_template,
-        human_token_ids=data.human_token_ids,
-        model_token_ids=data.model_token_ids,
+        data.chat_settings(),
         is_lingowhale=model.is_lingowhale(),
-        content_tokens=data.content_tokens,
         day=day,
-        template_kwargs=data.template_kwargs(),
-        history=data.history,
-        masks_reasoning=data.reasoning == "context",
     )
     return tokenizer, chat_format, notes
 

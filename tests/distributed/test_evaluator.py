@@ -40,7 +40,7 @@ def laid_out(output: Path, rows: list) -> list:
     from finetune.conversation import Conversation, Turn
 
     tokenizer = AutoTokenizer.from_pretrained(output)
-    format_, _ = select_chat_format(tokenizer, human_token_ids=[3], model_token_ids=[4])
+    format_, _ = select_chat_format(tokenizer)
     return format_.tokenize_all([Conversation(tuple(Turn(role, text) for role, text in row)) for row in rows])
 
 

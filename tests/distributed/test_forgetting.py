@@ -29,7 +29,7 @@ def small(smol_tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32).eval()
-    return model, select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])[0]
+    return model, select_chat_format(smol_tokenizer)[0]
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_scores_are_those_of_whole_conversations_one_by_one(tiny_model, smol_tok
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
-    chat_format, _ = select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
+    chat_format, _ = select_chat_format(smol_tokenizer)
     asked = [(one.text, one.candidates) for one in QUESTIONS if one.candidates][::20]
     assert len(asked) > 5
     for kind in (False, True):  # from the cache; and whole, as behind virtual tokens

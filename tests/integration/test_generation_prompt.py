@@ -16,14 +16,11 @@ from finetune.chat_templates import (
     prompt_ids,
     select_chat_format,
 )
-from finetune.conversation import Conversation, Turn
+from finetune.conversation import ChatSettings, Conversation, Turn
 from finetune.utils.errors import DataError
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.chat_templates import STYLES
 from tests.helpers.tiers import mostly_slow
-
-MARKERS = {"human_token_ids": [3], "model_token_ids": [4]}
-
 
 FOLLOWED = [name for name, style in STYLES.items() if style.refused is None]
 
@@ -66,16 +63,16 @@ def served(real_tokenizers):
             return JinjaFormat(ByteTokenizer(), PLAIN, name)
         tokenizer = byte_tokenizer() if kind == "bytes" else copy.deepcopy(real_tokenizers[kind])
         if name == "lingowhale":
-            return LingoWhaleFormat(tokenizer, MARKERS["human_token_ids"], MARKERS["model_token_ids"])
+            return LingoWhaleFormat(tokenizer, [3], [4])
         if name == "chatml":
-            return select_chat_format(tokenizer, name, **MARKERS)[0]
+            return select_chat_format(tokenizer, name)[0]
         if name == "its own":
-            return select_chat_format(tokenizer, **MARKERS)[0]
+            return select_chat_format(tokenizer)[0]
         if name == "content tokens":
             from tokenizers import AddedToken
 
             tokenizer.add_tokens([AddedToken(token, special=False) for token in THINKING])
-            return select_chat_format(tokenizer, "chatml", content_tokens=THINKING, **MARKERS)[0]
+            return select_chat_format(tokenizer, "chatml", ChatSettings(content_tokens=THINKING))[0]
         style = STYLES[name]
         named = {"bos_token": style.bos, "eos_token": style.eos}
         tokenizer.add_special_tokens(

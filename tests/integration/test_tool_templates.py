@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, Renderer
-from finetune.conversation import Conversation
+from finetune.conversation import ChatSettings, Conversation
 from finetune.utils.errors import DataError
 from tests.helpers.template_families import FAMILIES, prepared
 from tests.helpers.tiers import mostly_slow
@@ -45,7 +45,10 @@ def families(real_tokenizers):
         if name not in made:
             family = FAMILIES[name]
             tokenizer = prepared(copy.deepcopy(real_tokenizers[family.tokenizer]), family)
-            made[name] = tokenizer, JinjaFormat(tokenizer, family.template, name, template_kwargs=dict(family.kwargs))
+            made[name] = (
+                tokenizer,
+                JinjaFormat(tokenizer, family.template, name, ChatSettings(template_kwargs=family.kwargs)),
+            )
         return made[name]
 
     return a_family

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, LingoWhaleFormat, Renderer
-from finetune.conversation import BadRow, Conversation, ToolCall, Turn
+from finetune.conversation import BadRow, ChatSettings, Conversation, ToolCall, Turn
 from tests.helpers.template_families import FAMILIES, prepared
 
 PLAIN = (Turn("human", "q"), Turn("model", "answer"))
@@ -13,7 +13,9 @@ PLAIN = (Turn("human", "q"), Turn("model", "answer"))
 
 def renderer(smol_tokenizer, family: str, *, masks: bool = False, **options) -> Renderer:
     tokenizer = prepared(copy.deepcopy(smol_tokenizer), FAMILIES[family])
-    chat_format = JinjaFormat(tokenizer, tokenizer.chat_template, family, masks_reasoning=masks)
+    chat_format = JinjaFormat(
+        tokenizer, tokenizer.chat_template, family, ChatSettings(reasoning="context" if masks else "learn")
+    )
     return Renderer(chat_format, 10_000, **options)
 
 

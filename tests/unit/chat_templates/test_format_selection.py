@@ -6,15 +6,16 @@ import pytest
 
 from finetune.chat_templates import LingoWhaleFormat, UnrenderableError, select_chat_format
 from finetune.chat_templates.raw_text import tokenize_text
+from finetune.conversation import ChatSettings
 from finetune.utils.errors import ConfigError
 
 WITHOUT_END = SimpleNamespace(eos_token_id=None)
 
 
-@pytest.mark.parametrize("options", [{"template_kwargs": {"enable_thinking": True}}, {"masks_reasoning": True}])
+@pytest.mark.parametrize("options", [{"template_kwargs": {"enable_thinking": True}}, {"reasoning": "context"}])
 def test_options_of_jinja_templates_need_one(options, golden_tokenizer):
     with pytest.raises(ConfigError, match="--chat_template lingowhale: --chat_template_kwargs and --reasoning context"):
-        select_chat_format(golden_tokenizer, "lingowhale", human_token_ids=[3], model_token_ids=[4], **options)
+        select_chat_format(golden_tokenizer, "lingowhale", ChatSettings(**options))
 
 
 def test_a_tokenizer_without_an_end_token_ends_neither_a_turn_nor_a_text():

@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime
 import pytest
 
 from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, UnrenderableError, tokenize_conversation
-from finetune.conversation import Conversation, Turn
+from finetune.conversation import ChatSettings, Conversation, Turn
 from finetune.dataset.data_summary import DataTally
 from finetune.utils.errors import ConfigError, DataError
 from tests.helpers.template_checks import CONVERSATIONS, check, messages, rendered, runs
@@ -112,7 +112,9 @@ def test_an_answer_that_is_written_otherwise_later_has_an_example_of_its_own(smo
     )
     turns = [("human", "a"), ("model", "<think>\nr\n</think>\n\nb"), ("human", "c"), ("model", "d")]
     for history in ("as_served", "as_is"):
-        assert rendered(JinjaFormat(smol_tokenizer, template, "x", history=history), turns).status == "split"
+        assert (
+            rendered(JinjaFormat(smol_tokenizer, template, "x", ChatSettings(history=history)), turns).status == "split"
+        )
     whole = Conversation(tuple(Turn(*turn) for turn in turns))
     with pytest.raises(UnrenderableError, match="turn 1 otherwise once other turns follow it"):
         tokenize_conversation(JinjaFormat(smol_tokenizer, template, "x"), whole)
@@ -146,7 +148,9 @@ class TestContentTokens:
         tokenizer = self.tokenizer(smol_tokenizer)
         think, end = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>"])
         plain = rendered(JinjaFormat(tokenizer, self.template, "x"), self.turns)
-        named = rendered(JinjaFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), self.turns)
+        named = rendered(
+            JinjaFormat(tokenizer, self.template, "x", ChatSettings(content_tokens=["<think>", "</think>"])), self.turns
+        )
         for rendering, count, spelled in ((plain, 1, 1), (named, 1, 1)):
             (example,) = rendering.examples
             assert example.labels.count(think) == example.input_ids.count(think) == count
@@ -157,7 +161,9 @@ class TestContentTokens:
     def test_without_other_spellings_the_ids_are_exact(self, smol_tokenizer):
         tokenizer = self.tokenizer(smol_tokenizer)
         turns = [("human", "Why?"), self.turns[1]]
-        rendering = rendered(JinjaFormat(tokenizer, self.template, "x", ["<think>", "</think>"]), turns)
+        rendering = rendered(
+            JinjaFormat(tokenizer, self.template, "x", ChatSettings(content_tokens=["<think>", "</think>"])), turns
+        )
         expected = tokenizer.apply_chat_template(messages(turns, merged=False), return_dict=False)
         assert rendering.examples[0].input_ids == expected
 
@@ -166,4 +172,4 @@ class TestContentTokens:
     )
     def test_a_special_or_unknown_token_is_refused(self, smol_tokenizer, token, reason):
         with pytest.raises(ConfigError, match=f"--content_tokens {re.escape(token)}: {reason}"):
-            JinjaFormat(self.tokenizer(smol_tokenizer), self.template, "x", [token])
+            JinjaFormat(self.tokenizer(smol_tokenizer), self.template, "x", ChatSettings(content_tokens=[token]))

@@ -89,7 +89,7 @@ def test_ids_are_those_of_apply_chat_template(smol_tokenizer, template):
 
 
 def test_default_system_prompt_of_the_template_is_context(smol_tokenizer):
-    chat_format, notes = select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
+    chat_format, notes = select_chat_format(smol_tokenizer)
     (example,) = render(chat_format, ("human", "Who are you?"), ("model", "Nori")).examples
     assert "named SmolLM" in smol_tokenizer.decode(example.input_ids)
     assert smol_tokenizer.decode(learned(example)) == "Nori<|im_end|>"
@@ -248,10 +248,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3
 def formats(smol_tokenizer, golden_tokenizer):
     # choosing a template sets it on the tokenizer, which other tests share
     tokenizers = {"lingowhale": golden_tokenizer, "chatml": copy.deepcopy(smol_tokenizer)}
-    return {
-        name: (tokenizer, select_chat_format(tokenizer, name, human_token_ids=[3], model_token_ids=[4])[0])
-        for name, tokenizer in tokenizers.items()
-    }
+    return {name: (tokenizer, select_chat_format(tokenizer, name)[0]) for name, tokenizer in tokenizers.items()}
 
 
 @settings(max_examples=200, deadline=None)
@@ -275,7 +272,7 @@ def test_a_tokenizer_without_template_gets_chatml_and_its_markers(tmp_path):
     from tests.helpers.byte_tokenizer import byte_tokenizer
 
     tokenizer = byte_tokenizer()
-    chat_format, notes = select_chat_format(tokenizer, human_token_ids=[3], model_token_ids=[4])
+    chat_format, notes = select_chat_format(tokenizer)
     (example,) = render(chat_format, ("human", "a"), ("model", "b")).examples
     assert tokenizer.decode(learned(example)) == "b<|im_end|>"
     assert "chatml" in notes[0] and "added to its vocabulary" in notes[1]
@@ -283,9 +280,7 @@ def test_a_tokenizer_without_template_gets_chatml_and_its_markers(tmp_path):
 
 def test_a_tokenizer_that_has_the_markers_of_chatml_keeps_its_size(smol_tokenizer):
     size = len(smol_tokenizer)
-    chat_format, notes = select_chat_format(
-        copy.deepcopy(smol_tokenizer), "chatml", human_token_ids=[3], model_token_ids=[4]
-    )
+    chat_format, notes = select_chat_format(copy.deepcopy(smol_tokenizer), "chatml")
     assert (notes, len(chat_format.plain.tokenizer)) == ([], size)
 
 
@@ -307,22 +302,18 @@ def test_an_answer_whose_reasoning_is_left_out_later_gets_an_example_of_its_own(
 
 
 def test_lingowhale_without_template_gets_its_own_format(golden_tokenizer):
-    chat_format, notes = select_chat_format(
-        golden_tokenizer, human_token_ids=[3], model_token_ids=[4], is_lingowhale=True
-    )
+    chat_format, notes = select_chat_format(golden_tokenizer, is_lingowhale=True)
     assert chat_format.name == "lingowhale"
     assert "lingowhale" in notes[0]
 
 
 def test_a_template_file_is_read_and_a_missing_one_named(golden_tokenizer, tmp_path):
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.role[0] + m.content }}</s>{% endfor %}")
-    chat_format, _ = select_chat_format(
-        golden_tokenizer, str(tmp_path / "mine.jinja"), human_token_ids=[3], model_token_ids=[4]
-    )
+    chat_format, _ = select_chat_format(golden_tokenizer, str(tmp_path / "mine.jinja"))
     (example,) = render(chat_format, ("human", "a"), ("model", "b")).examples
     assert golden_tokenizer.decode(example.input_ids) == "ua</s>ab</s>"
     with pytest.raises(ConfigError, match="none.jinja: expected lingowhale, chatml, hermes or a Jinja file"):
-        select_chat_format(golden_tokenizer, "none.jinja", human_token_ids=[3], model_token_ids=[4])
+        select_chat_format(golden_tokenizer, "none.jinja")
 
 
 def test_a_new_token_never_gets_the_id_of_another():

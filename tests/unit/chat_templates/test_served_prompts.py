@@ -2,12 +2,13 @@
 """Each answer is supervised behind the prompt of serving, in templates that write something else around answers."""
 
 import copy
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken
 
 from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, Renderer
-from finetune.conversation import Conversation, ToolCall, Turn
+from finetune.conversation import ChatSettings, Conversation, ToolCall, Turn
 
 ROLES = {"human": "user", "model": "assistant", "system": "system"}
 TALK = (
@@ -51,11 +52,12 @@ CASES = {
 }  # fmt: skip
 
 
-def renderer_of(smol_tokenizer, template: str, special: str, kwargs: dict, **options: str) -> Renderer:
+def renderer_of(smol_tokenizer, template: str, special: str, kwargs: dict, **options: Any) -> Renderer:
     tokenizer, tokens = copy.deepcopy(smol_tokenizer), special.split()
     tokenizer.add_special_tokens({"additional_special_tokens": tokens, "bos_token": tokens[0], "eos_token": tokens[-1]})
     tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>", "<tool_call>")])
-    return Renderer(JinjaFormat(tokenizer, template, "test", template_kwargs=kwargs, **options), 10_000)
+    settings = ChatSettings(template_kwargs=kwargs, **options)
+    return Renderer(JinjaFormat(tokenizer, template, "test", settings), 10_000)
 
 
 def prompts_and_answers(renderer: Renderer, conversation: Conversation) -> list[tuple[list[int], str]]:

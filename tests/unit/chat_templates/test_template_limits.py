@@ -38,7 +38,7 @@ def test_it_is_stopped(name, in_a_thread, monkeypatch):
     monkeypatch.setattr(template_limits, "SECONDS", 0.2)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = BOMBS[name] + PLAIN
-    chat_format, _ = select_chat_format(tokenizer, human_token_ids=[3], model_token_ids=[4])
+    chat_format, _ = select_chat_format(tokenizer)
     rows = [Conversation((Turn("human", "a"), Turn("model", "b")) * count) for count in (1, 2)]
     before, raised = resource.getrlimit(resource.RLIMIT_AS), []
 

@@ -16,10 +16,9 @@ from finetune.chat_templates import (
     select_chat_format,
 )
 from finetune.chat_templates.text_segments import Segment, segmenter, segments
-from finetune.conversation import Conversation, Turn
+from finetune.conversation import ChatSettings, Conversation, Turn
 from tests.helpers.byte_tokenizer import byte_tokenizer
 
-MARKERS = {"human_token_ids": [3], "model_token_ids": [4]}
 TURNS = (
     Turn("system", "Be brief."),
     Turn("human", "你好 👩‍👩‍👧"),
@@ -66,7 +65,7 @@ def whole(tokenizer, example):
 
 
 def test_a_template_in_segments(smol_tokenizer):
-    chat_format, _ = select_chat_format(smol_tokenizer, human_token_ids=[3], model_token_ids=[4])
+    chat_format, _ = select_chat_format(smol_tokenizer)
     found = segments(rendered(chat_format, TURNS), PlainTextTokenizer(smol_tokenizer))
     assert found[:6] == [
         Segment("control", "<|im_start|>", None),
@@ -178,7 +177,7 @@ def test_a_content_token_is_text_as_it_is_in_training():
     tokenizer.add_tokens(["<think>"])
     said = [Turn("human", "a"), Turn("model", "<think>b")]
     formats = [
-        select_chat_format(tokenizer, "lingowhale", **MARKERS, content_tokens=one)[0] for one in (["<think>"], [])
+        select_chat_format(tokenizer, "lingowhale", ChatSettings(content_tokens=one))[0] for one in (["<think>"], [])
     ]
     shown = [[(one.kind, one.text) for one in segmenter(one)(rendered(one, said))] for one in formats]
     assert shown[0] == shown[1], "as a token, or letter by letter"

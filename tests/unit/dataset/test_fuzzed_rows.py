@@ -169,9 +169,7 @@ def control_ids_of(renderer: Renderer, row: Any, among: set[int]) -> list[int]:
 def test_a_thousand_conversations_at_random(name, smol_tokenizer, golden_tokenizer, tmp_path):
     tokenizer = golden_tokenizer if name == "lingowhale" else smol_tokenizer
     formats = {
-        "own template": lambda: select_chat_format(
-            tokenizer, None, human_token_ids=[3], model_token_ids=[4], is_lingowhale=False
-        )[0],
+        "own template": lambda: select_chat_format(tokenizer, None, is_lingowhale=False)[0],
         "chatml": lambda: JinjaFormat(tokenizer, CHATML, "chatml"),
         "lingowhale": lambda: LingoWhaleFormat(tokenizer, [3], [4]),
     }

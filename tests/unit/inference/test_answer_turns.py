@@ -69,7 +69,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def formats(tokenizer):
     made = {name: JinjaFormat(tokenizer, FRAME.replace("{calls}", calls), name) for name, calls in FAMILIES.items()}
-    hermes = select_chat_format(byte_tokenizer(), "hermes", human_token_ids=[3], model_token_ids=[4])[0]
+    hermes = select_chat_format(byte_tokenizer(), "hermes")[0]
     return {**made, "gpt-oss": JinjaFormat(tokenizer, GPT_OSS, "gpt-oss"), "hermes": hermes}
 
 

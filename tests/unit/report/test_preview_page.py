@@ -46,9 +46,7 @@ def test_tool_results_and_plain_text_have_their_roles():
 
 
 def test_calls_and_reasoning_are_supervised_and_declarations_and_results_are_not(smol_tokenizer):
-    chat_format, _ = select_chat_format(
-        copy.deepcopy(smol_tokenizer), "hermes", human_token_ids=[3], model_token_ids=[4]
-    )
+    chat_format, _ = select_chat_format(copy.deepcopy(smol_tokenizer), "hermes")
     call = ToolCall("find_book", {"title": "The Sea"}, "a1")
     conversation = Conversation(
         (

@@ -84,7 +84,7 @@ def test_the_prompt_of_a_row_with_tools_is_that_of_serving():
     from finetune.chat_templates.text_segments import segmenter
     from finetune.run_dir.data_samples import sample_of
 
-    chat_format = select_chat_format(byte_tokenizer(), "hermes", human_token_ids=[3], model_token_ids=[4])[0]
+    chat_format = select_chat_format(byte_tokenizer(), "hermes")[0]
     tools = ({"type": "function", "function": {"name": "f", "parameters": {}}},)
     asked = Conversation((Turn("human", "Go."),), tools=tools)
     row = replace(asked, turns=(*asked.turns, Turn("model", "", tool_calls=(ToolCall("f", {}),))))

@@ -63,7 +63,7 @@ def test_every_learned_token_is_in_the_cell_of_its_source_and_answer(two_sources
 
 @pytest.mark.parametrize("kind", ["lingowhale", "chatml"])
 def test_a_greeting_in_front_of_the_first_question_is_of_the_first_answer(kind, golden_tokenizer, tmp_path):
-    format_, _ = select_chat_format(golden_tokenizer, kind, human_token_ids=[3], model_token_ids=[4])
+    format_, _ = select_chat_format(golden_tokenizer, kind)
     source = Source(str(write_rows(tmp_path / "greeting.json", [GREETING])))
     data = prepare_dataset([source], Renderer(format_, 500), cache_dir=str(tmp_path / "cache"))
     (cells,) = cells_of(data, [source.name])
