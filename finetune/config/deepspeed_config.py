@@ -222,5 +222,9 @@ class _Resolver:
             name = f"{prefix}{key}"
             if isinstance(value, dict):
                 self.check_leftover_autos(value, f"{name}.")
-            elif value == AUTO and name not in LEFT_TO_TRANSFORMERS:
+            elif value == AUTO and name not in LEFT_TO_TRANSFORMERS and not self.is_named(name):
                 self.faults.append(f'{name} is "auto", but nothing on the command line decides it: give a value')
+
+    def is_named(self, name: str) -> bool:
+        """Return whether a fault is about this key already."""
+        return any(fault.startswith((f"{name} is ", f'"{name}" is ')) for fault in self.faults)

@@ -54,8 +54,10 @@ class DoctorReport:
         try:
             return action()
         except FinetuneError as error:
-            if all(finding.text != str(error) for finding in self.findings):
-                self.findings.append(Finding(section, str(error), error.status))
+            known = {finding.text for finding in self.findings}
+            for text in error.faults or (str(error),):
+                if text not in known:
+                    self.add_error(section, text, status=error.status)
             return None
 
     def add_error(self, section: str, text: str, *, status: int = 2, host: str | None = None) -> None:

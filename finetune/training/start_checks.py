@@ -88,7 +88,7 @@ def check_start(arguments: Arguments, planned: PlannedRanks | None = None, *, is
         except FinetuneError as error:
             errors.append(error)
     if errors:
-        raise_faults(map(str, errors), type(errors[0]))
+        raise_faults((fault for error in errors for fault in error.faults or (str(error),)), type(errors[0]))
 
 
 def _checks(arguments: Arguments, planned: PlannedRanks | None, is_launch: bool) -> Iterator[Callable[[], object]]:

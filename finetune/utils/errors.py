@@ -36,10 +36,12 @@ class FinetuneError(Exception):
 
     Attributes:
         is_shared: all ranks have raised it, so rank 0 alone prints it.
+        faults: the message in parts, each of which says one thing; empty where the message shows not all of them.
     """
 
     status = 1
     is_shared = False
+    faults: tuple[str, ...] = ()
 
 
 class ConfigError(FinetuneError):
@@ -91,9 +93,11 @@ def format_faults(faults: Sequence[str], noun: str) -> str:
 
 def raise_faults(faults: Iterable[str], error: type[FinetuneError] = ConfigError, noun: str = "fault") -> None:
     """Raise one error with all faults, each once, if there are any."""
-    found = list(dict.fromkeys(faults))
+    found = tuple(dict.fromkeys(faults))
     if found:
-        raise error(format_faults(found, noun))
+        raised = error(format_faults(found, noun))
+        raised.faults = found if len(found) <= SHOWN_FAULTS else ()
+        raise raised
 
 
 def format_names(names: Sequence[str]) -> str:

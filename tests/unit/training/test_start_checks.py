@@ -178,6 +178,9 @@ def test_a_mistake_is_named_with_value_and_remedy(start, words, kind, said):
 def test_all_mistakes_are_named_at_once(start):
     text = str(refused(start, "--data_path", "x.json", "--deepspeed", "zero33", ranks=10_000))
     assert text.startswith("3 faults:") and "10000 ranks" in text
+    Path("two.json").write_text('{"train_batch_size": 7, "gradient_clipping": 7}')
+    text = str(refused(start, "--data_path", "x.json", "y.json", "--deepspeed", "two.json"))
+    assert text.startswith("4 faults:") and text.count("faults:") == 1 and len(text.splitlines()) == 5
 
 
 def test_a_folder_in_use_and_a_full_disk_are_refused(start, monkeypatch):
