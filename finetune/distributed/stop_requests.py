@@ -15,6 +15,7 @@ from typing import Any
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of <sysexits.h>
 STOP_FILE = "STOP"
+PASSED_ON = "a signal to the command"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_BETWEEN_FILE_CHECKS = 1.0
 SECONDS_TO_ASK_AGAIN = 0.1
@@ -73,9 +74,10 @@ def stop_requested() -> bool:
 
 
 def stop_reason() -> str | None:
-    """Return the name of the signal or the path of the file that asked; None if nothing has."""
+    """Return the signal and its rank, or the path of the file that asked; None if nothing has."""
     if _request.signal_number is not None:
-        return signal.Signals(_request.signal_number).name
+        name = _name(_request.signal_number)
+        return name if name == PASSED_ON else f"{name} on rank {os.environ.get('RANK', '0')}"
     return str(_request.file) if _request.by_file else None
 
 
@@ -99,7 +101,7 @@ def _handle(number: int, frame: Any) -> None:
     previous, _request.signal_number = _request.signal_number, number
     if _request.is_leaving:
         return
-    name = signal.Signals(number).name
+    name = _name(number)
     if not _request.can_save:
         if _is_in_destructor(frame):  # Python prints and drops what is raised there: ask again behind it
             threading.Timer(SECONDS_TO_ASK_AGAIN, os.kill, (os.getpid(), number)).start()
@@ -114,6 +116,12 @@ def _handle(number: int, frame: Any) -> None:
         os._exit(128 + number)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         _write(f"{name}: saving at the end of this step, then exiting; send it again to exit at once")
+
+
+def _name(number: int) -> str:
+    """Return the name of a signal; the ranks of `finetune train` get SIGUSR1 for whatever signal it has got."""
+    is_passed_on = number == signal.SIGUSR1 and "FINETUNE_LAUNCH_DIR" in os.environ
+    return PASSED_ON if is_passed_on else signal.Signals(number).name
 
 
 def _is_in_destructor(frame: Any) -> bool:

@@ -187,8 +187,7 @@ class StepMonitor:
         else:
             self.count.in_a_row = 0
         if any(requests) and decision.error is None and report.step < report.max_steps:
-            reasons = all_gather_object(stop_requests.stop_reason())
-            by = next(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason is not None)
+            by = next(filter(None, all_gather_object(stop_requests.stop_reason())))
             decision = replace(decision, stopped_by=by)
         return decision
 

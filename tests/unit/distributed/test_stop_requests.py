@@ -43,6 +43,17 @@ def test_the_launchers_signal_after_ctrl_c_is_the_same_wish(rank, signals, ended
     assert not stop_requests.was_interrupted()
 
 
+def test_a_signal_that_the_launcher_passes_on_is_not_named_as_another(rank, monkeypatch, capfd):
+    """Who presses Ctrl-C under `finetune train` has not sent the SIGUSR1 that the ranks get."""
+    monkeypatch.setenv("RANK", "3")
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop_requests.stop_reason() == "SIGUSR1 on rank 3"
+    monkeypatch.setenv("FINETUNE_LAUNCH_DIR", "/tmp")
+    assert stop_requests.stop_reason() == stop_requests.PASSED_ON
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert "SIGUSR1" not in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_a_signal_within_a_destructor_ends_the_rank_behind_it(rank, monkeypatch, capfd):
     monkeypatch.setattr(stop_requests._request, "can_save", False)
 
