@@ -36,6 +36,7 @@ MAX_SHOWN = 24  # characters of a template's text in messages
 _EMPTY_REASONING = re.compile(rf"{REASONING_BEGIN}(\s*){REASONING_END}\s*$")
 FILLED_RULE = "the reasoning of turn {turn} stands where the chat template writes an empty one"
 CLOSED_RULE = "the reasoning that the prompt opens is closed empty in front of turn {turn}"
+OPENING_RULE = "the prompt in front of turn {turn} ends with {opening}, where the chat template has the answer alone"
 LOST_REASONING = (
     "the chat template leaves out the reasoning of turn {turn}, so the answer would be trained without it: use "
     "--reasoning drop, or a --chat_template that writes it"
@@ -192,10 +193,10 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         return str(error)
     every = find_slots(alone, text.spelled)
     spans, others = ([span for span in every if (span.slot.turn == number) is own] for own in (True, False))
-    end = _end(turn, number, alone, spans, text)
+    first, context = spans[0].start if spans else None, others[-1].stop if others else 0
+    end = _end(turn, number, alone, alone[context:first], spans, text)
     if isinstance(end, str):
         return end
-    first = spans[0].start if spans else None
     opening = prompt[len(commonprefix([prompt, before])) :]
     if end.tokens[0] in _openers(alone, first, opening, text) - {text.eos}:
         return OPENING_END.format(turn=number, token=end.tokens[0])
@@ -216,11 +217,11 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         first = alone.rindex(REASONING_BEGIN, 0, first)
     if alone.startswith(prompt) and not loses:
         # Where no prompt is written, the header in front of the answer stands for it.
-        if prompt == before and first is not None and alone[len(prompt) : first].strip():
+        is_header = prompt == before and not opens_reasoning
+        if is_header and first is not None and alone[len(prompt) : first].strip():
             return _Found(alone[: end.stop], first, end, has_prompt=False)
         return _Found(alone[: end.stop], len(prompt), end)
     asked = find_slots(prompt, text.spelled)
-    context = others[-1].stop if others else 0
     # Some templates write the system turn with the last question, until it is answered.
     if len(asked) > len(others) and not loses:
         header = prompt[asked[-1].stop :]
@@ -237,11 +238,18 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         return _completion(turn, number, prompt, alone[begin + len(opening) : end.stop], end, text)
     if marks_reasoning(turn) and not opens_reasoning:
         return CLOSED_REASONING.format(turn=number)
-    if turn.tool_calls and not opens_reasoning:
-        return OTHER_PROMPT.format(turn=number)
     answers = [span.start for span in spans if span.slot.part != "reasoning"]
-    begin = answers[-1] if answers else _shared(prompt, alone, text)
-    return _completion(turn, number, prompt, alone[begin : end.stop].rpartition(REASONING_END)[2], end, text)
+    header = opening.rstrip().removesuffix(REASONING_BEGIN).strip() if opens_reasoning else ""
+    begin = alone.find(header, context, first) if header else -1
+    if begin < 0 and not answers:
+        return OTHER_PROMPT.format(turn=number)
+    begin = answers[-1] if begin < 0 else begin + len(header)
+    tail = alone[begin : end.stop].rpartition(REASONING_END)[2]
+    completion = _completion(turn, number, prompt, tail, end, text)
+    if opens_reasoning:
+        return completion
+    served = prompt[_shared(alone, prompt, text) :].strip().rpartition("\n")[2]
+    return replace(completion, rules=(OPENING_RULE.format(turn=number, opening=ascii(served)),))
 
 
 def _completion(turn: Turn, number: int, prompt: str, tail: str, end: _End, text: TemplateText) -> TemplateSkeleton:
@@ -264,11 +272,12 @@ def _completion(turn: Turn, number: int, prompt: str, tail: str, end: _End, text
     )
 
 
-def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: TemplateText) -> _End | str:
-    """Where the answer ends in `alone`; or why it does not end.
+def _end(turn: Turn, number: int, alone: str, header: str, spans: Sequence[SlotSpan], text: TemplateText) -> _End | str:
+    """Where the answer ends in `alone`, behind `header`; or why it does not end.
 
     It ends with the first control token after it and those directly behind that one, as far as the template writes
-    them whether another turn follows or not. What closes an answer on lines of its own (`\\n</response>\\n`) is no end.
+    them whether another turn follows or not. What closes an answer on lines of its own (`\\n</response>\\n`), or closes
+    a tag of the header in front of what opens the next turn, is no end.
     """
     begin = spans[-1].stop if spans else 0
     try:
@@ -306,13 +315,27 @@ def _end(turn: Turn, number: int, alone: str, spans: Sequence[SlotSpan], text: T
                 if alone[own : match.end()] not in more:
                     break
                 tokens, stop = [match[0]], match.end()
-            return _End(stop, tuple(tokens))
-    place = more.find(alone[own:begin])
-    if place >= 0 and (match := text.control.match(more, _skip_blank(more, place + begin - own))):
-        return _End(begin, (match[0],), is_of_next_turn=True)
+            end = _End(stop, tuple(tokens))
+            is_tag = tokens[-1].startswith("</") and tokens[-1].replace("/", "", 1) in header
+            if text.eos in tokens or not is_tag:
+                return end
+            following = _next_role_end(alone, own, stop, more, text)
+            is_end = following is not None and (following.tokens[0] == text.eos or following.tokens[0] not in header)
+            return following if following is not None and is_end else end
+    following = _next_role_end(alone, own, begin, more, text)
+    if following is not None:
+        return following
     lacked = alone[begin : begin + MAX_SHOWN].strip()
     found = f" ({lacked!r} is none in this tokenizer)" if lacked else ""
     return NO_END.format(turn=number, found=found)
+
+
+def _next_role_end(alone: str, own: int, begin: int, more: str, text: TemplateText) -> _End | None:
+    """The end of an answer, the characters `own` to `begin` and white space, by the token that opens the next turn."""
+    written = alone[own:] if not alone[begin:].strip() and alone[own:] in more else alone[own:begin]
+    place = more.find(written)
+    match = text.control.match(more, _skip_blank(more, place + len(written))) if place >= 0 else None
+    return _End(own + len(written), (match[0],), is_of_next_turn=True) if match else None
 
 
 def _opens_reasoning(prompt: str) -> bool:

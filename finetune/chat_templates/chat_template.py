@@ -13,7 +13,14 @@ from jinja2 import TemplateError
 
 from finetune.chat_templates.answer_spans import OTHERWISE_LATER, TemplateText, build_skeleton
 from finetune.chat_templates.example import OPENED_RULE, STRIPPED_RULE, SYSTEM_RULE, UnrenderableError, system_in_front
-from finetune.chat_templates.messages import REASONING_END, MessageStyle, normalized, replace_strings, template_options
+from finetune.chat_templates.messages import (
+    REASONING_BEGIN,
+    REASONING_END,
+    MessageStyle,
+    normalized,
+    replace_strings,
+    template_options,
+)
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_limits import apply_template, template_limits
 from finetune.chat_templates.template_skeleton import (
@@ -167,8 +174,10 @@ class ChatTemplate:
         if skeleton.system_in_front:
             conversation = replace(conversation, turns=system_in_front(conversation.turns))
         _check_supervised(conversation, skeleton)
-        if skeleton.is_completion and _has_tools(conversation):
-            skeleton = self._with_own_pieces(conversation, skeleton, "")
+        if skeleton.is_completion:
+            conversation = _without_opening(conversation, skeleton)
+            if _has_tools(conversation):
+                skeleton = self._with_own_pieces(conversation, skeleton, "")
         return conversation, skeleton
 
     def _match(self, conversation: Conversation, skeleton: TemplateSkeleton, text: Any) -> RenderedText:
@@ -365,6 +374,16 @@ def _check_supervised(conversation: Conversation, skeleton: TemplateSkeleton) ->
         if turn.is_supervised and number not in skeleton.answers:
             reason = OTHERWISE_LATER.format(turn=number + skeleton.system_in_front)
             raise UnrenderableError(skeleton.refused.get(number, reason))
+
+
+def _without_opening(conversation: Conversation, skeleton: TemplateSkeleton) -> Conversation:
+    """The conversation, its last answer without the plain text that the prompt of serving opens it with."""
+    *turns, last = conversation.turns
+    opening = skeleton.answers[len(turns)].served_opening.strip()
+    rest = last.text.lstrip().removeprefix(opening).lstrip()
+    if not opening or not rest or REASONING_BEGIN in opening or not last.text.lstrip().startswith(opening):
+        return conversation
+    return replace(conversation, turns=(*turns, replace(last, text=rest)))
 
 
 def _has_tools(conversation: Conversation) -> bool:

@@ -55,7 +55,8 @@ CASES = {
 def renderer_of(smol_tokenizer, template: str, special: str, kwargs: dict, **options: Any) -> Renderer:
     tokenizer, tokens = copy.deepcopy(smol_tokenizer), special.split()
     tokenizer.add_special_tokens({"additional_special_tokens": tokens, "bos_token": tokens[0], "eos_token": tokens[-1]})
-    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>", "<tool_call>")])
+    tags = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in tags])
     settings = ChatSettings(template_kwargs=kwargs, **options)
     return Renderer(JinjaFormat(tokenizer, template, "test", settings), 10_000)
 
@@ -88,6 +89,58 @@ def test_the_ids_in_front_of_an_answer_are_those_of_serving(smol_tokenizer, name
         ]
         options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False, **kwargs}
         assert ids == renderer.format.tokenizer.apply_chat_template(messages, **options)
+
+
+ROLE_TAGS = "{%- for message in messages %}{{- '<|' + message.role + '|>' }}"
+OPENS_AND_TAGS = OPENS.replace(
+    "{{- message.content }}",
+    "{{- '<reply>' + message.content if message.content and message.role == 'assistant' else message.content }}",
+).replace("\\n<tool_call>", "<tool_call>")
+ROLES_END = "<|user|> <|assistant|> <|system|> <|end|>"
+# What templates write in front of an answer and behind it -> the answers after "q" and "q2".
+WRITTEN = {
+    # `<reply>` begins as the `<think>` that the prompt opens does.
+    "tag behind reasoning": (OPENS_AND_TAGS, "<|im_start|> <|im_end|>", ["\n</think>\n\n<reply>a<|im_end|>", "\n</think>\n\n<reply>a2<|im_end|>"]),
+    # The question itself ends with what opens the answer.
+    "opened by the question": ("{%- for message in messages %}{{- message.content + '<|assistant|><think>' if message.role == 'user' else '</think>' + message.content + '<|end|>' }}{% endfor %}", ROLES_END, ["</think>a<|end|>", "</think>a2<|end|>"]),
+    "tag and next role": (ROLE_TAGS + "{{- '<tool_call>' + message.content + '</tool_call>' if message.role == 'assistant' else message.content }}{% endfor %}{{- '<|assistant|>' if add_generation_prompt }}", ROLES_END, ["<tool_call>a</tool_call><|user|>", "<tool_call>a2</tool_call><|user|>"]),
+    "line and next role": (ROLE_TAGS + "{{- message.content + '\\n' }}{% endfor %}{{- '<|assistant|>' if add_generation_prompt }}", ROLES_END, ["a\n<|user|>", "a2\n<|user|>"]),
+    "plain text": (ROLE_TAGS + "{{- message.content + '<|end|>' }}{% endfor %}{{- '<|assistant|>Steps:\\n' if add_generation_prompt }}", ROLES_END, ["a<|end|>", "a2<|end|>"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_answers_are_whole_however_they_are_opened_and_closed(smol_tokenizer, name):
+    template, special, answers = WRITTEN[name]
+    renderer = renderer_of(smol_tokenizer, template, special, {})
+    found = prompts_and_answers(renderer, Conversation(PLAIN[1:], 0, "a.json"))
+
+    assert [text for _, text in found] == answers
+    for count, (ids, _) in zip((1, 3), found, strict=True):
+        messages = [{"role": ROLES[turn.role], "content": turn.text} for turn in PLAIN[1 : count + 1]]
+        options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
+        assert ids == renderer.format.tokenizer.apply_chat_template(messages, **options)
+
+
+def test_a_call_keeps_its_first_character_behind_a_prompt_that_opens_reasoning(smol_tokenizer):
+    # Without these tokens, "<think>" and "<tool_call>" have their first character in common.
+    renderer = renderer_of(smol_tokenizer, OPENS_AND_TAGS.replace("tool_call>", "call>"), "<|im_start|> <|im_end|>", {})
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+    turns = (TALK[1], Turn("model", "", tool_calls=(ToolCall("f", {"x": 1}),)))
+    ((_, answer),) = prompts_and_answers(renderer, Conversation(turns, 0, "a.json", None, (), (tool,)))
+
+    assert answer.startswith("\n</think>\n\n<call>{")
+
+
+@pytest.mark.parametrize("text", ["a", "Steps:\na"])
+def test_plain_text_that_opens_every_answer_is_said_and_not_supervised_again(smol_tokenizer, text):
+    template, special, _ = WRITTEN["plain text"]
+    renderer = renderer_of(smol_tokenizer, template, special, {})
+    conversation = Conversation((TALK[1], Turn("model", text)), 0, "a.json")
+    ((prompt, answer),) = prompts_and_answers(renderer, conversation)
+
+    assert renderer.format.tokenizer.decode(prompt).endswith("<|assistant|>Steps:\n") and answer == "a<|end|>"
+    assert "'Steps:'" in renderer.render(conversation).reason
 
 
 # The last question is marked, so no earlier answer stands behind the prompt of serving.
