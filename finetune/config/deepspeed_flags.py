@@ -172,7 +172,8 @@ def resolve_optimizer(
     if stage > 0 and name not in TESTED_WITH_ZERO and config.get("zero_allow_untested_optimizer") is not True:
         faults.append(f'{where}: DeepSpeed partitions it only with "zero_allow_untested_optimizer": true')
     if name not in ("adam", "adamw"):
-        notes.append(f"the optimizer is DeepSpeed's {kind}")
+        first = "; torch compiles it in the first step, for minutes on a CPU" if name == "muon" else ""
+        notes.append(f"the optimizer is DeepSpeed's {kind}{first}")
 
 
 def resolve_values(config: dict[str, Any], command: DeepSpeedFlags, world_size: int, faults: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The optimizers of a DeepSpeed config: which can be built here, and what their `params` may hold.
+"""The optimizers of a DeepSpeed config: which can be built here, what their `params` may hold, what is compiled.
 
 The sources of DeepSpeed and torch are read, because importing them takes seconds.
 """
@@ -20,6 +20,7 @@ DEEPSPEED_CLASSES = {
     "adagrad": ("", "adagrad/cpu_adagrad.DeepSpeedCPUAdagrad"),
 }
 NEEDS_GPU = ("lion/fused_lion.FusedLion", "lamb/fused_lamb.FusedLamb")
+ADAM = ("adam", "adamw")
 # Those that DeepSpeed partitions without `zero_allow_untested_optimizer`.
 TESTED_WITH_ZERO = ("adam", "adamw", "adagrad", "lion", "muon")
 
@@ -35,10 +36,10 @@ def optimizer_options(kind: Any, params: Mapping[str, Any], *, offloads: bool, u
     name = kind.lower()
     if name == "muon":
         return {"lr", "muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps", "weight_decay", "adam_w_mode"}
-    is_adam = name in ("adam", "adamw")
-    path = DEEPSPEED_CLASSES.get(name, ("", ""))[offloads]
-    if is_adam and params.get("torch_adam"):
-        path, kind = "", "AdamW"
+    is_adam = name in ADAM
+    path = _deepspeed_class(name, params, offloads)
+    if is_adam and not path:
+        kind = "AdamW"
     if use_cpu and path in NEEDS_GPU:
         raise ValueError("its kernels need a GPU")
     library, folder = ("deepspeed", "ops") if path else ("torch", "optim")
@@ -47,6 +48,32 @@ def optimizer_options(kind: Any, params: Mapping[str, Any], *, offloads: bool, u
     [init] = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
     options = {argument.arg for argument in [*init.args.args[2:], *init.args.kwonlyargs]}
     return options | ({"adam_w_mode", "torch_adam", "fp32_optimizer_states"} if is_adam else set())
+
+
+def _deepspeed_class(name: str, params: Mapping[str, Any], offloads: bool) -> str:
+    """Return the entry of `DEEPSPEED_CLASSES` for an optimizer; empty if torch's class is taken."""
+    return "" if name in ADAM and params.get("torch_adam") else DEEPSPEED_CLASSES.get(name, ("", ""))[offloads]
+
+
+def operators_of(config: Mapping[str, Any] | None, *, use_cpu: bool) -> list[str]:
+    """Return DeepSpeed's names of the operators that a run with this config compiles; none without DeepSpeed."""
+    if config is None:
+        return []
+    zero = config.get("zero_optimization", {})
+    optimizer_device, parameter_device = (
+        (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")
+    )
+    offloads = optimizer_device != "none"
+    takes_cpu_adam = (
+        offloads and config.get("zero_force_ds_cpu_optimizer") is not False
+    )  # without a section: accelerate
+    optimizer = config.get("optimizer") or {"type": "AdamW" if takes_cpu_adam else ""}
+    path = _deepspeed_class(optimizer["type"].lower(), optimizer.get("params") or {}, offloads)
+    names = ["deepspeed_shm_comm"] if use_cpu else []
+    names += [path.partition("/")[2].partition(".")[0]] if path else []
+    if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
+        names.append("quantizer")
+    return names + (["async_io"] if "nvme" in (optimizer_device, parameter_device) else [])
 
 
 def _torch_optimizer(kind: str) -> str:

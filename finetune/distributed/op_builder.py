@@ -1,40 +1,28 @@
-"""The C++ operators that DeepSpeed compiles: which ones a run needs, and building them ahead of it."""
+"""The C++ operators that DeepSpeed compiles: which are not built yet, and building them ahead of a run."""
 
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from finetune.distributed.compat import patch_build_lock
 from finetune.utils.errors import lines_of
+from finetune.utils.options import source_folder
 
 MAX_ERROR_CHARACTERS = 400
 
 
-def build_notes(folder: Path, *, use_cpu: bool) -> list[str]:
-    """Return a line if DeepSpeed has yet to compile its CPU communication operator: that takes a silent minute."""
-    if not use_cpu or any(folder.glob("**/deepspeed_shm_comm.so")):
+def build_notes(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return a line on the operators that DeepSpeed has yet to compile: each takes a silent minute or more."""
+    prebuilt = source_folder("deepspeed") / "ops"
+    missing = [
+        name for name in names if not any(folder.glob(f"**/{name}.so")) and not any(prebuilt.glob(f"**/{name}_op*.so"))
+    ]
+    if not missing:
         return []
-    return [f"DeepSpeed compiles its communication operator first, once, into {folder}: about a minute"]
-
-
-def operators_of(config: Mapping[str, Any] | None, *, use_cpu: bool) -> list[str]:
-    """Return DeepSpeed's names of the operators that a run with this config compiles; none without DeepSpeed."""
-    if config is None:
-        return []
-    zero = config.get("zero_optimization", {})
-    optimizer_device, parameter_device = (
-        (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")
-    )
-    names = ["deepspeed_shm_comm"] if use_cpu else []
-    optimizer = config.get("optimizer")
-    if optimizer is not None and not optimizer.get("params", {}).get("torch_adam", False):
-        names.append("cpu_adam" if optimizer_device != "none" else "fused_adam")
-    if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
-        names.append("quantizer")
-    return names + (["async_io"] if "nvme" in (optimizer_device, parameter_device) else [])
+    return [f"DeepSpeed compiles {', '.join(missing)} first, once, into {folder}: about a minute each"]
 
 
 def build_operators() -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 from finetune.config import Arguments
 from finetune.config.adapter_arguments import KINDS_OF_METHODS
+from finetune.config.deepspeed_optimizers import operators_of
 from finetune.config.hardware import DetectedHardware, detect_hardware, hardware_of
 from finetune.config.run_config import RankCounts, RunConfig
 from finetune.config.saved_adapter import read_adapter_config
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed import host_probe
-from finetune.distributed.op_builder import operators_of
 from finetune.launcher import ssh, staging
 from finetune.models.attention import unsupported_config_reason
 from finetune.models.loader import ModelInfo

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.adapter_arguments import AdapterArguments
+from finetune.config.deepspeed_optimizers import operators_of
 from finetune.config.optional_packages import check_quantization
 from finetune.config.run_config import ActivationCheckpointing, RunConfig
 from finetune.dataset.prepare import PreparedData
@@ -53,7 +54,8 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
     if weight := getattr(info.config.get_text_config(), "z_loss_coefficient", 0):  # Bamba
         notes.append(f"z_loss_coefficient {weight:g} of the model's config is left out: the loss is the cross-entropy")
     if config.deepspeed is not None:
-        notes += build_notes(Path(os.environ["TORCH_EXTENSIONS_DIR"]), use_cpu=config.hardware.use_cpu)
+        names = operators_of(config.deepspeed.config, use_cpu=config.hardware.use_cpu)
+        notes += build_notes(Path(os.environ["TORCH_EXTENSIONS_DIR"]), names)
     adapted = replace(
         config,
         hardware=replace(config.hardware, attention=info.attention),

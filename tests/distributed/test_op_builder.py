@@ -106,8 +106,11 @@ def test_torch_still_waits_for_a_lock_that_nobody_holds(tmp_path):
 
 
 def test_a_build_that_takes_a_minute_is_announced(tmp_path):
-    assert "about a minute" in build_notes(tmp_path, use_cpu=True)[0]
-    assert build_notes(tmp_path, use_cpu=False) == []
+    names = ["deepspeed_shm_comm", "cpu_adam"]
+    assert "deepspeed_shm_comm, cpu_adam first" in build_notes(tmp_path, names)[0]
+    assert build_notes(tmp_path, []) == []
     (tmp_path / "deepspeed_shm_comm").mkdir()
     (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
-    assert build_notes(tmp_path, use_cpu=True) == []
+    [line] = build_notes(tmp_path, names)
+    assert "cpu_adam" in line and "deepspeed_shm_comm" not in line
+    assert build_notes(tmp_path, names[:1]) == []

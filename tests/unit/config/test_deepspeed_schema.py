@@ -13,9 +13,10 @@ from transformers import get_scheduler
 from finetune.config import deepspeed_schema
 from finetune.config.deepspeed_config import DeepSpeedFlags, load_config, resolve_deepspeed_config
 from finetune.config.deepspeed_flags import SCHEDULES
-from finetune.config.deepspeed_optimizers import DEEPSPEED_CLASSES, optimizer_options
+from finetune.config.deepspeed_optimizers import DEEPSPEED_CLASSES, operators_of, optimizer_options
 from finetune.config.deepspeed_schema import UNSERVED, schema_faults, without_comments
 from finetune.utils.errors import ConfigError
+from finetune.utils.options import source_folder
 from tests.helpers.paths import ROOT
 
 FILES = [*sorted((ROOT / "ds_configs").glob("*.json")), ROOT / "finetune" / "ds_config.json"]
@@ -277,3 +278,27 @@ def test_the_schedules_that_count_as_the_same_have_the_same_rates(kind, flag):
     assert ours[:4] == pytest.approx(theirs[1:5], abs=1e-9)
     rest = theirs[5:] if kind == "WarmupCosineLR" else theirs[6:]
     assert ours[5 : 5 + len(rest)] == pytest.approx(rest, abs=1e-9) and len(rest) >= 14
+
+
+OFFLOADS = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "operators"),
+    [
+        ({}, []),
+        ({"optimizer": {"type": "AdamW"}}, ["fused_adam"]),
+        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, []),
+        ({"optimizer": {"type": "Muon"}}, []),
+        ({"optimizer": {"type": "Lion"}} | OFFLOADS, ["cpu_lion"]),
+        (OFFLOADS, ["cpu_adam"]),  # accelerate's choice
+        (OFFLOADS | {"zero_force_ds_cpu_optimizer": False}, []),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}, "zero_quantized_weights": True}},
+         ["quantizer", "async_io"]),
+    ],
+)  # fmt: skip
+def test_the_operators_of_a_config_are_those_of_its_optimizer_and_devices(config, operators):
+    assert operators_of(config, use_cpu=False) == operators
+    assert operators_of(config, use_cpu=True) == ["deepspeed_shm_comm", *operators]
+    sources = source_folder("deepspeed") / "ops/op_builder"
+    assert all(list(sources.rglob(f"{name}.py")) for name in operators)
