@@ -22,7 +22,7 @@ from finetune.config.hardware import Precision
 from finetune.config.saved_adapter import MOVES_BASE, recorded_weights
 from finetune.models.embeddings import check_token_ids, embedding_names, is_tied
 from finetune.models.freezing import freeze
-from finetune.models.loader import ModelInfo, damage_named, freeze_other_modalities, needs_new_embeddings, torch_dtype
+from finetune.models.loader import ModelInfo, damage_named, freeze_untrained, needs_new_embeddings, torch_dtype
 from finetune.models.lora_targets import (
     ALL_LINEAR,
     LoraTargets,
@@ -247,7 +247,7 @@ def check_attachable(info: ModelInfo, adapter: AdapterArguments, *, adds_tokens:
         )
     notes = _check_quantized(info, adapter) if info.bits else []
     base = deepcopy(info.empty)
-    freeze_other_modalities(base, info.kinds)
+    freeze_untrained(base, info.kinds)
     try:
         with torch.device("meta"):
             model = attach_adapter(base, adapter, info, None, computes_initial=False)

@@ -116,6 +116,7 @@ def find_faults(empty: Any, stored: StoredTensors) -> WeightFaults:
     from transformers.utils import logging
 
     expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    frozen = [name for name, parameter in empty.named_parameters() if not parameter.requires_grad]
     tensors = {name: torch.empty(stored.shape(name), device="meta") for name in stored}
     rules: Any = get_model_conversion_mapping(empty)
     for rule in rules:
@@ -130,6 +131,8 @@ def find_faults(empty: Any, stored: StoredTensors) -> WeightFaults:
         empty.mark_tied_weights_as_initialized(info)
         empty.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         empty._adjust_missing_and_unexpected_keys(info)
+        for name in frozen:
+            empty.get_parameter(name).requires_grad_(False)
     finally:
         logging.set_verbosity(verbosity)
         if has_bar:

@@ -220,7 +220,7 @@ def load_model(
     if conversions is not None or is_dequantized:
         # Under ZeRO-3 transformers 5.23 notes all, and would save under other names: those of packed weights, too.
         model._weight_conversions = conversions
-    freeze_other_modalities(model, info.kinds)
+    freeze_untrained(model, info.kinds)
     if needs_new_embeddings(info, tokenizer):
         model.resize_token_embeddings(embedding_rows(tokenizer))
     if stop_token_id is not None and model.generation_config is not None:
@@ -228,10 +228,13 @@ def load_model(
     return model
 
 
-def freeze_other_modalities(model: Any, kinds: ModuleKinds) -> None:
-    """Freeze what reads images and sound: text does not train it."""
+def freeze_untrained(model: Any, kinds: ModuleKinds) -> None:
+    """Freeze what reads images and sound, which text does not train, and what the model's code keeps from training.
+
+    The latter is trainable after `from_pretrained` of transformers 5.23: weight decay would change it.
+    """
     for name, parameter in model.named_parameters():
-        if kinds.of(name) == VISION:
+        if kinds.of(name) == VISION or name in kinds.untrained:
             parameter.requires_grad_(False)
 
 

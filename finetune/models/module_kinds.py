@@ -65,9 +65,15 @@ class KindCount:
 
 @dataclass
 class ModuleKinds:
-    """The kind of each module of a model without an adapter, by its full name; see `module_kinds`."""
+    """The kind of each module of a model without an adapter, by its full name; see `module_kinds`.
+
+    Attributes:
+        untrained: Names of parameters that the model's code keeps from training: built frozen, as the biases that
+            balance experts, or in an indexer, whose choice of tokens has no gradient.
+    """
 
     by_module: dict[str, str] = field(default_factory=dict)
+    untrained: frozenset[str] = frozenset()
 
     def of(self, name: str) -> str:
         """Return the kind of a module or parameter, also of one that peft wraps."""
@@ -136,7 +142,12 @@ def module_kinds(base: Any) -> ModuleKinds:
             kinds[name] = MTP
         else:
             kinds[name] = _kind_in_text(name, path, prefix)
-    return ModuleKinds(kinds)
+    untrained = {
+        name
+        for name, parameter in base.named_parameters()
+        if not parameter.requires_grad or "indexer" in name.split(".")
+    }
+    return ModuleKinds(kinds, frozenset(untrained))
 
 
 def language_model(base: Any) -> Any | None:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from finetune.models.attention import unsupported_config_reason
 from finetune.models.auto_class import auto_class
-from finetune.models.loader import freeze_other_modalities, torch_dtype
+from finetune.models.loader import freeze_untrained, torch_dtype
 from finetune.models.model_config import experts_of, largest, set_vocab_size
 from finetune.models.module_kinds import (
     LINEAR_ATTENTION,
@@ -124,7 +124,7 @@ def _on_meta(
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusts_code)
         kinds = module_kinds(model)
-        freeze_other_modalities(model, kinds)
+        freeze_untrained(model, kinds)
         quantizable = [_size(layer.parameters()) for layer in quantized_layers(model).values()]
         model = model if attach is None else attach(model)
     return model.to(dtype).train(), kinds, quantizable  # peft leaves adapters on the meta device in float32

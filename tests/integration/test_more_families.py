@@ -10,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from finetune.models.attention import supports_logits_to_keep
+from finetune.models.loader import freeze_untrained
 from finetune.models.module_kinds import (
     ATTENTION,
     DENSE_MLP,
@@ -96,14 +97,14 @@ def build(family: str, own: dict[str, Any]) -> Any:
 def test_the_first_step_is_that_of_single_conversations(family):
     kinds_trained, own = FAMILIES[family]
     model = build(family, own)
-    for parameter in set(model.parameters()) - set(_used(model)):
-        parameter.requires_grad_(False)
+    kinds = module_kinds(model)
+    freeze_untrained(model, kinds)
+    assert _used(model) == [parameter for parameter in model.parameters() if parameter.requires_grad]
     options = {"longest": tiny_models.LONGEST, "vocab_size": tiny_models.VOCAB_SIZE, "device": "cpu"}
     reason = enable_padding_free(copy.deepcopy(model), **options)
     form = ("padded" if reason else "flat") + ("" if supports_logits_to_keep(model) else ", all logits")
     assert trained(model, CONVERSATIONS, FORMS[form]).distance(one_by_one(model, CONVERSATIONS)) < 1e-5
 
-    kinds = module_kinds(model)
     adapted = attach_lora(model, r=2, alpha=4, dropout=0.0, target_modules=["all-linear"])
     counts = kinds.count(adapted)
     assert {kind for kind, count in counts.items() if count.state == "trained"} == kinds_trained
@@ -112,7 +113,7 @@ def test_the_first_step_is_that_of_single_conversations(family):
 
 
 def _used(model: Any) -> list[Any]:
-    """Return the parameters that a step gives a gradient; an indexer has none."""
+    """Return the parameters that a step gives a gradient."""
     ids = torch.arange(3, 19)[None]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     used = [parameter for parameter in model.parameters() if parameter.grad is not None]

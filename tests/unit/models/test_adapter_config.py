@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DeepseekV32Config, Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from finetune.config import AdapterArguments, parse
+from finetune.config.arguments import ModelArguments
 from finetune.models.adapters import attach_peft, check_attachable, check_saved_adapter, load_adapter
+from finetune.models.auto_class import empty_model
 from finetune.models.freezing import freeze
-from finetune.models.loader import ModelInfo
+from finetune.models.loader import ModelInfo, freeze_untrained, inspect_model
 from finetune.models.module_kinds import EMBEDDINGS, HEAD, ROUTER, module_kinds
 from finetune.utils.errors import ConfigError
 from tests.helpers import tiny_models
@@ -170,6 +173,29 @@ def test_the_router_of_a_mixture_of_experts_is_a_kind():
     freeze(base, kinds, [ROUTER], ())
     states = {kind: count.state for kind, count in kinds.count(base).items()}
     assert states[ROUTER] == "frozen" and states[EMBEDDINGS] == "trained"
+
+
+def test_what_the_code_keeps_from_training_is_frozen_once_it_is_loaded(tmp_path):
+    experts = dict(**tiny_models.GROUPED, moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=1)
+    config = Ernie4_5_MoeConfig(**tiny_models.SIZES, **experts)
+    Ernie4_5_MoeForCausalLM(config).save_pretrained(tmp_path)
+    bias = "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+    info = inspect_model(ModelArguments(str(tmp_path)), "sdpa")
+    model = Ernie4_5_MoeForCausalLM.from_pretrained(tmp_path)
+    assert model.get_parameter(bias).requires_grad  # else transformers remembers it by itself
+
+    freeze_untrained(model, info.kinds)
+
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == [bias]
+
+
+def test_indexers_of_sparse_attention_are_frozen():
+    latent = dict(**tiny_models.LATENT, num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8)
+    model = empty_model(DeepseekV32Config(**tiny_models.SIZES, **latent))
+    freeze_untrained(model, module_kinds(model))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    indexers = {name for name, _ in model.named_parameters() if ".indexer." in name}
+    assert len(indexers) == 2 * 5 and trained == dict(model.named_parameters()).keys() - indexers
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from finetune.models.adapters import attach_peft
 from finetune.models.auto_class import auto_class
 from finetune.models.embeddings import embedding_names
 from finetune.models.freezing import freeze
-from finetune.models.loader import freeze_other_modalities, inspect_model
+from finetune.models.loader import freeze_untrained, inspect_model
 from finetune.models.module_kinds import VISION
 from finetune.models.stored_tensors import StoredTensors, save_tensors
 from finetune.preflight.spec_from_config import spec_from_config
@@ -40,7 +40,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def loaded(folder: Path):
     info = inspect_model(ModelArguments(str(folder)), "eager")
     model = auto_class(info.config).from_pretrained(folder, dtype=torch.float32)
-    freeze_other_modalities(model, info.kinds)
+    freeze_untrained(model, info.kinds)
     return info, model
 
 
