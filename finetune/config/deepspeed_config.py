@@ -124,6 +124,8 @@ def resolve_deepspeed_config(
         resolver.resolve_zero(stage, world_size, local_world_size, use_cpu)
         resolver.check_quantized_gradients(command.precision)
         resolver.check_leftover_autos(resolved)
+        # DeepSpeed's own timer lets each micro-batch on a GPU wait for the one before it; metrics.jsonl has the rates.
+        resolved.setdefault("timers", {"throughput": {"enabled": False}})
         if any((resolved.get("activation_checkpointing") or {}).values()):
             notes.append("the section activation_checkpointing has no effect: --activation_checkpointing True decides")
         if sequence_parallel_size > 1:

@@ -145,6 +145,21 @@ def test_what_a_config_leaves_out_comes_from_the_command_line():
     assert (checked.train_batch_size, checked.gradient_accumulation_steps, checked.gradient_clipping) == (32, 2, 0.25)
 
 
+def test_no_micro_batch_waits_for_the_device_because_of_a_timer_unless_the_config_has_one():
+    from deepspeed.utils.config import get_timers_config
+
+    zero = {"zero_optimization": {"stage": 2}}
+    wanted = {"throughput": {"enabled": True}}
+
+    default, found, asked = (get_timers_config(config) for config in (
+        zero, resolved(zero).config, resolved({**zero, "timers": wanted}).config,
+    ))  # fmt: skip
+
+    assert default.enabled and default.synchronized, "DeepSpeed's default no longer waits: leave the key out"
+    assert not found.enabled
+    assert asked.enabled
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_given_config_is_never_changed(name, tmp_path):
     config = shipped(name, tmp_path)
