@@ -14,7 +14,7 @@ from finetune.conversation import ToolCall
 from finetune.dataset.json_decoder import decode_literal, json_text, shown
 from finetune.dataset.tool_reading import is_empty, read_calls, without_struct_nulls
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "tool_plan", "thinking_content")
 ONLY_TEXT = "only text is read"
 REMEDY = "leave the row out, or write what it says as text"
 ORDER = "templates write reasoning first, then text, then calls"

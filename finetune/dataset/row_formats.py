@@ -7,9 +7,9 @@ from typing import Any
 
 from finetune.dataset.content_parts import REASONING_KEYS
 from finetune.dataset.json_decoder import shown
-from finetune.dataset.row_verdicts import VERDICT_KEYS
+from finetune.dataset.row_verdicts import ROW_WEIGHTS, VERDICT_KEYS
 from finetune.dataset.tool_reading import TOOL_KEYS
-from finetune.dataset.turn_reading import REFUSED, ROW_WEIGHTS, TEMPLATE_VARIABLES, role_of
+from finetune.dataset.turn_reading import REFUSED, TEMPLATE_VARIABLES, role_of
 
 TURN_LISTS = ("conversations", "messages", "conversation", "contents", "dialog", "dialogue", "turns", "chat", "data")
 TURN_LIST_KEYS = frozenset(TURN_LISTS)
@@ -50,8 +50,9 @@ PAIRS = (
     PairFormat("Dolly", ("instruction", "context", "input"), ("response",), ("instruction", "response")),
     *(PairFormat("pairs", (ask,), (answer,), (ask, answer)) for ask, answer in (
         ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("question", "response"),
-        ("query", "response"), ("query", "answer"), ("problem", "solution"), ("input", "output"),
+        ("query", "response"), ("query", "answer"), ("problem", "solution"), ("input", "output"), ("inputs", "targets"),
     )),
+    PairFormat("question, context", ("question", "context"), ("answer",), ("question", "answer", "context")),
     PairFormat("xLAM", ("query",), ("answers",), ("query", "answers")),
     PairFormat(
         "COIG, translated", ("trans_instruction", "trans_input"), ("trans_output",),
@@ -68,7 +69,27 @@ OTHER_TEXTS = PAIR_KEYS | {"history", *REASONING_KEYS}  # may stand beside a lis
 PREFERENCES = "preferences are not for supervised fine-tuning"
 # A value under one of these keys of a row is a fault, as under those of a turn.
 REFUSED_ROWS = {key: reason for key, reason in REFUSED.items() if key not in TOOL_KEYS} | {
-    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), PREFERENCES),
+    **dict.fromkeys(
+        (
+            "chosen",
+            "rejected",
+            "chosen_response",
+            "rejected_response",
+            "rejected_messages",
+            "conversation_a",
+            "conversation_b",
+            "response_a",
+            "response_b",
+            "response_0",
+            "response_1",
+            "overall_preference",
+        ),
+        PREFERENCES,
+    ),
+    **dict.fromkeys(
+        ("loss_mask", "train_mask", "turn_weights", "loss_weights", "weights", "masks"),
+        'write "train" or "weight" into the turns',
+    ),
     **dict.fromkeys(("round_0", "round_1"), "COIG's rounds are not read: write them as conversations"),
     "documents": "documents beside the turns are not read",
 }

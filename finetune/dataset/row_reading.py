@@ -27,7 +27,7 @@ from finetune.dataset.row_formats import (
     pair_format_of,
     why_no_format,
 )
-from finetune.dataset.row_verdicts import VERDICT_KEYS, is_remark, verdict_faults
+from finetune.dataset.row_verdicts import GRADES, VERDICT_KEYS, is_remark, verdict_faults
 from finetune.dataset.tool_reading import TOOL_KEYS, declared_tools, is_empty
 from finetune.dataset.turn_lists import is_listed, is_turns, listed_turns, turns_in_text
 from finetune.dataset.turn_reading import (
@@ -88,14 +88,15 @@ class RowReading:
         keys = {key for key in row if key in WATCHED and row[key] is not None}
         lists = [key for key in keys if key in TURN_LIST_KEYS and (key in MAIN_TURN_LISTS or is_listed(row[key]))]
         has_more = len(row) > 1 + ("id" in row)
+        is_text = "text" in row and not (lists or keys & PAIR_KEYS or "role" in row or "parent_id" in row)
         if has_more:
-            self._beside(row, keys, lists)
+            self._beside(row, keys, lists, is_text=is_text)
         if len(lists) > 1:
             names = " and ".join(f'"{key}"' for key in sorted(lists))
             self._add_fatal(f"{self.place}: has both {names}: leave one of them out")
         elif lists and not (lists[0] == "data" and self.place and _advice(row)):
             self._turn_list(row, lists[0], keys)
-        elif "text" in row and not keys & PAIR_KEYS and row.keys().isdisjoint(("role", "parent_id")):
+        elif is_text:
             self._text(row, keys)
         else:
             self._pair(row, keys)
@@ -105,8 +106,9 @@ class RowReading:
         if has_more:
             self.faults += [f"{self.place}: {fault}" for fault in apply_weights(self.turns, row)]
 
-    def _beside(self, row: dict[str, Any], keys: set[str], lists: Sequence[str]) -> None:
+    def _beside(self, row: dict[str, Any], keys: set[str], lists: Sequence[str], *, is_text: bool) -> None:
         remarks = {key for key in keys & {*REASONING_KEYS} if is_mode(row[key])}
+        remarks |= keys.intersection(GRADES) if is_text else set()  # they grade a page of the web, and no answer
         remarks |= {key for key in keys & VERDICT_KEYS - REFUSED_ROWS.keys() if is_remark(row[key])}
         keys -= remarks
         read = (WATCHED - TURN_LIST_KEYS - remarks).union(lists, NAMES_OF_ROWS)
@@ -303,7 +305,7 @@ class RowReading:
         self.format = f"{pair_format.name} ({names})"
         if row.get("history") is not None:
             self._history(self._listed(row, "history", "pairs") or [])
-        sides = [row[key] for key in pair_format.needs]
+        sides = [row[key] for key in pair_format.needs[:2]]
         if isinstance(sides[0], str) and is_turns(asked := turns_in_text(sides[0])):
             sides = [asked, turns_in_text(sides[1])]
         others = pair_format.keys - {*pair_format.needs}

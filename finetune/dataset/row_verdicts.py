@@ -16,10 +16,11 @@ GOOD_KEYS = (
     "approved", "desirable", "is_desirable", "good", "is_good", "correct", "is_correct", "valid", "is_valid", "keep",
     "passed", "success", "resolved", "is_safe", "safe", "thumbs_up", "review_result", "feedback", "verdict",
     "judgement", "judgment", "quality", "training", "trainable", "supervised", "train_on_turn", "calculate_loss",
-    "compute_loss",
+    "compute_loss", "is_trainable", "is_supervised", "supervise", "learn", "completion_mask",
 )  # fmt: skip
+ROW_WEIGHTS = ("weight", "loss_weight", "sample_weight", "loss_scale")
 # These of a row only: in a turn they are flags of the format, or weights.
-GOOD_KEYS_OF_ROWS = ("train", "weight", "loss_weight")
+GOOD_KEYS_OF_ROWS = ("train", *ROW_WEIGHTS)
 # True, a number above 0, or a bad word under one of these says so.
 BAD_KEYS = (
     "rejected", "is_rejected", "bad", "is_bad", "wrong", "is_wrong", "incorrect", "is_incorrect", "undesirable",

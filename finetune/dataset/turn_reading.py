@@ -12,7 +12,7 @@ from finetune.conversation import Role, ToolCall, Turn
 from finetune.dataset.content_parts import MEDIA, ONLY_TEXT, PART_KEYS, REASONING_KEYS, REMEDY, ContentParts
 from finetune.dataset.json_decoder import decode_text, json_text, shown
 from finetune.dataset.row_checks import is_blank, text_fault
-from finetune.dataset.row_verdicts import VERDICTS_OF_TURNS, is_remark, verdict_faults
+from finetune.dataset.row_verdicts import ROW_WEIGHTS, VERDICTS_OF_TURNS, is_remark, verdict_faults
 from finetune.dataset.tool_reading import is_empty, is_nothing, read_calls
 from finetune.dataset.written_calls import tagged_results
 
@@ -33,9 +33,8 @@ PLAIN_ROLES = {
 }
 TURN_KEYS = {"role": "content", "from": "value"}  # the key of the role -> the usual key of the text
 TEXT_KEYS = ("content", "parts", "value", "text")
-CALL_KEYS = ("tool_calls", "function_call")
+CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls")
 WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train")
-ROW_WEIGHTS = ("weight", "loss_weight")
 ONLY_WHOLE_TURNS = "a turn is supervised as a whole"
 # Variables of chat templates that may stand in a row itself.
 TEMPLATE_VARIABLES = ("enable_thinking", "reasoning_effort")
@@ -230,7 +229,7 @@ class TurnReading:
     def _weight(self, turn: dict[str, Any], role: Role | None) -> tuple[bool, float]:
         if len(turn) == 2:
             return True, 1.0
-        found = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
+        found = {key: _flag(turn[key]) for key in WEIGHTS if turn.get(key) is not None}
         weights = {}
         for key, value in found.items():
             if (fault := weight_fault(value, key)) is not None:

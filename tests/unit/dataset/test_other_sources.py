@@ -245,7 +245,7 @@ def test_keys_that_can_be_honoured_are(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
-        {"question": "Which word is that?", "context": "cat", "answer": "cat"},
+        {"question": "Which word is that?", "instruction": "cat", "answer": "cat"},
         {"question": "Repeat this.", "prompt": "cat", "answer": "A cat."},
         {"problem": "p", "instruction": "5", "solution": "It is 5."},
     ],

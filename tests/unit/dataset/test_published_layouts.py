@@ -117,7 +117,44 @@ def test_keys_beside_a_tree_of_messages_decide_as_elsewhere(tmp_path):
     assert "not to be imitated" in faults(written(tmp_path / "b.json", [tree | {"label": False}]))[0]
 
 
+@pytest.mark.parametrize("key", ["tool_call", "function_calls"])
+def test_calls_may_stand_under_other_keys(key, tmp_path):
+    turns = [ASKED, {"role": "assistant", "content": "a", key: CALLED}, RESULT, ANSWERED]
+    one = only({"messages": turns, "tools": DECLARED}, tmp_path)
+    assert one.turns[1].text == "a" and [call.name for call in one.turns[1].tool_calls] == ["f"]
+
+
+def test_a_plan_beside_a_call_is_reasoning(tmp_path):
+    turns = [ASKED, {"role": "assistant", "tool_plan": "Ask f.", "tool_calls": [CALLED]}, RESULT, ANSWERED]
+    assert only({"messages": turns, "tools": DECLARED}, tmp_path).turns[1].reasoning == "Ask f."
+
+
+@pytest.mark.parametrize(
+    "row", [{"inputs": "q", "targets": "a"}, {"question": "q", "context": "", "answer": "a"}, {"text": "t", "score": 0}]
+)
+def test_rows_of_other_well_known_keys_are_read(row, tmp_path):
+    said = spoken(only(row, tmp_path))
+    assert said == ([("text", "t")] if "text" in row else PAIR)
+
+
+def test_a_context_stands_behind_its_question(tmp_path):
+    row = {"context": "c", "question": "q", "answer": "a"}
+    assert spoken(only(row, tmp_path)) == [("human", "q\nc"), PAIR[1]]
+
+
+@pytest.mark.parametrize("value", [False, "false", " False"])
+def test_context_of_tables_of_texts_is_not_supervised(value, tmp_path):
+    row = {"messages": [ASKED, ANSWERED | {"train": value}, ASKED, ANSWERED]}
+    assert [turn.train for turn in only(row, tmp_path).turns[1::2]] == [False, True]
+
+
 REFUSED = [
+    ({"messages": CHAT, "loss_mask": [0, 0]}, 'write "train" or "weight" into the turns'),
+    ({"messages": CHAT, "sample_weight": 0.0}, "not to be imitated"),
+    ({"messages": CHAT, "loss_scale": 0}, "not to be imitated"),
+    ({"messages": [ASKED, ANSWERED | {"is_trainable": False}]}, "not to be imitated"),
+    ({"context": [ASKED], "response1": "a", "response2": "b", "overall_preference": -1}, "preferences are not"),
+    ({"conversation_a": CHAT, "conversation_b": CHAT, "winner": "model_a"}, "preferences are not"),
     ({"messages": [ASKED, ANSWERED | {"reasoning": "off"}]}, 'has "reasoning": "off", which is no reasoning'),
     ({"prompt": "q", "response": "<think>r</think>a", "reasoning": "r"}, "reasoning beside the text and in it"),
     ({"messages": [ASKED, {"role": "assistant", "content": "\n<think>r"}]}, "has no </think>: was it cut off?"),

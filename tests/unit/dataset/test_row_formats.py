@@ -145,7 +145,7 @@ REFUSED = [
     ({"round_0": {"response": "{}"}, "round_1": {}}, 'has "round_0": COIG\'s rounds are not read'),
     ({"instruction": "q", "output": "a", "response": "b"}, "can be read in more than one way (instruction/input/outpu"),
     ({"question": "q", "answer": "a", "response": "b"}, "can be read in more than one way (question/answer or questio"),
-    ({"question": "q", "answer": "a", "context": "c"}, "holds question/answer and more texts, which would be lost"),
+    ({"question": "q", "answer": "a", "instruction": "c"}, "holds question/answer and more texts, which would be lost"),
     ({"instruction": "", "output": "a"}, '"instruction" is empty: say something or leave it out'),
     ({"instruction": "q", "input": "x", "output": " "}, '"output" is empty: say something or leave it out'),
     ({"instruction": "q", "output": None}, 'expected "output" to be a string, found null'),
