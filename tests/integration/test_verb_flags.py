@@ -16,9 +16,9 @@ import pytest
 
 from finetune import cli
 from finetune.cli import evaluate
-from finetune.cli.launch import NOT_PASSED_ON, passed_on
 from finetune.config import DataArguments, ModelArguments
 from finetune.launcher import build_parser, parse_launcher_args
+from finetune.launcher.supervisor import NOT_PASSED_ON, SupervisedRun
 from finetune.utils.errors import ConfigError, FinetuneError
 from tests.helpers.paths import ROOT
 
@@ -193,12 +193,12 @@ def test_every_flag_of_the_launcher_is_passed_on_or_read():
     types = build_parser().types
     assert len(types) > 20
     for name, shape in types.items():
-        if name in (*NOT_PASSED_ON, "module"):
+        if name in NOT_PASSED_ON:
             read = re.search(rf"flags\.{name}\b|\bgiven\.get\(\"{name}\"", text)
             assert read or name == "force_multi", f"{name}; a host is reached over ssh unless it is this one"
             continue
         word = f"--{name}" if shape.kind is bool else f"--{name}={next(iter(shape.choices), '1')}"
-        words = passed_on(parse_launcher_args([word, "script.py"]))
+        words = SupervisedRun(parse_launcher_args([word, "script.py"])).passed_on()
         assert word.replace("num_accelerators", "num_gpus") in words, name
 
 
