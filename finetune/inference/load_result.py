@@ -198,7 +198,7 @@ def load_base(
 
 
 def load_saved_adapter(base: Any, folder: Path) -> Any:
-    """Load a saved adapter on its base."""
+    """Load a saved adapter on its base, and on the device of that: peft would choose a GPU, if there is one."""
     from peft import PeftModel
 
     # The first concerns adapters on one side of tied embeddings, which work as they are; the second, names of experts
@@ -206,7 +206,7 @@ def load_saved_adapter(base: Any, folder: Path) -> Any:
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True. and a tied layer is part of the adapter")
     warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match any targeted module")
     try:
-        return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
+        return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(base.device))
     except (RuntimeError, ValueError) as error:
         reason = lines_of(str(error))[:2][-1]  # the first is a title
         raise CheckpointError(f"{folder}: the adapter does not fit its base: {reason}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from peft import peft_model
 from safetensors.torch import load_file, save_file
 
 from finetune.inference import load_result
@@ -15,6 +16,7 @@ from finetune.models.model_folder import weight_files, weights_fingerprint
 from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers import made_results as made
 from tests.helpers import tiny_models
+from tests.helpers.lora import attach_lora
 
 NAME, COMMIT = "someone/base", "0123456789abcdef0123456789abcdef01234567"
 BESIDE = ("consolidated.safetensors", "model.gguf", "onnx/model.onnx", "original/model.safetensors", "README.md")
@@ -131,3 +133,16 @@ def test_a_model_whose_files_lack_a_weight_is_not_loaded_with_a_random_one(publi
     save_file(tensors, published / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"the files lack {name}"):
         load_result.load_for_inference(RunResult(published, made.run_of(published), None))
+
+
+def test_an_adapter_lies_where_its_base_does_whichever_device_peft_would_choose(tmp_path, monkeypatch):
+    """A merge loads it on a CPU beside GPUs; a rank of several loads it on its own GPU."""
+    options = dict(r=2, alpha=4, dropout=0.0, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = made.with_random_weights(attach_lora(tiny_models.build("llama", vocab_size=made.ROWS), **options))
+    adapted.save_pretrained(tmp_path)
+    monkeypatch.setattr(peft_model, "infer_device", lambda: "meta")
+
+    loaded = load_result.load_saved_adapter(tiny_models.build("llama", vocab_size=made.ROWS), tmp_path)
+
+    assert {weight.device.type for weight in loaded.parameters()} == {"cpu"}
+    assert torch.equal(made.logits(loaded), made.logits(adapted))
