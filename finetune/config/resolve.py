@@ -1,5 +1,6 @@
 """Resolve a command line for this hardware and number of ranks into a `RunConfig`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,8 @@ def _resolve_deepspeed(
     name = arguments.given("deepspeed")
     if not name:
         return None
+    if hardware.use_cpu and imports_deepspeed:  # it would compute on a GPU that the run leaves alone
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     is_half = bool(arguments.given("bf16") or arguments.given("fp16"))
     derived: dict[str, Any] = {
         "per_device_train_batch_size": batch.deepspeed_batch,

@@ -1,11 +1,19 @@
 """What flags come to before any library is loaded: the batch, its division after a resume, and what cannot be meant."""
 
 import json
+import os
 
 import pytest
 
-from finetune.config.resolve import activation_checkpointing, check_flags, evaluation_options, resolve_batch
-from finetune.config.run_config import SavedStep
+from finetune.config.hardware import DetectedHardware, Gpu
+from finetune.config.resolve import (
+    activation_checkpointing,
+    check_flags,
+    evaluation_options,
+    resolve_batch,
+    resolve_config,
+)
+from finetune.config.run_config import RankCounts, SavedStep
 from finetune.utils.errors import ConfigError
 from tests.helpers.flag_parsing import parsed
 
@@ -84,3 +92,16 @@ def test_options_of_checkpointing_say_when_they_pay():
 
     assert "one layer in 2" in layers and "offloaded to host memory" in host
     assert activation_checkpointing(parsed(*words, "False")).notes() == []
+
+
+@pytest.mark.parametrize(("gpus", "words", "accelerator"), [
+    ((), "--use_cpu True --deepspeed zero2", "cpu"), ((), "--use_cpu True", None),
+    ((Gpu("NVIDIA H100", (9, 0)),), "--deepspeed zero2", None),
+])  # fmt: skip
+def test_deepspeed_leaves_the_gpus_alone_where_the_run_does(gpus, words, accelerator, monkeypatch, tmp_path):
+    monkeypatch.delenv("DS_ACCELERATOR")
+    arguments = parsed(*words.split(), "--output_dir", str(tmp_path / "output"))
+
+    resolve_config(arguments, DetectedHardware(gpus), RankCounts(1, 1))
+
+    assert os.environ.get("DS_ACCELERATOR") == accelerator
