@@ -344,6 +344,7 @@ class ChatTemplate:
             style = replace(self._found("tools", tool_style), texts_as_parts=style.texts_as_parts)
         if any(turn.reasoning for turn in answers):
             style = replace(style, beside_key=self._found("beside", lambda render: reasoning_key(render, inside=False)))
+            style = replace(style, has_plans="tool_plan" in self.template)
         if any(REASONING_END in turn.text for turn in answers):
             style = replace(style, inside_key=self._found("inside", lambda render: reasoning_key(render, inside=True)))
         return style

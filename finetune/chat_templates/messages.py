@@ -80,9 +80,9 @@ class MessageStyle:
     """How a template expects messages.
 
     `beside_key` is the key of reasoning that the data has beside the text, `inside_key` of that inside it; None: it is
-    inside the content. `call_ids`: those of the data, ids of nine characters as Mistral's templates demand, or
-    `functions.NAME:0`, of which Kimi's templates write the name. `texts_as_parts`: contents are lists of parts, as
-    templates of models with images have them.
+    inside the content. With `has_plans` that beside calls is a `tool_plan`, as Cohere has it. `call_ids`: those of the
+    data, ids of nine characters as Mistral's templates demand, or `functions.NAME:0`, of which Kimi's templates write
+    the name. `texts_as_parts`: contents are lists of parts, as templates of models with images have them.
     """
 
     arguments_as_json: bool = False
@@ -90,6 +90,7 @@ class MessageStyle:
     call_ids: CallIds = "given"
     beside_key: str | None = None
     inside_key: str | None = None
+    has_plans: bool = False
     texts_as_parts: bool = False
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
@@ -112,6 +113,7 @@ class MessageStyle:
         if inside is not None and not reasoning:
             key = self.inside_key
             reasoning, answer = inside if key else ("", turn.text)
+        key = "tool_plan" if self.has_plans and turn.tool_calls else key
         message["content"] = with_reasoning_inside(reasoning, answer) if reasoning and not key else answer
         if reasoning and key == PARTS:
             texts = [{"type": "text", "text": answer}] if answer else []

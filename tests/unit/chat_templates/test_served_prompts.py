@@ -132,6 +132,28 @@ def test_a_call_keeps_its_first_character_behind_a_prompt_that_opens_reasoning(s
     assert answer.startswith("\n</think>\n\n<call>{")
 
 
+# Cohere's: what a model plans in front of calls has a key of its own, and reasoning elsewhere has none.
+PLANS = r"""
+{{- tools | tojson if tools }}
+{%- for message in messages %}
+{{- '<|' + message.role + '|>' }}{{- message.content if not message.tool_calls }}
+{%- for call in message.tool_calls or [] %}{{- '<plan>' + message.tool_plan + '</plan>' if loop.first and message.tool_plan }}{{- call.function | tojson }}{% endfor %}{{- '<|end|>' }}
+{%- endfor %}
+{{- '<|assistant|>' if add_generation_prompt }}"""
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_reasoning_in_front_of_calls_is_the_plan_of_templates_that_have_one(smol_tokenizer, beside):
+    renderer = renderer_of(smol_tokenizer, PLANS, "<|user|> <|assistant|> <|tool|> <|end|>", {})
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+    text, reasoning = ("", "p") if beside else ("<think>\np\n</think>\n", "")
+    call = Turn("model", text, reasoning=reasoning, tool_calls=(ToolCall("f", {"x": 1}),))
+    conversation = Conversation((TALK[1], call, Turn("tool", "r"), PLAIN[2]), 0, "a.json", None, (), (tool,))
+    answers = [answer for _, answer in prompts_and_answers(renderer, conversation)]
+
+    assert answers == ['<plan>p</plan>{"name": "f", "arguments": {"x": 1}}<|end|>', "a<|end|>"]
+
+
 @pytest.mark.parametrize("text", ["a", "Steps:\na"])
 def test_plain_text_that_opens_every_answer_is_said_and_not_supervised_again(smol_tokenizer, text):
     template, special, _ = WRITTEN["plain text"]
