@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from finetune.checkpoint.integrity import file_names, fsync_and_hash, zero_tag
 from finetune.checkpoint.manifest import FileRecord, Manifest, read_manifest
 from finetune.checkpoint.torch_files import load_data, verified_loads
 from finetune.utils.errors import CheckpointError, StorageError, lines_of, storage_errors
+from finetune.utils.proc import command_calling
 
-PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -56,13 +55,11 @@ def convert_to_universal(folder: Path, manifest: Manifest, target: Path) -> dict
     converted = target / f"{tag}_universal"
     converted.mkdir(parents=True)
     stage = manifest.facts["ZeRO stage"]
-    code = "from finetune.checkpoint.universal_checkpoint import run_converter; run_converter()"
-    command = [sys.executable, "-c", code]
+    command = command_calling(run_converter)
     command += ["--input_folder", str(folder / tag), "--output_folder", str(converted)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--inject_missing_state"] if stage != 3 else []
     environment = {name: value for name, value in os.environ.items() if name not in OF_THE_LAUNCHER}
-    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         reason = lines_of(done.stderr or done.stdout)[-1]
