@@ -70,8 +70,8 @@ def segments(example: Example, plain: PlainTextTokenizer, markers: Collection[in
 
 
 def segmenter(chat_format: ChatFormat) -> Segmenter:
-    # LingoWhale's markers may be ordinary ids of its tokenizer.
     """The function that splits examples of this format into segments."""
+    # LingoWhale's markers may be ordinary ids of its tokenizer.
     markers = {token_id for ids in getattr(chat_format, "markers", {}).values() for token_id in ids}
     return lambda example: segments(example, chat_format.plain, markers)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.chat_templates import ChatFormat, RenderedConversation
 from finetune.chat_templates.format_selection import read_template
-from finetune.chat_templates.text_segments import Segmenter, segmenter
+from finetune.chat_templates.text_segments import segmenter
 from finetune.config import DataArguments, ModelArguments, RunArguments
 from finetune.config import build_parser as build_training_parser
 from finetune.config.argument_parser import below, data_faults, locate_model, missing, read_flags
@@ -21,18 +21,18 @@ from finetune.dataset.text_overlap import check_datasketch
 from finetune.models.loader import code_note
 from finetune.models.model_folder import check_tokenizer_files
 from finetune.report.data_statistics import statistics_section
-from finetune.report.html_pages import PreviewPage, check_replaceable, render_preview, write_page
-from finetune.report.preview_terminal import PreviewTerminal, harmless, print_sections
-from finetune.run_dir.data_samples import counts, id_of, reason_of, sample_of, turns_of
+from finetune.report.html_pages import Preview, check_replaceable, render_preview, write_page
+from finetune.report.preview_terminal import PreviewTerminal, print_sections
+from finetune.run_dir.data_samples import reason_of, sample_of
 from finetune.run_dir.eval_results import ResultSection
 from finetune.training.data_setup import check_data, prepare_run_data
 from finetune.utils.console import accept_all_characters, configure_logging, quiet_libraries
-from finetune.utils.errors import SHOWN_FAULTS, ConfigError, DataError, raise_faults
+from finetune.utils.errors import ConfigError, DataError, raise_faults
 from finetune.utils.options import CommandParser, fill, option
 
 logger = logging.getLogger(__name__)
 
-FIRST_ROWS, SAMPLE_OF_A_PAGE, LISTED_ON_A_PAGE = 5, 50, 200
+FIRST_ROWS, SAMPLE_OF_A_PAGE, MOST_NOT_KEPT = 5, 50, 200
 # How the model computes, and which rows it is evaluated on, change nothing of what is shown.
 NOT_OF_PREVIEW = {"attn_implementation", "allow_missing_weights", "validation_share"}
 
@@ -118,23 +118,35 @@ def main(argv: Sequence[str]) -> None:
         check_data(prepared, data)
     except DataError as error:
         logger.warning(f"training would refuse this data: {error}")
+    if options.json:
+        return
+    shown, rows = ("", []) if is_first else _select(prepared, options)
     in_segments = segmenter(chat_format)
-    statistics = _statistics(prepared, chat_format, options.tasks) if options.stats else None
-    if page is not None:
-        facts = {
+    preview = Preview(
+        title=", ".join(source.name for source in prepared.sources),
+        facts={
             "Model": model.model_name_or_path,
             "Format": chat_format.name,
             "Limit": f"{data.model_max_length:,} tokens (--too_long {data.too_long})",
-        }
-        description, rows = _select(prepared, options)
-        write_page(page, render_preview(_page(description, rows, prepared, facts, in_segments, statistics)))
+        },
+        summary=prepared.summary,
+        shown=shown,
+        cards=[sample_of(row, in_segments) for row in rows],
+        not_kept=[
+            (row.source, row.row, row.status, reason_of(row)) for row in islice(prepared.not_kept(), MOST_NOT_KEPT)
+        ],
+        statistics=_statistics(prepared, chat_format, options.tasks) if options.stats else None,
+    )
+    if page is not None:
+        write_page(page, render_preview(preview))
         print(f"{page}: {len(rows):,} of {prepared.summary.rows:,} rows")
-    elif not options.json:
-        if not is_first:
-            _show_rows(terminal, _select(prepared, options)[1], in_segments)
-        _show_counts(terminal, prepared, chat_format.name)
-        if statistics is not None:
-            print_sections(statistics)
+        return
+    if not is_first:
+        terminal.say_legend()
+        terminal.say_rows(preview.cards)
+    terminal.say_totals(preview)
+    if preview.statistics is not None:
+        print_sections(preview.statistics)
 
 
 # ---- while the rows are prepared
@@ -155,11 +167,13 @@ class _FirstRows:
         self.terminal, self.left = terminal, FIRST_ROWS
 
     def __call__(self, chat_format: ChatFormat, renderings: Iterator[RenderedConversation]) -> None:
-        rows = list(islice(renderings, self.left))
-        if rows:
-            _show_rows(self.terminal, rows, segmenter(chat_format), with_legend=self.left == FIRST_ROWS)
-            sys.stdout.flush()
-        self.left -= len(rows)
+        in_segments = segmenter(chat_format)
+        cards = [sample_of(rendering, in_segments) for rendering in islice(renderings, self.left)]
+        if cards and self.left == FIRST_ROWS:
+            self.terminal.say_legend()
+        self.terminal.say_rows(cards)
+        sys.stdout.flush()
+        self.left -= len(cards)
 
 
 # ---- which rows
@@ -187,87 +201,8 @@ def _select(prepared: PreparedData, options: PreviewOptions) -> tuple[str, list[
     return f"{sample:,} of {total:,} rows, drawn with seed {options.seed}", list(islice(chosen, sample))
 
 
-# ---- in the terminal
-
-
-def _show_rows(
-    terminal: PreviewTerminal, rows: Sequence[RenderedConversation], in_segments: Segmenter, *, with_legend: bool = True
-) -> None:
-    if with_legend:
-        terminal.say_legend()
-    for rendering in rows:
-        terminal.say()
-        _show_row(terminal, rendering, in_segments)
-
-
-def _show_counts(terminal: PreviewTerminal, prepared: PreparedData, format_name: str) -> None:
-    count = _num_not_kept(prepared)
-    if count:
-        terminal.say(["\n", (f"Rows not kept whole: {count:,}", "bold")])
-        for row in islice(prepared.not_kept(), SHOWN_FAULTS):
-            terminal.say([harmless(f"  {row.source}, row {row.row}: {row.status}: {reason_of(row)}")])
-        if count > SHOWN_FAULTS:
-            terminal.say([f"  ... and {count - SHOWN_FAULTS:,} more"])
-    terminal.say([harmless(f"\n{_names(prepared)} in {format_name}")])
-    for line in prepared.summary.lines():
-        terminal.say([harmless(f"  {line}")])
-
-
-def _show_row(terminal: PreviewTerminal, rendering: RenderedConversation, in_segments: Segmenter) -> None:
-    tokens, supervised = counts(rendering)
-    identity = "" if rendering.id is None else f", id {id_of(rendering)}"
-    share = f" ({supervised / tokens:.1%})" if tokens else ""
-    place = f"{rendering.source}, row {rendering.row}{identity}"
-    facts = f"{rendering.status}, {tokens:,} tokens, {supervised:,} supervised{share}"
-    terminal.say([(harmless(f"{place}: {facts}"), "bold underline")])
-    if rendering.reason:
-        terminal.say([(harmless(reason_of(rendering)), "yellow")])
-    for number, example in enumerate(rendering.examples, start=1):
-        if len(rendering.examples) > 1:
-            terminal.say([(f"window {number} of {len(rendering.examples)}", "bold")])
-        terminal.say_turns(turns_of(example, in_segments(example)))
-
-
-# ---- as a page
-
-
-def _page(
-    description: str,
-    rows: Sequence[RenderedConversation],
-    prepared: PreparedData,
-    facts: dict[str, str],
-    in_segments: Segmenter,
-    statistics: ResultSection | None,
-) -> PreviewPage:
-    summary = prepared.summary
-    not_kept = islice(prepared.not_kept(), LISTED_ON_A_PAGE)
-    return PreviewPage(
-        title=_names(prepared),
-        facts=[*facts.items(), *summary.described()],
-        lengths=summary.length_histogram,
-        longest=summary.longest,
-        shown=description,
-        cards=[sample_of(rendering, in_segments) for rendering in rows],
-        not_kept=[(row.source, row.row, row.status, reason_of(row)) for row in not_kept],
-        num_not_kept=_num_not_kept(prepared),
-        statistics=statistics,
-    )
-
-
-# ---- both
-
-
 def _statistics(prepared: PreparedData, chat_format: ChatFormat, tasks: Sequence[str]) -> ResultSection:
     from finetune.evaluation.benchmarks import read_benchmark_questions  # it needs torch
 
     questions, unread = read_benchmark_questions(tasks)
     return statistics_section(prepared, chat_format.plain, questions, unread)
-
-
-def _num_not_kept(prepared: PreparedData) -> int:
-    summary = prepared.summary
-    return summary.cut + summary.split + summary.dropped
-
-
-def _names(prepared: PreparedData) -> str:
-    return ", ".join(source.name for source in prepared.sources)

@@ -68,6 +68,11 @@ class DataSummary:
         """Supervised tokens over all tokens, 0 to 1; 0 without tokens."""
         return self.supervised_tokens / max(self.tokens, 1)
 
+    @property
+    def not_whole(self) -> int:
+        """Rows that were cut, split or dropped."""
+        return self.cut + self.split + self.dropped
+
     def facts(self) -> dict[str, Any]:
         """The summary as plain JSON values."""
         return {**asdict(self), "supervised_share": round(self.supervised_share, 4)}

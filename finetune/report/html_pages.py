@@ -7,7 +7,7 @@ code, each turn keeps its own writing direction, and the page's policy forbids r
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from finetune.dataset.data_summary import STATUSES
+from finetune.dataset.data_summary import STATUSES, DataSummary
 from finetune.run_dir.data_samples import RowSample, TurnSample
 from finetune.run_dir.eval_results import ResultSection
 from finetune.utils.atomic_io import replacing
@@ -38,17 +38,15 @@ FOLDER = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class PreviewPage:
-    """A data set and some of its rows."""
+class Preview:
+    """A data set and some of its rows, for a page or a terminal."""
 
     title: str
-    facts: Sequence[tuple[str, str]]  # (label, value)
-    lengths: Sequence[int]  # examples in equal bins from 0 to `longest` tokens
-    longest: int
-    shown: str
+    facts: Mapping[str, str]  # of the model and how rows are rendered
+    summary: DataSummary
+    shown: str  # says which rows are shown
     cards: Sequence[RowSample]
     not_kept: Sequence[tuple[str, int, str, str]]  # (source, row, status, reason) of the first rows not kept whole
-    num_not_kept: int
     statistics: ResultSection | None = None
 
     def statuses(self) -> list[str]:
@@ -57,7 +55,7 @@ class PreviewPage:
         return [status for status in STATUSES if status in seen]
 
 
-def render_preview(page: PreviewPage) -> str:
+def render_preview(page: Preview) -> str:
     """Return the page of `finetune preview`."""
     return render_page("preview.html", page=page, title=page.title, generator=PREVIEW, style=asset("base.css"))
 

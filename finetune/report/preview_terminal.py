@@ -5,10 +5,11 @@ from itertools import groupby
 from operator import attrgetter
 
 from finetune.chat_templates.text_segments import Segment
-from finetune.report.html_pages import SHAPELESS, name_of
-from finetune.run_dir.data_samples import TurnSample
+from finetune.report.html_pages import SHAPELESS, Preview, name_of
+from finetune.run_dir.data_samples import RowSample, TurnSample
 from finetune.run_dir.eval_results import ResultSection, ResultTable
 from finetune.utils.console import rich_console
+from finetune.utils.errors import SHOWN_FAULTS
 
 PIPED_WIDTH, MAX_NAME_WIDTH, COLUMN_GAP = 120, 24, 2  # of tables
 CONTEXT, SUPERVISED, CONTROL, END = "dim", "bold green", "reverse magenta", "reverse green"
@@ -35,6 +36,33 @@ class PreviewTerminal:
             self.say([part for word in words for part in (word, "  ")][:-1])
         else:
             self.say(["context  ⟦supervised⟧  «control token»  ⟦«end of turn»⟧"])
+
+    def say_rows(self, cards: Iterable[RowSample]) -> None:
+        """Print rows, each after an empty line."""
+        for card in cards:
+            self.say()
+            identity = "" if card.id is None else f", id {card.id}"
+            share = f" ({card.supervised / card.tokens:.1%})" if card.tokens else ""
+            facts = f"{card.status}, {card.tokens:,} tokens, {card.supervised:,} supervised{share}"
+            self.say([(harmless(f"{card.source}, row {card.row}{identity}: {facts}"), "bold underline")])
+            if card.reason:
+                self.say([(harmless(card.reason), "yellow")])
+            for number, example in enumerate(card.examples, start=1):
+                if len(card.examples) > 1:
+                    self.say([(f"window {number} of {len(card.examples)}", "bold")])
+                self.say_turns(example)
+
+    def say_totals(self, preview: Preview) -> None:
+        """Print what the rows of the data set are, counted, and which were not kept whole."""
+        if count := preview.summary.not_whole:
+            self.say(["\n", (f"Rows not kept whole: {count:,}", "bold")])
+            for source, row, status, reason in preview.not_kept[:SHOWN_FAULTS]:
+                self.say([harmless(f"  {source}, row {row}: {status}: {reason}")])
+            if count > SHOWN_FAULTS:
+                self.say([f"  ... and {count - SHOWN_FAULTS:,} more"])
+        self.say([harmless(f"\n{preview.title} in {preview.facts['Format']}")])
+        for line in preview.summary.lines():
+            self.say([harmless(f"  {line}")])
 
     def say_turns(self, turns: Sequence[TurnSample]) -> None:
         """Print an example, each turn under a line with its role and what it is."""

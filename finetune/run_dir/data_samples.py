@@ -55,16 +55,16 @@ class RowSample:
 
 def sample_of(rendering: RenderedConversation, in_segments: Segmenter) -> RowSample:
     """Return a rendered row as text, with `in_segments` for its tokens."""
-    tokens, supervised = counts(rendering)
+    is_text = rendering.id is None or isinstance(rendering.id, str)
     return RowSample(
         source=rendering.source,
         row=rendering.row,
-        id=None if rendering.id is None else id_of(rendering),
+        id=rendering.id if is_text else json.dumps(rendering.id, ensure_ascii=False),  # as the file spells it
         status=rendering.status,
-        tokens=tokens,
-        supervised=supervised,
+        tokens=sum(len(example.input_ids) for example in rendering.examples),
+        supervised=sum(example.num_supervised for example in rendering.examples),
         reason=reason_of(rendering) or None,
-        examples=[turns_of(example, in_segments(example)) for example in rendering.examples],
+        examples=[_turns(example, in_segments(example)) for example in rendering.examples],
         prompt=_prompt(rendering.examples[0]) if rendering.examples else (),
     )
 
@@ -74,17 +74,11 @@ def _prompt(example: Example) -> list[int]:
     return example.input_ids[:start] if example.labels[start] == example.input_ids[start] else []
 
 
-def turns_of(example: Example, segments: Sequence[Segment]) -> list[TurnSample]:
+def _turns(example: Example, segments: Sequence[Segment]) -> list[TurnSample]:
     """Return the turns of an example, and what the template writes between them."""
     spans: dict[int | None, TurnSpan] = {span.turn: span for span in example.turn_spans}
     runs = ((spans.get(turn), list(run)) for turn, run in groupby(segments, lambda segment: segment.turn))
     return [TurnSample(span.role, run, span.note) if span else TurnSample(None, run) for span, run in runs]
-
-
-def counts(rendering: RenderedConversation) -> tuple[int, int]:
-    """Return the number of tokens and of supervised tokens."""
-    tokens = sum(len(example.input_ids) for example in rendering.examples)
-    return tokens, sum(example.num_supervised for example in rendering.examples)
 
 
 def reason_of(rendering: RenderedConversation) -> str:
@@ -96,11 +90,6 @@ def without_place(reason: str | None, source: str, row: int) -> str:
     """Return a reason without the source and row in front of it."""
     place = f"{source}, row {row}"
     return (reason or "").replace(f"{place}: ", "").replace(f"{place}, ", "")
-
-
-def id_of(rendering: RenderedConversation) -> str:
-    """Return the id as the file spells it; text without its quotes."""
-    return rendering.id if isinstance(rendering.id, str) else json.dumps(rendering.id, ensure_ascii=False)
 
 
 def write_samples(folder: Path, renderings: Iterable[RenderedConversation], in_segments: Segmenter) -> None:

@@ -1,11 +1,13 @@
 """Preview pages of hostile and multilingual conversations, and a strict parser of them."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 from finetune.chat_templates.text_segments import Segment
 from finetune.report import html_pages
 from finetune.run_dir.data_samples import RowSample, TurnSample
 from finetune.run_dir.eval_results import ResultSection, ResultTable
+from tests.helpers.reported import SUMMARY
 
 HOSTILE = "<script>document.title='gone'</script></style><img src=x onerror=alert(1)> \"quoted\" 'too' &amp; {{ 7*7 }}"
 
@@ -50,18 +52,16 @@ CARDS = (
 )
 
 
-def a_page(cards=CARDS, **changes) -> html_pages.PreviewPage:
+def a_page(cards=CARDS, **changes) -> html_pages.Preview:
     values = {
         "title": "rows.json",
-        "facts": [("Model", "M <b>"), ("Format", "chatml")],
-        "lengths": [0, 3, 1],
-        "longest": 8,
+        "facts": {"Model": "M <b>", "Format": "chatml"},
+        "summary": replace(SUMMARY, length_histogram=[0, 3, 1], longest=8),
         "shown": "All 7 rows",
         "cards": cards,
         "not_kept": [("rows.json", 6, "dropped", "too <long>")],
-        "num_not_kept": 1,
     }
-    return html_pages.PreviewPage(**{**values, **changes})
+    return html_pages.Preview(**{**values, **changes})
 
 
 STATISTICS = ResultSection(

@@ -8,6 +8,7 @@ import pytest
 from finetune.chat_templates import Renderer, select_chat_format
 from finetune.chat_templates.text_segments import Segment, segmenter
 from finetune.conversation import Conversation, ToolCall, Turn
+from finetune.dataset.data_summary import DataTally
 from finetune.report import html_pages
 from finetune.run_dir.data_samples import TurnSample, sample_of
 from finetune.utils.errors import ConfigError, StorageError
@@ -74,7 +75,7 @@ def test_calls_and_reasoning_are_supervised_and_declarations_and_results_are_not
 
 
 def test_nothing_in_the_data_becomes_an_element_and_nothing_is_fetched():
-    html = html_pages.render_preview(a_page(title=HOSTILE, shown="All", facts=[("Model", HOSTILE)]))
+    html = html_pages.render_preview(a_page(title=HOSTILE, shown="All", facts={"Model": HOSTILE}))
     page = Document(html)
     tags = {tag for tag, _ in page.elements}
     assert tags <= set(
@@ -114,7 +115,7 @@ def test_characters_without_a_shape_are_named(text, shown):
 
 
 def test_bars_cover_all_lengths_once():
-    page = Document(html_pages.render_preview(a_page(lengths=[0, 3, 1], longest=8)))
+    page = Document(html_pages.render_preview(a_page()))
     titles = [text for tag, _, text in page.texts if tag == "title"][1:]
     assert titles == ["0 to 2 tokens: 0 examples", "3 to 5 tokens: 3 examples", "6 to 8 tokens: 1 examples"]
     heights = [float(one["height"]) for tag, one in page.elements if tag == "rect"]
@@ -122,7 +123,7 @@ def test_bars_cover_all_lengths_once():
 
 
 def test_a_data_set_without_examples_or_losses():
-    html = html_pages.render_preview(a_page([CARDS[6]], lengths=[0] * 24, longest=0, not_kept=[], num_not_kept=0))
+    html = html_pages.render_preview(a_page([CARDS[6]], summary=DataTally().summary(), not_kept=[]))
     assert "<svg" not in html and "<h2>Rows not kept whole" not in html
 
 
