@@ -88,10 +88,10 @@ def hardware_of(hosts: Collection[Mapping[str, Any]], *, use_cpu: bool) -> Detec
     """Return the hardware of hosts as nvidia-smi reports it there (`host_probe.collect_host_facts`), without torch."""
     gpus = []
     for facts in hosts:
-        # Where nvidia-smi is too old to report the capability, that of data centre GPUs since 2020 is assumed.
-        for gpu in facts["gpu_facts"] or [{"name": "GPU", "capability": "8.0"}] * facts["gpus"]:
-            major, minor = map(int, gpu["capability"].split("."))
-            gpus.append(Gpu(gpu["name"], (major, minor)))
+        # Where nvidia-smi does not report the capability, that of data centre GPUs since 2020 is assumed.
+        for gpu in facts["gpu_facts"] or [{"name": "GPU", "capability": "[N/A]"}] * facts["gpus"]:
+            known = re.fullmatch(r"(\d+)\.(\d+)", gpu["capability"])
+            gpus.append(Gpu(gpu["name"], (int(known[1]), int(known[2])) if known else AMPERE))
     libraries = frozenset.intersection(*(frozenset(facts["versions"]) for facts in hosts))
     return DetectedHardware(gpus=() if use_cpu else tuple(gpus), libraries=libraries)
 

@@ -239,7 +239,8 @@ def free_space(use_cpu: bool, answers: Answers) -> FreeSpace:
     disks = {host: facts["space"]["output"]["free"] for host, facts in answers.items()}
     host = min((facts["memory"]["available"] for facts in answers.values()), default=math.inf)
     gpus = [gpu["memory"] for facts in answers.values() for gpu in facts["gpu_facts"]]
-    return FreeSpace(min(gpus) if gpus and not use_cpu else None, host, disks)
+    is_known = bool(gpus) and all(gpus)  # nvidia-smi reports none of a GPU that shares the host's memory
+    return FreeSpace(min(gpus) if is_known and not use_cpu else None, host, disks)
 
 
 def _lines(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.config.hardware import DetectedHardware, Gpu, hardware_of
+from finetune.distributed import host_probe
 from finetune.preflight import DoctorReport, examination
 from finetune.preflight.host_checks import with_gpus_of
 from finetune.preflight.resource_checks import free_space
@@ -19,6 +20,16 @@ def test_only_the_gpus_of_the_slots_count():
     assert len(hardware_of([first], use_cpu=False).gpus) == 2
     unlike = {**facts, "gpu_facts": [{**gpus[0], "name": "B", "capability": "7.0"}, *gpus[1:]]}
     assert hardware_of([with_gpus_of([2, 3], unlike)], use_cpu=False).weakest == Gpu("B", (7, 0))
+
+
+def test_what_nvidia_smi_does_not_report_of_a_gpu_is_no_fault_of_it(monkeypatch):
+    lines = ["NVIDIA GB10, [N/A], [N/A], 12.1, 580.95", "GRID V100S, 32768, [Not Supported], [N/A], 550.54"]
+    monkeypatch.setattr(host_probe, "_nvidia_smi", lambda *_: lines)
+    facts = {"gpus": 2, "gpu_facts": host_probe.gpu_facts(), "versions": {}}
+    answer = {**facts, "memory": {"available": 1}, "space": {"output": {"free": 1}}}
+
+    assert free_space(use_cpu=False, answers={"h": answer}).device is None
+    assert hardware_of([facts], use_cpu=False).gpus == (Gpu("NVIDIA GB10", (12, 1)), Gpu("GRID V100S", (8, 0)))
 
 
 class Counted(Exception):
