@@ -198,7 +198,10 @@ def load_base(
 
 
 def load_saved_adapter(base: Any, folder: Path) -> Any:
-    """Load a saved adapter on its base, and on the device of that: peft would choose a GPU, if there is one."""
+    """Load a saved adapter on its base, and on the device of that: peft would choose a GPU, if there is one.
+
+    Whole modules that it saves get the type of a base in 16 bits, with whose layers they compute.
+    """
     from peft import PeftModel
 
     # The first concerns adapters on one side of tied embeddings, which work as they are; the second, names of experts
@@ -206,10 +209,14 @@ def load_saved_adapter(base: Any, folder: Path) -> Any:
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True. and a tied layer is part of the adapter")
     warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match any targeted module")
     try:
-        return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(base.device))
+        adapted = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(base.device))
     except (RuntimeError, ValueError) as error:
         reason = lines_of(str(error))[:2][-1]  # the first is a title
         raise CheckpointError(f"{folder}: the adapter does not fit its base: {reason}") from None
+    for name, weight in adapted.named_parameters():
+        if ".modules_to_save." in name and weight.dtype.itemsize > base.dtype.itemsize:
+            weight.data = weight.data.to(base.dtype)
+    return adapted
 
 
 def _load(folder: Path, result: RunResult, bits: int | None = None) -> Any:

@@ -135,14 +135,16 @@ def test_a_model_whose_files_lack_a_weight_is_not_loaded_with_a_random_one(publi
         load_result.load_for_inference(RunResult(published, made.run_of(published), None))
 
 
-def test_an_adapter_lies_where_its_base_does_whichever_device_peft_would_choose(tmp_path, monkeypatch):
-    """A merge loads it on a CPU beside GPUs; a rank of several loads it on its own GPU."""
-    options = dict(r=2, alpha=4, dropout=0.0, target_modules=["q_proj"], modules_to_save=["lm_head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_computes_where_and_in_what_its_base_does(dtype, tmp_path, monkeypatch):
+    """peft would take a GPU: but a merge computes on the CPU beside it, and a rank of several has its own."""
+    options = dict(r=2, alpha=4, dropout=0.0, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     adapted = made.with_random_weights(attach_lora(tiny_models.build("llama", vocab_size=made.ROWS), **options))
     adapted.save_pretrained(tmp_path)
     monkeypatch.setattr(peft_model, "infer_device", lambda: "meta")
 
-    loaded = load_result.load_saved_adapter(tiny_models.build("llama", vocab_size=made.ROWS), tmp_path)
+    loaded = load_result.load_saved_adapter(tiny_models.build("llama", vocab_size=made.ROWS, dtype=dtype), tmp_path)
 
     assert {weight.device.type for weight in loaded.parameters()} == {"cpu"}
-    assert torch.equal(made.logits(loaded), made.logits(adapted))
+    difference = (made.logits(loaded) - made.logits(adapted)).abs().max()
+    assert difference <= (0 if dtype == torch.float32 else 0.05) * made.logits(adapted).abs().max()
