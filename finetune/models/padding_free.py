@@ -114,8 +114,9 @@ def _reason_against_flat_rows(trial: Trial, ropes: list[Any], longest: int, shar
     segments.run_by_segment(ropes, segments.LONGEST_DECIDES, segments.forget_longer_rows)
     window = sliding_window_of(base.config, longest)
     reason = trial.choose_attention(window, shared) if can_set else trial.reason(window, shared)
-    while reason and trial.split_carrying_modules():
-        reason = trial.reason(window, shared)
+    reason = trial.without_carrying(reason, window, shared)
+    if reason and not shared and trial.split_masked_attention(window):
+        reason = trial.without_carrying(trial.reason(window), window)
     if shared and reason is None and (note := segments.by_segment_note(base)):
         return f"ranks cannot share a conversation: {note}"
     if not can_set and (reason or segments.by_segment_note(base) is None):
@@ -171,7 +172,22 @@ class Trial:
         """Return why flat rows do not give what single conversations give, or None."""
         return self.attempt(lambda: self._flat_reason(window, shared))
 
-    def split_carrying_modules(self) -> bool:
+    def without_carrying(self, reason: str | None, window: int | None, shared: bool = False) -> str | None:
+        """Let modules that carry something over a boundary run by segment; return the reason that is left."""
+        while reason and self._split_carrying_modules():
+            reason = self.reason(window, shared)
+        return reason
+
+    def split_masked_attention(self, window: int | None) -> bool:
+        """Let the model's own attention run by segment, if it is given a mask: it may choose tokens by it."""
+        self.attention = None
+        self._use_attention()
+        self.without_carrying(self.reason(window), window)
+        row, total = partial(_logits, self.base, [self.b, self.a, self.b]), len(self.a) + 2 * len(self.b)
+        self.attempt(lambda: segments.split_masked_modules(self.base, row, total))
+        return bool(segments.by_segment(self.base))
+
+    def _split_carrying_modules(self) -> bool:
         """Let modules that carry something over the boundary before the last b run by segment, if there are any."""
         row = partial(_logits, self.base, [self.b, self.a, self.b])
         count = 0

@@ -19,6 +19,7 @@ import torch
 BOUNDARIES = ("position_ids", "segment_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 ONE_NEEDS_NONE = (*BOUNDARIES[2:], "seq_idx")  # some code refuses them where its kernels are not installed
 CARRY = "they carry something from token to token"
+MASKED = "their code reads a mask"
 LONGEST_DECIDES = "its rotary embedding depends on the longest conversation of a row"
 CHANGE = 0.02  # of the largest output: a smaller difference is rounding
 
@@ -118,7 +119,7 @@ class _BySegment:
 
 
 def _part(value: Any, total: int, start: int, length: int, name: str = "") -> Any:
-    """Return one conversation's share of an argument: dimension 1 of [1, T, ...], the last one of [3, 1, T]."""
+    """Return one conversation's share of an argument: of [1, T, ...], [3, 1, T], or a mask [1, 1, T, T]."""
     if isinstance(value, dict):
         return type(value)({name: _part(item, total, start, length, name) for name, item in value.items()})
     if name in ONE_NEEDS_NONE or value is None:
@@ -129,6 +130,8 @@ def _part(value: Any, total: int, start: int, length: int, name: str = "") -> An
         return type(value)(_part(item, total, start, length) for item in value)
     if not isinstance(value, torch.Tensor) or value.ndim < 2:
         return value
+    if _is_mask(value, total):
+        return value[..., start : start + length, start : start + length]
     if value.shape[1] == total:
         return value.narrow(1, start, length)
     if value.ndim == 3 and value.shape[2] == total:
@@ -136,9 +139,16 @@ def _part(value: Any, total: int, start: int, length: int, name: str = "") -> An
     return value
 
 
+def _is_mask(value: Any, total: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[-2:] == (total, total)
+
+
 def _joined(outputs: list[Any]) -> Any:
     """Join what a module returned for each conversation: [1, T, ...], or [T, ...] of routers."""
     first = outputs[0]
+    if isinstance(first, torch.Tensor) and first.ndim == 3 and not first.is_floating_point():
+        most = max(output.shape[2] for output in outputs)  # tokens that an indexer chose: a repeated one adds nothing
+        outputs = [torch.cat([o, o[..., -1:].expand(-1, -1, most - o.shape[2])], dim=2) for o in outputs]
     if isinstance(first, torch.Tensor):
         return torch.cat(outputs, dim=0 if first.ndim == 2 else 1) if first.ndim in (2, 3) else None
     if isinstance(first, dict):
@@ -242,6 +252,33 @@ def split_carrying_modules(base: Any, row: Callable[[], Any], boundary: int, tot
     return len(chosen)
 
 
+def split_masked_modules(base: Any, row: Callable[[], Any], total: int) -> None:
+    """Let attention that is given the mask of a whole row [1, 1, T, T] run by segment; layers as a whole do not.
+
+    Args:
+        row: computes a flat row of `total` tokens.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    masked: list[torch.nn.Module] = []
+
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if any(_is_mask(value, total) for value in (*args, *kwargs.values())):
+            masked.append(module)
+
+    modules = [module for module in base.modules() if not isinstance(module, GradientCheckpointingLayer)]
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    try:
+        row()
+    finally:
+        for handle in handles:
+            handle.remove()
+    inner = {part for module in masked for part in module.modules() if part is not module}
+    for part in inner.intersection(by_segment(base)):
+        del part.forward
+    run_by_segment([module for module in dict.fromkeys(masked) if module not in inner], MASKED)
+
+
 def _carries(
     forward: Callable, args: tuple, kwargs: dict[str, Any], states: torch.Tensor, output: Any, boundary: int
 ) -> bool:
@@ -260,9 +297,10 @@ def _carries(
 
 
 def _first(output: Any) -> torch.Tensor | None:
-    """Return the hidden states of a module's output, if they are [1, T, ...]."""
+    """Return the hidden states of a module's output, if they are [1, T, ...]; places of tokens are none."""
     output = output[0] if isinstance(output, tuple | list) and output else output
-    return output if isinstance(output, torch.Tensor) and output.ndim == 3 else None
+    is_tensor = isinstance(output, torch.Tensor) and output.is_floating_point()
+    return output if is_tensor and output.ndim == 3 else None
 
 
 def rows_decide_rope(base: Any, longest: int) -> list[torch.nn.Module]:

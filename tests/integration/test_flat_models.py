@@ -29,8 +29,6 @@ FLAT = "llama qwen3 mistral gemma gemma2 gemma3 mixtral phi phi3 gpt_neox gpt2 o
 
 
 REFUSED = {
-    "bloom": "its code does not take attention functions from transformers",
-    "falcon": "its code does not take attention functions from transformers",
     "gptj": "its code does not take attention functions from transformers",
     "llama4": f"its attention works in chunks of {CHUNK} tokens (config: attention_chunk_size)",
 }
@@ -85,6 +83,16 @@ def test_families_that_run_flat(family):
     assert flattened(model) is None
     assert model.config._attn_implementation == FLAT_ATTENTION and model.training
     assert AttentionInterface()[FLAT_ATTENTION] is padding_free_attention
+    assert same_logits(model, stock, [LONGEST, 3, 11, 1])
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "doge"])
+def test_attention_that_reads_a_mask_runs_by_segment(family):
+    model = build(family)
+    stock = copy.deepcopy(model)
+    assert flattened(model) is None
+    note = f"2 {type(model).__name__.removesuffix('ForCausalLM')}Attention computed conversation by conversation"
+    assert by_segment_note(model).startswith(note) and model.config._attn_implementation != FLAT_ATTENTION
     assert same_logits(model, stock, [LONGEST, 3, 11, 1])
 
 
@@ -178,9 +186,12 @@ def test_a_trial_that_would_not_show_a_leak_is_no_proof():
 
 def test_a_window_that_is_not_handed_on_is_caught():
     model = build("llama", sliding_window=WINDOW)  # a field that Llama's code does not read
+    stock = copy.deepcopy(model)
     with left_as_it_was(model):
-        assert flattened(model) == "its sliding window of 4 tokens does not reach the attention"
-    assert flattened(model, longest=WINDOW) is None
+        assert flattened(model, shared=True) == "its sliding window of 4 tokens does not reach the attention"
+    assert flattened(model) is None and "2 LlamaAttention" in by_segment_note(model)
+    assert same_logits(model, stock, [LONGEST, 3, 11])
+    assert flattened(stock, longest=WINDOW) is None and by_segment_note(stock) is None
 
 
 @pytest.mark.parametrize(
@@ -205,13 +216,14 @@ def test_a_model_that_fails_in_its_trial_is_refused(monkeypatch, error, words):
         assert ("no such thing" if words else error.__name__) in reason
 
 
-def test_a_model_whose_own_attention_computes_something_else_is_refused(monkeypatch):
+def test_attention_that_computes_something_else_is_the_models_own(monkeypatch):
     """Llama's eager attention gets a soft cap of its own here, of which no argument tells: 20 % of long logits."""
     capped = partial(modeling_gemma2.eager_attention_forward, softcap=5.0)
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", capped)
     model = build("llama", attention="eager")
-    with left_as_it_was(model):
-        assert flattened(model) is not None
+    stock = copy.deepcopy(model)
+    assert flattened(model) is None and "2 LlamaAttention" in by_segment_note(model)
+    assert same_logits(model, stock, [LONGEST, 3, 11])
 
 
 def test_scales_by_the_place_in_the_row_are_those_of_single_conversations():
