@@ -53,7 +53,7 @@ def parse_options(argv: Sequence[str]) -> tuple[DataArguments, str]:
     given = build_parser().parse(argv)
     paths = given["paths"]
     if len(paths) < 2:
-        raise ConfigError("expected what to read and the file to write, in front of --repairs: convert IN OUT")
+        raise ConfigError("expected what to read and the file to write, in front of the flags: convert IN OUT")
     data = fill(DataArguments, {**given, "data_path": paths[:-1]})
     raise_faults(data_faults(data))
     return data, paths[-1]
