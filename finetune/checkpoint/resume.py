@@ -111,7 +111,8 @@ def find_checkpoint(
     folder, manifest, faults = inspected
     waived = [fault for fault in faults if config.allow_inexact and _is_missing_random_state(fault)]
     if manifest is None or len(waived) < len(faults):
-        raise CheckpointError(f"--resume_from_checkpoint {folder}: {format_faults(faults, 'fault')}")
+        shown = f"--resume_from_checkpoint {folder}: is not intact, auto finds the newest one that is"
+        raise CheckpointError(f"{shown}: {format_faults(faults, 'fault')}")
     if config.resume_from == "auto":
         run_on_rank_0(lambda: _check_run_id(output_dir, folder, manifest))
     changes = [*run_on_rank_0(lambda: compare(folder, manifest)), *waived]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.utils.console import labelled, print_wrapped, rich_console
+from finetune.utils.console import labelled, print_wrapped, rich_console, size
 from finetune.utils.errors import FinetuneError
 
 # In the order in which a run comes to them: it would end with the first that fails.
@@ -18,7 +18,6 @@ SECTIONS = ("command", "hosts", "configuration", "network", "data", "memory", "d
 
 Value = TypeVar("Value")
 WIDTH_OF_A_FILE = 120
-GIB = 2**30
 COLUMNS = ("host", "slots", "GPUs", "memory", "disk", "shm", "code", "files", "network", "status")
 
 
@@ -103,11 +102,6 @@ def print_report(report: DoctorReport, command: str) -> None:
         console.print(Text("\nHosts", style="bold"))
         console.print(_table(facts, report))
     _print_findings(console, report, command)
-
-
-def size(number: float) -> str:
-    """Return bytes in readable units: 1.5 GiB, 12 MiB."""
-    return f"{number / GIB:,.1f} GiB" if number >= GIB / 2 else f"{number / 2**20:,.0f} MiB"
 
 
 def _print_findings(console: Console, report: DoctorReport, command: str) -> None:

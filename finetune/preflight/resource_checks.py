@@ -17,13 +17,13 @@ from finetune.models.adapters import attach_adapter
 from finetune.models.loader import ModelInfo
 from finetune.models.model_folder import stored_bytes
 from finetune.preflight import memory
-from finetune.preflight.doctor_report import DoctorReport, size
+from finetune.preflight.doctor_report import DoctorReport
 from finetune.preflight.host_checks import Answers
 from finetune.preflight.memory import MemoryEstimate, ModelSpec, RunSpec, Suggestion
 from finetune.preflight.spec_from_config import spec_from_config
 from finetune.training.dataloaders import BatchLayout, decide_layout, train_sampler
 from finetune.training.flag_checks import ADAM_BYTES, optimizer_state_bytes
-from finetune.utils.console import labelled
+from finetune.utils.console import labelled, size
 from finetune.utils.errors import FinetuneError, StorageError
 
 # In a longer epoch only the micro-batches of its first steps are looked at.

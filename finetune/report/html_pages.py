@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from finetune.dataset.data_summary import STATUSES, DataSummary
 from finetune.run_dir.data_samples import RowSample, TurnSample
 from finetune.run_dir.eval_results import ResultSection
+from finetune.run_dir.output_dir_lock import check_writable
 from finetune.utils.atomic_io import replacing
 from finetune.utils.errors import ConfigError
 
@@ -146,11 +147,12 @@ def bars(counts: Sequence[int], longest: int) -> list[dict[str, Any]]:
 
 
 def check_replaceable(path: Path, generator: str = PREVIEW) -> None:
-    """Refuse to overwrite a file that `generator` did not write."""
+    """Refuse to overwrite a file that `generator` did not write, and a folder that cannot be written to."""
+    check_writable(path.parent, f"--html {path}")
     try:
         with open(path, "rb") as file:
             is_ours = f'content="{generator}"'.encode() in file.read(HEAD_BYTES)
-    except (FileNotFoundError, NotADirectoryError):  # nothing to replace; `write_page` reports what fails
+    except FileNotFoundError:
         return
     except OSError as error:
         raise ConfigError(f"--html {path}: cannot be replaced: {error.strerror}") from None

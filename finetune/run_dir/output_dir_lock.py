@@ -47,9 +47,11 @@ def check_writable(folder: Path, shown: str) -> None:
     existing = existing_parent(folder)
     if not existing.is_dir():
         raise ConfigError(f"{shown}: {existing} is a file, not a folder")
+    disk = os.statvfs(existing)
+    if disk.f_flag & os.ST_RDONLY:
+        raise StorageError(f"{shown}: the file system of {existing} is read-only: name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"{shown}: no permission to write in {existing}")
-    disk = os.statvfs(existing)
     if disk.f_blocks and not disk.f_bavail:
         raise StorageError(f"{shown}: no space is left on the disk of {existing}: free some, or name another folder")
 

@@ -26,7 +26,7 @@ from finetune.diagnostics import FAILURE_FILE
 from finetune.distributed.host_probe import versions
 from finetune.distributed.stop_requests import STOP_FILE
 from finetune.utils.atomic_io import write_text_atomically
-from finetune.utils.errors import ConfigError, storage_errors
+from finetune.utils.errors import ConfigError, near_paths, storage_errors
 from finetune.utils.user_files import read_json_object
 
 RUN_FILE = "run.json"
@@ -50,8 +50,8 @@ def is_adapter(folder: Path) -> bool:
 
 def check_is_folder(folder: Path) -> None:
     if not folder.is_dir():
-        reason = "is a file" if folder.exists() else "there is no such folder"
-        raise ConfigError(f"{folder}: {reason}: expected the output_dir of a training run")
+        reason, near = ("is a file", "") if folder.exists() else ("there is no such folder", near_paths(folder))
+        raise ConfigError(f"{folder}: {reason}{near or ': expected the output_dir of a training run'}")
 
 
 def update_run_json(folder: Path, facts: dict[str, Any]) -> None:

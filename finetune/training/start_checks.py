@@ -27,7 +27,7 @@ from finetune.models.lora_targets import check_target_names
 from finetune.models.model_config import StoredConfig, check_attention_heads
 from finetune.models.model_folder import check_folder, check_revision, check_tokenizer_files, stored_bytes, weight_map
 from finetune.run_dir import output_dir_lock
-from finetune.utils.console import log_notes
+from finetune.utils.console import log_notes, size
 from finetune.utils.errors import (
     CheckpointError,
     ConfigError,
@@ -174,16 +174,17 @@ def _check_output_dir(arguments: Arguments, is_launch: bool) -> None:
 def _check_room(arguments: Arguments) -> None:
     """Check that the first checkpoint of a full run has room: its weights, and two moments of each for AdamW."""
     folder = Path(arguments.model.model_name_or_path).expanduser()
-    size = stored_bytes(folder) if folder.is_dir() and arguments.adapter.kind() is None else None
-    if size is None:
+    stored = stored_bytes(folder) if folder.is_dir() and arguments.adapter.kind() is None else None
+    if stored is None:
         return
     saves = arguments.given("save_strategy") != "no" and not arguments.given("save_only_model")
-    needed = size * 3 if saves and str(arguments.given("optim") or "adamw_torch").startswith("adamw_torch") else size
+    has_moments = str(arguments.given("optim") or "adamw_torch").startswith("adamw_torch")
+    needed = stored * 3 if saves and has_moments else stored
     free = shutil.disk_usage(output_dir_lock.existing_parent(arguments.output_dir)).free
     if free < needed:
         raise StorageError(
-            f"--output_dir {arguments.output_dir}: {free / 1e9:.1f} GB are free, "
-            f"{'a checkpoint' if saves else 'the result'} takes at least {needed / 1e9:.1f} GB: free some space, "
+            f"--output_dir {arguments.output_dir}: {size(free)} are free, "
+            f"{'a checkpoint' if saves else 'the result'} takes at least {size(needed)}: free some space, "
             "choose another disk, or train an adapter (--use_lora)"
         )
 

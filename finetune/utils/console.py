@@ -243,6 +243,11 @@ def labelled(facts: Mapping[str, str]) -> list[str]:
     return [f"{label:<{LABEL_WIDTH}}{text}" for label, text in facts.items()]
 
 
+def size(number: float) -> str:
+    """Return bytes in readable units: 1.5 GiB, 12 MiB."""
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**29 else f"{number / 2**20:,.0f} MiB"
+
+
 def section(title: str, lines: Iterable[str]) -> str:
     """Return indented lines under a title, with a blank line in front."""
     return "\n".join(["", title, *(f"  {line}" for line in lines)])

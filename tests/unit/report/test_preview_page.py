@@ -166,9 +166,12 @@ def test_a_page_replaces_a_page_and_no_other_file(tmp_path):
     assert path.read_text() == "my notes"
 
 
-def test_a_page_that_cannot_be_written(tmp_path):
+def test_a_page_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
-        html_pages.write_page(tmp_path / "file" / "page.html", "x")
+    with pytest.raises(ConfigError, match="--html .*file/page.html: .*file is a file, not a folder"):
+        html_pages.check_replaceable(tmp_path / "file" / "page.html")
     with pytest.raises(ConfigError, match="name too long"):
         html_pages.check_replaceable(tmp_path / ("x" * 300))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(StorageError, match="--html .*page.html: no permission to write"):
+        html_pages.check_replaceable(tmp_path / "page.html")

@@ -34,6 +34,9 @@ def test_what_is_no_folder_is_said_to_be_none(read, tmp_path):
         read(tmp_path / "data.json")
     with pytest.raises(ConfigError, match="nowhere: there is no such folder: expected the output_dir"):
         read(tmp_path / "nowhere")
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ConfigError, match="there is no such folder: did you mean .*checkpoint-2"):
+        read(tmp_path / "checkpoint-3")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
@@ -57,9 +60,16 @@ def test_a_run_that_ended_while_another_waited_for_its_lock_is_kept(tmp_path):
 @pytest.mark.parametrize(("blocks", "free", "is_full"), [(600, 0, True), (600, 1, False), (0, 0, False)])
 def test_a_disk_without_space_is_said_before_anything_starts(tmp_path, monkeypatch, blocks, free, is_full):
     """Some file systems know no sizes."""
-    disk = SimpleNamespace(f_blocks=blocks, f_bavail=free)
+    disk = SimpleNamespace(f_blocks=blocks, f_bavail=free, f_flag=0)
     monkeypatch.setattr(output_dir_lock.os, "statvfs", lambda path: disk)
     with pytest.raises(StorageError, match="o: no space is left on the disk of /") if is_full else nullcontext():
+        output_dir_lock.check_writable(tmp_path / "o", "o")
+
+
+def test_a_read_only_file_system_is_not_taken_for_a_lack_of_permission(tmp_path, monkeypatch):
+    disk = SimpleNamespace(f_flag=output_dir_lock.os.ST_RDONLY)
+    monkeypatch.setattr(output_dir_lock.os, "statvfs", lambda path: disk)
+    with pytest.raises(StorageError, match="^o: the file system of .* is read-only: name another folder"):
         output_dir_lock.check_writable(tmp_path / "o", "o")
 
 
