@@ -1,18 +1,16 @@
 """Conversations as text: a chat template of a tokenizer applied to them, with the skeleton of each."""
 
 import json
-import re
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
 from finetune.chat_templates.answer_spans import OTHERWISE_LATER, TemplateText, build_skeleton
-from finetune.chat_templates.example import OPENED_RULE, STRIPPED_RULE, SYSTEM_RULE, UnrenderableError, system_in_front
+from finetune.chat_templates.example import OPENED_RULE, WORDS_RULE, UnrenderableError, system_in_front
 from finetune.chat_templates.messages import (
     REASONING_BEGIN,
     REASONING_END,
@@ -22,10 +20,10 @@ from finetune.chat_templates.messages import (
     template_options,
 )
 from finetune.chat_templates.plain_text import PlainTextTokenizer
+from finetune.chat_templates.rendered_text import RenderedText
 from finetune.chat_templates.template_limits import apply_template, template_limits
 from finetune.chat_templates.template_skeleton import (
     OTHER_TEMPLATE,
-    Answer,
     TemplateSkeleton,
     bare_turn,
     find_contents,
@@ -38,98 +36,14 @@ from finetune.chat_templates.template_skeleton import (
     with_marks,
 )
 from finetune.chat_templates.template_styles import reasoning_key, takes_only_parts, tool_style
-from finetune.chat_templates.token_positions import NO_PROMPT, Extent
+from finetune.chat_templates.tested_words import between_words, has_words, tested_words, without_words
 from finetune.conversation import Conversation, ToolCall, Turn
 
 MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 Result = TypeVar("Result")
-Shape = tuple[str, bool, str]
-
-
-@dataclass(slots=True)
-class RenderedText:
-    """One conversation as text, with the contents of the skeleton's slots; its system turn may be in front."""
-
-    conversation: Conversation
-    skeleton: TemplateSkeleton
-    text: str
-    contents: list[str]
-    spelled: int = 0
-
-    @property
-    def rules(self) -> list[str]:
-        """The rules by which the template changes this conversation."""
-        turns = self.conversation.turns
-        strips = any(
-            part == "text" and number is not None and turns[number].is_supervised and content != turns[number].text
-            for (number, part), content in zip(self.skeleton.slots, self.contents, strict=True)
-        )
-        system = [SYSTEM_RULE] if self.skeleton.system_in_front else []
-        return [*system, *self.skeleton.rules, *([STRIPPED_RULE] if strips else [])]
-
-    def extents(self, *, masks_reasoning: bool) -> list[Extent]:
-        """The characters of each turn in the text, in order; an answer's are those that it is supervised on."""
-        turns, starts, ends, place = self.conversation.turns, [], [], 0  # of the pieces
-        for piece, content in zip(self.skeleton.pieces, [*self.contents, ""], strict=True):
-            starts.append(place)
-            ends.append(place + len(piece))
-            place = ends[-1] + len(content)
-        found: dict[int, Extent] = {}
-        reasoned: dict[int, int] = {}  # where the reasoning of a turn ends
-        for index, (number, part) in enumerate(self.skeleton.slots):
-            if number is None:
-                continue
-            begin, stop = ends[index], starts[index + 1]
-            begin_of_turn = found[number].begin if number in found else begin
-            found[number] = Extent(number, begin_of_turn, stop, False, NO_PROMPT)
-            if masks_reasoning and part == "reasoning":
-                reasoned[number] = stop
-            elif masks_reasoning and turns[number].role == "model" and REASONING_END in self.contents[index]:
-                reasoned[number] = begin + len(self.contents[index].partition(REASONING_END)[0].rstrip())
-        for number, answer in self.skeleton.answers.items():
-            prompt_end, stop = starts[answer.begin[0]] + answer.begin[1], ends[answer.end[0]] - answer.end[1]
-            begin = reasoned.get(number, prompt_end)
-            prompt_end = prompt_end if answer.has_prompt else NO_PROMPT
-            found[number] = Extent(number, begin, stop, turns[number].is_supervised, prompt_end)
-        return sorted(found.values(), key=lambda extent: extent.begin)
-
-    def control_tokens(self, plain: PlainTextTokenizer) -> list[re.Match[str]]:
-        """The control tokens of the text: those of the template, and of answers those that are not special."""
-        found, begin = list[re.Match[str]](), 0
-        in_answers = plain.control_ids - plain.for_answers.control_ids
-        names = {plain.token(token_id) for token_id in in_answers}
-        ranges = list[tuple[int, int, bool]]()  # of the contents
-        for piece, content, (number, _) in zip(self.skeleton.pieces, self.contents, self.skeleton.slots, strict=False):
-            begin += len(piece)
-            is_answer = number is not None and self.conversation.turns[number].role == "model"
-            ranges.append((begin, begin + len(content), is_answer))
-            begin += len(content)
-        begins = [begin for begin, _, _ in ranges]
-        for match in plain.control_pattern.finditer(self.text):
-            index = bisect_right(begins, match.start()) - 1
-            is_inside = index >= 0 and match.start() < ranges[index][1]
-            stop = ranges[index][1] if is_inside else [*begins, len(self.text)][index + 1]
-            if match.end() <= stop and (not is_inside or (ranges[index][2] and match[0] in names)):
-                found.append(match)
-        return found
-
-    def note(self, number: int) -> str:
-        """What a model turn holds besides its text, for display."""
-        turn = self.conversation.turns[number]
-        if turn.role != "model" or not (turn.reasoning or turn.tool_calls or REASONING_END in turn.text):
-            return ""
-        reasons = any(slot == (number, "reasoning") for slot in self.skeleton.slots) or any(
-            slot == (number, "text") and REASONING_END in content
-            for slot, content in zip(self.skeleton.slots, self.contents, strict=True)
-        )
-        calls = ", ".join(call.name for call in turn.tool_calls)
-        return ", ".join(["reasoning"] * reasons + ([f"calls {calls}"] if calls else []))
-
-    def answer(self, extent: Extent) -> Answer | None:
-        """The answer of this extent, if it is supervised."""
-        return self.skeleton.answers[extent.turn] if extent.is_supervised else None
+Shape = tuple[Any, ...]
 
 
 class ChatTemplate:
@@ -143,6 +57,7 @@ class ChatTemplate:
         self._skeletons: dict[Shape, TemplateSkeleton | UnrenderableError] = {}
         self._marked: dict[tuple[Any, ...], str | UnrenderableError] = {}
         self._styles: dict[str, Any] = {}
+        self._words = tested_words(template)
 
     def apply(self, conversation: Conversation, style: MessageStyle | None = None, **options: Any) -> Any:
         """What `apply_chat_template` returns for the conversation with these options."""
@@ -171,6 +86,8 @@ class ChatTemplate:
             skeleton = replace(skeleton, rules=(*skeleton.rules, *rules))
         if conversation.template_kwargs and (unused := rules_of_variables(conversation, self.template)):
             skeleton = replace(skeleton, rules=(*skeleton.rules, *unused))
+        if has_words(conversation, self._words):
+            skeleton = replace(skeleton, rules=(*skeleton.rules, WORDS_RULE))
         if skeleton.system_in_front:
             conversation = replace(conversation, turns=system_in_front(conversation.turns))
         _check_supervised(conversation, skeleton)
@@ -186,7 +103,7 @@ class ChatTemplate:
         turns = conversation.turns
         if _has_tools(conversation) and not skeleton.is_completion:
             skeleton = self._with_own_pieces(conversation, skeleton, text)
-        contents = find_contents(text, skeleton, turns)
+        contents = find_contents(text, skeleton, without_words(conversation, self._words))
         spelled = 0
         for (number, _), content in zip(skeleton.slots, contents, strict=True):
             plain = self.plain if number is None or turns[number].role != "model" else self.plain.for_answers
@@ -200,10 +117,11 @@ class ChatTemplate:
             json.dumps([conversation.tools, calls], ensure_ascii=False).replace('\\"', '"')
         )
         if not (skeleton.is_completion or spells):
-            pieces = find_pieces(text, skeleton, conversation.turns, self.plain.control_pattern)
+            turns = without_words(conversation, self._words)
+            pieces = find_pieces(text, skeleton, turns, self.plain.control_pattern)
             if pieces is not None and (own := skeleton.with_pieces(pieces)) is not None:
                 return own
-        marked, spelled = with_marks(conversation, real_tools=True), list[str]()
+        marked, spelled = with_marks(conversation, real_tools=True, words=self._words), list[str]()
         if spells:
             marked = self._with_spelled_marked(marked, spelled)
         own = build_skeleton(marked, self._template_text(marked, None, spelled), as_is=self.as_is)
@@ -213,7 +131,9 @@ class ChatTemplate:
 
     def skeleton_of_shape(self, conversation: Conversation) -> TemplateSkeleton:
         """The skeleton of all normalized conversations of this shape, with placeholders of tools and calls."""
-        shape = shape_of(conversation)
+        shape: Shape = shape_of(conversation)
+        if has_words(conversation, self._words):
+            shape = (*shape, *(between_words(turn.text, self._words)[1] for turn in conversation.turns))
         if shape not in self._skeletons:
             if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
@@ -253,8 +173,9 @@ class ChatTemplate:
             raise
 
     def _build_as_given(self, conversation: Conversation) -> TemplateSkeleton:
-        marked = with_marks(conversation, real_tools=False)
-        return build_skeleton(marked, self._template_text(marked, self._marked), as_is=self.as_is)
+        marked = with_marks(conversation, real_tools=False, words=self._words)
+        known = None if has_words(conversation, self._words) else self._marked
+        return build_skeleton(marked, self._template_text(marked, known), as_is=self.as_is)
 
     def _template_text(
         self, marked: Conversation, known: dict[Any, str | UnrenderableError] | None, spelled: Sequence[str] = ()

@@ -19,6 +19,7 @@ SYSTEM_RULE = "system turn put in front of the first human turn"
 STRIPPED_RULE = "the chat template strips white space around answers"
 REASONING_RULE = "the chat template leaves out the reasoning of turn {turn}"
 OPENED_RULE = "the reasoning of turn {turn}, of which only the end is given, is opened with <think>"
+WORDS_RULE = "the chat template looks for words such as /no_think, which a human or system turn has"
 SYSTEM_SEPARATOR = "\n\n"
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from finetune.chat_templates.example import UnrenderableError
 from finetune.chat_templates.messages import REASONING_BEGIN, REASONING_END, raw_parts, sample_tool, split_reasoning
+from finetune.chat_templates.tested_words import between_words, has_words
 from finetune.conversation import Conversation, ToolCall, Turn
 
 _TEXT, _REASONING, _ANSWER, _JSON = "\ue002", "\ue003", "\ue004", "\ue005"
@@ -146,10 +147,18 @@ def _kind_inside(turn: Turn) -> str:
     return "" if inside is None else "reasoning" if inside[0] else turn.text[: -len(raw_parts(turn.text)[1])]
 
 
-def with_marks(conversation: Conversation, *, real_tools: bool) -> Conversation:
-    """The conversation with placeholders as its texts, and of its tools and calls unless `real_tools`."""
+def with_marks(conversation: Conversation, *, real_tools: bool, words: re.Pattern[str] | None = None) -> Conversation:
+    """The conversation with placeholders as its texts, and of its tools and calls unless `real_tools`.
+
+    Of human and system turns with `words` that a template tests for, these remain.
+    """
     ids: dict[str | None, str | None] = {}  # of calls, with their placeholders
     turns = tuple(_marked(number, turn, None if real_tools else ids) for number, turn in enumerate(conversation.turns))
+    if has_words(conversation, words):
+        turns = tuple(
+            replace(own, text=between_words(turn.text, words, own.text)[1]) if turn.role in ("human", "system") else own
+            for turn, own in zip(conversation.turns, turns, strict=True)
+        )
     tools = conversation.tools if real_tools or not conversation.tools else (_DUMMY_TOOL,)
     return replace(conversation, turns=turns, tools=tools)
 
@@ -256,7 +265,7 @@ def pieces_between(rendered: str, spans: Sequence[SlotSpan]) -> list[str]:
 def not_written(turns: Sequence[Turn], slots: Sequence[Slot]) -> list[int]:
     """The numbers of the turns whose texts are not written once."""
     written = [slot.turn for slot in slots if slot.part in ("text", "answer")]
-    return [number for number, turn in enumerate(turns) if turn.text and written.count(number) != 1]
+    return [number for number, turn in enumerate(turns) if marks_in(turn.text) and written.count(number) != 1]
 
 
 def find_contents(text: str, skeleton: TemplateSkeleton, turns: Sequence[Turn]) -> list[str]:

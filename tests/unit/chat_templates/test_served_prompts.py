@@ -132,6 +132,29 @@ def test_a_call_keeps_its_first_character_behind_a_prompt_that_opens_reasoning(s
     assert answer.startswith("\n</think>\n\n<call>{")
 
 
+# SmolLM3 and Nemotron: a word of a turn closes reasoning, and is taken out of some turns.
+WORDS = r"""
+{%- set ns = namespace(thinks=true) %}{% for message in messages %}{% if message.role != 'assistant' and '/no_think' in message.content %}{% set ns.thinks = false %}{% endif %}{% endfor %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + (message.content.replace('/no_think', '').strip() if message.role == 'system' else message.content) + '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' + ('' if ns.thinks else '<think></think>') if add_generation_prompt }}"""
+
+
+@pytest.mark.parametrize("system", ["/no_think", "Be brief. /no_think", "Be /no_think brief."])
+@pytest.mark.parametrize("question", ["q", "/no_think", "q2 /no_think"])
+def test_words_that_a_template_looks_for_decide_as_in_serving(smol_tokenizer, system, question):
+    renderer = renderer_of(smol_tokenizer, WORDS, "<|im_start|> <|im_end|>", {})
+    for begin in (0, 1):  # without the system turn, too
+        turns = (Turn("system", system), TALK[1], PLAIN[2], Turn("human", question), TALK[4])[begin:]
+        found = prompts_and_answers(renderer, Conversation(turns, 0, "a.json"))
+        assert [text for _, text in found] == ["a<|im_end|>", "a2<|im_end|>"]
+        for (ids, _), count in zip(found, (2 - begin, 4 - begin), strict=True):
+            messages = [{"role": ROLES[turn.role], "content": turn.text} for turn in turns[:count]]
+            options = {"chat_template": WORDS, "add_generation_prompt": True, "return_dict": False}
+            assert ids == renderer.format.tokenizer.apply_chat_template(messages, **options)
+
+
 # Cohere's: what a model plans in front of calls has a key of its own, and reasoning elsewhere has none.
 PLANS = r"""
 {{- tools | tojson if tools }}
