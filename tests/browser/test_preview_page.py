@@ -26,7 +26,7 @@ from tests.helpers.preview_pages import CARDS, STATISTICS, Document, a_page
     ids=["light", "dark"],
 )
 def test_what_a_browser_draws(tmp_path, flags, paper, learned):
-    width, height = 700, 2000
+    width, height = 700, 2400
     (tmp_path / "page.html").write_text(html_pages.render_preview(a_page()), encoding="utf-8")
     run_browser(
         tmp_path / "profile", *flags, f"--window-size={width},{height}", f"--screenshot={tmp_path / 'page.png'}",
