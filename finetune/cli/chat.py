@@ -84,8 +84,7 @@ def main(argv: Sequence[str]) -> None:
     with _loading(options.output):
         quiet_serving()
         loaded = load_for_inference(result, base_name=options.base_model, only_base=options.base)
-    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
-    models = ChatModels(loaded, options.names, options.max_new_tokens, sampling)
+    models = ChatModels(loaded, options.names, fill(SamplingParams, vars(options)))
     chat = ChatSession(options.system, tools)
     if options.web:
         serve(models, chat, host=options.host, port=options.port)
@@ -100,11 +99,9 @@ def _faults(options: ChatOptions) -> Iterator[str]:
         yield "--base answers with the base alone, --compare with both: keep one of them"
     if options.json and (options.web or _is_typed()):
         yield "--json is for a question from a pipe: echo '...' | finetune chat OUTPUT --json"
-    if options.max_new_tokens < 1:
-        yield f"--max_new_tokens {options.max_new_tokens}: expected at least 1"
     yield from port_faults(options.port, least=1)
     yield from data_faults(DataArguments(chat_template_kwargs=options.chat_template_kwargs))
-    yield from SamplingParams(options.temperature, options.top_p).faults()
+    yield from fill(SamplingParams, vars(options)).faults()
     if options.system is not None and not options.system.strip():
         yield "--system: is empty: leave the flag out"
 

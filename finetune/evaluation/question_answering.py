@@ -16,7 +16,7 @@ from finetune.conversation import Conversation, Turn
 from finetune.distributed.collectives import all_gather_object, get_rank, get_world_size
 from finetune.evaluation.token_losses import MeasuredModel
 from finetune.inference.answer_turns import answer_turn
-from finetune.inference.generate import GREEDY
+from finetune.inference.generate import SamplingParams
 from finetune.models.attention import supports_logits_to_keep
 from finetune.models.module_kinds import unwrap_adapter
 from finetune.utils.errors import ConfigError
@@ -168,10 +168,9 @@ def generate_ids(
             generated = model.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
                 eos_token_id=stops,
                 pad_token_id=stops[0],
-                **GREEDY.generate_options(),
+                **SamplingParams(max_new_tokens=max_new_tokens).generate_options(),
             )
         for index, row in zip(group, generated[:, ids.shape[1] :].tolist(), strict=True):
             answers[index] = [*takewhile(lambda token: token not in stops, row)]

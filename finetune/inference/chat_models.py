@@ -16,7 +16,6 @@ class ChatModels:
 
     loaded: LoadedModel
     names: tuple[str, ...] = (TUNED,)  # models that answer; the answers of the first are kept in the conversation
-    max_new_tokens: int = 1
     sampling: SamplingParams = GREEDY
 
     @contextmanager
@@ -27,7 +26,6 @@ class ChatModels:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         attempt: int = 0,
-        max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
     ) -> Iterator[AnswerStream]:
         """Yield the answer of the model `name` to `turns`, to be iterated inside the block.
@@ -36,8 +34,7 @@ class ChatModels:
             tools: Declarations as a `Conversation` has them.
             attempt: Number of the answer in this session. It is added to the seed, so that a retry samples another
                 answer, and the same one in each session.
-            max_new_tokens: For this answer; default: that of the chat.
-            sampling: Likewise.
+            sampling: For this answer; default: that of the chat.
         """
         sampling = sampling or self.sampling
         if sampling.seed is not None:
@@ -45,8 +42,7 @@ class ChatModels:
         loaded = self.loaded
         with loaded.base() if name == BASE else nullcontext(loaded.tuned) as model:
             generator = AnswerGenerator(model, loaded.chat_format, loaded.stop_token_ids)
-            new_tokens = max_new_tokens or self.max_new_tokens
-            yield generator.stream(turns, tools=tools, max_new_tokens=new_tokens, sampling=sampling)
+            yield generator.stream(turns, tools=tools, sampling=sampling)
 
     @property
     def model_description(self) -> str:
@@ -64,4 +60,4 @@ class ChatModels:
         """How answers are generated."""
         temperature, top_p = self.sampling.temperature, self.sampling.top_p
         method = f"temperature {temperature:g}, top_p {top_p:g}" if temperature else "greedy"
-        return f"{method}, at most {self.max_new_tokens:,} tokens per answer"
+        return f"{method}, at most {self.sampling.max_new_tokens:,} tokens per answer"

@@ -36,11 +36,12 @@ TokenQueue = SimpleQueue[int | BaseException | None]  # ends with None; an excep
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Greedy decoding at temperature 0, else nucleus sampling."""
+    """Greedy decoding at temperature 0, else nucleus sampling, of answers of at most `max_new_tokens`."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None  # makes sampled answers repeatable; None: a new seed each time
+    max_new_tokens: int = 512
 
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with the values."""
@@ -48,13 +49,16 @@ class SamplingParams:
             yield f"--temperature {self.temperature:g}: expected 0 (greedy) or more"
         if not 0 < self.top_p <= 1:
             yield f"--top_p {self.top_p:g}: expected more than 0 and at most 1"
+        if self.max_new_tokens < 1:
+            yield f"--max_new_tokens {self.max_new_tokens}: expected at least 1"
 
     def generate_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `generate`."""
+        options = {**DECODING_DEFAULTS, "max_new_tokens": self.max_new_tokens}
         if self.temperature == 0:
-            return {**DECODING_DEFAULTS, "do_sample": False, "temperature": 1.0, "top_p": 1.0}
+            return {**options, "do_sample": False, "temperature": 1.0, "top_p": 1.0}
         temperature, top_p = float(self.temperature), float(self.top_p)
-        return {**DECODING_DEFAULTS, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        return {**options, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
 GREEDY = SamplingParams()
@@ -106,7 +110,6 @@ class AnswerGenerator:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         prompt: Sequence[int] = (),
-        max_new_tokens: int,
         sampling: SamplingParams = GREEDY,
         **options: Any,
     ) -> AnswerStream:
@@ -116,9 +119,9 @@ class AnswerGenerator:
         `options` are arguments of `generate`, which override those of `sampling`.
         """
         ids = [*prompt] or self.prompt(turns, tools)
+        options = {**sampling.generate_options(), **options}
         if self.window is not None:
-            max_new_tokens = min(max_new_tokens, self.window - len(ids))
-        options = {**sampling.generate_options(), "max_new_tokens": max_new_tokens, **options}
+            options["max_new_tokens"] = min(options["max_new_tokens"], self.window - len(ids))
         return AnswerStream(self, Conversation(tuple(turns), tools=tuple(tools)), ids, options, sampling.seed)
 
 

@@ -136,7 +136,7 @@ def build_app(models: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
             )
             with gr.Row():
                 max_new_tokens = gr.Slider(
-                    1, max(MAX_NEW_TOKENS, models.max_new_tokens), models.max_new_tokens, step=1,
+                    1, max(MAX_NEW_TOKENS, sampling.max_new_tokens), sampling.max_new_tokens, step=1,
                     label=strings("max_new_tokens"), elem_id="max_new_tokens",
                 )  # fmt: skip
                 temperature = gr.Slider(
@@ -187,15 +187,12 @@ class _EventHandlers:
 
         question, unsent = (question or "").strip("\n"), gr.skip()
         if question.strip():
-            compares, system, new_tokens, *decoding = settings
-            max_new_tokens = int(new_tokens) if new_tokens == new_tokens else 1  # NaN passes the slider's limits
+            compares, system, *decoding = settings
             session.chat.system = (system or "").strip() or None
             try:
                 sampling = _sampling_params(*decoding)
                 _check_lengths(question, session.chat.system)
-                for kept, base in self.answers.stream(
-                    session, question, compares=compares, max_new_tokens=max_new_tokens, sampling=sampling
-                ):
+                for kept, base in self.answers.stream(session, question, compares=compares, sampling=sampling):
                     yield ["", kept, base, session, gr.update(visible=False), gr.update(visible=True)]
                 unsent = ""
             except FinetuneError as error:
@@ -226,11 +223,12 @@ class _EventHandlers:
         return ["", *session.columns(), session]
 
 
-def _sampling_params(temperature: float, top_p: float, seed: str | None) -> SamplingParams:
+def _sampling_params(new_tokens: float, temperature: float, top_p: float, seed: str | None) -> SamplingParams:
     seed = (seed or "").strip()
     if not re.fullmatch(r"\d{0,18}", seed):
         raise ConfigError(f"seed {seed[:40]}: expected an integer of up to 18 digits, or nothing")
-    sampling = SamplingParams(temperature, top_p, int(seed) if seed else None)
+    most = int(new_tokens) if new_tokens == new_tokens else 1  # NaN passes the slider's limits
+    sampling = SamplingParams(temperature, top_p, int(seed) if seed else None, most)
     raise_faults(sampling.faults())
     return sampling
 

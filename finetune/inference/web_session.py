@@ -83,7 +83,7 @@ class WebAnswers:
         self._lock = threading.Lock()
 
     def stream(
-        self, session: WebSession, message: str, *, compares: bool, max_new_tokens: int, sampling: SamplingParams
+        self, session: WebSession, message: str, *, compares: bool, sampling: SamplingParams
     ) -> Iterator[tuple[Messages, Messages]]:
         """Yield both columns repeatedly while the answers are generated, then add them to the session."""
         answers: dict[str, Turn | None] = {}
@@ -95,7 +95,7 @@ class WebAnswers:
             try:
                 for name in names:
                     if not session.stopped:
-                        for answer in self._answers(session, name, turns, max_new_tokens, sampling):
+                        for answer in self._answers(session, name, turns, sampling):
                             answers[name] = answer
                             yield session.columns(asked, answers)
             finally:
@@ -106,14 +106,13 @@ class WebAnswers:
         yield session.columns()
 
     def _answers(
-        self, session: WebSession, name: str, turns: list[Turn], max_new_tokens: int, sampling: SamplingParams
+        self, session: WebSession, name: str, turns: list[Turn], sampling: SamplingParams
     ) -> Iterator[Turn | None]:
         """Yield an answer so far, repeatedly; last the whole."""
         yield None
         with self.models.stream(
-            name, turns, tools=session.chat.tools, attempt=session.attempt, max_new_tokens=max_new_tokens,
-            sampling=sampling,
-        ) as stream:  # fmt: skip
+            name, turns, tools=session.chat.tools, attempt=session.attempt, sampling=sampling
+        ) as stream:
             text, reasoning, last_update, pieces = "", "", 0.0, iter(stream)
             for piece in pieces:
                 if isinstance(piece, ReasoningText):

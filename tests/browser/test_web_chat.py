@@ -233,7 +233,7 @@ def test_what_the_sliders_do_not_allow_is_refused():
         (1, 1, "9" * 30),
     ]:
         with pytest.raises(ConfigError):
-            _sampling_params(temperature, top_p, seed)
+            _sampling_params(20, temperature, top_p, seed)
     with pytest.raises(ConfigError, match="characters"):
         _check_lengths("a" * (MAX_CHARACTERS + 1), None)
 
