@@ -1,5 +1,6 @@
 """Which keys make a row one of which format: tables only, read by `row_reading`."""
 
+import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,14 @@ EXCHANGES = {
 }  # fmt: skip
 OWN_FORMAT = "conversations of from and value"
 COIG_FORMAT = "COIG (instruction, and conversations of question and answer)"
+# What chat templates write in front of an answer, in a text that is no chat.
+CHAT_MARKS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|\[/INST\]|<start_of_turn>|<\|assistant\|>|<｜Assistant｜>"
+    r"|### ?(?:Assistant|Response|Answer):|(?m:^(?:ASSISTANT|Assistant):)"
+)
+CHAT_AS_TEXT = (
+    'text with the marks of a chat, all of which is supervised, human turns and marks too: write chats as "messages"'
+)
 SYSTEM_KEYS = (
     "system", "system_prompt", "system_message", "meta_instruction", "systemInstruction", "system_instruction",
     "instructions", "preamble",

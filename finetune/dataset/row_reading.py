@@ -10,6 +10,8 @@ from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_checks import is_blank, text_fault
 from finetune.dataset.row_formats import (
     ANSWERS,
+    CHAT_AS_TEXT,
+    CHAT_MARKS,
     COIG_FORMAT,
     EXCHANGES,
     MAIN_TURN_LISTS,
@@ -146,7 +148,8 @@ class RowReading:
             self._add_fatal(f"{place}: {fault}")
 
     def _text(self, row: dict[str, Any], keys: set[str]) -> None:
-        self.format = "text, for continued pretraining"
+        is_chat = isinstance(row["text"], str) and CHAT_MARKS.search(row["text"])
+        self.format = CHAT_AS_TEXT if is_chat else "text, for continued pretraining"
         if self.turns or self.tools or keys & OTHER_TEXTS:
             others = "a system prompt, tools, reasoning or a history"
             self.faults.append(f'{self.place}: has {others} beside "text", all of which is supervised')

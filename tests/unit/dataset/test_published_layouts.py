@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from finetune.conversation import BadRow
+from finetune.dataset.conversation_reader import ConversationReader
+from finetune.dataset.data_sources import find_sources
 from tests.helpers.chat_rows import faults, read, spoken, written
 
 ASKED, ANSWERED = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -135,6 +137,17 @@ def test_a_plan_beside_a_call_is_reasoning(tmp_path):
 def test_rows_of_other_well_known_keys_are_read(row, tmp_path):
     said = spoken(only(row, tmp_path))
     assert said == ([("text", "t")] if "text" in row else PAIR)
+
+
+@pytest.mark.parametrize(
+    "text", ["### Human: q### Assistant: a", "<s>[INST] q [/INST] a </s>", "USER: q\nASSISTANT: a"]
+)
+def test_chats_that_are_written_as_text_are_said_to_be_supervised_whole(text, tmp_path):
+    reader = ConversationReader(find_sources(str(written(tmp_path / "a.json", [{"text": text}, {"text": "A page."}]))))
+    assert len([*reader]) == 2
+    assert [("1 row read as text" in note, "human turns" in note) for note in reader.counts.notes()] == [
+        (True, True), (True, False),
+    ]  # fmt: skip
 
 
 def test_a_context_stands_behind_its_question(tmp_path):
