@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from finetune.models.module_kinds import full_shape
+from finetune.models.segments import lengths_of_row
 
 
 def keep_packing() -> None:
@@ -59,3 +60,25 @@ def convert_by_whole_shapes() -> None:
     operations: tuple[Any, ...] = (Split, Transpose)
     for operation in operations:
         operation.convert = by_whole_shapes(operation.convert)
+
+
+@cache
+def make_masks_without_waiting() -> None:
+    """Let transformers make the mask of a flat row under flash attention without asking the GPU for its positions.
+
+    Flash attention is told the boundaries and takes no mask, but in each forward pass the host would wait for the
+    answer, and so for the backward pass before it.
+    """
+    from transformers import masking_utils
+
+    prepare: Any = masking_utils._preprocess_mask_arguments
+
+    @wraps(prepare)
+    def prepared(
+        config: Any, embeddings: Any, attention_mask: Any, past_key_values: Any, position_ids: Any, *others: Any
+    ) -> Any:
+        knows_boundaries = lengths_of_row() is not None and "flash" in config._attn_implementation
+        positions = None if knows_boundaries else position_ids
+        return prepare(config, embeddings, attention_mask, past_key_values, positions, *others)
+
+    masking_utils._preprocess_mask_arguments = prepared  # type: ignore[assignment]

@@ -20,6 +20,7 @@ from finetune.models.attention import (
     sliding_window_of,
     unsupported_config_reason,
 )
+from finetune.models.compat import make_masks_without_waiting
 from finetune.models.loader import torch_dtype
 from finetune.models.module_kinds import unwrap_adapter
 from finetune.models.zero3 import gather_as_a_whole, gather_per_module, is_partitioned
@@ -55,6 +56,7 @@ def enable_padding_free(
     """
     base = unwrap_adapter(model)
     was_training = model.training
+    make_masks_without_waiting()
     unfollow = segments.follow_rows(base)
     trial = Trial(model, base, vocab_size, device, autocast)
     ropes = segments.rows_decide_rope(base, longest)

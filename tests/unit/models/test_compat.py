@@ -1,13 +1,15 @@
 """What bitsandbytes and transformers do without the patches: a test that fails when one is no longer needed."""
 
 from inspect import unwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import masking_utils
 from transformers.core_model_loading import Split, Transpose
 
-from finetune.models import compat
+from finetune.models import compat, segments
 
 
 def packed(cls, **options):
@@ -60,3 +62,23 @@ def test_weights_are_converted_by_the_shapes_of_partitions(operation, targets, s
     assert by_partitions != shapes
     compat.convert_by_whole_shapes.__wrapped__()
     assert convert() == shapes
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "sdpa"])
+def test_the_mask_of_a_flat_row_is_made_without_looking_at_values_under_flash_attention(attention):
+    """Tensors without values stand for those of a GPU, for whose values the host would wait."""
+    config = SimpleNamespace(_attn_implementation=attention, is_causal=True)
+    row = torch.empty(1, 5, 8, device="meta"), None, None, torch.empty(1, 5, dtype=torch.int64, device="meta")
+
+    def mask():
+        return masking_utils.create_causal_mask(config, *row)
+
+    compat.make_masks_without_waiting()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        mask()  # not a flat row
+    with segments._row([3, 2]):
+        if attention == "sdpa":
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                mask()
+        else:
+            assert mask() is None
