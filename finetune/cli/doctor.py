@@ -12,7 +12,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from finetune.config import Arguments, DoctorArguments, parse, split_command
@@ -84,4 +84,4 @@ def as_json(report: DoctorReport) -> dict[str, Any]:
         name.replace(" ", "_"): {key: value for key, value in facts.items() if key != "lines"}
         for name, facts in report.facts.items()
     }
-    return {"status": report.status, "findings": [finding.facts() for finding in report.findings], **sections}
+    return {"status": report.status, "findings": [asdict(finding) for finding in report.findings], **sections}

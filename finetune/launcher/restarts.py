@@ -49,20 +49,17 @@ def failed_host(failure: Failure | None, resources: Resources) -> str | None:
 
 
 def resources_of_first_start(flags: LauncherArgs) -> Resources | None:
-    """Return the hosts of the first start, without spares; None for this machine alone."""
-    resources = resolve_resources(flags)
-    return without_spares(resources) if resources is not None and resources.spares else resources
-
-
-def without_spares(resources: Resources) -> Resources:
-    """Return the resources of the first start: the hosts that are used, and no spare.
+    """Return the hosts of the first start, without spares; None for this machine alone.
 
     Raises:
         ConfigError: there are spares, and a filter leaves out the first slots of a host.
     """
+    resources = resolve_resources(flags)
+    if resources is None or not resources.spares:
+        return resources
     if len(resources.spares) == len(resources.slots):
         raise ConfigError(f"{resources.path}: every host is a spare: take the word off those that train first")
-    if resources.spares and any(ids != list(range(len(ids))) for ids in resources.slots.values()):
+    if any(ids != list(range(len(ids))) for ids in resources.slots.values()):
         raise ConfigError(
             f"{resources.path} has spares: --include and --exclude may leave out last slots of a host only"
         )

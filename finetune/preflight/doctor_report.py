@@ -30,10 +30,6 @@ class Finding:
     status: int = 0  # exit status of a run with this error; 0: a warning
     host: str | None = None  # where it was found, if it concerns one host
 
-    def facts(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {"section": self.section, "status": self.status, "host": self.host, "text": self.text}
-
     def __str__(self) -> str:
         return f"{self.host}: {self.text}" if self.host else self.text
 

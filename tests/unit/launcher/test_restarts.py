@@ -18,7 +18,7 @@ def resources(tmp_path):
     path.write_text("a slots=2\nb slots=2\nsmall slots=1 spare\nc slots=4 spare  # larger\n")
     flags = parse_launcher_args([f"--hostfile={path}", "--num_gpus=1", "x.py"])
     assert list(resolve_resources(flags).slots) == ["a", "b", "small", "c"]  # to bare deepspeed they are hosts
-    return restarts.without_spares(resolve_resources(parse_launcher_args([f"--hostfile={path}", "x.py"])))
+    return restarts.resources_of_first_start(parse_launcher_args([f"--hostfile={path}", "x.py"]))
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,10 @@ def resources(tmp_path):
 )
 def test_spares_are_those_that_the_filters_leave(resources, filters, hosts, spares):
     def resolve(words):
-        return restarts.without_spares(
-            resolve_resources(parse_launcher_args([f"--hostfile={resources.path}", words, "x.py"]))
-        )
+        return restarts.resources_of_first_start(parse_launcher_args([f"--hostfile={resources.path}", words, "x.py"]))
 
     chosen = resolve(filters)
-    assert chosen.pool == hosts and list(chosen.spares) == spares
+    assert {host: len(ids) for host, ids in chosen.slots.items()} == hosts and list(chosen.spares) == spares
     with pytest.raises(ConfigError, match="may leave out last slots of a host only"):
         resolve("--exclude=a:0")
     with pytest.raises(ConfigError, match="every host is a spare: take the word off those that train first"):
