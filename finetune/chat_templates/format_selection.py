@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.ext import Extension
@@ -68,9 +68,15 @@ def select_chat_format(
         tokenizer.chat_template = NAMED[chat_template]
     elif chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
+    own: Any = tokenizer.chat_template  # Hermes 3 and Command R have several by name
+    if isinstance(own, dict) and "default" not in own:
+        raise ConfigError(
+            f"the tokenizer has no default chat template, only {', '.join(own)}: give one as a --chat_template file"
+        )
     # The result is saved with this tokenizer, so that serving renders as training did.
     name = chat_template or "the tokenizer's own chat template"
-    chat_format = JinjaFormat(tokenizer, tokenizer.get_chat_template(), name, settings, day)
+    tool_template = own.get("tool_use") if isinstance(own, dict) else None
+    chat_format = JinjaFormat(tokenizer, tokenizer.get_chat_template(), name, settings, day, tool_template)
     if chat_format.day is not None:
         notes.append(
             f"the chat template writes today's date into every conversation: {chat_format.day} (UTC), which a resumed "

@@ -35,6 +35,7 @@ class JinjaFormat:
 
     Args:
         day: the date that the template writes; default: today in UTC.
+        tool_template: the template of conversations with tools; default: `template`.
     """
 
     def __init__(
@@ -44,23 +45,27 @@ class JinjaFormat:
         name: str,
         settings: ChatSettings = DEFAULT_SETTINGS,
         day: date | None = None,
+        tool_template: str | None = None,
     ) -> None:
-        self.day = (day or datetime.now(UTC).date()) if "strftime_now" in template else None
-        self.template = with_date(template, self.day) if self.day else template
+        given = [template] if tool_template is None else [template, tool_template]
+        self.day = (day or datetime.now(UTC).date()) if any("strftime_now" in text for text in given) else None
+        self.templates = [with_date(text, self.day) if self.day else text for text in given]
         self.tokenizer, self.name = tokenizer, name
         self.template_kwargs, self.history = dict(settings.template_kwargs), settings.history
         self.masks_reasoning = settings.reasoning == "context"
         self.plain = PlainTextTokenizer(tokenizer, settings.content_tokens)
         self.positions = TokenPositions(self.plain)
-        self.chat_template = ChatTemplate(
-            self.plain, self.template, self.template_kwargs, as_is=self.history == "as_is"
+        self._of_chats, *with_tools = (
+            ChatTemplate(self.plain, text, self.template_kwargs, as_is=self.history == "as_is")
+            for text in self.templates
         )
+        self._of_tools = with_tools[0] if with_tools else self._of_chats
         self._verified: set[Any] = set()
 
     def identity(self) -> dict[str, Any]:
         """The template, its variables, and how histories and reasoning are treated."""
         return {
-            "template": self.template,
+            "template": self.templates[0] if len(self.templates) == 1 else self.templates,
             "day": self.day and self.day.isoformat(),
             "template_kwargs": self.template_kwargs,
             "history": self.history,
@@ -76,7 +81,7 @@ class JinjaFormat:
         while rest:
             part = conversation if last == len(turns) - 1 else replace(conversation, turns=turns[: last + 1])
             try:
-                skeleton = self.chat_template.skeleton_of_shape(normalized(part))
+                skeleton = self._template_of(part).skeleton_of_shape(normalized(part))
             except UnrenderableError:
                 return [conversation]  # tokenizing it says why
             shift = int(skeleton.system_in_front)
@@ -93,9 +98,7 @@ class JinjaFormat:
 
     def tokenize_all(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation | UnrenderableError]:
         """Tokenize each conversation; model turns and their end tokens are supervised."""
-        results: list[TokenizedConversation | UnrenderableError | RenderedText] = [
-            *self.chat_template.render_all(conversations)
-        ]
+        results: list[TokenizedConversation | UnrenderableError | RenderedText] = [*self._render_all(conversations)]
         whole = {
             index: rendered
             for index, rendered in enumerate(results)
@@ -121,13 +124,28 @@ class JinjaFormat:
             for result in results
         ]
 
+    def _template_of(self, conversation: Conversation) -> ChatTemplate:
+        """The template that `apply_chat_template` takes for the conversation."""
+        return self._of_tools if conversation.tools else self._of_chats
+
+    def _render_all(self, conversations: Sequence[Conversation]) -> list[RenderedText | UnrenderableError]:
+        if self._of_tools is self._of_chats:
+            return self._of_chats.render_all(conversations)
+        rendered: dict[int, RenderedText | UnrenderableError] = {}
+        for template in (self._of_chats, self._of_tools):
+            numbers = [number for number, row in enumerate(conversations) if self._template_of(row) is template]
+            rows = [conversations[number] for number in numbers]
+            rendered |= zip(numbers, template.render_all(rows), strict=True)
+        return [rendered[number] for number in range(len(conversations))]
+
     # ---- tokens
 
     def _is_verified(self, rendered: RenderedText, ids: list[int]) -> bool:
         """Whether the ids are those of the tokenizer's own method; compared once per shape."""
         shape = shape_of(rendered.conversation)
         if shape not in self._verified and not rendered.skeleton.is_completion:
-            if list(self.chat_template.apply(rendered.conversation, return_dict=False)) != ids:
+            template = self._template_of(rendered.conversation)
+            if list(template.apply(rendered.conversation, return_dict=False)) != ids:
                 return False
             self._verified.add(shape)
         return True

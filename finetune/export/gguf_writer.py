@@ -234,8 +234,11 @@ class Vocabulary:
         if self.model == "llama":
             ids = self.tokenizer("a", add_special_tokens=False)["input_ids"]
             writer.add_add_space_prefix(self.tokenizer.convert_ids_to_tokens(ids)[0].startswith(SPACE))
-        if self.tokenizer.chat_template:
-            writer.add_chat_template(self.tokenizer.chat_template)
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        if template:
+            writer.add_chat_template(template)
 
 
 def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:

@@ -80,8 +80,8 @@ def check(name, tokenizer, chat_format, conversation):
         for start, stop in runs(example):
             number, run = numbers[start], labels[start:stop]
             assert run == ids[start:stop]
-            before = served(tokenizer, name, chat_format.template, conversation, number, add_generation_prompt=True)
-            whole = served(tokenizer, name, chat_format.template, conversation, number + 1)
+            before = served(tokenizer, name, chat_format.templates[0], conversation, number, add_generation_prompt=True)
+            whole = served(tokenizer, name, chat_format.templates[0], conversation, number + 1)
             assert ids[:start] == before
             check_answer(name, tokenizer, conversation.turns[number], before, run, whole)
             supervised.append(number)

@@ -8,7 +8,9 @@ import pytest
 from tokenizers import AddedToken
 
 from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, Renderer
+from finetune.chat_templates.format_selection import CHATML, HERMES, select_chat_format
 from finetune.conversation import ChatSettings, Conversation, ToolCall, Turn
+from finetune.utils.errors import ConfigError
 
 ROLES = {"human": "user", "model": "assistant", "system": "system"}
 TALK = (
@@ -175,6 +177,23 @@ def test_reasoning_in_front_of_calls_is_the_plan_of_templates_that_have_one(smol
     answers = [answer for _, answer in prompts_and_answers(renderer, conversation)]
 
     assert answers == ['<plan>p</plan>{"name": "f", "arguments": {"x": 1}}<|end|>', "a<|end|>"]
+
+
+def test_conversations_with_tools_take_the_template_for_tools(smol_tokenizer):
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": HERMES}
+    chat_format, _ = select_chat_format(tokenizer)
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+    for tools in ((), (tool,)):
+        found = prompts_and_answers(Renderer(chat_format, 10_000), Conversation(PLAIN, 0, "a.json", None, (), tools))
+        for (ids, _), count in zip(found, (2, 4), strict=True):
+            messages = [{"role": ROLES[turn.role], "content": turn.text} for turn in PLAIN[:count]]
+            options = {"tools": [*tools] or None, "add_generation_prompt": True, "return_dict": False}
+            assert ids == tokenizer.apply_chat_template(messages, **options)
+
+    tokenizer.chat_template = {"tool_use": HERMES}
+    with pytest.raises(ConfigError, match="no default chat template, only tool_use"):
+        select_chat_format(tokenizer)
 
 
 @pytest.mark.parametrize("text", ["a", "Steps:\na"])
