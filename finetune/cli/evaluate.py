@@ -150,25 +150,19 @@ def _measure(result: RunResult, options: EvaluateOptions, data: dict[str, Any]) 
     enable_gc()
     keep_freed_blocks()
     loaded = load_for_inference(result, base_name=options.base_model)
+    loaded.with_base = not options.no_base
     documents: dict[str, Any] = {}
     if prepared is not None:
         documents[HELD_OUT_FILE] = held_out.evaluate_held_out(
-            loaded,
-            prepared,
-            with_base=not options.no_base,
-            tokens_per_batch=options.tokens_per_batch,
-            worst=options.worst,
+            loaded, prepared, tokens_per_batch=options.tokens_per_batch, worst=options.worst
         )
         conversations = tool_calls.rows_with_tools(prepared.sources, data.get("repairs", ()), options.tool_rows)
         if conversations:
-            documents[HELD_OUT_FILE]["tool_calls"] = tool_calls.evaluate_tool_calls(
-                loaded, conversations, with_base=not options.no_base
-            )
+            documents[HELD_OUT_FILE]["tool_calls"] = tool_calls.evaluate_tool_calls(loaded, conversations)
     if jobs:
         documents[BENCHMARKS_FILE] = benchmarks.evaluate_benchmarks(
             loaded,
             jobs,
-            with_base=not options.no_base,
             limit=options.limit,
             batch_size=options.batch_size,
             apply_chat_template=options.apply_chat_template,

@@ -139,7 +139,6 @@ def evaluate_benchmarks(
     loaded: LoadedModel,
     jobs: Sequence[BenchmarkJob],
     *,
-    with_base: bool,
     limit: int | None,
     batch_size: str,
     apply_chat_template: bool,
@@ -179,7 +178,7 @@ def evaluate_benchmarks(
                 raise ConfigError(f"--tasks {job.name}: lm-eval does not accept these settings: {reason}") from error
         return results
 
-    results = measure_each(loaded, run, with_base=with_base)
+    results = measure_each(loaded, run)
     scores = [
         score
         for index, job in enumerate(jobs)

@@ -85,10 +85,10 @@ class RowLosses:
 
 
 def evaluate_held_out(
-    loaded: LoadedModel, prepared: PreparedData, *, with_base: bool, tokens_per_batch: int, worst: int
+    loaded: LoadedModel, prepared: PreparedData, *, tokens_per_batch: int, worst: int
 ) -> dict[str, Any]:
     """Measure the rows and return the content of `evaluation.json`, with the text of the `worst`, on every rank."""
-    rows = measure_rows(loaded, prepared, with_base=with_base, tokens_per_batch=tokens_per_batch)
+    rows = measure_rows(loaded, prepared, tokens_per_batch)
     groups = summarize(rows)
     segments_of = segmenter(loaded.chat_format)
 
@@ -120,9 +120,7 @@ def evaluate_held_out(
     }
 
 
-def measure_rows(
-    loaded: LoadedModel, prepared: PreparedData, *, with_base: bool, tokens_per_batch: int
-) -> list[RowLosses]:
+def measure_rows(loaded: LoadedModel, prepared: PreparedData, tokens_per_batch: int) -> list[RowLosses]:
     """Measure the models on all rows; ranks divide the work and all of them return all rows."""
     examples = prepared.examples
     lengths = int_column(examples, "length").tolist()
@@ -138,7 +136,7 @@ def measure_rows(
                 losses = measure_token_losses(model, plain, groups, is_flat=reason is None, done=progress.update)
         return [loss for losses_of_rank in all_gather_object(losses) for loss in losses_of_rank]
 
-    return collect_rows(examples, measure_each(loaded, measure, with_base=with_base))
+    return collect_rows(examples, measure_each(loaded, measure))
 
 
 def collect_rows(examples: Any, losses: dict[str, list[AnswerLoss]]) -> list[RowLosses]:

@@ -83,13 +83,11 @@ class MeasuredModel:
         return losses.double().cpu().numpy()
 
 
-def measure_each(
-    loaded: LoadedModel, measure: Callable[[MeasuredModel], Measured], *, with_base: bool = True
-) -> dict[str, Measured]:
+def measure_each(loaded: LoadedModel, measure: Callable[[MeasuredModel], Measured]) -> dict[str, Measured]:
     """Measure the base (unless it is left out), then the tuned model; by their names."""
     known = loaded.chat_format, pad_token_id(loaded.tokenizer), loaded.stop_token_ids
     measured = {}
-    if with_base:
+    if loaded.with_base:
         with loaded.base() as base:
             measured[BASE] = measure(MeasuredModel(BASE, base, *known))
     tuned = MeasuredModel(TUNED, loaded.tuned, *known, has_virtual_tokens=loaded.result.has_virtual_tokens)

@@ -50,7 +50,7 @@ def rows_with_tools(sources: Sequence[Source], repairs: Collection[str], limit: 
     return rows if any(turn.tool_calls for row in rows for turn in row.turns) else []
 
 
-def evaluate_tool_calls(loaded: LoadedModel, rows: Sequence[Conversation], *, with_base: bool) -> dict[str, Any]:
+def evaluate_tool_calls(loaded: LoadedModel, rows: Sequence[Conversation]) -> dict[str, Any]:
     """Let the models write the model turns of these rows, greedily; return JSON values, on every rank."""
     turns, left_out = _turns_of(loaded, rows)
     new_tokens = NEW_TOKENS + max((turn.length for turn in turns), default=0)
@@ -66,7 +66,7 @@ def evaluate_tool_calls(loaded: LoadedModel, rows: Sequence[Conversation], *, wi
             for turn, ids in zip(turns, generated, strict=True)
         ]
 
-    answers = measure_each(loaded, write, with_base=with_base)
+    answers = measure_each(loaded, write)
     return {
         "rows": len(rows),
         "with_call": sum(bool(turn.expected.tool_calls) for turn in turns),

@@ -50,6 +50,7 @@ class LoadedModel:
     chat_format: ChatFormat  # the format of the training
     base_name: str | None = None  # path of the base model if it was moved
     _base: Any = None
+    with_base: bool = True  # what is measured is measured of the base, too
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -124,7 +124,7 @@ def put_aside(verb: str, calls: Calls, monkeypatch: Any) -> None:
             "finetune.evaluation.tool_calls.rows_with_tools": [],
             f"{at}.eval_results.versioned": {}, f"{at}.eval_results.write_results": None,
             f"{at}.print_sections": None, f"{at}.init_process_group": None,
-            "finetune.inference.load_result.load_for_inference": None,
+            "finetune.inference.load_result.load_for_inference": SimpleNamespace(),
             "finetune.evaluation.held_out.evaluate_held_out": {},
             "finetune.evaluation.benchmarks.find_jobs": ["job"], f"{at}._fail_if_below": None,
             "finetune.evaluation.benchmarks.evaluate_benchmarks": {}, f"{at}.destroy_process_group": None,
