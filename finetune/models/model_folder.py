@@ -20,6 +20,7 @@ NEVER_ZERO = re.compile(
 )
 TOKENIZER = re.compile(r"^(tokeniz|vocab|merges)|\.(model|tiktoken|bpe|gguf)$|spm|bpe")
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
+LARGEST_POINTER = 1024  # bytes
 BLOCK_BYTES, BLOCKS_READ = 1 << 18, 64  # of a file that a fingerprint is made of
 
 
@@ -64,7 +65,7 @@ def check_folder(name: str) -> None:
 
     Raises:
         ConfigError: A file, an adapter, a checkpoint without model files, a folder without config or weights, or one
-            whose JSON files are damaged.
+            whose JSON files are damaged or whose weights are pointers of Git LFS.
     """
     folder, flag = Path(name).expanduser(), f"--model_name_or_path {name}"
     if folder.is_file():
@@ -76,7 +77,8 @@ def check_folder(name: str) -> None:
             raise ConfigError(f"{flag}: there is no such folder{near_paths(folder)}")
         return
     check_json_files(folder)
-    if (folder / "config.json").is_file() and weight_map(folder, error=ConfigError):
+    if (folder / "config.json").is_file() and (weights := weight_map(folder, error=ConfigError)):
+        _check_fetched(folder / file for file in weights)
         return
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
@@ -132,14 +134,31 @@ def check_json_files(folder: Path) -> None:
     """Check that the JSON files of a model or tokenizer are objects, with values that a model may have.
 
     Raises:
-        ConfigError: Naming the file.
+        ConfigError: Naming the file; also a file of the tokenizer that is a pointer of Git LFS.
     """
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    _check_fetched(path for path in files if path.name in JSON_FILES or TOKENIZER.search(path.name))
     for path in filter(Path.is_file, (folder / file for file in JSON_FILES)):
         values = read_json_object(path)
         nested = values.get("text_config")
         for key, value in [*values.items(), *(nested.items() if isinstance(nested, dict) else ())]:
             if not _is_possible(key, value):
                 raise ConfigError(f"{path}: {key} {value!r:.99}: no model has this: copy the file again")
+
+
+def _check_fetched(paths: Iterable[Path]) -> None:
+    pointers = [path for path in paths if path.is_file() and is_lfs_pointer(path)]
+    if pointers:
+        names = format_names([path.name for path in pointers])
+        raise ConfigError(f"{pointers[0].parent}: holds pointers of Git LFS, not {names}: run git lfs pull there")
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what git checks out without Git LFS: a few lines that name the real one."""
+    if path.stat().st_size > LARGEST_POINTER:
+        return False
+    with path.open("rb") as file:
+        return file.read(64).startswith(b"version https://git-lfs")
 
 
 def _is_possible(key: str, value: Any) -> bool:

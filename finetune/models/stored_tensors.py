@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.models.model_folder import weight_map
+from finetune.models.model_folder import is_lfs_pointer, weight_map
 from finetune.utils.errors import CheckpointError, FinetuneError, first_line, format_names, os_reason
 
 
@@ -95,8 +95,7 @@ class StoredTensors(Mapping[str, Any]):
         from safetensors import safe_open
 
         try:
-            with path.open("rb") as file:
-                is_pointer = file.read(64).startswith(b"version https://git-lfs")
+            path.open("rb").close()
         except OSError as error:  # safetensors says of a file of another user that there is none
             raise self._error(f"{path}: cannot be read: {os_reason(error, path)}") from None
         try:
@@ -105,5 +104,6 @@ class StoredTensors(Mapping[str, Any]):
             loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
             return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
         except Exception as error:  # a damaged pickle or zip file fails in any way
+            is_pointer = is_lfs_pointer(path)
             remedy = "a pointer of Git LFS: run git lfs pull" if is_pointer else "it may be truncated: copy it again"
             raise self._error(f"{path}: cannot be read: {first_line(error)}: {remedy}") from None

@@ -13,7 +13,8 @@ from finetune.models.model_config import (
     router_loss_weight,
     set_vocab_size,
 )
-from finetune.models.model_folder import check_json_files
+from finetune.models.model_folder import check_folder, check_json_files
+from finetune.utils.errors import ConfigError
 from tests.helpers import tiny_models
 
 
@@ -37,6 +38,21 @@ def test_experts_are_counted_whatever_the_fields_are_called(family, fields, expe
 def test_the_values_that_configs_have_by_default_are_possible(family, tmp_path):
     CONFIG_MAPPING[family]().save_pretrained(tmp_path)
     check_json_files(tmp_path)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+
+def test_a_folder_cloned_without_git_lfs_is_refused_before_torch_and_previewed_if_only_weights_lack(tmp_path):
+    CONFIG_MAPPING["llama"]().save_pretrained(tmp_path)
+    for name in ("model.safetensors", "unrelated.onnx"):
+        (tmp_path / name).write_text(POINTER)
+    check_json_files(tmp_path)
+    with pytest.raises(ConfigError, match="Git LFS, not model.safetensors: run git lfs pull"):
+        check_folder(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(ConfigError, match="Git LFS, not tokenizer.json: run git lfs pull"):
+        check_json_files(tmp_path)
 
 
 def test_the_weight_of_the_router_loss_has_several_names():
