@@ -95,9 +95,9 @@ class StepMeter:
         return rates | ({"mfu": round(self.flops / seconds / peak_flops, 4)} if peak_flops else {})
 
 
-def peak_memory() -> dict[str, int]:
+def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the peak memory of this rank: allocated and reserved on its GPU, or on a CPU its largest resident set."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved()
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_reserved_bytes": reserved}
     return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

@@ -245,7 +245,7 @@ class SupervisedTrainer(CheckpointTrainer, TrainerCallback):
         return self._grad_norm
 
     def _rates(self) -> dict[str, float]:
-        memory = peak_memory()
+        memory = peak_memory(self.args.device)
         peak = torch.tensor([*memory.values()], device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from finetune.config.hardware import PEAK_TFLOPS, peak_flops
 from finetune.models.module_kinds import module_kinds
 from finetune.training import metrics
-from finetune.training.metrics import StepMeter, model_flops
+from finetune.training.metrics import StepMeter, model_flops, peak_memory
 from tests.helpers.lora import attach_lora
 from tests.helpers.tiers import mostly_slow
 
@@ -108,3 +108,13 @@ def test_peak_rates_go_by_the_name_of_the_device(name, precision, tf32, expected
 def test_a_name_is_not_hidden_by_a_shorter_one():
     names = list(PEAK_TFLOPS)
     assert not [(long, short) for number, short in enumerate(names) for long in names[number + 1 :] if short in long]
+
+
+def test_the_memory_of_a_cpu_run_is_its_own_beside_a_gpu_that_something_has_woken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 1)
+
+    assert peak_memory(torch.device("cpu"))["peak_memory_bytes"] > 2**20
+    assert peak_memory(torch.device("cuda", 0)) == {"peak_memory_bytes": 0, "peak_reserved_bytes": 1}
