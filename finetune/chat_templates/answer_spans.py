@@ -151,9 +151,8 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
         answer = None if isinstance(found, str) else found.in_rendering(rendered, spans)
         if answer is not None:
             answer = replace(answer, served_opening=_served_opening(number, text))
-        elif as_is and not _loses(turn, number, spans) and (here := [at for at in spans if at.slot.turn == number]):
-            if match := text.control.match(rendered, _skip_blank(rendered, here[-1].stop)):  # as it is written here
-                answer = _answer(here[0].start, match.end(), rendered, spans, (match[0],))
+        elif as_is and not _loses(turn, number, spans):
+            answer = _as_written(turn, number, all_found[number], rendered, spans, text)
         if answer is not None:
             answers[number] = answer
         else:
@@ -161,6 +160,28 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
     rules = [REASONING_RULE.format(turn=number) for number, turn in enumerate(turns) if _loses(turn, number, spans)]
     pieces, slots = pieces_between(rendered, spans), tuple(span.slot for span in spans)
     return TemplateSkeleton(tuple(pieces), slots, answers, refused, rules=tuple(rules))
+
+
+def _as_written(
+    turn: Turn,
+    number: int,
+    found: _Found | TemplateSkeleton | str,
+    rendered: str,
+    spans: Sequence[SlotSpan],
+    text: TemplateText,
+) -> Answer | None:
+    """The answer from its first text to its end as a conversation has it, whatever serving would send."""
+    here = [span for span in spans if span.slot.turn == number]
+    if not here:
+        return None
+    stop = min((span.start for span in spans if span.start >= here[-1].stop), default=len(rendered))
+    ends = found.end.tokens if isinstance(found, _Found) else ()
+    if isinstance(found, TemplateSkeleton):
+        ends = found.answers[number].end_tokens
+    match = next((end for end in text.control.finditer(rendered, here[-1].stop, stop) if end[0] in ends), None)
+    if match is None and not turn.tool_calls:
+        match = text.control.match(rendered, _skip_blank(rendered, here[-1].stop))
+    return _answer(here[0].start, match.end(), rendered, spans, (match[0],)) if match else None
 
 
 def _served_opening(number: int, text: TemplateText) -> str:

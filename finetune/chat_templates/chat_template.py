@@ -215,7 +215,9 @@ class ChatTemplate:
         """Whether nothing ends an answer but the token that opens the next turn."""
         pair = Conversation((Turn("human", "a"), Turn("model", "b")))
         with suppress(UnrenderableError):
-            return any(answer.is_appended for answer in self.skeleton_of_shape(pair).answers.values())
+            marked = with_marks(pair, real_tools=False)
+            skeleton = build_skeleton(marked, self._template_text(marked, self._marked), as_is=False)
+            return any(answer.is_appended for answer in skeleton.answers.values())
         return False
 
     def _texts(self, rows: Sequence[tuple[Conversation, TemplateSkeleton]]) -> Sequence[str | UnrenderableError]:

@@ -187,7 +187,7 @@ class JinjaFormat:
                     text = text[: len(text) - sum(map(len, answer.end_tokens))]
                 tokenized.labels[start:stop] = tokenized.input_ids[start:stop]
                 supervised = without_reasoning(turn) if self.masks_reasoning else turn
-                content = None if text == turn.text else supervised
+                content = None if text == turn.text and not turn.tool_calls else supervised
                 openings = rendered.skeleton.openings(extent.turn, masks_reasoning=self.masks_reasoning)
                 tokenized.supervised_spans.append(SupervisedSpan(number, start, stop, text, num_end, content, openings))
             tokenized.turn_spans.append(TurnSpan(number, turn.role, start, stop, rendered.note(extent.turn)))

@@ -227,6 +227,39 @@ def test_as_is_supervises_all_answers_where_the_template_writes_them(smol_tokeni
     assert [text for _, text in prompts_and_answers(renderer, conversation)] == ["a<|im_end|>", "a2<|im_end|>"]
 
 
+# Nothing ends an answer but the token of the next role, and every prompt opens reasoning.
+OPENS_ROLES = r"""
+{{- tools | tojson if tools }}
+{%- for message in messages %}
+{{- '<|' + message.role + '|>' + ('<think>' + message.reasoning_content + '</think>' if message.reasoning_content else '') + message.content }}
+{%- for call in message.tool_calls or [] %}{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
+{%- endfor %}
+{{- '<|assistant|><think>' if add_generation_prompt }}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "reasoning", "answers"),
+    [
+        (OPENS, "<|im_start|> <|im_end|>", "", ["t\n%s<|im_end|>", "done<|im_end|>"]),
+        (
+            OPENS_ROLES,
+            "<|user|> <|assistant|> <|tool|> <|eos|>",
+            "r",
+            ["r</think>t%s<|tool|>", "r</think>done<|user|>"],
+        ),
+    ],
+)
+def test_as_is_supervises_calls_and_their_end(smol_tokenizer, template, special, reasoning, answers):
+    renderer = renderer_of(smol_tokenizer, template, special, {}, history="as_is")
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+    call = Turn("model", "t", reasoning=reasoning, tool_calls=(ToolCall("f", {"x": 1}),))
+    turns = (TALK[1], call, Turn("tool", "result"), Turn("model", "done", reasoning=reasoning))
+    found = prompts_and_answers(renderer, Conversation(turns, 0, "a.json", None, (), (tool,)))
+
+    written = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+    assert [text for _, text in found] == [answers[0] % written, answers[1]]
+
+
 def test_an_answer_does_not_begin_at_the_header_of_an_earlier_one(smol_tokenizer):
     renderer = renderer_of(smol_tokenizer, OPENS, "<|im_start|> <|im_end|>", {})
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
