@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.diagnostics import FAILURE_FILE
 from finetune.distributed.stop_requests import STOP_FILE
-from finetune.run_dir.run_json import METRICS_FILE, MODEL_CONFIGS, RUN_FILE
+from finetune.run_dir.run_json import COMPLETE_FILE, METRICS_FILE, MODEL_CONFIGS, RUN_FILE
 from finetune.utils.errors import ConfigError, StorageError, format_names, storage_errors
 
 LOCK_FILE = ".in_use"
@@ -36,8 +36,10 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> bool:
         return False
     if overwrite:
         return True
+    is_resumable = not (folder / COMPLETE_FILE).exists() and any(folder.glob("checkpoint-*/manifest.json"))
+    resuming = "resume it with --resume_from_checkpoint auto, " if is_resumable else ""
     raise ConfigError(
-        f"--output_dir {folder}: already holds a run, nothing was changed: choose another folder, or give "
+        f"--output_dir {folder}: already holds a run, nothing was changed: {resuming}choose another folder, or give "
         "--overwrite_output_dir True to move it aside"
     )
 

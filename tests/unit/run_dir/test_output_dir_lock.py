@@ -50,7 +50,14 @@ def test_an_adapter_whose_config_is_broken_is_not_taken_for_a_full_model(content
 def test_a_run_that_ended_while_another_waited_for_its_lock_is_kept(tmp_path):
     """Both were started into an empty folder."""
     (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(ConfigError, match="already holds a run, nothing was changed"):
+    with pytest.raises(ConfigError, match="already holds a run, nothing was changed: choose another folder"):
+        output_dir_lock.prepare_output_dir(tmp_path, overwrite=False, resume=False)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/manifest.json").touch()
+    with pytest.raises(ConfigError, match="nothing was changed: resume it with --resume_from_checkpoint auto, choose"):
+        output_dir_lock.prepare_output_dir(tmp_path, overwrite=False, resume=False)
+    (tmp_path / "RUN_COMPLETE").touch()
+    with pytest.raises(ConfigError, match="nothing was changed: choose another folder"):
         output_dir_lock.prepare_output_dir(tmp_path, overwrite=False, resume=False)
     assert output_dir_lock.prepare_output_dir(tmp_path, overwrite=False, resume=True) is None
     assert "was moved to" in output_dir_lock.prepare_output_dir(tmp_path, overwrite=True, resume=False)
