@@ -1,5 +1,7 @@
 """Optimizers beside AdamW: what a resumed run does, and how large their states are."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from finetune.inference.run_result import read_result
 from finetune.training.flag_checks import optimizer_state_bytes
 from tests.helpers import ranks, runs
 from tests.helpers.short_runs import SHORT, losses
+from tests.helpers.tiny_models import build
 
 SAVING = ("--save_strategy", "steps", "--save_steps", "3")
 
@@ -24,15 +27,29 @@ def train_without_compiling(argv: list[str]) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Path, conversation_file: Path):
-    def start(name: str, *flags: str, world_size: int = 2) -> Path:
+    def start(name: str, *flags: str, world_size: int = 2, model: Path = tiny_model) -> Path:
         output = tmp_path / name
-        named = ["--model_name_or_path", tiny_model, "--data_path", conversation_file, "--output_dir", output]
+        named = ["--model_name_or_path", model, "--data_path", conversation_file, "--output_dir", output]
         argv = [str(word) for word in (*named, *SHORT, *SAVING, *flags)]
         outcome = ranks.run(tmp_path / f"{name}-logs", train_without_compiling, (argv,), world_size)
         assert outcome.succeeded, "\n".join(outcome.outputs)
         return output
 
     return start
+
+
+@pytest.mark.slow  # DeepSpeed compiles FusedAdam first
+def test_muon_resumes_with_the_weights_of_all_experts_in_one(run, tmp_path, tiny_model):
+    folder = tmp_path / "mixtral"
+    shutil.copytree(tiny_model, folder)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    build("mixtral", vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(folder)
+    flags = ("--deepspeed", "zero2_muon", "--save_total_limit", "9")
+    whole = run("whole", *flags, world_size=1, model=folder)
+    resume = ("--resume_from_checkpoint", str(whole / "checkpoint-3"))
+    resumed = run("resumed", *flags, *resume, world_size=1, model=folder)
+    assert losses(resumed) == losses(whole)[3:]
+    assert runs.result_of(resumed)[0] == runs.result_of(whole)[0]
 
 
 @pytest.mark.slow  # DeepSpeed compiles FusedAdam first
