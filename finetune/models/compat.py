@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from finetune.models.module_kinds import full_shape
-from finetune.models.segments import lengths_of_row
 
 
 def keep_packing() -> None:
@@ -71,7 +70,11 @@ def make_masks_without_waiting() -> None:
     """
     from transformers import masking_utils
 
-    prepare: Any = masking_utils._preprocess_mask_arguments
+    from finetune.models.segments import lengths_of_row
+
+    prepare: Any = getattr(masking_utils, "_preprocess_mask_arguments", None)
+    if prepare is None:  # a later transformers: slower, not wrong
+        return
 
     @wraps(prepare)
     def prepared(
