@@ -99,9 +99,10 @@ class PlainTextTokenizer:
 
     def spells_control_token(self, text: str) -> bool:
         """Whether the text contains the spelling of a control token."""
-        if not any(letter in text for letter in self._first_letters):
-            return False
-        return any(token in text for token in self.control_texts)
+        for letter in self._first_letters:
+            if letter in text:
+                return any(token in text for token in self.control_texts)
+        return False
 
     def encode(self, text: str) -> list[int]:
         """Encode `text`; decoding gives the text back, control spellings included."""
