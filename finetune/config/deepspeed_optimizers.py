@@ -50,6 +50,18 @@ def optimizer_options(kind: Any, params: Mapping[str, Any], *, offloads: bool, u
     return options | ({"adam_w_mode", "torch_adam", "fp32_optimizer_states"} if is_adam else set())
 
 
+def offload_devices(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return where a config offloads optimizer states and parameters to, by key: none, cpu or nvme."""
+    zero = config.get("zero_optimization", {})
+    return {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+
+
+def takes_cpu_adam(config: Mapping[str, Any]) -> bool:
+    """Return whether accelerate takes DeepSpeed's CPU Adam where there is no `optimizer` section."""
+    offloads = offload_devices(config)["offload_optimizer"] != "none"
+    return offloads and config.get("zero_force_ds_cpu_optimizer") is not False
+
+
 def _deepspeed_class(name: str, params: Mapping[str, Any], offloads: bool) -> str:
     """Return the entry of `DEEPSPEED_CLASSES` for an optimizer; empty if torch's class is taken."""
     return "" if name in ADAM and params.get("torch_adam") else DEEPSPEED_CLASSES.get(name, ("", ""))[offloads]
@@ -59,21 +71,16 @@ def operators_of(config: Mapping[str, Any] | None, *, use_cpu: bool) -> list[str
     """Return DeepSpeed's names of the operators that a run with this config compiles; none without DeepSpeed."""
     if config is None:
         return []
-    zero = config.get("zero_optimization", {})
-    optimizer_device, parameter_device = (
-        (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")
+    zero, devices = config.get("zero_optimization", {}), offload_devices(config)
+    optimizer = config.get("optimizer") or {"type": "AdamW" if takes_cpu_adam(config) else ""}
+    path = _deepspeed_class(
+        optimizer["type"].lower(), optimizer.get("params") or {}, devices["offload_optimizer"] != "none"
     )
-    offloads = optimizer_device != "none"
-    takes_cpu_adam = (
-        offloads and config.get("zero_force_ds_cpu_optimizer") is not False
-    )  # without a section: accelerate
-    optimizer = config.get("optimizer") or {"type": "AdamW" if takes_cpu_adam else ""}
-    path = _deepspeed_class(optimizer["type"].lower(), optimizer.get("params") or {}, offloads)
     names = ["deepspeed_shm_comm"] if use_cpu else []
     names += [path.partition("/")[2].partition(".")[0]] if path else []
     if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
         names.append("quantizer")
-    return names + (["async_io"] if "nvme" in (optimizer_device, parameter_device) else [])
+    return names + (["async_io"] if "nvme" in devices.values() else [])
 
 
 def _torch_optimizer(kind: str) -> str:

@@ -12,8 +12,8 @@ from transformers import get_scheduler
 
 from finetune.config import deepspeed_schema
 from finetune.config.deepspeed_config import DeepSpeedFlags, load_config, resolve_deepspeed_config
-from finetune.config.deepspeed_flags import SCHEDULES
 from finetune.config.deepspeed_optimizers import DEEPSPEED_CLASSES, operators_of, optimizer_options
+from finetune.config.deepspeed_resolver import SCHEDULES
 from finetune.config.deepspeed_schema import UNSERVED, schema_faults, without_comments
 from finetune.utils.errors import ConfigError
 from finetune.utils.options import source_folder
