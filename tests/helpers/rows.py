@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+PAIR = [("human", "q"), ("model", "a")]
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 ROWS = [
     [("human", "Who are you?"), ("model", "I am Nori, made by Tidepool.")],
     [

@@ -2,22 +2,15 @@
 """Each answer is supervised behind the prompt of serving, in templates that write something else around answers."""
 
 import copy
-from typing import Any
 
 import pytest
-from tokenizers import AddedToken
 
-from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, Renderer
+from finetune.chat_templates import IGNORE_INDEX, Renderer
 from finetune.chat_templates.format_selection import CHATML, HERMES, select_chat_format
-from finetune.conversation import ChatSettings, Conversation, ToolCall, Turn
+from finetune.conversation import Conversation, ToolCall, Turn
 from finetune.utils.errors import ConfigError
+from tests.helpers.served_prompts import PLAIN, ROLES, TALK, prompts_and_answers, renderer_of, served_ids
 
-ROLES = {"human": "user", "model": "assistant", "system": "system"}
-TALK = (
-    Turn("system", "Be brief."), Turn("human", "q"), Turn("model", "a", reasoning="r"), Turn("human", "q2"),
-    Turn("model", "a2"),
-)  # fmt: skip
-PLAIN = (*TALK[:2], Turn("model", "a"), *TALK[3:])
 # The system turn stands with the last question, as long as nobody has answered it.
 MISTRAL_2407 = r"""
 {%- if messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}{% else %}{% set rest = messages %}{% endif %}
@@ -52,27 +45,6 @@ CASES = {
     "none": (OPENS, "<|im_start|> <|im_end|>", TALK, {}, ["r\n</think>\n\na<|im_end|>", "\n</think>\n\na2<|im_end|>"]),
     "next role": (NEXT_ROLE, "<|user|> <|assistant|> <|system|>", (*PLAIN[1:3], *PLAIN[:1], *PLAIN[3:]), {}, ["a<|user|>", "a2<|user|>"]),
 }  # fmt: skip
-
-
-def renderer_of(smol_tokenizer, template: str, special: str, kwargs: dict, **options: Any) -> Renderer:
-    tokenizer, tokens = copy.deepcopy(smol_tokenizer), special.split()
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens, "bos_token": tokens[0], "eos_token": tokens[-1]})
-    tags = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-    tokenizer.add_tokens([AddedToken(token, special=False) for token in tags])
-    settings = ChatSettings(template_kwargs=kwargs, **options)
-    return Renderer(JinjaFormat(tokenizer, template, "test", settings), 10_000)
-
-
-def prompts_and_answers(renderer: Renderer, conversation: Conversation) -> list[tuple[list[int], str]]:
-    """The ids in front of each supervised run, and its text."""
-    rendering, found = renderer.render(conversation), []
-    for example in rendering.examples:
-        is_supervised = [label != IGNORE_INDEX for label in [*example.labels, IGNORE_INDEX]]
-        begins = [place for place, is_own in enumerate(is_supervised) if is_own and not is_supervised[place - 1]]
-        for begin in begins:
-            end = is_supervised.index(False, begin)
-            found.append((example.input_ids[:begin], renderer.format.tokenizer.decode(example.labels[begin:end])))
-    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -278,12 +250,6 @@ CLOSES = r"""
 {{- '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"""
 
 
-def served_ids(renderer: Renderer, template: str, turns: tuple[Turn, ...]) -> list[int]:
-    messages = [{"role": ROLES[turn.role], "content": turn.text} for turn in turns]
-    options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
-    return renderer.format.tokenizer.apply_chat_template(messages, **options)
-
-
 def test_an_answer_is_encoded_apart_from_a_prompt_that_the_tokenizer_would_join_with_it(smol_tokenizer):
     renderer = renderer_of(smol_tokenizer, CLOSES, "<|im_start|> <|im_end|>", {})
     turns = (Turn("human", "q"), Turn("model", "a"), Turn("human", "q2"), Turn("model", "a2"))
@@ -330,110 +296,3 @@ def test_conversations_of_one_shape_may_have_other_ids_and_functions(smol_tokeni
             text.count(f'<tool_call>{id}{{"name": "{name}"') for (_, text), id in zip(found, ids, strict=False)
         ] == [1 for _ in ids]
         assert len(found) == len(ids) + 1
-
-
-# Another token ends the last turn, as in Olmo 3.
-OTHER_END = r"""
-{{- tools | tojson if tools }}
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' + message.content }}{% for call in message.tool_calls or [] %}{{- '<call>' + call.function | tojson + '</call>' }}{% endfor %}{{- eos_token if loop.last and message.role == 'assistant' else '<|im_end|>\n' }}
-{%- endfor %}
-{{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
-
-
-@pytest.mark.parametrize("special", ["<|im_start|> <|im_end|> <eos>", "<|im_start|> <call> </call> <|im_end|> <eos>"])
-def test_a_call_ends_with_the_token_of_the_last_turn(smol_tokenizer, special):
-    renderer = renderer_of(smol_tokenizer, OTHER_END, special, {})
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    turns = (TALK[1], Turn("model", "", tool_calls=(ToolCall("f", {}),)), Turn("tool", "r"), Turn("model", "a"))
-    found = prompts_and_answers(renderer, Conversation(turns, 0, "a.json", None, (), (tool,)))
-
-    assert [text for _, text in found] == ['<call>{"name": "f", "arguments": {}}</call><eos>', "a<eos>"]
-
-
-# What closes an answer stands on lines of its own, in front of the end token; phi3's `eos_token` ends all turns together.
-CLOSED_BY_LINES = r"""
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' + ('<response>\n' + message.content + '\n</response>\n' if message.role == 'assistant' else message.content) + '<|im_end|>\n' }}
-{%- endfor %}
-{{- '<|im_start|>assistant\n' if add_generation_prompt else eos_token }}"""
-
-
-@pytest.mark.parametrize(
-    "special", ["<|im_start|> <|im_end|> <eos>", "<|im_start|> <response> </response> <|im_end|> <eos>"]
-)
-def test_an_answer_ends_behind_what_closes_it(smol_tokenizer, special):
-    renderer = renderer_of(smol_tokenizer, CLOSED_BY_LINES, special, {})
-    found = prompts_and_answers(renderer, Conversation(PLAIN, 0, "a.json"))
-
-    assert [text for _, text in found] == [f"<response>\n{text}\n</response>\n<|im_end|>" for text in ("a", "a2")]
-    assert [ids for ids, _ in found] == [served_ids(renderer, CLOSED_BY_LINES, PLAIN[:number]) for number in (2, 4)]
-
-
-# Reasoning is a part of the content, and a name of a function is written as a part of the id of a call.
-PARTS = r"""
-{{- tools | tojson if tools }}
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + ':' }}
-{%- if message.content is string %}{{- message.content }}{% else %}
-{%- for part in message.content %}{{- '[THINK]' + part.thinking + '[/THINK]' if part.type == 'thinking' else part.text }}{% endfor %}{% endif %}
-{%- for call in message.tool_calls or [] %}{{- '<call>' + call.id + call.function.arguments | tojson + '</call>' }}{% endfor %}{{- '<|im_end|>' }}
-{%- endfor %}
-{{- '<|im_start|>assistant:' if add_generation_prompt }}"""
-
-
-def test_reasoning_that_a_template_takes_as_a_part_of_the_content_is_given_so(smol_tokenizer):
-    special = "<|im_start|> [THINK] [/THINK] <call> </call> <|im_end|>"
-    renderer = renderer_of(smol_tokenizer, PARTS, special, {})
-    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-    for answer in (Turn("model", "a", reasoning="r"), Turn("model", "<think>\nr\n</think>\n\na")):
-        called = Turn("model", "", reasoning="r", tool_calls=(ToolCall("f", {"x": 1}, "id-1"),))
-        turns = (TALK[1], called, Turn("tool", "y", tool_call_id="id-1"), answer)
-        found = prompts_and_answers(renderer, Conversation(turns, 0, "a.json", None, (), (tool,)))
-
-        call = '[THINK]r[/THINK]<call>functions.f:0{"x": 1}</call><|im_end|>'
-        assert [text for _, text in found] == [call, "[THINK]r[/THINK]a<|im_end|>"]
-
-
-# The reasoning of an answer without calls is never written, as in Kimi-K2-Thinking.
-EMPTY = r"""
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' + ('<think>GAP</think>' if message.role == 'assistant' else '') + message.content + '<|im_end|>' }}
-{%- endfor %}
-{{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
-
-
-@pytest.mark.parametrize("gap", ["", "\\n\\n"])
-def test_reasoning_stands_where_the_template_writes_none(smol_tokenizer, gap):
-    template = EMPTY.replace("GAP", gap)
-    renderer = renderer_of(smol_tokenizer, template, "<|im_start|> <|im_end|>", {})
-    line = "\n" * bool(gap)
-    inside = (*TALK[:2], Turn("model", "<think>\nr\n</think>\n\na"), *TALK[3:])
-    for turns in (TALK, inside):
-        found = prompts_and_answers(renderer, Conversation(turns, 0, "a.json"))
-
-        assert [text for _, text in found] == [
-            f"<think>{line}r{line}</think>a<|im_end|>",
-            f"<think>{line * 2}</think>a2<|im_end|>",
-        ]
-        assert [ids for ids, _ in found] == [served_ids(renderer, template, turns) for turns in (TALK[:2], PLAIN[:4])]
-
-
-# As in LLaVA's and SmolVLM's templates, a content is a list of parts; a string would be lost.
-LISTS = r"""
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + ': ' }}
-{%- if message.reasoning_content %}{{- '<think>' + message.reasoning_content + '</think>' }}{% endif %}
-{%- for part in message.content | selectattr('type', 'equalto', 'text') %}{{- part.text }}{% endfor %}{{- '<|im_end|>' }}
-{%- endfor %}
-{{- '<|im_start|>assistant:' if add_generation_prompt }}"""
-
-
-def test_texts_are_parts_where_a_template_reads_only_these(smol_tokenizer):
-    renderer = renderer_of(smol_tokenizer, LISTS, "<|im_start|> <|im_end|>", {})
-    found = prompts_and_answers(renderer, Conversation(TALK, 0, "a.json"))
-
-    assert [text for _, text in found] == [" <think>r</think>a<|im_end|>", " a2<|im_end|>"]
-    messages = [{"role": ROLES[turn.role], "content": [{"type": "text", "text": turn.text}]} for turn in TALK]
-    options = {"chat_template": LISTS, "add_generation_prompt": True, "return_dict": False}
-    assert found[0][0] == renderer.format.tokenizer.apply_chat_template(messages[:2], **options)
