@@ -25,7 +25,8 @@ from typing import Any
 from conversations import conversations, write_rows
 from environments import PRETRAINED, ROOT, last_line
 from gpu_kernels import attention_rows, loss_rows
-from throughput import ALPACA_LIKE, CHATML
+from peers.measured import CHATML
+from throughput import ALPACA_LIKE
 
 SECONDS_FOR_A_RUN = 240
 WARM_UP, PROFILED = 3, 2  # steps before those that count

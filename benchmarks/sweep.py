@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from environments import VENVS, Unavailable, machine
-from throughput import ALPACA_LIKE, CONTENDERS, Trained, make_model, make_rows, run_once
+from throughput import ALPACA_LIKE, CONTENDERS, Trained, make_model, make_rows, plain_conversations, run_once
 
 SWEEPS: dict[str, tuple[int, ...]] = {"max_length": (128, 256, 512, 1024), "batch": (2, 4, 8, 16), "ranks": (1, 2)}
 USUAL = {"max_length": 512, "batch": 8, "ranks": 1}
@@ -40,7 +40,8 @@ def main() -> None:
                     ALPACA_LIKE, question=ALPACA_LIKE.question * longer, answer=ALPACA_LIKE.answer * longer
                 )
                 steps = given.warm_up + given.steps
-                make_rows(Path(folder), point["batch"] * (steps + 1), point["max_length"], lengths)
+                needed = point["batch"] * (steps + 1)
+                make_rows(Path(folder), plain_conversations(4 * needed, lengths), needed, point["max_length"])
                 rows += [{"changed": changed, **point, **_measured(one, given, point, folder)} for one in chosen]
                 print(f"{changed} {value} done", flush=True)
     _print(rows)

@@ -4,6 +4,7 @@
     python benchmarks/throughput.py --layers 30 --adapters full --only flat stock
     python benchmarks/throughput.py --only flat stock --json figures.json
     python benchmarks/throughput.py --hybrid --only flat padded       a random model with a recurrent layer
+    python benchmarks/throughput.py --tools --only flat stock trl      rows with tool calls and reasoning
 
 Every run is a process of its own; the contenders take turns, in the opposite order in every other round. Beside each
 rate stands the limit: what leaving out the padding and the unused logits of the stock Trainer allows for this very
@@ -21,13 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conversations import Lengths, as_messages, conversations, write_rows
+from conversations import Lengths, as_messages, conversations, tool_conversations, write_rows
 from environments import (
     HERE,
     LLAMA_FACTORY,
@@ -43,14 +44,11 @@ from environments import (
     pythons_of,
 )
 from limits import Sizes, padding_and_logits_limit, roof_tokens_per_second
+from peers.measured import CHATML_WITH_TOOLS
 
 SECONDS_FOR_A_RUN = 3_600
 # Lengths as Alpaca's are distributed: about half of a padded batch of eight is padding.
 ALPACA_LIKE = Lengths(question=30, answer=50, spread=0.85)
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ COLUMNS = (
     "start s", "padding", "loss 1, 2",
 )  # fmt: skip
 PEERS = ("llamafactory", "swift", "trl", "trl_packed")
+OWN_TOOL_SYNTAX = ("llamafactory", "swift")  # they write declarations and calls in forms of their own
 
 
 @dataclass
@@ -103,9 +102,12 @@ def main() -> None:
         sizes = (
             make_hybrid(Path(folder) / "model") if given.hybrid else make_model(Path(folder) / "model", given.layers)
         )
-        make_rows(Path(folder), given.batch * (given.warm_up + given.steps + 1), given.max_length)
+        needed = given.batch * (given.warm_up + given.steps + 1)
+        drawn = tool_conversations(4 * needed) if given.tools else plain_conversations(4 * needed)
+        make_rows(Path(folder), drawn, needed, given.max_length)
         layers = "2 hybrid" if given.hybrid else given.layers
-        print(f"{layers} layers, batch {given.batch}, {given.steps} steps; {machine()}")
+        layers = f"{layers} layers{', rows with tool calls' if given.tools else ''}"
+        print(f"{layers}, batch {given.batch}, {given.steps} steps; {machine()}")
         pythons = pythons_of(chosen, given.venvs)
         chosen = [contender for contender in chosen if contender.name in pythons]
         began = time.strftime("%Y-%m-%d %H:%M")
@@ -128,6 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--adapters", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--layers", type=int, default=4, help="of SmolLM2-135M-Instruct, which has 30")
     parser.add_argument("--hybrid", action="store_true", help="two random layers like Qwen3-Next's instead")
+    parser.add_argument("--tools", action="store_true", help="rows with tool calls and reasoning")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of the longest row")
     parser.add_argument("--warm_up", type=int, default=2, help="steps that do not count")
@@ -138,6 +141,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--venvs", type=Path, default=VENVS, help="where the other toolkits are installed")
     parser.add_argument("--work", type=Path, help="where model and data lie while it runs (default: the system's)")
     given = parser.parse_args()
+    if given.tools and (others := {*given.only}.intersection(OWN_TOOL_SYNTAX)):
+        parser.error(f"--tools: leave {', '.join(sorted(others))} out of --only: other text would be trained there")
     if not (PRETRAINED / "model.safetensors").is_file():
         parser.error(f"{PRETRAINED} is missing: run make model first")
     return given
@@ -173,23 +178,31 @@ def make_hybrid(folder: Path) -> None:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = CHATML_WITH_TOOLS
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def make_rows(folder: Path, needed: int, max_length: int, lengths: Lengths = ALPACA_LIKE) -> None:
+def plain_conversations(count: int, lengths: Lengths = ALPACA_LIKE) -> Iterator[dict[str, Any]]:
+    """English questions and answers."""
+    return conversations(count, lengths=lengths, english_only=True)
+
+
+def make_rows(folder: Path, drawn: Iterable[dict[str, Any]], needed: int, max_length: int) -> None:
     """`needed` rows that no contender cuts, in the two forms that contenders read, beside the `model` in `folder`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows = []
-    for row in conversations(4 * needed, lengths=lengths, english_only=True):
-        text = "".join(turn["value"] for turn in row["conversations"])
-        if len(tokenizer(text)["input_ids"]) + 16 <= max_length:
-            rows.append(row)
-    write_rows(folder / "data.json", rows[:needed])
-    write_rows(folder / "messages.json", map(as_messages, rows[:needed]))
+    for row in drawn:
+        messages = as_messages(row)
+        ids = tokenizer.apply_chat_template(messages["messages"], tools=row.get("tools"), return_dict=False)
+        if len(ids) <= max_length:
+            rows.append((row, messages))
+    if len(rows) < needed:
+        sys.exit(f"only {len(rows)} of the {needed} rows needed have at most {max_length} tokens: raise --max_length")
+    write_rows(folder / "data.json", (row for row, _ in rows[:needed]))
+    write_rows(folder / "messages.json", (messages for _, messages in rows[:needed]))
 
 
 def _measure(

@@ -20,14 +20,22 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
 )
-# With declared tools, calls and reasoning; the reasoning of earlier answers stays.
-CHATML_WITH_TOOLS = (
+_DECLARATIONS = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+)
+_HEADER = "{{ '<|im_start|>' + message['role'] + '\n' }}"
+_BODY = (
     "{% if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}"
     "{{ message['content'] }}{% for call in message.tool_calls or [] %}{{ '<tool_call>\n{\"name\": \"' + "
-    "call.function.name + '\", \"arguments\": ' + call.function.arguments | tojson + '}\n</tool_call>' }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
+    'call.function.name + \'", "arguments": \' + (call.function.arguments if call.function.arguments is string else '
+    "call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>' }}"
+)
+# With declared tools, calls and reasoning; the reasoning of earlier answers stays. Plain rows are those of `CHATML`.
+CHATML_WITH_TOOLS = f"{_DECLARATIONS}{{% for message in messages %}}{_HEADER}{_BODY}{{{{ '\n' }}}}{{% endfor %}}"
+# The same, for toolkits that are shown by the template what is supervised.
+CHATML_WITH_GENERATION = (
+    f"{_DECLARATIONS}{{% for message in messages %}}{_HEADER}{{% if message['role'] == 'assistant' %}}"
+    f"{{% generation %}}{_BODY}{{% endgeneration %}}{{% else %}}{_BODY}{{% endif %}}{{{{ '\n' }}}}{{% endfor %}}"
 )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from measured import CHATML_WITH_GENERATION
 from trained import Watch, given_task
-from trl_sft import CHATML_WITH_GENERATION
 
 
 def main() -> None:

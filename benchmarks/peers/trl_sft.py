@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from measured import MAX_LENGTH, Clock, given_task, report, token_counts
-
-CHATML_WITH_GENERATION = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
-    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-)
+from measured import CHATML_WITH_GENERATION, MAX_LENGTH, Clock, given_task, report, token_counts
 
 
 def main() -> None:
