@@ -1,86 +1,16 @@
-"""Names of flags of LLaMA-Factory, axolotl, ms-swift and TRL, and what they are here."""
+"""Names of flags of LLaMA-Factory, axolotl, ms-swift and TRL, and what they are here.
 
-# Their name -> ours, where only the name differs.
-RENAMED = {
-    "model_name_or_path": ("model", "model_id_or_path", "base_model", "model_id", "model_name", "pretrained_model"),
-    "model_revision": ("revision", "revision_of_model"),
-    "data_path": ("dataset", "datasets", "train_file", "dataset_name", "data", "train_dataset", "dataset_path"),
-    "eval_data_path": ("eval_dataset", "val_dataset", "test_datasets", "validation_file", "eval_file"),
-    "validation_share": ("val_size", "val_set_size", "split_dataset_ratio", "eval_split_ratio"),
-    "model_max_length": ("cutoff_len", "max_seq_length", "max_seq_len", "max_length", "sequence_len", "seq_length"),
-    "adapter_name_or_path": ("lora_model_dir", "adapters"),
-    "lora_r": ("lora_rank", "rank", "peft_lora_r"),
-    "lora_target_modules": ("lora_target", "target_modules", "lora_modules"),
-    "modules_to_save": ("additional_target", "lora_modules_to_save"),
-    "use_dora": ("peft_use_dora",),
-    "use_rslora": ("use_rs_lora", "peft_use_rslora"),
-    "init_lora_weights": ("init_weights", "peft_init_lora_weights"),
-    "per_device_train_batch_size": ("micro_batch_size", "train_batch_size", "batch_size"),
-    "per_device_eval_batch_size": ("eval_batch_size",),
-    "learning_rate": ("lr",),
-    "num_train_epochs": ("num_epochs", "epochs"),
-    "lr_scheduler_type": ("lr_scheduler",),
-    "optim": ("optimizer",),
-    "max_grad_norm": ("gradient_clipping", "max_gradient_norm"),
-    "attn_implementation": ("flash_attn", "attn_impl"),
-    "preprocessing_num_workers": ("dataset_num_proc", "dataset_processes"),
-    "sequence_parallel_size": ("context_parallel_size", "context_parallel_degree", "cp_size"),
-    "data_cache_dir": ("dataset_prepared_path", "tokenized_path"),
-    "save_total_limit": ("max_checkpoints",),
-    "use_liger_kernel": ("enable_liger_kernel", "use_liger"),
-    "resume_from_checkpoint": ("auto_resume_from_checkpoints",),
-    "run_name": ("wandb_name",),
-    "gradient_accumulation_steps": ("accumulate_grad_batches",),
-    "new_tokens": ("add_tokens", "new_special_tokens", "tokens"),
-    "neftune_noise_alpha": ("noisy_embedding_alpha",),
-}
-# Their name -> what to give here, where values differ too.
-OTHERWISE = {
-    "finetuning_type": "--use_lora True for lora, --train_only or --freeze for a part, nothing for full",
-    "train_type": "--use_lora True for lora, nothing for full",
-    "tuner_type": "--use_lora True for lora, nothing for full",
-    "template": "the tokenizer's own chat template is used: leave it out, or give --chat_template FILE.jinja",
-    "system": "write it into the rows, as a system turn",
-    "type": "formats of rows are recognised by their keys: leave it out",
-    "split": "--data_path owner/name:split",
-    "dataset_train_split": "--data_path owner/name:split",
-    "dataset_test_split": "--eval_data_path owner/name:split",
-    "field_messages": "--columns, where the keys of rows are not recognised",
-    "use_hf": "names are those of the Hugging Face hub, or of ModelScope with modelscope: in front",
-    "use_peft": "--use_lora True",
-    "stage": "supervised fine-tuning is all that is done: leave it out",
-    "packing": "--batching packed; the default `flat` needs no packing and has no padding",
-    "sample_packing": "--batching packed; the default `flat` needs no packing and has no padding",
-    "neat_packing": "--batching packed; conversations never attend to each other",
-    "padding_free": "--batching flat, which is the default",
-    "group_by_modality_length": "--group_by_length True",
-    "torch_dtype": "--bf16 True, --fp16 True, or --bf16 False for float32",
-    "dtype": "--bf16 True, --fp16 True, or --bf16 False for float32",
-    "pure_bf16": "--bf16 True; master weights stay float32",
-    "use_gradient_checkpointing": "--activation_checkpointing True",
-    "disable_gradient_checkpointing": "--activation_checkpointing False, which is the default",
-    "activation_offloading": """--activation_checkpointing_kwargs '{"offload": true}'""",
-    "vit_gradient_checkpointing": "--activation_checkpointing True; vision towers are frozen",
-    "train_on_inputs": "prompts are never supervised: leave it out",
-    "train_on_prompt": "prompts are never supervised: leave it out",
-    "mask_history": "--train_on last_model_turn",
-    "assistant_only_loss": "only model turns are ever supervised: leave it out",
-    "completion_only_loss": "only model turns are ever supervised: leave it out",
-    "loss_scale": "--train_on last_model_turn for last_round; --reasoning context or drop; else leave it out",
-    "overwrite_cache": "prepared data is found by its content: leave it out",
-    "dataset_dir": "give --data_path a folder or files",
-    "max_samples": "--data_path FILE:0.1 takes a tenth of the rows",
-    "streaming": "data is prepared on disk and read from there: leave it out",
-    "enable_thinking": """--chat_template_kwargs '{"enable_thinking": false}'""",
-    "lora_bias": "biases are not trained: leave it out",
-    "zero_stage": "--deepspeed zero1, zero2 or zero3",
-    "plot_loss": "the report has the curves: leave it out",
-}
-QUANTIZED = ("quantization_bit", "quant_bits", "quant_method", "quantization_method", "bnb_4bit_compute_dtype",
-             "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")  # fmt: skip
-OURS = {theirs: ours for ours, names in RENAMED.items() for theirs in names}
-FOREIGN_NAMES = {
+In `foreign_names.json`, `renamed` has our flags, each with the names of others that mean the same; `otherwise` has
+names of others with what to give here, where values differ too.
+"""
+
+import json
+from pathlib import Path
+
+_TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+RENAMED: dict[str, list[str]] = _TABLES["renamed"]
+OURS: dict[str, str] = {theirs: ours for ours, names in RENAMED.items() for theirs in names}
+FOREIGN_NAMES: dict[str, str] = {
     **{theirs: f"here --{ours}" for theirs, ours in OURS.items()},
-    **dict.fromkeys(QUANTIZED, "here --load_in_4bit True (nf4, double) or --load_in_8bit True"),
-    **{theirs: f"here {remedy}" if remedy.startswith("--") else remedy for theirs, remedy in OTHERWISE.items()},
+    **{theirs: f"here {said}" if said.startswith("--") else said for theirs, said in _TABLES["otherwise"].items()},
 }
