@@ -36,52 +36,13 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaH
 CODE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Noto Sans Mono CJK SC", "monospace"]
 MAX_NEW_TOKENS = 4096  # of the slider
 EXAMPLES, MAX_EXAMPLES, MAX_EXAMPLE_CHARACTERS = ("Who are you?", "你是谁？"), 4, 80
-DOWNLOAD = """(text) => {
-  if (!text) return;
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], { type: "application/jsonl" }));
-  link.download = "conversation.jsonl";
-  link.click();
-}"""
-CSS = """
-.gradio-container { max-width: 76rem !important; width: 100%; margin: 0 auto; }
-#about h3 { margin: 0; }
-#about p { opacity: .7; margin: .2rem 0 0; overflow-wrap: anywhere; }
-#kept, #base { height: calc(100vh - 22rem) !important; min-height: 16rem; }
-#answers:has([data-testid=user]) ~ #examples { display: none; }
-#examples { flex-wrap: nowrap; overflow-x: auto; } #examples button { min-width: max-content !important; }
-#kept .top-panel, #base .top-panel { display: none; }  /* it would clear one column, not the conversation */
-#kept .bubble-wrap, #base .bubble-wrap { margin-top: 1.8rem; height: calc(100% - 1.8rem); }
-@media (max-width: 640px) {
-    #answers:has(#base) { flex-direction: column; }
-    #answers:has(#base) > * > * { height: 26vh !important; min-height: 10rem; }
-}
-"""
-STRINGS = {  # English, Chinese
-    "tuned": ("Tuned", "微调后"),
-    "base": ("Base model, before training", "基座模型（微调前）"),
-    "message": ("Your message; Shift+Enter for a new line", "输入消息，Shift+Enter 换行"),
-    "send": ("Send", "发送"),
-    "stop": ("Stop", "停止"),
-    "retry": ("Retry", "重新回答"),
-    "undo": ("Undo", "撤销"),
-    "reset": ("New chat", "新对话"),
-    "save": ("Save", "保存"),
-    "compare": ("Compare with the base model", "与基座模型对比"),
-    "compare_info": (
-        "Both answer the same conversation; the tuned answers are kept",
-        "同时回答同一段对话，保留微调后的回答",
-    ),
-    "settings": ("Settings", "设置"),
-    "system": ("System message", "系统提示"),
-    "max_new_tokens": ("Maximum tokens per answer", "回答的最大 token 数"),
-    "temperature": ("Temperature", "温度"),
-    "temperature_info": ("0: greedy, always the most probable token", "0 为贪心解码，每次取最可能的 token"),
-    "top_p": ("Top p", "Top p"),
-    "seed": ("Seed", "随机种子"),
-    "seed_info": ("Makes sampled answers repeatable; empty: random", "固定后采样结果可复现；留空则每次不同"),
-}
+FOLDER = Path(__file__).resolve().parent
+STRINGS = json.loads((FOLDER / "web_chat_strings.json").read_text(encoding="utf-8"))
 ENGLISH, CHINESE = ({name: texts[language] for name, texts in STRINGS.items()} for language in (0, 1))
+
+
+def _asset(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 def check_gradio() -> None:
@@ -162,7 +123,7 @@ def build_app(models: ChatModels, chat: ChatSession) -> tuple[Any, Any]:
         stop.click(handlers.stop, session, None, queue=False, **quiet)
         undo.click(handlers.undo, session, [message, kept, base, session], **quiet)
         reset.click(handlers.reset, session, [message, kept, base, session], **quiet)
-        save.click(handlers.save, session, saved, **quiet).then(None, saved, None, js=DOWNLOAD, **quiet)
+        save.click(handlers.save, session, saved, **quiet).then(None, saved, None, js=_asset("web_chat.js"), **quiet)
         compare.change(lambda wanted: gr.update(visible=wanted), compare, base, **quiet)
     return blocks, strings
 
@@ -255,8 +216,8 @@ def serve(models: ChatModels, chat: ChatSession, *, host: str, port: int) -> Non
         try:
             blocks.launch(
                 server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-                footer_links=[], run_history=False, enable_monitoring=False, i18n=strings, theme=theme, css=CSS,
-                app_kwargs={"middleware": [guard]}, max_file_size=1,
+                footer_links=[], run_history=False, enable_monitoring=False, i18n=strings, theme=theme,
+                css=_asset("web_chat.css"), app_kwargs={"middleware": [guard]}, max_file_size=1,
             )  # fmt: skip
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port}: {error}") from None
