@@ -11,7 +11,6 @@ from finetune.inference.answer_turns import call_text
 from finetune.utils.atomic_io import write_text_atomically
 from finetune.utils.errors import ConfigError
 
-ROLES = {"human", "model", "system", "tool"}
 TOOL_COMMAND = "/tool "
 
 
@@ -76,52 +75,23 @@ class ChatSession:
 
 
 def save_conversation(path: Path, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> int:
-    """Append the conversation to a file of training rows; return the number of rows in the file.
+    """Append the conversation to a file of JSON lines, as a training row; return the number of rows in the file.
 
-    A new file is a JSON array, or JSON lines if its name ends in .jsonl. Existing rows are not changed.
+    Raises:
+        ConfigError: the file cannot be read, holds something else than such rows, or this conversation already.
     """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: nothing was saved: not a readable JSON file: {error}") from None
-    rows = _parse_rows(path, text)
-    row = to_row(turns, _next_id(rows), tools)
-    if any(existing["conversations"] == row["conversations"] for existing in rows):
-        raise ConfigError(f"{path}: holds this conversation already")
-    line = json.dumps(row, ensure_ascii=False)
-    is_json_lines = path.suffix == ".jsonl" if not rows else not text.lstrip().startswith("[")
-    if is_json_lines:
-        text = "".join([text.rstrip("\n"), "\n" if rows else "", line, "\n"])
-    elif rows:
-        text = f"{text.rstrip().removesuffix(']').rstrip()},\n{line}\n]\n"
-    else:
-        text = f"[\n{line}\n]\n"
-    write_text_atomically(path, text)
-    return len(rows) + 1
-
-
-def _parse_rows(path: Path, text: str) -> list[dict[str, Any]]:
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError:
-        rows = None
-    if rows is None or not all(map(_is_training_row, rows)):
+        raise ConfigError(f"{path}: nothing was saved: not a readable file: {error}") from None
+    rows = [line for line in text.split("\n") if line.strip()]
+    if not all(line.startswith("{") and '"conversations": [' in line for line in rows):
         raise ConfigError(
-            f"{path}: nothing was saved: expected rows like "
-            '{"conversations": [{"from": "human", "value": "..."}, ...]}: name another file'
+            f'{path}: nothing was saved: expected a row like {{"conversations": [{{"from": "human", "value": "..."}}, '
+            "...]} on each line: name another file"
         )
-    return rows
-
-
-def _is_training_row(row: Any) -> bool:
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    return isinstance(turns, list) and all(isinstance(turn, dict) and turn.get("from") in ROLES for turn in turns)
-
-
-def _next_id(rows: Sequence[dict[str, Any]]) -> int | None:
-    """Return the largest id plus one; None unless all rows have integer ids."""
-    ids = [row["id"] for row in rows if type(row.get("id")) is int]
-    return max(ids, default=-1) + 1 if len(ids) == len(rows) else None
+    row = json.dumps(to_row(turns, tools=tools), ensure_ascii=False)
+    if row in rows:
+        raise ConfigError(f"{path}: holds this conversation already")
+    write_text_atomically(path, "".join(f"{line}\n" for line in (*rows, row)))
+    return len(rows) + 1

@@ -35,7 +35,7 @@ COMMANDS = {
     "retry": ("", "ask the last question again"),
     "undo": ("", "remove the last question and its answer"),
     "reset": ("", "start a new conversation; the system turn stays"),
-    "save": ("FILE", "append the conversation to a JSON or JSON lines file, as a training row"),
+    "save": ("FILE", "append the conversation to a file of JSON lines, as a training row"),
     "exit": ("", "leave, as Ctrl-D does"),
 }
 KEYS_HELP = (
