@@ -84,7 +84,7 @@ def read_json_object(path: Path, **hooks: Any) -> dict[str, Any]:
     """Return the object in a JSON file."""
     value = read_json(path, **hooks)
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {json_kind(value)}")
+        raise ConfigError(f"{path}: expected a JSON object, found {KINDS.get(type(value), 'a number')}")
     return value
 
 
@@ -95,11 +95,6 @@ def parse_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def json_kind(value: Any) -> str:
-    """Return the name that JSON has for the type of a value."""
-    return KINDS.get(type(value), "a number")
 
 
 def from_json(kind: type[Made], values: Mapping[str, Any], place: str) -> Made:

@@ -36,7 +36,7 @@ def start_watchdog() -> Iterator[None]:
     Only three ends are good: the end of the block, status 75, and status 0 before the rendezvous (`--help`).
     """
     global _watchdog
-    die_with_launcher(_report_launcher)
+    die_with_launcher(lambda process: _report_failure("launcher", f"{process} has died, and its ranks with it"))
     _watchdog = _start()
     former_handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # no other may install handlers
@@ -157,10 +157,6 @@ def _report_exit(status: int) -> None:
         _watchdog.stdin.close()
         _watchdog.returncode = 0  # it ends by itself, later than this process
         _watchdog = None
-
-
-def _report_launcher(process: str) -> None:
-    _report_failure("launcher", f"{process} has died, and its ranks with it")
 
 
 def _print_error(text: str) -> None:
