@@ -11,15 +11,23 @@ writing an empty `<think></think>` for it (Kimi-K2-Thinking), is put there.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 
+from finetune.chat_templates.answer_ends import (
+    AnswerEnd,
+    TemplateText,
+    find_end,
+    shared_lines,
+    shared_size,
+    skip_blank,
+    without_prompt,
+)
 from finetune.chat_templates.example import REASONING_RULE, UnrenderableError
 from finetune.chat_templates.messages import REASONING_BEGIN, REASONING_END
 from finetune.chat_templates.template_skeleton import (
-    DUMMY_VALUE,
     OTHER_TEMPLATE,
     Answer,
     SlotSpan,
@@ -32,7 +40,6 @@ from finetune.chat_templates.template_skeleton import (
 )
 from finetune.conversation import Conversation, Turn
 
-MAX_SHOWN = 24  # characters of a template's text in messages
 _EMPTY_REASONING = re.compile(rf"{REASONING_BEGIN}(\s*){REASONING_END}\s*$")
 FILLED_RULE = "the reasoning of turn {turn} stands where the chat template writes an empty one"
 CLOSED_RULE = "the reasoning that the prompt opens is closed empty in front of turn {turn}"
@@ -57,44 +64,6 @@ OTHERWISE_LATER = (
     "the chat template writes turn {turn} otherwise once other turns follow it, so it cannot be supervised in front of "
     "them: use --train_on last_model_turn, or give another --chat_template"
 )
-NO_END = (
-    "the chat template ends turn {turn} with no control token{found}, so stopping could not be supervised: "
-    f"{OTHER_TEMPLATE} whose turns end with a token of this tokenizer"
-)
-
-
-@dataclass(frozen=True)
-class TemplateText:
-    """What a template writes for the marked turns of one conversation.
-
-    Args:
-        render: renders the first turns, with the prompt of the next answer or without.
-        render_more: renders the first turns and one that follows them.
-        render_bare: renders the turns in front of one, and its text alone.
-        control: matches a control token.
-        eos: the tokenizer's own end token, which may open turns as well.
-        next_role_ends: whether nothing ends an answer but the token that opens the next turn.
-    """
-
-    render: Callable[[int, bool], str]
-    render_more: Callable[[int], str]
-    render_bare: Callable[[int], str]
-    control: re.Pattern[str]
-    eos: str | None
-    next_role_ends: bool
-    spelled: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class _End:
-    """Where an answer ends in the rendering in which it is the last turn, and its end tokens.
-
-    These are behind `stop` if the next turn begins with them, else in front of it.
-    """
-
-    stop: int
-    tokens: tuple[str, ...]
-    is_of_next_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +72,7 @@ class _Found:
 
     before: str
     begin: int
-    end: _End
+    end: AnswerEnd
     has_prompt: bool = True
 
     def in_rendering(self, rendered: str, spans: Sequence[SlotSpan]) -> Answer | None:
@@ -112,7 +81,7 @@ class _Found:
             return None
         stop, is_appended = len(self.before), False
         if self.end.is_of_next_turn:
-            start = _skip_blank(rendered, stop)
+            start = skip_blank(rendered, stop)
             is_appended = start == len(rendered)
             if not is_appended and not rendered.startswith(self.end.tokens[0], start):
                 return None
@@ -180,7 +149,7 @@ def _as_written(
         ends = found.answers[number].end_tokens
     match = next((end for end in text.control.finditer(rendered, here[-1].stop, stop) if end[0] in ends), None)
     if match is None and not turn.tool_calls:
-        match = text.control.match(rendered, _skip_blank(rendered, here[-1].stop))
+        match = text.control.match(rendered, skip_blank(rendered, here[-1].stop))
     return _answer(here[0].start, match.end(), rendered, spans, (match[0],)) if match else None
 
 
@@ -208,19 +177,25 @@ def _loses(turn: Turn, number: int, spans: Sequence[SlotSpan]) -> bool:
 def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkeleton | str:
     """The answer where it is the last turn; a skeleton if it is put behind the prompt; why it cannot be supervised."""
     try:
-        alone = text.render(number + 1, False)
+        more = whole = text.render(number + 1, False)
         before, prompt = (text.render(number, False), text.render(number, True)) if number else ("", "")
     except UnrenderableError as error:
         return str(error)
+    with suppress(UnrenderableError):
+        more = text.render_more(number + 1)
+    alone = without_prompt(whole, before, more, text)
     every = find_slots(alone, text.spelled)
     spans, others = ([span for span in every if (span.slot.turn == number) is own] for own in (True, False))
     first, context = spans[0].start if spans else None, others[-1].stop if others else 0
-    end = _end(turn, number, alone, alone[context:first], spans, text)
+    opening = prompt[shared_size(before, prompt, text) :]
+    header = opening if number else text.opening
+    written = alone[context:first].rpartition(header)[2] if header else alone[context:first]
+    end = find_end(turn, number, alone, more, written, spans, text)
     if isinstance(end, str):
         return end
-    opening = prompt[len(commonprefix([prompt, before])) :]
-    if end.tokens[0] in _openers(alone, first, opening, text) - {text.eos}:
-        return OPENING_END.format(turn=number, token=end.tokens[0])
+    writes_none = prompt == before and alone == whole and not (number and text.opening)
+    if end.tokens[-1] in _openers(alone, first if writes_none else None, opening, text) - {text.eos}:
+        return OPENING_END.format(turn=number, token=end.tokens[-1])
     if marks_reasoning(turn) and prompt.rstrip().endswith(REASONING_END):
         return CLOSED_REASONING.format(turn=number)
     loses, opens_reasoning = _loses(turn, number, spans), _opens_reasoning(prompt)
@@ -232,14 +207,13 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
         tail = f"{REASONING_BEGIN}{half}{reasoning}{half}{alone[empty.end(1) : end.stop]}"
         filled = _completion(turn, number, prompt, tail, end, text)
         return replace(filled, rules=(FILLED_RULE.format(turn=number),))
-    if prompt == before and first is not None and marks_reasoning(turn):  # what opens reasoning is no header
-        first = min(first, len(commonprefix([text.render_bare(number), alone])))
+    if prompt == before and first is not None and REASONING_END in turn.text + REASONING_END * marks_reasoning(turn):
+        first = min(first, shared_size(text.render_bare(number), alone, text))  # what opens reasoning is no header
     if prompt == before and first is not None and _opens_reasoning(alone[:first]):
         first = alone.rindex(REASONING_BEGIN, 0, first)
     if alone.startswith(prompt) and not loses:
         # Where no prompt is written, the header in front of the answer stands for it.
-        is_header = prompt == before and not opens_reasoning
-        if is_header and first is not None and alone[len(prompt) : first].strip():
+        if writes_none and not opens_reasoning and first is not None and alone[len(prompt) : first].strip():
             return _Found(alone[: end.stop], first, end, has_prompt=False)
         return _Found(alone[: end.stop], len(prompt), end)
     asked = find_slots(prompt, text.spelled)
@@ -250,8 +224,10 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
             return _completion(turn, number, prompt, alone[context + len(header) : end.stop], end, text)
     if prompt == before and first is not None and not loses and prompt.rstrip().endswith(REASONING_END):
         return _completion(turn, number, prompt, alone[first : end.stop], end, text)
-    if first is not None and not loses and prompt == before:
+    if first is not None and not loses and writes_none:
         return _Found(alone[: end.stop], first, end, has_prompt=False)
+    if not loses and prompt == before and (begin := shared_size(prompt, alone, text)) >= context:
+        return _completion(turn, number, prompt, alone[begin : end.stop], end, text)
     if first is not None and not loses and alone[:first].rstrip() == prompt.rstrip():
         return _completion(turn, number, prompt, alone[first : end.stop], end, text)
     begin = alone.rfind(opening, context, first) if opening.strip() and not loses else -1
@@ -262,18 +238,23 @@ def _find(turn: Turn, number: int, text: TemplateText) -> _Found | TemplateSkele
     answers = [span.start for span in spans if span.slot.part != "reasoning"]
     header = opening.rstrip().removesuffix(REASONING_BEGIN).strip() if opens_reasoning else ""
     begin = alone.find(header, context, first) if header else -1
-    if begin < 0 and not answers:
+    if begin < 0 and turn.tool_calls and (shared := shared_lines(prompt, alone, text)) >= context:
+        begin = shared
+    elif begin < 0 and not answers:
         return OTHER_PROMPT.format(turn=number)
-    begin = answers[-1] if begin < 0 else begin + len(header)
+    else:
+        begin = answers[-1] if begin < 0 else begin + len(header)
     tail = alone[begin : end.stop].rpartition(REASONING_END)[2]
     completion = _completion(turn, number, prompt, tail, end, text)
     if opens_reasoning:
         return completion
-    served = prompt[_shared(alone, prompt, text) :].strip().rpartition("\n")[2]
+    served = prompt[shared_size(alone, prompt, text) :].strip().rpartition("\n")[2]
     return replace(completion, rules=(OPENING_RULE.format(turn=number, opening=ascii(served)),))
 
 
-def _completion(turn: Turn, number: int, prompt: str, tail: str, end: _End, text: TemplateText) -> TemplateSkeleton:
+def _completion(
+    turn: Turn, number: int, prompt: str, tail: str, end: AnswerEnd, text: TemplateText
+) -> TemplateSkeleton:
     """The answer behind the prompt of serving; reasoning that the prompt opens is closed."""
     rules = []
     if _opens_reasoning(prompt):
@@ -293,87 +274,8 @@ def _completion(turn: Turn, number: int, prompt: str, tail: str, end: _End, text
     )
 
 
-def _end(turn: Turn, number: int, alone: str, header: str, spans: Sequence[SlotSpan], text: TemplateText) -> _End | str:
-    """Where the answer ends in `alone`, behind `header`; or why it does not end.
-
-    It ends with the first control token after it and those directly behind that one, as far as the template writes
-    them whether another turn follows or not. What closes an answer on lines of its own (`\\n</response>\\n`), or closes
-    a tag of the header in front of what opens the next turn, is no end.
-    """
-    begin = spans[-1].stop if spans else 0
-    try:
-        more = text.render_more(number + 1)
-    except UnrenderableError:
-        more = alone
-    if turn.tool_calls:
-        last = DUMMY_VALUE if DUMMY_VALUE in alone else turn.tool_calls[-1].name
-        plain = text.control.sub(lambda token: " " * len(token[0]), alone)  # a name may be part of a token
-        begin = max(begin, plain.rfind(last) + len(last))
-    own = spans[-1].start if spans and not turn.tool_calls else 0  # reasoning in front of it may be left out later
-    shared = _shared(more, alone, text)
-    shared = shared if shared > begin else len(alone)  # what is written otherwise later does not count
-    if turn.tool_calls:
-        if not text.next_role_ends:
-            every = [*text.control.finditer(alone, begin)]
-            controls = [match for match in every if match.end() <= shared]
-            # Olmo 3 ends its last turn with another token than earlier ones.
-            ends_otherwise = len(every) == len(controls) + 1 and text.control.match(more, every[-1].start())
-            if ends_otherwise and not alone[every[-1].end() :].strip():
-                return _End(every[-1].end(), (every[-1][0],))
-            if controls and not alone[controls[-1].end() : shared].strip():
-                return _End(controls[-1].end(), (controls[-1][0],))
-        begin = len(alone.rstrip())
-    else:
-        match = text.control.match(alone, _skip_blank(alone, begin))
-        if not match and (further := text.control.search(alone, begin)) and alone[own : further.end()] in more:
-            match = further
-        if match:
-            tokens, stop = [match[0]], match.end()
-            while (match := text.control.match(alone, stop)) and match.end() <= shared:
-                tokens.append(match[0])
-                stop = match.end()
-            while text.eos not in tokens and (match := text.control.match(alone, _skip_blank(alone, stop))):
-                if alone[own : match.end()] not in more:
-                    break
-                tokens, stop = [match[0]], match.end()
-            end = _End(stop, tuple(tokens))
-            is_tag = tokens[-1].startswith("</") and tokens[-1].replace("/", "", 1) in header
-            if text.eos in tokens or not is_tag:
-                return end
-            following = _next_role_end(alone, own, stop, more, text)
-            is_end = following is not None and (following.tokens[0] == text.eos or following.tokens[0] not in header)
-            return following if following is not None and is_end else end
-    following = _next_role_end(alone, own, begin, more, text)
-    if following is not None:
-        return following
-    lacked = alone[begin : begin + MAX_SHOWN].strip()
-    found = f" ({lacked!r} is none in this tokenizer)" if lacked else ""
-    return NO_END.format(turn=number, found=found)
-
-
-def _next_role_end(alone: str, own: int, begin: int, more: str, text: TemplateText) -> _End | None:
-    """The end of an answer, the characters `own` to `begin` and white space, by the token that opens the next turn."""
-    written = alone[own:] if not alone[begin:].strip() and alone[own:] in more else alone[own:begin]
-    place = more.find(written)
-    match = text.control.match(more, _skip_blank(more, place + len(written))) if place >= 0 else None
-    return _End(own + len(written), (match[0],), is_of_next_turn=True) if match else None
-
-
 def _opens_reasoning(prompt: str) -> bool:
     return prompt.rstrip().endswith(REASONING_BEGIN)
-
-
-def _shared(other: str, rendered: str, text: TemplateText) -> int:
-    """How many characters two renderings have in common at their begin, the control tokens of the second whole."""
-    shared = len(commonprefix([other, rendered]))
-    for match in text.control.finditer(rendered):
-        if match.start() < shared < match.end():
-            return match.start()
-    return shared
-
-
-def _skip_blank(text: str, begin: int) -> int:
-    return begin + len(text[begin:]) - len(text[begin:].lstrip())
 
 
 def _openers(alone: str, first: int | None, generation_prompt: str, text: TemplateText) -> set[str]:

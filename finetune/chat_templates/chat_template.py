@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
+from os.path import commonprefix
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
-from finetune.chat_templates.answer_spans import OTHERWISE_LATER, TemplateText, build_skeleton
+from finetune.chat_templates.answer_ends import TemplateText
+from finetune.chat_templates.answer_spans import OTHERWISE_LATER, build_skeleton
 from finetune.chat_templates.example import OPENED_RULE, WORDS_RULE, UnrenderableError, system_in_front
 from finetune.chat_templates.messages import (
     REASONING_BEGIN,
@@ -58,6 +60,7 @@ class ChatTemplate:
         self._marked: dict[tuple[Any, ...], str | UnrenderableError] = {}
         self._styles: dict[str, Any] = {}
         self._words = tested_words(template)
+        self._refusal = ""  # of the sample that was refused last
 
     def apply(self, conversation: Conversation, style: MessageStyle | None = None, **options: Any) -> Any:
         """What `apply_chat_template` returns for the conversation with these options."""
@@ -90,7 +93,7 @@ class ChatTemplate:
             skeleton = replace(skeleton, rules=(*skeleton.rules, WORDS_RULE))
         if skeleton.system_in_front:
             conversation = replace(conversation, turns=system_in_front(conversation.turns))
-        _check_supervised(conversation, skeleton)
+        self._check_supervised(conversation, skeleton)
         if skeleton.is_completion:
             conversation = _without_opening(conversation, skeleton)
             if _has_tools(conversation):
@@ -126,7 +129,7 @@ class ChatTemplate:
             marked = self._with_spelled_marked(marked, spelled)
         own = build_skeleton(marked, self._template_text(marked, None, spelled), as_is=self.as_is)
         own = replace(own, system_in_front=skeleton.system_in_front)
-        _check_supervised(conversation, own)
+        self._check_supervised(conversation, own)
         return own
 
     def skeleton_of_shape(self, conversation: Conversation) -> TemplateSkeleton:
@@ -206,9 +209,39 @@ class ChatTemplate:
             lambda number: text((*turns[:number], bare_turn(number)), False),
             self.plain.control_pattern,
             self.plain.tokenizer.eos_token,
+            self._opening,
             has_calls and self._next_role_ends,
             spelled,
         )
+
+    def _check_supervised(self, conversation: Conversation, skeleton: TemplateSkeleton) -> None:
+        """Raise `UnrenderableError` with the reason of the first trained turn that has no answer in the skeleton."""
+        for number, turn in enumerate(conversation.turns):
+            if turn.is_supervised and number not in skeleton.answers:
+                reason = OTHERWISE_LATER.format(turn=number + skeleton.system_in_front)
+                reason = skeleton.refused.get(number, reason)
+                hint = self._thinking_hint if "--reasoning drop" in reason else ""
+                raise UnrenderableError(reason + hint)
+
+    @cached_property
+    def _thinking_hint(self) -> str:
+        """Which variable turns on the reasoning of this template, if it has one of the usual names."""
+        asked = Conversation((Turn("human", "a"),))
+        for name in ("enable_thinking", "thinking"):
+            with suppress(UnrenderableError):
+                thinks = replace(asked, template_kwargs={name: True})
+                if self._text(thinks, prompt=True) != self._text(asked, prompt=True):
+                    return f" (it reasons with --chat_template_kwargs '{{\"{name}\": true}}')"
+        return ""
+
+    @cached_property
+    def _opening(self) -> str:
+        """The prompt that the template writes behind a plain human turn, where it is asked for one."""
+        asked = Conversation((Turn("human", "a"),))
+        with suppress(UnrenderableError):
+            prompt = self._text(asked, prompt=True)
+            return prompt[len(commonprefix([prompt, self._text(asked)])) :]
+        return ""
 
     @cached_property
     def _next_role_ends(self) -> bool:
@@ -274,7 +307,10 @@ class ChatTemplate:
 
     def _found(self, what: str, find: Callable[[Any], Any]) -> Any:
         if what not in self._styles:
+            self._refusal = ""
             self._styles[what] = error_as_value(find, self._sample_text)
+            if self._refusal and isinstance(self._styles[what], UnrenderableError):
+                self._styles[what] = UnrenderableError(f"{self._styles[what]} (its own reason: {self._refusal})")
         if isinstance(self._styles[what], UnrenderableError):
             raise self._styles[what]
         return self._styles[what]
@@ -287,17 +323,11 @@ class ChatTemplate:
         return self._written(conversation, replace(style, texts_as_parts=self._plain_style.texts_as_parts))
 
     def _written(self, conversation: Conversation, style: MessageStyle) -> str | None:
-        with suppress(*TEMPLATE_ERRORS):
+        try:
             return str(self.apply(conversation, style, tokenize=False))
+        except TEMPLATE_ERRORS as error:
+            self._refusal = str(error)
         return None
-
-
-def _check_supervised(conversation: Conversation, skeleton: TemplateSkeleton) -> None:
-    """Raise `UnrenderableError` with the reason of the first trained turn that has no answer in the skeleton."""
-    for number, turn in enumerate(conversation.turns):
-        if turn.is_supervised and number not in skeleton.answers:
-            reason = OTHERWISE_LATER.format(turn=number + skeleton.system_in_front)
-            raise UnrenderableError(skeleton.refused.get(number, reason))
 
 
 def _without_opening(conversation: Conversation, skeleton: TemplateSkeleton) -> Conversation:

@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune.chat_templates.example import IGNORE_INDEX, ChatFormat, SupervisedSpan, TokenizedConversation
 from finetune.chat_templates.messages import split_reasoning
+from finetune.chat_templates.template_skeleton import OTHER_TEMPLATE
 from finetune.conversation import Turn
 
 SHOWN_CHARACTERS = 24
@@ -51,7 +52,10 @@ def _fault(tokenized: TokenizedConversation, texts: Sequence[str], control_ids: 
         if not _is_text_of(text, span):
             return _difference(text, span, spells=bool(tokenized.spelled))
         if span.ended and span.content is not None and (missing := _missing_part(text, span.content)) is not None:
-            return f"turn {span.turn}: {missing!r} would not be supervised"
+            return (
+                f"turn {span.turn}: {missing!r} would not be supervised, because the chat template leaves it out or "
+                f"rewrites it: {OTHER_TEMPLATE}"
+            )
     return None
 
 
@@ -97,7 +101,8 @@ def _holds(decoded: str, part: str) -> bool:
     """Whether the text has the part: as it is, as JSON or Python write it, or normalized by the tokenizer."""
     if part.strip() in decoded:
         return True
-    forms = (part.strip(), json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1], _PYTHON.get(part, part))
+    as_json = (json.dumps(part, ensure_ascii=False), json.dumps(part), repr(part))
+    forms = (part.strip(), *(form[1:-1] for form in as_json), _PYTHON.get(part, part))
     normal = unicodedata.normalize("NFKC", decoded)
     return any(unicodedata.normalize("NFKC", form) in normal for form in forms)
 

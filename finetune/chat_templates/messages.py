@@ -21,7 +21,7 @@ TEMPLATE_ROLES = {"human": "user", "model": "assistant", "system": "system", "to
 REASONING_BEGIN, REASONING_END = "<think>", "</think>"
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought")
 PARTS = "content"  # the key of reasoning that is a part of the content, as in Mistral's templates
-CallIds = Literal["given", "short", "named"]
+CallIds = Literal["given", "filled", "short", "named"]
 
 
 def split_reasoning(text: str) -> tuple[str, str] | None:
@@ -81,8 +81,9 @@ class MessageStyle:
 
     `beside_key` is the key of reasoning that the data has beside the text, `inside_key` of that inside it; None: it is
     inside the content. With `has_plans` that beside calls is a `tool_plan`, as Cohere has it. `call_ids`: those of the
-    data, ids of nine characters as Mistral's templates demand, or `functions.NAME:0`, of which Kimi's templates write
-    the name. `texts_as_parts`: contents are lists of parts, as templates of models with images have them.
+    data, with made ones where it has none, all of nine characters as Mistral's templates demand, or
+    `functions.NAME:0`, of which Kimi's templates write the name. `texts_as_parts`: contents are lists of parts, as
+    templates of models with images have them.
     """
 
     arguments_as_json: bool = False
@@ -142,7 +143,8 @@ class _ToolCallIds:
         self.open, pairs = {}, list[tuple[ToolCall, str | None]]()
         for call in turn.tool_calls:
             id, named = call.id, f"functions.{call.name}:"
-            if self.form == "short" and not (id and len(id) == 9 and id.isalnum()):
+            is_short = id is not None and len(id) == 9 and id.isalnum()
+            if (self.form == "short" and not is_short) or (self.form == "filled" and not id):
                 id = f"call{self.count:05}"
             elif self.form == "named" and not (id and id.startswith(named)):
                 id = f"{named}{self.count}"
@@ -160,7 +162,7 @@ class _ToolCallIds:
 
 def sample_tool(name: str, key: str, about: str) -> dict[str, Any]:
     """A declaration of a function with one argument, a string."""
-    schema = {"type": "object", "properties": {key: {"type": "string"}}, "required": [key]}
+    schema = {"type": "object", "properties": {key: {"type": "string", "description": about}}, "required": [key]}
     return {"type": "function", "function": {"name": name, "description": about, "parameters": schema}}
 
 

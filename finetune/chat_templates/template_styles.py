@@ -35,15 +35,18 @@ def tool_style(render: Render) -> MessageStyle:
         Turn("tool", _RESULT, tool_call_id="id-1"), Turn("model", _TEXT),
     )  # fmt: skip
     sample = Conversation(turns, tools=(sample_tool(_NAME, _KEY, "aboutq1x"),))
+    unnamed = (turns[0], replace(turns[1], tool_calls=(replace(call, id=None),)), Turn("tool", _RESULT), turns[3])
+    without_ids = replace(sample, turns=unnamed)
     best = 0
     for ids, content, as_json in product(get_args(CallIds), ("", None), (False, True)):  # the most frequent first
         style = MessageStyle(as_json, content, ids)
         text = render(sample, style)
-        if text is None:
+        if text is None or (ids == "given" and render(without_ids, style) is None):
             continue
         asked, called = (render(replace(sample, turns=turns[:count]), style) or "" for count in (1, 2))
         has_name = not called or called.count(_NAME) > asked.count(_NAME)
-        is_call = has_name and text.count(_VALUE) == 1 and "'" + _KEY not in text and '\\"' + _KEY not in text
+        is_quoted = any(text.count(quote + _KEY) > asked.count(quote + _KEY) for quote in ("'", '\\"'))
+        is_call = has_name and text.count(_VALUE) == 1 and not is_quoted
         written = ("aboutq1x" in text, is_call, _RESULT in text and _TEXT in text)
         if all(written):
             return style

@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, LingoWhaleFormat, Renderer
+from finetune.chat_templates.messages import sample_tool
 from finetune.conversation import BadRow, ChatSettings, Conversation, ToolCall, Turn
 from tests.helpers.template_families import FAMILIES, prepared
 
@@ -90,3 +91,33 @@ def test_variables_of_a_row_that_a_template_does_not_use_are_said_or_refused(smo
     kept, bad = chat.render_all(rows)
     assert kept.reason == (None if family == "qwen3" else "the chat template does not use enable_thinking of the row")
     assert isinstance(bad, BadRow) and "does not use custom_instructions of the row" in bad.reason
+
+
+STEPS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|result|>' + m.content }}{% else %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<|call|>' + call.ID + call.function | tojson }}{% endfor %}"
+    "{{ '<|result|>' if m.tool_calls else '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt and messages[-1].role != 'tool' }}"
+)
+
+
+@pytest.mark.parametrize("own_id", [None, "c-1"])
+def test_a_template_may_quote_declarations_demand_ids_and_write_no_prompt_behind_results(smol_tokenizer, own_id):
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>", "<|result|>"]})
+    declared = "{% for tool in tools or [] %}{% for value in tool.function.parameters.properties.values() %}"
+    declared += "{{ value.description + ' ' }}{% endfor %}{{ tool }}{% endfor %}"
+    call = ToolCall("weather", {"x": "1"}, own_id)
+    turns = (PLAIN[0], Turn("model", "", tool_calls=(call,)), Turn("tool", "r", tool_call_id=own_id), PLAIN[1])
+    row = Conversation(turns, tools=(sample_tool("weather", "x", "d"),))
+    chat = Renderer(JinjaFormat(tokenizer, declared + STEPS.replace("ID", "id[:4]"), "x"), 1000)
+    written = f'<|call|>{own_id or "call"}{{"name": "weather", "arguments": {{"x": "1"}}}}<|result|>'
+    assert supervised(chat, row) == [f"{written}<|im_start|>assistant\nanswer<|im_end|>"]
+
+
+@pytest.mark.parametrize("text", ["<think>\n\n</think>\n\nb", "<think></think>b"])
+def test_an_empty_reasoning_is_supervised_where_the_template_has_no_generation_prompt(smol_tokenizer, text):
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    row = Conversation((PLAIN[0], Turn("model", text)))
+    assert supervised(Renderer(JinjaFormat(smol_tokenizer, template, "x"), 1000), row) == [f"{text}<|im_end|>"]

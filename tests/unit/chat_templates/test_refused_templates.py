@@ -37,7 +37,7 @@ CALLS = (
             + PROMPT.replace("THINK", "<think></think>"),
             REASONED, "has no reasoning, or closes it", "--chat_template_kwargs",
         ),
-        (CALLS + PROMPT.replace("THINK", "Yes: "), CALLED, "writes another prompt in front of", "--chat_template"),
+        ("{{ 'Q' if add_generation_prompt }}" + CALLS, CALLED, "writes another prompt in front of", "--chat_template"),
         (TURNS + "{{ m.content | upper }}</s>{% endfor %}", PLAIN, "rewrites the text of turn 0", "chatml"),
         (TURNS + "</s>{% endfor %}", PLAIN, "leaves out, repeats or rewrites turn 0", "chatml"),
         ("{{ raise_exception('one turn, please') }}", PLAIN, "refuses it: one turn, please", "chatml"),

@@ -80,6 +80,12 @@ WRITTEN = {
     "tag and next role": (ROLE_TAGS + "{{- '<tool_call>' + message.content + '</tool_call>' if message.role == 'assistant' else message.content }}{% endfor %}{{- '<|assistant|>' if add_generation_prompt }}", ROLES_END, ["<tool_call>a</tool_call><|user|>", "<tool_call>a2</tool_call><|user|>"]),
     "line and next role": (ROLE_TAGS + "{{- message.content + '\\n' }}{% endfor %}{{- '<|assistant|>' if add_generation_prompt }}", ROLES_END, ["a\n<|user|>", "a2\n<|user|>"]),
     "plain text": (ROLE_TAGS + "{{- message.content + '<|end|>' }}{% endfor %}{{- '<|assistant|>Steps:\\n' if add_generation_prompt }}", ROLES_END, ["a<|end|>", "a2<|end|>"]),
+    # As Cohere's templates, which write the prompt whether it is asked for or not, and Kimi-K3's.
+    "prompt at every end": (ROLE_TAGS + "{{- '<reply>' + message.content if message.role == 'assistant' else message.content }}{{- '<|end|>' }}{% endfor %}{{- '<|assistant|>' }}", ROLES_END, ["<reply>a<|end|>", "<reply>a2<|end|>"]),
+    "prompt of another kind at every end": (ROLE_TAGS + "{{- message.content + '<|end|>' }}{% endfor %}{{- '<|assistant|><empty>' }}", ROLES_END, ["a<|end|>", "a2<|end|>"]),
+    "text between end tokens": (ROLE_TAGS + "{{- message.content + '<|close|>' + message.role + '<|sep|><|end|>' }}{% endfor %}{{- '<|assistant|>' if add_generation_prompt }}", "<|close|> <|sep|> " + ROLES_END, ["a<|close|>assistant<|sep|><|end|>", "a2<|close|>assistant<|sep|><|end|>"]),
+    # As Laguna's, whose end token is no eos_token.
+    "closing tag of the prompt": ("{%- for message in messages %}{{- '<' + message.role + '>' + message.content + '</' + message.role + '>\\n' }}{% endfor %}{{- '<assistant>' if add_generation_prompt }}", "<user> </user> <assistant> </assistant> <|end|>", ["a</assistant>", "a2</assistant>"]),
 }  # fmt: skip
 
 
