@@ -85,6 +85,8 @@ def check_quantization(bits: int | None, label: str, adapter: AdapterArguments, 
         "quantized weights cannot be trained: add --use_lora True": adapter.kind() != "lora",
         "LoRA initialised from the weights (PiSSA, OLoRA) needs them unquantized: leave --init_lora_weights "
         "out": adapter.starts_from_weights(),
+        "peft's DoRA loses the scales of 8-bit weights after one pass: give --load_in_4bit True, or leave --use_dora "
+        "out": bits == 8 and bool(adapter.peft_options().get("use_dora")),
         "bitsandbytes holds 8-bit weights beside the parameters, so ZeRO-3 would partition none of them: give "
         "--load_in_4bit True, or --deepspeed zero2": bits == 8 and zero_stage == 3,
     }

@@ -1,6 +1,7 @@
 """Patches of bitsandbytes, written for 0.50, and of transformers, written for 5.23."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,37 @@ def keep_packing() -> None:
     from bitsandbytes.nn import modules
 
     modules.has_avx512bf16 = lambda: False
+
+
+@cache
+def flatten_inputs_of_8_bits() -> None:
+    """Let 8-bit layers multiply inputs of more than three dimensions (latent attention) as rows.
+
+    bitsandbytes fails on them on a CPU, and elsewhere looks for outliers at wrong places.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    multiply: Any = Linear8bitLt.forward
+
+    @wraps(multiply)
+    def forward(layer: Any, inputs: Any) -> Any:
+        return multiply(layer, inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
+
+    Linear8bitLt.forward = forward  # type: ignore[assignment]
+
+
+@contextmanager
+def each_row_alone(model: Any) -> Iterator[None]:
+    """Let 8-bit layers compute each token by itself: LLM.int8 picks columns with outliers by all tokens of a batch."""
+    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
+    before = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
 
 
 def leave_scales_out(model: Any) -> None:

@@ -20,9 +20,9 @@ from finetune.models.attention import (
     sliding_window_of,
     unsupported_config_reason,
 )
-from finetune.models.compat import make_masks_without_waiting
+from finetune.models.compat import each_row_alone, make_masks_without_waiting
 from finetune.models.loader import torch_dtype
-from finetune.models.module_kinds import unwrap_adapter
+from finetune.models.module_kinds import output_embeddings, unwrap_adapter
 from finetune.models.zero3 import gather_as_a_whole, gather_per_module, is_partitioned
 from finetune.utils.errors import ConfigError, first_line
 
@@ -76,7 +76,7 @@ def enable_padding_free(
         differs = first_not_none(segments.LONGEST_DECIDES if ropes else tried)
         if differs and not trial.is_partitioned:
             segments.run_by_segment(ropes, segments.LONGEST_DECIDES, segments.forget_longer_rows)
-            segments.run_by_segment([base.base_model], f"{reason}; {differs}")
+            segments.run_by_segment([_decoder(base)], f"{reason}; {differs}")
             if first_not_none(trial.reason()) is None:
                 return None
             trial.undo()
@@ -223,7 +223,7 @@ class Trial:
         """Return what `run` returns, or why it failed."""
         try:
             casts = torch.autocast(self.a.device.type, self.autocast, enabled=self.autocast != torch.float32)
-            with gather_per_module(self.model), torch.no_grad(), casts:
+            with gather_per_module(self.model), each_row_alone(self.base), torch.no_grad(), casts:
                 return run()
         except Exception as error:  # the code of a model may raise anything: fall back to padded rows
             return f"a trial with random conversations failed: {first_line(error)[:200]}"
@@ -316,6 +316,13 @@ class Trial:
         )
         leaked = gradients[: -len(self.b)].abs().max().item()
         return f"{LEAK} (gradient {leaked:.1e})" if leaked else None
+
+
+def _decoder(base: Any) -> Any:
+    """Return all of a model but its head, which may be asked for the logits of places in the row."""
+    head, embeddings = output_embeddings(base), base.get_input_embeddings()
+    parts = ((module, set(module.modules())) for module in base.modules() if module is not embeddings)
+    return next((module for module, inner in parts if embeddings in inner and head not in inner), base.base_model)
 
 
 def _logits(base: Any, conversations: list[torch.Tensor]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from finetune.models.compat import keep_packing
+from finetune.models.compat import flatten_inputs_of_8_bits, keep_packing
 from finetune.models.module_kinds import module_kinds
 from finetune.utils.errors import ConfigError
 
@@ -97,6 +97,7 @@ def quantized_loading(bits: int | None, dtype: torch.dtype, config: Any, empty: 
     if bits is None and method is None:
         return {}
     keep_packing()
+    flatten_inputs_of_8_bits()
     if method:
         return {}
     kept = _kept_whole(empty)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.models.attention import supports_logits_to_keep
-from finetune.models.padding_free import enable_padding_free
+from finetune.models.padding_free import _decoder, enable_padding_free
 from finetune.models.segments import by_segment_note
 from tests.helpers.equality import CONVERSATIONS, FORMS, QUIET_PEFT, Form, one_by_one, trained, with_lora
 from tests.helpers.tiers import mostly_slow
@@ -85,6 +85,11 @@ def test_models_with_wrong_padded_rows_run_conversation_by_conversation(family, 
     assert trained(model, CONVERSATIONS, FORMS["flat, all logits"]).distance(wanted) < TOLERANCE
     assert trained(model, CONVERSATIONS, FORMS["padded, all logits"]).distance(wanted) > 1e-3
     assert reason(model) is None and why in by_segment_note(model)
+
+
+def test_what_runs_conversation_by_conversation_is_not_asked_for_logits():
+    model = build("llama4")
+    assert model.base_model is model and _decoder(model) is model.model
 
 
 ROTATIONS = {

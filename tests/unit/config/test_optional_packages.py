@@ -48,6 +48,7 @@ def test_a_tracker_that_is_missing_is_told_with_the_line_that_installs_it(lackin
         (8, {"adapter": "prefix"}, None, "add --use_lora True"),
         (4, {**LORA, "init_lora_weights": "pissa"}, None, "leave --init_lora_weights out"),
         (8, LORA, 3, "give --load_in_4bit True, or --deepspeed zero2"),
+        (8, {**LORA, "use_dora": True}, 2, "or leave --use_dora out"),
     ],
 )
 def test_what_quantized_weights_cannot_do(bits, adapter, stage, reason):

@@ -38,6 +38,21 @@ def test_the_state_of_a_packed_layer_holds_scales_beside_its_weight(layer):
     assert list(model.state_dict()) == ["0.weight"]
 
 
+def test_8_bit_layers_refuse_inputs_of_four_dimensions_and_mix_the_tokens_of_a_row():
+    layer, inputs = packed(Linear8bitLt, has_fp16_weights=False, threshold=6.0).eval(), torch.randn(1, 2, 3, 32)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            unwrap(Linear8bitLt.forward)(layer, inputs)
+        compat.flatten_inputs_of_8_bits()
+        expected = layer(inputs.view(6, 32))
+        torch.testing.assert_close(layer(inputs), expected.view(1, 2, 3, 32))
+        inputs[:, 1:] *= 100
+        assert not torch.equal(layer(inputs)[0, 0], expected[:3])
+        with compat.each_row_alone(layer):
+            assert torch.equal(layer(inputs)[0, 0], layer(inputs[0, 0]))
+        assert layer.state.threshold == 6.0
+
+
 @pytest.mark.parametrize(
     ("operation", "targets", "shapes"),
     [(Transpose(0, 1, check_dims=True), ["a"], [(4, 2)]), (Split(), "ab", [(3, 2), (1, 2)])],
