@@ -74,9 +74,9 @@ def digests_to_save(model: Any) -> dict[str, TensorDigest]:
     if is_adapter and model.active_peft_config.is_prompt_learning:
         with gathered(weight for weight in model.parameters() if weight.requires_grad):
             embeddings = model.get_prompt_embedding_to_save(model.active_adapter)
-        return {"prompt_encoder.default.embedding.weight": TensorDigest.of(embeddings)}
+        digests["prompt_encoder.default.embedding.weight"] = TensorDigest.of(embeddings)
     for name, parameter in model.named_parameters():
-        if is_adapter and not parameter.requires_grad:
+        if is_adapter and (name.startswith("prompt_encoder.") or not parameter.requires_grad):
             continue
         with gathered([parameter]):
             if get_rank() == 0:

@@ -41,7 +41,7 @@ OF_IMAGES = re.compile("^(vision|visual|image|audio)")
 MTP_NAME = re.compile(r"^(mtp|nextn|eh_proj)(_|$)|_mtp$")
 # Parts of names that peft adds.
 OF_PEFT = re.compile(
-    r"^base_model\.model\.|\.(base_layer|original_module)(?=\.|$)"
+    r"^base_model\.(model\.)?|\.(base_layer|original_module)(?=\.|$)"
     r"|\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens_delta)(\.default)?(?=\.|$)"
 )
 
@@ -77,11 +77,12 @@ class ModuleKinds:
 
     def of(self, name: str) -> str:
         """Return the kind of a module or parameter, also of one that peft wraps."""
-        name = OF_PEFT.sub("", name)
-        while name:
-            if name in self.by_module:
-                return self.by_module[name]
-            name = name.rpartition(".")[0]
+        inner = OF_PEFT.sub("", name)
+        for path in (inner, f"model.{inner}"):  # around virtual tokens peft names the model itself base_model
+            while path:
+                if path in self.by_module:
+                    return self.by_module[path]
+                path = path.rpartition(".")[0]
         return OTHERS
 
     def count(self, model: Any) -> dict[str, KindCount]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from finetune.config import AdapterArguments
 from finetune.export.verify_saved import TensorDigest, digests_to_save
 from finetune.models.adapters import InitialLora, attach_peft
+from finetune.models.module_kinds import ATTENTION, HEAD, OTHERS, module_kinds
 from finetune.training.trainer import SupervisedTrainer
 from tests.helpers import tiny_models
 
@@ -65,6 +66,16 @@ def test_the_digest_of_virtual_tokens_is_that_of_the_embeddings_which_are_saved(
     loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
     assert TensorDigest.of(loaded.get_parameter(name)) == digest
     assert digest.shape == tuple(load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape)
+
+
+def test_a_layer_that_is_trained_beside_virtual_tokens_is_compared_and_counted_by_its_kind():
+    options = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "modules_to_save": ["lm_head"]}
+    base = tiny_models.build("llama")
+    kinds = module_kinds(base)
+    model = attach_peft(base, AdapterArguments(adapter_config=json.dumps(options)))
+    assert sorted(name.split(".")[0] for name in digests_to_save(model)) == ["base_model", "prompt_encoder"]
+    counts = kinds.count(model)
+    assert (counts[HEAD].trained, counts[OTHERS].trained) == (200 * 32, 3 * 32) and counts[ATTENTION].frozen
 
 
 @pytest.mark.parametrize("start", ["default", "pissa"])
