@@ -97,9 +97,10 @@ class AdapterArguments:
 
     def unserved_options(self) -> list[str]:
         """Return a fault for each option of the method that would do nothing, or something else."""
-        given = {name: value for name, value in self.peft_options().items() if value not in (None, "none", False)}
-        reasons = ((name, reason) for name, reason in UNSERVED_OPTIONS.items() if name in given)
-        return [f"--adapter_config: {name} {given[name]}: {reason}: leave it out" for name, reason in reasons]
+        options = self.peft_options()
+        return [
+            f"--adapter_config: {name} {options[name]}: {reason}: leave it out" for name, reason in unserved(options)
+        ]
 
     def saved_modules(self) -> tuple[str, ...] | None:
         """Names of the layers of the base that are saved with the result; None: all."""
@@ -114,3 +115,9 @@ class AdapterArguments:
         """Whether LoRA is computed from the base weights and moves them: PiSSA and OLoRA."""
         start = str(self.peft_options().get("init_lora_weights")) if self.kind() == "lora" else ""
         return start.startswith("pissa") or start == "olora"
+
+
+def unserved(options: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the options of a method of peft that would do nothing, or something else, each with the reason."""
+    given = {name for name, value in options.items() if value not in (None, "none", False)}
+    return [(name, reason) for name, reason in UNSERVED_OPTIONS.items() if name in given]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.config.adapter_arguments import KINDS_OF_METHODS, UNSERVED
+from finetune.config.adapter_arguments import KINDS_OF_METHODS, UNSERVED, unserved
 from finetune.run_dir import run_json
 from finetune.utils.errors import ConfigError, near_paths, raise_faults
 from finetune.utils.hub import adapter_on_hub
@@ -21,7 +21,7 @@ LORA_FLAGS: dict[str, tuple[str, Any]] = {
     "modules_to_save": ("modules_to_save", list[str] | None),
 }
 # Initialisations that change the weights of the base, which a run would start from another time.
-MOVES_BASE = ("pissa", "olora", "corda", "loftq")
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -108,10 +108,11 @@ def _obstacles(folder: Path, config: dict[str, Any]) -> list[str]:
     if start.startswith(MOVES_BASE):
         faults.append(f"was saved for the base as {start} has changed it: save it with peft's "
                       "path_initial_model_for_weight_conversion, or merge it")  # fmt: skip
-    trained = {"bias": ("none", None), "prefix_projection": (False, None), "layer_replication": (None,)}
-    for key, known in trained.items():
-        if config.get(key) not in known:
-            faults.append(f"{key} is {config[key]!r}, which cannot be continued here: merge it with peft")
+    reasons = dict(unserved(config))
+    if config.get("prefix_projection"):
+        reasons["prefix_projection"] = "its encoder was not saved"
+    for key, reason in reasons.items():
+        faults.append(f"{key} is {config[key]!r}, which cannot be continued here: {reason}: merge it with peft")
     return faults
 
 

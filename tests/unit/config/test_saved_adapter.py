@@ -106,6 +106,8 @@ def test_flags_that_contradict_the_adapter_are_named_with_both_values(tmp_path):
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "not the config of an adapter"),
         ({"r": "8"}, "r is '8'"),
         ({"bias": "all"}, "bias is 'all'"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is [5, 6]"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga has changed"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 has changed"),
         ({"base_model_name_or_path": None}, "names no base"),
     ],
