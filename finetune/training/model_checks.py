@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -18,6 +19,7 @@ from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
 from finetune.models.adapters import check_attachable
 from finetune.models.embeddings import embedding_names
+from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, damage_named, embedding_rows, inspect_model, needs_new_embeddings
 from finetune.models.model_config import check_attention_heads
 from finetune.models.module_kinds import VISION
@@ -132,6 +134,11 @@ def check_vocabulary(
     names, kind = embedding_names(info.empty), adapter.kind()
     tokens = tokenizer.convert_ids_to_tokens(list(range(known, min(rows, known + SHOWN_NAMES))))
     grows = f"the tokenizer has {rows:,} tokens, the model embeddings for {known:,}: none for {format_names(tokens)}"
+    if kind is None and (frozen := _frozen_embeddings(info, adapter)):
+        raise ConfigError(
+            f"{grows}. --freeze or --train_only keeps {format_names(frozen)} from training, and with it the new rows: "
+            "train these too, or use the model's own tokenizer"
+        )
     if kind in ("prefix", "prompt"):
         raise ConfigError(f"{grows}: --adapter {kind} cannot train embeddings: use --use_lora True")
     saved = set(names) & set(adapter.saved_modules() or ())
@@ -151,6 +158,14 @@ def check_vocabulary(
         )
     how = f"{' and '.join(names)} ({size:,} parameters) are trained in full" if kind else "all rows are trained"
     return [f"{grows}; the embeddings grow, new rows start near the mean of the others, and {how}"]
+
+
+def _frozen_embeddings(info: ModelInfo, adapter: AdapterArguments) -> list[str]:
+    """Return the weights with a row per token that the flags freeze where all parameters are trained."""
+    model, names = deepcopy(info.empty), embedding_names(info.empty)
+    freeze(model, info.kinds, adapter.freeze, adapter.train_only)
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    return [name for name in frozen if name.removesuffix(".weight").rpartition(".")[2] in names]
 
 
 def _saved_rows(folder: Path, names: Iterable[str]) -> int:

@@ -71,6 +71,13 @@ class TestVocabulary:
     def test_full_training_says_that_they_grow(self):
         assert "all rows are trained" in " ".join(self.check(info(), FULL))
 
+    @pytest.mark.parametrize(("flags", "name"), [({"freeze": ["embed_tokens"]}, "embed_tokens"),
+                                                 ({"train_only": ["attention"]}, "lm_head")])  # fmt: skip
+    def test_frozen_embeddings_cannot_grow(self, flags, name):
+        with pytest.raises(ConfigError, match=f"--freeze or --train_only keeps .*{name}.weight from training"):
+            self.check(info(), AdapterArguments(**flags), adds_tokens=True)
+        assert self.check(info(), AdapterArguments(freeze=["layers.0"]), adds_tokens=True)
+
     def test_virtual_tokens_cannot_train_them(self):
         with pytest.raises(ConfigError, match="--adapter prefix cannot train embeddings"):
             self.check(info(), AdapterArguments(adapter="prefix"))
