@@ -138,8 +138,13 @@ def attach_peft(
     try:
         # In the precision of the base; DeepSpeed converts to it under ZeRO-1 and 2 and keeps float32 master weights.
         # peft's default is float32, which ZeRO-3 would keep: the stages would compute different numbers.
-        return get_peft_model(model, config_class(**options), autocast_adapter_dtype=False, revision=base_revision)
-    except MALFORMED as error:
+        adapted = get_peft_model(model, config_class(**options), autocast_adapter_dtype=False, revision=base_revision)
+        if not _trained(adapted):
+            raise ValueError("it fits no layer of the model")
+        return adapted
+    except (*MALFORMED, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) and "meta" in str(error).lower():  # of torch: there are no values yet
+            raise
         is_whole = not any(isinstance(module, BaseTunerLayer) for module in model.modules())  # else names of peft's
         layers = f"; its {linear_names(model)}" if is_whole else ""
         raise ConfigError(f"{label} cannot be attached: {error}{layers}") from None
@@ -199,6 +204,9 @@ def _resolved(model: Any, options: dict[str, Any]) -> LoraTargets:
     targets = replace(targets, parameters=tuple(parameters))
     _check_wrapped(targets, options)
     start, head = options.get("init_lora_weights"), output_embeddings(model)
+    if start == "olora" and targets.options(model)["fan_in_fan_out"]:
+        layers = f"{type(model).__name__} stores transposed weights"
+        raise ConfigError(f"--init_lora_weights olora: {layers}, of which peft takes no account: give pissa")
     if is_tied(model) and str(start).startswith(MOVES_BASE):
         if tied := [name for name in targets.modules if model.get_submodule(name) is head]:
             raise ConfigError(
@@ -307,7 +315,8 @@ class InitialLora:
     """The initial LoRA matrices of PiSSA or OLoRA, needed to save a plain LoRA for the original base.
 
     Both move s·B0·A0 from the base weight W into the adapter, so the tuned layer computes W - s·B0·A0 + s·B·A. On the
-    original W that is a LoRA of rank 2r: [B, -B0]·[A; A0], with the same scale s.
+    original W that is a LoRA of rank 2r: [B, -B0]·[A; A0], with the same scale s. A layer with fewer than r inputs or
+    outputs gets matrices of a lower rank from peft, which zeros fill up.
     """
 
     def __init__(self, model: Any) -> None:
@@ -317,19 +326,20 @@ class InitialLora:
                 for name, parameter in model.named_parameters()
                 if ".lora_" in name
             }
+        layers = {name: getattr(module, "r", None) for name, module in model.named_modules()}
+        self.ranks = {name: ranks["default"] for name, ranks in layers.items() if isinstance(ranks, dict) and ranks}
 
     def rewrite(self, folder: Path) -> None:
         """Replace a saved adapter by its plain form of rank 2r."""
         import torch
         from safetensors.torch import load_file, save_file
 
-        saved = load_file(folder / ADAPTER_FILE)
-        for name in [name for name in saved if re.search(r"\.lora_(embedding_)?[AB](\.|$)", name)]:
-            initial = self.tensors[name].to(saved[name].dtype)
-            if re.search(r"\.lora_(embedding_)?A", name):
-                saved[name] = torch.cat([saved[name], initial], dim=0).contiguous()
-            else:
-                saved[name] = torch.cat([saved[name], -initial], dim=1).contiguous()
+        for name, trained in (saved := load_file(folder / ADAPTER_FILE)).copy().items():
+            if part := re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name):
+                is_b, initial = part[1] == "B", self.tensors[name].to(trained.dtype)
+                both = torch.cat([trained, -initial if is_b else initial], dim=int(is_b))
+                missing = 2 * self.ranks[name[: part.start()]] - both.shape[is_b]
+                saved[name] = torch.nn.functional.pad(both, (0, missing) if is_b else (0, 0, 0, missing)).contiguous()
         save_file(saved, folder / ADAPTER_FILE, metadata={"format": "pt"})
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         # Keep the scale alpha / r, with rsLoRA alpha / sqrt(r).

@@ -97,6 +97,12 @@ def test_what_peft_does_not_know_is_an_error_before_the_model_loads(options, mes
         check_attachable(on_meta("llama"), config(**options))
 
 
+@pytest.mark.parametrize(("method", "message"), [("OSF", "fits no layer"), ("LILY", "does not support .*Conv1D")])
+def test_a_method_that_fits_no_layer_is_an_error(method, message):
+    with pytest.raises(ConfigError, match=f"peft's {method} cannot be attached: .*{message}"):
+        check_attachable(on_meta("gpt2"), config(peft_type=method, target_modules="all-linear"))
+
+
 def test_a_method_that_computes_from_weights_is_checked_once_they_are_loaded():
     adamss = config(peft_type="ADAMSS", target_modules=["q_proj"])
     assert ["checked only once" in note for note in check_attachable(on_meta("llama"), adamss)] == [True]

@@ -194,10 +194,26 @@ def test_a_start_that_moves_the_head_would_move_tied_embeddings(family, start):
         attach_peft(tiny_models.build(family, tie_word_embeddings=True), AdapterArguments(**flags))
 
 
+def test_a_start_from_transposed_weights_is_an_error():
+    flags = {"use_lora": True, "lora_dropout": 0.0, "init_lora_weights": "olora"}
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel stores transposed weights"):
+        attach_peft(tiny_models.build("gpt2"), AdapterArguments(**flags))
+
+
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")
-def test_moved_weights_beside_adapted_embeddings_are_saved_as_plain_lora(tmp_path):
-    flags = {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]}
-    model = attach_lora(tiny_models.build("llama"), r=4, alpha=8, dropout=0, **flags)
+@pytest.mark.parametrize(
+    ("start", "rank", "targets"),
+    [
+        ("pissa", 4, ["q_proj", "embed_tokens"]),
+        ("pissa", 20, ["q_proj", "k_proj"]),
+        ("olora", 20, ["q_proj", "k_proj"]),
+    ],
+)
+def test_moved_weights_are_saved_as_plain_lora_of_embeddings_and_of_layers_smaller_than_the_rank(
+    start, rank, targets, tmp_path
+):
+    flags = {"init_lora_weights": start, "target_modules": targets}
+    model = attach_lora(tiny_models.build("llama"), r=rank, alpha=8, dropout=0, **flags)
     initial = InitialLora(model)
     with torch.no_grad():
         for name, weight in model.named_parameters():
