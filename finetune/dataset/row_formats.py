@@ -10,9 +10,22 @@ from finetune.dataset.content_parts import REASONING_KEYS
 from finetune.dataset.json_decoder import shown
 from finetune.dataset.row_verdicts import ROW_WEIGHTS, VERDICT_KEYS
 from finetune.dataset.tool_reading import TOOL_KEYS
-from finetune.dataset.turn_reading import REFUSED, TEMPLATE_VARIABLES, role_of
+from finetune.dataset.turn_lists import is_turns
+from finetune.dataset.turn_reading import ONLY_LAST, REFUSED, TEMPLATE_VARIABLES, role_of
 
-TURN_LISTS = ("conversations", "messages", "conversation", "contents", "dialog", "dialogue", "turns", "chat", "data")
+TURN_LISTS = (
+    "conversations",
+    "messages",
+    "conversation",
+    "contents",
+    "dialog",
+    "dialogue",
+    "turns",
+    "chat",
+    "trajectory",
+    "traj",
+    "data",
+)
 TURN_LIST_KEYS = frozenset(TURN_LISTS)
 MAIN_TURN_LISTS = frozenset(TURN_LISTS[:4])  # a value that is no list is a fault; under the others it is a remark
 # Lists of turns of one exchange each: the key of the question -> the key of the answer.
@@ -106,7 +119,7 @@ _KEYS = frozenset({*TURN_LISTS, *PAIR_KEYS, *SYSTEM_KEYS, *TOOL_KEYS, *REASONING
 DECIDING_KEYS = PAIR_KEYS.union(TURN_LISTS, ["text"])
 COLUMN_KEYS = _KEYS | {"id", "text"}  # --columns can name a column for these
 # Keys that are read, or refused, in some format.
-WATCHED = _KEYS.union(REFUSED_ROWS, VERDICT_KEYS, TEMPLATE_VARIABLES, ("chat_template_kwargs", "only_last_turn_loss"))
+WATCHED = _KEYS.union(REFUSED_ROWS, VERDICT_KEYS, TEMPLATE_VARIABLES, ("chat_template_kwargs", *ONLY_LAST))
 # Names of rows decide nothing.
 NAMES_OF_ROWS = frozenset({"id", "uuid", "idx", "index", "conversation_id", "prompt_id", "__index_level_0__"})
 EXPECTED = (
@@ -191,5 +204,7 @@ def why_no_format(row: dict[str, Any], keys: set[str]) -> str:
         return f'expected "{empty}" to be a list of turns, found {shown(row[empty])}'
     if not row.keys().isdisjoint(("role", "from", "parent_id")):
         return 'one message of a conversation: write whole conversations as rows, [[{"role": ...}, ...], ...], or trees'
+    if listed := [key for key, value in row.items() if isinstance(value, list) and is_turns(value)]:
+        return f"{shown(listed[0])} holds turns: if they are the conversation, --columns messages={listed[0]}"
     names = ", ".join(shown(key)[1:-1] for key in [*row][:8])
     return f"expected {EXPECTED}, found {f'the keys {names}' if names else 'no keys'}"

@@ -111,7 +111,7 @@ class RowReading:
     def _beside(self, row: dict[str, Any], keys: set[str], lists: Sequence[str], *, is_text: bool) -> None:
         remarks = {key for key in keys & {*REASONING_KEYS} if is_mode(row[key])}
         remarks |= keys.intersection(GRADES) if is_text else set()  # they grade a page of the web, and no answer
-        remarks |= {key for key in keys & VERDICT_KEYS - REFUSED_ROWS.keys() if is_remark(row[key])}
+        remarks |= {key for key in keys & VERDICT_KEYS - REFUSED_ROWS.keys() if is_remark(key, row[key])}
         keys -= remarks
         read = (WATCHED - TURN_LIST_KEYS - remarks).union(lists, NAMES_OF_ROWS)
         self.unread = [key for key in row.keys() - read if not is_empty(row[key])]

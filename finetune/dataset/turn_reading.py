@@ -22,7 +22,7 @@ ROLES: dict[str, Role] = {
     "bing": "model", "ai": "model", "system": "system", "developer": "system",
     "function_call": "model", "tool_call": "model",
     "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "ipython": "tool",
-    "tool_result": "tool", "function_response": "tool",
+    "tool_result": "tool", "function_response": "tool", "environment": "tool",
     "text": "text",
 }  # fmt: skip
 ACCEPTED_ROLES = "accepted as human: user; as model: gpt, assistant, bot, chatgpt; as tool: function, observation"
@@ -35,6 +35,7 @@ TURN_KEYS = {"role": "content", "from": "value"}  # the key of the role -> the u
 TEXT_KEYS = ("content", "parts", "value", "text")
 CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls")
 WEIGHTS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train")
+ONLY_LAST = ("only_last_turn_loss", "mask_history")  # of a row: its last answer alone is supervised
 ONLY_WHOLE_TURNS = "a turn is supervised as a whole"
 # Variables of chat templates that may stand in a row itself.
 TEMPLATE_VARIABLES = ("enable_thinking", "reasoning_effort")
@@ -101,7 +102,7 @@ class TurnReading:
             self.faults += verdict_faults(turn, _present(turn, VERDICTS_OF_TURNS), place)
         self.faults += refusals(turn, _present(turn, REFUSED), REFUSED, place)
         self.unread = [key for key in turn.keys() - READ_IN_TURNS if not is_empty(turn[key])]
-        self.unread += [key for key in _present(turn, VERDICTS_OF_TURNS) if is_remark(turn[key])]
+        self.unread += [key for key in _present(turn, VERDICTS_OF_TURNS) if is_remark(key, turn[key])]
         if turn.get("channel") in ("analysis", "commentary"):
             self._add_fatal('a "channel" of gpt-oss: write it as "reasoning_content" or "tool_calls" of the answer')
         self._read(turn, role, field)
@@ -161,13 +162,18 @@ class TurnReading:
         if calls and role not in ("model", None):
             self._add(f"has tool calls, but only a model turn calls: {REMEDY}")
         reasoning = self._reasoning(turn, parts.reasoning, role)
+        if reasoning and isinstance(value, str) and value.lstrip().startswith(reasoning.strip()):
+            self.unread += [key for key in REASONING_KEYS if turn.get(key)]  # traces of agents repeat what is said
+            reasoning = ""
         is_supervised, weight = self._weight(turn, role)
         result_of = self._result_of(turn, role)
         if role == "model" and value in (None, "") and (calls or not self.is_complete):
             self.turns.append(Turn("model", "", is_supervised, reasoning, tuple(calls), weight=weight))
             return
         if role == "system" and is_empty(value):
-            return
+            if is_empty(value := turn.get("system_prompt")):
+                return
+            self.unread.remove("system_prompt")
         may_be_blank = isinstance(value, str) and (bool(calls) if role == "model" else role == "tool")
         if not (may_be_blank and is_blank(value)) and (fault := text_fault(value, field)) is not None:
             self._add_fatal(fault)
@@ -338,13 +344,13 @@ def apply_weights(turns: list[Turn], row: Mapping[str, Any]) -> list[str]:
     given = {key: row[key] for key in ROW_WEIGHTS if row.get(key) not in (None, 0, "")}
     faults = [fault for key, value in given.items() if (fault := weight_fault(value, key))]
     weight = 1.0 if faults else math.prod(map(number_of, given.values()))
-    last_only = _flag(row.get("only_last_turn_loss"))
-    if last_only is not None and not isinstance(last_only, bool):
-        faults.append('expected "only_last_turn_loss" to be true or false')
+    flags = {key: _flag(row[key]) for key in ONLY_LAST if row.get(key) is not None}
+    faults += [f'expected "{key}" to be true or false' for key, flag in flags.items() if not isinstance(flag, bool)]
+    last_only = True in flags.values()
     last = max((index for index, turn in enumerate(turns) if turn.role == "model"), default=0)
-    for index, turn in enumerate(turns if weight != 1 or last_only is True else ()):
+    for index, turn in enumerate(turns if weight != 1 or last_only else ()):
         if turn.role in ("model", "text"):
-            train = turn.train and (last_only is not True or index == last)
+            train = turn.train and (not last_only or index == last)
             turns[index] = replace(turn, train=train, weight=turn.weight * weight)
     return faults
 

@@ -19,10 +19,12 @@ from finetune.dataset.tool_reading import ToolFault, read_calls, read_tools
 _CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 # What models write in front of calls in JSON, and of calls in other syntaxes, which are not read.
 _MARKER = re.compile(
-    r"<functioncall>|<TOOLCALL>|\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_call\|>|functools(?=\[)"
+    r"<functioncall>|<TOOLCALL>|\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_call(?:_start)?\|>|functools(?=\[)"
     r"|<function=|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>"
 )
-_AT_END = re.compile(r"(?:</functioncall>|</TOOLCALL>|<\|/tool_call\|>|<\|endoftext\|>|<\|eo[mt]_id\|>|</s>)?\s*$")
+_AT_END = re.compile(
+    r"(?:</functioncall>|</TOOLCALL>|<\|/tool_call\|>|<\|tool_call_end\|>|<\|endoftext\|>|<\|eo[mt]_id\|>|</s>)?\s*$"
+)
 _RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 _DECLARED = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
 _LIST = re.compile(r"\[\s*\{")
@@ -76,7 +78,8 @@ def tagged_calls(text: str, unread: list[str]) -> tuple[str, list[ToolCall], lis
     position = begin
     while match := _CALL.match(text, position):
         read, wrong = read_calls(match[1], unread)
-        calls, faults, position = [*calls, *read], [*faults, *wrong], match.end()
+        calls, position = [*calls, *read], match.end()
+        faults += [f'{fault}, or write the call under "tool_calls"' for fault in wrong]
     if rest := text[position:].strip():
         unclosed = f"<tool_call> without </tool_call>: {shown(rest)}: close it, or leave the row out"
         faults.append(unclosed if rest.startswith("<tool_call>") else BEHIND_CALL.format(shown(rest)))
@@ -208,7 +211,9 @@ def _split(text: str, declared: Collection[str], unread: list[str]) -> tuple[str
     if "<tool_call>" in text:
         return tagged_calls(text, unread)
     if marker := _MARKER.search(text):
-        calls, wrong = read_calls(_AT_END.sub("", text[marker.end() :]), unread)
+        written = _AT_END.sub("", text[marker.end() :]).strip()
+        is_python = first_python_call(written) is not None and bool(python_calls(written)[0])
+        calls, wrong = (python_calls(written)[0], []) if is_python else read_calls(written, unread)
         faults = [f'{shown(marker[0])}: {fault}: write calls as JSON, or under "tool_calls"' for fault in wrong]
         return text[: marker.start()].rstrip(), calls, faults
     if not ("[" in text or '"name"' in text):

@@ -31,6 +31,8 @@ def only(row: dict[str, Any], tmp_path) -> Any:
         {"prompt": "q", "completion": [ANSWERED], "thinking": {"type": "enabled", "budget_tokens": 9}},
         {"prompt": ASKED, "response": ANSWERED},
         {"messages": CHAT, "reasoning": "on"},
+        {"trajectory": CHAT, "tools": [], "resolved": 1},
+        {"messages": [ASKED, ANSWERED | {"thought": "a", "action": "a"}]},
         {"conversation": [{"human": "q", "assistant": "a", "reasoning": ""}]},
     ],
 )
@@ -76,6 +78,7 @@ def test_a_system_prompt_may_be_parts_with_more_keys(key, tmp_path):
         f"[TOOL_CALLS] [{json.dumps(CALLED)}]</s>",
         f"<|python_tag|>{json.dumps(CALLED)}<|eom_id|>",
         f"functools[{json.dumps(CALLED)}]",
+        '<|tool_call_start|>[f(x="1")]<|tool_call_end|>',
     ],
 )
 def test_calls_behind_the_marker_of_a_model_are_calls(call, tmp_path):
@@ -161,7 +164,21 @@ def test_context_of_tables_of_texts_is_not_supervised(value, tmp_path):
     assert [turn.train for turn in only(row, tmp_path).turns[1::2]] == [False, True]
 
 
+def test_a_system_turn_may_have_its_text_under_system_prompt(tmp_path):
+    system = {"role": "system", "system_prompt": "s", "text": None}
+    turns = [system, {"role": "user", "system_prompt": None, "text": "q"}, {"role": "ai", "mask": False, "text": "a"}]
+    assert spoken(only({"trajectory": turns}, tmp_path)) == [("system", "s"), *PAIR]
+
+
+def test_a_row_may_say_that_its_last_answer_alone_is_supervised(tmp_path):
+    for flag in (True, False):
+        row = {"messages": [ASKED, ANSWERED, ASKED, ANSWERED], "mask_history": flag}
+        assert [turn.train for turn in only(row, tmp_path).turns[1::2]] == [not flag, True]
+
+
 REFUSED = [
+    ({"steps": CHAT}, "--columns messages=steps"),
+    ({"messages": CHAT, "mask_history": "some"}, 'expected "mask_history" to be true or false'),
     ({"messages": CHAT, "loss_mask": [0, 0]}, 'write "train" or "weight" into the turns'),
     ({"messages": CHAT, "sample_weight": 0.0}, "not to be imitated"),
     ({"messages": CHAT, "loss_scale": 0}, "not to be imitated"),

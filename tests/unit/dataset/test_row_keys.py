@@ -5,7 +5,7 @@ from typing import Any
 
 from finetune.dataset.row_formats import PAIR_KEYS, PAIRS, SYSTEM_KEYS, TURN_LISTS, WATCHED
 from finetune.dataset.row_reading import RowReading
-from finetune.dataset.row_verdicts import BAD_KEYS, GOOD_KEYS, GRADES, VERDICT_KEYS
+from finetune.dataset.row_verdicts import BAD_KEYS, GOOD_KEYS, GRADES, REASONS, VERDICT_KEYS
 from finetune.dataset.skip_rows import rows_to_skip
 from finetune.dataset.turn_reading import READ_IN_TURNS
 from tests.helpers.chat_rows import faults, turns, written
@@ -23,7 +23,8 @@ def test_every_key_of_a_row_that_is_watched_is_read_or_refused():
     for key in sorted(WATCHED - set(TURN_LISTS)):
         row = {"conversations": turns}
         value = key in BAD_KEYS if key in VERDICT_KEYS - {"chosen", "rejected"} - {*GRADES} else "something"
-        assert read({**row, key: 5 if key in GRADES else value}) != read(row), key
+        value = 5 if key in GRADES else "length" if key in REASONS else value
+        assert read({**row, key: value}) != read(row), key
     for layout in PAIRS:
         whole = {key: f"text of {key}" for key in layout.keys}
         whole |= {"answers": '{"name": "f"}'} if layout.name == "xLAM" else {}
@@ -70,7 +71,7 @@ def test_every_key_of_a_turn_that_is_read_changes_what_is_read_or_is_refused():
     plain = {"role": "assistant", "content": "b"}
     before = [{"role": "user", "content": "a"}]
     for key in sorted(READ_IN_TURNS - {"role", "content", "name"}):
-        value = key in BAD_KEYS if key in {"train", *GOOD_KEYS, *BAD_KEYS} else 0.5
+        value = key in BAD_KEYS if key in {"train", *GOOD_KEYS, *BAD_KEYS} else "length" if key in REASONS else 0.5
         assert read({"messages": [*before, {**plain, key: value}]}) != read({"messages": [*before, plain]}), key
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
     result = {"role": "tool", "content": "c"}

@@ -12,14 +12,18 @@ BAD = [
     ("chosen", False), ("chosen", 0), ("bad", True), ("bad", "yes"), ("is_correct", False), ("train", False),
     ("weight", 0), ("feedback", "thumbs-down"), ("quality", "very poor"), ("rating", "bad"), ("score", 0.3),
     ("score", 5), ("score", "4"), ("reward", -1.5), ("rating", 1), ("reward", False),
+    ("finish_reason", "length"), ("stopReason", "max_tokens"), ("finishReason", "MAX_TOKENS"), ("status", "incomplete"),
+    ("truncated", True), ("isTruncated", 1), ("flagged", True), ("completed", False), ("quality", 5), ("loss", False),
 ]  # fmt: skip
 FINE = [
     ("label", True), ("label", 1), ("label", None), ("label", "sports"), ("label", "negative"), ("label", {"a": 0}),
     ("label", ["x"]), ("label", ""), ("kto_tag", True), ("rejected", False), ("chosen", True), ("bad", False),
     ("bad", 0), ("weight", 1), ("train", True), ("score", None), ("score", [0.1]), ("metadata", {"score": 0.1}),
     ("quality", "good"), ("correct", "B"), ("skip_prompt_formatting", False), ("rejected", ""), ("success", 1.0),
+    ("finish_reason", "stop"), ("stop_reason", "end_turn"), ("status", "completed"), ("flagged", False),
+    ("label", "length"),
 ]  # fmt: skip
-OF_ROWS_ONLY = ("train", "weight")
+OF_ROWS_ONLY = ("train", "weight", "loss")
 
 
 def read(row: dict, **options: bool) -> RowReading:
