@@ -22,7 +22,8 @@ ENDS = ("oldest", "newest")
 TESTS = (
     "tests/distributed/test_published_command.py::test_the_published_command_runs_verbatim_on_two_ranks",
     "tests/unit/config/test_deepspeed_config.py",
-    "tests/unit/training/test_loss.py",
+    "tests/unit/config/test_deepspeed_zero.py",
+    "tests/unit/models/test_loss.py",
     "tests/unit/dataset/test_prepare.py",
     "tests/integration/test_merge.py",
 )

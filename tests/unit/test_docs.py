@@ -15,6 +15,7 @@ from finetune.dataset.row_formats import ROW_WEIGHTS, SYSTEM_KEYS, TURN_LISTS
 from finetune.dataset.tool_reading import TOOL_KEYS
 from finetune.dataset.turn_reading import CALL_KEYS, ROLES, WEIGHTS
 from finetune.launcher import parse_launcher_args
+from tests import oldest_and_newest
 from tests.helpers.paths import ROOT
 
 README_BYTES, CONTRIBUTING_BYTES = 12_288, 5_120
@@ -135,6 +136,12 @@ def test_named_files_exist():
     paths = {(page, path) for page, path in paths if not path.startswith(MADE_BY_RUNS)}
     assert len(paths) > 10
     assert [(page, path) for page, path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_tests_of_the_version_ranges_exist():
+    for name in oldest_and_newest.TESTS:
+        path, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), name
 
 
 def test_pages_of_the_navigation_exist():
