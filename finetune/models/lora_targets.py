@@ -22,6 +22,7 @@ from finetune.models.module_kinds import (
     SHARED_EXPERTS,
     VISION,
     ModuleKinds,
+    in_indexer,
     module_kinds,
 )
 from finetune.utils.errors import ConfigError, format_names
@@ -165,14 +166,14 @@ def _known(base: Any, kinds: ModuleKinds) -> str:
 
 
 def _candidates(base: Any, kinds: ModuleKinds) -> tuple[list[str], list[str]]:
-    """Return the linear layers, and the parameters that hold the weights of all experts of a layer."""
+    """Return the linear layers that are trained, and the parameters that hold the weights of all experts of a layer."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
     modules, parameters = [], []
     for name, module in base.named_modules():
         kind = kinds.of(name)
-        if kind == VISION:
+        if kind == VISION or in_indexer(name):
             continue
         if isinstance(module, torch.nn.Linear | Conv1D):
             modules.append(name)

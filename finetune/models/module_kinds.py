@@ -143,12 +143,13 @@ def module_kinds(base: Any) -> ModuleKinds:
             kinds[name] = MTP
         else:
             kinds[name] = _kind_in_text(name, path, prefix)
-    untrained = {
-        name
-        for name, parameter in base.named_parameters()
-        if not parameter.requires_grad or "indexer" in name.split(".")
-    }
+    untrained = {name for name, parameter in base.named_parameters() if not parameter.requires_grad or in_indexer(name)}
     return ModuleKinds(kinds, frozenset(untrained))
+
+
+def in_indexer(name: str) -> bool:
+    """Whether a module or parameter is part of an indexer, which chooses tokens of sparse attention."""
+    return "indexer" in name.split(".")
 
 
 def language_model(base: Any) -> Any | None:

@@ -5,7 +5,14 @@ import warnings
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, DbrxConfig, DbrxForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DbrxConfig,
+    DbrxForCausalLM,
+    DeepseekV32Config,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
@@ -140,6 +147,16 @@ def test_names_mean_linear_layers_and_the_weights_of_experts(family, targets, mo
     model = adapt(base, *targets)
     adapted = {name for name, _ in model.named_parameters() if "lora_A" in name}
     assert len(adapted) == len(found.modules) + len(found.parameters)
+
+
+def test_an_indexer_which_no_step_gives_a_gradient_has_no_adapter():
+    sparse = dict(**tiny_models.LATENT, num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8)
+    base = empty_model(DeepseekV32Config(**tiny_models.SIZES, **sparse))
+    names = [name for name, _ in base.named_modules() if name.endswith("indexer.wk")]
+    assert names and module_kinds(base).of(names[0]) == ROUTER
+    assert not [name for name in resolve_targets(base, ["q_a_proj", "o_proj"]).modules if "indexer" in name]
+    with pytest.raises(ConfigError, match="no layer wk"):
+        resolve_targets(base, ["q_a_proj", "wk"])
 
 
 def test_a_wrong_name_lists_the_right_ones_by_kind():
