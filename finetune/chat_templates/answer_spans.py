@@ -147,8 +147,9 @@ def _as_written(
     ends = found.end.tokens if isinstance(found, _Found) else ()
     if isinstance(found, TemplateSkeleton):
         ends = found.answers[number].end_tokens
-    match = next((end for end in text.control.finditer(rendered, here[-1].stop, stop) if end[0] in ends), None)
-    if match is None and not turn.tool_calls:
+    match = next((end for end in text.control.finditer(rendered, here[-1].stop, stop) if end[0] in ends[-1:]), None)
+    is_of_next = isinstance(found, _Found) and found.end.is_of_next_turn  # as <|user|>, and no other
+    if match is None and not (turn.tool_calls or is_of_next):
         match = text.control.match(rendered, skip_blank(rendered, here[-1].stop))
     return _answer(here[0].start, match.end(), rendered, spans, (match[0],)) if match else None
 

@@ -302,3 +302,12 @@ def test_conversations_of_one_shape_may_have_other_ids_and_functions(smol_tokeni
             text.count(f'<tool_call>{id}{{"name": "{name}"') for (_, text), id in zip(found, ids, strict=False)
         ] == [1 for _ in ids]
         assert len(found) == len(ids) + 1
+
+
+def test_answers_as_they_are_written_end_with_the_last_of_their_end_tokens(smol_tokenizer):
+    opening = "('<think></think>' if loop.last and message.role == 'assistant' else '')"
+    end = "'<|sep|>' + message.role + '<|sep|><|end|>'"
+    template = ROLE_TAGS + "{{- " + f"{opening} + message.content + {end}" + " }}{% endfor %}"
+    renderer = renderer_of(smol_tokenizer, template, "<|sep|> " + ROLES_END, {}, history="as_is")
+    found = prompts_and_answers(renderer, Conversation(PLAIN[1:], 0, "a.json"))
+    assert found[0][1] == "a<|sep|>assistant<|sep|><|end|>"
