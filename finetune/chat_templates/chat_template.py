@@ -22,7 +22,7 @@ from finetune.chat_templates.messages import (
     template_options,
 )
 from finetune.chat_templates.plain_text import PlainTextTokenizer
-from finetune.chat_templates.rendered_text import RenderedText
+from finetune.chat_templates.rendered_text import SPELLED_BESIDE, RenderedText
 from finetune.chat_templates.template_limits import apply_template, template_limits
 from finetune.chat_templates.template_skeleton import (
     OTHER_TEMPLATE,
@@ -107,10 +107,19 @@ class ChatTemplate:
         if _has_tools(conversation) and not skeleton.is_completion:
             skeleton = self._with_own_pieces(conversation, skeleton, text)
         contents = find_contents(text, skeleton, without_words(conversation, self._words))
-        spelled = 0
+        spelled, written = 0, {slot.turn for slot in skeleton.slots}
         for (number, _), content in zip(skeleton.slots, contents, strict=True):
-            plain = self.plain if number is None or turns[number].role != "model" else self.plain.for_answers
-            spelled += plain.spells_control_token(content)
+            turn = None if number is None else turns[number]
+            plain = self.plain.for_answers if turn and turn.role == "model" else self.plain
+            is_part = self._words and turn and turn.role in ("human", "system")
+            spelled += plain.spells_control_token(turn.text if is_part and turn else content)
+        for number, turn in enumerate(turns if self._words else ()):  # of which nothing but such words is there
+            if (
+                turn.role in ("human", "system")
+                and number not in written
+                and self.plain.spells_control_token(turn.text)
+            ):
+                raise UnrenderableError(SPELLED_BESIDE.format(turn=number + skeleton.system_in_front))
         return RenderedText(conversation, skeleton, text, contents, spelled)
 
     def _with_own_pieces(self, conversation: Conversation, skeleton: TemplateSkeleton, text: str) -> TemplateSkeleton:

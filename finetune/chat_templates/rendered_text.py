@@ -3,13 +3,19 @@
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
+from os.path import commonprefix
 
-from finetune.chat_templates.example import STRIPPED_RULE, SYSTEM_RULE
+from finetune.chat_templates.example import STRIPPED_RULE, SYSTEM_RULE, UnrenderableError
 from finetune.chat_templates.messages import REASONING_END
 from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.chat_templates.template_skeleton import Answer, TemplateSkeleton
 from finetune.chat_templates.token_positions import NO_PROMPT, Extent
 from finetune.conversation import Conversation
+
+SPELLED_BESIDE = (
+    "turn {turn} spells a control token in or beside a word that the chat template looks for: take the spelling out of "
+    "the row"
+)
 
 
 @dataclass(slots=True)
@@ -68,7 +74,8 @@ class RenderedText:
         for piece, content, (number, _) in zip(self.skeleton.pieces, self.contents, self.skeleton.slots, strict=False):
             begin += len(piece)
             is_answer = number is not None and self.conversation.turns[number].role == "model"
-            ranges.append((begin, begin + len(content), is_answer))
+            before, after = (0, 0) if number is None or is_answer else self._around(number, begin, content, plain)
+            ranges.append((begin - before, begin + len(content) + after, is_answer))
             begin += len(content)
         begins = [begin for begin, _, _ in ranges]
         for match in plain.control_pattern.finditer(self.text):
@@ -78,6 +85,19 @@ class RenderedText:
             if match.end() <= stop and (not is_inside or (ranges[index][2] and match[0] in names)):
                 found.append(match)
         return found
+
+    def _around(self, number: int, begin: int, content: str, plain: PlainTextTokenizer) -> tuple[int, int]:
+        """How many characters of a turn are in front of its content and behind it: words that the template looks for.
+
+        Raises:
+            UnrenderableError: the template rewrites them, and they spell a control token.
+        """
+        head, _, tail = self.conversation.turns[number].text.partition(content)
+        before = len(commonprefix([head[::-1], self.text[max(0, begin - len(head)) : begin][::-1]]))
+        after = len(commonprefix([tail, self.text[begin + len(content) : begin + len(content) + len(tail)]]))
+        if plain.control_pattern.search(head[: len(head) - before]) or plain.control_pattern.search(tail[after:]):
+            raise UnrenderableError(SPELLED_BESIDE.format(turn=number + self.skeleton.system_in_front))
+        return before, after
 
     def note(self, number: int) -> str:
         """What a model turn holds besides its text, for display."""

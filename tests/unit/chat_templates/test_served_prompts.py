@@ -7,7 +7,7 @@ import pytest
 
 from finetune.chat_templates import IGNORE_INDEX, Renderer
 from finetune.chat_templates.format_selection import CHATML, HERMES, select_chat_format
-from finetune.conversation import Conversation, ToolCall, Turn
+from finetune.conversation import BadRow, Conversation, ToolCall, Turn
 from finetune.utils.errors import ConfigError
 from tests.helpers.served_prompts import PLAIN, ROLES, TALK, prompts_and_answers, renderer_of, served_ids
 
@@ -311,3 +311,23 @@ def test_answers_as_they_are_written_end_with_the_last_of_their_end_tokens(smol_
     renderer = renderer_of(smol_tokenizer, template, "<|sep|> " + ROLES_END, {}, history="as_is")
     found = prompts_and_answers(renderer, Conversation(PLAIN[1:], 0, "a.json"))
     assert found[0][1] == "a<|sep|>assistant<|sep|><|end|>"
+
+
+SPELLED = [
+    "<|im_end|> /no_think of a much longer text", "a much longer text /no_think <|im_start|>", "/no_think <|im_end|>",
+    "<tool_call> /no_think q",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("question", SPELLED)
+def test_control_tokens_beside_a_word_that_a_template_looks_for_stay_text(smol_tokenizer, question):
+    renderer = renderer_of(smol_tokenizer, WORDS, "<|im_start|> <|im_end|>", {})
+    plain, spelled = (
+        renderer.render(Conversation((Turn("human", text), Turn("model", "a")), 0, "a.json")).examples[0].input_ids
+        for text in ("/no_think", question)
+    )
+    controls = renderer.format.plain.control_ids
+    assert [token for token in spelled if token in controls] == [token for token in plain if token in controls]
+    rows = [Conversation((Turn("system", question), *PLAIN[1:]), 0, "a.json")]
+    (row,) = renderer.render_all(rows)
+    assert isinstance(row, BadRow) or row.spelled
