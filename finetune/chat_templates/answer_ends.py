@@ -61,7 +61,8 @@ def without_prompt(whole: str, before: str, more: str, text: TemplateText) -> st
         more: that with another turn behind it.
     """
     rest = whole[shared_size(more, whole, text) :]
-    if not rest.strip() or not before.endswith(rest):
+    is_end = text.eos is not None and rest.strip().endswith(text.eos)  # Phi-3 ends each rendering so
+    if not rest.strip() or is_end or not before.endswith(rest):
         return whole
     match = text.control.search(whole, len(whole) - len(commonprefix([whole[::-1], before[::-1]])))
     return whole[: match.end()] if match else whole

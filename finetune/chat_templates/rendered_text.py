@@ -73,9 +73,11 @@ class RenderedText:
         ranges = list[tuple[int, int, bool]]()  # of the contents
         for piece, content, (number, _) in zip(self.skeleton.pieces, self.contents, self.skeleton.slots, strict=False):
             begin += len(piece)
-            is_answer = number is not None and self.conversation.turns[number].role == "model"
-            before, after = (0, 0) if number is None or is_answer else self._around(number, begin, content, plain)
-            ranges.append((begin - before, begin + len(content) + after, is_answer))
+            role = "" if number is None else self.conversation.turns[number].role
+            before, after = 0, 0
+            if number is not None and role in ("human", "system"):  # results of tools may be written as JSON
+                before, after = self._around(number, begin, content, plain)
+            ranges.append((begin - before, begin + len(content) + after, role == "model"))
             begin += len(content)
         begins = [begin for begin, _, _ in ranges]
         for match in plain.control_pattern.finditer(self.text):
