@@ -163,7 +163,7 @@ class TurnReading:
             self._add(f"has tool calls, but only a model turn calls: {REMEDY}")
         reasoning = self._reasoning(turn, parts.reasoning, role)
         if reasoning and isinstance(value, str) and value.lstrip().startswith(reasoning.strip()):
-            self.unread += [key for key in REASONING_KEYS if turn.get(key)]  # traces of agents repeat what is said
+            self.unread += [key for key in REASONING_KEYS if turn.get(key)]  # traces of agents repeat it in the text
             reasoning = ""
         is_supervised, weight = self._weight(turn, role)
         result_of = self._result_of(turn, role)
