@@ -66,21 +66,21 @@ def saved_step(output_dir: Path, resume_from: str | None, world_size: int, key: 
 
     It is read before ranks can ask each other, because DeepSpeed's config holds the size of a batch.
     """
-    manifest = saved_manifest(output_dir, resume_from, key)
+    _, manifest = saved_manifest(output_dir, resume_from, key)
     if manifest is None or manifest.world_size == world_size:
         return None
     return SavedStep(manifest.world_size, manifest.step_rows)
 
 
-def saved_manifest(output_dir: Path, resume_from: str | None, key: bytes | None) -> Manifest | None:
-    """Return the manifest of the checkpoint to resume from, before it is verified; None if there is none to read."""
+def saved_manifest(output_dir: Path, resume_from: str | None, key: bytes | None) -> tuple[Path, Manifest | None]:
+    """Return the checkpoint to resume from, before it is verified, and its manifest; None if there is none to read."""
     folders = [Path(resume_from).expanduser()] if resume_from is not None else []
     if resume_from == "auto":
         folders = [checkpoint.checkpoint_folder(output_dir, step) for step in checkpoint.steps_in(output_dir)]
     for folder in filter(checkpoint.is_complete, folders):
         with suppress(CheckpointError):  # a damaged manifest is reported when all ranks look at it
-            return checkpoint.read_manifest(folder, key)
-    return None
+            return folder, checkpoint.read_manifest(folder, key)
+    return output_dir, None
 
 
 def find_checkpoint(

@@ -353,7 +353,7 @@ def _model_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         if "Unrecognized configuration class" in str(error):
-            raise ConfigError(f"{flag}: not a causal language model") from None
+            raise ConfigError(f"{flag}: not a causal language model: give one that generates text") from None
         if isinstance(error, OSError):
             if not path.exists():
                 hub_file(name, "config.json")  # says why there is no such model

@@ -92,7 +92,9 @@ def check_folder(name: str) -> None:
         )
     if not (folder / "config.json").is_file():
         inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; {format_names(inside)} in it has one" if inside else "" if any(folder.iterdir()) else "; it is empty"
+        hint = f"; found in it: {format_names(inside)}" if inside else "" if any(folder.iterdir()) else "; it is empty"
+        if (folder / "model_index.json").is_file():
+            hint = "; this is a pipeline of diffusers, not a language model"
         raise ConfigError(f"{flag}: holds no config.json: give the folder of a model{hint}")
     others = sorted(path.name for suffix in ("gguf", "safetensors", "bin", "pt") for path in folder.glob(f"*.{suffix}"))
     found = f"; {format_names(others)} cannot be read as such" if others else ""
@@ -134,10 +136,13 @@ def check_json_files(folder: Path) -> None:
     """Check that the JSON files of a model or tokenizer are objects, with values that a model may have.
 
     Raises:
-        ConfigError: Naming the file; also a file of the tokenizer that is a pointer of Git LFS.
+        ConfigError: Naming the file; also a file of the tokenizer that is truncated, or a pointer of Git LFS.
     """
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     _check_fetched(path for path in files if path.name in JSON_FILES or TOKENIZER.search(path.name))
+    large = folder / "tokenizer.json"  # megabytes: its ends show whether it was copied to the end
+    if large.is_file() and not re.fullmatch(rb"\s*\{.*\}\s*", large.read_bytes(), re.DOTALL):
+        raise ConfigError(f"{large}: not a JSON object, it may be truncated: copy it again")
     for path in filter(Path.is_file, (folder / file for file in JSON_FILES)):
         values = read_json_object(path)
         nested = values.get("text_config")

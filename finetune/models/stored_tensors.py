@@ -30,7 +30,8 @@ class _Place(NamedTuple):
 class StoredTensors(Mapping[str, Any]):
     """Tensors of `model*.safetensors` or `pytorch_model*.bin` in a folder, in their stored types.
 
-    The files are mapped into memory: only the values that are used are read.
+    The files are mapped into memory: only the values that are used are read. Names and shapes in safetensors need no
+    torch.
 
     Raises:
         FinetuneError: Of the class `error`: no weights, truncated files, files of the index that are missing, or
@@ -42,7 +43,10 @@ class StoredTensors(Mapping[str, Any]):
         files = weight_map(folder, error=error)
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
-            raise error(f"{folder}: the index of the weights names files that are missing: {format_names(missing)}")
+            raise error(
+                f"{folder}: the index of the weights names files that are missing: {format_names(missing)}: copy the "
+                "whole model"
+            )
         self._places: dict[str, _Place] = {}
         misplaced = []
         for name, indexed in files.items():
@@ -84,14 +88,13 @@ class StoredTensors(Mapping[str, Any]):
         return {name: place.shape for name, place in self._places.items()}
 
     def _read_headers(self, path: Path) -> Iterator[tuple[str, _Place]]:
-        file = self._open(path)
+        file = self._open(path, "np")
         for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             shape = file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape()
             yield str(name), _Place(path, tuple(shape))
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path, framework: str = "pt") -> Any:
         """Map a file: a dictionary of tensors, or a safetensors file with `keys` and `get_tensor`."""
-        import torch
         from safetensors import safe_open
 
         try:
@@ -100,7 +103,9 @@ class StoredTensors(Mapping[str, Any]):
             raise self._error(f"{path}: cannot be read: {os_reason(error, path)}") from None
         try:
             if path.suffix == ".safetensors":
-                return safe_open(path, framework="pt")
+                return safe_open(path, framework=framework)
+            import torch
+
             loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
             return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
         except Exception as error:  # a damaged pickle or zip file fails in any way

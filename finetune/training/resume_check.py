@@ -4,11 +4,14 @@ A resumed run equals the uninterrupted one to the last bit when nothing that dec
 changed is refused with both values; `--allow_inexact_resume True` resumes anyway and records it in run.json.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.checkpoint import Manifest, key_of
 from finetune.checkpoint.manifest import DAY, SKIPPED_ROWS, STAGE
@@ -18,8 +21,10 @@ from finetune.config.arguments import default_of
 from finetune.config.flag_support import WITHOUT_EFFECT
 from finetune.config.run_config import BatchConfig, CheckpointConfig, RunConfig
 from finetune.config.saved_adapter import MOVES_BASE
-from finetune.dataset.prepare import PreparedData
 from finetune.utils.errors import CheckpointError, shorten
+
+if TYPE_CHECKING:
+    from finetune.dataset.prepare import PreparedData
 
 # Flags that do not change the numbers of a run, or whose effect is compared under another name: the data by content,
 # the model by its files, the batch by its product where the number of ranks may change.
@@ -58,12 +63,12 @@ STAGES_DIFFER = (
 
 def resume_facts(config: RunConfig, data: PreparedData, model_fingerprint: str) -> dict[str, Any]:
     """Collect what must be the same for a resumed run to equal the uninterrupted one, by the names that users know."""
-    flags, precision, zero = config.resume_flags, config.hardware.precision, config.deepspeed
-    facts = {f"--{name}": value for name, value in sorted(flags.items()) if name not in FREE}
-    examples = len(data.epoch(flags["seed"]).examples)
+    precision, zero = config.hardware.precision, config.deepspeed
+    examples = len(data.epoch(config.batch.seed).examples)
     skipped = {SKIPPED_ROWS: [f"{source}:{row}" for source, row in data.skipped_rows]} if data.skipped_rows else {}
     sections = zero.config if zero else {}
-    facts |= {
+    facts = {
+        **_flag_facts(config),
         **skipped,
         "data": f"{data.fingerprint}, {data.summary.tokens:,} tokens in {examples:,} examples",
         **({DAY: data.day} if data.day else {}),
@@ -76,9 +81,33 @@ def resume_facts(config: RunConfig, data: PreparedData, model_fingerprint: str) 
     return json.loads(json.dumps(facts))  # as a manifest gives it back
 
 
+def _flag_facts(config: RunConfig) -> dict[str, Any]:
+    return {f"--{name}": value for name, value in sorted(config.resume_flags.items()) if name not in FREE}
+
+
+def check_before_ranks(config: RunConfig, fingerprint: str | None) -> None:
+    """Compare what is known before ranks start with the checkpoint to resume from: flags, ranks and data.
+
+    Args:
+        fingerprint: Of the data; None where it is not known yet.
+
+    Raises:
+        CheckpointError: As `compare_with_checkpoint`, which the ranks call with all facts.
+    """
+    key, saving = key_of(config.checkpoint.verify_key), config.checkpoint
+    folder, manifest = saved_manifest(saving.output_dir, saving.resume_from, key)
+    if manifest is None:
+        return
+    flags = json.loads(json.dumps(_flag_facts(config)))
+    old = {name: value for name, value in manifest.facts.items() if name.startswith("--")}
+    if fingerprint is not None:
+        flags["data"], old["data"] = fingerprint, str(manifest.facts.get("data")).partition(",")[0]
+    compare_with_checkpoint(flags, config.batch, saving, folder, replace(manifest, facts=old))
+
+
 def saved_day(config: CheckpointConfig) -> date | None:
     """Return the date that the chat template wrote in the run to resume; None if it wrote none."""
-    manifest = saved_manifest(config.output_dir, config.resume_from, key_of(config.verify_key))
+    _, manifest = saved_manifest(config.output_dir, config.resume_from, key_of(config.verify_key))
     day = manifest.facts.get(DAY) if manifest else None
     return date.fromisoformat(day) if day else None
 
@@ -139,7 +168,7 @@ def compare_with_checkpoint(
     if lines and not config.allow_inexact:
         raise CheckpointError(
             f"{folder}: the resumed run would differ from the interrupted one: {'; '.join(lines)}: start with the same "
-            "flags, or give --allow_inexact_resume True, which resumes and records it"
+            "flags and data, or give --allow_inexact_resume True, which resumes and records it"
         )
     return [*lines, *harmless]
 

@@ -6,6 +6,7 @@ Nothing here needs torch: a mistake costs a second, not the start of all ranks.
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,20 +18,25 @@ from finetune.chat_templates.format_selection import read_template
 from finetune.checkpoint import resume
 from finetune.config import Arguments, DataArguments
 from finetune.config.hardware import DetectedHardware, hardware_of
+from finetune.config.optional_packages import check_quantization
 from finetune.config.resolve import check_flags, check_output_dir, resolve_config
 from finetune.config.run_config import RankCounts, SavedStep
 from finetune.dataset.conversation_reader import read_conversations
-from finetune.dataset.data_sources import find_local_sources
+from finetune.dataset.data_sources import find_local_sources, find_sources, fingerprint_sources, is_local
 from finetune.distributed import host_probe
 from finetune.launcher import LauncherArgs, Resources, local_slots
 from finetune.models.lora_targets import check_target_names
 from finetune.models.model_config import StoredConfig, check_attention_heads
 from finetune.models.model_folder import check_folder, check_revision, check_tokenizer_files, stored_bytes, weight_map
+from finetune.models.quantization import base_bits
+from finetune.models.stored_tensors import StoredTensors
 from finetune.run_dir import output_dir_lock
+from finetune.training.resume_check import check_before_ranks
 from finetune.utils.console import log_notes, size
 from finetune.utils.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     FinetuneError,
     StorageError,
     format_names,
@@ -43,7 +49,7 @@ from finetune.utils.user_files import read_json_object
 
 BYTES_OF_A_RANK = 400 * 2**20  # torch and transformers, before there is a model
 MOST_RANKS_PER_CORE = 8
-SECONDS_FOR_ROWS = 0.5
+SECONDS_FOR_ROWS, BYTES_READ_IN_A_MOMENT = 0.5, 2**28
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,18 @@ def _check_model(arguments: Arguments) -> None:
     folder, wanted = Path(name).expanduser(), arguments.adapter.lora_target_modules
     check_folder(name)
     check_revision(name, revision)
-    config = read_json_object(folder / "config.json" if folder.is_dir() else hub_file(name, "config.json", revision))
-    check_attention_heads(arguments.batch.sequence_parallel_size, StoredConfig(**config))
+    values = read_json_object(folder / "config.json" if folder.is_dir() else hub_file(name, "config.json", revision))
+    config, files = StoredConfig(**values), weight_map(folder)
+    check_attention_heads(arguments.batch.sequence_parallel_size, config)
+    wanted_bits = arguments.model.quantized_bits()
+    bits = base_bits(name, config, wanted_bits)
+    if wanted_bits is None:
+        check_quantization(bits, f"--model_name_or_path {name} (stored in {bits} bits)", arguments.adapter, None)
+    tensors = [tensor for names in files.values() for tensor in names]
+    if files and all(file.endswith(".safetensors") for file in files):  # others need torch
+        tensors = [*StoredTensors(folder, error=ConfigError)]
     if arguments.adapter.kind() == "lora" and wanted:
-        tensors = [tensor for names in weight_map(folder).values() for tensor in names]
-        check_target_names(wanted, config, tensors)
+        check_target_names(wanted, values, tensors)
 
 
 def _check_flags(arguments: Arguments, planned: PlannedRanks | None) -> None:
@@ -132,7 +145,9 @@ def _check_flags(arguments: Arguments, planned: PlannedRanks | None) -> None:
         check_flags(arguments)
     else:
         saved = saved_step(arguments, planned.counts.size)
-        resolve_config(arguments, planned.hardware, planned.counts, saved, imports_deepspeed=False)
+        config = resolve_config(arguments, planned.hardware, planned.counts, saved, imports_deepspeed=False)
+        if arguments.resumes_from() is not None:
+            check_before_ranks(config, _small_fingerprint(arguments.data))
 
 
 def saved_step(arguments: Arguments, world_size: int) -> SavedStep | None:
@@ -148,6 +163,15 @@ def _check_data(data: DataArguments) -> None:
     local = find_local_sources(data.data_path, data.eval_data_path)
     for paths in local if data.bad_rows == "error" else ():
         read_conversations(paths, repairs=data.repairs, columns=data.columns, seconds=SECONDS_FOR_ROWS)
+
+
+def _small_fingerprint(data: DataArguments) -> str | None:
+    """Return the fingerprint of the data, as ranks compute it; None where that takes long, or a file is missing."""
+    with suppress(DataError):  # `_check_data` reports it
+        sources = find_sources(data.data_path) if all(map(is_local, data.data_path)) else []
+        if sources and sum(source.num_bytes for source in sources) < BYTES_READ_IN_A_MOMENT:
+            return fingerprint_sources(sources)
+    return None
 
 
 def _check_resume(resumed: str) -> None:

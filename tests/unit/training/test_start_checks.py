@@ -3,11 +3,15 @@
 import builtins
 import json
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from finetune import checkpoint
 from finetune.config import parse
 from finetune.config.hardware import DetectedHardware
 from finetune.config.run_config import RankCounts
@@ -16,6 +20,7 @@ from finetune.run_dir import output_dir_lock
 from finetune.training import start_checks
 from finetune.training.start_checks import PlannedRanks, check_ranks, check_start
 from finetune.utils.errors import CheckpointError, ConfigError, DataError, FinetuneError, StorageError
+from tests.helpers.checkpoint_files import MANIFEST
 
 
 @pytest.fixture
@@ -24,8 +29,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = Path("model")
     model.mkdir()
-    for name in ("model.safetensors", "tokenizer.json"):
-        (model / name).write_bytes(b"0" * 1000)
+    save_file({"a": np.zeros(250, dtype=np.float32)}, model / "model.safetensors")
+    (model / "tokenizer.json").write_text("{}\n")
     (model / "config.json").write_text('{"model_type": "qwen3", "num_attention_heads": 9}')
     Path("d.json").write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]}]')
 
@@ -67,6 +72,48 @@ def test_a_run_that_can_start_passes(start):
     start()
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("model.safetensors", lambda content: content[:-1], "model.safetensors: cannot be read"),
+        ("model.safetensors", lambda content: b"<html>", "model.safetensors: cannot be read"),
+        ("tokenizer.json", lambda content: content[:1], "tokenizer.json: not a JSON object"),
+        (
+            "config.json",
+            lambda content: b'{"quantization_config": {"quant_method": "gptq"}}',
+            "its weights are quantized (gptq)",
+        ),
+        (
+            "config.json",
+            lambda content: b'{"quantization_config": {"load_in_4bit": true}}',
+            "(stored in 4 bits): quantized weights cannot be trained: add --use_lora",
+        ),
+    ],
+)
+def test_a_damaged_or_quantized_base_is_named(start, file, change, said):
+    path = Path("model", file)
+    path.write_bytes(change(path.read_bytes()))
+    assert said in str(refused(start))
+
+
+def test_what_a_resumed_run_may_not_change_is_named(start):
+    folder = checkpoint.checkpoint_folder(Path("o"), 4)
+    folder.mkdir(parents=True)
+    data = start_checks.fingerprint_sources(start_checks.find_sources(["d.json"]))
+    facts = {"--seed": 42, "data": f"{data}, 2 tokens in 1 examples", "base model": "0a1b"}
+    checkpoint.write_manifest(folder, replace(MANIFEST, world_size=1, disks=[[0]], loss_since_log=[0.1], facts=facts))
+    resumed = ("--resume_from_checkpoint", "auto")
+    start(*resumed)
+    for words, said in ((["--seed", "7"], "--seed: 42, now 7"), (["--use_lora"], "--use_lora: False, now True")):
+        error = refused(start, *resumed, *words)
+        assert type(error) is CheckpointError and said in str(error)
+    assert "was written by 1 ranks, now there are 2" in str(refused(start, *resumed, ranks=2))
+    start(*resumed, "--resume_world_size", "any", ranks=2)
+    start(*resumed, "--seed", "7", "--allow_inexact_resume")
+    Path("d.json").write_text(Path("d.json").read_text() + "\n")
+    assert f"data: {data}, now" in str(refused(start, *resumed))
+
+
 @pytest.mark.parametrize("flag", ["--data_path", "--eval_data_path"])
 @pytest.mark.parametrize(
     ("text", "said"),
@@ -99,7 +146,11 @@ def test_rows_after_the_moment_are_left_to_the_run(start, monkeypatch):
             "holds no config.json: give the folder of a model; it is empty",
         ),
         ("--model_name_or_path ./papers", ConfigError, "papers: holds no config.json"),
-        ("--model_name_or_path ./above", ConfigError, "holds no config.json: give the folder of a model; hf in it"),
+        (
+            "--model_name_or_path ./above",
+            ConfigError,
+            "holds no config.json: give the folder of a model; found in it: hf",
+        ),
         ("--model_name_or_path ./mute", ConfigError, "mute: holds no tokenizer"),
         ("--data_path e.json", DataError, "e.json: there is no such file"),
         ("--eval_data_path *.csv", DataError, "*.csv: no file matches"),
