@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from finetune.chat_templates.template_skeleton import DUMMY_VALUE, OTHER_TEMPLATE, SlotSpan
 from finetune.conversation import Turn
@@ -64,7 +63,7 @@ def without_prompt(whole: str, before: str, more: str, text: TemplateText) -> st
     is_end = text.eos is not None and rest.strip().endswith(text.eos)  # Phi-3 ends each rendering so
     if not rest.strip() or is_end or not before.endswith(rest):
         return whole
-    match = text.control.search(whole, len(whole) - len(commonprefix([whole[::-1], before[::-1]])))
+    match = text.control.search(whole, len(whole) - common_size(whole[::-1], before[::-1]))
     return whole[: match.end()] if match else whole
 
 
@@ -145,9 +144,21 @@ def _next_role_end(alone: str, own: int, begin: int, more: str, text: TemplateTe
     return AnswerEnd(own + len(written), (match[0],), is_of_next_turn=True) if match else None
 
 
+def common_size(first: str, second: str) -> int:
+    """How many characters two texts have in common at their begin."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # so many are equal; the next may be
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def shared_size(other: str, rendered: str, text: TemplateText) -> int:
     """How many characters two renderings have in common at their begin, the control tokens of the second whole."""
-    shared = len(commonprefix([other, rendered]))
+    shared = common_size(other, rendered)
     for match in text.control.finditer(rendered):
         if match.start() < shared < match.end():
             return match.start()

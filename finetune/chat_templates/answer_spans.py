@@ -14,11 +14,11 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 
 from finetune.chat_templates.answer_ends import (
     AnswerEnd,
     TemplateText,
+    common_size,
     find_end,
     shared_lines,
     shared_size,
@@ -159,7 +159,7 @@ def _served_opening(number: int, text: TemplateText) -> str:
     if not number:
         return ""
     before, prompt = text.render(number, False), text.render(number, True)
-    header = prompt[len(commonprefix([prompt, before])) :]
+    header = prompt[common_size(prompt, before) :]
     begin = header.find(REASONING_BEGIN)
     if begin < 0:
         with suppress(UnrenderableError):

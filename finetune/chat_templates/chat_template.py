@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from os.path import commonprefix
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
-from finetune.chat_templates.answer_ends import TemplateText
+from finetune.chat_templates.answer_ends import TemplateText, common_size
 from finetune.chat_templates.answer_spans import OTHERWISE_LATER, build_skeleton
 from finetune.chat_templates.example import OPENED_RULE, WORDS_RULE, UnrenderableError, system_in_front
 from finetune.chat_templates.messages import (
@@ -42,6 +41,7 @@ from finetune.chat_templates.tested_words import between_words, has_words, teste
 from finetune.conversation import Conversation, ToolCall, Turn
 
 MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
+RENDERINGS_PER_TURN = 3  # to find the skeleton of a shape, at most
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 Result = TypeVar("Result")
@@ -150,7 +150,8 @@ class ChatTemplate:
             if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
                 self._marked.clear()
-            self._skeletons[shape] = error_as_value(self._build, conversation)
+            with template_limits(RENDERINGS_PER_TURN * len(conversation.turns)):
+                self._skeletons[shape] = error_as_value(self._build, conversation)
         skeleton = self._skeletons[shape]
         if isinstance(skeleton, UnrenderableError):
             raise skeleton
@@ -249,7 +250,7 @@ class ChatTemplate:
         asked = Conversation((Turn("human", "a"),))
         with suppress(UnrenderableError):
             prompt = self._text(asked, prompt=True)
-            return prompt[len(commonprefix([prompt, self._text(asked)])) :]
+            return prompt[common_size(prompt, self._text(asked)) :]
         return ""
 
     @cached_property

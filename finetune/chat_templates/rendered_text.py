@@ -3,8 +3,8 @@
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
-from os.path import commonprefix
 
+from finetune.chat_templates.answer_ends import common_size
 from finetune.chat_templates.example import STRIPPED_RULE, SYSTEM_RULE, UnrenderableError
 from finetune.chat_templates.messages import REASONING_END
 from finetune.chat_templates.plain_text import PlainTextTokenizer
@@ -95,8 +95,8 @@ class RenderedText:
             UnrenderableError: the template rewrites them, and they spell a control token.
         """
         head, _, tail = self.conversation.turns[number].text.partition(content)
-        before = len(commonprefix([head[::-1], self.text[max(0, begin - len(head)) : begin][::-1]]))
-        after = len(commonprefix([tail, self.text[begin + len(content) : begin + len(content) + len(tail)]]))
+        before = common_size(head[::-1], self.text[max(0, begin - len(head)) : begin][::-1])
+        after = common_size(tail, self.text[begin + len(content) : begin + len(content) + len(tail)])
         if plain.control_pattern.search(head[: len(head) - before]) or plain.control_pattern.search(tail[after:]):
             raise UnrenderableError(SPELLED_BESIDE.format(turn=number + self.skeleton.system_in_front))
         return before, after

@@ -82,7 +82,8 @@ def window_of(
         ),
         len(begins) - 1,
     )
-    best = truncate_to_fit(window(begins[estimate]), max_length)
+    likely = window(begins[estimate])
+    best = truncate_to_fit(likely, max_length)
     if best is not None:  # the whole conversation gives an estimate only: more turns may fit
         for begin in reversed(begins[:estimate]):
             longer = truncate_to_fit(window(begin), max_length)
@@ -90,11 +91,12 @@ def window_of(
                 break
             best = longer
         return best
-    for begin in begins[estimate + 1 :]:
-        best = truncate_to_fit(window(begin), max_length)
-        if best is not None:
-            return best
-    return _cut(window(begins[-1]), turns[last], max_length)
+    shortest = window(begins[-1]) if estimate < len(begins) - 1 else likely
+    fitted = truncate_to_fit(shortest, max_length)
+    if fitted is None:
+        return _cut(shortest, turns[last], max_length)
+    longer_ones = (truncate_to_fit(window(begin), max_length) for begin in begins[estimate + 1 : -1])
+    return next(filter(None, longer_ones), fitted)
 
 
 def supervised_turns(turns: Sequence[Turn]) -> list[int]:

@@ -164,6 +164,18 @@ def test_a_template_that_writes_a_window_shorter_leaves_room_for_more_turns(max_
     assert window is None if turns_kept == 1 else len(window.turn_spans) == turns_kept
 
 
+def test_a_turn_that_fits_into_no_window_is_not_tried_behind_every_context():
+    turns, tried = [Turn(role, "x") for _ in range(20) for role in ("human", "model")], []
+
+    def tokenize(some):
+        tried.append(len(some))
+        return in_turns_of(10)(some)
+
+    window = window_of(turns, 39, in_turns_of(1)(turns), 15, tokenize)
+    assert len(window.input_ids) == 15 and not window.supervised_spans[0].ended
+    assert tried == [14, 2]
+
+
 def test_half_a_call_is_no_call():
     turns = [Turn("human", "q"), Turn("model", "", tool_calls=(ToolCall("f", {}),))]
     assert first_turn_cut(turns, 15, in_turns_of(10)) is None

@@ -1,8 +1,13 @@
 # ruff: noqa: E501 (templates read best as they are)
 """Where answers end, and where reasoning and texts stand, in templates that write them in their own way."""
 
-import pytest
+from os.path import commonprefix
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.chat_templates.answer_ends import common_size
 from finetune.conversation import Conversation, ToolCall, Turn
 from tests.helpers.served_prompts import PLAIN, ROLES, TALK, prompts_and_answers, renderer_of, served_ids
 
@@ -111,3 +116,9 @@ def test_texts_are_parts_where_a_template_reads_only_these(smol_tokenizer):
     messages = [{"role": ROLES[turn.role], "content": [{"type": "text", "text": turn.text}]} for turn in TALK]
     options = {"chat_template": LISTS, "add_generation_prompt": True, "return_dict": False}
     assert found[0][0] == renderer.format.tokenizer.apply_chat_template(messages[:2], **options)
+
+
+@given(st.text("ab", max_size=9), st.text("ab", max_size=9), st.text("ab", max_size=9))
+def test_texts_have_their_longest_common_beginning_in_common(shared, first, second):
+    texts = [shared + first, shared + second]
+    assert common_size(*texts) == len(commonprefix(texts))
