@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from finetune.checkpoint import step_of
+from finetune.checkpoint import step_of, verify_checkpoint
 from finetune.config.arguments import VERIFY_KEY_HELP
 from finetune.inference.run_result import TRUST_HELP, read_result
 from finetune.run_dir.output_dir_lock import check_writable
 from finetune.utils.console import configure_logging, quiet_libraries
-from finetune.utils.errors import ConfigError
+from finetune.utils.errors import CheckpointError, ConfigError, raise_faults
 from finetune.utils.options import CommandParser, fill, option, positional
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists and is not replaced: choose another folder, or remove it")
     check_writable(folder, str(folder))
+    if step is not None:
+        raise_faults(verify_checkpoint(result.folder), CheckpointError)
     if result.adapter is not None:
         result.base_path(options.base_model)
     from finetune.export.gguf_writer import check_gguf, write_gguf  # they need torch; --help does not

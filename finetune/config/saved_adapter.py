@@ -94,16 +94,10 @@ def _recorded(folder: Path, part: str) -> dict[str, Any]:
 
 def _obstacles(folder: Path, config: dict[str, Any]) -> list[str]:
     """Return why a run cannot continue from this adapter."""
-    faults, kind = [], config["peft_type"]
+    kind = config["peft_type"]
     if kind in UNSERVED or kind == "P_TUNING":  # it saves what its encoder computed, not the encoder
         return [f"an adapter of the type {kind} cannot be continued: train a new one"]
-    if not any((folder / name).is_file() for name in ADAPTER_FILES):
-        faults.append(f"holds no {' or '.join(ADAPTER_FILES)}: copy the whole adapter")
-    types = {"num_virtual_tokens": int} if kind in ("PREFIX_TUNING", "PROMPT_TUNING") else {}
-    types |= {key: hint for key, hint in LORA_FLAGS.values()} if kind == "LORA" else {}
-    for key, hint in types.items():
-        if not has_type(config.get(key), hint):
-            faults.append(f"{key} is {config.get(key)!r} in {run_json.ADAPTER_CONFIG}: copy the file again")
+    faults = adapter_damage(folder, config)
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(MOVES_BASE):
         faults.append(f"was saved for the base as {start} has changed it: save it with peft's "
@@ -113,6 +107,19 @@ def _obstacles(folder: Path, config: dict[str, Any]) -> list[str]:
         reasons["prefix_projection"] = "its encoder was not saved"
     for key, reason in reasons.items():
         faults.append(f"{key} is {config[key]!r}, which cannot be continued here: {reason}: merge it with peft")
+    return faults
+
+
+def adapter_damage(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Return what a saved adapter lacks: its weights, or values of its config that are of their types."""
+    lacks = not any((folder / name).is_file() for name in ADAPTER_FILES)
+    faults = [f"holds no {' or '.join(ADAPTER_FILES)}: copy the whole adapter"] if lacks else []
+    kind = config["peft_type"]
+    types = {"num_virtual_tokens": int} if kind in ("PREFIX_TUNING", "PROMPT_TUNING") else {}
+    types |= {key: hint for key, hint in LORA_FLAGS.values()} if kind == "LORA" else {}
+    for key, hint in types.items():
+        if not has_type(config.get(key), hint):
+            faults.append(f"{key} is {config.get(key)!r} in {run_json.ADAPTER_CONFIG}: copy the file again")
     return faults
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from finetune import checkpoint
 from finetune.chat_templates import ChatFormat
-from finetune.checkpoint import MasterWeights, step_of
+from finetune.checkpoint import MasterWeights
 from finetune.config.hardware import Precision
 from finetune.export import model_files, verify_saved
 from finetune.export.merge_plan import MergedTensors, OutputTensor, check_mergeable, master_tensors, plain_tensors
@@ -28,7 +27,7 @@ from finetune.models.model_folder import stored_bytes
 from finetune.models.stored_tensors import StoredTensors
 from finetune.run_dir.output_dir_lock import existing_parent
 from finetune.run_dir.run_json import update_run_json
-from finetune.utils.errors import CheckpointError, ConfigError, StorageError, as_os_error, os_reason, raise_faults
+from finetune.utils.errors import ConfigError, StorageError, as_os_error, os_reason
 
 SPARE_DISK_BYTES = 64 << 20
 VERIFY_MEMORY_FACTOR = 2.4  # float32 copy of 16-bit weights, and some more
@@ -73,8 +72,6 @@ def plan_merge(result: RunResult, target: Path, *, base_name: str | None, dtype:
         dtype: Type of the merged weights; None: the precision of the training.
     """
     check_mergeable(result.adapter)
-    if step_of(result.folder.absolute()) is not None:
-        raise_faults(checkpoint.verify_checkpoint(result.folder), CheckpointError)
     source = result.folder if result.adapter is None else load_result.base_folder(result, base_name)
     tokenizer = load_result.load_tokenizer(result)
     trusts_code = load_result.trusts_code_in(source, result)

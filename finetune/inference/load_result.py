@@ -213,7 +213,7 @@ def load_saved_adapter(base: Any, folder: Path) -> Any:
         adapted = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(base.device))
     except (RuntimeError, ValueError) as error:
         reason = lines_of(str(error))[:2][-1]  # the first is a title
-        raise CheckpointError(f"{folder}: the adapter does not fit its base: {reason}") from None
+        raise CheckpointError(f"{folder}: the adapter does not fit its base: {reason}: copy it again") from None
     for name, weight in adapted.named_parameters():
         if ".modules_to_save." in name and weight.dtype.itemsize > base.dtype.itemsize:
             weight.data = weight.data.to(base.dtype)

@@ -10,7 +10,17 @@ from typing import Any
 
 from finetune.checkpoint import key_of, step_of, steps_in, verify_checkpoint
 from finetune.config.hardware import Precision
-from finetune.run_dir.run_json import ADAPTER_CONFIG, RUN_FILE, check_is_folder, holds_model, load_run_json
+from finetune.config.saved_adapter import adapter_damage
+from finetune.models.stored_tensors import stored_names
+from finetune.run_dir.run_json import (
+    ADAPTER_CONFIG,
+    COMPLETE_FILE,
+    MODEL_CONFIGS,
+    RUN_FILE,
+    check_is_folder,
+    holds_model,
+    load_run_json,
+)
 from finetune.utils.errors import CheckpointError, ConfigError, first_line, raise_faults
 from finetune.utils.user_files import UNREADABLE, has_type
 
@@ -91,9 +101,14 @@ def read_result(folder: Path, *, trust_remote_code: bool = False, verify_key: st
     if missing:
         raise ConfigError(f"{output_dir / RUN_FILE}: lacks {' and '.join(missing)}: train again with this version")
     if not holds_model(folder):
+        if (folder / COMPLETE_FILE).is_file():
+            raise CheckpointError(
+                f"{folder}: holds no {' or '.join(MODEL_CONFIGS)}, though its run is complete: copy the whole folder"
+            )
         steps = steps_in(output_dir)
         remedy = f"use a checkpoint, the last is {output_dir}/checkpoint-{steps[0]}" if steps else "train first"
         raise ConfigError(f"{folder}: holds no model, because the run has not finished: {remedy}")
+    stored_names(folder)  # a truncated file is named now, not when the base is loaded
     adapter = _adapter_type(folder)
     found = [(f"{part}.{name}", run[part].get(name) if isinstance(run[part], dict) else run[part], hint)
              for part in TYPES for name, hint in TYPES[part].items()]  # fmt: skip
@@ -111,8 +126,10 @@ def _adapter_type(folder: Path) -> str | None:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("megatron_config"):  # peft would import the module that the file names
             raise ValueError("an adapter of Megatron")
-        return config["peft_type"]
+        kind = config["peft_type"]
     except FileNotFoundError:
         return None
     except UNREADABLE as error:
         raise CheckpointError(f"{path}: not the config of an adapter: {first_line(error)}") from None
+    raise_faults((f"{folder}: {fault}" for fault in adapter_damage(folder, config)), CheckpointError)
+    return kind

@@ -167,10 +167,10 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         ConfigError: No such model, a revision of a local folder, or the tokenizer needs untrusted code or a package
             that is not installed.
     """
-    from transformers import AutoTokenizer
-
     model_folder.check_tokenizer_files(name)
     model_folder.check_json_files(Path(name).expanduser())
+    from transformers import AutoTokenizer
+
     files = [file for file in TOKENIZER_FILES if (Path(name).expanduser() / file).is_file()]
     fault = f"--model_name_or_path {name}: the tokenizer could not be loaded" + (
         f" ({', '.join(files)})" if files else ""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune.config.saved_adapter import ADAPTER_FILES
 from finetune.models.model_folder import is_lfs_pointer, weight_map
 from finetune.utils.errors import CheckpointError, FinetuneError, first_line, format_names, os_reason
 
@@ -63,7 +64,7 @@ class StoredTensors(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         path = self._places[name].path
-        file = self._open(path)
+        file = open_weights(path, error=self._error)
         tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
         if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
             raise self._error(f"{path}: {name} is stored as {tensor.dtype}: quantized weights cannot be merged")
@@ -88,27 +89,49 @@ class StoredTensors(Mapping[str, Any]):
         return {name: place.shape for name, place in self._places.items()}
 
     def _read_headers(self, path: Path) -> Iterator[tuple[str, _Place]]:
-        file = self._open(path, "np")
+        file = open_weights(path, "np", error=self._error)
         for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             shape = file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape()
             yield str(name), _Place(path, tuple(shape))
 
-    def _open(self, path: Path, framework: str = "pt") -> Any:
-        """Map a file: a dictionary of tensors, or a safetensors file with `keys` and `get_tensor`."""
-        from safetensors import safe_open
 
-        try:
-            path.open("rb").close()
-        except OSError as error:  # safetensors says of a file of another user that there is none
-            raise self._error(f"{path}: cannot be read: {os_reason(error, path)}") from None
-        try:
-            if path.suffix == ".safetensors":
-                return safe_open(path, framework=framework)
-            import torch
+def open_weights(path: Path, framework: str = "pt", *, error: type[FinetuneError] = CheckpointError) -> Any:
+    """Map a file: a dictionary of tensors, or a safetensors file with `keys` and `get_tensor`.
 
-            loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-            return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
-        except Exception as error:  # a damaged pickle or zip file fails in any way
-            is_pointer = is_lfs_pointer(path)
-            remedy = "a pointer of Git LFS: run git lfs pull" if is_pointer else "it may be truncated: copy it again"
-            raise self._error(f"{path}: cannot be read: {first_line(error)}: {remedy}") from None
+    Args:
+        framework: "np" needs no torch to read names and shapes of safetensors.
+
+    Raises:
+        FinetuneError: Of the class `error`: the file is not there, truncated or damaged.
+    """
+    from safetensors import safe_open
+
+    try:
+        path.open("rb").close()
+    except OSError as problem:  # safetensors says of a file of another user that there is none
+        raise error(f"{path}: cannot be read: {os_reason(problem, path)}") from None
+    try:
+        if path.suffix == ".safetensors":
+            return safe_open(path, framework=framework)
+        import torch
+
+        loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
+    except Exception as problem:  # a damaged pickle or zip file fails in any way
+        is_pointer = is_lfs_pointer(path)
+        remedy = "a pointer of Git LFS: run git lfs pull" if is_pointer else "it may be truncated: copy it again"
+        raise error(f"{path}: cannot be read: {first_line(problem)}: {remedy}") from None
+
+
+def stored_names(folder: Path, *, error: type[FinetuneError] = CheckpointError) -> list[str]:
+    """Return the names of the tensors of a model without torch, once the headers of its safetensors are checked.
+
+    Of other files it returns what their index names, and a file of an adapter is checked only.
+    """
+    for path in (folder / name for name in ADAPTER_FILES):
+        if path.suffix == ".safetensors" and path.is_file():
+            open_weights(path, "np", error=error)
+    files = weight_map(folder, error=error)
+    if files and all(name.endswith(".safetensors") for name in files):
+        return [*StoredTensors(folder, error=error)]
+    return [tensor for names in files.values() for tensor in names]

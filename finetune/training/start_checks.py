@@ -27,9 +27,9 @@ from finetune.distributed import host_probe
 from finetune.launcher import LauncherArgs, Resources, local_slots
 from finetune.models.lora_targets import check_target_names
 from finetune.models.model_config import StoredConfig, check_attention_heads
-from finetune.models.model_folder import check_folder, check_revision, check_tokenizer_files, stored_bytes, weight_map
+from finetune.models.model_folder import check_folder, check_revision, check_tokenizer_files, stored_bytes
 from finetune.models.quantization import base_bits
-from finetune.models.stored_tensors import StoredTensors
+from finetune.models.stored_tensors import stored_names
 from finetune.run_dir import output_dir_lock
 from finetune.training.resume_check import check_before_ranks
 from finetune.utils.console import log_notes, size
@@ -127,15 +127,15 @@ def _check_model(arguments: Arguments) -> None:
     check_folder(name)
     check_revision(name, revision)
     values = read_json_object(folder / "config.json" if folder.is_dir() else hub_file(name, "config.json", revision))
-    config, files = StoredConfig(**values), weight_map(folder)
+    config = StoredConfig(**values)
     check_attention_heads(arguments.batch.sequence_parallel_size, config)
     wanted_bits = arguments.model.quantized_bits()
     bits = base_bits(name, config, wanted_bits)
     if wanted_bits is None:
         check_quantization(bits, f"--model_name_or_path {name} (stored in {bits} bits)", arguments.adapter, None)
-    tensors = [tensor for names in files.values() for tensor in names]
-    if files and all(file.endswith(".safetensors") for file in files):  # others need torch
-        tensors = [*StoredTensors(folder, error=ConfigError)]
+    tensors = stored_names(folder, error=ConfigError)
+    if arguments.model.adapter_name_or_path:
+        stored_names(Path(arguments.model.adapter_name_or_path), error=ConfigError)
     if arguments.adapter.kind() == "lora" and wanted:
         check_target_names(wanted, values, tensors)
 

@@ -214,7 +214,9 @@ def result_with_code(request, tiny_model, tmp_path) -> Path:
     run = made_results.run_of(output)
     if request.param == "base of an adapter":
         output = shutil.copytree(tiny_model, tmp_path / "adapter", ignore=lambda *_: ["config.json"])
-        (output / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0}
+        (output / "adapter_config.json").write_text(json.dumps(config))
+        (output / "model.safetensors").rename(output / "adapter_model.safetensors")
     run["model"]["trusts_code"] = run["arguments"]["trust_remote_code"] = True
     (output / "run.json").write_text(json.dumps(run))
     return output

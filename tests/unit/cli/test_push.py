@@ -6,7 +6,9 @@ import sys
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from finetune.cli import push
 from finetune.utils.errors import ConfigError, FinetuneError
@@ -43,10 +45,12 @@ def output(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = tmp_path / "output"
     (folder / "checkpoint-1").mkdir(parents=True)
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text("[More Information Needed]")
     for name in (*PRIVATE, *PUBLIC, "checkpoint-1/model.safetensors"):
         (folder / name).write_text("x")
+    save_file({"a": np.zeros(1)}, folder / "adapter_model.safetensors")
     model = {"name": "/home/me/base", "folder": "/home/me/base", "revision": None, "weights": "0", "fingerprint": "0"}
     chat = {"format": "chatml", "human_token_ids": [], "model_token_ids": [], "content_tokens": [], "stop_token_id": 2}
     run = {"model": model, "chat": chat, "precision": "bf16", "arguments": {"data_path": ["/home/me/d.json"]},
@@ -94,5 +98,6 @@ def test_a_refusal_is_an_error_with_a_remedy(output, hub, status, said):
 
 def test_a_folder_without_weights_is_an_error(output):
     (output / "adapter_model.safetensors").unlink()
+    (output / "adapter_config.json").rename(output / "config.json")
     with pytest.raises(ConfigError, match="no weights"):
         push.main([str(output), "me/name", "--yes"])

@@ -11,7 +11,7 @@ from peft import peft_model
 from safetensors.torch import load_file, save_file
 
 from finetune.inference import load_result
-from finetune.inference.run_result import RunResult
+from finetune.inference.run_result import RunResult, read_result
 from finetune.models.model_folder import weight_files, weights_fingerprint
 from finetune.utils.errors import CheckpointError, ConfigError
 from tests.helpers import made_results as made
@@ -148,3 +148,27 @@ def test_an_adapter_computes_where_and_in_what_its_base_does(dtype, tmp_path, mo
     assert {weight.device.type for weight in loaded.parameters()} == {"cpu"}
     difference = (made.logits(loaded) - made.logits(adapted)).abs().max()
     assert difference <= (0 if dtype == torch.float32 else 0.05) * made.logits(adapted).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("adapter_model.safetensors", b"half", "adapter_model.safetensors: cannot be read"),
+        ("adapter_model.safetensors", None, "holds no adapter_model.safetensors or adapter_model.bin"),
+        ("adapter_config.json", b'{"peft_type": "LORA", "r": "8"}', "r is '8' in adapter_config.json"),
+        ("adapter_config.json", None, "holds no adapter_config.json or config.json, though its run is complete"),
+    ],
+)
+def test_a_damaged_adapter_is_named_before_its_base_is_loaded(file, content, said, tmp_path):
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0}
+    run = {"model": {"name": "m"}, "chat": {"format": "lingowhale"}, "precision": "bf16"}
+    for name, values in (("adapter_config.json", config), ("run.json", run)):
+        (tmp_path / name).write_text(json.dumps(values))
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "RUN_COMPLETE").touch()
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(CheckpointError) as refused:
+        read_result(tmp_path)
+    assert said in str(refused.value)
