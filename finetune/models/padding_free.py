@@ -223,7 +223,8 @@ class Trial:
         """Return what `run` returns, or why it failed."""
         try:
             casts = torch.autocast(self.a.device.type, self.autocast, enabled=self.autocast != torch.float32)
-            with gather_per_module(self.model), each_row_alone(self.base), torch.no_grad(), casts:
+            seen = segments.convolutions_show(self.base)
+            with seen, gather_per_module(self.model), each_row_alone(self.base), torch.no_grad(), casts:
                 return run()
         except Exception as error:  # the code of a model may raise anything: fall back to padded rows
             return f"a trial with random conversations failed: {first_line(error)[:200]}"

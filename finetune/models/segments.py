@@ -201,9 +201,9 @@ def by_segment_note(base: Any) -> str | None:
 def split_carrying_modules(base: Any, row: Callable[[], Any], boundary: int, total: int) -> int:
     """Let the innermost modules that carry something over a boundary run by segment; return how many these are.
 
-    Each module that maps [1, T, ...] to [1, T, ...] is called once more, with the token before the boundary changed: it
-    carries if outputs behind the boundary change, or if it refuses a flat row. Modules that are given a mask of the
-    whole row are left out: it has T x T numbers.
+    Each module that maps [1, T, ...] or token ids [1, T] to [1, T, ...] is called once more, with the token before the
+    boundary changed: it carries if outputs behind the boundary change, or if it refuses a flat row. Modules that are
+    given a mask of the whole row are left out: it has T x T numbers.
 
     Args:
         row: computes a flat row of `total` tokens, of which a conversation ends at token `boundary`.
@@ -213,8 +213,7 @@ def split_carrying_modules(base: Any, row: Callable[[], Any], boundary: int, tot
     def examined(module: torch.nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         nonlocal count, is_examined
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        states = given[0] if given and given[0].ndim == 3 and given[0].is_floating_point() else None
-        if is_examined or states is None or states.shape[1] != total:
+        if is_examined or not given or not _is_of_row(given[0], total):
             return forward(*args, **kwargs)
         before = count
         try:
@@ -222,7 +221,7 @@ def split_carrying_modules(base: Any, row: Callable[[], Any], boundary: int, tot
             if count > before or any(value.shape[-2:] == (total, total) for value in given):
                 return output
             is_examined = True
-            carries = _carries(forward, args, kwargs, states, output, boundary)
+            carries = _carries(forward, args, kwargs, output, boundary, total)
         except Exception:
             if count > before:
                 raise
@@ -252,6 +251,23 @@ def split_carrying_modules(base: Any, row: Callable[[], Any], boundary: int, tot
     return len(chosen)
 
 
+@contextmanager
+def convolutions_show(base: Any) -> Iterator[None]:
+    """Let convolutions over time that are zero until their first step (Qwen4-Exp) carry something in a trial."""
+
+    def computed(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if module.weight.any():
+            return output
+        return module._conv_forward(args[0], torch.ones_like(module.weight), module.bias)
+
+    handles = [module.register_forward_hook(computed) for module in base.modules() if type(module) is torch.nn.Conv1d]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def split_masked_modules(base: Any, row: Callable[[], Any], total: int) -> None:
     """Let attention that is given the mask of a whole row [1, 1, T, T] run by segment; layers as a whole do not.
 
@@ -279,19 +295,26 @@ def split_masked_modules(base: Any, row: Callable[[], Any], total: int) -> None:
     run_by_segment([module for module in dict.fromkeys(masked) if module not in inner], MASKED)
 
 
-def _carries(
-    forward: Callable, args: tuple, kwargs: dict[str, Any], states: torch.Tensor, output: Any, boundary: int
-) -> bool:
+def _is_of_row(value: Any, total: int) -> bool:
+    """Whether this is states [1, T, ...] or token ids [1, T] of the row."""
+    is_tensor = isinstance(value, torch.Tensor) and value.ndim == (3 if value.is_floating_point() else 2)
+    return is_tensor and value.shape[1] == total
+
+
+def _carries(forward: Callable, args: tuple, kwargs: dict[str, Any], output: Any, boundary: int, total: int) -> bool:
     expected = _first(output)
-    if expected is None or expected.shape[:2] != states.shape[:2]:
+    if expected is None or expected.shape[:2] != (1, total):
         return False
-    changed = states.clone()
-    changed[:, boundary - 1] = states[:, boundary] + states.abs().mean()
 
-    def replaced(value: Any) -> Any:
-        return changed if value is states else value
+    def changed(value: Any) -> Any:
+        if not _is_of_row(value, total):
+            return value
+        result, last = value.clone(), value[:, boundary - 1]
+        other = value[:, boundary] + value.abs().mean() if value.is_floating_point() else value.max()
+        result[:, boundary - 1] = torch.where(last == other, value.min(), other)
+        return result
 
-    result = _first(forward(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()}))
+    result = _first(forward(*map(changed, args), **{name: changed(value) for name, value in kwargs.items()}))
     difference = 0 if result is None else (result - expected)[:, boundary:].abs().max()
     return bool(difference > CHANGE * expected.abs().max())
 

@@ -93,7 +93,7 @@ class Outcome:
 
 def outcome(model: Any, loss: torch.Tensor) -> Outcome:
     loss.backward()
-    trained = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+    trained = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
     return Outcome(loss.item(), trained)
 
 

@@ -139,6 +139,16 @@ HYBRID = {
         ),
     ),
     "bailing_hybrid": ("BailingHybrid", GROUPED),
+    "qwen4_exp": (  # has embeddings of n-grams in parts, joined on the CPU, and a convolution that starts at zero
+        "Qwen4Exp",
+        dict(
+            **WIDE_HEADS, **ROUTED, shared_expert_intermediate_size=16, linear_key_head_dim=8,
+            linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, hc_count=2, hc_lowrank=4,
+            layer_types=["linear_attention", "indexed_attention"], indexer_n_heads=2, indexer_kv_heads=1,
+            indexer_head_dim=12, indexer_budget=8, indexer_compress_ratio=2, ple_layer_ids=[1], ple_embed_dim=8,
+            heads_per_ngram=2, ngram_vocab_size_base=50, make_ngram_vocab_size_divisible_by=4, split_ngram_parts=2,
+        ),
+    ),
 }  # fmt: skip
 HYBRIDS = ["qwen3_next", "lfm2", "jamba", "mamba", *HYBRID]
 # Padded rows of the first two differ from single conversations.

@@ -14,7 +14,7 @@ from tests.helpers.tiers import mostly_slow
 from tests.helpers.tiny_models import HYBRIDS, LONGEST, VOCAB_SIZE, WINDOW, InFloat64, build
 
 pytestmark = QUIET_PEFT
-FAST = "qwen3_next lfm2 jamba bamba mamba2".split()
+FAST = "qwen3_next lfm2 jamba bamba mamba2 qwen4_exp".split()
 TOLERANCE = 1e-5  # float32: some of these models compute in it whatever the weights are
 
 

@@ -35,16 +35,6 @@ MORE_FAMILIES = {
         ),
     ),
     "olmo2": ("Olmo2", GROUPED),
-    "qwen4_exp": (  # has embeddings of n-grams in parts, which transformers joins on the CPU
-        "Qwen4Exp",
-        dict(
-            **WIDE_HEADS, **tiny_models.ROUTED, shared_expert_intermediate_size=16, linear_key_head_dim=8,
-            linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, hc_count=2, hc_lowrank=4,
-            layer_types=["linear_attention", "indexed_attention"], indexer_n_heads=2, indexer_kv_heads=1,
-            indexer_head_dim=12, indexer_budget=8, indexer_compress_ratio=2, ple_layer_ids=[1], ple_embed_dim=8,
-            heads_per_ngram=2, ngram_vocab_size_base=50, make_ngram_vocab_size_divisible_by=4, split_ngram_parts=2,
-        ),
-    ),
 }  # fmt: skip
 Tensors = dict[str, torch.Tensor]
 
@@ -80,7 +70,8 @@ def refused(folder: Path, **options: Any) -> str:
 @pytest.mark.parametrize(
     "family",
     mostly_slow(
-        [*tiny_models.FAMILIES, *MORE_FAMILIES], ["llama", "gpt2", "gpt_oss", "deepseek_v3", "qwen2", "qwen4_exp"]
+        [*tiny_models.FAMILIES, *MORE_FAMILIES, "qwen4_exp"],
+        ["llama", "gpt2", "gpt_oss", "deepseek_v3", "qwen2", "qwen4_exp"],
     ),
 )
 def test_a_saved_model_passes_and_without_any_one_tensor_is_refused_by_its_name(save, family):
