@@ -18,6 +18,7 @@ from finetune.config.run_config import ActivationCheckpointing, RunConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.distributed.op_builder import build_notes
 from finetune.models.adapters import check_attachable
+from finetune.models.auto_class import auto_class
 from finetune.models.embeddings import embedding_names
 from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, damage_named, embedding_rows, inspect_model, needs_new_embeddings
@@ -68,27 +69,35 @@ def check_model(config: RunConfig) -> tuple[RunConfig, ModelInfo]:
 
 
 def check_reads_text(info: ModelInfo) -> None:
-    """Check that a model of several modalities runs without images and sound, as training does: on the meta device.
+    """Check that a model generates token by token (DiffusionGemma does not), and that one of several modalities runs
+    without images and sound, as training does: on the meta device.
 
     Raises:
-        ConfigError: its code asks for another input, or has no embeddings of text.
+        ConfigError: it does not, its code asks for another input, or has no embeddings of text.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
+    if not (info.empty.is_custom_code() or hasattr(info.empty, "prepare_inputs_for_generation")):
+        raise ConfigError(
+            f"{info.flag}: {type(info.empty).__name__} does not generate token by token (it has no "
+            "prepare_inputs_for_generation): give a causal language model"
+        )
     try:
         info.empty.get_input_embeddings()
     except NotImplementedError:  # Qwen2.5-Omni, of several models
         raise ConfigError(
             f"{info.flag}: {type(info.empty).__name__} names no embeddings of text: give the language model in it"
         ) from None
-    if VISION not in info.kinds.by_module.values():
+    if auto_class(info.config) is AutoModelForCausalLM and VISION not in info.kinds.by_module.values():
         return
     try:
         with torch.no_grad():
             info.empty(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=False)
     except Exception as error:  # also of layers that need values, which there are none of on this device
         others = signature(info.empty.forward).parameters.keys() - TEXT_INPUTS
-        if isinstance(error, TypeError | ValueError) and others & set(re.findall(r"\w+", str(error))):
+        asks = isinstance(error, TypeError | ValueError) and others & set(re.findall(r"\w+", str(error)))
+        if asks or "broadcast" in str(error):  # or codes of sound beside each token (Kyutai)
             raise ConfigError(
                 f"{info.flag}: {type(info.empty).__name__} does not run on text alone: "
                 f"{first_line(error).rstrip('.')}: give its text model, or one that reads text without images or sound"

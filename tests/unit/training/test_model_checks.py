@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from finetune.config.adapter_arguments import AdapterArguments
-from finetune.models.adapters import attach_peft
+from finetune.models.adapters import attach_peft, check_attachable
 from finetune.models.loader import ModelInfo
 from finetune.training.model_checks import check_positions, check_reads_text, check_vocabulary
 from finetune.utils.errors import ConfigError
@@ -88,6 +88,7 @@ class TestVocabulary:
     [
         ("idefics", "text alone: .*pixel_values"),
         ("voxtral_realtime", "text alone: .*input_features"),
+        ("kyutai_speech_to_text", "text alone: .*broadcast"),
         ("pp_formulanet", "no embeddings of text"),
         ("smolvlm", None),
     ],
@@ -99,6 +100,14 @@ def test_a_model_that_does_not_run_without_images_or_sound_is_refused(family, to
         empty = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)](config)
     with nullcontext() if told is None else pytest.raises(ConfigError, match=f"{type(empty).__name__} .*{told}"):
         check_reads_text(ModelInfo(family, None, False, config, "eager", empty, (), ()))
+
+
+def test_a_model_that_does_not_generate_token_by_token_is_refused():
+    described = replace(info(), empty=info().empty.model)  # a class without generation, as that of DiffusionGemma
+    with pytest.raises(ConfigError, match="LlamaModel does not generate token by token .*: give a causal"):
+        check_reads_text(described)
+    with pytest.raises(ConfigError, match="LoRA cannot be attached: LlamaModel has no prepare_inputs.*--use_lora F"):
+        check_attachable(described, LORA)
 
 
 class TestPositions:
