@@ -27,7 +27,7 @@ from finetune.models.model_folder import stored_bytes
 from finetune.models.stored_tensors import StoredTensors
 from finetune.run_dir.output_dir_lock import existing_parent
 from finetune.run_dir.run_json import update_run_json
-from finetune.utils.errors import ConfigError, StorageError, as_os_error, os_reason
+from finetune.utils.errors import CheckpointError, ConfigError, StorageError, as_os_error, os_reason
 
 SPARE_DISK_BYTES = 64 << 20
 VERIFY_MEMORY_FACTOR = 2.4  # float32 copy of 16-bit weights, and some more

@@ -30,6 +30,7 @@ from finetune.models.lora_targets import (
     named_modules,
     parse_target_modules,
     resolve_targets,
+    text_layers,
 )
 from finetune.models.model_folder import weights_fingerprint
 from finetune.models.module_kinds import EMBEDDINGS, HEAD, ROUTED_EXPERTS, VISION, full_shape, output_embeddings
@@ -114,10 +115,13 @@ def attach_peft(
     label = "LoRA" if method == "LORA" else f"peft's {method}"
     config_class = dict(PEFT_TYPE_TO_CONFIG_MAPPING).get(method)
     if config_class is None:
-        raise ConfigError(f"--adapter_config: peft {version('peft')} has no method {method}: expected one of "
-                          f"{', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}")  # fmt: skip
+        known = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise ConfigError(f"--adapter_config: peft {version('peft')} has no method {method}: expected one of {known}")
     if unknown := sorted(set(options) - {declared.name for declared in fields(config_class)}):
         raise ConfigError(f"--adapter_config: {label} has no option {', '.join(unknown)}")
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        reason = "has no prepare_inputs_for_generation, which peft needs: train it in full (--use_lora False)"
+        raise ConfigError(f"{label} cannot be attached: {type(model).__name__} {reason}")
     check_token_ids(model, options)
     saved = named_modules(model, options.get("modules_to_save") or ())
     if train_embeddings:
@@ -130,8 +134,8 @@ def attach_peft(
         options["modules_to_save"] = saved
     if method == "LORA" and not (options.get("exclude_modules") or options.get("target_parameters")):
         options |= _resolved(model, options).options(model)
-    elif options.get("target_modules") == ALL_LINEAR:
-        options["target_modules"] = list(resolve_targets(model, ALL_LINEAR).modules)
+    else:
+        options |= text_layers(model, options)
     if method == "LORA":
         options["ensure_weight_tying"] = ties and bool(saved)
         options["init_lora_weights"] = options.get("init_lora_weights", True) if computes_initial else True
@@ -184,14 +188,12 @@ def load_adapter(
         adapted = _converted(get_peft_model(model, config, autocast_adapter_dtype=False), precision)
     if not loads_weights:
         return adapted
-    loaded: Any
     with damage_named(f"{label} does not fit its base"), gathered(_trained(adapted), changes=True):
-        loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+        loaded: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     unmatched = [*sorted(trained & set(loaded.missing_keys)), *loaded.unexpected_keys]
     if unmatched and not config.is_prompt_learning:
-        names = format_names(unmatched)
-        raise ConfigError(f"{label} does not fit its base: {names}: give the base that it was trained on")
+        raise ConfigError(f"{label} does not fit its base: {format_names(unmatched)}: give its base")
     return adapted
 
 

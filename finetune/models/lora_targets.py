@@ -234,6 +234,19 @@ def _by_name(
     return LoraTargets(tuple(dict.fromkeys(chosen.modules)), tuple(dict.fromkeys(chosen.parameters)))
 
 
+def text_layers(base: Any, options: dict[str, Any]) -> dict[str, list[str]]:
+    """Return `all-linear` resolved, or the full names of layers outside a vision tower where names fit some in it."""
+    if options.get("target_modules") == ALL_LINEAR:
+        return {"target_modules": list(resolve_targets(base, ALL_LINEAR).modules)}
+    kinds, found, of_images = module_kinds(base), {}, False
+    for key in ("target_modules", "feedforward_modules"):
+        if not isinstance(wanted := options.get(key), str | None) and not options.get("layers_to_transform"):
+            layers = [name for name, _ in base.named_modules() if name in wanted or _matched(wanted, [name])]
+            found[key] = [name for name in layers if kinds.of(name) != VISION]
+            of_images |= len(found[key]) < len(layers)
+    return found if of_images and all(found.values()) else {}
+
+
 def _renamed_by_peft(base: Any, modules: Sequence[str]) -> set[str]:
     """Return the layers that peft would take for experts, as adapters made with transformers 4 name them.
 

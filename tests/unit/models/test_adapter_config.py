@@ -13,9 +13,9 @@ from finetune.models.adapters import attach_peft, check_attachable, check_saved_
 from finetune.models.auto_class import empty_model
 from finetune.models.freezing import freeze
 from finetune.models.loader import ModelInfo, freeze_untrained, inspect_model
-from finetune.models.module_kinds import EMBEDDINGS, HEAD, ROUTER, module_kinds
+from finetune.models.module_kinds import ATTENTION, EMBEDDINGS, HEAD, ROUTER, VISION, module_kinds
 from finetune.utils.errors import ConfigError
-from tests.helpers import tiny_models
+from tests.helpers import tiny_models, vision_models
 
 REQUIRED = ["--model_name_or_path", "M", "--data_path", "d.json", "--output_dir", "out"]
 IA3 = {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
@@ -43,6 +43,15 @@ def on_meta(family: str) -> ModelInfo:
     with torch.device("meta"):
         base = tiny_models.build(family)
     return ModelInfo(family, None, False, base.config, "eager", base, (), ())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_names_of_layers_mean_those_outside_of_a_vision_tower(family, tmp_path):
+    info = inspect_model(ModelArguments(str(vision_models.save(family, tmp_path / family))), "eager")
+    assert check_attachable(info, config(**IA3)) == []
+    with torch.device("meta"):
+        counts = info.kinds.count(attach_peft(info.empty, config(**IA3)))
+    assert counts[VISION].trained == 0 < counts[ATTENTION].trained
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft measures norms for LN_TUNING
