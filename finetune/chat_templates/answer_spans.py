@@ -261,7 +261,7 @@ def _completion(
     if _opens_reasoning(prompt):
         line = "\n" if prompt.endswith("\n") else ""
         reasoning = marks_in(turn.reasoning + turn.text)[0] if marks_reasoning(turn) else ""
-        tail = f"{reasoning}{line}{REASONING_END}{2 * line}{tail.lstrip()}"
+        tail = f"{reasoning}{line}{REASONING_END}{2 * line}{tail.rpartition(REASONING_END)[2].lstrip()}"
         rules = [] if reasoning else [CLOSED_RULE.format(turn=number)]
     whole = prompt + tail
     spans = find_slots(whole, text.spelled)

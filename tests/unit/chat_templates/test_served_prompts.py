@@ -43,6 +43,7 @@ CASES = {
     "mistral": (MISTRAL_2407, "[INST] [/INST] <s> </s>", PLAIN, {}, ["a</s>", "a2</s>"]),
     "hunyuan": (HUNYUAN, "<|startoftext|> <|extra_0|> <|extra_4|> <|eos|>", PLAIN, {"enable_thinking": False}, ["a<|eos|>", "a2<|eos|>"]),
     "none": (OPENS, "<|im_start|> <|im_end|>", TALK, {}, ["r\n</think>\n\na<|im_end|>", "\n</think>\n\na2<|im_end|>"]),
+    "blank line": (OPENS.replace("<think>\\n' if", "<think>\\n\\n' if"), "<|im_start|> <|im_end|>", TALK, {}, ["r\n</think>\n\na<|im_end|>", "\n</think>\n\na2<|im_end|>"]),
     "next role": (NEXT_ROLE, "<|user|> <|assistant|> <|system|>", (*PLAIN[1:3], *PLAIN[:1], *PLAIN[3:]), {}, ["a<|user|>", "a2<|user|>"]),
 }  # fmt: skip
 
