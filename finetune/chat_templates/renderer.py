@@ -191,7 +191,8 @@ class Renderer:
         cut = None if leading else first_turn_cut(turns, self.max_length, tokenize)
         if cut is not None:
             return _Outcome("cut", [cut], self._cut_reason(cut))
-        if next(turn for turn in turns if turn.role == "model").train:
+        first = next(turn for turn in turns if turn.role == "model")
+        if first.train and not first.tool_calls:
             reason = f"the context before the first model turn alone fills {self.max_length:,}"
         else:
             reason = f"no supervised turn fits into {self.max_length:,}"
@@ -208,7 +209,8 @@ class Renderer:
                 continue
             window = window_of(turns, number, tokenized, self.max_length, tokenize)
             if window is None:
-                notes.append(f"turn {number} is left out, the context before it alone fills {self.max_length:,}")
+                cause = "its call does not fit" if turns[number].tool_calls else "the context before it alone fills"
+                notes.append(f"turn {number} is left out, {cause} {self.max_length:,}")
             else:
                 windows.append(window)
                 notes += [] if window.supervised_spans[-1].ended else [f"turn {number}: {self._cut_reason(window)}"]
