@@ -105,6 +105,16 @@ def _declared(tools: str) -> tuple[dict[str, tuple[Any, Any]], tuple[str, ...]]:
     return declared, tuple(faults)
 
 
+def admits(tools: str, name: str, key: str, value: Any) -> bool:
+    """Whether a function declared in JSON says of an argument what it may be, and that it may be this value."""
+    validator = _declared(tools)[0].get(name, ({}, None))[1]
+    schema = validator and validator.schema.get("properties", {}).get(key)
+    try:
+        return bool(schema) and validator.evolve(schema=schema).is_valid(value)
+    except Exception:  # as in `_checked`, which names it
+        return False
+
+
 @lru_cache(4096)
 def _validator(schema: str) -> tuple[Any, str | None]:
     """A validator for a schema in JSON, or why it is none. References into the web are not followed."""

@@ -3,6 +3,7 @@
 Others      <TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>   <functioncall> {...}   [TOOL_CALLS] [...]
 Hermes      <tools>[...]</tools>   <tool_call>{"name": ..., "arguments": {...}}</tool_call>   <tool_response>
 ToolACE     a JSON list of functions in the system text     [name(key="value"), other_name()]
+Elements    as Qwen3-Coder, GLM and MiniMax write them: call_elements.py
 """
 
 import ast
@@ -13,18 +14,19 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.conversation import ToolCall, Turn
+from finetune.dataset.call_elements import element_calls
 from finetune.dataset.json_decoder import decode_text, shown
 from finetune.dataset.tool_reading import ToolFault, read_calls, read_tools
 
 _CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
-# What models write in front of calls in JSON, and of calls in other syntaxes, which are not read.
+# What models write in front of calls, also of calls in syntaxes that are not read.
+_TAG = r"[^<>\s]*(?:tool|function|TOOL)[_▁]?(?:call|CALL)[^<>\s]*>"
 _MARKER = re.compile(
-    r"<functioncall>|<TOOLCALL>|\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_call(?:_start)?\|>|functools(?=\[)"
-    r"|<function=|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>"
+    rf"<{_TAG}|<[\w:｜]*(?:function=|(?:function|invoke)\s+name=)|\[TOOL_CALLS\]|functools(?=\[)"
+    r"|<\|(?:python_tag|python_start|tools_prefix|START_ACTION|open\|>tools<\|sep)\|>|<\|channel\|>commentary"
 )
-_AT_END = re.compile(
-    r"(?:</functioncall>|</TOOLCALL>|<\|/tool_call\|>|<\|tool_call_end\|>|<\|endoftext\|>|<\|eo[mt]_id\|>|</s>)?\s*$"
-)
+_AT_END = re.compile(rf"(?:<{_TAG}|<\|endoftext\|>|<\|eo[mt]_id\|>|</s>)?\s*$")
+_TAGS = re.compile(rf"<{_TAG}|<\|endoftext\|>|<\|eo[mt]_id\|>|</s>|\s")
 _RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 _DECLARED = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
 _LIST = re.compile(r"\[\s*\{")
@@ -67,12 +69,11 @@ def tools_in_prose(text: str) -> tuple[dict[str, Any], ...]:
     return ()
 
 
-def tagged_calls(text: str, unread: list[str]) -> tuple[str, list[ToolCall], list[str]]:
-    """Split a model's text with `<tool_call>{...}</tool_call>` at its end: the text before, the calls, faults.
+def tagged_calls(text: str, begin: int, unread: list[str]) -> tuple[list[ToolCall], list[str]]:
+    """The calls of a model's text that ends with `<tool_call>{...}</tool_call>` from `begin` on, and faults.
 
     Keys of calls that are not read are added to `unread`.
     """
-    begin = text.find("<tool_call>")
     calls: list[ToolCall] = []
     faults: list[str] = []
     position = begin
@@ -83,7 +84,7 @@ def tagged_calls(text: str, unread: list[str]) -> tuple[str, list[ToolCall], lis
     if rest := text[position:].strip():
         unclosed = f"<tool_call> without </tool_call>: {shown(rest)}: close it, or leave the row out"
         faults.append(unclosed if rest.startswith("<tool_call>") else BEHIND_CALL.format(shown(rest)))
-    return text[:begin].rstrip(), calls, faults
+    return calls, faults
 
 
 def declared_in_text(
@@ -99,7 +100,8 @@ def declared_in_text(
         for number, turn in zip(numbers, turns, strict=True)
         if turn.role == "model" and not beside and _LISTED.search(turn.text)
     }
-    tools = tools_in_prose(system) if listed else ()
+    has_calls = bool(listed) or (not beside and any(turn.tool_calls for turn in turns))
+    tools = tools_in_prose(system) if has_calls else ()
     whole = next((number for number, name in listed.items() if name), None)
     if tools or whole is None or not ("function" in system.lower() or any(turn.role == "tool" for turn in turns)):
         return tools, None
@@ -206,21 +208,29 @@ def tagged_results(text: str) -> list[str]:
     return results if position == len(text) else []
 
 
-def _split(text: str, declared: Collection[str], unread: list[str]) -> tuple[str, list[ToolCall], list[str]]:
+def _split(text: str, tools: Sequence[Mapping[str, Any]], unread: list[str]) -> tuple[str, list[ToolCall], list[str]]:
     """Split a model's text: the text before its calls, the calls, faults."""
-    if "<tool_call>" in text:
-        return tagged_calls(text, unread)
-    if marker := _MARKER.search(text):
+    begin = text.find("</think>") + 1 if text.lstrip().startswith("<think>") else 0
+    if marker := _MARKER.search(text, begin):
+        head, said = text[: marker.start()].rstrip(), text[marker.start() :]
         written = _AT_END.sub("", text[marker.end() :]).strip()
-        is_python = first_python_call(written) is not None and bool(python_calls(written)[0])
-        calls, wrong = (python_calls(written)[0], []) if is_python else read_calls(written, unread)
-        faults = [f'{shown(marker[0])}: {fault}: write calls as JSON, or under "tool_calls"' for fault in wrong]
-        return text[: marker.start()].rstrip(), calls, faults
+        if marker[0] == "<tool_call>":
+            calls, faults = tagged_calls(text, marker.start(), unread)
+        elif first_python_call(written) is not None and python_calls(written)[0]:
+            calls, faults = python_calls(written)[0], []
+        else:
+            calls, faults = read_calls(written, unread)
+            faults = [f'{shown(marker[0])}: {fault}: write calls as JSON, or under "tool_calls"' for fault in faults]
+        if faults and (elements := element_calls(said, tools))[0]:
+            calls, rest = elements
+            faults = [BEHIND_CALL.format(shown(rest.strip()))] if _TAGS.sub("", rest) else []
+        return head, calls, faults
     if not ("[" in text or '"name"' in text):
         return text, [], []
-    if calls := json_calls(text, declared, unread):
+    names = {tool["function"]["name"] for tool in tools}
+    if calls := json_calls(text, names, unread):
         return text[: text.rfind("</think>") + len("</think>")] if "</think>" in text else "", calls, []
-    return bracketed_calls(text, declared)
+    return bracketed_calls(text, names)
 
 
 def written_calls(
@@ -233,13 +243,14 @@ def written_calls(
     read: list[Turn] = []
     of: list[int] = []
     faults: list[str] = []
-    names = {tool["function"]["name"] for tool in tools}
     for number, turn in zip(numbers, turns, strict=True):
         found = [turn]
         if turn.role == "model" and (not turn.tool_calls or "<tool_call>" in turn.text):
-            text, calls, wrong = _split(turn.text, names, unread)
+            text, calls, wrong = _split(turn.text, tools, unread)
             faults += [f"turn {number}: {fault}" for fault in wrong]
-            found = [replace(turn, text=text, tool_calls=(*turn.tool_calls, *calls))] if calls else found
+            repeats = [replace(call, id=None) for call in turn.tool_calls] == calls  # as logs of servers do
+            own = turn.tool_calls if repeats else (*turn.tool_calls, *calls)
+            found = [replace(turn, text=text, tool_calls=own)] if calls else found
         elif turn.role == "human" and "<tool_response>" in turn.text:
             found = [Turn("tool", result) for result in tagged_results(turn.text)] or [turn]
         read += found

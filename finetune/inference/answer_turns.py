@@ -18,6 +18,7 @@ from finetune.chat_templates import ChatFormat, answer_ids, answer_text, decode_
 from finetune.chat_templates.generation_prompt import REASONING, TEXT
 from finetune.chat_templates.messages import with_reasoning_inside
 from finetune.conversation import Conversation, ToolCall, Turn
+from finetune.dataset.call_elements import element_calls
 from finetune.dataset.tool_reading import read_calls
 from finetune.dataset.written_calls import bracketed_calls, tools_in_text
 
@@ -27,11 +28,6 @@ _VALUE = re.compile(r"[{\[]")
 _NAMED = re.compile(
     r"(?:to=functions\.|\[TOOL_CALLS\]\s*|<[|｜]tool[▁_]call[▁_]begin[|｜]>(?:function<[|｜]tool[▁_]sep[|｜]>)?)"
     r"([\w.-]+)(?:\[CALL_ID\](\w+))?[^{]*"
-)
-# Elements: Qwen3-Coder, and GLM since 4.5.
-_FUNCTION = re.compile(r"<function=([^>]+)>(.*?)</function>|<tool_call>\s*([\w.-]+)\s*(.*?)</tool_call>", re.DOTALL)
-_PARAMETER = re.compile(
-    r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>|<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL
 )
 
 
@@ -89,7 +85,7 @@ def _contents(written: tuple[str, list[int]], generated: tuple[str, list[int]]) 
 def _calls(text: str, tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[ToolCall, ...]]:
     """Calls that a text may hold, by syntax: all, then without the first ones, which reasoning may only quote."""
     of_python = tuple(bracketed_calls(text, {tool["function"]["name"] for tool in tools})[1])
-    for calls in (_json_calls(text), _named_calls(text), _element_calls(text, tools), of_python):
+    for calls in (_json_calls(text), _named_calls(text), tuple(element_calls(text, tools)[0]), of_python):
         yield from (calls[start:] for start in range(len(calls)))
 
 
@@ -121,28 +117,6 @@ def _decoded(text: str, start: int) -> tuple[Any, int]:
         return json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return None, start
-
-
-def _element_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-    calls = []
-    for function in _FUNCTION.finditer(text):
-        name, body = function[1] or function[3], function[2] or function[4] or ""
-        properties = schemas.get(name, {}).get("properties", {})
-        values = {match[1] or match[3]: match[2] or match[4] or "" for match in _PARAMETER.finditer(body)}
-        arguments = {key: _typed(value, properties.get(key)) for key, value in values.items()}
-        calls.append(ToolCall(name, arguments))
-    return tuple(calls)
-
-
-def _typed(text: str, schema: Any) -> Any:
-    """The value of an argument that is written without quotes: text where its schema says so, else JSON if it is."""
-    if isinstance(schema, dict) and schema.get("type") in ("string", "str"):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def call_text(call: ToolCall) -> str:

@@ -1,11 +1,13 @@
 """Rows as published data sets and logs of APIs have them: what decides something is read, or refused."""
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from finetune.conversation import BadRow
+from finetune.dataset.call_elements import element_calls
 from finetune.dataset.conversation_reader import ConversationReader
 from finetune.dataset.data_sources import find_sources
 from tests.helpers.chat_rows import faults, read, spoken, written
@@ -79,6 +81,11 @@ def test_a_system_prompt_may_be_parts_with_more_keys(key, tmp_path):
         f"<|python_tag|>{json.dumps(CALLED)}<|eom_id|>",
         f"functools[{json.dumps(CALLED)}]",
         '<|tool_call_start|>[f(x="1")]<|tool_call_end|>',
+        f"<tool_calls>[{json.dumps(CALLED)}]</tool_calls>",
+        "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+        '<function_calls>\n<invoke name="f">\n<parameter name="x">1</parameter>\n</invoke>\n</function_calls>',
+        '<function=f>{"x": "1"}</function>',
     ],
 )
 def test_calls_behind_the_marker_of_a_model_are_calls(call, tmp_path):
@@ -86,6 +93,51 @@ def test_calls_behind_the_marker_of_a_model_are_calls(call, tmp_path):
     one = only({"messages": turns, "tools": DECLARED}, tmp_path)
     assert one.turns[1].text == "Let me see."
     assert [(found.name, found.arguments) for found in one.turns[1].tool_calls] == [("f", {"x": "1"})]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<|tool_call>call:f{x:1}<tool_call|>",
+        "<function=f><parameter=x>1</parameter> x </function>",
+        "<function=f><parameter=x>1</parameter></function> Done.",
+        f"{json.dumps(CALLED)}</tool_call>",
+        '<|START_ACTION|>[{"tool_name": "f", "parameters": {}}]<|END_ACTION|>',
+        '<|channel|>commentary to=functions.f<|message|>{"x": "1"}<|call|>',
+    ],
+)
+def test_a_call_in_a_syntax_that_is_not_read_is_never_text(said, tmp_path):
+    row = {"messages": [ASKED, {"role": "assistant", "content": said}], "tools": DECLARED}
+    assert "turn 1" in faults(written(tmp_path / "a.json", [row]))[0]
+
+
+def test_arguments_of_elements_have_the_types_that_are_declared(tmp_path):
+    said = {
+        "name": "07",
+        "note": " a\n b",
+        "days": "3",
+        "open": "True",
+        "more": '{"a": [1]}',
+        "other": "2",
+        "city": "12",
+    }
+    optional = {"anyOf": [NAME, {"type": "null"}]}
+    types = {"name": NAME, "note": NAME, "days": {"type": "integer"}, "open": {"type": "bool"}, "city": optional}
+    elements = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in said.items())
+    call = f"<think>As <tool_call>.</think><tool_call>\n<function=f>\n{elements}</function>\n</tool_call>"
+    tool = {"name": "f", "parameters": {"type": "object", "properties": types}}
+    turn = only({"messages": [ASKED, {"role": "assistant", "content": call}], "tools": [tool]}, tmp_path).turns[1]
+    assert turn.text == "<think>As <tool_call>.</think>"
+    assert turn.tool_calls[0].arguments == said | {"days": 3, "open": True, "more": {"a": [1]}, "other": 2}
+    many, began = "<function=f><parameter=x>" * 3000, time.monotonic()
+    assert element_calls(many, []) == ([], many) and time.monotonic() - began < 5
+
+
+def test_calls_beside_a_text_that_repeats_them_are_called_once(tmp_path):
+    said = f"<tool_call>{json.dumps(CALLED)}</tool_call>"
+    turn = {"role": "assistant", "content": said, "tool_calls": [CALLED | {"id": "c"}]}
+    (call,) = only({"messages": [ASKED, turn], "tools": DECLARED}, tmp_path).turns[1].tool_calls
+    assert call.id == "c"
 
 
 @pytest.mark.parametrize("names", [("function-call", "function-response"), ("Tool Call", "tool result")])

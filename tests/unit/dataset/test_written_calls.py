@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from finetune.conversation import ToolCall
+from finetune.conversation import ToolCall, to_row
 from finetune.dataset.written_calls import bracketed_calls, json_calls, python_calls, tools_in_prose, tools_in_text
 from tests.helpers.chat_rows import faults, read, written
 
@@ -34,6 +34,8 @@ def test_rows_of_toolace_are_read_as_published(tmp_path):
     arguments = {"title": "a), Find Book(x='", "from": 1, "max-n": -2, "open": True}, {"title": "null", "open": False}
     assert one.turns[2].tool_calls == tuple(ToolCall("Find Book", given) for given in arguments)
     assert one.turns[2].text == "" and [turn.role for turn in one.turns] == "system human model tool model".split()
+    row = to_row(one.turns, one.id, one.tools)
+    assert read(written(tmp_path / "again.json", [row]))[0].turns == one.turns  # the declarations stay in the text
     for index, before in enumerate(("<think>Hm.</think>", "I look it up.\n")):
         (one,) = read(written(tmp_path / f"{index}.json", [toolace(f"{before}{said}", FUNCTION)]))
         assert one.turns[2].text == before.strip() and len(one.turns[2].tool_calls) == 2
