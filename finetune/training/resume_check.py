@@ -63,10 +63,10 @@ STAGES_DIFFER = (
 
 def resume_facts(config: RunConfig, data: PreparedData, model_fingerprint: str) -> dict[str, Any]:
     """Collect what must be the same for a resumed run to equal the uninterrupted one, by the names that users know."""
-    precision, zero = config.hardware.precision, config.deepspeed
+    precision = config.hardware.precision
     examples = len(data.epoch(config.batch.seed).examples)
     skipped = {SKIPPED_ROWS: [f"{source}:{row}" for source, row in data.skipped_rows]} if data.skipped_rows else {}
-    sections = zero.config if zero else {}
+    sections = config.deepspeed.config if config.deepspeed else {}
     facts = {
         **_flag_facts(config),
         **skipped,
@@ -74,7 +74,6 @@ def resume_facts(config: RunConfig, data: PreparedData, model_fingerprint: str) 
         **({DAY: data.day} if data.day else {}),
         "base model": model_fingerprint,
         "precision": precision,
-        STAGE: zero.stage if zero else "none",
         "optimizer": sections.get("optimizer", OF_FLAGS),
         **({"loss scaling": sections.get("fp16")} if precision == "fp16" else {}),
     }
@@ -82,7 +81,8 @@ def resume_facts(config: RunConfig, data: PreparedData, model_fingerprint: str) 
 
 
 def _flag_facts(config: RunConfig) -> dict[str, Any]:
-    return {f"--{name}": value for name, value in sorted(config.resume_flags.items()) if name not in FREE}
+    flags = {f"--{name}": value for name, value in sorted(config.resume_flags.items()) if name not in FREE}
+    return {**flags, STAGE: config.zero_stage if config.deepspeed else "none"}
 
 
 def check_before_ranks(config: RunConfig, fingerprint: str | None) -> None:
@@ -99,7 +99,7 @@ def check_before_ranks(config: RunConfig, fingerprint: str | None) -> None:
     if manifest is None:
         return
     flags = json.loads(json.dumps(_flag_facts(config)))
-    old = {name: value for name, value in manifest.facts.items() if name.startswith("--")}
+    old = {name: value for name, value in manifest.facts.items() if name.startswith("--") or name == STAGE}
     if fingerprint is not None:
         flags["data"], old["data"] = fingerprint, str(manifest.facts.get("data")).partition(",")[0]
     compare_with_checkpoint(flags, config.batch, saving, folder, replace(manifest, facts=old))

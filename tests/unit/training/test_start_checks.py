@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from finetune import checkpoint
+from finetune.checkpoint.manifest import STAGE
 from finetune.config import parse
 from finetune.config.hardware import DetectedHardware
 from finetune.config.run_config import RankCounts
@@ -100,11 +101,11 @@ def test_what_a_resumed_run_may_not_change_is_named(start):
     folder = checkpoint.checkpoint_folder(Path("o"), 4)
     folder.mkdir(parents=True)
     data = start_checks.fingerprint_sources(start_checks.find_sources(["d.json"]))
-    facts = {"--seed": 42, "data": f"{data}, 2 tokens in 1 examples", "base model": "0a1b"}
+    facts = {"--seed": 42, STAGE: "none", "data": f"{data}, 2 tokens in 1 examples", "base model": "0a1b"}
     checkpoint.write_manifest(folder, replace(MANIFEST, world_size=1, disks=[[0]], loss_since_log=[0.1], facts=facts))
     resumed = ("--resume_from_checkpoint", "auto")
     start(*resumed)
-    for words, said in ((["--seed", "7"], "--seed: 42, now 7"), (["--use_lora"], "--use_lora: False, now True")):
+    for words, said in ((["--seed", "7"], "--seed: 42, now 7"), (["--deepspeed", "zero3"], "ZeRO stage: none, now 3")):
         error = refused(start, *resumed, *words)
         assert type(error) is CheckpointError and said in str(error)
     assert "was written by 1 ranks, now there are 2" in str(refused(start, *resumed, ranks=2))
