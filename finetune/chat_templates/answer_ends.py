@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.chat_templates.template_skeleton import DUMMY_VALUE, OTHER_TEMPLATE, SlotSpan
 from finetune.conversation import Turn
@@ -23,6 +24,7 @@ class TemplateText:
         render: renders the first turns, with the prompt of the next answer or without.
         render_more: renders the first turns and one that follows them.
         render_bare: renders the turns in front of one, and its text alone.
+        once: calls a function, unless its result for the first turns and one that follows them is known.
         control: matches a control token.
         eos: the tokenizer's own end token, which may open turns as well.
         opening: the prompt that the template writes behind a plain human turn, if it writes one.
@@ -32,6 +34,7 @@ class TemplateText:
     render: Callable[[int, bool], str]
     render_more: Callable[[int], str]
     render_bare: Callable[[int], str]
+    once: Callable[[int, Callable[[], Any]], Any]
     control: re.Pattern[str]
     eos: str | None
     opening: str

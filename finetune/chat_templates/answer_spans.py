@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from finetune.chat_templates.answer_ends import (
     AnswerEnd,
@@ -103,7 +104,11 @@ def build_skeleton(conversation: Conversation, text: TemplateText, *, as_is: boo
     rendered = text.render(len(turns), False)
     spans = find_slots(rendered, text.spelled)
     last = len(turns) - 1
-    all_found = {number: _find(turn, number, text) for number, turn in enumerate(turns) if turn.role == "model"}
+    all_found: dict[int, _Found | TemplateSkeleton | str] = {
+        number: text.once(number + 1, partial(_find, turn, number, text))
+        for number, turn in enumerate(turns)
+        if turn.role == "model"
+    }
     completion = all_found.get(last)
     if isinstance(completion, TemplateSkeleton) and not as_is and not not_written(turns, completion.slots):
         own = replace(completion.answers[last], served_opening=_served_opening(last, text))

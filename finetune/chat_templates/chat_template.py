@@ -40,7 +40,7 @@ from finetune.chat_templates.template_styles import reasoning_key, takes_only_pa
 from finetune.chat_templates.tested_words import between_words, has_words, tested_words, without_words
 from finetune.conversation import Conversation, ToolCall, Turn
 
-MAX_SKELETONS = 4096  # conversations of very many shapes must not fill the memory
+MAX_HELD = 8_000_000  # characters: renderings and skeletons of very many shapes must not fill the memory
 RENDERINGS_PER_TURN = 3  # to find the skeleton of a shape, at most
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -57,7 +57,8 @@ class ChatTemplate:
         self.plain, self.template = plain, template
         self.template_kwargs, self.as_is = dict(template_kwargs), as_is
         self._skeletons: dict[Shape, TemplateSkeleton | UnrenderableError] = {}
-        self._marked: dict[tuple[Any, ...], str | UnrenderableError] = {}
+        self._marked: dict[Shape, Any] = {}  # renderings and answers of conversations with marks
+        self._held = 0  # characters in both
         self._styles: dict[str, Any] = {}
         self._words = tested_words(template)
         self._refusal = ""  # of the sample that was refused last
@@ -136,7 +137,7 @@ class ChatTemplate:
         marked, spelled = with_marks(conversation, real_tools=True, words=self._words), list[str]()
         if spells:
             marked = self._with_spelled_marked(marked, spelled)
-        own = build_skeleton(marked, self._template_text(marked, None, spelled), as_is=self.as_is)
+        own = build_skeleton(marked, self._template_text(marked, is_shape=False, spelled=spelled), as_is=self.as_is)
         own = replace(own, system_in_front=skeleton.system_in_front)
         self._check_supervised(conversation, own)
         return own
@@ -147,15 +148,18 @@ class ChatTemplate:
         if has_words(conversation, self._words):
             shape = (*shape, *(between_words(turn.text, self._words)[1] for turn in conversation.turns))
         if shape not in self._skeletons:
-            if len(self._skeletons) >= MAX_SKELETONS:
-                self._skeletons.clear()
-                self._marked.clear()
             with template_limits(RENDERINGS_PER_TURN * len(conversation.turns)):
-                self._skeletons[shape] = error_as_value(self._build, conversation)
-        skeleton = self._skeletons[shape]
-        if isinstance(skeleton, UnrenderableError):
-            raise skeleton
-        return skeleton
+                built = error_as_value(self._build, conversation)
+            self._hold(0 if isinstance(built, UnrenderableError) else sum(map(len, built.pieces)))
+            self._skeletons[shape] = built
+        return value_or_raise(self._skeletons[shape])
+
+    def _hold(self, characters: int) -> None:
+        self._held += characters
+        if self._held > MAX_HELD:
+            self._skeletons.clear()
+            self._marked.clear()
+            self._held = characters
 
     def _with_spelled_marked(self, marked: Conversation, spelled: list[str]) -> Conversation:
         """Put marks for the control tokens that declarations and calls spell; these are appended to `spelled`."""
@@ -187,25 +191,24 @@ class ChatTemplate:
 
     def _build_as_given(self, conversation: Conversation) -> TemplateSkeleton:
         marked = with_marks(conversation, real_tools=False, words=self._words)
-        known = None if has_words(conversation, self._words) else self._marked
-        return build_skeleton(marked, self._template_text(marked, known), as_is=self.as_is)
+        is_shape = not has_words(conversation, self._words)
+        return build_skeleton(marked, self._template_text(marked, is_shape=is_shape), as_is=self.as_is)
 
-    def _template_text(
-        self, marked: Conversation, known: dict[Any, str | UnrenderableError] | None, spelled: Sequence[str] = ()
-    ) -> TemplateText:
-        """What the template writes for marked turns; `known` are renderings of shapes, shared by their beginnings."""
+    def _template_text(self, marked: Conversation, *, is_shape: bool, spelled: Sequence[str] = ()) -> TemplateText:
+        """What the template writes for marked turns; what is found for a shape is shared by their beginnings."""
+
+        def once(turns: tuple[Turn, ...], what: Any, find: Callable[[], Result]) -> Result:
+            if not is_shape:
+                return find()
+            key = *shape_of(replace(marked, turns=turns)), what
+            if key not in self._marked:
+                found = error_as_value(find)
+                self._hold(len(key[0]) + (len(found) if isinstance(found, str) else 0))
+                self._marked[key] = found
+            return value_or_raise(self._marked[key])
 
         def text(turns: tuple[Turn, ...], prompt: bool) -> str:
-            part = replace(marked, turns=turns)
-            if known is None:
-                return self._text(part, prompt=prompt)
-            key = *shape_of(part), prompt
-            if key not in known:
-                known[key] = error_as_value(lambda: self._text(part, prompt=prompt))
-            found = known[key]
-            if isinstance(found, UnrenderableError):
-                raise found
-            return found
+            return once(turns, prompt, lambda: self._text(replace(marked, turns=turns), prompt=prompt))
 
         def following(count: int) -> tuple[Turn, ...]:
             # No model ends its answer with what opens a system turn.
@@ -217,6 +220,7 @@ class ChatTemplate:
             lambda count, prompt: text(turns[:count], prompt),
             lambda count: text((*turns[:count], *following(count)), False),
             lambda number: text((*turns[:number], bare_turn(number)), False),
+            lambda count, find: once((*turns[:count], *following(count)), "answer", find),
             self.plain.control_pattern,
             self.plain.tokenizer.eos_token,
             self._opening,
@@ -259,7 +263,7 @@ class ChatTemplate:
         pair = Conversation((Turn("human", "a"), Turn("model", "b")))
         with suppress(UnrenderableError):
             marked = with_marks(pair, real_tools=False)
-            skeleton = build_skeleton(marked, self._template_text(marked, self._marked), as_is=False)
+            skeleton = build_skeleton(marked, self._template_text(marked, is_shape=True), as_is=False)
             return any(answer.is_appended for answer in skeleton.answers.values())
         return False
 
@@ -321,9 +325,7 @@ class ChatTemplate:
             self._styles[what] = error_as_value(find, self._sample_text)
             if self._refusal and isinstance(self._styles[what], UnrenderableError):
                 self._styles[what] = UnrenderableError(f"{self._styles[what]} (its own reason: {self._refusal})")
-        if isinstance(self._styles[what], UnrenderableError):
-            raise self._styles[what]
-        return self._styles[what]
+        return value_or_raise(self._styles[what])
 
     @cached_property
     def _plain_style(self) -> MessageStyle:
@@ -360,3 +362,10 @@ def error_as_value(function: Callable[..., Result], *arguments: Any) -> Result |
         return function(*arguments)
     except UnrenderableError as error:
         return error
+
+
+def value_or_raise(value: Result | UnrenderableError) -> Result:
+    """The value, unless it is an error from `error_as_value`: that is raised."""
+    if isinstance(value, UnrenderableError):
+        raise value
+    return value

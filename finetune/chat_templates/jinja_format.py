@@ -24,6 +24,8 @@ from finetune.conversation import DEFAULT_SETTINGS, ChatSettings, Conversation, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_VERIFIED = 4096  # shapes
+
 
 class JinjaFormat:
     """A Jinja chat template, the tokenizer's own or another.
@@ -147,6 +149,8 @@ class JinjaFormat:
             template = self._template_of(rendered.conversation)
             if list(template.apply(rendered.conversation, return_dict=False)) != ids:
                 return False
+            if len(self._verified) >= MAX_VERIFIED:
+                self._verified.clear()
             self._verified.add(shape)
         return True
 

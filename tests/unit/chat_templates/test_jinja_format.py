@@ -7,7 +7,9 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, UnrenderableError, tokenize_conversation
+from finetune.chat_templates import IGNORE_INDEX, JinjaFormat, UnrenderableError, chat_template, tokenize_conversation
+from finetune.chat_templates.chat_template import ChatTemplate
+from finetune.chat_templates.plain_text import PlainTextTokenizer
 from finetune.conversation import ChatSettings, Conversation, Turn
 from finetune.dataset.data_summary import DataTally
 from finetune.utils.errors import ConfigError, DataError
@@ -173,3 +175,12 @@ class TestContentTokens:
     def test_a_special_or_unknown_token_is_refused(self, smol_tokenizer, token, reason):
         with pytest.raises(ConfigError, match=f"--content_tokens {re.escape(token)}: {reason}"):
             JinjaFormat(self.tokenizer(smol_tokenizer), self.template, "x", ChatSettings(content_tokens=[token]))
+
+
+def test_conversations_of_many_shapes_do_not_fill_the_memory(smol_tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_HELD", 5_000)
+    template = ChatTemplate(PlainTextTokenizer(smol_tokenizer), PLAIN, {}, as_is=False)
+    for count in range(1, 30):
+        (row,) = template.render_all([Conversation((Turn("human", "a"), Turn("model", "b")) * count)])
+        assert len(row.contents) == 2 * count
+        assert sum(len(text) for text in template._marked.values() if isinstance(text, str)) <= 5_000
