@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from finetune.config import AdapterArguments
-from finetune.config.hardware import Precision
 from finetune.config.run_config import BatchConfig, RunConfig, ScheduleConfig
 from finetune.dataset.prepare import PreparedData
 from finetune.dataset.sampler import Sampler
@@ -131,7 +130,7 @@ def check_resources(
         first_batch: the largest micro-batch of the first steps.
     """
     try:
-        model = _model_spec(info, tokenizer, run.precision, adapter)
+        model = _model_spec(info, tokenizer, run, adapter)
     except FinetuneError as error:
         report.add_error("configuration", str(error), status=error.status)
         return
@@ -156,7 +155,7 @@ def check_resources(
     if not facts["fits"]:
         with_adapter = None
         if adapter.kind() is None:
-            with_adapter = _model_spec(info, tokenizer, run.precision, AdapterArguments(use_lora=True))
+            with_adapter = _model_spec(info, tokenizer, run, AdapterArguments(use_lora=True))
         device = math.inf if free.device is None else free.device
         changes = memory.suggest_changes(model, run, device, free.host, with_adapter=with_adapter)
         _add_memory_error(report, estimate, free, changes)
@@ -175,7 +174,7 @@ def note_batches(report: DoctorReport, batch: BatchConfig, batches: BatchForecas
     configuration["lines"] += [*labelled(lines), *(f"note: {note}" for note in batches.layout.notes)]
 
 
-def _model_spec(info: ModelInfo, tokenizer: Any, precision: Precision, adapter: AdapterArguments) -> ModelSpec:
+def _model_spec(info: ModelInfo, tokenizer: Any, run: RunSpec, adapter: AdapterArguments) -> ModelSpec:
     grows = loader.needs_new_embeddings(info, tokenizer)
 
     def attach(base: Any) -> Any:
@@ -183,12 +182,13 @@ def _model_spec(info: ModelInfo, tokenizer: Any, precision: Precision, adapter: 
 
     return spec_from_config(
         info.config,
-        precision=precision,
+        precision=run.precision,
         attach=attach,
         vocabulary=loader.embedding_rows(tokenizer) if grows else None,
         stored_bytes=stored_bytes(Path(info.name).expanduser()),
         bits=info.bits,
         trust_remote_code=info.trusts_code,
+        keeps_scores=run.padded and info.attention == "eager",
     )
 
 

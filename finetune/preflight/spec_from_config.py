@@ -56,6 +56,7 @@ def spec_from_config(
     stored_bytes: int | None = None,
     bits: int | None = None,
     trust_remote_code: bool = False,
+    keeps_scores: bool = False,
 ) -> ModelSpec:
     """Return the spec of the model that `config` describes.
 
@@ -67,6 +68,7 @@ def spec_from_config(
         vocabulary: rows of the embeddings, if the tokenizer needs more than the config says.
         bits: 4 or 8 where the base is quantized.
         stored_bytes: of the weight files; None: all parameters in the type of the config.
+        keeps_scores: rows are padded, and attention is `eager`.
 
     Raises:
         ConfigError: the adapter cannot be attached.
@@ -112,8 +114,12 @@ def spec_from_config(
         bits=bits,
         adapter=hasattr(model, "peft_config"),
     )
-    traced = trace_activations(model, base, precision)
-    return spec if traced is None else replace(spec, activations=traced)
+    kept = trace_activations(model, base, precision) or spec.activations
+    if keeps_scores and not kept.scored_heads:
+        heads, size = largest(text, "num_attention_heads") or 1, BYTES[precision]
+        scores = heads * (4 + (size if size < 4 else 0))
+        kept = replace(kept, scores=scores, scores_working=heads * (8 + size), scored_heads=heads)
+    return replace(spec, activations=kept)
 
 
 def _on_meta(

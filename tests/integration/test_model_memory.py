@@ -135,6 +135,28 @@ def test_what_autograd_keeps(family: str, adapter: bool):
     assert predicted(shape) == pytest.approx(kept_bytes(model), rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_layer_of_a_padded_row_keeps_the_scores_of_eager_attention(dtype):
+    model = tiny_models.build("llama", dtype=dtype, attention="eager")
+
+    def kept(tokens: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(saved: torch.Tensor) -> torch.Tensor:
+            sizes[saved.untyped_storage()._cdata] = saved.untyped_storage().nbytes()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            logits = model(input_ids=torch.ones(1, tokens, dtype=torch.int64), use_cache=False).logits
+        return sum(sizes.values()) if logits.requires_grad else 0
+
+    precision = "float32" if dtype == torch.float32 else "bf16"
+    shape = spec_from_config(model.config, precision=precision, keeps_scores=True)
+    of_pairs = (kept(96) - 2 * kept(64) + kept(32)) / (96**2 - 2 * 64**2 + 32**2)
+    assert shape.activations.scores * shape.layers == pytest.approx(of_pairs, rel=0.05)
+    assert spec_from_config(model.config, precision=precision).activations.scores == 0
+
+
 @pytest.mark.parametrize("family", mostly_slow([*FAMILIES, "qwen2"], ["llama", "gemma3"]))
 def test_a_checkpointed_layer_keeps_what_it_gets(family: str):
     shape = spec_from_config(model_of(family).config, precision="bf16")
