@@ -17,7 +17,7 @@ from tests.helpers.paths import PRETRAINED, TOKENIZERS
 from tests.helpers.rows import ROWS, write_rows
 from tests.helpers.short_runs import KINDS_OF_RESULTS, SHORT
 
-settings.register_profile("tests", deadline=None)  # other tests may have the processor
+settings.register_profile("tests", deadline=None, derandomize=True)  # other tests may have the processor
 settings.load_profile("tests")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell, and then in all that is started
     signal.signal(signal.SIGINT, signal.default_int_handler)

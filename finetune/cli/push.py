@@ -52,8 +52,13 @@ build_parser = partial(CommandParser, "finetune push", "OUTPUT REPO [--private] 
 def main(argv: Sequence[str]) -> None:
     """List what would be uploaded, ask, and upload it."""
     options = fill(PushOptions, build_parser().parse(argv))
+    from huggingface_hub import constants
+    from huggingface_hub.utils import validate_repo_id
+
     from finetune.inference.run_result import read_result
 
+    with hub_problems(options.repo, constants.ENDPOINT):
+        validate_repo_id(options.repo)
     result = read_result(Path(options.output))
     if not options.yes and not sys.stdin.isatty():
         raise ConfigError("finetune push asks before it uploads, and there is no terminal: give --yes")

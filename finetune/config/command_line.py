@@ -11,6 +11,7 @@ from finetune.utils.errors import ConfigError
 from finetune.utils.options import BOOLEANS, OptionType
 
 SCRIPT, MODULE = "finetune/finetune.py", "finetune.train"
+UNKNOWN = OptionType(str)  # a flag that is refused later: what follows it is no recipe
 
 
 def split_command(
@@ -67,7 +68,7 @@ def as_flags(words: Sequence[str], types: Mapping[str, OptionType]) -> list[str]
         name, equals, value = word.partition("=")
         is_list = flag is not None and flag.is_list
         if re.match(r"--\S|-[A-Za-z]", word):
-            flag = None if equals else types.get(word.removeprefix("--"))
+            flag = None if equals else types.get(word.removeprefix("--"), UNKNOWN)
         elif flag is not None and not is_list and (flag.kind is not bool or word.lower() in BOOLEANS):
             flag = None
         elif equals and (name in types or (name.isidentifier() and not is_list)):

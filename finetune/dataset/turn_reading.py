@@ -162,8 +162,9 @@ class TurnReading:
         if calls and role not in ("model", None):
             self._add(f"has tool calls, but only a model turn calls: {REMEDY}")
         reasoning = self._reasoning(turn, parts.reasoning, role)
-        if reasoning and isinstance(value, str) and value.lstrip().startswith(reasoning.strip()):
-            self.unread += [key for key in REASONING_KEYS if turn.get(key)]  # traces of agents repeat it in the text
+        is_in_text = isinstance(value, str) and value.lstrip().startswith(reasoning.strip())
+        if reasoning and is_in_text and turn.get("thought"):  # traces of agents repeat it in the text
+            self.unread += [key for key in REASONING_KEYS if turn.get(key)]
             reasoning = ""
         is_supervised, weight = self._weight(turn, role)
         result_of = self._result_of(turn, role)

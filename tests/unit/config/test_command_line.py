@@ -82,6 +82,11 @@ def test_faults_of_recipe_and_command_are_named_at_once(recipe):
         assert said in str(raised.value)
 
 
+def test_what_follows_an_unknown_flag_is_no_recipe(recipe):
+    said = refusal("--model", "m", "--dataset", "a.yaml")
+    assert "unknown flag --model" in said and "unknown flag --dataset" in said and "--config" not in said
+
+
 def test_a_flag_of_the_launcher_behind_the_script_is_told():
     assert "--num_gpus: a flag of the launcher" in refusal("--num_gpus", "2")
 

@@ -57,6 +57,10 @@ def test_reasoning_beside_an_answer_is_that_of_the_answer(row, tmp_path):
     assert spoken(one) == PAIR and one.turns[1].reasoning == "r"
 
 
+def test_reasoning_with_which_an_answer_begins_is_reasoning(tmp_path):
+    assert only({"messages": [ASKED, ANSWERED | {"reasoning_content": "a"}]}, tmp_path).turns[1].reasoning == "a"
+
+
 def test_flags_of_an_exchange_and_of_a_history_decide_what_is_supervised(tmp_path):
     exchanges = [{"human": f"q{flag}", "assistant": "a"} | flag for flag in ({"train": False}, {"weight": 0}, {})]
     assert [turn.train for turn in only({"conversation": exchanges}, tmp_path).turns[1::2]] == [False, False, True]
